@@ -92,7 +92,7 @@ mod tests {
     use crate::{
         cluster::EmbeddedStore,
         task::Tasks,
-        tier::{BindingError, ObjectStoreOptions, TierStore, name},
+        tier::{BindingError, ObjectStoreOptions, StoreOwner, TierStore, name},
     };
 
     struct TestCluster {
@@ -115,15 +115,15 @@ mod tests {
 
         /// Returns the client of a broker with this path in its URL.
         fn broker(&self, path: &str, standalone: bool) -> TierStore {
+            self.broker_with_data(path, standalone, false)
+        }
+
+        fn broker_with_data(&self, path: &str, standalone: bool, has_data: bool) -> TierStore {
             let options = ObjectStoreOptions { retry_for: Duration::ZERO, ..ObjectStoreOptions::new(&self.url(path)) };
-            let store = TierStore::open(&options, "test").expect("valid options");
-            store.set_binding_store(Arc::new(MetaBindingStore::new(
-                Arc::clone(&self.meta),
-                keys(),
-                self.metadata.clone(),
-                standalone,
-            )));
-            store
+            let (meta, metadata) = (Arc::clone(&self.meta), self.metadata.clone());
+            let bindings = Arc::new(MetaBindingStore::new(meta, keys(), metadata, standalone));
+            let owner = StoreOwner { bindings: Some(bindings), has_data, ..StoreOwner::default() };
+            TierStore::open(&options, "test").expect("valid options").owned_by(owner)
         }
 
         async fn stored_binding(&self) -> StoreBinding {
@@ -218,8 +218,7 @@ mod tests {
     async fn missing_store_with_history_changes_no_binding() {
         let cluster = TestCluster::new();
         let reject = async || {
-            let broker = cluster.broker("empty", false);
-            broker.require_existing_data();
+            let broker = cluster.broker_with_data("empty", false, true);
             let error = broker.bind().await.expect_err("the objects are in another store");
             assert!(matches!(error, BindingError::Missing { .. }), "{error}");
         };

@@ -12,7 +12,7 @@ use crate::{
     cluster::{BrokerValue, EMBEDDED_FILE, EmbeddedStore, EtcdStore, Generations, Keys, MetaStore, Value as _},
     config::Config,
     task::clock,
-    tier::TierStore,
+    tier::{StoreOwner, TierStore},
 };
 
 /// Maximum time that registrations outlast `metadata.session_timeout`: etcd restarts all leases when it elects a
@@ -62,8 +62,8 @@ pub async fn raise_generation(config: &Config, above: u64) -> anyhow::Result<Rai
 }
 
 async fn raise_bucket(objects: &TierStore, generation: u64) -> Result<(), String> {
-    objects.set_generation(generation);
-    objects.bind().await.map_err(|error| error.to_string())
+    let owner = StoreOwner { generation, ..StoreOwner::default() };
+    objects.clone().owned_by(owner).bind().await.map_err(|error| error.to_string())
 }
 
 async fn metadata(config: &Config) -> anyhow::Result<Arc<dyn MetaStore>> {

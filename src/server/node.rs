@@ -29,7 +29,7 @@ use crate::{
     model::PartitionId,
     task::{self, Tasks, random},
     telemetry::Metrics,
-    tier::{BindingError, ChunkCache, ChunkCacheOptions, TierStore},
+    tier::{BindingError, ChunkCache, ChunkCacheOptions, StoreOwner, TierStore},
 };
 
 /// Default maximum time that a stop waits for the transfer of leadership.
@@ -240,7 +240,7 @@ impl NodeStart<'_> {
         // A store inside the data directory cannot be set back without the directory, so its revisions need no check.
         let meta: Arc<dyn MetaStore> = if alone { meta } else { Arc::new(MonotonicStore::new(meta)) };
         let meta: Arc<dyn MetaStore> = Arc::new(MeteredStore::new(meta, self.metrics.clone()));
-        let tier = objects.map(|store| with_cache(config, store, &self.metrics)).transpose()?;
+        let mut tier = objects.map(|store| with_cache(config, store, &self.metrics)).transpose()?;
         let keys = Keys::new(&config.cluster)?;
         let admission = ClusterAdmission {
             store: &meta,
@@ -262,9 +262,12 @@ impl NodeStart<'_> {
             self.metrics.metadata_lists.clone(),
         );
         self.waited(metadata.wait_for_revision(Revision::ZERO)).await?;
-        if let Some(tier) = &tier {
-            let binding = MetaBindingStore::new(Arc::clone(&meta), keys.clone(), metadata.clone(), alone);
-            self.bind_object_store(&tier.store, binding, metadata.state().has_tiered_data(), generation).await?;
+        if let Some(tier) = &mut tier {
+            let bindings = MetaBindingStore::new(Arc::clone(&meta), keys.clone(), metadata.clone(), alone);
+            let has_data = metadata.state().has_tiered_data();
+            let owner = StoreOwner { bindings: Some(Arc::new(bindings)), generation, has_data };
+            tier.store = tier.store.clone().owned_by(owner);
+            claim(&tier.store, &self.tasks).await?;
         }
         self.record_generation(generation).await?;
         let ctx = NodeContext {
@@ -299,22 +302,6 @@ impl NodeStart<'_> {
         let Self { log, tasks, metrics, .. } = self;
         let connect = outside.connect;
         Ok(Node { log, tier, broker, session, connect, standalone: alone, routes, health, tasks, metrics })
-    }
-
-    /// Verifies the owner of the object store.
-    async fn bind_object_store(
-        &self,
-        store: &TierStore,
-        binding: MetaBindingStore,
-        has_tiered_data: bool,
-        generation: u64,
-    ) -> anyhow::Result<()> {
-        if has_tiered_data {
-            store.require_existing_data();
-        }
-        store.set_binding_store(Arc::new(binding));
-        store.set_generation(generation);
-        Ok(claim(store, &self.tasks).await?)
     }
 
     /// Records the cluster generation. Called late, so that a mismatch of directory and stores changes nothing.

@@ -4,7 +4,7 @@
 //! brokers that start together write the same marker, and need no conditional put. A broker with a wrong URL fails: an
 //! empty store is not taken once the binding is complete, and a marker with another id is rejected.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ use super::{
     error::{BindingError, TierStoreError},
     name,
     store::TierStore,
-    store_binding::{BindingStore, StoreBinding},
+    store_binding::{PrefixOwner, StoreBinding, StoreOwner},
 };
 use crate::task::random;
 
@@ -32,22 +32,10 @@ pub(super) struct ClusterMarker {
 }
 
 impl TierStore {
-    /// Rejects a prefix without cluster marker from now on: the metadata references objects, so the cluster's objects
-    /// must be in another store.
-    pub fn require_existing_data(&self) {
-        self.inner.owner.has_data.store(true, Ordering::Release);
-    }
-
-    /// Sets the storage of the store binding. From now on, [`TierStore::bind`] fails for a store other than the bound
-    /// one. If no store is bound, it binds this one.
-    pub fn set_binding_store(&self, bindings: Arc<dyn BindingStore>) {
-        drop(self.inner.owner.binding_store.set(bindings));
-    }
-
-    /// Sets the cluster generation. From now on, [`TierStore::bind`] rejects a prefix of a later generation, and
-    /// writes this generation into a cluster marker of an earlier one.
-    pub fn set_generation(&self, generation: u64) {
-        self.inner.owner.generation.store(generation, Ordering::Release);
+    /// Returns a client of the same prefix that verifies this owner. Earlier clones do not verify it.
+    #[must_use]
+    pub fn owned_by(self, owner: StoreOwner) -> Self {
+        Self { owner: Arc::new(PrefixOwner { expected: owner, ..PrefixOwner::default() }), ..self }
     }
 
     /// Makes sure that the prefix belongs to this cluster. Takes a prefix without marker. Fails if the prefix belongs
@@ -57,11 +45,11 @@ impl TierStore {
     /// A folder is checked at each call. A missing bucket causes errors by itself. If a disk is unmounted, its folder
     /// remains or the next write creates it, and the objects would be written to the wrong disk.
     pub async fn bind(&self) -> Result<(), BindingError> {
-        let Some(id) = self.inner.owner.bound.get().filter(|_| self.inner.folder) else {
-            let bound = self.inner.owner.bound.get_or_try_init(|| self.verify_owner()).await.map(drop);
+        let Some(id) = self.owner.bound.get().filter(|_| self.inner.folder) else {
+            let bound = self.owner.bound.get_or_try_init(|| self.verify_owner()).await.map(drop);
             return bound.inspect_err(|error| {
                 if error.is_fatal_at_start() {
-                    self.inner.owner.refused.send_replace(Some(error.to_string()));
+                    self.owner.refused.send_replace(Some(error.to_string()));
                 }
             });
         };
@@ -82,14 +70,14 @@ impl TierStore {
 
     /// Waits until a reason is known why a broker must not run with this store. Returns the reason.
     pub async fn until_refused(&self) -> String {
-        let mut refused = self.inner.owner.refused.subscribe();
+        let mut refused = self.owner.refused.subscribe();
         let reason = refused.wait_for(Option::is_some).await.expect("the sender is in self").clone();
         reason.expect("`wait_for` returned a reason")
     }
 
     /// Returns true if the cluster has objects in its store, by what this process has read.
     pub(super) fn is_expected(&self) -> bool {
-        self.inner.owner.bound.initialized() || self.inner.owner.has_data.load(Ordering::Acquire)
+        self.owner.bound.initialized() || self.owner.expected.has_data
     }
 
     /// Reads or writes the marker and the binding, and compares them. Returns the id of the marker.
@@ -125,7 +113,7 @@ impl TierStore {
             return self.read_marker().await?.ok_or_else(|| self.missing_store());
         }
         // If the generation is not known, the cluster is new.
-        let generation = self.inner.owner.generation.load(Ordering::Acquire).max(1);
+        let generation = self.owner.expected.generation.max(1);
         let cluster = self.inner.cluster.clone();
         let marker = ClusterMarker { format: 1, cluster, id: Some(binding.id), generation };
         let content = Bytes::from(serde_json::to_vec(&marker).expect("a plain struct is valid JSON"));
@@ -146,7 +134,7 @@ impl TierStore {
     /// Rejects a marker of a later generation than the metadata store's. Replaces a marker of an earlier generation.
     /// All brokers write the same content, so the order of their writes does not matter.
     async fn check_generation(&self, marker: ClusterMarker) -> Result<(), BindingError> {
-        let (ours, theirs) = (self.inner.owner.generation.load(Ordering::Acquire), marker.generation);
+        let (ours, theirs) = (self.owner.expected.generation, marker.generation);
         if ours == 0 || ours == theirs {
             return Ok(());
         }
@@ -170,7 +158,7 @@ impl TierStore {
     /// cluster may use any store.
     async fn binding(&self, id: Option<Uuid>) -> Result<StoreBinding, BindingError> {
         let url = self.location();
-        match self.inner.owner.binding_store.get() {
+        match &self.owner.expected.bindings {
             Some(bindings) => bindings.bind(&url, id).await.map_err(BindingError::Binding),
             None => Ok(StoreBinding { id: id.unwrap_or_else(random::uuid), url, pending: id.is_none() }),
         }
@@ -178,7 +166,7 @@ impl TierStore {
 
     /// Returns the stored binding if it is complete.
     async fn complete_binding(&self) -> Result<Option<StoreBinding>, BindingError> {
-        let Some(bindings) = self.inner.owner.binding_store.get() else { return Ok(None) };
+        let Some(bindings) = &self.owner.expected.bindings else { return Ok(None) };
         let stored = bindings.stored().await.map_err(BindingError::Binding)?;
         Ok(stored.filter(|binding| !binding.pending))
     }

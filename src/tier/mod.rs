@@ -89,5 +89,5 @@ pub use rebuild::{Survey, SurveyVerdict};
 pub use segment::{SegmentSource, SegmentSourceError};
 pub use state::TierState;
 pub use store::{ObjectInfo, TierStore, TopicRecord};
-pub use store_binding::{BindingStore, StoreBinding};
+pub use store_binding::{BindingStore, StoreBinding, StoreOwner};
 pub use upload::UploadError;

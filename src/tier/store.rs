@@ -32,6 +32,7 @@ const MAX_CONCURRENT_PARTS: usize = 8;
 #[derive(Clone)]
 pub struct TierStore {
     pub(super) inner: Arc<TierStoreInner>,
+    pub(super) owner: Arc<PrefixOwner>,
 }
 
 pub(super) struct TierStoreInner {
@@ -43,7 +44,6 @@ pub(super) struct TierStoreInner {
     options: ObjectStoreOptions,
     /// True if the store is a folder of this machine, which may disappear or change while the broker runs.
     pub(super) folder: bool,
-    pub(super) owner: PrefixOwner,
     parts: Arc<Semaphore>,
     outages: OutageTracker,
     tasks: Tasks,
@@ -95,12 +95,11 @@ impl TierStore {
             cluster: cluster.to_owned(),
             options: options.clone(),
             folder: options.url.starts_with("file:"),
-            owner: PrefixOwner::default(),
             parts: Arc::new(Semaphore::new(MAX_CONCURRENT_PARTS)),
             outages: OutageTracker::default(),
             tasks: Tasks::new(),
         };
-        Self { inner: Arc::new(inner) }
+        Self { inner: Arc::new(inner), owner: Arc::default() }
     }
 
     /// Returns true if the objects are files in a folder of this machine.

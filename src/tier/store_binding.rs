@@ -1,10 +1,7 @@
 //! Store binding: the object store that a cluster uses, the interface to the storage of the binding, and the state
 //! of both in one process.
 
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicBool, AtomicU64},
-};
+use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
@@ -35,17 +32,25 @@ pub trait BindingStore: Send + Sync {
     fn stored(&self) -> BoxFuture<'_, Result<Option<StoreBinding>, String>>;
 }
 
-/// Knowledge of one process about the owner of its prefix.
+/// The cluster that a prefix must belong to.
+#[derive(Clone, Default)]
+pub struct StoreOwner {
+    /// Storage of the binding. `TierStore::bind` fails for a store other than the bound one.
+    /// If no store is bound, it binds this one. Without a storage, the cluster may use any store.
+    pub bindings: Option<Arc<dyn BindingStore>>,
+    /// Cluster generation; 0 if it is not known. A prefix of a later generation is rejected. The cluster marker of an
+    /// earlier one is replaced.
+    pub generation: u64,
+    /// True if the metadata references objects, so that a prefix without cluster marker cannot be the cluster's.
+    pub has_data: bool,
+}
+
+/// Owner of a prefix, and the results of its verification in one process.
 #[derive(Default)]
 pub(super) struct PrefixOwner {
+    pub(super) expected: StoreOwner,
     /// Set when the prefix is known to belong to this cluster: the id in its cluster marker, if the marker has one.
     pub(super) bound: OnceCell<Option<Uuid>>,
     /// Reason why a broker must not run with this store. `None` while no reason is known.
     pub(super) refused: watch::Sender<Option<String>>,
-    /// True if the cluster has objects in its store, so that an empty prefix cannot be its store.
-    pub(super) has_data: AtomicBool,
-    /// Cluster generation. 0 while it is not known.
-    pub(super) generation: AtomicU64,
-    /// Storage of the binding that names the cluster's store.
-    pub(super) binding_store: OnceLock<Arc<dyn BindingStore>>,
 }

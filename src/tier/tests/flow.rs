@@ -464,10 +464,10 @@ impl BindingStore for FasterBroker {
 async fn marker_that_another_broker_writes_meanwhile_is_accepted() {
     let folder = tempfile::tempdir().unwrap();
     let options = ObjectStoreOptions::new(&format!("file://{}", folder.path().display()));
-    let store = TierStore::open(&options, "test").unwrap();
     let marker = folder.path().join(name::CLUSTER);
-    store.set_binding_store(Arc::new(FasterBroker { marker, id: uuid::Uuid::from_u128(7) }));
-    store.bind().await.unwrap();
+    let bindings: Arc<dyn BindingStore> = Arc::new(FasterBroker { marker, id: uuid::Uuid::from_u128(7) });
+    let owner = StoreOwner { bindings: Some(bindings), ..StoreOwner::default() };
+    TierStore::open(&options, "test").unwrap().owned_by(owner).bind().await.unwrap();
 }
 
 /// Regression: an unmounted disk leaves an empty folder, or none. A write then created a new store there, on the wrong

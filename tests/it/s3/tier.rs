@@ -13,7 +13,8 @@ use strandline::{
     task::{self, Tasks},
     tier::{
         BindingError, ChunkCache, ChunkCacheOptions, ObjectStoreOptions, PartitionLiveness, PartitionTier,
-        SegmentSource, StagedManifest, TierReadError, TierState, TierStore, UploadError, collect_garbage, doctor,
+        SegmentSource, StagedManifest, StoreOwner, TierReadError, TierState, TierStore, UploadError, collect_garbage,
+        doctor,
     },
 };
 
@@ -324,11 +325,10 @@ async fn concurrent_brokers_of_one_cluster_share_a_prefix() {
         let (meta, keys, tasks) = (Arc::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap(), Tasks::new());
         let view = MetadataCache::start(Arc::clone(&meta) as _, keys.clone(), &tasks);
         let brokers = || -> Vec<TierStore> {
-            let notes = || Arc::new(MetaBindingStore::new(Arc::clone(&meta) as _, keys.clone(), view.clone(), false));
             let open = || {
-                let store = TierStore::open(&options, "test").unwrap();
-                store.set_binding_store(notes());
-                store
+                let bindings = MetaBindingStore::new(Arc::clone(&meta) as _, keys.clone(), view.clone(), false);
+                let owner = StoreOwner { bindings: Some(Arc::new(bindings)), ..StoreOwner::default() };
+                TierStore::open(&options, "test").unwrap().owned_by(owner)
             };
             vec![open(), open(), open(), open()]
         };
