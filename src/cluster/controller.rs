@@ -190,7 +190,7 @@ impl Controller {
             tokio::select! {
                 biased;
                 _ = session.changed() => {}
-                has_change = relevant(&mut feed) => match has_change {
+                has_change = wait_for_relevant_change(&mut feed) => match has_change {
                     true => tokio::time::sleep(COALESCE_INTERVAL).await,
                     // The metadata cache has ended, and so has this broker.
                     false => std::future::pending().await,
@@ -203,7 +203,7 @@ impl Controller {
     fn plan(&self, presence: &mut BrokerPresence) -> ClusterPlan {
         let state = self.metadata.state();
         presence.observe(&state, clock::monotonic());
-        let (online_ms, offline_ms) = presence.lasting(clock::monotonic());
+        let (online_ms, offline_ms) = presence.durations_ms(clock::monotonic());
         planner::plan(&PlannerInput {
             metadata: &state,
             defaults: &self.defaults,
@@ -274,7 +274,7 @@ async fn sleep(time: Option<Duration>) {
 }
 
 /// Waits for a change that a plan may depend on. Returns false if no further change will follow.
-async fn relevant(feed: &mut ChangeFeed) -> bool {
+async fn wait_for_relevant_change(feed: &mut ChangeFeed) -> bool {
     loop {
         match feed.next().await {
             None => return false,
@@ -374,7 +374,7 @@ impl BrokerPresence {
     }
 
     /// Returns the milliseconds that each broker has been online, and that each has been offline.
-    fn lasting(&self, now: Instant) -> (BTreeMap<BrokerId, u64>, BTreeMap<BrokerId, u64>) {
+    fn durations_ms(&self, now: Instant) -> (BTreeMap<BrokerId, u64>, BTreeMap<BrokerId, u64>) {
         let ms = |since: Instant| u64::try_from(now.duration_since(since).as_millis()).unwrap_or(u64::MAX);
         let online = self.online.iter().map(|(id, (_, since))| (*id, ms(*since))).collect();
         (online, self.offline.iter().map(|(id, since)| (*id, ms(*since))).collect())

@@ -65,7 +65,7 @@ impl FaultyStore {
     }
 
     /// Returns the number of transactions so far.
-    pub(crate) fn transacted(&self) -> usize {
+    pub(crate) fn transaction_count(&self) -> usize {
         self.faults.lock().transacted
     }
 }

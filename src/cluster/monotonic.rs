@@ -277,7 +277,7 @@ mod tests {
     }
 
     /// Returns a store at revision 4 after three writes, and a store after `copy` writes that replaces it.
-    async fn restored(copy: u64) -> (Arc<Restorable>, MonotonicStore, EmbeddedStore) {
+    async fn restorable_store(copy: u64) -> (Arc<Restorable>, MonotonicStore, EmbeddedStore) {
         let older = EmbeddedStore::in_memory();
         put(&older, copy).await.expect("written");
         let restorable = Arc::new(Restorable(Mutex::new(EmbeddedStore::in_memory())));
@@ -288,7 +288,7 @@ mod tests {
 
     #[tokio::test]
     async fn revision_regression_fails_every_later_call() {
-        let (restorable, store, older) = restored(2).await;
+        let (restorable, store, older) = restorable_store(2).await;
         assert_eq!(store.regression(), None);
         let mut watch = store.watch("/", Revision(5)).await.expect("watchable");
         restorable.restore(&older);
@@ -313,7 +313,7 @@ mod tests {
     /// Regression: the write of this broker brings the restored store to exactly the known revision.
     #[tokio::test]
     async fn write_at_known_revision_is_a_regression() {
-        let (restorable, store, older) = restored(2).await;
+        let (restorable, store, older) = restorable_store(2).await;
         restorable.restore(&older);
         let written = store.transact(Transaction::new().put("/k", "x")).await;
         let regression = Regression::Revision { seen: Revision(4), answered: Revision(4) };
@@ -322,7 +322,7 @@ mod tests {
 
     #[tokio::test]
     async fn keepalive_detects_regression_and_renews_lease() {
-        let (restorable, store, older) = restored(1).await;
+        let (restorable, store, older) = restorable_store(1).await;
         let lease = older.grant(Duration::from_secs(60)).await.expect("granted");
         restorable.restore(&older);
         assert_eq!(store.keep_alive(lease).await, Ok(()));
@@ -386,7 +386,7 @@ mod tests {
 
     #[tokio::test]
     async fn lagging_watch_is_no_regression_and_advances_newest() {
-        let (restorable, store, older) = restored(3).await;
+        let (restorable, store, older) = restorable_store(3).await;
         let mut watch = store.watch("/", Revision(2)).await.expect("watchable");
         put(&restorable.now(), 2).await.expect("written by another broker");
         while watch_next(&mut watch).await.revision < Revision(6) {}

@@ -78,7 +78,7 @@ impl Placement {
         for (id, broker) in state.brokers() {
             placement.add(*id, broker.value.rack.clone(), BrokerLoad::default());
             if let Some(max) = broker.value.max_replicas {
-                placement.bound(*id, usize::try_from(max).unwrap_or(usize::MAX));
+                placement.limit_replicas(*id, usize::try_from(max).unwrap_or(usize::MAX));
             }
             if is_leaving(state, *id, &broker.value)
                 || broker.value.disk_pressure
@@ -90,7 +90,7 @@ impl Placement {
         for topic in state.topics().values() {
             for (_, entry) in state.partitions_of(&topic.value) {
                 if let Some(partition) = &entry.partition {
-                    placement.carry(&partition.value.replicas);
+                    placement.add_replicas(&partition.value.replicas);
                 }
             }
         }
@@ -103,7 +103,7 @@ impl Placement {
     }
 
     /// Sets the maximum number of replicas of a broker.
-    pub fn bound(&mut self, id: BrokerId, max: usize) {
+    pub fn limit_replicas(&mut self, id: BrokerId, max: usize) {
         if let Some(candidate) = self.brokers.get_mut(&id) {
             candidate.max = max;
         }
@@ -117,7 +117,7 @@ impl Placement {
     }
 
     /// Returns the brokers whose state allows more replicas, whatever their load, with that load.
-    pub fn steady(&self) -> impl Iterator<Item = (BrokerId, BrokerLoad)> + '_ {
+    pub fn accepting_brokers(&self) -> impl Iterator<Item = (BrokerId, BrokerLoad)> + '_ {
         self.brokers
             .iter()
             .filter(|(_, candidate)| candidate.accepts_replicas)
@@ -167,11 +167,11 @@ impl Placement {
     /// eligible brokers than replicas.
     pub fn place(&mut self, partition: PartitionId, replicas: usize) -> Option<Vec<BrokerId>> {
         let load = |(id, candidate): &(&BrokerId, &Candidate)| {
-            (candidate.load.leaders, candidate.load.replicas, mix(partition, **id))
+            (candidate.load.leaders, candidate.load.replicas, hash_pair(partition, **id))
         };
         let (leader, _) = self.brokers.iter().filter(|(_, candidate)| candidate.has_capacity()).min_by_key(load)?;
         let chosen = self.choose(partition, vec![*leader], replicas)?;
-        self.carry(&chosen);
+        self.add_replicas(&chosen);
         Some(chosen)
     }
 
@@ -198,7 +198,7 @@ impl Placement {
                 .filter(|(id, candidate)| candidate.has_capacity() && !chosen.contains(id))
                 .min_by_key(|(id, candidate)| {
                     let BrokerLoad { replicas, leaders } = candidate.load;
-                    (same_rack(candidate), replicas, leaders, mix(partition, **id))
+                    (same_rack(candidate), replicas, leaders, hash_pair(partition, **id))
                 });
             let Some((next, candidate)) = next else { break };
             chosen.push(*next);
@@ -219,7 +219,7 @@ impl Placement {
         }
     }
 
-    fn carry(&mut self, replicas: &[BrokerId]) {
+    fn add_replicas(&mut self, replicas: &[BrokerId]) {
         for (position, id) in replicas.iter().enumerate() {
             // Replicas on brokers that are not live add to no load.
             if let Some(candidate) = self.brokers.get_mut(id) {
@@ -243,7 +243,7 @@ pub(super) fn is_unreachable(state: &MetadataSnapshot, value: &BrokerValue) -> b
 
 /// Returns a number that is the same for the same pair everywhere, and pseudorandom over pairs (finalizer of
 /// SplitMix64).
-fn mix(partition: PartitionId, broker: BrokerId) -> u64 {
+fn hash_pair(partition: PartitionId, broker: BrokerId) -> u64 {
     let mut topic = [0; 8];
     topic.copy_from_slice(&partition.topic.as_bytes()[..8]);
     let seed = u64::from_le_bytes(topic) ^ (u64::from(partition.number) << 32) ^ u64::from(broker.0);
@@ -309,10 +309,10 @@ mod tests {
         ) {
             let mut placement = brokers(&vec![None; bounds.len()]);
             for (id, max) in (1..).zip(&bounds) {
-                placement.bound(BrokerId(id), *max);
+                placement.limit_replicas(BrokerId(id), *max);
             }
             for number in 0..partitions {
-                let eligible = placement.steady().filter(|(id, _)| placement.has_capacity(*id)).count();
+                let eligible = placement.accepting_brokers().filter(|(id, _)| placement.has_capacity(*id)).count();
                 prop_assert_eq!(placement.place(partition(number), wanted).is_some(), eligible >= wanted);
             }
             for (load, max) in placement.loads().values().zip(bounds) {
@@ -345,8 +345,8 @@ mod tests {
     #[test]
     fn exceeded_limit_names_broker_and_both_numbers() {
         let mut placement = brokers(&[None, None]);
-        placement.bound(BrokerId(1), 10);
-        placement.bound(BrokerId(2), 30);
+        placement.limit_replicas(BrokerId(1), 10);
+        placement.limit_replicas(BrokerId(2), 30);
         let many = |count: u32| {
             move |placement: &mut Placement| {
                 (0..count).map(|number| placement.place(partition(number), 1)).collect::<Option<Vec<_>>>()

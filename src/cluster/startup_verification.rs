@@ -104,7 +104,7 @@ pub async fn verify_inventory(
     let updater = PartitionUpdater::new(Arc::clone(store), keys.clone());
     let mut changed = 0;
     loop {
-        let durabilities = durabilities(store, keys, defaults).await?;
+        let durabilities = load_durabilities(store, keys, defaults).await?;
         let list = store.list(&format!("{}partitions/", keys.prefix())).await?;
         let (mut needed, mut unverified) = (Vec::new(), BTreeSet::new());
         for entry in &list.entries {
@@ -208,7 +208,7 @@ fn is_same(record: &KeyValue, inventory: &LocalInventory) -> bool {
     mutant!(SkipStartupVerification) || DirectoryValue::decode(&record.key, &record.value).is_ok_and(is_last)
 }
 
-async fn durabilities(
+async fn load_durabilities(
     store: &Arc<dyn MetaStore>,
     keys: &Keys,
     defaults: &ConfigMap,

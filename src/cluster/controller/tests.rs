@@ -138,10 +138,10 @@ async fn lost_campaign_waits_for_the_metadata_cache() {
     world.until(|state| state.controller() == Some(BrokerId(1))).await;
     let tasks = Tasks::new();
     let stale = MetadataCache::start(Arc::new(EmbeddedStore::in_memory()), world.keys.clone(), &tasks);
-    let before = world.link.transacted();
+    let before = world.link.transaction_count();
     let second = world.broker_with(2, stale).await;
     tokio::time::sleep(TIME).await;
-    let transactions = u64::try_from(world.link.transacted() - before).unwrap();
+    let transactions = u64::try_from(world.link.transaction_count() - before).unwrap();
     assert!((1..=TIME.as_secs() + 2).contains(&transactions), "{transactions} transactions in {TIME:?}");
     first.leave().await;
     second.leave().await;
@@ -236,7 +236,7 @@ async fn presence_is_counted_per_incarnation_from_first_sight() {
     let observe_turn = async |presence: &mut BrokerPresence, turns: u32| {
         world.until(|state| state.brokers().contains_key(&one) == turns.is_multiple_of(2)).await;
         presence.observe(&world.metadata.state(), now + TIME * turns);
-        presence.lasting(now + TIME * (turns + 1))
+        presence.durations_ms(now + TIME * (turns + 1))
     };
     let time_ms = 9_000;
     for turns in [0, 2] {

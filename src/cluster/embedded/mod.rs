@@ -244,7 +244,7 @@ impl MetaStore for EmbeddedStore {
     fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
         let key = key.to_owned();
         Box::pin(self.run(move |inner| {
-            inner.usable()?;
+            inner.check_usable()?;
             inner.read(|revision, entries| Ok(GetResult { revision, entry: find(entries, &key)? }))
         }))
     }
@@ -252,7 +252,7 @@ impl MetaStore for EmbeddedStore {
     fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
         let prefix = prefix.to_owned();
         Box::pin(self.run(move |inner| {
-            inner.usable()?;
+            inner.check_usable()?;
             inner.read(|revision, entries| {
                 let mut listed = Vec::new();
                 for row in entries.range(prefix.as_str()..)? {
@@ -297,7 +297,7 @@ impl MetaStore for EmbeddedStore {
 
     fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId> {
         Box::pin(async move {
-            self.inner.usable()?;
+            self.inner.check_usable()?;
             let mut leases = self.inner.leases.lock();
             leases.last += 1;
             let id = LeaseId(leases.last);
@@ -308,7 +308,7 @@ impl MetaStore for EmbeddedStore {
 
     fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
         Box::pin(async move {
-            self.inner.usable()?;
+            self.inner.check_usable()?;
             let mut leases = self.inner.leases.lock();
             let state = leases.by_id.get_mut(&lease).ok_or(MetaStoreError::LeaseGone { lease })?;
             state.deadline = clock::monotonic() + state.time;
@@ -323,7 +323,7 @@ impl MetaStore for EmbeddedStore {
 
 impl EmbeddedInner {
     /// Rejects every call after a failed commit.
-    fn usable(&self) -> Result<(), MetaStoreError> {
+    fn check_usable(&self) -> Result<(), MetaStoreError> {
         match self.failed.get() {
             Some(reason) => Err(MetaStoreError::unavailable(reason)),
             None => Ok(()),
@@ -385,7 +385,7 @@ impl EmbeddedInner {
         writer: &mut Revision,
         function: impl FnOnce(&mut table::WriteBatch<'_>) -> Result<T, redb::Error>,
     ) -> Result<T, MetaStoreError> {
-        self.usable()?;
+        self.check_usable()?;
         self.check_disk_space()?;
         match table::write(&self.database, *writer, function) {
             Ok((output, changes)) => {

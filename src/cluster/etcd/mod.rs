@@ -163,7 +163,7 @@ impl EtcdStore {
     /// Reads the `else_get` keys of a failed transaction at that transaction's revision.
     ///
     /// The reads are separate requests, because `etcd_client` panics on a transaction operation without a response.
-    async fn found(&self, keys: &[String], at: Revision) -> Result<Vec<Option<KeyValue>>, EtcdCallError> {
+    async fn read_all_at(&self, keys: &[String], at: Revision) -> Result<Vec<Option<KeyValue>>, EtcdCallError> {
         let reads = keys.iter().map(|key| self.read(key, Some(at)));
         let readings = futures::future::try_join_all(reads).await?;
         Ok(readings.into_iter().map(|reading| reading.entry).collect())
@@ -198,7 +198,8 @@ impl MetaStore for EtcdStore {
             match done.await {
                 Ok((true, revision)) => Ok(TxnOutcome::Committed { revision }),
                 Ok((false, revision)) => {
-                    let found = self.found(&transaction.else_get, revision).await.map_err(EtcdCallError::of_read)?;
+                    let found =
+                        self.read_all_at(&transaction.else_get, revision).await.map_err(EtcdCallError::of_read)?;
                     Ok(TxnOutcome::CompareFailed { revision, found })
                 }
                 Err(error) => Err(error.of_transaction(&transaction)),

@@ -124,7 +124,7 @@ impl EtcdOptions {
             return Err(EtcdOptionsError::CallTimeout { request_timeout: self.request_timeout });
         }
         for (index, endpoint) in self.endpoints.iter().enumerate() {
-            let secure = checked(endpoint)?;
+            let secure = validate_endpoint(endpoint)?;
             if self.endpoints[..index].contains(endpoint) {
                 return Err(EtcdOptionsError::Twice { endpoint: endpoint.clone() });
             }
@@ -174,7 +174,7 @@ impl EtcdOptions {
 const SECURE: &str = "https://";
 
 /// Validates an endpoint. Returns true if it uses TLS.
-fn checked(endpoint: &str) -> Result<bool, EtcdOptionsError> {
+fn validate_endpoint(endpoint: &str) -> Result<bool, EtcdOptionsError> {
     let wrong = |endpoint: &str, reason: &str| {
         Err(EtcdOptionsError::Endpoint { endpoint: endpoint.to_owned(), reason: reason.to_owned() })
     };

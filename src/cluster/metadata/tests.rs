@@ -57,7 +57,7 @@ fn partition_path(number: u32) -> String {
 }
 
 /// Returns a snapshot with a topic of two partitions at revision 10.
-fn listed() -> MetadataSnapshot {
+fn listed_snapshot() -> MetadataSnapshot {
     let mut state = MetadataSnapshot::default();
     let entries = vec![
         entry(partition_path(0), partition(0).encode(), 8),
@@ -71,7 +71,7 @@ fn listed() -> MetadataSnapshot {
 
 #[test]
 fn older_changes_and_lists_are_ignored() {
-    let mut state = listed();
+    let mut state = listed_snapshot();
     let late = WatchEvent::Put(entry(partition_path(0), partition(99).encode(), 9));
     assert!(state.apply(&keys(), changes(10, vec![late])).is_empty());
     let offline = WatchEvent::Delete { key: topic_path(), revision: Revision(10) };
@@ -82,7 +82,7 @@ fn older_changes_and_lists_are_ignored() {
 
 #[test]
 fn list_applies_and_reports_only_missed_changes() {
-    let mut state = listed();
+    let mut state = listed_snapshot();
     let entries = vec![
         entry(partition_path(0), partition(0).encode(), 8),
         entry(partition_path(1), partition(4).encode(), 15),
@@ -98,7 +98,7 @@ fn list_applies_and_reports_only_missed_changes() {
 
 #[test]
 fn partitions_above_the_topics_count_do_not_count() {
-    let mut state = listed();
+    let mut state = listed_snapshot();
     state.apply(&keys(), changes(11, vec![WatchEvent::Put(entry(partition_path(2), partition(0).encode(), 11))]));
     assert_eq!(epoch(&state, 2), None);
     assert_eq!(state.partitions_of(&topic(2)).count(), 2);
@@ -111,7 +111,7 @@ fn partitions_above_the_topics_count_do_not_count() {
 
 #[test]
 fn unparsable_value_is_recorded_and_skipped() {
-    let mut state = listed();
+    let mut state = listed_snapshot();
     let broken = WatchEvent::Put(entry(partition_path(0), "{broken", 11));
     assert_eq!(state.apply(&keys(), changes(11, vec![broken])).len(), 1);
     let key = Key::Partition(PartitionId::new(id(), 0));
@@ -125,7 +125,7 @@ fn unparsable_value_is_recorded_and_skipped() {
 
 #[test]
 fn uncached_value_is_recorded_while_unparsable() {
-    let mut state = listed();
+    let mut state = listed_snapshot();
     let paths =
         [(keys().directory(BrokerId(1)), Key::Directory(BrokerId(1))), (keys().producer_ids(), Key::ProducerIds)];
     for (path, key) in paths {
@@ -146,7 +146,7 @@ fn uncached_value_is_recorded_while_unparsable() {
 
 #[test]
 fn unknown_kinds_of_keys_are_ignored() {
-    let mut state = listed();
+    let mut state = listed_snapshot();
     let new = WatchEvent::Put(entry(format!("{}groups/g", keys().prefix()), "?", 30));
     assert!(state.apply(&keys(), changes(30, vec![new])).is_empty());
     assert_eq!(state.revision(), Revision(30));
@@ -154,7 +154,7 @@ fn unknown_kinds_of_keys_are_ignored() {
 
 #[test]
 fn change_copies_only_its_topic_of_a_held_snapshot() {
-    let mut state = listed();
+    let mut state = listed_snapshot();
     let other = PartitionId::new(TopicId::from_bytes([6; 16]), 0);
     state.apply(&keys(), changes(11, vec![WatchEvent::Put(entry(keys().partition(other), partition(0).encode(), 11))]));
     let older = state.clone();

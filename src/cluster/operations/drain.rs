@@ -52,7 +52,7 @@ impl ClusterOperations {
                 .else_get(key.as_str());
             let found = match self.store.transact(put).await? {
                 TxnOutcome::Committed { revision } => {
-                    self.reached(revision).await;
+                    self.wait_for_cache(revision).await;
                     break (true, now_ms);
                 }
                 TxnOutcome::CompareFailed { mut found, .. } => found.pop().flatten(),
@@ -64,7 +64,7 @@ impl ClusterOperations {
                 None => Compare::Absent(key.clone()),
             };
         };
-        Ok(BrokerDrain { changed, since_ms, ..self.remaining(broker) })
+        Ok(BrokerDrain { changed, since_ms, ..self.count_remaining(broker) })
     }
 
     /// Cancels the drain of a broker. Returns true if there was one.
@@ -74,7 +74,7 @@ impl ClusterOperations {
         let delete = Transaction::new().when(Compare::Exists(key.clone())).delete(key);
         match self.store.transact(delete).await? {
             TxnOutcome::Committed { revision } => {
-                self.reached(revision).await;
+                self.wait_for_cache(revision).await;
                 Ok(true)
             }
             TxnOutcome::CompareFailed { .. } => Ok(false),
@@ -84,7 +84,7 @@ impl ClusterOperations {
     /// Returns the number of replicas of a drained broker that cannot move. Too few brokers can take them, their
     /// reassignment waits for an offline broker, or their partition has no leader.
     pub fn stuck(&self, broker: BrokerId) -> usize {
-        let remaining = self.remaining(broker);
+        let remaining = self.count_remaining(broker);
         remaining.stuck.len() + remaining.leaderless
     }
 
@@ -97,11 +97,11 @@ impl ClusterOperations {
     }
 
     /// Counts the replicas that remain on a broker, as the controller's plan moves them.
-    fn remaining(&self, broker: BrokerId) -> BrokerDrain {
+    fn count_remaining(&self, broker: BrokerId) -> BrokerDrain {
         let state = self.metadata.state();
         let mut placement = Placement::of(&state);
         placement.exclude(broker);
-        let eligible_brokers = placement.steady().filter(|(id, _)| placement.has_capacity(*id)).count();
+        let eligible_brokers = placement.accepting_brokers().filter(|(id, _)| placement.has_capacity(*id)).count();
         let mut drained = BrokerDrain {
             changed: false,
             since_ms: 0,

@@ -213,7 +213,7 @@ impl ClusterOperations {
                 }
             }
         });
-        Ok(single(results.await?))
+        Ok(only_result(results.await?))
     }
 
     /// Returns a partition that no replica can lead without loss, as input of an unclean election.
@@ -257,7 +257,7 @@ impl ClusterOperations {
             }
             Ok(value.elect_unclean(to, discard))
         });
-        Ok(single(results.await?))
+        Ok(only_result(results.await?))
     }
 
     fn needs_loss(&self, id: PartitionId, value: &PartitionValue) -> Result<(), ElectError> {
@@ -303,6 +303,6 @@ fn clean(state: &MetadataSnapshot, value: &PartitionValue) -> Result<BrokerId, E
     Err(ElectionRefusal::Unfit { id: preferred, leader, reason })
 }
 
-fn single(mut results: Vec<OperationResult>) -> OperationResult {
+fn only_result(mut results: Vec<OperationResult>) -> OperationResult {
     results.pop().expect("one partition was requested")
 }

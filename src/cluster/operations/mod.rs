@@ -120,14 +120,14 @@ pub enum WriteError {
         partition: String,
     },
     /// Other writers kept changing the partition.
-    #[error("other writers keep changing partition {partition}: try again{}", so_far(*.done))]
+    #[error("other writers keep changing partition {partition}: try again{}", format_done(*.done))]
     Conflict {
         /// The partition, as `topic/number`.
         partition: String,
         /// Number of partitions that were changed before.
         done: usize,
     },
-    #[error("{source}{}", so_far(*.done))]
+    #[error("{source}{}", format_done(*.done))]
     Store {
         /// The store's error.
         source: MetaStoreError,
@@ -147,7 +147,7 @@ impl WriteError {
     }
 }
 
-fn so_far(done: usize) -> String {
+fn format_done(done: usize) -> String {
     match done {
         0 => String::new(),
         1 => "; 1 partition was changed before: repeat the operation for the rest".to_owned(),
@@ -207,11 +207,11 @@ impl ClusterOperations {
     /// Waits for a bounded time until this broker's metadata cache shows the written values.
     pub async fn wait_until_cached(&self, results: &[OperationResult]) {
         if let Some(newest) = results.iter().map(|result| result.revision).max() {
-            self.reached(newest).await;
+            self.wait_for_cache(newest).await;
         }
     }
 
-    async fn reached(&self, revision: Revision) {
+    async fn wait_for_cache(&self, revision: Revision) {
         let _late = tokio::time::timeout(CACHE_WAIT, self.metadata.wait_for_revision(revision)).await;
     }
 
@@ -299,7 +299,7 @@ impl ClusterOperations {
                 return Ok(done);
             }
         }
-        Err(WriteError::Conflict { partition: self.display_name(remaining[0].id), done: changed(&done) }.into())
+        Err(WriteError::Conflict { partition: self.display_name(remaining[0].id), done: count_changed(&done) }.into())
     }
 
     /// Returns the partitions as the metadata cache shows them.
@@ -351,13 +351,13 @@ impl ClusterOperations {
         match failed {
             None => Ok(remaining),
             Some((id, None)) => Err(WriteError::Unreadable { partition: self.display_name(id) }),
-            Some((_, Some(source))) => Err(WriteError::Store { source, done: changed(done) }),
+            Some((_, Some(source))) => Err(WriteError::Store { source, done: count_changed(done) }),
         }
     }
 }
 
 /// Returns the number of changed partitions.
-fn changed(done: &[OperationResult]) -> usize {
+fn count_changed(done: &[OperationResult]) -> usize {
     done.iter().filter(|result| result.changed).count()
 }
 

@@ -31,7 +31,8 @@ pub enum ReassignError {
     /// The number of brokers differs from the topic's replication factor.
     #[error(
         "topic {:?} has a replication factor of {factor}, and {} named: name {factor}, or change it first \
-         with `strandline topic alter {} --replication-factor {asked}`", topic.as_str(), named(*.asked), topic
+         with `strandline topic alter {} --replication-factor {asked}`", topic.as_str(),
+        format_broker_count(*.asked), topic
     )]
     Factor {
         topic: TopicName,
@@ -153,7 +154,7 @@ impl ClusterOperations {
         partition: Option<u32>,
     ) -> Result<Vec<OperationResult>, TargetError> {
         let ids = match topic {
-            None => self.everything(),
+            None => self.all_partitions(),
             Some(name) => self.find(name, partition)?.1,
         };
         let state = self.metadata.state();
@@ -170,7 +171,7 @@ impl ClusterOperations {
     }
 
     /// Returns every partition that counts once, by topic name.
-    pub(super) fn everything(&self) -> Vec<PartitionId> {
+    pub(super) fn all_partitions(&self) -> Vec<PartitionId> {
         let (state, mut seen) = (self.metadata.state(), BTreeSet::new());
         let topics = state.topics().values().map(|topic| &topic.value).filter(|topic| seen.insert(topic.id));
         topics.flat_map(|topic| (0..topic.partitions).map(|number| PartitionId::new(topic.id, number))).collect()
@@ -178,7 +179,7 @@ impl ClusterOperations {
 }
 
 /// Returns a number of brokers with its verb.
-fn named(asked: usize) -> String {
+fn format_broker_count(asked: usize) -> String {
     if asked == 1 { "1 broker is".to_owned() } else { format!("{asked} brokers are") }
 }
 

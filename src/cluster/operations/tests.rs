@@ -43,7 +43,7 @@ fn value(replicas: &[u32], leader: Option<u32>, isr: &[u32]) -> PartitionValue {
     PartitionValue { leader: leader.map(BrokerId), isr: ids(isr), ..base }
 }
 
-fn registered(broker: u32, state: BrokerState) -> BrokerValue {
+fn broker_value(broker: u32, state: BrokerState) -> BrokerValue {
     BrokerValue { state, ..BrokerValue::running_at(format!("b{broker}:9460")) }
 }
 
@@ -69,11 +69,11 @@ impl TestCluster {
     }
 
     async fn register(&self, broker: u32, state: BrokerState) {
-        self.put(&Key::Broker(BrokerId(broker)), &registered(broker, state)).await;
+        self.put(&Key::Broker(BrokerId(broker)), &broker_value(broker, state)).await;
     }
 
     async fn set_disk_pressure(&self, broker: u32) {
-        let value = BrokerValue { disk_pressure: true, ..registered(broker, BrokerState::Running) };
+        let value = BrokerValue { disk_pressure: true, ..broker_value(broker, BrokerState::Running) };
         self.put(&Key::Broker(BrokerId(broker)), &value).await;
     }
 
@@ -94,7 +94,7 @@ impl TestCluster {
         self.write(Transaction::new().delete(self.keys.broker(BrokerId(broker)))).await;
     }
 
-    async fn stored(&self, number: u32) -> PartitionValue {
+    async fn stored_value(&self, number: u32) -> PartitionValue {
         let key = self.keys.partition(id(number));
         let entry = self.store.get(&key).await.expect("the store responds").entry.expect("the partition exists");
         PartitionValue::decode(&key, &entry.value).expect("valid")
@@ -120,7 +120,7 @@ async fn reassignment_of_all_partitions_rotates_the_list() {
     let cluster = TestCluster::of(3, 2, values).await;
     let one = cluster.operations.reassign(&name(), Some(1), &ids(&[3, 2])).await.expect("accepted");
     assert_eq!((one.len(), one[0].id, one[0].changed), (1, id(1), true));
-    let stored = cluster.stored(1).await;
+    let stored = cluster.stored_value(1).await;
     assert_eq!((stored.replicas, stored.queued_replicas), (ids(&[1, 2]), ids(&[3, 2])), "the reassignment is queued");
 
     cluster.operations.wait_until_cached(&one).await;
@@ -162,7 +162,7 @@ async fn reassignment_without_copy_or_in_progress_is_not_queued() {
     let stays = &reassign(2, &[1, 2]).await[0];
     assert!(stays.changed && !stays.value.has_queued(), "the target is reached: {stays:?}");
     let cancelled = cluster.operations.cancel(Some(&name()), Some(3)).await.expect("cancelled");
-    assert_eq!((cancelled[0].changed, cluster.stored(3).await), (true, value(&[1, 2], Some(1), &[1, 2])));
+    assert_eq!((cancelled[0].changed, cluster.stored_value(3).await), (true, value(&[1, 2], Some(1), &[1, 2])));
 }
 
 #[tokio::test]
@@ -179,7 +179,7 @@ async fn broker_under_disk_pressure_gets_no_new_replicas() {
 async fn unreachable_broker_gets_no_new_replicas() {
     let cluster = TestCluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2]), value(&[3, 2], Some(3), &[3, 2])]).await;
     let listeners = Endpoints::new("b3:9460".to_owned());
-    let hidden = BrokerValue { listeners, ..registered(3, BrokerState::Running) };
+    let hidden = BrokerValue { listeners, ..broker_value(3, BrokerState::Running) };
     cluster.put(&Key::Broker(BrokerId(3)), &hidden).await;
     let refused = cluster.operations.reassign(&name(), Some(0), &ids(&[3, 2])).await.expect_err("unreachable");
     assert_eq!(refused, ReassignError::Unreachable { ids: ids(&[3]), partition: format!("{TOPIC}/0") });
@@ -197,7 +197,7 @@ async fn broker_at_replica_limit_gets_no_new_replicas() {
     let values =
         vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 3], Some(2), &[2, 3]), value(&[1, 2], Some(1), &[1, 2])];
     let cluster = TestCluster::of(3, 2, values).await;
-    let bounded = BrokerValue { max_replicas: Some(2), ..registered(3, BrokerState::Running) };
+    let bounded = BrokerValue { max_replicas: Some(2), ..broker_value(3, BrokerState::Running) };
     cluster.put(&Key::Broker(BrokerId(3)), &bounded).await;
     let reassign = async |partition, to: &[u32]| cluster.operations.reassign(&name(), partition, &ids(to)).await;
     let all = reassign(None, &[1, 3]).await.expect_err("above the replica limit");
@@ -215,7 +215,7 @@ async fn broker_at_replica_limit_gets_no_new_replicas() {
 async fn drain_counts_replicas_above_other_brokers_limits() {
     let values = (0..5).map(|_| value(&[1], Some(1), &[1])).collect();
     let cluster = TestCluster::of(2, 1, values).await;
-    let bounded = BrokerValue { max_replicas: Some(3), ..registered(2, BrokerState::Running) };
+    let bounded = BrokerValue { max_replicas: Some(3), ..broker_value(2, BrokerState::Running) };
     cluster.put(&Key::Broker(BrokerId(2)), &bounded).await;
     let drained = cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
     assert_eq!((drained.replicas, drained.stuck.len(), drained.eligible_brokers), (5, 2, 1));
@@ -261,14 +261,14 @@ async fn cancelled_reassignment_elects_an_earlier_replica() {
 
     let cancelled = cluster.operations.cancel(Some(&name()), Some(0)).await.expect("cancelled");
     assert_eq!((cancelled.len(), cancelled[0].changed), (1, true));
-    let stored = cluster.stored(0).await;
+    let stored = cluster.stored_value(0).await;
     assert_eq!(
         (stored.replicas, stored.leader, stored.leader_epoch),
         (ids(&[2, 1]), Some(BrokerId(1)), LeaderEpoch(5))
     );
 
     cluster.operations.cancel(Some(&name()), Some(1)).await.expect("cancelled");
-    let stored = cluster.stored(1).await;
+    let stored = cluster.stored_value(1).await;
     assert_eq!(
         (stored.replicas, stored.leader, stored.leader_epoch),
         (ids(&[2, 1]), Some(BrokerId(2)), LeaderEpoch(6))
@@ -400,7 +400,7 @@ async fn preferred_leader_is_elected_if_it_may_lead() {
         TestCluster::of(3, 3, vec![value(&[1, 2, 3], Some(2), &[2, 1]), value(&[3, 2, 1], Some(2), &[2, 1])]).await;
     let elected = cluster.operations.elect(&name(), 0).await.expect("elected");
     assert_eq!((elected.value.leader, elected.value.leader_epoch), (Some(BrokerId(1)), LeaderEpoch(6)));
-    assert_eq!(cluster.stored(0).await, elected.value);
+    assert_eq!(cluster.stored_value(0).await, elected.value);
     cluster.operations.wait_until_cached(std::slice::from_ref(&elected)).await;
     assert!(!cluster.operations.elect(&name(), 0).await.expect("it leads").changed);
 
@@ -445,7 +445,7 @@ async fn unclean_election_requires_need_and_unchanged_value() {
     let changed = cluster.operations.elect_unclean(&name(), 0, BrokerId(3), Some(seen.revision), false).await;
     assert_eq!(changed, Err(ElectError::Changed { partition: format!("{TOPIC}/0") }));
     let elected = cluster.operations.elect_unclean(&name(), 0, BrokerId(3), Some(later), false).await.expect("elected");
-    let stored = cluster.stored(0).await;
+    let stored = cluster.stored_value(0).await;
     assert_eq!((stored.leader, &stored.isr, stored.elr.len()), (Some(BrokerId(3)), &ids(&[3]), 0));
     assert_eq!((stored.unclean_epoch, elected.changed), (Some(LeaderEpoch(7)), true));
 }
@@ -493,14 +493,15 @@ async fn unclean_election_fails_after_return_of_in_sync_replica() {
         .await
         .expect_err("broker 1 is online again");
     assert!(refused.retryable() || matches!(refused, ElectError::Clean { .. }), "{refused}");
-    assert_eq!(cluster.stored(0).await.leader, None);
+    assert_eq!(cluster.stored_value(0).await.leader, None);
 }
 
 #[tokio::test]
 async fn conflicting_write_is_read_back() {
     let cluster = TestCluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2])]).await;
     let edits = cluster.operations.load_partitions(&[id(0)]).expect("the partition exists");
-    let elected = PartitionValue { leader: Some(BrokerId(2)), leader_epoch: LeaderEpoch(6), ..cluster.stored(0).await };
+    let elected =
+        PartitionValue { leader: Some(BrokerId(2)), leader_epoch: LeaderEpoch(6), ..cluster.stored_value(0).await };
     cluster.put(&Key::Partition(id(0)), &elected).await;
     // The change of the old value fails and returns the stored value.
     let change = PartitionUpdate {
@@ -511,7 +512,7 @@ async fn conflicting_write_is_read_back() {
     };
     let remaining = cluster.operations.write(vec![change], &mut vec![]).await.expect("the store responds");
     assert_eq!((remaining.len(), &remaining[0].value), (1, &elected));
-    assert_eq!(cluster.stored(0).await, elected);
+    assert_eq!(cluster.stored_value(0).await, elected);
 }
 
 #[tokio::test]
@@ -524,7 +525,7 @@ async fn unknown_outcome_is_read_back() {
             ClusterOperations::new(store, cluster.keys.clone(), cluster.operations.metadata.clone(), ConfigMap::new());
         faulty.transactions([Some(fault)]);
         let results = operations.reassign(&name(), Some(0), &ids(&[3, 2])).await;
-        assert_eq!(cluster.stored(0).await.has_queued(), done, "{fault:?}");
+        assert_eq!(cluster.stored_value(0).await.has_queued(), done, "{fault:?}");
         match results {
             Ok(results) => assert!(done && results[0].changed, "{fault:?}"),
             Err(error) => assert!(!done && error.retryable(), "{fault:?}: {error}"),

@@ -91,7 +91,7 @@ async fn conflict_does_not_block_other_changes() {
     }
     let expected: Vec<u32> = (0..100).map(|n| if n == 3 || n == 57 { 9 } else { 2 }).collect();
     assert_eq!(world.epochs().await, expected);
-    assert!(world.link.transacted() < 40, "{} transactions", world.link.transacted());
+    assert!(world.link.transaction_count() < 40, "{} transactions", world.link.transaction_count());
 }
 
 #[tokio::test]
@@ -117,7 +117,7 @@ async fn failed_shared_compare_bars_all_changes_at_once() {
     let guard = Compare::CreateRevision(CONTROLLER.to_owned(), Revision(1));
     let outcomes = world.apply_epoch(2, &[guard]).await;
     assert!(outcomes.values().all(|changed| *changed == UpdateOutcome::GuardFailed), "{outcomes:?}");
-    assert_eq!((world.epochs().await, world.link.transacted()), (vec![1; 90], 3));
+    assert_eq!((world.epochs().await, world.link.transaction_count()), (vec![1; 90], 3));
 }
 
 #[tokio::test]
@@ -132,7 +132,7 @@ async fn unknown_outcome_is_not_retried() {
             _ => false,
         };
         assert!(outcomes.values().all(is_expected), "{fault:?}: {outcomes:?}");
-        assert_eq!((world.epochs().await, world.link.transacted()), (vec![after; 3], 1), "{fault:?}");
+        assert_eq!((world.epochs().await, world.link.transaction_count()), (vec![after; 3], 1), "{fault:?}");
     }
 }
 

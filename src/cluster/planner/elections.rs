@@ -79,9 +79,9 @@ pub(super) fn prefer(
         }
         let online_ms = input.online_ms.get(&preferred).copied().unwrap_or(0);
         if online_ms < PREFERRED_LEADER_DELAY_MS {
-            plan.again_in(PREFERRED_LEADER_DELAY_MS - online_ms);
+            plan.request_plan_in(PREFERRED_LEADER_DELAY_MS - online_ms);
         } else if remaining == 0 {
-            plan.again_in(NEXT_LEADERS_MS);
+            plan.request_plan_in(NEXT_LEADERS_MS);
             return;
         } else if let Some(value) = value.elect(preferred, |id| input.is_live(id), case.min_insync) {
             remaining -= 1;

@@ -206,7 +206,7 @@ impl PlannerInput<'_> {
         let (Some(after_ms), false) = (self.limits.replace_after_ms, self.is_live(id)) else { return false };
         let offline_ms = self.offline_ms.get(&id).copied().unwrap_or(0);
         if offline_ms < after_ms {
-            plan.again_in(after_ms - offline_ms);
+            plan.request_plan_in(after_ms - offline_ms);
         }
         offline_ms >= after_ms
     }
@@ -251,7 +251,7 @@ impl PlannerInput<'_> {
 
 impl ClusterPlan {
     /// Requests a plan after this time, or sooner.
-    fn again_in(&mut self, ms: u64) {
+    fn request_plan_in(&mut self, ms: u64) {
         self.next_plan_ms = Some(self.next_plan_ms.map_or(ms, |earlier| earlier.min(ms)));
     }
 }

@@ -94,10 +94,10 @@ pub(super) fn begin(
     moved.append(&mut start_queued(input, cases, &mut budget, &mut placement, plan));
     for case in cases.iter().filter(|case| !case.is_reassigning() && case.value.leader.is_some()) {
         // A startable request of an operator takes precedence.
-        if startable(input, case, &placement).is_some() {
+        if try_start_queued(input, case, &placement).is_some() {
             continue;
         }
-        let Some((target, reason)) = wanted(input, case, &placement, plan) else { continue };
+        let Some((target, reason)) = choose_target(input, case, &placement, plan) else { continue };
         let Some(value) = case.value.start_reassignment(&target) else { continue };
         if budget.take(&value.adding) {
             placement.add_load(&value.adding);
@@ -150,7 +150,7 @@ fn start_queued(
 ) -> BTreeSet<PartitionId> {
     let mut moved = BTreeSet::new();
     for case in cases.iter().filter(|case| case.value.has_queued() && !case.is_reassigning()) {
-        match startable(input, case, placement) {
+        match try_start_queued(input, case, placement) {
             Some(value) if budget.take(&value.adding) => {
                 placement.add_load(&value.adding);
                 moved.insert(case.id);
@@ -167,7 +167,11 @@ fn start_queued(
 
 /// Returns the value with the queued reassignment started. Returns `None` if none is queued, there is no leader to copy
 /// from, or a new broker is offline, unreachable or at its replica limit.
-fn startable(input: &PlannerInput<'_>, case: &PartitionCase<'_>, placement: &Placement) -> Option<PartitionValue> {
+fn try_start_queued(
+    input: &PlannerInput<'_>,
+    case: &PartitionCase<'_>,
+    placement: &Placement,
+) -> Option<PartitionValue> {
     case.value.leader?;
     let value = case.value.start_queued().filter(|_| !case.is_reassigning())?;
     value.adding.iter().all(|id| input.is_reachable(*id) && placement.is_below_bound(*id)).then_some(value)
@@ -175,7 +179,7 @@ fn startable(input: &PlannerInput<'_>, case: &PartitionCase<'_>, placement: &Pla
 
 /// Returns the replicas that a partition should have, if they differ from the present ones. With too few brokers, some
 /// replicas that should be removed stay.
-fn wanted(
+fn choose_target(
     input: &PlannerInput<'_>,
     case: &PartitionCase<'_>,
     placement: &Placement,
@@ -184,7 +188,7 @@ fn wanted(
     let (replicas, id) = (&case.value.replicas, case.id);
     let factor = usize::try_from(case.topic.replication_factor).ok()?;
     if replicas.len() > factor
-        && let Some(target) = fewer(input, case, factor)
+        && let Some(target) = choose_remaining(input, case, factor)
     {
         return Some((target, ChangeReason::ReplicationFactor));
     }
@@ -237,7 +241,7 @@ fn replicas_to_remove(
 
 /// Returns the replicas that stay if the factor shrinks; `None` while too few of them would be in sync. Order of
 /// preference: the leader, in sync, live, not drained, alone in its rack, first in the list.
-fn fewer(input: &PlannerInput<'_>, case: &PartitionCase<'_>, factor: usize) -> Option<Vec<BrokerId>> {
+fn choose_remaining(input: &PlannerInput<'_>, case: &PartitionCase<'_>, factor: usize) -> Option<Vec<BrokerId>> {
     let value = case.value;
     let mut kept: Vec<BrokerId> = Vec::new();
     let mut rest: Vec<BrokerId> = value.replicas.clone();
@@ -261,7 +265,7 @@ fn fewer(input: &PlannerInput<'_>, case: &PartitionCase<'_>, factor: usize) -> O
 /// the most uneven pair and never reduces the number of racks of a partition.
 fn balance(input: &PlannerInput<'_>, cases: &[PartitionCase<'_>], placement: &Placement) -> Option<PlannedChange> {
     let mut brokers: Vec<(usize, BrokerId)> =
-        placement.steady().map(|(id, BrokerLoad { replicas, .. })| (replicas, id)).collect();
+        placement.accepting_brokers().map(|(id, BrokerLoad { replicas, .. })| (replicas, id)).collect();
     brokers.sort_unstable();
     let uneven = |max: usize, min: usize| max > min + MIN_IMBALANCE && max * 100 > min * (100 + MIN_IMBALANCE_PERCENT);
     brokers.iter().rev().find_map(|(max, from)| {

@@ -95,16 +95,16 @@ impl World {
         self.update_flags(number, |value| value.disk_pressure = true);
     }
 
-    fn bound(&mut self, number: u32, max: u32) {
+    fn limit_replicas(&mut self, number: u32, max: u32) {
         self.update_flags(number, |value| value.max_replicas = Some(max));
     }
 
     /// Removes the address for other brokers from the registration.
-    fn hide(&mut self, number: u32) {
+    fn remove_peer_address(&mut self, number: u32) {
         self.update_flags(number, |value| value.listeners = Endpoints::new("a:1".to_owned()));
     }
 
-    fn held(&self, number: u32) -> usize {
+    fn replica_count(&self, number: u32) -> usize {
         self.metadata().partitions_on(BrokerId(number)).len()
     }
 
@@ -115,7 +115,7 @@ impl World {
         self.put(&Key::Broker(BrokerId(number)), &value);
     }
 
-    fn go(&mut self, number: u32, offline_ms: u64) {
+    fn unregister(&mut self, number: u32, offline_ms: u64) {
         self.entries.remove(&self.keys.broker(BrokerId(number)));
         self.revision = self.revision.next();
         self.offline_ms.insert(BrokerId(number), offline_ms);
@@ -183,7 +183,7 @@ impl World {
     }
 
     /// Plans and replicates until no change remains.
-    fn settle(&mut self, min_insync: usize) -> usize {
+    fn plan_until_stable(&mut self, min_insync: usize) -> usize {
         for pass in 0..200 {
             let (plan, before) = (self.plan(), self.revision);
             self.apply_plan(&plan);
@@ -201,7 +201,7 @@ fn steps(plan: &ClusterPlan) -> Vec<(ChangeReason, PartitionValue)> {
 }
 
 /// Returns the only change of a plan.
-fn only(world: &World) -> (ChangeReason, PartitionValue) {
+fn only_step(world: &World) -> (ChangeReason, PartitionValue) {
     let steps = steps(&world.plan());
     assert_eq!(steps.len(), 1, "{steps:?}");
     steps[0].clone()
@@ -216,14 +216,14 @@ fn healthy_cluster_needs_no_changes() {
 #[test]
 fn first_staying_in_sync_replica_is_elected() {
     let mut world = World::of(&["a", "b", "c"], 3, 1, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
-    world.go(1, 0);
-    let (reason, elected) = only(&world);
+    world.unregister(1, 0);
+    let (reason, elected) = only_step(&world);
     assert_eq!((reason, elected.leader, &elected.isr), (ChangeReason::Elected, Some(BrokerId(2)), &ids(&[2, 3])));
     assert_eq!(elected.leader_epoch, LeaderEpoch(6));
     world.stop(2);
-    assert_eq!(only(&world).1.leader, Some(BrokerId(3)), "a stopping broker would transfer leadership at once");
-    world.go(3, 0);
-    assert_eq!(only(&world).1.leader, Some(BrokerId(2)), "a stopping broker is better than no leader");
+    assert_eq!(only_step(&world).1.leader, Some(BrokerId(3)), "a stopping broker would transfer leadership at once");
+    world.unregister(3, 0);
+    assert_eq!(only_step(&world).1.leader, Some(BrokerId(2)), "a stopping broker is better than no leader");
 }
 
 #[test]
@@ -231,16 +231,16 @@ fn partition_without_candidate_is_leaderless_and_blocked() {
     let mut lost = value(&[1, 2, 3], Some(1), &[1]);
     lost.elr = ids(&[2]);
     let mut world = World::of(&["a", "b", "c"], 3, 2, vec![lost]);
-    world.go(1, 0);
-    world.go(2, 0);
+    world.unregister(1, 0);
+    world.unregister(2, 0);
     let plan = world.plan();
     assert_eq!(plan.waiting, [(id(0), BlockedReason::NoLeader)]);
-    assert_eq!(only(&world).0, ChangeReason::Leaderless);
+    assert_eq!(only_step(&world).0, ChangeReason::Leaderless);
     world.apply_plan(&plan);
     let plan = world.plan();
     assert_eq!((plan.steps.len(), plan.waiting.len()), (0, 1), "3 lacks committed records");
     world.come(2, "b");
-    let (reason, elected) = only(&world);
+    let (reason, elected) = only_step(&world);
     assert_eq!((reason, elected.leader, elected.isr), (ChangeReason::Elected, Some(BrokerId(2)), ids(&[2])));
 }
 
@@ -249,7 +249,7 @@ fn stopping_leader_transfers_to_running_replica() {
     let values = vec![value(&[1, 2, 3], Some(1), &[1, 2, 3]), value(&[2, 1, 3], Some(2), &[2, 1, 3])];
     let mut world = World::of(&["a", "b", "c"], 3, 2, values);
     world.stop(1);
-    let (reason, transferred) = only(&world);
+    let (reason, transferred) = only_step(&world);
     assert_eq!(
         (reason, transferred.leader, transferred.isr),
         (ChangeReason::ControlledShutdown, Some(BrokerId(2)), ids(&[1, 2, 3]))
@@ -264,23 +264,23 @@ fn stopping_leader_transfers_to_running_replica() {
 fn full_disk_leader_transfers_unless_no_other_can_lead() {
     let mut world = World::of(&["", "", ""], 3, 1, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
     world.update_flags(1, |value| value.disk_full = true);
-    let (reason, transferred) = only(&world);
+    let (reason, transferred) = only_step(&world);
     assert_eq!(
         (reason, transferred.leader, transferred.isr.len()),
         (ChangeReason::ControlledShutdown, Some(BrokerId(2)), 3)
     );
-    world.settle(1);
+    world.plan_until_stable(1);
     assert_eq!(world.partition(0).leader, Some(BrokerId(2)), "leadership does not return to the preferred leader");
     for number in [2, 3] {
         world.update_flags(number, |value| value.disk_full = true);
     }
     assert_eq!(world.plan().steps, [], "no other leader would be better");
     world.update_flags(3, |value| value.disk_full = false);
-    world.go(2, 0);
-    assert_eq!(only(&world).1.leader, Some(BrokerId(3)), "a broker with disk space is elected first");
-    world.settle(1);
+    world.unregister(2, 0);
+    assert_eq!(only_step(&world).1.leader, Some(BrokerId(3)), "a broker with disk space is elected first");
+    world.plan_until_stable(1);
     world.update_flags(1, |value| value.disk_full = false);
-    world.settle(1);
+    world.plan_until_stable(1);
     assert_eq!(world.partition(0).leader, Some(BrokerId(1)));
 
     let mut single_in_sync = World::of(&["", ""], 2, 1, vec![value(&[1, 2], Some(1), &[1])]);
@@ -295,13 +295,13 @@ fn reassignment_copies_before_it_removes() {
     world.put(&Key::Partition(id(0)), &started);
     assert_eq!(world.plan().steps, [], "4 has not caught up");
     world.replicate(2);
-    let (reason, step) = only(&world);
+    let (reason, step) = only_step(&world);
     assert_eq!(
         (reason, step.leader),
         (ChangeReason::ControlledShutdown, Some(BrokerId(4))),
         "the leader is removed: another one is elected first"
     );
-    world.settle(2);
+    world.plan_until_stable(2);
     let value = world.partition(0);
     assert_eq!((value.replicas, value.leader), (ids(&[4, 2, 3]), Some(BrokerId(4))));
 }
@@ -313,11 +313,11 @@ fn reassignment_completes_only_with_a_live_leader() {
     let started = world.partition(0).start_reassignment(&ids(&[2])).unwrap();
     let copied = PartitionValue { isr: ids(&[1, 2]), leader: None, ..started };
     world.put(&Key::Partition(id(0)), &copied);
-    world.go(1, 1000);
-    world.go(2, 1000);
+    world.unregister(1, 1000);
+    world.unregister(2, 1000);
     assert_eq!(world.plan().steps, []);
     world.come(1, "");
-    let (reason, step) = only(&world);
+    let (reason, step) = only_step(&world);
     assert_eq!((reason, step.leader, step.replicas.len()), (ChangeReason::Elected, Some(BrokerId(1)), 2));
 }
 
@@ -343,10 +343,10 @@ fn reassignment_keeps_replicas_that_min_isr_needs() {
     // A replica that is not in sync can be removed.
     let dropped = started.shrink(&BTreeSet::from([BrokerId(3)]), 2);
     world.put(&Key::Partition(id(0)), &dropped);
-    assert_eq!(only(&world).0, ChangeReason::ReassignmentCompleted);
+    assert_eq!(only_step(&world).0, ChangeReason::ReassignmentCompleted);
     world.put(&Key::Partition(id(0)), &started);
     world.replicate(2);
-    let (reason, step) = only(&world);
+    let (reason, step) = only_step(&world);
     assert_eq!((reason, step.replicas, step.isr), (ChangeReason::ReassignmentCompleted, ids(&[1, 2]), ids(&[1, 2])));
 }
 
@@ -365,18 +365,18 @@ fn queued_reassignments_start_first_and_within_limits() {
         assert!(!value.has_queued(), "a started reassignment is no longer queued");
     }
     world.limits.max_reassignments = 1;
-    assert_eq!(only(&world).0, ChangeReason::ReassignmentStarted, "the drained broker waits longer");
-    world.settle(1);
+    assert_eq!(only_step(&world).0, ChangeReason::ReassignmentStarted, "the drained broker waits longer");
+    world.plan_until_stable(1);
     assert!((0..5).all(|number| world.partition(number).replicas == ids(&[1, 4])));
     assert!(!world.partition(5).replicas.contains(&BrokerId(3)));
 
     let mut world =
         World::of(&["", "", ""], 2, 1, vec![value(&[1, 2], Some(1), &[1, 2]).queue_reassignment(&ids(&[1, 3]))]);
-    world.go(3, 0);
+    world.unregister(3, 0);
     let plan = world.plan();
     assert_eq!((plan.steps.len(), &*plan.waiting), (0, &[(id(0), BlockedReason::QueuedTarget)][..]));
     world.come(3, "");
-    world.settle(1);
+    world.plan_until_stable(1);
     assert_eq!(world.partition(0).replicas, ids(&[1, 3]), "the reassignment starts when the broker is online");
 }
 
@@ -385,14 +385,14 @@ fn changed_factor_is_applied() {
     let values = (0..6).map(|_| value(&[1], Some(1), &[1])).collect();
     let mut world = World::of(&["a", "b", "a", "b"], 1, 1, values);
     world.topic(3, 1, 6);
-    world.settle(1);
+    world.plan_until_stable(1);
     for number in 0..6 {
         let value = world.partition(number);
         assert_eq!((value.replicas.len(), value.isr.len()), (3, 3));
         assert!(value.replicas.iter().any(|id| id.0 % 2 == 0), "both racks: {value:?}");
     }
     world.topic(2, 1, 6);
-    world.settle(1);
+    world.plan_until_stable(1);
     for number in 0..6 {
         let value = world.partition(number);
         assert_eq!((value.replicas.len(), value.isr.len()), (2, 2));
@@ -405,17 +405,17 @@ fn replicas_are_replaced_only_after_replace_delay() {
     let values = (0..4).map(|_| value(&[1, 2, 3], Some(1), &[1, 2, 3])).collect();
     let mut world = World::of(&["", "", "", ""], 3, 2, values);
     world.limits.balance = false;
-    world.go(3, 1000);
+    world.unregister(3, 1000);
     world.replicate(2);
     let plan = world.plan();
     assert_eq!((plan.steps.len(), plan.next_plan_ms), (0, Some(30 * 60 * 1000 - 1000)));
-    world.go(3, 30 * 60 * 1000);
+    world.unregister(3, 30 * 60 * 1000);
     let plan = world.plan();
     assert!(plan.steps.iter().all(|step| step.reason == ChangeReason::BrokerReplaced));
     assert_eq!(plan.steps.len(), 2, "the limit per broker");
-    world.settle(2);
+    world.plan_until_stable(2);
     assert!((0..4).all(|number| world.partition(number).replicas == ids(&[1, 2, 4])));
-    world.go(4, 30 * 60 * 1000);
+    world.unregister(4, 30 * 60 * 1000);
     let plan = world.plan();
     assert_eq!((plan.steps.len(), plan.waiting.len()), (0, 4), "no broker is available: {plan:?}");
 }
@@ -426,7 +426,7 @@ fn drained_broker_is_emptied_and_stays_empty() {
         vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 3], Some(2), &[2, 3]), value(&[3, 1], Some(3), &[3, 1])];
     let mut world = World::of(&["", "", ""], 2, 1, values);
     world.drain(1);
-    world.settle(1);
+    world.plan_until_stable(1);
     for number in 0..3 {
         let value = world.partition(number);
         assert!(!value.replicas.contains(&BrokerId(1)) && value.replicas.len() == 2, "{value:?}");
@@ -440,7 +440,7 @@ fn leadership_returns_to_stable_preferred_leader() {
     let plan = world.plan();
     assert_eq!((plan.steps.len(), plan.next_plan_ms), (0, Some(20_000)));
     world.online_ms.insert(BrokerId(1), 30_000);
-    let (reason, step) = only(&world);
+    let (reason, step) = only_step(&world);
     assert_eq!((reason, step.leader), (ChangeReason::PreferredLeader, Some(BrokerId(1))));
 }
 
@@ -448,10 +448,10 @@ fn leadership_returns_to_stable_preferred_leader() {
 fn new_broker_gets_its_share_within_racks() {
     let values = (0..12).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect();
     let mut world = World::of(&["a", "b", "b"], 2, 1, values);
-    world.settle(1);
-    let held = |broker| (0..12).filter(|n| world.partition(*n).replicas.contains(&BrokerId(broker))).count();
-    assert_eq!(held(1), 12, "alone in its rack");
-    assert!(held(3) >= 5, "{}", held(3));
+    world.plan_until_stable(1);
+    let replica_count = |broker| (0..12).filter(|n| world.partition(*n).replicas.contains(&BrokerId(broker))).count();
+    assert_eq!(replica_count(1), 12, "alone in its rack");
+    assert!(replica_count(3) >= 5, "{}", replica_count(3));
     let mut world = World::of(&["a", "b", "b"], 2, 1, (0..12).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect());
     world.fill(3);
     assert_eq!(world.plan().steps, [], "no replica moves to a broker under disk pressure");
@@ -462,44 +462,44 @@ fn broker_at_replica_limit_is_skipped_by_every_rule() {
     // Lost replicas, up to the limit.
     let values = (0..4).map(|_| value(&[1, 2, 3], Some(1), &[1, 2, 3])).collect();
     let mut world = World::of(&["", "", "", ""], 3, 2, values);
-    world.bound(4, 3);
-    world.go(3, 30 * 60 * 1000);
+    world.limit_replicas(4, 3);
+    world.unregister(3, 30 * 60 * 1000);
     world.replicate(2);
-    world.settle(2);
-    assert_eq!(world.held(4), 3);
+    world.plan_until_stable(2);
+    assert_eq!(world.replica_count(4), 3);
     assert_eq!(world.plan().waiting, [(id(3), BlockedReason::NoBrokers)]);
-    world.bound(4, 4);
-    world.settle(2);
-    assert_eq!((world.held(4), world.plan().waiting), (4, vec![]), "the raised limit suffices");
+    world.limit_replicas(4, 4);
+    world.plan_until_stable(2);
+    assert_eq!((world.replica_count(4), world.plan().waiting), (4, vec![]), "the raised limit suffices");
 
     // A raised factor, and a drain.
     let mut world = World::of(&["", ""], 1, 1, (0..4).map(|_| value(&[1], Some(1), &[1])).collect());
     world.limits.balance = false;
-    world.bound(2, 3);
+    world.limit_replicas(2, 3);
     world.topic(2, 1, 4);
-    world.settle(1);
-    assert_eq!(world.held(2), 3);
+    world.plan_until_stable(1);
+    assert_eq!(world.replica_count(2), 3);
     let mut world = World::of(&["", ""], 1, 1, (0..4).map(|_| value(&[1], Some(1), &[1])).collect());
-    world.bound(2, 1);
+    world.limit_replicas(2, 1);
     world.drain(1);
-    world.settle(1);
-    assert_eq!((world.held(1), world.held(2)), (3, 1));
+    world.plan_until_stable(1);
+    assert_eq!((world.replica_count(1), world.replica_count(2)), (3, 1));
 
     // A queued reassignment waits for capacity; one that needs none does not.
     let queued = |_| value(&[1], Some(1), &[1]).queue_reassignment(&ids(&[2]));
     let mut world = World::of(&["", ""], 1, 1, (0..2).map(queued).collect());
     world.limits.balance = false;
-    world.bound(2, 1);
-    world.settle(1);
-    assert_eq!((world.held(2), world.plan().waiting), (1, vec![(id(1), BlockedReason::QueuedTarget)]));
+    world.limit_replicas(2, 1);
+    world.plan_until_stable(1);
+    assert_eq!((world.replica_count(2), world.plan().waiting), (1, vec![(id(1), BlockedReason::QueuedTarget)]));
 
     // Balance: the least loaded broker takes none at its limit, and a full broker gives.
     let mut world = World::of(&["", "", ""], 1, 1, (0..12).map(|_| value(&[1], Some(1), &[1])).collect());
-    world.bound(1, 12);
-    world.bound(2, 0);
-    world.settle(1);
-    assert_eq!((world.held(1) + world.held(3), world.held(2)), (12, 0));
-    assert!(world.held(3) >= 5, "{}", world.held(3));
+    world.limit_replicas(1, 12);
+    world.limit_replicas(2, 0);
+    world.plan_until_stable(1);
+    assert_eq!((world.replica_count(1) + world.replica_count(3), world.replica_count(2)), (12, 0));
+    assert!(world.replica_count(3) >= 5, "{}", world.replica_count(3));
 }
 
 prop_compose! {
@@ -526,14 +526,14 @@ prop_compose! {
         }).collect();
         let mut world = World::of(&racks, factor.min(count), min_insync, values);
         for (number, lost) in offline.into_iter().filter(|(number, _)| *number <= count) {
-            world.go(number, if lost { 1 << 40 } else { 0 });
+            world.unregister(number, if lost { 1 << 40 } else { 0 });
         }
         for number in stops.into_iter().filter(|number| world.is_live(BrokerId(*number))).collect::<Vec<_>>() {
             world.stop(number);
         }
         drains.into_iter().for_each(|number| world.drain(number));
         for (number, max) in bounds.into_iter().filter(|(number, _)| world.is_live(BrokerId(*number))).collect::<Vec<_>>() {
-            world.bound(number, max);
+            world.limit_replicas(number, max);
         }
         (world, min_insync)
     }
@@ -558,7 +558,7 @@ proptest! {
             }
             world.apply_plan(&plan);
             for (broker, entry) in before.metadata().brokers() {
-                let (before_count, after_count) = (before.held(broker.0), world.held(broker.0));
+                let (before_count, after_count) = (before.replica_count(broker.0), world.replica_count(broker.0));
                 let max = entry.value.max_replicas.map_or(usize::MAX, |max| max as usize);
                 prop_assert!(
                     after_count <= before_count.max(max),

@@ -45,13 +45,13 @@ impl World {
         record.map(|entry| entry.mod_revision)
     }
 
-    async fn registered(&self) -> Option<Revision> {
+    async fn registered_revision(&self) -> Option<Revision> {
         self.store.get(KEY).await.expect("the store responds").entry.map(|entry| entry.create_revision)
     }
 
     async fn lease_ends(&self) {
         self.store.tick(clock::monotonic() + TIME * 2).await.expect("the store responds");
-        assert_eq!(self.registered().await, None);
+        assert_eq!(self.registered_revision().await, None);
     }
 }
 
@@ -60,7 +60,7 @@ async fn until(session: &Session, holds: impl Fn(&SessionState) -> bool) -> Sess
     session.state().wait_for(holds).await.expect("the session runs").clone()
 }
 
-fn registered(state: &SessionState) -> bool {
+fn is_registered(state: &SessionState) -> bool {
     matches!(state, SessionState::Registered { .. })
 }
 
@@ -73,9 +73,9 @@ async fn broker_stays_registered_until_session_ends() {
         assert!(session.lease_remaining() > TIME / 3, "{:?}", session.lease_remaining());
         world.store.tick(clock::monotonic()).await.expect("the store responds");
     }
-    assert_eq!(world.registered().await, session.epoch());
+    assert_eq!(world.registered_revision().await, session.epoch());
     session.leave().await;
-    assert_eq!(world.registered().await, None);
+    assert_eq!(world.registered_revision().await, None);
     world.tasks.stop().await;
 }
 
@@ -94,8 +94,8 @@ async fn lost_registration_is_recreated_with_new_epoch() {
         let previous = before;
         let now =
             until(&session, |state| matches!(state, SessionState::Registered { epoch, .. } if Some(*epoch) > previous));
-        assert!(registered(&now.await));
-        assert_eq!(world.registered().await, session.epoch());
+        assert!(is_registered(&now.await));
+        assert_eq!(world.registered_revision().await, session.epoch());
         before = session.epoch();
     }
     world.tasks.stop().await;
@@ -111,15 +111,15 @@ async fn lost_registration_is_retried_only_by_timer() {
     link.transactions([Some(Fault::Refused); 8]);
     world.store.transact(Transaction::new().delete(KEY)).await.expect("the store responds");
     until(&session, |state| *state == SessionState::Lost).await;
-    let before = link.transacted();
+    let before = link.transaction_count();
     for number in 0..100 {
         let other = format!("/strandline/test/drains/{number}");
         world.store.transact(Transaction::new().put(other, "{}")).await.expect("the store responds");
         tokio::task::yield_now().await;
     }
-    assert!(link.transacted() <= before + 1, "{} attempts", link.transacted() - before);
+    assert!(link.transaction_count() <= before + 1, "{} attempts", link.transaction_count() - before);
     let started = clock::monotonic();
-    until(&session, registered).await;
+    until(&session, is_registered).await;
     assert!(started.elapsed() <= RETRY_INTERVAL * 9, "{:?}", started.elapsed());
     world.tasks.stop().await;
 }
@@ -137,7 +137,7 @@ async fn id_of_other_directory_is_awaited_for_lease_duration() {
         tokio::time::sleep(TIME / 2).await;
         first.leave().await;
     });
-    assert_eq!(world.registered().await, second.expect("the other process has exited").epoch());
+    assert_eq!(world.registered_revision().await, second.expect("the other process has exited").epoch());
     world.tasks.stop().await;
 }
 
@@ -148,16 +148,16 @@ async fn registration_of_unknown_format_is_awaited_and_kept() {
     let lease = world.store.grant(TIME * 9).await.expect("the store responds");
     let other = Transaction::new().put_leased(KEY, &br#"{"client_address":"a:1","directory_id":"d"}"#[..], lease);
     world.store.transact(other).await.expect("the store responds");
-    let (before, started) = (world.registered().await, clock::monotonic());
+    let (before, started) = (world.registered_revision().await, clock::monotonic());
     let error = world.register("d", "q").await.expect_err("its process may be running");
     assert_eq!(error, RegisterError::Taken { id: BrokerId(1), address: "an unknown address".to_owned() });
-    assert!(started.elapsed() > TIME && world.registered().await == before);
+    assert!(started.elapsed() > TIME && world.registered_revision().await == before);
     let (session, revoked) = tokio::join!(world.register("d", "q"), async {
         tokio::time::sleep(TIME / 2).await;
         world.store.revoke(lease).await
     });
     revoked.expect("the store responds");
-    assert_eq!(world.registered().await, session.expect("the lease has ended").epoch());
+    assert_eq!(world.registered_revision().await, session.expect("the lease has ended").epoch());
     world.tasks.stop().await;
 }
 
@@ -173,7 +173,7 @@ async fn suspended_process_detects_that_it_is_superseded() {
     world.store.revoke(lease(&first)).await.expect("the store responds");
     let state = until(&first, |state| matches!(state, SessionState::Superseded { .. })).await;
     assert_eq!(state, SessionState::Superseded { address: "q:1".to_owned() });
-    assert_eq!(world.registered().await, second.epoch());
+    assert_eq!(world.registered_revision().await, second.epoch());
     tasks.stop().await;
     world.tasks.stop().await;
 }
@@ -194,7 +194,7 @@ async fn process_superseded_during_verification_cannot_register() {
     let error =
         late.register(directory_revision, &world.metadata, &world.tasks).await.expect_err("an old directory record");
     assert_eq!(error, RegisterError::Superseded { id: BrokerId(1) });
-    assert_eq!(world.registered().await, winner.epoch());
+    assert_eq!(world.registered_revision().await, winner.epoch());
     world.tasks.stop().await;
 }
 
@@ -211,12 +211,12 @@ async fn disk_flags_keep_epoch_and_survive_reregistration() {
     assert_eq!(flags().await, (false, BrokerState::Running));
     let (pressure, disk_full) = tokio::join!(session.set_disk_pressure(true), session.set_disk_full(true));
     pressure.and(disk_full).expect("the store responds");
-    assert_eq!((flags().await, world.registered().await), ((true, BrokerState::Running), epoch));
+    assert_eq!((flags().await, world.registered_revision().await), ((true, BrokerState::Running), epoch));
     let entry = world.store.get(KEY).await.expect("the store responds").entry.expect("registered");
     assert!(BrokerValue::decode(KEY, &entry.value).expect("valid").disk_full);
     let (full, stopping) = tokio::join!(session.set_disk_pressure(false), session.stopping());
     full.and(stopping).expect("the store responds");
-    assert_eq!((flags().await, world.registered().await), ((false, BrokerState::Stopping), epoch));
+    assert_eq!((flags().await, world.registered_revision().await), ((false, BrokerState::Stopping), epoch));
     session.set_disk_pressure(true).await.expect("the store responds");
     world.lease_ends().await;
     until(&session, |state| matches!(state, SessionState::Registered { epoch: now, .. } if Some(*now) > epoch)).await;
@@ -235,7 +235,7 @@ async fn stopping_flag_keeps_epoch_and_survives_loss() {
     };
     assert_eq!(state().await, BrokerState::Running);
     session.stopping().await.expect("the store responds");
-    assert_eq!((state().await, world.registered().await), (BrokerState::Stopping, epoch));
+    assert_eq!((state().await, world.registered_revision().await), (BrokerState::Stopping, epoch));
     world.lease_ends().await;
     until(&session, |state| matches!(state, SessionState::Registered { epoch: now, .. } if Some(*now) > epoch)).await;
     assert_eq!(state().await, BrokerState::Stopping);

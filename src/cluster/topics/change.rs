@@ -1,6 +1,6 @@
 //! Changes of a topic: configuration, partition count and deletion. Each is a compare-and-set of the topic's key.
 
-use super::{BrokerCounts, MAX_ATTEMPTS, TopicInfo, Topics, UnknownTopic, checked};
+use super::{BrokerCounts, MAX_ATTEMPTS, TopicInfo, Topics, UnknownTopic, check_config};
 use crate::{
     cluster::{
         keys::{TombstoneValue, TopicValue, Value as _},
@@ -144,10 +144,10 @@ impl Topics {
             value.config.extend(TopicConfig::normalize(set.clone()));
             value.config.retain(|key, _| !unset.contains(key));
             if let Some(asked) = replication_factor {
-                self.affordable(asked, &value).await?;
+                self.check_capacity(asked, &value).await?;
                 value.replication_factor = asked;
             }
-            checked(&self.defaults, &value.config, value.replication_factor)?;
+            check_config(&self.defaults, &value.config, value.replication_factor)?;
             let transaction = Transaction::new()
                 .when(Compare::ModRevision(entry.key.clone(), entry.mod_revision))
                 .put(entry.key, value.encode());
@@ -160,7 +160,7 @@ impl Topics {
     }
 
     /// Checks that the brokers have capacity for a replication factor. One that does not grow needs no capacity.
-    async fn affordable(&self, asked: u32, topic: &TopicValue) -> Result<(), AlterError> {
+    async fn check_capacity(&self, asked: u32, topic: &TopicValue) -> Result<(), AlterError> {
         if asked == 0 || asked > limits::MAX_REPLICAS {
             return Err(AlterError::Replicas { asked });
         }
@@ -208,7 +208,7 @@ impl Topics {
             if to <= value.partitions {
                 return Err(AddPartitionsError::NotMore { name: name.clone(), has: value.partitions, to });
             }
-            let placed = self.first_values(value.id, value.partitions..to, value.replication_factor).await;
+            let placed = self.place_partitions(value.id, value.partitions..to, value.replication_factor).await;
             let (puts, reservation) = placed.map_err(|bound| match bound {
                 Some(bound) => bound.into(),
                 None => {
@@ -218,14 +218,14 @@ impl Topics {
             })?;
             // While the topic is unchanged, these partitions do not count, so existing keys may be overwritten.
             let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
-            if !self.in_chunks(std::slice::from_ref(&same), puts).await? {
+            if !self.transact_in_chunks(std::slice::from_ref(&same), puts).await? {
                 continue;
             }
             let first = self.keys.partition(PartitionId::new(value.id, value.partitions));
             let value = TopicValue { partitions: to, ..value };
             let transaction = Transaction::new().when(same).when(Compare::Exists(first)).put(entry.key, value.encode());
             if let TxnOutcome::Committed { revision } = known_outcome(&*self.store, &transaction).await? {
-                reservation.made(revision);
+                reservation.mark_written(revision);
                 return Ok(TopicInfo { name: name.clone(), value, revision });
             }
             tried = Some(value);
@@ -273,7 +273,7 @@ impl Topics {
     async fn delete_rest(&self, name: &TopicName, value: &TopicValue) {
         let ids = (0..value.partitions).map(|number| PartitionId::new(value.id, number));
         let ops = ids.flat_map(|id| [self.keys.partition(id), self.keys.tier(id)]).map(|key| TxnOp::Delete { key });
-        if let Err(error) = self.in_chunks(&[], ops).await {
+        if let Err(error) = self.transact_in_chunks(&[], ops).await {
             tracing::info!(
                 topic = %name, id = %value.id, %error,
                 "keys of a deleted topic remain until the next sweep"

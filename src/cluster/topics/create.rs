@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{MAX_OPS_PER_TXN, TopicInfo, Topics, checked};
+use super::{MAX_OPS_PER_TXN, TopicInfo, Topics, check_config};
 use crate::{
     cluster::{
         keys::{TopicValue, Value as _},
@@ -145,7 +145,7 @@ impl Topics {
         let TopicSpec { name, partitions, replication_factor, config, validate_only } = new;
         let id = TopicId::new(random::uuid());
         let value = TopicValue { id, partitions, replication_factor, config: TopicConfig::normalize(config) };
-        let placed = self.first_values(id, 0..partitions, replication_factor).await;
+        let placed = self.place_partitions(id, 0..partitions, replication_factor).await;
         let (mut puts, reservation) = placed.map_err(|bound| match bound {
             Some(bound) => bound.into(),
             None => CreateError::Brokers { asked: replication_factor, there: BrokerCounts::of(&self.metadata.state()) },
@@ -179,7 +179,7 @@ impl Topics {
                 entry.mod_revision
             }
         };
-        reservation.made(revision);
+        reservation.mark_written(revision);
         Ok(TopicInfo { name, value, revision })
     }
 
@@ -219,7 +219,7 @@ impl Topics {
         if usize::try_from(asked).is_ok_and(|asked| asked > counts.eligible_brokers()) {
             return Err(CreateError::Brokers { asked, there: counts });
         }
-        checked(&self.defaults, &new.config, asked)?;
+        check_config(&self.defaults, &new.config, asked)?;
         if state.topic(&new.name).is_some() {
             return Err(CreateError::Exists { name: new.name.clone() });
         }

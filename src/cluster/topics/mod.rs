@@ -161,7 +161,7 @@ impl Topics {
 
     /// Applies operations in transactions of at most `MAX_OPS_PER_TXN`, each under these conditions. Returns false
     /// if a transaction was rejected; the earlier ones are applied. The operations must be idempotent.
-    async fn in_chunks(
+    async fn transact_in_chunks(
         &self,
         conditions: &[Compare],
         ops: impl IntoIterator<Item = TxnOp, IntoIter: Send>,
@@ -181,7 +181,7 @@ impl Topics {
 
     /// Returns the first values of new partitions, and a reservation of their replicas. The error is `None` if
     /// there are too few brokers for the replicas.
-    async fn first_values(
+    async fn place_partitions(
         &self,
         topic: TopicId,
         numbers: Range<u32>,
@@ -202,7 +202,7 @@ impl Topics {
 }
 
 /// Checks that a topic's configuration is valid over the broker's defaults and possible with this number of replicas.
-fn checked(defaults: &ConfigMap, config: &ConfigMap, replicas: u32) -> Result<(), InvalidConfig> {
+fn check_config(defaults: &ConfigMap, config: &ConfigMap, replicas: u32) -> Result<(), InvalidConfig> {
     TopicConfig::resolve(defaults, config)?.check_replicas(replicas)
 }
 

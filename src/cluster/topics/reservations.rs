@@ -45,11 +45,11 @@ struct ReservedReplicas {
     replicas: BTreeMap<BrokerId, usize>,
     /// Revision since which the metadata contains the replicas; `None` before the write. A snapshot of that revision
     /// shows them.
-    made: Option<Revision>,
+    written_at: Option<Revision>,
 }
 
-/// A reservation of replicas that are being placed. Released when dropped, unless [`ReplicaReservation::made`] was
-/// called.
+/// A reservation of replicas that are being placed. Released when dropped, unless
+/// [`ReplicaReservation::mark_written`] was called.
 #[derive(Debug)]
 pub(super) struct ReplicaReservation {
     number: u64,
@@ -82,7 +82,9 @@ impl ReplicaReservations {
         let mut placement = Placement::of(snapshot);
         {
             let mut state = self.state.lock();
-            state.reserved.retain(|_, reserved| reserved.made.is_none_or(|made| snapshot.revision() < made));
+            state
+                .reserved
+                .retain(|_, reserved| reserved.written_at.is_none_or(|written_at| snapshot.revision() < written_at));
             for (id, replicas) in state.reserved.values().flat_map(|reserved| &reserved.replicas) {
                 placement.add_loads(*id, *replicas);
             }
@@ -94,16 +96,16 @@ impl ReplicaReservations {
         let mut state = self.state.lock();
         let number = state.next;
         state.next += 1;
-        state.reserved.insert(number, ReservedReplicas { replicas, made: None });
+        state.reserved.insert(number, ReservedReplicas { replicas, written_at: None });
         Ok((placed, ReplicaReservation { number, reservations: self.clone() }))
     }
 }
 
 impl ReplicaReservation {
     /// Marks the replicas as written at this revision.
-    pub(super) fn made(self, at: Revision) {
+    pub(super) fn mark_written(self, at: Revision) {
         if let Some(reserved) = self.reservations.state.lock().reserved.get_mut(&self.number) {
-            reserved.made = Some(at);
+            reserved.written_at = Some(at);
         }
     }
 }
@@ -111,7 +113,7 @@ impl ReplicaReservation {
 impl Drop for ReplicaReservation {
     fn drop(&mut self) {
         let mut state = self.reservations.state.lock();
-        if state.reserved.get(&self.number).is_some_and(|reserved| reserved.made.is_none()) {
+        if state.reserved.get(&self.number).is_some_and(|reserved| reserved.written_at.is_none()) {
             state.reserved.remove(&self.number);
         }
     }

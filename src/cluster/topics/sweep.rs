@@ -61,6 +61,6 @@ impl Topics {
             let tier = entry.tier.as_ref().map(|_| self.keys.tier(id));
             ops.extend(partition.into_iter().chain(tier).map(|key| TxnOp::Delete { key }));
         }
-        self.in_chunks(&[same], ops).await
+        self.transact_in_chunks(&[same], ops).await
     }
 }

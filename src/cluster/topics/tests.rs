@@ -50,7 +50,7 @@ impl TestCluster {
     }
 
     /// Registers a broker with a replica limit.
-    async fn bound(&self, broker: u32, max: u32) {
+    async fn limit_replicas(&self, broker: u32, max: u32) {
         let value = BrokerValue { max_replicas: Some(max), ..BrokerValue::running_at(format!("b{broker}:9460")) };
         self.put(&Key::Broker(BrokerId(broker)), value.encode()).await;
     }
@@ -143,7 +143,7 @@ async fn invalid_creation_fails_with_numbers_and_writes_nothing() {
 #[tokio::test]
 async fn replica_limit_rejects_creation_with_both_numbers() {
     let cluster = TestCluster::of(1).await;
-    cluster.bound(1, 500).await;
+    cluster.limit_replicas(1, 500).await;
     let bound = ReplicaBound { broker: BrokerId(1), replicas: 100_000, max: 500 };
     let error = cluster.create("a", 100_000, 1).await.expect_err("above the replica limit");
     assert_eq!(error, CreateError::Bound(bound));
@@ -191,7 +191,7 @@ async fn factor_above_replica_limits_is_rejected() {
     let cluster = TestCluster::of(3).await;
     cluster.create("a", 12, 1).await.expect("created");
     for broker in 1..=3 {
-        cluster.bound(broker, 9).await;
+        cluster.limit_replicas(broker, 9).await;
     }
     let raise = async |factor| cluster.topics.alter(&name("a"), ConfigMap::new(), vec![], Some(factor)).await;
     assert!(matches!(raise(3).await, Err(AlterError::Bound(ReplicaBound { replicas: 12, max: 9, .. }))));
@@ -202,7 +202,7 @@ async fn factor_above_replica_limits_is_rejected() {
 #[tokio::test]
 async fn concurrent_creations_respect_replica_limits() {
     let cluster = TestCluster::of(1).await;
-    cluster.bound(1, 1000).await;
+    cluster.limit_replicas(1, 1000).await;
     let names: Vec<String> = (0..20).map(|number| format!("t{number}")).collect();
     let created = futures::future::join_all(names.iter().map(|name| cluster.topics.create(new(name, 300, 1)))).await;
     assert_eq!(created.iter().filter(|created| created.is_ok()).count(), 3, "{created:?}");
@@ -364,8 +364,8 @@ async fn sweep_deletes_only_interrupted_creation() {
     let cluster = TestCluster::of(1).await;
     cluster.create("whole", 3, 1).await.expect("created");
     let interrupted = TopicId::new(random::uuid());
-    let (puts, _reservation) = cluster.topics.first_values(interrupted, 1..150, 1).await.expect("enough brokers");
-    assert_eq!(cluster.topics.in_chunks(&[], puts).await, Ok(true));
+    let (puts, _reservation) = cluster.topics.place_partitions(interrupted, 1..150, 1).await.expect("enough brokers");
+    assert_eq!(cluster.topics.transact_in_chunks(&[], puts).await, Ok(true));
     assert_eq!(cluster.sweep().await, [interrupted]);
     assert_eq!(cluster.paths("partitions/").await.len(), 3);
     assert_eq!(cluster.sweep().await, []);

@@ -35,7 +35,7 @@ impl Relay {
             loop {
                 let (client, _) = listener.accept().await.expect("listening");
                 let member = TcpStream::connect(&member).await.expect("the member listens");
-                carried.spawn("carry", carry(client, member, Arc::clone(&late)));
+                carried.spawn("carry", relay_connection(client, member, Arc::clone(&late)));
             }
         });
         Self { endpoint, late_ms }
@@ -48,19 +48,19 @@ impl Relay {
 }
 
 /// Relays one connection until either side ends it.
-async fn carry(client: TcpStream, member: TcpStream, late_ms: Arc<AtomicU64>) {
+async fn relay_connection(client: TcpStream, member: TcpStream, late_ms: Arc<AtomicU64>) {
     let (mut from_client, to_client) = client.into_split();
     let (from_member, mut to_member) = member.into_split();
     let (sender, receiver) = mpsc::channel(1024);
     tokio::select! {
         _ = tokio::io::copy(&mut from_client, &mut to_member) => {}
-        () = listen(from_member, sender, &late_ms) => {}
+        () = record_bytes(from_member, sender, &late_ms) => {}
         () = send_delayed(to_client, receiver) => {}
     }
 }
 
 /// Records the member's bytes with the time at which to deliver them.
-async fn listen(mut member: OwnedReadHalf, sender: mpsc::Sender<(Instant, Bytes)>, late_ms: &AtomicU64) {
+async fn record_bytes(mut member: OwnedReadHalf, sender: mpsc::Sender<(Instant, Bytes)>, late_ms: &AtomicU64) {
     let mut bytes = vec![0; 64 << 10];
     while let Ok(read @ 1..) = member.read(&mut bytes).await {
         let due = clock::monotonic() + Duration::from_millis(late_ms.load(Relaxed));
@@ -78,7 +78,7 @@ async fn send_delayed(mut client: OwnedWriteHalf, mut receiver: mpsc::Receiver<(
 }
 
 /// Returns a store whose first member is behind a relay.
-async fn behind_a_relay(etcd: &Etcd) -> (EtcdStore, Relay) {
+async fn store_behind_relay(etcd: &Etcd) -> (EtcdStore, Relay) {
     let mut endpoints = etcd.endpoints();
     let relay = Relay::before(&endpoints[0]).await;
     endpoints[0].clone_from(&relay.endpoint);
@@ -95,7 +95,7 @@ fn first_member(store: &EtcdStore) -> &str {
 #[tokio::test]
 async fn slow_member_within_timeout_is_kept() {
     let etcd = Etcd::start(3).await;
-    let (store, relay) = behind_a_relay(&etcd).await;
+    let (store, relay) = store_behind_relay(&etcd).await;
     let start = put(&store, "n", "start").await.expect("etcd responds");
     let mut watch = store.watch("n", start).await.expect("the watch starts");
     relay.late_by(Duration::from_millis(400));
@@ -114,7 +114,7 @@ async fn slow_member_within_timeout_is_kept() {
 #[tokio::test]
 async fn calls_and_watches_leave_too_slow_member() {
     let etcd = Etcd::start(3).await;
-    let (store, relay) = behind_a_relay(&etcd).await;
+    let (store, relay) = store_behind_relay(&etcd).await;
     let start = put(&store, "n", "start").await.expect("etcd responds");
     let mut watch = store.watch("n", start).await.expect("the watch starts");
     assert_eq!(values_up_to(&mut watch, "start").await, ["start"]);
@@ -136,7 +136,7 @@ async fn calls_and_watches_leave_too_slow_member() {
 #[tokio::test]
 async fn temporarily_slow_etcd_loses_nothing() {
     let etcd = Etcd::start(1).await;
-    let (store, relay) = behind_a_relay(&etcd).await;
+    let (store, relay) = store_behind_relay(&etcd).await;
     let start = put(&store, "n", "start").await.expect("etcd responds");
     let mut watch = store.watch("n", start.next()).await.expect("the watch starts");
     let lease = store.grant(Duration::from_secs(30)).await.expect("etcd responds");

@@ -57,7 +57,7 @@ async fn next(watch: &mut Watch) -> Result<Vec<WatchEvent>, MetaStoreError> {
 }
 
 /// Returns a store with a key of its own, the revision of that key, and a watch that has returned it.
-async fn watched(etcd: &Etcd) -> (EtcdStore, Revision, Watch) {
+async fn start_watch(etcd: &Etcd) -> (EtcdStore, Revision, Watch) {
     let store = etcd.store().await;
     let start = put(&store, "n", "start").await.expect("etcd responds");
     let mut watch = store.watch("n", start).await.expect("the watch starts");
@@ -168,7 +168,7 @@ async fn count(store: &EtcdStore, n: i32, known: Revision) -> Revision {
 #[tokio::test]
 async fn calls_and_watches_leave_frozen_member() {
     let etcd = Etcd::start(3).await;
-    let (store, start, mut watch) = watched(&etcd).await;
+    let (store, start, mut watch) = start_watch(&etcd).await;
     let lease = store.grant(Duration::from_secs(30)).await.expect("etcd responds");
     // The first member in the options has served everything so far.
     etcd.freeze(0);

@@ -11,13 +11,13 @@ fn reassignment_to_gone_broker_is_retargeted() {
     let started = value(&[1, 2, 3], Some(1), &[1, 2, 3]).start_reassignment(&ids(&[1, 2, 4])).unwrap();
     let mut world = World::of(&["", "", "", "", ""], 3, 2, vec![started]);
     world.drain(3);
-    world.go(4, FOR_GOOD_MS - 1000);
+    world.unregister(4, FOR_GOOD_MS - 1000);
     let plan = world.plan();
     assert_eq!((plan.steps.len(), plan.next_plan_ms), (0, Some(1000)), "the broker may return");
-    world.go(4, FOR_GOOD_MS);
+    world.unregister(4, FOR_GOOD_MS);
     // The reassignment holds its slot already.
     world.limits.max_reassignments = 1;
-    let (reason, value) = only(&world);
+    let (reason, value) = only_step(&world);
     assert_eq!(
         (reason, &value.adding, &value.removing),
         (ChangeReason::ReassignmentRetargeted, &ids(&[5]), &ids(&[3]))
@@ -27,7 +27,7 @@ fn reassignment_to_gone_broker_is_retargeted() {
         (1, &ids(&[1, 2, 3])),
         "4 was never in sync; no other replica is removed"
     );
-    world.settle(2);
+    world.plan_until_stable(2);
     assert_eq!(world.partition(0).replicas, ids(&[1, 2, 5]));
 }
 
@@ -36,24 +36,24 @@ fn reassignment_to_gone_broker_is_retargeted() {
 fn reassignment_to_gone_broker_is_reverted_if_old_may_stay() {
     let started = value(&[1, 2, 3], Some(1), &[1, 2, 3]).start_reassignment(&ids(&[1, 2, 4])).unwrap();
     let mut world = World::of(&["", "", "", "", ""], 3, 2, vec![started.clone()]);
-    world.go(4, FOR_GOOD_MS);
-    let (reason, value) = only(&world);
+    world.unregister(4, FOR_GOOD_MS);
+    let (reason, value) = only_step(&world);
     assert_eq!(
         (reason, &value.replicas, value.is_reassigning()),
         (ChangeReason::ReassignmentRetargeted, &ids(&[1, 2, 3]), false)
     );
-    world.settle(2);
-    world.go(3, FOR_GOOD_MS);
-    world.settle(2);
+    world.plan_until_stable(2);
+    world.unregister(3, FOR_GOOD_MS);
+    world.plan_until_stable(2);
     assert_eq!(world.partition(0).replicas, ids(&[1, 2, 5]), "later losses are handled");
 
     // An offline drained broker counts as permanently gone at once.
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![started]);
     world.limits.replace_after_ms = None;
-    world.go(4, 0);
+    world.unregister(4, 0);
     assert_eq!(world.plan().steps, []);
     world.drain(4);
-    assert_eq!(only(&world).1.replicas, ids(&[1, 2, 3]));
+    assert_eq!(only_step(&world).1.replicas, ids(&[1, 2, 3]));
 }
 
 /// Without other brokers the earlier replicas stay listed: an offline one may hold committed records.
@@ -61,14 +61,14 @@ fn reassignment_to_gone_broker_is_reverted_if_old_may_stay() {
 fn reassignment_between_lost_brokers_is_reverted_and_blocked() {
     let started = value(&[1, 2, 3], Some(1), &[1, 2]).start_reassignment(&ids(&[1, 2, 4])).unwrap();
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![started]);
-    world.go(3, FOR_GOOD_MS);
-    world.go(4, FOR_GOOD_MS);
-    world.settle(2);
+    world.unregister(3, FOR_GOOD_MS);
+    world.unregister(4, FOR_GOOD_MS);
+    world.plan_until_stable(2);
     let value = world.partition(0);
     assert_eq!((value.replicas.clone(), value.is_reassigning()), (ids(&[1, 2, 3]), false));
     assert_eq!(world.plan().waiting, [(id(0), BlockedReason::NoBrokers)]);
     world.come(5, "");
-    world.settle(2);
+    world.plan_until_stable(2);
     assert_eq!(world.partition(0).replicas, ids(&[1, 2, 5]));
 }
 
@@ -79,22 +79,22 @@ fn reassignment_completes_without_gone_staying_replica() {
     let started = || value(&[1, 2], Some(2), &[2]).start_reassignment(&ids(&[1, 3])).unwrap();
     let mut world = World::of(&["", "", "", ""], 2, 2, vec![started()]);
     world.drain(2);
-    world.go(1, FOR_GOOD_MS);
-    world.settle(2);
+    world.unregister(1, FOR_GOOD_MS);
+    world.plan_until_stable(2);
     let stable = world.partition(0);
     assert_eq!((stable.replicas, stable.isr.len()), (ids(&[4, 3]), 2));
 
     // Without another broker the drained replica stays, so that two are in sync.
     let mut world = World::of(&["", "", ""], 2, 2, vec![started()]);
     world.drain(2);
-    world.go(1, FOR_GOOD_MS);
-    world.settle(2);
+    world.unregister(1, FOR_GOOD_MS);
+    world.plan_until_stable(2);
     let stable = world.partition(0);
     assert_eq!((stable.replicas.clone(), stable.is_reassigning()), (ids(&[2, 3]), false));
     assert_eq!(stable.isr.len(), 2);
     assert_eq!(world.plan().waiting, [(id(0), BlockedReason::NoBrokers)]);
     world.come(4, "");
-    world.settle(2);
+    world.plan_until_stable(2);
     assert_eq!(world.partition(0).replicas, ids(&[4, 3]), "then the drained broker is emptied too");
 }
 
@@ -102,17 +102,17 @@ fn reassignment_completes_without_gone_staying_replica() {
 #[test]
 fn lost_replicas_are_replaced_as_far_as_brokers_permit() {
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
-    world.go(2, FOR_GOOD_MS);
-    world.go(3, FOR_GOOD_MS);
+    world.unregister(2, FOR_GOOD_MS);
+    world.unregister(3, FOR_GOOD_MS);
     world.replicate(2);
-    let (reason, value) = only(&world);
+    let (reason, value) = only_step(&world);
     assert_eq!((reason, &value.adding, &value.removing), (ChangeReason::BrokerReplaced, &ids(&[4]), &ids(&[2])));
-    world.settle(2);
+    world.plan_until_stable(2);
     let value = world.partition(0);
     assert_eq!((value.replicas, value.isr), (ids(&[1, 4, 3]), ids(&[1, 4])));
     assert_eq!(world.plan().waiting, [(id(0), BlockedReason::NoBrokers)]);
     world.come(5, "");
-    world.settle(2);
+    world.plan_until_stable(2);
     assert_eq!(world.partition(0).replicas, ids(&[1, 4, 5]));
 }
 
@@ -128,8 +128,8 @@ fn leaderless_reassignments_do_not_block_others() {
         world.put(&Key::Partition(id(number)), &PartitionValue { leader: None, ..started });
     }
     world.limits.max_moves_per_broker = 2;
-    world.go(1, FOR_GOOD_MS);
-    let (reason, step) = only(&world);
+    world.unregister(1, FOR_GOOD_MS);
+    let (reason, step) = only_step(&world);
     assert_eq!((reason, step.adding), (ChangeReason::BrokerReplaced, ids(&[4])));
 }
 
@@ -137,15 +137,15 @@ fn leaderless_reassignments_do_not_block_others() {
 fn gone_replicas_are_replaced_before_drained_ones() {
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
     world.drain(2);
-    world.go(3, FOR_GOOD_MS);
+    world.unregister(3, FOR_GOOD_MS);
     world.replicate(2);
-    assert_eq!(only(&world).0, ChangeReason::BrokerReplaced);
-    world.settle(2);
+    assert_eq!(only_step(&world).0, ChangeReason::BrokerReplaced);
+    world.plan_until_stable(2);
     assert_eq!(world.partition(0).replicas, ids(&[1, 2, 4]));
     assert_eq!(world.plan().waiting, [(id(0), BlockedReason::NoBrokers)]);
 
     let mut world = World::of(&["", ""], 3, 1, vec![value(&[1], Some(1), &[1])]);
-    world.settle(1);
+    world.plan_until_stable(1);
     assert_eq!(world.partition(0).replicas, ids(&[1, 2]), "a raised factor is applied as far as possible");
     assert_eq!(world.plan().waiting, [(id(0), BlockedReason::NoBrokers)]);
 }
@@ -157,27 +157,27 @@ fn lowered_factor_is_applied_with_too_few_in_sync_replicas() {
     for spares in [1, 2] {
         let racks = &["", "", "", "", ""][..3 + spares];
         let mut world = World::of(racks, 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
-        world.go(2, FOR_GOOD_MS);
-        world.go(3, FOR_GOOD_MS);
+        world.unregister(2, FOR_GOOD_MS);
+        world.unregister(3, FOR_GOOD_MS);
         world.replicate(2);
         world.topic(2, 2, 1);
-        let (reason, value) = only(&world);
+        let (reason, value) = only_step(&world);
         assert_eq!((reason, value.adding.len(), &value.removing), (ChangeReason::BrokerReplaced, 1, &ids(&[2, 3])));
-        world.settle(2);
+        world.plan_until_stable(2);
         let value = world.partition(0);
         assert_eq!((value.replicas.len(), value.isr.len()), (2, 2), "{value:?}");
         assert_eq!(world.plan(), ClusterPlan::default());
     }
 
     let mut world = World::of(&["", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
-    world.go(2, FOR_GOOD_MS);
-    world.go(3, FOR_GOOD_MS);
+    world.unregister(2, FOR_GOOD_MS);
+    world.unregister(3, FOR_GOOD_MS);
     world.replicate(2);
     world.topic(2, 2, 1);
-    world.settle(2);
+    world.plan_until_stable(2);
     assert_eq!(world.plan().waiting, [(id(0), BlockedReason::NoBrokers)]);
     world.come(3, "");
-    world.settle(2);
+    world.plan_until_stable(2);
     assert_eq!(world.partition(0).replicas, ids(&[1, 3]), "a returning broker suffices");
 }
 
@@ -196,10 +196,10 @@ proptest! {
         }
         for number in offline {
             if world.is_live(BrokerId(number)) {
-                world.go(number, FOR_GOOD_MS);
+                world.unregister(number, FOR_GOOD_MS);
             }
         }
-        world.settle(min_insync);
+        world.plan_until_stable(min_insync);
         for number in 0..32 {
             let Some((bytes, _)) = world.entries.get(&world.keys.partition(id(number))) else { break };
             let value = PartitionValue::decode("k", bytes).unwrap();

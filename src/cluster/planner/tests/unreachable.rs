@@ -7,33 +7,33 @@ fn unreachable_broker_is_skipped_by_every_rule() {
     // Lost replicas.
     let values = (0..4).map(|_| value(&[1, 2, 3], Some(1), &[1, 2, 3])).collect();
     let mut world = World::of(&["", "", "", ""], 3, 2, values);
-    world.hide(4);
-    world.go(3, 30 * 60 * 1000);
+    world.remove_peer_address(4);
+    world.unregister(3, 30 * 60 * 1000);
     world.replicate(2);
-    world.settle(2);
-    assert_eq!((world.held(4), world.plan().waiting.len()), (0, 4));
+    world.plan_until_stable(2);
+    assert_eq!((world.replica_count(4), world.plan().waiting.len()), (0, 4));
 
     // A raised factor, a drain, balance.
     let values = || (0..4).map(|_| value(&[1], Some(1), &[1])).collect();
     let mut world = World::of(&["", ""], 1, 1, values());
-    world.hide(2);
+    world.remove_peer_address(2);
     world.topic(2, 1, 4);
-    world.settle(1);
-    assert_eq!(world.held(2), 0);
+    world.plan_until_stable(1);
+    assert_eq!(world.replica_count(2), 0);
     world.topic(1, 1, 4);
     world.drain(1);
-    world.settle(1);
-    assert_eq!((world.held(1), world.held(2)), (4, 0));
+    world.plan_until_stable(1);
+    assert_eq!((world.replica_count(1), world.replica_count(2)), (4, 0));
     let mut world = World::of(&["", ""], 1, 1, values());
-    world.hide(2);
+    world.remove_peer_address(2);
     assert_eq!(world.plan().steps, []);
 
     // A queued reassignment waits until the broker is reachable.
     let mut world = World::of(&["", ""], 1, 1, vec![value(&[1], Some(1), &[1]).queue_reassignment(&ids(&[2]))]);
-    world.hide(2);
-    world.settle(1);
-    assert_eq!((world.held(2), world.plan().waiting), (0, vec![(id(0), BlockedReason::QueuedTarget)]));
+    world.remove_peer_address(2);
+    world.plan_until_stable(1);
+    assert_eq!((world.replica_count(2), world.plan().waiting), (0, vec![(id(0), BlockedReason::QueuedTarget)]));
     world.come(2, "");
-    world.settle(1);
-    assert_eq!((world.held(2), world.plan().waiting), (1, vec![]));
+    world.plan_until_stable(1);
+    assert_eq!((world.replica_count(2), world.plan().waiting), (1, vec![]));
 }
