@@ -92,7 +92,7 @@ fn grow(root: &ManifestRoot) {
         assert!(page.is_none_or(|page| ManifestPage::read(&page.bytes).is_ok()));
         assert!(longer.version() == 1 << 63 || ManifestRoot::parse(&longer.encode()) == Ok(longer));
     }
-    if root.page_to_cut(end).is_none() {
+    if root.page_to_trim(end).is_none() {
         let empty = root.trim(end, None, LeaderEpoch(i32::MAX.unsigned_abs()));
         assert!(empty.is_empty() && empty.bytes() == 0);
         assert!(empty.version() == 1 << 63 || ManifestRoot::parse(&empty.encode()) == Ok(empty));

@@ -194,7 +194,7 @@ impl ChunkCache {
     }
 
     /// Returns a parsed object by the attempt in its name. The first caller loads the object.
-    pub(super) async fn parsed<F>(
+    pub(super) async fn get_parsed<F>(
         &self,
         store: &TierStore,
         attempt: Uuid,
@@ -389,7 +389,7 @@ impl ChunkCache {
             let start = response.len().min(position * chunk);
             // The copy has memory of its own: a slice would keep the complete response in memory.
             let chunk = Bytes::copy_from_slice(&response[start..response.len().min(start + chunk)]);
-            inner.fetched(&its_store, key, &chunk).await;
+            inner.record_fetch(&its_store, key, &chunk).await;
             Ok(chunk)
         };
         self.fetch_once(store, key, load)
@@ -425,13 +425,13 @@ impl ChunkCacheInner {
             }
             store.unless_away(object, store.get_range(object, start..end)).await?
         };
-        self.fetched(store, key, &chunk).await;
+        self.record_fetch(store, key, &chunk).await;
         Ok(chunk)
     }
 
     /// Records that a chunk was fetched from the object store. Starts to write the chunk to the folder if it was
     /// fetched before.
-    async fn fetched(&self, store: &TierStore, key: ChunkKey, chunk: &Bytes) {
+    async fn record_fetch(&self, store: &TierStore, key: ChunkKey, chunk: &Bytes) {
         self.misses.inc();
         if let Some(disk) = &self.disk {
             if disk.fetched.contains_key(&key) {

@@ -45,7 +45,7 @@ impl Folder {
 
     async fn upload(&self, location: &Path) -> Result<FolderUpload> {
         let target = self.files.path_to_filesystem(location)?;
-        let staged = task::run_blocking(move || StagedFile::create(&target)).await.map_err(refused)?;
+        let staged = task::run_blocking(move || StagedFile::create(&target)).await.map_err(folder_error)?;
         Ok(FolderUpload { staged: Some(Arc::new(staged)), writer: Arc::clone(&self.writer), at: 0 })
     }
 }
@@ -84,7 +84,7 @@ impl ObjectStore for Folder {
         let mut found = self.files.get_opts(location, options).await?;
         if is_read_back && let GetResultPayload::File(file, _) = found.payload {
             let range = found.range.clone();
-            let bytes = task::run_blocking(move || read_and_drop_pages(&file, range)).await.map_err(refused)?;
+            let bytes = task::run_blocking(move || read_and_drop_pages(&file, range)).await.map_err(folder_error)?;
             found.payload = GetResultPayload::Stream(futures::stream::once(async { Ok(bytes) }).boxed());
         }
         Ok(found)
@@ -148,15 +148,15 @@ impl MultipartUpload for FolderUpload {
         let (staged, writer, at) = (self.staged.clone(), Arc::clone(&self.writer), self.at);
         self.at += part.content_length() as u64;
         Box::pin(async move {
-            let staged = staged.ok_or_else(ended)?;
+            let staged = staged.ok_or_else(upload_ended)?;
             let written = move || staged.write_at(&writer, at, part.iter().map(Bytes::as_ref));
-            task::run_blocking(written).await.map_err(refused)
+            task::run_blocking(written).await.map_err(folder_error)
         })
     }
 
     async fn complete(&mut self) -> Result<PutResult> {
-        let staged = self.staged.take().ok_or_else(ended)?;
-        task::run_blocking(move || staged.publish()).await.map_err(refused)?;
+        let staged = self.staged.take().ok_or_else(upload_ended)?;
+        task::run_blocking(move || staged.publish()).await.map_err(folder_error)?;
         Ok(PutResult { e_tag: None, version: None, extensions: Default::default() })
     }
 
@@ -168,12 +168,12 @@ impl MultipartUpload for FolderUpload {
     }
 }
 
-fn refused(error: io::Error) -> Error {
+fn folder_error(error: io::Error) -> Error {
     Error::Generic { store: "folder", source: error.into() }
 }
 
-fn ended() -> Error {
-    refused(io::Error::other("the upload was already completed or aborted"))
+fn upload_ended() -> Error {
+    folder_error(io::Error::other("the upload was already completed or aborted"))
 }
 
 #[cfg(test)]

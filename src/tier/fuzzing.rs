@@ -7,15 +7,15 @@ use super::{cluster_marker::ClusterMarker, store::TopicRecord};
 
 /// Decodes and encodes `cluster.json`.
 pub fn owner(content: &[u8]) -> Option<Vec<u8>> {
-    reencoded::<ClusterMarker>(content)
+    reencode::<ClusterMarker>(content)
 }
 
 /// Decodes and encodes `topic.json`.
 pub fn topic(content: &[u8]) -> Option<Vec<u8>> {
-    reencoded::<TopicRecord>(content)
+    reencode::<TopicRecord>(content)
 }
 
-fn reencoded<T: Serialize + DeserializeOwned>(content: &[u8]) -> Option<Vec<u8>> {
+fn reencode<T: Serialize + DeserializeOwned>(content: &[u8]) -> Option<Vec<u8>> {
     let value: T = serde_json::from_slice(content).ok()?;
     Some(serde_json::to_vec(&value).expect("a plain struct is valid JSON"))
 }

@@ -137,7 +137,7 @@ impl GarbageCollector<'_> {
             let referenced = match live(partition).await {
                 PartitionLiveness::Unknown => continue,
                 PartitionLiveness::Deleted => BTreeSet::new(),
-                PartitionLiveness::Current(state) => match self.referenced(partition, &state).await {
+                PartitionLiveness::Current(state) => match self.list_referenced(partition, &state).await {
                     Ok(referenced) => referenced,
                     Err(reason) => {
                         self.report.skipped.push((partition, reason));
@@ -173,7 +173,7 @@ impl GarbageCollector<'_> {
     }
 
     /// Returns the names of all objects that a state references.
-    async fn referenced(&self, partition: PartitionId, state: &TierState) -> Result<BTreeSet<String>, String> {
+    async fn list_referenced(&self, partition: PartitionId, state: &TierState) -> Result<BTreeSet<String>, String> {
         let mut referenced = BTreeSet::new();
         let Some(manifest) = state.manifest else { return Ok(referenced) };
         let folder = partition_folder(partition);
@@ -248,7 +248,7 @@ async fn sweep(store: &TierStore, oldest_young_ms: i64) -> Result<UploadsReport,
     let s3 = super::s3_admin::S3Admin::connect(store.options()).await.map_err(|error| refuse(error.to_string()))?;
     let mut report = UploadsReport::default();
     for upload in s3.uploads().await.map_err(refuse)? {
-        match verdict(&upload.object, upload.started_ms, oldest_young_ms) {
+        match classify_upload(&upload.object, upload.started_ms, oldest_young_ms) {
             UploadVerdict::Foreign => report.foreign += 1,
             UploadVerdict::Young => report.young += 1,
             UploadVerdict::Abandoned => match s3.abort_upload(&upload).await {
@@ -281,7 +281,7 @@ enum UploadVerdict {
 
 /// Classifies an upload by the name of its object below the prefix and by its start time.
 #[cfg(any(test, feature = "s3-admin"))]
-fn verdict(object: &str, started_ms: Option<i64>, oldest_young_ms: i64) -> UploadVerdict {
+fn classify_upload(object: &str, started_ms: Option<i64>, oldest_young_ms: i64) -> UploadVerdict {
     match started_ms {
         _ if !name::is_segment(object) => UploadVerdict::Foreign,
         Some(started_ms) if started_ms < oldest_young_ms => UploadVerdict::Abandoned,
@@ -299,11 +299,11 @@ mod tests {
         let folder = partition_folder(PartitionId::new(TopicId::from_bytes([1; 16]), 0));
         let stamp = ObjectId::draw(Offset::new(5).unwrap(), Offset::new(6).unwrap(), LeaderEpoch(0));
         let segment = format!("{folder}/{}", stamp.segment());
-        assert_eq!(verdict(&segment, Some(99), 100), UploadVerdict::Abandoned);
-        assert_eq!(verdict(&segment, Some(100), 100), UploadVerdict::Young);
-        assert_eq!(verdict(&segment, None, 100), UploadVerdict::Young);
-        assert_eq!(verdict("topics/backup.tar", Some(0), 100), UploadVerdict::Foreign);
-        assert_eq!(verdict(&format!("{folder}/notes.segment"), Some(0), 100), UploadVerdict::Foreign);
+        assert_eq!(classify_upload(&segment, Some(99), 100), UploadVerdict::Abandoned);
+        assert_eq!(classify_upload(&segment, Some(100), 100), UploadVerdict::Young);
+        assert_eq!(classify_upload(&segment, None, 100), UploadVerdict::Young);
+        assert_eq!(classify_upload("topics/backup.tar", Some(0), 100), UploadVerdict::Foreign);
+        assert_eq!(classify_upload(&format!("{folder}/notes.segment"), Some(0), 100), UploadVerdict::Foreign);
     }
 
     #[tokio::test]

@@ -322,13 +322,13 @@ impl ManifestRoot {
         Self { log_start: self.log_start.max(base), end: self.end.max(base), ..self.clone() }
     }
 
-    /// Returns the next version, which starts at `log_start` and lists nothing that lies completely below it. `cut` is
-    /// the page that [`ManifestRoot::page_to_cut`] returns: its segments below the log start no longer count. `cut` is
+    /// Returns the next version, which starts at `log_start` and lists nothing that lies completely below it. `page` is
+    /// the page that [`ManifestRoot::page_to_trim`] returns: its segments below the log start no longer count. `page` is
     /// `None` if there is no such page.
     ///
     /// # Panics
-    /// If the log start would decrease, or `cut` is another page.
-    pub fn trim(&self, log_start: Offset, cut: Option<&ManifestPage>, epoch: LeaderEpoch) -> Self {
+    /// If the log start would decrease, or `page` is another page.
+    pub fn trim(&self, log_start: Offset, page: Option<&ManifestPage>, epoch: LeaderEpoch) -> Self {
         assert!(log_start >= self.log_start, "the log start never decreases: {} to {log_start}", self.log_start);
         let mut next = self.next_version(epoch);
         next.log_start = log_start;
@@ -339,10 +339,10 @@ impl ManifestRoot {
         }
         next.bytes = total(next.pages.iter().map(|entry| entry.data_bytes));
         next.bytes = next.bytes.saturating_add(total(next.segments.iter().map(|entry| entry.data_bytes)));
-        if let Some(page) = cut {
+        if let Some(page) = page {
             let first = next.pages.first().map(|entry| (entry.stamp.base, entry.segments as usize));
             let actual = page.segments.first().map(|entry| (entry.stamp.base, page.segments.len()));
-            assert_eq!(first, actual, "`cut` is the page that contains the log start");
+            assert_eq!(first, actual, "`page` is the page that contains the log start");
             let below = page.segments.iter().filter(|entry| entry.stamp.end <= log_start);
             next.bytes = next.bytes.saturating_sub(total(below.map(|entry| entry.data_bytes)));
         }
@@ -351,8 +351,8 @@ impl ManifestRoot {
     }
 
     /// Returns the page that contains `log_start` above its base. [`ManifestRoot::trim`] needs the content of this page
-    /// as `cut`.
-    pub fn page_to_cut(&self, log_start: Offset) -> Option<PageEntry> {
+    /// as `page`.
+    pub fn page_to_trim(&self, log_start: Offset) -> Option<PageEntry> {
         find(&self.pages, log_start, |entry| &entry.stamp).filter(|entry| entry.stamp.base < log_start)
     }
 

@@ -85,7 +85,7 @@ impl OutageTracker {
     /// Records that a request sent at `sent` failed for a reason other than its content, or has had no response for
     /// long. Returns true for the first failure: the caller then starts the probes.
     #[must_use]
-    pub(super) fn failed(&self, url: &str, sent: Instant, reason: &str) -> bool {
+    pub(super) fn on_failure(&self, url: &str, sent: Instant, reason: &str) -> bool {
         let mut failing = self.failing.lock();
         let first = failing.is_none();
         let suspected = failing.get_or_insert_with(|| SuspectedOutage {
@@ -108,8 +108,8 @@ impl OutageTracker {
     }
 
     /// Records a failed probe. Confirms the outage after [`AWAY_AFTER`].
-    pub(super) fn probe_failed(&self, url: &str, sent: Instant, reason: &str) {
-        let _probing_already = self.failed(url, sent, reason);
+    pub(super) fn on_probe_failure(&self, url: &str, sent: Instant, reason: &str) {
+        let _probing_already = self.on_failure(url, sent, reason);
         let failing = self.failing.lock();
         let is_lasting = |suspected: &&SuspectedOutage| suspected.since.elapsed() >= AWAY_AFTER;
         let Some(suspected) = failing.as_ref().filter(is_lasting) else { return };
@@ -211,7 +211,7 @@ mod tests {
         let begin = clock::monotonic();
         while tracker.away().is_none() {
             tokio::time::advance(tracker.next_probe().expect("an outage is suspected")).await;
-            tracker.probe_failed(URL, clock::monotonic(), "refused");
+            tracker.on_probe_failure(URL, clock::monotonic(), "refused");
         }
         begin.elapsed()
     }
@@ -219,19 +219,19 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn outage_starts_after_failed_probes_and_ends_with_success() {
         let tracker = OutageTracker::default();
-        assert!(tracker.failed(URL, clock::monotonic(), "refused"), "the first failure starts the probes");
-        assert!(!tracker.failed(URL, clock::monotonic(), "refused"), "one probe at a time");
+        assert!(tracker.on_failure(URL, clock::monotonic(), "refused"), "the first failure starts the probes");
+        assert!(!tracker.on_failure(URL, clock::monotonic(), "refused"), "one probe at a time");
         assert_eq!(tracker.away(), None, "one failure confirms no outage");
         tracker.on_reply(URL);
         assert_eq!(tracker.next_probe(), None, "no outage is suspected");
 
-        assert!(tracker.failed(URL, clock::monotonic(), "refused"));
+        assert!(tracker.on_failure(URL, clock::monotonic(), "refused"));
         tokio::time::advance(AWAY_AFTER * 3).await;
-        assert!(!tracker.failed(URL, clock::monotonic(), "refused"));
+        assert!(!tracker.on_failure(URL, clock::monotonic(), "refused"));
         assert_eq!(tracker.away(), None, "requests of one kind may fail while probes succeed");
         tracker.on_reply(URL);
 
-        assert!(tracker.failed(URL, clock::monotonic(), "refused"));
+        assert!(tracker.on_failure(URL, clock::monotonic(), "refused"));
         let took = probe_until_away(&tracker).await;
         assert!(took < Duration::from_secs(1), "{took:?}");
         assert_eq!(tracker.away().map(|outage| outage.reason).as_deref(), Some("refused"));
@@ -245,31 +245,31 @@ mod tests {
     async fn outage_of_unresponsive_store_is_confirmed_in_5_s() {
         let (tracker, sent) = (OutageTracker::default(), clock::monotonic());
         tokio::time::advance(SUSPECT_AFTER).await;
-        assert!(tracker.failed(URL, sent, "no response for 2 s"));
+        assert!(tracker.on_failure(URL, sent, "no response for 2 s"));
         let pause = tracker.next_probe().expect("an outage is suspected");
         tokio::time::advance(pause + PROBE_TIMEOUT).await;
-        tracker.probe_failed(URL, clock::monotonic() - PROBE_TIMEOUT, "no response within 2.5 s");
+        tracker.on_probe_failure(URL, clock::monotonic() - PROBE_TIMEOUT, "no response within 2.5 s");
         assert!(tracker.away().is_some_and(|outage| outage.lasted < Duration::from_secs(5)));
     }
 
     #[tokio::test(start_paused = true)]
     async fn long_outage_is_logged() {
         let tracker = OutageTracker::default();
-        let _first = tracker.failed(URL, clock::monotonic(), "first");
+        let _first = tracker.on_failure(URL, clock::monotonic(), "first");
         tokio::time::advance(LOG_AFTER / 2).await;
         tracker.on_reply(URL);
         tokio::time::advance(LOG_AFTER).await;
-        let _first = tracker.failed(URL, clock::monotonic(), "second");
+        let _first = tracker.on_failure(URL, clock::monotonic(), "second");
         assert_eq!(tracker.outage(), None, "the store responded in between");
         tokio::time::advance(LOG_AFTER).await;
-        tracker.probe_failed(URL, clock::monotonic(), "refused");
+        tracker.on_probe_failure(URL, clock::monotonic(), "refused");
         let outage = tracker.outage().expect("every request failed for that time");
         assert_eq!(outage, Outage { lasted: LOG_AFTER, reason: "refused".to_owned() });
         tokio::time::advance(LOG_AFTER).await;
         assert_eq!(tracker.outage().expect("the outage continues").to_string(), "for 10 s: refused");
         tracker.on_reply(URL);
         assert_eq!(tracker.outage(), None);
-        let _first = tracker.failed(URL, clock::monotonic() - LOG_AFTER, "no response within 5 s");
+        let _first = tracker.on_failure(URL, clock::monotonic() - LOG_AFTER, "no response within 5 s");
         assert!(tracker.outage().is_some(), "one request without response is sufficient");
     }
 }

@@ -156,12 +156,12 @@ impl PartitionTier {
     /// garbage collection.
     pub async fn start_upload_batch(&self, epoch: LeaderEpoch) -> Result<UploadBatch<'_>, UploadError> {
         let (state, root) = self.load_for_epoch(epoch).await?;
-        let next = self.following(&state, &root, epoch).await?;
+        let next = self.next_manifest(&state, &root, epoch).await?;
         Ok(UploadBatch { tier: self, next, replaces: state })
     }
 
     /// Returns the next manifest after `root`, without segments that lie completely below the log start.
-    async fn following(
+    async fn next_manifest(
         &self,
         state: &TierState,
         root: &ManifestRoot,
@@ -171,11 +171,11 @@ impl PartitionTier {
             return Ok(root.next_version(epoch));
         }
         let trim_at = state.log_start.min(state.tiered_end);
-        let cut = match root.page_to_cut(trim_at) {
+        let page = match root.page_to_trim(trim_at) {
             Some(entry) => Some(self.page(&entry).await?),
             None => None,
         };
-        Ok(root.trim(trim_at, cut.as_deref(), epoch))
+        Ok(root.trim(trim_at, page.as_deref(), epoch))
     }
 
     /// Returns the state of a log that starts at `log_start`, with the current manifest. Sends no request, so the log
@@ -204,7 +204,7 @@ impl PartitionTier {
     /// begins after the gap.
     pub async fn stage_trim(&self, epoch: LeaderEpoch) -> Result<StagedManifest, UploadError> {
         let (state, root) = self.load_for_epoch(epoch).await?;
-        let (log_start, next) = (state.log_start, self.following(&state, &root, epoch).await?);
+        let (log_start, next) = (state.log_start, self.next_manifest(&state, &root, epoch).await?);
         let mut staged = self.write(state, next).await?;
         staged.state.log_start = log_start;
         Ok(staged)
@@ -313,7 +313,7 @@ impl PartitionTier {
         };
         let (tier, expected) = (self.clone(), state.clone());
         let load = Box::pin(async move { tier.load_root(&expected).await.map(CachedMetadata::Root) });
-        let parsed = self.inner.cache.parsed(&self.inner.store, name.attempt, load);
+        let parsed = self.inner.cache.get_parsed(&self.inner.store, name.attempt, load);
         match parsed.await.inspect_err(|error| self.record_lost_manifest(error))? {
             CachedMetadata::Root(root) => Ok(root),
             _ => Err(self.misnamed(&name.to_string())),
@@ -323,7 +323,7 @@ impl PartitionTier {
     async fn page(&self, entry: &PageEntry) -> Result<Arc<ManifestPage>, TierReadError> {
         let (tier, wanted) = (self.clone(), *entry);
         let load = Box::pin(async move { tier.load_page(&wanted).await.map(CachedMetadata::Page) });
-        let parsed = self.inner.cache.parsed(&self.inner.store, entry.stamp.attempt, load);
+        let parsed = self.inner.cache.get_parsed(&self.inner.store, entry.stamp.attempt, load);
         match parsed.await.inspect_err(|error| self.record_lost_manifest(error))? {
             CachedMetadata::Page(page) => Ok(page),
             _ => Err(self.misnamed(&entry.stamp.page())),
@@ -402,7 +402,7 @@ impl PartitionTier {
     pub(super) async fn footer(&self, entry: &SegmentEntry) -> Result<Arc<Footer>, TierReadError> {
         let (tier, wanted) = (self.clone(), *entry);
         let load = Box::pin(async move { tier.load_footer(&wanted).await.map(CachedMetadata::Footer) });
-        match self.inner.cache.parsed(&self.inner.store, entry.stamp.attempt, load).await? {
+        match self.inner.cache.get_parsed(&self.inner.store, entry.stamp.attempt, load).await? {
             CachedMetadata::Footer(footer) => Ok(footer),
             _ => Err(self.misnamed(&entry.stamp.segment())),
         }

@@ -209,9 +209,9 @@ impl PartitionTier {
 fn choose(state: TierState, candidates: Vec<SegmentCandidate>, unusable: Vec<(String, String)>) -> Survey {
     let (start, end) = (state.log_start.min(state.tiered_end), state.tiered_end);
     let count = candidates.len();
-    let missing = uncovered(start, end, &candidates);
-    let candidates = distinct(candidates, state.epoch);
-    let chains = chains(end, &candidates);
+    let missing = find_gaps(start, end, &candidates);
+    let candidates = remove_duplicates(candidates, state.epoch);
+    let chains = find_chains(end, &candidates);
     let complete: Vec<&Chain> = if start == end {
         chains.get(&end).into_iter().flatten().collect()
     } else {
@@ -254,7 +254,7 @@ impl Chain {
 
 /// Returns every chain that ends at `end`, by its start offset. Among the chains of one offset, newer epochs come
 /// first.
-fn chains(end: Offset, candidates: &[SegmentCandidate]) -> BTreeMap<Offset, Vec<Chain>> {
+fn find_chains(end: Offset, candidates: &[SegmentCandidate]) -> BTreeMap<Offset, Vec<Chain>> {
     let mut order: Vec<usize> = (0..candidates.len()).collect();
     let key = |at: &usize| {
         let stamp = candidates[*at].entry.stamp;
@@ -265,7 +265,8 @@ fn chains(end: Offset, candidates: &[SegmentCandidate]) -> BTreeMap<Offset, Vec<
     for at in order {
         let one = &candidates[at];
         let Some(following) = chains.get(&one.entry.stamp.end) else { continue };
-        let fits = |(_, chain): &(usize, &Chain)| chain.first.is_none_or(|first| agree(one, &candidates[first]));
+        let fits =
+            |(_, chain): &(usize, &Chain)| chain.first.is_none_or(|first| have_same_epochs(one, &candidates[first]));
         let longer = following.iter().enumerate().filter(fits).map(|(next, chain)| Chain {
             first: Some(at),
             next,
@@ -282,7 +283,7 @@ fn chains(end: Offset, candidates: &[SegmentCandidate]) -> BTreeMap<Offset, Vec<
 
 /// Returns one object for each set of objects with the same records. Leaves out objects of an epoch above the committed
 /// one.
-fn distinct(candidates: Vec<SegmentCandidate>, committed: LeaderEpoch) -> Vec<SegmentCandidate> {
+fn remove_duplicates(candidates: Vec<SegmentCandidate>, committed: LeaderEpoch) -> Vec<SegmentCandidate> {
     let mut distinct: Vec<SegmentCandidate> = Vec::with_capacity(candidates.len());
     let mut sorted = candidates;
     sorted.sort_by_key(|candidate| {
@@ -307,7 +308,7 @@ fn is_same(one: &SegmentCandidate, other: &SegmentCandidate) -> bool {
 
 /// Returns true if both footers contain the same leader epochs for the offsets of `before` that the epochs of `after`
 /// reach back to.
-fn agree(before: &SegmentCandidate, after: &SegmentCandidate) -> bool {
+fn have_same_epochs(before: &SegmentCandidate, after: &SegmentCandidate) -> bool {
     let (base, end) = (before.entry.stamp.base, before.entry.stamp.end);
     let known_from = after.epochs.first().map_or(end, |(_, first)| *first).max(base);
     if known_from >= end {
@@ -319,7 +320,7 @@ fn agree(before: &SegmentCandidate, after: &SegmentCandidate) -> bool {
 }
 
 /// Returns the parts of a range that no object covers.
-fn uncovered(start: Offset, end: Offset, candidates: &[SegmentCandidate]) -> Vec<(Offset, Offset)> {
+fn find_gaps(start: Offset, end: Offset, candidates: &[SegmentCandidate]) -> Vec<(Offset, Offset)> {
     let mut stamps: Vec<&ObjectId> = candidates.iter().map(|one| &one.entry.stamp).collect();
     stamps.sort_by_key(|stamp| stamp.base);
     let (mut missing, mut reached) = (Vec::new(), start);

@@ -224,7 +224,7 @@ impl StoreProbe for S3Admin {
 }
 
 /// Returns the messages of an error and of its causes.
-fn causes(error: &dyn std::error::Error) -> String {
+fn describe_causes(error: &dyn std::error::Error) -> String {
     let chain = std::iter::successors(Some(error), |error| error.source());
     let text = chain.map(ToString::to_string).collect::<Vec<_>>().join(": ");
     if text.contains("loading credentials") {
@@ -245,6 +245,6 @@ where
         (Some(status), Some(code), Some(message)) => format!("{status} {code}: {message}"),
         (Some(status), Some(code), None) => format!("{status} {code}"),
         (Some(status), ..) => status,
-        _ => causes(error),
+        _ => describe_causes(error),
     }
 }

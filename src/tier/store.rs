@@ -392,7 +392,7 @@ impl TierStore {
 
     /// Records a request that failed or has had no response for long. Starts probes, which detect an outage.
     fn suspect(&self, sent: Instant, reason: &str) {
-        if self.inner.outages.failed(&self.inner.url, sent, reason) && !self.inner.tasks.is_cancelled() {
+        if self.inner.outages.on_failure(&self.inner.url, sent, reason) && !self.inner.tasks.is_cancelled() {
             let store = self.clone();
             self.inner.tasks.spawn("object store probe", async move {
                 store.inner.tasks.run_until_cancelled(store.probe()).await;
@@ -415,7 +415,7 @@ impl TierStore {
                 }
             };
             match outage_reason(&response) {
-                Some(reason) => self.inner.outages.probe_failed(&self.inner.url, sent, &reason),
+                Some(reason) => self.inner.outages.on_probe_failure(&self.inner.url, sent, &reason),
                 None => self.inner.outages.on_reply(&self.inner.url),
             }
         }

@@ -60,18 +60,18 @@ pub async fn examine(options: &ObjectStoreOptions) -> Result<Vec<StoreCheck>, Ob
     if options.is_s3() {
         let probe = S3Admin::connect(options).await?;
         let mut checks = Box::pin(run(&probe, &folder)).await;
-        let works = works(&checks);
+        let works = can_put(&checks);
         if works {
             checks.extend(s3_checks(&probe, &folder).await);
         } else {
-            checks.extend([CHECKSUM, UPLOADS].map(|(name, meaning)| untried(name, meaning)));
+            checks.extend([CHECKSUM, UPLOADS].map(|(name, meaning)| untried_check(name, meaning)));
         }
         clean(&probe, &folder, works).await;
         return Ok(checks);
     }
     let probe = generic::GenericProbe::connect(options)?;
     let checks = Box::pin(run(&probe, &folder)).await;
-    clean(&probe, &folder, works(&checks)).await;
+    clean(&probe, &folder, can_put(&checks)).await;
     Ok(checks)
 }
 
@@ -84,7 +84,7 @@ fn check(name: &'static str, result: Result<String, String>, meaning: &'static s
 }
 
 /// Returns a check as not tried, for a store that accepted no put.
-fn untried(name: &'static str, meaning: &'static str) -> StoreCheck {
+fn untried_check(name: &'static str, meaning: &'static str) -> StoreCheck {
     let detail = "not tried: the store accepted no put".to_owned();
     StoreCheck { name, outcome: CheckOutcome::Skipped, detail, meaning }
 }
@@ -107,8 +107,8 @@ async fn run(probe: &impl StoreProbe, folder: &str) -> Vec<StoreCheck> {
     let mut checks = vec![check(PUT, written, "Without puts, no segment can be uploaded.")];
     if !reachable {
         // All other checks would fail for the same reason.
-        checks.extend(NEEDED.map(|(name, meaning)| untried(name, meaning)));
-        checks.extend(["conditional put", "conditional puts at once"].map(|name| untried(name, CONDITIONAL)));
+        checks.extend(NEEDED.map(|(name, meaning)| untried_check(name, meaning)));
+        checks.extend(["conditional put", "conditional puts at once"].map(|name| untried_check(name, CONDITIONAL)));
         return checks;
     }
     let results = [
@@ -119,7 +119,7 @@ async fn run(probe: &impl StoreProbe, folder: &str) -> Vec<StoreCheck> {
         delete(probe, folder).await,
     ];
     checks.extend(NEEDED.into_iter().zip(results).map(|((name, meaning), result)| check(name, result, meaning)));
-    let (one, many) = conditional(probe, folder).await;
+    let (one, many) = check_conditional_puts(probe, folder).await;
     checks.extend([one, many]);
     checks
 }
@@ -195,7 +195,7 @@ async fn delete(probe: &impl StoreProbe, folder: &str) -> Result<String, String>
 const CONDITIONAL: &str =
     "Strandline uses conditional puts if the store supports them, and is equally safe without them.";
 
-async fn conditional(probe: &impl StoreProbe, folder: &str) -> (StoreCheck, StoreCheck) {
+async fn check_conditional_puts(probe: &impl StoreProbe, folder: &str) -> (StoreCheck, StoreCheck) {
     let sequential = match probe.put_new(&format!("{folder}/small"), pattern(10)).await {
         Ok(ConditionalPutResult::Exists) => {
             (CheckOutcome::Pass, "a put with If-None-Match on an existing object was refused".to_owned())
@@ -250,7 +250,7 @@ async fn s3_checks(s3: &S3Admin, folder: &str) -> [StoreCheck; 2] {
 }
 
 /// Returns true if the check of puts passed.
-fn works(checks: &[StoreCheck]) -> bool {
+fn can_put(checks: &[StoreCheck]) -> bool {
     checks.iter().all(|check| check.name != PUT || check.outcome == CheckOutcome::Pass)
 }
 

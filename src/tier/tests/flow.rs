@@ -609,14 +609,14 @@ async fn metadata_fetches_are_bounded_and_skip_callers_that_left() {
     };
     let attempt = tier.state().manifest.unwrap().attempt;
     let permits = cache.parse_permits().await;
-    assert!(cache.parsed(tier.store(), attempt, load()).now_or_never().is_none(), "the caller leaves");
+    assert!(cache.get_parsed(tier.store(), attempt, load()).now_or_never().is_none(), "the caller leaves");
     for _ in 0..10 {
         tokio::task::yield_now().await;
     }
     drop(permits);
     drop(cache.parse_permits().await);
     assert_eq!(loads.load(Ordering::Relaxed), 0, "a fetch without caller is skipped");
-    cache.parsed(tier.store(), attempt, load()).await.unwrap();
+    cache.get_parsed(tier.store(), attempt, load()).await.unwrap();
     assert_eq!(loads.load(Ordering::Relaxed), 1);
 }
 

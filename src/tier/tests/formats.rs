@@ -172,14 +172,14 @@ proptest! {
 
     #[test]
     fn trim_keeps_exactly_the_segments_above_log_start(
-        count in 1..1600u64, cuts in prop::collection::vec(0..1650u64, 1..5),
+        count in 1..1600u64, steps in prop::collection::vec(0..1650u64, 1..5),
     ) {
         let (mut root, pages) = grown(count);
-        let mut cuts = cuts;
-        cuts.sort_unstable();
-        for cut in cuts {
-            let log_start = at(cut * 10 + cut % 7);
-            let page = root.page_to_cut(log_start).map(|entry| {
+        let mut steps = steps;
+        steps.sort_unstable();
+        for step in steps {
+            let log_start = at(step * 10 + step % 7);
+            let page = root.page_to_trim(log_start).map(|entry| {
                 let new = pages.iter().find(|page| page.stamp == entry.stamp).unwrap();
                 ManifestPage::parse(&new.bytes, partition(), &entry).unwrap()
             });
