@@ -124,7 +124,7 @@ impl PartitionValue {
         }
     }
 
-    /// Removes ISR members that lag or whose brokers are gone; called by the leader.
+    /// Removes ISR members that lag or whose brokers are not live; called by the leader.
     ///
     /// If at least `min_insync` members remain, every commit so far and later includes the remaining members, so the
     /// removed members are not needed. With fewer, the removed members hold every committed record and will keep doing
@@ -190,7 +190,7 @@ impl PartitionValue {
         Some(value)
     }
 
-    /// Clears the leader: its broker is gone, or its process started after the epoch began. ISR and ELR stay, so that
+    /// Clears the leader: its broker is not live, or its process started after the epoch began. ISR and ELR stay, so that
     /// any verified member that returns may lead.
     #[must_use]
     pub fn leaderless(&self) -> Self {

@@ -173,8 +173,8 @@ impl MetadataSnapshot {
         let (revision, listed) = (self.revision, other.revision);
         // Keys outside the snapshot also advance the revision, without an event.
         other.revision = revision;
-        let (mine, theirs) = (format!("{self:?}"), format!("{other:?}"));
-        (mine != theirs).then(|| format!("the cache at {revision} is {mine}, the list at {listed} is {theirs}"))
+        let (cached, stored) = (format!("{self:?}"), format!("{other:?}"));
+        (cached != stored).then(|| format!("the cache at {revision} is {cached}, the list at {listed} is {stored}"))
     }
 
     /// Returns the partition and tier keys that do not count, by topic.
@@ -216,7 +216,7 @@ impl MetadataSnapshot {
         changed
     }
 
-    /// Replaces the content by a list of the whole prefix. Returns the changed keys; an older list changes nothing.
+    /// Replaces the content by a list of the complete prefix. Returns the changed keys; an older list changes nothing.
     pub(crate) fn replace(&mut self, keys: &Keys, listing: ListResult) -> Vec<Key> {
         if listing.revision < self.revision {
             return Vec::new();

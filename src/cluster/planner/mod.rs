@@ -4,13 +4,13 @@
 //!
 //! A plan contains at most one change per partition, from the first rule that applies:
 //!
-//! 1. `elections`: a partition whose leader is gone gets a leader.
+//! 1. `elections`: a partition without a live leader gets one.
 //! 2. `elections`: leaders that are stopping, drained or have a full disk transfer leadership.
 //! 3. `reassignments`: a reassignment whose new replicas are in sync completes.
-//! 4. `retarget`: a reassignment continues without brokers that are gone permanently.
+//! 4. `retarget`: a reassignment continues without permanently offline brokers.
 //! 5. `reassignments`: a queued reassignment starts when the limits permit.
 //! 6. `reassignments`: a changed replication factor is applied.
-//! 7. `reassignments`: replicas of brokers that are gone permanently or drained are replaced, as far as there are
+//! 7. `reassignments`: replicas of permanently offline or drained brokers are replaced, as far as there are
 //!    brokers.
 //! 8. `elections`: leadership returns to the preferred leader.
 //! 9. `reassignments`: a broker with many more replicas than another one moves a replica there.
@@ -25,7 +25,7 @@
 //!   `removing`.
 //! - Planning terminates: changes that are applied, with replicas that catch up, lead to a state without further
 //!   changes.
-//! - No reassignment waits for a broker that is gone permanently.
+//! - No reassignment waits for a permanently offline broker.
 //! - No change assigns a replica to a broker that is at its replica limit or unreachable for other brokers.
 
 mod elections;
@@ -89,21 +89,21 @@ pub struct PlannerInput<'a> {
 /// Reason for a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ChangeReason {
-    /// The leader is gone; another ISR or ELR member is elected.
+    /// The leader is not live; another ISR or ELR member is elected.
     Elected,
-    /// The leader is gone, and no other replica can lead.
+    /// The leader is not live, and no other replica can lead.
     Leaderless,
     /// The leader is stopping, drained, has a full disk, or its replica is being removed.
     ControlledShutdown,
     /// The new replicas of a reassignment are in sync.
     ReassignmentCompleted,
-    /// A broker of the reassignment is gone permanently: the reassignment gets another target, or is reverted.
+    /// A broker of the reassignment is permanently offline: the reassignment gets another target, or is reverted.
     ReassignmentRetargeted,
     /// An operator requested it, and the limits permit it.
     ReassignmentStarted,
     /// The topic's replication factor was changed.
     ReplicationFactor,
-    /// A replica's broker is gone permanently.
+    /// A replica's broker is permanently offline.
     BrokerReplaced,
     /// A replica's broker is drained.
     Drained,
@@ -211,7 +211,7 @@ impl PlannerInput<'_> {
         offline_ms >= after_ms
     }
 
-    /// Returns true if a broker is gone permanently: offline for too long, or offline and drained.
+    /// Returns true if a broker is permanently offline: offline for too long, or offline and drained.
     fn is_permanently_offline(&self, id: BrokerId, plan: &mut ClusterPlan) -> bool {
         self.is_lost(id, plan) || self.is_draining(id) && !self.is_live(id)
     }

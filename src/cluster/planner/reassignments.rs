@@ -116,7 +116,7 @@ pub(super) fn begin(
     moved
 }
 
-/// Retargets reassignments that need brokers which are gone permanently. They come first, because they hold their slot
+/// Retargets reassignments that need permanently offline brokers. They come first, because they hold their slot
 /// already.
 fn retarget_blocked(
     input: &PlannerInput<'_>,

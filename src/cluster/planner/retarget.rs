@@ -1,4 +1,4 @@
-//! New targets for reassignments that need brokers which are gone permanently. Starts and completes no reassignment.
+//! New targets for reassignments that need permanently offline brokers. Starts and completes no reassignment.
 //!
 //! A new replica that never catches up blocks its reassignment forever. So does a staying replica that never returns
 //! while the min ISR needs the removed replicas. No other rule for replicas considers a partition under reassignment,
@@ -10,13 +10,13 @@ use super::{
 };
 use crate::model::BrokerId;
 
-/// Returns the new target of a reassignment that needs a broker which is gone permanently; `None` if it continues
+/// Returns the new target of a reassignment that needs a permanently offline broker; `None` if it continues
 /// unchanged.
 ///
-/// Successors of the gone replicas are, in this order:
+/// Successors of the permanently offline replicas are, in this order:
 ///
 /// 1. Replicas in `removing` on live brokers that are not drained: they hold the partition already. So a reassignment
-///    whose new replica is gone is reverted.
+///    whose new replica is permanently offline is reverted.
 /// 2. Other brokers.
 /// 3. Replicas in `removing` on live brokers that are drained.
 /// 4. Offline replicas in `removing`, only in the place of new replicas.
@@ -58,7 +58,7 @@ fn keep_unless_new(value: &PartitionValue, id: BrokerId) -> Option<BrokerId> {
     (!value.adding.contains(&id)).then_some(id)
 }
 
-/// Returns the successors of the gone replicas, in their order; fewer if there are too few brokers.
+/// Returns the successors of the permanently offline replicas, in their order; fewer if there are too few brokers.
 fn successors(
     input: &PlannerInput<'_>,
     case: &PartitionCase<'_>,

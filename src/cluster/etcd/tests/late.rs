@@ -30,12 +30,12 @@ impl Relay {
         let endpoint = format!("http://{}", listener.local_addr().expect("bound"));
         let member = member.strip_prefix("http://").expect("plain HTTP").to_owned();
         let (late_ms, tasks) = (Arc::new(AtomicU64::new(0)), Tasks::new());
-        let (late, carried) = (Arc::clone(&late_ms), tasks.clone());
+        let (late, connections) = (Arc::clone(&late_ms), tasks.clone());
         tasks.spawn("relay", async move {
             loop {
                 let (client, _) = listener.accept().await.expect("listening");
                 let member = TcpStream::connect(&member).await.expect("the member listens");
-                carried.spawn("carry", relay_connection(client, member, Arc::clone(&late)));
+                connections.spawn("relay connection", relay_connection(client, member, Arc::clone(&late)));
             }
         });
         Self { endpoint, late_ms }
@@ -64,7 +64,7 @@ async fn record_bytes(mut member: OwnedReadHalf, sender: mpsc::Sender<(Instant, 
     let mut bytes = vec![0; 64 << 10];
     while let Ok(read @ 1..) = member.read(&mut bytes).await {
         let due = clock::monotonic() + Duration::from_millis(late_ms.load(Relaxed));
-        let _gone = sender.send((due, Bytes::copy_from_slice(&bytes[..read]))).await;
+        let _receiver_dropped = sender.send((due, Bytes::copy_from_slice(&bytes[..read]))).await;
     }
 }
 
@@ -100,9 +100,9 @@ async fn slow_member_within_timeout_is_kept() {
     let mut watch = store.watch("n", start).await.expect("the watch starts");
     relay.late_by(Duration::from_millis(400));
     // Other clients make the changes, so that the watch is behind the responses of other members.
-    let elsewhere = etcd.store().await;
+    let other_client = etcd.store().await;
     for n in 0..8 {
-        put(&elsewhere, "n", &n.to_string()).await.expect("etcd responds");
+        put(&other_client, "n", &n.to_string()).await.expect("etcd responds");
         let read = store.get("n").await.expect("within the timeout").entry.expect("the key exists");
         assert_eq!(read.value, n.to_string());
     }

@@ -19,7 +19,7 @@ use tokio::net::TcpListener;
 use super::*;
 use crate::proto::status::Code;
 
-// The messages of etcd's published interface, as far as these responses need them.
+// The messages of etcd's published interface, with the fields that these responses need.
 
 #[derive(Clone, PartialEq, Message)]
 struct Header {
@@ -235,13 +235,13 @@ async fn request_that_all_members_reject_is_sent_once() {
 
 #[tokio::test]
 async fn missing_operation_responses_are_not_needed() {
-    let odd = |path: &str, _| match path {
+    let script = |path: &str, _| match path {
         "/etcdserverpb.KV/Txn" => {
             Reply::of(&Transacted { header: HEADER, succeeded: false, responses: vec![Nothing {}; 2] })
         }
         _ => Reply::of(&Ranged { header: HEADER, ..Ranged::default() }),
     };
-    let member = Scripted::start(odd).await;
+    let member = Scripted::start(script).await;
     let transaction = Transaction::new().when(Compare::Exists("a".to_owned())).else_get("a").else_get("b");
     let outcome = member.store().await.transact(transaction).await;
     assert_eq!(outcome, Ok(TxnOutcome::CompareFailed { revision: Revision(9), found: vec![None, None] }));
@@ -251,7 +251,7 @@ async fn missing_operation_responses_are_not_needed() {
 #[tokio::test]
 async fn non_text_keys_and_unknown_change_kinds_are_skipped() {
     let kv = |key: &[u8], version| KeyValue { key: key.to_vec(), create_revision: -1, mod_revision: 9, version };
-    let odd = move |path: &str, before| match path {
+    let script = move |path: &str, before| match path {
         "/etcdserverpb.KV/Range" => {
             let kvs = vec![kv(b"\xFF", 1), kv(b"", 1), kv(b"text", 1)];
             Reply::of(&Ranged { header: HEADER, kvs, more: false })
@@ -273,7 +273,7 @@ async fn non_text_keys_and_unknown_change_kinds_are_skipped() {
             Reply::of(&Watched { header: HEADER, created: true, canceled: true, reason, ..Watched::default() })
         }
     };
-    let member = Scripted::start(odd).await;
+    let member = Scripted::start(script).await;
     let store = member.store().await;
     let listing = store.list("").await.expect("the other entries are returned");
     let keys: Vec<_> = listing.entries.iter().map(|entry| entry.key.as_str()).collect();
@@ -309,7 +309,7 @@ async fn watch_without_response_in_time_ends_for_a_relist() {
 
 #[tokio::test]
 async fn invalid_response_is_an_error_of_every_call() {
-    let headless = |path: &str, _: u32| match path {
+    let no_header = |path: &str, _: u32| match path {
         "/etcdserverpb.KV/Range" => Reply::of(&Ranged::default()),
         "/etcdserverpb.KV/Txn" => Reply::of(&Transacted { succeeded: true, ..Transacted::default() }),
         "/etcdserverpb.Watch/Watch" => Reply::of(&Watched { created: true, ..Watched::default() }),
@@ -317,8 +317,8 @@ async fn invalid_response_is_an_error_of_every_call() {
         _ => Reply::stream(Vec::new()),
     };
     let garbage = |_: &str, _: u32| Reply::stream(vec![vec![0xFF; 40]]);
-    let (headless, garbage) = tokio::join!(Scripted::start(headless), Scripted::start(garbage));
-    for member in [headless, garbage] {
+    let (no_header, garbage) = tokio::join!(Scripted::start(no_header), Scripted::start(garbage));
+    for member in [no_header, garbage] {
         let store = member.store().await;
         let lease = LeaseId(1);
         let (got, listed, put, watched, granted, kept, revoked) = tokio::join!(

@@ -1,4 +1,4 @@
-//! Brokers that are gone permanently: reassignments that need them, and replacement with few brokers.
+//! Permanently offline brokers: reassignments that need them, and replacement with few brokers.
 
 use super::*;
 
@@ -47,7 +47,7 @@ fn reassignment_to_gone_broker_is_reverted_if_old_may_stay() {
     world.plan_until_stable(2);
     assert_eq!(world.partition(0).replicas, ids(&[1, 2, 5]), "later losses are handled");
 
-    // An offline drained broker counts as permanently gone at once.
+    // An offline drained broker counts as permanently offline at once.
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![started]);
     world.limits.replace_after_ms = None;
     world.unregister(4, 0);
@@ -185,7 +185,7 @@ proptest! {
     /// No replica catches up while reassignments start; then brokers fail. No reassignment of a led partition waits for
     /// them.
     #[test]
-    fn no_reassignment_waits_for_gone_broker(
+    fn no_reassignment_waits_for_offline_broker(
         (mut world, min_insync) in worlds(),
         offline in prop::collection::vec(1_u32..7, 1..4),
     ) {
