@@ -323,8 +323,7 @@ impl ManifestRoot {
     }
 
     /// Returns the next version, which starts at `log_start` and lists nothing that lies completely below it. `page` is
-    /// the page that [`ManifestRoot::page_to_trim`] returns: its segments below the log start no longer count. `page` is
-    /// `None` if there is no such page.
+    /// the result of [`ManifestRoot::page_to_trim`]: its segments below the log start no longer count.
     ///
     /// # Panics
     /// If the log start would decrease, or `page` is another page.

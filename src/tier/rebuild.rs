@@ -413,10 +413,10 @@ mod tests {
         let (again, other) = (object(100, 200, 4, 2), object(100, 200, 3, 99));
         let mut retried = again.clone();
         retried.entry.stamp.epoch = LeaderEpoch(3);
-        let whole = [object(0, 100, 4, 1), again];
-        let survey = choose(state(0, 200, 2000), [&whole[..], &[retried]].concat(), Vec::new());
+        let chain = [object(0, 100, 4, 1), again];
+        let survey = choose(state(0, 200, 2000), [&chain[..], &[retried]].concat(), Vec::new());
         assert_eq!((survey.verdict, survey.left_over), (SurveyVerdict::Committed, 1));
-        let survey = choose(state(0, 200, 2000), [&whole[..], &[other]].concat(), Vec::new());
+        let survey = choose(state(0, 200, 2000), [&chain[..], &[other]].concat(), Vec::new());
         assert_eq!(survey.verdict, SurveyVerdict::Ambiguous);
         assert_eq!(survey.chain[1].stamp.epoch, LeaderEpoch(4), "the newest epoch is proposed");
     }

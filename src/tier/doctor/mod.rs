@@ -60,13 +60,13 @@ pub async fn examine(options: &ObjectStoreOptions) -> Result<Vec<StoreCheck>, Ob
     if options.is_s3() {
         let probe = S3Admin::connect(options).await?;
         let mut checks = Box::pin(run(&probe, &folder)).await;
-        let works = can_put(&checks);
-        if works {
+        let accepts_puts = can_put(&checks);
+        if accepts_puts {
             checks.extend(s3_checks(&probe, &folder).await);
         } else {
             checks.extend([CHECKSUM, UPLOADS].map(|(name, meaning)| untried_check(name, meaning)));
         }
-        clean(&probe, &folder, works).await;
+        clean(&probe, &folder, accepts_puts).await;
         return Ok(checks);
     }
     let probe = generic::GenericProbe::connect(options)?;
@@ -119,8 +119,8 @@ async fn run(probe: &impl StoreProbe, folder: &str) -> Vec<StoreCheck> {
         delete(probe, folder).await,
     ];
     checks.extend(NEEDED.into_iter().zip(results).map(|((name, meaning), result)| check(name, result, meaning)));
-    let (one, many) = check_conditional_puts(probe, folder).await;
-    checks.extend([one, many]);
+    let (sequential, concurrent) = check_conditional_puts(probe, folder).await;
+    checks.extend([sequential, concurrent]);
     checks
 }
 

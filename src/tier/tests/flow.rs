@@ -220,9 +220,9 @@ async fn flipped_bit_in_segment_object_is_detected() {
     tier.install(stage(&tier, &source, LeaderEpoch(0)).await.unwrap());
     let entry = tier.segments(at(0), 1).await.unwrap()[0];
     let object = tier.object(&entry.stamp.segment());
-    let whole = tier.store().get(&object).await.unwrap();
-    for bit in 0..whole.len() * 8 {
-        let mut bytes = whole.to_vec();
+    let intact = tier.store().get(&object).await.unwrap();
+    for bit in 0..intact.len() * 8 {
+        let mut bytes = intact.to_vec();
         bytes[bit / 8] ^= 1 << (bit % 8);
         tier.store().put(&object, bytes.into()).await.unwrap();
         let fresh = tier_over(tier.store().clone(), tier.state());
@@ -476,20 +476,20 @@ async fn marker_that_another_broker_writes_meanwhile_is_accepted() {
 async fn missing_or_empty_folder_rejects_writes_until_it_returns() {
     let folder = tempfile::tempdir().unwrap();
     let segments = Segments::new();
-    let (place, away) = (folder.path().join("objects"), folder.path().join("away"));
+    let (mounted_at, unmounted) = (folder.path().join("objects"), folder.path().join("unmounted"));
     let options = ObjectStoreOptions {
         retry_for: Duration::ZERO,
-        ..ObjectStoreOptions::new(&format!("file://{}", place.display()))
+        ..ObjectStoreOptions::new(&format!("file://{}", mounted_at.display()))
     };
     let tier = open(&options);
     let (first, content) = segments.source(0, 1, 10, 0);
     let staged = stage(&tier, &first, LeaderEpoch(0)).await.unwrap();
     tier.install(staged);
     let (second, more) = segments.source(3, 1, 10, 0);
-    std::fs::rename(&place, &away).unwrap();
+    std::fs::rename(&mounted_at, &unmounted).unwrap();
     for mounted in [false, true] {
         if mounted {
-            std::fs::create_dir(&place).unwrap();
+            std::fs::create_dir(&mounted_at).unwrap();
         }
         let refused = stage(&tier, &second, LeaderEpoch(0)).await.unwrap_err();
         assert!(
@@ -497,15 +497,15 @@ async fn missing_or_empty_folder_rejects_writes_until_it_returns() {
             "{refused}"
         );
         assert!(refused.to_string().contains(&options.url), "{refused}");
-        assert_eq!(place.exists(), mounted, "no folder is created");
-        assert!(!mounted || std::fs::read_dir(&place).unwrap().next().is_none(), "no object is written");
+        assert_eq!(mounted_at.exists(), mounted, "no folder is created");
+        assert!(!mounted || std::fs::read_dir(&mounted_at).unwrap().next().is_none(), "no object is written");
         // The objects may return, so the error is `Unavailable` and not a corrupt or missing object.
         let cold = tier_over(tier.store().clone(), tier.state());
         let read = cold.read(at(0), 1.into()).await.unwrap_err();
         assert!(matches!(&read, TierReadError::Store(TierStoreError::Unavailable { .. })), "{read:?}");
     }
-    std::fs::remove_dir(&place).unwrap();
-    std::fs::rename(&away, &place).unwrap();
+    std::fs::remove_dir(&mounted_at).unwrap();
+    std::fs::rename(&unmounted, &mounted_at).unwrap();
     let staged = stage(&tier, &second, LeaderEpoch(0)).await.unwrap();
     tier.install(staged);
     assert_eq!(read_all(&tier, 0, 6, 1 << 20).await, [content, more].concat());
