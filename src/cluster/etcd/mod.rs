@@ -26,7 +26,8 @@
 //!
 //! A member whose host disappears does not close its connections. A call that times out on a connection without any
 //! response meanwhile replaces the connection. A watch requests progress after two seconds without a message, and moves
-//! to another member after two more.
+//! to another member after two more. After three members in a row without a response, the watch ends with an error, and
+//! the metadata cache relists.
 //!
 //! HTTP/2 pings are not used: etcd permits one per five seconds, and none without active streams, and closes
 //! connections of clients that send more. Observed with one ping every two seconds: each connection ended after eight,
