@@ -31,15 +31,15 @@ pub enum ReassignError {
     /// The number of brokers differs from the topic's replication factor.
     #[error(
         "topic {:?} has a replication factor of {factor}, and {} named: name {factor}, or change it first \
-         with `strandline topic alter {} --replication-factor {asked}`", topic.as_str(),
-        format_broker_count(*.asked), topic
+         with `strandline topic alter {} --replication-factor {requested}`", topic.as_str(),
+        format_broker_count(*.requested), topic
     )]
     Factor {
         topic: TopicName,
         /// Replication factor of the topic.
         factor: u32,
         /// Number of requested brokers.
-        asked: usize,
+        requested: usize,
     },
     /// A new broker is not live and cannot copy.
     #[error(
@@ -179,8 +179,8 @@ impl ClusterOperations {
 }
 
 /// Returns a number of brokers with its verb.
-fn format_broker_count(asked: usize) -> String {
-    if asked == 1 { "1 broker is".to_owned() } else { format!("{asked} brokers are") }
+fn format_broker_count(requested: usize) -> String {
+    if requested == 1 { "1 broker is".to_owned() } else { format!("{requested} brokers are") }
 }
 
 /// Checks that need no partition values.
@@ -196,7 +196,7 @@ fn admit(state: &MetadataSnapshot, topic: &TargetTopic, replicas: &[BrokerId]) -
     }
     let factor = topic.known.value.replication_factor;
     if usize::try_from(factor).is_ok_and(|factor| factor != replicas.len()) {
-        return Err(ReassignError::Factor { topic: topic.name.clone(), factor, asked: replicas.len() });
+        return Err(ReassignError::Factor { topic: topic.name.clone(), factor, requested: replicas.len() });
     }
     let draining: Vec<BrokerId> = replicas.iter().copied().filter(|id| state.drains().contains_key(id)).collect();
     if draining.is_empty() { Ok(()) } else { Err(ReassignError::Draining { ids: draining }) }

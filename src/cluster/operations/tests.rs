@@ -232,7 +232,7 @@ async fn invalid_reassignment_is_rejected_and_changes_nothing() {
     let unknown = reassign(Some(0), &[1, 9]).await;
     assert_eq!(unknown.to_string(), "the cluster has no broker 9: it has 1, 2, 3 and 4");
     let factor = reassign(Some(0), &[1]).await;
-    assert_eq!(factor, ReassignError::Factor { topic: name(), factor: 2, asked: 1 });
+    assert_eq!(factor, ReassignError::Factor { topic: name(), factor: 2, requested: 1 });
     assert!(factor.to_string().contains("--replication-factor 1"), "{factor}");
     assert_eq!(reassign(Some(0), &[1, 3]).await, ReassignError::Draining { ids: ids(&[3]) });
     let offline = reassign(None, &[4, 2]).await;
@@ -470,7 +470,7 @@ fn error_texts_use_singular_for_one_broker() {
         |replicas: &[u32]| ElectError::Silent { partition: "a/0".to_owned(), replicas: ids(replicas) }.to_string();
     assert!(silent(&[3]).ends_with("start broker 3"), "{}", silent(&[3]));
     assert!(silent(&[1, 2, 3]).ends_with("start one of the brokers 1, 2 and 3"), "{}", silent(&[1, 2, 3]));
-    let factor = |asked| ReassignError::Factor { topic: name(), factor: 2, asked }.to_string();
+    let factor = |requested| ReassignError::Factor { topic: name(), factor: 2, requested }.to_string();
     assert!(factor(1).contains("and 1 broker is named: name 2"), "{}", factor(1));
     assert!(factor(3).contains("and 3 brokers are named: name 2"), "{}", factor(3));
 }

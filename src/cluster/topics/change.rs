@@ -25,18 +25,20 @@ pub enum AlterError {
     #[error("topic configuration {key:?} is both set and unset: choose one")]
     Both { key: String },
     /// The replication factor exceeds the limit of any cluster.
-    #[error("a topic cannot have a replication factor of {asked}: 1 to {}", limits::MAX_REPLICAS)]
+    #[error("a topic cannot have a replication factor of {requested}: 1 to {}", limits::MAX_REPLICAS)]
     Replicas {
         /// Requested replication factor.
-        asked: u32,
+        requested: u32,
     },
     /// Fewer brokers than replicas.
-    #[error("a replication factor of {asked} needs as many brokers, and {there}: request a lower one, or start more")]
+    #[error(
+        "a replication factor of {requested} needs as many brokers, and {counts}: request a lower one, or start more"
+    )]
     Brokers {
         /// Requested replication factor.
-        asked: u32,
+        requested: u32,
         /// Available brokers.
-        there: BrokerCounts,
+        counts: BrokerCounts,
     },
     /// A broker would exceed its replica limit.
     #[error(transparent)]
@@ -69,12 +71,12 @@ pub enum AddPartitionsError {
         to: u32,
     },
     /// Fewer brokers than replicas.
-    #[error("the topic's replication factor of {asked} needs as many brokers, and {there}: start more")]
+    #[error("the topic's replication factor of {requested} needs as many brokers, and {counts}: start more")]
     Brokers {
         /// Replication factor of the topic.
-        asked: u32,
+        requested: u32,
         /// Available brokers.
-        there: BrokerCounts,
+        counts: BrokerCounts,
     },
     /// A broker would exceed its replica limit.
     #[error(transparent)]
@@ -143,9 +145,9 @@ impl Topics {
             };
             value.config.extend(TopicConfig::normalize(set.clone()));
             value.config.retain(|key, _| !unset.contains(key));
-            if let Some(asked) = replication_factor {
-                self.check_capacity(asked, &value).await?;
-                value.replication_factor = asked;
+            if let Some(requested) = replication_factor {
+                self.check_capacity(requested, &value).await?;
+                value.replication_factor = requested;
             }
             check_config(&self.defaults, &value.config, value.replication_factor)?;
             let transaction = Transaction::new()
@@ -160,17 +162,17 @@ impl Topics {
     }
 
     /// Checks that the brokers have capacity for a replication factor. One that does not grow needs no capacity.
-    async fn check_capacity(&self, asked: u32, topic: &TopicValue) -> Result<(), AlterError> {
-        if asked == 0 || asked > limits::MAX_REPLICAS {
-            return Err(AlterError::Replicas { asked });
+    async fn check_capacity(&self, requested: u32, topic: &TopicValue) -> Result<(), AlterError> {
+        if requested == 0 || requested > limits::MAX_REPLICAS {
+            return Err(AlterError::Replicas { requested });
         }
-        if asked <= topic.replication_factor {
+        if requested <= topic.replication_factor {
             return Ok(());
         }
         let (counts, replicas) =
-            (BrokerCounts::of(&self.metadata.state()), usize::try_from(asked).unwrap_or(usize::MAX));
+            (BrokerCounts::of(&self.metadata.state()), usize::try_from(requested).unwrap_or(usize::MAX));
         if replicas > counts.eligible_brokers() {
-            return Err(AlterError::Brokers { asked, there: counts });
+            return Err(AlterError::Brokers { requested, counts });
         }
         let topic = topic.clone();
         let place = move |state: &MetadataSnapshot, placement: &mut Placement| {
@@ -212,8 +214,8 @@ impl Topics {
             let (puts, reservation) = placed.map_err(|bound| match bound {
                 Some(bound) => bound.into(),
                 None => {
-                    let there = BrokerCounts::of(&self.metadata.state());
-                    AddPartitionsError::Brokers { asked: value.replication_factor, there }
+                    let counts = BrokerCounts::of(&self.metadata.state());
+                    AddPartitionsError::Brokers { requested: value.replication_factor, counts }
                 }
             })?;
             // While the topic is unchanged, these partitions do not count, so existing keys may be overwritten.

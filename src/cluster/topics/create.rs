@@ -36,24 +36,26 @@ pub enum CreateError {
     #[error("topic {:?} exists already", name.as_str())]
     Exists { name: TopicName },
     /// Too few or too many partitions.
-    #[error("a topic cannot have {asked} partitions: 1 to {}", limits::MAX_PARTITIONS)]
+    #[error("a topic cannot have {requested} partitions: 1 to {}", limits::MAX_PARTITIONS)]
     Partitions {
         /// Requested number of partitions.
-        asked: u32,
+        requested: u32,
     },
     /// The replication factor is outside the limits of any cluster.
-    #[error("a topic cannot have a replication factor of {asked}: 1 to {}", limits::MAX_REPLICAS)]
+    #[error("a topic cannot have a replication factor of {requested}: 1 to {}", limits::MAX_REPLICAS)]
     Replicas {
         /// Requested replication factor.
-        asked: u32,
+        requested: u32,
     },
     /// Fewer brokers than replicas.
-    #[error("a replication factor of {asked} needs as many brokers, and {there}: request a lower one, or start more")]
+    #[error(
+        "a replication factor of {requested} needs as many brokers, and {counts}: request a lower one, or start more"
+    )]
     Brokers {
         /// Requested replication factor.
-        asked: u32,
+        requested: u32,
         /// Available brokers.
-        there: BrokerCounts,
+        counts: BrokerCounts,
     },
     /// A broker would exceed its replica limit.
     #[error(transparent)]
@@ -148,7 +150,9 @@ impl Topics {
         let placed = self.place_partitions(id, 0..partitions, replication_factor).await;
         let (mut puts, reservation) = placed.map_err(|bound| match bound {
             Some(bound) => bound.into(),
-            None => CreateError::Brokers { asked: replication_factor, there: BrokerCounts::of(&self.metadata.state()) },
+            None => {
+                CreateError::Brokers { requested: replication_factor, counts: BrokerCounts::of(&self.metadata.state()) }
+            }
         })?;
         if validate_only {
             return Ok(TopicInfo { name, value, revision: Revision::ZERO });
@@ -209,17 +213,17 @@ impl Topics {
     fn admit(&self, new: &TopicSpec) -> Result<(), CreateError> {
         let state = self.metadata.state();
         if new.partitions == 0 || new.partitions > limits::MAX_PARTITIONS {
-            return Err(CreateError::Partitions { asked: new.partitions });
+            return Err(CreateError::Partitions { requested: new.partitions });
         }
-        let asked = new.replication_factor;
-        if asked == 0 || asked > limits::MAX_REPLICAS {
-            return Err(CreateError::Replicas { asked });
+        let requested = new.replication_factor;
+        if requested == 0 || requested > limits::MAX_REPLICAS {
+            return Err(CreateError::Replicas { requested });
         }
         let counts = BrokerCounts::of(&state);
-        if usize::try_from(asked).is_ok_and(|asked| asked > counts.eligible_brokers()) {
-            return Err(CreateError::Brokers { asked, there: counts });
+        if usize::try_from(requested).is_ok_and(|requested| requested > counts.eligible_brokers()) {
+            return Err(CreateError::Brokers { requested, counts });
         }
-        check_config(&self.defaults, &new.config, asked)?;
+        check_config(&self.defaults, &new.config, requested)?;
         if state.topic(&new.name).is_some() {
             return Err(CreateError::Exists { name: new.name.clone() });
         }

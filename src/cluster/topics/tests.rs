@@ -124,13 +124,13 @@ async fn invalid_creation_fails_with_numbers_and_writes_nothing() {
     let error = cluster.create("a", 1, 3).await.expect_err("three replicas on two brokers");
     assert_eq!(
         error,
-        CreateError::Brokers { asked: 3, there: BrokerCounts { live: 2, leaving: 0, full: 0, unreachable: 0 } }
+        CreateError::Brokers { requested: 3, counts: BrokerCounts { live: 2, leaving: 0, full: 0, unreachable: 0 } }
     );
     assert!(error.to_string().contains('3') && error.to_string().contains('2'), "{error}");
-    assert_eq!(cluster.create("a", 0, 1).await, Err(CreateError::Partitions { asked: 0 }));
-    let asked = limits::MAX_PARTITIONS + 1;
-    assert_eq!(cluster.create("a", asked, 1).await, Err(CreateError::Partitions { asked }));
-    assert_eq!(cluster.create("a", 1, 0).await, Err(CreateError::Replicas { asked: 0 }));
+    assert_eq!(cluster.create("a", 0, 1).await, Err(CreateError::Partitions { requested: 0 }));
+    let requested = limits::MAX_PARTITIONS + 1;
+    assert_eq!(cluster.create("a", requested, 1).await, Err(CreateError::Partitions { requested }));
+    assert_eq!(cluster.create("a", 1, 0).await, Err(CreateError::Replicas { requested: 0 }));
     let bad = TopicSpec { config: map("retention.ms", "soon"), ..new("a", 1, 1) };
     let error = cluster.topics.create(bad).await.expect_err("no number").to_string();
     assert!(error.contains("retention.ms") && error.contains("soon"), "{error}");
@@ -176,7 +176,7 @@ async fn brokers_without_peer_address_get_no_replicas() {
     assert!(cluster.metadata.state().partitions_on(BrokerId(3)).is_empty());
     let error = cluster.create("b", 1, 3).await.expect_err("two brokers accept replicas");
     let counts = BrokerCounts { live: 3, leaving: 0, full: 0, unreachable: 1 };
-    assert_eq!(error, CreateError::Brokers { asked: 3, there: counts });
+    assert_eq!(error, CreateError::Brokers { requested: 3, counts });
     let text = error.to_string();
     assert!(text.contains("3 are online, of which 1 is registered without an address for other brokers"), "{text}");
 
@@ -286,7 +286,7 @@ async fn added_partitions_leave_existing_ones_unchanged() {
     cluster.catch_up().await;
     let too_few = cluster.topics.add_partitions(&name("a"), 151).await;
     let counts = BrokerCounts { live: 2, leaving: 0, full: 0, unreachable: 0 };
-    assert_eq!(too_few, Err(AddPartitionsError::Brokers { asked: 3, there: counts }), "three replicas on two brokers");
+    assert_eq!(too_few, Err(AddPartitionsError::Brokers { requested: 3, counts }), "three replicas on two brokers");
 }
 
 #[tokio::test]

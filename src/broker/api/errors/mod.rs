@@ -117,7 +117,7 @@ impl From<CreateError> for ApiError {
             CreateError::Partitions { .. } | CreateError::Replicas { .. } | CreateError::TooManyTopics => {
                 Self::new(ErrorCode::InvalidRequest, message)
             }
-            CreateError::Brokers { asked, there } => too_few_brokers(message, asked, there),
+            CreateError::Brokers { requested, counts } => too_few_brokers(message, requested, counts),
             CreateError::Bound(bound) => above_bound(message, bound),
             CreateError::Config(_) => Self::new(ErrorCode::InvalidTopic, message),
             CreateError::Conflict { .. } => Self::new(ErrorCode::Conflict, message),
@@ -133,7 +133,7 @@ impl From<AlterError> for ApiError {
             AlterError::Unknown(unknown) => unknown.into(),
             AlterError::Config(_) | AlterError::Both { .. } => Self::new(ErrorCode::InvalidTopic, message),
             AlterError::Replicas { .. } => Self::new(ErrorCode::InvalidRequest, message),
-            AlterError::Brokers { asked, there } => too_few_brokers(message, asked, there),
+            AlterError::Brokers { requested, counts } => too_few_brokers(message, requested, counts),
             AlterError::Bound(bound) => above_bound(message, bound),
             AlterError::Conflict { .. } => Self::new(ErrorCode::Conflict, message),
             AlterError::Store(error) => error.into(),
@@ -149,7 +149,7 @@ impl From<AddPartitionsError> for ApiError {
             AddPartitionsError::NotMore { .. } | AddPartitionsError::TooMany { .. } => {
                 Self::new(ErrorCode::InvalidRequest, message)
             }
-            AddPartitionsError::Brokers { asked, there } => too_few_brokers(message, asked, there),
+            AddPartitionsError::Brokers { requested, counts } => too_few_brokers(message, requested, counts),
             AddPartitionsError::Bound(bound) => above_bound(message, bound),
             AddPartitionsError::Conflict { .. } => Self::new(ErrorCode::Conflict, message),
             AddPartitionsError::Store(error) => error.into(),
@@ -169,10 +169,10 @@ impl From<DeleteError> for ApiError {
 }
 
 /// Returns the error for more replicas than eligible brokers.
-fn too_few_brokers(message: String, asked: u32, there: BrokerCounts) -> ApiError {
+fn too_few_brokers(message: String, requested: u32, counts: BrokerCounts) -> ApiError {
     ApiError::new(ErrorCode::InvalidRequest, message)
-        .with("replication_factor", asked)
-        .with("brokers", there.eligible_brokers())
+        .with("replication_factor", requested)
+        .with("brokers", counts.eligible_brokers())
 }
 
 /// Returns the error for more replicas on a broker than its limit.

@@ -64,9 +64,9 @@ impl From<ReassignError> for ApiError {
             ReassignError::Unknown(unknown) => unknown.into(),
             ReassignError::Brokers(unknown) => unknown.into(),
             ReassignError::Repeated { id } => Self::new(ErrorCode::InvalidRequest, message).with("broker", id),
-            ReassignError::Factor { factor, asked, .. } => {
-                Self::new(ErrorCode::InvalidRequest, message).with("replication_factor", factor).with("brokers", asked)
-            }
+            ReassignError::Factor { factor, requested, .. } => Self::new(ErrorCode::InvalidRequest, message)
+                .with("replication_factor", factor)
+                .with("brokers", requested),
             ReassignError::Gone { ids, .. }
             | ReassignError::Draining { ids }
             | ReassignError::Full { ids, .. }
