@@ -61,8 +61,8 @@ impl ProducerIdKey {
         counter << PRODUCER_ID_CHECK_BITS | self.check_value(counter, principal)
     }
 
-    /// Returns true if [`Self::id`] produced this id for this principal.
-    pub fn made(&self, id: i64, principal: &str) -> bool {
+    /// Returns true if [`Self::id`] issued this id for this principal.
+    pub fn has_issued(&self, id: i64, principal: &str) -> bool {
         let counter = id >> PRODUCER_ID_CHECK_BITS;
         id >= 0 && id & ((1 << PRODUCER_ID_CHECK_BITS) - 1) == self.check_value(counter, principal)
     }
@@ -131,7 +131,7 @@ mod tests {
         for counter in [0, 1, 1000, PRODUCER_ID_COUNTER_END - 1] {
             let id = key(1).id(counter, ANONYMOUS);
             assert!(id >= 0 && id >> PRODUCER_ID_CHECK_BITS == counter);
-            assert!(key(1).made(id, ANONYMOUS));
+            assert!(key(1).has_issued(id, ANONYMOUS));
         }
         let (text, id) = (key(1).encode(), key(1).id(7, ANONYMOUS));
         let read = ProducerIdKey::decode("k", &text).expect("valid");
@@ -142,12 +142,12 @@ mod tests {
     #[test]
     fn invented_id_is_not_accepted() {
         let id = key(1).id(7, ANONYMOUS);
-        assert!(!key(2).made(id, ANONYMOUS), "another cluster's");
-        assert!(!key(1).made(id, "User:a"), "another principal's");
+        assert!(!key(2).has_issued(id, ANONYMOUS), "another cluster's");
+        assert!(!key(1).has_issued(id, "User:a"), "another principal's");
         for invented in [id ^ 1, id + (1 << PRODUCER_ID_CHECK_BITS), -1, i64::MIN, i64::MAX, 0, 7] {
-            assert!(!key(1).made(invented, ANONYMOUS), "{invented}");
+            assert!(!key(1).has_issued(invented, ANONYMOUS), "{invented}");
         }
-        let invented = (0..20_000).filter(|id| key(1).made(*id, ANONYMOUS)).count();
+        let invented = (0..20_000).filter(|id| key(1).has_issued(*id, ANONYMOUS)).count();
         assert_eq!(invented, 0, "small numbers are no valid ids");
     }
 

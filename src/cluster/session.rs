@@ -277,7 +277,7 @@ impl Session {
     }
 
     /// Publishes that this broker is shutting down. The broker epoch stays.
-    pub async fn stopping(&self) -> Result<(), MetaStoreError> {
+    pub async fn publish_stopping(&self) -> Result<(), MetaStoreError> {
         self.flags.stopping.store(true, Ordering::Release);
         self.update_flags().await
     }

@@ -132,7 +132,7 @@ impl Operations {
         request: &v1::ListReassignmentsRequest,
     ) -> Result<v1::ListReassignmentsResponse, ApiError> {
         let (topic, partition) = filter(&request.topic, request.partition)?;
-        let moving = self.operations.moving(topic.as_ref(), partition)?;
+        let moving = self.operations.list_reassignments(topic.as_ref(), partition)?;
         Ok(v1::ListReassignmentsResponse { partitions: self.reassignments(&moving).await })
     }
 

@@ -48,7 +48,7 @@ impl ControlledShutdown {
     }
 
     async fn transfer_all(&self) {
-        while let Err(error) = self.session.stopping().await {
+        while let Err(error) = self.session.publish_stopping().await {
             tracing::info!(%error, "could not mark this broker as stopping in the metadata store: retrying");
             tokio::time::sleep(RETRY_INTERVAL).await;
         }

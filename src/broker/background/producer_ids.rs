@@ -182,7 +182,7 @@ impl ProducerIds {
             Some(key) => key,
             None => self.read_key().await?,
         };
-        if key.made(id, ANONYMOUS) {
+        if key.has_issued(id, ANONYMOUS) {
             return Ok(());
         }
         quota.take(self.per_minute)?;

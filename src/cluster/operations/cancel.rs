@@ -50,7 +50,7 @@ impl ClusterOperations {
         topic: Option<&TopicName>,
         partition: Option<u32>,
     ) -> Result<Vec<OperationResult>, CancelError> {
-        let reassigning = self.moving(topic, partition)?;
+        let reassigning = self.list_reassignments(topic, partition)?;
         if reassigning.is_empty() {
             let what = match (topic, partition) {
                 (None, _) => "no partition is being reassigned".to_owned(),

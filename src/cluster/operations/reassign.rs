@@ -148,7 +148,7 @@ impl ClusterOperations {
 
     /// Returns the partitions with a reassignment, in progress or queued, of any origin: of one topic, one partition,
     /// or all.
-    pub fn moving(
+    pub fn list_reassignments(
         &self,
         topic: Option<&TopicName>,
         partition: Option<u32>,

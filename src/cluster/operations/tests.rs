@@ -134,9 +134,9 @@ async fn reassignment_of_all_partitions_rotates_the_list() {
     );
 
     cluster.operations.wait_until_cached(&all).await;
-    let moving = cluster.operations.moving(None, None).expect("listed");
+    let moving = cluster.operations.list_reassignments(None, None).expect("listed");
     assert_eq!(moving.iter().map(|one| one.id).collect::<Vec<_>>(), [id(0), id(1), id(2)]);
-    assert_eq!(cluster.operations.moving(Some(&name()), Some(2)).expect("listed").len(), 1);
+    assert_eq!(cluster.operations.list_reassignments(Some(&name()), Some(2)).expect("listed").len(), 1);
 }
 
 #[tokio::test]
@@ -202,7 +202,7 @@ async fn broker_at_replica_limit_gets_no_new_replicas() {
     let reassign = async |partition, to: &[u32]| cluster.operations.reassign(&name(), partition, &ids(to)).await;
     let all = reassign(None, &[1, 3]).await.expect_err("above the replica limit");
     assert_eq!(all, ReassignError::Bound(ReplicaBound { broker: BrokerId(3), replicas: 3, max: 2 }));
-    assert!(cluster.operations.moving(None, None).expect("listed").is_empty(), "nothing is queued");
+    assert!(cluster.operations.list_reassignments(None, None).expect("listed").is_empty(), "nothing is queued");
 
     let first = reassign(Some(0), &[1, 3]).await.expect("within the limit");
     cluster.operations.wait_until_cached(&first).await;
@@ -242,7 +242,7 @@ async fn invalid_reassignment_is_rejected_and_changes_nothing() {
     let order: TopicName = "order".parse().expect("valid");
     let topic = cluster.operations.reassign(&order, None, &ids(&[1, 2])).await.expect_err("rejected").to_string();
     assert_eq!(topic, "topic \"order\" does not exist");
-    assert!(cluster.operations.moving(None, None).expect("listed").is_empty());
+    assert!(cluster.operations.list_reassignments(None, None).expect("listed").is_empty());
     cluster
         .operations
         .reassign(&name(), Some(1), &ids(&[4, 2]))

@@ -214,7 +214,7 @@ async fn disk_flags_keep_epoch_and_survive_reregistration() {
     assert_eq!((flags().await, world.registered_revision().await), ((true, BrokerState::Running), epoch));
     let entry = world.store.get(KEY).await.expect("the store responds").entry.expect("registered");
     assert!(BrokerValue::decode(KEY, &entry.value).expect("valid").disk_full);
-    let (full, stopping) = tokio::join!(session.set_disk_pressure(false), session.stopping());
+    let (full, stopping) = tokio::join!(session.set_disk_pressure(false), session.publish_stopping());
     full.and(stopping).expect("the store responds");
     assert_eq!((flags().await, world.registered_revision().await), ((false, BrokerState::Stopping), epoch));
     session.set_disk_pressure(true).await.expect("the store responds");
@@ -234,7 +234,7 @@ async fn stopping_flag_keeps_epoch_and_survives_loss() {
         BrokerValue::decode(KEY, &entry.value).expect("valid").state
     };
     assert_eq!(state().await, BrokerState::Running);
-    session.stopping().await.expect("the store responds");
+    session.publish_stopping().await.expect("the store responds");
     assert_eq!((state().await, world.registered_revision().await), (BrokerState::Stopping, epoch));
     world.lease_ends().await;
     until(&session, |state| matches!(state, SessionState::Registered { epoch: now, .. } if Some(*now) > epoch)).await;
