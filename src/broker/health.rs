@@ -4,7 +4,7 @@
 //! continues then.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -48,8 +48,6 @@ pub(super) struct Health {
     failures: Arc<MaintenanceFailures>,
     phase: Mutex<Phase>,
     start: Mutex<StartState>,
-    /// Partitions whose values were unreadable at the start. Their local replicas stay offline.
-    unverified: Mutex<BTreeSet<PartitionId>>,
     /// Time since which the registration is gone.
     unregistered: Mutex<Option<Instant>>,
     /// Time since which records do not fit on the disk.
@@ -87,15 +85,13 @@ impl Health {
             failures,
             phase: Mutex::new(Phase::Starting),
             start: Mutex::new(StartState::Opening),
-            unverified: Mutex::default(),
             unregistered: Mutex::default(),
             full: Mutex::default(),
         }
     }
 
-    /// Starts to wait for replicas that catch up. Replicas of `unverified` partitions stay offline.
-    pub(super) fn begin_catching_up(&self, unverified: BTreeSet<PartitionId>) {
-        *self.unverified.lock() = unverified;
+    /// Starts to wait for replicas that catch up.
+    pub(super) fn begin_catching_up(&self) {
         *self.start.lock() = StartState::CatchingUp { since: clock::monotonic(), pending: None };
     }
 
@@ -150,7 +146,7 @@ impl Health {
     /// Returns the impairments of this broker, one line each.
     fn impairments(&self) -> Vec<String> {
         let failed = self.partitions.open().iter().filter(|partition| partition.error().is_some()).count();
-        let unverified = self.unverified.lock().iter().filter(|id| self.ctx.log.holds(**id)).count();
+        let unverified = self.partitions.count_unverified();
         let maintenance = self.failures.to_string();
         let lines = [
             self.health().err(),
@@ -158,7 +154,7 @@ impl Health {
             (unverified > 0).then(|| {
                 format!(
                     "replicas offline, because their partition values were unreadable at the start: {unverified}; \
-                     repair the values, and restart this broker"
+                     restart this broker"
                 )
             }),
             self.full.lock().map(|at| {

@@ -45,7 +45,11 @@ mod replication;
 mod tests;
 mod token_bucket;
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use self::{
     api::Api,
@@ -71,7 +75,7 @@ pub use self::{
 };
 use crate::{
     client::Connector,
-    cluster::{Session, Topics},
+    cluster::{Revision, Session, Topics},
     model::{BrokerId, Offset, PartitionId},
     partition::{MaintenanceQueue, PartitionContext, PartitionCounters},
     proto::v1::{admin_server::AdminServer, peer_server::PeerServer},
@@ -166,8 +170,9 @@ impl OpenedBroker {
     /// Activates the broker: every replica is assigned its role, and requests are served.
     ///
     /// The metadata cache must contain the registration of `session`. An older state may name this broker as the leader
-    /// of partitions that it has released since. Partitions in `unverified` stay offline.
-    pub async fn activate(self, session: Session, unverified: BTreeSet<PartitionId>) -> Arc<Broker> {
+    /// of partitions that it has released since. The values of the partitions in `unverified` were unreadable, at these
+    /// revisions. Replicas of these partitions that the ISR or ELR contains stay offline.
+    pub async fn activate(self, session: Session, unverified: BTreeMap<PartitionId, Revision>) -> Arc<Broker> {
         let Self { ctx, shared, mut reconciler, queue, stats, replication } = self;
         let background = Background::new(ctx.clone(), &shared, queue, session.clone());
         let peers = replication.as_ref().map(|replication| replication.peers().clone());
@@ -175,7 +180,7 @@ impl OpenedBroker {
         let api = Api::new(&ctx, &background, &shared, peer_status);
         let SharedState { partitions, health, .. } = shared;
         let state = ctx.metadata.state();
-        health.begin_catching_up(unverified.clone());
+        health.begin_catching_up();
         reconciler.activate(unverified, &state).await;
         if let Some(replication) = &replication {
             replication.update_peers(&state);

@@ -488,7 +488,7 @@ async fn restored_value_grants_no_leadership_until_restart() {
     let (dir, store) = (tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
     let (_, id, before) = led_before(dir.path(), &store).await;
     let key = Keys::new("test").unwrap().partition(id);
-    store.transact(Transaction::new().put(key.clone(), "{\"replicas\":[")).await.unwrap();
+    store.transact(Transaction::new().put(key.clone(), UNREADABLE)).await.unwrap();
     let bench = TestBroker::with_store(dir.path(), false, store.clone()).await;
     bench.change(Transaction::new().put(key, before.encode())).await;
     let error = bench.partition_0().err().expect("the replica is held back");
@@ -508,6 +508,87 @@ async fn restored_value_grants_no_leadership_until_restart() {
     // The broker released that leadership and was elected again.
     assert_eq!((after.leader_epoch.0, &after.isr), (before.leader_epoch.0 + 2, &before.isr));
     assert_eq!(bench.broker.partitions.by_id(id).unwrap().epoch(), after.leader_epoch);
+    bench.stop().await;
+}
+
+const UNREADABLE: &str = "{\"replicas\":[";
+
+/// Creates a topic as [`led_before`] does, and returns its partition value with broker 2 as a second in-sync replica. The
+/// value is not stored.
+async fn led_with_peer(dir: &Path, store: &EmbeddedStore) -> (Keys, PartitionId, PartitionValue) {
+    let (name, id, before) = led_before(dir, store).await;
+    let keys = Keys::new("test").unwrap();
+    let key = keys.topic(&name);
+    let topic = TopicValue::decode(&key, &store.get(&key).await.unwrap().entry.unwrap().value).unwrap();
+    let topic = TopicValue { replication_factor: 2, ..topic };
+    store.transact(Transaction::new().put(key, topic.encode())).await.unwrap();
+    let members = vec![BrokerId(1), BrokerId(2)];
+    (keys, id, PartitionValue { replicas: members.clone(), isr: members, ..before })
+}
+
+async fn register_peer(store: &EmbeddedStore, keys: &Keys, id: BrokerId) {
+    let value = BrokerValue::running_at("127.0.0.1:1".to_owned());
+    store.transact(Transaction::new().put(keys.broker(id), value.encode())).await.unwrap();
+}
+
+/// Regression: the leader resigned although the replicas of all other ISR members were offline or held back too. So the
+/// intact replica was no longer in the ISR, and no restart made the broker the leader again.
+#[tokio::test]
+async fn held_back_leader_stays_without_verified_successor() {
+    for peer_restarted in [false, true] {
+        let (dir, store) = (tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
+        let (keys, id, value) = led_with_peer(dir.path(), &store).await;
+        store.transact(Transaction::new().put(keys.partition(id), UNREADABLE)).await.unwrap();
+        if peer_restarted {
+            register_peer(&store, &keys, BrokerId(2)).await;
+        }
+        let bench = TestBroker::with_store(dir.path(), false, store.clone()).await;
+        bench.change(Transaction::new().put(keys.partition(id), value.encode())).await;
+        assert!(bench.broker.partitions.by_id(id).is_none(), "the replica is not open");
+        bench.stop().await;
+        assert_eq!(stored_value(&store, &keys, id).await, value);
+
+        let bench = TestBroker::with_store(dir.path(), false, store.clone()).await;
+        wait_until("the broker leads again", || {
+            bench.broker.partitions.by_id(id).is_some_and(|partition| partition.status().role.leads())
+        })
+        .await;
+        bench.stop().await;
+    }
+}
+
+/// A peer that registered before the unreadable value was written has verified its replica.
+#[tokio::test]
+async fn held_back_leader_resigns_for_verified_peer_and_follows() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
+    let (keys, id, value) = led_with_peer(dir.path(), &store).await;
+    register_peer(&store, &keys, BrokerId(2)).await;
+    store.transact(Transaction::new().put(keys.partition(id), UNREADABLE)).await.unwrap();
+    let bench = TestBroker::with_store(dir.path(), false, store.clone()).await;
+    bench.change(Transaction::new().put(keys.partition(id), value.encode())).await;
+    // The broker is in no set then, so its replica needs no verification.
+    wait_until("the replica is open", || bench.broker.partitions.by_id(id).is_some()).await;
+    let after = stored_value(&store, &keys, id).await;
+    assert_eq!(after.isr, [BrokerId(2)]);
+    assert!(after.leader_epoch > value.leader_epoch, "{after:?}");
+    bench.stop().await;
+}
+
+/// Regression: a replica that was being added was held back too, so the reassignment did not complete.
+#[tokio::test]
+async fn restored_value_opens_replica_outside_isr_and_elr() {
+    let (dir, other, store) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
+    let (keys, id, before) = led_with_peer(dir.path(), &store).await;
+    let (me, peer) = (BrokerId(1), BrokerId(2));
+    let (replicas, isr) = (vec![peer, me], vec![peer]);
+    let value = PartitionValue { replicas, isr, leader: Some(peer), adding: vec![me], ..before };
+    store.transact(Transaction::new().put(keys.partition(id), UNREADABLE)).await.unwrap();
+    register_peer(&store, &keys, peer).await;
+    let bench = TestBroker::with_store(other.path(), false, store.clone()).await;
+    bench.change(Transaction::new().put(keys.partition(id), value.encode())).await;
+    assert!(bench.broker.partitions.by_id(id).is_some(), "the replica is created");
+    let Readiness::Ready(impaired) = bench.broker.readiness() else { panic!("the broker is ready") };
+    assert!(!impaired.iter().any(|line| line.contains("unreadable")), "{impaired:?}");
     bench.stop().await;
 }
 

@@ -23,7 +23,8 @@
 //! - The verification ends only when the store needs no further changes. A crash in between leaves fewer memberships
 //!   and no wrong one.
 //! - A value that cannot be read cannot be compared. It may be restored as it was: with this broker in its sets, or as
-//!   its leader in an epoch before this process. So the broker is not active in such a partition until its next start.
+//!   its leader in an epoch before this process. So the broker is not active in such a partition until its next start,
+//!   or until it is in none of the sets.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -61,8 +62,8 @@ pub struct VerificationResult {
     pub directory_revision: Option<Revision>,
     /// Number of partition values that were changed.
     pub changed: usize,
-    /// Partitions whose values could not be read.
-    pub unverified: BTreeSet<PartitionId>,
+    /// Partitions whose values could not be read, with the revisions of those values.
+    pub unverified: BTreeMap<PartitionId, Revision>,
 }
 
 /// Local inventory, and whether its directory is the one that was registered last.
@@ -106,7 +107,7 @@ pub async fn verify_inventory(
     loop {
         let durabilities = load_durabilities(store, keys, defaults).await?;
         let list = store.list(&format!("{}partitions/", keys.prefix())).await?;
-        let (mut needed, mut unverified) = (Vec::new(), BTreeSet::new());
+        let (mut needed, mut unverified) = (Vec::new(), BTreeMap::new());
         for entry in &list.entries {
             let Some(Key::Partition(partition)) = keys.parse(&entry.key) else { continue };
             let durability = durabilities.get(&partition.topic).copied();
@@ -115,10 +116,10 @@ pub async fn verify_inventory(
                 Err(error) => {
                     tracing::warn!(
                         %partition, %error,
-                        "the value of a partition cannot be read: the local replica stays offline until the value is \
-                         repaired and this broker is restarted"
+                        "the value of a partition cannot be read: repair the value, and restart this broker if \
+                         `cluster health` then names an offline replica"
                     );
-                    unverified.insert(partition);
+                    unverified.insert(partition, entry.mod_revision);
                 }
             }
         }

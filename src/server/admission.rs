@@ -13,7 +13,11 @@
 //! error that no retry corrects ends the start. Examples are a rejected login, a broker id that another broker has, and
 //! a store that never contained this directory.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use tokio::time::Instant;
@@ -22,7 +26,7 @@ use uuid::Uuid;
 use crate::{
     cluster::{
         DirectoryValue, Generations, Key, Keys, LocalInventory, MetaStore, MetaStoreError, MetadataCache,
-        RegisterError, RegistrationRequest, Session, TopicValue, Value as _, verify_inventory,
+        RegisterError, RegistrationRequest, Revision, Session, TopicValue, Value as _, verify_inventory,
     },
     log::DataDir,
     model::{ConfigMap, PartitionId, TopicId},
@@ -174,7 +178,7 @@ impl ClusterAdmission<'_> {
         intact: BTreeSet<PartitionId>,
         metadata: &MetadataCache,
         tasks: &Tasks,
-    ) -> anyhow::Result<(Session, BTreeSet<PartitionId>)> {
+    ) -> anyhow::Result<(Session, BTreeMap<PartitionId, Revision>)> {
         let inventory = LocalInventory {
             directory_id: self.log.directory_id().to_string(),
             incarnations: pending_start.incarnations,

@@ -4,7 +4,7 @@
 //! connections to other brokers. `server::run` provides the real ones. A simulation provides its own, with many nodes
 //! in one process.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use futures::future::BoxFuture;
@@ -320,7 +320,7 @@ impl NodeStart<'_> {
         incarnation: Uuid,
         broker: &OpenedBroker,
         metadata: &MetadataCache,
-    ) -> anyhow::Result<(Session, BTreeSet<PartitionId>)> {
+    ) -> anyhow::Result<(Session, BTreeMap<PartitionId, Revision>)> {
         let (log, percent) = (self.log.clone(), self.config.broker.disk_pressure_percent);
         // A standalone broker has no peer that could get new replicas instead.
         let disk_full =
@@ -350,7 +350,7 @@ impl NodeStart<'_> {
             }
             None => {
                 let registered = register_alone(registration, metadata, &self.tasks).await;
-                (registered.context("cannot register the broker in the metadata store")?, BTreeSet::new())
+                (registered.context("cannot register the broker in the metadata store")?, BTreeMap::new())
             }
         };
         let inventory = session.epoch().unwrap_or(Revision::ZERO);

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::table::{HostedPartition, OfflineReplica, PartitionTable, TableLookup};
+use super::table::{HostedPartition, PartitionTable, TableLookup};
 use crate::{
     broker::node_context::NodeContext,
     cluster::{MetadataCache, UnknownTopic},
@@ -80,14 +80,9 @@ pub(in crate::broker) enum LookupError {
         /// Leader according to the metadata; `None` during an election.
         leader: Option<LeaderHint>,
     },
-    /// The local replica could not be opened.
+    /// The local replica is offline.
     #[error("partition {partition} of topic {topic:?} is offline on this broker: {reason}")]
-    Unusable {
-        topic: String,
-        partition: i32,
-        /// Error of the open.
-        reason: String,
-    },
+    Unusable { topic: String, partition: i32, reason: String },
 }
 
 impl From<LookupError> for ApiError {
@@ -204,10 +199,8 @@ impl ReplicaLookup {
         }
         let leader = self.leader(id);
         match &*replica {
-            HostedPartition::Offline(OfflineReplica { reason, .. })
-                if leader.as_ref().is_none_or(|leader| leader.broker == self.id) =>
-            {
-                lookup(LookupError::Unusable { topic, partition, reason: reason.as_ref().to_owned() })
+            HostedPartition::Offline(offline) if leader.as_ref().is_none_or(|leader| leader.broker == self.id) => {
+                lookup(LookupError::Unusable { topic, partition, reason: offline.to_string() })
             }
             _ => lookup(LookupError::NotLeader { topic, partition, leader }),
         }

@@ -47,17 +47,15 @@ impl PartitionOpener {
             return None;
         }
         let start_with_counter = value.isr.contains(&me) || value.elr.contains(&me);
-        let offline = match replica {
-            HostedPartition::Offline(offline) => Some(offline),
-            HostedPartition::Online(_) | HostedPartition::None => None,
+        let failed_since = match replica {
+            HostedPartition::Offline(OfflineReplica::OpenFailed { since, .. }) => Some(*since),
+            _ => None,
         };
         let discard_local = !is_on_disk
-            || offline.is_some_and(|offline| match value.leader {
+            || failed_since.is_some_and(|since| match value.leader {
                 // An operator elected this replica after the report that it is offline and will be discarded.
                 Some(leader) if leader == me => {
-                    value.isr == [me]
-                        && value.discard_local
-                        && value.unclean_epoch.is_some_and(|epoch| epoch > offline.since)
+                    value.isr == [me] && value.discard_local && value.unclean_epoch.is_some_and(|epoch| epoch > since)
                 }
                 Some(_) => !start_with_counter,
                 // There is no leader to copy from, so the files stay even if the replica cannot be opened.
@@ -104,19 +102,21 @@ impl PartitionOpener {
     fn offline_entry(&self, id: PartitionId, topic: &TopicName, error: &PartitionError) -> HostedPartition {
         let reason: Arc<str> = error.to_string().into();
         let earlier = self.partitions.get(id).and_then(|replica| match &*replica {
-            HostedPartition::Offline(offline) => Some(offline.clone()),
-            HostedPartition::Online(_) | HostedPartition::None => None,
+            HostedPartition::Offline(OfflineReplica::OpenFailed { reason, since }) => {
+                Some((Arc::clone(reason), *since))
+            }
+            _ => None,
         });
-        let since = earlier.as_ref().map_or_else(|| self.leader_epoch(id), |earlier| earlier.since);
+        let since = earlier.as_ref().map_or_else(|| self.leader_epoch(id), |(_, since)| *since);
         match error {
-            _ if earlier.is_some_and(|earlier| earlier.reason == reason) => {}
+            _ if earlier.is_some_and(|(earlier, _)| earlier == reason) => {}
             PartitionError::Lost { .. } => tracing::warn!(
                 partition = %id, %topic, %error,
                 "the replica lacks committed records and is offline: it is copied again once another replica leads"
             ),
             _ => tracing::error!(partition = %id, %topic, %error, "could not open the partition on this broker"),
         }
-        HostedPartition::Offline(OfflineReplica { reason, since })
+        HostedPartition::Offline(OfflineReplica::OpenFailed { reason, since })
     }
 
     /// Opens replicas in sequence, on a blocking thread.

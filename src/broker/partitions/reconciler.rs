@@ -22,8 +22,11 @@
 //! - A local replica is discarded only when it is in neither ISR nor ELR, so no commit depends on its content. The
 //!   exception is an unusable replica that an operator elected in order to discard it.
 //! - A replica whose partition value was unreadable at the startup verification is unverified. The value may be restored
-//!   as it was, and name this broker as the leader of an epoch from before this process. So the replica stays offline
-//!   until the next start.
+//!   as it was, and name this broker as the leader of an epoch from before this process. So the replica is held back:
+//!   it stays offline until the next start, or until the broker is in neither ISR nor ELR.
+//! - A replica that is held back may be intact, and the last one. Its broker resigns, and leaves the ISR by that, only
+//!   if another ISR member can lead: a running broker that registered before the unreadable value was written. That
+//!   broker's verification read the value.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -40,8 +43,8 @@ use super::{
 };
 use crate::{
     broker::node_context::NodeContext,
-    cluster::{BrokerState, Key, MetadataChange, MetadataSnapshot, Revision, TopicValue},
-    model::{BrokerId, LeaderEpoch, PartitionId, TopicConfig, TopicName},
+    cluster::{BrokerState, Key, MetadataChange, MetadataSnapshot, PartitionValue, Revision, TopicValue},
+    model::{BrokerId, PartitionId, TopicConfig, TopicName},
     partition::{IsrUpdater, MaintenanceQueue, PartitionAssignment, PartitionContext, leader::isr::BrokerStatus},
     task::clock,
     telemetry::LogThrottle,
@@ -50,9 +53,6 @@ use crate::{
 
 /// Maximum number of partitions that are notified of a change concurrently.
 const MAX_CONCURRENT_ASSIGNMENTS: usize = 256;
-
-/// Reason for which an unverified replica is offline.
-const UNVERIFIED: &str = "its partition value was unreadable when this broker started: restart the broker";
 
 /// Updates the peers from a metadata snapshot.
 pub(in crate::broker) type PeersUpdate = Box<dyn Fn(&MetadataSnapshot) + Send + Sync>;
@@ -67,8 +67,9 @@ pub(in crate::broker) struct Reconciler {
     update_peers: PeersUpdate,
     /// True once replicas receive their assignments.
     is_active: bool,
-    /// Partitions whose values were unreadable at the startup verification.
-    unverified: BTreeSet<PartitionId>,
+    /// Partitions whose values were unreadable at the startup verification, with the revisions of those values. A
+    /// partition leaves the map when its readable value has this broker in neither ISR nor ELR.
+    unverified: BTreeMap<PartitionId, Revision>,
     /// Log throttle, shared by all topics, for failed writes of topic records to the object store.
     failed_topic_records: Arc<Mutex<LogThrottle>>,
 }
@@ -94,13 +95,18 @@ impl Reconciler {
             isr_updater,
             update_peers,
             is_active: false,
-            unverified: BTreeSet::new(),
+            unverified: BTreeMap::new(),
             failed_topic_records: Arc::default(),
         }
     }
 
-    /// Assigns roles from now on, except to `unverified` partitions. Checks the stray replicas on disk.
-    pub(in crate::broker) async fn activate(&mut self, unverified: BTreeSet<PartitionId>, state: &MetadataSnapshot) {
+    /// Assigns roles from now on, except to replicas of `unverified` partitions that are held back. Checks the stray
+    /// replicas on disk.
+    pub(in crate::broker) async fn activate(
+        &mut self,
+        unverified: BTreeMap<PartitionId, Revision>,
+        state: &MetadataSnapshot,
+    ) {
         (self.is_active, self.unverified) = (true, unverified);
         self.strays.check_strays(state).await;
         self.ctx.log.stray_partitions().into_iter().for_each(|id| self.strays.add(id));
@@ -241,7 +247,8 @@ impl Reconciler {
 
     /// Applies the metadata to these partitions.
     async fn reconcile_partitions(&mut self, ids: Vec<PartitionId>, state: &MetadataSnapshot) {
-        let is_on_disk = |id: &PartitionId| self.ctx.log.holds(*id);
+        let log = self.ctx.log.clone();
+        let is_on_disk = |id: &PartitionId| log.holds(*id);
         let (mut to_open, mut to_assign) = (Vec::new(), Vec::new());
         for id in ids {
             // Partitions of a topic that is not hosted are skipped.
@@ -249,8 +256,8 @@ impl Reconciler {
             let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
             match stored {
                 Some(stored) if stored.value.replicas.contains(&self.ctx.id) => {
-                    if self.unverified.contains(&id) {
-                        self.hold_back(id, &replica, stored.value.leader_epoch).await;
+                    if self.must_hold_back(id, &stored.value) {
+                        self.hold_back(id, &replica).await;
                     } else if !matches!(&*replica, HostedPartition::Online(_)) {
                         to_open.extend(self.opener.spec(
                             id,
@@ -294,18 +301,28 @@ impl Reconciler {
         }
     }
 
+    /// Returns true if the replica is unverified and the value relies on its content. Outside ISR and ELR no commit
+    /// depends on the replica, so it needs no verification from then on.
+    fn must_hold_back(&mut self, id: PartitionId, value: &PartitionValue) -> bool {
+        let is_member = value.isr.contains(&self.ctx.id) || value.elr.contains(&self.ctx.id);
+        if !is_member && value.leader != Some(self.ctx.id) {
+            self.unverified.remove(&id);
+        }
+        self.unverified.contains_key(&id)
+    }
+
     /// Takes an unverified replica offline. A replica may be open if its value was readable before the verification.
-    async fn hold_back(&self, id: PartitionId, replica: &HostedPartition, since: LeaderEpoch) {
-        if matches!(replica, HostedPartition::Offline(_)) {
+    async fn hold_back(&self, id: PartitionId, replica: &HostedPartition) {
+        if matches!(replica, HostedPartition::Offline(OfflineReplica::Unverified)) {
             return;
         }
         self.close(id, replica).await;
         tracing::error!(
             partition = %id,
             "the partition value was unreadable when this broker started: the replica stays offline until this broker \
-             is restarted"
+             is restarted, or is in neither ISR nor ELR"
         );
-        self.partitions.set(id, HostedPartition::Offline(OfflineReplica { reason: UNVERIFIED.into(), since }));
+        self.partitions.set(id, HostedPartition::Offline(OfflineReplica::Unverified));
     }
 
     /// Stops the local replica, if there is one. The files stay.
@@ -323,11 +340,24 @@ impl Reconciler {
     fn resign_if_offline(&self, id: PartitionId, state: &MetadataSnapshot) {
         let is_offline = self.partitions.get(id).is_some_and(|replica| matches!(*replica, HostedPartition::Offline(_)));
         let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
-        if let Some(stored) =
-            stored.filter(|stored| is_offline && !self.ctx.standalone && stored.value.leader == Some(self.ctx.id))
+        let leads = stored.filter(|stored| !self.ctx.standalone && stored.value.leader == Some(self.ctx.id));
+        if let Some(stored) = leads
+            && is_offline
+            && self.may_resign(id, &stored.value, state)
         {
             self.isr_updater.resign(id, stored.value.leader_epoch);
         }
+    }
+
+    /// Returns true unless the replica is unverified and no other ISR member is certain to be verified. The brokers of
+    /// all other members may hold back their replicas too. Each resignation would remove one intact replica from the
+    /// ISR.
+    fn may_resign(&self, id: PartitionId, value: &PartitionValue, state: &MetadataSnapshot) -> bool {
+        let Some(unreadable) = self.unverified.get(&id) else { return true };
+        value.isr.iter().filter(|member| **member != self.ctx.id).any(|member| match registration(state, *member) {
+            BrokerStatus::Registered(epoch) => epoch < *unreadable,
+            BrokerStatus::ShuttingDown | BrokerStatus::Unregistered => false,
+        })
     }
 
     /// Returns true if another process is registered with this broker's id, on a copy of its data directory. That

@@ -128,7 +128,7 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
     assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("before\nmeanwhile\n"));
 
     // As docs/operations.md describes: the old value is restored. Its leader was restarted meanwhile, so that
-    // replica stays offline until the next restart.
+    // replica is held back, and its broker resigns.
     api.put(&invalid_key, &partition);
     api.put("topics/other", &other);
     for key in ["topics/x", "brokers/9"] {

@@ -5,7 +5,7 @@
 
 mod parts;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use arc_swap::ArcSwap;
 use futures::{StreamExt as _, stream};
@@ -33,13 +33,27 @@ pub(in crate::broker) enum HostedPartition {
     Offline(OfflineReplica),
 }
 
-/// A replica that cannot be opened.
+/// Reason for which a local replica is offline.
 #[derive(Clone)]
-pub(in crate::broker) struct OfflineReplica {
-    /// Error of the open.
-    pub(in crate::broker) reason: Arc<str>,
-    /// Leader epoch in which the replica was found unusable. A later unclean election takes that into account.
-    pub(in crate::broker) since: LeaderEpoch,
+pub(in crate::broker) enum OfflineReplica {
+    /// The partition value was unreadable at the startup verification, and now names this broker in the ISR or ELR.
+    Unverified,
+    /// The replica cannot be opened.
+    OpenFailed {
+        /// Error of the open.
+        reason: Arc<str>,
+        /// Leader epoch in which the replica was found unusable. A later unclean election takes that into account.
+        since: LeaderEpoch,
+    },
+}
+
+impl fmt::Display for OfflineReplica {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unverified => "its partition value was unreadable when this broker started: restart the broker",
+            Self::OpenFailed { reason, .. } => reason,
+        })
+    }
 }
 
 /// State of one topic on this broker.
@@ -162,7 +176,7 @@ impl PartitionTable {
     /// Returns why the local replica is offline.
     pub(in crate::broker) fn offline_reason(&self, id: PartitionId) -> Option<String> {
         match &*self.get(id)? {
-            HostedPartition::Offline(replica) => Some(replica.reason.as_ref().to_owned()),
+            HostedPartition::Offline(offline) => Some(offline.to_string()),
             HostedPartition::Online(_) | HostedPartition::None => None,
         }
     }
@@ -195,6 +209,14 @@ impl PartitionTable {
             }
         }
         open
+    }
+
+    /// Returns the number of replicas that are offline because they are unverified.
+    pub(in crate::broker) fn count_unverified(&self) -> usize {
+        let is_unverified =
+            |replica: &Arc<HostedPartition>| matches!(**replica, HostedPartition::Offline(OfflineReplica::Unverified));
+        let count = |topic: &HostedTopic| topic.holdings().filter(is_unverified).count();
+        self.topics.all().map(|part| part.values().map(count).sum::<usize>()).sum()
     }
 
     /// Adds or replaces topics. Only the task that applies the metadata changes the table, so no change is lost.
