@@ -94,6 +94,8 @@ struct RevokedRegistration {
     incarnation: String,
     epoch: Revision,
     at: Instant,
+    /// Log throttle for reports about this broker that the cooldown ignores.
+    ignored_reports: LogThrottle,
 }
 
 impl RevokeCooldown {
@@ -107,6 +109,11 @@ impl RevokeCooldown {
         self.0.get(&broker).is_none_or(|revoked| {
             revoked.incarnation != incarnation || now.duration_since(revoked.at) >= REVOKE_COOLDOWN
         })
+    }
+
+    /// Counts an ignored report about a broker. Returns `Some` if the caller must log the report.
+    fn count_ignored(&mut self, broker: BrokerId, now: Instant) -> Option<u64> {
+        self.0.get_mut(&broker)?.ignored_reports.occur(now)
     }
 }
 
@@ -138,9 +145,8 @@ pub(super) struct FailureDetector {
     cooldown: Mutex<RevokeCooldown>,
     /// Reports of other brokers that are being verified.
     reports: SharedChecks<(BrokerId, Revision), Result<bool, MetaStoreError>>,
-    /// Log throttles for reports about brokers that respond, and for reports during a cooldown.
+    /// Log throttle for reports about brokers that respond.
     false_reports: Mutex<LogThrottle>,
-    ignored_reports: Mutex<LogThrottle>,
 }
 
 impl LinkLossListener for FailureDetector {
@@ -173,7 +179,6 @@ impl FailureDetector {
             cooldown: Mutex::default(),
             reports: SharedChecks::new(MAX_CONCURRENT_REPORT_PROBES),
             false_reports: Mutex::default(),
-            ignored_reports: Mutex::default(),
         }
     }
 
@@ -331,7 +336,8 @@ impl FailureDetector {
         let now = clock::monotonic();
         if !self.cooldown.lock().allows(broker, &entry.value.incarnation, now) {
             // The report is repeated while the registration exists.
-            if let Some(reports) = self.ignored_reports.lock().occur(now) {
+            let reports = self.cooldown.lock().count_ignored(broker, now);
+            if let Some(reports) = reports {
                 tracing::info!(
                     %broker, %reporter, seen, reports,
                     "ignoring failure report: an earlier report about this broker was false"
@@ -345,7 +351,8 @@ impl FailureDetector {
         if revoked {
             tracing::warn!(%broker, %reporter, seen, "the process of a broker is gone: its registration was deleted");
             let incarnation = entry.value.incarnation.clone();
-            let revoked = RevokedRegistration { incarnation, epoch, at: clock::monotonic() };
+            let (at, ignored_reports) = (clock::monotonic(), LogThrottle::default());
+            let revoked = RevokedRegistration { incarnation, epoch, at, ignored_reports };
             self.cooldown.lock().0.insert(broker, revoked);
         }
         Ok(revoked)
@@ -399,13 +406,21 @@ mod tests {
     async fn cooldown_applies_to_one_incarnation_for_fixed_time() {
         let (mut cooldown, broker, now) = (RevokeCooldown::default(), BrokerId(2), clock::monotonic());
         assert!(cooldown.allows(broker, "a", now));
-        let revoked = RevokedRegistration { incarnation: "a".to_owned(), epoch: Revision(7), at: now };
-        cooldown.0.insert(broker, revoked);
+        let revoked = || RevokedRegistration {
+            incarnation: "a".to_owned(),
+            epoch: Revision(7),
+            at: now,
+            ignored_reports: LogThrottle::default(),
+        };
+        cooldown.0.insert(broker, revoked());
+        cooldown.0.insert(BrokerId(3), revoked());
         assert!(cooldown.is_revoked(broker, Revision(7)), "a second report about the same registration");
         assert!(!cooldown.is_revoked(broker, Revision(9)), "the process has registered again");
         assert!(!cooldown.allows(broker, "a", now + REVOKE_COOLDOWN - Duration::from_secs(1)));
         assert!(cooldown.allows(broker, "a", now + REVOKE_COOLDOWN));
         assert!(cooldown.allows(broker, "b", now), "another process starts without a cooldown");
+        let logged = [broker, broker, BrokerId(3)].map(|broker| cooldown.count_ignored(broker, now));
+        assert_eq!(logged, [Some(1), None, Some(1)], "each broker has its own log throttle");
     }
 
     /// Regression: a process exited while the store had no leader. The partitions waited until the lease of that process
