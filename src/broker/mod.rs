@@ -75,7 +75,7 @@ pub use self::{
 };
 use crate::{
     client::Connector,
-    cluster::{Revision, Session, Topics},
+    cluster::{Revision, Session, TierCommits, Topics},
     model::{BrokerId, Offset, PartitionId},
     partition::{MaintenanceQueue, PartitionContext, PartitionCounters},
     proto::v1::{admin_server::AdminServer, peer_server::PeerServer},
@@ -91,6 +91,8 @@ struct SharedState {
     topics: Topics,
     budgets: Budgets,
     produce_memory: Pools,
+    /// Shares the knowledge that the metadata store has no space.
+    commits: TierCommits,
 }
 
 /// A broker whose replicas are open and idle.
@@ -136,7 +138,8 @@ impl OpenedBroker {
         let limits = &ctx.config.limits;
         let budgets = Budgets::new(limits.request_memory_bytes, limits.response_memory_bytes);
         let produce_memory = Pools::halves(limits.produce_memory_bytes);
-        let shared = SharedState { partitions, failures, health, topics, budgets, produce_memory };
+        let commits = TierCommits::new(Arc::clone(&ctx.store), ctx.keys.clone());
+        let shared = SharedState { partitions, failures, health, topics, budgets, produce_memory, commits };
         Self { ctx, shared, reconciler, queue, stats, replication }
     }
 

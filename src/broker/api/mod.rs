@@ -52,7 +52,7 @@ impl Api {
         shared: &SharedState,
         peer_status: PeerStatus,
     ) -> Self {
-        let SharedState { partitions, failures, health, topics, budgets, produce_memory } = shared.clone();
+        let SharedState { partitions, failures, health, topics, budgets, produce_memory, commits } = shared.clone();
         let (streams, peer_status) = (Tasks::new(), Arc::new(peer_status));
         let lookup = ReplicaLookup::new(ctx, Arc::clone(&partitions));
         // One decompressor for all compressed batches bounds their memory.
@@ -90,7 +90,7 @@ impl Api {
                 lease: lease.subscribe(),
             },
             operations: Operations::new(ctx.clone(), peer_status, Arc::clone(lease), health),
-            rebuilder: ManifestRebuilder::new(ctx.clone()),
+            rebuilder: ManifestRebuilder::new(ctx.clone(), commits),
             budgets,
             streams,
         }

@@ -23,8 +23,7 @@ pub(super) struct ManifestRebuilder {
 }
 
 impl ManifestRebuilder {
-    pub(super) fn new(ctx: NodeContext) -> Self {
-        let commits = TierCommits::new(Arc::clone(&ctx.store), ctx.keys.clone());
+    pub(super) fn new(ctx: NodeContext, commits: TierCommits) -> Self {
         let updater = PartitionUpdater::new(Arc::clone(&ctx.store), ctx.keys.clone());
         Self { ctx, commits, updater }
     }

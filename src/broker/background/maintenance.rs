@@ -12,7 +12,6 @@ use crate::{
         node_context::NodeContext,
         partitions::{maintenance_failures::MaintenanceFailures, table::PartitionTable},
     },
-    cluster::TierCommits,
     partition::{MaintenanceError, MaintenanceQueue, MaintenanceRunner},
     task::clock,
     tier::TierStore,
@@ -53,7 +52,7 @@ impl Maintenance {
         queue: MaintenanceQueue,
         lease: Arc<LeaseMonitor>,
     ) -> Self {
-        let runner = MaintenanceRunner::new(TierCommits::new(Arc::clone(&ctx.store), ctx.keys.clone()));
+        let runner = MaintenanceRunner::new(shared.commits.clone());
         let (partitions, failures) = (Arc::clone(&shared.partitions), Arc::clone(&shared.failures));
         Self { ctx, partitions, failures, lease, runner, queue, upload_queue: MaintenanceQueue::default() }
     }

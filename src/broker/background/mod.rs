@@ -18,7 +18,7 @@ use self::{
 };
 use super::{SharedState, node_context::NodeContext};
 use crate::{
-    cluster::{Controller, Session, TierCommits, planner::PlannerLimits},
+    cluster::{Controller, Session, planner::PlannerLimits},
     config::ControllerConfig,
     partition::MaintenanceQueue,
 };
@@ -66,11 +66,7 @@ impl Background {
     pub(super) fn spawn_workers(&self) {
         let ctx = &self.ctx;
         self.maintenance.spawn();
-        let garbage = GarbageRun::new(
-            ctx.clone(),
-            self.shared.topics.clone(),
-            TierCommits::new(Arc::clone(&ctx.store), ctx.keys.clone()),
-        );
+        let garbage = GarbageRun::new(ctx.clone(), self.shared.topics.clone(), self.shared.commits.clone());
         self.spawn("garbage", garbage.run());
         let health = Arc::clone(&self.shared.health);
         self.spawn("start", async move { health.watch_start().await });
