@@ -70,7 +70,9 @@ impl TestBroker {
         config.broker.disk_pressure_percent = 100;
         config.broker.catch_up_timeout = Duration::from_secs(60);
         config.replication.default_factor = 1;
+        config.replication.max_lag_time = Duration::from_secs(10);
         config.tier.upload_concurrency = 1;
+        config.tier.check_interval = Duration::from_secs(3600);
         config.limits.produce_memory_bytes = 1 << 20;
         config.limits.request_memory_bytes = 64 << 20;
         config.limits.response_memory_bytes = 64 << 20;
