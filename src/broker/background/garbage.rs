@@ -11,6 +11,7 @@ use crate::{
     cluster::{MetaStoreError as MetaError, StaleKeySweeper, TierCommits, Topics},
     model::{PartitionId, TopicId},
     task::clock,
+    telemetry::LogThrottle,
     tier::{self, PartitionLiveness, abort_abandoned_uploads, collect_garbage},
 };
 
@@ -23,8 +24,6 @@ const TOMBSTONE_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Age at which an unfinished multipart upload counts as abandoned. It exceeds the duration of any segment upload.
 const ABANDONED_UPLOAD_AGE: Duration = Duration::from_secs(24 * 3600);
-
-const UPLOADS_FAILED: &str = "could not list abandoned uploads";
 
 /// Returns the interval between two runs.
 fn interval(grace: Duration) -> Duration {
@@ -42,14 +41,13 @@ pub(super) struct GarbageRun {
     topics: Topics,
     commits: TierCommits,
     sweep: StaleKeySweeper,
-    /// True if it was logged that uploads cannot be listed. A store or a policy that forbids the listing does so for
-    /// ever, and must not fill the log.
-    list_failure_logged: bool,
+    /// Log throttle for failed listings of uploads. A store or a policy that forbids the listing does so for ever.
+    failed_listings: LogThrottle,
 }
 
 impl GarbageRun {
     pub(super) fn new(ctx: NodeContext, topics: Topics, commits: TierCommits) -> Self {
-        Self { ctx, topics, commits, sweep: StaleKeySweeper::default(), list_failure_logged: false }
+        Self { ctx, topics, commits, sweep: StaleKeySweeper::default(), failed_listings: LogThrottle::default() }
     }
 
     /// Collects garbage at intervals. The next run completes a cancelled one.
@@ -63,7 +61,7 @@ impl GarbageRun {
             } else {
                 // The controller collects for the whole cluster. The next controller starts without the state of this
                 // one.
-                (self.sweep, self.list_failure_logged) = (StaleKeySweeper::default(), false);
+                (self.sweep, self.failed_listings) = Default::default();
                 self.ctx.metrics.tier_garbage_bytes.set(0);
             }
         }
@@ -94,7 +92,7 @@ impl GarbageRun {
         let swept = Box::pin(abort_abandoned_uploads(&tier.store, ABANDONED_UPLOAD_AGE, now_ms)).await;
         match swept {
             Ok(report) => {
-                self.list_failure_logged = false;
+                self.failed_listings.recover();
                 self.ctx.metrics.garbage_collection_failures.inc_by(report.failed.len() as u64);
                 for (object, reason) in &report.failed {
                     tracing::warn!(object, reason, "could not abort an abandoned upload: retrying in the next run");
@@ -103,12 +101,11 @@ impl GarbageRun {
                     tracing::info!(uploads = report.ended, "aborted abandoned uploads of killed brokers");
                 }
             }
-            Err(error) if !std::mem::replace(&mut self.list_failure_logged, true) => {
-                self.log_failure(&error, UPLOADS_FAILED)
-            }
             Err(error) => {
                 self.ctx.metrics.garbage_collection_failures.inc();
-                tracing::debug!(%error, "{UPLOADS_FAILED}");
+                if let Some(failures) = self.failed_listings.occur(clock::monotonic()) {
+                    tracing::warn!(%error, failures, "could not list abandoned uploads; retrying in the next run");
+                }
             }
         }
     }
