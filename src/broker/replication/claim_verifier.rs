@@ -22,7 +22,7 @@ const MAX_LOOKUPS_PER_MINUTE: u32 = 600;
 /// Timeout of a look-up. The claiming broker waits no longer for a response.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Verifier of other brokers' verifier.
+/// Verifier of other brokers' claims.
 pub(super) struct ClaimVerifier {
     store: Arc<dyn MetaStore>,
     keys: Keys,
