@@ -94,7 +94,7 @@ impl ClusterAdmission<'_> {
     /// before must be in the store, or one of its topics must be. A directory without replicas fits any store.
     pub(super) async fn reach(&self) -> anyhow::Result<()> {
         let prefix = self.keys.prefix();
-        let known = patiently(self.retry_until_reply(async || Ok(self.known_cluster().await?))).await?;
+        let known = report_long_wait(self.retry_until_reply(async || Ok(self.known_cluster().await?))).await?;
         let log = self.log.clone();
         let took_part = !task::run_blocking(move || log.incarnations()).await?.is_empty();
         let held: BTreeSet<TopicId> = self.log.partitions().into_iter().map(|id| id.topic).collect();
@@ -239,13 +239,13 @@ impl ClusterAdmission<'_> {
 }
 
 /// Waits for a response, and logs a wait that a person may notice.
-async fn patiently<T>(answer: impl Future<Output = T>) -> T {
-    let mut answer = std::pin::pin!(answer);
-    match tokio::time::timeout(REPORT_AFTER, &mut answer).await {
-        Ok(answer) => answer,
+async fn report_long_wait<T>(response: impl Future<Output = T>) -> T {
+    let mut response = std::pin::pin!(response);
+    match tokio::time::timeout(REPORT_AFTER, &mut response).await {
+        Ok(response) => response,
         Err(_) => {
             tracing::info!("the metadata store has not responded yet: the start waits for its response");
-            answer.await
+            response.await
         }
     }
 }

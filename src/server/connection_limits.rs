@@ -71,10 +71,10 @@ pub(super) struct ConnectionLimits {
 impl ConnectionLimits {
     /// Returns the limits of one of `brokers` brokers in this process, with `memory_bytes` for its clients. A
     /// standalone broker has no peer listener.
-    pub(super) fn of(brokers: usize, alone: bool, memory_bytes: u64) -> Self {
+    pub(super) fn of(brokers: usize, standalone: bool, memory_bytes: u64) -> Self {
         let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
-        let room = Self::with(files, RealDisk::default().open_files() as u64, brokers, alone);
-        room.within(memory_bytes, min_peer(Minimum::of(files, alone), brokers))
+        let room = Self::with(files, RealDisk::default().open_files() as u64, brokers, standalone);
+        room.within(memory_bytes, min_peer(Minimum::of(files, standalone), brokers))
     }
 
     /// Limits the places to the available memory, with at least `min_peer` places for other brokers.
@@ -93,14 +93,14 @@ impl ConnectionLimits {
 
     /// Returns the places for which the limit of open files leaves descriptors, beside the segments of each broker and
     /// the reserves of its listeners.
-    fn with(files: u64, segments: u64, brokers: usize, alone: bool) -> Self {
-        let (brokers, listeners) = (brokers.max(1) as u64, if alone { 2 } else { 3 });
+    fn with(files: u64, segments: u64, brokers: usize, standalone: bool) -> Self {
+        let (brokers, listeners) = (brokers.max(1) as u64, if standalone { 2 } else { 3 });
         let taken = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES.max(files / 8);
         let each = usize::try_from((files.saturating_sub(taken) / brokers).min(MAX_PLACES)).unwrap_or(usize::MAX);
-        let min = Minimum::of(files, alone);
+        let min = Minimum::of(files, standalone);
         let http = (each / 8).clamp(min.http, MAX_HTTP);
         let min_peer = min_peer(min, usize::try_from(brokers).unwrap_or(MAX_PEER));
-        let peer = (!alone).then(|| (each / 8).min(MAX_PEER).max(min_peer));
+        let peer = (!standalone).then(|| (each / 8).min(MAX_PEER).max(min_peer));
         let grpc = each.saturating_sub(http + peer.unwrap_or(0)).max(min.grpc);
         let bound = |places| Capacity { places, raised_by: "the limit of open files (ulimit -n, LimitNOFILE)" };
         Self { grpc: bound(grpc), http: bound(http), peer: peer.map(bound) }
@@ -113,8 +113,8 @@ fn min_peer(min: Minimum, brokers: usize) -> usize {
 }
 
 impl Minimum {
-    const fn of(files: u64, alone: bool) -> Self {
-        if files < SMALL_FILE_LIMIT && !alone { MIN_PLACES_FEW_FILES } else { MIN_PLACES }
+    const fn of(files: u64, standalone: bool) -> Self {
+        if files < SMALL_FILE_LIMIT && !standalone { MIN_PLACES_FEW_FILES } else { MIN_PLACES }
     }
 }
 
@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn file_limit_leaves_descriptors_for_log_and_peers() {
-        for (files, segments, brokers, alone) in [
+        for (files, segments, brokers, standalone) in [
             (256, 128, 1, true),
             (256, 128, 1, false),
             (511, 255, 1, false),
@@ -138,13 +138,13 @@ mod tests {
             (64, 64, 1, true),
             (64, 64, 1, false),
         ] {
-            let ConnectionLimits { grpc, http, peer } = ConnectionLimits::with(files, segments, brokers, alone);
+            let ConnectionLimits { grpc, http, peer } = ConnectionLimits::with(files, segments, brokers, standalone);
             let (grpc, http, peer) = (grpc.places, http.places, peer.map_or(0, |peer| peer.places));
-            let min = Minimum::of(files, alone);
+            let min = Minimum::of(files, standalone);
             assert!(grpc >= min.grpc && http >= min.http, "{files}: the minimum is always served");
-            let (min_peer, listeners) = if alone { (0, 2) } else { (min.peer.max(4 * brokers), 3) };
-            assert_eq!(peer == 0, alone);
-            assert!(alone || peer >= 2 * (brokers - 1), "{brokers} brokers: two connections of each other broker");
+            let (min_peer, listeners) = if standalone { (0, 2) } else { (min.peer.max(4 * brokers), 3) };
+            assert_eq!(peer == 0, standalone);
+            assert!(standalone || peer >= 2 * (brokers - 1), "{brokers} brokers: two connections of each other broker");
             let brokers = brokers as u64;
             let own = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES;
             let taken = (grpc + http + peer) as u64 * brokers + own;
@@ -153,8 +153,8 @@ mod tests {
             let bound = if brokers == 1 && files >= 256 { files } else { files.max(least) };
             assert!(taken <= bound, "{files} files for {brokers}: {grpc}, {http} and {peer}");
         }
-        let places = |files, segments, alone| {
-            let ConnectionLimits { grpc, http, peer } = ConnectionLimits::with(files, segments, 1, alone);
+        let places = |files, segments, standalone| {
+            let ConnectionLimits { grpc, http, peer } = ConnectionLimits::with(files, segments, 1, standalone);
             (grpc.places, http.places, peer.map(|peer| peer.places))
         };
         assert_eq!(places(1024, 512, true), (315, 45, None));

@@ -119,21 +119,21 @@ pub async fn run(
     let began = clock::monotonic();
     let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
     let http = listen::listen(config.http.listen, "HTTP", "--http").await?;
-    let alone = config.metadata.etcd.is_empty();
-    let peer = if alone { None } else { Some(listen_for_peers(&config).await?) };
+    let standalone = config.metadata.etcd.is_empty();
+    let peer = if standalone { None } else { Some(listen_for_peers(&config).await?) };
     let endpoints = endpoints(&config, &grpc, &http, peer.as_ref())?;
     let (client_address, peer_address) = (endpoints.client().to_owned(), endpoints.peer().map(str::to_owned));
     config.prepare_data_dir()?;
 
     let metrics = Metrics::new();
     let time = Tasks::new();
-    let outside = outside(&config, &time);
+    let deps = broker_deps(&config, &time);
     let mut shutdown = pin!(shutdown);
     let http_at = http.local_addr()?;
     let pages = Arc::new(HttpState::new(metrics.clone()));
-    let room = ConnectionLimits::of(1, alone, config.limits.memory_bytes);
+    let room = ConnectionLimits::of(1, standalone, config.limits.memory_bytes);
     let listeners = Listeners::begin(Arc::clone(&pages), http, room, &config, &metrics);
-    let opened = open_unless(node::open_log(&config, &outside, metrics.clone()), shutdown.as_mut()).await;
+    let opened = open_unless(node::open_log(&config, &deps, metrics.clone()), shutdown.as_mut()).await;
     let log = match opened {
         Ok(Some(log)) => log,
         ended => {
@@ -143,7 +143,7 @@ pub async fn run(
     };
     let stop = Tasks::new();
     let serve_peers = |routes| listeners.serve_peers(routes, peer, &metrics);
-    let starting = Node::from_log(&config, log.clone(), outside, endpoints, metrics.clone(), &stop, serve_peers);
+    let starting = Node::from_log(&config, log.clone(), deps, endpoints, metrics.clone(), &stop, serve_peers);
     let cancel_start = || {
         stop.cancel();
         log.begin_shutdown();
@@ -301,7 +301,7 @@ impl Listeners {
 
 /// Returns the dependencies of a broker: the disk of this machine, the configured object store, and the metadata store
 /// beside the log or in etcd.
-fn outside(config: &Config, time: &Tasks) -> NodeDeps {
+fn broker_deps(config: &Config, time: &Tasks) -> NodeDeps {
     let (of, time) = (config.clone(), time.clone());
     NodeDeps {
         disk: Arc::new(RealDisk::default()),

@@ -9,8 +9,8 @@ use tokio::net::TcpListener;
 use tracing::{Instrument as _, Span};
 
 use super::{
-    Listeners, Node, NodeDeps, ServingAddresses, StoreHandles, admission, connection_limits::ConnectionLimits,
-    endpoints, http::HttpState, listen, listen_for_peers, node, open_objects, outside,
+    Listeners, Node, NodeDeps, ServingAddresses, StoreHandles, admission, broker_deps,
+    connection_limits::ConnectionLimits, endpoints, http::HttpState, listen, listen_for_peers, node, open_objects,
 };
 use crate::{
     client::{self, TcpConnector},
@@ -168,17 +168,17 @@ async fn start_all(
 async fn start(config: &Config, ports: BoundPorts, shared: &SharedDeps, span: Span) -> anyhow::Result<RunningBroker> {
     let began = clock::monotonic();
     let metrics = Metrics::new();
-    let outside = match &shared.meta {
-        None => outside(config, &shared.time),
-        Some(meta) => around(config, Arc::clone(meta)),
+    let deps = match &shared.meta {
+        None => broker_deps(config, &shared.time),
+        Some(meta) => member_deps(config, Arc::clone(meta)),
     };
     let (within, http) = (config.broker.shutdown_timeout, ports.http.local_addr()?);
     let pages = Arc::new(HttpState::new(metrics.clone()));
     let listeners = Listeners::begin(Arc::clone(&pages), ports.http, shared.room, config, &metrics);
     let node = async {
-        let log = node::open_log(config, &outside, metrics.clone()).await?;
+        let log = node::open_log(config, &deps, metrics.clone()).await?;
         let serve_peers = |routes| listeners.serve_peers(routes, Some(ports.peer), &metrics);
-        Node::from_log(config, log, outside, ports.endpoints, metrics.clone(), &shared.stop, serve_peers).await
+        Node::from_log(config, log, deps, ports.endpoints, metrics.clone(), &shared.stop, serve_peers).await
     };
     let node = match node.await {
         Ok(node) => node,
@@ -195,7 +195,7 @@ async fn start(config: &Config, ports: BoundPorts, shared: &SharedDeps, span: Sp
 
 /// Returns the dependencies of a broker with a shared metadata store. That store is not part of the broker's data
 /// directory, so the startup verification is needed.
-fn around(config: &Config, meta: Arc<dyn MetaStore>) -> NodeDeps {
+fn member_deps(config: &Config, meta: Arc<dyn MetaStore>) -> NodeDeps {
     let of = config.clone();
     NodeDeps {
         disk: Arc::new(RealDisk::default()),

@@ -95,15 +95,15 @@ impl Node {
     /// cleanly stays clean.
     pub async fn open(
         config: &Config,
-        outside: NodeDeps,
+        deps: NodeDeps,
         endpoints: Endpoints,
         opened: impl FnOnce(&DataDir),
         serve_peers: impl FnOnce(Routes),
     ) -> anyhow::Result<Self> {
         let metrics = Metrics::new();
-        let log = open_log(config, &outside, metrics.clone()).await?;
+        let log = open_log(config, &deps, metrics.clone()).await?;
         opened(&log);
-        Self::from_log(config, log, outside, endpoints, metrics, &Tasks::new(), serve_peers).await
+        Self::from_log(config, log, deps, endpoints, metrics, &Tasks::new(), serve_peers).await
     }
 
     /// Opens a node as [`Node::open`] does, with a log that is already open. The log is closed on failure. Cancelling
@@ -111,7 +111,7 @@ impl Node {
     pub(super) async fn from_log(
         config: &Config,
         log: DataDir,
-        outside: NodeDeps,
+        deps: NodeDeps,
         endpoints: Endpoints,
         metrics: Metrics,
         stop: &Tasks,
@@ -120,7 +120,7 @@ impl Node {
         let tasks = Tasks::new();
         let start = NodeStart { config, log: log.clone(), endpoints, metrics, tasks: tasks.clone(), stop };
         // Boxed, because the future is large.
-        let opened = Box::pin(start.run(outside, serve_peers)).await;
+        let opened = Box::pin(start.run(deps, serve_peers)).await;
         if opened.is_err() {
             tasks.stop().await;
             // The caller needs the error of the start, not that of the close.
@@ -234,11 +234,11 @@ struct NodeStart<'a> {
 }
 
 impl NodeStart<'_> {
-    async fn run(self, outside: NodeDeps, serve_peers: impl FnOnce(Routes)) -> anyhow::Result<Node> {
-        let (config, alone) = (self.config, outside.standalone);
-        let StoreHandles { meta, objects } = outside.stores.await?;
+    async fn run(self, deps: NodeDeps, serve_peers: impl FnOnce(Routes)) -> anyhow::Result<Node> {
+        let (config, standalone) = (self.config, deps.standalone);
+        let StoreHandles { meta, objects } = deps.stores.await?;
         // A store inside the data directory cannot be set back without the directory, so its revisions need no check.
-        let meta: Arc<dyn MetaStore> = if alone { meta } else { Arc::new(MonotonicStore::new(meta)) };
+        let meta: Arc<dyn MetaStore> = if standalone { meta } else { Arc::new(MonotonicStore::new(meta)) };
         let meta: Arc<dyn MetaStore> = Arc::new(MeteredStore::new(meta, self.metrics.clone()));
         let mut tier = objects.map(|store| with_cache(config, store, &self.metrics)).transpose()?;
         let keys = Keys::new(&config.cluster)?;
@@ -249,11 +249,11 @@ impl NodeStart<'_> {
             defaults: &config.topic_defaults,
             stop: self.stop,
         };
-        if !alone {
+        if !standalone {
             admission.reach().await?;
         }
         let generation = admission.generation().await?;
-        let pending_start = if alone { None } else { Some(admission.record_start().await?) };
+        let pending_start = if standalone { None } else { Some(admission.record_start().await?) };
         let incarnation = pending_start.as_ref().map_or_else(random::uuid, |pending_start| pending_start.incarnation);
         let metadata = MetadataCache::start_with_counter(
             Arc::clone(&meta),
@@ -263,11 +263,11 @@ impl NodeStart<'_> {
         );
         self.waited(metadata.wait_for_revision(Revision::ZERO)).await?;
         if let Some(tier) = &mut tier {
-            let bindings = MetaBindingStore::new(Arc::clone(&meta), keys.clone(), metadata.clone(), alone);
+            let bindings = MetaBindingStore::new(Arc::clone(&meta), keys.clone(), metadata.clone(), standalone);
             let has_data = metadata.state().has_tiered_data();
             let owner = StoreOwner { bindings: Some(Arc::new(bindings)), generation, has_data };
             tier.store = tier.store.clone().owned_by(owner);
-            claim(&tier.store, &self.tasks).await?;
+            bind_store(&tier.store, &self.tasks).await?;
         }
         self.record_generation(generation).await?;
         let ctx = NodeContext {
@@ -280,10 +280,10 @@ impl NodeStart<'_> {
             tier: tier.clone(),
             metrics: Arc::new(self.metrics.clone()),
             incarnation: incarnation.to_string().into(),
-            standalone: alone,
+            standalone,
             tasks: Tasks::new(),
         };
-        let opened = OpenedBroker::open(ctx, Arc::clone(&outside.connect)).await;
+        let opened = OpenedBroker::open(ctx, Arc::clone(&deps.connect)).await;
         if let Some(routes) = grpc::peer_routes(&opened) {
             serve_peers(routes);
         }
@@ -300,8 +300,8 @@ impl NodeStart<'_> {
         let routes = grpc::routes(&broker, service, config.grpc.reflection)?;
         grpc::report(&health, ServingStatus::Serving).await;
         let Self { log, tasks, metrics, .. } = self;
-        let connect = outside.connect;
-        Ok(Node { log, tier, broker, session, connect, standalone: alone, routes, health, tasks, metrics })
+        let connect = deps.connect;
+        Ok(Node { log, tier, broker, session, connect, standalone, routes, health, tasks, metrics })
     }
 
     /// Records the cluster generation. Called late, so that a mismatch of directory and stores changes nothing.
@@ -349,7 +349,7 @@ impl NodeStart<'_> {
                     .await?
             }
             None => {
-                let registered = register_alone(registration, metadata, &self.tasks).await;
+                let registered = register_standalone(registration, metadata, &self.tasks).await;
                 (registered.context("cannot register the broker in the metadata store")?, BTreeMap::new())
             }
         };
@@ -372,7 +372,7 @@ impl NodeStart<'_> {
 const PRODUCER_SHARE: u64 = 16;
 
 /// Opens the data directory: lock, journal replay.
-pub(super) async fn open_log(config: &Config, outside: &NodeDeps, metrics: Metrics) -> anyhow::Result<DataDir> {
+pub(super) async fn open_log(config: &Config, deps: &NodeDeps, metrics: Metrics) -> anyhow::Result<DataDir> {
     let identity = DataDirIdentity { cluster: config.cluster.clone(), broker: config.broker.id };
     let options = LogOptions {
         journal_bytes: config.log.journal_bytes,
@@ -381,11 +381,11 @@ pub(super) async fn open_log(config: &Config, outside: &NodeDeps, metrics: Metri
         tail_bytes: usize::try_from(config.log.tail_cache_bytes).unwrap_or(usize::MAX),
         producer_bytes: usize::try_from(config.limits.memory_bytes / PRODUCER_SHARE).unwrap_or(usize::MAX),
         metrics,
-        step_mode: outside.sim_hook.is_some(),
-        sim_hook: outside.sim_hook.clone(),
+        step_mode: deps.sim_hook.is_some(),
+        sim_hook: deps.sim_hook.clone(),
         ..LogOptions::default()
     };
-    let (disk, dir) = (Arc::clone(&outside.disk), config.broker.data_dir.clone());
+    let (disk, dir) = (Arc::clone(&deps.disk), config.broker.data_dir.clone());
     Ok(task::run_blocking(move || DataDir::open(disk, &dir, &identity, options)).await?)
 }
 
@@ -407,7 +407,7 @@ fn with_cache(config: &Config, store: TierStore, metrics: &Metrics) -> anyhow::R
 
 /// Registers a standalone broker. Its metadata lies beside its data and is lost or restored together with it, so there
 /// is nothing to verify.
-async fn register_alone(
+async fn register_standalone(
     registration: RegistrationRequest,
     metadata: &MetadataCache,
     tasks: &Tasks,
@@ -419,13 +419,13 @@ async fn register_alone(
 
 /// Verifies that the object store belongs to this cluster. Waits only for a moment: an object store that does not
 /// respond is queried again until it does, and a rejection then stops the broker.
-async fn claim(store: &TierStore, tasks: &Tasks) -> Result<(), BindingError> {
-    let (asked, stop) = (store.clone(), tasks.clone());
+async fn bind_store(store: &TierStore, tasks: &Tasks) -> Result<(), BindingError> {
+    let (store, stop) = (store.clone(), tasks.clone());
     let (first, first_result) = oneshot::channel();
     let attempts = async move {
         let mut first = Some(first);
         loop {
-            let bound = asked.bind().await;
+            let bound = store.bind().await;
             let is_over = bound.as_ref().map_or_else(BindingError::is_fatal_at_start, |()| true);
             if let Some(first) = first.take() {
                 // After `BINDING_TIMEOUT`, the receiver is dropped.

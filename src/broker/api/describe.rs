@@ -18,7 +18,7 @@ use crate::{
     broker::{
         node_context::NodeContext,
         partitions::table::PartitionTable,
-        replication::peer_status::{PeerStatus, ReplicaReport, ReportResult, useless},
+        replication::peer_status::{PeerStatus, ReplicaReport, ReportResult, replica_offline},
     },
     cluster::{BrokerState, MetadataSnapshot, PartitionEntry, PartitionValue, TopicValue, UnknownTopic},
     limits,
@@ -95,7 +95,7 @@ impl Describe {
         match reports.get(&leader) {
             Some(Ok(replicas)) => match replicas.get(&id) {
                 Some(Ok(report)) => Ok(report.clone()),
-                Some(Err(reason)) => Err(useless(leader, reason)),
+                Some(Err(reason)) => Err(replica_offline(leader, reason)),
                 None => {
                     let message = format!("broker {leader} does not serve partition {} yet: retry", id.number);
                     Err(ApiError::new(ErrorCode::NotReady, message))

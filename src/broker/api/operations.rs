@@ -11,7 +11,7 @@ use crate::{
         background::lease_monitor::LeaseMonitor,
         health::Health,
         node_context::NodeContext,
-        replication::peer_status::{PeerStatus, ReplicaReport, useless},
+        replication::peer_status::{PeerStatus, ReplicaReport, replica_offline},
     },
     cluster::{
         self, BrokerValue, ClusterOperations, ElectError, OperationResult, PartitionEntry, ReplicaPosition, Revision,
@@ -264,7 +264,7 @@ impl Operations {
                     reports.positions.push(ReplicaPosition { broker, last_epoch, log_end, high_watermark });
                 }
                 Some(Ok(Some(Err(reason)))) => {
-                    replica.error = Some(useless(*broker, &reason).into());
+                    replica.error = Some(replica_offline(*broker, &reason).into());
                     reports.offline = reports.offline.or(Some(*broker));
                 }
                 Some(Ok(None)) => {

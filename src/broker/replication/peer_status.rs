@@ -172,7 +172,7 @@ fn parse_report(report: v1::ReplicaReport) -> Option<Result<ReplicaReport, Strin
 }
 
 /// Returns the error for a replica that its broker cannot open.
-pub(in crate::broker) fn useless(broker: BrokerId, reason: &str) -> ApiError {
+pub(in crate::broker) fn replica_offline(broker: BrokerId, reason: &str) -> ApiError {
     ApiError::new(ErrorCode::StorageFailed, format!("the replica on broker {broker} is offline: {reason}"))
 }
 
