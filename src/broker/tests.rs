@@ -120,7 +120,7 @@ impl TestBroker {
     pub(super) async fn create_with(&self, name: &TopicName, partitions: u32, config: ConfigMap) -> TopicId {
         let replication_factor = 1;
         let spec = TopicSpec { name: name.clone(), partitions, replication_factor, config, validate_only: false };
-        let created = self.broker.api.topics.topics.create(spec).await.unwrap();
+        let created = self.broker.api.topics.topics().create(spec).await.unwrap();
         self.broker
             .partitions
             .until(|hosted| hosted.topic(name).is_some_and(|topic| topic.revision >= created.revision))
@@ -134,7 +134,7 @@ impl TestBroker {
         // A later change is applied later, so its end shows that this change is applied.
         let later = TopicName::new("later").unwrap();
         self.create(&later, 1).await;
-        self.broker.api.topics.topics.delete(&later).await.unwrap();
+        self.broker.api.topics.topics().delete(&later).await.unwrap();
         self.broker.partitions.until(|hosted| hosted.topic(&later).is_none()).await;
     }
 
@@ -154,7 +154,7 @@ impl TestBroker {
 
     /// Returns partition 0 of topic `t`, if it is led here.
     fn partition_0(&self) -> Result<Arc<Partition>, ApiError> {
-        self.broker.api.fetch.lookup.partition("t", 0)
+        self.broker.api.fetch.lookup().partition("t", 0)
     }
 
     /// Returns the number of open partitions of a topic, and of its replicas on the disk.
@@ -414,7 +414,7 @@ async fn timed_out_append_holds_no_memory() {
         assert_eq!(append(0, 50).await.expect_err("broker 2 does not run").code, ErrorCode::Timeout);
     }
     append(1, 30_000).await.expect("the ISR is this broker alone");
-    wait_for("all memory is freed", async || (bench.broker.api.produce.memory.taken() == 0).then_some(())).await;
+    wait_for("all memory is freed", async || (bench.broker.api.produce.memory().taken() == 0).then_some(())).await;
 
     // The wait for memory counts: only the rest of the time is for the acknowledgement.
     let since = clock::monotonic();
@@ -627,7 +627,7 @@ async fn recompression_takes_memory_before_decompression() {
         let request = v1::AppendRequest { topic: "t".to_owned(), timeout_ms, payload, ..Default::default() };
         bench.broker.api.produce.append(request, &ProducerIdQuota::default(), &bench.broker.api.call_memory()).await
     };
-    let memory = bench.broker.api.produce.memory.of(1 << 20);
+    let memory = bench.broker.api.produce.memory().of(1 << 20);
     let taken = memory.take(memory.bytes() - (8 << 10)).await;
     let error = append(300).await.expect_err("there is memory for the batch, but not for the recompressed batch");
     assert_eq!((error.code, error.retryable), (ErrorCode::Overloaded, true));
@@ -652,7 +652,7 @@ async fn large_record_list_waits_for_its_compression_turn() {
         let request = v1::AppendRequest { topic: "t".to_owned(), timeout_ms, payload, ..Default::default() };
         bench.broker.api.produce.append(request, &ProducerIdQuota::default(), &memory).await
     };
-    let turn = memory.rewriter(&bench.broker.api.produce.decompressor).in_turn().await;
+    let turn = memory.rewriter(bench.broker.api.produce.decompressor()).in_turn().await;
     append(vec![7; 1000], 20_000).await.expect("a small list is compressed at once");
     let error = append(vec![7; 2 << 20], 300).await.expect_err("another batch of the connection has the turn");
     assert_eq!((error.code, error.retryable), (ErrorCode::Overloaded, true));

@@ -21,11 +21,16 @@ const APPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Handler of topic administration.
 pub(in crate::broker) struct TopicAdmin {
     pub(super) ctx: NodeContext,
-    pub(in crate::broker) topics: Topics,
+    pub(super) topics: Topics,
     pub(super) partitions: Arc<PartitionTable>,
 }
 
 impl TopicAdmin {
+    #[cfg(test)]
+    pub(in crate::broker) fn topics(&self) -> &Topics {
+        &self.topics
+    }
+
     pub(super) async fn create_topic(
         &self,
         request: v1::CreateTopicRequest,

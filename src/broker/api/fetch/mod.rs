@@ -69,7 +69,7 @@ const PARTITION_STATE_BYTES: usize = 512;
 /// Handler of reads.
 pub(in crate::broker) struct Fetch {
     pub(super) ctx: NodeContext,
-    pub(in crate::broker) lookup: ReplicaLookup,
+    pub(super) lookup: ReplicaLookup,
     pub(super) decompressor: Decompressor,
     /// True while the lease has expired.
     pub(super) lease: watch::Receiver<bool>,
@@ -473,6 +473,11 @@ impl FetchSession {
 }
 
 impl Fetch {
+    #[cfg(test)]
+    pub(in crate::broker) fn lookup(&self) -> &ReplicaLookup {
+        &self.lookup
+    }
+
     /// Returns the partition for a reader, if this broker serves it.
     fn readable(&self, want: &v1::FetchPartition, any_replica: bool) -> Result<Arc<Partition>, ApiError> {
         self.lookup.readable(want, errors::topic_id(&want.topic_id)?, any_replica)

@@ -183,7 +183,7 @@ async fn request_with_id_of_deleted_topic_is_rejected() {
     let bench = TestBroker::start(dir.path(), true).await;
     let name = TopicName::new("t").unwrap();
     let old = bench.create(&name, 1).await;
-    bench.broker.api.topics.topics.delete(&name).await.unwrap();
+    bench.broker.api.topics.topics().delete(&name).await.unwrap();
     bench.broker.partitions.until(|partitions| partitions.topic(&name).is_none()).await;
     let new = bench.create(&name, 1).await;
     bench.append(0, 100, 0).await.unwrap();
@@ -229,7 +229,7 @@ async fn recreated_topic_starts_at_requested_offset() {
     session.places[0].position = Offset::new(7).unwrap();
     session.assign(vec![want()], false, false).unwrap();
     assert_eq!(session.places[0].position, Offset::new(7).unwrap(), "the same topic: the position stays");
-    bench.broker.api.topics.topics.delete(&name).await.unwrap();
+    bench.broker.api.topics.topics().delete(&name).await.unwrap();
     bench.broker.partitions.until(|partitions| partitions.topic(&name).is_none()).await;
     bench.create(&name, 1).await;
     session.assign(vec![want()], false, false).unwrap();
@@ -525,7 +525,7 @@ async fn large_batch_on_disk_waits_for_memory() {
     let config = [("max.message.bytes".to_owned(), "67108864".to_owned())].into_iter().collect();
     bench.create_with(&TopicName::new("t").unwrap(), 2, config).await;
     bench.append(0, BYTES, 0).await.unwrap();
-    let partition = bench.broker.api.fetch.lookup.partition("t", 0).unwrap();
+    let partition = bench.broker.api.fetch.lookup().partition("t", 0).unwrap();
     let reader = partition.reader().clone();
     let in_memory = |from| matches!(from, Some(FetchedBatches { source: ReadSource::Memory, .. }));
     while in_memory(reader.read(Offset::ZERO, 1.into()).await.unwrap()) {

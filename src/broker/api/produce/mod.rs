@@ -101,10 +101,10 @@ pub(in crate::broker) struct Produce {
     pub(super) ctx: NodeContext,
     pub(super) lookup: ReplicaLookup,
     /// Memory of unacknowledged writes.
-    pub(in crate::broker) memory: Pools,
+    pub(super) memory: Pools,
     /// Permits for appends that wait for the object store.
     pub(super) tiered_appends: Arc<Semaphore>,
-    pub(in crate::broker) decompressor: Decompressor,
+    pub(super) decompressor: Decompressor,
     pub(super) producer_ids: Arc<ProducerIds>,
     pub(super) failures: Arc<MaintenanceFailures>,
     /// Cancelled when the streams of clients must end.
@@ -112,6 +112,16 @@ pub(in crate::broker) struct Produce {
 }
 
 impl Produce {
+    #[cfg(test)]
+    pub(in crate::broker) fn memory(&self) -> &Pools {
+        &self.memory
+    }
+
+    #[cfg(test)]
+    pub(in crate::broker) fn decompressor(&self) -> &Decompressor {
+        &self.decompressor
+    }
+
     pub(super) async fn init_producer_id(
         &self,
         quota: &ProducerIdQuota,
