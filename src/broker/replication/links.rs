@@ -93,7 +93,7 @@ impl LinkManager {
     }
 
     fn known_epoch(&self, partition: PartitionId) -> LeaderEpoch {
-        self.peer_table.find()(partition).map_or(LeaderEpoch::default(), |partition| partition.epoch())
+        self.peer_table.partition(partition).map_or(LeaderEpoch::default(), |partition| partition.epoch())
     }
 
     /// Starts a task for the link to `leader`. The task owns the requests of the partitions, and may outlive the

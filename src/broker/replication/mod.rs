@@ -23,7 +23,7 @@ use self::{
     isr_updates::IsrUpdateManager,
     links::LinkManager,
     peer_server::{PeerCallbacks, PeerServer},
-    peer_table::{LookUp, PeerTable},
+    peer_table::PeerTable,
 };
 pub(super) use self::{peer_client::PeerClient, peer_server::PeerService, peer_status::BrokerStatsSource};
 use super::{node_context::NodeContext, partitions::table::PartitionTable};
@@ -31,7 +31,7 @@ use crate::{
     client::Connector,
     cluster::{MetadataSnapshot, PartitionUpdater, Revision, Session, SessionState},
     model::BrokerId,
-    partition::{PartitionContext, PartitionCounters, replication::PartitionLookup},
+    partition::{PartitionContext, PartitionCounters},
     proto::v1::peer_server as peer_service,
     task::Tasks,
 };
@@ -62,20 +62,18 @@ impl ReplicationManager {
         let peers = PeerClient::new(connect, links::CONNECT_TIMEOUT);
         let detector = Arc::new(FailureDetector::new(ctx, Arc::clone(partitions), peers.clone(), tasks.clone()));
         let verifier = Arc::new(ClaimVerifier::new(Arc::clone(&ctx.store), ctx.keys.clone()));
-        let (table, registrations) = (Arc::clone(partitions), Arc::clone(&verifier));
-        let find: PartitionLookup = Arc::new(move |id| table.by_id(id));
-        let look_up: LookUp = Arc::new(move |broker| {
-            let verifier = Arc::clone(&registrations);
-            Box::pin(async move { verifier.broker_epoch(broker).await })
+        let (cluster, lost) = (ctx.config.cluster.clone(), Arc::clone(&detector));
+        let peer_table = PeerTable::new(ctx.id, cluster, Arc::clone(partitions), lost, verifier);
+        let report = Box::new(move |report| {
+            let detector = Arc::clone(&detector);
+            Box::pin(async move { Ok(detector.confirm_failure(report).await?) }) as _
         });
-        let cluster = ctx.config.cluster.clone();
-        let peer_table = PeerTable::new(ctx.id, cluster, find, Arc::clone(&detector) as _, look_up);
         let received = ctx.metrics.replication_received_bytes.clone();
         let links = LinkManager::new(Arc::clone(&peer_table), peers.clone(), received, tasks.clone());
         let server = PeerServer::new(
             Arc::clone(&peer_table),
             ctx.incarnation.to_string(),
-            callbacks(partitions, stats, detector, verifier),
+            PeerCallbacks { stats, report },
             ctx.config.replication.catchup_bytes_per_second,
             ctx.metrics.replication_sent_bytes.clone(),
             tasks.clone(),
@@ -148,26 +146,5 @@ impl ReplicationManager {
     /// Ends all links.
     pub(super) async fn stop(&self) {
         self.tasks.stop().await;
-    }
-}
-
-fn callbacks(
-    partitions: &Arc<PartitionTable>,
-    stats: BrokerStatsSource,
-    detector: Arc<FailureDetector>,
-    verifier: Arc<ClaimVerifier>,
-) -> PeerCallbacks {
-    let partitions = Arc::clone(partitions);
-    PeerCallbacks {
-        unusable: Box::new(move |id| partitions.offline_reason(id)),
-        stats,
-        stored_epoch: Arc::new(move |id| {
-            let verifier = Arc::clone(&verifier);
-            Box::pin(async move { verifier.leader_epoch(id).await })
-        }),
-        report: Box::new(move |report| {
-            let detector = Arc::clone(&detector);
-            Box::pin(async move { Ok(detector.confirm_failure(report).await?) })
-        }),
     }
 }

@@ -34,7 +34,7 @@ use crate::{
     model::{BrokerId, LeaderEpoch, PartitionId},
     partition::{
         leader::isr::PeerId,
-        replication::{self, CatchUpThrottle, LinkEnd, LinkProbe, SenderConfig, StoredEpoch},
+        replication::{self, CatchUpThrottle, LinkEnd, LinkProbe, SenderConfig},
     },
     proto::{
         error::{ApiError, ErrorCode},
@@ -71,10 +71,6 @@ struct InboundLink {
 /// Callbacks that serve requests of peers.
 pub(super) struct PeerCallbacks {
     pub(super) stats: BrokerStatsSource,
-    /// Returns why a local replica is unusable; `None` if there is no replica or it is usable.
-    pub(super) unusable: Box<dyn Fn(PartitionId) -> Option<String> + Send + Sync>,
-    /// Returns the leader epoch of a partition in the metadata store.
-    pub(super) stored_epoch: StoredEpoch,
     /// Verifies a report. Returns true if the registration was deleted, and an error if the report must be repeated.
     pub(super) report: Box<dyn Fn(FailureReport) -> BoxFuture<'static, Result<bool, ApiError>> + Send + Sync>,
 }
@@ -136,7 +132,7 @@ impl PeerServer {
         let topic = name.topic_id.parse().ok();
         let id = topic.zip(u32::try_from(name.partition).ok()).map(|(topic, number)| PartitionId::new(topic, number));
         let Some(partition) = id.and_then(|id| self.peers.partition(id)) else {
-            let failed = id.and_then(&self.callbacks.unusable).unwrap_or_default();
+            let failed = id.and_then(|id| self.peers.offline_reason(id)).unwrap_or_default();
             return v1::ReplicaReport { failed, ..v1::ReplicaReport::default() };
         };
         let (watermarks, status) = (partition.watermarks(), partition.status());
@@ -305,7 +301,7 @@ impl PeerServer {
             );
         }
         let (find, sent) = (self.peers.find(), self.sent.of(peer.broker.0));
-        let stored_epoch = Arc::clone(&self.callbacks.stored_epoch);
+        let stored_epoch = self.peers.stored_epoch();
         let config = SenderConfig { peer, find, catch_up: Arc::clone(&self.catch_up), probe, stored_epoch, sent };
         let ended = tokio::select! {
             biased;

@@ -3,15 +3,18 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use super::peer_client::DisconnectReason;
+use super::{claim_verifier::ClaimVerifier, peer_client::DisconnectReason};
 use crate::{
+    broker::partitions::table::PartitionTable,
     cluster::Revision,
     model::{BrokerId, PartitionId},
-    partition::{Partition, replication::PartitionLookup},
+    partition::{
+        Partition,
+        replication::{PartitionLookup, StoredEpoch},
+    },
     proto::error::{ApiError, ErrorCode},
     task::{Tasks, clock},
     telemetry::LogThrottle,
@@ -37,16 +40,12 @@ pub(super) struct PeerTable {
     me: BrokerId,
     cluster: String,
     state: watch::Sender<PeerTableState>,
-    find: PartitionLookup,
+    partitions: Arc<PartitionTable>,
     lost: Arc<dyn LinkLossListener>,
-    look_up: LookUp,
+    verifier: Arc<ClaimVerifier>,
     /// Comparison of the peers' clocks with the local clock.
     pub(super) clocks: ClockComparison,
 }
-
-/// Look-up of a broker's registration in the metadata store, at a bounded rate. Fails if the registration cannot be
-/// looked up now.
-pub(super) type LookUp = Arc<dyn Fn(BrokerId) -> BoxFuture<'static, Result<Option<Revision>, ApiError>> + Send + Sync>;
 
 /// Reason for rejecting a broker whose claimed broker epoch is not confirmed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -103,17 +102,16 @@ struct PeerTableState {
 }
 
 impl PeerTable {
-    /// Creates an empty table for this broker. `find` finds local partitions, `lost` receives lost links, and `look_up`
-    /// reads registrations.
+    /// Creates an empty table for this broker. `lost` receives lost links, and `verifier` reads registrations.
     pub(super) fn new(
         me: BrokerId,
         cluster: String,
-        find: PartitionLookup,
+        partitions: Arc<PartitionTable>,
         lost: Arc<dyn LinkLossListener>,
-        look_up: LookUp,
+        verifier: Arc<ClaimVerifier>,
     ) -> Arc<Self> {
         let state = watch::Sender::default();
-        Arc::new(Self { me, cluster, state, find, lost, look_up, clocks: ClockComparison::default() })
+        Arc::new(Self { me, cluster, state, partitions, lost, verifier, clocks: ClockComparison::default() })
     }
 
     /// Replaces the registered brokers with their peer addresses and broker epochs. Called at every change.
@@ -172,7 +170,7 @@ impl PeerTable {
             Some(_) | None => {}
         }
         let unsure = |reason: String| Unconfirmed::Unsure { broker, claimed, reason };
-        match (self.look_up)(broker).await.map_err(|error| unsure(error.message))? {
+        match self.verifier.broker_epoch(broker).await.map_err(|error| unsure(error.message))? {
             Some(registered) if registered == claimed => Ok(()),
             Some(registered) if registered > claimed => Err(Unconfirmed::Older { broker, claimed, registered }),
             Some(_) | None => Err(Unconfirmed::Unknown { broker, claimed }),
@@ -181,12 +179,27 @@ impl PeerTable {
 
     /// Returns the local partition with this id.
     pub(super) fn partition(&self, id: PartitionId) -> Option<Arc<Partition>> {
-        (self.find)(id)
+        self.partitions.by_id(id)
     }
 
-    /// Returns the function that finds local partitions.
+    /// Returns why the local replica is offline.
+    pub(super) fn offline_reason(&self, id: PartitionId) -> Option<String> {
+        self.partitions.offline_reason(id)
+    }
+
+    /// Returns the function with which a link finds local partitions.
     pub(super) fn find(&self) -> PartitionLookup {
-        Arc::clone(&self.find)
+        let partitions = Arc::clone(&self.partitions);
+        Arc::new(move |id| partitions.by_id(id))
+    }
+
+    /// Returns the function with which a link reads leader epochs in the metadata store.
+    pub(super) fn stored_epoch(&self) -> StoredEpoch {
+        let verifier = Arc::clone(&self.verifier);
+        Arc::new(move |id| {
+            let verifier = Arc::clone(&verifier);
+            Box::pin(async move { verifier.leader_epoch(id).await })
+        })
     }
 
     /// Reports a lost link to or from this registration.

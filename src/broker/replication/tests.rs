@@ -1,9 +1,8 @@
-//! Replication between two brokers over TCP: partitions, links in both directions, and the service. There is no
-//! metadata store: each test assigns the leaders.
+//! Replication between two brokers over TCP: partitions, links in both directions, and the service. The metadata stores
+//! only confirm broker epochs: each test assigns the leaders.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
-use parking_lot::Mutex;
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, mpsc},
@@ -11,21 +10,23 @@ use tokio::{
 use tonic::transport::{Server, server::TcpIncoming};
 
 use super::{
+    claim_verifier::ClaimVerifier,
     links::{self, LinkManager},
     peer_client::{DisconnectReason, PeerClient, PeerError, ReplicationStream, error_from_status},
     peer_server::{PeerCallbacks, PeerServer, service},
-    peer_table::{LinkLossListener, LookUp, PeerTable},
+    peer_table::{LinkLossListener, PeerTable},
 };
 use crate::{
+    broker::partitions::table::{HostedPartition, HostedTopic, OfflineReplica, PartitionTable},
     client::TcpConnector,
-    cluster::{PartitionValue, Revision},
+    cluster::{BrokerValue, EmbeddedStore, Keys, MetaStore as _, PartitionValue, Revision, Transaction, Value as _},
     log::{DataDir, DataDirIdentity, LogOptions, SimDisk},
     model::{
         Acks, BrokerId, Compression, ConfigMap, LeaderEpoch, Offset, PartitionId, TopicConfig, TopicId, TopicName,
     },
     partition::{
         AppendResult, MaintenanceQueue, Partition, PartitionAssignment, PartitionContext, ReplicaSpec,
-        leader::isr::BrokerStatus, replication::PartitionLookup,
+        leader::isr::BrokerStatus,
     },
     proto::v1,
     record::BatchBuilder,
@@ -35,19 +36,18 @@ use crate::{
 
 const WAIT: Duration = Duration::from_secs(20);
 
-type Partitions = Arc<Mutex<BTreeMap<PartitionId, Arc<Partition>>>>;
-
 /// One of the brokers.
 struct Node {
     id: BrokerId,
     address: String,
     log: DataDir,
-    partitions: Partitions,
+    partitions: Arc<PartitionTable>,
     links: Arc<LinkManager>,
     peer_table: Arc<PeerTable>,
     peers: PeerClient,
-    /// Registrations in the metadata store.
-    stored: Arc<Mutex<BTreeMap<BrokerId, Revision>>>,
+    /// Metadata store in which this broker verifies claims of others.
+    store: EmbeddedStore,
+    keys: Keys,
     lost: mpsc::Receiver<(BrokerId, Revision, DisconnectReason)>,
     tasks: Tasks,
 }
@@ -61,7 +61,7 @@ impl LinkLossListener for LinkLossRecorder {
     }
 }
 
-fn id(number: u32) -> PartitionId {
+fn id_of(number: u32) -> PartitionId {
     PartitionId::new(TopicId::from_bytes([7; 16]), number)
 }
 
@@ -79,26 +79,20 @@ impl Node {
         let identity = DataDirIdentity { cluster: "test".to_owned(), broker: id };
         let options = LogOptions { journal_bytes: 8 << 20, ..LogOptions::default() };
         let log = DataDir::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap();
-        let partitions = Partitions::default();
+        let partitions = Arc::new(PartitionTable::default());
+        let hosted = HostedTopic::new(id_of(0).topic, Arc::new(TopicConfig::default()), 4, None);
+        partitions.put([(TopicName::new("events").unwrap(), hosted)]);
         let (recorder, lost) = mpsc::channel(64);
-        let table = Arc::clone(&partitions);
-        let find: PartitionLookup = Arc::new(move |id| table.lock().get(&id).cloned());
-        let stored: Arc<Mutex<BTreeMap<BrokerId, Revision>>> = Arc::default();
-        let registrations = Arc::clone(&stored);
-        let look_up: LookUp = Arc::new(move |broker| {
-            let epoch = registrations.lock().get(&broker).copied();
-            Box::pin(async move { Ok(epoch) })
-        });
+        let (store, keys) = (EmbeddedStore::in_memory(), Keys::new("test").unwrap());
+        let verifier = Arc::new(ClaimVerifier::new(Arc::new(store.clone()), keys.clone()));
         let lost_links = Arc::new(LinkLossRecorder(recorder));
-        let peer_table = PeerTable::new(id, "test".to_owned(), find, lost_links, look_up);
+        let peer_table = PeerTable::new(id, "test".to_owned(), Arc::clone(&partitions), lost_links, verifier);
         let peers = PeerClient::new(Arc::new(TcpConnector::between_brokers(WAIT)), links::CONNECT_TIMEOUT);
         let received = PeerCounters::default();
         let links = LinkManager::new(Arc::clone(&peer_table), peers.clone(), received, tasks.clone());
         peer_table.registered(Some(epoch_of(id)));
         let callbacks = PeerCallbacks {
-            unusable: Box::new(|id| (id.number == 1).then(|| "the log is corrupt".to_owned())),
             stats: Arc::new(|| v1::GetBrokerStatsResponse { leader_count: 5, ..v1::GetBrokerStatsResponse::default() }),
-            stored_epoch: Arc::new(|_| Box::pin(async { None })),
             report: Box::new(|report| Box::pin(async move { Ok(report.broker == BrokerId(9)) })),
         };
         let server = PeerServer::new(
@@ -120,7 +114,7 @@ impl Node {
                 result = server.serve_with_incoming(TcpIncoming::from(listener)) => result.unwrap(),
             }
         });
-        Self { id, address, log, partitions, links, peer_table, peers, stored, lost, tasks }
+        Self { id, address, log, partitions, links, peer_table, peers, store, keys, lost, tasks }
     }
 
     fn update_peers(&self, nodes: &[&Node]) {
@@ -129,12 +123,12 @@ impl Node {
     }
 
     fn partition(&self, number: u32) -> Arc<Partition> {
-        Arc::clone(&self.partitions.lock()[&id(number)])
+        self.partitions.by_id(id_of(number)).unwrap()
     }
 
     fn open(&self, number: u32) {
         let spec = ReplicaSpec {
-            id: id(number),
+            id: id_of(number),
             topic: TopicName::new("events").unwrap(),
             config: Arc::new(TopicConfig::resolve(&ConfigMap::new(), &ConfigMap::new()).unwrap()),
             committed: None,
@@ -146,7 +140,19 @@ impl Node {
         let ctx = PartitionContext { links: self.links.clone(), ..PartitionContext::standalone() };
         let partition =
             Partition::open(self.id, &self.log, spec, ctx, &MaintenanceQueue::default(), &self.tasks).unwrap();
-        self.partitions.lock().insert(id(number), partition);
+        self.partitions.set(id_of(number), HostedPartition::Online(partition));
+    }
+
+    /// Registers a broker with this epoch in the metadata store alone.
+    async fn register(&self, broker: BrokerId, epoch: Revision) {
+        let value = BrokerValue::running_at("a:1".to_owned()).encode();
+        // The transaction creates the key at this revision, so the store must be one revision behind.
+        let (filler, key) = (self.keys.broker(BrokerId(99)), self.keys.broker(broker));
+        while self.store.get(&key).await.unwrap().revision.0 + 1 < epoch.0 {
+            self.store.transact(Transaction::new().put(filler.clone(), value.clone())).await.unwrap();
+        }
+        self.store.transact(Transaction::new().put(key.clone(), value)).await.unwrap();
+        assert_eq!(self.store.get(&key).await.unwrap().entry.unwrap().create_revision, epoch);
     }
 
     /// Assigns the partition to `leader` in this epoch, with both brokers in sync.
@@ -302,7 +308,7 @@ async fn invalid_hello_is_rejected_with_reason() {
     };
     assert!(status.message().contains("another link of the same broker replaced it"), "{status:?}");
     // A newer broker epoch that only the store contains yet replaces the link at once.
-    one.stored.lock().insert(two.id, Revision(21));
+    one.register(two.id, Revision(21)).await;
     let mut newest = peers.replicate(&one.address, v1::Hello { broker_epoch: 21, ..good }).await.unwrap();
     assert!(newest.receiver.message().await.unwrap().is_some());
     assert!(next.receiver.message().await.is_err());
@@ -380,11 +386,13 @@ async fn exited_leader_process_is_reported_at_once() {
 async fn peer_requests_are_served() {
     let (one, two) = pair(1).await;
     acked(append(&one.partition(0), b"record").await).await;
+    let offline = OfflineReplica::OpenFailed { reason: "the log is corrupt".into(), since: LeaderEpoch(1) };
+    two.partitions.set(id_of(1), HostedPartition::Offline(offline));
     let peers = one.peers.clone();
     let who = peers.get_identity(&two.address, WAIT).await.unwrap();
     assert_eq!((who.cluster.as_str(), who.broker_id, who.broker_epoch), ("test", 2, Some(20)));
     assert_eq!(who.incarnation, "process 2");
-    let name = |partition| v1::TopicIdPartition { topic_id: id(0).topic.to_string(), partition };
+    let name = |partition| v1::TopicIdPartition { topic_id: id_of(0).topic.to_string(), partition };
     let nonsense = v1::TopicIdPartition { topic_id: "nonsense".to_owned(), partition: 0 };
     let request = v1::DescribeReplicasRequest { replicas: vec![name(0), name(1), name(-1), nonsense] };
     let watermarks = peers.watermarks(&two.address, request, WAIT).await.unwrap().replicas;
