@@ -177,11 +177,11 @@ impl OpenedBroker {
     /// revisions. Replicas of these partitions that the ISR or ELR contains stay offline.
     pub async fn activate(self, session: Session, unverified: BTreeMap<PartitionId, Revision>) -> Arc<Broker> {
         let Self { ctx, shared, mut reconciler, queue, stats, replication } = self;
-        let background = Background::new(ctx.clone(), &shared, queue, session.clone());
+        let background = Background::new(ctx.clone(), shared.clone(), queue, session.clone());
         let peers = replication.as_ref().map(|replication| replication.peers().clone());
         let peer_status = PeerStatus::new(&ctx, Arc::clone(&shared.partitions), peers, stats);
-        let api = Api::new(&ctx, &background, &shared, peer_status);
-        let SharedState { partitions, health, .. } = shared;
+        let (partitions, health) = (Arc::clone(&shared.partitions), Arc::clone(&shared.health));
+        let api = Api::new(&ctx, &background, shared, peer_status);
         let state = ctx.metadata.state();
         health.begin_catching_up();
         reconciler.activate(unverified, &state).await;

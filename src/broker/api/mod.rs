@@ -49,10 +49,10 @@ impl Api {
     pub(super) fn new(
         ctx: &NodeContext,
         background: &Background,
-        shared: &SharedState,
+        shared: SharedState,
         peer_status: PeerStatus,
     ) -> Self {
-        let SharedState { partitions, failures, health, topics, budgets, produce_memory, commits } = shared.clone();
+        let SharedState { partitions, failures, health, topics, budgets, produce_memory, commits } = shared;
         let (streams, peer_status) = (Tasks::new(), Arc::new(peer_status));
         let lookup = ReplicaLookup::new(ctx, Arc::clone(&partitions));
         // One decompressor for all compressed batches bounds their memory.

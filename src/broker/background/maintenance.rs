@@ -8,10 +8,10 @@ use std::{sync::Arc, time::Duration};
 use super::lease_monitor::LeaseMonitor;
 use crate::{
     broker::{
-        SharedState,
         node_context::NodeContext,
         partitions::{maintenance_failures::MaintenanceFailures, table::PartitionTable},
     },
+    cluster::TierCommits,
     partition::{MaintenanceError, MaintenanceQueue, MaintenanceRunner},
     task::clock,
     tier::TierStore,
@@ -48,12 +48,13 @@ pub(super) struct Maintenance {
 impl Maintenance {
     pub(super) fn new(
         ctx: NodeContext,
-        shared: &SharedState,
+        partitions: Arc<PartitionTable>,
+        failures: Arc<MaintenanceFailures>,
+        commits: TierCommits,
         queue: MaintenanceQueue,
         lease: Arc<LeaseMonitor>,
     ) -> Self {
-        let runner = MaintenanceRunner::new(shared.commits.clone());
-        let (partitions, failures) = (Arc::clone(&shared.partitions), Arc::clone(&shared.failures));
+        let runner = MaintenanceRunner::new(commits);
         Self { ctx, partitions, failures, lease, runner, queue, upload_queue: MaintenanceQueue::default() }
     }
 

@@ -7,7 +7,6 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use crate::{
     broker::{
-        SharedState,
         budget::{Budgets, Pools},
         node_context::NodeContext,
         partitions::table::PartitionTable,
@@ -28,9 +27,14 @@ pub(super) struct BrokerGauges {
 }
 
 impl BrokerGauges {
-    pub(super) fn new(ctx: NodeContext, shared: &SharedState, session: Session) -> Self {
-        let (budgets, produce_memory) = (shared.budgets.clone(), shared.produce_memory.clone());
-        Self { ctx, partitions: Arc::clone(&shared.partitions), session, budgets, produce_memory }
+    pub(super) fn new(
+        ctx: NodeContext,
+        partitions: Arc<PartitionTable>,
+        session: Session,
+        budgets: Budgets,
+        produce_memory: Pools,
+    ) -> Self {
+        Self { ctx, partitions, session, budgets, produce_memory }
     }
 
     /// Updates the gauges. Only one call may run at a time, because per-broker gauges are set for some brokers and then

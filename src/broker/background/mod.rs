@@ -16,9 +16,9 @@ use self::{
     controlled_shutdown::ControlledShutdown, disk_pressure::DiskPressure, garbage::GarbageRun,
     lease_monitor::LeaseMonitor, maintenance::Maintenance, metrics::BrokerGauges, producer_ids::ProducerIds,
 };
-use super::{SharedState, node_context::NodeContext};
+use super::{SharedState, health::Health, node_context::NodeContext, partitions::table::PartitionTable};
 use crate::{
-    cluster::{Controller, Session, planner::PlannerLimits},
+    cluster::{Controller, Session, TierCommits, Topics, planner::PlannerLimits},
     config::ControllerConfig,
     partition::MaintenanceQueue,
 };
@@ -26,7 +26,10 @@ use crate::{
 /// Background tasks of one broker.
 pub(super) struct Background {
     ctx: NodeContext,
-    shared: SharedState,
+    partitions: Arc<PartitionTable>,
+    health: Arc<Health>,
+    topics: Topics,
+    commits: TierCommits,
     session: Session,
     pub(super) lease: Arc<LeaseMonitor>,
     pub(super) producer_ids: Arc<ProducerIds>,
@@ -36,14 +39,27 @@ pub(super) struct Background {
 }
 
 impl Background {
-    pub(super) fn new(ctx: NodeContext, shared: &SharedState, queue: MaintenanceQueue, session: Session) -> Self {
-        let lease = Arc::new(LeaseMonitor::new(ctx.clone(), session.clone(), Arc::clone(&shared.health)));
+    pub(super) fn new(ctx: NodeContext, shared: SharedState, queue: MaintenanceQueue, session: Session) -> Self {
+        let SharedState { partitions, failures, health, topics, budgets, produce_memory, commits } = shared;
+        let lease = Arc::new(LeaseMonitor::new(ctx.clone(), session.clone(), Arc::clone(&health)));
+        let maintenance = Maintenance::new(
+            ctx.clone(),
+            Arc::clone(&partitions),
+            failures,
+            commits.clone(),
+            queue,
+            Arc::clone(&lease),
+        );
+        let gauges = BrokerGauges::new(ctx.clone(), Arc::clone(&partitions), session.clone(), budgets, produce_memory);
         Self {
-            producer_ids: Arc::new(ProducerIds::new(&ctx, shared.topics.clone())),
-            maintenance: Arc::new(Maintenance::new(ctx.clone(), shared, queue, Arc::clone(&lease))),
-            shutdown: ControlledShutdown::new(&ctx, Arc::clone(&shared.partitions), session.clone()),
-            gauges: BrokerGauges::new(ctx.clone(), shared, session.clone()),
-            shared: shared.clone(),
+            producer_ids: Arc::new(ProducerIds::new(&ctx, topics.clone())),
+            maintenance: Arc::new(maintenance),
+            shutdown: ControlledShutdown::new(&ctx, Arc::clone(&partitions), session.clone()),
+            gauges,
+            partitions,
+            health,
+            topics,
+            commits,
             ctx,
             session,
             lease,
@@ -53,7 +69,7 @@ impl Background {
     /// Starts the tasks that must run before the first assignment.
     pub(super) fn spawn_monitors(&self) {
         if !self.ctx.standalone {
-            let partitions = Arc::clone(&self.shared.partitions);
+            let partitions = Arc::clone(&self.partitions);
             self.spawn("lag-ticker", async move { lag_ticker::run(&partitions).await });
             let lease = Arc::clone(&self.lease);
             self.spawn("lease-monitor", async move { lease.run().await });
@@ -66,11 +82,11 @@ impl Background {
     pub(super) fn spawn_workers(&self) {
         let ctx = &self.ctx;
         self.maintenance.spawn();
-        let garbage = GarbageRun::new(ctx.clone(), self.shared.topics.clone(), self.shared.commits.clone());
+        let garbage = GarbageRun::new(ctx.clone(), self.topics.clone(), self.commits.clone());
         self.spawn("garbage", garbage.run());
-        let health = Arc::clone(&self.shared.health);
+        let health = Arc::clone(&self.health);
         self.spawn("start", async move { health.watch_start().await });
-        let disk_pressure = DiskPressure::new(ctx.clone(), Arc::clone(&self.shared.health), self.session.clone());
+        let disk_pressure = DiskPressure::new(ctx.clone(), Arc::clone(&self.health), self.session.clone());
         self.spawn("disk-pressure", disk_pressure.run());
         if !ctx.standalone {
             let controller = Controller {
