@@ -5,10 +5,12 @@ use std::{path::Path, time::Duration};
 use futures::FutureExt as _;
 use tokio::sync::{Semaphore, oneshot::Receiver};
 
+mod turn_order;
+
 use super::*;
 use crate::{
     cluster::{PartitionValue, Revision},
-    log::{DataDir, DataDirIdentity, LogOptions, SimDisk},
+    log::{DataDir, DataDirIdentity, LogOptions, SimDisk, SimHook},
     model::{Acks, Compression, ConfigMap, LeaderEpoch, TopicId},
     partition::{AckDurability, BatchOrigin},
     record::BatchBuilder,
@@ -20,8 +22,13 @@ fn open_log() -> DataDir {
 }
 
 fn open_log_on(disk: SimDisk) -> DataDir {
+    open_log_with(disk, None)
+}
+
+fn open_log_with(disk: SimDisk, sim_hook: Option<SimHook>) -> DataDir {
     let identity = DataDirIdentity { cluster: "test".to_owned(), broker: BrokerId(1) };
-    let options = LogOptions { journal_bytes: 1 << 20, reserve_bytes: 0, step_mode: true, ..LogOptions::default() };
+    let options =
+        LogOptions { journal_bytes: 1 << 20, reserve_bytes: 0, step_mode: true, sim_hook, ..LogOptions::default() };
     DataDir::open(Arc::new(disk), Path::new("/data"), &identity, options).unwrap()
 }
 
@@ -33,24 +40,30 @@ fn open(log: &DataDir) -> Actor {
 
 /// Opens an actor without an assignment.
 fn open_unassigned(log: &DataDir) -> Actor {
+    open_at(log, Offset::ZERO)
+}
+
+/// Opens an actor without an assignment, whose log starts at `start` if it is empty.
+fn open_at(log: &DataDir, start: Offset) -> Actor {
+    let signals = Arc::<ActorSignals>::default();
     let id = PartitionId::new(TopicId::from_bytes([7; 16]), 0);
     let config = Arc::new(TopicConfig::resolve(&ConfigMap::new(), &ConfigMap::new()).unwrap());
     Actor::new(ActorConfig {
         broker: BrokerId(1),
         id,
         topic: TopicName::new("t").unwrap(),
-        replica: log.open_replica(id, Offset::ZERO).unwrap(),
+        replica: log.open_replica(id, start).unwrap(),
         published: Arc::new(PublishedState::new(config, Tasks::new())),
-        signals: Arc::default(),
+        signals: Arc::clone(&signals),
         ctx: PartitionContext::standalone(),
         maintenance: MaintenanceQueue::default(),
         tier: None,
-        log_start: Offset::ZERO,
+        log_start: start,
         tiered_end: Offset::ZERO,
-        committed_end: Offset::ZERO,
+        committed_end: start,
         lag_ms: u64::MAX,
         control: mpsc::channel(1).0.downgrade(),
-        inbox: Inbox::new(Arc::default(), mpsc::channel(1).1, mpsc::channel(1).1, Tasks::new()),
+        inbox: Inbox::new(signals, mpsc::channel(1).1, mpsc::channel(1).1, Tasks::new()),
         tasks: Tasks::new(),
     })
 }
@@ -68,6 +81,13 @@ fn write(actor: &mut Actor) -> Receiver<AppendResult> {
 }
 
 fn write_with(actor: &mut Actor, acks: Acks) -> Receiver<AppendResult> {
+    let receiver = append(actor, acks);
+    actor.finish_group();
+    receiver
+}
+
+/// Admits one record into the group.
+fn append(actor: &mut Actor, acks: Acks) -> Receiver<AppendResult> {
     let mut builder = BatchBuilder::new(Compression::None);
     builder.push(1000, None, Some(b"x"), &[]).unwrap();
     let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
@@ -75,16 +95,21 @@ fn write_with(actor: &mut Actor, acks: Acks) -> Receiver<AppendResult> {
     let batch = builder.finish(None).unwrap();
     let origin = BatchOrigin { fingerprint: None, timestamps: batch.timestamp_range(), refusal: None };
     actor.append(Append { batch, origin, acks, permit, answer: responder, stored: None }, 1000);
-    actor.finish_group();
     receiver
 }
 
 /// Applies the pending signals.
 fn take_signals(actor: &mut Actor) {
     if let Some(pending) = actor.signals.take() {
-        actor.on_signals(pending);
-        actor.finish_turn();
+        actor.handle(Input::Signals(pending)).now_or_never().expect("signals are applied without waiting");
     }
+}
+
+/// Returns a sender to the actor's control queue.
+fn connect_control(actor: &mut Actor) -> mpsc::Sender<ControlMessage> {
+    let (control, messages) = mpsc::channel(4);
+    actor.inbox = Inbox::new(Arc::clone(&actor.signals), messages, mpsc::channel(1).1, Tasks::new());
+    control
 }
 
 /// Truncates the log, as a replica with records that its leader lacks does, and then leads.
