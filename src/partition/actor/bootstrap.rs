@@ -35,6 +35,16 @@ pub(super) struct BootstrapRequest {
 }
 
 impl BootstrapRequest {
+    #[cfg(test)]
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Returns true if this broker leads after the response.
+    pub(super) fn is_for_leadership(&self) -> bool {
+        self.pending_leadership.is_some()
+    }
+
     /// Drops the response to the pending request, if there is one.
     pub(super) fn cancel(&mut self) {
         self.id += 1;
@@ -175,7 +185,7 @@ impl Actor {
             self.tiered_end = self.tiered_end.max(tables.start);
         }
         let tables = tables.map(|tables| *tables);
-        if self.bootstrap_request.pending_leadership.is_some() {
+        if self.bootstrap_request.is_for_leadership() {
             self.start_leading_with_tables(tables).await;
         } else {
             self.bootstrap_with(tables).await;

@@ -9,7 +9,7 @@
 //! | no broker leads in e' > e, or this is no replica | | unsubscribes | writers get results |
 //! | other ISR or ELR in e | | | adopts them |
 //! | another addition of this replica in e | | unsubscribes, follows again | |
-//! | a follower or the tier state names e' > e | | | admits nothing more; a second later it reads the key from the metadata store |
+//! | a follower or the tier state names e' > e | does not begin to lead in e | | admits nothing more; a second later it reads the key from the metadata store |
 //! | the disk fails | | unsubscribes for good | resigns |
 //! | an older revision | | | |
 //!
@@ -228,15 +228,15 @@ impl Actor {
         }
     }
 
-    /// Handles a report of a newer epoch: a leader of an older epoch admits nothing more until the metadata contains
-    /// the newer one.
+    /// Handles a report of a newer epoch. A leader of an older epoch admits nothing more until the metadata contains
+    /// the newer one. A leadership of an older epoch that waits for the object store does not begin.
     pub(super) fn deposed(&mut self, known: LeaderEpoch) {
         self.metadata.on_reported_epoch(known);
-        if let RoleState::Leading(LeaderRole { leader, .. }) = &self.role
-            && leader.epoch() < known
-        {
+        let epoch = self.metadata.epoch();
+        let leads = matches!(self.role, RoleState::Leading(_)) || self.bootstrap_request.is_for_leadership();
+        if leads && epoch < known {
             tracing::info!(
-                topic = %self.topic, partition = %self.id, epoch = %leader.epoch(), %known,
+                topic = %self.topic, partition = %self.id, %epoch, %known,
                 "deposed by a newer leader epoch"
             );
             self.become_idle();

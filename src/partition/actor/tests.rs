@@ -274,3 +274,18 @@ async fn open_segment_ages_by_the_monotonic_clock() {
     drop(write(&mut actor));
     assert_eq!((actor.log.sealed().len(), is_due(&actor)), (1, false), "the next append started another segment");
 }
+
+/// Regression: the task, which waited for the object store, led in epoch 4 after a follower had reported epoch 6.
+#[tokio::test]
+async fn leadership_below_reported_epoch_never_begins() {
+    let log = open_log();
+    let mut actor = open_unassigned(&log);
+    actor.tiered_end = Offset::new(5).unwrap();
+    start_leading(&mut actor, 4);
+    let request_id = actor.bootstrap_request.id();
+    actor.handle(Input::Control(ControlMessage::Deposed(LeaderEpoch(6)))).await;
+    let tables = Err(BootstrapError::NoObjectStore);
+    actor.handle(Input::Control(ControlMessage::BootstrapReady(request_id, tables))).await;
+    assert_eq!((actor.status.role, actor.log.log_end()), (ReplicaRole::Idle, Offset::ZERO));
+    assert!(actor.awaits_metadata());
+}
