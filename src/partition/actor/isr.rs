@@ -116,6 +116,8 @@ impl Actor {
 
     /// Returns the tables of the log before its start on this disk, for a replica that bootstraps there.
     async fn tables_at_start(&mut self) -> Result<BootstrapTables, String> {
+        // The read may take long: earlier ISR changes and results do not wait for it.
+        self.finish_turn();
         match self.log.run_blocking(|replica| replica.tables_at_start()).await {
             Ok((start, epochs, producers)) => Ok(BootstrapTables {
                 start,

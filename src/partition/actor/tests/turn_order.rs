@@ -224,3 +224,15 @@ async fn log_start_is_published_before_the_turn_ends() {
     actor.administer(ActorCommand::ApplyTierState(Box::new(state))).await;
     assert_eq!(recorder.published.watermarks().log_start.get(), 1);
 }
+
+/// Regression: the proposal waited until the turn had read the tables at the log start for another follower.
+#[tokio::test]
+async fn isr_change_does_not_wait_for_blocking_read() {
+    let (_log, mut actor, recorder) = open_recorded(Offset::new(10).unwrap());
+    let control = connect_control(&mut actor);
+    control.try_send(subscribe(3, 0)).expect("the queue has space");
+    let mut handled = Box::pin(actor.handle(Input::Control(exit(2))));
+    assert!(futures::poll!(handled.as_mut()).is_pending(), "the turn reads the tables");
+    assert_eq!(recorder.take().0.iter().map(|effect| effect.name).collect::<Vec<_>>(), ["propose"]);
+    handled.await;
+}
