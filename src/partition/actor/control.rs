@@ -164,7 +164,7 @@ impl Actor {
         self.leave_role();
         if self.published.has_failed() {
             // The replica cannot copy: no leader may wait for it.
-            return;
+            return self.metadata.end_role();
         }
         tracing::debug!(partition = %self.id, %leader, %epoch, "became a follower");
         self.role = RoleState::Following(Follower::new(leader, epoch, self.high_watermark(), unclean));

@@ -320,6 +320,7 @@ impl Actor {
             RoleState::Following(_) => {
                 self.committed_end = self.high_watermark();
                 self.role = RoleState::Idle;
+                self.metadata.end_role();
                 self.ctx.links.unsubscribe(self.id, self.metadata.epoch(), true);
             }
             RoleState::Idle => {}

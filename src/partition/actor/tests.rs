@@ -12,7 +12,7 @@ use crate::{
     cluster::{PartitionValue, Revision},
     log::{DataDir, DataDirIdentity, LogOptions, SimDisk, SimHook},
     model::{Acks, Compression, ConfigMap, LeaderEpoch, TopicId},
-    partition::{AckDurability, BatchOrigin},
+    partition::{AckDurability, BatchOrigin, metadata::Transition},
     record::BatchBuilder,
 };
 
@@ -288,4 +288,26 @@ async fn leadership_below_reported_epoch_never_begins() {
     actor.handle(Input::Control(ControlMessage::BootstrapReady(request_id, tables))).await;
     assert_eq!((actor.status.role, actor.log.log_end()), (ReplicaRole::Idle, Offset::ZERO));
     assert!(actor.awaits_metadata());
+}
+
+/// A replica that cannot copy has no role, and neither has its metadata: the same value gives the role again.
+#[tokio::test]
+async fn replica_with_failed_disk_has_no_role() {
+    let log = open_log();
+    let mut actor = open_unassigned(&log);
+    let mut follow = |actor: &mut Actor, epoch| {
+        let value = Arc::new(PartitionValue::new(vec![BrokerId(2), BrokerId(1)], LeaderEpoch(epoch)));
+        actor.apply_partition_value(Arc::clone(&value), Revision(u64::from(epoch)));
+        value
+    };
+    let gives_role = |actor: &Actor, value| {
+        let transition = actor.metadata.clone().apply(value, actor.metadata.revision(), BrokerId(1));
+        transition == Transition::Follow(BrokerId(2))
+    };
+    let value = follow(&mut actor, 4);
+    assert!(matches!(actor.role, RoleState::Following(_)) && !gives_role(&actor, value.clone()));
+    actor.fail("test");
+    assert!(matches!(actor.role, RoleState::Idle) && gives_role(&actor, value));
+    let value = follow(&mut actor, 5);
+    assert!(matches!(actor.role, RoleState::Idle) && gives_role(&actor, value));
 }
