@@ -121,6 +121,17 @@ impl Inbox {
         self.turn.pop()
     }
 
+    /// Waits for signals after [`Self::close`]. Drops each control message whose sender had its slot before the close.
+    pub(super) async fn next_signals(&mut self) -> PendingSignals {
+        loop {
+            tokio::select! {
+                biased;
+                pending = self.signals.next() => return pending,
+                Some(_late) = self.control.recv() => {}
+            }
+        }
+    }
+
     /// Closes the queues and drops the queued control messages, so that their senders do not wait. Returns the queued
     /// commands.
     pub(super) fn close(&mut self) -> impl Iterator<Item = ActorCommand> + '_ {
@@ -133,8 +144,17 @@ impl Inbox {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::model::LeaderEpoch;
+    use std::time::Duration;
+
+    use super::{super::SubscribeMessage, *};
+    use crate::{
+        cluster::Revision,
+        model::{BrokerId, LeaderEpoch, Offset},
+        partition::leader::{
+            divergence::LogPosition,
+            member::{PeerId, ReplicaProgress},
+        },
+    };
 
     /// Takes the next input and returns its kind; one command of a turn is taken.
     async fn next(inbox: &mut Inbox) -> &'static str {
@@ -173,5 +193,28 @@ mod tests {
         assert_eq!(next(&mut inbox).await, "stop");
         assert_eq!(inbox.close().count(), 1);
         assert!(commands.try_send(ActorCommand::Roll).is_err() && control.is_closed());
+    }
+
+    /// The sender of a control message has its slot before the close, and stores the message after it.
+    #[tokio::test(start_paused = true)]
+    async fn control_message_stored_after_close_is_dropped() {
+        let (control, control_messages) = mpsc::channel(1);
+        let mut inbox = Inbox::new(Arc::default(), control_messages, mpsc::channel(1).1, Tasks::new());
+        let slot = control.try_reserve().expect("the queue has space");
+        assert_eq!(inbox.close().count(), 0);
+        let (responder, response) = tokio::sync::oneshot::channel();
+        slot.send(ControlMessage::Subscribe(Box::new(SubscribeMessage {
+            peer: PeerId { broker: BrokerId(2), epoch: Revision(1) },
+            epoch: LeaderEpoch(1),
+            position: LogPosition { last_epoch: None, log_end: Offset::ZERO, removal_count: None },
+            progress: ReplicaProgress::default(),
+            responder,
+        })));
+        tokio::select! {
+            biased;
+            _pending = inbox.next_signals() => panic!("nothing was signalled"),
+            dropped = response => assert!(dropped.is_err()),
+            () = tokio::time::sleep(Duration::from_secs(1)) => panic!("the sender still waits"),
+        }
     }
 }

@@ -285,9 +285,8 @@ impl Actor {
         }
         // A replica without an assignment since its start has not yet submitted the records that a crash left in it.
         self.submit_to_journal();
-        let signals = Arc::clone(&self.signals);
         while self.awaits_journal() {
-            let pending = signals.next().await;
+            let pending = self.inbox.next_signals().await;
             self.handle(Input::Signals(pending)).await;
         }
         if let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role {
