@@ -81,7 +81,8 @@ impl Actor {
                 _ => self.request_tables(at, Duration::ZERO),
             },
             Ok(FollowerAction::Follow(_)) => {
-                // The link acknowledges the current progress, although nothing moved.
+                // The link acknowledges the published progress, although nothing moved. Appends of this turn are not
+                // published yet, so that progress is low and never high. The end of the turn wakes the link again.
                 self.published.wake(WatermarkKind::AnyEnd);
             }
             Ok(FollowerAction::Append | FollowerAction::Ignore | FollowerAction::RetryLater) => {}

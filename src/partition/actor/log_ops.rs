@@ -117,8 +117,9 @@ impl Actor {
                 if remaining.base != active.base || remaining.bytes == 0 {
                     self.active_since = active_since(&remaining);
                 }
-                // The next subscription acknowledges the published ends.
-                self.finish_turn();
+                // Barrier: the next subscription acknowledges the published ends. The task never leads here, and all
+                // records are durable, so nothing else is due.
+                self.publish();
                 true
             }
             Err(ChangeError::DiskFull) => false,

@@ -21,13 +21,14 @@
 //!
 //! The task takes one [`Input`] after the other (`inbox`). Each handler changes only the state of the task; then
 //! [`Actor::finish_turn`] lets the effects leave the task: it submits records to the journal, publishes, proposes an
-//! ISR change, and sends due results. Three events publish earlier, because the old state must be seen before the next
-//! change:
+//! ISR change, and sends due results. A handler finishes the turn itself before it waits for a blocking read. Three
+//! events publish earlier:
 //!
 //! | event | reason |
 //! | --- | --- |
 //! | a message that may end the role or replace the value | earlier commits belong to the old role and value |
 //! | a truncation, reset or bootstrap of the log | readers and links of the old epoch must fail first |
+//! | the end of such a change | the next subscription acknowledges the published ends |
 //! | a new log start | readers must see it before the files are evicted |
 
 mod bootstrap;
