@@ -295,7 +295,7 @@ async fn leadership_below_reported_epoch_never_begins() {
 async fn replica_with_failed_disk_has_no_role() {
     let log = open_log();
     let mut actor = open_unassigned(&log);
-    let mut follow = |actor: &mut Actor, epoch| {
+    let follow = |actor: &mut Actor, epoch| {
         let value = Arc::new(PartitionValue::new(vec![BrokerId(2), BrokerId(1)], LeaderEpoch(epoch)));
         actor.apply_partition_value(Arc::clone(&value), Revision(u64::from(epoch)));
         value

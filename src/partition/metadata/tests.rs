@@ -139,6 +139,10 @@ enum Input {
     /// The last value again.
     Repeat,
     Report(u32),
+    /// The last value, or the value of this epoch and leader at the next revision, was read from the store. It is
+    /// applied as the task applies it.
+    ReadBack(Option<(u32, u32)>),
+    RefuseLeadership,
     EndRole,
 }
 
@@ -157,13 +161,15 @@ fn inputs() -> impl Strategy<Value = Vec<Input>> {
         6 => some_value,
         2 => Just(Input::Repeat),
         1 => (0u32..9).prop_map(Input::Report),
+        2 => prop::option::of((0u32..3, 1u32..4)).prop_map(Input::ReadBack),
+        1 => Just(Input::RefuseLeadership),
         1 => Just(Input::EndRole),
     ];
     prop::collection::vec(input, 1..60)
 }
 
 proptest! {
-    /// Every role follows from the newest value, and no epoch is led twice.
+    /// Every role follows from the newest value. No epoch is led twice, or while a newer one was reported.
     #[test]
     fn roles_follow_from_newest_value(inputs in inputs()) {
         let mut metadata = AppliedMetadata::default();
@@ -180,6 +186,40 @@ proptest! {
                     metadata.end_role();
                     continue;
                 }
+                (Input::RefuseLeadership, _) => {
+                    if metadata.role == AssignedRole::Leader {
+                        metadata.refuse_leadership();
+                        prop_assert!(metadata.is_late(ME));
+                    }
+                    continue;
+                }
+                (Input::ReadBack(_), None) => continue,
+                (Input::ReadBack(read), Some((value, revision))) => {
+                    let (stored, revision) = match read {
+                        None => (value.clone(), *revision),
+                        Some((turns, leader)) => {
+                            let epoch = LeaderEpoch(newest + turns);
+                            let stored = PartitionValue { leader: Some(BrokerId(leader)), leader_epoch: epoch, ..value.clone() };
+                            (stored, revision.max(&metadata.revision()).next())
+                        }
+                    };
+                    let reported = before.newest_seen_epoch;
+                    match metadata.check_read_back(&stored, revision, ME) {
+                        ReadBack::Ignored => {
+                            prop_assert_eq!(&metadata, &before);
+                            continue;
+                        }
+                        ReadBack::Confirmed => prop_assert!(stored.leader_epoch >= reported),
+                        ReadBack::Disproved(epoch) => {
+                            prop_assert!(stored.leader_epoch < epoch && epoch == reported);
+                            prop_assert_eq!(metadata.newest_seen_epoch, stored.leader_epoch);
+                        }
+                    }
+                    prop_assert!(revision >= before.revision());
+                    let starts = stored.leader == Some(ME) && stored.leader_epoch > before.epoch();
+                    prop_assert!(!starts, "only the metadata cache starts a leadership");
+                    (stored, revision)
+                }
                 (Input::Repeat, None) => continue,
                 (Input::Repeat, Some(last)) => last.clone(),
                 (Input::Value { revision, turns, leader, is_replica, removals }, _) => {
@@ -193,6 +233,7 @@ proptest! {
                     (value, Revision(revision))
                 }
             };
+            let reported = metadata.newest_seen_epoch;
             let transition = metadata.apply(Arc::new(value.clone()), revision, ME);
             if revision < before.revision() {
                 prop_assert_eq!(transition, Transition::Stale);
@@ -201,7 +242,7 @@ proptest! {
             }
             prop_assert_eq!((metadata.epoch(), metadata.revision()), (value.leader_epoch, revision));
             newest = newest.max(value.leader_epoch.0);
-            let is_current = value.replicas.contains(&ME) && value.leader_epoch >= before.newest_seen_epoch;
+            let is_current = value.replicas.contains(&ME) && value.leader_epoch >= reported;
             match transition {
                 Transition::Stale => prop_assert!(false, "the value is not older"),
                 Transition::Same => {

@@ -16,7 +16,7 @@ use crate::{
             divergence::LocalLogBounds,
             isr::{DisconnectCause, ProposalOutcome, ValueUpdate},
         },
-        metadata::AppliedMetadata,
+        metadata::{AppliedMetadata, Transition},
     },
 };
 
@@ -506,7 +506,9 @@ impl ModelState {
         match leader.on_outcome(outcome) {
             ValueUpdate::Deposed { .. } => self.learn(me),
             ValueUpdate::Adopted => {
-                let _stays = broker.metadata.apply(leader.value().clone().into(), leader.revision(), id(me));
+                let transition = broker.metadata.apply(leader.value().clone().into(), leader.revision(), id(me));
+                let stays = matches!(transition, Transition::SetsChanged | Transition::Same);
+                assert!(stays, "a value of the leader's epoch keeps the role");
             }
             ValueUpdate::Unchanged | ValueUpdate::Deleted => {}
         }
