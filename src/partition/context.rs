@@ -42,7 +42,8 @@ pub trait IsrUpdater: Send + Sync + 'static {
     fn read_back(&self, partition: PartitionId);
 
     /// Resigns from the leadership of this epoch, because this broker can no longer write. The broker also leaves the
-    /// ISR. Nothing changes if the ISR has no other member. This request has no outcome.
+    /// ISR. Nothing changes if the ISR has no other member. This request has no outcome. The partition sends it once
+    /// for each revision, so the updater must retry until the store has applied or refused the change.
     fn resign(&self, partition: PartitionId, epoch: LeaderEpoch);
 }
 

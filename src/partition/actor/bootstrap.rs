@@ -52,7 +52,7 @@ impl BootstrapRequest {
     }
 }
 
-/// ParsedTables of a log at the start of a replica.
+/// Parsed tables of a log at the start of a replica.
 pub(in crate::partition) struct ParsedTables {
     pub(super) start: Offset,
     pub(super) epochs: EpochHistory,

@@ -114,7 +114,7 @@ pub(super) enum ControlMessage {
     IsrOutcome(Box<ProposalOutcome>),
     Deposed(LeaderEpoch),
     Link(LinkEvent),
-    /// ParsedTables that the task requested from the object store, with the number of that request.
+    /// Parsed tables that the task requested from the object store, with the number of that request.
     BootstrapReady(u64, Result<Box<ParsedTables>, BootstrapError>),
 }
 
@@ -316,7 +316,8 @@ impl Actor {
             match command {
                 ActorCommand::Append(append) => self.append(*append, now_ms),
                 other => {
-                    // The command may take long: earlier writes do not wait for it.
+                    // The command may take long: earlier writes do not wait for it. `DescribeSegments` requires that
+                    // all earlier changes are published: maintenance compares its result with the watermarks.
                     self.finish_group();
                     self.administer(other).await;
                     now_ms = clock::wall_ms();
