@@ -53,9 +53,9 @@
 //! `recycling` and `registry` belong to the data directory, `preallocating`, `writer`, `ring` and `queue` to the
 //! journal, `syncing` and `state` to a replica, and `files` is the cache of open files.
 //!
-//! The locks of the sync queue, of stray and removed files, and of the tail cache (`EvictionQueue` ▸ `ReplicaTail`)
-//! come last: a thread that holds one of them takes no other. No file is accessed under `state`. [`SimHook`] is called
-//! with locks held, so it only wakes the driver of the steps.
+//! The locks of the sync queue, of checkpoint failures, of stray and removed files, and of the tail cache
+//! (`EvictionQueue` ▸ `ReplicaTail`) come last: a thread that holds one of them takes no other. No file is accessed
+//! under `state`. [`SimHook`] is called with locks held, so it only wakes the driver of the steps.
 //!
 //! # Invariants
 //!

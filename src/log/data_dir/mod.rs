@@ -42,6 +42,7 @@ use crate::{
     model::PartitionId,
     task,
 };
+
 /// One data directory. Clones share it. Dropping the last clone stops it without a clean shutdown.
 #[derive(Clone)]
 pub struct DataDir {

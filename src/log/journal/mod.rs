@@ -86,7 +86,7 @@ pub(super) trait JournalHost {
     /// Requests a sync pass soon, on another thread.
     fn request_sync(&self);
 
-    /// Runs a sync pass, and returns false if no file could be released.
+    /// Runs a sync pass. Returns false if the checkpoint could not be written, so that no file was released.
     fn sync_pass(&self) -> bool;
 
     /// Returns the reason why no sync pass will release a file, if any.

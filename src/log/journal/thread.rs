@@ -1,5 +1,5 @@
-//! The journal's writer: makes space for each frame and writes the frame. It runs as a thread, or in steps that a caller
-//! drives.
+//! The journal's writer: makes space for each frame and writes the frame. It runs as a thread, or in steps that a
+//! caller drives.
 
 use std::{io, sync::atomic::Ordering, time::Duration};
 
@@ -86,7 +86,8 @@ impl Journal {
         false
     }
 
-    /// Makes space for the next frame: in the active file, in a free one, or in a new one.
+    /// Makes space for the next frame: in the active file, in a free one, or in a new one. Called by the writer only:
+    /// by its thread, in a step, or for the first frame of a start.
     pub(super) fn ensure_space(&self) -> io::Result<FrameSpace> {
         match self.enter_space()? {
             FrameSpace::NeedsFile if self.preallocate_now()? => self.enter_space(),
