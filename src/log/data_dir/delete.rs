@@ -25,8 +25,8 @@ impl DataDir {
     }
 
     /// Deletes replicas and their files, or the files that an earlier attempt of this process left. An unknown replica
-    /// is ignored. The [`ReplicaLog`](crate::log::ReplicaLog)s must have been dropped before. Waits for two frames of the
-    /// journal. A replica without an error in the result never reappears.
+    /// is ignored. The [`ReplicaLog`](crate::log::ReplicaLog)s must have been dropped before. Waits for two frames of
+    /// the journal. A replica without an error in the result never reappears.
     pub fn delete_replicas(&self, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let inner = &self.inner;
         let (mut failures, mut replicas, mut with_files) = (Failures::new(), Vec::new(), Vec::new());

@@ -317,8 +317,8 @@ impl ReplicaInner {
         }
     }
 
-    /// Refuses writes and removes the cached batches, because the replica is about to be deleted. Earlier entries of the
-    /// journal no longer apply.
+    /// Refuses writes and removes the cached batches, because the replica is about to be deleted. Earlier entries of
+    /// the journal no longer apply.
     pub(super) fn begin_delete(&self) {
         drop(self.failed.set("the replica was deleted".to_owned()));
         self.ctx.tail.truncate(&self.tail, Offset::ZERO);

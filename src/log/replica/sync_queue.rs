@@ -1,5 +1,5 @@
-//! The queue of the sync thread: dirty replicas, full pieces and persist calls that need a sync. It decides when work is
-//! due and runs none of it. Its lock is a leaf.
+//! The queue of the sync thread: dirty replicas, full pieces and persist calls that need a sync. It decides when work
+//! is due and runs none of it. Its lock is a leaf.
 
 use std::{
     collections::VecDeque,
@@ -195,8 +195,8 @@ impl SyncQueue {
         self.state.lock().passes_without_progress
     }
 
-    /// Returns the replicas with a full piece. Sets the size of later pieces by the use of the journal, whose next frame
-    /// is `next_frame`.
+    /// Returns the replicas with a full piece. Sets the size of later pieces by the use of the journal, whose next
+    /// frame is `next_frame`.
     pub(in crate::log) fn take_pieces(&self, next_frame: u64) -> Vec<Arc<ReplicaInner>> {
         let now = clock::monotonic();
         let mut state = self.state.lock();

@@ -430,8 +430,8 @@ impl ReplicaInner {
             (state.active().info, state.index.clone(), snapshot)
         };
         if info.bytes == 0 {
-            // The snapshot at the base of an empty segment was written earlier. If nothing precedes that base on this disk,
-            // the snapshot is no cache, and a write that may fail half-way must not touch it.
+            // The snapshot at the base of an empty segment was written earlier. If nothing precedes that base on this
+            // disk, the snapshot is no cache, and a write that may fail half-way must not touch it.
             return;
         }
         let disk = &self.ctx.disk;

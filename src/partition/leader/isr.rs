@@ -425,8 +425,8 @@ impl IsrTracker {
         }
     }
 
-    /// Returns the next ISR change to propose. Only one proposal is pending: the next one follows [`Self::on_outcome`]. The
-    /// leader calls this after every turn, so nothing is allocated while no replica's membership changes.
+    /// Returns the next ISR change to propose. Only one proposal is pending: the next one follows [`Self::on_outcome`].
+    /// The leader calls this after every turn, so nothing is allocated while no replica's membership changes.
     pub fn proposal(&mut self) -> Option<IsrProposal> {
         if self.in_flight.is_some() || self.needs_read_back || self.awaits_metadata || self.epoch_ended {
             return None;

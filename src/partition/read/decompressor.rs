@@ -208,8 +208,8 @@ impl Decompressor {
     }
 }
 
-/// Identity of a batch. Offsets are unique in a partition, and the checksum distinguishes a truncated batch from a later one at
-/// its offset.
+/// Identity of a batch. Offsets are unique in a partition, and the checksum distinguishes a truncated batch from a
+/// later one at its offset.
 type BatchName = (PartitionId, Offset, u32);
 
 /// Batches that could not be opened, with the error of each, so that no batch is decompressed again and again. A batch
