@@ -26,7 +26,7 @@ use super::{
         isr::ProposalOutcome,
         member::{BrokerStatus, DisconnectCause, PeerId, ReplicaProgress},
     },
-    maintenance::MaintenanceQueue,
+    maintenance_queue::MaintenanceQueue,
     published::PublishedState,
     read::{PartitionReader, TailReader},
     role::{LinkEvent, LocalSegments, PartitionAssignment, QueueFull, ReplicaStatus, SubscribeResponse, WatermarkKind},

@@ -68,6 +68,7 @@ mod context;
 mod handle;
 mod lag;
 mod maintenance;
+mod maintenance_queue;
 mod published;
 mod read;
 mod role;
@@ -82,7 +83,8 @@ pub use self::{
         AckDurability, AdmitError, WriteAck,
         divergence::{BootstrapTables, SubscribeOutcome},
     },
-    maintenance::{MaintenanceError, MaintenanceQueue, MaintenanceResult, MaintenanceRunner},
+    maintenance::{MaintenanceError, MaintenanceResult, MaintenanceRunner},
+    maintenance_queue::MaintenanceQueue,
     read::{
         Charge, DecompressPurpose, Decompressor, FetchedBatches, INLINE_BYTES, MemoryBudget, PartitionReader,
         ReadError, ReadSource, TailReader,

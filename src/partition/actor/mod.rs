@@ -68,7 +68,7 @@ use super::{
         isr::{IsrRules, ProposalOutcome},
         member::{BrokerStatus, DisconnectCause, PeerId, ReplicaProgress},
     },
-    maintenance::MaintenanceQueue,
+    maintenance_queue::MaintenanceQueue,
     metadata::AppliedMetadata,
     published::PublishedState,
     role::{LinkEvent, LocalSegments, PartitionAssignment, ReplicaRole, ReplicaStatus, SubscribeResponse},

@@ -19,11 +19,10 @@
 //! planned from the state that it finds.
 
 mod plan;
-mod queue;
 mod rebuild;
 mod runner;
 
-pub use self::{queue::MaintenanceQueue, runner::MaintenanceRunner};
+pub use self::runner::MaintenanceRunner;
 use crate::{
     cluster::TierCommitError,
     model::Offset,
