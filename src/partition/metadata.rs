@@ -30,8 +30,9 @@ pub enum Transition {
     Follow(BrokerId),
     /// This broker neither leads nor copies.
     Idle,
-    /// The value names this broker as leader of an epoch in which it has led. This broker gives the epoch up.
-    GiveUpOldEpoch,
+    /// The value names this broker as leader of an epoch whose leadership ended here. The task is idle and waits; a
+    /// read of the store then ends the epoch ([`AppliedMetadata::check_read_back`]).
+    EndedEpoch,
 }
 
 /// Effect of a value that was read from the store because the metadata is late.
@@ -144,7 +145,7 @@ impl AppliedMetadata {
             _ if stays => Transition::SetsChanged,
             (AssignedRole::Leader, _) if self.last_led_epoch.is_some_and(|led| led >= epoch) => {
                 self.role = AssignedRole::Idle;
-                Transition::GiveUpOldEpoch
+                Transition::EndedEpoch
             }
             (AssignedRole::Leader, _) => Transition::Lead,
             (AssignedRole::Follower, Some(leader)) => Transition::Follow(leader),

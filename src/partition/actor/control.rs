@@ -124,7 +124,7 @@ impl Actor {
             Transition::SetsChanged => self.adopt_sets(&value, revision),
             Transition::Lead => self.become_leader(&value),
             Transition::Follow(leader) => self.become_follower(leader, epoch, unclean_epoch),
-            Transition::Idle | Transition::GiveUpOldEpoch => self.become_idle(),
+            Transition::Idle | Transition::EndedEpoch => self.become_idle(),
         }
     }
 

@@ -59,7 +59,7 @@ fn value_with_an_ended_leadership_is_late() {
     let mut metadata = leading();
     metadata.end_role();
     for revision in [10, 11] {
-        assert_eq!(apply(&mut metadata, revision, value(4, Some(ME))), Transition::GiveUpOldEpoch);
+        assert_eq!(apply(&mut metadata, revision, value(4, Some(ME))), Transition::EndedEpoch);
         assert!(metadata.is_late(ME));
     }
     assert_eq!(apply(&mut metadata, 12, value(5, None)), Transition::Idle);
@@ -73,7 +73,7 @@ fn refused_leadership_makes_the_value_late() {
     assert_eq!(apply(&mut metadata, 10, value(4, Some(ME))), Transition::Lead);
     metadata.refuse_leadership();
     assert!(metadata.is_late(ME));
-    assert_eq!(apply(&mut metadata, 11, value(4, Some(ME))), Transition::GiveUpOldEpoch);
+    assert_eq!(apply(&mut metadata, 11, value(4, Some(ME))), Transition::EndedEpoch);
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn stored_value_confirms_or_disproves_a_reported_epoch() {
     assert_eq!(read(11, &value(6, Some(OTHER))), ReadBack::Confirmed);
     assert_eq!(read(10, &value(4, Some(ME))), ReadBack::Disproved(LeaderEpoch(6)));
     assert_eq!(read(10, &value(4, Some(ME))), ReadBack::Confirmed, "the report no longer counts");
-    assert_eq!(apply(&mut metadata, 10, value(4, Some(ME))), Transition::GiveUpOldEpoch);
+    assert_eq!(apply(&mut metadata, 10, value(4, Some(ME))), Transition::EndedEpoch);
 }
 
 #[derive(Clone, Debug)]
@@ -259,7 +259,7 @@ proptest! {
                 Transition::Follow(leader) => {
                     prop_assert!(is_current && value.leader == Some(leader) && leader != ME);
                 }
-                Transition::GiveUpOldEpoch => {
+                Transition::EndedEpoch => {
                     prop_assert!(is_current && value.leader == Some(ME) && metadata.is_late(ME));
                     prop_assert!(led.last() >= Some(&value.leader_epoch));
                 }
@@ -267,7 +267,7 @@ proptest! {
             }
             // A value that is delivered again gives the same role.
             let again = metadata.apply(Arc::new(value.clone()), revision, ME);
-            if transition == Transition::GiveUpOldEpoch {
+            if transition == Transition::EndedEpoch {
                 prop_assert_eq!(again, transition);
             } else {
                 prop_assert_eq!(again, Transition::Same);

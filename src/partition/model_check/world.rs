@@ -273,7 +273,7 @@ impl ModelState {
                 let (epoch, unclean) = (self.value.leader_epoch, self.value.unclean_epoch);
                 Some(Role::Following(Follower::new(leader, epoch, broker.committed_end(), unclean)))
             }
-            Transition::Idle | Transition::GiveUpOldEpoch => Some(Role::Waiting),
+            Transition::Idle | Transition::EndedEpoch => Some(Role::Waiting),
         }
     }
 }
