@@ -357,7 +357,7 @@ impl Follower {
     }
 
     /// Records an append: the log reaches `log_end`.
-    pub fn appended(&mut self, log_end: Offset) {
+    pub fn on_appended(&mut self, log_end: Offset) {
         if let FollowerStage::Following { appended_end, .. } = &mut self.stage {
             *appended_end = log_end.max(*appended_end);
         }

@@ -77,7 +77,7 @@ impl Actor {
                 self.update_isr_tracker(|tracker| tracker.on_broker_status(broker, status));
             }
             ControlMessage::IsrOutcome(outcome) => self.on_isr_outcome(*outcome),
-            ControlMessage::Deposed(epoch) => self.deposed(epoch),
+            ControlMessage::Deposed(epoch) => self.on_deposed(epoch),
             ControlMessage::Link(event) => self.on_link_event(event).await,
             ControlMessage::BootstrapReady(request_id, tables) => self.on_tables(request_id, tables).await,
         }
@@ -107,7 +107,7 @@ impl Actor {
             return;
         }
         if let Some(state) = committed {
-            self.committed(&state);
+            self.apply_tier_state(&state);
         }
         self.metadata.set_broker_statuses(registered);
         self.apply_partition_value(value, revision);
@@ -132,7 +132,7 @@ impl Actor {
     fn adopt_sets(&mut self, value: &PartitionValue, revision: Revision) {
         let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role else { return };
         let before = leader.in_sync().value().isr.clone();
-        leader.in_sync_mut().observed(value, revision);
+        leader.in_sync_mut().on_value(value, revision);
         self.ctx.counters.isr_changed(&before, &leader.in_sync().value().isr);
         self.apply_broker_statuses();
     }
@@ -230,7 +230,7 @@ impl Actor {
 
     /// Handles a report of a newer epoch. A leader of an older epoch admits nothing more until the metadata contains
     /// the newer one. A leadership of an older epoch that waits for the object store does not begin.
-    pub(super) fn deposed(&mut self, known: LeaderEpoch) {
+    pub(super) fn on_deposed(&mut self, known: LeaderEpoch) {
         self.metadata.on_reported_epoch(known);
         let epoch = self.metadata.epoch();
         let leads = matches!(self.role, RoleState::Leading(_)) || self.bootstrap_request.is_for_leadership();
@@ -246,15 +246,15 @@ impl Actor {
     /// Applies the tiered end and the log start of the metadata. All records below both were committed, by a leader of
     /// the state's epoch or an earlier one. If that epoch is newer than the one in which this broker leads, this log
     /// may hold other records there.
-    pub(super) fn committed(&mut self, state: &TierState) {
+    pub(super) fn apply_tier_state(&mut self, state: &TierState) {
         if !mutant!(AdoptNewerTieredEnd) {
-            self.deposed(state.epoch);
+            self.on_deposed(state.epoch);
         }
         self.tiered_end = self.tiered_end.max(state.tiered_end());
         self.log_start = self.log_start.max(state.log_start);
         if let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role {
-            leader.in_sync_mut().committed(self.tiered_end.max(self.log_start));
-            leader.tiered(self.tiered_end);
+            leader.in_sync_mut().on_committed(self.tiered_end.max(self.log_start));
+            leader.on_tiered(self.tiered_end);
         }
         // Barrier: readers must see the new log start before the files are removed.
         self.publish();

@@ -86,7 +86,7 @@ impl Actor {
                 self.published.wake(WatermarkKind::AnyEnd);
             }
             Ok(FollowerAction::Append | FollowerAction::Ignore | FollowerAction::RetryLater) => {}
-            Err(violation) => self.violated(violation),
+            Err(violation) => self.on_violation(violation),
         }
     }
 
@@ -128,7 +128,7 @@ impl Actor {
                 self.copy(batches);
             }
             Ok(_) => {}
-            Err(violation) => self.violated(violation),
+            Err(violation) => self.on_violation(violation),
         }
     }
 
@@ -156,14 +156,14 @@ impl Actor {
             }
             let log_end = self.log.log_end();
             if let RoleState::Following(follower) = &mut self.role {
-                follower.appended(log_end);
+                follower.on_appended(log_end);
             }
         }
     }
 
     /// Handles a wrong or late message of the leader, as the follower classified it. If the replica no longer follows,
     /// it subscribes again, unless the outcome would never change.
-    fn violated(&mut self, violation: ProtocolViolation) {
+    fn on_violation(&mut self, violation: ProtocolViolation) {
         let RoleState::Following(follower) = &mut self.role else { return };
         let (leader, epoch) = (follower.leader(), follower.epoch());
         match violation {

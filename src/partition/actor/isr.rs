@@ -246,7 +246,7 @@ impl Actor {
             // value may be new.
             current
                 .as_ref()
-                .map_or(ValueUpdate::Unchanged, |(value, revision)| leader.in_sync_mut().observed(value, *revision))
+                .map_or(ValueUpdate::Unchanged, |(value, revision)| leader.in_sync_mut().on_value(value, *revision))
         };
         match observed {
             ValueUpdate::Unchanged => {}
@@ -256,7 +256,7 @@ impl Actor {
                 self.apply_partition_value(value.into(), revision);
             }
             ValueUpdate::Deposed { .. } => match current {
-                Some((value, _)) if value.leader == Some(self.broker) => self.deposed(value.leader_epoch),
+                Some((value, _)) if value.leader == Some(self.broker) => self.on_deposed(value.leader_epoch),
                 Some((value, revision)) => self.apply_partition_value(value.into(), revision),
                 None => {}
             },
@@ -273,7 +273,7 @@ impl Actor {
 
 /// Counts one acknowledgement, if it is valid.
 fn count(partition: PartitionId, in_sync: &mut IsrTracker, FollowerAck { peer, epoch, progress }: FollowerAck) {
-    match in_sync.acknowledged(peer, epoch, progress) {
+    match in_sync.on_acknowledged(peer, epoch, progress) {
         Ok(()) => {
             sim_event!(AckCounted {
                 partition,

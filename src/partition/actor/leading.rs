@@ -221,7 +221,7 @@ impl Actor {
         let RoleState::Leading(role) = &mut self.role else { unreachable!("a write does not end a leadership") };
         match written {
             Ok(()) => {
-                role.leader.appended();
+                role.leader.on_appended();
                 for (acks, acked, writer) in role.group_writers.drain(..) {
                     role.has_dropped_waiters |= writer.left_early(acks);
                     role.leader.add_waiter(acks, acked, writer);
@@ -231,7 +231,7 @@ impl Actor {
                 }
             }
             Err(error) => {
-                role.leader.not_appended();
+                role.leader.on_append_failed();
                 for (_, _, writer) in role.group_writers.drain(..) {
                     writer.respond(Err(error.clone()));
                 }
@@ -289,7 +289,7 @@ impl Actor {
             Ok(()) => {
                 let end = self.log.persisted_end();
                 if let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role {
-                    leader.persisted(end);
+                    leader.on_persisted(end);
                 }
             }
             Err(error) => {

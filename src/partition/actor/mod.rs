@@ -367,7 +367,7 @@ impl Actor {
                 let _gone = responder.send(self.export(base).await);
             }
             ActorCommand::Roll => self.roll_now(),
-            ActorCommand::ApplyTierState(state) => self.committed(&state),
+            ActorCommand::ApplyTierState(state) => self.apply_tier_state(&state),
             ActorCommand::Evict(below) => self.evict(below).await,
         }
     }

@@ -115,7 +115,7 @@ fn high_watermark_is_minimum_of_leaders_and_log_end() {
     assert_eq!(follower.high_watermark(), at(4));
     follower.on_batches(EPOCH, &[header(6, 9, 5)], at(8)).unwrap();
     assert_eq!(follower.high_watermark(), at(6), "the batch is not appended yet");
-    follower.appended(at(9));
+    follower.on_appended(at(9));
     assert_eq!(follower.high_watermark(), at(8));
     follower.on_batches(EPOCH, &[], at(5)).unwrap();
     assert_eq!(follower.high_watermark(), at(8), "the high watermark never falls");
@@ -307,7 +307,7 @@ proptest! {
                         prop_assert!(header.epoch <= EPOCH && log.last().is_none_or(|last| *last <= header.epoch.0));
                         log.resize(usize::try_from(header.end.get()).unwrap(), header.epoch.0);
                     }
-                    follower.appended(at(log.len().try_into().unwrap()));
+                    follower.on_appended(at(log.len().try_into().unwrap()));
                 }
                 Ok(_) | Err(_) => {}
             }

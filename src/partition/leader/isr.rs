@@ -268,7 +268,7 @@ impl IsrTracker {
 
     /// Records that by the metadata all records below `end` are in the object store or deleted. This leader or an
     /// earlier one committed them, so this log holds them.
-    pub fn committed(&mut self, end: Offset) {
+    pub fn on_committed(&mut self, end: Offset) {
         self.high_watermark = self.high_watermark.max(end.min(self.progress.log_end));
     }
 
@@ -342,7 +342,7 @@ impl IsrTracker {
     ///
     /// # Errors
     /// The acknowledgement does not count and changes nothing. The sender has to subscribe again.
-    pub fn acknowledged(
+    pub fn on_acknowledged(
         &mut self,
         peer: PeerId,
         epoch: LeaderEpoch,
@@ -487,12 +487,12 @@ impl IsrTracker {
         let proposal = self.in_flight.take();
         match outcome {
             ProposalOutcome::Committed(revision) => match proposal {
-                Some(proposal) => self.observed(&proposal.value, revision),
+                Some(proposal) => self.on_value(&proposal.value, revision),
                 None => ValueUpdate::Unchanged,
             },
             ProposalOutcome::CurrentValue(value, revision) => {
                 self.needs_read_back = false;
-                let observed = self.observed(&value, revision);
+                let observed = self.on_value(&value, revision);
                 self.awaits_metadata = observed == ValueUpdate::Unchanged;
                 observed
             }
@@ -517,7 +517,7 @@ impl IsrTracker {
 
     /// Applies a value of the partition from the metadata cache or from a read. Values older than the known one are
     /// dropped.
-    pub fn observed(&mut self, value: &PartitionValue, revision: Revision) -> ValueUpdate {
+    pub fn on_value(&mut self, value: &PartitionValue, revision: Revision) -> ValueUpdate {
         if revision <= self.revision {
             return ValueUpdate::Unchanged;
         }

@@ -247,7 +247,7 @@ impl<W> Leader<W> {
         self.in_sync.configure(rules);
     }
 
-    /// Decides about one write. Admitted writes form a group until [`Self::appended`] or [`Self::not_appended`] ends
+    /// Decides about one write. Admitted writes form a group until [`Self::on_appended`] or [`Self::on_append_failed`] ends
     /// it. `sent` is the fingerprint of the batch that the client sent, if the request held one. `refusal` is a reason
     /// against the append; a retry of a batch in the log gets its result all the same. A gap is refused with that
     /// reason too, because a refused batch most likely caused the gap.
@@ -319,14 +319,14 @@ impl<W> Leader<W> {
     }
 
     /// Records that the group admitted since the last call is in the log.
-    pub fn appended(&mut self) {
+    pub fn on_appended(&mut self) {
         self.log_end = self.next_base;
         self.in_group.clear();
         self.in_sync.update_local(self.local_progress());
     }
 
     /// Records that the group admitted since the last call is not in the log. Its offsets are free again.
-    pub fn not_appended(&mut self) {
+    pub fn on_append_failed(&mut self) {
         self.next_base = self.log_end;
         self.in_group.clear();
     }
@@ -342,7 +342,7 @@ impl<W> Leader<W> {
     }
 
     /// Records that everything below `end` is on this broker's stable storage.
-    pub fn persisted(&mut self, end: Offset) {
+    pub fn on_persisted(&mut self, end: Offset) {
         self.persisted_end = self.persisted_end.max(end);
         self.in_sync.update_local(self.local_progress());
     }
@@ -353,7 +353,7 @@ impl<W> Leader<W> {
     }
 
     /// Records that everything below `end` is committed to the object store.
-    pub fn tiered(&mut self, end: Offset) {
+    pub fn on_tiered(&mut self, end: Offset) {
         self.tiered_end = self.tiered_end.max(end);
     }
 

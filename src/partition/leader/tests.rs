@@ -71,7 +71,7 @@ impl Log {
         for batch in self.group.drain(..) {
             self.table.record_batch(&batch);
         }
-        self.leader.appended();
+        self.leader.on_appended();
     }
 
     fn due(&mut self) -> Vec<(u32, AckDurability)> {
@@ -92,7 +92,7 @@ fn persisted_write_is_acknowledged_after_the_sync() {
     log.flush();
     assert!(log.due().is_empty());
     assert_eq!(log.leader.high_watermark(), at(0));
-    log.leader.persisted(at(2));
+    log.leader.on_persisted(at(2));
     assert_eq!(log.due(), [(1, AckDurability::Persisted(1))]);
     assert_eq!(log.leader.high_watermark(), at(2));
 }
@@ -114,13 +114,13 @@ fn gone_writer_is_dropped_once_its_write_is_safe() {
         log.admit(batch(1, None), acks, writer).unwrap();
     }
     log.flush();
-    log.leader.persisted(at(3));
+    log.leader.on_persisted(at(3));
     let gone = |writer: &u32| *writer != 2;
     assert_eq!(log.due(), [(3, AckDurability::Persisted(1))]);
     assert!(log.leader.release_dropped(gone), "the fourth write is not durable yet");
-    log.leader.persisted(at(4));
+    log.leader.on_persisted(at(4));
     assert!(!log.leader.release_dropped(gone));
-    log.leader.tiered(at(4));
+    log.leader.on_tiered(at(4));
     assert_eq!(log.due(), [(2, AckDurability::Tiered(1))]);
 }
 
@@ -132,13 +132,13 @@ fn writer_queues_release_memory() {
         log.admit(batch(1, None), [Acks::All, Acks::Tiered][writer as usize % 2], writer).unwrap();
         log.flush();
     }
-    log.leader.persisted(at(5_000));
+    log.leader.on_persisted(at(5_000));
     assert_eq!(log.due().len(), 2_500);
     assert!(!log.leader.release_dropped(|writer| *writer > 4_000));
     assert!(!log.leader.release_dropped(|writer| *writer > 3));
     let kept = log.leader.queues().map(|queue| queue.capacity()).into_iter().sum::<usize>();
     assert!(kept <= 4 * SPARE_WRITERS, "capacity for {kept} writers");
-    log.leader.tiered(at(5_000));
+    log.leader.on_tiered(at(5_000));
     assert_eq!(log.due().into_iter().map(|(writer, _)| writer).collect::<Vec<_>>(), [1, 3]);
 }
 
@@ -155,11 +155,11 @@ fn tiered_write_is_stored_locally_before_its_upload() {
         stored
     };
     assert_eq!(stored(&mut log), [], "nothing is durable yet");
-    log.leader.persisted(at(4));
+    log.leader.on_persisted(at(4));
     assert_eq!(stored(&mut log), [(1, at(0), at(2)), (2, at(2), at(4))]);
     assert_eq!(stored(&mut log), [], "each write is reported once");
-    log.leader.persisted(at(6));
-    log.leader.tiered(at(6));
+    log.leader.on_persisted(at(6));
+    log.leader.on_tiered(at(6));
     assert_eq!(log.due().len(), 3, "a write is due without an earlier report");
     assert!(!log.leader.awaits_tier());
 }
@@ -169,9 +169,9 @@ fn tiered_write_waits_for_the_object_store() {
     let mut log = Log::new(Durability::Persisted);
     log.admit(batch(1, None), Acks::Tiered, 1).unwrap();
     log.flush();
-    log.leader.persisted(at(1));
+    log.leader.on_persisted(at(1));
     assert!(log.due().is_empty() && log.leader.awaits_tier());
-    log.leader.tiered(at(1));
+    log.leader.on_tiered(at(1));
     assert_eq!(log.due(), [(1, AckDurability::Tiered(1))]);
 }
 
@@ -206,7 +206,7 @@ fn offsets_of_a_failed_group_are_used_again() {
     let mut leader = leader(Durability::Persisted, 1);
     let table = ProducerTable::default();
     assert_eq!(leader.admit(&batch(3, None), None, Acks::All, &table, None), Ok(Admission::Append(at(0))));
-    leader.not_appended();
+    leader.on_append_failed();
     assert_eq!(leader.admit(&batch(3, None), None, Acks::All, &table, None), Ok(Admission::Append(at(0))));
 }
 
@@ -230,7 +230,7 @@ fn duplicate_is_acknowledged_when_the_first_is_safe() {
     log.flush();
     log.admit(batch(1, Some(stamp(0))), Acks::All, 2).unwrap();
     assert!(log.due().is_empty());
-    log.leader.persisted(at(1));
+    log.leader.on_persisted(at(1));
     assert_eq!(log.due().len(), 2);
 }
 
@@ -270,16 +270,16 @@ proptest! {
                     waiting.insert(writer, (acks, end));
                 }
                 1 => { log.flush(); appended = end; }
-                2 => { persisted = appended; log.leader.persisted(at(persisted)); }
-                _ => { tiered = log.leader.high_watermark().get(); log.leader.tiered(at(tiered)); }
+                2 => { persisted = appended; log.leader.on_persisted(at(persisted)); }
+                _ => { tiered = log.leader.high_watermark().get(); log.leader.on_tiered(at(tiered)); }
             }
             check(&mut log, &mut waiting, appended, persisted, tiered);
             prop_assert!(log.leader.high_watermark() >= high);
             high = log.leader.high_watermark();
         }
         log.flush();
-        log.leader.persisted(at(end));
-        log.leader.tiered(at(end));
+        log.leader.on_persisted(at(end));
+        log.leader.on_tiered(at(end));
         check(&mut log, &mut waiting, end, end, end);
         prop_assert!(waiting.is_empty(), "writers without a result: {waiting:?}");
     }

@@ -399,7 +399,7 @@ impl ModelState {
             }
             FollowerSends::Holds(progress) => {
                 // An acknowledgement that does not count changes nothing: this rule is checked.
-                let _stale = leading.acknowledged(from, epoch, progress);
+                let _stale = leading.on_acknowledged(from, epoch, progress);
             }
         }
         Ok(())
@@ -426,7 +426,7 @@ impl ModelState {
                 }
                 let end = at(self.brokers[me].log.len());
                 if let Role::Following(follower) = &mut self.brokers[me].role {
-                    follower.appended(end);
+                    follower.on_appended(end);
                 }
                 self.log_grew(me);
             }
@@ -520,7 +520,7 @@ impl ModelState {
         let seen: Vec<_> = (0..BROKERS).map(|other| (id(other), self.registration(other))).collect();
         apply_value(self, me);
         if let Role::Leading(leader) = &mut self.brokers[me].role {
-            leader.observed(&value, revision);
+            leader.on_value(&value, revision);
             leader.configure(rule);
             for (other, registration) in seen {
                 leader.on_broker_status(other, registration);

@@ -340,7 +340,7 @@ impl ReplicationReceiver<'_> {
 
     /// Ends a subscription that the leader ended, as at each change of leader; the partition subscribes again after a
     /// pause.
-    fn dismissed(&mut self, index: usize, reason: &dyn std::fmt::Display) {
+    fn on_subscription_ended(&mut self, index: usize, reason: &dyn std::fmt::Display) {
         let Some(subscription) = self.end_and_wait(index) else { return };
         let Some(count) = self.slots[index].dismissed.occur(clock::monotonic()) else {
             return tracing::debug!(
@@ -418,7 +418,7 @@ impl ReplicationReceiver<'_> {
         match &answered.outcome {
             SubscribeOutcome::Rejected(reason) if subscription.accepted_at.is_some() => {
                 let reason = reason.clone();
-                return self.dismissed(index, &reason);
+                return self.on_subscription_ended(index, &reason);
             }
             _ if subscription.accepted_at.is_some() => return self.fail(index, &"second response to one subscription"),
             SubscribeOutcome::Accepted(at) if *at != subscription.params.position.log_end => {
@@ -550,7 +550,7 @@ mod tests {
             receiver.slots[0].subscription.as_mut().expect("a subscription exists").accepted_at = Some(since);
             let pause = MIN_RETRY_DELAY * times;
             let earliest = clock::monotonic() + pause;
-            receiver.dismissed(0, &"its disk is corrupt");
+            receiver.on_subscription_ended(0, &"its disk is corrupt");
             let due = *receiver.waiting.values().next().expect("the partition waits");
             assert!((earliest..=clock::monotonic() + pause).contains(&due), "a pause of {pause:?}");
         }

@@ -76,7 +76,7 @@ fn claim_added(leader: &mut IsrTracker, broker: u32, end: u64, added: Option<u64
 /// Subscribes a replica and acknowledges.
 fn start_following(leader: &mut IsrTracker, broker: u32, end: u64) {
     assert_eq!(claim(leader, peer(broker), end.min(5)), SubscribeOutcome::Accepted(at(end.min(5))));
-    leader.acknowledged(peer(broker), EPOCH, both(end)).unwrap();
+    leader.on_acknowledged(peer(broker), EPOCH, both(end)).unwrap();
 }
 
 fn isr(proposal: Option<IsrProposal>) -> Option<(Vec<u32>, Vec<u32>)> {
@@ -92,7 +92,7 @@ fn high_watermark_is_the_minimum_end_of_the_isr() {
     assert_eq!(leader.high_watermark(), at(3), "broker 3 is in sync too");
     start_following(&mut leader, 3, 4);
     assert_eq!((leader.high_watermark(), leader.is_epoch_committed()), (at(4), false));
-    leader.acknowledged(peer(3), EPOCH, both(5)).unwrap();
+    leader.on_acknowledged(peer(3), EPOCH, both(5)).unwrap();
     assert_eq!(leader.latest(), Some(at(5)));
     leader.update_local(both(9));
     assert_eq!(leader.high_watermark(), at(5));
@@ -103,7 +103,7 @@ fn durability_selects_the_acknowledged_end() {
     let mut leader = leader(&[1, 2], &[], 2);
     start_following(&mut leader, 2, 5);
     leader.update_local(ReplicaProgress { log_end: at(8), persisted_end: at(6) });
-    leader.acknowledged(peer(2), EPOCH, ReplicaProgress { log_end: at(8), persisted_end: at(7) }).unwrap();
+    leader.on_acknowledged(peer(2), EPOCH, ReplicaProgress { log_end: at(8), persisted_end: at(7) }).unwrap();
     assert_eq!(leader.high_watermark(), at(6));
     leader.configure(IsrRules { durability: Durability::Replicated, ..rule(2) });
     assert_eq!(leader.high_watermark(), at(8));
@@ -123,11 +123,11 @@ fn readded_replica_is_admitted_by_new_acknowledgements() {
         start_following(&mut leader, 2, 5);
         start_following(&mut leader, 3, 5);
         for (value, revision) in &values {
-            assert_eq!(leader.observed(value, *revision), ValueUpdate::Adopted);
+            assert_eq!(leader.on_value(value, *revision), ValueUpdate::Adopted);
         }
         assert_eq!(isr(leader.proposal()), None, "the removed replica has no records");
         assert!(
-            leader.acknowledged(peer(2), EPOCH, both(5)).is_err(),
+            leader.on_acknowledged(peer(2), EPOCH, both(5)).is_err(),
             "the acknowledgement is of the earlier addition"
         );
         let refused = SubscribeError::OtherAddition { claimed: None, known: Some(1) };
@@ -137,9 +137,9 @@ fn readded_replica_is_admitted_by_new_acknowledgements() {
             "the request was sent before the removal"
         );
         assert_eq!(claim_added(&mut leader, 2, 0, Some(1)), SubscribeOutcome::Accepted(at(0)));
-        leader.acknowledged(peer(2), EPOCH, both(4)).unwrap();
+        leader.on_acknowledged(peer(2), EPOCH, both(4)).unwrap();
         assert_eq!(isr(leader.proposal()), None, "the replica lacks committed records");
-        leader.acknowledged(peer(2), EPOCH, both(5)).unwrap();
+        leader.on_acknowledged(peer(2), EPOCH, both(5)).unwrap();
         assert_eq!(isr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
     }
 }
@@ -153,7 +153,7 @@ fn repeated_addition_resets_acknowledgements() {
     let again = moving.cancel_reassignment().unwrap().start_reassignment(&brokers(&[1, 2, 3])).unwrap();
     assert_eq!((again.removal_count, &again.replicas), (1, &moving.replicas));
     let mut leader = leader(&[1, 3], &[], 1);
-    leader.observed(&moving, Revision(21));
+    leader.on_value(&moving, Revision(21));
     start_following(&mut leader, 3, 5);
     assert_eq!(claim_added(&mut leader, 2, 5, Some(0)), SubscribeOutcome::Accepted(at(5)));
     let refused = SubscribeError::OtherAddition { claimed: Some(1), known: Some(0) };
@@ -162,10 +162,10 @@ fn repeated_addition_resets_acknowledgements() {
         SubscribeOutcome::Rejected(refused),
         "the leader has not received the addition"
     );
-    leader.acknowledged(peer(2), EPOCH, both(4)).unwrap();
-    assert_eq!(leader.observed(&again, Revision(24)), ValueUpdate::Adopted);
+    leader.on_acknowledged(peer(2), EPOCH, both(4)).unwrap();
+    assert_eq!(leader.on_value(&again, Revision(24)), ValueUpdate::Adopted);
     assert!(
-        leader.acknowledged(peer(2), EPOCH, both(5)).is_err(),
+        leader.on_acknowledged(peer(2), EPOCH, both(5)).is_err(),
         "the acknowledgement is of the earlier subscription"
     );
     assert_eq!(isr(leader.proposal()), None);
@@ -177,7 +177,7 @@ fn repeated_addition_resets_acknowledgements() {
     );
     assert_eq!(isr(leader.proposal()), None);
     assert_eq!(claim_added(&mut leader, 2, 0, Some(1)), SubscribeOutcome::Accepted(at(0)));
-    leader.acknowledged(peer(2), EPOCH, both(5)).unwrap();
+    leader.on_acknowledged(peer(2), EPOCH, both(5)).unwrap();
     assert_eq!(isr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
 }
 
@@ -188,12 +188,12 @@ fn isr_member_subscribes_around_end_of_reassignment() {
     let ended = moving.complete_reassignment().unwrap();
     for (known, claimed) in [(&moving, None), (&moving, Some(0)), (&ended, None), (&ended, Some(0))] {
         let mut leader = leader(&[1, 2, 3], &[], 1);
-        leader.observed(known, Revision(21));
+        leader.on_value(known, Revision(21));
         assert_eq!(claim_added(&mut leader, 2, 5, claimed), SubscribeOutcome::Accepted(at(5)), "{claimed:?}");
     }
     // The replica was removed and added again after that end, which this leader has received.
     let mut leader = leader(&[1, 2, 3], &[], 1);
-    leader.observed(&ended, Revision(21));
+    leader.on_value(&ended, Revision(21));
     let refused = SubscribeError::OtherAddition { claimed: Some(2), known: None };
     assert_eq!(claim_added(&mut leader, 2, 0, Some(2)), SubscribeOutcome::Rejected(refused));
 }
@@ -202,7 +202,7 @@ fn isr_member_subscribes_around_end_of_reassignment() {
 fn acknowledgement_counts_for_its_epoch_and_link_only() {
     let mut leader = leader(&[1, 2], &[], 1);
     let not_subscribed = AckError::NotSubscribed { broker: BrokerId(2), epoch: Revision(10) };
-    assert_eq!(leader.acknowledged(peer(2), EPOCH, both(5)), Err(not_subscribed));
+    assert_eq!(leader.on_acknowledged(peer(2), EPOCH, both(5)), Err(not_subscribed));
     claim(&mut leader, peer(2), 5);
     for (from, epoch, progress) in [
         (peer(2), LeaderEpoch(3), both(5)),
@@ -215,12 +215,12 @@ fn acknowledgement_counts_for_its_epoch_and_link_only() {
         (peer(2), EPOCH, ReplicaProgress { log_end: at(4), persisted_end: at(5) }),
     ] {
         let before = leader.clone();
-        assert!(leader.acknowledged(from, epoch, progress).is_err(), "{from:?} {epoch} {progress:?}");
+        assert!(leader.on_acknowledged(from, epoch, progress).is_err(), "{from:?} {epoch} {progress:?}");
         assert_eq!(leader, before, "a rejected acknowledgement changes nothing");
     }
     // A newer incarnation is known: messages on the old link may be of a process that has exited.
     leader.on_broker_status(BrokerId(2), BrokerStatus::Registered(Revision(12)));
-    assert_eq!(leader.acknowledged(peer(2), EPOCH, both(5)), Err(not_subscribed));
+    assert_eq!(leader.on_acknowledged(peer(2), EPOCH, both(5)), Err(not_subscribed));
     assert_eq!(claim(&mut leader, peer(2), 5), SubscribeOutcome::Rejected(SubscribeError::OlderBroker));
 }
 
@@ -245,7 +245,7 @@ fn proposed_member_holds_the_high_watermark_back() {
     assert_eq!(leader.high_watermark(), at(5));
 
     // Another value was written: the proposal can no longer come true.
-    assert_eq!(leader.observed(&value(&[1], &[]), Revision(21)), ValueUpdate::Adopted);
+    assert_eq!(leader.on_value(&value(&[1], &[]), Revision(21)), ValueUpdate::Adopted);
     leader.update_local(both(11));
     assert_eq!(leader.high_watermark(), at(11));
 }
@@ -259,7 +259,7 @@ fn refused_proposal_waits_for_metadata_or_tick() {
     assert!(leader.proposal().is_none() && leader.wants_ticks());
     leader.update_local(both(6));
     assert_eq!(leader.high_watermark(), at(6), "the refused proposal can no longer come true");
-    leader.acknowledged(peer(2), EPOCH, both(6)).unwrap();
+    leader.on_acknowledged(peer(2), EPOCH, both(6)).unwrap();
     leader.tick(0);
     assert_eq!(isr(leader.proposal()), Some((vec![1, 2], vec![])));
     assert_eq!(leader.on_outcome(ProposalOutcome::Committed(Revision(21))), ValueUpdate::Adopted);
@@ -271,9 +271,9 @@ fn metadata_may_arrive_before_the_outcome() {
     let mut leader = leader(&[1], &[], 1);
     start_following(&mut leader, 2, 5);
     let proposal = leader.proposal().unwrap();
-    assert_eq!(leader.observed(&proposal.value, Revision(21)), ValueUpdate::Adopted);
+    assert_eq!(leader.on_value(&proposal.value, Revision(21)), ValueUpdate::Adopted);
     assert_eq!(
-        leader.observed(&value(&[1], &[]), Revision(20)),
+        leader.on_value(&value(&[1], &[]), Revision(20)),
         ValueUpdate::Unchanged,
         "the value is older than the known value"
     );
@@ -307,7 +307,7 @@ fn leader_below_min_isr_admits_a_complete_replica() {
     assert!(!short.is_epoch_committed());
     start_following(&mut short, 2, 4);
     assert_eq!(isr(short.proposal()), None, "the replica lacks records that may be committed");
-    short.acknowledged(peer(2), EPOCH, both(5)).unwrap();
+    short.on_acknowledged(peer(2), EPOCH, both(5)).unwrap();
     assert_eq!(isr(short.proposal()), Some((vec![1, 2], vec![])));
     short.on_outcome(ProposalOutcome::Committed(Revision(21)));
     assert_eq!(short.latest(), Some(at(5)));
@@ -324,7 +324,7 @@ fn admission_needs_epoch_start_and_registration() {
     ] {
         let mut leader = leader(&[1], &[], 1);
         let removing = if removing { vec![BrokerId(2)] } else { vec![] };
-        leader.observed(&PartitionValue { removing, ..value(&[1], &[]) }, Revision(21));
+        leader.on_value(&PartitionValue { removing, ..value(&[1], &[]) }, Revision(21));
         start_following(&mut leader, 2, end);
         leader.on_broker_status(BrokerId(2), status);
         assert_eq!(leader.proposal().is_some(), admitted, "{end} {status:?}");
@@ -369,7 +369,7 @@ fn member_may_be_behind_by_a_constant_distance() {
     for round in 1..5 {
         leader.update_local(both(5 + round));
         leader.tick(round * 90);
-        leader.acknowledged(peer(2), EPOCH, both(4 + round)).unwrap();
+        leader.on_acknowledged(peer(2), EPOCH, both(4 + round)).unwrap();
         assert_eq!(leader.proposal(), None, "round {round}");
     }
     // The member stops; a broken link and a new subscription give it no more time.
@@ -399,7 +399,7 @@ fn member_that_lost_records_is_removed_and_not_eligible() {
     assert_eq!(isr(leader.proposal()), Some((vec![1, 3], vec![])));
     assert_eq!(leader.on_outcome(ProposalOutcome::Committed(Revision(21))), ValueUpdate::Adopted);
     assert_eq!(leader.proposal(), None, "the replica lacks committed records");
-    leader.acknowledged(peer(2), EPOCH, both(5)).unwrap();
+    leader.on_acknowledged(peer(2), EPOCH, both(5)).unwrap();
     assert_eq!(isr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
 }
 
@@ -484,7 +484,7 @@ fn apply(leader: &mut IsrTracker, event: Event) {
         Event::Join(id, epoch, end) => drop(claim(leader, peer(id, epoch), end)),
         Event::Ack(id, epoch, of, written, persisted) => {
             let progress = ReplicaProgress { log_end: at(written), persisted_end: at(persisted) };
-            let _stale = leader.acknowledged(peer(id, epoch), LeaderEpoch(of), progress);
+            let _stale = leader.on_acknowledged(peer(id, epoch), LeaderEpoch(of), progress);
         }
         Event::Left(id, epoch, cause) => {
             let causes = [DisconnectCause::LinkLost, DisconnectCause::ProcessGone, DisconnectCause::ShuttingDown];
