@@ -45,7 +45,7 @@ use crate::{
     broker::node_context::NodeContext,
     cluster::{BrokerState, Key, MetadataChange, MetadataSnapshot, PartitionValue, Revision, TopicValue},
     model::{BrokerId, PartitionId, TopicConfig, TopicName},
-    partition::{IsrUpdater, MaintenanceQueue, PartitionAssignment, PartitionContext, leader::isr::BrokerStatus},
+    partition::{IsrUpdater, MaintenanceQueue, PartitionAssignment, PartitionContext, leader::member::BrokerStatus},
     task::clock,
     telemetry::LogThrottle,
     tier::TopicRecord,

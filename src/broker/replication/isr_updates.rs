@@ -29,7 +29,10 @@ use crate::{
     model::{BrokerId, LeaderEpoch, PartitionId},
     partition::{
         IsrUpdater,
-        leader::isr::{IsrProposal, PeerId, ProposalOutcome},
+        leader::{
+            isr::{IsrProposal, ProposalOutcome},
+            member::PeerId,
+        },
     },
     task::{Backoff, Tasks},
 };

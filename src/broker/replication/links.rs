@@ -17,7 +17,7 @@ use crate::{
     model::{BrokerId, LeaderEpoch, PartitionId},
     partition::{
         ReplicationLinks,
-        leader::{divergence::LogPosition, isr::ReplicaProgress},
+        leader::{divergence::LogPosition, member::ReplicaProgress},
         replication::{self, LinkEnd, LinkRequests},
     },
     proto::v1,

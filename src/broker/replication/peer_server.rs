@@ -33,7 +33,7 @@ use crate::{
     limits,
     model::{BrokerId, LeaderEpoch, PartitionId},
     partition::{
-        leader::isr::PeerId,
+        leader::member::PeerId,
         replication::{self, CatchUpThrottle, LinkEnd, LinkProbe, SenderConfig},
     },
     proto::{

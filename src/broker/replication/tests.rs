@@ -26,7 +26,7 @@ use crate::{
     },
     partition::{
         AppendResult, MaintenanceQueue, Partition, PartitionAssignment, PartitionContext, ReplicaSpec,
-        leader::isr::BrokerStatus,
+        leader::member::BrokerStatus,
     },
     proto::v1,
     record::BatchBuilder,

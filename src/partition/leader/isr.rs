@@ -36,10 +36,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-pub use super::member::{AckError, BrokerStatus, DisconnectCause, PeerId, ReplicaProgress};
 use super::{
     divergence::{self, LocalLogBounds, LogPosition, SubscribeError, SubscribeOutcome},
-    member::MemberState,
+    member::{AckError, BrokerStatus, DisconnectCause, MemberState, PeerId, ReplicaProgress},
 };
 use crate::{
     cluster::{PartitionValue, Revision},

@@ -17,7 +17,10 @@ pub mod member;
 
 use std::collections::{BTreeMap, VecDeque};
 
-use self::isr::{IsrRules, IsrTracker, LeaderStart, ReplicaProgress};
+use self::{
+    isr::{IsrRules, IsrTracker, LeaderStart},
+    member::ReplicaProgress,
+};
 pub use crate::model::AckDurability;
 use crate::{
     limits,

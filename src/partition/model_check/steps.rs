@@ -14,7 +14,8 @@ use crate::{
         follower::{BatchHeader, Follower, FollowerAction, ProtocolViolation},
         leader::{
             divergence::LocalLogBounds,
-            isr::{DisconnectCause, ProposalOutcome, ValueUpdate},
+            isr::{ProposalOutcome, ValueUpdate},
+            member::DisconnectCause,
         },
         metadata::{AppliedMetadata, Transition},
     },

@@ -8,7 +8,8 @@ use crate::{
         follower::{BatchHeader, Follower},
         leader::{
             divergence::{LogPosition, SubscribeOutcome},
-            isr::{BrokerStatus, IsrProposal, IsrRules, IsrTracker, LeaderStart, PeerId, ReplicaProgress},
+            isr::{IsrProposal, IsrRules, IsrTracker, LeaderStart},
+            member::{BrokerStatus, PeerId, ReplicaProgress},
         },
         metadata::{AppliedMetadata, Transition},
     },

@@ -22,7 +22,7 @@ use crate::{
         AppendResult, MaintenanceQueue, PartitionAssignment, PartitionContext, ReplicaSpec, ReplicationLinks,
         leader::{
             divergence::LogPosition,
-            isr::{BrokerStatus, PeerId, ReplicaProgress},
+            member::{BrokerStatus, PeerId, ReplicaProgress},
         },
     },
     proto::v1::{replicate_request, replicate_response, subscribe_response},

@@ -52,7 +52,7 @@ use crate::{
         TxnOutcome, Versioned,
     },
     model::BrokerId,
-    partition::leader::isr::{DisconnectCause, PeerId},
+    partition::leader::member::{DisconnectCause, PeerId},
     proto::v1,
     task::{Backoff, Tasks, clock},
     telemetry::LogThrottle,

@@ -16,7 +16,8 @@ use crate::{
         handle::tests::net::{append, at, batch, broker, send, tick},
         leader::{
             divergence::{LogPosition, SubscribeError},
-            isr::{BrokerStatus, DisconnectCause, IsrProposal, PeerId, ProposalOutcome, ReplicaProgress},
+            isr::{IsrProposal, ProposalOutcome},
+            member::{BrokerStatus, DisconnectCause, PeerId, ReplicaProgress},
         },
         *,
     },

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::{
     cluster::PartitionValue,
     model::{Acks, LeaderEpoch},
-    partition::{leader::isr::DisconnectCause, *},
+    partition::{leader::member::DisconnectCause, *},
     record::{Batch, ProducerSequence},
     task::test_timeout::wait_until,
 };
@@ -172,7 +172,7 @@ async fn lost_follower_leaves_the_isr_and_returns() {
     wait_until("broker 2 has the record", || two.progress().persisted_end == at(1)).await;
     assert_eq!(one.watermarks().high_watermark, at(0), "commits wait for an ISR member");
     assert!(one.wants_ticks());
-    let peer = net.node(3, |node| leader::isr::PeerId { broker: broker(3), epoch: node.epoch });
+    let peer = net.node(3, |node| leader::member::PeerId { broker: broker(3), epoch: node.epoch });
     one.on_follower_disconnected(peer, DisconnectCause::ProcessGone).await;
     assert_eq!(waiting.await.unwrap().unwrap().durability, AckDurability::Persisted(2));
     assert_eq!(net.value().await.0.isr, [broker(1), broker(2)]);
@@ -270,7 +270,7 @@ async fn unknown_outcome_is_read_back() {
     in_sync(&two).await;
     net.lose_outcomes(1);
     let waiting = send(&one, batch(&[0], None), Acks::All).await;
-    let peer = net.node(3, |node| leader::isr::PeerId { broker: broker(3), epoch: node.epoch });
+    let peer = net.node(3, |node| leader::member::PeerId { broker: broker(3), epoch: node.epoch });
     one.on_follower_disconnected(peer, DisconnectCause::ProcessGone).await;
     assert_eq!(waiting.await.unwrap().unwrap().durability, AckDurability::Persisted(2));
     assert_eq!(net.value().await.0.isr, [broker(1), broker(2)]);
@@ -286,7 +286,7 @@ async fn below_min_isr_commits_wait_for_the_eligible_replica() {
     in_sync(&two).await;
     append(&one, &[0], Acks::All).await.unwrap();
     net.cut(1, 2);
-    let peer = net.node(2, |node| leader::isr::PeerId { broker: broker(2), epoch: node.epoch });
+    let peer = net.node(2, |node| leader::member::PeerId { broker: broker(2), epoch: node.epoch });
     one.on_follower_disconnected(peer, DisconnectCause::ProcessGone).await;
     while net.value().await.0.elr.is_empty() {
         tokio::task::yield_now().await;
@@ -420,7 +420,7 @@ async fn unclean_leader_is_reset_to_the_tiered_end() {
     append(&one, &[0; 4000], Acks::All).await.unwrap();
     // Broker 2 falls behind; broker 1 writes on alone and uploads.
     net.cut(1, 2);
-    let peer = net.node(2, |node| leader::isr::PeerId { broker: broker(2), epoch: node.epoch });
+    let peer = net.node(2, |node| leader::member::PeerId { broker: broker(2), epoch: node.epoch });
     one.on_follower_disconnected(peer, DisconnectCause::ProcessGone).await;
     for n in 1..20u8 {
         append(&one, &[n; 4000], Acks::All).await.unwrap();

@@ -25,7 +25,8 @@ use crate::{
     },
     partition::leader::{
         divergence::LogPosition,
-        isr::{BrokerStatus, DisconnectCause, IsrProposal, PeerId, ProposalOutcome, ReplicaProgress},
+        isr::{IsrProposal, ProposalOutcome},
+        member::{BrokerStatus, DisconnectCause, PeerId, ReplicaProgress},
     },
     record::{Batch, BatchBuilder, Fingerprint, ProducerSequence},
     task::{Tasks, test_timeout::wait_until},
