@@ -1,4 +1,5 @@
-//! The free space of a data directory's disk: the only place that compares it with a threshold.
+//! The free space of a data directory's disk: the only place that grants or refuses space by it. The pace at which
+//! removed files are freed is decided in `writeback`.
 //!
 //! # Overview
 //!
