@@ -17,7 +17,7 @@ pub fn round(bytes: &Bytes) -> Option<Vec<u8>> {
     let mut entries = Vec::new();
     let mut payload_bytes = 0;
     for entry in &frame.entries {
-        if !entry.whole(bytes) {
+        if !entry.is_intact(bytes) {
             return None;
         }
         let mut payload = bytes.slice(entry.payload.clone());

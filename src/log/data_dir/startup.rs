@@ -67,13 +67,13 @@ pub(super) fn load(
     };
     // A directory without any content needs no journal.
     let expected = has_checkpoint || !checkpoint.replicas.is_empty();
-    let Checkpoint { first_frame, generation, standing, replicas } = checkpoint;
-    if standing == CheckpointKind::CleanShutdown {
+    let Checkpoint { first_frame, generation, kind, replicas } = checkpoint;
+    if kind == CheckpointKind::CleanShutdown {
         let unopened = |record: ReplicaCheckpoint| (record.id, UnopenedReplica { record, clean: true });
         let replicas = replicas.into_iter().map(unopened).collect();
         return Ok(LoadedState { first_frame, generation, clean: true, replicas });
     }
-    let (journaled, records) = if standing == CheckpointKind::Replayed {
+    let (journaled, records) = if kind == CheckpointKind::Replayed {
         (ReplayResult::nothing(first_frame), replicas)
     } else {
         let read = replay::read(disk, &journal_dir, directory, first_frame);
@@ -92,7 +92,7 @@ pub(super) fn load(
     let replicas = merge(disk, dir, records, journaled).map_err(io_error(dir, "replay the journal"))?;
     let mut records: Vec<_> = replicas.values().map(|unopened| unopened.record.clone()).collect();
     records.sort_by_key(|record| record.id);
-    let replayed = Checkpoint { first_frame, generation, standing: CheckpointKind::Replayed, replicas: records };
+    let replayed = Checkpoint { first_frame, generation, kind: CheckpointKind::Replayed, replicas: records };
     replayed.write(disk, dir, directory).map_err(io_error(dir, "write the checkpoint"))?;
     Ok(LoadedState { first_frame, generation, clean: false, replicas })
 }

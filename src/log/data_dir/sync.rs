@@ -143,7 +143,7 @@ impl DataDirInner {
     /// Returns the checkpoint of the current state, for replay from `first_frame` on.
     pub(super) fn checkpoint(&self, first_frame: u64, kind: CheckpointKind) -> Checkpoint {
         let replicas = self.registry.lock().checkpoint_records();
-        Checkpoint { first_frame, generation: self.ctx.last_generation(), standing: kind, replicas }
+        Checkpoint { first_frame, generation: self.ctx.last_generation(), kind, replicas }
     }
 
     /// Runs the sync thread.

@@ -23,7 +23,7 @@ pub(in crate::log) struct Checkpoint {
     /// Largest generation assigned so far.
     pub(in crate::log) generation: u64,
     /// Relation of the records and the journal to the segments.
-    pub(in crate::log) standing: CheckpointKind,
+    pub(in crate::log) kind: CheckpointKind,
     pub(in crate::log) replicas: Vec<ReplicaCheckpoint>,
 }
 
@@ -43,7 +43,7 @@ pub(in crate::log) enum CheckpointKind {
 
 impl CheckpointKind {
     fn from_byte(byte: u8) -> Option<Self> {
-        [Self::Running, Self::CleanShutdown, Self::Replayed].into_iter().find(|standing| *standing as u8 == byte)
+        [Self::Running, Self::CleanShutdown, Self::Replayed].into_iter().find(|kind| *kind as u8 == byte)
     }
 }
 
@@ -141,7 +141,7 @@ impl Checkpoint {
         out.put_slice(directory.as_bytes());
         out.put_u64(self.first_frame);
         out.put_u64(self.generation);
-        out.put_u8(self.standing as u8);
+        out.put_u8(self.kind as u8);
         out.put_u32(u32::try_from(self.replicas.len()).unwrap_or(u32::MAX));
         for replica in &self.replicas {
             replica.encode(&mut out);
@@ -166,12 +166,12 @@ impl Checkpoint {
         if first_frame > MAX_NUMBER || generation > MAX_NUMBER {
             return None;
         }
-        let standing = CheckpointKind::from_byte(content.try_get_u8().ok()?)?;
+        let kind = CheckpointKind::from_byte(content.try_get_u8().ok()?)?;
         let mut replicas = Vec::new();
         for _ in 0..content.try_get_u32().ok()? {
             replicas.push(ReplicaCheckpoint::decode(&mut content)?);
         }
-        content.is_empty().then_some(Self { first_frame, generation, standing, replicas })
+        content.is_empty().then_some(Self { first_frame, generation, kind, replicas })
     }
 
     /// Returns the id of the data directory that a checkpoint itself names.

@@ -199,7 +199,7 @@ pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<DecodedFra
 
 impl DecodedEntry {
     /// Returns true if the payload is intact: complete, contiguous batches with the headers that the entry covers.
-    pub(in crate::log) fn whole(&self, frame: &Bytes) -> bool {
+    pub(in crate::log) fn is_intact(&self, frame: &Bytes) -> bool {
         if self.head.kind != EntryKind::Append {
             return self.payload.is_empty();
         }

@@ -117,7 +117,7 @@ pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_f
                 continue;
             };
             let content = bytes.slice(at..at + frame.bytes);
-            if frame.entries.iter().any(|entry| !entry.whole(&content)) {
+            if frame.entries.iter().any(|entry| !entry.is_intact(&content)) {
                 torn.push(frame.sequence);
             }
             journaled.frames.insert(frame.sequence, (path.clone(), at as u64, frame.entries));
@@ -199,7 +199,7 @@ impl ReplayResult {
             bytes.truncate(got);
             let frame = Bytes::from(bytes);
             for entry in entries.iter().filter(needed) {
-                if frame.len() < entry.payload.end || !entry.whole(&frame) {
+                if frame.len() < entry.payload.end || !entry.is_intact(&frame) {
                     let reason = format!("frame {sequence} of the journal in {} is corrupt", path.display());
                     corrupt.push((entry.head.id, reason));
                     continue;

@@ -140,12 +140,8 @@ fn checkpoint_with_impossible_replicas_is_refused() {
         let mut record = ReplicaCheckpoint::empty(partition(0), 3, at(5), 0);
         record.segments = vec![SegmentInfo { end: at(9), bytes: 300, ..SegmentInfo::empty(at(5), 0) }];
         record.epochs = epochs(&[(1, 5)]).unwrap();
-        let mut checkpoint = Checkpoint {
-            first_frame: 1,
-            generation: 3,
-            standing: CheckpointKind::CleanShutdown,
-            replicas: vec![record],
-        };
+        let mut checkpoint =
+            Checkpoint { first_frame: 1, generation: 3, kind: CheckpointKind::CleanShutdown, replicas: vec![record] };
         change(&mut checkpoint);
         Checkpoint::decode(&checkpoint.encode(DIRECTORY), DIRECTORY)
     };
