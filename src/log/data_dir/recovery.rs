@@ -11,9 +11,10 @@ use crate::{
         error::ReplicaError,
         format::{
             ReplicaCheckpoint, SegmentInfo,
-            segment::{self, base_of, name, remove_caches_above, remove_segment},
+            segment::{self, base_of, name},
             snapshot::{self, record_batch},
         },
+        replica::segment_files::{remove_caches_above, remove_segment},
     },
     model::Offset,
     task::clock,

@@ -20,4 +20,4 @@ pub(super) use entry::{DecodedEntry, EntryHeader, EntryKind, MAX_NUMBER};
 pub(super) use index::Index;
 pub(super) use producer_memory::ProducerMemory;
 pub(super) use segment::{Segment, SegmentFile, replica_dir};
-pub(super) use snapshot::{Snapshot, tables_at};
+pub(super) use snapshot::Snapshot;

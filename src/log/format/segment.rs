@@ -9,7 +9,7 @@ use std::{
 use bytes::{Buf, BufMut, Bytes};
 
 use crate::{
-    log::disk::{Disk, File},
+    log::disk::File,
     model::{LeaderEpoch, Offset, PartitionId},
     record::{Batch, HEADER_BYTES},
 };
@@ -159,40 +159,6 @@ fn base_in(digits: &str) -> Option<Offset> {
 /// Returns the directory of a replica's files.
 pub(in crate::log) fn replica_dir(data: &Path, id: PartitionId) -> PathBuf {
     data.join(id.topic.to_string()).join(id.number.to_string())
-}
-
-/// Removes the indexes and snapshots of a replica above `end`, and returns true if there were any. They describe a log
-/// that was truncated since. A log that grows to the same offset again would use their epochs and producers as its own.
-pub(in crate::log) fn remove_caches_above(disk: &dyn Disk, dir: &Path, end: Offset) -> io::Result<bool> {
-    remove_caches(disk, dir, |base| base > end)
-}
-
-/// Removes the indexes and snapshots below `start`: those of removed segments, and those at the log ends of earlier
-/// shutdowns.
-pub(in crate::log) fn remove_caches_below(disk: &dyn Disk, dir: &Path, start: Offset) -> io::Result<bool> {
-    remove_caches(disk, dir, |base| base < start)
-}
-
-fn remove_caches(disk: &dyn Disk, dir: &Path, which: impl Fn(Offset) -> bool) -> io::Result<bool> {
-    let mut any = false;
-    for entry in disk.list(dir)? {
-        if cache_base_of(&entry.name).is_some_and(&which) {
-            disk.remove(&dir.join(&entry.name))?;
-            any = true;
-        }
-    }
-    Ok(any)
-}
-
-/// Removes a segment and its caches.
-pub(in crate::log) fn remove_segment(disk: &dyn Disk, dir: &Path, base: Offset) -> io::Result<()> {
-    for extension in ["log", "index", "timeindex", "snapshot"] {
-        match disk.remove(&dir.join(name(base, extension))) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-    }
-    Ok(())
 }
 
 /// Result of a scan.

@@ -6,16 +6,8 @@ use std::{io, path::Path};
 
 use bytes::{Buf, BufMut, BytesMut};
 
-use super::{
-    epochs::EpochHistory,
-    producers::ProducerTable,
-    segment::{self, SegmentInfo, name},
-};
-use crate::{
-    log::disk::{Disk, OpenMode},
-    model::Offset,
-    record::Batch,
-};
+use super::{epochs::EpochHistory, producers::ProducerTable, segment::name};
+use crate::{log::disk::Disk, model::Offset, record::Batch};
 
 const MAGIC: &[u8; 8] = b"STRLSNP2";
 
@@ -93,38 +85,4 @@ pub(in crate::log) fn record_batch(epochs: &mut EpochHistory, producers: &mut Pr
         debug_assert!(false, "the scan rejects epochs that decrease");
     }
     producers.record_batch(batch);
-}
-
-/// Returns the description of the segment that contains `to`, ending there, and the epoch history and producer state at
-/// `to`. Reads intact segments from a snapshot on: that of the segment that contains `to`, or of an earlier one.
-pub(in crate::log) fn tables_at(
-    disk: &dyn Disk,
-    dir: &Path,
-    segments: &[SegmentInfo],
-    to: Offset,
-) -> io::Result<(SegmentInfo, Snapshot, Option<String>)> {
-    let holding = segments.iter().rposition(|info| info.base <= to).unwrap_or(0);
-    let bases: Vec<Offset> = segments[..=holding].iter().map(|info| info.base).collect();
-    let (start, mut tables) = Snapshot::read_last(disk, dir, &bases)?;
-    let mut last = segments[holding].emptied();
-    for info in &segments[start..=holding] {
-        last = info.emptied();
-        if info.bytes == 0 || last.base >= to {
-            continue;
-        }
-        let file = disk.open(&dir.join(name(info.base, "log")), OpenMode::Read)?;
-        let epoch = tables.epochs.last().map(|(epoch, _)| epoch);
-        let mut is_below = true;
-        let end = segment::scan(&*file, info.bytes, 0, info.base, epoch, |_, batch| {
-            is_below &= batch.end_offset() <= to;
-            if is_below {
-                record_batch(&mut tables.epochs, &mut tables.producers, batch);
-                last.extend(batch);
-            }
-        })?;
-        if end.damage.is_some() && last.end < to {
-            return Ok((last, tables, end.damage));
-        }
-    }
-    Ok((last, tables, None))
 }

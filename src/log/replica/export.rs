@@ -2,11 +2,11 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
-use super::writer::ReplicaLog;
+use super::{segment_files::tables_at, writer::ReplicaLog};
 use crate::{
     log::{
         disk::{File, OpenMode},
-        format::{EpochHistory, Index, IndexEntry, ProducerTable, SegmentInfo, Snapshot, tables_at},
+        format::{EpochHistory, Index, IndexEntry, ProducerTable, SegmentInfo, Snapshot},
     },
     model::Offset,
 };

@@ -9,6 +9,7 @@ mod export;
 mod file_cache;
 mod reader;
 mod removed;
+pub(super) mod segment_files;
 mod sync;
 mod sync_queue;
 mod tail_cache;

@@ -15,16 +15,16 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use super::{LogState, writer::ReplicaLog};
+use super::{
+    LogState,
+    segment_files::{remove_caches_above, remove_caches_below, remove_segment, tables_at},
+    writer::ReplicaLog,
+};
 use crate::{
     log::{
         disk::OpenMode,
         error::{ChangeError, is_full},
-        format::{
-            EntryKind, EpochHistory, ProducerTable, Segment, SegmentFile, SegmentInfo, Snapshot,
-            segment::{remove_caches_above, remove_caches_below, remove_segment},
-            snapshot, tables_at,
-        },
+        format::{EntryKind, EpochHistory, ProducerTable, Segment, SegmentFile, SegmentInfo, Snapshot, snapshot},
     },
     model::Offset,
     task::clock,
