@@ -218,7 +218,7 @@ impl Follower {
 
     /// Starts a subscription and returns the log position for it. Called when a link is connected, and after each
     /// truncation or reset.
-    pub fn claim(&mut self, history: &EpochHistory, log_end: Offset) -> LogPosition {
+    pub fn subscribe(&mut self, history: &EpochHistory, log_end: Offset) -> LogPosition {
         let last = history.last().map(|(epoch, _)| epoch);
         // The log counts as it was at the first subscription of this epoch: a truncation makes its last epoch look
         // older.

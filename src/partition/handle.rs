@@ -206,11 +206,11 @@ impl Partition {
         stored: Option<Stored>,
     ) -> oneshot::Receiver<AppendResult> {
         let (responder, receiver) = oneshot::channel();
-        let append = Box::new(Append { batch, origin, acks, permit, answer: responder, stored });
+        let append = Box::new(Append { batch, origin, acks, permit, responder, stored });
         if let Err(mpsc::error::SendError(ActorCommand::Append(append))) =
             self.mailbox.send(ActorCommand::Append(append)).await
         {
-            let _gone = append.answer.send(Err(AppendError::Closing));
+            let _gone = append.responder.send(Err(AppendError::Closing));
         }
         receiver
     }

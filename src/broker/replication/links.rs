@@ -122,14 +122,14 @@ impl ReplicationLinks for LinkManager {
         let link = Arc::clone(state.links.entry(leader).or_insert_with(|| self.open(leader)));
         drop(state);
         if let Some(before) = before {
-            before.leave(partition, self.known_epoch(partition), false);
+            before.unsubscribe(partition, self.known_epoch(partition), false);
         }
         link.start_following(partition);
     }
 
     fn subscribe(&self, partition: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress) {
         if let Some(link) = self.link(partition) {
-            link.join(partition, epoch, position, progress);
+            link.subscribe(partition, epoch, position, progress);
         }
     }
 
@@ -146,7 +146,7 @@ impl ReplicationLinks for LinkManager {
             leader.and_then(|leader| state.links.get(&leader).cloned())
         };
         if let Some(link) = link {
-            link.leave(partition, known, stopping);
+            link.unsubscribe(partition, known, stopping);
         }
     }
 }

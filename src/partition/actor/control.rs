@@ -66,7 +66,7 @@ impl Actor {
             }
             ControlMessage::Subscribe(subscribe) => {
                 let SubscribeMessage { peer, epoch, position, progress, responder } = *subscribe;
-                let response = self.join(peer, epoch, position, progress).await;
+                let response = self.on_subscribe(peer, epoch, position, progress).await;
                 let _gone = responder.send(response);
             }
             ControlMessage::FollowerDisconnected(peer, cause) => {

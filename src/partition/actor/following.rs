@@ -41,7 +41,7 @@ impl Actor {
         self.bootstrap_request.cancel();
         let log_end = self.log.log_end();
         let added = self.metadata.added_after(self.broker);
-        let position = LogPosition { removal_count: added, ..follower.claim(&self.log.epochs(), log_end) };
+        let position = LogPosition { removal_count: added, ..follower.subscribe(&self.log.epochs(), log_end) };
         let epoch = follower.epoch();
         sim_event!(LogPositionSent { partition: self.id, epoch, persisted: self.log.persisted_end() });
         let progress = ReplicaProgress { log_end, persisted_end: self.log.persisted_end() };

@@ -60,7 +60,7 @@ impl Actor {
     }
 
     /// Handles a subscription of a follower.
-    pub(super) async fn join(
+    pub(super) async fn on_subscribe(
         &mut self,
         peer: PeerId,
         epoch: LeaderEpoch,
@@ -81,7 +81,7 @@ impl Actor {
         if let Some(reason) = self.published.error() {
             return SubscribeResponse::rejected(leader.epoch(), format!("the leader's disk failed: {reason}"));
         }
-        let mut outcome = leader.in_sync_mut().join(peer, epoch, position, local, &self.log.epochs());
+        let mut outcome = leader.in_sync_mut().on_subscribe(peer, epoch, position, local, &self.log.epochs());
         let (epoch, high_watermark) = (leader.epoch(), leader.high_watermark());
         let in_sync = leader.in_sync().value().isr.contains(&peer.broker);
         if !matches!(outcome, SubscribeOutcome::Rejected(_)) {

@@ -79,7 +79,7 @@ pub(in crate::partition) struct Append {
     /// Memory of the batch. It is released with the result, or when the write is safe here and its receiver was
     /// dropped.
     pub(in crate::partition) permit: OwnedSemaphorePermit,
-    pub(in crate::partition) answer: oneshot::Sender<AppendResult>,
+    pub(in crate::partition) responder: oneshot::Sender<AppendResult>,
     /// With `acks=tiered`: shows the caller that the write is stored here and waits for the object store.
     pub(in crate::partition) stored: Option<Stored>,
 }
@@ -149,7 +149,7 @@ impl LeaderRole {
 impl Actor {
     /// Admits one write into the group, or sends its result.
     pub(super) fn append(&mut self, append: Append, now_ms: i64) {
-        let Append { mut batch, origin, acks, permit, answer: responder, stored } = append;
+        let Append { mut batch, origin, acks, permit, responder, stored } = append;
         let RoleState::Leading(role) = &self.role else {
             let ReplicaStatus { leader, epoch, .. } = self.status;
             let _gone = responder.send(Err(AppendError::NotLeader { leader, epoch }));

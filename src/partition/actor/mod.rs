@@ -278,7 +278,7 @@ impl Actor {
     async fn stop(&mut self) {
         for command in self.inbox.close() {
             if let ActorCommand::Append(append) = command {
-                let _gone = append.answer.send(Err(AppendError::Closing));
+                let _gone = append.responder.send(Err(AppendError::Closing));
             }
         }
         if let RoleState::Following(_) = self.role {

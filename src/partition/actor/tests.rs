@@ -94,7 +94,7 @@ fn append(actor: &mut Actor, acks: Acks) -> Receiver<AppendResult> {
     let (responder, receiver) = oneshot::channel();
     let batch = builder.finish(None).unwrap();
     let origin = BatchOrigin { fingerprint: None, timestamps: batch.timestamp_range(), refusal: None };
-    actor.append(Append { batch, origin, acks, permit, answer: responder, stored: None }, 1000);
+    actor.append(Append { batch, origin, acks, permit, responder, stored: None }, 1000);
     receiver
 }
 

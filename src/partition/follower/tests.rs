@@ -32,7 +32,7 @@ fn header(base: u64, end: u64, epoch: u32) -> BatchHeader {
 fn following() -> Follower {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(2), None);
     assert_eq!(
-        follower.claim(&two_epochs(), at(6)),
+        follower.subscribe(&two_epochs(), at(6)),
         LogPosition { last_epoch: Some(LeaderEpoch(3)), log_end: at(6), removal_count: None }
     );
     assert_eq!(
@@ -88,7 +88,7 @@ fn batches_that_do_not_continue_the_log_are_rejected() {
             Err(ProtocolViolation::Unexpected),
             "{headers:?}"
         );
-        follower.claim(&two_epochs(), at(6));
+        follower.subscribe(&two_epochs(), at(6));
         assert_eq!(
             follower.on_response(EPOCH, &SubscribeOutcome::Accepted(at(6)), at(4), &two_epochs()),
             Ok(FollowerAction::Follow(at(6)))
@@ -123,7 +123,7 @@ fn high_watermark_is_minimum_of_leaders_and_log_end() {
     assert_eq!(follower.high_watermark(), at(8));
     // Before the logs are compared, records here may differ from those that the leader committed.
     let mut unsure = Follower::new(BrokerId(1), EPOCH, at(2), None);
-    unsure.claim(&two_epochs(), at(6));
+    unsure.subscribe(&two_epochs(), at(6));
     unsure.on_response(EPOCH, &diverged(1, 4), at(9), &two_epochs()).unwrap();
     assert_eq!(unsure.high_watermark(), at(2));
 }
@@ -140,7 +140,7 @@ fn follower_truncates_where_the_epochs_diverge() {
         (diverged(0, 3), 0),
     ] {
         let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
-        follower.claim(&two_epochs(), at(6));
+        follower.subscribe(&two_epochs(), at(6));
         assert_eq!(
             follower.on_response(EPOCH, &decision, at(9), &two_epochs()),
             Ok(FollowerAction::Truncate(at(to))),
@@ -156,7 +156,7 @@ fn wrong_response_leaves_the_log_unchanged() {
         [SubscribeOutcome::Accepted(at(5)), SubscribeOutcome::Accepted(at(7)), diverged(3, 6), diverged(9, 9)]
     {
         let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
-        follower.claim(&two_epochs(), at(6));
+        follower.subscribe(&two_epochs(), at(6));
         let result = follower.on_response(EPOCH, &decision, at(9), &two_epochs());
         assert!(matches!(result, Err(ProtocolViolation::InvalidResponse { .. })), "{decision:?}: {result:?}");
         assert_eq!(
@@ -175,7 +175,7 @@ fn committed_records_are_lost_only_by_unclean_election() {
         let below_committed = ProtocolViolation::BootstrapBelowCommitted { at: at(1), high_watermark };
         for (decision, to, error) in [(diverged(1, 3), 3, truncation), (bootstrap(at(1)), 1, below_committed)] {
             let mut follower = Follower::new(BrokerId(1), EPOCH, at(5), unclean.map(LeaderEpoch));
-            follower.claim(&two_epochs(), at(6));
+            follower.subscribe(&two_epochs(), at(6));
             let result = follower.on_response(EPOCH, &decision, at(1), &two_epochs());
             assert_eq!(result.is_ok(), may, "{unclean:?} {decision:?}: {result:?}");
             assert!(may || result == Err(error));
@@ -190,17 +190,17 @@ fn committed_records_are_lost_only_by_unclean_election() {
 #[test]
 fn bootstrap_below_the_high_watermark_is_retried() {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
-    follower.claim(&EpochHistory::new(), at(0));
+    follower.subscribe(&EpochHistory::new(), at(0));
     assert_eq!(
         follower.on_response(EPOCH, &bootstrap(at(351)), at(400), &EpochHistory::new()),
         Ok(FollowerAction::Bootstrap(at(351)))
     );
     follower.on_reset(at(351));
-    follower.claim(&two_epochs(), at(351));
+    follower.subscribe(&two_epochs(), at(351));
     let early = follower.on_response(EPOCH, &bootstrap(at(315)), at(410), &two_epochs());
     assert_eq!(early, Err(ProtocolViolation::BootstrapBelowCommitted { at: at(315), high_watermark: at(351) }));
     follower.on_disconnected();
-    follower.claim(&two_epochs(), at(351));
+    follower.subscribe(&two_epochs(), at(351));
     let later = follower.on_response(EPOCH, &bootstrap(at(406)), at(410), &two_epochs());
     assert_eq!(later, Ok(FollowerAction::Bootstrap(at(406))));
 }
@@ -209,10 +209,10 @@ fn bootstrap_below_the_high_watermark_is_retried() {
 #[test]
 fn allowed_loss_is_decided_at_the_first_subscription() {
     let mut follower = Follower::new(BrokerId(1), LeaderEpoch(6), at(3), Some(LeaderEpoch(3)));
-    follower.claim(&history(&[(1, 0), (4, 5)]), at(6));
+    follower.subscribe(&history(&[(1, 0), (4, 5)]), at(6));
     let first = follower.on_response(LeaderEpoch(6), &diverged(1, 5), at(0), &history(&[(1, 0), (4, 5)]));
     assert_eq!(first, Ok(FollowerAction::Truncate(at(5))));
-    follower.claim(&history(&[(1, 0)]), at(5));
+    follower.subscribe(&history(&[(1, 0)]), at(5));
     let second = follower.on_response(LeaderEpoch(6), &diverged(1, 2), at(0), &history(&[(1, 0)]));
     assert_eq!(second, Err(ProtocolViolation::TruncateBelowCommitted { to: at(2), high_watermark: at(3) }));
 }
@@ -221,7 +221,7 @@ fn allowed_loss_is_decided_at_the_first_subscription() {
 fn reset_replica_subscribes_again_at_its_start() {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
     assert_eq!(
-        follower.claim(&EpochHistory::new(), at(0)),
+        follower.subscribe(&EpochHistory::new(), at(0)),
         LogPosition { last_epoch: None, log_end: at(0), removal_count: None }
     );
     let bootstraps = follower.on_response(EPOCH, &bootstrap(at(20)), at(25), &EpochHistory::new());
@@ -232,7 +232,7 @@ fn reset_replica_subscribes_again_at_its_start() {
     );
     follower.on_reset(at(20));
     assert_eq!(follower.high_watermark(), at(20));
-    follower.claim(&history(&[(3, 12)]), at(20));
+    follower.subscribe(&history(&[(3, 12)]), at(20));
     let follows = follower.on_response(EPOCH, &SubscribeOutcome::Accepted(at(20)), at(25), &history(&[(3, 12)]));
     assert_eq!((follows, follower.is_following()), (Ok(FollowerAction::Follow(at(20))), true));
 }
@@ -240,11 +240,11 @@ fn reset_replica_subscribes_again_at_its_start() {
 #[test]
 fn rejected_subscription_is_retried() {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
-    follower.claim(&two_epochs(), at(6));
+    follower.subscribe(&two_epochs(), at(6));
     let rejected = SubscribeOutcome::Rejected(SubscribeError::NoReplica);
     assert_eq!(follower.on_response(EPOCH, &rejected, at(0), &two_epochs()), Ok(FollowerAction::RetryLater));
     assert!(!follower.is_subscribing());
-    follower.claim(&two_epochs(), at(6));
+    follower.subscribe(&two_epochs(), at(6));
     assert_eq!(
         follower.on_batches(EPOCH, &[header(6, 7, 5)], at(6)),
         Err(ProtocolViolation::Unexpected),
@@ -281,7 +281,7 @@ proptest! {
             let committed = follower.high_watermark();
             prop_assert!(committed <= end);
             if subscribes {
-                follower.claim(&history_of_log, end);
+                follower.subscribe(&history_of_log, end);
             }
             let headers: Vec<_> = batches.iter().map(|(base, count, epoch)| header(*base, base + count, *epoch)).collect();
             let action = if subscribes || headers.is_empty() {

@@ -279,7 +279,7 @@ impl IsrTracker {
 
     /// Processes a subscription: compares the follower's log with the leader's. After `SubscribeOutcome::Accepted`,
     /// acknowledgements on this link count.
-    pub fn join(
+    pub fn on_subscribe(
         &mut self,
         peer: PeerId,
         epoch: LeaderEpoch,

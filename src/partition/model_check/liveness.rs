@@ -31,7 +31,7 @@ pub(super) fn comes_to_rest(mut world: ModelState) -> Result<(), RuleViolation> 
             None => return check_recovered(&world),
         }
     }
-    Err(RuleViolation::NeverWhole(format!("no rest within the maximum number of steps: {world:?}")))
+    Err(RuleViolation::NeverInSync(format!("no rest within the maximum number of steps: {world:?}")))
 }
 
 /// Ends the subscription of a follower whose link is lost, so that it subscribes again.
@@ -67,5 +67,5 @@ fn check_recovered(world: &ModelState) -> Result<(), RuleViolation> {
     if epoch_committed && world.value.isr.len() == BROKERS && world.value.elr.is_empty() {
         return Ok(());
     }
-    Err(RuleViolation::NeverWhole(format!("at rest: {world:?}")))
+    Err(RuleViolation::NeverInSync(format!("at rest: {world:?}")))
 }

@@ -67,9 +67,9 @@ fn beginning(setup: Setup) -> ModelState {
     }
     let mut step_without_fault =
         |step: Step| world = world.after(step).expect("no step before a fault violates a rule");
-    step_without_fault(Step::Learn(0));
+    step_without_fault(Step::ApplyMetadata(0));
     for follower in 1..BROKERS {
-        step_without_fault(Step::Join { follower, claim: DeliveryTime::Now, answer: DeliveryTime::Now });
+        step_without_fault(Step::Subscribe { follower, request: DeliveryTime::Now, response: DeliveryTime::Now });
         step_without_fault(Step::Acknowledge { follower, arrives: DeliveryTime::Now });
     }
     world

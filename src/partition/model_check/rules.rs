@@ -37,7 +37,7 @@ pub(super) enum RuleViolation {
     Falls(BrokerId),
     /// Without further faults the partition does not reach a state with every replica in sync and every record
     /// committed.
-    NeverWhole(String),
+    NeverInSync(String),
 }
 
 /// Applies the current value to a broker, which may take another role. A new leader is recorded, to check that it is
@@ -136,7 +136,7 @@ impl ModelState {
         for member in self.value.isr.iter().chain(&self.value.elr) {
             let broker = &self.brokers[index(*member)];
             // An exited broker that cannot verify its records removes itself before it takes part again.
-            let counts = matches!(broker.role, Role::Dead(ReplicaIntegrity::Intact)) || broker.is_alive();
+            let counts = matches!(broker.role, Role::Exited(ReplicaIntegrity::Intact)) || broker.is_alive();
             if counts && !broker.log.starts_with(&self.committed) {
                 return Err(RuleViolation::MemberLacks { broker: *member, committed });
             }

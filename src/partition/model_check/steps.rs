@@ -47,18 +47,18 @@ pub(super) enum StoreReply {
 pub(super) enum Step {
     Append(usize),
     Persist(usize),
-    Join { follower: usize, claim: DeliveryTime, answer: DeliveryTime },
+    Subscribe { follower: usize, request: DeliveryTime, response: DeliveryTime },
     Acknowledge { follower: usize, arrives: DeliveryTime },
     Push { leader: usize, follower: usize, arrives: DeliveryTime },
-    LeaderHears { leader: usize, follower: usize, message: usize },
-    FollowerHears { leader: usize, follower: usize },
+    LeaderReceives { leader: usize, follower: usize, message: usize },
+    FollowerReceives { leader: usize, follower: usize },
     Break { leader: usize, follower: usize },
     Lag(usize),
     Propose { leader: usize, outcome: StoreReply },
     StoreDoes(usize),
     ReadBack(usize),
-    Learn(usize),
-    Die { broker: usize, holds: ReplicaIntegrity, left: usize },
+    ApplyMetadata(usize),
+    Exit { broker: usize, holds: ReplicaIntegrity, left: usize },
     Restart(usize),
     Expire(usize),
     Register(usize),
@@ -88,7 +88,7 @@ impl ModelState {
     fn steps_of_process(&self, me: usize, steps: &mut Vec<Step>) {
         let broker = &self.brokers[me];
         match &broker.role {
-            Role::Dead(_) => return,
+            Role::Exited(_) => return,
             Role::Waiting => {}
             Role::Leading(leader) => {
                 if self.budget.appends > 0 {
@@ -117,7 +117,7 @@ impl ModelState {
             steps.push(Step::Persist(me));
         }
         if broker.metadata.revision() < self.revision || matches!(broker.role, Role::Leading(_)) {
-            steps.push(Step::Learn(me));
+            steps.push(Step::ApplyMetadata(me));
         }
     }
 
@@ -127,10 +127,10 @@ impl ModelState {
         let link = &self.wires[leader][me];
         let may_be_late = self.budget.late > 0;
         if !follower.is_following() && !follower.is_subscribing() {
-            steps.push(Step::Join { follower: me, claim: DeliveryTime::Now, answer: DeliveryTime::Now });
+            steps.push(Step::Subscribe { follower: me, request: DeliveryTime::Now, response: DeliveryTime::Now });
             if may_be_late {
-                steps.push(Step::Join { follower: me, claim: DeliveryTime::Later, answer: DeliveryTime::Now });
-                steps.push(Step::Join { follower: me, claim: DeliveryTime::Now, answer: DeliveryTime::Later });
+                steps.push(Step::Subscribe { follower: me, request: DeliveryTime::Later, response: DeliveryTime::Now });
+                steps.push(Step::Subscribe { follower: me, request: DeliveryTime::Now, response: DeliveryTime::Later });
             }
         }
         if follower.is_following() {
@@ -162,7 +162,7 @@ impl ModelState {
     fn steps_of_fate(&self, me: usize, steps: &mut Vec<Step>) {
         let (broker, budget) = (&self.brokers[me], &self.budget);
         let written = broker.log.len();
-        if let Role::Dead(_) = broker.role {
+        if let Role::Exited(_) = broker.role {
             steps.push(Step::Restart(me));
             if self.registered[me].is_some() {
                 steps.push(Step::Expire(me));
@@ -175,14 +175,14 @@ impl ModelState {
             ReplicaIntegrity::UncleanShutdown
         };
         if budget.kills > 0 {
-            steps.push(Step::Die { broker: me, holds: unmarked, left: written });
+            steps.push(Step::Exit { broker: me, holds: unmarked, left: written });
         }
         if budget.losses > 0 {
             let kept = if self.durability == Durability::Persisted { broker.persisted } else { 0 };
-            steps.extend((kept..written).map(|left| Step::Die { broker: me, holds: unmarked, left }));
+            steps.extend((kept..written).map(|left| Step::Exit { broker: me, holds: unmarked, left }));
         }
         if budget.wipes > 0 {
-            steps.push(Step::Die { broker: me, holds: ReplicaIntegrity::Unverified, left: 0 });
+            steps.push(Step::Exit { broker: me, holds: ReplicaIntegrity::Unverified, left: 0 });
         }
         match self.registered[me] {
             Some(_) if budget.expiries > 0 => steps.push(Step::Expire(me)),
@@ -193,9 +193,13 @@ impl ModelState {
 
     fn steps_of_wire(&self, leader: usize, follower: usize, steps: &mut Vec<Step>) {
         let link = &self.wires[leader][follower];
-        steps.extend((0..link.replicate_request.len()).map(|message| Step::LeaderHears { leader, follower, message }));
+        steps.extend((0..link.replicate_request.len()).map(|message| Step::LeaderReceives {
+            leader,
+            follower,
+            message,
+        }));
         if !link.replicate_response.is_empty() {
-            steps.push(Step::FollowerHears { leader, follower });
+            steps.push(Step::FollowerReceives { leader, follower });
         }
         if let Role::Following(following) = &self.brokers[follower].role
             && index(following.leader()) == leader
@@ -231,14 +235,14 @@ impl ModelState {
                 world.brokers[me].persisted = world.brokers[me].log.len();
                 world.own_moved(me);
             }
-            Step::Join { follower, claim, answer } => world.join(follower, claim, answer)?,
+            Step::Subscribe { follower, request, response } => world.subscribe(follower, request, response)?,
             Step::Acknowledge { follower, arrives } => world.acknowledge(follower, arrives)?,
             Step::Push { leader, follower, arrives } => world.push(leader, follower, arrives)?,
-            Step::LeaderHears { leader, follower, message } => {
+            Step::LeaderReceives { leader, follower, message } => {
                 let message = world.wires[leader][follower].replicate_request.remove(message);
                 world.leader_receives(leader, follower, message, DeliveryTime::Now)?;
             }
-            Step::FollowerHears { leader, follower } => {
+            Step::FollowerReceives { leader, follower } => {
                 let message = world.wires[leader][follower].replicate_response.remove(0);
                 world.follower_receives(follower, message)?;
             }
@@ -258,8 +262,8 @@ impl ModelState {
             Step::ReadBack(me) => {
                 world.on_proposal_outcome(me, ProposalOutcome::CurrentValue(world.value.clone(), world.revision))
             }
-            Step::Learn(me) => world.learn(me),
-            Step::Die { broker, holds, left } => world.die(broker, holds, left),
+            Step::ApplyMetadata(me) => world.apply_metadata(me),
+            Step::Exit { broker, holds, left } => world.exit(broker, holds, left),
             Step::Restart(me) => world.restart(me),
             Step::Expire(me) => {
                 world.budget.expiries -= u8::from(world.brokers[me].is_alive());
@@ -314,12 +318,12 @@ impl ModelState {
         }
     }
 
-    fn join(&mut self, me: usize, claim: DeliveryTime, answer: DeliveryTime) -> Result<(), RuleViolation> {
+    fn subscribe(&mut self, me: usize, request: DeliveryTime, response: DeliveryTime) -> Result<(), RuleViolation> {
         let (history, end, from) = (self.brokers[me].history(), at(self.brokers[me].log.len()), self.peer(me));
         let Role::Following(follower) = &mut self.brokers[me].role else { return Ok(()) };
-        let content = FollowerSends::Claims(follower.claim(&history, end));
+        let content = FollowerSends::Position(follower.subscribe(&history, end));
         let (leader, epoch) = (index(follower.leader()), follower.epoch());
-        self.send_to_leader(leader, me, ToLeader { from, epoch, content }, claim, answer)
+        self.send_to_leader(leader, me, ToLeader { from, epoch, content }, request, response)
     }
 
     fn acknowledge(&mut self, me: usize, arrives: DeliveryTime) -> Result<(), RuleViolation> {
@@ -335,10 +339,10 @@ impl ModelState {
         follower: usize,
         message: ToLeader,
         arrives: DeliveryTime,
-        answer: DeliveryTime,
+        response: DeliveryTime,
     ) -> Result<(), RuleViolation> {
         if arrives == DeliveryTime::Now {
-            return self.leader_receives(leader, follower, message, answer);
+            return self.leader_receives(leader, follower, message, response);
         }
         self.budget.late -= 1;
         self.wires[leader][follower].replicate_request.push(message);
@@ -386,12 +390,12 @@ impl ModelState {
             (self.brokers[leader].history(), LocalLogBounds { local_start: Offset::ZERO, tiered_end: None });
         let Role::Leading(leading) = &mut self.brokers[leader].role else { return Ok(()) };
         match content {
-            FollowerSends::Claims(position) => {
-                let decision = leading.join(from, epoch, position, local, &history);
+            FollowerSends::Position(position) => {
+                let decision = leading.on_subscribe(from, epoch, position, local, &history);
                 let message = ToFollower {
                     epoch,
                     high_watermark: leading.high_watermark(),
-                    brings: LeaderSends::Answer(decision),
+                    brings: LeaderSends::Response(decision),
                 };
                 // A response is sent on the link of its request, and is lost with that link.
                 if self.brokers[follower].epoch == from.epoch && self.brokers[follower].is_alive() {
@@ -411,7 +415,7 @@ impl ModelState {
         let history = self.brokers[me].history();
         let Role::Following(follower) = &mut self.brokers[me].role else { return Ok(()) };
         let result = match &brings {
-            LeaderSends::Answer(decision) => follower.on_response(epoch, decision, high_watermark, &history),
+            LeaderSends::Response(decision) => follower.on_response(epoch, decision, high_watermark, &history),
             LeaderSends::Batches(headers) => follower.on_batches(epoch, headers, high_watermark),
         };
         match result {
@@ -505,7 +509,7 @@ impl ModelState {
         let broker = &mut self.brokers[me];
         let Role::Leading(leader) = &mut broker.role else { return };
         match leader.on_outcome(outcome) {
-            ValueUpdate::Deposed { .. } => self.learn(me),
+            ValueUpdate::Deposed { .. } => self.apply_metadata(me),
             ValueUpdate::Adopted => {
                 let transition = broker.metadata.apply(leader.value().clone().into(), leader.revision(), id(me));
                 let stays = matches!(transition, Transition::SetsChanged | Transition::Same);
@@ -516,7 +520,7 @@ impl ModelState {
     }
 
     /// Gives a broker the current value and registrations.
-    fn learn(&mut self, me: usize) {
+    fn apply_metadata(&mut self, me: usize) {
         let (value, revision, rule) = (self.value.clone(), self.revision, self.rule());
         let seen: Vec<_> = (0..BROKERS).map(|other| (id(other), self.registration(other))).collect();
         apply_value(self, me);
@@ -529,7 +533,7 @@ impl ModelState {
         }
     }
 
-    fn die(&mut self, me: usize, holds: ReplicaIntegrity, left: usize) {
+    fn exit(&mut self, me: usize, holds: ReplicaIntegrity, left: usize) {
         let budget = &mut self.budget;
         match holds {
             ReplicaIntegrity::Unverified => budget.wipes -= 1,
@@ -542,7 +546,7 @@ impl ModelState {
         broker.log.truncate(left);
         (broker.persisted, broker.high_watermark) = (left, Offset::ZERO);
         broker.metadata = AppliedMetadata::default();
-        broker.role = Role::Dead(holds);
+        broker.role = Role::Exited(holds);
         for other in 0..BROKERS {
             // Messages to the broker are lost; messages from it to a leader may still arrive.
             self.wires[other][me].replicate_response.clear();
@@ -559,7 +563,7 @@ impl ModelState {
     /// Starts a process. It ends the older registration, removes itself from the sets that it cannot verify, releases
     /// its leadership, and registers.
     fn restart(&mut self, me: usize) {
-        let Role::Dead(holds) = self.brokers[me].role else { return };
+        let Role::Exited(holds) = self.brokers[me].role else { return };
         self.registered[me] = None;
         if let Some(value) = self.value.after_restart(id(me), holds) {
             self.write(value);

@@ -78,7 +78,7 @@ pub(super) struct Setup {
 /// Role of a broker's replica.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Role {
-    Dead(ReplicaIntegrity),
+    Exited(ReplicaIntegrity),
     Waiting,
     Leading(Box<IsrTracker>),
     Following(Follower),
@@ -111,7 +111,7 @@ pub(super) struct ToLeader {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum FollowerSends {
-    Claims(LogPosition),
+    Position(LogPosition),
     Holds(ReplicaProgress),
 }
 
@@ -125,7 +125,7 @@ pub(super) struct ToFollower {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum LeaderSends {
-    Answer(SubscribeOutcome),
+    Response(SubscribeOutcome),
     Batches(Vec<BatchHeader>),
 }
 
@@ -194,13 +194,13 @@ impl ModelBroker {
     }
 
     pub(super) fn is_alive(&self) -> bool {
-        !matches!(self.role, Role::Dead(_))
+        !matches!(self.role, Role::Exited(_))
     }
 
     /// Returns the broker's high watermark.
     pub(super) fn committed_end(&self) -> Offset {
         match &self.role {
-            Role::Dead(_) => Offset::ZERO,
+            Role::Exited(_) => Offset::ZERO,
             Role::Waiting => self.high_watermark,
             Role::Leading(leader) => leader.high_watermark(),
             Role::Following(follower) => follower.high_watermark(),

@@ -81,7 +81,13 @@ impl LinkRequests {
 
     /// Requests a subscription. Once this has returned, nothing of an earlier subscription is acknowledged, or
     /// delivered to the partition.
-    pub fn join(&self, partition: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress) {
+    pub fn subscribe(
+        &self,
+        partition: PartitionId,
+        epoch: LeaderEpoch,
+        position: LogPosition,
+        progress: ReplicaProgress,
+    ) {
         self.change(partition, |entry, last_request| {
             if !entry.follows {
                 return;
@@ -99,7 +105,7 @@ impl LinkRequests {
     }
 
     /// Ends following on this link. Once this has returned, nothing is acknowledged, or delivered to the partition.
-    pub fn leave(&self, partition: PartitionId, known: LeaderEpoch, stopping: bool) {
+    pub fn unsubscribe(&self, partition: PartitionId, known: LeaderEpoch, stopping: bool) {
         self.change(partition, |entry, _| {
             if entry.follows {
                 (entry.follows, entry.subscription) = (false, None);
@@ -222,7 +228,7 @@ mod tests {
     fn pending_requests_are_replaced_by_later_ones() {
         let (requests, id) = (LinkRequests::default(), PartitionId::new(TopicId::from_bytes([1; 16]), 0));
         let subscribe = |requests: &LinkRequests| {
-            requests.join(
+            requests.subscribe(
                 id,
                 LeaderEpoch(2),
                 LogPosition { last_epoch: None, log_end: Offset::ZERO, removal_count: None },
@@ -235,7 +241,7 @@ mod tests {
         for _ in 0..1000 {
             requests.start_following(id);
             subscribe(&requests);
-            requests.leave(id, LeaderEpoch(3), false);
+            requests.unsubscribe(id, LeaderEpoch(3), false);
             requests.start_following(id);
             requests.retry_later(id);
         }
@@ -252,7 +258,7 @@ mod tests {
         requests.begin();
         let work = requests.take().expect("a new link notifies the partition").1;
         assert!(work.connected && work.subscribe.is_none() && work.unsubscribe.is_none());
-        requests.leave(id, LeaderEpoch(3), true);
+        requests.unsubscribe(id, LeaderEpoch(3), true);
         assert_eq!(requests.end(), []);
         requests.begin();
         assert!(requests.take().is_none());

@@ -85,7 +85,7 @@ impl From<InvalidMessage> for ApiError {
 #[derive(Debug)]
 pub(super) enum FollowerMessage {
     /// Start of a subscription.
-    Subscribe { subscription_id: u32, join: Result<SubscribeRequest, InvalidMessage> },
+    Subscribe { subscription_id: u32, request: Result<SubscribeRequest, InvalidMessage> },
     /// End of a subscription.
     Unsubscribe { subscription_id: u32, known: Option<LeaderEpoch>, stopping: bool },
     /// Progress of these subscriptions.
@@ -107,7 +107,7 @@ pub(super) struct SubscribeRequest {
 #[derive(Debug)]
 pub(super) enum LeaderMessage {
     /// Response to a subscription.
-    Response { subscription_id: u32, answered: Result<SubscribeResponse, InvalidMessage> },
+    Response { subscription_id: u32, response: Result<SubscribeResponse, InvalidMessage> },
     /// Batches of subscriptions.
     Batches(Vec<v1::PartitionBatches>),
     /// Request for a response, which shows that the follower's process runs.
@@ -147,7 +147,7 @@ impl TryFrom<v1::ReplicateRequest> for FollowerMessage {
     fn try_from(message: v1::ReplicateRequest) -> Result<Self, InvalidMessage> {
         match message.message {
             Some(replicate_request::Message::Subscribe(subscribe)) => {
-                Ok(Self::Subscribe { subscription_id: subscribe.subscription_id, join: subscribe.try_into() })
+                Ok(Self::Subscribe { subscription_id: subscribe.subscription_id, request: subscribe.try_into() })
             }
             Some(replicate_request::Message::Unsubscribe(unsubscribe)) => Ok(Self::Unsubscribe {
                 subscription_id: unsubscribe.subscription_id,
@@ -202,7 +202,7 @@ impl TryFrom<v1::ReplicateResponse> for LeaderMessage {
     fn try_from(message: v1::ReplicateResponse) -> Result<Self, InvalidMessage> {
         match message.message {
             Some(replicate_response::Message::SubscribeResponse(response)) => {
-                Ok(Self::Response { subscription_id: response.subscription_id, answered: parse_response(response) })
+                Ok(Self::Response { subscription_id: response.subscription_id, response: parse_response(response) })
             }
             Some(replicate_response::Message::Batches(batches)) => Ok(Self::Batches(batches.partitions)),
             Some(replicate_response::Message::Ping(ping)) => Ok(Self::Ping(ping.number)),
@@ -254,7 +254,7 @@ impl TryFrom<v1::PartitionBatches> for PartitionBatches {
 }
 
 /// Encodes the start of a subscription.
-pub(super) fn join(subscription_id: u32, request: &SubscribeRequest) -> v1::ReplicateRequest {
+pub(super) fn subscribe(subscription_id: u32, request: &SubscribeRequest) -> v1::ReplicateRequest {
     replicate_request(replicate_request::Message::Subscribe(v1::Subscribe {
         subscription_id,
         topic_id: request.partition.topic.to_string(),
@@ -268,7 +268,7 @@ pub(super) fn join(subscription_id: u32, request: &SubscribeRequest) -> v1::Repl
 }
 
 /// Encodes the end of a subscription.
-pub(super) fn leave(subscription_id: u32, known: LeaderEpoch, stopping: bool) -> v1::ReplicateRequest {
+pub(super) fn unsubscribe(subscription_id: u32, known: LeaderEpoch, stopping: bool) -> v1::ReplicateRequest {
     replicate_request(replicate_request::Message::Unsubscribe(v1::Unsubscribe {
         subscription_id,
         known_epoch: known.as_i32(),
@@ -446,9 +446,9 @@ mod tests {
         #[test]
         fn valid_response_is_encoded_as_it_was_received(response in responses()) {
             let message = replicate_response(replicate_response::Message::SubscribeResponse(response));
-            let Ok(LeaderMessage::Response { subscription_id, answered }) = message.clone().try_into() else { panic!("a response") };
-            if let Ok(answered) = answered {
-                prop_assert_eq!(subscribe_response(subscription_id, answered), message);
+            let Ok(LeaderMessage::Response { subscription_id, response }) = message.clone().try_into() else { panic!("a response") };
+            if let Ok(response) = response {
+                prop_assert_eq!(subscribe_response(subscription_id, response), message);
             }
         }
 
@@ -463,7 +463,7 @@ mod tests {
             let parsed = SubscribeRequest::try_from(message.clone());
             prop_assert_eq!(parsed.is_ok(), can_be);
             if let Ok(parsed) = parsed {
-                prop_assert_eq!(join(subscription_id, &parsed).message, Some(replicate_request::Message::Subscribe(message)));
+                prop_assert_eq!(subscribe(subscription_id, &parsed).message, Some(replicate_request::Message::Subscribe(message)));
             }
         }
 

@@ -217,7 +217,11 @@ impl ReplicationReceiver<'_> {
                 self.later.remove(&(due, id));
             }
             if let Some(subscription) = self.end_subscription(id) {
-                self.messages.push_back(messages::leave(subscription.number, unsubscribe.known, unsubscribe.stopping));
+                self.messages.push_back(messages::unsubscribe(
+                    subscription.number,
+                    unsubscribe.known,
+                    unsubscribe.stopping,
+                ));
             }
         }
         if work.connected {
@@ -279,7 +283,7 @@ impl ReplicationReceiver<'_> {
         self.subscriptions.insert(number, index);
         self.slots[index].subscription =
             Some(ReceiverSubscription { partition, number, request, params, accepted_at: None, acknowledged: None });
-        self.messages.push_back(messages::join(number, &params));
+        self.messages.push_back(messages::subscribe(number, &params));
     }
 
     /// Returns the slot of a partition as it is open now.
@@ -358,7 +362,7 @@ impl ReplicationReceiver<'_> {
         let id = self.slots[index].id;
         let subscription = self.end_subscription(id)?;
         self.requests.end_subscription(id, subscription.request);
-        self.messages.push_back(messages::leave(subscription.number, subscription.params.epoch, false));
+        self.messages.push_back(messages::unsubscribe(subscription.number, subscription.params.epoch, false));
         self.schedule_retry(id);
         Some(subscription)
     }
@@ -390,10 +394,10 @@ impl ReplicationReceiver<'_> {
 
     fn received(&mut self, message: v1::ReplicateResponse) -> Result<(), InvalidMessage> {
         match message.try_into()? {
-            LeaderMessage::Response { subscription_id: number, answered } => {
+            LeaderMessage::Response { subscription_id: number, response } => {
                 if let Some(index) = self.subscriptions.get(&number).copied() {
-                    match answered {
-                        Ok(answered) => self.on_response(index, answered),
+                    match response {
+                        Ok(response) => self.on_response(index, response),
                         Err(error) => self.fail(index, &error),
                     }
                 }
@@ -412,10 +416,10 @@ impl ReplicationReceiver<'_> {
         Ok(())
     }
 
-    fn on_response(&mut self, index: usize, answered: SubscribeResponse) {
+    fn on_response(&mut self, index: usize, response: SubscribeResponse) {
         let ReceiverSlot { id, subscription: Some(subscription), .. } = &mut self.slots[index] else { return };
         let id = *id;
-        match &answered.outcome {
+        match &response.outcome {
             SubscribeOutcome::Rejected(reason) if subscription.accepted_at.is_some() => {
                 let reason = reason.clone();
                 return self.on_subscription_ended(index, &reason);
@@ -429,7 +433,7 @@ impl ReplicationReceiver<'_> {
             _ => {}
         }
         let is_over = subscription.accepted_at.is_none();
-        let event = LinkEvent::Response(answered);
+        let event = LinkEvent::Response(response);
         let delivered = self.requests.while_subscribed(&subscription.partition, subscription.request, |partition| {
             partition.on_link_event(event)
         });

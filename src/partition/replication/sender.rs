@@ -340,10 +340,10 @@ impl ReplicationSender {
 
     fn received(&mut self, message: v1::ReplicateRequest) -> Result<(), ApiError> {
         match message.try_into()? {
-            FollowerMessage::Subscribe { subscription_id: number, join: Ok(request) } => {
+            FollowerMessage::Subscribe { subscription_id: number, request: Ok(request) } => {
                 self.subscribe(number, request)?
             }
-            FollowerMessage::Subscribe { subscription_id: number, join: Err(error) } => {
+            FollowerMessage::Subscribe { subscription_id: number, request: Err(error) } => {
                 self.responses.push_back(messages::refused(number, LeaderEpoch::default(), error.into()));
             }
             FollowerMessage::Unsubscribe { subscription_id: number, known, stopping } => {
@@ -374,7 +374,7 @@ impl ReplicationSender {
         self.subscriptions.insert(number, index);
         let slot = &mut self.slots[index];
         (slot.number, slot.is_shutting_down) = (Some(number), false);
-        slot.notifications.join = Some((number, request));
+        slot.notifications.subscribe = Some((number, request));
         self.notify_partition(index);
         Ok(())
     }
@@ -464,7 +464,7 @@ impl ReplicationSender {
 
     fn end_subscription(&mut self, index: usize) {
         let slot = &mut self.slots[index];
-        slot.notifications.join = None;
+        slot.notifications.subscribe = None;
         if let Some(number) = slot.number.take() {
             self.subscriptions.remove(&number);
         }
@@ -480,7 +480,7 @@ impl ReplicationSender {
             return;
         }
         let Some(partition) = slot.partition.upgrade() else {
-            if let Some((number, request)) = std::mem::take(&mut slot.notifications).join {
+            if let Some((number, request)) = std::mem::take(&mut slot.notifications).subscribe {
                 self.responses.push_back(messages::refused(number, request.epoch, not_here(request.partition)));
             }
             return self.end_subscription(index);
@@ -498,10 +498,10 @@ impl ReplicationSender {
                 partition.on_follower_disconnected(peer, reason).await;
                 (index, NotificationResult::Delivered)
             })
-        } else if let Some((number, request)) = slot.notifications.join.take() {
+        } else if let Some((number, request)) = slot.notifications.subscribe.take() {
             Box::pin(async move {
                 let response = partition.subscribe(peer, request.epoch, request.position, request.progress).await;
-                (index, NotificationResult::Subscribed { partition, number, epoch: request.epoch, answered: response })
+                (index, NotificationResult::Subscribed { partition, number, epoch: request.epoch, response })
             })
         } else {
             return;
@@ -514,25 +514,25 @@ impl ReplicationSender {
     fn on_notified(&mut self, index: usize, result: NotificationResult) {
         let slot = &mut self.slots[index];
         slot.notifying = false;
-        if let NotificationResult::Subscribed { partition, number, epoch, answered } = result {
+        if let NotificationResult::Subscribed { partition, number, epoch, response } = result {
             if slot.number != Some(number) {
                 // The subscription ended or was replaced meanwhile: its effect on the partition is to end first.
                 slot.notifications.left = slot.notifications.left.or(Some(DisconnectCause::LinkLost));
             } else {
                 let tail = partition.tail();
-                match answered.outcome {
+                match response.outcome {
                     // Otherwise another epoch has begun since: the first batches would be of that epoch.
                     SubscribeOutcome::Accepted(at) if tail.epoch() == epoch => {
                         slot.subscription = Some(SenderSubscription::new(
                             partition,
                             tail,
                             at,
-                            answered.high_watermark,
-                            answered.in_sync,
+                            response.high_watermark,
+                            response.in_sync,
                         ));
                         self.written.mark(index);
                         self.committed.mark(index);
-                        self.responses.push_back(messages::subscribe_response(number, answered));
+                        self.responses.push_back(messages::subscribe_response(number, response));
                     }
                     SubscribeOutcome::Accepted(_) => {
                         slot.notifications.left = Some(DisconnectCause::LinkLost);
@@ -542,7 +542,7 @@ impl ReplicationSender {
                     }
                     _ => {
                         self.end_subscription(index);
-                        self.responses.push_back(messages::subscribe_response(number, answered));
+                        self.responses.push_back(messages::subscribe_response(number, response));
                     }
                 }
             }

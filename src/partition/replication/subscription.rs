@@ -35,7 +35,7 @@ pub(super) struct PendingNotifications {
     /// Newer leader epoch, by the follower's report.
     pub(super) deposed: Option<LeaderEpoch>,
     pub(super) left: Option<DisconnectCause>,
-    pub(super) join: Option<(u32, SubscribeRequest)>,
+    pub(super) subscribe: Option<(u32, SubscribeRequest)>,
 }
 
 /// An accepted subscription.
@@ -60,7 +60,7 @@ pub(super) struct SenderSubscription {
 /// Result of a notification.
 pub(super) enum NotificationResult {
     Delivered,
-    Subscribed { partition: Arc<Partition>, number: u32, epoch: LeaderEpoch, answered: SubscribeResponse },
+    Subscribed { partition: Arc<Partition>, number: u32, epoch: LeaderEpoch, response: SubscribeResponse },
 }
 
 impl SenderSubscription {

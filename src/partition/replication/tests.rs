@@ -31,7 +31,7 @@ use crate::{
     telemetry::Counter,
 };
 
-mod claims;
+mod subscriptions;
 
 const EPOCH: LeaderEpoch = LeaderEpoch(3);
 const LEADER: BrokerId = BrokerId(1);
@@ -59,7 +59,7 @@ impl ReplicationLinks for TestLinks {
     }
 
     fn subscribe(&self, partition: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress) {
-        self.0.join(partition, epoch, position, progress);
+        self.0.subscribe(partition, epoch, position, progress);
     }
 
     fn retry_later(&self, partition: PartitionId) {
@@ -67,7 +67,7 @@ impl ReplicationLinks for TestLinks {
     }
 
     fn unsubscribe(&self, partition: PartitionId, known: LeaderEpoch, stopping: bool) {
-        self.0.leave(partition, known, stopping);
+        self.0.unsubscribe(partition, known, stopping);
     }
 }
 
@@ -184,10 +184,11 @@ impl<T, F> ScriptedPeer<T, F> {
 }
 
 impl ScriptedPeer<v1::ReplicateRequest, v1::ReplicateResponse> {
-    async fn join(&self, subscription_id: u32, partition: PartitionId, epoch: LeaderEpoch) {
+    async fn subscribe(&self, subscription_id: u32, partition: PartitionId, epoch: LeaderEpoch) {
         let (position, progress) =
             (LogPosition { last_epoch: None, log_end: Offset::ZERO, removal_count: None }, ReplicaProgress::default());
-        self.send(messages::join(subscription_id, &SubscribeRequest { partition, epoch, position, progress })).await;
+        self.send(messages::subscribe(subscription_id, &SubscribeRequest { partition, epoch, position, progress }))
+            .await;
     }
 
     async fn next_response(&mut self) -> v1::SubscribeResponse {
@@ -314,7 +315,7 @@ async fn blocked_subscription_keeps_its_window_and_delays_no_other() {
     let mut partitions = Vec::new();
     for number in 0..10 {
         partitions.push(side.open(number, &[LEADER]).await);
-        link.join(100 + number, id(number), EPOCH).await;
+        link.subscribe(100 + number, id(number), EPOCH).await;
         let response = link.next_response().await;
         assert_eq!(
             (response.subscription_id, response.outcome),
@@ -367,9 +368,9 @@ async fn blocked_subscription_keeps_its_window_and_delays_no_other() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn invalid_follower_message_gets_an_error() {
-    let join = |topic_id: &str, partition: i32, epoch: i32, end: i64, persisted: i64| {
+    let subscribe = |topic_id: &str, partition: i32, epoch: i32, end: i64, persisted: i64| {
         let (topic_id, last_epoch) = (topic_id.to_owned(), None);
-        let join = v1::Subscribe {
+        let message = v1::Subscribe {
             subscription_id: 1,
             topic_id,
             partition,
@@ -379,17 +380,17 @@ async fn invalid_follower_message_gets_an_error() {
             persisted_end: persisted,
             removal_count: None,
         };
-        replicate_request::Message::Subscribe(join)
+        replicate_request::Message::Subscribe(message)
     };
     let topic = id(0).topic.to_string();
     let rejected = [
-        (join("no id", 0, 3, 0, 0), "topic id \"no id\" is no UUID"),
-        (join(&topic, -1, 3, 0, 0), "a partition number is -1"),
-        (join(&topic, 0, -3, 0, 0), "a leader epoch is -3"),
-        (join(&topic, 0, 3, -1, -1), "a log end is -1"),
-        (join(&topic, 0, 3, 0, 5), "a persisted end above the log end is 5"),
-        (join(&topic, 99, 3, 0, 0), "has no open replica of partition"),
-        (join(&topic, 0, 2, 0, 0), "epoch 3, not in 2"),
+        (subscribe("no id", 0, 3, 0, 0), "topic id \"no id\" is no UUID"),
+        (subscribe(&topic, -1, 3, 0, 0), "a partition number is -1"),
+        (subscribe(&topic, 0, -3, 0, 0), "a leader epoch is -3"),
+        (subscribe(&topic, 0, 3, -1, -1), "a log end is -1"),
+        (subscribe(&topic, 0, 3, 0, 5), "a persisted end above the log end is 5"),
+        (subscribe(&topic, 99, 3, 0, 0), "has no open replica of partition"),
+        (subscribe(&topic, 0, 2, 0, 0), "epoch 3, not in 2"),
     ];
     for (message, text) in rejected {
         let side = Side::new(LEADER);
@@ -400,7 +401,7 @@ async fn invalid_follower_message_gets_an_error() {
         let Some(subscribe_response::Outcome::Error(error)) = response.outcome else { panic!("{text}: {response:?}") };
         assert!(error.message.contains(text), "{text}: {}", error.message);
         // The link continues.
-        link.join(2, id(0), EPOCH).await;
+        link.subscribe(2, id(0), EPOCH).await;
         assert_eq!(link.next_response().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)), "{text}");
         // An acknowledgement of records that were never sent ends that subscription, and only it.
         link.send(messages::progress([(2, ReplicaProgress { log_end: at(7), persisted_end: at(0) })])).await;
@@ -418,13 +419,13 @@ async fn invalid_follower_message_gets_an_error() {
         (Some(replicate_request::Message::Hello(v1::Hello::default())), "message of an unexpected kind"),
         (Some(replicate_request::Message::Progress(progress(&[1, 2], &[5]))), "have 2, 1 and 1 entries"),
         (Some(replicate_request::Message::Progress(progress(&[1], &[-5]))), "a log end is -5"),
-        (Some(join(&topic, 0, 3, 0, 0)), "a subscription id in use is 1"),
+        (Some(subscribe(&topic, 0, 3, 0, 0)), "a subscription id in use is 1"),
     ];
     for (message, text) in link_errors {
         let side = Side::new(LEADER);
         side.open(0, &[LEADER]).await;
         let mut link = side.start_leading();
-        link.join(1, id(0), EPOCH).await;
+        link.subscribe(1, id(0), EPOCH).await;
         link.next_response().await;
         link.send(v1::ReplicateRequest { message, ..Default::default() }).await;
         let ended = link.ended.await.unwrap();
@@ -570,7 +571,7 @@ async fn unsubscribed_partition_acknowledges_nothing() {
     while link.progress().await.persisted_end != [1] {}
 
     let next = LeaderEpoch(EPOCH.0 + 1);
-    side.asked.leave(id(0), next, false);
+    side.asked.unsubscribe(id(0), next, false);
     // Late batches would move its progress.
     link.send(messages::batches(vec![piece(subscribe.subscription_id, 1)])).await;
     let Some(replicate_request::Message::Unsubscribe(unsubscribe)) = link.receive().await.message else {
@@ -584,7 +585,7 @@ async fn unsubscribed_partition_acknowledges_nothing() {
     let subscribe = link.asked().await;
     assert_eq!((subscribe.log_end, copy.watermarks().log_end), (1, at(1)), "late batches are dropped");
     // An unsubscription while the broker stops is delivered.
-    side.asked.leave(id(0), next, true);
+    side.asked.unsubscribe(id(0), next, true);
     side.tasks.cancel();
     let Some(replicate_request::Message::Unsubscribe(unsubscribe)) = link.receive().await.message else {
         panic!("an unsubscription is due")
@@ -600,7 +601,7 @@ async fn moved_high_watermark_is_sent_without_batches() {
     let side = Side::new(LEADER);
     let partition = side.open(0, &[LEADER, FOLLOWER.broker]).await;
     let mut link = side.start_leading();
-    link.join(1, id(0), EPOCH).await;
+    link.subscribe(1, id(0), EPOCH).await;
     assert_eq!(link.next_response().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
     link.send(messages::progress([(1, ReplicaProgress::default())])).await;
     let acked = append(&partition, 10, Acks::All).await;
@@ -624,7 +625,7 @@ async fn in_sync_follower_is_not_throttled_by_catch_up_limit() {
         let overdrawn = CatchUpThrottle::new(Some(1));
         overdrawn.take(1 << 20);
         let mut link = side.lead_at(overdrawn);
-        link.join(1, id(0), EPOCH).await;
+        link.subscribe(1, id(0), EPOCH).await;
         assert_eq!(link.next_response().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
         let batches = tokio::time::timeout(Duration::from_secs(5), link.pieces()).await;
         assert_eq!(batches.is_err(), waits, "{isr:?}");
@@ -640,7 +641,7 @@ async fn follower_that_reads_no_responses_is_blocked() {
     // The paused clock moves only when no task has work.
     let many = async {
         while sent < 100_000 {
-            link.join(sent, id(99), EPOCH).await;
+            link.subscribe(sent, id(99), EPOCH).await;
             sent += 1;
         }
     };
@@ -651,7 +652,7 @@ async fn follower_that_reads_no_responses_is_blocked() {
     for subscription_id in 0..sent {
         assert_eq!(link.next_response().await.subscription_id, subscription_id);
     }
-    link.join(sent, id(99), EPOCH).await;
+    link.subscribe(sent, id(99), EPOCH).await;
     assert_eq!(link.next_response().await.subscription_id, sent);
     side.tasks.stop().await;
 }

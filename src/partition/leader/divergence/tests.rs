@@ -97,7 +97,7 @@ proptest! {
         let common = leader.iter().zip(&follower).take_while(|(a, b)| a == b).count();
         let mut state = Follower::new(BrokerId(1), LeaderEpoch(9), at(common), None);
         for _round in 0..8 {
-            let position = state.claim(&history(&follower), at(follower.len()));
+            let position = state.subscribe(&history(&follower), at(follower.len()));
             let decision = resolve_divergence(position, &history(&leader), at(leader.len()), COMPLETE);
             match state.on_response(LeaderEpoch(9), &decision, at(common), &history(&follower)) {
                 Ok(FollowerAction::Follow(end)) => {

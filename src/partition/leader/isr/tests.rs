@@ -54,9 +54,9 @@ fn history() -> EpochHistory {
     history
 }
 
-fn claim(leader: &mut IsrTracker, peer: PeerId, end: u64) -> SubscribeOutcome {
+fn subscribe(leader: &mut IsrTracker, peer: PeerId, end: u64) -> SubscribeOutcome {
     let local = LocalLogBounds { local_start: at(0), tiered_end: None };
-    leader.join(
+    leader.on_subscribe(
         peer,
         EPOCH,
         LogPosition { last_epoch: Some(LeaderEpoch(3)), log_end: at(end), removal_count: None },
@@ -66,16 +66,16 @@ fn claim(leader: &mut IsrTracker, peer: PeerId, end: u64) -> SubscribeOutcome {
 }
 
 /// Subscribes a replica that is being added.
-fn claim_added(leader: &mut IsrTracker, broker: u32, end: u64, added: Option<u64>) -> SubscribeOutcome {
+fn subscribe_added(leader: &mut IsrTracker, broker: u32, end: u64, added: Option<u64>) -> SubscribeOutcome {
     let local = LocalLogBounds { local_start: at(0), tiered_end: None };
     let position =
         LogPosition { last_epoch: (end > 0).then_some(LeaderEpoch(3)), log_end: at(end), removal_count: added };
-    leader.join(peer(broker), EPOCH, position, local, &history())
+    leader.on_subscribe(peer(broker), EPOCH, position, local, &history())
 }
 
 /// Subscribes a replica and acknowledges.
 fn start_following(leader: &mut IsrTracker, broker: u32, end: u64) {
-    assert_eq!(claim(leader, peer(broker), end.min(5)), SubscribeOutcome::Accepted(at(end.min(5))));
+    assert_eq!(subscribe(leader, peer(broker), end.min(5)), SubscribeOutcome::Accepted(at(end.min(5))));
     leader.on_acknowledged(peer(broker), EPOCH, both(end)).unwrap();
 }
 
@@ -132,11 +132,11 @@ fn readded_replica_is_admitted_by_new_acknowledgements() {
         );
         let refused = SubscribeError::OtherAddition { claimed: None, known: Some(1) };
         assert_eq!(
-            claim(&mut leader, peer(2), 5),
+            subscribe(&mut leader, peer(2), 5),
             SubscribeOutcome::Rejected(refused),
             "the request was sent before the removal"
         );
-        assert_eq!(claim_added(&mut leader, 2, 0, Some(1)), SubscribeOutcome::Accepted(at(0)));
+        assert_eq!(subscribe_added(&mut leader, 2, 0, Some(1)), SubscribeOutcome::Accepted(at(0)));
         leader.on_acknowledged(peer(2), EPOCH, both(4)).unwrap();
         assert_eq!(isr(leader.proposal()), None, "the replica lacks committed records");
         leader.on_acknowledged(peer(2), EPOCH, both(5)).unwrap();
@@ -155,10 +155,10 @@ fn repeated_addition_resets_acknowledgements() {
     let mut leader = leader(&[1, 3], &[], 1);
     leader.on_value(&moving, Revision(21));
     start_following(&mut leader, 3, 5);
-    assert_eq!(claim_added(&mut leader, 2, 5, Some(0)), SubscribeOutcome::Accepted(at(5)));
+    assert_eq!(subscribe_added(&mut leader, 2, 5, Some(0)), SubscribeOutcome::Accepted(at(5)));
     let refused = SubscribeError::OtherAddition { claimed: Some(1), known: Some(0) };
     assert_eq!(
-        claim_added(&mut leader, 2, 0, Some(1)),
+        subscribe_added(&mut leader, 2, 0, Some(1)),
         SubscribeOutcome::Rejected(refused),
         "the leader has not received the addition"
     );
@@ -171,12 +171,12 @@ fn repeated_addition_resets_acknowledgements() {
     assert_eq!(isr(leader.proposal()), None);
     let refused = SubscribeError::OtherAddition { claimed: Some(0), known: Some(1) };
     assert_eq!(
-        claim_added(&mut leader, 2, 5, Some(0)),
+        subscribe_added(&mut leader, 2, 5, Some(0)),
         SubscribeOutcome::Rejected(refused),
         "the request was sent before the removal"
     );
     assert_eq!(isr(leader.proposal()), None);
-    assert_eq!(claim_added(&mut leader, 2, 0, Some(1)), SubscribeOutcome::Accepted(at(0)));
+    assert_eq!(subscribe_added(&mut leader, 2, 0, Some(1)), SubscribeOutcome::Accepted(at(0)));
     leader.on_acknowledged(peer(2), EPOCH, both(5)).unwrap();
     assert_eq!(isr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
 }
@@ -189,13 +189,13 @@ fn isr_member_subscribes_around_end_of_reassignment() {
     for (known, claimed) in [(&moving, None), (&moving, Some(0)), (&ended, None), (&ended, Some(0))] {
         let mut leader = leader(&[1, 2, 3], &[], 1);
         leader.on_value(known, Revision(21));
-        assert_eq!(claim_added(&mut leader, 2, 5, claimed), SubscribeOutcome::Accepted(at(5)), "{claimed:?}");
+        assert_eq!(subscribe_added(&mut leader, 2, 5, claimed), SubscribeOutcome::Accepted(at(5)), "{claimed:?}");
     }
     // The replica was removed and added again after that end, which this leader has received.
     let mut leader = leader(&[1, 2, 3], &[], 1);
     leader.on_value(&ended, Revision(21));
     let refused = SubscribeError::OtherAddition { claimed: Some(2), known: None };
-    assert_eq!(claim_added(&mut leader, 2, 0, Some(2)), SubscribeOutcome::Rejected(refused));
+    assert_eq!(subscribe_added(&mut leader, 2, 0, Some(2)), SubscribeOutcome::Rejected(refused));
 }
 
 #[test]
@@ -203,7 +203,7 @@ fn acknowledgement_counts_for_its_epoch_and_link_only() {
     let mut leader = leader(&[1, 2], &[], 1);
     let not_subscribed = AckError::NotSubscribed { broker: BrokerId(2), epoch: Revision(10) };
     assert_eq!(leader.on_acknowledged(peer(2), EPOCH, both(5)), Err(not_subscribed));
-    claim(&mut leader, peer(2), 5);
+    subscribe(&mut leader, peer(2), 5);
     for (from, epoch, progress) in [
         (peer(2), LeaderEpoch(3), both(5)),
         (peer(2), LeaderEpoch(5), both(5)),
@@ -221,7 +221,7 @@ fn acknowledgement_counts_for_its_epoch_and_link_only() {
     // A newer incarnation is known: messages on the old link may be of a process that has exited.
     leader.on_broker_status(BrokerId(2), BrokerStatus::Registered(Revision(12)));
     assert_eq!(leader.on_acknowledged(peer(2), EPOCH, both(5)), Err(not_subscribed));
-    assert_eq!(claim(&mut leader, peer(2), 5), SubscribeOutcome::Rejected(SubscribeError::OlderBroker));
+    assert_eq!(subscribe(&mut leader, peer(2), 5), SubscribeOutcome::Rejected(SubscribeError::OlderBroker));
 }
 
 #[test]
@@ -376,7 +376,7 @@ fn member_may_be_behind_by_a_constant_distance() {
     leader.update_local(both(20));
     leader.tick(1000);
     leader.on_disconnected(peer(2), DisconnectCause::LinkLost);
-    assert_eq!(claim(&mut leader, peer(2), 8), SubscribeOutcome::Accepted(at(8)));
+    assert_eq!(subscribe(&mut leader, peer(2), 8), SubscribeOutcome::Accepted(at(8)));
     leader.tick(1099);
     assert_eq!(leader.proposal(), None);
     leader.tick(1100);
@@ -392,7 +392,7 @@ fn member_that_lost_records_is_removed_and_not_eligible() {
     // The replica returns with an older copy of its disk, in an incarnation that the leader cannot distinguish from the
     // last one.
     assert_eq!(
-        claim(&mut leader, peer(2), 4),
+        subscribe(&mut leader, peer(2), 4),
         SubscribeOutcome::Accepted(at(4)),
         "the replica may copy the lost records"
     );
@@ -427,8 +427,8 @@ fn another_epoch_or_a_deleted_key_ends_the_leader() {
 fn subscription_is_rejected_with_the_reason() {
     let mut leader = leader(&[1, 2], &[], 1);
     let local = LocalLogBounds { local_start: at(0), tiered_end: None };
-    let mut join = |peer, epoch, last| {
-        leader.join(
+    let mut subscribe = |peer, epoch, last| {
+        leader.on_subscribe(
             peer,
             epoch,
             LogPosition { last_epoch: last, log_end: at(5), removal_count: None },
@@ -437,19 +437,19 @@ fn subscription_is_rejected_with_the_reason() {
         )
     };
     let rejected = |asked| SubscribeOutcome::Rejected(SubscribeError::OtherEpoch { asked, leads: EPOCH });
-    assert_eq!(join(peer(2), LeaderEpoch(3), None), rejected(LeaderEpoch(3)));
-    assert_eq!(join(peer(2), LeaderEpoch(5), None), rejected(LeaderEpoch(5)));
+    assert_eq!(subscribe(peer(2), LeaderEpoch(3), None), rejected(LeaderEpoch(3)));
+    assert_eq!(subscribe(peer(2), LeaderEpoch(5), None), rejected(LeaderEpoch(5)));
     for broker in [1, 9] {
-        assert_eq!(join(peer(broker), EPOCH, None), SubscribeOutcome::Rejected(SubscribeError::NoReplica));
+        assert_eq!(subscribe(peer(broker), EPOCH, None), SubscribeOutcome::Rejected(SubscribeError::NoReplica));
     }
     let newer = SubscribeError::NewerLog { claimed: LeaderEpoch(7), leads: EPOCH };
-    assert_eq!(join(peer(2), EPOCH, Some(LeaderEpoch(7))), SubscribeOutcome::Rejected(newer));
+    assert_eq!(subscribe(peer(2), EPOCH, Some(LeaderEpoch(7))), SubscribeOutcome::Rejected(newer));
 }
 
 #[derive(Clone, Debug)]
 enum Event {
     Own(u64, u64),
-    Join(u32, u64, u64),
+    Subscribe(u32, u64, u64),
     Ack(u32, u64, u32, u64, u64),
     Left(u32, u64, u8),
     Seen(u32, u64),
@@ -463,7 +463,7 @@ fn event() -> impl Strategy<Value = Event> {
     let (broker, epoch) = (1u32..5, 9u64..12);
     prop_oneof![
         (0u64..12, 0u64..12).prop_map(|(a, b)| Event::Own(a.max(b), a.min(b))),
-        (broker.clone(), epoch.clone(), 0u64..12).prop_map(|(id, epoch, end)| Event::Join(id, epoch, end)),
+        (broker.clone(), epoch.clone(), 0u64..12).prop_map(|(id, epoch, end)| Event::Subscribe(id, epoch, end)),
         (broker.clone(), epoch.clone(), 3u32..6, 0u64..12, 0u64..12)
             .prop_map(|(id, epoch, leader, a, b)| Event::Ack(id, epoch, leader, a, b)),
         (broker.clone(), epoch, 0u8..3).prop_map(|(id, epoch, reason)| Event::Left(id, epoch, reason)),
@@ -481,7 +481,7 @@ fn apply(leader: &mut IsrTracker, event: Event) {
         Event::Own(written, persisted) => {
             leader.update_local(ReplicaProgress { log_end: at(written), persisted_end: at(persisted) })
         }
-        Event::Join(id, epoch, end) => drop(claim(leader, peer(id, epoch), end)),
+        Event::Subscribe(id, epoch, end) => drop(subscribe(leader, peer(id, epoch), end)),
         Event::Ack(id, epoch, of, written, persisted) => {
             let progress = ReplicaProgress { log_end: at(written), persisted_end: at(persisted) };
             let _stale = leader.on_acknowledged(peer(id, epoch), LeaderEpoch(of), progress);

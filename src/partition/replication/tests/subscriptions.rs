@@ -7,7 +7,7 @@ async fn deposed_leader_ends_its_subscriptions() {
     let side = Side::new(LEADER);
     let partition = side.open(0, &[LEADER]).await;
     let mut link = side.start_leading();
-    link.join(1, id(0), EPOCH).await;
+    link.subscribe(1, id(0), EPOCH).await;
     assert_eq!(link.next_response().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
     let next = LeaderEpoch(EPOCH.0 + 1);
     side.assign(0, value(next, FOLLOWER.broker, &[LEADER]), Revision(2)).await;
@@ -17,17 +17,17 @@ async fn deposed_leader_ends_its_subscriptions() {
     assert!(error.message.contains("no longer leads"), "{}", error.message);
     // A subscription in an epoch that this broker has not received yet waits for a while.
     side.assign(0, value(LeaderEpoch(next.0 + 1), LEADER, &[LEADER]), Revision(3)).await;
-    link.join(2, id(0), LeaderEpoch(next.0 + 2)).await;
+    link.subscribe(2, id(0), LeaderEpoch(next.0 + 2)).await;
     side.assign(0, value(LeaderEpoch(next.0 + 2), LEADER, &[LEADER]), Revision(4)).await;
     assert_eq!(link.next_response().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
     // The follower reports a newer epoch. Only the stored epoch deposes.
     for (number, stored) in (2..).zip([None, Some(LeaderEpoch(next.0 + 2)), Some(LeaderEpoch(next.0 + 3))]) {
         *side.stored.lock() = stored;
-        link.send(messages::leave(number, LeaderEpoch(i32::MAX.cast_unsigned()), false)).await;
+        link.send(messages::unsubscribe(number, LeaderEpoch(i32::MAX.cast_unsigned()), false)).await;
         if stored == Some(LeaderEpoch(next.0 + 3)) {
             wait_until("the leader is deposed", || !partition.status().role.leads()).await;
         } else {
-            link.join(number + 1, id(0), LeaderEpoch(next.0 + 2)).await;
+            link.subscribe(number + 1, id(0), LeaderEpoch(next.0 + 2)).await;
             assert_eq!(
                 link.next_response().await.outcome,
                 Some(subscribe_response::Outcome::AcceptedAt(0)),
