@@ -53,8 +53,8 @@ impl DataDir {
             failed_replicas: failed.collect(),
             segment_bytes: open.iter().map(|replica| replica.bytes()).sum(),
             journal_bytes: ctx.journal.bytes(),
-            tail_bytes: ctx.tail.used(),
-            producer_bytes: ctx.producer_memory.taken(),
+            tail_bytes: ctx.tail_bytes(),
+            producer_bytes: ctx.producer_bytes(),
             free_bytes: ctx.disk.free_bytes(&ctx.dir).unwrap_or(0),
         }
     }

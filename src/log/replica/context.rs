@@ -29,8 +29,8 @@ pub(in crate::log) struct LogContext {
     pub(in crate::log) options: LogOptions,
     pub(super) files: FileCache,
     pub(in crate::log) removed: RemovedFiles,
-    pub(in crate::log) tail: TailCache,
-    pub(in crate::log) producer_memory: ProducerMemory,
+    pub(super) tail: TailCache,
+    pub(super) producer_memory: ProducerMemory,
     pub(in crate::log) journal: Journal,
     pub(in crate::log) sync_queue: SyncQueue,
     pub(in crate::log) budget: Arc<DiskBudget>,
@@ -79,6 +79,16 @@ impl LogContext {
     /// Refuses appends from now on. Returns false if the log was closed already.
     pub(in crate::log) fn close(&self) -> bool {
         !self.closed.swap(true, Ordering::AcqRel)
+    }
+
+    /// Returns the bytes of batches in the tail cache.
+    pub(in crate::log) fn tail_bytes(&self) -> usize {
+        self.tail.used()
+    }
+
+    /// Returns the bytes of producer state in memory.
+    pub(in crate::log) fn producer_bytes(&self) -> usize {
+        self.producer_memory.taken()
     }
 
     /// Returns the largest generation assigned so far.

@@ -138,7 +138,7 @@ impl TailCache {
     }
 
     /// Returns the cached bytes, with the memory that caching them costs.
-    pub(in crate::log) fn used(&self) -> usize {
+    pub(super) fn used(&self) -> usize {
         self.used.load(Ordering::Relaxed)
     }
 
