@@ -53,7 +53,7 @@ pub enum FollowerAction {
     /// Reset the log to this offset, or to a later one where the object store ends, with the tables of that offset.
     /// Then call [`Follower::on_reset`] and subscribe again.
     Bootstrap(Offset),
-    /// Append the batches, then call [`Follower::appended`].
+    /// Append the batches, then call [`Follower::on_appended`].
     Append,
     /// Nothing to append.
     Ignore,
