@@ -140,7 +140,7 @@ fn exit(broker: u32) -> ControlMessage {
 }
 
 /// Handles these messages in one turn.
-async fn turn(actor: &mut Actor, messages: [ControlMessage; 2]) {
+async fn handle_in_one_turn(actor: &mut Actor, messages: [ControlMessage; 2]) {
     let control = connect_control(actor);
     let [first, second] = messages;
     control.try_send(second).expect("the queue has space");
@@ -156,7 +156,7 @@ async fn turn_submits_publishes_proposes_and_responds() {
     recorder.watch(written);
     let _appended = append(&mut actor, Acks::All);
     actor.flush();
-    turn(&mut actor, [subscribe(2, 1), exit(2)]).await;
+    handle_in_one_turn(&mut actor, [subscribe(2, 1), exit(2)]).await;
     let submitted = Effect { name: "submit", epoch: 4, log_end: 1, high_watermark: 0, has_result: false };
     let proposed = Effect { name: "propose", log_end: 2, high_watermark: 1, ..submitted };
     let (effects, result) = recorder.take();
@@ -182,7 +182,7 @@ async fn commit_before_role_change_is_published_in_its_epoch() {
         assert!(log.journal_step());
         take_signals(&mut actor);
         recorder.watch(written);
-        turn(&mut actor, [subscribe(2, 1), change]).await;
+        handle_in_one_turn(&mut actor, [subscribe(2, 1), change]).await;
         let (effects, result) = recorder.take();
         let expected = effect.map(|name| Effect { name, epoch: 4, log_end: 1, high_watermark: 1, has_result: true });
         assert_eq!(effects, expected.into_iter().collect::<Vec<_>>());
@@ -219,7 +219,7 @@ async fn log_start_is_published_before_the_turn_ends() {
     recorder.watch(write(&mut actor));
     assert!(log.journal_step());
     take_signals(&mut actor);
-    turn(&mut actor, [subscribe(2, 1), exit(3)]).await;
+    handle_in_one_turn(&mut actor, [subscribe(2, 1), exit(3)]).await;
     let state = TierState { log_start: Offset::new(1).unwrap(), epoch: LeaderEpoch(4), ..TierState::default() };
     actor.administer(ActorCommand::ApplyTierState(Box::new(state))).await;
     assert_eq!(recorder.published.watermarks().log_start.get(), 1);
