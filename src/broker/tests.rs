@@ -515,8 +515,8 @@ async fn restored_value_grants_no_leadership_until_restart() {
 
 const UNREADABLE: &str = "{\"replicas\":[";
 
-/// Creates a topic as [`led_before`] does, and returns its partition value with broker 2 as a second in-sync replica. The
-/// value is not stored.
+/// Creates a topic as [`led_before`] does, and returns its partition value with broker 2 as a second in-sync replica.
+/// The value is not stored.
 async fn led_with_peer(dir: &Path, store: &EmbeddedStore) -> (Keys, PartitionId, PartitionValue) {
     let (name, id, before) = led_before(dir, store).await;
     let keys = Keys::new("test").unwrap();

@@ -190,8 +190,8 @@ impl PartitionValue {
         Some(value)
     }
 
-    /// Clears the leader: its broker is not live, or its process started after the epoch began. ISR and ELR stay, so that
-    /// any verified member that returns may lead.
+    /// Clears the leader: its broker is not live, or its process started after the epoch began. ISR and ELR stay, so
+    /// that any verified member that returns may lead.
     #[must_use]
     pub fn leaderless(&self) -> Self {
         self.clone().led_by(None)

@@ -154,8 +154,8 @@ impl TierStore {
         Ok(self.read_marker().await?.map(|marker| marker.generation))
     }
 
-    /// Returns the binding of the cluster (`BindingStore::bind`). Without a storage of bindings, the cluster may use any
-    /// store.
+    /// Returns the binding of the cluster (`BindingStore::bind`). Without a storage of bindings, the cluster may use
+    /// any store.
     async fn binding(&self, id: Option<Uuid>) -> Result<StoreBinding, BindingError> {
         let url = self.location();
         match &self.owner.expected.bindings {

@@ -1,4 +1,5 @@
-//! The requests of clients and operators: one part per family of requests, and the one mapping from errors to responses.
+//! The requests of clients and operators: one part per family of requests, and the one mapping from errors to
+//! responses.
 //!
 //! Every request takes the same steps: validate, look up the partition (or reject with the leader), serve.
 

@@ -138,8 +138,8 @@ impl GarbageRun {
         }
     }
 
-    /// Deletes the tombstones of topics without any remaining data. Without an object store they stay, because one may be
-    /// configured again.
+    /// Deletes the tombstones of topics without any remaining data. Without an object store they stay, because one may
+    /// be configured again.
     async fn expire_tombstones(&self, tier: &TierHandle) -> Result<(), TombstoneError> {
         let tombstones = self.topics.tombstones().await?;
         if tombstones.is_empty() {

@@ -134,8 +134,8 @@ impl MaintenanceFailures {
         steps
     }
 
-    /// Logs a failure once, then reminders with a count: an outage of an hour must not fill the log. An outage is logged
-    /// once for all partitions, by the clients of the stores, or here if the metadata store responds but rejects
+    /// Logs a failure once, then reminders with a count: an outage of an hour must not fill the log. An outage is
+    /// logged once for all partitions, by the clients of the stores, or here if the metadata store responds but rejects
     /// commits.
     fn log_failure(&self, partition: &Partition, error: &MaintenanceError, failures: Option<u64>, steps: u32) {
         let (id, topic) = (partition.id(), partition.topic());

@@ -21,9 +21,9 @@
 //!   topic and tombstone are kept and logged: lost, corrupt or restored metadata must not cost data as well.
 //! - A local replica is discarded only when it is in neither ISR nor ELR, so no commit depends on its content. The
 //!   exception is an unusable replica that an operator elected in order to discard it.
-//! - A replica whose partition value was unreadable at the startup verification is unverified. The value may be restored
-//!   as it was, and name this broker as the leader of an epoch from before this process. So the replica is held back:
-//!   it stays offline until the next start, or until the broker is in neither ISR nor ELR.
+//! - A replica whose partition value was unreadable at the startup verification is unverified. The value may be
+//!   restored as it was, and name this broker as the leader of an epoch from before this process. So the replica is
+//!   held back: it stays offline until the next start, or until the broker is in neither ISR nor ELR.
 //! - A replica that is held back may be intact, and the last one. Its broker resigns, and leaves the ISR by that, only
 //!   if another ISR member can lead: a running broker that registered before the unreadable value was written. That
 //!   broker's verification read the value.

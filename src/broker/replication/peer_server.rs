@@ -1,9 +1,9 @@
 //! The `Peer` service, which other brokers call.
 //!
 //! At most one inbound replication stream per broker is open. A link with a newer broker epoch ends the previous link.
-//! A link with the same epoch does so only if the previous link does not respond to a ping: brokers do not authenticate.
-//! The new link starts after every partition has processed the end of the previous one. So a late message of the old link
-//! cannot end a subscription on the new one.
+//! A link with the same epoch does so only if the previous link does not respond to a ping: brokers do not
+//! authenticate. The new link starts after every partition has processed the end of the previous one. So a late message
+//! of the old link cannot end a subscription on the new one.
 
 use std::{
     collections::BTreeMap,

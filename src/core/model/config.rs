@@ -186,8 +186,8 @@ pub struct TopicConfig {
     pub max_message_bytes: usize,
     /// `min.insync.replicas`
     pub min_insync_replicas: usize,
-    /// `producer.id.expiration.ms`; `None` if `message.timestamp.after.max.ms` sets no limit. Any record may then move the
-    /// partition's time, so only the number of producers limits how many are kept.
+    /// `producer.id.expiration.ms`; `None` if `message.timestamp.after.max.ms` sets no limit. Any record may then move
+    /// the partition's time, so only the number of producers limits how many are kept.
     pub producer_expiration: Option<Duration>,
     /// `message.timestamp.before.max.ms`
     pub timestamp_before: Option<Duration>,

@@ -250,10 +250,10 @@ impl<W> Leader<W> {
         self.in_sync.configure(rules);
     }
 
-    /// Decides about one write. Admitted writes form a group until [`Self::on_appended`] or [`Self::on_append_failed`] ends
-    /// it. `sent` is the fingerprint of the batch that the client sent, if the request held one. `refusal` is a reason
-    /// against the append; a retry of a batch in the log gets its result all the same. A gap is refused with that
-    /// reason too, because a refused batch most likely caused the gap.
+    /// Decides about one write. Admitted writes form a group until [`Self::on_appended`] or [`Self::on_append_failed`]
+    /// ends it. `sent` is the fingerprint of the batch that the client sent, if the request held one. `refusal` is a
+    /// reason against the append; a retry of a batch in the log gets its result all the same. A gap is refused with
+    /// that reason too, because a refused batch most likely caused the gap.
     pub fn admit(
         &mut self,
         batch: &Batch,

@@ -423,8 +423,8 @@ mod tests {
         assert_eq!(logged, [Some(1), None, Some(1)], "each broker has its own log throttle");
     }
 
-    /// Regression: a process exited while the store had no leader. The partitions waited until the lease of that process
-    /// expired, although all peers had detected the exit.
+    /// Regression: a process exited while the store had no leader. The partitions waited until the lease of that
+    /// process expired, although all peers had detected the exit.
     #[tokio::test]
     async fn failed_deletion_of_registration_is_retried() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,4 +1,5 @@
-//! Probes a process at its peer address. A refused connection proves that the process is gone; a timeout proves nothing.
+//! Probes a process at its peer address. A refused connection proves that the process is gone; a timeout proves
+//! nothing.
 
 use std::time::Duration;
 
