@@ -51,8 +51,9 @@ struct Reminder {
 }
 
 impl Reminder {
-    /// Returns true if the obstacle is to be printed now: `at` is not set, or lies `REMINDER_INTERVAL` in the past.
-    fn is_due(&mut self, obstacle: Option<&String>, now: Instant) -> bool {
+    /// Returns true if there is an obstacle and it is to be printed now: at first, then at intervals. The next interval
+    /// starts now.
+    fn take_due(&mut self, obstacle: Option<&String>, now: Instant) -> bool {
         let since = |at: Instant| now.duration_since(at) < REMINDER_INTERVAL;
         if obstacle.is_none() || self.at.is_some_and(since) {
             return false;
@@ -117,7 +118,7 @@ impl WaitArgs {
                     total = total.max(left.count);
                     bar.set_length(total);
                     bar.set_position(total - left.count);
-                    if reminder.is_due(left.obstacle.as_ref(), last_response) {
+                    if reminder.take_due(left.obstacle.as_ref(), last_response) {
                         let obstacle = left.obstacle.unwrap_or_default();
                         bar.suspend(|| eprintln!("still waiting: {obstacle}"));
                     }
@@ -211,9 +212,9 @@ mod tests {
         let (start, obstacle) = (clock::monotonic(), "no brokers".to_owned());
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut reminder = Reminder::default();
-        let due: Vec<bool> = [0, 1, 29, 30, 59, 60].map(|now| reminder.is_due(Some(&obstacle), at(now))).into();
+        let due: Vec<bool> = [0, 1, 29, 30, 59, 60].map(|now| reminder.take_due(Some(&obstacle), at(now))).into();
         assert_eq!(due, [true, false, false, true, false, true]);
-        assert!(!reminder.is_due(None, at(200)));
+        assert!(!reminder.take_due(None, at(200)));
     }
 
     #[test]

@@ -191,7 +191,7 @@ impl ResolvedValues {
         let known = known.chain(CLIENT_VARIABLES.iter().map(|other| (*other).to_owned()));
         // The common prefix would make all names similar.
         let without_prefix = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
-        let near = closest(&without_prefix(name), known.map(|name| (without_prefix(&name), name)));
+        let near = closest_suggestion(&without_prefix(name), known.map(|name| (without_prefix(&name), name)));
         self.reject_key(name, near, ValueSource::Environment { name: name.to_owned() });
     }
 
@@ -215,8 +215,10 @@ impl ResolvedValues {
         if TOPIC_CONFIG_KEYS.iter().any(|known| known.name == key) {
             self.topic.insert(key.to_owned(), ProvidedValue { text, source });
         } else {
-            let near =
-                closest(key, TOPIC_CONFIG_KEYS.iter().map(|known| (known.name.to_owned(), known.name.to_owned())));
+            let near = closest_suggestion(
+                key,
+                TOPIC_CONFIG_KEYS.iter().map(|known| (known.name.to_owned(), known.name.to_owned())),
+            );
             self.reject_key(&format!("{TOPIC_DEFAULTS}.{key}"), near, source);
         }
     }
@@ -254,7 +256,7 @@ impl ResolvedValues {
                 }
                 DeValue::Table(_) => {
                     let known = SECTIONS.iter().map(|known| known.name).chain([TOPIC_DEFAULTS]);
-                    let near = closest(section, known.map(|known| (known.to_owned(), format!("[{known}]"))));
+                    let near = closest_suggestion(section, known.map(|known| (known.to_owned(), format!("[{known}]"))));
                     self.reject_key(&format!("[{section}]"), near, at);
                 }
                 value => self.read_entry(section, value, at),
@@ -311,9 +313,10 @@ fn closest_setting(key: &str) -> Option<String> {
     in_section.or_else(|| alike().next()).map(|setting| setting.key.to_owned())
 }
 
-/// Returns the second text of the candidate whose first text is most similar to this one; `None` if none is similar.
-fn closest(text: &str, candidates: impl IntoIterator<Item = (String, String)>) -> Option<String> {
-    closest_names(text, candidates, |(short, _)| short, 1).pop().map(|(_, long)| long)
+/// Returns the name to suggest for a misspelled text; `None` if no name is similar. Each candidate is the text to
+/// compare and the name to suggest.
+fn closest_suggestion(text: &str, candidates: impl IntoIterator<Item = (String, String)>) -> Option<String> {
+    closest_names(text, candidates, |(compared, _)| compared, 1).pop().map(|(_, suggested)| suggested)
 }
 
 /// Returns the key that an environment variable sets.

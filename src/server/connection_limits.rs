@@ -42,8 +42,8 @@ const MIN_PEER_PER_BROKER: usize = 4;
 /// Maximum number of places of a listener. No system has that many file descriptors.
 const MAX_PLACES: u64 = 1 << 30;
 
-/// Bytes of `limits.memory_bytes` per place of the gRPC listener. An idle connection takes 20 KiB, its window at least
-/// 80 KiB, and each of its first calls 7 KiB.
+/// Bytes of `limits.memory_bytes` that one gRPC connection needs; they determine the maximum number of connections. An
+/// idle connection takes 20 KiB, its window at least 80 KiB, and each of its first calls 7 KiB.
 const BYTES_PER_CONNECTION: u64 = 256 << 10;
 
 /// Share of `limits.memory_bytes` for connections of other brokers, as a divisor, and bytes of that share per place. A

@@ -82,7 +82,9 @@ pub(super) struct StagedFile {
 }
 
 impl StagedFile {
-    /// Creates the file, and missing folders above it. New folders are durable when this returns.
+    /// Creates the file, and missing folders above it. New folders are durable when this returns. The name of an
+    /// incomplete file ends in `#` and a number, which listings skip. The number differs from the files of other
+    /// writers and of killed processes.
     pub(super) fn create(target: &Path) -> io::Result<Self> {
         let mut attempt = 1;
         loop {

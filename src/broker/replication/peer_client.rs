@@ -120,7 +120,7 @@ impl PeerClient {
         report: v1::ReportFailureRequest,
         timeout: Duration,
     ) -> Result<v1::ReportFailureResponse, PeerError> {
-        let (address, channel) = self.wire(address, timeout).await?;
+        let (address, channel) = self.shared_channel(address, timeout).await?;
         within(&address, timeout, client(channel).report_failure(report)).await
     }
 
@@ -134,7 +134,7 @@ impl PeerClient {
         request: v1::DescribeReplicasRequest,
         timeout: Duration,
     ) -> Result<v1::DescribeReplicasResponse, PeerError> {
-        let (address, channel) = self.wire(address, timeout).await?;
+        let (address, channel) = self.shared_channel(address, timeout).await?;
         within(&address, timeout, client(channel).describe_replicas(request)).await
     }
 
@@ -147,12 +147,16 @@ impl PeerClient {
         address: &str,
         timeout: Duration,
     ) -> Result<v1::GetBrokerStatsResponse, PeerError> {
-        let (address, channel) = self.wire(address, timeout).await?;
+        let (address, channel) = self.shared_channel(address, timeout).await?;
         within(&address, timeout, client(channel).get_broker_stats(v1::GetBrokerStatsRequest {})).await
     }
 
-    /// Returns the connection that all requests to one address share.
-    async fn wire(&self, address: &str, timeout: Duration) -> Result<(BrokerAddress, BrokerChannel), PeerError> {
+    /// Returns the connection that all requests to one address share; connects within `timeout` if there is none.
+    async fn shared_channel(
+        &self,
+        address: &str,
+        timeout: Duration,
+    ) -> Result<(BrokerAddress, BrokerChannel), PeerError> {
         let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
         let channel = within_connecting(&address, timeout, self.pool.channel(&address)).await?;
         Ok((address, channel))

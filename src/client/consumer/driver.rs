@@ -184,7 +184,7 @@ impl ConsumerDriver {
             self.schedule_assignment(at);
         }
         for address in addresses {
-            self.open(&address, now);
+            self.reopen_streams(&address, now);
         }
         // Partitions of a reopened stream may have another broker by now.
         if self.unread(now).next().is_some() {
@@ -205,9 +205,9 @@ impl ConsumerDriver {
         free.filter_map(|(topic, number, state)| Some((topic, number, self.read_target(topic, number, state)?)))
     }
 
-    /// Opens streams for all partitions that are or should be read from this broker, with at most
-    /// `MAX_FETCH_PARTITIONS` on each.
-    fn open(&mut self, address: &BrokerAddress, now: Instant) {
+    /// Replaces the streams to this broker by as few as possible. Together they cover all partitions that are or should
+    /// be read from it, with at most `MAX_FETCH_PARTITIONS` on each.
+    fn reopen_streams(&mut self, address: &BrokerAddress, now: Instant) {
         for old in self.streams.numbers_to(address) {
             self.drop_stream(old);
         }

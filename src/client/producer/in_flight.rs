@@ -187,7 +187,8 @@ impl InFlightBatches {
         }
     }
 
-    /// Returns true if, after one more batch, the oldest batch without a result is still among the last `window`.
+    /// Returns true if, after one more batch, the oldest batch without a result is still among the last `window`
+    /// batches taken. A broker recognises duplicates only of those.
     fn has_room(&self) -> bool {
         self.entries.front().is_none_or(|oldest| self.taken - oldest.number < self.window as u64)
     }

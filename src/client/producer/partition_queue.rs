@@ -29,7 +29,7 @@ use crate::{
 pub(super) enum BatchBody {
     /// Records without compression. The task builds the batch with its sequence, so that the CRC is computed once.
     Built(BatchBuilder),
-    /// Complete batch, compressed by a sender's thread or supplied by the user.
+    /// Complete batch, compressed on the thread that called `send`, or supplied by the user.
     Whole(Batch),
 }
 

@@ -240,7 +240,7 @@ impl Journal {
         self.writer.lock().no_space_since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
-    /// Returns the part of [`Self::space_wait`] that follows the announcement of a close.
+    /// Returns the time for which a close has waited for a free journal file; zero if no close has begun.
     pub(super) fn closing_wait(&self) -> Duration {
         self.closing.get().map_or(Duration::ZERO, Instant::elapsed).min(self.space_wait())
     }

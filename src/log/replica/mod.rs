@@ -173,7 +173,8 @@ impl ReplicaInner {
     pub(super) fn new(ctx: &Arc<LogContext>, dir: PathBuf, record: ReplicaCheckpoint) -> Arc<Self> {
         let segments = record.segments.iter().map(|info| {
             let file = SegmentFile::new(ctx.files.serial(), &dir, info.base);
-            // The creator of the record has synced these bytes, or syncs all of them next.
+            // The code that made this checkpoint entry has synced these bytes, or syncs all of them next: none is left
+            // to write out.
             file.written_out.store(info.bytes, Ordering::Relaxed);
             Segment { info: *info, file: Arc::new(file) }
         });

@@ -289,14 +289,16 @@ impl ReplicaLog {
         let removed = segments[..segments.len() - 1].partition_point(|info| info.end <= below);
         let mut start = removed;
         loop {
-            match self.write_snapshot_at(&segments, segments[start].base) {
+            match self.ensure_durable_snapshot(&segments, segments[start].base) {
                 Err(error) if is_full(&error) && start > 1 => start -= 1,
                 kept => return kept.map(|()| segments[start].base),
             }
         }
     }
 
-    fn write_snapshot_at(&self, segments: &[SegmentInfo], start: Offset) -> io::Result<()> {
+    /// Makes a snapshot at `start` durable: the existing one, or a new one if none can be read. An existing file may
+    /// not have been synced.
+    fn ensure_durable_snapshot(&self, segments: &[SegmentInfo], start: Offset) -> io::Result<()> {
         let inner = &self.inner;
         let path = inner.path(start, "snapshot");
         let disk = &inner.ctx.disk;

@@ -150,7 +150,7 @@ impl Actor {
         self.tiered_end > self.log_start
     }
 
-    /// Requests the tables that this broker needs before it leads.
+    /// Requests the epoch history and the producer state at the tiered end. This replica cannot lead without them.
     pub(super) fn request_tables_to_lead(&mut self) {
         self.bootstrap_request.pending_leadership = Some(Box::new(Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY)));
         self.request_tables(self.tiered_end, Duration::ZERO);

@@ -75,7 +75,8 @@ impl ActorSignals {
         self.notify.notify_one();
     }
 
-    /// Drops the pending acknowledgement of a follower whose link ended.
+    /// Drops the pending acknowledgement of a follower that subscribes again: acknowledgements of its earlier
+    /// subscriptions do not count.
     pub(super) fn drop_acks_of(&self, broker: BrokerId) {
         self.pending.lock().acks.retain(|ack| ack.peer.broker != broker);
     }

@@ -217,8 +217,9 @@ impl IsrTracker {
         self.progress.acked_for(self.rules.durability)
     }
 
-    /// Returns true if all records that the log held when the epoch began are committed. Before, its predecessors may
-    /// have committed records above the high watermark: it serves no latest offset and uploads nothing.
+    /// Returns true if all records that the log held when the epoch began are committed. Before that,
+    /// earlier leaders may have committed records above this high watermark, so the leader serves no latest offset and
+    /// uploads nothing.
     pub fn is_epoch_committed(&self) -> bool {
         self.high_watermark >= self.epoch_start
     }

@@ -104,7 +104,8 @@ impl Decompressor {
         }
     }
 
-    /// Returns a decompressor with the same budget, for a caller with these turns.
+    /// Returns a decompressor with the same budget, for one caller. The permits of `turns` limit how many batches this
+    /// caller decompresses at once, in addition to the limits of the budget.
     pub fn for_caller(&self, turns: Arc<Semaphore>) -> Self {
         Self { caller: Some(turns), ..self.clone() }
     }
