@@ -1,4 +1,4 @@
-//! What the client and the server of Strandline share: plain types, limits, tasks, and record batches.
+//! Plain types, limits, tasks and record batches that the client and the server of Strandline share.
 //!
 //! The modules are in import order: each may import only the modules above it.
 

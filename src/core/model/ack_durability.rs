@@ -1,4 +1,4 @@
-//! Where an acknowledged record is stored.
+//! Storage of an acknowledged record.
 
 use std::fmt;
 

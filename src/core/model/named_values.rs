@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
-/// When a replica may acknowledge a record.
+/// Condition for a replica to acknowledge a record.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Durability {
     /// After the record is synced to stable storage.
@@ -53,14 +53,14 @@ impl Compression {
     }
 }
 
-/// When an append is acknowledged.
+/// Condition for the acknowledgement of an append.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Acks {
     /// Never: the producer gets no response.
     None,
-    /// When it is durable on the leader, by the topic's [`Durability`].
+    /// The append is durable on the leader, by the topic's [`Durability`].
     Leader,
-    /// When it is durable on every in-sync replica, and these are at least `min.insync.replicas`.
+    /// The append is durable on every in-sync replica, and these are at least `min.insync.replicas`.
     #[default]
     All,
     /// As `All`, and when it is in the object store.

@@ -29,7 +29,7 @@ const CHECKED_PREFIX_BYTES: usize = 4 << 10;
 /// one byte each.
 const MIN_RECORD_BYTES: usize = 7;
 
-/// How often smaller compressed records usually are, if no header declares the length.
+/// Usual ratio of uncompressed to compressed bytes, for records whose header declares no length.
 const TYPICAL_COMPRESSION_RATIO: usize = 4;
 
 /// One header of a record. The service does not interpret headers.

@@ -54,21 +54,7 @@ where
     S: Stream<Item = Result<v1::ReplicateResponse, Status>> + Unpin + Send,
 {
     requests.begin();
-    let mut receiver = ReplicationReceiver {
-        requests,
-        find,
-        received,
-        slots: Vec::new(),
-        slot_of: BTreeMap::new(),
-        subscriptions: BTreeMap::new(),
-        next_subscription: 0,
-        ready: Arc::default(),
-        messages: VecDeque::new(),
-        ping: None,
-        later: BTreeSet::new(),
-        waiting: BTreeMap::new(),
-        backoffs: BTreeMap::new(),
-    };
+    let mut receiver = ReplicationReceiver::new(requests, find, received);
     let ended = receiver.run(&mut incoming, &outgoing, tasks).await;
     if matches!(ended, LinkEnd::Stopped) {
         let unsubscribed = receiver.send_unsubscribes(incoming, outgoing);
@@ -136,7 +122,25 @@ struct ReplicationReceiver<'a> {
     backoffs: BTreeMap<PartitionId, Backoff>,
 }
 
-impl ReplicationReceiver<'_> {
+impl<'a> ReplicationReceiver<'a> {
+    fn new(requests: &'a LinkRequests, find: &'a PartitionLookup, received: &'a Counter) -> Self {
+        Self {
+            requests,
+            find,
+            received,
+            slots: Vec::new(),
+            slot_of: BTreeMap::new(),
+            subscriptions: BTreeMap::new(),
+            next_subscription: 0,
+            ready: Arc::default(),
+            messages: VecDeque::new(),
+            ping: None,
+            later: BTreeSet::new(),
+            waiting: BTreeMap::new(),
+            backoffs: BTreeMap::new(),
+        }
+    }
+
     async fn run<S>(
         &mut self,
         incoming: &mut S,
@@ -507,28 +511,6 @@ mod tests {
         assert!(message.encoded_len() < limits::MAX_PEER_REQUEST_BYTES, "{}", message.encoded_len());
     }
 
-    fn receiver_without_subscriptions<'a>(
-        side: &'a Side,
-        find: &'a PartitionLookup,
-        received: &'a Counter,
-    ) -> ReplicationReceiver<'a> {
-        ReplicationReceiver {
-            requests: &side.asked,
-            find,
-            received,
-            slots: Vec::new(),
-            slot_of: BTreeMap::new(),
-            subscriptions: BTreeMap::new(),
-            next_subscription: 0,
-            ready: Arc::default(),
-            messages: VecDeque::new(),
-            ping: None,
-            later: BTreeSet::new(),
-            waiting: BTreeMap::new(),
-            backoffs: BTreeMap::new(),
-        }
-    }
-
     /// Regression: a follower sent fifty subscriptions a second to a leader that could not read the missing records,
     /// and each time both logged a line.
     #[tokio::test(flavor = "multi_thread")]
@@ -537,7 +519,7 @@ mod tests {
         let (find, received) = (side.find(), Counter::default());
         side.asked.begin();
         side.open(0, &[BrokerId(1)]).await;
-        let mut receiver = receiver_without_subscriptions(&side, &find, &received);
+        let mut receiver = ReplicationReceiver::new(&side.asked, &find, &received);
         // Each pause is twice the pause before.
         for (lasts, times) in [(false, 1), (false, 2), (false, 4), (true, 1)] {
             let subscribed = async {
@@ -577,7 +559,7 @@ mod tests {
         for number in 0..SUBSCRIPTIONS {
             side.open(u32::try_from(number).expect("few"), &[BrokerId(1)]).await;
         }
-        let mut receiver = receiver_without_subscriptions(&side, &find, &received);
+        let mut receiver = ReplicationReceiver::new(&side.asked, &find, &received);
         let subscribed = async {
             loop {
                 while let Some((partition, work)) = side.asked.take() {
