@@ -92,7 +92,7 @@ etcd-protos: ## Writes the descriptors of etcd-client's .proto files, after a ch
 	mkdir -p $(PROTOS_TO)
 	folder=$$($(ETCD_CLIENT)); \
 	(cd "$$folder" && find proto -name '*.proto' | LC_ALL=C sort | xargs cksum) >$(PROTOS_TO)/etcd-client.sums; \
-	STRANDLINE_ETCD_PROTOS="$$folder/proto" STRANDLINE_ETCD_SET=$(PROTOS_TO)/etcd-client.fds \
+	STRANDLINE_ETCD_PROTOS="$$folder/proto" STRANDLINE_ETCD_SET=$(abspath $(PROTOS_TO))/etcd-client.fds \
 	  $(CARGO) check --locked --package strandline-proto
 
 crash-test: ## Kills a broker KILLS times (200) under load, and a quarter as often under the client; no acknowledged record may be lost.
