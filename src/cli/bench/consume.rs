@@ -32,7 +32,7 @@ use crate::{
     task::{Tasks, clock},
 };
 
-/// Maximum time until the next record of a log that is not at its end.
+/// Maximum time without a record before the end offset; a reader then fails.
 const LATE_AFTER: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
@@ -62,50 +62,52 @@ struct ConsumerShare {
 
 pub(super) async fn run(common: &CommonArgs, command: BenchConsumeArgs) -> anyhow::Result<ExitCode> {
     let shares = shares(common, &command).await?;
-    let left = Arc::new(AtomicU64::new(command.records.unwrap_or(u64::MAX)));
+    let remaining = Arc::new(AtomicU64::new(command.records.unwrap_or(u64::MAX)));
     let tasks = Tasks::new();
     let mut handles = Vec::new();
     let bar = output::progress(None, "{spinner} {elapsed} reading");
     bar.enable_steady_tick(Duration::from_millis(200));
     let start = clock::monotonic();
-    let mut retries: Option<RetryMonitor> = None;
+    let mut monitor: Option<RetryMonitor> = None;
     for share in shares {
         let client = connect(common).await?;
-        match &mut retries {
-            Some(retries) => retries.and(&client),
-            None => retries = Some(RetryMonitor::new(&client)),
+        match &mut monitor {
+            Some(monitor) => monitor.and(&client),
+            None => monitor = Some(RetryMonitor::new(&client)),
         }
         let mut consumer = client.consumer(command.rack.options(&client).await);
         for (partition, (from, _)) in &share.partitions {
             consumer.assign_at(&command.topic, *partition, *from).await?;
         }
         let bounded = command.records.is_none();
-        handles.push(tasks.spawn("bench reader", read(consumer, share, bounded, left.clone())));
+        handles.push(tasks.spawn("bench reader", read(consumer, share, bounded, remaining.clone())));
     }
-    let mut seen = BenchStats::default();
-    let mut last = start;
-    let all = async {
+    let mut stats = BenchStats::default();
+    let mut last_read = start;
+    let wait_for_readers = async {
         for handle in handles {
-            let (one, at) = handle.await?;
-            seen.merge(one);
-            last = last.max(at);
+            let (reader_stats, reader_end) = handle.await?;
+            stats.merge(reader_stats);
+            last_read = last_read.max(reader_end);
         }
         Ok(())
     };
-    let mut monitor = retries.expect("there is at least one share");
+    let mut monitor = monitor.expect("there is at least one share");
     monitor.beside(&bar);
-    monitor.run_with_retry_output(None, all).await?;
+    monitor.run_with_retry_output(None, wait_for_readers).await?;
     bar.finish_and_clear();
     tasks.stop().await;
-    let words: Vec<String> = ["latency is the wait for each batch".to_owned()]
+    let notes: Vec<String> = ["latency is the wait for each batch".to_owned()]
         .into_iter()
-        .chain(seen.first_error.iter().map(|error| format!("first error: {error}")))
+        .chain(stats.first_error.iter().map(|error| format!("first error: {error}")))
         .collect();
-    let extra = json!({ "consumers": command.consumers, "first_error": seen.first_error });
-    report::print(seen.figures(last - start), extra, &words, common.output)?;
-    Ok(if seen.errors == 0 && seen.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let extra = json!({ "consumers": command.consumers, "first_error": stats.first_error });
+    report::print(stats.result_json(last_read - start), extra, &notes, common.output)?;
+    Ok(if stats.errors == 0 && stats.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// Divides the partitions among the consumers. Partitions without records to read, and consumers without partitions,
+/// are left out.
 async fn shares(common: &CommonArgs, command: &BenchConsumeArgs) -> anyhow::Result<Vec<ConsumerShare>> {
     let client = connect(common).await?;
     let admin = client.admin();
@@ -140,38 +142,41 @@ async fn shares(common: &CommonArgs, command: &BenchConsumeArgs) -> anyhow::Resu
     Ok(shares)
 }
 
-/// Reads a share to its end, or until all readers together have read the `left` records.
+/// Reads a share until all readers together have read the `remaining` records. If `bounded`, also ends at the share's
+/// end offsets. Returns the statistics and the time of the last read.
 async fn read(
     mut consumer: Consumer,
     mut share: ConsumerShare,
     bounded: bool,
-    left: Arc<AtomicU64>,
+    remaining: Arc<AtomicU64>,
 ) -> (BenchStats, Instant) {
-    let mut seen = BenchStats::default();
-    let mut last = clock::monotonic();
-    while left.load(Ordering::Relaxed) > 0 {
-        // Each wait is short: another reader may take the last record while this one waits for a batch that never
-        // arrives.
-        let next = tokio::time::timeout(Duration::from_millis(200), consumer.next_batch());
-        let batch = match next.await {
-            Err(_) if bounded && last.elapsed() >= LATE_AFTER => {
-                seen.error(&format!("no record arrived for {LATE_AFTER:?} before the log end"));
+    let mut stats = BenchStats::default();
+    let mut last_read = clock::monotonic();
+    while remaining.load(Ordering::Relaxed) > 0 {
+        // Each wait is short: another reader may read the last of the `remaining` records while this reader waits for
+        // a batch that never arrives.
+        let next_batch = tokio::time::timeout(Duration::from_millis(200), consumer.next_batch());
+        let batch = match next_batch.await {
+            Err(_) if bounded && last_read.elapsed() >= LATE_AFTER => {
+                stats.error(&format!("no record arrived for {LATE_AFTER:?} before the log end"));
                 break;
             }
             Err(_) => continue,
             Ok(Ok(batch)) => batch,
             Ok(Err(error)) => {
-                seen.error(&error);
+                stats.error(&error);
                 break;
             }
         };
         let now = clock::monotonic();
-        seen.latency(now - last);
-        last = now;
+        stats.latency(now - last_read);
+        last_read = now;
         let records = batch.batch.end_offset().since(batch.from);
-        let before = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(records)));
-        seen.records += records.min(before.unwrap_or(0));
-        seen.bytes += u64::try_from(batch.batch.encoded_len()).expect("64 bits");
+        // The last batch may hold more records than remain; only the remaining ones count.
+        let before =
+            remaining.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| Some(count.saturating_sub(records)));
+        stats.records += records.min(before.unwrap_or(0));
+        stats.bytes += u64::try_from(batch.batch.encoded_len()).expect("64 bits");
         if bounded && share.partitions.get(&batch.partition).is_some_and(|(_, end)| batch.batch.end_offset() >= *end) {
             share.partitions.remove(&batch.partition);
             if share.partitions.is_empty() {
@@ -180,5 +185,5 @@ async fn read(
         }
     }
     consumer.close().await;
-    (seen, last)
+    (stats, last_read)
 }

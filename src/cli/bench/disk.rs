@@ -23,59 +23,61 @@ const MEASURE_TIME: Duration = Duration::from_secs(3);
 /// Alignment in bytes that direct I/O needs for memory and sizes.
 const ALIGNMENT: usize = 4096;
 
-/// Writes a file in `folder` in pieces of `piece` bytes for `MEASURE_TIME`, with a sync after each piece. The writes
+/// Writes `write_bytes` bytes at a time to a file in `folder` for `MEASURE_TIME`, with a sync after each write. The writes
 /// overwrite blocks that exist. Blocks the thread, and removes the file at the end.
-pub(super) fn measure(folder: &Path, piece: usize) -> io::Result<Value> {
-    let piece = piece.max(1).next_multiple_of(ALIGNMENT).min(FILE_BYTES);
+pub(super) fn measure(folder: &Path, write_bytes: usize) -> io::Result<Value> {
+    let write_bytes = write_bytes.max(1).next_multiple_of(ALIGNMENT).min(FILE_BYTES);
     let path = folder.join(format!(".strandline-bench-{}", std::process::id()));
-    let result = prepare(&path).and_then(|()| write(&path, piece));
+    let result = create_file(&path).and_then(|()| write_synced(&path, write_bytes));
     let removed = std::fs::remove_file(&path);
-    let (direct, seen, elapsed) = result?;
+    let (direct, stats, elapsed) = result?;
     removed?;
-    let figures = seen.figures(elapsed);
+    let results = stats.result_json(elapsed);
     Ok(json!({
         "directory": folder,
-        "write_bytes": piece,
+        "write_bytes": write_bytes,
         "direct": direct,
-        "mb_per_s": figures["mb_per_s"],
-        "p50_ms": figures["p50_ms"],
-        "p99_ms": figures["p99_ms"],
+        "mb_per_s": results["mb_per_s"],
+        "p50_ms": results["p50_ms"],
+        "p99_ms": results["p99_ms"],
         "seconds": round(elapsed.as_secs_f64()),
     }))
 }
 
-/// Fills the file, so that the timed writes overwrite blocks that exist.
-fn prepare(path: &Path) -> io::Result<()> {
+/// Creates the file and fills it with zeros, so that the timed writes overwrite blocks that exist.
+fn create_file(path: &Path) -> io::Result<()> {
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     let zeros = vec![0; 1 << 20];
     for step in 0..FILE_BYTES / zeros.len() {
-        file.write_all_at(&zeros, place(step * zeros.len()))?;
+        file.write_all_at(&zeros, to_u64(step * zeros.len()))?;
     }
     file.sync_all()
 }
 
-fn write(path: &Path, piece: usize) -> io::Result<(bool, BenchStats, Duration)> {
+/// Writes random bytes in a loop. Returns true if the writes used direct I/O, and the latencies and the elapsed time.
+fn write_synced(path: &Path, write_bytes: usize) -> io::Result<(bool, BenchStats, Duration)> {
     let (file, direct) = open(path)?;
-    let mut memory = vec![0; piece + ALIGNMENT];
+    let mut memory = vec![0; write_bytes + ALIGNMENT];
     random::fill(&mut memory);
-    let start = memory.as_ptr().align_offset(ALIGNMENT);
-    let bytes = &memory[start..start + piece];
-    let mut seen = BenchStats::default();
-    let begun = clock::monotonic();
-    let mut at = 0;
-    while begun.elapsed() < MEASURE_TIME {
+    let aligned_start = memory.as_ptr().align_offset(ALIGNMENT);
+    let bytes = &memory[aligned_start..aligned_start + write_bytes];
+    let mut stats = BenchStats::default();
+    let start = clock::monotonic();
+    let mut position = 0;
+    while start.elapsed() < MEASURE_TIME {
         let before = clock::monotonic();
-        file.write_all_at(bytes, place(at))?;
+        file.write_all_at(bytes, to_u64(position))?;
         file.sync_data()?;
-        seen.latency(before.elapsed());
-        seen.records += 1;
-        seen.bytes += place(piece);
-        at = if at + 2 * piece > FILE_BYTES { 0 } else { at + piece };
+        stats.latency(before.elapsed());
+        stats.records += 1;
+        stats.bytes += to_u64(write_bytes);
+        position = if position + 2 * write_bytes > FILE_BYTES { 0 } else { position + write_bytes };
     }
-    Ok((direct, seen, begun.elapsed()))
+    Ok((direct, stats, start.elapsed()))
 }
 
-/// Opens the file for direct I/O, or without direct I/O if the file system does not support it (tmpfs).
+/// Opens the file for direct I/O, or without direct I/O if the file system does not support it (tmpfs). Returns true for
+/// direct I/O.
 fn open(path: &Path) -> io::Result<(File, bool)> {
     let open = |flags: OFlags| {
         let flags = i32::try_from((flags | OFlags::NOFOLLOW).bits()).expect("flags of open(2)");
@@ -87,15 +89,15 @@ fn open(path: &Path) -> io::Result<(File, bool)> {
     }
 }
 
-fn place(bytes: usize) -> u64 {
+fn to_u64(bytes: usize) -> u64 {
     u64::try_from(bytes).expect("64 bits")
 }
 
 /// Formats the result of the measurement as text.
 pub(super) fn describe(disk: &Value) -> String {
-    let how = if disk["direct"] == true { "direct" } else { "through the page cache" };
+    let io_mode = if disk["direct"] == true { "direct" } else { "through the page cache" };
     format!(
-        "the disk at {}: {} MB/s in writes of {} bytes ({how}, each synced), p50 {} ms, p99 {} ms",
+        "the disk at {}: {} MB/s in writes of {} bytes ({io_mode}, each synced), p50 {} ms, p99 {} ms",
         disk["directory"], disk["mb_per_s"], disk["write_bytes"], disk["p50_ms"], disk["p99_ms"]
     )
 }

@@ -47,6 +47,7 @@ pub(in crate::cli) struct BenchLatencyArgs {
     record_size: u32,
 }
 
+/// Sends and reads records at the same time, and prints the latencies. The exit code is 1 if any record is missing.
 pub(super) async fn run(common: &CommonArgs, command: BenchLatencyArgs) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
     let topic = command.topic.clone();
@@ -55,8 +56,8 @@ pub(super) async fn run(common: &CommonArgs, command: BenchLatencyArgs) -> anyho
         Err(error) => return Err(explain(&client.admin(), &topic, error).await),
     };
     // The reader has its own connection, so that reads do not queue behind writes.
-    let reading = connect(common).await?;
-    let mut consumer = reading.consumer(ConsumerOptions::default());
+    let reader_client = connect(common).await?;
+    let mut consumer = reader_client.consumer(ConsumerOptions::default());
     for partition in 0..partitions {
         consumer.assign(&topic, partition, OffsetSpec::Latest).await?;
     }
@@ -67,52 +68,58 @@ pub(super) async fn run(common: &CommonArgs, command: BenchLatencyArgs) -> anyho
     let payloads = PayloadPool::new(size);
     let tasks = Tasks::new();
     let start = clock::monotonic();
-    let run = random::bits();
+    let run_id = random::bits();
     let bar = output::progress(None, "{spinner} {elapsed} sending and reading");
     bar.enable_steady_tick(Duration::from_millis(200));
-    let (sent_all, all) = watch::channel(None);
-    let reader = tasks.spawn("bench reader", read(consumer, run, start, all));
+    let (total_sender, total) = watch::channel(None);
+    let reader = tasks.spawn("bench reader", read(consumer, run_id, start, total));
     let pace = OpenLoop::new(
         start,
         Some(command.rate * 1e6),
         command.record_size,
         StopAfter::After(Duration::from_secs(command.seconds)),
     );
-    let load = LatencyLoad { topic, pace, payloads, size, run, start, partitions };
+    let load = LatencyLoad { topic, pace, payloads, size, run_id, start, partitions };
     let runtime = tokio::runtime::Handle::current();
     // The sender has its own thread, because it sleeps between records.
     let sender = tasks.spawn_blocking(move || runtime.block_on(Box::pin(load.send(producer))));
     let mut monitor = RetryMonitor::new(&client);
-    monitor.and(&reading);
+    monitor.and(&reader_client);
     monitor.beside(&bar);
-    let (sent, error, elapsed, mut seen) = monitor
+    let (sent, error, elapsed, mut stats) = monitor
         .run_with_retry_output(None, async {
             let (sent, error) = sender.await?;
             let elapsed = start.elapsed();
-            sent_all.send_replace(Some(sent));
+            total_sender.send_replace(Some(sent));
             Ok((sent, error, elapsed, reader.await?))
         })
         .await?;
     bar.finish_and_clear();
     tasks.stop().await;
     if let Some(error) = error {
-        seen.error(&error);
+        stats.error(&error);
     }
-    let missing = sent.saturating_sub(seen.records);
+    let missing = sent.saturating_sub(stats.records);
     if missing > 0 {
-        seen.error(&format!("{missing} of {sent} records were not read back within {DELIVERY_TIMEOUT:?}"));
+        stats.error(&format!("{missing} of {sent} records were not read back within {DELIVERY_TIMEOUT:?}"));
     }
-    let words: Vec<String> = seen.first_error.iter().map(|error| format!("first error: {error}")).collect();
-    let extra = json!({ "sent": sent, "first_error": seen.first_error });
-    report::print(seen.figures(elapsed), extra, &words, common.output)?;
-    Ok(if seen.errors == 0 && seen.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let notes: Vec<String> = stats.first_error.iter().map(|error| format!("first error: {error}")).collect();
+    let extra = json!({ "sent": sent, "first_error": stats.first_error });
+    report::print(stats.result_json(elapsed), extra, &notes, common.output)?;
+    Ok(if stats.errors == 0 && stats.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Reads this run's records until all sent ones have arrived, or for `DELIVERY_TIMEOUT` after the last send.
-async fn read(mut consumer: Consumer, run: u64, start: Instant, mut all: watch::Receiver<Option<u64>>) -> BenchStats {
-    let mut seen = BenchStats::default();
+/// Reads this run's records until all sent records have arrived, or for `DELIVERY_TIMEOUT` after the last send. `total`
+/// is the number of sent records, `None` until the last record is sent.
+async fn read(
+    mut consumer: Consumer,
+    run_id: u64,
+    start: Instant,
+    mut total: watch::Receiver<Option<u64>>,
+) -> BenchStats {
+    let mut stats = BenchStats::default();
     let mut deadline = None;
-    while all.borrow().is_none_or(|all| seen.records < all) {
+    while total.borrow().is_none_or(|total| stats.records < total) {
         let timed_out = async {
             match deadline {
                 Some(at) => tokio::time::sleep_until(at).await,
@@ -125,58 +132,61 @@ async fn read(mut consumer: Consumer, run: u64, start: Instant, mut all: watch::
                 Ok(record) => {
                     let now = clock::monotonic();
                     let value = record.record.value.unwrap_or_default();
-                    if let Some(due) = stamped(&value, run) {
-                        seen.records += 1;
-                        seen.bytes += u64::try_from(value.len()).expect("64 bits");
-                        seen.latency(now.saturating_duration_since(start + due));
+                    if let Some(due) = parse_stamp(&value, run_id) {
+                        stats.records += 1;
+                        stats.bytes += u64::try_from(value.len()).expect("64 bits");
+                        stats.latency(now.saturating_duration_since(start + due));
                     }
                 }
                 Err(error) => {
-                    seen.error(&error);
+                    stats.error(&error);
                     break;
                 }
             },
-            _ = all.changed(), if deadline.is_none() => deadline = Some(clock::monotonic() + DELIVERY_TIMEOUT),
+            _ = total.changed(), if deadline.is_none() => deadline = Some(clock::monotonic() + DELIVERY_TIMEOUT),
             () = timed_out => break,
         }
     }
     consumer.close().await;
-    seen
+    stats
 }
 
-fn stamp(payload: &mut [u8], run: u64, due: Duration) {
-    payload[..8].copy_from_slice(&run.to_be_bytes());
+/// Writes the run id and the record's due time into the first `STAMP_BYTES` of a payload.
+fn write_stamp(payload: &mut [u8], run_id: u64, due: Duration) {
+    payload[..8].copy_from_slice(&run_id.to_be_bytes());
     payload[8..STAMP_BYTES].copy_from_slice(&u64::try_from(due.as_nanos()).unwrap_or(u64::MAX).to_be_bytes());
 }
 
-/// Returns the due time of a record, measured from the run's start; `None` for a record that is not of this run.
-fn stamped(payload: &[u8], run: u64) -> Option<Duration> {
-    let (mark, rest) = payload.split_first_chunk::<8>()?;
+/// Returns the due time in a payload's stamp, measured from the run's start; `None` for a record of another run.
+fn parse_stamp(payload: &[u8], run_id: u64) -> Option<Duration> {
+    let (id, rest) = payload.split_first_chunk::<8>()?;
     let (due, _) = rest.split_first_chunk::<8>()?;
-    (*mark == run.to_be_bytes()).then(|| Duration::from_nanos(u64::from_be_bytes(*due)))
+    (*id == run_id.to_be_bytes()).then(|| Duration::from_nanos(u64::from_be_bytes(*due)))
 }
 
-/// Records to send.
+/// Records to send: their pace and content, and the stamp's run id and start.
 struct LatencyLoad {
     topic: String,
     pace: OpenLoop,
     payloads: PayloadPool,
     size: usize,
-    run: u64,
+    run_id: u64,
     start: Instant,
     partitions: u32,
 }
 
 impl LatencyLoad {
-    /// Sends until the pace ends. Returns the number of sent records, and the error of a send or of the close.
+    /// Sends until the pace ends or a send fails. Returns the number of sent records, and the error of the failed send or
+    /// of the producer's close.
     async fn send(mut self, producer: Producer) -> (u64, Option<String>) {
         let mut payload = vec![0; self.size];
         let mut sent = 0;
         while let Some(due) = self.pace.due(sent) {
+            // The pace has a rate, so every record has a due time.
             let SendAt::At(at) = due else { break };
             wait_until(at);
             payload.copy_from_slice(self.payloads.next());
-            stamp(&mut payload, self.run, at - self.start);
+            write_stamp(&mut payload, self.run_id, at - self.start);
             let partition = u32::try_from(sent % u64::from(self.partitions)).expect("below a u32");
             if let Err(error) = producer.send(&self.topic, NewRecord::value(&payload).partition(partition)).await {
                 return (sent, Some(error.to_string()));
@@ -194,9 +204,9 @@ mod tests {
     #[test]
     fn record_of_another_run_is_not_counted() {
         let mut payload = [0; 40];
-        stamp(&mut payload, 7, Duration::from_millis(3));
-        assert_eq!(stamped(&payload, 7), Some(Duration::from_millis(3)));
-        assert_eq!(stamped(&payload, 8), None);
-        assert_eq!(stamped(&payload[..15], 7), None);
+        write_stamp(&mut payload, 7, Duration::from_millis(3));
+        assert_eq!(parse_stamp(&payload, 7), Some(Duration::from_millis(3)));
+        assert_eq!(parse_stamp(&payload, 8), None);
+        assert_eq!(parse_stamp(&payload[..15], 7), None);
     }
 }

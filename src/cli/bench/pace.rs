@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use crate::task::clock;
 
-/// Maximum of a due time in seconds after the start, for very low rates. No run lasts that long.
+/// Maximum of a due time in seconds after the start. Bounds the due times of very low rates; no run lasts that long.
 const MAX_SECONDS: f64 = 1e9;
 
 /// Condition that ends a run.
@@ -26,7 +26,7 @@ pub(super) struct OpenLoop {
 }
 
 impl OpenLoop {
-    /// Creates a pace. `bytes_per_s` is the total rate of all senders that use the pace.
+    /// Creates a pace. `bytes_per_s` is the rate of this sender; `None` sends as fast as possible.
     pub(super) fn new(start: Instant, bytes_per_s: Option<f64>, record_bytes: u32, until: StopAfter) -> Self {
         Self { start, interval: bytes_per_s.map(|rate| f64::from(record_bytes) / rate), until }
     }
@@ -60,7 +60,7 @@ impl OpenLoop {
     }
 }
 
-/// Due time of a record.
+/// Due time of a record: now without a rate, else a fixed time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SendAt {
     Now,
@@ -69,9 +69,9 @@ pub(super) enum SendAt {
 
 /// Blocks the calling thread until `at`. The runtime's timer is too coarse for tenths of a millisecond.
 pub(super) fn wait_until(at: Instant) {
-    let left = at.saturating_duration_since(clock::monotonic());
-    if !left.is_zero() {
-        std::thread::sleep(left);
+    let remaining = at.saturating_duration_since(clock::monotonic());
+    if !remaining.is_zero() {
+        std::thread::sleep(remaining);
     }
 }
 
@@ -87,7 +87,7 @@ mod tests {
         tokio::time::advance(Duration::from_secs(30)).await;
         assert_eq!(pace.due(5), Some(SendAt::At(start + Duration::from_millis(500))));
         assert_eq!(pace.due(10), None, "one second at ten records a second");
-        assert_eq!(pace.end(), Some(start + Duration::from_secs(1)), "whatever the rate");
+        assert_eq!(pace.end(), Some(start + Duration::from_secs(1)), "the same at every rate");
         let slow = OpenLoop::new(start, Some(1e-300), 1_000_000, StopAfter::After(Duration::from_secs(1)));
         assert_eq!((slow.due(0), slow.due(1)), (Some(SendAt::At(start)), None), "an interval longer than any run");
     }

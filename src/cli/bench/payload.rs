@@ -13,23 +13,24 @@ const STRIDE: usize = 1_048_583;
 pub(super) struct PayloadPool {
     pool: Vec<u8>,
     size: usize,
-    at: usize,
+    /// Start of the next payload in the pool.
+    next_start: usize,
 }
 
 impl PayloadPool {
     pub(super) fn new(size: usize) -> Self {
         let mut pool = vec![0; POOL_BYTES.max(2 * size)];
         random::fill(&mut pool);
-        Self { pool, size, at: 0 }
+        Self { pool, size, next_start: 0 }
     }
 
     /// Returns the next payload.
     pub(super) fn next(&mut self) -> &[u8] {
-        let start = self.at;
+        let start = self.next_start;
         // Consecutive payloads are adjacent in the pool. Each pass over the pool starts at another offset.
-        self.at += self.size;
-        if self.at + self.size > self.pool.len() {
-            self.at = (self.at + STRIDE) % self.size.max(1);
+        self.next_start += self.size;
+        if self.next_start + self.size > self.pool.len() {
+            self.next_start = (self.next_start + STRIDE) % self.size.max(1);
         }
         &self.pool[start..start + self.size]
     }
@@ -55,7 +56,7 @@ mod tests {
     #[test]
     fn payloads_stay_within_the_pool() {
         for size in [0, 1, 1024, 1_000_003] {
-            let mut payloads = PayloadPool { pool: vec![7; 4_000_000], size, at: 0 };
+            let mut payloads = PayloadPool { pool: vec![7; 4_000_000], size, next_start: 0 };
             assert!((0..1000).all(|_| payloads.next().len() == size));
         }
     }

@@ -104,7 +104,7 @@ pub(super) async fn run(common: &CommonArgs, command: BenchProduceArgs) -> anyho
     let disk = if command.with_disk { Some(command.measure_disk().await?) } else { None };
     let tasks = Tasks::new();
     let mut monitor = RetryMonitor::new(&client);
-    let mut running = Vec::new();
+    let mut producers = Vec::new();
     for number in 0..command.producers {
         // Each producer has its own client, and thus its own connection.
         let client = connect(common).await?;
@@ -112,17 +112,17 @@ pub(super) async fn run(common: &CommonArgs, command: BenchProduceArgs) -> anyho
         let producer = client.producer(options(&command, command.share(number, used))).await?;
         // The pool is filled before the measurement starts, because this takes a moment.
         let payloads = PayloadPool::new(usize::try_from(command.record_size)?);
-        running.push((number, producer, payloads));
+        producers.push((number, producer, payloads));
     }
     let start = clock::monotonic();
     let bar = output::progress(None, "{spinner} {elapsed} sending");
     bar.enable_steady_tick(Duration::from_millis(200));
     monitor.beside(&bar);
     let mut handles = Vec::new();
-    for (number, producer, payloads) in running {
+    for (number, producer, payloads) in producers {
         let (out, deliveries) = mpsc::channel(1024);
         let sender = BenchSender::new(&command, number, used, start, (producer, payloads), out);
-        handles.push(tasks.spawn("bench answers", collect(deliveries, u64::from(command.record_size))));
+        handles.push(tasks.spawn("bench acks", collect(deliveries, u64::from(command.record_size))));
         let runtime = tokio::runtime::Handle::current();
         // Records with fixed due times need a thread that sleeps precisely. Other senders run on the runtime.
         if command.rate.is_some() {
@@ -131,26 +131,26 @@ pub(super) async fn run(common: &CommonArgs, command: BenchProduceArgs) -> anyho
             tasks.spawn("bench sender", sender.run());
         }
     }
-    let mut seen = BenchStats::default();
-    let mut last = start;
-    let all = async {
+    let mut stats = BenchStats::default();
+    let mut last_ack = start;
+    let wait_for_acks = async {
         for handle in handles {
-            let (one, at) = handle.await?;
-            seen.merge(one);
-            last = last.max(at);
+            let (producer_stats, producer_last_ack) = handle.await?;
+            stats.merge(producer_stats);
+            last_ack = last_ack.max(producer_last_ack);
         }
         Ok(())
     };
-    monitor.run_with_retry_output(None, all).await?;
+    monitor.run_with_retry_output(None, wait_for_acks).await?;
     bar.finish_and_clear();
     tasks.stop().await;
     // With a rate and a duration, the run lasts at least that duration: early acknowledgements do not raise the
     // throughput.
-    let ordered = match (command.rate, command.records) {
+    let min_elapsed = match (command.rate, command.records) {
         (Some(_), None) => command.period(),
         _ => Duration::ZERO,
     };
-    print(&command, &seen, (last - start).max(ordered), disk, common)
+    print(&command, &stats, (last_ack - start).max(min_elapsed), disk, common)
 }
 
 impl BenchProduceArgs {
@@ -161,11 +161,12 @@ impl BenchProduceArgs {
 
     /// Measures the disk alone, with synced writes of the batch size.
     async fn measure_disk(&self) -> anyhow::Result<Value> {
-        let (folder, piece) = (self.disk_dir.clone(), self.batch_bytes());
-        let measured = task::run_blocking(move || disk::measure(&folder, piece)).await;
+        let (folder, write_bytes) = (self.disk_dir.clone(), self.batch_bytes());
+        let measured = task::run_blocking(move || disk::measure(&folder, write_bytes)).await;
         measured.with_context(|| format!("cannot measure the disk at {}", self.disk_dir.display()))
     }
 
+    /// Returns `--batch-size` as a `usize`.
     fn batch_bytes(&self) -> usize {
         usize::try_from(self.batch_size).expect("a usize holds 32 bits")
     }
@@ -183,15 +184,16 @@ impl BenchProduceArgs {
         // A record that is larger than a batch forms its own batch.
         let record = usize::try_from(self.record_size).expect("a usize holds 32 bits") + RECORD_OVERHEAD;
         let batch = self.batch_bytes().max(record);
-        let most = MAX_MEMORY_BYTES.max(16 * batch);
+        let max_bytes = MAX_MEMORY_BYTES.max(16 * batch);
         if self.rate.is_some() {
-            return most;
+            return max_bytes;
         }
         let partitions = usize::try_from(partitions).expect("a usize holds 32 bits");
-        (2 * usize::from(self.in_flight) * partitions).saturating_mul(batch).clamp(MIN_MEMORY_BYTES, most)
+        (2 * usize::from(self.in_flight) * partitions).saturating_mul(batch).clamp(MIN_MEMORY_BYTES, max_bytes)
     }
 }
 
+/// Returns the options of one producer that writes to this number of partitions.
 fn options(command: &BenchProduceArgs, partitions: u32) -> ProducerOptions {
     ProducerOptions {
         batch_bytes: command.batch_bytes(),
@@ -207,43 +209,45 @@ fn options(command: &BenchProduceArgs, partitions: u32) -> ProducerOptions {
 
 fn print(
     command: &BenchProduceArgs,
-    seen: &BenchStats,
+    stats: &BenchStats,
     elapsed: Duration,
     disk: Option<Value>,
     common: &CommonArgs,
 ) -> anyhow::Result<ExitCode> {
-    let mut words = Vec::new();
-    if !seen.meanings.is_empty() {
-        words.push(format!("acks={}: each acknowledged record was {}", command.acks, seen.meaning()));
+    let mut notes = Vec::new();
+    if !stats.meanings.is_empty() {
+        notes.push(format!("acks={}: each acknowledged record was {}", command.acks, stats.meaning()));
     }
-    words.extend(seen.first_error.iter().map(|error| format!("first error: {error}")));
-    if seen.records == 0 {
-        words.push("no record was acknowledged: these results are meaningless".to_owned());
+    notes.extend(stats.first_error.iter().map(|error| format!("first error: {error}")));
+    if stats.records == 0 {
+        notes.push("no record was acknowledged: these results are meaningless".to_owned());
     }
-    words.extend(disk.as_ref().map(disk::describe));
+    notes.extend(disk.as_ref().map(disk::describe));
     let mut extra =
-        json!({ "acks": command.acks.as_str(), "meaning": seen.meaning(), "first_error": seen.first_error });
+        json!({ "acks": command.acks.as_str(), "meaning": stats.meaning(), "first_error": stats.first_error });
     if let Some(disk) = disk {
         extra["disk"] = disk;
     }
-    report::print(seen.figures(elapsed), extra, &words, common.output)?;
-    Ok(if seen.errors == 0 && seen.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    report::print(stats.result_json(elapsed), extra, &notes, common.output)?;
+    Ok(if stats.errors == 0 && stats.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// A sent record: the time at which the record was due or sent, and its delivery.
 type SentRecord = (Instant, Result<Delivery, SendError>);
 
+/// One producer of the benchmark with its pace and its partitions.
 struct BenchSender {
     topic: String,
     producer: Producer,
     pace: OpenLoop,
     payloads: PayloadPool,
-    /// First of this producer's partitions. The further ones follow at distances of `step`.
+    /// First of this producer's partitions. Its further partitions follow at distances of `step`.
     first_partition: u32,
     step: u32,
+    /// Number of this producer's partitions.
     partitions: u32,
-    /// Number of consecutive records for one partition: those of one batch, or 1 with a rate.
-    turn: u64,
+    /// Number of consecutive records for one partition before the next one: those of one batch, or 1 with a rate.
+    records_per_partition: u64,
     out: mpsc::Sender<Vec<SentRecord>>,
 }
 
@@ -266,7 +270,7 @@ impl BenchSender {
         let rate = command.rate.map(|rate| rate * 1e6 / f64::from(command.producers));
         let size = usize::try_from(command.record_size).expect("a usize holds 32 bits");
         // With a rate, each record goes to the next partition, so that all partitions are always in use.
-        let turn = if rate.is_some() { 1 } else { command.batch_bytes() / (size + 16).max(1) };
+        let records_per_partition = if rate.is_some() { 1 } else { command.batch_bytes() / (size + 16).max(1) };
         Self {
             topic: command.topic.clone(),
             producer,
@@ -275,14 +279,16 @@ impl BenchSender {
             first_partition: number % used,
             step: command.producers,
             partitions: command.share(number, used),
-            turn: u64::try_from(turn.max(1)).expect("64 bits"),
+            records_per_partition: u64::try_from(records_per_partition.max(1)).expect("64 bits"),
             out,
         }
     }
 
+    /// Sends records until the pace ends or a send fails, and passes each delivery to [`collect`]. With a rate and a
+    /// duration, returns only at the end of the duration.
     async fn run(mut self) {
         let mut sent = Vec::with_capacity(RECORDS_PER_CHANNEL_ITEM);
-        let (mut n, mut refused) = (0, false);
+        let (mut n, mut is_failed) = (0, false);
         while let Some(due) = self.pace.due(n) {
             let at = match due {
                 SendAt::At(at) => {
@@ -291,27 +297,28 @@ impl BenchSender {
                 }
                 SendAt::Now => clock::monotonic(),
             };
-            let turn = u32::try_from(n / self.turn % u64::from(self.partitions)).expect("below a u32");
-            let partition = self.first_partition + turn * self.step;
+            let index =
+                u32::try_from(n / self.records_per_partition % u64::from(self.partitions)).expect("below a u32");
+            let partition = self.first_partition + index * self.step;
             let record = NewRecord::value(self.payloads.next()).partition(partition);
             let delivery = self.producer.send(&self.topic, record).await;
-            let failed = delivery.is_err();
+            let send_failed = delivery.is_err();
             sent.push((at, delivery));
             n += 1;
-            if sent.len() == RECORDS_PER_CHANNEL_ITEM || failed {
+            if sent.len() == RECORDS_PER_CHANNEL_ITEM || send_failed {
                 let full = std::mem::replace(&mut sent, Vec::with_capacity(RECORDS_PER_CHANNEL_ITEM));
                 if self.out.send(full).await.is_err() {
                     return;
                 }
             }
-            if failed {
-                refused = true;
+            if send_failed {
+                is_failed = true;
                 // A send fails at once only if the next send would fail too.
                 break;
             }
         }
         let _ = self.out.send(sent).await;
-        if let Some(end) = self.pace.end().filter(|_| !refused) {
+        if let Some(end) = self.pace.end().filter(|_| !is_failed) {
             wait_until(end);
         }
         // `collect` waits for the results of records that still linger.
@@ -321,33 +328,33 @@ impl BenchSender {
 
 /// Waits for all deliveries, and returns their statistics and the time of the last acknowledgement.
 async fn collect(mut deliveries: mpsc::Receiver<Vec<SentRecord>>, record_bytes: u64) -> (BenchStats, Instant) {
-    let mut seen = BenchStats::default();
-    let mut last = clock::monotonic();
+    let mut stats = BenchStats::default();
+    let mut last_ack = clock::monotonic();
     let mut meanings = Vec::new();
     while let Some(sent) = deliveries.recv().await {
         for (at, delivery) in sent {
-            let answer = match delivery {
+            let result = match delivery {
                 Ok(delivery) => delivery.await,
                 Err(error) => Err(error),
             };
-            match answer {
+            match result {
                 Ok(ack) => {
-                    seen.records += 1;
-                    seen.bytes += record_bytes;
+                    stats.records += 1;
+                    stats.bytes += record_bytes;
                     // An acknowledgement contains its arrival time, so waiting in order costs no accuracy.
-                    seen.latency(ack.received.saturating_duration_since(at));
-                    last = last.max(ack.received);
+                    stats.latency(ack.received.saturating_duration_since(at));
+                    last_ack = last_ack.max(ack.received);
                     // A run has one or two meanings; the text of each is formatted once.
                     if !meanings.contains(&ack.durability) {
                         meanings.push(ack.durability);
-                        seen.meanings.insert(ack.meaning());
+                        stats.meanings.insert(ack.meaning());
                     }
                 }
-                Err(error) => seen.error(&error),
+                Err(error) => stats.error(&error),
             }
         }
     }
-    (seen, last)
+    (stats, last_ack)
 }
 
 #[cfg(test)]
@@ -361,16 +368,17 @@ mod tests {
     }
 
     fn parsed(arguments: &str) -> BenchProduceArgs {
-        let words = ["bench", "--topic", "t"].into_iter().chain(arguments.split_whitespace());
-        <CommandLine as clap::Parser>::try_parse_from(words).expect("valid").produce
+        let command_line = ["bench", "--topic", "t"].into_iter().chain(arguments.split_whitespace());
+        <CommandLine as clap::Parser>::try_parse_from(command_line).expect("valid").produce
     }
 
     #[test]
     fn every_used_partition_has_a_producer() {
         for (producers, used) in [(1, 1), (1, 1000), (3, 16), (16, 16), (16, 5), (5, 16)] {
             let command = parsed(&format!("--producers {producers}"));
-            let of = |number: u32| (0..command.share(number, used)).map(move |turn| number % used + turn * producers);
-            let mut written: Vec<u32> = (0..producers).flat_map(of).collect();
+            let partitions_of =
+                |number: u32| (0..command.share(number, used)).map(move |index| number % used + index * producers);
+            let mut written: Vec<u32> = (0..producers).flat_map(partitions_of).collect();
             written.sort_unstable();
             let each_once = used >= producers;
             assert_eq!(written.len(), if each_once { used as usize } else { producers as usize });

@@ -37,10 +37,12 @@ impl Default for BenchStats {
 }
 
 impl BenchStats {
+    /// Adds one measured latency.
     pub(super) fn latency(&mut self, latency: Duration) {
         self.latency.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(MAX_LATENCY_US).max(1));
     }
 
+    /// Counts an error, and keeps the text of the first one.
     pub(super) fn error(&mut self, error: &dyn std::fmt::Display) {
         self.errors += 1;
         self.first_error.get_or_insert_with(|| error.to_string());
@@ -55,14 +57,15 @@ impl BenchStats {
         self.meanings.extend(other.meanings);
     }
 
-    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+    /// Returns the latency below which this share of the records stays, in milliseconds.
+    #[expect(clippy::cast_precision_loss, reason = "numbers for people")]
     fn ms(&self, quantile: f64) -> f64 {
         self.latency.value_at_quantile(quantile) as f64 / 1000.0
     }
 
     /// Returns the result fields on which programs rely.
-    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
-    pub(super) fn figures(&self, elapsed: Duration) -> Value {
+    #[expect(clippy::cast_precision_loss, reason = "numbers for people")]
+    pub(super) fn result_json(&self, elapsed: Duration) -> Value {
         let seconds = elapsed.as_secs_f64().max(1e-9);
         json!({
             "records": self.records,
@@ -78,37 +81,39 @@ impl BenchStats {
         })
     }
 
+    /// Joins the meanings of the acknowledgements. A run with several meanings reads `A; some B`.
     pub(super) fn meaning(&self) -> String {
         self.meanings.iter().cloned().collect::<Vec<_>>().join("; some ")
     }
 }
 
+/// Rounds to three decimal places.
 pub(super) fn round(value: f64) -> f64 {
     (value * 1000.0).round() / 1000.0
 }
 
-/// Prints the results. `extra` is added to the JSON object; `words` are additional lines of the text output.
-pub(super) fn print(mut figures: Value, extra: Value, words: &[String], output: OutputFormat) -> std::io::Result<()> {
+/// Prints the results. `extra` is added to the JSON object; `notes` are further lines of the text output.
+pub(super) fn print(mut result: Value, extra: Value, notes: &[String], output: OutputFormat) -> std::io::Result<()> {
     if output == OutputFormat::Json {
-        if let (Some(figures), Value::Object(extra)) = (figures.as_object_mut(), extra) {
-            figures.extend(extra);
+        if let (Some(result), Value::Object(extra)) = (result.as_object_mut(), extra) {
+            result.extend(extra);
         }
-        return output::json(&figures);
+        return output::json(&result);
     }
     output::line(&format!(
         "{}, {} bytes in {} s: {} MB/s, {} records/s",
-        output::count(figures["records"].as_u64().unwrap_or(0), "record"),
-        figures["bytes"],
-        figures["seconds"],
-        figures["mb_per_s"],
-        figures["records_per_s"]
+        output::count(result["records"].as_u64().unwrap_or(0), "record"),
+        result["bytes"],
+        result["seconds"],
+        result["mb_per_s"],
+        result["records_per_s"]
     ))?;
     output::line(&format!(
         "latency p50 {} ms, p99 {} ms, p99.9 {} ms, max {} ms; errors {}",
-        figures["p50_ms"], figures["p99_ms"], figures["p999_ms"], figures["max_ms"], figures["errors"]
+        result["p50_ms"], result["p99_ms"], result["p999_ms"], result["max_ms"], result["errors"]
     ))?;
-    for line in words {
-        output::line(line)?;
+    for note in notes {
+        output::line(note)?;
     }
     Ok(())
 }
@@ -119,22 +124,22 @@ mod tests {
 
     #[test]
     fn result_contains_promised_fields_and_values() {
-        let mut seen = BenchStats { records: 1000, bytes: 2_000_000, ..BenchStats::default() };
+        let mut stats = BenchStats { records: 1000, bytes: 2_000_000, ..BenchStats::default() };
         for ms in 1..=1000 {
-            seen.latency(Duration::from_millis(ms));
+            stats.latency(Duration::from_millis(ms));
         }
-        seen.error(&"one");
+        stats.error(&"one");
         let mut other = BenchStats::default();
         other.latency(Duration::from_millis(5000));
-        seen.merge(other);
-        let figures = seen.figures(Duration::from_secs(2));
+        stats.merge(other);
+        let result = stats.result_json(Duration::from_secs(2));
         assert_eq!(
-            (&figures["records"], &figures["bytes"], &figures["errors"]),
+            (&result["records"], &result["bytes"], &result["errors"]),
             (&json!(1000), &json!(2_000_000), &json!(1))
         );
-        assert_eq!((&figures["mb_per_s"], &figures["records_per_s"]), (&json!(1.0), &json!(500.0)));
+        assert_eq!((&result["mb_per_s"], &result["records_per_s"]), (&json!(1.0), &json!(500.0)));
         let about = |name: &str, wanted: f64| {
-            let value = figures[name].as_f64().expect("a number");
+            let value = result[name].as_f64().expect("a number");
             assert!((value - wanted).abs() / wanted < 0.01, "{name} is {value}");
         };
         about("p50_ms", 501.0);
