@@ -1,6 +1,6 @@
 //! `strandline broker`: runs a broker from a configuration file; drains and undrains a broker.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{anyhow, bail};
 use clap::{Args, Subcommand};
@@ -10,21 +10,21 @@ use tokio::time::Instant;
 
 use super::{
     CommonArgs,
-    cluster::hides_replicas,
-    connect::{connect, explain_order},
-    output::{self, OutputFormat},
+    cluster::key_that_hides_replicas,
+    connect::{connect, explain_call},
+    output::{self, OutputFormat, format_ids},
     retry_output::RetryMonitor,
     serve::{Overrides, environment, serve},
-    wait::{PollError, RemainingWork, WaitArgs, took},
+    wait::{PollError, RemainingWork, WaitArgs, format_elapsed},
 };
 use crate::{
-    client::{Admin, CallError, DrainStatus},
+    client::{Admin, BrokerDescription, CallError, ClusterDescription, DrainStatus},
     config::{ConfigSources, LoadedConfig},
     model::BrokerId,
     task::clock,
 };
 
-/// Time after which a wait ends if no replica has been able to move.
+/// Time for which no replica of a drained broker could move, after which `--wait` fails.
 const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Maximum number of partitions that a message lists.
@@ -35,7 +35,7 @@ const MAX_NAMED: usize = 10;
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, subcommand_value_name = "COMMAND")]
 pub(super) struct BrokerArgs {
     #[command(subcommand)]
-    order: Option<BrokerCommand>,
+    subcommand: Option<BrokerCommand>,
     /// Configuration file (TOML); `strandline config print` shows every setting
     #[arg(long, value_name = "FILE", required = true)]
     config: Option<PathBuf>,
@@ -88,12 +88,14 @@ enum BrokerCommand {
     },
 }
 
-/// Parses a broker id.
+/// Parses a broker id. clap prints the error.
 pub(super) fn number(text: &str) -> Result<u32, String> {
     text.parse().map_err(|_| "not a broker id: write a number, such as 2".to_owned())
 }
 
 impl BrokerArgs {
+    /// Loads the configuration: the file, then environment variables, flags and `--set`, each with precedence over the
+    /// sources before it.
     fn settings(self) -> anyhow::Result<LoadedConfig> {
         let file = self.config.expect("clap requires it without a subcommand");
         let mut sources = ConfigSources::new().read_file(&file)?.environment(environment());
@@ -113,16 +115,18 @@ impl BrokerArgs {
     }
 }
 
+/// Runs a broker until a stop signal; with a subcommand, drains or undrains a broker of the cluster instead.
 pub(super) async fn run(common: &CommonArgs, command: BrokerArgs) -> anyhow::Result<ExitCode> {
-    if let Some(order) = command.order {
+    if let Some(subcommand) = command.subcommand {
         let client = connect(common).await?;
-        let bar = match order {
+        let bar = match subcommand {
             BrokerCommand::Drain { wait, .. } => wait.bar(),
             BrokerCommand::Undrain { .. } => ProgressBar::hidden(),
         };
         let mut monitor = RetryMonitor::new(&client);
         monitor.beside(&bar);
-        return monitor.run_with_retry_output(None, Box::pin(give(client.admin(), order, common.output, &bar))).await;
+        let work = Box::pin(drain_or_undrain(client.admin(), subcommand, common.output, &bar));
+        return monitor.run_with_retry_output(None, work).await;
     }
     serve(command.settings()?, |ready| {
         tracing::info!(
@@ -138,22 +142,28 @@ pub(super) async fn run(common: &CommonArgs, command: BrokerArgs) -> anyhow::Res
     .await
 }
 
-async fn give(admin: Admin, order: BrokerCommand, output: OutputFormat, bar: &ProgressBar) -> anyhow::Result<ExitCode> {
-    let (value, lines) = match order {
+/// Sends the drain or undrain request, waits if `--wait` is set, and prints the result.
+async fn drain_or_undrain(
+    admin: Admin,
+    command: BrokerCommand,
+    output: OutputFormat,
+    bar: &ProgressBar,
+) -> anyhow::Result<ExitCode> {
+    let (value, lines) = match command {
         BrokerCommand::Drain { id, wait, wait_for_brokers } => {
-            let drain = admin.drain_broker(BrokerId(id)).await.map_err(|error| explain_order(&error))?;
+            let drain = admin.drain_broker(BrokerId(id)).await.map_err(|error| explain_call(&error))?;
             // With `--wait` the command fails only after a minute, because a broker may be restarting.
             if drain.is_blocked() && !wait.is_wanted() {
-                print(&drained(id, &drain), &format_drain(id, &drain), output)?;
-                bail!("{}", stuck(id));
+                print(&drain_json(id, &drain), &format_drain(id, &drain), output)?;
+                bail!("{}", blocked_drain_error(id, &unmovable_replicas(&drain)));
             }
             match wait.is_wanted() {
-                false => (drained(id, &drain), format_drain(id, &drain)),
-                true => until_empty(&admin, id, drain, output, (wait, wait_for_brokers), bar).await?,
+                false => (drain_json(id, &drain), format_drain(id, &drain)),
+                true => wait_until_empty(&admin, id, drain, output, (wait, wait_for_brokers), bar).await?,
             }
         }
         BrokerCommand::Undrain { id } => {
-            let changed = admin.undrain_broker(BrokerId(id)).await.map_err(|error| explain_order(&error))?;
+            let changed = admin.undrain_broker(BrokerId(id)).await.map_err(|error| explain_call(&error))?;
             let text = match changed {
                 true => format!("broker {id} accepts leaderships and replicas again"),
                 false => format!("broker {id} was not draining: nothing changed"),
@@ -173,27 +183,81 @@ fn print(value: &Value, lines: &str, output: OutputFormat) -> anyhow::Result<()>
     Ok(())
 }
 
-/// Returns the error message for a drain in which none of the remaining replicas can move.
-fn stuck(id: u32) -> String {
+/// Returns the error message for a drain in which none of the remaining replicas can move. `causes` states how many
+/// replicas are blocked and why.
+fn blocked_drain_error(id: u32, causes: &str) -> String {
     format!(
-        "no replica on broker {id} can move: too few other brokers are eligible, a broker that the moves need is \
-         offline, or the partitions have no leader: start another broker or the offline one, or lower the topics' \
-         replication factor; \
-         `strandline topic describe` shows how to elect a leader; the drain stays in effect until \
-         `strandline broker undrain {id}`"
+        "no replica on broker {id} can move: {causes}: start an offline broker or add a broker, or lower the topics' \
+         replication factor; for partitions without a leader, `strandline topic describe` shows how to elect one; the \
+         drain stays in effect until `strandline broker undrain {id}`"
     )
 }
 
-/// Time since which no replica of a drained broker can move. A restarting broker accepts no replicas for a moment, so
-/// only a long standstill ends a wait.
+/// Returns the number of replicas that cannot move, for each cause that a drain response distinguishes.
+fn unmovable_replicas(drain: &DrainStatus) -> String {
+    let blocked = output::count(u64::try_from(drain.blocked.len()).unwrap_or(u64::MAX), "replica");
+    let mut causes = format!("{blocked}: {}, or a needed broker is offline", eligible_brokers(drain));
+    if drain.leaderless > 0 {
+        causes += &format!("; {}: the partition has no leader", output::count(drain.leaderless.into(), "replica"));
+    }
+    causes
+}
+
+/// Returns the number of blocked replicas of a drained broker, and the states that block them: which other brokers
+/// accept no replicas, and how many partitions of the cluster have no leader.
+fn blocked_replicas(cluster: &ClusterDescription, drained: &BrokerDescription) -> String {
+    let mut others: BTreeMap<&str, Vec<BrokerId>> = BTreeMap::new();
+    for other in cluster.brokers.iter().filter(|other| other.id != drained.id) {
+        others.entry(placement_state(other)).or_default().push(other.id);
+    }
+    let mut states: Vec<String> = others
+        .iter()
+        .map(|(state, ids)| {
+            let noun = if ids.len() == 1 { "broker" } else { "brokers" };
+            format!("{state}: {noun} {}", format_ids(ids))
+        })
+        .collect();
+    if states.is_empty() {
+        states.push("there is no other broker".to_owned());
+    }
+    if cluster.leaderless > 0 {
+        states
+            .push(format!("{} without a leader in the cluster", output::count(cluster.leaderless.into(), "partition")));
+    }
+    let replicas = output::count(drained.replica_count.into(), "replica");
+    format!("{} of {replicas} blocked ({})", drained.blocked, states.join("; "))
+}
+
+/// Returns `eligible` if a broker accepts new replicas, else the reason why not.
+fn placement_state(broker: &BrokerDescription) -> &'static str {
+    let is_at_maximum = broker.max_replicas.is_some_and(|max| broker.replica_count >= max);
+    if !broker.alive {
+        "offline"
+    } else if broker.draining_since_ms.is_some() {
+        "draining"
+    } else if broker.stopping {
+        "stopping"
+    } else if broker.disk_pressure || broker.disk_full {
+        "under disk pressure"
+    } else if is_at_maximum {
+        "at broker.max_replicas"
+    } else {
+        "eligible"
+    }
+}
+
+/// Detector of a drain without progress. A restarting broker accepts no replicas for a moment, so only a long
+/// standstill ends a wait.
 #[derive(Debug, Default)]
 struct Standstill {
+    /// Time since which no replica of the drained broker can move; `None` while one can.
     since: Option<Instant>,
 }
 
 impl Standstill {
-    /// Returns true if no replica has been able to move for [`STANDSTILL_TIMEOUT`].
-    fn is_over(&mut self, replicas: u32, blocked: u32, now: Instant) -> bool {
+    /// Returns true if all `replicas` have been blocked for [`STANDSTILL_TIMEOUT`]. A replica that can move restarts
+    /// the timeout.
+    fn has_timed_out(&mut self, replicas: u32, blocked: u32, now: Instant) -> bool {
         if replicas == 0 || blocked < replicas {
             self.since = None;
             return false;
@@ -202,8 +266,9 @@ impl Standstill {
     }
 }
 
-/// Waits until the broker has no replicas, and returns the output as JSON and as text.
-async fn until_empty(
+/// Waits until the broker has no replicas, and returns the output as JSON and as text. `drain` is the response to the
+/// drain request. With `wait_for_brokers`, a standstill does not end the wait.
+async fn wait_until_empty(
     admin: &Admin,
     id: u32,
     drain: DrainStatus,
@@ -216,8 +281,8 @@ async fn until_empty(
         bar.suspend(|| output::line(&text))?;
     }
     let mut standstill = Standstill::default();
-    let time = wait.until_done(bar, "`strandline cluster describe`", async || {
-        let poll_error = |error: CallError| PollError::new(error.retryable(), explain_order(&error));
+    let elapsed = wait.until_done(bar, "`strandline cluster describe`", async || {
+        let poll_error = |error: CallError| PollError::new(error.retryable(), explain_call(&error));
         let cluster = admin.describe_cluster().await.map_err(poll_error)?;
         let broker = cluster.brokers.iter().find(|broker| broker.id == BrokerId(id));
         // A broker that the description no longer contains has no replicas.
@@ -226,32 +291,31 @@ async fn until_empty(
             let error = anyhow!("the drain of broker {id} was cancelled during the wait");
             return Err(PollError::Fatal(error));
         }
-        if let Some(key) = hides_replicas(&cluster).filter(|_| broker.replica_count == 0) {
+        if let Some(key) = key_that_hides_replicas(&cluster).filter(|_| broker.replica_count == 0) {
             let error = anyhow!(
                 "broker {id} has no replicas in the readable metadata, but the value of {key} is invalid: do not stop \
                  the broker for good before that value is repaired; `strandline cluster describe` shows the error"
             );
             return Err(PollError::Fatal(error));
         }
-        if standstill.is_over(broker.replica_count, broker.blocked, clock::monotonic()) && !wait_for_brokers {
-            return Err(PollError::Fatal(anyhow!("{}", stuck(id))));
+        if standstill.has_timed_out(broker.replica_count, broker.blocked, clock::monotonic()) && !wait_for_brokers {
+            let error = anyhow!("{}", blocked_drain_error(id, &blocked_replicas(&cluster, broker)));
+            return Err(PollError::Fatal(error));
         }
         let text = format!("{} still on broker {id}", output::count(broker.replica_count.into(), "replica"));
-        let obstacle = (broker.blocked > 0).then(|| {
-            format!(
-                "{text}, {} of them blocked: too few other brokers are eligible, a broker that the moves need is \
-                 offline, or the partitions have no leader",
-                broker.blocked
-            )
-        });
+        let obstacle = (broker.blocked > 0).then(|| format!("broker {id}: {}", blocked_replicas(&cluster, broker)));
         Ok(RemainingWork { count: broker.replica_count.into(), text, obstacle })
     });
-    let time = time.await?;
-    let done = DrainStatus { leader_count: 0, replica_count: 0, blocked: Vec::new(), leaderless: 0, ..drain };
-    Ok((drained(id, &done), format!("broker {id} is empty after {}: it can be stopped for good", took(time))))
+    let elapsed = elapsed.await?;
+    let empty = DrainStatus { leader_count: 0, replica_count: 0, blocked: Vec::new(), leaderless: 0, ..drain };
+    Ok((
+        drain_json(id, &empty),
+        format!("broker {id} is empty after {}: it can be stopped for good", format_elapsed(elapsed)),
+    ))
 }
 
-fn drained(id: u32, drain: &DrainStatus) -> Value {
+/// Returns a drain's status as JSON.
+fn drain_json(id: u32, drain: &DrainStatus) -> Value {
     let blocked = drain.blocked.iter().map(|(topic, partition)| json!({ "topic": topic, "partition": partition }));
     json!({
         "broker": id,
@@ -266,12 +330,13 @@ fn drained(id: u32, drain: &DrainStatus) -> Value {
     })
 }
 
+/// Returns a drain's status as text: the remaining replicas, and a warning for those that cannot move.
 fn format_drain(id: u32, drain: &DrainStatus) -> String {
-    let now = if drain.changed { "is draining" } else { "was draining already" };
+    let state = if drain.changed { "is draining" } else { "was draining already" };
     let mut lines = match (drain.replica_count, drain.leader_count) {
-        (0, _) => format!("broker {id} {now}: no replicas to move"),
+        (0, _) => format!("broker {id} {state}: no replicas to move"),
         (replicas, leaders) => format!(
-            "broker {id} {now}: {} to move, {leaders} of them leaders\n`strandline cluster describe` shows the \
+            "broker {id} {state}: {} to move, {leaders} of them leaders\n`strandline cluster describe` shows the \
              progress",
             output::count(replicas.into(), "replica"),
         ),
@@ -282,14 +347,11 @@ fn format_drain(id: u32, drain: &DrainStatus) -> String {
         if drain.blocked.len() > MAX_NAMED {
             names.push("…".to_owned());
         }
-        let eligible = match drain.eligible_brokers {
-            0 => "no other broker is eligible".to_owned(),
-            few => format!("too few eligible brokers ({few})"),
-        };
         lines += &format!(
-            "\nwarning: {} cannot move: {eligible}, or a needed broker is offline:\n  {}\nstart or undrain brokers, \
+            "\nwarning: {} cannot move: {}, or a needed broker is offline:\n  {}\nstart or undrain brokers, \
              or lower the topics' replication factor; the drain then continues",
             output::count(u64::try_from(drain.blocked.len()).unwrap_or(u64::MAX), "replica"),
+            eligible_brokers(drain),
             names.join(" "),
         );
     }
@@ -302,9 +364,18 @@ fn format_drain(id: u32, drain: &DrainStatus) -> String {
     lines
 }
 
+/// Returns the number of other brokers that are eligible for the replicas, as the cause of a blocked drain.
+fn eligible_brokers(drain: &DrainStatus) -> String {
+    match drain.eligible_brokers {
+        0 => "no other broker is eligible".to_owned(),
+        number => format!("too few eligible brokers ({number})"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::cluster::tests::troubled;
 
     fn drain(blocked: u32) -> DrainStatus {
         DrainStatus {
@@ -331,11 +402,11 @@ mod tests {
     fn wait_ends_when_no_replica_can_move_for_a_minute() {
         let (start, mut standstill) = (clock::monotonic(), Standstill::default());
         let at = |seconds| start + Duration::from_secs(seconds);
-        assert!(!standstill.is_over(8, 8, at(0)) && !standstill.is_over(8, 8, at(59)));
-        assert!(!standstill.is_over(8, 7, at(60)), "one replica can move");
-        assert!(!standstill.is_over(7, 7, at(61)) && !standstill.is_over(7, 7, at(120)));
-        assert!(standstill.is_over(7, 7, at(121)));
-        assert!(!standstill.is_over(0, 0, at(122)), "the broker is empty");
+        assert!(!standstill.has_timed_out(8, 8, at(0)) && !standstill.has_timed_out(8, 8, at(59)));
+        assert!(!standstill.has_timed_out(8, 7, at(60)), "one replica can move");
+        assert!(!standstill.has_timed_out(7, 7, at(61)) && !standstill.has_timed_out(7, 7, at(120)));
+        assert!(standstill.has_timed_out(7, 7, at(121)));
+        assert!(!standstill.has_timed_out(0, 0, at(122)), "the broker is empty");
     }
 
     #[test]
@@ -348,17 +419,46 @@ mod tests {
             !DrainStatus { replica_count: 3, leaderless: 3, ..drain(0) }.is_blocked(),
             "a leader may be elected soon"
         );
-        assert!(stuck(3).contains("broker undrain 3"));
+    }
+
+    #[test]
+    fn blocked_drain_error_counts_replicas_per_cause() {
+        let causes = unmovable_replicas(&DrainStatus { leaderless: 1, ..drain(11) });
+        assert_eq!(
+            causes,
+            "11 replicas: too few eligible brokers (2), or a needed broker is offline; 1 replica: the partition has no \
+             leader"
+        );
+        let error = blocked_drain_error(3, &causes);
+        assert!(error.contains("no replica on broker 3 can move: 11 replicas"), "{error}");
+        assert!(error.contains("broker undrain 3"), "{error}");
+    }
+
+    #[test]
+    fn blocked_replicas_name_the_states_of_other_brokers() {
+        let cluster = troubled();
+        let drained = BrokerDescription { blocked: 20, ..cluster.brokers[2].clone() };
+        assert_eq!(
+            blocked_replicas(&cluster, &drained),
+            "20 of 20 replicas blocked (eligible: broker 1; offline: broker 5; stopping: broker 2; under disk \
+             pressure: broker 4; 1 partition without a leader in the cluster)"
+        );
+        let alone = ClusterDescription { brokers: vec![drained.clone()], leaderless: 0, ..cluster };
+        assert_eq!(blocked_replicas(&alone, &drained), "20 of 20 replicas blocked (there is no other broker)");
     }
 
     #[test]
     fn drain_output_lists_moving_and_blocked_replicas() {
         output::golden::lines("broker-drain.txt", &format_drain(2, &drain(0)));
-        output::golden::json("broker-drain.json", &drained(2, &drain(2)));
+        output::golden::json("broker-drain.json", &drain_json(2, &drain(2)));
         output::golden::lines("broker-drain-stuck.txt", &format_drain(2, &drain(12)));
-        let last = DrainStatus { eligible_brokers: 0, replica_count: 1, changed: false, ..drain(1) };
-        assert!(format_drain(2, &last).contains("was draining already: 1 replica"), "{}", format_drain(2, &last));
-        assert!(format_drain(2, &last).contains("1 replica cannot move: no other broker is eligible"));
+        let repeated = DrainStatus { eligible_brokers: 0, replica_count: 1, changed: false, ..drain(1) };
+        assert!(
+            format_drain(2, &repeated).contains("was draining already: 1 replica"),
+            "{}",
+            format_drain(2, &repeated)
+        );
+        assert!(format_drain(2, &repeated).contains("1 replica cannot move: no other broker is eligible"));
         let leaderless = format_drain(2, &DrainStatus { leaderless: 2, ..drain(0) });
         assert!(
             leaderless.contains("warning: 2 replicas cannot move while their partitions have no leader"),

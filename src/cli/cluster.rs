@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{
     CommonArgs,
-    connect::{connect, explain_order},
+    connect::{connect, explain_call},
     health::{ClusterHealth, state},
     output::{self, OutputFormat},
     retry_output::RetryMonitor,
@@ -48,15 +48,16 @@ pub(super) struct NewGenerationArgs {
     above: u64,
 }
 
+/// Runs a subcommand. `new-generation` connects to no broker: brokers must be stopped.
 pub(super) async fn run(common: &CommonArgs, command: ClusterCommand) -> anyhow::Result<ExitCode> {
     if let ClusterCommand::NewGeneration(command) = &command {
         return new_generation(common, command).await;
     }
     let client = connect(common).await?;
-    let described = async { client.admin().describe_cluster().await.map_err(|error| explain_order(&error)) };
+    let described = async { client.admin().describe_cluster().await.map_err(|error| explain_call(&error)) };
     let cluster = RetryMonitor::new(&client).run_with_retry_output(None, described).await?;
     match command {
-        // Handled above.
+        // The function returned above for this subcommand.
         ClusterCommand::NewGeneration(_) => Ok(ExitCode::SUCCESS),
         ClusterCommand::Describe => {
             match common.output {
@@ -76,6 +77,7 @@ pub(super) async fn run(common: &CommonArgs, command: ClusterCommand) -> anyhow:
     }
 }
 
+/// Raises the generation in etcd and in the object store, and prints the new one.
 async fn new_generation(common: &CommonArgs, command: &NewGenerationArgs) -> anyhow::Result<ExitCode> {
     let settings = ConfigSources::new().read_file(&command.config)?.environment(environment()).load()?;
     let raised = Box::pin(raise_generation(&settings.config, command.above)).await?;
@@ -96,6 +98,7 @@ async fn new_generation(common: &CommonArgs, command: &NewGenerationArgs) -> any
     Ok(ExitCode::SUCCESS)
 }
 
+/// Returns the description as text: totals, a table of the brokers, and one line per note.
 fn lines(cluster: &ClusterDescription) -> String {
     let controller = cluster.controller.map_or_else(|| "none".to_owned(), |id| id.to_string());
     let mut lines = vec![
@@ -118,7 +121,7 @@ fn lines(cluster: &ClusterDescription) -> String {
             cluster
                 .brokers
                 .iter()
-                .flat_map(|broker| notes(broker, hides_replicas(cluster), cluster.brokers.len() == 1)),
+                .flat_map(|broker| notes(broker, key_that_hides_replicas(cluster), cluster.brokers.len() == 1)),
         )
         .chain(unreadable(cluster))
         .collect();
@@ -154,17 +157,19 @@ fn unavailable(cluster: &ClusterDescription) -> Option<String> {
 
 /// Returns a line with the number of partitions for each problem; empty if there is no problem.
 fn problems(cluster: &ClusterDescription) -> String {
-    let named = [
+    let counts = [
         (cluster.leaderless, "without a leader"),
         (cluster.under_min_isr, "below min.insync.replicas"),
         (cluster.under_replicated, "under-replicated"),
         (cluster.reassigning, "being reassigned"),
     ];
     let problems: Vec<String> =
-        named.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
+        counts.iter().filter(|(count, _)| *count > 0).map(|(count, problem)| format!("{count} {problem}")).collect();
     if problems.is_empty() { String::new() } else { format!("\n{}", problems.join(", ")) }
 }
 
+/// Returns a broker's row of the table. `?` stands for a value that a registered broker did not report, `-` for a value
+/// that does not exist.
 fn row(broker: &BrokerDescription) -> Vec<String> {
     let unknown = || if broker.alive { "?" } else { "-" }.to_owned();
     let (on_disk, free, lag) = match &broker.stats {
@@ -173,11 +178,11 @@ fn row(broker: &BrokerDescription) -> Vec<String> {
         }
         _ => (unknown(), unknown(), unknown()),
     };
-    let text = |text: &String| if text.is_empty() { "-".to_owned() } else { text.clone() };
+    let or_dash = |text: &String| if text.is_empty() { "-".to_owned() } else { text.clone() };
     vec![
         broker.id.to_string(),
-        text(&broker.address),
-        text(&broker.rack),
+        or_dash(&broker.address),
+        or_dash(&broker.rack),
         state(broker).to_owned(),
         if broker.alive { broker.broker_epoch.to_string() } else { "-".to_owned() },
         broker.leader_count.to_string(),
@@ -188,7 +193,9 @@ fn row(broker: &BrokerDescription) -> Vec<String> {
     ]
 }
 
-/// Returns notes about a broker that the table does not contain.
+/// Returns notes about a broker that the table does not contain. `unreadable_key` is a key whose value may hide
+/// replicas, so an empty drained broker must not be stopped. A standalone broker has no other broker that could take
+/// over.
 fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: bool) -> Vec<String> {
     let (id, mut notes) = (broker.id, Vec::new());
     let host = |address: &str| address.rsplit_once(':').map(|(host, _)| host.to_owned());
@@ -196,23 +203,24 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
         notes.push(format!("other brokers reach broker {id} at {}", broker.peer_address));
     }
     if !broker.alive && broker.replica_count > 0 {
-        let held = output::count(broker.replica_count.into(), "replica");
+        let replicas = output::count(broker.replica_count.into(), "replica");
         notes.push(format!(
-            "broker {id} is offline with {held}: start it, or replace its replicas with `broker drain {id}`"
+            "broker {id} is offline with {replicas}: start it, or replace its replicas with `broker drain {id}`"
         ));
     }
     if broker.draining_since_ms.is_some() {
-        let left = output::count(broker.replica_count.into(), "replica");
+        let remaining = output::count(broker.replica_count.into(), "replica");
         notes.push(match broker.replica_count {
             0 if unreadable_key.is_some() => {
                 format!("broker {id} has no replicas in the readable metadata: do not stop it for good")
             }
             0 => format!("broker {id} is drained: it can be stopped for good"),
             _ if broker.blocked > 0 => format!(
-                "broker {id} is draining: {left} to move, {} of them blocked: too few eligible brokers, or no leader",
+                "broker {id} is draining: {remaining} to move, {} of them blocked: too few eligible brokers, or no \
+                 leader",
                 broker.blocked
             ),
-            _ => format!("broker {id} is draining: {left} to move"),
+            _ => format!("broker {id} is draining: {remaining} to move"),
         });
     }
     if broker.alive && broker.disk_full {
@@ -256,12 +264,14 @@ fn stats_notes(id: BrokerId, stats: &BrokerStats) -> impl Iterator<Item = String
     [regressed, failed, store, maintenance, future].into_iter().flatten()
 }
 
-/// Returns the key of an unusable value of a topic or partition. The replicas in such a value are not counted.
-pub(super) fn hides_replicas(cluster: &ClusterDescription) -> Option<&str> {
+/// Returns the key of a topic's or partition's invalid value; `None` if every such value is valid. The replicas in an
+/// invalid value are not counted.
+pub(super) fn key_that_hides_replicas(cluster: &ClusterDescription) -> Option<&str> {
     let mut keys = cluster.unreadable.iter().map(|unreadable| &*unreadable.key);
     keys.find(|key| key.contains("/topics/") || key.contains("/partitions/"))
 }
 
+/// Returns a line for each invalid value in the metadata store.
 fn unreadable(cluster: &ClusterDescription) -> impl Iterator<Item = String> + '_ {
     cluster
         .unreadable
@@ -269,8 +279,9 @@ fn unreadable(cluster: &ClusterDescription) -> impl Iterator<Item = String> + '_
         .map(|unreadable| format!("the value of {} is invalid: {}", unreadable.key, unreadable.error))
 }
 
+/// Returns the description as JSON.
 fn description(cluster: &ClusterDescription) -> Value {
-    let unreadable = cluster.unreadable.iter().map(|one| json!({ "key": one.key, "error": one.error }));
+    let unreadable = cluster.unreadable.iter().map(|value| json!({ "key": value.key, "error": value.error }));
     json!({
         "name": cluster.name,
         "controller": cluster.controller,
@@ -292,19 +303,20 @@ fn description(cluster: &ClusterDescription) -> Value {
     })
 }
 
+/// Returns a broker as JSON. Values that the broker did not report are null.
 fn broker(broker: &BrokerDescription) -> Value {
     let stats = broker.stats.as_ref().and_then(|stats| stats.as_ref().ok());
-    let text = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
+    let non_empty = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
     json!({
         "id": broker.id,
         "state": state(broker),
         "alive": broker.alive,
-        "address": text(&broker.address),
-        "http_address": text(&broker.http_address),
-        "peer_address": text(&broker.peer_address),
-        "rack": text(&broker.rack),
+        "address": non_empty(&broker.address),
+        "http_address": non_empty(&broker.http_address),
+        "peer_address": non_empty(&broker.peer_address),
+        "rack": non_empty(&broker.rack),
         "broker_epoch": broker.alive.then_some(broker.broker_epoch),
-        "version": text(&broker.version),
+        "version": non_empty(&broker.version),
         "draining_since_ms": broker.draining_since_ms,
         "blocked": broker.blocked,
         "disk_pressure": broker.disk_pressure,
@@ -439,8 +451,11 @@ pub(super) mod tests {
     #[test]
     fn broker_is_not_drained_while_values_are_unreadable() {
         let empty = BrokerDescription { draining_since_ms: Some(1), replica_count: 0, ..running(1, "") };
-        assert_eq!(notes(&empty, hides_replicas(&calm()), false), ["broker 1 is drained: it can be stopped for good"]);
-        let note = notes(&empty, hides_replicas(&troubled()), false).remove(0);
+        assert_eq!(
+            notes(&empty, key_that_hides_replicas(&calm()), false),
+            ["broker 1 is drained: it can be stopped for good"]
+        );
+        let note = notes(&empty, key_that_hides_replicas(&troubled()), false).remove(0);
         assert!(note.ends_with("do not stop it for good"), "{note}");
     }
 

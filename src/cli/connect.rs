@@ -17,15 +17,18 @@ pub(super) const METADATA_AGE: Duration = Duration::from_secs(5);
 /// Maximum number of topic names that a message lists.
 const MAX_NAMES: usize = 5;
 
+/// Connects to the cluster at the bootstrap addresses of the command line or the environment.
 pub(super) async fn connect(common: &CommonArgs) -> anyhow::Result<Client> {
     let options = ClientOptions { metadata_age: METADATA_AGE, ..ClientOptions::default() };
     match Client::connect(&common.bootstrap(), options).await {
         Ok(client) => Ok(client),
-        Err(error) => Err(without_cluster(&error)),
+        Err(error) => Err(explain_call(&error)),
     }
 }
 
-fn without_cluster(error: &CallError) -> anyhow::Error {
+/// Returns the error message for a failed request. If no broker responded, the message states how to name or start one.
+/// For a request about a topic, see [`explain`].
+pub(super) fn explain_call(error: &CallError) -> anyhow::Error {
     match error {
         // Only the default address was tried: the user probably named no cluster, and there may be none.
         CallError::Connect(ConnectError::NoResponse { tried })
@@ -40,15 +43,10 @@ fn without_cluster(error: &CallError) -> anyhow::Error {
     }
 }
 
-/// Returns the error message for a request that concerns no topic.
-pub(super) fn explain_order(error: &CallError) -> anyhow::Error {
-    without_cluster(error)
-}
-
-/// Returns the error message for a request about a topic. For an unknown topic, the message lists similar names.
+/// Returns the error message for a failed request about a topic. For an unknown topic, the message lists similar names.
 pub(super) async fn explain(admin: &Admin, topic: &str, error: CallError) -> anyhow::Error {
     if error.code() != Some(ErrorCode::UnknownTopic) {
-        return without_cluster(&error);
+        return explain_call(&error);
     }
     let names = match admin.list_topics().await {
         Ok(topics) => topics.into_iter().map(|topic| topic.name).collect(),
@@ -81,8 +79,10 @@ pub(super) async fn explain_read(admin: &Admin, topic: &str, error: ConsumeError
     }
 }
 
+/// Returns the error message for an unknown topic. `names` are the topics of the cluster; similar names are suggested,
+/// else some names are listed.
 fn unknown_topic(topic: &str, names: &[String]) -> String {
-    let near = closest_names(topic, names, |name| name.as_str(), MAX_NAMES);
+    let similar = closest_names(topic, names, |name| name.as_str(), MAX_NAMES);
     let list = |names: Vec<&String>| {
         let mut text = names.iter().take(MAX_NAMES).map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
         if names.len() > MAX_NAMES {
@@ -90,9 +90,9 @@ fn unknown_topic(topic: &str, names: &[String]) -> String {
         }
         text
     };
-    match (near.is_empty(), names.is_empty()) {
+    match (similar.is_empty(), names.is_empty()) {
         (false, _) => {
-            format!("topic {topic:?} does not exist; did you mean {}?", list(near))
+            format!("topic {topic:?} does not exist; did you mean {}?", list(similar))
         }
         (true, false) => format!(
             "topic {topic:?} does not exist; the cluster has {}; create it with `strandline topic create {topic}`",

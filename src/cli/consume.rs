@@ -74,6 +74,7 @@ struct ConsumePlan {
     printer: Printer,
 }
 
+/// Prints records until the end offsets, the maximum number of records, or a stop signal, which is a success.
 pub(super) async fn run(common: &CommonArgs, command: ConsumeArgs) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
     let monitor = RetryMonitor::new(&client);
@@ -108,7 +109,8 @@ pub(super) async fn run(common: &CommonArgs, command: ConsumeArgs) -> anyhow::Re
     Ok(ExitCode::SUCCESS)
 }
 
-/// Looks up the start and the end of each partition. All partitions are checked before any record is printed.
+/// Looks up the start and the end of each partition. All partitions are checked before any record is printed. Each
+/// partition counts as one of the `pieces` that `--timeout` expects.
 async fn plan(
     common: &CommonArgs,
     command: &ConsumeArgs,
@@ -119,9 +121,9 @@ async fn plan(
     let mut bounds = EndOffsets::default();
     let on_undecodable = if command.skip_corrupt { OnUndecodable::Skip } else { OnUndecodable::Fail };
     let mut consumer = client.consumer(ConsumerOptions { on_undecodable, ..command.rack.options(client).await });
-    let (wanted, partitions) = partitions(client, command).await?;
+    let (selected, partitions) = partitions(client, command).await?;
     let mut starts = Vec::new();
-    for partition in wanted {
+    for partition in selected {
         pieces.set(pieces.get() + 1);
         let lookup = |at| offset(&admin, &command.topic, partition, at);
         let start = match command.from {
@@ -168,12 +170,13 @@ async fn partitions(client: &Client, command: &ConsumeArgs) -> anyhow::Result<(V
     if let Some(wrong) = command.partitions.iter().find(|partition| **partition >= count) {
         bail!("topic {:?} has no partition {wrong}: its {count} partitions are numbered from 0", command.topic);
     }
-    let mut wanted = command.partitions.clone();
-    wanted.sort_unstable();
-    wanted.dedup();
-    Ok((if wanted.is_empty() { (0..count).collect() } else { wanted }, count))
+    let mut selected = command.partitions.clone();
+    selected.sort_unstable();
+    selected.dedup();
+    Ok((if selected.is_empty() { (0..count).collect() } else { selected }, count))
 }
 
+/// Looks up an offset of a partition. An error names similar topics if the topic is unknown.
 async fn offset(admin: &Admin, topic: &str, partition: u32, at: OffsetSpec) -> anyhow::Result<Offset> {
     match admin.offset(topic, partition, at).await {
         Ok(offset) => Ok(offset),
@@ -181,31 +184,34 @@ async fn offset(admin: &Admin, topic: &str, partition: u32, at: OffsetSpec) -> a
     }
 }
 
-/// Waits until the topic has more than `known` partitions, and returns the new ones with their first offsets.
-async fn growth(client: &Client, topic: &str, known: u32) -> Vec<(u32, Offset)> {
+/// Waits until the topic has more than `known` partitions, and returns the new partitions with their first offsets. New
+/// partitions after one whose offset lookup fails are returned by a later call.
+async fn wait_for_partitions(client: &Client, topic: &str, known: u32) -> Vec<(u32, Offset)> {
     loop {
         tokio::time::sleep(METADATA_AGE).await;
         // A failed request is repeated here. The consumer reports the error.
         let Ok(route) = client.topic_now(topic).await else { continue };
-        let mut found = Vec::new();
+        let mut new_partitions = Vec::new();
         for partition in known..u32::try_from(route.partitions.len()).unwrap_or(known) {
             let Ok(start) = client.admin().offset(topic, partition, OffsetSpec::Earliest).await else { break };
-            found.push((partition, start));
+            new_partitions.push((partition, start));
         }
-        if !found.is_empty() {
-            return found;
+        if !new_partitions.is_empty() {
+            return new_partitions;
         }
     }
 }
 
-/// End offsets of the partitions that are not finished; empty if reading never ends.
+/// End offsets of the partitions that still have records to print; also empty if reading never ends. `bounded` is true
+/// if reading ends at these offsets (`--until-end`).
 #[derive(Debug, Default)]
 struct EndOffsets {
     ends: BTreeMap<u32, Offset>,
 }
 
 impl EndOffsets {
-    /// Returns two flags: the record is to be printed, and no partition has further records to print.
+    /// Returns two flags: the record is to be printed, and no partition has further records to print. A record behind
+    /// its partition's end offset is not printed.
     fn admit(&mut self, partition: u32, offset: Offset, bounded: bool) -> (bool, bool) {
         if !bounded {
             return (true, false);
@@ -224,6 +230,8 @@ impl EndOffsets {
     }
 }
 
+/// Prints records until the end offsets or the maximum number of records. Skipped batches are reported on standard
+/// error.
 async fn print(
     command: &ConsumeArgs,
     client: &Client,
@@ -231,20 +239,20 @@ async fn print(
     pieces: &Cell<u64>,
     out: &mut BufWriter<io::StdoutLock<'_>>,
 ) -> anyhow::Result<()> {
-    let follows = !command.until_end && command.partitions.is_empty();
-    let mut left = command.max_records.unwrap_or(u64::MAX);
-    let mut grown = Box::pin(growth(client, &command.topic, plan.partitions));
+    let reads_new_partitions = !command.until_end && command.partitions.is_empty();
+    let mut remaining = command.max_records.unwrap_or(u64::MAX);
+    let mut added_partitions = Box::pin(wait_for_partitions(client, &command.topic, plan.partitions));
     loop {
         // While records are buffered, no other await yields, so the command would not react to a signal.
         tokio::task::consume_budget().await;
         let next = tokio::select! {
             biased;
-            found = &mut grown, if follows => {
-                for (partition, start) in found {
+            new_partitions = &mut added_partitions, if reads_new_partitions => {
+                for (partition, start) in new_partitions {
                     plan.consumer.assign_at(&command.topic, partition, start).await?;
                     plan.partitions = partition + 1;
                 }
-                grown.set(growth(client, &command.topic, plan.partitions));
+                added_partitions.set(wait_for_partitions(client, &command.topic, plan.partitions));
                 continue;
             }
             next = next(&mut plan.consumer, out) => next?,
@@ -266,18 +274,19 @@ async fn print(
             }
         };
         pieces.set(pieces.get() + 1);
-        let (wanted, last) = plan.bounds.admit(record.partition, record.offset, command.until_end);
-        if wanted {
+        let (is_wanted, is_last) = plan.bounds.admit(record.partition, record.offset, command.until_end);
+        if is_wanted {
             plan.printer.write(&record, out)?;
-            left -= 1;
+            remaining -= 1;
         }
-        if last || left == 0 {
+        if is_last || remaining == 0 {
             return Ok(());
         }
     }
 }
 
-/// Returns the next record. Printed records are flushed before a wait for the next one.
+/// Returns the next record. Flushes the printed records before a wait for the next record. The outer error is one of
+/// the output, the inner one an error of the consumer.
 async fn next(
     consumer: &mut Consumer,
     out: &mut BufWriter<io::StdoutLock<'_>>,

@@ -68,7 +68,7 @@ pub(super) async fn run(command: DevArgs) -> anyhow::Result<ExitCode> {
         return serve(settings, |ready| print_line(&welcome(std::slice::from_ref(ready), &program()))).await;
     }
     check_cluster_dir(&data_dir)?;
-    if let Some(warning) = left_out(&data_dir, command.brokers) {
+    if let Some(warning) = excluded_brokers_warning(&data_dir, command.brokers) {
         eprintln!("{warning}");
     }
     let configs = command.cluster_configs(&data_dir)?;
@@ -83,7 +83,7 @@ pub(super) async fn run(command: DevArgs) -> anyhow::Result<ExitCode> {
 impl DevArgs {
     /// Returns the settings of a standalone broker.
     fn standalone_config(self, data_dir: &Path) -> anyhow::Result<LoadedConfig> {
-        let sources = base(data_dir)
+        let sources = shared_defaults(data_dir)
             .environment(environment())
             .flag("broker.data_dir", data_dir.display().to_string())
             .flag("grpc.listen", self.listen)
@@ -94,14 +94,14 @@ impl DevArgs {
     /// Returns the configuration of each broker of a cluster.
     fn cluster_configs(&self, data_dir: &Path) -> anyhow::Result<Vec<Config>> {
         let (grpc, http) = (ports(&self.listen, self.brokers, "--listen")?, ports(&self.http, self.brokers, "--http")?);
-        if let Some(both) = grpc.iter().find(|address| address.port() != 0 && http.contains(address)) {
+        if let Some(address) = grpc.iter().find(|address| address.port() != 0 && http.contains(address)) {
             bail!(
-                "{both} would have two listeners: brokers use every second port, so start with an even --listen and \
+                "{address} would have two listeners: brokers use every second port, so start with an even --listen and \
                  an odd --http, or the reverse"
             );
         }
         let configs = (1..=self.brokers).zip(grpc.into_iter().zip(http)).map(|(id, (grpc, http))| {
-            let mut sources = base(data_dir)
+            let mut sources = shared_defaults(data_dir)
                 .with_default("replication.default_factor", self.brokers.min(3).to_string())
                 // All brokers share one disk, so disk pressure affects all or none. 100 keeps topic creation possible.
                 .with_default("broker.disk_pressure_percent", "100")
@@ -122,7 +122,7 @@ impl DevArgs {
             }
             let settings = self.overrides.clone().apply(sources).load()?;
             if self.brokers > 1 {
-                own_port_each(&settings)?;
+                reject_fixed_ports(&settings)?;
             }
             Ok(settings.config)
         });
@@ -131,12 +131,13 @@ impl DevArgs {
 }
 
 /// Returns the defaults that one broker and several brokers share.
-fn base(data_dir: &Path) -> ConfigSources {
+fn shared_defaults(data_dir: &Path) -> ConfigSources {
     ConfigSources::new().with_default("object_store.url", format!("file://{}", data_dir.join("bucket").display()))
 }
 
-/// Rejects an address with a fixed port, because every broker would listen on that port or advertise it.
-fn own_port_each(settings: &LoadedConfig) -> anyhow::Result<()> {
+/// Rejects an address setting with a fixed port, because every broker of the cluster would listen on that port or
+/// advertise it. Port 0 gives each broker a free port.
+fn reject_fixed_ports(settings: &LoadedConfig) -> anyhow::Result<()> {
     let Config { grpc, peer, .. } = &settings.config;
     for (key, address) in [
         ("grpc.advertise", grpc.advertise.clone()),
@@ -165,7 +166,8 @@ fn ports(first: &str, count: u32, flag: &str) -> anyhow::Result<Vec<SocketAddr>>
         if first.port() != 0 {
             let Some(next) = address.port().checked_add(PORTS_PER_BROKER) else {
                 bail!(
-                    "{flag} {first} leaves too few ports for {count} brokers, which use every second port: start lower"
+                    "{flag} {first} leaves too few ports for {count} brokers, which use every second port: \
+                     choose a lower port"
                 );
             };
             address.set_port(next);
@@ -184,8 +186,9 @@ fn check_standalone_dir(data_dir: &Path) -> anyhow::Result<()> {
             "{} contains a broker that ran with --etcd: add --etcd, or choose another --data-dir",
             data_dir.display()
         ),
-        many => bail!(
-            "{} contains a cluster of {many} brokers: start it with --brokers {many}, or choose another --data-dir",
+        brokers => bail!(
+            "{} contains a cluster of {brokers} brokers: start it with --brokers {brokers}, or choose another \
+             --data-dir",
             data_dir.display()
         ),
     }
@@ -202,16 +205,16 @@ fn check_cluster_dir(data_dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Returns a warning if the directory contains brokers that this start leaves out.
-fn left_out(data_dir: &Path, brokers: u32) -> Option<String> {
-    let out: Vec<String> = brokers_in(data_dir).iter().filter(|id| **id > brokers).map(u32::to_string).collect();
-    (!out.is_empty()).then(|| {
+/// Returns a warning if the directory contains brokers with ids above `brokers`, which this start does not run.
+fn excluded_brokers_warning(data_dir: &Path, brokers: u32) -> Option<String> {
+    let excluded: Vec<String> = brokers_in(data_dir).iter().filter(|id| **id > brokers).map(u32::to_string).collect();
+    (!excluded.is_empty()).then(|| {
         format!(
             "warning: {} contains more brokers than are started: records that only broker {} has are unavailable until \
              --brokers is {} again",
             data_dir.display(),
-            out.join(" and "),
-            out[out.len() - 1]
+            excluded.join(" and "),
+            excluded[excluded.len() - 1]
         )
     })
 }
@@ -222,6 +225,7 @@ fn brokers_in(data_dir: &Path) -> Vec<u32> {
     brokers.filter(|id| is_data_directory(&data_dir.join(id.to_string()))).collect()
 }
 
+/// Returns true if a broker has used this directory: the directory has an identity file.
 fn is_data_directory(path: &Path) -> bool {
     path.join(log::IDENTITY).exists()
 }
@@ -235,7 +239,7 @@ fn welcome(ready: &[ServingAddresses], program: &str) -> String {
     } else {
         format!("  export STRANDLINE_BOOTSTRAP={}\n", first.grpc)
     };
-    let (took, partitions) = (ready.iter().map(|one| one.took).max().unwrap_or_default(), first.partitions);
+    let (took, partitions) = (ready.iter().map(|broker| broker.took).max().unwrap_or_default(), first.partitions);
     let mut text = format!("Strandline {} is ready ({} ms, ", env!("CARGO_PKG_VERSION"), took.as_millis());
     // Writing to a string cannot fail.
     let _infallible = match others {
@@ -248,13 +252,13 @@ fn welcome(ready: &[ServingAddresses], program: &str) -> String {
         ),
         _ => {
             let _infallible = writeln!(text, "{} brokers)\n", ready.len());
-            for (id, one) in (1..).zip(ready) {
+            for (id, broker) in (1..).zip(ready) {
                 let _infallible = writeln!(
                     text,
                     "  broker {id}  {}  metrics http://{}/metrics  data {}",
-                    one.grpc,
-                    one.http,
-                    one.data_dir.display(),
+                    broker.grpc,
+                    broker.http,
+                    broker.data_dir.display(),
                 );
             }
             Ok(())
@@ -362,20 +366,20 @@ mod tests {
             check_standalone_dir(dir.path()).is_ok() && check_cluster_dir(dir.path()).is_ok(),
             "both accept an empty directory"
         );
-        let mark = |folder: &Path| {
+        let create_identity = |folder: &Path| {
             std::fs::create_dir_all(folder).expect("made");
             std::fs::write(folder.join(log::IDENTITY), "{}").expect("written");
         };
-        mark(&dir.path().join("1"));
+        create_identity(&dir.path().join("1"));
         assert!(check_standalone_dir(dir.path()).expect_err("etcd").to_string().contains("--etcd"));
-        mark(&dir.path().join("2"));
+        create_identity(&dir.path().join("2"));
         let error = check_standalone_dir(dir.path()).expect_err("a cluster").to_string();
         assert!(error.contains("--brokers 2"), "{error}");
         assert!(check_cluster_dir(dir.path()).is_ok());
-        assert_eq!(left_out(dir.path(), 2), None);
-        let warning = left_out(dir.path(), 1).expect("broker 2 is left out");
+        assert_eq!(excluded_brokers_warning(dir.path(), 2), None);
+        let warning = excluded_brokers_warning(dir.path(), 1).expect("broker 2 is left out");
         assert!(warning.contains("only broker 2 has") && warning.contains("--brokers is 2"), "{warning}");
-        mark(dir.path());
+        create_identity(dir.path());
         assert!(check_cluster_dir(dir.path()).is_err());
     }
 }

@@ -42,6 +42,7 @@ pub(super) struct DoctorArgs {
     path_style: Option<bool>,
 }
 
+/// Runs the checks and prints their results. The exit code is 1 if a broker cannot use the object store.
 pub(super) async fn run(common: &CommonArgs, command: DoctorArgs) -> anyhow::Result<ExitCode> {
     let options = ObjectStoreOptions {
         endpoint: command.endpoint,
@@ -59,17 +60,17 @@ pub(super) async fn run(common: &CommonArgs, command: DoctorArgs) -> anyhow::Res
     bar.finish_and_clear();
     let checks = checks?;
     print(&command.object_store, &location, &checks, common.output)?;
-    Ok(if fit(&checks) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if is_usable(&checks) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Returns true if a broker can use the object store: no check failed.
-fn fit(checks: &[StoreCheck]) -> bool {
+fn is_usable(checks: &[StoreCheck]) -> bool {
     checks.iter().all(|check| check.outcome != CheckOutcome::Fail)
 }
 
 fn print(url: &str, location: &str, checks: &[StoreCheck], output: OutputFormat) -> anyhow::Result<()> {
     if output == OutputFormat::Json {
-        return Ok(output::json(&json!({ "object_store": url, "fit": fit(checks), "checks": checks }))?);
+        return Ok(output::json(&json!({ "object_store": url, "fit": is_usable(checks), "checks": checks }))?);
     }
     let row =
         |check: &StoreCheck| vec![check.name.to_owned(), outcome_text(check.outcome).to_owned(), check.detail.clone()];
@@ -79,7 +80,7 @@ fn print(url: &str, location: &str, checks: &[StoreCheck], output: OutputFormat)
         output::line(&format!("{} {}: {}", check.name, outcome_text(check.outcome), check.meaning))?;
     }
     let verdict =
-        if fit(checks) { "a broker can use this object store" } else { "a broker cannot use this object store" };
+        if is_usable(checks) { "a broker can use this object store" } else { "a broker cannot use this object store" };
     Ok(output::line(&format!("{location}: {verdict}"))?)
 }
 
@@ -97,10 +98,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_failed_check_makes_an_object_store_unfit() {
+    fn only_a_failed_check_makes_an_object_store_unusable() {
         let check = |outcome| StoreCheck { name: "n", outcome, detail: String::new(), meaning: "m" };
-        assert!(fit(&[check(CheckOutcome::Pass), check(CheckOutcome::Unsupported)]));
-        assert!(!fit(&[check(CheckOutcome::Fail), check(CheckOutcome::Skipped)]));
-        assert!(!fit(&[check(CheckOutcome::Pass), check(CheckOutcome::Fail)]));
+        assert!(is_usable(&[check(CheckOutcome::Pass), check(CheckOutcome::Unsupported)]));
+        assert!(!is_usable(&[check(CheckOutcome::Fail), check(CheckOutcome::Skipped)]));
+        assert!(!is_usable(&[check(CheckOutcome::Pass), check(CheckOutcome::Fail)]));
     }
 }

@@ -27,6 +27,7 @@ pub(super) struct Printer {
 }
 
 impl Printer {
+    /// Writes a record and a line end.
     pub(super) fn write(self, consumed: &ConsumedRecord, out: &mut impl Write) -> io::Result<()> {
         let record = &consumed.record;
         match self.format {
@@ -37,13 +38,14 @@ impl Printer {
                 self.bytes(record.value.as_deref(), out)?;
             }
             RecordFormat::Json if self.escapes => {
-                out.write_all(json_for_terminal(&object(consumed)).as_bytes())?;
+                out.write_all(json_for_terminal(&record_json(consumed)).as_bytes())?;
             }
-            RecordFormat::Json => serde_json::to_writer(&mut *out, &object(consumed))?,
+            RecordFormat::Json => serde_json::to_writer(&mut *out, &record_json(consumed))?,
         }
         out.write_all(b"\n")
     }
 
+    /// Writes a key or value, escaped if `escapes` is set. A null key or value writes nothing.
     fn bytes(self, bytes: Option<&[u8]>, out: &mut impl Write) -> io::Result<()> {
         let bytes = bytes.unwrap_or_default();
         if !self.escapes {
@@ -51,8 +53,8 @@ impl Printer {
         }
         for chunk in bytes.utf8_chunks() {
             escape(chunk.valid(), out, |character, out| match u32::from(character) {
-                byte @ ..=0xff => write!(out, "\\x{byte:02x}"),
-                wide => write!(out, "\\u{{{wide:x}}}"),
+                code @ ..=0xff => write!(out, "\\x{code:02x}"),
+                code => write!(out, "\\u{{{code:x}}}"),
             })?;
             for byte in chunk.invalid() {
                 write!(out, "\\x{byte:02x}")?;
@@ -88,14 +90,15 @@ fn escape<W: Write>(text: &str, out: &mut W, write_escape: impl Fn(char, &mut W)
 /// Returns true for a character that a terminal executes instead of showing: control characters, and those that change
 /// the direction of text (Unicode's `Bidi_Control`).
 fn is_control(character: char) -> bool {
-    let directs = matches!(
+    let changes_direction = matches!(
         character,
         '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
     );
-    character.is_control() || directs
+    character.is_control() || changes_direction
 }
 
-fn object(consumed: &ConsumedRecord) -> Value {
+/// Returns a record as JSON, with all its fields.
+fn record_json(consumed: &ConsumedRecord) -> Value {
     let record = &consumed.record;
     let headers =
         record.headers.iter().map(|header| json!({ "key": header.key, "value": text(header.value.as_deref()) }));

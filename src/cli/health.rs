@@ -36,16 +36,17 @@ impl ClusterHealth {
         if self.is_healthy() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
 
+    /// Returns one line per impairment, or one line that starts with `ok`.
     pub(super) fn lines(&self) -> String {
         if self.is_healthy() {
             return format!("ok: {}", output::count(self.brokers.len() as u64, "broker"));
         }
-        let of_cluster = self.cluster.iter().map(|line| format!("cluster: {line}"));
-        let of_brokers = self
+        let cluster_lines = self.cluster.iter().map(|line| format!("cluster: {line}"));
+        let broker_lines = self
             .brokers
             .iter()
             .flat_map(|broker| broker.impaired.iter().map(move |line| format!("broker {}: {line}", broker.id)));
-        of_cluster.chain(of_brokers).collect::<Vec<_>>().join("\n")
+        cluster_lines.chain(broker_lines).collect::<Vec<_>>().join("\n")
     }
 
     pub(super) fn json(&self) -> Value {
@@ -60,9 +61,10 @@ impl ClusterHealth {
     }
 }
 
+/// Returns the impairments that belong to no single broker, one line each.
 fn of_cluster(cluster: &ClusterDescription) -> Vec<String> {
     let partitions =
-        |count: u32, what: &str| (count > 0).then(|| format!("{} {what}", output::count(count.into(), "partition")));
+        |count: u32, state: &str| (count > 0).then(|| format!("{} {state}", output::count(count.into(), "partition")));
     let staleness = cluster.metadata_staleness;
     let stale = (!staleness.is_zero()).then(|| {
         format!("the metadata store has not responded to broker {} for {} s", cluster.responder, staleness.as_secs())
@@ -73,10 +75,12 @@ fn of_cluster(cluster: &ClusterDescription) -> Vec<String> {
         partitions(cluster.under_min_isr, "below min.insync.replicas"),
         partitions(cluster.under_replicated, "under-replicated"),
     ];
-    let unreadable = cluster.unreadable.iter().map(|one| format!("the value of {} is invalid: {}", one.key, one.error));
+    let unreadable =
+        cluster.unreadable.iter().map(|value| format!("the value of {} is invalid: {}", value.key, value.error));
     counted.into_iter().flatten().chain(unreadable).collect()
 }
 
+/// Returns the state of a broker, as `cluster describe` prints it.
 pub(super) fn state(broker: &BrokerDescription) -> &'static str {
     match (broker.alive, broker.stopping, broker.draining_since_ms) {
         (false, ..) => "offline",
@@ -86,6 +90,7 @@ pub(super) fn state(broker: &BrokerDescription) -> &'static str {
     }
 }
 
+/// Returns the impairments of one broker. An offline broker without replicas has none: a drained broker may be stopped.
 fn of_broker(broker: &BrokerDescription) -> BrokerHealth {
     let (mut impaired, mut ready) = (Vec::new(), None);
     if !broker.alive {
@@ -124,10 +129,10 @@ mod tests {
 
     /// A drained broker that was stopped permanently is no impairment.
     #[test]
-    fn gone_broker_without_replicas_is_no_impairment() {
+    fn offline_broker_without_replicas_is_no_impairment() {
         let mut cluster = calm();
-        let gone = &mut cluster.brokers[1];
-        (gone.alive, gone.replica_count, gone.stats) = (false, 0, None);
+        let stopped = &mut cluster.brokers[1];
+        (stopped.alive, stopped.replica_count, stopped.stats) = (false, 0, None);
         assert!(ClusterHealth::of(&cluster).is_healthy());
         cluster.brokers[1].replica_count = 1;
         assert!(!ClusterHealth::of(&cluster).is_healthy());

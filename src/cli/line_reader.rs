@@ -17,7 +17,8 @@ pub(super) struct LineReader<R> {
     /// Position up to which the bytes that were not returned contain no `\n`.
     searched: usize,
     max_line_bytes: usize,
-    ended: bool,
+    /// True once the input has ended; the buffer may still hold lines.
+    is_ended: bool,
     /// Number of lines returned so far.
     pub(super) number: u64,
 }
@@ -25,21 +26,21 @@ pub(super) struct LineReader<R> {
 impl<R: AsyncRead + Unpin> LineReader<R> {
     /// Creates a reader that fails if more than `max_line_bytes` bytes are buffered without a `\n`.
     pub(super) fn new(input: R, max_line_bytes: usize) -> Self {
-        Self { input, buffer: Vec::new(), start: 0, searched: 0, max_line_bytes, ended: false, number: 0 }
+        Self { input, buffer: Vec::new(), start: 0, searched: 0, max_line_bytes, is_ended: false, number: 0 }
     }
 
     /// Returns the next line without its `\n`. Dropping the future loses no bytes.
     pub(super) async fn next(&mut self) -> io::Result<Option<&[u8]>> {
         loop {
-            if let Some(at) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') {
-                let (start, end) = (self.start, self.searched + at);
+            if let Some(line_end) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') {
+                let (start, end) = (self.start, self.searched + line_end);
                 self.start = end + 1;
                 self.searched = self.start;
                 self.number += 1;
                 return Ok(Some(&self.buffer[start..end]));
             }
             self.searched = self.buffer.len();
-            if self.ended {
+            if self.is_ended {
                 let start = std::mem::replace(&mut self.start, self.buffer.len());
                 let rest = &self.buffer[start..];
                 self.number += u64::from(!rest.is_empty());
@@ -49,6 +50,7 @@ impl<R: AsyncRead + Unpin> LineReader<R> {
         }
     }
 
+    /// Drops the returned bytes from the buffer and reads more. Fails if the buffered line is too long.
     async fn fill(&mut self) -> io::Result<()> {
         self.buffer.drain(..self.start);
         self.searched -= self.start;
@@ -62,7 +64,7 @@ impl<R: AsyncRead + Unpin> LineReader<R> {
             return Err(io::Error::new(io::ErrorKind::InvalidData, message));
         }
         self.buffer.reserve(READ_BYTES);
-        self.ended = self.input.read_buf(&mut self.buffer).await? == 0;
+        self.is_ended = self.input.read_buf(&mut self.buffer).await? == 0;
         Ok(())
     }
 }

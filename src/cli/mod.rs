@@ -52,7 +52,7 @@ const DEFAULT_BOOTSTRAP: &str = "127.0.0.1:9460";
 /// Environment variable with the bootstrap addresses. The option has precedence.
 const BOOTSTRAP_VARIABLE: &str = "STRANDLINE_BOOTSTRAP";
 
-/// Help heading of the options that all commands share. It stands below a command's own options.
+/// Help heading of the options that all commands share. The heading comes after a command's own options.
 const COMMON: &str = "Common options";
 
 /// Arguments of every command that connects to a cluster or prints a table.
@@ -73,8 +73,8 @@ impl CommonArgs {
     /// Returns the bootstrap addresses: those of the option, else of the variable. An empty option or variable selects
     /// the default.
     fn bootstrap(&self) -> String {
-        let given = self.bootstrap.clone().or_else(|| std::env::var(BOOTSTRAP_VARIABLE).ok());
-        given.filter(|addresses| !addresses.is_empty()).unwrap_or_else(|| DEFAULT_BOOTSTRAP.to_owned())
+        let addresses = self.bootstrap.clone().or_else(|| std::env::var(BOOTSTRAP_VARIABLE).ok());
+        addresses.filter(|addresses| !addresses.is_empty()).unwrap_or_else(|| DEFAULT_BOOTSTRAP.to_owned())
     }
 }
 
@@ -113,11 +113,11 @@ enum Command {
 impl Args {
     /// Rejects combinations of arguments that clap accepts and the command does not support.
     fn check(&self) -> Result<(), clap::Error> {
-        let wrong = match &self.command {
-            Command::Partition(command) => command.wrong_usage(),
+        let conflict = match &self.command {
+            Command::Partition(command) => command.conflicting_arguments(),
             _ => None,
         };
-        wrong.map_or(Ok(()), |reason| Err(Self::command().error(clap::error::ErrorKind::ArgumentConflict, reason)))
+        conflict.map_or(Ok(()), |reason| Err(Self::command().error(clap::error::ErrorKind::ArgumentConflict, reason)))
     }
 }
 
@@ -132,7 +132,7 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", whole(&error));
+            eprintln!("error: {}", format_error(&error));
             ExitCode::FAILURE
         }
     }
@@ -161,6 +161,7 @@ fn raise_open_files() {
     }
 }
 
+/// Runs the command, and returns the exit code of the process. An error means exit code 1.
 fn run(arguments: Args) -> anyhow::Result<ExitCode> {
     let common = arguments.common;
     match arguments.command {
@@ -197,7 +198,7 @@ fn block_on<F: Future<Output = anyhow::Result<ExitCode>>>(command: F) -> anyhow:
 }
 
 /// Formats an error with its causes. A cause that the text already contains is not repeated.
-fn whole(error: &anyhow::Error) -> String {
+fn format_error(error: &anyhow::Error) -> String {
     error
         .chain()
         .skip(1)
@@ -222,11 +223,11 @@ mod tests {
 
     #[test]
     fn error_text_contains_each_cause_once() {
-        let cause = || io::Error::other("no such place");
-        let repeated = anyhow::Error::from(cause()).context("f cannot be read: no such place");
-        assert_eq!(whole(&repeated), "f cannot be read: no such place");
+        let cause = || io::Error::other("no such device");
+        let repeated = anyhow::Error::from(cause()).context("f cannot be read: no such device");
+        assert_eq!(format_error(&repeated), "f cannot be read: no such device");
         let separate = anyhow::Error::from(cause()).context("f cannot be read");
-        assert_eq!(whole(&separate), "f cannot be read: no such place");
+        assert_eq!(format_error(&separate), "f cannot be read: no such device");
     }
 
     #[test]
@@ -290,8 +291,8 @@ mod tests {
             ("consume", "STRANDLINE_RACK"),
             ("doctor", "Credentials come from the usual environment"),
         ] {
-            let mut all = Args::command();
-            let help = all.find_subcommand_mut(name).expect(name).render_long_help().to_string();
+            let mut root = Args::command();
+            let help = root.find_subcommand_mut(name).expect(name).render_long_help().to_string();
             let words: Vec<&str> = help.split_whitespace().collect();
             assert!(words.join(" ").contains(expected), "{name}: {help}");
         }

@@ -54,8 +54,8 @@ pub(super) fn tabled(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) -
 
 /// Returns a progress bar on standard error. The bar is hidden without a terminal or with `NO_COLOR`.
 pub(super) fn progress(length: Option<u64>, template: &'static str) -> ProgressBar {
-    let watched = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let target = if watched { ProgressDrawTarget::stderr_with_hz(5) } else { ProgressDrawTarget::hidden() };
+    let is_terminal = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let target = if is_terminal { ProgressDrawTarget::stderr_with_hz(5) } else { ProgressDrawTarget::hidden() };
     let bar = ProgressBar::with_draw_target(length, target);
     bar.set_style(ProgressStyle::with_template(template).expect("the template is a constant"));
     bar

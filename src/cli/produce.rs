@@ -17,12 +17,12 @@ use tokio::io::AsyncRead;
 use super::{
     CommonArgs,
     connect::{connect, explain, explain_send},
+    format_error,
     line_reader::LineReader,
     output::{self, OutputFormat},
     retry_output::RetryMonitor,
     separator::Separator,
     serve::stop_signal,
-    whole,
 };
 use crate::{
     client::{Ack, Client, Delivery, NewRecord, Producer, ProducerOptions, SendError},
@@ -101,6 +101,7 @@ struct PartitionAcks {
 }
 
 impl ProduceSummary {
+    /// Counts the result of a delivery.
     fn count(&mut self, result: Result<Ack, SendError>) {
         let ack = match result {
             Ok(ack) => ack,
@@ -119,25 +120,28 @@ impl ProduceSummary {
         }
     }
 
+    /// Joins the meanings of the acknowledgements. Several meanings read `A; some B`.
     fn meaning(&self) -> String {
         self.meanings.keys().cloned().collect::<Vec<_>>().join("; some ")
     }
 }
 
 impl PartitionAcks {
+    /// Adds the offset of an acknowledged record.
     fn add(&mut self, offset: u64) {
         match self.ranges.last_mut() {
             Some((_, end)) if *end == offset => *end += 1,
-            // A gap starts a range: a retried batch may be acknowledged behind later batches.
+            // After a gap, a new range starts: a retried batch may be acknowledged behind later batches.
             _ => self.ranges.push((offset, offset + 1)),
         }
     }
 
+    /// Formats the offset ranges. With `acks=0` no offset is known.
     fn describe(&self) -> String {
         let shown: Vec<String> =
             self.ranges.iter().take(MAX_RANGES).map(|(start, end)| format!("{start}..{end}")).collect();
-        let more = self.ranges.len().saturating_sub(MAX_RANGES);
-        let tail = if more > 0 { format!(" and {more} more ranges") } else { String::new() };
+        let omitted = self.ranges.len().saturating_sub(MAX_RANGES);
+        let tail = if omitted > 0 { format!(" and {omitted} more ranges") } else { String::new() };
         if shown.is_empty() { "unknown with acks=0".to_owned() } else { shown.join(", ") + &tail }
     }
 }
@@ -190,12 +194,14 @@ pub(super) async fn run(common: &CommonArgs, command: ProduceArgs) -> anyhow::Re
     let mut outstanding = Outstanding::default();
     let failure = produce(common, &command, &mut outstanding).await.err();
     report(&command, &outstanding.summary, failure.as_ref(), common.output)?;
-    if let Some(hint) = keyless(&command, &outstanding.summary) {
+    if let Some(hint) = missing_separator_hint(&command, &outstanding.summary) {
         eprintln!("{hint}");
     }
     failure.map_or(Ok(ExitCode::SUCCESS), Err)
 }
 
+/// Sends all lines. Returns an error for the first record that failed, or for an interruption; `outstanding` then holds
+/// the results so far.
 async fn produce(common: &CommonArgs, command: &ProduceArgs, outstanding: &mut Outstanding) -> anyhow::Result<()> {
     // An unreadable file is reported before any record is sent.
     for file in command.files.iter().filter(|file| !is_stdin(file)) {
@@ -222,9 +228,8 @@ async fn produce(common: &CommonArgs, command: &ProduceArgs, outstanding: &mut O
             }
         }
     };
-    // After a stop, most records in flight are acknowledged within a moment. The summary waits for at most
-    // `LAST_ACKS_TIMEOUT`.
-    let _late = tokio::time::timeout(LAST_ACKS_TIMEOUT, finish(&producer, outstanding)).await;
+    // After a stop signal, most records in flight are acknowledged within a moment, so the summary waits briefly.
+    let _timed_out = tokio::time::timeout(LAST_ACKS_TIMEOUT, finish(&producer, outstanding)).await;
     outstanding.count_abandoned();
     bar.finish_and_clear();
     let admin = client.admin();
@@ -276,6 +281,7 @@ fn is_stdin(file: &Path) -> bool {
     file.as_os_str() == "-"
 }
 
+/// Sends the lines of all inputs. Returns early, without an error, after the first failed delivery.
 async fn send_all(
     command: &ProduceArgs,
     producer: &Producer,
@@ -297,6 +303,8 @@ async fn send_all(
     Ok(())
 }
 
+/// Sends the lines of one input; `name` names the input in errors. Returns early, without an error, after the first
+/// failed delivery: the summary holds its error.
 async fn send_lines(
     command: &ProduceArgs,
     name: &str,
@@ -341,12 +349,13 @@ fn record<'a>(line: &'a [u8], command: &ProduceArgs) -> (NewRecord<'a>, bool) {
 }
 
 /// Returns a hint if the option set a separator and no line contains it.
-fn keyless(command: &ProduceArgs, summary: &ProduceSummary) -> Option<String> {
+fn missing_separator_hint(command: &ProduceArgs, summary: &ProduceSummary) -> Option<String> {
     let separator = command.key_separator.as_ref().filter(|_| summary.sent > 0 && summary.keyed == 0)?;
     let lines = if summary.sent == 1 { "the line".to_owned() } else { format!("any of the {} lines", summary.sent) };
     Some(format!("hint: the separator \"{separator}\" was not in {lines}, so no record has a key"))
 }
 
+/// Prints the summary. A failure before the first record prints nothing: the error message suffices.
 fn report(
     command: &ProduceArgs,
     summary: &ProduceSummary,
@@ -354,7 +363,7 @@ fn report(
     output: OutputFormat,
 ) -> anyhow::Result<()> {
     if output == OutputFormat::Json {
-        return Ok(output::json(&object(command, summary, failure))?);
+        return Ok(output::json(&summary_json(command, summary, failure))?);
     }
     match (summary.sent, failure) {
         (0, Some(_)) => return Ok(()),
@@ -384,7 +393,8 @@ fn verb(acks: Acks) -> &'static str {
     if acks == Acks::None { "accepted" } else { "acknowledged" }
 }
 
-fn object(command: &ProduceArgs, summary: &ProduceSummary, failure: Option<&anyhow::Error>) -> Value {
+/// Returns the summary as JSON.
+fn summary_json(command: &ProduceArgs, summary: &ProduceSummary, failure: Option<&anyhow::Error>) -> Value {
     let partition = |(partition, partition_acks): (&u32, &PartitionAcks)| {
         let ranges: Vec<Value> = partition_acks.ranges.iter().map(|(start, end)| json!([start, end])).collect();
         json!({ "partition": partition, "records": partition_acks.records, "offsets": ranges })
@@ -397,7 +407,7 @@ fn object(command: &ProduceArgs, summary: &ProduceSummary, failure: Option<&anyh
         "acks": command.acks.as_str(),
         "meaning": summary.meaning(),
         "partitions": summary.partitions.iter().map(partition).collect::<Vec<_>>(),
-        "error": failure.map(whole),
+        "error": failure.map(format_error),
     })
 }
 

@@ -15,7 +15,7 @@ const MAX_RACKS: usize = 5;
 
 #[derive(Clone, Debug, Args)]
 pub(super) struct RackArgs {
-    /// Rack of this client, as in broker.rack: reads use in-sync replicas in this rack, and leaders elsewhere only
+    /// Rack of this client, as in broker.rack: reads use in-sync replicas in this rack, and leaders in other racks only
     /// while there are none; default: STRANDLINE_RACK of the environment
     // `options()` reads the variable, not clap, for the same reason as with `--bootstrap`.
     #[arg(long = "rack", value_name = "NAME")]
@@ -26,8 +26,8 @@ impl RackArgs {
     /// Returns the options of a consumer in this rack. Prints a warning on standard error if no broker is in the rack.
     pub(super) async fn options(&self, client: &Client) -> ConsumerOptions {
         // An empty option or variable sets no rack.
-        let given = self.name.clone().or_else(|| std::env::var(VARIABLE).ok()).filter(|rack| !rack.is_empty());
-        let Some(rack) = given else { return ConsumerOptions::default() };
+        let rack = self.name.clone().or_else(|| std::env::var(VARIABLE).ok()).filter(|rack| !rack.is_empty());
+        let Some(rack) = rack else { return ConsumerOptions::default() };
         // An error is ignored here, because the reads that follow report it.
         if let Ok(cluster) = client.admin().cluster().await {
             let mut racks: Vec<String> = cluster.brokers.into_iter().map(|broker| broker.rack).collect();
@@ -48,9 +48,9 @@ fn unknown_rack_warning(rack: &str, racks: &[String]) -> Option<String> {
     if named.contains(&rack) {
         return None;
     }
-    let near = closest_names(rack, named.iter().copied(), |name| name, MAX_RACKS);
-    let hint = match (near.is_empty(), named.is_empty()) {
-        (false, _) => format!("did you mean {}?", near.join(", ")),
+    let similar = closest_names(rack, named.iter().copied(), |name| name, MAX_RACKS);
+    let hint = match (similar.is_empty(), named.is_empty()) {
+        (false, _) => format!("did you mean {}?", similar.join(", ")),
         (true, false) => format!("racks of the brokers: {}", named[..named.len().min(MAX_RACKS)].join(", ")),
         (true, true) => "no broker has a rack (broker.rack)".to_owned(),
     };

@@ -32,11 +32,13 @@ const REMIND_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Monitor of a command's work and of the retry status of its clients.
 pub(super) struct RetryMonitor {
+    /// Retry status of each client; `None` while the client retries nothing.
     retries: Vec<watch::Receiver<Option<RetryStatus>>>,
+    /// Progress bar that is suspended while a line is printed.
     bar: Option<ProgressBar>,
 }
 
-/// Work whose next piece is known to exist.
+/// Work that consists of pieces, whose next piece must arrive within a timeout.
 pub(super) struct ExpectedWork<'a> {
     /// Number of pieces so far.
     pub(super) pieces: &'a Cell<u64>,
@@ -61,7 +63,7 @@ impl RetryMonitor {
         self.bar = Some(bar.clone());
     }
 
-    /// Runs the work, and prints problems that delay it.
+    /// Runs the work, and prints problems that delay it. Without `expected`, only the work itself ends the wait.
     ///
     /// # Errors
     /// The work failed, or the next piece did not arrive in time; the error then names the known problem.
@@ -72,8 +74,8 @@ impl RetryMonitor {
     ) -> anyhow::Result<T> {
         tokio::select! {
             biased;
-            late = self.watch(expected) => Err(late),
-            done = work => done,
+            timeout_error = self.watch(expected) => Err(timeout_error),
+            result = work => result,
         }
     }
 
@@ -83,22 +85,21 @@ impl RetryMonitor {
         let mut ticks = tokio::time::interval(POLL_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut printer = RetryPrinter::default();
-        let mut last = (0, clock::monotonic());
+        let (mut seen_pieces, mut last_progress) = (0, clock::monotonic());
         loop {
             // The time of the tick itself is long past if printing has blocked.
             ticks.tick().await;
             let now = clock::monotonic();
-            let shown = self.retries.iter().find_map(|status| status.borrow().clone());
-            let mut status = shown.clone();
+            let mut status = self.retries.iter().find_map(|status| status.borrow().clone());
             if let Some(expected) = &expected {
-                if last.0 != expected.pieces.get() {
-                    last = (expected.pieces.get(), now);
+                if seen_pieces != expected.pieces.get() {
+                    (seen_pieces, last_progress) = (expected.pieces.get(), now);
                 }
-                let until = last.1 + expected.timeout;
-                if until <= now {
-                    return late(expected, shown);
+                let deadline = last_progress + expected.timeout;
+                if deadline <= now {
+                    return timeout_error(expected, status);
                 }
-                status = limited(expected, status, last.1, until, now);
+                status = with_deadline(expected, status, last_progress, deadline, now);
             }
             if let Some(line) = printer.format_progress(now, status.as_ref()) {
                 self.print_line(&line);
@@ -114,43 +115,46 @@ impl RetryMonitor {
     }
 }
 
-/// Returns the problem with the time at which the wait ends. Without a known problem, `SETTLE_INTERVAL` without
-/// progress counts as one.
-fn limited(
+/// Returns the retry status with the time at which the wait ends. Without a known problem, `SETTLE_INTERVAL` without
+/// progress counts as a problem.
+fn with_deadline(
     expected: &ExpectedWork<'_>,
     status: Option<RetryStatus>,
-    last: Instant,
-    until: Instant,
+    last_progress: Instant,
+    deadline: Instant,
     now: Instant,
 ) -> Option<RetryStatus> {
     match status {
         Some(status) => {
-            Some(RetryStatus { until: Some(status.until.map_or(until, |other| other.min(until))), ..status })
+            let until = status.until.map_or(deadline, |until| until.min(deadline));
+            Some(RetryStatus { until: Some(until), ..status })
         }
-        None if last + SETTLE_INTERVAL <= now => {
+        None if last_progress + SETTLE_INTERVAL <= now => {
             let problem = format!("no {} arrives, for an unknown reason", expected.piece);
-            Some(RetryStatus { problem, since: last, until: Some(until) })
+            Some(RetryStatus { problem, since: last_progress, until: Some(deadline) })
         }
         None => None,
     }
 }
 
-fn late(expected: &ExpectedWork<'_>, status: Option<RetryStatus>) -> anyhow::Error {
+/// Returns the error for a piece that did not arrive in time, with the known problem.
+fn timeout_error(expected: &ExpectedWork<'_>, status: Option<RetryStatus>) -> anyhow::Error {
     let reason = status.map_or_else(|| "unknown reason".to_owned(), |status| status.problem);
-    let (piece, timeout) = (expected.piece, seconds(expected.timeout));
+    let (piece, timeout) = (expected.piece, format_seconds(expected.timeout));
     anyhow!("timed out after {timeout} without a {piece}: {reason}; raise the limit with --timeout")
 }
 
-/// State of the retry output: the last printed line, from which the next one follows.
+/// State of the retry output, from which the next line follows.
 #[derive(Debug, Default)]
 struct RetryPrinter {
+    /// Last printed line; `None` before the first line, and after the line at the end of a problem.
     last: Option<LastMessage>,
 }
 
 #[derive(Debug)]
 struct LastMessage {
     problem: String,
-    at: Instant,
+    printed_at: Instant,
     /// Start of the problem; kept when the cause changes.
     since: Instant,
     /// Time since which there has been no problem; `None` during a problem.
@@ -158,13 +162,15 @@ struct LastMessage {
 }
 
 impl RetryPrinter {
+    /// Returns the line to print now: a new, changed or lasting problem, or the end of a printed problem. Returns
+    /// `None` while no line is due.
     fn format_progress(&mut self, now: Instant, status: Option<&RetryStatus>) -> Option<String> {
         let Some(status) = status else {
             let last = self.last.as_mut()?;
             if now < *last.absent_since.get_or_insert(now) + REPORT_AFTER {
                 return None;
             }
-            let line = format!("working again after {}", seconds(now - last.since));
+            let line = format!("working again after {}", format_seconds(now - last.since));
             self.last = None;
             return Some(line);
         };
@@ -173,27 +179,27 @@ impl RetryPrinter {
             None => {}
             Some(last) => {
                 last.absent_since = None;
-                let wait = if last.problem == status.problem { REMIND_INTERVAL } else { CHANGE_INTERVAL };
-                if now < last.at + wait {
+                let interval = if last.problem == status.problem { REMIND_INTERVAL } else { CHANGE_INTERVAL };
+                if now < last.printed_at + interval {
                     return None;
                 }
             }
         }
         let since = self.last.as_ref().map_or(status.since, |last| last.since);
-        self.last = Some(LastMessage { problem: status.problem.clone(), at: now, since, absent_since: None });
+        self.last = Some(LastMessage { problem: status.problem.clone(), printed_at: now, since, absent_since: None });
         let end = match status.until {
-            Some(until) => format!("giving up in {}", seconds(until.saturating_duration_since(now))),
+            Some(until) => format!("giving up in {}", format_seconds(until.saturating_duration_since(now))),
             None => "stop with Ctrl-C".to_owned(),
         };
         Some(format!("still trying: {}; {end}", status.problem))
     }
 }
 
-/// Formats a duration rounded to seconds. Whole minutes from two minutes on are printed as minutes.
-fn seconds(time: Duration) -> String {
+/// Formats a duration rounded to seconds. A multiple of a minute is printed in minutes from two minutes on.
+fn format_seconds(time: Duration) -> String {
     match (time + Duration::from_millis(500)).as_secs() {
-        whole if whole >= 120 && whole % 60 == 0 => format!("{} min", whole / 60),
-        whole => format!("{whole} s"),
+        seconds if seconds >= 120 && seconds % 60 == 0 => format!("{} min", seconds / 60),
+        seconds => format!("{seconds} s"),
     }
 }
 
@@ -232,8 +238,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn wait_without_progress_ends_and_names_the_problem() {
-        let (shown, watch) = watch::channel(None);
-        let monitor = RetryMonitor { retries: vec![watch], bar: None };
+        let (status_sender, receiver) = watch::channel(None);
+        let monitor = RetryMonitor { retries: vec![receiver], bar: None };
         let pieces = Cell::new(0);
         let expected = || ExpectedWork { pieces: &pieces, piece: "record", timeout: Duration::from_secs(60) };
         let start = clock::monotonic();
@@ -242,7 +248,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_secs(50)).await;
                 pieces.set(pieces.get() + 1);
             }
-            shown.send_replace(Some(status("the bucket is gone", start)));
+            status_sender.send_replace(Some(status("the bucket is gone", start)));
             std::future::pending::<anyhow::Result<()>>().await
         };
         let error =

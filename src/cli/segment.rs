@@ -38,15 +38,15 @@ pub(super) fn run(common: &CommonArgs, command: SegmentCommand) -> anyhow::Resul
     let SegmentCommand::Dump(dump) = command;
     let (batches, footer) = file::open(&dump.file)?;
     let mut out = BufWriter::new(io::stdout().lock());
-    let result = dump_all(batches, footer.as_ref(), &dump, common.output, &mut out);
+    let result = print_batches(batches, footer.as_ref(), &dump, common.output, &mut out);
     out.flush()?;
     result?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Prints all batches. Each batch is printed after the next one was read, because only the next batch can show that
-/// this batch's leader epoch is too high.
-fn dump_all(
+/// Checks and prints all batches, and compares them with the footer of a segment object. Each batch is printed after
+/// the next one was read, because only the next batch can show that this batch's leader epoch is too high.
+fn print_batches(
     mut batches: FileBatches<impl Read>,
     footer: Option<&Footer>,
     dump: &DumpArgs,
@@ -61,13 +61,15 @@ fn dump_all(
         // A corrupt next batch does not affect the check of this batch.
         let after = next.as_ref().ok().and_then(|next| next.as_ref()).map(|(_, next)| next);
         epochs.check(&batch, after, footer).map_err(|problem| file::corrupt_error(&dump.file, position, &problem))?;
-        print_all(position, &batch, dump, output, out)?;
+        check_and_print(position, &batch, dump, output, out)?;
         current = next.map_err(with_file)?;
     }
     footer.map_or(Ok(()), |footer| batches.check(footer).map_err(with_file))
 }
 
-fn print_all(
+/// Checks a batch's records, and prints the batch and, with `--records`, its records. `position` is the batch's first
+/// byte in the file.
+fn check_and_print(
     position: u64,
     batch: &Batch,
     dump: &DumpArgs,
@@ -89,13 +91,15 @@ fn print_all(
 
 fn print_batch(position: u64, batch: &Batch, output: OutputFormat, out: &mut impl Write) -> io::Result<()> {
     let (start, end) = (batch.base_offset(), batch.end_offset());
-    let by = match batch.timestamp_type() {
+    let timestamp_type = match batch.timestamp_type() {
         TimestampType::CreateTime => "CreateTime",
         TimestampType::LogAppendTime => "LogAppendTime",
     };
     if output == OutputFormat::Json {
         let producer = batch.producer();
-        let producer = producer.map(|by| json!({ "id": by.id, "epoch": by.epoch, "base_sequence": by.base_sequence }));
+        let producer = producer.map(
+            |producer| json!({ "id": producer.id, "epoch": producer.epoch, "base_sequence": producer.base_sequence }),
+        );
         let value = json!({
             "position": position,
             "base_offset": start,
@@ -104,7 +108,7 @@ fn print_batch(position: u64, batch: &Batch, output: OutputFormat, out: &mut imp
             "count": batch.count(),
             "bytes": batch.encoded_len(),
             "compression": batch.compression().as_str(),
-            "timestamp_type": by,
+            "timestamp_type": timestamp_type,
             "base_timestamp": batch.base_timestamp(),
             "max_timestamp": batch.max_timestamp(),
             "producer": producer,
@@ -114,13 +118,14 @@ fn print_batch(position: u64, batch: &Batch, output: OutputFormat, out: &mut imp
         return writeln!(out, "{value}");
     }
     let epoch = batch.leader_epoch().map_or_else(|| "none".to_owned(), |epoch| epoch.to_string());
-    let producer = batch
-        .producer()
-        .map_or_else(|| "none".to_owned(), |by| format!("{}/{} from sequence {}", by.id, by.epoch, by.base_sequence));
+    let producer = batch.producer().map_or_else(
+        || "none".to_owned(),
+        |producer| format!("{}/{} from sequence {}", producer.id, producer.epoch, producer.base_sequence),
+    );
     writeln!(
         out,
-        "at {position}: offsets {start}..{end} epoch {epoch} count {} bytes {} codec {} {by} {}..={} producer {producer} \
-         crc {:#010x} ok",
+        "at {position}: offsets {start}..{end} epoch {epoch} count {} bytes {} codec {} {timestamp_type} {}..={} \
+         producer {producer} crc {:#010x} ok",
         batch.count(),
         batch.encoded_len(),
         batch.compression(),

@@ -6,6 +6,7 @@ use std::{fmt, str::FromStr};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Separator {
     bytes: Vec<u8>,
+    /// Text that the user typed, for messages.
     typed: String,
 }
 
@@ -46,16 +47,16 @@ impl FromStr for Separator {
                     rest = rest.as_str()[2..].chars();
                     byte
                 }
-                Some(other) => {
+                Some(letter) => {
                     return Err(format!(
-                        "\\{other} is not an escape: write \\t, \\n, \\r, \\\\ or \\xNN; \\\\ is one backslash"
+                        "\\{letter} is not an escape: write \\t, \\n, \\r, \\\\ or \\xNN; \\\\ is one backslash"
                     ));
                 }
                 None => return Err("the separator ends with a single backslash: write \\\\ for a backslash".to_owned()),
             });
         }
         match bytes.is_empty() {
-            true => Err("the separator is empty".to_owned()),
+            true => Err("the separator is empty: write at least one character".to_owned()),
             false => Ok(Self { bytes, typed: text.to_owned() }),
         }
     }

@@ -19,6 +19,7 @@ pub(super) struct Overrides {
     set: Vec<(String, String)>,
 }
 
+/// Parses `KEY=VALUE`. The value may be empty.
 fn key_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
@@ -45,7 +46,7 @@ pub(super) fn keep_files_private() {
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
 }
 
-/// Runs a broker until a stop signal.
+/// Runs a broker until a stop signal. Calls `ready` when the broker serves clients.
 pub(super) async fn serve(settings: LoadedConfig, ready: impl FnOnce(&ServingAddresses)) -> anyhow::Result<ExitCode> {
     let config = settings.config;
     keep_files_private();

@@ -10,7 +10,7 @@ const YEAR_2000_MS: i64 = 946_684_800_000;
 /// Position at which reading starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StartPosition {
-    /// A position that is looked up in each partition.
+    /// The earliest offset, the latest offset, or the offset at a time, looked up in each partition.
     At(OffsetSpec),
     /// The same offset in each partition.
     Offset(Offset),
@@ -47,19 +47,21 @@ impl std::str::FromStr for StartPosition {
 }
 
 /// Parses a time, in milliseconds or in RFC 3339 with `Z` or a numeric zone offset, into milliseconds since 1970.
+/// Returns `None` for other text.
 fn time_ms(text: &str) -> Option<i64> {
     if let Ok(ms) = text.parse() {
         return Some(ms);
     }
-    let (utc, shift_minutes) = match text.len().checked_sub(6).and_then(|at| text.split_at_checked(at)) {
+    // `humantime` parses only `Z`, so the zone offset is cut off and subtracted afterwards.
+    let (utc, zone_offset_minutes) = match text.len().checked_sub(6).and_then(|at| text.split_at_checked(at)) {
         Some((time, zone)) if zone.as_bytes()[0] == b'+' || zone.as_bytes()[0] == b'-' => {
             let (hours, minutes) = zone[1..].split_once(':')?;
             let (hours, minutes): (i64, i64) = (hours.parse().ok()?, minutes.parse().ok()?);
             if !(0..24).contains(&hours) || !(0..60).contains(&minutes) {
                 return None;
             }
-            let east = if zone.starts_with('+') { 1 } else { -1 };
-            (format!("{time}Z"), east * (hours * 60 + minutes))
+            let sign = if zone.starts_with('+') { 1 } else { -1 };
+            (format!("{time}Z"), sign * (hours * 60 + minutes))
         }
         _ => (text.to_owned(), 0),
     };
@@ -68,7 +70,7 @@ fn time_ms(text: &str) -> Option<i64> {
         Ok(after) => i64::try_from(after.as_millis()).ok()?,
         Err(before) => -i64::try_from(before.duration().as_millis()).ok()?,
     };
-    Some(ms - shift_minutes * 60_000)
+    Some(ms - zone_offset_minutes * 60_000)
 }
 
 #[cfg(test)]

@@ -85,6 +85,7 @@ fn factor() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(1..=i64::from(limits::MAX_REPLICAS))
 }
 
+/// Parses `KEY=VALUE` without the spaces around both parts. The value may contain `=`.
 fn key_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.trim().to_owned(), value.trim().to_owned())),
@@ -95,10 +96,13 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 pub(super) async fn run(common: &CommonArgs, command: TopicCommand) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
     // The future is boxed, because it contains an interactive prompt.
-    RetryMonitor::new(&client).run_with_retry_output(None, Box::pin(act(client.admin(), command, common.output))).await
+    RetryMonitor::new(&client)
+        .run_with_retry_output(None, Box::pin(execute(client.admin(), command, common.output)))
+        .await
 }
 
-async fn act(admin: Admin, command: TopicCommand, output: OutputFormat) -> anyhow::Result<ExitCode> {
+/// Executes a subcommand, and prints its result.
+async fn execute(admin: Admin, command: TopicCommand, output: OutputFormat) -> anyhow::Result<ExitCode> {
     match command {
         TopicCommand::Create(create) => {
             let name = create.name.clone();
@@ -108,10 +112,10 @@ async fn act(admin: Admin, command: TopicCommand, output: OutputFormat) -> anyho
             for (key, value) in &create.config {
                 topic = topic.config(key, value);
             }
-            let made = admin.create_topic(&topic).await;
-            let replicas = made.as_ref().map_or(0, |topic| topic.replication_factor);
-            format_outcome(&admin, &name, made, "created", output).await?;
-            hint(&admin, &name, replicas).await;
+            let created = admin.create_topic(&topic).await;
+            let replicas = created.as_ref().map_or(0, |topic| topic.replication_factor);
+            print_outcome(&admin, &name, created, "created", output).await?;
+            print_min_isr_hint(&admin, &name, replicas).await;
         }
         TopicCommand::List => list(admin.list_topics().await?, output)?,
         TopicCommand::Describe { name } => match admin.describe_topic(&name).await {
@@ -122,7 +126,7 @@ async fn act(admin: Admin, command: TopicCommand, output: OutputFormat) -> anyho
             let ConfigChangeArgs { config, unset, replication_factor } = alter.changes;
             let change = TopicAlteration { set: config.into_iter().collect(), unset, replication_factor };
             let altered = admin.alter_topic(&alter.name, &change).await;
-            format_outcome(&admin, &alter.name, altered, "altered", output).await?;
+            print_outcome(&admin, &alter.name, altered, "altered", output).await?;
             if replication_factor.is_some() {
                 eprintln!(
                     "hint: the controller adds or removes replicas in steps; `strandline partition reassign status` \
@@ -131,8 +135,8 @@ async fn act(admin: Admin, command: TopicCommand, output: OutputFormat) -> anyho
             }
         }
         TopicCommand::AddPartitions { name, partitions } => {
-            let grown = admin.add_partitions(&name, partitions).await;
-            format_outcome(&admin, &name, grown, "extended", output).await?;
+            let extended = admin.add_partitions(&name, partitions).await;
+            print_outcome(&admin, &name, extended, "extended", output).await?;
         }
         TopicCommand::Delete(command) => delete::run(&admin, &command, output).await?,
     }
@@ -141,12 +145,12 @@ async fn act(admin: Admin, command: TopicCommand, output: OutputFormat) -> anyho
 
 /// Prints a hint on standard error if a topic with several replicas has `min.insync.replicas` 1. The topic has been
 /// created already, so an error is ignored here.
-async fn hint(admin: &Admin, name: &str, replicas: u32) {
+async fn print_min_isr_hint(admin: &Admin, name: &str, replicas: u32) {
     if replicas < 2 {
         return;
     }
     let Ok(topic) = admin.describe_topic(name).await else { return };
-    if topic.effective_config.get("min.insync.replicas").is_some_and(|minimum| minimum == "1") {
+    if topic.effective_config.get("min.insync.replicas").is_some_and(|value| value == "1") {
         eprintln!("{}", min_isr_hint(name));
     }
 }
@@ -155,12 +159,12 @@ fn min_isr_hint(name: &str) -> String {
     format!(
         "hint: min.insync.replicas is 1: while a partition's other replicas are out of sync, one broker alone \
          acknowledges acks=all, and a failure of its disk loses these records. To refuse such writes instead: \
-         `strandline topic alter \
-         {name} --config min.insync.replicas=2`"
+         `strandline topic alter {name} --config min.insync.replicas=2`"
     )
 }
 
-async fn format_outcome(
+/// Prints a created or changed topic with a verb in the past tense, or returns the error message.
+async fn print_outcome(
     admin: &Admin,
     name: &str,
     result: Result<TopicSummary, crate::client::CallError>,
@@ -174,7 +178,7 @@ async fn format_outcome(
     if output == OutputFormat::Json {
         return Ok(output::json(&summary(&topic))?);
     }
-    let config = pairs(&topic.config);
+    let config = format_config(&topic.config);
     let config = if config.is_empty() { String::new() } else { format!(", {config}") };
     let (partitions, replicas) = (
         output::count(topic.partitions.into(), "partition"),
@@ -193,7 +197,7 @@ fn list(mut topics: Vec<TopicSummary>, output: OutputFormat) -> anyhow::Result<(
     }
     let row = |topic: &TopicSummary| {
         let (partitions, replicas) = (topic.partitions.to_string(), topic.replication_factor.to_string());
-        vec![topic.name.clone(), partitions, replicas, pairs(&topic.config)]
+        vec![topic.name.clone(), partitions, replicas, format_config(&topic.config)]
     };
     Ok(output::table(&["NAME", "PARTITIONS", "REPLICAS", "CONFIG"], &[1, 2], topics.iter().map(row).collect())?)
 }
@@ -205,6 +209,8 @@ fn describe(topic: &TopicDescription, output: OutputFormat) -> anyhow::Result<()
     Ok(output::line(&lines(topic))?)
 }
 
+/// Returns the description as text: tables of the configuration, the replicas and the watermarks, and one line per
+/// note.
 fn lines(topic: &TopicDescription) -> String {
     let config = topic
         .effective_config
@@ -213,7 +219,7 @@ fn lines(topic: &TopicDescription) -> String {
     let replicas = ["PARTITION", "LEADER", "EPOCH", "REPLICAS", "ISR", "ELR", "ON DISK", "TIERED"];
     let watermarks =
         ["PARTITION", "LOG START", "LOCAL START", "TIERED END", "HIGH WATERMARK", "PERSISTED END", "LOG END"];
-    let of = |row: fn(&PartitionDescription) -> Vec<String>| topic.partitions.iter().map(row).collect();
+    let rows = |row: fn(&PartitionDescription) -> Vec<String>| topic.partitions.iter().map(row).collect();
     let mut lines = vec![
         format!(
             "topic {}  id {}  replication factor {}\n",
@@ -221,9 +227,9 @@ fn lines(topic: &TopicDescription) -> String {
         ),
         output::tabled(&["CONFIG", "VALUE", "SET BY"], &[], config.collect()),
         String::new(),
-        output::tabled(&replicas, &[0, 1, 2, 6, 7], of(replica_row)),
+        output::tabled(&replicas, &[0, 1, 2, 6, 7], rows(replica_row)),
         String::new(),
-        output::tabled(&watermarks, &[0, 1, 2, 3, 4, 5, 6], of(watermark_row)),
+        output::tabled(&watermarks, &[0, 1, 2, 3, 4, 5, 6], rows(watermark_row)),
     ];
     let notes: Vec<String> = topic.partitions.iter().flat_map(notes).collect();
     if !notes.is_empty() {
@@ -238,7 +244,8 @@ fn set_by(topic: &TopicDescription, key: &str) -> &'static str {
     topic.config_source.get(key).copied().unwrap_or(ConfigSource::Default).as_str()
 }
 
-/// Returns the table row with a partition's replicas and their bytes.
+/// Returns the table row with a partition's replicas and its bytes. `?` stands for bytes that the leader did not
+/// report.
 fn replica_row(partition: &PartitionDescription) -> Vec<String> {
     let bytes = |bytes| if partition.leader_error.is_none() { output::bytes(bytes) } else { "?".to_owned() };
     vec![
@@ -253,7 +260,7 @@ fn replica_row(partition: &PartitionDescription) -> Vec<String> {
     ]
 }
 
-/// Returns the table row with a partition's watermarks; `?` stands for an unknown one.
+/// Returns the table row with a partition's watermarks. `?` stands for a watermark that the leader did not report.
 fn watermark_row(partition: &PartitionDescription) -> Vec<String> {
     let watermarks = &partition.watermarks;
     let from_leader =
@@ -288,6 +295,7 @@ fn notes(partition: &PartitionDescription) -> Vec<String> {
     notes
 }
 
+/// Returns a topic's summary as JSON.
 fn summary(topic: &TopicSummary) -> Value {
     json!({
         "name": topic.name,
@@ -298,6 +306,7 @@ fn summary(topic: &TopicSummary) -> Value {
     })
 }
 
+/// Returns a topic's description as JSON. Values that a partition's leader did not report are null.
 fn description(topic: &TopicDescription) -> Value {
     let partition = |partition: &PartitionDescription| {
         let watermarks = &partition.watermarks;
@@ -335,7 +344,8 @@ fn description(topic: &TopicDescription) -> Value {
     })
 }
 
-fn pairs(config: &ConfigMap) -> String {
+/// Formats configuration values: `retention.ms=1000 segment.ms=500`.
+fn format_config(config: &ConfigMap) -> String {
     config.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")
 }
 
@@ -373,7 +383,7 @@ mod tests {
             error: None,
             leader_error: None,
         };
-        let nobody = ApiError::new(ErrorCode::NoLeader, "partition 1 has no leader");
+        let no_leader = ApiError::new(ErrorCode::NoLeader, "partition 1 has no leader");
         let waiting = PartitionDescription {
             partition: 1,
             leader: None,
@@ -381,7 +391,7 @@ mod tests {
             elr: vec![BrokerId(2)],
             adding: vec![],
             unclean_epoch: Some(LeaderEpoch(2)),
-            leader_error: Some(nobody),
+            leader_error: Some(no_leader),
             local_bytes: 0,
             tiered_bytes: 0,
             watermarks: Watermarks { tiered_end: offset(5), ..Watermarks::default() },

@@ -16,10 +16,10 @@ use crate::task::clock;
 /// Interval between requests for the remaining work.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Time without a successful response after which a wait ends.
-const MAX_SILENCE_INTERVAL: Duration = Duration::from_secs(60);
+/// Maximum time without a successful response to a request for the remaining work. The wait then fails.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Whether to wait, and how long.
+/// Options `--wait` and `--timeout` of an admin operation.
 #[derive(Clone, Copy, Debug, Args)]
 pub(super) struct WaitArgs {
     /// Return when the operation is completed, not when it is stored; on a terminal, show its progress
@@ -44,21 +44,23 @@ pub(super) struct RemainingWork {
 /// Interval at which a lasting obstacle is printed again.
 const REMINDER_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Time at which a waiting command last printed an obstacle, or at which its wait began.
+/// Timer of the lines that a waiting command prints while an obstacle lasts.
 #[derive(Debug, Default)]
 struct Reminder {
-    at: Option<Instant>,
+    /// Time at which an obstacle was last printed, or at which the wait began; `None` prints the first obstacle at
+    /// once.
+    last: Option<Instant>,
 }
 
 impl Reminder {
-    /// Returns true if there is an obstacle and it is to be printed now: at first, then at intervals. The next interval
-    /// starts now.
+    /// Returns true if there is an obstacle and no line was printed for `REMINDER_INTERVAL`. The next interval then
+    /// starts at `now`.
     fn take_due(&mut self, obstacle: Option<&String>, now: Instant) -> bool {
-        let since = |at: Instant| now.duration_since(at) < REMINDER_INTERVAL;
-        if obstacle.is_none() || self.at.is_some_and(since) {
+        let is_recent = |last: Instant| now.duration_since(last) < REMINDER_INTERVAL;
+        if obstacle.is_none() || self.last.is_some_and(is_recent) {
             return false;
         }
-        self.at = Some(now);
+        self.last = Some(now);
         true
     }
 }
@@ -106,25 +108,25 @@ impl WaitArgs {
         mut poll: impl AsyncFnMut() -> Result<RemainingWork, PollError>,
     ) -> anyhow::Result<Duration> {
         let began = clock::monotonic();
-        let (mut total, mut last_response, mut reminder) = (0, began, Reminder { at: Some(began) });
+        let (mut total, mut last_response, mut reminder) = (0, began, Reminder { last: Some(began) });
         bar.enable_steady_tick(Duration::from_millis(200));
         let outcome = loop {
             let text = match poll().await {
                 Ok(RemainingWork { count: 0, .. }) => break Ok(began.elapsed()),
-                Ok(left) => {
+                Ok(work) => {
                     last_response = clock::monotonic();
                     // The remaining work may grow: partitions of a drained broker wait for capacity, or a topic gets
                     // partitions.
-                    total = total.max(left.count);
+                    total = total.max(work.count);
                     bar.set_length(total);
-                    bar.set_position(total - left.count);
-                    if reminder.take_due(left.obstacle.as_ref(), last_response) {
-                        let obstacle = left.obstacle.unwrap_or_default();
+                    bar.set_position(total - work.count);
+                    if reminder.take_due(work.obstacle.as_ref(), last_response) {
+                        let obstacle = work.obstacle.unwrap_or_default();
                         bar.suspend(|| eprintln!("still waiting: {obstacle}"));
                     }
-                    left.text
+                    work.text
                 }
-                Err(PollError::Retryable(error)) if last_response.elapsed() < MAX_SILENCE_INTERVAL => {
+                Err(PollError::Retryable(error)) if last_response.elapsed() < RESPONSE_TIMEOUT => {
                     format!("{error:#}")
                 }
                 Err(PollError::Retryable(error) | PollError::Fatal(error)) => break Err(error),
@@ -142,8 +144,8 @@ impl WaitArgs {
     }
 }
 
-/// Formats a duration in seconds, or in minutes and seconds from two minutes on.
-pub(super) fn took(time: Duration) -> String {
+/// Formats the duration of a wait in seconds, or in minutes and seconds from two minutes on.
+pub(super) fn format_elapsed(time: Duration) -> String {
     match time.as_secs() {
         0..120 => format!("{:.1} s", time.as_secs_f64()),
         seconds => format!("{} min {} s", seconds / 60, seconds % 60),
@@ -164,11 +166,11 @@ mod tests {
     async fn wait_ends_when_no_work_is_left() {
         let wait = WaitArgs { wait: true, timeout: None };
         let bar = ProgressBar::hidden();
-        let mut answers = VecDeque::from([2, 3, 1, 0]);
+        let mut counts = VecDeque::from([2, 3, 1, 0]);
         let done =
-            wait.until_done(&bar, "x", async || Ok(remaining(answers.pop_front().expect("no poll after the end"))));
+            wait.until_done(&bar, "x", async || Ok(remaining(counts.pop_front().expect("no poll after the end"))));
         assert_eq!(done.await.expect("done"), POLL_INTERVAL * 3);
-        assert_eq!((bar.length(), answers.len()), (Some(3), 0));
+        assert_eq!((bar.length(), counts.len()), (Some(3), 0));
     }
 
     #[tokio::test(start_paused = true)]
@@ -176,15 +178,15 @@ mod tests {
         let wait = WaitArgs { wait: true, timeout: Some(7) };
         let began = clock::monotonic();
         let error =
-            wait.until_done(&ProgressBar::hidden(), "`it`", async || Ok(remaining(4))).await.expect_err("never");
+            wait.until_done(&ProgressBar::hidden(), "`status`", async || Ok(remaining(4))).await.expect_err("never");
         assert_eq!(
             error.to_string(),
-            "timed out after 7 s: 4 to go; the operation continues, and `it` shows its progress"
+            "timed out after 7 s: 4 to go; the operation continues, and `status` shows its progress"
         );
         assert_eq!(began.elapsed(), Duration::from_secs(7));
         let bar = ProgressBar::hidden();
-        let refused = wait.until_done(&bar, "`it`", async || Err(PollError::Fatal(anyhow!("gone"))));
-        assert_eq!(refused.await.expect_err("not for ever").to_string(), "gone");
+        let refused = wait.until_done(&bar, "`status`", async || Err(PollError::Fatal(anyhow!("gone"))));
+        assert_eq!(refused.await.expect_err("the operation failed").to_string(), "gone");
     }
 
     /// Regression: the restart of one broker ended a wait of hours.
@@ -202,9 +204,9 @@ mod tests {
         });
         restarts.await.expect("a response arrives in time");
         let began = clock::monotonic();
-        let gone = wait.until_done(&bar, "x", async || Err(PollError::Retryable(anyhow!("no response"))));
-        assert_eq!(gone.await.expect_err("no response").to_string(), "no response");
-        assert_eq!(began.elapsed(), MAX_SILENCE_INTERVAL);
+        let no_response = wait.until_done(&bar, "x", async || Err(PollError::Retryable(anyhow!("no response"))));
+        assert_eq!(no_response.await.expect_err("no response").to_string(), "no response");
+        assert_eq!(began.elapsed(), RESPONSE_TIMEOUT);
     }
 
     #[test]
@@ -219,7 +221,7 @@ mod tests {
 
     #[test]
     fn durations_are_formatted_in_seconds_or_minutes() {
-        assert_eq!(took(Duration::from_millis(1234)), "1.2 s");
-        assert_eq!(took(Duration::from_secs(3_725)), "62 min 5 s");
+        assert_eq!(format_elapsed(Duration::from_millis(1234)), "1.2 s");
+        assert_eq!(format_elapsed(Duration::from_secs(3_725)), "62 min 5 s");
     }
 }

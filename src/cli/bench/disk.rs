@@ -23,8 +23,8 @@ const MEASURE_TIME: Duration = Duration::from_secs(3);
 /// Alignment in bytes that direct I/O needs for memory and sizes.
 const ALIGNMENT: usize = 4096;
 
-/// Writes `write_bytes` bytes at a time to a file in `folder` for `MEASURE_TIME`, with a sync after each write. The writes
-/// overwrite blocks that exist. Blocks the thread, and removes the file at the end.
+/// Writes `write_bytes` bytes at a time to a file in `folder` for `MEASURE_TIME`, with a sync after each write. The
+/// writes overwrite blocks that exist. Blocks the thread, and removes the file at the end.
 pub(super) fn measure(folder: &Path, write_bytes: usize) -> io::Result<Value> {
     let write_bytes = write_bytes.max(1).next_multiple_of(ALIGNMENT).min(FILE_BYTES);
     let path = folder.join(format!(".strandline-bench-{}", std::process::id()));
@@ -76,8 +76,8 @@ fn write_synced(path: &Path, write_bytes: usize) -> io::Result<(bool, BenchStats
     Ok((direct, stats, start.elapsed()))
 }
 
-/// Opens the file for direct I/O, or without direct I/O if the file system does not support it (tmpfs). Returns true for
-/// direct I/O.
+/// Opens the file for direct I/O, or without direct I/O if the file system does not support it (tmpfs). Returns true
+/// for direct I/O.
 fn open(path: &Path) -> io::Result<(File, bool)> {
     let open = |flags: OFlags| {
         let flags = i32::try_from((flags | OFlags::NOFOLLOW).bits()).expect("flags of open(2)");

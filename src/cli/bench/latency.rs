@@ -176,8 +176,8 @@ struct LatencyLoad {
 }
 
 impl LatencyLoad {
-    /// Sends until the pace ends or a send fails. Returns the number of sent records, and the error of the failed send or
-    /// of the producer's close.
+    /// Sends until the pace ends or a send fails. Returns the number of sent records, and the error of the failed send
+    /// or of the producer's close.
     async fn send(mut self, producer: Producer) -> (u64, Option<String>) {
         let mut payload = vec![0; self.size];
         let mut sent = 0;

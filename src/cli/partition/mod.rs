@@ -15,13 +15,16 @@ use clap::{Args, Subcommand};
 use indicatif::ProgressBar;
 use serde_json::Value;
 
-use self::text::{elected, prospect, reassigned, reassignment, taken_back, uncleanly, under_way};
+use self::text::{
+    election_json, format_cancelled, format_consequences, format_requested, format_status, reassignment_json,
+    unclean_election_json,
+};
 use super::{
     CommonArgs, broker,
-    connect::{connect, explain, explain_order},
+    connect::{connect, explain, explain_call},
     output::{self, OutputFormat, format_ids},
     retry_output::RetryMonitor,
-    wait::{PollError, RemainingWork, WaitArgs, took},
+    wait::{PollError, RemainingWork, WaitArgs, format_elapsed},
 };
 use crate::{
     client::{Admin, CallError, ElectionResult, Reassignment},
@@ -59,7 +62,7 @@ pub(super) struct ReassignArgs {
     #[command(flatten)]
     wait: WaitArgs,
     #[command(subcommand)]
-    what: Option<ReassignCommand>,
+    subcommand: Option<ReassignCommand>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -97,7 +100,7 @@ pub(super) struct CancelArgs {
 #[derive(Debug, Args)]
 pub(super) struct ElectArgs {
     /// The partition
-    #[arg(value_name = "TOPIC/N", value_parser = one_partition)]
+    #[arg(value_name = "TOPIC/N", value_parser = parse_partition)]
     name: TopicOrPartition,
     /// Elect even if committed records may be lost
     #[arg(long)]
@@ -132,7 +135,8 @@ impl FromStr for TopicOrPartition {
     }
 }
 
-fn one_partition(text: &str) -> Result<TopicOrPartition, String> {
+/// Parses the name of one partition.
+fn parse_partition(text: &str) -> Result<TopicOrPartition, String> {
     match text.parse::<TopicOrPartition>()? {
         name if name.partition.is_some() => Ok(name),
         name => Err(format!("name one partition, such as {}/0", name.topic)),
@@ -140,26 +144,27 @@ fn one_partition(text: &str) -> Result<TopicOrPartition, String> {
 }
 
 impl PartitionCommand {
-    /// Returns an error message if the arguments contradict each other.
-    pub(super) fn wrong_usage(&self) -> Option<&'static str> {
+    /// Returns an error message if the arguments contradict each other. Cancelling needs exactly one of a name and
+    /// `--all`; the name may stand before or after the word `status` or `cancel`.
+    pub(super) fn conflicting_arguments(&self) -> Option<&'static str> {
         let none = &None;
-        let (orders, before, after, all) = match self {
-            Self::Reassign(ReassignArgs { name, replicas, wait, what: Some(what) }) => {
-                let orders = !replicas.is_empty() || wait.is_wanted();
-                match what {
-                    ReassignCommand::Status(which) => (orders, name, &which.name, None),
-                    ReassignCommand::Cancel(cancelled) => (orders, name, &cancelled.name, Some(cancelled.all)),
+        let (has_reassign_options, name_before, name_after, cancels_all) = match self {
+            Self::Reassign(ReassignArgs { name, replicas, wait, subcommand: Some(subcommand) }) => {
+                let has_reassign_options = !replicas.is_empty() || wait.is_wanted();
+                match subcommand {
+                    ReassignCommand::Status(args) => (has_reassign_options, name, &args.name, None),
+                    ReassignCommand::Cancel(args) => (has_reassign_options, name, &args.name, Some(args.all)),
                 }
             }
-            Self::Cancel(cancelled) => (false, none, &cancelled.name, Some(cancelled.all)),
+            Self::Cancel(args) => (false, none, &args.name, Some(args.all)),
             _ => return None,
         };
-        let named = before.as_ref().or(after.as_ref());
-        if orders {
+        let name = name_before.as_ref().or(name_after.as_ref());
+        if has_reassign_options {
             Some("--replicas and --wait are for a new reassignment: leave them out with status and cancel")
-        } else if after.as_ref().is_some_and(|after| named != Some(after)) {
+        } else if name_after.as_ref().is_some_and(|after| name != Some(after)) {
             Some("name one topic or partition, not two")
-        } else if all == Some(named.is_some()) {
+        } else if cancels_all == Some(name.is_some()) {
             Some("name the TOPIC or TOPIC/N whose reassignment is to be cancelled, or use --all")
         } else {
             None
@@ -176,18 +181,18 @@ pub(super) async fn run(common: &CommonArgs, command: PartitionCommand) -> anyho
     };
     let work = async {
         match command {
-            PartitionCommand::Reassign(ReassignArgs { name, replicas, wait, what: None }) => {
+            PartitionCommand::Reassign(ReassignArgs { name, replicas, wait, subcommand: None }) => {
                 reassign(&admin, &name.expect("clap requires it"), &replicas, output, wait, &bar).await
             }
             // `reassign TOPIC status` and `reassign status TOPIC` are the same command.
-            PartitionCommand::Reassign(ReassignArgs { name, what: Some(ReassignCommand::Status(which)), .. }) => {
-                status(&admin, name.or(which.name), output).await
-            }
             PartitionCommand::Reassign(ReassignArgs {
-                name, what: Some(ReassignCommand::Cancel(cancelled)), ..
-            }) => cancel(&admin, name.or(cancelled.name), output).await,
-            PartitionCommand::Status(which) => status(&admin, which.name, output).await,
-            PartitionCommand::Cancel(cancelled) => cancel(&admin, cancelled.name, output).await,
+                name, subcommand: Some(ReassignCommand::Status(args)), ..
+            }) => status(&admin, name.or(args.name), output).await,
+            PartitionCommand::Reassign(ReassignArgs {
+                name, subcommand: Some(ReassignCommand::Cancel(args)), ..
+            }) => cancel(&admin, name.or(args.name), output).await,
+            PartitionCommand::Status(args) => status(&admin, args.name, output).await,
+            PartitionCommand::Cancel(args) => cancel(&admin, args.name, output).await,
             PartitionCommand::Elect(command) => elect(&admin, &command, output).await,
             PartitionCommand::RebuildManifest(command) => rebuild::run(&admin, &command, output).await,
         }
@@ -199,13 +204,15 @@ pub(super) async fn run(common: &CommonArgs, command: PartitionCommand) -> anyho
     Ok(ExitCode::SUCCESS)
 }
 
-async fn refused(admin: &Admin, name: Option<&TopicOrPartition>, error: CallError) -> anyhow::Error {
+/// Returns the error message for a failed request about a topic or partition, or about all topics (`None`).
+async fn explain_for(admin: &Admin, name: Option<&TopicOrPartition>, error: CallError) -> anyhow::Error {
     match name {
         Some(name) => explain(admin, &name.topic, error).await,
-        None => explain_order(&error),
+        None => explain_call(&error),
     }
 }
 
+/// Requests a reassignment, waits if `--wait` is set, and prints the result.
 async fn reassign(
     admin: &Admin,
     name: &TopicOrPartition,
@@ -215,145 +222,157 @@ async fn reassign(
     bar: &ProgressBar,
 ) -> anyhow::Result<()> {
     let replicas: Vec<BrokerId> = replicas.iter().copied().map(BrokerId).collect();
-    let moves = match admin.reassign(&name.topic, name.partition, &replicas).await {
-        Ok(moves) => moves,
-        Err(error) => return Err(refused(admin, Some(name), error).await),
+    let requested = match admin.reassign(&name.topic, name.partition, &replicas).await {
+        Ok(requested) => requested,
+        Err(error) => return Err(explain_for(admin, Some(name), error).await),
     };
     if !wait.is_wanted() {
-        return print(&moves, &reassigned(&moves), output);
+        return print(&requested, &format_requested(&requested), output);
     }
     if output == OutputFormat::Text {
-        bar.suspend(|| output::line(&reassigned(&moves)))?;
+        bar.suspend(|| output::line(&format_requested(&requested)))?;
     }
-    let (done, time) = until_moved(admin, name, moves, wait, bar).await?;
-    let text = match done.len() {
+    let (completed, elapsed) = wait_until_completed(admin, name, requested, wait, bar).await?;
+    let text = match completed.len() {
         1 => "1 partition has its new replicas".to_owned(),
-        many => format!("{many} partitions have their new replicas"),
+        count => format!("{count} partitions have their new replicas"),
     };
-    print(&done, &format!("{text} after {}", took(time)), output)
+    print(&completed, &format!("{text} after {}", format_elapsed(elapsed)), output)
 }
 
-/// Waits until every reassignment is over, and checks that each partition has the ordered replicas. Returns the final
-/// reassignments, and the time that the wait took.
-async fn until_moved(
+/// Waits until every reassignment has ended, and checks that each partition has the requested replicas. Returns the
+/// completed reassignments, and the time that the wait took.
+async fn wait_until_completed(
     admin: &Admin,
     name: &TopicOrPartition,
-    mut moves: Vec<Reassignment>,
+    mut reassignments: Vec<Reassignment>,
     wait: WaitArgs,
     bar: &ProgressBar,
 ) -> anyhow::Result<(Vec<Reassignment>, Duration)> {
-    let time = wait.until_done(bar, "`strandline partition reassign status`", async || {
+    let elapsed = wait.until_done(bar, "`strandline partition reassign status`", async || {
         match admin.reassignments(Some(&name.topic), name.partition).await {
-            Ok(under_way) => Ok(remaining(&moves, &under_way)),
-            Err(error) => Err(PollError::new(error.retryable(), refused(admin, Some(name), error).await)),
+            Ok(active) => Ok(remaining(&reassignments, &active)),
+            Err(error) => Err(PollError::new(error.retryable(), explain_for(admin, Some(name), error).await)),
         }
     });
-    let time = time.await?;
+    let elapsed = elapsed.await?;
     let topic = match admin.describe_topic(&name.topic).await {
         Ok(topic) => topic,
-        Err(error) => return Err(refused(admin, Some(name), error).await),
+        Err(error) => return Err(explain_for(admin, Some(name), error).await),
     };
-    for one in &mut moves {
-        let Some(current) = topic.partitions.iter().find(|current| current.partition == one.partition) else {
+    for reassignment in &mut reassignments {
+        let partition = reassignment.partition;
+        let Some(current) = topic.partitions.iter().find(|current| current.partition == partition) else {
             continue;
         };
-        if current.replicas != one.replicas {
-            let (name, on, wanted) =
-                (format!("{}/{}", one.topic, one.partition), format_ids(&current.replicas), format_ids(&one.replicas));
+        if current.replicas != reassignment.replicas {
+            let (current, requested) = (format_ids(&current.replicas), format_ids(&reassignment.replicas));
             bail!(
-                "{name} is on {on} instead of {wanted}: the reassignment was cancelled or replaced, or the controller \
-                 has balanced the brokers since (controller.balance)"
+                "{}/{partition} is on {current} instead of {requested}: the reassignment was cancelled or replaced, or \
+                 the controller has balanced the brokers since (controller.balance)",
+                reassignment.topic
             );
         }
-        (one.adding, one.removing, one.queued) = (Vec::new(), Vec::new(), false);
-        (one.isr, one.leader) = (current.isr.clone(), current.leader);
+        (reassignment.adding, reassignment.removing, reassignment.queued) = (Vec::new(), Vec::new(), false);
+        (reassignment.isr, reassignment.leader) = (current.isr.clone(), current.leader);
     }
-    Ok((moves, time))
+    Ok((reassignments, elapsed))
 }
 
-/// Returns the ordered reassignments that are not completed.
-fn remaining(ordered: &[Reassignment], under_way: &[Reassignment]) -> RemainingWork {
-    let mine = |one: &&Reassignment| ordered.iter().any(|ordered| ordered.partition == one.partition);
-    let left: Vec<&Reassignment> = under_way.iter().filter(mine).collect();
-    let waiting = left.iter().filter(|one| one.queued).count();
-    let count = u64::try_from(left.len()).unwrap_or(u64::MAX);
-    let turn = if waiting == 0 { String::new() } else { format!(", {waiting} of them queued") };
+/// Returns the work that remains of the requested reassignments. `active` are all uncompleted reassignments of the
+/// topic, which may include those of the controller.
+fn remaining(requested: &[Reassignment], active: &[Reassignment]) -> RemainingWork {
+    let is_requested =
+        |reassignment: &&Reassignment| requested.iter().any(|other| other.partition == reassignment.partition);
+    let remaining: Vec<&Reassignment> = active.iter().filter(is_requested).collect();
+    let queued_count = remaining.iter().filter(|reassignment| reassignment.queued).count();
+    let count = u64::try_from(remaining.len()).unwrap_or(u64::MAX);
+    let queued = if queued_count == 0 { String::new() } else { format!(", {queued_count} of them queued") };
     RemainingWork {
         count,
-        text: format!("{} to move{turn}", output::count(count, "partition")),
+        text: format!("{} to move{queued}", output::count(count, "partition")),
         ..RemainingWork::default()
     }
 }
 
+/// Prints the uncompleted reassignments of a topic or partition; of all topics without a name.
 async fn status(admin: &Admin, name: Option<TopicOrPartition>, output: OutputFormat) -> anyhow::Result<()> {
-    let (topic, partition) = parts(name.as_ref());
+    let (topic, partition) = split_name(name.as_ref());
     match admin.reassignments(topic, partition).await {
-        Ok(moves) => print(&moves, &under_way(&moves), output),
-        Err(error) => Err(refused(admin, name.as_ref(), error).await),
+        Ok(reassignments) => print(&reassignments, &format_status(&reassignments), output),
+        Err(error) => Err(explain_for(admin, name.as_ref(), error).await),
     }
 }
 
+/// Cancels the reassignments of a topic or partition; all reassignments without a name.
 async fn cancel(admin: &Admin, name: Option<TopicOrPartition>, output: OutputFormat) -> anyhow::Result<()> {
-    let (topic, partition) = parts(name.as_ref());
+    let (topic, partition) = split_name(name.as_ref());
     match admin.cancel_reassignment(topic, partition).await {
-        Ok(moves) => print(&moves, &taken_back(&moves), output),
-        Err(error) => Err(refused(admin, name.as_ref(), error).await),
+        Ok(cancelled) => print(&cancelled, &format_cancelled(&cancelled), output),
+        Err(error) => Err(explain_for(admin, name.as_ref(), error).await),
     }
 }
 
-fn parts(name: Option<&TopicOrPartition>) -> (Option<&str>, Option<u32>) {
+/// Returns the topic and the partition of an optional name.
+fn split_name(name: Option<&TopicOrPartition>) -> (Option<&str>, Option<u32>) {
     (name.map(|name| name.topic.as_str()), name.and_then(|name| name.partition))
 }
 
+/// Elects a leader and prints the result. An unclean election first shows its consequences, and prompts without
+/// `--yes`.
 async fn elect(admin: &Admin, command: &ElectArgs, output: OutputFormat) -> anyhow::Result<()> {
     let (topic, number) =
         (command.name.topic.as_str(), command.name.partition.expect("the parser requires a partition"));
     if !command.unclean {
         let election = match admin.elect_leader(topic, number).await {
             Ok(election) => election,
-            Err(error) => return Err(refused(admin, Some(&command.name), error).await),
+            Err(error) => return Err(explain_for(admin, Some(&command.name), error).await),
         };
         let verb = if election.changed { "leads" } else { "leads already:" };
         let text = format!("broker {} {verb} {topic}/{number} in epoch {}", election.leader, election.leader_epoch);
-        return show(&elected(topic, number, &election), &text, output);
+        return show(&election_json(topic, number, &election), &text, output);
     }
-    let would = match admin.unclean_election(topic, number).await {
-        Ok(would) => would,
-        Err(error) => return Err(refused(admin, Some(&command.name), error).await),
+    let dry_run = match admin.unclean_election(topic, number).await {
+        Ok(dry_run) => dry_run,
+        Err(error) => return Err(explain_for(admin, Some(&command.name), error).await),
     };
-    let prospect = prospect(topic, number, &would);
+    let consequences = format_consequences(topic, number, &dry_run);
     if !command.yes {
-        confirm(&prospect, &format!("elect broker {} anyway?", would.leader))?;
+        confirm(&consequences, &format!("elect broker {} anyway?", dry_run.leader))?;
     }
-    let done = match admin.elect_unclean(topic, number, &would).await {
-        Ok(done) => done,
-        Err(error) => return Err(refused(admin, Some(&command.name), error).await),
+    let result = match admin.elect_unclean(topic, number, &dry_run).await {
+        Ok(result) => result,
+        Err(error) => return Err(explain_for(admin, Some(&command.name), error).await),
     };
-    let election =
-        ElectionResult { replicas: would.replicas, lost: would.lost, discard_local: would.discard_local, ..done };
+    let election = ElectionResult {
+        replicas: dry_run.replicas,
+        lost: dry_run.lost,
+        discard_local: dry_run.discard_local,
+        ..result
+    };
     let text =
-        format!("{prospect}\nbroker {} leads {topic}/{number} in epoch {}", election.leader, election.leader_epoch);
-    show(&uncleanly(topic, number, &election), if command.yes { &text } else { last(&text) }, output)
+        format!("{consequences}\nbroker {} leads {topic}/{number} in epoch {}", election.leader, election.leader_epoch);
+    show(&unclean_election_json(topic, number, &election), if command.yes { &text } else { last_line(&text) }, output)
 }
 
 /// Returns the last line. The prompt has already shown the lines before it.
-fn last(text: &str) -> &str {
+fn last_line(text: &str) -> &str {
     text.lines().next_back().unwrap_or(text)
 }
 
-/// Prompts the user at the terminal. Fails without a terminal or without a yes.
-fn confirm(prospect: &str, question: &str) -> anyhow::Result<()> {
+/// Shows the consequences and prompts the user at the terminal. Fails without a terminal or without a yes.
+fn confirm(consequences: &str, question: &str) -> anyhow::Result<()> {
     if !io::stdin().is_terminal() {
-        bail!("{prospect}\nnothing was done: without a terminal, confirm with --yes");
+        bail!("{consequences}\nnothing was done: without a terminal, confirm with --yes");
     }
-    eprint!("{prospect}\n{question} [y/N] ");
+    eprint!("{consequences}\n{question} [y/N] ");
     let mut answer = String::new();
     io::stdin().lock().read_line(&mut answer)?;
     if matches!(answer.trim(), "y" | "Y" | "yes") { Ok(()) } else { bail!("nothing was done") }
 }
 
-fn print(moves: &[Reassignment], lines: &str, output: OutputFormat) -> anyhow::Result<()> {
-    show(&Value::Array(moves.iter().map(reassignment).collect()), lines, output)
+fn print(reassignments: &[Reassignment], lines: &str, output: OutputFormat) -> anyhow::Result<()> {
+    show(&Value::Array(reassignments.iter().map(reassignment_json).collect()), lines, output)
 }
 
 fn show(value: &Value, lines: &str, output: OutputFormat) -> anyhow::Result<()> {

@@ -3,7 +3,7 @@
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{TopicOrPartition, confirm, one_partition, refused, show};
+use super::{TopicOrPartition, confirm, explain_for, parse_partition, show};
 use crate::{
     cli::output::{self, OutputFormat},
     client::{Admin, ManifestRebuild},
@@ -17,88 +17,92 @@ use crate::{
 #[derive(Debug, Args)]
 pub(in crate::cli) struct RebuildManifestArgs {
     /// The partition
-    #[arg(value_name = "TOPIC/N", value_parser = one_partition)]
+    #[arg(value_name = "TOPIC/N", value_parser = parse_partition)]
     name: TopicOrPartition,
     /// Do not prompt; required without a terminal
     #[arg(long)]
     yes: bool,
 }
 
+/// Surveys the objects and rebuilds the manifest. Prompts, unless `--yes` is set, if the remaining segments may differ
+/// from the committed ones.
 pub(super) async fn run(admin: &Admin, command: &RebuildManifestArgs, output: OutputFormat) -> anyhow::Result<()> {
     let (topic, number) =
         (command.name.topic.as_str(), command.name.partition.expect("the parser requires a partition"));
-    let found = match admin.survey_manifest(topic, number).await {
-        Ok(found) => found,
-        Err(error) => return Err(refused(admin, Some(&command.name), error).await),
+    let survey = match admin.survey_manifest(topic, number).await {
+        Ok(survey) => survey,
+        Err(error) => return Err(explain_for(admin, Some(&command.name), error).await),
     };
-    let prospect = prospect(topic, number, &found);
-    if !command.yes && found.obstacle.is_some() {
-        confirm(&prospect, "rebuild the manifest from the remaining objects?")?;
+    let consequences = format_consequences(topic, number, &survey);
+    if !command.yes && survey.obstacle.is_some() {
+        confirm(&consequences, "rebuild the manifest from the remaining objects?")?;
     }
-    let done = match admin.rebuild_manifest(topic, number, &found).await {
-        Ok(done) => done,
-        Err(error) => return Err(refused(admin, Some(&command.name), error).await),
+    let rebuilt = match admin.rebuild_manifest(topic, number, &survey).await {
+        Ok(rebuilt) => rebuilt,
+        Err(error) => return Err(explain_for(admin, Some(&command.name), error).await),
     };
-    let done = format!("rebuilt the manifest of {topic}/{number}: {}", held(&done));
-    show(&described(topic, number, &found), &format!("{prospect}\n{done}"), output)
+    let result = format!("rebuilt the manifest of {topic}/{number}: {}", format_segments(&rebuilt));
+    show(&survey_json(topic, number, &survey), &format!("{consequences}\n{result}"), output)
 }
 
-fn held(found: &ManifestRebuild) -> String {
-    let segments = output::count(found.segments.into(), "segment");
+/// Formats the segments that the manifest lists after the rebuild.
+fn format_segments(survey: &ManifestRebuild) -> String {
+    let segments = output::count(survey.segments.into(), "segment");
     format!(
         "{segments}, {}, offsets {} up to, but not including, {}",
-        output::bytes(found.bytes),
-        found.log_start,
-        found.range.end
+        output::bytes(survey.bytes),
+        survey.log_start,
+        survey.range.end
     )
 }
 
 /// Returns the result of the survey as text, which the user confirms.
-fn prospect(topic: &str, number: u32, found: &ManifestRebuild) -> String {
+fn format_consequences(topic: &str, number: u32, survey: &ManifestRebuild) -> String {
     let mut lines = vec![
-        format!("{topic}/{number}: {} is missing or corrupt", found.lost),
+        format!("{topic}/{number}: {} is missing or corrupt", survey.lost),
         format!(
             "committed: offsets {} up to, but not including, {}, with {}",
-            found.range.start,
-            found.range.end,
-            output::bytes(found.committed_bytes)
+            survey.range.start,
+            survey.range.end,
+            output::bytes(survey.committed_bytes)
         ),
-        format!("remaining without a gap: {}", held(found)),
+        format!("remaining without a gap: {}", format_segments(survey)),
     ];
-    let missing = found.missing.iter().map(|range| format!("no object covers {}..{}", range.start, range.end));
+    let missing = survey.missing.iter().map(|range| format!("no object covers {}..{}", range.start, range.end));
     lines.extend(missing);
-    lines.extend(found.unusable.iter().cloned());
-    if found.left_over > 0 {
-        lines.push(format!("{} not used", output::count(found.left_over.into(), "other object")));
+    lines.extend(survey.unusable.iter().cloned());
+    if survey.left_over > 0 {
+        lines.push(format!("{} not used", output::count(survey.left_over.into(), "other object")));
     }
-    match &found.obstacle {
+    match &survey.obstacle {
         None => lines.push("the remaining segments are the committed ones".to_owned()),
         Some(obstacle) => lines.push(format!("the remaining segments may differ from the committed ones: {obstacle}")),
     }
-    if found.log_start > found.range.start {
+    if survey.log_start > survey.range.start {
         lines.push(format!(
             "the log would start at {}: earlier records are abandoned, including their remaining objects",
-            found.log_start
+            survey.log_start
         ));
     }
     lines.join("\n")
 }
 
-fn described(topic: &str, number: u32, found: &ManifestRebuild) -> Value {
-    let missing = found.missing.iter().map(|range| json!({ "from": range.start, "to": range.end }));
+/// Returns the result of the survey as JSON.
+fn survey_json(topic: &str, number: u32, survey: &ManifestRebuild) -> Value {
+    let missing = survey.missing.iter().map(|range| json!({ "from": range.start, "to": range.end }));
     json!({
         "topic": topic,
         "partition": number,
-        "lost": found.lost,
-        "committed_log_start": found.range.start,
-        "tiered_end": found.range.end,
-        "committed_bytes": found.committed_bytes,
-        "log_start": found.log_start,
-        "segments": found.segments,
-        "bytes": found.bytes,
-        "obstacle": found.obstacle,
+        "lost": survey.lost,
+        "committed_log_start": survey.range.start,
+        "tiered_end": survey.range.end,
+        "committed_bytes": survey.committed_bytes,
+        "log_start": survey.log_start,
+        "segments": survey.segments,
+        "bytes": survey.bytes,
+        "obstacle": survey.obstacle,
         "missing": missing.collect::<Vec<_>>(),
-        "unusable": found.unusable,
-        "unused": found.left_over,
+        "unusable": survey.unusable,
+        "unused": survey.left_over,
     })
 }

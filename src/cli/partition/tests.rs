@@ -35,42 +35,42 @@ fn moves() -> Vec<Reassignment> {
 
 #[test]
 fn reassignment_output_matches_golden_files() {
-    output::golden::lines("partition-reassign.txt", &reassigned(&moves()));
-    output::golden::lines("partition-reassign-status.txt", &under_way(&moves()[3..]));
-    let value = Value::Array(moves()[3..].iter().map(reassignment).collect());
+    output::golden::lines("partition-reassign.txt", &format_requested(&moves()));
+    output::golden::lines("partition-reassign-status.txt", &format_status(&moves()[3..]));
+    let value = Value::Array(moves()[3..].iter().map(reassignment_json).collect());
     output::golden::json("partition-reassign.json", &value);
-    assert_eq!(under_way(&[]), "no partition is being reassigned");
-    let forsaken = Reassignment { leader: None, queued: true, ..moving() };
-    assert!(under_way(&[forsaken]).ends_with("no leader"), "a partition without a leader cannot copy");
-    assert!(under_way(&[moving()]).ends_with("copying"));
-    let back = Reassignment { replicas: brokers(&[4, 2, 1]), adding: vec![], removing: vec![], ..moving() };
-    let ended = Reassignment { partition: 1, changed: false, ..back.clone() };
+    assert_eq!(format_status(&[]), "no partition is being reassigned");
+    let leaderless = Reassignment { leader: None, queued: true, ..moving() };
+    assert!(format_status(&[leaderless]).ends_with("no leader"), "a partition without a leader cannot copy");
+    assert!(format_status(&[moving()]).ends_with("copying"));
+    let cancelled = Reassignment { replicas: brokers(&[4, 2, 1]), adding: vec![], removing: vec![], ..moving() };
+    let ended = Reassignment { partition: 1, changed: false, ..cancelled.clone() };
     assert_eq!(
-        taken_back(&[back, ended]),
+        format_cancelled(&[cancelled, ended]),
         "orders/0 stays on 4,2,1\nthe reassignment of orders/1 had ended: orders/1 is on 4,2,1"
     );
 }
 
 #[test]
-fn wait_counts_only_ordered_reassignments() {
-    let (ordered, others) = (moves(), Reassignment { partition: 9, ..moving() });
-    let left = |under_way: &[Reassignment]| remaining(&ordered, under_way);
-    assert_eq!(left(std::slice::from_ref(&others)).count, 0);
-    let two = left(&[moving(), others, Reassignment { queued: true, partition: 4, ..moving() }]);
+fn wait_counts_only_requested_reassignments() {
+    let (requested, other) = (moves(), Reassignment { partition: 9, ..moving() });
+    let work = |active: &[Reassignment]| remaining(&requested, active);
+    assert_eq!(work(std::slice::from_ref(&other)).count, 0);
+    let two = work(&[moving(), other, Reassignment { queued: true, partition: 4, ..moving() }]);
     assert_eq!((two.count, &*two.text), (2, "2 partitions to move, 1 of them queued"));
-    assert_eq!(left(&[moving()]).text, "1 partition to move");
+    assert_eq!(work(&[moving()]).text, "1 partition to move");
 }
 
-fn held(broker: u32, in_sync: bool, ends: Option<(u64, u64)>) -> ReplicaDescription {
+fn replica(broker: u32, in_sync: bool, ends: Option<(u64, u64)>) -> ReplicaDescription {
     let offset = |value| Offset::new(value).expect("small");
-    let silent = || ApiError::new(ErrorCode::NotReady, format!("broker {broker} is not registered"));
+    let not_registered = || ApiError::new(ErrorCode::NotReady, format!("broker {broker} is not registered"));
     let ends = ends.map(|(committed, end)| (offset(committed), offset(end), Some(LeaderEpoch(6))));
     ReplicaDescription {
         broker: BrokerId(broker),
         in_sync,
         eligible: false,
         empty: false,
-        positions: ends.ok_or_else(silent),
+        positions: ends.ok_or_else(not_registered),
     }
 }
 
@@ -81,7 +81,11 @@ fn unclean() -> ElectionResult {
         leader_epoch: LeaderEpoch(9),
         changed: true,
         revision: 77,
-        replicas: vec![held(1, true, None), held(2, false, Some((100, 120))), held(3, false, Some((150, 110)))],
+        replicas: vec![
+            replica(1, true, None),
+            replica(2, false, Some((100, 120))),
+            replica(3, false, Some((150, 110))),
+        ],
         lost: offset(120)..offset(150),
         discard_local: false,
     }
@@ -89,22 +93,26 @@ fn unclean() -> ElectionResult {
 
 #[test]
 fn unclean_election_output_names_lost_records() {
-    output::golden::lines("partition-elect-unclean.txt", &prospect("orders", 0, &unclean()));
-    output::golden::json("partition-elect-unclean.json", &uncleanly("orders", 0, &unclean()));
-    output::golden::json("partition-elect.json", &elected("orders", 0, &unclean()));
+    output::golden::lines("partition-elect-unclean.txt", &format_consequences("orders", 0, &unclean()));
+    output::golden::json("partition-elect-unclean.json", &unclean_election_json("orders", 0, &unclean()));
+    output::golden::json("partition-elect.json", &election_json("orders", 0, &unclean()));
     let nothing =
         ElectionResult { replicas: unclean().replicas.split_off(1), lost: Offset::ZERO..Offset::ZERO, ..unclean() };
-    let text = prospect("orders", 0, &nothing);
+    let text = format_consequences("orders", 0, &nothing);
     assert!(text.ends_with("no replica reports a committed record that broker 2 lacks"), "{text}");
     // The broker of this replica lost its disk. An empty replica does not show that no record is lost.
     let offset = |value| Offset::new(value).expect("small");
-    let bare = ReplicaDescription { empty: true, positions: Ok((offset(0), offset(0), None)), ..held(3, false, None) };
+    let bare =
+        ReplicaDescription { empty: true, positions: Ok((offset(0), offset(0), None)), ..replica(3, false, None) };
     let bare = ElectionResult { leader: BrokerId(3), replicas: vec![bare], ..nothing.clone() };
-    output::golden::lines("partition-elect-unclean-empty.txt", &prospect("solo", 0, &bare));
-    assert_eq!(uncleanly("solo", 0, &bare)["replicas"][0]["empty"], true);
-    let useless =
-        ElectionResult { replicas: vec![held(1, true, None), held(2, false, None)], discard_local: true, ..nothing };
-    let text = prospect("orders", 0, &useless);
+    output::golden::lines("partition-elect-unclean-empty.txt", &format_consequences("solo", 0, &bare));
+    assert_eq!(unclean_election_json("solo", 0, &bare)["replicas"][0]["empty"], true);
+    let useless = ElectionResult {
+        replicas: vec![replica(1, true, None), replica(2, false, None)],
+        discard_local: true,
+        ..nothing
+    };
+    let text = format_consequences("orders", 0, &useless);
     for wanted in [
         "no available replica has a usable log",
         "the log of broker 2 is deleted",
@@ -122,5 +130,5 @@ fn name_is_parsed_as_topic_or_partition() {
     for wrong in ["", "/1", "a b", "orders/", "orders/x", "orders/1/2", "orders/-1"] {
         assert!(wrong.parse::<TopicOrPartition>().is_err(), "{wrong}");
     }
-    assert!(one_partition("orders").expect_err("all of them").contains("orders/0"));
+    assert!(parse_partition("orders").expect_err("all of them").contains("orders/0"));
 }

@@ -8,27 +8,34 @@ use crate::{
     model::BrokerId,
 };
 
-/// Returns the ordered reassignments as lines.
-pub(super) fn reassigned(moves: &[Reassignment]) -> String {
-    let mut lines: Vec<String> = moves.iter().map(ordered).collect();
-    if moves.iter().any(|one| !one.adding.is_empty() || !one.removing.is_empty()) {
+/// Returns the result of a request for reassignments, one line per partition.
+pub(super) fn format_requested(reassignments: &[Reassignment]) -> String {
+    let mut lines: Vec<String> = reassignments.iter().map(format_requested_partition).collect();
+    if reassignments.iter().any(moves_data) {
         lines.push("`strandline partition reassign status` shows active and queued reassignments".to_owned());
     }
     lines.join("\n")
 }
 
-/// Returns the ordered reassignment of one partition as a line.
-fn ordered(one: &Reassignment) -> String {
-    let (name, replicas) = (format!("{}/{}", one.topic, one.partition), format_ids(&one.replicas));
-    let moving = !(one.adding.is_empty() && one.removing.is_empty());
-    match (moving, one.changed) {
+/// Returns true if replicas are added or removed. Otherwise the partition has its replicas, perhaps in another order.
+fn moves_data(reassignment: &Reassignment) -> bool {
+    !reassignment.adding.is_empty() || !reassignment.removing.is_empty()
+}
+
+/// Returns the result of a request for the reassignment of one partition as a line.
+fn format_requested_partition(reassignment: &Reassignment) -> String {
+    let name = format!("{}/{}", reassignment.topic, reassignment.partition);
+    let replicas = format_ids(&reassignment.replicas);
+    match (moves_data(reassignment), reassignment.changed) {
         (true, true) => {
-            let what = [("adding", &one.adding), ("removing", &one.removing)];
-            let what =
-                what.iter().filter(|(_, set)| !set.is_empty()).map(|(word, set)| format!("{word} {}", format_ids(set)));
-            format!("{name} moves to {replicas}: {}", what.collect::<Vec<_>>().join(", "))
+            let changes = [("adding", &reassignment.adding), ("removing", &reassignment.removing)];
+            let changes = changes
+                .iter()
+                .filter(|(_, ids)| !ids.is_empty())
+                .map(|(verb, ids)| format!("{verb} {}", format_ids(ids)));
+            format!("{name} moves to {replicas}: {}", changes.collect::<Vec<_>>().join(", "))
         }
-        (true, false) if one.queued => format!("{name} is queued to move to {replicas} already"),
+        (true, false) if reassignment.queued => format!("{name} is queued to move to {replicas} already"),
         (true, false) => format!("{name} is moving to {replicas} already"),
         (false, true) => format!("{name} is on {replicas}: only their order changed"),
         (false, false) => format!("{name} is on {replicas} already"),
@@ -36,29 +43,29 @@ fn ordered(one: &Reassignment) -> String {
 }
 
 /// Returns the reassignments that are not completed as a table.
-pub(super) fn under_way(moves: &[Reassignment]) -> String {
-    if moves.is_empty() {
+pub(super) fn format_status(reassignments: &[Reassignment]) -> String {
+    if reassignments.is_empty() {
         return "no partition is being reassigned".to_owned();
     }
-    let row = |one: &Reassignment| {
+    let row = |reassignment: &Reassignment| {
         vec![
-            one.topic.clone(),
-            one.partition.to_string(),
-            one.leader.map_or_else(|| "none".to_owned(), |leader| leader.to_string()),
-            format_ids(&one.replicas),
-            format_ids(&one.adding),
-            format_ids(&one.removing),
-            format_ids(&one.isr),
-            state(one).to_owned(),
+            reassignment.topic.clone(),
+            reassignment.partition.to_string(),
+            reassignment.leader.map_or_else(|| "none".to_owned(), |leader| leader.to_string()),
+            format_ids(&reassignment.replicas),
+            format_ids(&reassignment.adding),
+            format_ids(&reassignment.removing),
+            format_ids(&reassignment.isr),
+            state(reassignment).to_owned(),
         ]
     };
     let header = ["TOPIC", "PARTITION", "LEADER", "TO", "ADDING", "REMOVING", "IN SYNC", "STATE"];
-    output::tabled(&header, &[1, 2], moves.iter().map(row).collect())
+    output::tabled(&header, &[1, 2], reassignments.iter().map(row).collect())
 }
 
 /// Returns the state of a reassignment. Without a leader no replica can copy, even if the reassignment has started.
-const fn state(one: &Reassignment) -> &'static str {
-    match (one.leader, one.queued) {
+const fn state(reassignment: &Reassignment) -> &'static str {
+    match (reassignment.leader, reassignment.queued) {
         (None, _) => "no leader",
         (Some(_), true) => "queued",
         (Some(_), false) => "copying",
@@ -66,38 +73,41 @@ const fn state(one: &Reassignment) -> &'static str {
 }
 
 /// Returns the results of cancelled reassignments as lines.
-pub(super) fn taken_back(moves: &[Reassignment]) -> String {
-    let line = |one: &Reassignment| match one.changed {
-        true => format!("{}/{} stays on {}", one.topic, one.partition, format_ids(&one.replicas)),
+pub(super) fn format_cancelled(reassignments: &[Reassignment]) -> String {
+    let line = |reassignment: &Reassignment| match reassignment.changed {
+        true => {
+            format!("{}/{} stays on {}", reassignment.topic, reassignment.partition, format_ids(&reassignment.replicas))
+        }
         false => {
             format!(
                 "the reassignment of {0}/{1} had ended: {0}/{1} is on {2}",
-                one.topic,
-                one.partition,
-                format_ids(&one.replicas)
+                reassignment.topic,
+                reassignment.partition,
+                format_ids(&reassignment.replicas)
             )
         }
     };
-    moves.iter().map(line).collect::<Vec<_>>().join("\n")
+    reassignments.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
 /// Returns a reassignment as JSON.
-pub(super) fn reassignment(one: &Reassignment) -> Value {
+pub(super) fn reassignment_json(reassignment: &Reassignment) -> Value {
     json!({
-        "topic": one.topic,
-        "partition": one.partition,
-        "leader": one.leader,
-        "replicas": one.replicas,
-        "adding": one.adding,
-        "removing": one.removing,
-        "isr": one.isr,
-        "changed": one.changed,
-        "queued": one.queued,
+        "topic": reassignment.topic,
+        "partition": reassignment.partition,
+        "leader": reassignment.leader,
+        "replicas": reassignment.replicas,
+        "adding": reassignment.adding,
+        "removing": reassignment.removing,
+        "isr": reassignment.isr,
+        "changed": reassignment.changed,
+        "queued": reassignment.queued,
     })
 }
 
-/// Returns the effects of an unclean election as text: its replicas, and the records that would be lost.
-pub(super) fn prospect(topic: &str, number: u32, would: &ElectionResult) -> String {
+/// Returns the consequences of an unclean election as text: the state of the replicas, and the records that would be
+/// lost. `dry_run` is the election that would take place.
+pub(super) fn format_consequences(topic: &str, number: u32, dry_run: &ElectionResult) -> String {
     let row = |replica: &ReplicaDescription| {
         let state = match (replica.empty, replica.in_sync, replica.eligible) {
             (true, ..) => "empty",
@@ -105,7 +115,7 @@ pub(super) fn prospect(topic: &str, number: u32, would: &ElectionResult) -> Stri
             (false, false, true) => "eligible",
             (false, false, false) => "behind",
         };
-        let (epoch, end, committed) = match &replica.positions {
+        let (last_epoch, log_end, high_watermark) = match &replica.positions {
             Ok((high_watermark, log_end, epoch)) => (
                 epoch.map_or_else(|| "-".to_owned(), |epoch| epoch.to_string()),
                 log_end.to_string(),
@@ -113,41 +123,43 @@ pub(super) fn prospect(topic: &str, number: u32, would: &ElectionResult) -> Stri
             ),
             Err(_) => ("?".to_owned(), "?".to_owned(), "?".to_owned()),
         };
-        vec![replica.broker.to_string(), state.to_owned(), epoch, end, committed]
+        vec![replica.broker.to_string(), state.to_owned(), last_epoch, log_end, high_watermark]
     };
     let header = ["BROKER", "STATE", "LAST EPOCH", "LOG END", "HIGH WATERMARK"];
-    let table = output::tabled(&header, &[0, 2, 3, 4], would.replicas.iter().map(row).collect());
+    let table = output::tabled(&header, &[0, 2, 3, 4], dry_run.replicas.iter().map(row).collect());
     let mut lines =
         vec![format!("no replica can lead {topic}/{number} without loss"), String::new(), table, String::new()];
-    for replica in &would.replicas {
+    for replica in &dry_run.replicas {
         if let Err(error) = &replica.positions {
             lines.push(error.to_string());
         }
     }
-    let lost = &would.lost;
-    if would.discard_local {
+    let lost = &dry_run.lost;
+    if dry_run.discard_local {
         lines.push(format!(
             "no available replica has a usable log: the log of broker {} is deleted, and the partition continues \
              after the end of the object store\nrecords that are not in the object store are lost, acknowledged or \
-             not, including those of \
-             brokers that are offline",
-            would.leader
+             not, including those of brokers that are offline",
+            dry_run.leader
         ));
         return lines.join("\n");
     }
-    let is_empty = would.replicas.iter().any(|replica| replica.broker == would.leader && replica.empty);
+    let is_empty = dry_run.replicas.iter().any(|replica| replica.broker == dry_run.leader && replica.empty);
     if is_empty {
-        let what = format!("all records of {topic}/{number} that are not in the object store are lost");
-        lines.push(format!("broker {} is empty: {what}\nthe number of these records is unknown", would.leader));
+        lines.push(format!(
+            "broker {} is empty: all records of {topic}/{number} that are not in the object store are lost\nthe number \
+             of these records is unknown",
+            dry_run.leader
+        ));
     } else {
-        lines.push(format!("broker {} has the most complete log", would.leader));
+        lines.push(format!("broker {} has the most complete log", dry_run.leader));
     }
     if !lost.is_empty() {
         let records = output::count(lost.end.since(lost.start), "committed record");
         lines.push(format!("{records} would be lost: offsets {} up to, but not including, {}", lost.start, lost.end));
     }
     let unresponsive: Vec<BrokerId> =
-        would.replicas.iter().filter(|replica| replica.positions.is_err()).map(|replica| replica.broker).collect();
+        dry_run.replicas.iter().filter(|replica| replica.positions.is_err()).map(|replica| replica.broker).collect();
     match unresponsive.is_empty() {
         false => lines.push(format!(
             "records that only broker {} has are lost as well, acknowledged or not",
@@ -155,7 +167,7 @@ pub(super) fn prospect(topic: &str, number: u32, would: &ElectionResult) -> Stri
         )),
         true if is_empty => {}
         true if lost.is_empty() => {
-            lines.push(format!("no replica reports a committed record that broker {} lacks", would.leader))
+            lines.push(format!("no replica reports a committed record that broker {} lacks", dry_run.leader))
         }
         true => lines.push("every replica responded".to_owned()),
     }
@@ -163,7 +175,7 @@ pub(super) fn prospect(topic: &str, number: u32, would: &ElectionResult) -> Stri
 }
 
 /// Returns a clean election as JSON.
-pub(super) fn elected(topic: &str, number: u32, election: &ElectionResult) -> Value {
+pub(super) fn election_json(topic: &str, number: u32, election: &ElectionResult) -> Value {
     json!({
         "topic": topic,
         "partition": number,
@@ -175,23 +187,23 @@ pub(super) fn elected(topic: &str, number: u32, election: &ElectionResult) -> Va
 }
 
 /// Returns an unclean election as JSON.
-pub(super) fn uncleanly(topic: &str, number: u32, election: &ElectionResult) -> Value {
-    let held = |replica: &ReplicaDescription| {
-        let ends = replica.positions.as_ref().ok();
+pub(super) fn unclean_election_json(topic: &str, number: u32, election: &ElectionResult) -> Value {
+    let replica_json = |replica: &ReplicaDescription| {
+        let positions = replica.positions.as_ref().ok();
         json!({
             "broker": replica.broker,
             "in_sync": replica.in_sync,
             "eligible": replica.eligible,
             "empty": replica.empty,
-            "last_epoch": ends.and_then(|(_, _, epoch)| *epoch),
-            "log_end": ends.map(|(_, log_end, _)| log_end),
-            "high_watermark": ends.map(|(high_watermark, ..)| high_watermark),
+            "last_epoch": positions.and_then(|(_, _, epoch)| *epoch),
+            "log_end": positions.map(|(_, log_end, _)| log_end),
+            "high_watermark": positions.map(|(high_watermark, ..)| high_watermark),
             "error": replica.positions.as_ref().err().map(ToString::to_string),
         })
     };
-    let mut value = elected(topic, number, election);
+    let mut value = election_json(topic, number, election);
     value["unclean"] = true.into();
-    value["replicas"] = election.replicas.iter().map(held).collect();
+    value["replicas"] = election.replicas.iter().map(replica_json).collect();
     value["lost_start"] = json!(election.lost.start);
     value["lost_end"] = json!(election.lost.end);
     value["discard_local"] = election.discard_local.into();

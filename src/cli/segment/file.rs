@@ -47,18 +47,18 @@ pub(super) fn open(path: &Path) -> anyhow::Result<(FileBatches<impl Read + use<>
     }
     let (len, name) = (metadata.len(), path.file_name().and_then(|name| name.to_str()).unwrap_or_default());
     let mut front = [0; HEADER_BYTES];
-    let got = read_full(&mut file, &mut front).with_context(unreadable)?;
-    let front = &front[..got];
-    if let Some((_, what)) = OTHER_MAGICS.iter().find(|(magic, _)| front.starts_with(magic)) {
+    let read_bytes = read_full(&mut file, &mut front).with_context(unreadable)?;
+    let front = &front[..read_bytes];
+    if let Some((_, file_type)) = OTHER_MAGICS.iter().find(|(magic, _)| front.starts_with(magic)) {
         bail!(
-            "{} is {what}, not a segment file: name a .log file of a data directory, or a .segment object",
+            "{} is {file_type}, not a segment file: name a .log file of a data directory, or a .segment object",
             path.display()
         );
     }
-    let (log, object) = (base_in(name), ObjectId::from_segment(name).ok());
+    let (log_base, object) = (base_in(name), ObjectId::from_segment(name).ok());
     let footer = footer(&mut file, len, path).with_context(unreadable)??;
-    let foreign = log.is_none() && object.is_none() && footer.is_none();
-    if foreign && got > 0 && Batch::framed_len(front).is_err() {
+    let is_foreign = log_base.is_none() && object.is_none() && footer.is_none();
+    if is_foreign && read_bytes > 0 && Batch::framed_len(front).is_err() {
         bail!("{} is not a segment file: it does not start with a record batch", path.display());
     }
     if let (Some(object), None) = (&object, &footer) {
@@ -69,8 +69,8 @@ pub(super) fn open(path: &Path) -> anyhow::Result<(FileBatches<impl Read + use<>
             object.end
         );
     }
-    let stated = log.or(object.map(|object| object.base));
-    let base = match (stated, footer.as_ref().map(|footer| footer.base)) {
+    let base_in_name = log_base.or(object.map(|object| object.base));
+    let base = match (base_in_name, footer.as_ref().map(|footer| footer.base)) {
         (Some(name), Some(footer)) if name != footer => {
             bail!("{} is corrupt: its footer states base offset {footer}, its name {name}", path.display());
         }
@@ -85,15 +85,15 @@ pub(super) fn open(path: &Path) -> anyhow::Result<(FileBatches<impl Read + use<>
 /// Reads the footer of a segment object; `None` if the file does not end with a footer. The outer error is an I/O
 /// error, the inner one a corrupt footer.
 fn footer(file: &mut File, len: u64, path: &Path) -> io::Result<anyhow::Result<Option<Footer>>> {
-    let Some(at) = len.checked_sub(TRAILER_BYTES as u64) else { return Ok(Ok(None)) };
-    let mut end = [0; TRAILER_BYTES];
-    file.seek(SeekFrom::Start(at))?;
-    read_full(file, &mut end)?;
-    if !end.ends_with(b"STRNDSEG") {
+    let Some(trailer_start) = len.checked_sub(TRAILER_BYTES as u64) else { return Ok(Ok(None)) };
+    let mut trailer = [0; TRAILER_BYTES];
+    file.seek(SeekFrom::Start(trailer_start))?;
+    read_full(file, &mut trailer)?;
+    if !trailer.ends_with(b"STRNDSEG") {
         return Ok(Ok(None));
     }
     let corrupt = |reason: &dyn std::fmt::Display| Ok(Err(anyhow!("{} is corrupt: footer: {reason}", path.display())));
-    let trailer = match Trailer::parse(&end) {
+    let trailer = match Trailer::parse(&trailer) {
         Ok(trailer) => trailer,
         Err(error) => return corrupt(&error),
     };
@@ -111,26 +111,31 @@ fn footer(file: &mut File, len: u64, path: &Path) -> io::Result<anyhow::Result<O
     }
 }
 
-/// Returns the base offset in the name of a segment file, or of a file that was quarantined (`.log.quarantined-`).
+/// Returns the base offset in the name of a segment file, or of a quarantined file (`.log.quarantined-`); `None` for
+/// another name.
 fn base_in(name: &str) -> Option<Offset> {
     let digits =
         name.strip_suffix(".log").or_else(|| name.split_once(".log.quarantined-").map(|(digits, _)| digits))?;
-    let plain = digits.len() == 20 && digits.bytes().all(|byte| byte.is_ascii_digit());
-    plain.then(|| digits.parse().ok().and_then(Offset::new))?
+    let is_number = digits.len() == 20 && digits.bytes().all(|byte| byte.is_ascii_digit());
+    is_number.then(|| digits.parse().ok().and_then(Offset::new))?
 }
 
 /// Reason why the rest of a file cannot be read.
 #[derive(Debug)]
 pub(super) enum SegmentError {
     Read(io::Error),
-    At { position: u64, problem: String },
+    /// The bytes at this position are corrupt.
+    Corrupt {
+        position: u64,
+        problem: String,
+    },
 }
 
 impl SegmentError {
     pub(super) fn into_error(self, file: &Path) -> anyhow::Error {
         match self {
             Self::Read(error) => anyhow::Error::new(error).context(format!("cannot read {}", file.display())),
-            Self::At { position, problem } => corrupt_error(file, position, &problem),
+            Self::Corrupt { position, problem } => corrupt_error(file, position, &problem),
         }
     }
 }
@@ -142,9 +147,11 @@ pub(super) fn corrupt_error(file: &Path, position: u64, problem: &dyn std::fmt::
 /// Reader of the batches of a file, with one batch in memory at a time.
 pub(super) struct FileBatches<R> {
     input: R,
+    /// Position of the next batch in the file.
     position: u64,
     /// Offset at which the next batch must start; `None` if the first offset is unknown.
     end: Option<Offset>,
+    /// CRC-32C of all batches so far.
     crc: u32,
 }
 
@@ -157,24 +164,24 @@ impl<R: Read> FileBatches<R> {
     /// Returns the next batch with its position in bytes, after a check of its checksum and offset.
     pub(super) fn next(&mut self) -> Result<Option<(u64, Batch)>, SegmentError> {
         let position = self.position;
-        let corrupt = |problem: &MalformedBatch| SegmentError::At { position, problem: problem.to_string() };
-        let mut head = [0; HEADER_BYTES];
-        let got = read_full(&mut self.input, &mut head).map_err(SegmentError::Read)?;
-        if got == 0 {
+        let corrupt = |problem: &MalformedBatch| SegmentError::Corrupt { position, problem: problem.to_string() };
+        let mut header = [0; HEADER_BYTES];
+        let read_bytes = read_full(&mut self.input, &mut header).map_err(SegmentError::Read)?;
+        if read_bytes == 0 {
             return Ok(None);
         }
-        if got < HEADER_BYTES {
-            return Err(corrupt(&MalformedBatch::Truncated { needed: HEADER_BYTES, available: got }));
+        if read_bytes < HEADER_BYTES {
+            return Err(corrupt(&MalformedBatch::Truncated { needed: HEADER_BYTES, available: read_bytes }));
         }
         // `framed_len` rejects a length above that of the largest batch.
-        let size = Batch::framed_len(&head).map_err(|problem| corrupt(&problem))?;
+        let size = Batch::framed_len(&header).map_err(|problem| corrupt(&problem))?;
         let mut records = Vec::new();
         let wanted = u64::try_from(size - HEADER_BYTES).expect("64 bits");
         self.input.by_ref().take(wanted).read_to_end(&mut records).map_err(SegmentError::Read)?;
-        let batch = Batch::from_parts(head, Bytes::from(records)).map_err(|problem| corrupt(&problem))?;
+        let batch = Batch::from_parts(header, Bytes::from(records)).map_err(|problem| corrupt(&problem))?;
         if let Some(end) = self.end.filter(|end| *end != batch.base_offset()) {
             let problem = format!("the batch starts at offset {} instead of {end}", batch.base_offset());
-            return Err(SegmentError::At { position, problem });
+            return Err(SegmentError::Corrupt { position, problem });
         }
         self.crc = crc32c::crc32c_append(crc32c::crc32c_append(self.crc, batch.header()), batch.records_bytes());
         self.end = Some(batch.end_offset());
@@ -184,13 +191,13 @@ impl<R: Read> FileBatches<R> {
 
     /// Compares the end offset and the CRC of all batches with the footer. The batches must have been read to the end.
     pub(super) fn check(&self, footer: &Footer) -> Result<(), SegmentError> {
-        let at = |problem| Err(SegmentError::At { position: self.position, problem });
+        let corrupt = |problem| Err(SegmentError::Corrupt { position: self.position, problem });
         if self.end != Some(footer.end) {
             let end = self.end.unwrap_or_default();
-            return at(format!("the batches end at offset {end}, but the footer states {}", footer.end));
+            return corrupt(format!("the batches end at offset {end}, but the footer states {}", footer.end));
         }
         if self.crc != footer.data_crc {
-            return at(format!(
+            return corrupt(format!(
                 "the batches' CRC is {:#010x}, but the footer states {:#010x}",
                 self.crc, footer.data_crc
             ));
@@ -202,6 +209,7 @@ impl<R: Read> FileBatches<R> {
 /// Check of the leader epochs in file order. An epoch above that of the next batch is not accepted.
 #[derive(Debug, Default)]
 pub(super) struct FileEpochs {
+    /// Leader epoch of the previous batch; `None` before the first one.
     before: Option<LeaderEpoch>,
 }
 
@@ -216,7 +224,7 @@ impl FileEpochs {
         if let Some(before) = self.before.filter(|before| epoch < *before) {
             return Err(format!("leader epoch decreases from {before} to {epoch} at offset {}", batch.base_offset()));
         }
-        // If the next epoch fits to the epochs before this batch, this batch is the outlier.
+        // If the next batch's epoch is not below the epochs before this batch, this batch is the outlier.
         if let Some(next) = next
             && let Some(after) = next.leader_epoch()
             && after < epoch
@@ -234,14 +242,14 @@ impl FileEpochs {
 
 /// Reads until the buffer is full or the input ends, and returns the number of bytes.
 fn read_full(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut got = 0;
-    while got < buffer.len() {
-        match input.read(&mut buffer[got..]) {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match input.read(&mut buffer[filled..]) {
             Ok(0) => break,
-            Ok(read) => got += read,
+            Ok(read) => filled += read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(got)
+    Ok(filled)
 }

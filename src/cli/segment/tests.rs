@@ -40,7 +40,7 @@ fn dumped(bytes: &[u8], records: bool, output: OutputFormat) -> (String, Result<
     let dump = DumpArgs { file: "f.log".into(), records };
     let mut out = Vec::new();
     let batches = FileBatches::new(bytes, Some(Offset::ZERO));
-    let result = dump_all(batches, None, &dump, output, &mut out).map_err(|error| error.to_string());
+    let result = print_batches(batches, None, &dump, output, &mut out).map_err(|error| error.to_string());
     (String::from_utf8(out).expect("text"), result)
 }
 
@@ -52,7 +52,7 @@ fn dumped_as(name: &str, bytes: &[u8]) -> (String, Result<(), String>) {
     let mut out = Vec::new();
     let result = file::open(&file).and_then(|(batches, footer)| {
         let dump = DumpArgs { file: Path::new(name).to_owned(), records: false };
-        dump_all(batches, footer.as_ref(), &dump, OutputFormat::Text, &mut out)
+        print_batches(batches, footer.as_ref(), &dump, OutputFormat::Text, &mut out)
     });
     (String::from_utf8(out).expect("text"), result.map_err(|error| format!("{error:#}")))
 }
@@ -87,7 +87,7 @@ fn corrupt_batch_is_reported_with_its_position() {
     assert_eq!(text.lines().count(), 1, "the intact batch is printed");
     let error = result.expect_err("corrupt");
     assert!(error.contains(&format!("f.log is corrupt at byte {second}")) && error.contains("CRC"), "{error}");
-    let error = dumped(&good[..good.len() - 1], false, OutputFormat::Text).1.expect_err("cut");
+    let error = dumped(&good[..good.len() - 1], false, OutputFormat::Text).1.expect_err("truncated");
     assert!(error.contains(&second.to_string()) && error.contains("truncated"), "{error}");
     let twice = [&good[..second], &good[..second]].concat();
     let error = dumped(&twice, false, OutputFormat::Text).1.expect_err("offsets go back");
@@ -138,8 +138,8 @@ fn any_flipped_byte_of_a_segment_object_is_detected() {
         let (_, result) = dumped_as(OBJECT, &flipped);
         assert!(result.is_err(), "byte {byte}");
     }
-    let cut = dumped_as(OBJECT, &log(&[3, 3])).1.expect_err("corrupt");
-    assert!(cut.contains("has no footer"), "{cut}");
+    let error = dumped_as(OBJECT, &log(&[3, 3])).1.expect_err("corrupt");
+    assert!(error.contains("has no footer"), "{error}");
 }
 
 #[test]

@@ -41,13 +41,16 @@ struct TopicContent {
     partitions: u32,
     /// Number of committed records in the partitions whose leaders responded.
     records: u64,
+    /// Bytes on the disks of the leaders that responded.
     local_bytes: u64,
+    /// Bytes in the object store, of the same partitions.
     tiered_bytes: u64,
     /// Number of partitions whose leaders did not respond.
-    unanswered: usize,
+    unresponsive: usize,
 }
 
 impl TopicContent {
+    /// Adds up what the leaders of the topic's partitions reported.
     fn of(topic: &TopicDescription) -> Self {
         let mut content = Self {
             name: topic.summary.name.clone(),
@@ -55,11 +58,11 @@ impl TopicContent {
             records: 0,
             local_bytes: 0,
             tiered_bytes: 0,
-            unanswered: 0,
+            unresponsive: 0,
         };
         for partition in &topic.partitions {
             if partition.leader_error.is_some() {
-                content.unanswered += 1;
+                content.unresponsive += 1;
                 continue;
             }
             let watermarks = &partition.watermarks;
@@ -70,20 +73,20 @@ impl TopicContent {
         content
     }
 
-    /// Returns the content of a topic that could not be described.
+    /// Returns the content of a topic whose description failed. The topic may have objects in the object store.
     fn unknown(name: &str) -> Self {
-        Self { name: name.to_owned(), partitions: 0, records: 0, local_bytes: 0, tiered_bytes: 0, unanswered: 1 }
+        Self { name: name.to_owned(), partitions: 0, records: 0, local_bytes: 0, tiered_bytes: 0, unresponsive: 1 }
     }
 
     /// Formats the content: `topic orders: 4 partitions, 200000 records, 15.00 MiB on each leader's disk, 3.00 MiB in
     /// the object store`.
     fn sentence(&self) -> String {
-        let Self { name, partitions, records, local_bytes, tiered_bytes, unanswered } = self;
-        let unknown = match unanswered {
+        let Self { name, partitions, records, local_bytes, tiered_bytes, unresponsive } = self;
+        let unknown = match unresponsive {
             0 => String::new(),
             _ => format!(
                 "; the leaders of {} did not respond",
-                output::count(u64::try_from(*unanswered).unwrap_or(u64::MAX), "partition")
+                output::count(u64::try_from(*unresponsive).unwrap_or(u64::MAX), "partition")
             ),
         };
         format!(
@@ -95,24 +98,26 @@ impl TopicContent {
         )
     }
 
-    /// Returns the message after the deletion. `kept` is the time until the objects in the object store are removed.
-    fn gone(&self, kept: Option<Duration>) -> String {
-        let Self { name, tiered_bytes, unanswered, .. } = self;
+    /// Returns the message after the deletion. `object_grace` is the time until the objects in the object store are
+    /// deleted; `None` without an object store.
+    fn deleted_message(&self, object_grace: Option<Duration>) -> String {
+        let Self { name, tiered_bytes, unresponsive, .. } = self;
         let deleted = format!("deleted topic {name}");
-        match kept {
-            Some(kept) if *tiered_bytes > 0 || *unanswered > 0 => {
+        match object_grace {
+            Some(grace) if *tiered_bytes > 0 || *unresponsive > 0 => {
                 let bytes =
-                    if *unanswered == 0 { format!(", {},", output::bytes(*tiered_bytes)) } else { String::new() };
+                    if *unresponsive == 0 { format!(", {},", output::bytes(*tiered_bytes)) } else { String::new() };
                 format!(
                     "{deleted}; its objects in the object store{bytes} are deleted within {} (tier.garbage_grace)",
-                    humantime::format_duration(Duration::from_secs(kept.as_secs().max(1)))
+                    humantime::format_duration(Duration::from_secs(grace.as_secs().max(1)))
                 )
             }
             _ => deleted,
         }
     }
 
-    fn object(&self, deleted: bool, kept: Option<Duration>) -> Value {
+    /// Returns the content as JSON. `deleted` is false for a dry run.
+    fn to_json(&self, deleted: bool, object_grace: Option<Duration>) -> Value {
         json!({
             "name": self.name,
             "deleted": deleted,
@@ -120,12 +125,14 @@ impl TopicContent {
             "records": self.records,
             "local_bytes": self.local_bytes,
             "tiered_bytes": self.tiered_bytes,
-            "partitions_without_response": self.unanswered,
-            "object_grace_ms": kept.map(|kept| u64::try_from(kept.as_millis()).unwrap_or(u64::MAX)),
+            "partitions_without_response": self.unresponsive,
+            "object_grace_ms": object_grace.map(|grace| u64::try_from(grace.as_millis()).unwrap_or(u64::MAX)),
         })
     }
 }
 
+/// Shows the topic's content, prompts unless `--yes` is set, and deletes the topic. With `--dry-run`, only shows the
+/// content.
 pub(super) async fn run(admin: &Admin, command: &DeleteArgs, output: OutputFormat) -> anyhow::Result<()> {
     let name = command.name.as_str();
     let content = match admin.describe_topic(name).await {
@@ -135,13 +142,13 @@ pub(super) async fn run(admin: &Admin, command: &DeleteArgs, output: OutputForma
         Err(error) => return Err(explain(admin, name, error).await),
     };
     if command.dry_run {
-        return show(&content.object(false, None), &format!("would delete {}", content.sentence()), output);
+        return show(&content.to_json(false, None), &format!("would delete {}", content.sentence()), output);
     }
     if !command.yes {
         confirm(&content)?;
     }
     match admin.delete_topic(name).await {
-        Ok(kept) => show(&content.object(true, kept), &content.gone(kept), output),
+        Ok(object_grace) => show(&content.to_json(true, object_grace), &content.deleted_message(object_grace), output),
         Err(error) => Err(explain(admin, name, error).await),
     }
 }
@@ -152,9 +159,12 @@ fn confirm(content: &TopicContent) -> anyhow::Result<()> {
         bail!("nothing was deleted: without a terminal, add --yes to delete {}", content.sentence());
     }
     eprint!("delete {}? Type its name: ", content.sentence());
-    let mut answer = String::new();
-    io::stdin().lock().read_line(&mut answer)?;
-    if answer.trim() == content.name { Ok(()) } else { bail!("nothing was deleted: that is not the topic's name") }
+    let mut typed = String::new();
+    io::stdin().lock().read_line(&mut typed)?;
+    match typed.trim() {
+        name if name == content.name => Ok(()),
+        name => bail!("nothing was deleted: {name:?} is not the topic's name"),
+    }
 }
 
 fn show(value: &Value, line: &str, output: OutputFormat) -> anyhow::Result<()> {
@@ -176,7 +186,7 @@ mod tests {
             records: 200_000,
             local_bytes: 15 << 20,
             tiered_bytes: 3 << 20,
-            unanswered: 0,
+            unresponsive: 0,
         }
     }
 
@@ -188,20 +198,22 @@ mod tests {
         );
         let two_hours = Some(Duration::from_secs(7200));
         assert_eq!(
-            content().gone(two_hours),
+            content().deleted_message(two_hours),
             "deleted topic orders; its objects in the object store, 3.00 MiB, are deleted within 2h \
              (tier.garbage_grace)"
         );
-        assert_eq!(content().gone(None), "deleted topic orders");
+        assert_eq!(content().deleted_message(None), "deleted topic orders");
         let empty = TopicContent { tiered_bytes: 0, ..content() };
-        assert_eq!(empty.gone(two_hours), "deleted topic orders");
-        let silent = TopicContent { unanswered: 1, ..empty };
-        assert!(silent.sentence().ends_with("; the leaders of 1 partition did not respond"));
-        assert!(silent.gone(two_hours).contains("its objects in the object store are deleted within 2h"));
+        assert_eq!(empty.deleted_message(two_hours), "deleted topic orders");
+        let partly_known = TopicContent { unresponsive: 1, ..empty };
+        assert!(partly_known.sentence().ends_with("; the leaders of 1 partition did not respond"));
+        assert!(
+            partly_known.deleted_message(two_hours).contains("its objects in the object store are deleted within 2h")
+        );
     }
 
     #[test]
     fn deletion_json_matches_golden_file() {
-        output::golden::json("topic-delete.json", &content().object(true, Some(Duration::from_secs(7200))));
+        output::golden::json("topic-delete.json", &content().to_json(true, Some(Duration::from_secs(7200))));
     }
 }
