@@ -24,7 +24,7 @@ pub const MAX_RECORD_HEADERS: usize = 10_000;
 /// Maximum size of a gRPC message in either direction: the largest batch and the fields around it.
 pub const MAX_MESSAGE_BYTES: usize = MAX_BATCH_BYTES + (1 << 20);
 
-/// Maximum size of a request to the peer service. No such request carries records; the largest name up to
+/// Maximum size of a request to the peer service. Such requests carry no records; the largest ones name up to
 /// [`MAX_PEER_REPLICAS`] replicas. With [`MAX_STREAMS_PER_PEER`] streams, a connection holds at most 1 MiB of requests
 /// before the caller is identified.
 pub const MAX_PEER_REQUEST_BYTES: usize = 64 << 10;
@@ -42,8 +42,8 @@ pub const MAX_REQUEST_BYTES: usize = 4 << 20;
 /// Maximum number of elements of a request's repeated fields: records, headers, partitions, names.
 pub const MAX_REQUEST_PARTS: usize = 100_000;
 
-/// Disk space that appends leave free. Evicting segments needs space itself: for a journal entry, a checkpoint and
-/// indexes. A log that used the last byte could not free any.
+/// Disk space that appends leave free. Evicting segments needs space for a journal entry, a checkpoint and indexes. A
+/// log that used the last byte could not free space.
 pub const MIN_FREE_DISK_BYTES: u64 = 32 << 20;
 
 /// Maximum number of partitions of a topic.
@@ -74,7 +74,7 @@ pub const MAX_APPEND_TIMEOUT_MS: u32 = 600_000;
 /// counts.
 pub const MAX_TIERED_APPENDS: usize = 1 << 14;
 
-/// Maximum number of these appends from one connection.
+/// Maximum number of waiting appends with `acks=tiered` from one connection.
 pub const MAX_TIERED_APPENDS_PER_CONNECTION: usize = MAX_TIERED_APPENDS / 4;
 
 /// Maximum time that a fetch waits for data, in milliseconds.
@@ -95,12 +95,12 @@ pub const MAX_PARTITIONS_PER_TXN: usize = 40;
 /// Maximum size of the keys and values of a transaction of the metadata store, below etcd's request limit of 1.5 MiB.
 pub const MAX_TRANSACTION_BYTES: usize = 1 << 20;
 
-/// A journal up to this size grows as far as the disk allows. A larger one was configured on purpose, so the broker
-/// does not start if the disk can never hold it.
+/// Maximum size of a journal that grows only as far as the disk allows. A larger journal was configured on purpose, so
+/// the broker does not start if the disk can never hold it.
 pub const JOURNAL_SPACE_CHECK_BYTES: u64 = 256 << 20;
 
-/// Maximum number of idempotent producers that a partition remembers. Beyond it, the one that wrote least recently is
-/// removed.
+/// Maximum number of idempotent producers that a partition remembers. Above it, the producer that wrote least
+/// recently is removed.
 pub const MAX_PRODUCERS: usize = 16_384;
 
 /// Maximum number of concurrent HTTP/2 streams on a client connection, lower where there are many connections. The Rust

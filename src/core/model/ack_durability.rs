@@ -17,11 +17,11 @@ pub enum AckDurability {
 
 impl fmt::Display for AckDurability {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let s = |replicas| if replicas == 1 { "" } else { "s" };
+        let plural = |replicas| if replicas == 1 { "" } else { "s" };
         match *self {
             Self::Memory => f.write_str("in the leader's memory"),
-            Self::PageCache(replicas) => write!(f, "in the page cache of {replicas} replica{}", s(replicas)),
-            Self::Persisted(replicas) => write!(f, "persisted on {replicas} replica{}", s(replicas)),
+            Self::PageCache(replicas) => write!(f, "in the page cache of {replicas} replica{}", plural(replicas)),
+            Self::Persisted(replicas) => write!(f, "persisted on {replicas} replica{}", plural(replicas)),
             Self::Tiered(_) => f.write_str("in the object store"),
         }
     }

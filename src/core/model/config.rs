@@ -161,6 +161,7 @@ pub enum InvalidConfig {
     },
 }
 
+/// Returns the names of all keys, for the error message.
 fn known_keys() -> String {
     TOPIC_CONFIG_KEYS.iter().map(|key| key.name).collect::<Vec<_>>().join(", ")
 }
@@ -250,7 +251,7 @@ impl TopicConfig {
     /// Checks that `min.insync.replicas` is at most the replication factor. Otherwise no append with `acks=all` could
     /// be acknowledged.
     pub fn check_replicas(&self, replicas: u32) -> Result<(), InvalidConfig> {
-        if u32::try_from(self.min_insync_replicas).is_ok_and(|needed| needed <= replicas) {
+        if u32::try_from(self.min_insync_replicas).is_ok_and(|min| min <= replicas) {
             return Ok(());
         }
         Err(InvalidConfig::Value {
@@ -265,14 +266,15 @@ impl TopicConfig {
 
     /// Rewrites numbers in their usual form: `+5` and `007` become 5 and 7.
     pub fn normalize(config: ConfigMap) -> ConfigMap {
-        let text = |key: &str, text: String| {
-            let numeric = find_key(key).is_ok_and(|key| key.default.parse::<i64>().is_ok());
-            text.parse::<i64>().ok().filter(|_| numeric).map_or(text, |number| number.to_string())
+        // A key takes numbers if its default is a number.
+        let normalize_value = |key: &str, text: String| {
+            let is_numeric = find_key(key).is_ok_and(|key| key.default.parse::<i64>().is_ok());
+            text.parse::<i64>().ok().filter(|_| is_numeric).map_or(text, |number| number.to_string())
         };
         config
             .into_iter()
             .map(|(key, value)| {
-                let value = text(&key, value);
+                let value = normalize_value(&key, value);
                 (key, value)
             })
             .collect()
@@ -299,17 +301,21 @@ fn find_key(name: &str) -> Result<&'static ConfigKey, InvalidConfig> {
         .ok_or_else(|| InvalidConfig::UnknownKey { key: name.chars().take(100).collect() })
 }
 
+/// Configuration values from which the effective ones follow: `overrides` of the topic first, then `defaults` of the
+/// broker, then the built-in defaults.
 struct ConfigLayers<'a> {
     defaults: &'a ConfigMap,
     overrides: &'a ConfigMap,
 }
 
 impl ConfigLayers<'_> {
+    /// Returns the effective value of a key as a string.
     fn text(&self, name: &str) -> &str {
-        let set = self.overrides.get(name).or_else(|| self.defaults.get(name));
-        set.map_or_else(|| find_key(name).expect("a key of the list").default, String::as_str)
+        let value = self.overrides.get(name).or_else(|| self.defaults.get(name));
+        value.map_or_else(|| find_key(name).expect("a key of the list").default, String::as_str)
     }
 
+    /// Parses the effective value of a key. `parse` returns `None` for a value that is not allowed.
     fn parse<T>(&self, name: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T, InvalidConfig> {
         let text = self.text(name);
         parse(text).ok_or_else(|| self.invalid_value(name))
@@ -319,7 +325,7 @@ impl ConfigLayers<'_> {
         self.parse(name, |text| text.parse().ok().filter(|number| (min..=max).contains(number)))
     }
 
-    /// Parses a limit. -1 means no limit, and so does the largest `i64`, which Kafka users write for it.
+    /// Parses a limit. Returns `None` for no limit: -1, or the largest `i64`, which Kafka users write as well.
     fn limit(&self, name: &str) -> Result<Option<u64>, InvalidConfig> {
         self.parse(name, |text| match text.parse::<i64>().ok()? {
             -1 | i64::MAX => Some(None),
@@ -327,20 +333,20 @@ impl ConfigLayers<'_> {
         })
     }
 
-    /// Parses a local limit. -2 means the limit of the whole log, which a local limit never exceeds: a larger default
-    /// is lowered to it, a larger value of the topic is an error.
+    /// Parses a local limit. `whole` is the limit of the whole log, which a local limit never exceeds and to which -2
+    /// refers. A larger default of the broker is lowered to `whole`; a larger value of the topic is an error.
     fn local_limit(&self, name: &'static str, whole: Option<u64>) -> Result<Option<u64>, InvalidConfig> {
         if self.text(name) == "-2" {
             return Ok(whole);
         }
         let limit = self.limit(name)?;
-        let above = whole.is_some_and(|whole| limit.is_none_or(|limit| limit > whole));
-        if above && self.overrides.contains_key(name) {
+        let is_above_whole = whole.is_some_and(|whole| limit.is_none_or(|limit| limit > whole));
+        if is_above_whole && self.overrides.contains_key(name) {
             let (local, whole) = (name, name.trim_start_matches("local."));
             let (local_value, whole_value) = (self.text(local).to_owned(), self.text(whole).to_owned());
             return Err(InvalidConfig::LocalAboveWhole { local, local_value, whole, whole_value });
         }
-        Ok(if above { whole } else { limit })
+        Ok(if is_above_whole { whole } else { limit })
     }
 
     fn invalid_value(&self, name: &str) -> InvalidConfig {
@@ -399,12 +405,12 @@ mod tests {
             let config = resolve(&[("retention.ms", text), ("retention.bytes", text)]).expect(text);
             assert_eq!((config.retention, config.retention_bytes), (None, None));
         }
-        let most = MAX_MS.to_string();
-        let config = resolve(&[("retention.ms", &most)]).expect("the bound itself");
+        let max = MAX_MS.to_string();
+        let config = resolve(&[("retention.ms", &max)]).expect("the bound itself");
         assert_eq!(config.retention, Some(Duration::from_millis(MAX_MS)));
         for key in TOPIC_CONFIG_KEYS.iter().filter(|key| key.allowed.contains("milliseconds")) {
             let above = resolve(&[(key.name, "9223372036854775806")]).expect_err(key.name).to_string();
-            assert!(above.contains(&most), "{above}");
+            assert!(above.contains(&max), "{above}");
         }
     }
 
@@ -422,9 +428,9 @@ mod tests {
 
     #[test]
     fn numbers_are_normalized() {
-        let given = map(&[("retention.ms", "+5"), ("segment.bytes", "0020000"), ("durability", "persisted")]);
-        let kept = TopicConfig::normalize(given);
-        assert_eq!(kept, map(&[("retention.ms", "5"), ("segment.bytes", "20000"), ("durability", "persisted")]));
+        let values = map(&[("retention.ms", "+5"), ("segment.bytes", "0020000"), ("durability", "persisted")]);
+        let normalized = TopicConfig::normalize(values);
+        assert_eq!(normalized, map(&[("retention.ms", "5"), ("segment.bytes", "20000"), ("durability", "persisted")]));
     }
 
     #[test]

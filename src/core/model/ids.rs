@@ -26,10 +26,13 @@ impl TopicName {
 
     /// Validates a name.
     pub fn new(name: &str) -> Result<Self, InvalidTopicName> {
-        let legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
-        let valid =
-            !name.is_empty() && name.len() <= Self::MAX_BYTES && name != "." && name != ".." && name.bytes().all(legal);
-        if valid {
+        let is_allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        let is_valid = !name.is_empty()
+            && name.len() <= Self::MAX_BYTES
+            && name != "."
+            && name != ".."
+            && name.bytes().all(is_allowed);
+        if is_valid {
             Ok(Self(name.into()))
         } else {
             Err(InvalidTopicName { name: name.chars().take(Self::MAX_BYTES).collect() })

@@ -63,7 +63,7 @@ pub enum Acks {
     /// The append is durable on every in-sync replica, and these are at least `min.insync.replicas`.
     #[default]
     All,
-    /// As `All`, and when it is in the object store.
+    /// The condition of `All` holds, and the append is in the object store.
     Tiered,
 }
 
@@ -75,6 +75,7 @@ pub struct UnknownName {
     pub names: &'static [&'static str],
 }
 
+/// Implements `NAMES`, `as_str`, `FromStr` and `Display` for an enum from the names of its values.
 macro_rules! names {
     ($kind:ty { $($variant:ident = $name:literal),* $(,)? }) => {
         impl $kind {

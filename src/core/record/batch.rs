@@ -159,10 +159,10 @@ impl Batch {
         if codec == self.compression() {
             return Ok((self.clone(), self.timestamp_range()));
         }
-        let (plain, range) = self.decode_records_and_timestamps(max)?;
+        let (uncompressed, range) = self.decode_records_and_timestamps(max)?;
         let records = match codec {
-            Compression::None => plain,
-            codec => compression::compress(codec, &plain),
+            Compression::None => uncompressed,
+            codec => compression::compress(codec, &uncompressed),
         };
         let (min, max) = (HEADER_BYTES - layout::LENGTH_OVERHEAD, limits::MAX_BATCH_BYTES - layout::LENGTH_OVERHEAD);
         if min + records.len() > max {
@@ -176,8 +176,8 @@ impl Batch {
         Ok((Self::seal(header, records), range))
     }
 
-    /// Sets or removes the producer, and the CRC. Only a producer client calls this: the producer of a batch that a
-    /// broker accepted never changes.
+    /// Sets or removes the producer, and updates the CRC. Only a producer client calls this: the producer of a batch
+    /// that a broker accepted never changes.
     pub fn set_producer(&mut self, producer: Option<ProducerSequence>) {
         let producer = producer.unwrap_or(ProducerSequence { id: -1, epoch: -1, base_sequence: -1 });
         set(&mut self.header, layout::PRODUCER_ID, producer.id.to_be_bytes());
@@ -186,6 +186,7 @@ impl Batch {
         self.renew_checksum();
     }
 
+    /// Checks the header fields and the CRC, but not the records. The length was checked before.
     fn check(&self) -> Result<(), MalformedBatch> {
         let magic = self.header[layout::MAGIC_AT];
         if magic != layout::MAGIC {
@@ -198,8 +199,8 @@ impl Batch {
         }
         let count = i32::from_be_bytes(field(&self.header, layout::RECORDS_COUNT));
         let last_offset_delta = i32::from_be_bytes(field(&self.header, layout::LAST_OFFSET_DELTA));
-        let possible = usize::try_from(count).is_ok_and(|count| (1..=limits::MAX_BATCH_RECORDS).contains(&count));
-        if !possible || last_offset_delta != count - 1 {
+        let is_possible = usize::try_from(count).is_ok_and(|count| (1..=limits::MAX_BATCH_RECORDS).contains(&count));
+        if !is_possible || last_offset_delta != count - 1 {
             return Err(MalformedBatch::Counts { count, last_offset_delta });
         }
         let attributes = self.attributes();
@@ -219,18 +220,18 @@ impl Batch {
     /// incomplete producer fields.
     pub fn check_client(&self) -> Result<(), MalformedBatch> {
         let attributes = self.attributes();
-        let refuse = |reason| Err(MalformedBatch::Attributes { attributes, reason });
+        let reject = |reason| Err(MalformedBatch::Attributes { attributes, reason });
         if attributes & layout::CONTROL != 0 {
-            return refuse("only a broker writes control batches");
+            return reject("only a broker writes control batches");
         }
         if attributes & layout::TRANSACTIONAL != 0 {
-            return refuse("transactions are not supported");
+            return reject("transactions are not supported");
         }
         if attributes & layout::LOG_APPEND_TIME != 0 {
-            return refuse("only a broker sets the timestamp type LogAppendTime");
+            return reject("only a broker sets the timestamp type LogAppendTime");
         }
         if attributes & !layout::COMPRESSION_MASK != 0 {
-            return refuse("unknown bits are set");
+            return reject("unknown bits are set");
         }
         self.check_producer()
     }
@@ -246,6 +247,7 @@ impl Batch {
         if is_absent || is_complete { Ok(()) } else { Err(MalformedBatch::Producer { id, epoch, base_sequence }) }
     }
 
+    /// Computes the CRC of the bytes that it covers.
     fn checksum(&self) -> u32 {
         crc32c::crc32c_append(crc32c::crc32c(&self.header[layout::CRC_START..]), &self.records)
     }
@@ -256,8 +258,8 @@ impl Batch {
         set(&mut self.header, layout::LEADER_EPOCH, epoch.as_i32().to_be_bytes());
     }
 
-    /// Sets the timestamp of all records to the time of the broker (`message.timestamp.type=LogAppendTime`), and the
-    /// CRC.
+    /// Sets the timestamp of all records to the time of the broker (`message.timestamp.type=LogAppendTime`), and
+    /// updates the CRC.
     pub fn set_append_time(&mut self, now_ms: i64) {
         let attributes = self.attributes() | layout::LOG_APPEND_TIME;
         set(&mut self.header, layout::ATTRIBUTES, attributes.to_be_bytes());
@@ -285,8 +287,8 @@ impl Batch {
         Ok(range)
     }
 
-    /// Returns the range of the timestamps by the header: that of the first record, and the largest, which is never
-    /// below the first.
+    /// Returns the range of the timestamps that the header states: from the first record's timestamp to the largest
+    /// one. The largest one is never below the first.
     pub fn timestamp_range(&self) -> TimestampRange {
         let mut range = TimestampRange::EMPTY;
         range.extend(self.base_timestamp());
@@ -404,6 +406,7 @@ impl Batch {
         Some(self.producer_fields()).filter(|producer| producer.id >= 0)
     }
 
+    /// Returns the producer fields as they are, also without a producer (-1).
     fn producer_fields(&self) -> ProducerSequence {
         ProducerSequence {
             id: i64::from_be_bytes(field(&self.header, layout::PRODUCER_ID)),
@@ -412,7 +415,7 @@ impl Batch {
         }
     }
 
-    /// Returns the fingerprint, which differs from that of another batch with the same producer and sequence.
+    /// Returns the fingerprint. Two different batches with the same producer and sequence have different fingerprints.
     pub fn fingerprint(&self) -> Fingerprint {
         Fingerprint { crc: self.crc(), compression: self.compression(), timestamp_type: self.timestamp_type() }
     }

@@ -65,7 +65,7 @@ impl BatchBuilder {
         Self::with_capacity(compression, 0)
     }
 
-    /// Creates an empty builder whose buffer has room for `bytes` of encoded records.
+    /// Creates an empty builder with a buffer of `bytes` for encoded records.
     pub fn with_capacity(compression: Compression, bytes: usize) -> Self {
         Self { compression, records: Vec::with_capacity(bytes), count: 0, base_timestamp: 0, max_timestamp: 0 }
     }
@@ -86,7 +86,7 @@ impl BatchBuilder {
         // The delta wraps if the timestamps differ by more than 2^63. The reader wraps too.
         let delta = timestamp_ms.wrapping_sub(base);
         let body = body_len(delta, self.count, key, value, headers);
-        self.check_room(body, headers.len())?;
+        self.check_limits(body, headers.len())?;
 
         let mut prefix = [0; MAX_PREFIX_BYTES];
         let mut at = varint::write(as_i64(body), &mut prefix);
@@ -114,7 +114,8 @@ impl BatchBuilder {
         Ok(())
     }
 
-    fn check_room(&self, body: usize, headers: usize) -> Result<(), BuildError> {
+    /// Checks that one more record with a body of `body` bytes and this number of headers stays within the maximums.
+    fn check_limits(&self, body: usize, headers: usize) -> Result<(), BuildError> {
         if self.count as usize >= limits::MAX_BATCH_RECORDS {
             return Err(BuildError::TooManyRecords { limit: limits::MAX_BATCH_RECORDS });
         }
@@ -135,7 +136,8 @@ impl BatchBuilder {
         self.records.extend_from_slice(&bytes[..len]);
     }
 
-    /// Returns the maximum number of bytes that such a record adds to [`BatchBuilder::encoded_len`], for any timestamp.
+    /// Returns the maximum number of bytes that a record with this content adds to [`BatchBuilder::encoded_len`], for
+    /// any timestamp.
     pub fn record_len(key: Option<&[u8]>, value: Option<&[u8]>, headers: &[Header]) -> usize {
         body_len(i64::MIN, u32::MAX >> 1, key, value, headers).saturating_add(varint::MAX_I32_BYTES)
     }
@@ -190,19 +192,20 @@ impl BatchBuilder {
     }
 }
 
-/// Length of a record without its length field.
+/// Returns the length of a record without its length field.
 fn body_len(delta: i64, index: u32, key: Option<&[u8]>, value: Option<&[u8]>, headers: &[Header]) -> usize {
-    let part = |bytes: Option<&[u8]>| varint::len(nullable_len(bytes)) + bytes.map_or(0, <[u8]>::len);
+    let field_len = |bytes: Option<&[u8]>| varint::len(nullable_len(bytes)) + bytes.map_or(0, <[u8]>::len);
     let headers_len: usize =
-        headers.iter().map(|header| part(Some(header.key.as_bytes())) + part(header.value.as_deref())).sum();
+        headers.iter().map(|header| field_len(Some(header.key.as_bytes())) + field_len(header.value.as_deref())).sum();
     1 + varint::len(delta)
         + varint::len(i64::from(index))
-        + part(key)
-        + part(value)
+        + field_len(key)
+        + field_len(value)
         + varint::len(as_i64(headers.len()))
         + headers_len
 }
 
+/// Returns the length field of a key or value: -1 if it is absent.
 fn nullable_len(bytes: Option<&[u8]>) -> i64 {
     bytes.map_or(-1, |bytes| as_i64(bytes.len()))
 }

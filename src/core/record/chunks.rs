@@ -11,6 +11,7 @@ use super::{Batch, HEADER_BYTES, MalformedBatch, layout};
 #[derive(Debug)]
 pub struct ChunkedBatches {
     chunks: std::vec::IntoIter<Bytes>,
+    /// Remaining bytes of the current chunk.
     rest: Bytes,
 }
 
@@ -20,7 +21,8 @@ impl ChunkedBatches {
         Self { chunks: chunks.into_iter(), rest: Bytes::new() }
     }
 
-    fn batch(&mut self) -> Result<Option<Batch>, MalformedBatch> {
+    /// Returns the next batch; `None` after the last chunk.
+    fn next_batch(&mut self) -> Result<Option<Batch>, MalformedBatch> {
         while self.rest.is_empty() {
             match self.chunks.next() {
                 None => return Ok(None),
@@ -30,18 +32,20 @@ impl ChunkedBatches {
         if self.rest.len() >= layout::LENGTH_OVERHEAD && Batch::framed_len(&self.rest)? <= self.rest.len() {
             return Batch::split_from(&mut self.rest).map(Some);
         }
-        let Ok(header) = <[u8; HEADER_BYTES]>::try_from(&self.rest[..]) else { return self.joined().map(Some) };
+        let Ok(header) = <[u8; HEADER_BYTES]>::try_from(&self.rest[..]) else {
+            return self.next_split_batch().map(Some);
+        };
         let records = Batch::framed_len(&header)? - HEADER_BYTES;
         let Some(mut next) = self.chunks.next() else {
             return Err(MalformedBatch::Truncated { needed: HEADER_BYTES + records, available: HEADER_BYTES });
         };
         if next.len() < records {
-            // The records are split too. `joined` reads the bytes of the next chunk again.
-            let mut both = BytesMut::with_capacity(HEADER_BYTES + next.len());
-            both.extend_from_slice(&header);
-            both.extend_from_slice(&next);
-            self.rest = both.freeze();
-            return self.joined().map(Some);
+            // The records are split too. `next_split_batch` reads the bytes of the next chunk again.
+            let mut joined = BytesMut::with_capacity(HEADER_BYTES + next.len());
+            joined.extend_from_slice(&header);
+            joined.extend_from_slice(&next);
+            self.rest = joined.freeze();
+            return self.next_split_batch().map(Some);
         }
         let batch = Batch::from_parts(header, next.split_to(records))?;
         self.rest = next;
@@ -50,7 +54,7 @@ impl ChunkedBatches {
 
     /// Copies one batch from the rest of this chunk and from the chunks after it. The buffer grows only by bytes that
     /// were received.
-    fn joined(&mut self) -> Result<Batch, MalformedBatch> {
+    fn next_split_batch(&mut self) -> Result<Batch, MalformedBatch> {
         let mut batch = BytesMut::from(&self.rest[..]);
         self.rest = Bytes::new();
         loop {
@@ -66,9 +70,9 @@ impl ChunkedBatches {
                 };
                 self.rest = chunk;
             }
-            let taken = self.rest.len().min(needed - batch.len());
-            batch.extend_from_slice(&self.rest[..taken]);
-            self.rest.advance(taken);
+            let copied = self.rest.len().min(needed - batch.len());
+            batch.extend_from_slice(&self.rest[..copied]);
+            self.rest.advance(copied);
         }
     }
 }
@@ -77,7 +81,7 @@ impl Iterator for ChunkedBatches {
     type Item = Result<Batch, MalformedBatch>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let batch = self.batch();
+        let batch = self.next_batch();
         if batch.is_err() {
             (self.chunks, self.rest) = (Vec::new().into_iter(), Bytes::new());
         }

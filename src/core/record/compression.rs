@@ -51,27 +51,28 @@ const ZSTD_BLOCK_BYTES: usize = 128 << 10;
 /// First bytes of a zstd frame that is not a skippable frame. Little-endian.
 const ZSTD_MAGIC: u32 = 0xfd2f_b528;
 
-/// Compresses `plain` with `codec`.
-pub(super) fn compress(codec: Compression, plain: &[u8]) -> Bytes {
+/// Compresses `uncompressed` with `codec`.
+pub(super) fn compress(codec: Compression, uncompressed: &[u8]) -> Bytes {
     const MEMORY: &str = "writing to memory does not fail";
     match codec {
-        Compression::None => Bytes::copy_from_slice(plain),
+        Compression::None => Bytes::copy_from_slice(uncompressed),
         Compression::Gzip => {
             let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
-            encoder.write_all(plain).expect(MEMORY);
+            encoder.write_all(uncompressed).expect(MEMORY);
             encoder.finish().expect(MEMORY).into()
         }
-        Compression::Snappy => compress_snappy(plain).into(),
+        Compression::Snappy => compress_snappy(uncompressed).into(),
         Compression::Lz4 => {
             let frame = lz4_flex::frame::FrameInfo::new()
                 .block_mode(lz4_flex::frame::BlockMode::Independent)
                 .block_size(lz4_flex::frame::BlockSize::Max64KB);
             let mut encoder = lz4_flex::frame::FrameEncoder::with_frame_info(frame, Vec::new());
-            encoder.write_all(plain).expect(MEMORY);
+            encoder.write_all(uncompressed).expect(MEMORY);
             encoder.finish().expect(MEMORY).into()
         }
         Compression::Zstd => {
-            let mut bytes = zstd::bulk::compress(plain, ZSTD_LEVEL).expect("zstd fails only if there is no memory");
+            let mut bytes =
+                zstd::bulk::compress(uncompressed, ZSTD_LEVEL).expect("zstd fails only if there is no memory");
             // zstd allocates for the worst case.
             bytes.shrink_to_fit();
             bytes.into()
@@ -79,18 +80,19 @@ pub(super) fn compress(codec: Compression, plain: &[u8]) -> Bytes {
     }
 }
 
-fn compress_snappy(plain: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(XERIAL_HEADER_BYTES + plain.len() / 2);
+/// Writes a snappy-java stream.
+fn compress_snappy(uncompressed: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(XERIAL_HEADER_BYTES + uncompressed.len() / 2);
     out.extend_from_slice(XERIAL_MAGIC);
     out.extend_from_slice(&XERIAL_VERSION.to_be_bytes());
     out.extend_from_slice(&XERIAL_VERSION.to_be_bytes());
     let mut encoder = snap::raw::Encoder::new();
-    for block in plain.chunks(XERIAL_BLOCK_BYTES) {
+    for block in uncompressed.chunks(XERIAL_BLOCK_BYTES) {
         let start = out.len() + 4;
         out.resize(start + snap::raw::max_compress_len(block.len()), 0);
         let len = encoder.compress(block, &mut out[start..]).expect("the output has the length that snappy requires");
-        let framed = u32::try_from(len).expect("a compressed block of 32 KiB fits in 32 bits");
-        out[start - 4..start].copy_from_slice(&framed.to_be_bytes());
+        let block_len = u32::try_from(len).expect("a compressed block of 32 KiB fits in 32 bits");
+        out[start - 4..start].copy_from_slice(&block_len.to_be_bytes());
         out.truncate(start + len);
     }
     out
@@ -118,6 +120,7 @@ pub(super) fn declared_len(codec: Compression, stored: &[u8]) -> Option<usize> {
     }
 }
 
+/// Returns the sum of the lengths that the blocks declare; `None` if a block is truncated.
 fn snappy_declared_len(stored: &[u8]) -> Option<usize> {
     if !stored.starts_with(XERIAL_MAGIC) {
         return snap::raw::decompress_len(stored).ok();
@@ -138,7 +141,7 @@ fn snappy_declared_len(stored: &[u8]) -> Option<usize> {
 /// [`MalformedBatch::Grows`] if the output would exceed `max`. [`MalformedBatch::Compression`] if the codec rejects the
 /// bytes, or if other bytes follow them.
 pub fn decompress(codec: Compression, stored: &[u8], max: usize) -> Result<Bytes, MalformedBatch> {
-    let plain = match codec {
+    let uncompressed = match codec {
         _ if declared_len(codec, stored).is_some_and(|declared| declared > max) => Err(DecompressError::Grows),
         Compression::None => Ok(stored.to_vec()),
         Compression::Gzip => {
@@ -148,13 +151,13 @@ pub fn decompress(codec: Compression, stored: &[u8], max: usize) -> Result<Bytes
         Compression::Lz4 => lz4::decompress(stored, max),
         Compression::Zstd => decompress_zstd(stored, max),
     };
-    let mut plain = plain.map_err(|error| error.into_malformed(codec, max))?;
+    let mut uncompressed = uncompressed.map_err(|error| error.into_malformed(codec, max))?;
     // Records are slices of this buffer, and an application can keep them. So the buffer must not be much larger than
     // its content.
-    if plain.capacity() / 2 > plain.len() {
-        plain.shrink_to_fit();
+    if uncompressed.capacity() / 2 > uncompressed.len() {
+        uncompressed.shrink_to_fit();
     }
-    Ok(Bytes::from(plain))
+    Ok(Bytes::from(uncompressed))
 }
 
 /// The first decompressed bytes of compressed records.
@@ -174,7 +177,7 @@ pub(super) fn prefix(codec: Compression, stored: &[u8], max: usize) -> Result<Pr
     // A short input that declares a short output, or no length, is decoded completely.
     if codec != Compression::Gzip && stored.len() <= max && declared.is_none_or(|declared| declared <= max) {
         match decompress(codec, stored, max) {
-            Ok(plain) => return Ok(Prefix { bytes: plain.into(), is_complete: true }),
+            Ok(uncompressed) => return Ok(Prefix { bytes: uncompressed.into(), is_complete: true }),
             // The input declares no length, or the length of its first frame only.
             Err(MalformedBatch::Grows { .. }) => {}
             Err(error) => return Err(error),
@@ -190,6 +193,7 @@ pub(super) fn prefix(codec: Compression, stored: &[u8], max: usize) -> Result<Pr
     prefix.map(|bytes| Prefix { bytes, is_complete: false }).map_err(|error| error.into_malformed(codec, max))
 }
 
+/// Decompresses at most the first `max` bytes. Gzip streams, so no whole block is needed.
 fn gzip_prefix(stored: &[u8], max: usize) -> Result<Prefix, DecompressError> {
     if !stored.starts_with(GZIP_MAGIC) {
         return Err("the bytes do not start with 1f 8b, the magic of gzip".into());
@@ -213,8 +217,8 @@ fn max_zstd_len(mut stored: &[u8]) -> Result<usize, DecompressError> {
         let declared = get_frame_content_size(frame).map_err(|error| error.to_string())?;
         // Every decoder rejects a frame whose content has another length than the frame declares.
         let declared = declared.map_or(usize::MAX, |declared| usize::try_from(declared).unwrap_or(usize::MAX));
-        let plain = max_zstd_frame_len(frame).ok_or("a block ends after its frame")?.min(declared);
-        (max, stored) = (max.saturating_add(plain), rest);
+        let frame_max = max_zstd_frame_len(frame).ok_or("a block ends after its frame")?.min(declared);
+        (max, stored) = (max.saturating_add(frame_max), rest);
     }
     Ok(max)
 }
@@ -240,18 +244,18 @@ fn max_zstd_frame_len(frame: &[u8]) -> Option<usize> {
         let (header, content) = blocks.split_first_chunk::<3>()?;
         let header = u32::from_le_bytes([header[0], header[1], header[2], 0]);
         let size = usize::try_from(header >> 3).ok()?;
-        let (stored, plain) = match header >> 1 & 3 {
+        let (stored_len, uncompressed_len) = match header >> 1 & 3 {
             // Raw, one repeated byte, compressed.
             0 => (size, size),
             1 => (1, size),
             2 => (size, ZSTD_BLOCK_BYTES),
             _ => return None,
         };
-        max = max.saturating_add(plain.min(ZSTD_BLOCK_BYTES));
+        max = max.saturating_add(uncompressed_len.min(ZSTD_BLOCK_BYTES));
         if header & 1 == 1 {
             return Some(max);
         }
-        blocks = content.get(stored..)?;
+        blocks = content.get(stored_len..)?;
     }
 }
 
@@ -282,36 +286,38 @@ pub(super) fn max_decoded_len(codec: Compression, stored: &[u8]) -> Option<usize
     }
 }
 
-/// Reads all bytes of `decoder`. The buffer has `hint` bytes at first and grows with the output.
-fn read_bounded(decoder: impl Read, hint: usize, max: usize) -> Result<Vec<u8>, DecompressError> {
-    let mut plain = Vec::with_capacity(hint.min(max));
+/// Reads all bytes of `decoder`. The buffer starts with `initial_capacity` bytes and grows with the output.
+fn read_bounded(decoder: impl Read, initial_capacity: usize, max: usize) -> Result<Vec<u8>, DecompressError> {
+    let mut uncompressed = Vec::with_capacity(initial_capacity.min(max));
     let bound = u64::try_from(max).unwrap_or(u64::MAX).saturating_add(1);
-    decoder.take(bound).read_to_end(&mut plain).map_err(|error| error.to_string())?;
-    if plain.len() > max { Err(DecompressError::Grows) } else { Ok(plain) }
+    decoder.take(bound).read_to_end(&mut uncompressed).map_err(|error| error.to_string())?;
+    if uncompressed.len() > max { Err(DecompressError::Grows) } else { Ok(uncompressed) }
 }
 
+/// Decompresses a snappy-java stream or a raw snappy block.
 fn decompress_snappy(stored: &[u8], max: usize) -> Result<Vec<u8>, DecompressError> {
-    let mut plain = Vec::new();
+    let mut uncompressed = Vec::new();
     let mut decoder = snap::raw::Decoder::new();
     if !stored.starts_with(XERIAL_MAGIC) {
-        snappy_block(&mut decoder, stored, &mut plain, max)?;
-        return Ok(plain);
+        decompress_snappy_block(&mut decoder, stored, &mut uncompressed, max)?;
+        return Ok(uncompressed);
     }
     let mut rest = stored.get(XERIAL_HEADER_BYTES..).ok_or("the header of the stream is truncated")?;
     while !rest.is_empty() {
         let (length, after) = rest.split_first_chunk::<4>().ok_or("the length of a block is truncated")?;
         let length = usize::try_from(i32::from_be_bytes(*length)).map_err(|_| "the length of a block is negative")?;
         let block = after.get(..length).ok_or("a block ends after the input")?;
-        snappy_block(&mut decoder, block, &mut plain, max)?;
+        decompress_snappy_block(&mut decoder, block, &mut uncompressed, max)?;
         rest = &after[length..];
     }
-    Ok(plain)
+    Ok(uncompressed)
 }
 
-fn snappy_block(
+/// Decompresses one snappy block and appends the bytes to `uncompressed`, up to `max` bytes in all.
+fn decompress_snappy_block(
     decoder: &mut snap::raw::Decoder,
     block: &[u8],
-    plain: &mut Vec<u8>,
+    uncompressed: &mut Vec<u8>,
     max: usize,
 ) -> Result<(), DecompressError> {
     let declared = snap::raw::decompress_len(block).map_err(|error| error.to_string())?;
@@ -321,12 +327,12 @@ fn snappy_block(
             "a block of {bytes} bytes cannot decompress to {declared} bytes, as it declares"
         )));
     }
-    let start = plain.len();
+    let start = uncompressed.len();
     if declared > max - start {
         return Err(DecompressError::Grows);
     }
-    plain.resize(start + declared, 0);
-    decoder.decompress(block, &mut plain[start..]).map_err(|error| error.to_string())?;
+    uncompressed.resize(start + declared, 0);
+    decoder.decompress(block, &mut uncompressed[start..]).map_err(|error| error.to_string())?;
     Ok(())
 }
 
@@ -335,20 +341,20 @@ fn snappy_block(
 /// third more time.
 fn decompress_zstd(stored: &[u8], max: usize) -> Result<Vec<u8>, DecompressError> {
     use zstd::zstd_safe::{DCtx, get_error_name, get_frame_content_size};
-    let mut room = stored.len().saturating_mul(4).max(ZSTD_BLOCK_BYTES).min(max);
+    let mut capacity = stored.len().saturating_mul(4).max(ZSTD_BLOCK_BYTES).min(max);
     // The declared length only makes the buffer smaller.
     if let Ok(Some(declared)) = get_frame_content_size(stored) {
-        room = room.min(usize::try_from(declared).unwrap_or(room));
+        capacity = capacity.min(usize::try_from(declared).unwrap_or(capacity));
     }
     let mut context = DCtx::create();
     loop {
-        let mut plain = Vec::with_capacity(room);
-        match context.decompress(&mut plain, stored) {
-            Ok(_) if plain.len() <= max => return Ok(plain),
+        let mut uncompressed = Vec::with_capacity(capacity);
+        match context.decompress(&mut uncompressed, stored) {
+            Ok(_) if uncompressed.len() <= max => return Ok(uncompressed),
             Ok(_) => return Err(DecompressError::Grows),
             Err(code) if code.wrapping_neg() != ZSTD_OUTPUT_TOO_SMALL => return Err(get_error_name(code).into()),
-            Err(_) if room == max => return Err(DecompressError::Grows),
-            Err(_) => room = room.max(ZSTD_BLOCK_BYTES).saturating_mul(4).min(max),
+            Err(_) if capacity == max => return Err(DecompressError::Grows),
+            Err(_) => capacity = capacity.max(ZSTD_BLOCK_BYTES).saturating_mul(4).min(max),
         }
     }
 }

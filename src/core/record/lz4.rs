@@ -46,21 +46,21 @@ pub(super) fn declared_len(mut stored: &[u8]) -> Option<usize> {
 pub(super) fn decompress(stored: &[u8], max: usize) -> DecodeResult<Vec<u8>> {
     let mut input = stored;
     let frame = Lz4Frame::read(&mut input)?;
-    let mut plain = Vec::new();
+    let mut uncompressed = Vec::new();
     loop {
         let length = u32::from_le_bytes(take(&mut input, "the frame has no end mark")?);
         if length == 0 {
             break;
         }
-        frame.block(length, &mut input, &mut plain, max)?;
+        frame.decompress_block(length, &mut input, &mut uncompressed, max)?;
     }
     if frame.flags & CONTENT_CHECKSUM != 0 {
-        check(&plain, take(&mut input, "the content checksum is truncated")?, "the content checksum")?;
+        check(&uncompressed, take(&mut input, "the content checksum is truncated")?, "the content checksum")?;
     }
-    if frame.content_size.is_some_and(|size| size != plain.len() as u64) {
+    if frame.content_size.is_some_and(|size| size != uncompressed.len() as u64) {
         return Err("the content does not have the length that the frame declares".into());
     }
-    if input.is_empty() { Ok(plain) } else { Err(format!("{} bytes follow the frame", input.len()).into()) }
+    if input.is_empty() { Ok(uncompressed) } else { Err(format!("{} bytes follow the frame", input.len()).into()) }
 }
 
 /// Decodes at most the first `max` bytes of the first block.
@@ -78,24 +78,24 @@ pub(super) fn prefix(mut stored: &[u8], max: usize) -> DecodeResult<Vec<u8>> {
 /// Decodes sequences (lz4_Block_format.md) until the output has `max` bytes.
 fn block_prefix(mut block: &[u8], max: usize) -> Result<Vec<u8>, &'static str> {
     const TRUNCATED: &str = "a sequence of a block is truncated";
-    let mut plain = Vec::with_capacity(max);
+    let mut uncompressed = Vec::with_capacity(max);
     loop {
         let (&token, rest) = block.split_first().ok_or(TRUNCATED)?;
         block = rest;
         let literals = sequence_length(token >> 4, &mut block).ok_or(TRUNCATED)?;
         let (literals, rest) = block.split_at_checked(literals).ok_or(TRUNCATED)?;
         block = rest;
-        plain.extend_from_slice(&literals[..literals.len().min(max - plain.len())]);
+        uncompressed.extend_from_slice(&literals[..literals.len().min(max - uncompressed.len())]);
         // The last sequence has no match.
-        if plain.len() == max || block.is_empty() {
-            return Ok(plain);
+        if uncompressed.len() == max || block.is_empty() {
+            return Ok(uncompressed);
         }
         let (distance, rest) = block.split_first_chunk::<2>().ok_or(TRUNCATED)?;
         block = rest;
         let length = sequence_length(token & 0xf, &mut block).ok_or(TRUNCATED)?.saturating_add(MIN_MATCH_BYTES);
-        copy_match(&mut plain, u16::from_le_bytes(*distance).into(), length, max)?;
-        if plain.len() == max {
-            return Ok(plain);
+        copy_match(&mut uncompressed, u16::from_le_bytes(*distance).into(), length, max)?;
+        if uncompressed.len() == max {
+            return Ok(uncompressed);
         }
     }
 }
@@ -104,34 +104,43 @@ fn block_prefix(mut block: &[u8], max: usize) -> Result<Vec<u8>, &'static str> {
 fn sequence_length(bits: u8, block: &mut &[u8]) -> Option<usize> {
     let mut length = usize::from(bits);
     while length >= 15 {
-        let (&more, rest) = block.split_first()?;
+        let (&byte, rest) = block.split_first()?;
         *block = rest;
-        length = length.checked_add(more.into())?;
-        if more < u8::MAX {
+        length = length.checked_add(byte.into())?;
+        if byte < u8::MAX {
             break;
         }
     }
     Some(length)
 }
 
-/// Appends the `length` bytes that start `distance` bytes before the end of `plain`, until `plain` has `max` bytes.
-pub(super) fn copy_match(plain: &mut Vec<u8>, distance: usize, length: usize, max: usize) -> Result<(), &'static str> {
+/// Appends the `length` bytes that start `distance` bytes before the end of `uncompressed`, until `uncompressed` has
+/// `max` bytes.
+pub(super) fn copy_match(
+    uncompressed: &mut Vec<u8>,
+    distance: usize,
+    length: usize,
+    max: usize,
+) -> Result<(), &'static str> {
     let start =
-        plain.len().checked_sub(distance).filter(|_| distance > 0).ok_or("a match starts before the content")?;
-    for at in start..start + length.min(max - plain.len()) {
-        plain.push(plain[at]);
+        uncompressed.len().checked_sub(distance).filter(|_| distance > 0).ok_or("a match starts before the content")?;
+    for at in start..start + length.min(max - uncompressed.len()) {
+        uncompressed.push(uncompressed[at]);
     }
     Ok(())
 }
 
+/// Header of a frame.
 struct Lz4Frame {
     flags: u8,
+    /// Uncompressed length of the content, if the header declares it.
     content_size: Option<u64>,
     /// Maximum uncompressed length of one block.
     block_bytes: usize,
 }
 
 impl Lz4Frame {
+    /// Reads and checks the header at the start of `input`.
     fn read(input: &mut &[u8]) -> DecodeResult<Self> {
         const TRUNCATED: &str = "the header of the frame is truncated";
         let magic = u32::from_le_bytes(take(input, TRUNCATED)?);
@@ -174,47 +183,55 @@ impl Lz4Frame {
         Ok(bytes)
     }
 
-    /// Decodes a block with the length field `length` and appends it to `plain`.
-    fn block(&self, length: u32, input: &mut &[u8], plain: &mut Vec<u8>, max: usize) -> DecodeResult<()> {
+    /// Decodes a block with the length field `length` and appends it to `uncompressed`.
+    fn decompress_block(
+        &self,
+        length: u32,
+        input: &mut &[u8],
+        uncompressed: &mut Vec<u8>,
+        max: usize,
+    ) -> DecodeResult<()> {
         let bytes = self.block_length(length)?;
         let (block, rest) = input.split_at_checked(bytes).ok_or("a block ends after the input")?;
         *input = rest;
         if self.flags & BLOCK_CHECKSUMS != 0 {
             check(block, take(input, "the checksum of a block is truncated")?, "the checksum of a block")?;
         }
-        let start = plain.len();
-        let left = max - start;
+        let start = uncompressed.len();
+        let remaining = max - start;
         if length & UNCOMPRESSED_BLOCK != 0 {
-            if bytes > left {
+            if bytes > remaining {
                 return Err(DecompressError::Grows);
             }
-            plain.extend_from_slice(block);
+            uncompressed.extend_from_slice(block);
             return Ok(());
         }
-        let output_len = self.block_bytes.min(bytes.saturating_mul(MAX_RATIO)).min(left);
-        plain.resize(start + output_len, 0);
-        let (before, out) = plain.split_at_mut(start);
+        let output_len = self.block_bytes.min(bytes.saturating_mul(MAX_RATIO)).min(remaining);
+        uncompressed.resize(start + output_len, 0);
+        let (before, out) = uncompressed.split_at_mut(start);
         let decoded = if self.flags & INDEPENDENT_BLOCKS != 0 {
             decompress_into(block, out)
         } else {
             decompress_into_with_dict(block, out, &before[start.saturating_sub(WINDOW_BYTES)..])
         };
         let decoded = decoded.map_err(|error| match error {
-            BlockError::OutputTooSmall { .. } if output_len == left => DecompressError::Grows,
+            BlockError::OutputTooSmall { .. } if output_len == remaining => DecompressError::Grows,
             error => DecompressError::Codec(error.to_string()),
         })?;
-        plain.truncate(start + decoded);
+        uncompressed.truncate(start + decoded);
         Ok(())
     }
 }
 
-fn take<const N: usize>(input: &mut &[u8], cut: &str) -> DecodeResult<[u8; N]> {
-    let (bytes, rest) = input.split_first_chunk::<N>().ok_or(cut)?;
+/// Takes the next `N` bytes. `error` is the error if fewer bytes are left.
+fn take<const N: usize>(input: &mut &[u8], error: &str) -> DecodeResult<[u8; N]> {
+    let (bytes, rest) = input.split_first_chunk::<N>().ok_or(error)?;
     *input = rest;
     Ok(*bytes)
 }
 
-fn check(bytes: &[u8], stored: [u8; 4], what: &str) -> DecodeResult<()> {
-    let right = XxHash32::oneshot(0, bytes) == u32::from_le_bytes(stored);
-    if right { Ok(()) } else { Err(format!("{what} is wrong").into()) }
+/// Compares the hash of `bytes` with a stored checksum. `name` names the checksum in the error.
+fn check(bytes: &[u8], stored: [u8; 4], name: &str) -> DecodeResult<()> {
+    let is_equal = XxHash32::oneshot(0, bytes) == u32::from_le_bytes(stored);
+    if is_equal { Ok(()) } else { Err(format!("{name} is wrong").into()) }
 }

@@ -1,4 +1,4 @@
-//! Record batches: one format for the wire, the disk, replication and the object store.
+//! Record batches: one format for the protocol, the disk, replication and the object store.
 //!
 //! # Overview
 //!
@@ -22,7 +22,7 @@
 //! | codec, records | [`Batch::recompress`] | the topic sets `compression.type` |
 //!
 //! ```text
-//! producer   BatchBuilder::push … finish ──► Batch ──► wire, disk, replicas, bucket
+//! producer   BatchBuilder::push … finish ──► Batch ──► protocol, disk, replicas, object store
 //! API        Batch::parse or split_from, check_client, check_first_records, correct_max_timestamp, recompress
 //! leader     Batch::set_offset_and_epoch
 //! consumer   Batch::records ──► Record …                    slices of the batch, or of its decompressed bytes

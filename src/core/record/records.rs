@@ -32,7 +32,7 @@ const MIN_RECORD_BYTES: usize = 7;
 /// Usual ratio of uncompressed to compressed bytes, for records whose header declares no length.
 const TYPICAL_COMPRESSION_RATIO: usize = 4;
 
-/// One header of a record. The service does not interpret headers.
+/// One header of a record. Brokers do not interpret headers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Header {
     /// Name. Several headers of one record can have the same name.
@@ -62,10 +62,12 @@ pub struct Records {
     bytes: Bytes,
     /// Position of the next record.
     at: usize,
+    /// Index of the next record; equal to `count` after the last record and after an error.
     next: u32,
     count: u32,
     base_offset: Offset,
     base_timestamp: i64,
+    /// Timestamp of all records if the timestamp type is `LogAppendTime`.
     append_time: Option<i64>,
 }
 
@@ -121,14 +123,14 @@ impl Batch {
             let reason = format!("recordsCount is {}, and {max} bytes cannot hold that number", self.count());
             return Err(MalformedBatch::Compression { codec, reason });
         }
-        let mut cursor = Cursor { all: &prefix.bytes, at: 0, end: prefix.bytes.len() };
+        let mut cursor = Cursor { bytes: &prefix.bytes, at: 0, end: prefix.bytes.len() };
         for index in 0..self.count() {
-            let record = if prefix.is_complete {
+            let is_whole = if prefix.is_complete {
                 cursor.read_record(index).map(|_| true)
             } else {
                 cursor.check_truncatable(index)
             };
-            match record {
+            match is_whole {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
                 Err(reason) => return Err(MalformedBatch::Record { index, reason }),
@@ -200,17 +202,19 @@ impl Records {
         Ok(())
     }
 
+    /// Returns the timestamp of a record.
     fn timestamp(&self, layout: &RecordLayout) -> i64 {
         self.append_time.unwrap_or(self.base_timestamp.wrapping_add(layout.timestamp_delta))
     }
 
-    /// Checks the next record. Returns `None` after the last one.
+    /// Checks the next record and returns the positions of its fields. Returns `None` after the last record. An error
+    /// ends the iterator.
     fn advance(&mut self) -> Option<Result<RecordLayout, MalformedBatch>> {
         if self.next == self.count {
             return None;
         }
         let index = self.next;
-        let mut cursor = Cursor { all: &self.bytes, at: self.at, end: self.bytes.len() };
+        let mut cursor = Cursor { bytes: &self.bytes, at: self.at, end: self.bytes.len() };
         let mut layout = cursor.read_record(index);
         if index + 1 == self.count && layout.is_ok() && cursor.at < cursor.end {
             layout = Err(TRAILING);
@@ -228,9 +232,10 @@ impl Records {
         }
     }
 
+    /// Builds a record from the positions of its fields.
     fn build(&self, layout: RecordLayout) -> Record {
         let slice = |range: Range<usize>| self.bytes.slice(range);
-        let mut cursor = Cursor { all: &self.bytes, at: layout.headers.start, end: layout.headers.end };
+        let mut cursor = Cursor { bytes: &self.bytes, at: layout.headers.start, end: layout.headers.end };
         let headers = (0..layout.header_count).map(|_| {
             let (key, value) = cursor.read_header().expect("the headers were checked before");
             Header { key: String::from_utf8_lossy(&self.bytes[key]).into_owned(), value: value.map(slice) }
@@ -255,20 +260,22 @@ impl Iterator for Records {
 
     fn size_hint(&self) -> (usize, Option<usize>) {
         // An error ends the iterator early, so only one item is certain.
-        let left = (self.count - self.next) as usize;
-        (left.min(1), Some(left))
+        let remaining = (self.count - self.next) as usize;
+        (remaining.min(1), Some(remaining))
     }
 }
 
 impl std::iter::FusedIterator for Records {}
 
-/// Position in the decompressed bytes that never exceeds `end`.
+/// Reader of the decompressed bytes. Its position `at` never exceeds `end`.
 struct Cursor<'a> {
-    all: &'a [u8],
+    bytes: &'a [u8],
     at: usize,
+    /// End of the batch, or of the record that is read.
     end: usize,
 }
 
+/// Result of reading a record. The error is the reason of [`MalformedBatch::Record`].
 type RecordResult<T> = Result<T, &'static str>;
 
 const LENGTH_VARINT: &str = "its length is not a varint";
@@ -280,6 +287,7 @@ const KEY_LENGTH: &str = "the length of its key is not possible";
 const MAX_FIRST_FIELDS_BYTES: usize = 3 * 5 + 10 + 1;
 
 impl Cursor<'_> {
+    /// Reads and checks the record with this index in the batch, and moves behind it.
     fn read_record(&mut self, index: u32) -> RecordResult<RecordLayout> {
         if self.at == self.end {
             return Err("the bytes end before it, and recordsCount is larger");
@@ -288,7 +296,7 @@ impl Cursor<'_> {
         if length > self.end - self.at {
             return Err("it ends after the batch");
         }
-        let mut body = Cursor { all: self.all, at: self.at, end: self.at + length };
+        let mut body = Cursor { bytes: self.bytes, at: self.at, end: self.at + length };
         self.at = body.end;
         body.read_fields(index)
     }
@@ -298,7 +306,7 @@ impl Cursor<'_> {
         if self.end - self.at < MAX_FIRST_FIELDS_BYTES {
             return Ok(false);
         }
-        let mut header = Cursor { all: self.all, at: self.at, end: self.end };
+        let mut header = Cursor { bytes: self.bytes, at: self.at, end: self.end };
         let length = usize::try_from(header.read_i32(LENGTH_VARINT)?).map_err(|_| LENGTH_NEGATIVE)?;
         if length <= self.end - header.at {
             return self.read_record(index).map(|_| true);
@@ -324,6 +332,7 @@ impl Cursor<'_> {
         }
     }
 
+    /// Reads the fields of a record after its length, which end at `end`.
     fn read_fields(&mut self, index: u32) -> RecordResult<RecordLayout> {
         let timestamp_delta = self.read_timestamp_and_offset(index)?;
         let key = self.read_nullable(KEY_LENGTH)?;
@@ -343,6 +352,7 @@ impl Cursor<'_> {
         Ok(RecordLayout { timestamp_delta, key, value, header_count, headers: start..self.end })
     }
 
+    /// Reads the key and the value of a header.
     fn read_header(&mut self) -> RecordResult<(Range<usize>, Option<Range<usize>>)> {
         let key = self.read_nullable("the length of a header key is not possible")?.ok_or("a header has no key")?;
         let value = self.read_nullable("the length of a header value is not possible")?;
@@ -360,6 +370,7 @@ impl Cursor<'_> {
         }
     }
 
+    /// Moves by `length` bytes and returns their positions; `None` if fewer bytes are left.
     fn take(&mut self, length: usize) -> Option<Range<usize>> {
         if length > self.end - self.at {
             return None;
@@ -370,14 +381,14 @@ impl Cursor<'_> {
     }
 
     fn read_i32(&mut self, reason: &'static str) -> RecordResult<i32> {
-        let mut rest = &self.all[self.at..self.end];
+        let mut rest = &self.bytes[self.at..self.end];
         let value = varint::read_i32(&mut rest).ok_or(reason)?;
         self.at = self.end - rest.len();
         Ok(value)
     }
 
     fn read_i64(&mut self, reason: &'static str) -> RecordResult<i64> {
-        let mut rest = &self.all[self.at..self.end];
+        let mut rest = &self.bytes[self.at..self.end];
         let value = varint::read_i64(&mut rest).ok_or(reason)?;
         self.at = self.end - rest.len();
         Ok(value)

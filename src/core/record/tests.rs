@@ -86,10 +86,10 @@ fn forge(codec: Compression, count: i32, records: &[u8]) -> Batch {
     bytes[layout::LAST_OFFSET_DELTA..][..4].copy_from_slice(&(count - 1).to_be_bytes());
     bytes[layout::RECORDS_COUNT..][..4].copy_from_slice(&count.to_be_bytes());
     bytes.extend_from_slice(records);
-    Batch::parse(renew_crc(bytes)).unwrap()
+    Batch::parse(with_correct_crc(bytes)).unwrap()
 }
 
-fn renew_crc(mut bytes: Vec<u8>) -> Bytes {
+fn with_correct_crc(mut bytes: Vec<u8>) -> Bytes {
     let crc = crc32c::crc32c(&bytes[layout::CRC_START..]);
     bytes[layout::CRC..][..4].copy_from_slice(&crc.to_be_bytes());
     bytes.into()
@@ -143,12 +143,12 @@ fn flipped_bit_is_detected_outside_offset_and_epoch() {
             let mut bytes = golden.to_vec();
             bytes[bit / 8] ^= 1 << (bit % 8);
             let byte = bit / 8;
-            let stamped = (layout::BASE_OFFSET..layout::BATCH_LENGTH).contains(&byte)
+            let is_set_by_leader = (layout::BASE_OFFSET..layout::BATCH_LENGTH).contains(&byte)
                 || (layout::LEADER_EPOCH..layout::MAGIC_AT).contains(&byte);
             match Batch::parse(bytes.into()) {
                 Err(_) => {}
                 Ok(batch) => {
-                    assert!(stamped, "{codec}: bit {bit} went unnoticed");
+                    assert!(is_set_by_leader, "{codec}: bit {bit} was not detected");
                     assert_eq!(&batch.to_bytes()[layout::CRC_START..], &golden[layout::CRC_START..]);
                 }
             }
@@ -160,10 +160,10 @@ fn flipped_bit_is_detected_outside_offset_and_epoch() {
 fn batch_prefix_of_any_length_is_rejected() {
     for (codec, golden) in GOLDEN {
         for len in 0..golden.len() {
-            let mut cut = Bytes::from_static(&golden[..len]);
-            let error = Batch::split_from(&mut cut).unwrap_err();
-            assert!(matches!(error, MalformedBatch::Truncated { .. }), "{codec} cut at {len}: {error}");
-            assert_eq!(cut.len(), len, "nothing is taken on an error");
+            let mut prefix = Bytes::from_static(&golden[..len]);
+            let error = Batch::split_from(&mut prefix).unwrap_err();
+            assert!(matches!(error, MalformedBatch::Truncated { .. }), "{codec} truncated at {len}: {error}");
+            assert_eq!(prefix.len(), len, "an error consumes no bytes");
         }
     }
 }
@@ -175,8 +175,8 @@ fn compressed_records_prefix_of_any_length_is_rejected() {
         let records = &golden[HEADER_BYTES..];
         for len in 0..records.len() {
             let batch = forge(codec, 27, &records[..len]);
-            let error = decode(&batch).expect_err("a cut batch has no 27 records");
-            assert_eq!(batch.verify_records(), Err(error.clone()), "both walks agree");
+            let error = decode(&batch).expect_err("a truncated batch has no 27 records");
+            assert_eq!(batch.verify_records(), Err(error.clone()), "both functions agree");
             assert!(
                 matches!(
                     error,
@@ -216,7 +216,7 @@ fn invalid_header_fields_are_rejected() {
     let with = |at: usize, value: &[u8]| {
         let mut bytes = golden.to_vec();
         bytes[at..at + value.len()].copy_from_slice(value);
-        Batch::parse(renew_crc(bytes)).unwrap_err()
+        Batch::parse(with_correct_crc(bytes)).unwrap_err()
     };
     for length in [i32::MIN, -1, 0, 48, i32::MAX] {
         assert!(matches!(with(layout::BATCH_LENGTH, &length.to_be_bytes()), MalformedBatch::Length { .. }), "{length}");
@@ -280,7 +280,7 @@ fn invalid_record_fields_are_rejected() {
         assert_eq!(decode(&batch), Err(error.clone()), "{records:02x?}");
         assert_eq!(batch.verify_records(), Err(error), "{records:02x?}");
     }
-    assert_eq!(decode(&forge(Compression::None, 1, &[0x0c, 0, 0, 0, 1, 1, 0])).unwrap().len(), 1, "the honest one");
+    assert_eq!(decode(&forge(Compression::None, 1, &[0x0c, 0, 0, 0, 1, 1, 0])).unwrap().len(), 1, "the valid record");
 }
 
 #[test]
@@ -328,7 +328,7 @@ fn recompression_changes_only_the_codec() {
 
 #[test]
 fn producer_fields_must_be_complete_or_absent() {
-    let stamped = |id: i64, epoch: i16, base_sequence: i32| {
+    let check = |id: i64, epoch: i16, base_sequence: i32| {
         let mut batch = build(Compression::None, &golden_records(), None);
         batch.set_producer(Some(ProducerSequence { id, epoch, base_sequence }));
         Batch::parse(batch.to_bytes()).unwrap().check_client()
@@ -336,14 +336,14 @@ fn producer_fields_must_be_complete_or_absent() {
     for epoch in [i16::MIN, -2, -1, 0, 1, i16::MAX] {
         for base_sequence in [i32::MIN, -2, -1, 0, 1, i32::MAX] {
             for id in [0, 7, i64::MAX] {
-                let possible = epoch >= 0 && base_sequence >= 0;
-                assert_eq!(stamped(id, epoch, base_sequence).is_ok(), possible, "{id} {epoch} {base_sequence}");
+                let is_complete = epoch >= 0 && base_sequence >= 0;
+                assert_eq!(check(id, epoch, base_sequence).is_ok(), is_complete, "{id} {epoch} {base_sequence}");
             }
-            let absent = matches!(epoch, -1 | 0) && matches!(base_sequence, -1 | 0);
-            assert_eq!(stamped(-1, epoch, base_sequence).is_ok(), absent, "-1 {epoch} {base_sequence}");
+            let is_absent = matches!(epoch, -1 | 0) && matches!(base_sequence, -1 | 0);
+            assert_eq!(check(-1, epoch, base_sequence).is_ok(), is_absent, "-1 {epoch} {base_sequence}");
             for id in [i64::MIN, -2] {
                 let refused = Err(MalformedBatch::Producer { id, epoch, base_sequence });
-                assert_eq!(stamped(id, epoch, base_sequence), refused);
+                assert_eq!(check(id, epoch, base_sequence), refused);
             }
         }
     }
@@ -354,24 +354,24 @@ fn producer_fields_must_be_complete_or_absent() {
 fn max_timestamp_is_corrected_from_the_records() {
     let records = [5, 9, 7].map(|timestamp_ms| Record { timestamp_ms, ..Record::default() });
     for codec in CODECS {
-        let honest = build(codec, &records, None);
-        assert_eq!(honest.max_timestamp(), 9);
-        for claim in [i64::MIN, 0, 9, 1 << 62] {
-            let mut bytes = BytesMut::from(&honest.to_bytes()[..]);
-            bytes[35..43].copy_from_slice(&claim.to_be_bytes());
+        let correct = build(codec, &records, None);
+        assert_eq!(correct.max_timestamp(), 9);
+        for stated in [i64::MIN, 0, 9, 1 << 62] {
+            let mut bytes = BytesMut::from(&correct.to_bytes()[..]);
+            bytes[35..43].copy_from_slice(&stated.to_be_bytes());
             let crc = crc32c::crc32c(&bytes[21..]);
             bytes[17..21].copy_from_slice(&crc.to_be_bytes());
             let mut batch = Batch::parse(bytes.freeze()).unwrap();
             for other in CODECS.into_iter().filter(|other| *other != codec) {
-                assert_eq!(batch.recompress(other).unwrap().max_timestamp(), 9, "{codec} to {other}, {claim}");
+                assert_eq!(batch.recompress(other).unwrap().max_timestamp(), 9, "{codec} to {other}, {stated}");
             }
-            let found = batch.correct_max_timestamp().unwrap();
-            assert_eq!(found, batch.timestamp_range(), "{codec}, {claim}");
+            let range = batch.correct_max_timestamp().unwrap();
+            assert_eq!(range, batch.timestamp_range(), "{codec}, {stated}");
             let batch = Batch::parse(batch.to_bytes()).unwrap();
             match codec {
-                Compression::None => assert_eq!(batch, honest),
+                Compression::None => assert_eq!(batch, correct),
                 // Of compressed records only the first timestamp is known.
-                _ => assert_eq!(batch.max_timestamp(), claim.max(5), "{codec}"),
+                _ => assert_eq!(batch.max_timestamp(), stated.max(5), "{codec}"),
             }
         }
     }
@@ -383,8 +383,8 @@ fn timestamp_range_covers_all_uncompressed_records() {
     for codec in CODECS {
         let mut batch = build(codec, &records, None);
         let other = if codec == Compression::None { Compression::Zstd } else { Compression::None };
-        let (_, found) = batch.recompress_within(other, usize::MAX).unwrap();
-        assert_eq!(found, TimestampRange { min: 3, max: 9 }, "{codec}");
+        let (_, range) = batch.recompress_within(other, usize::MAX).unwrap();
+        assert_eq!(range, TimestampRange { min: 3, max: 9 }, "{codec}");
         let known = if codec == Compression::None { 3 } else { 5 };
         assert_eq!(batch.correct_max_timestamp().unwrap(), TimestampRange { min: known, max: 9 }, "{codec}");
     }
@@ -423,10 +423,10 @@ fn builder_enforces_its_limits() {
     let mut builder = BatchBuilder::new(Compression::None);
     let large = vec![0; limits::MAX_BATCH_BYTES - 60];
     assert!(matches!(builder.push(0, None, Some(&large), &[]), Err(BuildError::TooLarge { .. })));
-    let many = vec![Header::default(); limits::MAX_RECORD_HEADERS + 1];
-    assert!(matches!(builder.push(0, None, None, &many), Err(BuildError::TooManyHeaders { .. })));
-    builder.push(0, None, None, &many[1..]).unwrap();
-    assert_eq!(builder.count(), 1, "what was refused left nothing");
+    let headers = vec![Header::default(); limits::MAX_RECORD_HEADERS + 1];
+    assert!(matches!(builder.push(0, None, None, &headers), Err(BuildError::TooManyHeaders { .. })));
+    builder.push(0, None, None, &headers[1..]).unwrap();
+    assert_eq!(builder.count(), 1, "a rejected record leaves the batch unchanged");
 
     let mut builder = BatchBuilder::with_capacity(Compression::Zstd, 7 * limits::MAX_BATCH_RECORDS);
     assert!(builder.is_empty());
@@ -443,9 +443,9 @@ fn builder_enforces_its_limits() {
 fn uncompressed_batch_reuses_the_builder_buffer() {
     let mut builder = BatchBuilder::with_capacity(Compression::None, 4096);
     builder.push(0, None, Some(&[1; 1024]), &[]).unwrap();
-    let at = builder.records_ptr();
+    let buffer = builder.records_ptr();
     let batch = builder.finish(None).unwrap();
-    assert_eq!(batch.records_bytes().as_ptr(), at);
+    assert_eq!(batch.records_bytes().as_ptr(), buffer);
     let (_, record) = batch.records().unwrap().next().unwrap().unwrap();
     assert!(batch.records_bytes().as_ptr_range().contains(&record.value.unwrap().as_ptr()), "read in place too");
 }
@@ -493,12 +493,17 @@ fn declared_length_is_not_allocated() {
 
 #[test]
 fn streams_of_other_encoders_are_readable() {
-    let plain = b"strandline ".repeat(9_000);
-    let bare = snap::raw::Encoder::new().compress_vec(&plain).unwrap();
-    assert_eq!(decompress(Compression::Snappy, &bare, plain.len()).unwrap(), plain, "bare snappy");
+    let uncompressed = b"strandline ".repeat(9_000);
+    let bare = snap::raw::Encoder::new().compress_vec(&uncompressed).unwrap();
+    assert_eq!(decompress(Compression::Snappy, &bare, uncompressed.len()).unwrap(), uncompressed, "bare snappy");
 
-    let members = [&plain[..1000], &plain[1000..]].map(|part| super::compression::compress(Compression::Gzip, part));
-    assert_eq!(decompress(Compression::Gzip, &members.concat(), plain.len()).unwrap(), plain, "two gzip members");
+    let members = [&uncompressed[..1000], &uncompressed[1000..]]
+        .map(|part| super::compression::compress(Compression::Gzip, part));
+    assert_eq!(
+        decompress(Compression::Gzip, &members.concat(), uncompressed.len()).unwrap(),
+        uncompressed,
+        "two gzip members"
+    );
 
     use lz4_flex::frame::{BlockMode, BlockSize, FrameEncoder, FrameInfo};
     for mode in [BlockMode::Independent, BlockMode::Linked] {
@@ -508,11 +513,15 @@ fn streams_of_other_encoders_are_readable() {
                 .block_size(size)
                 .block_checksums(true)
                 .content_checksum(true)
-                .content_size(Some(plain.len() as u64));
+                .content_size(Some(uncompressed.len() as u64));
             let mut encoder = FrameEncoder::with_frame_info(frame, Vec::new());
-            std::io::Write::write_all(&mut encoder, &plain).unwrap();
+            std::io::Write::write_all(&mut encoder, &uncompressed).unwrap();
             let mut stored = encoder.finish().unwrap();
-            assert_eq!(decompress(Compression::Lz4, &stored, plain.len()).unwrap(), plain, "{mode:?} {size:?}");
+            assert_eq!(
+                decompress(Compression::Lz4, &stored, uncompressed.len()).unwrap(),
+                uncompressed,
+                "{mode:?} {size:?}"
+            );
             for byte in 0..stored.len() {
                 stored[byte] ^= 1;
                 assert!(decompress(Compression::Lz4, &stored, 1 << 20).is_err(), "{mode:?} {size:?}: byte {byte}");
@@ -522,9 +531,13 @@ fn streams_of_other_encoders_are_readable() {
     }
 
     let mut streamed = zstd::stream::Encoder::new(Vec::new(), 19).unwrap();
-    std::io::Write::write_all(&mut streamed, &plain).unwrap();
+    std::io::Write::write_all(&mut streamed, &uncompressed).unwrap();
     let stored = streamed.finish().unwrap();
-    assert_eq!(decompress(Compression::Zstd, &stored, plain.len()).unwrap(), plain, "zstd without a declared size");
+    assert_eq!(
+        decompress(Compression::Zstd, &stored, uncompressed.len()).unwrap(),
+        uncompressed,
+        "zstd without a declared size"
+    );
 }
 
 /// The frame has a wrong content size, a correct header checksum and no content checksum.
@@ -543,11 +556,11 @@ fn lz4_frame_with_wrong_content_size_is_rejected() {
 }
 
 /// Both functions must agree whether the bytes are well formed, and neither must panic.
-fn walk(bytes: Vec<u8>) {
+fn check_consistency(bytes: Vec<u8>) {
     let Ok(batch) = Batch::parse(bytes.into()) else { return };
     assert_eq!(decode(&batch).map(|_| ()), batch.verify_records());
     if let Err(error) = batch.check_first_records() {
-        assert!(batch.verify_records().is_err(), "refused, and can be decoded: {error}");
+        assert!(batch.verify_records().is_err(), "rejected, but can be decoded: {error}");
     }
 }
 
@@ -583,7 +596,7 @@ proptest! {
 
     #[test]
     fn any_bytes_are_refused_or_read_without_a_panic(bytes: Vec<u8>) {
-        walk(bytes);
+        check_consistency(bytes);
     }
 
     #[test]
@@ -596,6 +609,6 @@ proptest! {
             let at = at.index(records.len());
             records[at] = byte;
         }
-        walk(forge(golden.0, 27, &records).to_bytes().to_vec());
+        check_consistency(forge(golden.0, 27, &records).to_bytes().to_vec());
     }
 }

@@ -12,11 +12,12 @@ const fn zigzag(value: i64) -> u64 {
     ((value << 1) ^ (value >> 63)).cast_unsigned()
 }
 
+/// Reverses [`zigzag`].
 const fn unzigzag(value: u64) -> i64 {
     (value >> 1).cast_signed() ^ -(value & 1).cast_signed()
 }
 
-/// Length of the encoded `value`. An `i32` has the same length as an `i64` of the same value.
+/// Returns the length of the encoded `value`. An `i32` has the same length as an `i64` of the same value.
 pub(super) const fn len(value: i64) -> usize {
     let bits = u64::BITS - (zigzag(value) | 1).leading_zeros();
     bits.div_ceil(7) as usize
@@ -50,6 +51,8 @@ pub(super) fn read_i32(input: &mut &[u8]) -> Option<i32> {
     Some(i32::try_from(unzigzag(raw)).expect("32 bits before zigzag are 32 bits after it"))
 }
 
+/// Reads an unsigned number. Returns `None`, and leaves `input` unchanged, if the bytes end first, or if the number has
+/// more than `max_bytes` bytes or exceeds `max_value`.
 fn read(input: &mut &[u8], max_bytes: usize, max_value: u64) -> Option<u64> {
     // Most numbers of a record have one byte.
     if let Some((&byte, rest)) = input.split_first()
@@ -115,7 +118,7 @@ mod tests {
         assert_eq!(read_i32(&mut &[0x80, 0x80, 0x80, 0x80, 0x80, 0x00][..]), None, "six bytes");
         assert_eq!(read_i64(&mut &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02][..]), None, "65 bits");
         assert_eq!(read_i64(&mut &[0x80; 11][..]), None, "no end");
-        assert_eq!(read_i64(&mut &[0x80][..]), None, "cut");
+        assert_eq!(read_i64(&mut &[0x80][..]), None, "truncated");
         assert_eq!(read_i64(&mut &[][..]), None, "empty");
     }
 

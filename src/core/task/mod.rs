@@ -44,7 +44,8 @@ impl Tasks {
         }
     }
 
-    /// Creates a set that is cancelled with this one and can be stopped before it. The owner of the child joins it.
+    /// Creates a set that is cancelled with this set and can be stopped earlier. The owner of the child joins its
+    /// tasks.
     pub fn child(&self) -> Self {
         Self {
             token: self.token.child_token(),
@@ -242,7 +243,7 @@ mod tests {
         let log = CapturedLog::default();
         let subscriber = tracing_subscriber::fmt().with_writer(log.clone()).with_ansi(false).finish();
         let dispatch = tracing::Dispatch::new(subscriber);
-        let _here = tracing::dispatcher::set_default(&dispatch);
+        let _guard = tracing::dispatcher::set_default(&dispatch);
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let span = tracing::info_span!("broker", id = 7);
         let logs = |dispatch: tracing::Dispatch, message: &'static str| {
@@ -252,10 +253,10 @@ mod tests {
         runtime.block_on(
             async {
                 let tasks = Tasks::new();
-                let inner = tasks.clone();
-                tasks.spawn("one", async move {
+                let child_tasks = tasks.clone();
+                tasks.spawn("parent", async move {
                     tracing::info!("logged by a task");
-                    inner.spawn("two", async { tracing::info!("logged by its task") }).await.unwrap();
+                    child_tasks.spawn("child", async { tracing::info!("logged by its task") }).await.unwrap();
                 });
                 run_blocking(logs(dispatch.clone(), "logged by a blocking function")).await;
                 let thread = spawn_thread("t", logs(dispatch.clone(), "logged by a thread"));

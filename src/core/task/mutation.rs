@@ -88,7 +88,8 @@ pub fn is_any_active() -> bool {
     ACTIVE.get().is_some()
 }
 
-/// Runs `f` with this mutation active in this thread, and restores the previous one afterwards, also after a panic.
+/// Runs `f` with this mutation active in this thread; `None` activates no mutation. Restores the previous mutation
+/// afterwards, also after a panic.
 pub fn with_mutation<T>(mutation: Option<Mutation>, f: impl FnOnce() -> T) -> T {
     let _restore = RestoreMutation(ACTIVE.replace(mutation));
     f()

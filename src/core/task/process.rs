@@ -36,7 +36,9 @@ pub struct SimProcess(Arc<Inner>);
 
 struct Inner {
     id: u32,
+    /// Time of tokio's clock at the start of simulated time.
     began: Instant,
+    /// Difference between this process's wall clock and simulated time.
     wall_offset_ms: AtomicI64,
     killed: AtomicBool,
     generator: Mutex<StdRng>,
@@ -56,7 +58,7 @@ impl SimProcess {
         }))
     }
 
-    /// Returns the process of the running task.
+    /// Returns the process of the running task; `None` outside of any process.
     pub fn current() -> Option<Self> {
         CURRENT.with_borrow(Option::clone)
     }
@@ -98,9 +100,9 @@ impl SimProcess {
 
     pub(super) fn wall_ms(&self) -> i64 {
         #[expect(clippy::disallowed_methods, reason = "the simulated wall clock follows tokio's clock")]
-        let passed = Instant::now().saturating_duration_since(self.0.began);
-        let passed = i64::try_from(passed.as_millis()).unwrap_or(i64::MAX);
-        SIM_START_MS.saturating_add(passed).saturating_add(self.0.wall_offset_ms.load(Ordering::Relaxed))
+        let elapsed = Instant::now().saturating_duration_since(self.0.began);
+        let elapsed_ms = i64::try_from(elapsed.as_millis()).unwrap_or(i64::MAX);
+        SIM_START_MS.saturating_add(elapsed_ms).saturating_add(self.0.wall_offset_ms.load(Ordering::Relaxed))
     }
 
     pub(super) fn with_generator<T>(&self, draw: impl FnOnce(&mut dyn Rng) -> T) -> T {
@@ -144,6 +146,7 @@ impl Drop for RestoreProcess {
 /// A future that runs inside a process.
 pub struct ProcessFuture<F> {
     process: SimProcess,
+    /// `None` once the future has completed or was dropped with its killed process.
     future: Option<Pin<Box<F>>>,
 }
 
@@ -181,13 +184,13 @@ mod tests {
     async fn killed_process_runs_no_task_and_leaves_clocks_of_others() {
         #[expect(clippy::disallowed_methods, reason = "the start of the simulated process")]
         let began = Instant::now();
-        let [one, other] = [1, 2].map(|id| SimProcess::new(id, 7, began));
-        let (tasks, steps) = (one.enter(Tasks::new), Arc::new(AtomicI64::new(0)));
+        let [killed, running] = [1, 2].map(|id| SimProcess::new(id, 7, began));
+        let (tasks, steps) = (killed.enter(Tasks::new), Arc::new(AtomicI64::new(0)));
         let counted = Arc::clone(&steps);
         tasks.spawn("steps", async move {
             loop {
                 assert_eq!(SimProcess::current().map(|process| process.id()), Some(1));
-                // The process of a task is inherited by what the task starts.
+                // A task that this task starts belongs to the same process.
                 run_blocking(|| ()).await;
                 counted.fetch_add(1, Ordering::Relaxed);
             }
@@ -195,16 +198,16 @@ mod tests {
         tokio::time::sleep(Duration::from_secs(1)).await;
         let before = steps.load(Ordering::Relaxed);
         assert!(before > 100);
-        one.kill();
+        killed.kill();
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(steps.load(Ordering::Relaxed), before);
         assert_eq!(Arc::strong_count(&steps), 1, "the task was dropped");
 
-        other.set_wall_offset(-5);
-        assert_eq!(other.enter(clock::wall_ms), SIM_START_MS + 2000 - 5);
+        running.set_wall_offset(-5);
+        assert_eq!(running.enter(clock::wall_ms), SIM_START_MS + 2000 - 5);
         assert!(SimProcess::current().is_none());
-        let again = SimProcess::new(3, 7, began);
-        assert_eq!(other.enter(random::uuid), again.enter(random::uuid));
-        assert_ne!(other.enter(random::uuid), random::uuid());
+        let same_seed = SimProcess::new(3, 7, began);
+        assert_eq!(running.enter(random::uuid), same_seed.enter(random::uuid));
+        assert_ne!(running.enter(random::uuid), random::uuid());
     }
 }

@@ -49,10 +49,10 @@ mod tests {
 
     #[test]
     fn drawn_values_differ_and_uuid_has_version_4() {
-        let (one, other) = (uuid(), uuid());
-        assert_ne!(one, other);
-        assert_eq!(one.get_version_num(), 4);
-        assert_eq!(one.get_variant(), uuid::Variant::RFC4122);
+        let (first, second) = (uuid(), uuid());
+        assert_ne!(first, second);
+        assert_eq!(first.get_version_num(), 4);
+        assert_eq!(first.get_variant(), uuid::Variant::RFC4122);
         assert!((0..1000).map(|_| in_range(3..5)).all(|drawn| drawn == 3 || drawn == 4));
         assert_ne!(bits(), bits());
     }

@@ -115,7 +115,7 @@ pub enum SimEvent<'a> {
     FollowerSubscribed {
         /// The partition.
         partition: PartitionId,
-        /// The epoch in which it leads.
+        /// The epoch in which this replica leads.
         epoch: LeaderEpoch,
         /// The follower, which subscribed or must truncate.
         follower: BrokerId,
@@ -126,7 +126,7 @@ pub enum SimEvent<'a> {
     AckCounted {
         /// The partition.
         partition: PartitionId,
-        /// The epoch in which it leads.
+        /// The epoch in which this replica leads.
         epoch: LeaderEpoch,
         /// The follower that acknowledged.
         follower: BrokerId,
@@ -143,7 +143,7 @@ pub enum SimEvent<'a> {
     IsrProposed {
         /// The partition.
         partition: PartitionId,
-        /// The epoch in which it leads.
+        /// The epoch in which this replica leads.
         epoch: LeaderEpoch,
         /// The revision of the value that the proposal replaces.
         expect: u64,
@@ -161,7 +161,7 @@ pub enum SimEvent<'a> {
         /// True if every in-sync replica has the records, not only the leader.
         by_all: bool,
     },
-    /// The end of what readers may read moved.
+    /// The readable end moved: the offset below which readers may read.
     ReadableEndMoved {
         /// The partition.
         partition: PartitionId,

@@ -5,13 +5,13 @@ use std::time::Duration;
 /// Maximum wait for a condition, on a busy machine.
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Waits until `holds` returns true. `what` names the condition in the panic message.
-pub async fn wait_until(what: &str, holds: impl Fn() -> bool) {
-    wait_for(what, async || holds().then_some(())).await;
+/// Waits until `condition` returns true. `description` names the condition in the panic message.
+pub async fn wait_until(description: &str, condition: impl Fn() -> bool) {
+    wait_for(description, async || condition().then_some(())).await;
 }
 
-/// Calls `attempt` until it returns a value. `what` names the value in the panic message.
-pub async fn wait_for<T>(what: &str, attempt: impl AsyncFn() -> Option<T>) -> T {
+/// Calls `attempt` until it returns a value. `description` names the value in the panic message.
+pub async fn wait_for<T>(description: &str, attempt: impl AsyncFn() -> Option<T>) -> T {
     let value = async {
         loop {
             if let Some(value) = attempt().await {
@@ -20,5 +20,5 @@ pub async fn wait_for<T>(what: &str, attempt: impl AsyncFn() -> Option<T>) -> T 
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(TEST_TIMEOUT, value).await.unwrap_or_else(|_| panic!("timed out: {what}"))
+    tokio::time::timeout(TEST_TIMEOUT, value).await.unwrap_or_else(|_| panic!("timed out: {description}"))
 }
