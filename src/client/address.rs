@@ -14,28 +14,28 @@ impl BrokerAddress {
     /// # Errors
     /// The text is no valid address.
     pub fn parse(text: &str) -> Result<Self, ConnectError> {
-        let refuse = |problem| Err(ConnectError::Address { address: text.to_owned(), problem });
-        let bare = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
-        if bare.is_empty() {
-            return refuse("empty");
+        let invalid = |problem| Err(ConnectError::Address { address: text.to_owned(), problem });
+        let authority = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+        if authority.is_empty() {
+            return invalid("empty");
         }
-        if bare.contains(|c: char| c.is_whitespace() || matches!(c, '/' | '@' | '?' | '#')) {
-            return refuse("character that is not allowed in an address");
+        if authority.contains(|c: char| c.is_whitespace() || matches!(c, '/' | '@' | '?' | '#')) {
+            return invalid("character that is not allowed in an address");
         }
-        let (host, port) = match bare.rsplit_once(':') {
+        let (host, port) = match authority.rsplit_once(':') {
             Some((host, port)) if !port.contains(']') => (host, Some(port)),
-            _ => (bare, None),
+            _ => (authority, None),
         };
         if host.is_empty() {
-            return refuse("no host");
+            return invalid("no host");
         }
         if host.contains(':') && !(host.starts_with('[') && host.ends_with(']')) {
-            return refuse("IPv6 address without brackets");
+            return invalid("IPv6 address without brackets");
         }
         match port.map(str::parse::<u16>) {
             None => Ok(Self(format!("{host}:{DEFAULT_PORT}").into())),
             Some(Ok(port)) if port > 0 => Ok(Self(format!("{host}:{port}").into())),
-            Some(_) => refuse("port that is not a number from 1 to 65535"),
+            Some(_) => invalid("port that is not a number from 1 to 65535"),
         }
     }
 

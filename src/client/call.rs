@@ -15,6 +15,7 @@ pub(super) enum AttemptError {
     CallFailed(NoResponse),
 }
 
+/// Waits for the response to one call, for at most `timeout`.
 pub(super) async fn with_timeout<R, T>(timeout: Duration, call: R) -> Result<T, NoResponse>
 where
     R: Future<Output = Result<tonic::Response<T>, Status>>,
@@ -68,6 +69,7 @@ impl NoResponse {
     }
 }
 
+/// Determines from the status of a failed call whether the broker may have received it.
 fn classify_status(status: &Status) -> NoResponse {
     if let Some(problem) = transport::unsent(status) {
         return NoResponse::NotSent(problem);

@@ -15,7 +15,7 @@ use crate::{
     proto::v1::{admin_client::AdminClient, log_client::LogClient},
 };
 
-/// Connections of one client, or of one broker to the others.
+/// Connections of one client, or of one broker to the other brokers.
 pub struct ConnectionPool {
     connect: Arc<dyn Connector>,
     connect_timeout: Duration,
@@ -34,8 +34,8 @@ impl ConnectionPool {
         Self { connect, connect_timeout, channels: Mutex::default() }
     }
 
-    /// Returns the connection to `address`; makes it if there is none. A broken connection reconnects for the next
-    /// call; the calls in progress fail.
+    /// Returns the connection to `address`, which is made if there is none. If the connection breaks, the calls in
+    /// progress fail, and the next call reconnects.
     ///
     /// # Errors
     /// No connection could be made in time.
@@ -45,7 +45,8 @@ impl ConnectionPool {
         Ok(channel.clone())
     }
 
-    /// Makes a separate connection to `address`, so that a refusal by the host is detected now.
+    /// Makes a connection to `address` that is not shared. Unlike a call on an existing connection, this detects at
+    /// once that the host refuses connections.
     ///
     /// # Errors
     /// No connection could be made in time.
@@ -53,6 +54,7 @@ impl ConnectionPool {
         self.connect(address).await
     }
 
+    /// Makes one connection within the connect timeout.
     async fn connect(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
         match tokio::time::timeout(self.connect_timeout, self.connect.connect(address)).await {
             Ok(connected) => connected,

@@ -32,7 +32,7 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
-    /// Returns the error for a message that names the address itself.
+    /// Returns the error without the address, for a message that already names it.
     pub fn problem(&self) -> String {
         match self {
             Self::NoResponse { tried } => {
@@ -53,6 +53,7 @@ impl ConnectError {
     }
 }
 
+/// Message part that lists the addresses that were tried, each with its error.
 struct AttemptList<'a>(&'a [(String, String)]);
 
 impl fmt::Display for AttemptList<'_> {
@@ -238,7 +239,7 @@ pub enum ConsumeError {
     /// A stored batch cannot be decoded: its producer wrote it in this form.
     #[error(
         "{topic}/{partition}: the batch at offset {batch} cannot be decoded from offset {offset} on: {source}; {}",
-        Further { skipped: *.skipped, next: *.next }
+        NextBatch { skipped: *.skipped, next: *.next }
     )]
     Undecodable {
         /// Topic name.
@@ -295,12 +296,12 @@ impl ConsumeError {
 }
 
 /// Message part that names the offset after a batch that cannot be decoded.
-struct Further {
+struct NextBatch {
     skipped: bool,
     next: Offset,
 }
 
-impl fmt::Display for Further {
+impl fmt::Display for NextBatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { skipped, next } = self;
         if *skipped {
@@ -313,18 +314,18 @@ impl fmt::Display for Further {
 
 /// Returns the last cause of a failed connection as text, without the operating system's error number.
 pub(super) fn root_cause(error: &(dyn Error + 'static)) -> String {
-    let mut last = error;
-    while let Some(source) = last.source() {
-        last = source;
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
     }
-    if let Some(io) = last.downcast_ref::<std::io::Error>() {
+    if let Some(io) = cause.downcast_ref::<std::io::Error>() {
         match io.kind() {
             std::io::ErrorKind::ConnectionRefused => return "connection refused".to_owned(),
             std::io::ErrorKind::TimedOut => return "no response in time".to_owned(),
             _ => {}
         }
     }
-    let text = last.to_string();
+    let text = cause.to_string();
     match text.find(" (os error") {
         Some(end) => text[..end].to_lowercase(),
         None if text == "deadline has elapsed" => "no response in time".to_owned(),

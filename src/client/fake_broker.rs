@@ -77,7 +77,7 @@ pub(super) struct FakeState {
     pub(super) is_follower: bool,
     /// Number of fetch responses sent.
     pub(super) fetches: u32,
-    /// Leader epoch of the fake; `advertised_epoch` is the one in its metadata.
+    /// Leader epoch of the fake; `advertised_epoch` is the leader epoch in its metadata.
     pub(super) epoch: i32,
     pub(super) advertised_epoch: i32,
     /// True if the fake reports an expired lease.
@@ -91,7 +91,8 @@ pub(super) struct FakeState {
 #[derive(Clone)]
 pub(super) struct FakeBroker {
     state: Arc<Mutex<FakeState>>,
-    grown: watch::Sender<()>,
+    /// Notified after an append, and when the lease expires.
+    changed: watch::Sender<()>,
     tasks: Tasks,
     pub(super) address: SocketAddr,
 }
@@ -119,7 +120,7 @@ impl FakeBroker {
             refusal: ApiError::new(ErrorCode::TopicExists, "the topic exists already"),
         };
         let tasks = Tasks::new();
-        let fake = Self { state: Arc::new(Mutex::new(state)), grown: watch::Sender::new(()), tasks, address };
+        let fake = Self { state: Arc::new(Mutex::new(state)), changed: watch::Sender::new(()), tasks, address };
         let server = tonic::transport::Server::builder()
             .add_service(log_server::LogServer::new(fake.clone()))
             .add_service(admin_server::AdminServer::new(fake.clone()))
@@ -156,7 +157,7 @@ impl FakeBroker {
     /// Makes the fake report an expired lease from now on.
     pub(super) fn expire_lease(&self) {
         self.state().lease_expired = true;
-        self.grown.send_replace(());
+        self.changed.send_replace(());
     }
 
     /// Makes the records of a stored batch undecodable, with a valid checksum.
@@ -172,6 +173,7 @@ impl FakeBroker {
         *batch = Batch::parse(bytes.into()).expect("valid header and checksum");
     }
 
+    /// Moves the log start, and deletes the batches below it.
     pub(super) fn set_start(&self, partition: usize, start: u64) {
         let mut state = self.state();
         let partition = &mut state.partitions[partition];
@@ -179,6 +181,7 @@ impl FakeBroker {
         partition.batches.retain(|batch| batch.end_offset().get() > start);
     }
 
+    /// Appends a batch, and detects duplicates and gaps of idempotent producers.
     fn append(&self, request: &v1::AppendRequest) -> Result<v1::AppendResponse, ApiError> {
         let Some(v1::append_request::Payload::Batch(bytes)) = &request.payload else {
             return Err(ApiError::new(ErrorCode::InvalidRequest, "no batch"));
@@ -211,7 +214,7 @@ impl FakeBroker {
         if !duplicate {
             batch.set_offset_and_epoch(Offset::new(base).expect("small"), LeaderEpoch(0));
             partition.batches.push(batch);
-            self.grown.send_replace(());
+            self.changed.send_replace(());
         }
         Ok(v1::AppendResponse {
             base_offset: base.cast_signed(),
@@ -224,6 +227,7 @@ impl FakeBroker {
         })
     }
 
+    /// Executes the next action of the script, and returns the action and its result.
     fn perform(&self, request: &v1::AppendRequest) -> (FakeResponse, Result<v1::AppendResponse, ApiError>) {
         let action = {
             let mut state = self.state();
@@ -243,6 +247,7 @@ impl FakeBroker {
         (action, result)
     }
 
+    /// Runs one produce stream under the script.
     async fn serve_produce(
         self,
         mut requests: Streaming<v1::ProduceRequest>,
@@ -274,22 +279,22 @@ impl FakeBroker {
         }
     }
 
-    /// Returns one response for a partition from `offset` on; `None` at the end.
-    fn fetched(&self, want: &v1::FetchPartition, any_replica: bool) -> Option<v1::FetchedPartition> {
+    /// Returns the next response for a partition; `None` at the end of its log.
+    fn fetched(&self, request: &v1::FetchPartition, any_replica: bool) -> Option<v1::FetchedPartition> {
         let mut state = self.state();
-        let number = usize::try_from(want.partition).expect("positive");
+        let number = usize::try_from(request.partition).expect("positive");
         let (start, end) = (state.partitions[number].start, state.partitions[number].end());
-        let offset = want.offset.cast_unsigned();
+        let offset = request.offset.cast_unsigned();
         let mut fetched = v1::FetchedPartition {
-            topic: want.topic.clone(),
-            partition: want.partition,
+            topic: request.topic.clone(),
+            partition: request.partition,
             log_start: start.cast_signed(),
             high_watermark: end.cast_signed(),
             from_follower: state.is_follower,
             leader_epoch: state.epoch,
             ..Default::default()
         };
-        if state.is_follower && !any_replica || want.leader_epoch > state.epoch {
+        if state.is_follower && !any_replica || request.leader_epoch > state.epoch {
             fetched.error = Some(ApiError::new(ErrorCode::NotLeader, "a follower, or an older epoch").into());
             return Some(fetched);
         }
@@ -315,24 +320,25 @@ impl FakeBroker {
         Some(fetched)
     }
 
+    /// Runs one fetch stream: sends one batch per response, and waits at the end of the log.
     async fn serve_fetch(
         self,
-        mut wanted: Vec<v1::FetchPartition>,
+        mut partitions: Vec<v1::FetchPartition>,
         any_replica: bool,
         responses: mpsc::Sender<Result<v1::FetchResponse, Status>>,
     ) {
-        let mut grown = self.grown.subscribe();
-        let mut reported = false;
+        let mut changed = self.changed.subscribe();
+        let mut reported_expired = false;
         loop {
-            grown.borrow_and_update();
+            changed.borrow_and_update();
             let mut idle = true;
-            for index in (0..wanted.len()).rev() {
-                let Some(fetched) = self.fetched(&wanted[index], any_replica) else { continue };
+            for index in (0..partitions.len()).rev() {
+                let Some(fetched) = self.fetched(&partitions[index], any_replica) else { continue };
                 idle = false;
                 if fetched.error.is_some() {
-                    wanted.remove(index);
+                    partitions.remove(index);
                 } else {
-                    wanted[index].offset = fetched.next_offset;
+                    partitions[index].offset = fetched.next_offset;
                 }
                 self.state().fetches += 1;
                 if responses
@@ -342,22 +348,22 @@ impl FakeBroker {
                 {
                     return;
                 }
-                let broken = match &mut self.state().fetches_until_break {
+                let breaks = match &mut self.state().fetches_until_break {
                     Some(0) => true,
-                    Some(left) => {
-                        *left -= 1;
+                    Some(remaining) => {
+                        *remaining -= 1;
                         false
                     }
                     None => false,
                 };
-                if broken {
+                if breaks {
                     self.state().fetches_until_break = None;
                     let _ = responses.send(Err(Status::unavailable("broken as scripted"))).await;
                     return;
                 }
             }
             let lease_expired = self.state().lease_expired;
-            if idle && std::mem::replace(&mut reported, lease_expired) != lease_expired {
+            if idle && std::mem::replace(&mut reported_expired, lease_expired) != lease_expired {
                 let response = v1::FetchResponse { partitions: Vec::new(), lease_expired };
                 if responses.send(Ok(response)).await.is_err() {
                     return;
@@ -367,7 +373,7 @@ impl FakeBroker {
                 tokio::select! {
                     () = self.tasks.cancelled() => return,
                     () = responses.closed() => return,
-                    _ = grown.changed() => {}
+                    _ = changed.changed() => {}
                 }
             }
         }
@@ -477,8 +483,8 @@ impl FakeBroker {
     fn metadata(&self, request: &v1::GetMetadataRequest) -> v1::GetMetadataResponse {
         let mut state = self.state();
         state.metadata_requests += 1;
-        let own = v1::Broker { id: 1, address: state.advertised.clone(), rack: "a".to_owned() };
-        let brokers: Vec<_> = std::iter::once(own).chain(state.other_brokers.iter().cloned()).collect();
+        let this_broker = v1::Broker { id: 1, address: state.advertised.clone(), rack: "a".to_owned() };
+        let brokers: Vec<_> = std::iter::once(this_broker).chain(state.other_brokers.iter().cloned()).collect();
         let replicas: Vec<u32> = brokers.iter().map(|broker| broker.id).collect();
         let topics = request.topics.iter().map(|name| {
             if name != "t" {
@@ -503,7 +509,7 @@ impl FakeBroker {
             }
         });
         v1::GetMetadataResponse {
-            cluster: "double".into(),
+            cluster: "fake".into(),
             brokers,
             topics: topics.collect(),
             lease_expired: state.lease_expired,

@@ -108,13 +108,13 @@ struct ClientInner {
     bootstrap: Vec<BrokerAddress>,
     pool: ConnectionPool,
     routing: RoutingTable,
-    /// Broker that receives the next call that any broker can serve: the last one that responded.
+    /// Broker that responded last. It receives the next call that any broker can serve.
     preferred: Mutex<Option<BrokerAddress>>,
     retries: Arc<RetryRegistry>,
 }
 
-/// Response timeout of one broker for a call that another broker could serve as well. Nothing else detects a broker
-/// that is connected but does not work, because its process is stopped or its network is partitioned.
+/// Response timeout of one broker for a call that another broker could serve as well. Only this timeout detects a
+/// broker whose connection is open but which does not respond: its process is stopped, or its network is partitioned.
 const FIRST_RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Time without a response after which the next broker is called as well.
@@ -188,9 +188,9 @@ impl Client {
         if let Some(Ok(route)) = self.inner.routing.topic(name) {
             return Ok(route);
         }
-        let seen = self.inner.routing.generation();
+        let used_generation = self.inner.routing.generation();
         self.retried(|| async {
-            self.refresh(seen, &[name]).await?;
+            self.refresh(used_generation, &[name]).await?;
             match self.inner.routing.topic(name) {
                 Some(route) => Ok(route?),
                 None => Err(ApiError::new(ErrorCode::UnknownTopic, format!("topic {name:?} does not exist")).into()),
@@ -227,10 +227,11 @@ impl Client {
         &self.inner.routing
     }
 
+    /// Returns the connection to a broker. The error for an address that the user did not give names the broker that
+    /// advertises the address.
     async fn channel(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
         let connected = self.inner.pool.channel(address).await;
         connected.map_err(|error| match error {
-            // The user gave other addresses, so the error names the source of this address.
             ConnectError::NoResponse { mut tried } if !self.inner.bootstrap.contains(address) => {
                 if let Some(broker) = self.inner.routing.broker_at(address) {
                     for (_, problem) in &mut tried {
@@ -243,26 +244,26 @@ impl Client {
         })
     }
 
-    /// Refreshes the routing metadata unless it is newer than generation `seen` and holds the topics `wanted`.
-    async fn refresh(&self, seen: u64, wanted: &[&str]) -> Result<(), CallError> {
-        self.refresh_excluding(&BTreeSet::new(), seen, wanted).await
+    /// Refreshes the routing metadata unless its generation is above `used_generation` and it holds all `topics`.
+    async fn refresh(&self, used_generation: u64, topics: &[&str]) -> Result<(), CallError> {
+        self.refresh_deferring(&BTreeSet::new(), used_generation, topics).await
     }
 
-    /// Refreshes as [`Client::refresh`] does, but calls the brokers in `last` after all other brokers. A broker that
-    /// is partitioned from the cluster still responds to its clients, with old metadata.
-    async fn refresh_excluding(
+    /// Refreshes as [`Client::refresh`] does, but calls the brokers in `deferred` after all other brokers. A broker
+    /// that is partitioned from the cluster still responds to its clients, with old metadata.
+    async fn refresh_deferring(
         &self,
-        last: &BTreeSet<BrokerAddress>,
-        seen: u64,
-        wanted: &[&str],
+        deferred: &BTreeSet<BrokerAddress>,
+        used_generation: u64,
+        topics: &[&str],
     ) -> Result<(), CallError> {
         let request = |topics: Vec<String>| {
             let mut order = self.brokers_in_call_order();
-            order.sort_by_key(|address| last.contains(address));
-            let hedge = if last.is_empty() { HEDGE_DELAY } else { HEDGE_DELAY_LEASE_EXPIRED };
+            order.sort_by_key(|address| deferred.contains(address));
+            let hedge = if deferred.is_empty() { HEDGE_DELAY } else { HEDGE_DELAY_LEASE_EXPIRED };
             async move {
-                // A partitioned broker may respond first. Its response is accepted only if no other broker has a better
-                // one.
+                // A partitioned broker may respond first. Its outdated response is accepted only if no other broker has
+                // current metadata.
                 let outdated = Mutex::new(None);
                 let call = |channel| {
                     let request = v1::GetMetadataRequest { topics: topics.clone(), all_topics: false };
@@ -280,11 +281,11 @@ impl Client {
                 response.or_else(|error| outdated.lock().take().ok_or(error))
             }
         };
-        self.inner.routing.refresh(seen, wanted, request).await
+        self.inner.routing.refresh(used_generation, topics, request).await
     }
 
-    /// Calls any broker, the last one that responded first. For reads only: a call that a broker may have received is
-    /// still repeated at another broker.
+    /// Calls any broker, beginning with the broker that responded last. For reads only: a call that a broker may have
+    /// received is still repeated at another broker.
     async fn call_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn(BrokerChannel) -> R,
@@ -293,9 +294,9 @@ impl Client {
         self.call_in_order(self.brokers_in_call_order(), HEDGE_DELAY, call).await
     }
 
-    /// Calls brokers in this order. Returns the first response, or the first error that a broker itself returned. Calls
-    /// the next broker as well if a call fails in transport, or the broker does not reach the metadata store, or
-    /// `hedge` passes.
+    /// Calls brokers in this order. Returns the first response, or the first error that a broker itself returned. The
+    /// next broker is called as well if a call fails in transport, if the broker does not reach the metadata store, or
+    /// if no call completes within `hedge`.
     async fn call_in_order<F, R, T>(&self, order: Vec<BrokerAddress>, hedge: Duration, call: F) -> Result<T, CallError>
     where
         F: Fn(BrokerChannel) -> R,
@@ -326,6 +327,7 @@ impl Client {
                     continue;
                 }
             };
+            // `attempts` was not empty, so `None` does not occur.
             match completed {
                 Some((address, Ok(response))) => {
                     *self.inner.preferred.lock() = Some(address);
@@ -336,8 +338,8 @@ impl Client {
                 {
                     metadata_error = Some(error);
                 }
-                Some((address, Err(AttemptError::CallFailed(refused @ NoResponse::Refused(_))))) => {
-                    return Err(refused.with_address(&address).into());
+                Some((address, Err(AttemptError::CallFailed(rejected @ NoResponse::Refused(_))))) => {
+                    return Err(rejected.with_address(&address).into());
                 }
                 Some((address, Err(AttemptError::CallFailed(no_response)))) => {
                     received |= no_response.may_have_arrived();
@@ -352,6 +354,7 @@ impl Client {
         }
     }
 
+    /// Makes one call to one broker.
     async fn call_broker<F, R, T>(&self, address: &BrokerAddress, timeout: Duration, call: F) -> Result<T, AttemptError>
     where
         F: Fn(BrokerChannel) -> R,
@@ -379,8 +382,8 @@ impl Client {
                 }
                 Err(AttemptError::NoConnection(ConnectError::NoResponse { tried: more })) => tried.extend(more),
                 Err(AttemptError::NoConnection(error)) => return Err(error.into()),
-                Err(AttemptError::CallFailed(not_done @ (NoResponse::NotSent(_) | NoResponse::NoBroker(_)))) => {
-                    tried.push((address.as_str().to_owned(), not_done.into_error().message));
+                Err(AttemptError::CallFailed(not_executed @ (NoResponse::NotSent(_) | NoResponse::NoBroker(_)))) => {
+                    tried.push((address.as_str().to_owned(), not_executed.into_error().message));
                 }
                 Err(AttemptError::CallFailed(NoResponse::Refused(error))) if is_not_started(&error) => {
                     metadata_error = Some(error)

@@ -2,7 +2,7 @@
 //!
 //! Callers read the cache without waiting. A caller that finds the cache outdated names the generation that it used and
 //! requests a newer one. Concurrent requests share one call to a broker. A leader is never replaced by one of a lower
-//! leader epoch, so a broker with old metadata cannot send a client back.
+//! leader epoch, so old metadata does not lead a client back to an old leader.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -60,11 +60,13 @@ impl RoutingTable {
         self.snapshot.lock().generation
     }
 
-    /// Returns the topic if it is cached; an error if the last metadata had an error for it.
+    /// Returns the topic; `None` if it was not requested. The error is the one that the last metadata had for the
+    /// topic.
     pub(super) fn topic(&self, name: &str) -> Option<Result<Arc<TopicRoute>, ApiError>> {
         self.snapshot.lock().topics.get(name).cloned()
     }
 
+    /// Returns the address of a partition's leader; `None` if the leader or the topic is unknown.
     pub(super) fn leader(&self, topic: &str, partition: u32) -> Option<BrokerAddress> {
         let snapshot = self.snapshot.lock();
         let route = snapshot.topics.get(topic)?.as_ref().ok()?;
@@ -73,7 +75,7 @@ impl RoutingTable {
     }
 
     /// Returns the broker at which a consumer in `rack` reads a partition: an in-sync replica in the rack, else the
-    /// leader.
+    /// leader. Returns `None` if neither is known.
     pub(super) fn read_target(&self, topic: &str, partition: u32, rack: Option<&str>) -> Option<ReadTarget> {
         let snapshot = self.snapshot.lock();
         let topic_route = snapshot.topics.get(topic)?.as_ref().ok()?;
@@ -123,10 +125,10 @@ impl RoutingTable {
         true
     }
 
-    /// Refreshes the cache if its generation is not above `seen` or a topic of `wanted` is missing, and adds these
-    /// topics. `request` requests metadata from a broker. `request` is not called if another caller has refreshed the
-    /// cache since.
-    pub(super) async fn refresh<F, R>(&self, seen: u64, wanted: &[&str], request: F) -> Result<(), CallError>
+    /// Refreshes the cache and adds `wanted` topics, unless its generation is above `used_generation` and it holds
+    /// these topics: then another caller has refreshed the cache. `request` requests the metadata of topics from a
+    /// broker.
+    pub(super) async fn refresh<F, R>(&self, used_generation: u64, wanted: &[&str], request: F) -> Result<(), CallError>
     where
         F: FnOnce(Vec<String>) -> R,
         R: Future<Output = Result<v1::GetMetadataResponse, CallError>>,
@@ -134,7 +136,7 @@ impl RoutingTable {
         let _one_at_a_time = self.refreshing.lock().await;
         let topics: BTreeSet<String> = {
             let snapshot = self.snapshot.lock();
-            if snapshot.generation > seen && wanted.iter().all(|name| snapshot.topics.contains_key(*name)) {
+            if snapshot.generation > used_generation && wanted.iter().all(|name| snapshot.topics.contains_key(*name)) {
                 return Ok(());
             }
             // Topics that do not exist are requested only while a caller needs them.
@@ -142,13 +144,14 @@ impl RoutingTable {
             cached.chain(wanted.iter().map(|name| (*name).to_owned())).collect()
         };
         let response = request(topics.into_iter().collect()).await?;
-        self.snapshot.lock().take(response)?;
+        self.snapshot.lock().replace(response)?;
         Ok(())
     }
 }
 
 impl RoutingSnapshot {
-    fn take(&mut self, response: v1::GetMetadataResponse) -> Result<(), ApiError> {
+    /// Replaces the content by that of a response. Keeps leaders of a newer epoch.
+    fn replace(&mut self, response: v1::GetMetadataResponse) -> Result<(), ApiError> {
         let mut brokers = BTreeMap::new();
         for broker in response.brokers {
             let address = BrokerAddress::parse(&broker.address).map_err(|error| {
@@ -161,8 +164,8 @@ impl RoutingSnapshot {
         let mut topics = BTreeMap::new();
         for topic in response.topics {
             let name = topic.name.clone();
-            let old = self.topics.get(&name).and_then(|route| route.as_ref().ok());
-            let route = TopicRoute::from_metadata(topic, old.map(|route| &**route));
+            let cached = self.topics.get(&name).and_then(|route| route.as_ref().ok());
+            let route = TopicRoute::from_metadata(topic, cached.map(|route| &**route));
             topics.insert(name, route.map(Arc::new));
         }
         self.topics = topics;
@@ -225,9 +228,11 @@ mod tests {
         assert!(!routing.apply_leader_hint("t", 1, &error(2, 4)), "no such partition");
         assert!(!routing.apply_leader_hint("t", 0, &ApiError::new(ErrorCode::NotLeader, "no leader")));
         assert!(!routing.apply_leader_hint("t", 0, &ApiError { code: ErrorCode::StorageFailed, ..error(2, 4) }));
-        let odd =
-            ApiError::new(ErrorCode::NotLeader, "odd").with("leader", -1).with("leader_epoch", "x").with("address", "");
-        assert!(!routing.apply_leader_hint("t", 0, &odd));
+        let invalid = ApiError::new(ErrorCode::NotLeader, "invalid hint")
+            .with("leader", -1)
+            .with("leader_epoch", "x")
+            .with("address", "");
+        assert!(!routing.apply_leader_hint("t", 0, &invalid));
         assert_eq!(routing.leader("t", 0).expect("cached").as_str(), "b1:9460");
         assert!(routing.apply_leader_hint("t", 0, &error(3, 4)), "the metadata did not contain the broker");
         assert_eq!(routing.leader("t", 0).expect("cached").as_str(), "n3:9460");

@@ -19,21 +19,22 @@ pub(super) fn select_replica<'a>(
     rack_of: impl Fn(BrokerId) -> Option<&'a str>,
 ) -> Option<BrokerId> {
     let Some(rack) = rack.filter(|rack| !rack.is_empty()) else { return route.leader };
-    let is_near = |broker: &BrokerId| rack_of(*broker) == Some(rack);
-    if route.leader.as_ref().is_some_and(is_near) {
+    let is_in_rack = |broker: &BrokerId| rack_of(*broker) == Some(rack);
+    if route.leader.as_ref().is_some_and(is_in_rack) {
         return route.leader;
     }
     let in_sync = |broker: &&BrokerId| route.isr.contains(broker);
-    let mut near: Vec<BrokerId> = route.replicas.iter().filter(in_sync).filter(|id| is_near(id)).copied().collect();
-    near.sort_unstable();
-    // Consecutive partitions rotate through the followers. The topic's hash selects the first one, so that topics with
-    // one partition do not all use the same broker.
+    let mut in_rack: Vec<BrokerId> =
+        route.replicas.iter().filter(in_sync).filter(|id| is_in_rack(id)).copied().collect();
+    in_rack.sort_unstable();
+    // Consecutive partitions rotate through the followers. The topic's hash selects the follower of partition 0, so
+    // that topics with one partition do not all use the same broker.
     let (topic, number) = partition;
     let mut hasher = DefaultHasher::new();
     topic.hash(&mut hasher);
-    let turn = hasher.finish().wrapping_add(number.into());
-    let index = turn.checked_rem(near.len() as u64).and_then(|index| usize::try_from(index).ok());
-    index.and_then(|index| near.get(index).copied()).or(route.leader)
+    let rotation = hasher.finish().wrapping_add(number.into());
+    let index = rotation.checked_rem(in_rack.len() as u64).and_then(|index| usize::try_from(index).ok());
+    index.and_then(|index| in_rack.get(index).copied()).or(route.leader)
 }
 
 #[cfg(test)]
@@ -95,13 +96,14 @@ mod tests {
             let (replicas, isr): (Vec<u32>, Vec<u32>) = (replicas.into_iter().collect(), isr.into_iter().collect());
             let route = route(leader, &replicas, &isr);
             let read = select_replica(Some("b"), ("t", partition), &route, rack_of);
-            let near = |id: BrokerId| {
+            let is_candidate = |id: BrokerId| {
                 let is_in_sync = route.isr.contains(&id) && route.replicas.contains(&id);
                 rack_of(id) == Some("b") && (route.leader == Some(id) || is_in_sync)
             };
-            let any_near = (1..6).map(BrokerId).any(near);
-            prop_assert_eq!(any_near, read.is_some_and(near), "a replica in the rack is read if there is one");
-            prop_assert!(any_near || read == route.leader, "{read:?}");
+            let has_candidate = (1..6).map(BrokerId).any(is_candidate);
+            let reads_candidate = read.is_some_and(is_candidate);
+            prop_assert_eq!(has_candidate, reads_candidate, "a replica in the rack is read if there is one");
+            prop_assert!(has_candidate || read == route.leader, "{read:?}");
         }
     }
 }

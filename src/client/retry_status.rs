@@ -28,9 +28,9 @@ type RetryKey = (u64, u64);
 #[derive(Debug, Default)]
 struct RetryEntries {
     next_reporter: u64,
-    /// Key of the entry that the watch shows.
+    /// Key of the entry that the watch shows; `None` if there is no entry.
     shown: Option<RetryKey>,
-    all: BTreeMap<RetryKey, RetryStatus>,
+    by_key: BTreeMap<RetryKey, RetryStatus>,
 }
 
 /// Retry status of all work of one client.
@@ -55,14 +55,15 @@ impl RetryRegistry {
         RetryReporter { registry: self.clone(), number: entries.next_reporter }
     }
 
+    /// Changes the entries, and shows the oldest problem if the shown entry was removed.
     fn change(&self, change: impl FnOnce(&mut BTreeMap<RetryKey, RetryStatus>)) {
         let mut entries = self.entries.lock();
-        change(&mut entries.all);
-        if entries.shown.is_none_or(|shown| !entries.all.contains_key(&shown)) {
-            entries.shown = entries.all.iter().min_by_key(|(_, status)| status.since).map(|(key, _)| *key);
+        change(&mut entries.by_key);
+        if entries.shown.is_none_or(|shown| !entries.by_key.contains_key(&shown)) {
+            entries.shown = entries.by_key.iter().min_by_key(|(_, status)| status.since).map(|(key, _)| *key);
         }
-        let shown = entries.shown.and_then(|key| entries.all.get(&key));
-        // Sent under the lock, so that the last change is the last value shown.
+        let shown = entries.shown.and_then(|key| entries.by_key.get(&key));
+        // The value is sent under the lock, so that the last change is the last value shown.
         self.shown.send_if_modified(|old| {
             let modified = old.as_ref() != shown;
             if modified {
@@ -81,25 +82,26 @@ pub(super) struct RetryReporter {
 }
 
 impl RetryReporter {
-    /// Records that a piece of work failed and will be retried, until the deadline `until` if there is one.
+    /// Reports that a piece of work failed and will be retried, until the deadline `until` if there is one. A repeated
+    /// report keeps the time of the first failure.
     pub(super) fn report(&self, work: u64, problem: String, until: Option<Instant>) {
-        self.registry.change(|all| {
-            let since = all.get(&(self.number, work)).map_or_else(clock::monotonic, |old| old.since);
-            all.insert((self.number, work), RetryStatus { problem, since, until });
+        self.registry.change(|entries| {
+            let since = entries.get(&(self.number, work)).map_or_else(clock::monotonic, |old| old.since);
+            entries.insert((self.number, work), RetryStatus { problem, since, until });
         });
     }
 
-    /// Clears the entry of a piece of work that succeeded or is no longer waited for.
+    /// Clears the entry of a piece of work that succeeded, failed or was abandoned.
     pub(super) fn clear(&self, work: u64) {
-        self.registry.change(|all| {
-            all.remove(&(self.number, work));
+        self.registry.change(|entries| {
+            entries.remove(&(self.number, work));
         });
     }
 }
 
 impl Drop for RetryReporter {
     fn drop(&mut self) {
-        self.registry.change(|all| all.retain(|(reporter, _), _| *reporter != self.number));
+        self.registry.change(|entries| entries.retain(|(reporter, _), _| *reporter != self.number));
     }
 }
 

@@ -35,13 +35,14 @@ pub struct PartitionRoute {
 }
 
 impl TopicRoute {
-    /// Reads a topic from metadata. A partition of `cached` with a newer leader epoch replaces the received one.
+    /// Reads a topic from metadata. A partition of `cached` with a newer leader epoch replaces the received partition.
     pub(super) fn from_metadata(topic: v1::TopicMetadata, cached: Option<&Self>) -> Result<Self, ApiError> {
         if let Some(error) = topic.error {
             return Err(error.into());
         }
-        let invalid =
-            |what: &str| ApiError::new(ErrorCode::Internal, format!("metadata of topic {:?} has {what}", topic.name));
+        let invalid = |problem: &str| {
+            ApiError::new(ErrorCode::Internal, format!("metadata of topic {:?} has {problem}", topic.name))
+        };
         let id: TopicId = topic.topic_id.parse().map_err(|_| invalid("no valid topic id"))?;
         let cached = cached.filter(|cached| cached.id == id);
         let mut partitions = Vec::new();

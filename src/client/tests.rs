@@ -46,7 +46,7 @@ fn numbers(range: std::ops::Range<u32>) -> Vec<String> {
 
 /// Sends twenty records under a script. All must be in the log once, in order, at the offsets of their
 /// acknowledgements.
-async fn survives(actions: &[FakeResponse]) {
+async fn check_records_appended_once(actions: &[FakeResponse]) {
     let fake = FakeBroker::start(1).await;
     let producer = client(&fake).await.producer(one_by_one()).await.expect("an id");
     fake.script(actions);
@@ -75,7 +75,7 @@ async fn retries_keep_order_without_duplicates() {
         &[Append, Append, Refuse(ErrorCode::UnknownProducer)],
         &[Refuse(ErrorCode::OutOfOrderSequence)],
     ] {
-        survives(actions).await;
+        check_records_appended_once(actions).await;
     }
 }
 
@@ -159,8 +159,8 @@ async fn full_memory_sends_lingering_batches() {
         let _delivery = producer.send("t", NewRecord::value(&[7; 1000])).await.expect("queued");
     }
     producer.close().await.expect("all acknowledged");
-    let state_batches = fake.batches(0);
-    assert!((5..=20).contains(&state_batches), "{state_batches} batches");
+    let batches = fake.batches(0);
+    assert!((5..=20).contains(&batches), "{batches} batches");
 }
 
 /// Regression: a batch that is sent at once is never full. Keyless records changed partitions only with a full batch,
@@ -180,15 +180,15 @@ async fn keyless_records_sent_singly_reach_every_partition() {
 }
 
 /// Regression: a stream carries 256 batches at a time. A producer checked every waiting partition at each response, so
-/// a thousand partitions cost a thousand checks per batch. Each partition must wait once, for its turn.
+/// a thousand partitions cost a thousand checks per batch. Each partition must wait once.
 #[tokio::test]
 async fn partitions_above_the_stream_window_are_all_sent() {
     let fake = FakeBroker::start(600).await;
     let options = ProducerOptions { memory_bytes: 64 << 10, ..ProducerOptions::default() };
     let producer = client(&fake).await.producer(options).await.expect("an id");
-    for round in 0..3 {
+    for number in 0..3 {
         for partition in 0..600 {
-            let value = round.to_string();
+            let value = number.to_string();
             let record = NewRecord::value(value.as_bytes()).partition(partition);
             let _delivery = producer.send("t", record).await.expect("queued");
         }
@@ -204,8 +204,8 @@ async fn refused_record_expires_with_its_last_problem() {
     let fake = FakeBroker::start(1).await;
     let options = ProducerOptions { delivery_timeout: Duration::from_millis(300), ..one_by_one() };
     // With the default of one second, the pause after the last refusal may exceed the timeout of the second record.
-    let pauses = ClientOptions { backoff_max: Duration::from_millis(20), ..ClientOptions::default() };
-    let client = Client::connect(&fake.address.to_string(), pauses).await.expect("the fake broker responds");
+    let short_pauses = ClientOptions { backoff_max: Duration::from_millis(20), ..ClientOptions::default() };
+    let client = Client::connect(&fake.address.to_string(), short_pauses).await.expect("the fake broker responds");
     let producer = client.producer(options).await.expect("an id");
     fake.script(&[FakeResponse::Refuse(ErrorCode::DiskFull); 200]);
     let error = producer.send("t", NewRecord::value(b"x")).await.expect("queued").await.expect_err("refused");
@@ -239,11 +239,11 @@ async fn complete_batches_and_every_codec_arrive() {
         let producer = client.producer(options).await.expect("an id");
         let _delivery = producer.send("t", NewRecord::value(compression.as_str().as_bytes())).await.expect("queued");
         let mut builder = BatchBuilder::new(compression);
-        builder.push(1, None, Some(b"whole"), &[]).expect("fits");
+        builder.push(1, None, Some(b"complete"), &[]).expect("fits");
         let batch = builder.finish(None).expect("not empty");
         producer.send_batch("t", 0, batch).await.expect("queued").await.expect("acknowledged");
         producer.close().await.expect("all acknowledged");
-        sent.extend([compression.as_str().to_owned(), "whole".to_owned()]);
+        sent.extend([compression.as_str().to_owned(), "complete".to_owned()]);
     }
     assert_eq!(fake.values(0), sent);
 }
@@ -258,6 +258,7 @@ async fn dropped_producer_fails_unacknowledged_records() {
     assert_eq!(delivery.await, Err(SendError::Closed));
 }
 
+/// Starts a fake broker with this number of records in topic "t".
 async fn filled(records: u32) -> (FakeBroker, Client) {
     let fake = FakeBroker::start(1).await;
     let client = client(&fake).await;
@@ -336,10 +337,10 @@ async fn permanent_corruption_is_reported_and_not_returned() {
     assert!(matches!(error, ConsumeError::Corrupt { .. }), "{error}");
 }
 
-/// Waits until the client's retry status satisfies `is`, and returns it.
-async fn status(client: &Client, is: impl Fn(Option<&RetryStatus>) -> bool) -> Option<RetryStatus> {
+/// Waits until the client's retry status satisfies `condition`, and returns it.
+async fn status(client: &Client, condition: impl Fn(Option<&RetryStatus>) -> bool) -> Option<RetryStatus> {
     let mut watch = client.retries();
-    let shown = watch.wait_for(|status| is(status.as_ref()));
+    let shown = watch.wait_for(|status| condition(status.as_ref()));
     let shown = tokio::time::timeout(Duration::from_secs(20), shown).await.expect("the status changes in time");
     shown.expect("the client exists").clone()
 }
@@ -462,11 +463,11 @@ async fn every_bootstrap_address_is_tried_and_named() {
         .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(other));
     tasks.spawn("another server", server);
     let options = || ClientOptions { request_timeout: Duration::from_millis(500), ..ClientOptions::default() };
-    let bad = format!("{other_address},{unresponsive_address}");
-    let all = format!("{bad},{}", fake.address);
-    let client = Client::connect(&all, options()).await.expect("the third address responds");
+    let without_broker = format!("{other_address},{unresponsive_address}");
+    let with_broker = format!("{without_broker},{}", fake.address);
+    let client = Client::connect(&with_broker, options()).await.expect("the third address responds");
     client.topic("t").await.expect("known");
-    let error = Client::connect(&bad, options()).await.expect_err("no address of a broker").to_string();
+    let error = Client::connect(&without_broker, options()).await.expect_err("no address of a broker").to_string();
     drop(unresponsive);
     for text in [
         format!("{other_address}: the server is not a Strandline broker"),
@@ -551,7 +552,8 @@ async fn queues_that_only_wait_refresh_metadata() {
         sent.push(producer.send("t", NewRecord::value(b"x").partition(partition)).await.expect("queued"));
     }
     for partition in 0..16 {
-        let moved = ApiError::new(ErrorCode::NotLeader, "it moved").with("leader", 2).with("leader_epoch", 1);
+        let moved =
+            ApiError::new(ErrorCode::NotLeader, "the partition moved").with("leader", 2).with("leader_epoch", 1);
         assert!(client.routing().apply_leader_hint("t", partition, &moved.with("address", new.address)));
     }
     wait_until("the busy queues have moved", || (0..16).all(|partition| new.batches(partition) == 16)).await;
@@ -580,7 +582,7 @@ async fn unresponsive_leader_is_last_source_of_metadata() {
     assert_eq!((old.values(0), new.values(0)), (numbers(0..3), numbers(0..3)), "sent again to the new leader");
 }
 
-/// The same for a call that any broker can serve.
+/// A call that any broker can serve does not wait for an unresponsive broker.
 #[tokio::test]
 async fn unresponsive_broker_is_bypassed_by_another() {
     let unresponsive = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");

@@ -24,8 +24,8 @@ use super::{
     error::{ConnectError, root_cause},
 };
 
-// Measured (docs/performance.md): with the message codec's large buffers, these values carry twice as much as the
-// defaults. The stream window bounds the throughput over real round trips.
+// With the message codec's large buffers, these values allow twice the throughput of the defaults (measured, see
+// docs/performance.md). The stream window bounds the throughput over long round trips.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 const FRAME_BYTES: u32 = 256 << 10;

@@ -143,7 +143,7 @@ pub struct DrainStatus {
 }
 
 impl DrainStatus {
-    /// Returns true if no replica can move, and some would still be blocked if every partition had a leader.
+    /// Returns true if no replica can move, and not only because partitions have no leader.
     pub fn is_blocked(&self) -> bool {
         let blocked = u32::try_from(self.blocked.len()).unwrap_or(u32::MAX);
         blocked > 0 && blocked.saturating_add(self.leaderless) >= self.replica_count
@@ -229,7 +229,7 @@ impl Admin {
             under_min_isr: response.under_min_isr,
             reassigning: response.reassigning,
             unreadable: unreadable.collect(),
-            unavailable: response.unavailable.into_iter().map(named).collect::<Result<_, _>>()?,
+            unavailable: response.unavailable.into_iter().map(topic_and_number).collect::<Result<_, _>>()?,
             metadata_staleness: Duration::from_millis(response.metadata_staleness_ms),
             responder: BrokerId(response.responder),
         })
@@ -248,7 +248,7 @@ impl Admin {
             since_ms: response.since_ms,
             leader_count: response.leader_count,
             replica_count: response.replica_count,
-            blocked: response.blocked.into_iter().map(named).collect::<Result<_, _>>()?,
+            blocked: response.blocked.into_iter().map(topic_and_number).collect::<Result<_, _>>()?,
             eligible_brokers: response.eligible_brokers,
             leaderless: response.leaderless,
         })
@@ -276,7 +276,7 @@ impl Admin {
         partition: Option<u32>,
         replicas: &[BrokerId],
     ) -> Result<Vec<Reassignment>, CallError> {
-        let partition = partition.map(narrow);
+        let partition = partition.map(partition_number);
         let call = |channel| {
             let replicas = replicas.iter().map(|id| id.0).collect();
             let request = v1::ReassignPartitionsRequest { topic: topic.to_owned(), partition, replicas };
@@ -295,7 +295,7 @@ impl Admin {
         topic: Option<&str>,
         partition: Option<u32>,
     ) -> Result<Vec<Reassignment>, CallError> {
-        let (topic, partition) = (topic.unwrap_or_default(), partition.map(narrow));
+        let (topic, partition) = (topic.unwrap_or_default(), partition.map(partition_number));
         let call = |channel| {
             let request = v1::ListReassignmentsRequest { topic: topic.to_owned(), partition };
             async move { admin_client(channel).list_reassignments(request).await }
@@ -313,7 +313,7 @@ impl Admin {
         topic: Option<&str>,
         partition: Option<u32>,
     ) -> Result<Vec<Reassignment>, CallError> {
-        let (topic, partition) = (topic.unwrap_or_default(), partition.map(narrow));
+        let (topic, partition) = (topic.unwrap_or_default(), partition.map(partition_number));
         let call = |channel| {
             let request = v1::CancelReassignmentRequest { topic: topic.to_owned(), partition };
             async move { admin_client(channel).cancel_reassignment(request).await }
@@ -330,7 +330,7 @@ impl Admin {
     pub async fn elect_leader(&self, topic: &str, partition: u32) -> Result<ElectionResult, CallError> {
         self.elect(v1::ElectLeaderRequest {
             topic: topic.to_owned(),
-            partition: narrow(partition),
+            partition: partition_number(partition),
             ..Default::default()
         })
         .await
@@ -343,7 +343,7 @@ impl Admin {
     pub async fn unclean_election(&self, topic: &str, partition: u32) -> Result<ElectionResult, CallError> {
         self.elect(v1::ElectLeaderRequest {
             topic: topic.to_owned(),
-            partition: narrow(partition),
+            partition: partition_number(partition),
             unclean: true,
             validate_only: true,
             ..Default::default()
@@ -351,7 +351,7 @@ impl Admin {
         .await
     }
 
-    /// Elects the replica that [`Admin::unclean_election`] returned in `agreed`. The replica may lack committed
+    /// Elects the replica that [`Admin::unclean_election`] returned in `dry_run`. The replica may lack committed
     /// records.
     ///
     /// # Errors
@@ -360,20 +360,21 @@ impl Admin {
         &self,
         topic: &str,
         partition: u32,
-        agreed: &ElectionResult,
+        dry_run: &ElectionResult,
     ) -> Result<ElectionResult, CallError> {
         self.elect(v1::ElectLeaderRequest {
             topic: topic.to_owned(),
-            partition: narrow(partition),
+            partition: partition_number(partition),
             unclean: true,
             validate_only: false,
-            leader: Some(agreed.leader.0),
-            revision: Some(agreed.revision),
-            discard_local: agreed.discard_local,
+            leader: Some(dry_run.leader.0),
+            revision: Some(dry_run.revision),
+            discard_local: dry_run.discard_local,
         })
         .await
     }
 
+    /// Sends a request for an election or for its dry run.
     async fn elect(&self, request: v1::ElectLeaderRequest) -> Result<ElectionResult, CallError> {
         let call = |channel| {
             let request = request.clone();
@@ -385,18 +386,20 @@ impl Admin {
             leader_epoch: LeaderEpoch::from_i32(response.leader_epoch).unwrap_or_default(),
             changed: response.changed,
             revision: response.revision,
-            replicas: response.replicas.into_iter().map(held).collect::<Result<_, _>>()?,
+            replicas: response.replicas.into_iter().map(replica).collect::<Result<_, _>>()?,
             lost: offset(response.lost_start)?..offset(response.lost_end)?,
             discard_local: response.discard_local,
         })
     }
 }
 
-/// Converts a partition number to its wire type. A number that does not fit becomes `i32::MAX`, which brokers refuse.
-fn narrow(partition: u32) -> i32 {
+/// Converts a partition number to its protocol type. A number that does not fit becomes `i32::MAX`, which brokers
+/// reject.
+fn partition_number(partition: u32) -> i32 {
     i32::try_from(partition).unwrap_or(i32::MAX)
 }
 
+/// Converts a broker of the response. Empty texts become `None`.
 fn broker(state: v1::BrokerDescription) -> BrokerDescription {
     let stats = match (state.stats, state.error) {
         (Some(stats), _) => Some(Ok(BrokerStats {
@@ -436,14 +439,15 @@ fn broker(state: v1::BrokerDescription) -> BrokerDescription {
     }
 }
 
-fn named(name: v1::TopicPartition) -> Result<(String, u32), CallError> {
+/// Returns the topic and the partition number of a name in a response.
+fn topic_and_number(name: v1::TopicPartition) -> Result<(String, u32), CallError> {
     let number = u32::try_from(name.partition).map_err(|_| invalid_response("a negative partition"))?;
     Ok((name.topic, number))
 }
 
 fn reassignment(response: v1::Reassignment) -> Result<Reassignment, CallError> {
     let (topic, partition) =
-        named(response.partition.ok_or_else(|| invalid_response("a reassignment without a partition"))?)?;
+        topic_and_number(response.partition.ok_or_else(|| invalid_response("a reassignment without a partition"))?)?;
     Ok(Reassignment {
         topic,
         partition,
@@ -457,7 +461,7 @@ fn reassignment(response: v1::Reassignment) -> Result<Reassignment, CallError> {
     })
 }
 
-fn held(replica: v1::ReplicaDescription) -> Result<ReplicaDescription, CallError> {
+fn replica(replica: v1::ReplicaDescription) -> Result<ReplicaDescription, CallError> {
     let positions = match replica.error {
         Some(error) => Err(ApiError::from(error)),
         None => {

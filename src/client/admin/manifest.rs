@@ -28,7 +28,7 @@ pub struct ManifestRebuild {
     pub unusable: Vec<String>,
     /// Number of segment objects that are not used.
     pub left_over: u32,
-    /// Identifier of this outcome.
+    /// Identifier of this survey's result, which [`Admin::rebuild_manifest`] repeats.
     pub plan: String,
     /// True if the manifest was rebuilt.
     pub committed: bool,
@@ -43,7 +43,7 @@ impl Admin {
         self.rebuild(topic, partition, None).await
     }
 
-    /// Rebuilds a lost manifest exactly as [`Admin::survey_manifest`] described it in `agreed`.
+    /// Rebuilds a lost manifest exactly as [`Admin::survey_manifest`] described it in `survey`.
     ///
     /// # Errors
     /// See [`Admin::survey_manifest`]; also, the remains have changed since the survey.
@@ -51,11 +51,12 @@ impl Admin {
         &self,
         topic: &str,
         partition: u32,
-        agreed: &ManifestRebuild,
+        survey: &ManifestRebuild,
     ) -> Result<ManifestRebuild, CallError> {
-        self.rebuild(topic, partition, Some(agreed.plan.clone())).await
+        self.rebuild(topic, partition, Some(survey.plan.clone())).await
     }
 
+    /// Sends the request: a survey without a plan, else the rebuild of that plan.
     async fn rebuild(&self, topic: &str, partition: u32, plan: Option<String>) -> Result<ManifestRebuild, CallError> {
         let partition = i32::try_from(partition).unwrap_or(i32::MAX);
         let call = |channel| {

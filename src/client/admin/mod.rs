@@ -286,7 +286,7 @@ impl Admin {
                 .into_iter()
                 .map(|(key, source)| (key, ConfigSource::new(source)))
                 .collect(),
-            partitions: response.partitions.into_iter().map(describe).collect::<Result<_, _>>()?,
+            partitions: response.partitions.into_iter().map(partition_description).collect::<Result<_, _>>()?,
         })
     }
 
@@ -349,36 +349,44 @@ impl Admin {
         let query = v1::OffsetQuery { topic: topic.to_owned(), partition: number, at: Some(at) };
         self.client
             .retried(|| async {
-                let seen = self.client.routing().generation();
+                let used_generation = self.client.routing().generation();
                 let result = self.query_leader_of(topic, partition, &query).await;
-                if let Ok(found) = &result
-                    && self.has_newer_leader(topic, partition, found, seen).await
+                if let Ok(queried) = &result
+                    && self.has_newer_leader(topic, partition, queried, used_generation).await
                 {
-                    return self.query_leader_of(topic, partition, &query).await.map(|found| found.offset);
+                    return self.query_leader_of(topic, partition, &query).await.map(|queried| queried.offset);
                 }
-                let result = result.map(|found| found.offset);
+                let result = result.map(|queried| queried.offset);
                 if let Err(CallError::Api(error)) = &result
                     && self.client.routing().apply_leader_hint(topic, partition, error)
                 {
-                    return self.query_leader_of(topic, partition, &query).await.map(|found| found.offset);
+                    return self.query_leader_of(topic, partition, &query).await.map(|queried| queried.offset);
                 }
                 if result.as_ref().is_err_and(CallError::retryable) {
-                    self.client.refresh(seen, &[topic]).await?;
+                    self.client.refresh(used_generation, &[topic]).await?;
                 }
                 result
             })
             .await
     }
 
-    /// Returns true if another broker leads in a newer epoch than the leader that sent `found`. Queries other brokers
-    /// only if that leader reports an expired lease.
-    async fn has_newer_leader(&self, topic: &str, partition: u32, found: &LeaderOffset, seen: u64) -> bool {
-        let Some(expired) = &found.lease_expired else { return false };
-        let refreshed = self.client.refresh_excluding(&BTreeSet::from([expired.clone()]), seen, &[topic]).await;
+    /// Returns true if another broker leads in a newer epoch than the leader that returned `queried`. Refreshes the
+    /// metadata from other brokers only if that leader reports an expired lease.
+    async fn has_newer_leader(
+        &self,
+        topic: &str,
+        partition: u32,
+        queried: &LeaderOffset,
+        used_generation: u64,
+    ) -> bool {
+        let Some(expired) = &queried.lease_expired else { return false };
+        let refreshed =
+            self.client.refresh_deferring(&BTreeSet::from([expired.clone()]), used_generation, &[topic]).await;
         let leader = self.client.routing().read_target(topic, partition, None).filter(|_| refreshed.is_ok());
-        leader.is_some_and(|leader| leader.address != *expired && leader.epoch > found.epoch)
+        leader.is_some_and(|leader| leader.address != *expired && leader.epoch > queried.epoch)
     }
 
+    /// Queries the leader of a partition once, by the cached metadata.
     async fn query_leader_of(
         &self,
         topic: &str,
@@ -412,7 +420,7 @@ impl Admin {
             Err(NoResponse::Refused(error)) => return Err(error.into()),
             Err(no_response) => return Err(unreachable(no_response.into_error().message)),
         };
-        // The log start of an expired leader is accepted: no other broker has a better one.
+        // The log start of a leader with an expired lease is accepted, because no other broker has a better one.
         let lease_expired = (response.lease_expired && !is_start).then_some(address);
         let Some(result) = response.results.into_iter().next() else {
             return Err(invalid_response("an empty response to an offset query").into());
@@ -433,8 +441,9 @@ struct LeaderOffset {
     lease_expired: Option<BrokerAddress>,
 }
 
-fn invalid_response(what: &str) -> ApiError {
-    ApiError::new(ErrorCode::Internal, format!("the broker sent {what}"))
+/// Returns the error for a response that no correct broker sends. `content` describes the invalid content.
+fn invalid_response(content: &str) -> ApiError {
+    ApiError::new(ErrorCode::Internal, format!("the broker sent {content}"))
 }
 
 fn offset(value: i64) -> Result<Offset, ApiError> {
@@ -452,7 +461,7 @@ fn summary(topic: Option<v1::TopicSummary>) -> Result<TopicSummary, CallError> {
     })
 }
 
-fn describe(state: v1::PartitionDescription) -> Result<PartitionDescription, CallError> {
+fn partition_description(state: v1::PartitionDescription) -> Result<PartitionDescription, CallError> {
     Ok(PartitionDescription {
         partition: u32::try_from(state.partition).map_err(|_| invalid_response("a negative partition"))?,
         leader: state.leader.map(BrokerId),

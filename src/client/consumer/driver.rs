@@ -45,18 +45,19 @@ pub(super) enum ConsumerCommand {
     Unassign { topic: Arc<str>, partition: u32 },
 }
 
+/// State of the consumer's task.
 pub(super) struct ConsumerDriver {
     client: Client,
     retries: RetryReporter,
     options: ConsumerOptions,
     tasks: Tasks,
     output: mpsc::Sender<QueuedEvent>,
-    /// Events for the consumer's queue. The streams are read only while the outbox is empty, which bounds the
-    /// consumer's memory.
+    /// Events that wait for capacity in the consumer's queue. The streams are read only while the outbox is empty,
+    /// which bounds the consumer's memory.
     outbox: VecDeque<QueuedEvent>,
     partitions: FetchStates,
     streams: FetchStreams,
-    /// Time at which partitions are next assigned to streams.
+    /// Time at which partitions are next assigned to streams; `None` if no assignment is due.
     assign_at: Option<Instant>,
     /// True while a metadata refresh is running.
     refreshing: bool,
@@ -97,6 +98,7 @@ impl ConsumerDriver {
         }
     }
 
+    /// Runs until the set of tasks is cancelled or the consumer is dropped.
     pub(super) async fn run(mut self, mut commands: mpsc::Receiver<ConsumerCommand>) {
         let tasks = self.tasks.clone();
         let output = self.output.clone();
@@ -153,13 +155,15 @@ impl ConsumerDriver {
         Some(removed)
     }
 
+    /// Closes a stream. Its partitions then have no stream.
     fn drop_stream(&mut self, number: u64) {
         self.streams.close(number);
         self.partitions.iter_mut().filter(|state| state.stream == Some(number)).for_each(PartitionFetchState::detach);
     }
 
+    /// Schedules [`Self::assign_streams`] at this time or earlier.
     fn schedule_assignment(&mut self, at: Instant) {
-        self.assign_at = Some(self.assign_at.map_or(at, |old| old.min(at)));
+        self.assign_at = Some(self.assign_at.map_or(at, |scheduled| scheduled.min(at)));
     }
 
     /// Gives every readable partition a stream to its broker. A broker's stream is reopened to add partitions.
@@ -170,13 +174,13 @@ impl ConsumerDriver {
             [self.check_read_replicas(now), self.refresh_if_lease_expired(now), self.clear_stable_problems(now)];
         checks.into_iter().flatten().for_each(|at| self.schedule_assignment(at));
         let mut addresses = BTreeSet::new();
-        let mut has_unknown = false;
+        let mut has_unknown_target = false;
         for (topic, number, state) in self.partitions.iter().filter(|(.., state)| state.is_free(now)) {
             match self.read_target(topic, number, state) {
                 Some(target) => {
                     addresses.insert(target.address);
                 }
-                None => has_unknown = true,
+                None => has_unknown_target = true,
             }
         }
         let paused = self.partitions.iter().filter(|(.., state)| !state.failed && state.stream.is_none());
@@ -187,20 +191,21 @@ impl ConsumerDriver {
             self.reopen_streams(&address, now);
         }
         // Partitions of a reopened stream may have another broker by now.
-        if self.unread(now).next().is_some() {
+        if self.without_stream(now).next().is_some() {
             self.schedule_assignment(now);
         }
-        if has_unknown {
+        if has_unknown_target {
             self.refresh_metadata();
         }
     }
 
+    /// Returns the broker that should serve a partition; `None` if none is known.
     fn read_target(&self, topic: &str, partition: u32, state: &PartitionFetchState) -> Option<ReadTarget> {
         state.follower_backoff.read_target(self.client.routing(), self.options.rack.as_deref(), topic, partition)
     }
 
     /// Returns every readable partition without a stream, and its read target.
-    fn unread(&self, now: Instant) -> impl Iterator<Item = (&Arc<str>, u32, ReadTarget)> {
+    fn without_stream(&self, now: Instant) -> impl Iterator<Item = (&Arc<str>, u32, ReadTarget)> {
         let free = self.partitions.iter().filter(move |(.., state)| state.is_free(now));
         free.filter_map(|(topic, number, state)| Some((topic, number, self.read_target(topic, number, state)?)))
     }
@@ -208,17 +213,19 @@ impl ConsumerDriver {
     /// Replaces the streams to this broker by as few as possible. Together they cover all partitions that are or should
     /// be read from it, with at most `MAX_FETCH_PARTITIONS` on each.
     fn reopen_streams(&mut self, address: &BrokerAddress, now: Instant) {
-        for old in self.streams.numbers_to(address) {
-            self.drop_stream(old);
+        for number in self.streams.numbers_to(address) {
+            self.drop_stream(number);
         }
-        let unread = self.unread(now).filter(|(.., target)| target.address == *address);
-        let unread: Vec<_> = unread.map(|(topic, partition, target)| (topic.clone(), partition, target)).collect();
-        for partitions in unread.chunks(limits::MAX_FETCH_PARTITIONS) {
-            self.open_one(address, partitions);
+        let partitions = self.without_stream(now).filter(|(.., target)| target.address == *address);
+        let partitions: Vec<_> =
+            partitions.map(|(topic, partition, target)| (topic.clone(), partition, target)).collect();
+        for chunk in partitions.chunks(limits::MAX_FETCH_PARTITIONS) {
+            self.open_stream(address, chunk);
         }
     }
 
-    fn open_one(&mut self, address: &BrokerAddress, partitions: &[(Arc<str>, u32, ReadTarget)]) {
+    /// Opens one stream that reads these partitions from their positions.
+    fn open_stream(&mut self, address: &BrokerAddress, partitions: &[(Arc<str>, u32, ReadTarget)]) {
         let stream = self.streams.next_number();
         let partitions = partitions.iter().map(|(topic, partition, target)| {
             let state = self.partitions.get_mut(topic, *partition).expect("the partition was found above");
@@ -255,6 +262,7 @@ impl ConsumerDriver {
         }
     }
 
+    /// Handles an accepted request. Problems with leaders are cleared once the stream has stayed open.
     fn on_opened(&mut self, number: u64) {
         let now = clock::monotonic();
         let mut has_problem = false;
@@ -267,6 +275,8 @@ impl ConsumerDriver {
         }
     }
 
+    /// Handles the end of a stream. Partitions that a follower served continue at their leaders at once; partitions of
+    /// a leader pause first.
     fn on_ended(&mut self, number: u64, error: &ApiError) {
         tracing::debug!(%error, "fetch stream ended");
         let now = clock::monotonic();
@@ -277,7 +287,6 @@ impl ConsumerDriver {
             self.partitions.iter().filter(|(.., state)| state.stream == Some(number) && !state.is_follower);
         let from_leader: Vec<_> = from_leader.map(|(topic, partition, _)| (topic.clone(), partition)).collect();
         self.drop_stream(number);
-        // Partitions that a follower served move to their leader at once.
         self.schedule_assignment(now);
         for (topic, partition) in from_leader {
             self.report_problem(&topic, partition, FetchProblem::Leader, &error.message);
@@ -286,6 +295,7 @@ impl ConsumerDriver {
         self.refresh_metadata();
     }
 
+    /// Handles one partition of a response. A response for a partition that left the stream is ignored.
     fn on_fetched(&mut self, number: u64, fetched: v1::FetchedPartition) {
         let Ok(partition) = u32::try_from(fetched.partition) else { return };
         let Some(topic) = self.partitions.topic(&fetched.topic) else { return };
@@ -345,10 +355,11 @@ impl ConsumerDriver {
         self.fail(topic, partition, error);
     }
 
+    /// Handles a broker's error for one partition: reads at the leader after any error of a follower, retries, resets
+    /// the position, or stops the partition.
     fn on_partition_error(&mut self, topic: &Arc<str>, partition: u32, error: ApiError) {
         let Some(state) = self.partitions.get_mut(topic, partition) else { return };
         if state.is_follower {
-            // After any error of a follower the leader decides.
             let now = clock::monotonic();
             let position = state.position;
             tracing::debug!(topic = &**topic, partition, %error, %position, "follower error, reading at the leader");
@@ -378,6 +389,7 @@ impl ConsumerDriver {
         self.fail(topic, partition, error);
     }
 
+    /// Handles a position outside the log by the reset policy.
     fn on_out_of_range(&mut self, topic: &Arc<str>, partition: u32, error: &ApiError) {
         let bound = |name| error.number(name).and_then(Offset::from_i64);
         let policy = self.options.on_out_of_range;
@@ -404,6 +416,7 @@ impl ConsumerDriver {
         self.pause(topic, partition);
     }
 
+    /// Shows a partition's problem in the retry status.
     fn report_problem(&mut self, topic: &str, partition: u32, problem: FetchProblem, message: &str) {
         let Some(state) = self.partitions.get_mut(topic, partition) else { return };
         // If records cannot be read, a reachable leader does not clear the problem.
@@ -446,7 +459,7 @@ impl ConsumerDriver {
         let client = self.client.clone();
         let done = self.refresh_done.clone();
         let tasks = self.tasks.clone();
-        let seen = client.routing().generation();
+        let used_generation = client.routing().generation();
         let pause = self.metadata_backoff.as_mut().map_or(Duration::ZERO, Backoff::next_pause);
         let topics: Vec<Arc<str>> = self.partitions.topics().cloned().collect();
         let expired = self.streams.expired_brokers();
@@ -454,7 +467,7 @@ impl ConsumerDriver {
             let names: Vec<&str> = topics.iter().map(|name| &**name).collect();
             let refresh = async {
                 tokio::time::sleep(pause).await;
-                client.refresh_excluding(&expired, seen, &names).await
+                client.refresh_deferring(&expired, used_generation, &names).await
             };
             if let Some(result) = tasks.run_until_cancelled(refresh).await {
                 let _ = done.send(result).await;
@@ -462,6 +475,7 @@ impl ConsumerDriver {
         });
     }
 
+    /// Handles the end of a metadata refresh. Refreshes again while it failed or partitions have no leader.
     fn on_metadata(&mut self, result: Result<(), CallError>) {
         self.refreshing = false;
         match &result {
@@ -473,10 +487,10 @@ impl ConsumerDriver {
             }
             Err(error) => tracing::debug!(%error, "metadata refresh failed"),
         }
-        let missing = self.partitions.iter().filter(|(.., state)| !state.failed && state.stream.is_none());
-        let missing: Vec<_> = missing.map(|(topic, partition, _)| (topic.clone(), partition)).collect();
-        let mut has_unknown = false;
-        for (topic, partition) in missing {
+        let without_stream = self.partitions.iter().filter(|(.., state)| !state.failed && state.stream.is_none());
+        let without_stream: Vec<_> = without_stream.map(|(topic, partition, _)| (topic.clone(), partition)).collect();
+        let mut has_leaderless = false;
+        for (topic, partition) in without_stream {
             if let Some(Err(error)) = self.client.routing().topic(&topic) {
                 let error = ConsumeError::Refused { topic: topic.to_string(), partition, error };
                 self.fail(&topic, partition, error);
@@ -486,14 +500,14 @@ impl ConsumerDriver {
                     self.report_problem(&topic, partition, FetchProblem::Leader, &error.to_string());
                 }
             } else if self.has_no_target(&topic, partition) {
-                has_unknown = true;
+                has_leaderless = true;
                 let message = format!(
                     "the partition has no leader: `strandline topic describe {topic}` names the awaited brokers"
                 );
                 self.report_problem(&topic, partition, FetchProblem::Leader, &message);
             }
         }
-        if has_unknown || result.is_err() {
+        if has_leaderless || result.is_err() {
             let backoff = || self.client.options().backoff();
             self.metadata_backoff.get_or_insert_with(backoff);
             self.refresh_metadata();
@@ -542,14 +556,14 @@ impl ConsumerDriver {
         later.into_iter().min()
     }
 
-    /// Ends each stream with a partition that another broker should serve, if `moves` accepts the stream, the state and
-    /// the target of the partition. All partitions of these streams get new streams.
-    fn move_partitions(&mut self, moves: impl Fn(&Self, u64, &PartitionFetchState, &ReadTarget) -> bool) {
+    /// Ends each stream with a partition that another broker should serve, if `is_outdated` returns true for the
+    /// stream, the state and the target of the partition. All partitions of these streams get new streams.
+    fn move_partitions(&mut self, is_outdated: impl Fn(&Self, u64, &PartitionFetchState, &ReadTarget) -> bool) {
         let mut outdated = BTreeSet::new();
         for (topic, partition, state) in self.partitions.iter().filter(|(.., state)| !state.failed) {
             let Some(stream) = state.stream.filter(|stream| !outdated.contains(stream)) else { continue };
             let Some(target) = self.read_target(topic, partition, state) else { continue };
-            if self.streams.address(stream) != Some(&target.address) && moves(self, stream, state, &target) {
+            if self.streams.address(stream) != Some(&target.address) && is_outdated(self, stream, state, &target) {
                 outdated.insert(stream);
             }
         }
@@ -570,6 +584,7 @@ impl ConsumerDriver {
     }
 }
 
+/// Clears a partition's problem, also in the retry status.
 fn clear_problem(state: &mut PartitionFetchState, retries: &RetryReporter) {
     if state.problem.take().is_some() {
         retries.clear(state.generation);

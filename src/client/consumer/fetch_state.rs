@@ -26,9 +26,13 @@ pub(super) enum FetchProblem {
     Records,
 }
 
+/// State of one partition in the consumer's task.
 pub(super) struct PartitionFetchState {
+    /// Generation of the assignment, which its events carry.
     pub(super) generation: u64,
+    /// Next offset to fetch.
     pub(super) position: Offset,
+    /// Number of the stream that serves the partition; `None` if none does.
     pub(super) stream: Option<u64>,
     /// True if a follower serves the partition on that stream.
     pub(super) is_follower: bool,
@@ -42,10 +46,15 @@ pub(super) struct PartitionFetchState {
     leader_epoch: LeaderEpoch,
     /// True if the partition failed and waits for a seek.
     pub(super) failed: bool,
+    /// Backoff between failed reads; `None` after batches were read.
     pub(super) backoff: Option<Backoff>,
+    /// Time before which the partition gets no stream.
     pub(super) not_before: Option<Instant>,
+    /// Number of invalid responses in a row.
     pub(super) corrupt_reads: u32,
+    /// Problem that is shown in the retry status.
     pub(super) problem: Option<FetchProblem>,
+    /// Time since which the stream is open.
     pub(super) open_since: Option<Instant>,
 }
 
@@ -83,7 +92,8 @@ impl PartitionFetchState {
         (self.position.as_i64(), self.leader_epoch.as_i32())
     }
 
-    /// Returns true for the first rejection of the topic id: the metadata of the broker may be old.
+    /// Returns true for the first rejection of the topic id, after which the read is repeated: the metadata of the
+    /// broker may be old.
     pub(super) fn retries_mismatch(&mut self) -> bool {
         !std::mem::replace(&mut self.mismatched, true)
     }
@@ -93,12 +103,13 @@ impl PartitionFetchState {
         !self.failed && self.stream.is_none() && self.not_before.is_none_or(|at| at <= now)
     }
 
+    /// Removes the partition from its stream.
     pub(super) fn detach(&mut self) {
         self.stream = None;
         self.open_since = None;
     }
 
-    /// Records the role and the leader epoch of the broker that responded. Returns true if the epoch is newer than the
+    /// Stores the role and the leader epoch of the broker that responded. Returns true if the epoch is newer than the
     /// epoch before.
     pub(super) fn on_response(&mut self, fetched: &v1::FetchedPartition) -> bool {
         self.is_follower = fetched.from_follower;
@@ -112,7 +123,8 @@ impl PartitionFetchState {
         self.leader_epoch
     }
 
-    /// Returns the time at which a problem with the leader is cleared if the stream stays open.
+    /// Returns the time at which a problem with the leader is cleared if the stream stays open; `None` without such a
+    /// problem or without an open stream.
     pub(super) fn stable_at(&self) -> Option<Instant> {
         let open_since = self.open_since.filter(|_| self.problem == Some(FetchProblem::Leader))?;
         Some(open_since + STABLE_AFTER)
@@ -212,19 +224,23 @@ mod tests {
 
     #[test]
     fn batches_are_complete_for_any_chunk_boundaries() {
-        let all: Vec<u8> = [batch(0, 3), batch(3, 1), batch(4, 2)].iter().flat_map(|b| b.to_bytes()).collect();
-        for cut in 0..=all.len() {
-            for second in (cut..=all.len()).step_by(7) {
-                let chunks = [&all[..cut], &all[cut..second], &all[second..]];
+        let bytes: Vec<u8> = [batch(0, 3), batch(3, 1), batch(4, 2)].iter().flat_map(|b| b.to_bytes()).collect();
+        for first in 0..=bytes.len() {
+            for second in (first..=bytes.len()).step_by(7) {
+                let chunks = [&bytes[..first], &bytes[first..second], &bytes[second..]];
                 let chunks = chunks.into_iter().map(Bytes::copy_from_slice).collect();
                 let (accepted, position, result) = advance(Offset::ZERO, chunks);
-                assert_eq!((accepted.len(), position, result), (3, at(6), Ok(())), "cut at {cut} and {second}");
+                assert_eq!(
+                    (accepted.len(), position, result),
+                    (3, at(6), Ok(())),
+                    "chunks end at {first} and {second}"
+                );
             }
         }
     }
 
     #[test]
-    fn batches_below_position_are_skipped_and_one_around_it_kept() {
+    fn only_batches_with_records_at_or_above_position_are_kept() {
         let chunks = vec![batch(0, 3).to_bytes(), batch(3, 3).to_bytes()];
         let (accepted, position, result) = advance(at(4), chunks);
         assert_eq!(result, Ok(()));

@@ -179,9 +179,12 @@ enum ConsumerEvent {
     Failed(ConsumeError),
 }
 
+/// Partition that is assigned to the consumer.
 #[derive(Debug)]
 struct AssignedPartition {
+    /// Number of the assignment. Events of earlier assignments are dropped.
     generation: u64,
+    /// Offset of the next record, except while the current batch is of this partition.
     position: Offset,
 }
 
@@ -191,6 +194,7 @@ struct CurrentBatch {
     topic: Arc<str>,
     partition: u32,
     records: Records,
+    /// Offset of the next record to return.
     position: Offset,
     /// First offset of the batch; `end` is the offset after its last record.
     base: Offset,
@@ -227,12 +231,12 @@ pub struct Consumer {
 
 impl Consumer {
     pub(super) fn start(client: Client, options: ConsumerOptions) -> Self {
-        let (commands, received) = mpsc::channel(16);
+        let (commands, command_queue) = mpsc::channel(16);
         let (output, events) = mpsc::channel(options.queue.max(1));
         let tasks = Tasks::new();
         let on_undecodable = options.on_undecodable;
         let driver = ConsumerDriver::new(client.clone(), options, tasks.clone(), output);
-        tasks.spawn("consumer", driver.run(received));
+        tasks.spawn("consumer", driver.run(command_queue));
         Self {
             client,
             commands,
@@ -330,7 +334,7 @@ impl Consumer {
     /// error too, and the partition continues after the batch.
     pub async fn next(&mut self) -> Result<ConsumedRecord, ConsumeError> {
         loop {
-            if let Some(record) = self.next_of_current()? {
+            if let Some(record) = self.next_in_batch()? {
                 return Ok(record);
             }
             let batch = self.receive_batch().await?;
@@ -344,7 +348,7 @@ impl Consumer {
     /// See [`Consumer::next`].
     pub fn try_next(&mut self) -> Result<Option<ConsumedRecord>, ConsumeError> {
         loop {
-            if let Some(record) = self.next_of_current()? {
+            if let Some(record) = self.next_in_batch()? {
                 return Ok(Some(record));
             }
             let Ok(event) = self.events.try_recv() else { return Ok(None) };
@@ -379,14 +383,16 @@ impl Consumer {
     fn start_batch(&mut self, batch: ConsumedBatch) -> Result<(), ConsumeError> {
         let ConsumedBatch { topic, partition, batch, from: position, .. } = batch;
         let (base, end) = (batch.base_offset(), batch.end_offset());
-        let records =
-            batch.records().map_err(|source| self.undecodable(&topic, partition, base, position..end, source))?;
+        let records = batch
+            .records()
+            .map_err(|source| self.on_undecodable_records(&topic, partition, base, position..end, source))?;
         self.current = Some(CurrentBatch { topic, partition, records, position, base, end });
         Ok(())
     }
 
-    /// Skips records that cannot be decoded, or stops the partition there. Returns the error.
-    fn undecodable(
+    /// Skips the records in the range `lost`, which cannot be decoded, or stops the partition there, according to the
+    /// options. Returns the error in both cases. `batch` is the first offset of the batch.
+    fn on_undecodable_records(
         &mut self,
         topic: &Arc<str>,
         partition: u32,
@@ -423,7 +429,8 @@ impl Consumer {
         let _ = self.commands.try_send(ConsumerCommand::Unassign { topic: topic.clone(), partition });
     }
 
-    fn next_of_current(&mut self) -> Result<Option<ConsumedRecord>, ConsumeError> {
+    /// Returns the next record of the current batch; `None` if there is no current batch or it has no more records.
+    fn next_in_batch(&mut self) -> Result<Option<ConsumedRecord>, ConsumeError> {
         let Some(current) = &mut self.current else { return Ok(None) };
         for record in current.records.by_ref() {
             let (offset, record) = match record {
@@ -432,7 +439,7 @@ impl Consumer {
                     let (topic, partition, base) = (current.topic.clone(), current.partition, current.base);
                     let lost = current.position..current.end;
                     self.current = None;
-                    return Err(self.undecodable(&topic, partition, base, lost, source));
+                    return Err(self.on_undecodable_records(&topic, partition, base, lost, source));
                 }
             };
             if offset >= current.position {
@@ -445,6 +452,7 @@ impl Consumer {
         Ok(None)
     }
 
+    /// Waits for the next batch of an assigned partition.
     async fn receive_batch(&mut self) -> Result<ConsumedBatch, ConsumeError> {
         loop {
             let event = self.events.recv().await.ok_or(ConsumeError::Closed)?;
@@ -454,7 +462,8 @@ impl Consumer {
         }
     }
 
-    /// Returns the batch of an event, unless the event belongs to an earlier assignment.
+    /// Processes an event. Returns its batch; `None` for a reset position, or if the event belongs to an earlier
+    /// assignment.
     fn accept(&mut self, queued: QueuedEvent) -> Result<Option<ConsumedBatch>, ConsumeError> {
         let (topic, partition) = (queued.topic, queued.partition);
         let key = (topic, partition);
@@ -474,12 +483,14 @@ impl Consumer {
         }
     }
 
+    /// Skips the rest of the current batch. The position moves behind the batch.
     fn end_current(&mut self) {
         if let Some(current) = self.current.take() {
             self.set_position(&current.topic, current.partition, current.end);
         }
     }
 
+    /// Drops the current batch if it is of this partition. The position stays.
     fn drop_current(&mut self, topic: &str, partition: u32) {
         if self.current.as_ref().is_some_and(|current| &*current.topic == topic && current.partition == partition) {
             self.current = None;

@@ -40,8 +40,8 @@ impl FollowerBackoff {
         self.leader_until = Some(now + self.stays.next_pause());
     }
 
-    /// Returns the time until which the partition is read at the leader. Metadata from that time or later decides where
-    /// it is read next.
+    /// Returns the time until which the partition is read at the leader; `None` if there is no such stay. Metadata from
+    /// that time or later decides where the partition is read next.
     pub(super) fn leader_until(&self) -> Option<Instant> {
         self.leader_until
     }

@@ -1,5 +1,5 @@
-//! Fetch streams of a consumer, each to one broker. They are polled in turns: a stream that is always ready does not
-//! starve the other streams.
+//! Fetch streams of a consumer, each to one broker. They are polled round-robin: a stream that is always ready does
+//! not starve the other streams.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,6 +26,7 @@ pub(super) enum StreamEvent {
 
 type ResponseStream = Pin<Box<dyn Stream<Item = Result<StreamEvent, ApiError>> + Send>>;
 
+/// Open stream to one broker.
 struct FetchStream {
     address: BrokerAddress,
     /// True if the broker reports an expired lease: other brokers may lead its partitions.
@@ -46,6 +47,7 @@ impl FetchStreams {
         Self { streams: BTreeMap::new(), responses: FairStreams::new(), next_number: 0 }
     }
 
+    /// Returns the number of the stream that [`Self::open`] opens next.
     pub(super) fn next_number(&self) -> u64 {
         self.next_number
     }
@@ -76,12 +78,13 @@ impl FetchStreams {
         self.streams.get(&number).map(|stream| &stream.address)
     }
 
+    /// Returns the numbers of the open streams to a broker.
     pub(super) fn numbers_to(&self, address: &BrokerAddress) -> Vec<u64> {
         let streams = self.streams.iter().filter(|(_, stream)| stream.address == *address);
         streams.map(|(number, _)| *number).collect()
     }
 
-    /// Records whether the broker of a stream reports an expired lease. Returns true if the report is new.
+    /// Stores whether the broker of a stream reports an expired lease. Returns true if the report is new.
     pub(super) fn set_lease_expired(&mut self, number: u64, lease_expired: bool) -> bool {
         let Some(stream) = self.streams.get_mut(&number) else { return false };
         let was_expired = std::mem::replace(&mut stream.lease_expired, lease_expired);
@@ -92,6 +95,7 @@ impl FetchStreams {
         self.streams.get(&number).is_some_and(|stream| stream.lease_expired)
     }
 
+    /// Returns the brokers that report an expired lease.
     pub(super) fn expired_brokers(&self) -> BTreeSet<BrokerAddress> {
         let expired = self.streams.values().filter(|stream| stream.lease_expired);
         expired.map(|stream| stream.address.clone()).collect()
@@ -111,20 +115,21 @@ fn responses(client: Client, address: BrokerAddress, requests: mpsc::Receiver<v1
     };
     let ended = futures::stream::once(async { Err(ApiError::new(ErrorCode::NotReady, "the broker ended the stream")) });
     let stream = futures::stream::once(open).try_flatten().chain(ended);
-    let named = move |error: ApiError| ApiError { message: format!("{}: {}", name.as_str(), error.message), ..error };
-    Box::pin(stream.map_err(named))
+    let with_address =
+        move |error: ApiError| ApiError { message: format!("{}: {}", name.as_str(), error.message), ..error };
+    Box::pin(stream.map_err(with_address))
 }
 
-/// Streams by number, polled in turns.
+/// Streams by number, polled round-robin.
 struct FairStreams<S> {
     streams: Vec<(u64, S)>,
     /// Index of the stream that is polled next.
-    turn: usize,
+    next_index: usize,
 }
 
 impl<S: Stream + Unpin> FairStreams<S> {
     fn new() -> Self {
-        Self { streams: Vec::new(), turn: 0 }
+        Self { streams: Vec::new(), next_index: 0 }
     }
 
     /// Adds a stream under an unused number.
@@ -148,26 +153,27 @@ impl<S: Stream + Unpin> FairStreams<S> {
         let mut remaining = self.streams.len();
         while remaining > 0 {
             remaining -= 1;
-            if self.turn >= self.streams.len() {
-                self.turn = 0;
+            if self.next_index >= self.streams.len() {
+                self.next_index = 0;
             }
-            let (number, stream) = &mut self.streams[self.turn];
+            let (number, stream) = &mut self.streams[self.next_index];
             match Pin::new(stream).poll_next(context) {
                 Poll::Ready(Some(item)) => {
-                    self.turn += 1;
+                    self.next_index += 1;
                     return Poll::Ready(Some((*number, item)));
                 }
-                Poll::Ready(None) => self.remove_at(self.turn),
-                Poll::Pending => self.turn += 1,
+                Poll::Ready(None) => self.remove_at(self.next_index),
+                Poll::Pending => self.next_index += 1,
             }
         }
         if self.streams.is_empty() { Poll::Ready(None) } else { Poll::Pending }
     }
 
+    /// Removes the stream at an index. The stream that is polled next stays the same.
     fn remove_at(&mut self, at: usize) {
         self.streams.remove(at);
-        if at < self.turn {
-            self.turn -= 1;
+        if at < self.next_index {
+            self.next_index -= 1;
         }
     }
 }
@@ -183,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn ready_streams_take_turns_and_ended_ones_are_removed() {
+    fn ready_streams_are_polled_round_robin_until_they_end() {
         let mut streams = FairStreams::new();
         assert_eq!(streams.next().now_or_never(), Some(None));
         streams.insert(1, numbers(0..3));
@@ -197,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn removed_stream_does_not_skip_another_turn() {
+    fn removed_stream_does_not_skip_another_stream() {
         let mut streams = FairStreams::new();
         for number in 1..=3 {
             streams.insert(number, numbers(0..9));

@@ -95,13 +95,13 @@ pub struct Delivery {
     completion: Arc<Completion>,
     /// Index of the record in its batch.
     index: u32,
-    /// Index of this future's waker in the list.
-    slot: Option<usize>,
+    /// Index of this future's waker in the list; `None` before the first poll.
+    waker_index: Option<usize>,
 }
 
 impl Delivery {
     pub(super) fn new(completion: Arc<Completion>, index: u32) -> Self {
-        Self { completion, index, slot: None }
+        Self { completion, index, waker_index: None }
     }
 }
 
@@ -115,10 +115,10 @@ impl Future for Delivery {
             let index = u64::from(this.index);
             return Poll::Ready(result.clone().map(|ack| Ack { offset: ack.offset.map(|o| o.plus(index)), ..ack }));
         }
-        match this.slot {
-            Some(slot) => state.wakers[slot].clone_from(cx.waker()),
+        match this.waker_index {
+            Some(waker_index) => state.wakers[waker_index].clone_from(cx.waker()),
             None => {
-                this.slot = Some(state.wakers.len());
+                this.waker_index = Some(state.wakers.len());
                 state.wakers.push(cx.waker().clone());
             }
         }
@@ -133,7 +133,7 @@ mod tests {
     #[tokio::test]
     async fn records_of_a_batch_get_their_own_offsets() {
         let completion = Arc::new(Completion::default());
-        let waiting: Vec<Delivery> = (0..3).map(|index| Delivery::new(completion.clone(), index)).collect();
+        let deliveries: Vec<Delivery> = (0..3).map(|index| Delivery::new(completion.clone(), index)).collect();
         let ack = Ack {
             partition: 1,
             offset: Offset::new(10),
@@ -145,7 +145,7 @@ mod tests {
             duplicate: false,
             received: crate::task::clock::monotonic(),
         };
-        let (results, ()) = tokio::join!(futures::future::join_all(waiting), async {
+        let (results, ()) = tokio::join!(futures::future::join_all(deliveries), async {
             tokio::task::yield_now().await;
             completion.complete(Ok(ack));
             completion.complete(Err(SendError::Closed));

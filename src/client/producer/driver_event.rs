@@ -3,7 +3,7 @@
 use super::{super::error::CallError, in_flight::ProducerIdAndEpoch};
 use crate::proto::{error::ApiError, v1};
 
-/// Event from a child task to the task.
+/// Event from a child task to the producer's task.
 pub(super) enum DriverEvent {
     /// A broker responded.
     Response { stream: u64, response: v1::ProduceResponse },

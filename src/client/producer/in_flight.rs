@@ -8,12 +8,12 @@
 //!    (`limits::MAX_BATCHES_PER_PRODUCER`; 16 if its memory for producers is used up), and detects a repetition of any
 //!    of them.
 //! 2. If a batch fails and may be repeated, nothing more is sent until each in-flight batch has a response or has lost
-//!    its stream. Then all unacknowledged batches are sent again, in their first order and with their first sequences.
-//!    The broker refuses batches behind a failed batch as out of order, or with the error of the failed batch. These
-//!    errors are expected.
+//!    its stream (*draining*). Then all unacknowledged batches are sent again, in their first order and with their
+//!    first sequences. The broker refuses batches behind a failed batch as out of order, or with the error of the
+//!    failed batch. These errors are expected.
 //! 3. A batch that fails leaves a gap in the sequence. If it was certainly not appended, and no attempt of a later
-//!    batch can still arrive, the later batches move up. Otherwise they continue under a new producer id. Those that
-//!    may have been appended, or may still be, fail as well, because no broker could detect their repetition.
+//!    batch can still arrive, the later batches move up. Otherwise they continue under a new producer id. Batches
+//!    that may have been appended, or may still be, fail as well, because no broker could detect their repetition.
 //! 4. A broker that has no state of the producer, or lacks a batch before the first in-flight batch, has lost state.
 //!    The batches then continue under a new producer id, as in rule 3.
 //! 5. Without idempotence one batch is in flight at a time, which preserves the order. After a lost response the batch
@@ -50,24 +50,28 @@ pub(super) enum DeliveryGuarantee {
     AtMostOnce,
 }
 
+/// Batch without a final result.
 #[derive(Debug)]
 struct InFlightBatch {
     /// Encoded batch; `None` before the first send.
     batch: Option<Batch>,
+    /// Content until the first send.
     body: Option<BatchBody>,
     /// Number of batches taken before this batch.
     number: u64,
+    /// Sequence of the first record in the next attempt.
     sequence: i32,
     count: u32,
     completion: Arc<Completion>,
     permits: u32,
     deadline: Instant,
-    /// Attempt in flight.
+    /// Attempt in flight; `None` while no response is expected.
     sent: Option<SentBatch>,
     /// True if a response was lost: the broker may have appended the batch.
     maybe_appended: bool,
 }
 
+/// Attempt to send a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct SentBatch {
     stream: u64,
@@ -100,9 +104,13 @@ pub(super) struct FailedBatch {
 /// Reason for the failure of a batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum FailureReason {
+    /// A broker's error that is not retried.
     Refused(ApiError),
+    /// The delivery timeout passed.
     Expired { maybe_appended: bool },
+    /// The batch may have been appended, and another attempt could append it twice.
     Unknown,
+    /// The batch could not be encoded.
     Build(crate::record::BuildError),
 }
 
@@ -134,6 +142,7 @@ pub(super) enum NextAction {
     RequestId,
 }
 
+/// In-flight batches of one partition.
 #[derive(Debug)]
 pub(super) struct InFlightBatches {
     guarantee: DeliveryGuarantee,
@@ -172,6 +181,7 @@ impl InFlightBatches {
         self.entries.iter().filter(|entry| entry.sent.is_some()).count()
     }
 
+    /// Returns the next action of the task.
     pub(super) fn next(&self) -> NextAction {
         if self.draining {
             return match (self.in_flight_count(), self.needs_new_id) {
@@ -182,17 +192,18 @@ impl InFlightBatches {
         }
         match self.entries.iter().position(|entry| entry.sent.is_none()) {
             Some(index) => NextAction::Send(index),
-            None if self.has_room() => NextAction::Take,
+            None if self.has_capacity() => NextAction::Take,
             None => NextAction::Wait,
         }
     }
 
     /// Returns true if, after one more batch, the oldest batch without a result is still among the last `window`
-    /// batches taken. A broker recognises duplicates only of those.
-    fn has_room(&self) -> bool {
+    /// batches taken. A broker detects duplicates only of these batches.
+    fn has_capacity(&self) -> bool {
         self.entries.front().is_none_or(|oldest| self.taken - oldest.number < self.window as u64)
     }
 
+    /// Adds a batch behind the others, with the next sequence.
     pub(super) fn take(&mut self, sealed: SealedBatch) {
         let sequence = self.next_sequence;
         self.next_sequence = after(sequence, sealed.count);
@@ -211,7 +222,8 @@ impl InFlightBatches {
         self.taken += 1;
     }
 
-    /// Returns the encoded batch of an entry. The entry is in flight from now on.
+    /// Returns the encoded batch of an entry, which is then in flight. If the batch cannot be built, the entry is
+    /// removed and fails.
     pub(super) fn send(&mut self, index: usize, stream: u64, correlation_id: u64) -> Result<Batch, FailedBatch> {
         let sequence = self.producer_sequence(self.entries[index].sequence);
         let entry = &mut self.entries[index];
@@ -241,13 +253,13 @@ impl InFlightBatches {
         result: Result<(), ApiError>,
     ) -> ResponseOutcome {
         let is_match = |sent: &SentBatch| sent.stream == stream && sent.correlation_id == correlation_id;
-        let found = self.entries.iter().position(|entry| entry.sent.as_ref().is_some_and(is_match));
-        let Some(index) = found else { return ResponseOutcome::Stale };
+        let position = self.entries.iter().position(|entry| entry.sent.as_ref().is_some_and(is_match));
+        let Some(index) = position else { return ResponseOutcome::Stale };
         let error = match result {
             Ok(()) => return ResponseOutcome::Completed(self.remove(index).done()),
             Err(error) => error,
         };
-        if self.repeatable(index, &error) {
+        if self.is_repeatable(index, &error) {
             self.needs_new_id |= self.entries[index].end_attempt(outcome_unknown(error.code));
             self.draining = true;
             return ResponseOutcome::Retry;
@@ -262,7 +274,9 @@ impl InFlightBatches {
         ResponseOutcome::Failed(vec![entry.failed(FailureReason::Refused(error))])
     }
 
-    fn repeatable(&mut self, index: usize, error: &ApiError) -> bool {
+    /// Returns true if the batch may be sent again after this error. Also sets `needs_new_id` if the broker has lost
+    /// the producer's state (rule 4).
+    fn is_repeatable(&mut self, index: usize, error: &ApiError) -> bool {
         match error.code {
             ErrorCode::OutOfOrderSequence | ErrorCode::UnknownProducer
                 if self.guarantee == DeliveryGuarantee::Idempotent =>
@@ -278,21 +292,22 @@ impl InFlightBatches {
         }
     }
 
-    /// Processes the end of a stream. `delivered`: the broker may have received the batches in flight on it.
+    /// Processes the end of a stream. `delivered` is true if the broker may have received the batches in flight on it.
+    /// Returns the batches that fail: none, except with `acks=0`.
     pub(super) fn on_stream_lost(&mut self, stream: u64, delivered: bool) -> Vec<FailedBatch> {
         let mut failed = Vec::new();
-        let lost = |entry: &InFlightBatch| entry.sent.is_some_and(|sent| sent.stream == stream);
-        if !self.entries.iter().any(lost) {
+        let is_lost = |entry: &InFlightBatch| entry.sent.is_some_and(|sent| sent.stream == stream);
+        if !self.entries.iter().any(is_lost) {
             return failed;
         }
         self.draining = true;
         if delivered && self.guarantee == DeliveryGuarantee::AtMostOnce {
-            let (removed, kept) = self.entries.drain(..).partition::<VecDeque<_>, _>(lost);
-            self.entries = kept;
+            let (removed, remaining) = self.entries.drain(..).partition::<VecDeque<_>, _>(is_lost);
+            self.entries = remaining;
             failed.extend(removed.into_iter().map(|entry| entry.failed(FailureReason::Unknown)));
             return failed;
         }
-        for entry in self.entries.iter_mut().filter(|entry| lost(entry)) {
+        for entry in self.entries.iter_mut().filter(|entry| is_lost(entry)) {
             self.needs_new_id |= entry.end_attempt(delivered);
         }
         failed
@@ -328,8 +343,9 @@ impl InFlightBatches {
         debug_assert_eq!(self.in_flight_count(), 0, "a new producer id while batches are in flight");
         self.identity = Some(identity);
         self.needs_new_id = false;
-        let (maybe_appended, kept) = self.entries.drain(..).partition::<VecDeque<_>, _>(|entry| entry.maybe_appended);
-        self.entries = kept;
+        let (maybe_appended, remaining) =
+            self.entries.drain(..).partition::<VecDeque<_>, _>(|entry| entry.maybe_appended);
+        self.entries = remaining;
         self.renumber_from(0, 0);
         self.draining = false;
         maybe_appended.into_iter().map(|entry| entry.failed(FailureReason::Unknown)).collect()
@@ -344,6 +360,7 @@ impl InFlightBatches {
         self.entries.iter().map(|entry| &entry.completion)
     }
 
+    /// Returns the producer fields of a batch with this sequence; `None` without idempotence.
     fn producer_sequence(&self, base_sequence: i32) -> Option<ProducerSequence> {
         let identity = self.identity.filter(|_| self.guarantee == DeliveryGuarantee::Idempotent)?;
         Some(ProducerSequence { id: identity.id, epoch: identity.epoch, base_sequence })
@@ -383,13 +400,13 @@ impl InFlightBatches {
 }
 
 impl InFlightBatch {
-    /// Ends the attempt in flight without an acknowledgement. `unknown`: the batch may have been appended, or may still
-    /// be. Returns true if it may have been appended under a sequence that now belongs to another batch: only a new
-    /// producer id separates the two.
-    fn end_attempt(&mut self, unknown: bool) -> bool {
+    /// Ends the attempt in flight without an acknowledgement. `maybe_appended` is true if the batch may have been
+    /// appended, or may still be. Returns true if it may have been appended under a sequence that now belongs to
+    /// another batch: only a new producer id separates the two.
+    fn end_attempt(&mut self, maybe_appended: bool) -> bool {
         let sent = self.sent.take();
-        self.maybe_appended |= unknown;
-        unknown && sent.is_some_and(|sent| sent.sequence != self.sequence)
+        self.maybe_appended |= maybe_appended;
+        maybe_appended && sent.is_some_and(|sent| sent.sequence != self.sequence)
     }
 
     fn done(self) -> CompletedBatch {

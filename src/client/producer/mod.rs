@@ -118,6 +118,7 @@ impl Default for ProducerOptions {
 }
 
 impl ProducerOptions {
+    /// Returns the delivery guarantee that these options request.
     fn guarantee(&self) -> DeliveryGuarantee {
         match (self.acks, self.idempotent) {
             (Acks::None, _) => DeliveryGuarantee::AtMostOnce,
@@ -126,6 +127,7 @@ impl ProducerOptions {
         }
     }
 
+    /// Returns the maximum number of in-flight batches of a partition that brokers can handle under the guarantee.
     fn window(&self) -> usize {
         let max = if self.guarantee() == DeliveryGuarantee::Idempotent {
             limits::MAX_BATCHES_PER_PRODUCER
@@ -136,7 +138,7 @@ impl ProducerOptions {
     }
 
     /// Returns the memory bound as semaphore permits. At least one batch fits.
-    fn memory(&self) -> u32 {
+    fn memory_permits(&self) -> u32 {
         u32::try_from(self.memory_bytes.max(self.batch_bytes).clamp(1 << 10, 1 << 31)).expect("below 2^32")
     }
 }
@@ -201,6 +203,7 @@ struct ProducerInner {
     dirty: Mutex<Vec<usize>>,
     /// Notified when `dirty` has an entry.
     has_work: Notify,
+    /// Free memory, one permit per byte. Closed when the producer ends.
     memory: Semaphore,
 }
 
@@ -229,6 +232,7 @@ pub struct Producer {
     tasks: Arc<StopTasksOnDrop>,
 }
 
+/// Cancels the tasks when the last handle is dropped.
 #[derive(Debug)]
 struct StopTasksOnDrop(Tasks);
 
@@ -244,7 +248,7 @@ impl Producer {
             DeliveryGuarantee::Idempotent => Some(request_producer_id(&client).await?),
             _ => None,
         };
-        let memory = usize::try_from(options.memory()).expect("a usize holds 32 bits");
+        let memory = usize::try_from(options.memory_permits()).expect("a usize holds 32 bits");
         let inner = Arc::new(ProducerInner {
             client,
             options,
@@ -255,10 +259,10 @@ impl Producer {
             has_work: Notify::new(),
             memory: Semaphore::new(memory),
         });
-        let (commands, received) = mpsc::channel(16);
+        let (commands, command_queue) = mpsc::channel(16);
         let tasks = Tasks::new();
         let driver = ProducerDriver::new(inner.clone(), tasks.clone(), identity);
-        tasks.spawn("producer", driver.run(received));
+        tasks.spawn("producer", driver.run(command_queue));
         Ok(Self { inner, commands, tasks: Arc::new(StopTasksOnDrop(tasks)) })
     }
 
@@ -273,13 +277,13 @@ impl Producer {
         let bytes = BatchBuilder::record_len(record.key, record.value, record.headers);
         queues.check_size(topic, bytes + HEADER_BYTES)?;
         let permits = self.reserve(bytes).await?;
-        let (queue, sticky) = queues.choose(&record, &*self.inner.options.partitioner);
+        let (queue, is_sticky) = queues.choose(&record, &*self.inner.options.partitioner);
         match queue.append(&record, bytes, permits) {
             Ok(appended) => {
                 if appended.notify_task {
                     self.inner.notify_driver(queue);
                 }
-                if sticky {
+                if is_sticky {
                     queues.count_sticky(queue.partition, bytes, appended.sealed, self.inner.options.batch_bytes);
                 }
                 Ok(appended.delivery)
@@ -335,16 +339,16 @@ impl Producer {
     /// # Errors
     /// See [`Producer::flush`].
     pub async fn close(self) -> Result<(), SendError> {
-        let flushed = self.flush().await;
+        let result = self.flush().await;
         self.tasks.0.stop().await;
-        flushed
+        result
     }
 
-    /// Acquires memory. If the memory is full, all open batches are sent, so that a long linger does not hold the
-    /// memory.
+    /// Acquires memory for `bytes`, and returns the number of permits to release later. If the memory is full, all open
+    /// batches are sent, so that a long linger does not hold the memory.
     async fn reserve(&self, bytes: usize) -> Result<u32, SendError> {
         // A record larger than the memory acquires all of it.
-        let permits = u32::try_from(bytes).unwrap_or(u32::MAX).min(self.inner.options.memory());
+        let permits = u32::try_from(bytes).unwrap_or(u32::MAX).min(self.inner.options.memory_permits());
         let permit = match self.inner.memory.try_acquire_many(permits) {
             Ok(permit) => permit,
             Err(_) => {
@@ -358,7 +362,7 @@ impl Producer {
 }
 
 impl ProducerInner {
-    /// Returns the queues of a topic. Looks the topic up if its queues are missing or do not include `partition`.
+    /// Returns the queues of a topic. Looks the topic up if it has no queues yet, or no queue for `partition`.
     async fn queues_of(&self, topic: &str, partition: Option<u32>) -> Result<Arc<TopicQueues>, SendError> {
         let current = self.topic_queues(topic);
         let is_included =
@@ -381,11 +385,13 @@ impl ProducerInner {
         }
     }
 
+    /// Returns the queues of a topic; `None` before its first lookup.
     fn topic_queues(&self, topic: &str) -> Option<Arc<TopicQueues>> {
         self.topics.read().get(topic).cloned()
     }
 
-    /// Creates queues for partitions that have none.
+    /// Creates queues for partitions that have none, and adopts a changed maximum batch size. Returns all queues of the
+    /// topic.
     async fn add_queues(&self, topic: &str, route: &TopicRoute) -> Arc<TopicQueues> {
         let _one_at_a_time = self.adding.lock().await;
         let current = self.topic_queues(topic);
@@ -407,11 +413,11 @@ impl ProducerInner {
             delivery_timeout: self.options.delivery_timeout,
         };
         {
-            let mut all = self.queues.lock();
+            let mut all_queues = self.queues.lock();
             for partition in queues.len()..route.partitions.len() {
                 let partition = u32::try_from(partition).expect("partitions are few");
-                let queue = Arc::new(PartitionQueue::new(name.clone(), partition, all.len(), batch_limits));
-                all.push(queue.clone());
+                let queue = Arc::new(PartitionQueue::new(name.clone(), partition, all_queues.len(), batch_limits));
+                all_queues.push(queue.clone());
                 queues.push(queue);
             }
         }
@@ -421,18 +427,18 @@ impl ProducerInner {
         queues
     }
 
-    /// Waits for `pause`, refreshes the metadata if it is not newer than `seen`, and creates queues for new partitions.
-    /// The brokers in `last` are called after all other brokers.
+    /// Waits for `pause`, refreshes the metadata if its generation is not above `used_generation` or a topic is
+    /// missing, and creates queues for new partitions. The brokers in `deferred` are called after all other brokers.
     async fn refresh_metadata(
         &self,
-        seen: u64,
+        used_generation: u64,
         wanted: &BTreeSet<Arc<str>>,
-        last: &BTreeSet<BrokerAddress>,
+        deferred: &BTreeSet<BrokerAddress>,
         pause: Duration,
     ) -> Result<(), CallError> {
         tokio::time::sleep(pause).await;
         let wanted: Vec<&str> = wanted.iter().map(|name| &**name).collect();
-        self.client.refresh_excluding(last, seen, &wanted).await?;
+        self.client.refresh_deferring(deferred, used_generation, &wanted).await?;
         let topics: Vec<String> = self.topics.read().keys().cloned().collect();
         for topic in topics {
             if let Some(Ok(route)) = self.client.routing().topic(&topic) {
@@ -450,6 +456,7 @@ impl ProducerInner {
         }
     }
 
+    /// Releases memory permits of a batch.
     fn release(&self, permits: u32) {
         self.memory.add_permits(index(permits));
     }

@@ -30,14 +30,15 @@ pub(super) enum BatchBody {
     /// Records without compression. The task builds the batch with its sequence, so that the CRC is computed once.
     Built(BatchBuilder),
     /// Complete batch, compressed on the thread that called `send`, or supplied by the user.
-    Whole(Batch),
+    Complete(Batch),
 }
 
 impl BatchBody {
+    /// Returns the batch with this producer and sequence; `None` without idempotence.
     pub(super) fn into_batch(self, sequence: Option<ProducerSequence>) -> Result<Batch, BuildError> {
         match self {
             Self::Built(builder) => builder.finish(sequence),
-            Self::Whole(mut batch) => {
+            Self::Complete(mut batch) => {
                 if sequence != batch.producer() {
                     batch.set_producer(sequence);
                 }
@@ -59,20 +60,24 @@ pub(super) struct SealedBatch {
     pub(super) deadline: Instant,
 }
 
+/// Batch that accepts records.
 #[derive(Debug)]
 struct OpenBatch {
     builder: BatchBuilder,
     completion: Arc<Completion>,
+    /// Bytes of the producer's memory that the batch holds.
     permits: u32,
+    /// Time of the first record, from which linger and delivery timeout count.
     since: Instant,
 }
 
+/// Batches of a queue that the task has not taken yet.
 #[derive(Debug, Default)]
 struct QueueIntake {
     open: Option<OpenBatch>,
     sealed: VecDeque<SealedBatch>,
     /// Bytes of the last batch. The next batch starts with this capacity, so that small batches stay small in memory.
-    hint: usize,
+    initial_capacity: usize,
     /// Error for new records once the queue is closed.
     closed: Option<SendError>,
 }
@@ -96,6 +101,7 @@ pub(super) struct EnqueueResult {
     pub(super) sealed: bool,
 }
 
+/// Queue of one partition.
 #[derive(Debug)]
 pub(super) struct PartitionQueue {
     pub(super) topic: Arc<str>,
@@ -118,6 +124,7 @@ impl PartitionQueue {
         !self.queued.swap(true, Ordering::AcqRel)
     }
 
+    /// Marks the queue as processed: the next append notifies the task again.
     pub(super) fn clear_queued(&self) {
         self.queued.store(false, Ordering::Release);
     }
@@ -139,10 +146,10 @@ impl PartitionQueue {
             self.seal(&mut intake)?;
             sealed = true;
         }
-        let opened = intake.open.is_none();
-        if opened {
+        let is_new_batch = intake.open.is_none();
+        if is_new_batch {
             intake.open = Some(OpenBatch {
-                builder: BatchBuilder::with_capacity(self.limits.compression, intake.hint),
+                builder: BatchBuilder::with_capacity(self.limits.compression, intake.initial_capacity),
                 completion: Arc::default(),
                 permits: 0,
                 since: clock::monotonic(),
@@ -151,7 +158,7 @@ impl PartitionQueue {
         let open = intake.open.as_mut().expect("opened above");
         let index = open.builder.count();
         if let Err(error) = open.builder.push(timestamp_ms, record.key, record.value, record.headers) {
-            if opened {
+            if is_new_batch {
                 intake.open = None;
             }
             return Err(error.into());
@@ -162,7 +169,7 @@ impl PartitionQueue {
             self.seal(&mut intake)?;
             sealed = true;
         }
-        Ok(EnqueueResult { delivery, notify_task: opened || sealed, sealed })
+        Ok(EnqueueResult { delivery, notify_task: is_new_batch || sealed, sealed })
     }
 
     /// Queues a complete batch after the open batch.
@@ -176,19 +183,21 @@ impl PartitionQueue {
         let delivery = Delivery::new(completion.clone(), 0);
         let deadline = clock::monotonic() + self.limits.delivery_timeout;
         let count = batch.count();
-        intake.sealed.push_back(SealedBatch { body: BatchBody::Whole(batch), count, completion, permits, deadline });
+        intake.sealed.push_back(SealedBatch { body: BatchBody::Complete(batch), count, completion, permits, deadline });
         Ok(delivery)
     }
 
+    /// Moves the open batch to the sealed batches, compressed if the options require it. If that fails, the records of
+    /// the batch fail, and the error is returned as well.
     fn seal(&self, intake: &mut QueueIntake) -> Result<(), SendError> {
         let Some(open) = intake.open.take() else { return Ok(()) };
         let count = open.builder.count();
-        intake.hint = open.builder.encoded_len();
+        intake.initial_capacity = open.builder.encoded_len();
         // The sender's thread compresses, so that several senders compress in parallel.
         let body = match self.limits.compression {
             Compression::None => BatchBody::Built(open.builder),
             _ => match open.builder.finish(None) {
-                Ok(batch) => BatchBody::Whole(batch),
+                Ok(batch) => BatchBody::Complete(batch),
                 Err(error) => {
                     open.completion.complete(Err(error.clone().into()));
                     return Err(error.into());
@@ -206,7 +215,7 @@ impl PartitionQueue {
         Ok(())
     }
 
-    /// Seals the open batch regardless of its age.
+    /// Seals the open batch regardless of its age. Does nothing without an open batch.
     pub(super) fn seal_now(&self) {
         // The records of the batch already have the error.
         let _ = self.seal(&mut self.intake.lock());
@@ -254,7 +263,7 @@ impl PartitionQueue {
         intake.sealed.iter().map(|sealed| sealed.completion.clone()).chain(open).collect()
     }
 
-    /// Closes the queue for new records and returns the batches in it.
+    /// Closes the queue for new records, which then fail with `error`. Returns the batches in the queue.
     pub(super) fn close(&self, error: &SendError) -> Vec<SealedBatch> {
         let mut intake = self.intake.lock();
         intake.closed.get_or_insert_with(|| error.clone());
@@ -266,6 +275,8 @@ impl PartitionQueue {
 /// Result of [`PartitionQueue::take`].
 pub(super) enum DequeueResult {
     Batch(SealedBatch),
+    /// The open batch lingers until this time.
     Later(Instant),
+    /// The queue is empty.
     Nothing,
 }

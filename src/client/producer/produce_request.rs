@@ -44,6 +44,7 @@ pub struct ProduceRequestParts {
 }
 
 impl ProduceRequestParts {
+    /// Returns the length of the embedded `AppendRequest`.
     fn append_len(&self) -> usize {
         let bytes = self.batch.encoded_len();
         text_len(TOPIC, &self.topic)
@@ -51,7 +52,7 @@ impl ProduceRequestParts {
             + encoding::int32::encoded_len(ACKS, &self.acks)
             + encoding::uint32::encoded_len(TIMEOUT_MS, &self.timeout_ms)
             + encoding::key_len(BATCH)
-            + encoding::encoded_len_varint(wide(bytes))
+            + encoding::encoded_len_varint(to_u64(bytes))
             + bytes
             + if self.topic_id.is_empty() { 0 } else { text_len(TOPIC_ID, &self.topic_id) }
     }
@@ -61,20 +62,20 @@ impl Message for ProduceRequestParts {
     fn encode_raw(&self, buf: &mut impl BufMut) {
         encoding::uint64::encode(CORRELATION, &self.correlation_id, buf);
         encoding::encode_key(APPEND, WireType::LengthDelimited, buf);
-        encoding::encode_varint(wide(self.append_len()), buf);
+        encoding::encode_varint(to_u64(self.append_len()), buf);
         encoding::encode_key(TOPIC, WireType::LengthDelimited, buf);
-        encoding::encode_varint(wide(self.topic.len()), buf);
+        encoding::encode_varint(to_u64(self.topic.len()), buf);
         buf.put_slice(self.topic.as_bytes());
         encoding::int32::encode(PARTITION, &self.partition, buf);
         encoding::int32::encode(ACKS, &self.acks, buf);
         encoding::uint32::encode(TIMEOUT_MS, &self.timeout_ms, buf);
         encoding::encode_key(BATCH, WireType::LengthDelimited, buf);
-        encoding::encode_varint(wide(self.batch.encoded_len()), buf);
+        encoding::encode_varint(to_u64(self.batch.encoded_len()), buf);
         buf.put_slice(self.batch.header());
         buf.put_slice(self.batch.records_bytes());
         if !self.topic_id.is_empty() {
             encoding::encode_key(TOPIC_ID, WireType::LengthDelimited, buf);
-            encoding::encode_varint(wide(self.topic_id.len()), buf);
+            encoding::encode_varint(to_u64(self.topic_id.len()), buf);
             buf.put_slice(self.topic_id.as_bytes());
         }
     }
@@ -83,7 +84,7 @@ impl Message for ProduceRequestParts {
         let append = self.append_len();
         encoding::uint64::encoded_len(CORRELATION, &self.correlation_id)
             + encoding::key_len(APPEND)
-            + encoding::encoded_len_varint(wide(append))
+            + encoding::encoded_len_varint(to_u64(append))
             + append
     }
 
@@ -101,11 +102,12 @@ impl Message for ProduceRequestParts {
     fn clear(&mut self) {}
 }
 
+/// Returns the encoded length of a string field.
 fn text_len(tag: u32, text: &str) -> usize {
-    encoding::key_len(tag) + encoding::encoded_len_varint(wide(text.len())) + text.len()
+    encoding::key_len(tag) + encoding::encoded_len_varint(to_u64(text.len())) + text.len()
 }
 
-fn wide(bytes: usize) -> u64 {
+fn to_u64(bytes: usize) -> u64 {
     u64::try_from(bytes).expect("a usize fits in 64 bits")
 }
 

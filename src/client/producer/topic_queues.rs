@@ -31,6 +31,7 @@ impl TopicQueues {
         Self { queues, sticky: AtomicU32::new(sticky), sticky_bytes: AtomicUsize::new(0), max_message_bytes }
     }
 
+    /// Rejects a batch or record of this size if it exceeds the maximum batch size.
     pub(super) fn check_size(&self, topic: &str, bytes: usize) -> Result<(), SendError> {
         let limit = self.max_message_bytes.min(limits::MAX_BATCH_BYTES);
         if bytes > limit {
@@ -65,6 +66,7 @@ impl TopicQueues {
         }
     }
 
+    /// Selects another sticky partition at random, if `from` still is the sticky partition.
     fn change_sticky(&self, from: u32) {
         let partitions = u32::try_from(self.queues.len()).expect("partitions are few");
         if partitions > 1 {

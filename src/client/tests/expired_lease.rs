@@ -4,19 +4,19 @@
 use super::*;
 
 /// Starts two replicas of "t". The client receives the addresses of both from the first.
-async fn two(first: u32, second: u32) -> (FakeBroker, FakeBroker, Client) {
-    let (one, other) = (filled(first).await.0, filled(second).await.0);
-    let broker = v1::Broker { id: 2, address: other.address.to_string(), rack: String::new() };
-    one.state().other_brokers.push(broker);
-    let client = client(&one).await;
-    (one, other, client)
+async fn two_replicas(first: u32, second: u32) -> (FakeBroker, FakeBroker, Client) {
+    let (first, second) = (filled(first).await.0, filled(second).await.0);
+    let broker = v1::Broker { id: 2, address: second.address.to_string(), rack: String::new() };
+    first.state().other_brokers.push(broker);
+    let client = client(&first).await;
+    (first, second, client)
 }
 
 /// The leader is partitioned from its cluster, but not from its consumer: it sends no more records. Without a refresh
 /// the consumer would stay there until the partition ends.
 #[tokio::test]
 async fn consumer_leaves_a_leader_with_an_expired_lease() {
-    let (old, new, client) = two(3, 5).await;
+    let (old, new, client) = two_replicas(3, 5).await;
     let mut consumer = client.consumer(ConsumerOptions::default());
     consumer.assign("t", 0, OffsetSpec::Earliest).await.expect("assigned");
     let mut next = async || {
@@ -41,11 +41,12 @@ async fn consumer_leaves_a_leader_with_an_expired_lease() {
     );
 }
 
-/// The same for a lookup of the log end: the old end lacks records that the successor has acknowledged.
+/// A lookup of the log end leaves the expired leader too: the old end lacks records that the successor has
+/// acknowledged.
 #[tokio::test]
 async fn latest_offset_comes_from_successor_of_expired_leader() {
     for (epoch, ends) in [(0, 3), (1, 5)] {
-        let (old, new, client) = two(3, 5).await;
+        let (old, new, client) = two_replicas(3, 5).await;
         let latest = async || client.admin().offset("t", 0, OffsetSpec::Latest).await.expect("known").get();
         assert_eq!(latest().await, 3);
         let metadata_requests = new.state().metadata_requests;
@@ -65,7 +66,7 @@ async fn latest_offset_comes_from_successor_of_expired_leader() {
 /// Brokers that were partitioned together agree with each other, and the last broker that responded is called first.
 #[tokio::test]
 async fn expired_metadata_is_used_if_no_broker_has_better() {
-    let (old, new, client) = two(0, 0).await;
+    let (old, new, client) = two_replicas(0, 0).await;
     let leader = async || {
         client.topic_now("t").await.expect("known");
         client.routing().leader("t", 0).expect("known").as_str().to_owned()
@@ -81,22 +82,22 @@ async fn expired_metadata_is_used_if_no_broker_has_better() {
 
 #[tokio::test]
 async fn change_that_was_not_started_is_made_by_another_broker() {
-    let (one, other, client) = two(0, 0).await;
+    let (first, second, client) = two_replicas(0, 0).await;
     let create = async || client.admin().create_topic(&NewTopic::new("t")).await.unwrap_err();
     let code = |error: CallError| match error {
         CallError::Api(error) => error.code,
         CallError::Connect(error) => panic!("{error}"),
     };
     let unavailable = ApiError::new(ErrorCode::MetadataUnavailable, "no response");
-    one.state().refusal = unavailable.clone();
+    first.state().refusal = unavailable.clone();
     assert_eq!(code(create().await), ErrorCode::MetadataUnavailable, "the change may have been made");
-    one.state().refusal = unavailable.clone().with("not_started", true);
+    first.state().refusal = unavailable.clone().with("not_started", true);
     assert_eq!(code(create().await), ErrorCode::TopicExists, "response of the other broker");
-    other.state().refusal = unavailable.with("not_started", true);
+    second.state().refusal = unavailable.with("not_started", true);
     assert_eq!(code(create().await), ErrorCode::MetadataUnavailable, "no broker reaches the metadata store");
-    // A read is repeated at another broker, whatever its outcome.
-    one.state().refusal = ApiError::new(ErrorCode::MetadataUnavailable, "no response");
-    other.state().refusal = ApiError::new(ErrorCode::TopicExists, "the other broker");
+    // A read is repeated at another broker, also if the first broker may have executed it.
+    first.state().refusal = ApiError::new(ErrorCode::MetadataUnavailable, "no response");
+    second.state().refusal = ApiError::new(ErrorCode::TopicExists, "the other broker");
     let error = client.admin().reassignments(None, None).await.unwrap_err();
     assert_eq!(code(error), ErrorCode::TopicExists);
 }

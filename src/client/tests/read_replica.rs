@@ -94,7 +94,7 @@ async fn deposed_leader_does_not_reset_a_consumer() {
         assert_eq!(next().await, number);
     }
     let elect = async {
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        wait_until("the deposed leader has rejected the read", || old.state().fetches > 0).await;
         (old.state().advertised, old.state().advertised_epoch) = (new.address.to_string(), 1);
     };
     // The follower's stream breaks. The old leader leads in all known metadata, until a refresh names the new leader.

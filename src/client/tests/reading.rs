@@ -3,7 +3,7 @@
 use super::*;
 use crate::{Consumer, OnUndecodable, limits, proto::error::ErrorCode};
 
-const SOON: Duration = Duration::from_secs(20);
+const READ_TIMEOUT: Duration = Duration::from_secs(20);
 
 fn at(offset: u64) -> Offset {
     Offset::new(offset).expect("small")
@@ -18,7 +18,7 @@ async fn write(fake: &FakeBroker, partition: u32, values: &[&str]) {
 }
 
 async fn next(consumer: &mut Consumer) -> Result<(u32, Offset), ConsumeError> {
-    let record = tokio::time::timeout(SOON, consumer.next()).await.expect("a record arrives in time")?;
+    let record = tokio::time::timeout(READ_TIMEOUT, consumer.next()).await.expect("a record arrives in time")?;
     Ok((record.partition, record.offset))
 }
 

@@ -32,26 +32,28 @@ impl ProducerDriver {
         let state = &mut self.queues[index];
         let pause = state.backoff.get_or_insert_with(|| options.backoff()).next_pause();
         let at = clock::monotonic() + pause;
-        state.not_before = Some(state.not_before.map_or(at, |old| old.max(at)));
+        state.not_before = Some(state.not_before.map_or(at, |earlier| earlier.max(at)));
     }
 
+    /// Shows a queue's problem in the retry status, and stores it for the error of an expired record.
     pub(super) fn report_problem(&mut self, index: usize, problem: String) {
         let state = &mut self.queues[index];
-        let until = state.flight.deadline().map(|(at, _)| at).or_else(|| state.queue.deadline());
+        let until = state.in_flight.deadline().map(|(at, _)| at).or_else(|| state.queue.deadline());
         let message = format!("{}/{}: {problem}", state.queue.topic, state.queue.partition);
         state.last_problem = problem;
         state.has_problem = true;
         self.retries.report(retry_key(index), message, until);
     }
 
-    /// Handles a broker's notice that an acknowledgement takes longer.
+    /// Handles a broker's notice that an acknowledgement takes longer. The notice counts as a sign that the leader
+    /// works.
     pub(super) fn on_notice(&mut self, stream: u64, index: usize, reason: String) {
         let now = clock::monotonic();
         if let Some(stream) = self.streams.get_mut(&stream) {
             stream.last_response = now;
         }
         let state = &mut self.queues[index];
-        if state.stream != Some(stream) || state.flight.in_flight_count() == 0 {
+        if state.stream != Some(stream) || state.in_flight.in_flight_count() == 0 {
             return;
         }
         state.last_response = now;
@@ -67,6 +69,7 @@ impl ProducerDriver {
         notice.unwrap_or_else(|| format!("{} has not responded within the delivery timeout", leader()))
     }
 
+    /// Clears a queue's problem, also in the retry status.
     pub(super) fn clear_problem(&mut self, index: usize) {
         let state = &mut self.queues[index];
         (state.notice, state.mismatched) = (None, false);
@@ -79,8 +82,8 @@ impl ProducerDriver {
     /// host that disappears sends no error.
     pub(super) fn check_leader_timeout(&mut self, index: usize, now: Instant) {
         let state = &self.queues[index];
-        let is_unresponsive =
-            state.is_unresponsive(now) || self.queued_since(state).is_some_and(|since| since + LEADER_TIMEOUT <= now);
+        let is_unresponsive = state.is_unresponsive(now)
+            || self.stream_last_response(state).is_some_and(|since| since + LEADER_TIMEOUT <= now);
         if !is_unresponsive || state.last_leader_check + METADATA_RETRY_INTERVAL > now {
             return;
         }
@@ -96,32 +99,35 @@ impl ProducerDriver {
         unresponsive.filter_map(|state| Some(self.streams.get(&state.stream?)?.address.clone())).collect()
     }
 
-    /// Moves a queue from a leader that does not respond to the current leader. The in-flight batches may have been
-    /// appended, and are sent again as after a lost response. The queue does not wait for the old leader, which cannot
-    /// acknowledge any batch.
+    /// Moves a queue from a leader that does not respond to the leader in the current metadata, if it is another
+    /// broker. The in-flight batches may have been appended, and are sent again as after a lost response. The queue
+    /// does not wait for the old leader, which cannot acknowledge any batch.
     pub(super) fn move_to_new_leader(&mut self, index: usize, now: Instant) {
         let state = &self.queues[index];
         let Some(number) = state.stream.filter(|_| state.is_unresponsive(now)) else { return };
         let Some(leader) = self.inner.client.routing().leader(&state.queue.topic, state.queue.partition) else {
             return;
         };
-        let Some(old) = self.streams.get(&number).map(|stream| &stream.address).filter(|old| **old != leader) else {
+        let Some(old_leader) =
+            self.streams.get(&number).map(|stream| &stream.address).filter(|address| **address != leader)
+        else {
             return;
         };
-        let problem = format!("{} does not respond; the new leader is {}", old.as_str(), leader.as_str());
+        let problem = format!("{} does not respond; the new leader is {}", old_leader.as_str(), leader.as_str());
         let state = &mut self.queues[index];
         state.stream = None;
         if let Some(stream) = state.waiting.take().and_then(|number| self.streams.get_mut(&number)) {
             stream.waiting.retain(|queue| *queue != index);
         }
-        let failed = self.queues[index].flight.on_stream_lost(number, true);
+        let failed = self.queues[index].in_flight.on_stream_lost(number, true);
         self.fail_batches(index, failed);
         self.report_problem(index, problem);
         self.send_ready(index);
     }
 
-    /// Returns the time of the last response on the stream in which a queue waits for capacity.
-    pub(super) fn queued_since(&self, state: &QueueState) -> Option<Instant> {
+    /// Returns the time of the last response on the stream in which a queue waits for capacity; `None` if the queue
+    /// waits in no stream.
+    pub(super) fn stream_last_response(&self, state: &QueueState) -> Option<Instant> {
         Some(self.streams.get(&state.waiting?)?.last_response)
     }
 
@@ -150,10 +156,10 @@ impl ProducerDriver {
         }
     }
 
-    /// Reports a missing response, although nothing has failed.
+    /// Reports a leader that has not responded for `REPORT_TIMEOUT`, unless another problem is reported.
     pub(super) fn report_leader_timeout(&mut self, index: usize, now: Instant) {
         let state = &self.queues[index];
-        if state.has_problem || state.flight.in_flight_count() == 0 || state.last_response + REPORT_TIMEOUT > now {
+        if state.has_problem || state.in_flight.in_flight_count() == 0 || state.last_response + REPORT_TIMEOUT > now {
             return;
         }
         let address = state.stream.and_then(|number| self.streams.get(&number)).map(|stream| stream.address.clone());

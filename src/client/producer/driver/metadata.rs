@@ -22,19 +22,21 @@ impl ProducerDriver {
         let inner = self.inner.clone();
         let events = self.events.clone();
         let tasks = self.tasks.clone();
-        let seen = client.routing().generation();
+        let used_generation = client.routing().generation();
         let pause = self.metadata_backoff.as_mut().map_or(Duration::ZERO, Backoff::next_pause);
         let wanted: BTreeSet<Arc<str>> =
             self.without_leader.iter().map(|index| self.queues[*index].queue.topic.clone()).collect();
         let unresponsive = self.unresponsive_leaders(clock::monotonic());
         self.tasks.spawn("producer metadata", async move {
-            let refresh = inner.refresh_metadata(seen, &wanted, &unresponsive, pause);
+            let refresh = inner.refresh_metadata(used_generation, &wanted, &unresponsive, pause);
             if let Some(result) = tasks.run_until_cancelled(refresh).await {
                 let _ = events.send(DriverEvent::MetadataRefreshed(result)).await;
             }
         });
     }
 
+    /// Handles the end of a metadata refresh: moves queues to new leaders, and sends the batches of queues that waited
+    /// for a leader. Refreshes again while a queue has no leader.
     pub(super) fn on_metadata(&mut self, result: Result<(), CallError>) {
         self.refreshing = false;
         if let Err(error) = &result {
@@ -45,7 +47,7 @@ impl ProducerDriver {
             self.move_to_new_leader(index, now);
         }
         self.requeue_moved();
-        let mut missing = false;
+        let mut has_waiting = false;
         for index in std::mem::take(&mut self.without_leader) {
             let state = &mut self.queues[index];
             let problem = if let Err(error) = &result {
@@ -62,11 +64,11 @@ impl ProducerDriver {
                 format!("the partition has no leader: `strandline topic describe {topic}` names the awaited brokers")
             };
             self.report_problem(index, problem);
-            missing = true;
+            has_waiting = true;
             self.without_leader.insert(index);
             self.set_next_timer(index);
         }
-        if missing {
+        if has_waiting {
             let options = self.inner.client.options();
             self.metadata_backoff.get_or_insert_with(|| options.backoff());
             self.refresh_metadata();
@@ -75,6 +77,7 @@ impl ProducerDriver {
         }
     }
 
+    /// Requests a new producer id for a queue, unless a request is running.
     pub(super) fn request_producer_id(&mut self, index: usize) {
         let state = &mut self.queues[index];
         if std::mem::replace(&mut state.requesting_id, true) {
@@ -90,13 +93,14 @@ impl ProducerDriver {
         });
     }
 
+    /// Continues a queue under its new producer id; after an error, pauses before the next request.
     pub(super) fn on_producer_id(&mut self, index: usize, result: Result<ProducerIdAndEpoch, CallError>) {
         let state = &mut self.queues[index];
         state.requesting_id = false;
         match result {
             Ok(identity) => {
                 tracing::debug!(topic = &*state.queue.topic, partition = state.queue.partition, "new producer id");
-                let failed = state.flight.set_producer_id(identity);
+                let failed = state.in_flight.set_producer_id(identity);
                 self.fail_batches(index, failed);
             }
             Err(error) => {

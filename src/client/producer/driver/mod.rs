@@ -47,9 +47,11 @@ pub(super) enum ProducerCommand {
     FlushLingering,
 }
 
+/// Stream to one leader.
 struct ProduceStream {
     address: BrokerAddress,
     requests: mpsc::Sender<ProduceRequestParts>,
+    /// Number of batches without a response.
     in_flight: usize,
     /// Queues that wait for capacity in the stream, each once, the longest wait first.
     waiting: VecDeque<usize>,
@@ -65,6 +67,7 @@ impl ProduceStream {
     }
 }
 
+/// State of the producer's task.
 pub(super) struct ProducerDriver {
     inner: Arc<ProducerInner>,
     retries: RetryReporter,
@@ -72,6 +75,7 @@ pub(super) struct ProducerDriver {
     identity: Option<ProducerIdAndEpoch>,
     queues: Vec<QueueState>,
     streams: BTreeMap<u64, ProduceStream>,
+    /// Number of the stream to each broker.
     by_address: BTreeMap<BrokerAddress, u64>,
     next_stream: u64,
     next_correlation: u64,
@@ -81,10 +85,13 @@ pub(super) struct ProducerDriver {
     lingering: BTreeSet<usize>,
     events: mpsc::Sender<DriverEvent>,
     received: mpsc::Receiver<DriverEvent>,
+    /// True while a metadata refresh is running.
     refreshing: bool,
-    /// Queues that wait for metadata.
+    /// Queues that wait for a leader in the metadata.
     without_leader: BTreeSet<usize>,
+    /// Backoff of metadata refreshes; present while queues have no leader.
     metadata_backoff: Option<Backoff>,
+    /// Time of the next periodic metadata refresh.
     refresh_at: Instant,
 }
 
@@ -114,6 +121,7 @@ impl ProducerDriver {
         }
     }
 
+    /// Runs until the tasks are cancelled, then fails all unacknowledged records.
     pub(super) async fn run(mut self, mut commands: mpsc::Receiver<ProducerCommand>) {
         let inner = self.inner.clone();
         let tasks = self.tasks.clone();
@@ -128,7 +136,7 @@ impl ProducerDriver {
                 () = tokio::time::sleep_until(timer) => self.on_timer(),
             }
         }
-        self.end();
+        self.fail_unacknowledged();
     }
 
     fn on_command(&mut self, command: ProducerCommand) {
@@ -140,7 +148,7 @@ impl ProducerDriver {
                 let outstanding = self
                     .queues
                     .iter()
-                    .flat_map(|state| state.flight.completions().cloned().chain(state.queue.completions()));
+                    .flat_map(|state| state.in_flight.completions().cloned().chain(state.queue.completions()));
                 // The caller may have stopped waiting; the reply is then dropped.
                 let _ = reply.send(outstanding.collect());
             }
@@ -153,6 +161,7 @@ impl ProducerDriver {
         }
     }
 
+    /// Seals the open batches of these queues and sends what may be sent.
     fn seal(&mut self, queues: impl IntoIterator<Item = usize>) {
         for index in queues {
             self.queues[index].queue.seal_now();
@@ -160,6 +169,7 @@ impl ProducerDriver {
         }
     }
 
+    /// Sends the batches of all queues that senders marked as dirty.
     fn process_dirty_queues(&mut self) {
         self.add_new_queues();
         let dirty = std::mem::take(&mut *self.inner.dirty.lock());
@@ -178,6 +188,7 @@ impl ProducerDriver {
         }
     }
 
+    /// Handles the periodic metadata refresh and the timers of queues that are due.
     fn on_timer(&mut self) {
         let now = clock::monotonic();
         if self.refresh_at <= now {
@@ -197,9 +208,10 @@ impl ProducerDriver {
         }
     }
 
+    /// Adds state for the queues that senders created since the last call.
     fn add_new_queues(&mut self) {
-        let all = self.inner.queues.lock();
-        for queue in all.iter().skip(self.queues.len()) {
+        let queues = self.inner.queues.lock();
+        for queue in queues.iter().skip(self.queues.len()) {
             self.queues.push(QueueState::new(queue.clone(), &self.inner.options, self.identity));
         }
     }
@@ -217,9 +229,9 @@ impl ProducerDriver {
                 break;
             }
             state.not_before = None;
-            match state.flight.next() {
+            match state.in_flight.next() {
                 NextAction::Wait => break,
-                NextAction::Resume => state.flight.resume(),
+                NextAction::Resume => state.in_flight.resume(),
                 NextAction::RequestId => {
                     self.request_producer_id(index);
                     break;
@@ -230,7 +242,7 @@ impl ProducerDriver {
                     }
                 }
                 NextAction::Take => match state.queue.take(now) {
-                    DequeueResult::Batch(sealed) => state.flight.take(sealed),
+                    DequeueResult::Batch(sealed) => state.in_flight.take(sealed),
                     DequeueResult::Later(at) => {
                         self.lingering.insert(index);
                         self.set_timer(index, at);
@@ -243,7 +255,8 @@ impl ProducerDriver {
         self.set_next_timer(index);
     }
 
-    /// Sends one batch. Returns false if the batch must wait.
+    /// Sends one batch: `entry` is its index among the in-flight batches. Returns false if the batch must wait: for a
+    /// leader in the metadata, for responses of the old leader, or for capacity in the stream.
     fn send(&mut self, index: usize, entry: usize) -> bool {
         let state = &self.queues[index];
         let Some(address) = self.inner.client.routing().leader(&state.queue.topic, state.queue.partition) else {
@@ -254,7 +267,7 @@ impl ProducerDriver {
         let number = self.stream_to(&address);
         let state = &mut self.queues[index];
         // The leader changed while batches are in flight to the old leader: wait for their responses.
-        if state.stream.is_some_and(|old| old != number) && state.flight.in_flight_count() > 0 {
+        if state.stream.is_some_and(|current| current != number) && state.in_flight.in_flight_count() > 0 {
             return false;
         }
         let stream = self.streams.get_mut(&number).expect("stream_to returned its number");
@@ -265,20 +278,20 @@ impl ProducerDriver {
         }
         state.stream = Some(number);
         let topic_id = state.topic_id(&self.inner.client);
-        if state.flight.in_flight_count() == 0 {
+        if state.in_flight.in_flight_count() == 0 {
             state.last_response = clock::monotonic();
         }
         let high_bits = u64::try_from(index).expect("a usize fits in 64 bits") << 32;
         let correlation_id = high_bits | self.next_correlation & 0xffff_ffff;
         self.next_correlation += 1;
-        match state.flight.send(entry, number, correlation_id) {
+        match state.in_flight.send(entry, number, correlation_id) {
             Ok(batch) => {
                 let options = &self.inner.options;
                 let request = ProduceRequestParts {
                     correlation_id,
                     topic: state.queue.topic.clone(),
                     partition: i32::try_from(state.queue.partition).expect("partitions are few"),
-                    acks: wire_acks(options.acks).into(),
+                    acks: acks_to_proto(options.acks).into(),
                     timeout_ms: u32::try_from(options.delivery_timeout.as_millis()).unwrap_or(u32::MAX).min(30_000),
                     batch,
                     topic_id,
@@ -296,6 +309,7 @@ impl ProducerDriver {
         true
     }
 
+    /// Returns the number of the stream to a broker. Opens the stream if there is none.
     fn stream_to(&mut self, address: &BrokerAddress) -> u64 {
         if let Some(number) = self.by_address.get(address) {
             return *number;
@@ -303,10 +317,10 @@ impl ProducerDriver {
         let number = self.next_stream;
         self.next_stream += 1;
         let (requests, queue) = mpsc::channel(STREAM_WINDOW);
-        let run = stream::run(self.inner.client.clone(), address.clone(), number, queue, self.events.clone());
+        let stream_call = stream::run(self.inner.client.clone(), address.clone(), number, queue, self.events.clone());
         let call = self.tasks.child();
-        let cancelled = call.clone();
-        self.tasks.spawn("producer stream", async move { cancelled.run_until_cancelled(run).await });
+        let call_tasks = call.clone();
+        self.tasks.spawn("producer stream", async move { call_tasks.run_until_cancelled(stream_call).await });
         let stream = ProduceStream {
             address: address.clone(),
             requests,
@@ -320,6 +334,7 @@ impl ProducerDriver {
         number
     }
 
+    /// Handles a response. The high half of its correlation id is the index of the queue.
     fn on_response(&mut self, number: u64, response: v1::ProduceResponse) {
         let index = usize::try_from(response.correlation_id >> 32).unwrap_or(usize::MAX);
         if index >= self.queues.len() {
@@ -342,7 +357,7 @@ impl ProducerDriver {
         let error = result.clone().err();
         let state = &mut self.queues[index];
         state.last_response = clock::monotonic();
-        match state.flight.on_response(number, response.correlation_id, result) {
+        match state.in_flight.on_response(number, response.correlation_id, result) {
             ResponseOutcome::Completed(done) => {
                 (state.backoff, state.topic_id_confirmed) = (None, true);
                 let partition = state.queue.partition;
@@ -380,6 +395,8 @@ impl ProducerDriver {
         }
     }
 
+    /// Handles the end of a stream. Batches in flight on it are sent again after a pause; `delivered` is true if the
+    /// broker may have received them.
     fn on_stream_ended(&mut self, number: u64, delivered: bool, error: &ApiError) {
         let Some(stream) = self.streams.remove(&number) else { return };
         tracing::debug!(address = stream.address.as_str(), %error, "produce stream ended");
@@ -394,8 +411,8 @@ impl ProducerDriver {
                 continue;
             }
             state.stream = None;
-            if state.flight.in_flight_count() > 0 {
-                let failed = state.flight.on_stream_lost(number, delivered);
+            if state.in_flight.in_flight_count() > 0 {
+                let failed = state.in_flight.on_stream_lost(number, delivered);
                 self.fail_batches(index, failed);
                 self.pause(index, error);
             }
@@ -407,9 +424,10 @@ impl ProducerDriver {
         self.refresh_metadata();
     }
 
+    /// Fails the batches of a queue whose delivery timeout has passed.
     fn expire(&mut self, index: usize, now: Instant) {
         let state = &mut self.queues[index];
-        if let Some((deadline, Some(stream))) = state.flight.deadline()
+        if let Some((deadline, Some(stream))) = state.in_flight.deadline()
             && deadline <= now
         {
             // A broker that did not respond within the delivery timeout will not respond: its stream ends for all
@@ -418,8 +436,8 @@ impl ProducerDriver {
             self.on_stream_ended(stream, true, &error);
         }
         let state = &mut self.queues[index];
-        let mut failed = state.flight.expire(now);
-        if state.flight.is_empty() {
+        let mut failed = state.in_flight.expire(now);
+        if state.in_flight.is_empty() {
             let reason = FailureReason::Expired { maybe_appended: false };
             let expired = state.queue.take_expired(now).into_iter();
             failed.extend(expired.map(|sealed| FailedBatch { done: sealed.into(), reason: reason.clone() }));
@@ -427,19 +445,21 @@ impl ProducerDriver {
         self.fail_batches(index, failed);
     }
 
+    /// Fails all batches of a queue with a broker's error.
     fn fail_all(&mut self, index: usize, error: &ApiError) {
         let state = &mut self.queues[index];
-        let mut done = state.flight.abandon();
+        let mut done = state.in_flight.abandon();
         while let DequeueResult::Batch(sealed) = {
             state.queue.seal_now();
             state.queue.take(clock::monotonic())
         } {
             done.push(sealed.into());
         }
-        let refused = done.into_iter().map(|done| FailedBatch { done, reason: FailureReason::Refused(error.clone()) });
-        self.fail_batches(index, refused.collect());
+        let failed = done.into_iter().map(|done| FailedBatch { done, reason: FailureReason::Refused(error.clone()) });
+        self.fail_batches(index, failed.collect());
     }
 
+    /// Completes a batch with the acknowledgement in a response, and releases its memory.
     fn acknowledge(&self, partition: u32, done: CompletedBatch, appended: &v1::AppendResponse) {
         let base_offset = Offset::from_i64(appended.base_offset).filter(|_| self.inner.options.acks != Acks::None);
         done.completion.complete(Ok(Ack {
@@ -456,6 +476,7 @@ impl ProducerDriver {
         self.inner.release(done.permits);
     }
 
+    /// Completes batches with their errors, and releases their memory.
     fn fail_batches(&mut self, index: usize, failed: Vec<FailedBatch>) {
         let state = &self.queues[index];
         for FailedBatch { done, reason } in failed {
@@ -472,19 +493,21 @@ impl ProducerDriver {
             done.completion.complete(Err(error));
             self.inner.release(done.permits);
         }
-        if state.flight.is_empty() && state.queue.deadline().is_none() {
+        if state.in_flight.is_empty() && state.queue.deadline().is_none() {
             self.clear_problem(index);
         }
     }
 
+    /// Sets the timer of a queue to the next time at which it may need work: the end of a pause, the delivery timeout,
+    /// a report, or a check of the leader.
     fn set_next_timer(&mut self, index: usize) {
         let state = &self.queues[index];
-        let deadline = state.flight.deadline().map(|(at, _)| at).or_else(|| state.queue.deadline());
-        let has_in_flight = state.flight.in_flight_count() > 0;
+        let deadline = state.in_flight.deadline().map(|(at, _)| at).or_else(|| state.queue.deadline());
+        let has_in_flight = state.in_flight.in_flight_count() > 0;
         let report_at =
             (!state.has_problem && has_in_flight).then_some(state.last_response + leader_timeout::REPORT_TIMEOUT);
         let last_response =
-            has_in_flight.then_some(state.last_response).into_iter().chain(self.queued_since(state)).min();
+            has_in_flight.then_some(state.last_response).into_iter().chain(self.stream_last_response(state)).min();
         let refresh_at = last_response.map(|last_response| {
             let timeout_at = last_response + LEADER_TIMEOUT;
             timeout_at.max(state.last_leader_check + leader_timeout::METADATA_RETRY_INTERVAL)
@@ -494,13 +517,14 @@ impl ProducerDriver {
         }
     }
 
+    /// Sets the timer of a queue to this time, unless an earlier time is set.
     fn set_timer(&mut self, index: usize, at: Instant) {
         let state = &mut self.queues[index];
         match state.timer {
             // An early timer costs one check; a late timer would miss the time.
-            Some(set) if set <= at => return,
-            Some(set) => {
-                self.timers.remove(&(set, index));
+            Some(current) if current <= at => return,
+            Some(current) => {
+                self.timers.remove(&(current, index));
             }
             None => {}
         }
@@ -508,13 +532,13 @@ impl ProducerDriver {
         self.timers.insert((at, index));
     }
 
-    /// Fails all unacknowledged records.
-    fn end(mut self) {
+    /// Closes all queues and fails all unacknowledged records.
+    fn fail_unacknowledged(mut self) {
         self.inner.memory.close();
         self.add_new_queues();
         for state in &mut self.queues {
             let sealed = state.queue.close(&SendError::Closed);
-            let done = state.flight.abandon().into_iter().map(|done| done.completion);
+            let done = state.in_flight.abandon().into_iter().map(|done| done.completion);
             for completion in done.chain(sealed.into_iter().map(|sealed| sealed.completion)) {
                 completion.complete(Err(SendError::Closed));
             }
@@ -527,7 +551,7 @@ fn may_have_moved(code: ErrorCode) -> bool {
     matches!(code, ErrorCode::NotLeader | ErrorCode::NotReady | ErrorCode::StorageFailed | ErrorCode::TopicIdMismatch)
 }
 
-fn wire_acks(acks: Acks) -> v1::Acks {
+fn acks_to_proto(acks: Acks) -> v1::Acks {
     match acks {
         Acks::None => v1::Acks::None,
         Acks::Leader => v1::Acks::Leader,

@@ -21,10 +21,10 @@ pub(super) const LEADER_TIMEOUT: Duration = Duration::from_secs(1);
 /// State of one queue that only the task accesses.
 pub(super) struct QueueState {
     pub(super) queue: Arc<PartitionQueue>,
-    pub(super) flight: InFlightBatches,
+    pub(super) in_flight: InFlightBatches,
     /// Stream of the in-flight batches.
     pub(super) stream: Option<u64>,
-    /// Stream in which the queue waits for capacity.
+    /// Stream in which the queue waits for capacity; `None` if it does not wait.
     pub(super) waiting: Option<u64>,
     /// Backoff; present while sends fail.
     pub(super) backoff: Option<Backoff>,
@@ -32,6 +32,7 @@ pub(super) struct QueueState {
     pub(super) not_before: Option<Instant>,
     /// Time of the queue's entry in `timers`.
     pub(super) timer: Option<Instant>,
+    /// True while a request for a new producer id is running.
     pub(super) requesting_id: bool,
     /// Time of the leader's last response, or of the first send after nothing was in flight.
     pub(super) last_response: Instant,
@@ -60,7 +61,7 @@ impl QueueState {
     ) -> Self {
         Self {
             queue,
-            flight: InFlightBatches::new(options.guarantee(), options.window(), identity),
+            in_flight: InFlightBatches::new(options.guarantee(), options.window(), identity),
             stream: None,
             waiting: None,
             backoff: None,
@@ -78,7 +79,8 @@ impl QueueState {
         }
     }
 
-    /// Returns the id of the topic that had the name when this queue sent its first batch.
+    /// Returns the id of the topic that had the name when this queue sent its first batch; empty if the topic is
+    /// unknown.
     pub(super) fn topic_id(&mut self, client: &Client) -> Arc<str> {
         if self.topic_id.is_none()
             && let Some(Ok(route)) = client.routing().topic(&self.queue.topic)
@@ -105,6 +107,6 @@ impl QueueState {
 
     /// Returns true if batches are in flight and the leader has not responded for `LEADER_TIMEOUT`.
     pub(super) fn is_unresponsive(&self, now: Instant) -> bool {
-        self.flight.in_flight_count() > 0 && self.last_response + LEADER_TIMEOUT <= now
+        self.in_flight.in_flight_count() > 0 && self.last_response + LEADER_TIMEOUT <= now
     }
 }

@@ -8,27 +8,30 @@ use proptest::prelude::*;
 use super::*;
 use crate::{model::Compression, record::BatchBuilder, task::clock};
 
+/// Model of a broker.
 #[derive(Default)]
 struct Broker {
+    /// Appended records, by number.
     log: Vec<u32>,
     /// By producer id: the next sequence, and the sequences of the last batches.
     producers: BTreeMap<i64, (i32, VecDeque<i32>)>,
+    /// Producer ids whose state the broker has lost.
     forgotten: BTreeSet<i64>,
 }
 
 impl Broker {
     fn append(&mut self, batch: &Batch) -> Result<(), ApiError> {
         let sequence = batch.producer().expect("idempotent");
-        let refuse = |code| Err(ApiError::new(code, "model"));
+        let reject = |code| Err(ApiError::new(code, "model"));
         if self.forgotten.contains(&sequence.id) {
-            return refuse(ErrorCode::UnknownProducer);
+            return reject(ErrorCode::UnknownProducer);
         }
         let (next, last) = self.producers.entry(sequence.id).or_default();
         if last.contains(&sequence.base_sequence) {
             return Ok(());
         }
         if *next != sequence.base_sequence {
-            return refuse(ErrorCode::OutOfOrderSequence);
+            return reject(ErrorCode::OutOfOrderSequence);
         }
         *next = after(*next, batch.count());
         last.push_back(sequence.base_sequence);
@@ -45,6 +48,7 @@ fn ids(batch: &Batch) -> Vec<u32> {
     batch.records().expect("uncompressed").map(|record| u32::from_be_bytes(value(record.expect("valid").1))).collect()
 }
 
+/// A producer, its broker, and the requests and responses between them.
 struct ProducerModel {
     in_flight: InFlightBatches,
     broker: Broker,
@@ -84,8 +88,8 @@ impl ProducerModel {
     }
 
     fn records(&self, done: &CompletedBatch) -> Vec<u32> {
-        let found = self.batches.iter().find(|(completion, _)| Arc::ptr_eq(completion, &done.completion));
-        found.expect("a batch of this test").1.clone()
+        let batch = self.batches.iter().find(|(completion, _)| Arc::ptr_eq(completion, &done.completion));
+        batch.expect("a batch of this test").1.clone()
     }
 
     fn fail_batches(&mut self, failed: Vec<FailedBatch>) {
@@ -95,12 +99,12 @@ impl ProducerModel {
         }
     }
 
-    /// Performs the task's next action. Returns false if the task waits for a response or, without `more`, would take a
-    /// new batch.
-    fn advance(&mut self, more: bool) -> bool {
+    /// Performs the task's next action. Returns false if the task waits for a response or, without `takes_new`, would
+    /// take a new batch.
+    fn advance(&mut self, takes_new: bool) -> bool {
         match self.in_flight.next() {
             NextAction::Wait => return false,
-            NextAction::Take if !more => return false,
+            NextAction::Take if !takes_new => return false,
             NextAction::Take => self.take(),
             NextAction::Resume => self.in_flight.resume(),
             NextAction::RequestId => {
@@ -133,19 +137,21 @@ impl ProducerModel {
         self.in_flight.take(SealedBatch { body: BatchBody::Built(builder), count, completion, permits: 0, deadline });
     }
 
-    /// Makes the broker handle the next request; `outcome` selects the result.
+    /// Makes the broker handle the next request. `outcome` 0 rejects it, 1 appends it and times out, 2 rejects it
+    /// finally; other values append it.
     fn handle(&mut self, outcome: u8) {
         let Some((correlation_id, batch)) = self.requests.pop_front() else { return };
-        let refuse = |code| Err(ApiError::new(code, "model"));
+        let reject = |code| Err(ApiError::new(code, "model"));
         let result = match outcome {
-            0 => refuse(ErrorCode::NotLeader),
-            1 => self.broker.append(&batch).and_then(|()| refuse(ErrorCode::Timeout)),
-            2 => refuse(ErrorCode::RecordTooLarge),
+            0 => reject(ErrorCode::NotLeader),
+            1 => self.broker.append(&batch).and_then(|()| reject(ErrorCode::Timeout)),
+            2 => reject(ErrorCode::RecordTooLarge),
             _ => self.broker.append(&batch),
         };
         self.responses.push_back((correlation_id, result));
     }
 
+    /// Passes the next response to the producer.
     fn respond(&mut self) {
         let Some((correlation_id, result)) = self.responses.pop_front() else { return };
         match self.in_flight.on_response(self.stream, correlation_id, result) {
@@ -158,6 +164,7 @@ impl ProducerModel {
         }
     }
 
+    /// Breaks the stream: responses are lost, and requests may still arrive.
     fn break_stream(&mut self) {
         self.responses.clear();
         self.late.extend(self.requests.drain(..).map(|(_, batch)| batch));
@@ -166,6 +173,7 @@ impl ProducerModel {
         self.stream += 1;
     }
 
+    /// Performs one step, selected by a random byte.
     fn step(&mut self, step: u8) {
         match step % 16 {
             0..=5 => {
@@ -192,7 +200,7 @@ impl ProducerModel {
     }
 
     /// Runs without faults until no batch remains.
-    fn settle(&mut self) {
+    fn run_to_completion(&mut self) {
         for _ in 0..1000 {
             while self.advance(false) {}
             self.handle(9);
@@ -204,6 +212,7 @@ impl ProducerModel {
         panic!("batches have no result: {:?}", self.in_flight);
     }
 
+    /// Checks the log and the results after all batches have a result.
     fn check(&self) {
         let mut seen = BTreeSet::new();
         for record in &self.broker.log {
@@ -228,7 +237,7 @@ proptest! {
         for step in steps {
             model.step(step);
         }
-        model.settle();
+        model.run_to_completion();
         for batch in std::mem::take(&mut model.late) {
             let _ = model.broker.append(&batch);
         }
@@ -252,7 +261,7 @@ fn late_attempt_under_old_sequence_is_not_duplicated() {
     }
     model.handle(2);
     model.respond();
-    model.settle();
+    model.run_to_completion();
     for batch in std::mem::take(&mut model.late) {
         let _ = model.broker.append(&batch);
     }
@@ -278,7 +287,7 @@ fn ack_behind_unacknowledged_batch_frees_no_capacity() {
         model.handle(3);
     }
     model.break_stream();
-    model.settle();
+    model.run_to_completion();
     assert_eq!(model.failed, BTreeSet::new(), "the broker detected each repetition");
     assert_eq!(model.acknowledged.len(), model.broker.log.len());
     while model.advance(true) {}
