@@ -1,5 +1,5 @@
-//! Generates the gRPC code from the .proto files, in pure Rust: nobody needs protoc to build this package. For
-//! `make etcd-protos` it also describes the files of `etcd-client`, whose own build script asks `tools/protoc` instead.
+//! Generates the gRPC code from the .proto files, in pure Rust: the build needs no protoc. For `make etcd-protos` it
+//! also describes the files of `etcd-client`, whose own build script runs `tools/protoc` instead.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
@@ -11,7 +11,7 @@ const CLIENT_FILES: [&str; 3] = ["strandline/v1/types.proto", "strandline/v1/log
 /// Files of the services between brokers.
 const PEER_FILES: [&str; 1] = ["strandline/v1/peer.proto"];
 
-/// What the build script of `etcd-client` asks of protoc.
+/// Files that the build script of `etcd-client` passes to protoc.
 const ETCD_FILES: [&str; 5] = [
     "etcd/api/authpb/auth.proto",
     "etcd/api/etcdserverpb/rpc.proto",
@@ -33,8 +33,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     describe_etcd()
 }
 
-/// Writes the descriptor set of the .proto files below `STRANDLINE_ETCD_PROTOS` to `STRANDLINE_ETCD_SET`; both paths are
-/// absolute, because a build script runs in the folder of its package.
+/// Writes the descriptor set of the .proto files below `STRANDLINE_ETCD_PROTOS` to `STRANDLINE_ETCD_SET`; both paths
+/// are absolute, because a build script runs in the folder of its package.
 fn describe_etcd() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-env-changed=STRANDLINE_ETCD_PROTOS");
     println!("cargo:rerun-if-env-changed=STRANDLINE_ETCD_SET");
@@ -44,7 +44,7 @@ fn describe_etcd() -> Result<(), Box<dyn Error>> {
     };
     println!("cargo:rerun-if-changed={}", set.display());
     let mut compiler = protox::Compiler::new([protos])?;
-    // Comments would only become documentation that nobody reads.
+    // Comments would only become unused documentation.
     compiler.include_imports(true).include_source_info(false).open_files(ETCD_FILES)?;
     fs::write(set, compiler.file_descriptor_set().encode_to_vec())?;
     Ok(())

@@ -28,6 +28,7 @@ pub struct RequestSchemas {
 /// Repeated fields and message fields of a message, by number.
 type Fields = BTreeMap<u32, Field>;
 
+/// Field of a message.
 #[derive(Clone, Copy, Debug)]
 struct Field {
     repeated: bool,
@@ -76,6 +77,7 @@ impl RequestSchemas {
     }
 }
 
+/// Adds a message and its nested messages to `named`, by full name.
 fn collect(scope: &str, message: &DescriptorProto, named: &mut BTreeMap<String, DescriptorProto>) {
     let name = format!("{scope}.{}", message.name());
     for nested in &message.nested_type {
@@ -84,6 +86,7 @@ fn collect(scope: &str, message: &DescriptorProto, named: &mut BTreeMap<String, 
     named.insert(name, message.clone());
 }
 
+/// Returns the repeated fields and message fields of a message. `numbers` are the indexes of all message types by name.
 fn fields(message: &DescriptorProto, numbers: &BTreeMap<&str, usize>) -> Fields {
     let field = |field: &prost_types::FieldDescriptorProto| {
         let repeated = field.label() == Label::Repeated;
@@ -98,10 +101,13 @@ fn fields(message: &DescriptorProto, numbers: &BTreeMap<&str, usize>) -> Fields 
 /// Kind of the next bytes.
 #[derive(Clone, Copy, Debug)]
 enum Token {
+    /// Key of a field: its number and its type.
     Key,
+    /// Length of this field.
     Length {
         field: u32,
     },
+    /// Value of a number.
     Number,
     /// This number of bytes without keys or lengths.
     Skip(usize),
@@ -174,11 +180,13 @@ impl PartCounter {
         None
     }
 
+    /// Returns a field of the message at the current position; `None` for a field that is not counted.
     fn field(&self, number: u32) -> Option<Field> {
         let message = self.levels.last().map_or(self.root, |(message, _)| *message);
         self.messages[message].get(&number).copied()
     }
 
+    /// Processes a complete varint: a key, a length or a value. Returns the number of elements that start there.
     fn on_number(&mut self, value: u64) -> usize {
         match self.token {
             Token::Key => {

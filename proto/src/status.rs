@@ -36,6 +36,7 @@ pub fn format_with_sources(status: &Status) -> String {
     text
 }
 
+/// Returns true if a refused connection is among the causes of the status.
 fn is_connection_refused(status: &Status) -> bool {
     let mut source = status.source();
     while let Some(error) = source {
