@@ -104,9 +104,7 @@ enum Token {
     /// Key of a field: its number and its type.
     Key,
     /// Length of this field.
-    Length {
-        field: u32,
-    },
+    Length { field: u32 },
     /// Value of a number.
     Number,
     /// This number of bytes without keys or lengths.
