@@ -249,7 +249,7 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
     notes
 }
 
-/// Returns notes about the problems that a broker reports itself.
+/// Returns notes about the problems in a broker's own stats.
 fn stats_notes(id: BrokerId, stats: &BrokerStats) -> impl Iterator<Item = String> {
     let regressed = stats.metadata_regressed.as_ref();
     let regressed =

@@ -1,4 +1,4 @@
-//! Connects to the cluster, and turns client errors into messages that name a remedy.
+//! Connects to the cluster, and converts client errors into messages that name a remedy.
 
 use std::time::Duration;
 

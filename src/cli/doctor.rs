@@ -68,6 +68,7 @@ fn is_usable(checks: &[StoreCheck]) -> bool {
     checks.iter().all(|check| check.outcome != CheckOutcome::Fail)
 }
 
+/// Prints a table of the checks, the consequences of failed and unsupported checks, and a verdict.
 fn print(url: &str, location: &str, checks: &[StoreCheck], output: OutputFormat) -> anyhow::Result<()> {
     if output == OutputFormat::Json {
         return Ok(output::json(&json!({ "object_store": url, "fit": is_usable(checks), "checks": checks }))?);

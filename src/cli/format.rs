@@ -64,8 +64,8 @@ impl Printer {
     }
 }
 
-/// Returns a value as JSON, with the control characters escaped that JSON itself allows: those from U+007F on, and
-/// those that change the direction of text.
+/// Returns a value as JSON in which all control characters are escaped. JSON itself allows control characters from
+/// U+007F on, and characters that change the direction of text.
 pub(super) fn json_for_terminal(value: &Value) -> String {
     let mut line = Vec::new();
     // JSON contains such characters only inside strings.
@@ -87,8 +87,8 @@ fn escape<W: Write>(text: &str, out: &mut W, write_escape: impl Fn(char, &mut W)
     out.write_all(rest.as_bytes())
 }
 
-/// Returns true for a character that a terminal executes instead of showing: control characters, and those that change
-/// the direction of text (Unicode's `Bidi_Control`).
+/// Returns true for a character that a terminal executes instead of showing: a control character, or a character that
+/// changes the direction of text (Unicode's `Bidi_Control`).
 fn is_control(character: char) -> bool {
     let changes_direction = matches!(
         character,

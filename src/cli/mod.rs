@@ -145,7 +145,7 @@ fn check_environment() -> anyhow::Result<()> {
         let name = name.to_string_lossy();
         anyhow::ensure!(
             !name.starts_with("STRANDLINE_") || value.to_str().is_some(),
-            "the value of {name} is not valid UTF-8: {value:?}"
+            "the value of {name} is not valid UTF-8: {value:?}; set another value, or unset the variable"
         );
     }
     Ok(ConfigSources::check_names(serve::environment())?)

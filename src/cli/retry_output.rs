@@ -87,7 +87,7 @@ impl RetryMonitor {
         let mut printer = RetryPrinter::default();
         let (mut seen_pieces, mut last_progress) = (0, clock::monotonic());
         loop {
-            // The time of the tick itself is long past if printing has blocked.
+            // The clock is read again, because the tick may be late: printing may have blocked.
             ticks.tick().await;
             let now = clock::monotonic();
             let mut status = self.retries.iter().find_map(|status| status.borrow().clone());

@@ -89,6 +89,7 @@ fn check_and_print(
     Ok(())
 }
 
+/// Prints one line about a batch: position, offsets, epoch, size, timestamps, producer and CRC.
 fn print_batch(position: u64, batch: &Batch, output: OutputFormat, out: &mut impl Write) -> io::Result<()> {
     let (start, end) = (batch.base_offset(), batch.end_offset());
     let timestamp_type = match batch.timestamp_type() {

@@ -63,12 +63,14 @@ impl ConnectionPool {
     }
 }
 
+/// Creates a client of the service `Log` with the message limits of the brokers.
 pub(super) fn log_client(channel: BrokerChannel) -> LogClient<BrokerChannel> {
     LogClient::new(channel)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
 }
 
+/// Creates a client of the service `Admin` with the message limits of the brokers.
 pub(super) fn admin_client(channel: BrokerChannel) -> AdminClient<BrokerChannel> {
     AdminClient::new(channel)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)

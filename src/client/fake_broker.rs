@@ -98,6 +98,7 @@ pub(super) struct FakeBroker {
 }
 
 impl FakeBroker {
+    /// Starts a fake broker with topic "t" and this number of partitions on a free port.
     pub(super) async fn start(partitions: usize) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let address = listener.local_addr().expect("bound");
@@ -480,6 +481,7 @@ unimplemented_calls! {
 }
 
 impl FakeBroker {
+    /// Returns the metadata: the fake as leader of every partition, and all brokers as in-sync replicas.
     fn metadata(&self, request: &v1::GetMetadataRequest) -> v1::GetMetadataResponse {
         let mut state = self.state();
         state.metadata_requests += 1;

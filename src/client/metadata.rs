@@ -49,7 +49,7 @@ struct RoutingSnapshot {
 #[derive(Debug, Default)]
 pub(super) struct RoutingTable {
     snapshot: Mutex<RoutingSnapshot>,
-    /// Held by the one caller that requests metadata from a broker.
+    /// Held by the caller that requests metadata from a broker. Other callers wait.
     refreshing: tokio::sync::Mutex<()>,
 }
 
@@ -60,8 +60,8 @@ impl RoutingTable {
         self.snapshot.lock().generation
     }
 
-    /// Returns the topic; `None` if it was not requested. The error is the one that the last metadata had for the
-    /// topic.
+    /// Returns the topic; `None` if it was not requested. The inner error is the topic's error in the last
+    /// metadata.
     pub(super) fn topic(&self, name: &str) -> Option<Result<Arc<TopicRoute>, ApiError>> {
         self.snapshot.lock().topics.get(name).cloned()
     }

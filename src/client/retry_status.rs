@@ -49,6 +49,7 @@ impl RetryRegistry {
         self.shown.subscribe()
     }
 
+    /// Creates a reporter with a number of its own.
     pub(super) fn reporter(self: &Arc<Self>) -> RetryReporter {
         let mut entries = self.entries.lock();
         entries.next_reporter += 1;
@@ -86,7 +87,7 @@ impl RetryReporter {
     /// report keeps the time of the first failure.
     pub(super) fn report(&self, work: u64, problem: String, until: Option<Instant>) {
         self.registry.change(|entries| {
-            let since = entries.get(&(self.number, work)).map_or_else(clock::monotonic, |old| old.since);
+            let since = entries.get(&(self.number, work)).map_or_else(clock::monotonic, |entry| entry.since);
             entries.insert((self.number, work), RetryStatus { problem, since, until });
         });
     }

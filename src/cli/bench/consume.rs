@@ -60,6 +60,8 @@ struct ConsumerShare {
     partitions: BTreeMap<u32, (Offset, Offset)>,
 }
 
+/// Reads with all consumers, and prints throughput and waits. The exit code is 1 if a read failed or no record was
+/// read.
 pub(super) async fn run(common: &CommonArgs, command: BenchConsumeArgs) -> anyhow::Result<ExitCode> {
     let shares = shares(common, &command).await?;
     let remaining = Arc::new(AtomicU64::new(command.records.unwrap_or(u64::MAX)));

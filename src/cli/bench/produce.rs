@@ -85,6 +85,7 @@ pub(in crate::cli) struct BenchProduceArgs {
     disk_dir: PathBuf,
 }
 
+/// Sends records with all producers, and prints throughput and latencies. The exit code is 1 if any record failed.
 pub(super) async fn run(common: &CommonArgs, command: BenchProduceArgs) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
     let partitions = match client.topic(&command.topic).await {
@@ -177,9 +178,9 @@ impl BenchProduceArgs {
         used.saturating_sub(number).div_ceil(self.producers).max(1)
     }
 
-    /// Returns the memory of a producer in bytes. Without a rate, the memory holds the batches in flight and as many
-    /// more that fill meanwhile. More memory would only lengthen the queue, and the latencies would be those of the
-    /// queue. With a rate, the queue is part of the measurement.
+    /// Returns the memory of a producer in bytes. Without a rate, the memory holds the batches in flight and the same
+    /// number of batches that fill meanwhile. More memory would only lengthen the queue, whose delay would dominate the
+    /// latencies. With a rate, the queue is part of the measurement.
     fn memory_bytes(&self, partitions: u32) -> usize {
         // A record that is larger than a batch forms its own batch.
         let record = usize::try_from(self.record_size).expect("a usize holds 32 bits") + RECORD_OVERHEAD;
@@ -207,6 +208,7 @@ fn options(command: &BenchProduceArgs, partitions: u32) -> ProducerOptions {
     }
 }
 
+/// Prints the results, and returns the exit code.
 fn print(
     command: &BenchProduceArgs,
     stats: &BenchStats,

@@ -445,6 +445,7 @@ fn topic_and_number(name: v1::TopicPartition) -> Result<(String, u32), CallError
     Ok((name.topic, number))
 }
 
+/// Converts a reassignment of a response.
 fn reassignment(response: v1::Reassignment) -> Result<Reassignment, CallError> {
     let (topic, partition) =
         topic_and_number(response.partition.ok_or_else(|| invalid_response("a reassignment without a partition"))?)?;
@@ -461,6 +462,7 @@ fn reassignment(response: v1::Reassignment) -> Result<Reassignment, CallError> {
     })
 }
 
+/// Converts a replica of a response. An error replaces its positions.
 fn replica(replica: v1::ReplicaDescription) -> Result<ReplicaDescription, CallError> {
     let positions = match replica.error {
         Some(error) => Err(ApiError::from(error)),

@@ -450,6 +450,7 @@ fn offset(value: i64) -> Result<Offset, ApiError> {
     Offset::from_i64(value).ok_or_else(|| invalid_response("a negative offset"))
 }
 
+/// Converts the topic of a response, which must be set.
 fn summary(topic: Option<v1::TopicSummary>) -> Result<TopicSummary, CallError> {
     let topic = topic.ok_or_else(|| invalid_response("a response without a topic"))?;
     Ok(TopicSummary {
@@ -461,6 +462,7 @@ fn summary(topic: Option<v1::TopicSummary>) -> Result<TopicSummary, CallError> {
     })
 }
 
+/// Converts a partition of a response.
 fn partition_description(state: v1::PartitionDescription) -> Result<PartitionDescription, CallError> {
     Ok(PartitionDescription {
         partition: u32::try_from(state.partition).map_err(|_| invalid_response("a negative partition"))?,

@@ -127,6 +127,7 @@ impl ConsumerDriver {
         }
     }
 
+    /// Executes a command of the handle. A new assignment of the same partition replaces the earlier one.
     fn on_command(&mut self, command: ConsumerCommand) {
         match command {
             ConsumerCommand::Assign { topic, topic_id, partition, generation, position } => {
@@ -190,7 +191,7 @@ impl ConsumerDriver {
         for address in addresses {
             self.reopen_streams(&address, now);
         }
-        // Partitions of a reopened stream may have another broker by now.
+        // The partitions of a reopened stream may have another read target now.
         if self.without_stream(now).next().is_some() {
             self.schedule_assignment(now);
         }
@@ -245,6 +246,7 @@ impl ConsumerDriver {
         self.streams.open(self.client.clone(), address.clone(), request);
     }
 
+    /// Handles an event of a stream: its acceptance, a response, or its end.
     fn on_stream_event(&mut self, number: u64, event: Result<StreamEvent, ApiError>) {
         match event {
             Ok(StreamEvent::Opened) => self.on_opened(number),

@@ -497,6 +497,7 @@ impl Consumer {
         }
     }
 
+    /// Sets the position of a partition if it is still assigned.
     fn set_position(&mut self, topic: &Arc<str>, partition: u32, position: Offset) {
         if let Some(assigned) = self.assigned.get_mut(&(topic.clone(), partition)) {
             assigned.position = position;

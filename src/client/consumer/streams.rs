@@ -149,6 +149,7 @@ impl<S: Stream + Unpin> FairStreams<S> {
         poll_fn(|context| self.poll_next(context)).await
     }
 
+    /// Polls each stream at most once, beginning with the stream after the one that returned the last item.
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<(u64, S::Item)>> {
         let mut remaining = self.streams.len();
         while remaining > 0 {

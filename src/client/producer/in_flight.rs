@@ -97,7 +97,7 @@ impl From<SealedBatch> for CompletedBatch {
 /// Failed batch, with the reason.
 #[derive(Debug)]
 pub(super) struct FailedBatch {
-    pub(super) done: CompletedBatch,
+    pub(super) batch: CompletedBatch,
     pub(super) reason: FailureReason,
 }
 
@@ -233,7 +233,7 @@ impl InFlightBatches {
                 Err(error) => {
                     let entry = self.remove(index);
                     self.close_gap(index, &entry);
-                    return Err(entry.failed(FailureReason::Build(error)));
+                    return Err(entry.into_failed(FailureReason::Build(error)));
                 }
             }
         }
@@ -256,7 +256,7 @@ impl InFlightBatches {
         let position = self.entries.iter().position(|entry| entry.sent.as_ref().is_some_and(is_match));
         let Some(index) = position else { return ResponseOutcome::Stale };
         let error = match result {
-            Ok(()) => return ResponseOutcome::Completed(self.remove(index).done()),
+            Ok(()) => return ResponseOutcome::Completed(self.remove(index).into_completed()),
             Err(error) => error,
         };
         if self.is_repeatable(index, &error) {
@@ -266,12 +266,12 @@ impl InFlightBatches {
         }
         if error.code == ErrorCode::ProducerFenced && self.guarantee == DeliveryGuarantee::Idempotent {
             return ResponseOutcome::Failed(
-                self.entries.drain(..).map(|entry| entry.failed(FailureReason::Refused(error.clone()))).collect(),
+                self.entries.drain(..).map(|entry| entry.into_failed(FailureReason::Refused(error.clone()))).collect(),
             );
         }
         let entry = self.remove(index);
         self.close_gap(index, &entry);
-        ResponseOutcome::Failed(vec![entry.failed(FailureReason::Refused(error))])
+        ResponseOutcome::Failed(vec![entry.into_failed(FailureReason::Refused(error))])
     }
 
     /// Returns true if the batch may be sent again after this error. Also sets `needs_new_id` if the broker has lost
@@ -304,7 +304,7 @@ impl InFlightBatches {
         if delivered && self.guarantee == DeliveryGuarantee::AtMostOnce {
             let (removed, remaining) = self.entries.drain(..).partition::<VecDeque<_>, _>(is_lost);
             self.entries = remaining;
-            failed.extend(removed.into_iter().map(|entry| entry.failed(FailureReason::Unknown)));
+            failed.extend(removed.into_iter().map(|entry| entry.into_failed(FailureReason::Unknown)));
             return failed;
         }
         for entry in self.entries.iter_mut().filter(|entry| is_lost(entry)) {
@@ -320,7 +320,7 @@ impl InFlightBatches {
             let entry = self.remove(0);
             self.close_gap(0, &entry);
             let maybe_appended = entry.maybe_appended;
-            failed.push(entry.failed(FailureReason::Expired { maybe_appended }));
+            failed.push(entry.into_failed(FailureReason::Expired { maybe_appended }));
         }
         failed
     }
@@ -348,12 +348,12 @@ impl InFlightBatches {
         self.entries = remaining;
         self.renumber_from(0, 0);
         self.draining = false;
-        maybe_appended.into_iter().map(|entry| entry.failed(FailureReason::Unknown)).collect()
+        maybe_appended.into_iter().map(|entry| entry.into_failed(FailureReason::Unknown)).collect()
     }
 
     /// Removes and returns all batches, without a result.
     pub(super) fn abandon(&mut self) -> Vec<CompletedBatch> {
-        self.entries.drain(..).map(InFlightBatch::done).collect()
+        self.entries.drain(..).map(InFlightBatch::into_completed).collect()
     }
 
     pub(super) fn completions(&self) -> impl Iterator<Item = &Arc<Completion>> {
@@ -409,12 +409,12 @@ impl InFlightBatch {
         maybe_appended && sent.is_some_and(|sent| sent.sequence != self.sequence)
     }
 
-    fn done(self) -> CompletedBatch {
+    fn into_completed(self) -> CompletedBatch {
         CompletedBatch { completion: self.completion, permits: self.permits, count: self.count }
     }
 
-    fn failed(self, reason: FailureReason) -> FailedBatch {
-        FailedBatch { done: self.done(), reason }
+    fn into_failed(self, reason: FailureReason) -> FailedBatch {
+        FailedBatch { batch: self.into_completed(), reason }
     }
 }
 

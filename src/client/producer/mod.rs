@@ -243,6 +243,7 @@ impl Drop for StopTasksOnDrop {
 }
 
 impl Producer {
+    /// Requests a producer id if the options need one, and spawns the task.
     pub(super) async fn start(client: Client, options: ProducerOptions) -> Result<Self, CallError> {
         let identity = match options.guarantee() {
             DeliveryGuarantee::Idempotent => Some(request_producer_id(&client).await?),

@@ -294,6 +294,7 @@ fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(MAX_MS)
 }
 
+/// Returns the key with this name. The error repeats at most 100 characters of an unknown name.
 fn find_key(name: &str) -> Result<&'static ConfigKey, InvalidConfig> {
     TOPIC_CONFIG_KEYS
         .iter()
@@ -349,6 +350,7 @@ impl ConfigLayers<'_> {
         Ok(if is_above_whole { whole } else { limit })
     }
 
+    /// Returns the error for the effective value of a key, of which it repeats at most 100 characters.
     fn invalid_value(&self, name: &str) -> InvalidConfig {
         InvalidConfig::Value {
             key: name.to_owned(),

@@ -333,8 +333,8 @@ impl Batch {
         bytes.freeze()
     }
 
-    /// Copies the batch into one block of memory of its own, so that the batch does not hold the larger buffer that it
-    /// was received in. Returns all of its bytes.
+    /// Copies the batch into a separate buffer, so that the batch does not hold the larger buffer in which it was
+    /// received. Returns all bytes of the batch.
     pub fn detach(&mut self) -> Bytes {
         let bytes = self.to_bytes();
         self.records = bytes.slice(HEADER_BYTES..);

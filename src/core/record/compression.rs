@@ -163,7 +163,7 @@ pub fn decompress(codec: Compression, stored: &[u8], max: usize) -> Result<Bytes
 /// The first decompressed bytes of compressed records.
 pub(super) struct Prefix {
     pub(super) bytes: Vec<u8>,
-    /// True if these are all bytes.
+    /// True if `bytes` are all decompressed bytes.
     pub(super) is_complete: bool,
 }
 

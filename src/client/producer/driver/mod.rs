@@ -139,6 +139,7 @@ impl ProducerDriver {
         self.fail_unacknowledged();
     }
 
+    /// Executes a command of a handle.
     fn on_command(&mut self, command: ProducerCommand) {
         // A queue that the task has not processed yet may have an open batch too.
         self.process_dirty_queues();
@@ -358,10 +359,10 @@ impl ProducerDriver {
         let state = &mut self.queues[index];
         state.last_response = clock::monotonic();
         match state.in_flight.on_response(number, response.correlation_id, result) {
-            ResponseOutcome::Completed(done) => {
+            ResponseOutcome::Completed(batch) => {
                 (state.backoff, state.topic_id_confirmed) = (None, true);
                 let partition = state.queue.partition;
-                self.acknowledge(partition, done, &appended.unwrap_or_default());
+                self.acknowledge(partition, batch, &appended.unwrap_or_default());
                 self.clear_problem(index);
             }
             ResponseOutcome::Retry => {
@@ -440,7 +441,7 @@ impl ProducerDriver {
         if state.in_flight.is_empty() {
             let reason = FailureReason::Expired { maybe_appended: false };
             let expired = state.queue.take_expired(now).into_iter();
-            failed.extend(expired.map(|sealed| FailedBatch { done: sealed.into(), reason: reason.clone() }));
+            failed.extend(expired.map(|sealed| FailedBatch { batch: sealed.into(), reason: reason.clone() }));
         }
         self.fail_batches(index, failed);
     }
@@ -448,38 +449,39 @@ impl ProducerDriver {
     /// Fails all batches of a queue with a broker's error.
     fn fail_all(&mut self, index: usize, error: &ApiError) {
         let state = &mut self.queues[index];
-        let mut done = state.in_flight.abandon();
+        let mut batches = state.in_flight.abandon();
         while let DequeueResult::Batch(sealed) = {
             state.queue.seal_now();
             state.queue.take(clock::monotonic())
         } {
-            done.push(sealed.into());
+            batches.push(sealed.into());
         }
-        let failed = done.into_iter().map(|done| FailedBatch { done, reason: FailureReason::Refused(error.clone()) });
+        let failed =
+            batches.into_iter().map(|batch| FailedBatch { batch, reason: FailureReason::Refused(error.clone()) });
         self.fail_batches(index, failed.collect());
     }
 
     /// Completes a batch with the acknowledgement in a response, and releases its memory.
-    fn acknowledge(&self, partition: u32, done: CompletedBatch, appended: &v1::AppendResponse) {
+    fn acknowledge(&self, partition: u32, batch: CompletedBatch, appended: &v1::AppendResponse) {
         let base_offset = Offset::from_i64(appended.base_offset).filter(|_| self.inner.options.acks != Acks::None);
-        done.completion.complete(Ok(Ack {
+        batch.completion.complete(Ok(Ack {
             partition,
             offset: base_offset,
             base_offset,
-            count: done.count,
+            count: batch.count,
             leader_epoch: LeaderEpoch::from_i32(appended.leader_epoch).unwrap_or_default(),
             append_time_ms: (appended.append_time_ms >= 0).then_some(appended.append_time_ms),
             durability: durability(appended.durability, appended.replicas),
             duplicate: appended.duplicate,
             received: clock::monotonic(),
         }));
-        self.inner.release(done.permits);
+        self.inner.release(batch.permits);
     }
 
     /// Completes batches with their errors, and releases their memory.
     fn fail_batches(&mut self, index: usize, failed: Vec<FailedBatch>) {
         let state = &self.queues[index];
-        for FailedBatch { done, reason } in failed {
+        for FailedBatch { batch, reason } in failed {
             let (topic, partition) = (state.queue.topic.to_string(), state.queue.partition);
             let error = match reason {
                 FailureReason::Refused(error) => SendError::Refused { topic, partition, error },
@@ -489,9 +491,9 @@ impl ProducerDriver {
                 FailureReason::Unknown => SendError::Unknown { topic, partition },
                 FailureReason::Build(error) => SendError::Build(error),
             };
-            tracing::debug!(%error, records = done.count, "batch failed");
-            done.completion.complete(Err(error));
-            self.inner.release(done.permits);
+            tracing::debug!(%error, records = batch.count, "batch failed");
+            batch.completion.complete(Err(error));
+            self.inner.release(batch.permits);
         }
         if state.in_flight.is_empty() && state.queue.deadline().is_none() {
             self.clear_problem(index);
@@ -538,8 +540,8 @@ impl ProducerDriver {
         self.add_new_queues();
         for state in &mut self.queues {
             let sealed = state.queue.close(&SendError::Closed);
-            let done = state.in_flight.abandon().into_iter().map(|done| done.completion);
-            for completion in done.chain(sealed.into_iter().map(|sealed| sealed.completion)) {
+            let in_flight = state.in_flight.abandon().into_iter().map(|batch| batch.completion);
+            for completion in in_flight.chain(sealed.into_iter().map(|sealed| sealed.completion)) {
                 completion.complete(Err(SendError::Closed));
             }
         }

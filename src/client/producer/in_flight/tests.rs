@@ -87,14 +87,14 @@ impl ProducerModel {
         }
     }
 
-    fn records(&self, done: &CompletedBatch) -> Vec<u32> {
-        let batch = self.batches.iter().find(|(completion, _)| Arc::ptr_eq(completion, &done.completion));
+    fn records(&self, completed: &CompletedBatch) -> Vec<u32> {
+        let batch = self.batches.iter().find(|(completion, _)| Arc::ptr_eq(completion, &completed.completion));
         batch.expect("a batch of this test").1.clone()
     }
 
     fn fail_batches(&mut self, failed: Vec<FailedBatch>) {
-        for batch in failed {
-            let records = self.records(&batch.done);
+        for FailedBatch { batch, .. } in failed {
+            let records = self.records(&batch);
             self.failed.extend(records);
         }
     }
@@ -155,8 +155,8 @@ impl ProducerModel {
     fn respond(&mut self) {
         let Some((correlation_id, result)) = self.responses.pop_front() else { return };
         match self.in_flight.on_response(self.stream, correlation_id, result) {
-            ResponseOutcome::Completed(done) => {
-                let records = self.records(&done);
+            ResponseOutcome::Completed(batch) => {
+                let records = self.records(&batch);
                 self.acknowledged.extend(records);
             }
             ResponseOutcome::Failed(failed) => self.fail_batches(failed),
