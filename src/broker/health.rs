@@ -167,7 +167,7 @@ impl Health {
                 format!("object store unavailable {}: {}", since(outage.lasted), one_line(&outage.reason))
             }),
             self.unregistered.lock().map(|at| {
-                let reason = lease_expiry_reason(self.ctx.metadata.silence());
+                let reason = lease_expiry_reason(self.ctx.metadata.staleness());
                 format!("registration lost {}: {reason}", since(at.elapsed()))
             }),
             self.ctx.store.regression().map(|reason| {

@@ -194,7 +194,7 @@ async fn only_a_tombstone_deletes_files_of_a_topic() {
 
     let mark = TombstoneValue { name: name.clone(), purged_since_ms: None };
     bench.change(Transaction::new().put(key.clone(), value)).await;
-    bench.change(Transaction::new().delete(key).put(bench.keys.deleted(id), mark.encode())).await;
+    bench.change(Transaction::new().delete(key).put(bench.keys.tombstone(id), mark.encode())).await;
     assert_eq!(bench.holds(id), (0, 0), "the tombstone deletes the files");
     bench.stop().await;
 }
@@ -457,7 +457,7 @@ async fn topic_deletion_is_completed_after_store_outage() {
     assert_eq!(bench.holds(id), (2, 2));
     bench.faulty_store.fail_gets(1);
     let mark = TombstoneValue { name: name.clone(), purged_since_ms: None };
-    let deleted = Transaction::new().delete(bench.keys.topic(&name)).put(bench.keys.deleted(id), mark.encode());
+    let deleted = Transaction::new().delete(bench.keys.topic(&name)).put(bench.keys.tombstone(id), mark.encode());
     bench.store.transact(deleted).await.unwrap();
     wait_until("the files are deleted", || bench.holds(id) == (0, 0)).await;
     bench.stop().await;

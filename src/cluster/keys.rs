@@ -133,8 +133,8 @@ impl Keys {
         self.path(&Key::Tier(id))
     }
 
-    /// Returns the path of a deleted topic's tombstone.
-    pub fn deleted(&self, id: TopicId) -> String {
+    /// Returns the path of the tombstone that the topic with this id gets when it is deleted.
+    pub fn tombstone(&self, id: TopicId) -> String {
         self.path(&Key::Tombstone(id))
     }
 

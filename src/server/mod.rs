@@ -311,7 +311,7 @@ fn broker_deps(config: &Config, time: &Tasks) -> NodeDeps {
                 Some(options) => Arc::new(EtcdStore::open(options).await?),
                 None => {
                     let meta = EmbeddedStore::open(&of.broker.data_dir).await?;
-                    meta.keep_time(&time);
+                    meta.spawn_lease_expiry(&time);
                     Arc::new(meta)
                 }
             };

@@ -73,7 +73,7 @@ pub async fn run_several(
     let mut shared = SharedDeps { meta: None, time: Tasks::new(), stop: Tasks::new(), room };
     if let Some(folder) = &metadata {
         let store = EmbeddedStore::open(folder).await?;
-        store.keep_time(&shared.time);
+        store.spawn_lease_expiry(&shared.time);
         shared.meta = Some(Arc::new(store));
     }
     let mut shutdown = pin!(shutdown);

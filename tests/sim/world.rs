@@ -36,7 +36,7 @@ impl Simulation {
         let began = clock::monotonic();
         let outside = SimProcess::new(0, seed, began);
         let (store, time) = (EmbeddedStore::in_memory(), outside.enter(Tasks::new));
-        store.keep_time(&time);
+        store.spawn_lease_expiry(&time);
         let shared = Shared { net: Net::default(), objects: Objects::new(began), trace: Trace::new(), began, seed };
         let machine = |id| {
             let meta = SimMeta::new(store.clone(), time.clone());

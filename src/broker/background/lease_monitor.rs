@@ -68,7 +68,7 @@ impl LeaseMonitor {
     /// Returns the time for which this broker has been cut off from the metadata store; zero while it is connected. A
     /// broker whose registration is renewed is connected, even if nothing has changed for a long time.
     pub(in crate::broker) fn metadata_staleness(&self) -> Duration {
-        if self.session.lease_remaining().is_zero() { self.ctx.metadata.silence() } else { Duration::ZERO }
+        if self.session.lease_remaining().is_zero() { self.ctx.metadata.staleness() } else { Duration::ZERO }
     }
 
     /// Rejects an operation that needs the metadata store while the store is unavailable, or has returned to an older

@@ -61,7 +61,7 @@ impl BrokerGauges {
         self.observe_followers(&state, &open);
         metrics.metadata_regressed.set(self.ctx.store.regression().is_some().into());
         metrics.metadata_revision.set(state.revision().0);
-        metrics.metadata_staleness_seconds.set(self.ctx.metadata.silence().as_secs_f64());
+        metrics.metadata_staleness_seconds.set(self.ctx.metadata.staleness().as_secs_f64());
         metrics.lease_remaining_seconds.set(self.session.lease_remaining().as_secs_f64());
     }
 

@@ -201,8 +201,9 @@ impl EmbeddedStore {
         if expired.is_empty() { Ok(()) } else { self.end_leases(expired, Some(now)).await }
     }
 
-    /// Ends expired leases by the monotonic clock until the tasks are stopped.
-    pub fn keep_time(&self, tasks: &Tasks) {
+    /// Starts a task that ends expired leases, by the monotonic clock, until `tasks` are stopped. Without this task, no
+    /// lease expires.
+    pub fn spawn_lease_expiry(&self, tasks: &Tasks) {
         let (store, stop) = (self.clone(), tasks.clone());
         tasks.spawn("metadata leases", async move {
             while stop.sleep_until_cancelled(LEASE_TICK).await.is_some() {

@@ -193,7 +193,7 @@ async fn dropped_caller_does_not_stop_others() {
 async fn leases_expire_by_the_clock() {
     let store = EmbeddedStore::in_memory();
     let tasks = Tasks::new();
-    store.keep_time(&tasks);
+    store.spawn_lease_expiry(&tasks);
     let lease = store.grant(Duration::from_secs(10)).await.expect("the store responds");
     store.transact(Transaction::new().put_leased("a", "", lease)).await.expect("the store responds");
     tokio::time::sleep(Duration::from_millis(9_900)).await;

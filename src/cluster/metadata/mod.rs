@@ -127,9 +127,10 @@ impl MetadataCache {
         ChangeFeed { changes: self.changes.subscribe(), started: false }
     }
 
-    /// Returns the time since the store last sent anything, progress notifications included. It grows while the cache
-    /// is disconnected. The embedded store sends only changes.
-    pub fn silence(&self) -> Duration {
+    /// Returns the time since the store's last response or event, progress notifications included. Grows while the
+    /// store does not respond. Grows without any fault in a standalone broker, because the embedded store sends only
+    /// changes.
+    pub fn staleness(&self) -> Duration {
         self.last_contact.lock().elapsed()
     }
 

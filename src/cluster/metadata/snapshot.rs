@@ -177,21 +177,23 @@ impl MetadataSnapshot {
         (cached != stored).then(|| format!("the cache at {revision} is {cached}, the list at {listed} is {stored}"))
     }
 
-    /// Returns the partition and tier keys that do not count, by topic.
-    pub(crate) fn strays(&self) -> BTreeMap<TopicId, Vec<(u32, PartitionEntry)>> {
-        let mut strays = BTreeMap::new();
+    /// Returns the partition keys and tier keys without an existing partition, by topic and partition number: the topic
+    /// does not exist, or the number is not below its partition count.
+    pub(crate) fn stale_partitions(&self) -> BTreeMap<TopicId, Vec<(u32, PartitionEntry)>> {
+        let mut stale_by_topic = BTreeMap::new();
         for (id, entries) in &self.partitions {
-            let count = self.names.get(id).and_then(|name| self.topics.get(name)).map_or(0, |t| t.value.partitions);
-            let above: Vec<_> = (0..)
+            let topic = self.names.get(id).and_then(|name| self.topics.get(name));
+            let partition_count = topic.map_or(0, |topic| topic.value.partitions);
+            let stale: Vec<_> = (0..)
                 .zip(entries.iter())
-                .filter(|(number, entry)| *number >= count && **entry != PartitionEntry::default())
+                .filter(|(number, entry)| *number >= partition_count && **entry != PartitionEntry::default())
                 .map(|(number, entry)| (number, entry.clone()))
                 .collect();
-            if !above.is_empty() {
-                strays.insert(*id, above);
+            if !stale.is_empty() {
+                stale_by_topic.insert(*id, stale);
             }
         }
-        strays
+        stale_by_topic
     }
 
     /// Applies the changes of a watch. Returns the changed keys; events older than the snapshot change nothing.

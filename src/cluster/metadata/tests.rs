@@ -93,7 +93,7 @@ fn list_applies_and_reports_only_missed_changes() {
     assert_eq!(changed, expected);
     assert_eq!((state.topic(&name()), state.name(id()), state.controller()), (None, None, Some(BrokerId(2))));
     assert_eq!(epoch(&state, 1), None, "a partition without its topic does not count");
-    assert_eq!(state.strays()[&id()].len(), 2);
+    assert_eq!(state.stale_partitions()[&id()].len(), 2);
 }
 
 #[test]
@@ -102,10 +102,10 @@ fn partitions_above_the_topics_count_do_not_count() {
     state.apply(&keys(), changes(11, vec![WatchEvent::Put(entry(partition_path(2), partition(0).encode(), 11))]));
     assert_eq!(epoch(&state, 2), None);
     assert_eq!(state.partitions_of(&topic(2)).count(), 2);
-    assert_eq!(state.strays()[&id()][0].0, 2);
+    assert_eq!(state.stale_partitions()[&id()][0].0, 2);
     state.apply(&keys(), changes(12, vec![WatchEvent::Put(entry(topic_path(), topic(3).encode(), 12))]));
     assert_eq!(epoch(&state, 2), Some(0));
-    assert!(state.strays().is_empty());
+    assert!(state.stale_partitions().is_empty());
     assert_eq!(state.partitions_on(BrokerId(1)).len(), 3);
 }
 

@@ -254,7 +254,7 @@ impl Topics {
                 .delete(entry.key)
                 .delete(self.keys.partition(PartitionId::new(value.id, 0)))
                 .put(
-                    self.keys.deleted(value.id),
+                    self.keys.tombstone(value.id),
                     TombstoneValue { name: name.clone(), purged_since_ms: None }.encode(),
                 );
             if let TxnOutcome::Committed { .. } = known_outcome(&*self.store, &transaction).await? {
@@ -268,7 +268,7 @@ impl Topics {
 
     /// Returns true if a topic was deleted on purpose. Reads the store and not the metadata cache.
     pub async fn was_deleted(&self, id: TopicId) -> Result<bool, MetaStoreError> {
-        Ok(self.store.get(&self.keys.deleted(id)).await?.entry.is_some())
+        Ok(self.store.get(&self.keys.tombstone(id)).await?.entry.is_some())
     }
 
     /// Deletes the partition keys of a deleted topic. The sweep deletes the keys that remain after an error.

@@ -163,7 +163,7 @@ impl Topics {
         // If the topic is deleted again before a delayed attempt is applied, its tombstone makes that attempt fail.
         let mut transaction = Transaction::new()
             .when(Compare::Absent(key.clone()))
-            .when(Compare::Absent(self.keys.deleted(id)))
+            .when(Compare::Absent(self.keys.tombstone(id)))
             .put(key.as_str(), value.encode())
             .else_get(key);
         transaction.ops.extend(puts);

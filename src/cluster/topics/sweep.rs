@@ -21,7 +21,7 @@ pub struct StaleKeySweeper {
 impl StaleKeySweeper {
     /// Runs once and deletes the remains that the previous run found too. Returns the topics with deleted keys.
     pub async fn run(&mut self, topics: &Topics) -> Result<Vec<TopicId>, MetaStoreError> {
-        let found = topics.metadata.state().strays();
+        let found = topics.metadata.state().stale_partitions();
         let before = std::mem::replace(&mut self.found, found.clone());
         let mut swept = Vec::new();
         for (id, strays) in found {
@@ -44,7 +44,7 @@ impl Topics {
     ) -> Result<bool, MetaStoreError> {
         let state = self.metadata.state();
         // The partitions may count by now. This check covers changes until here; the compare covers later ones.
-        if state.strays().get(&id).is_none_or(|strayed| strayed != strays) {
+        if state.stale_partitions().get(&id).is_none_or(|strayed| strayed != strays) {
             return Ok(false);
         }
         let same = match state.name(id).and_then(|name| state.topic(name).map(|topic| (name, topic))) {

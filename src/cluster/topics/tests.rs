@@ -428,7 +428,7 @@ async fn sweep_keeps_partitions_that_count_meanwhile() {
     let id = cluster.create("a", 2, 1).await.expect("created").value.id;
     let value = r#"{"replicas":[1],"leader":1,"leader_epoch":0,"isr":[1]}"#;
     cluster.put(&Key::Partition(PartitionId::new(id, 2)), value).await;
-    let strays = cluster.metadata.state().strays().remove(&id).expect("one partition too many");
+    let strays = cluster.metadata.state().stale_partitions().remove(&id).expect("one partition too many");
     cluster.topics.add_partitions(&name("a"), 3).await.expect("extended");
     cluster.catch_up().await;
     assert_eq!(cluster.topics.sweep_topic(id, &strays).await, Ok(false));

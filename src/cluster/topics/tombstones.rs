@@ -85,8 +85,8 @@ impl Topics {
         kept: Duration,
     ) -> Result<bool, MetaStoreError> {
         // Metadata keys of the topic count as data too; the sweep deletes them first.
-        let left = left || self.metadata.state().strays().contains_key(&tombstone.id);
-        let key = self.keys.deleted(tombstone.id);
+        let left = left || self.metadata.state().stale_partitions().contains_key(&tombstone.id);
+        let key = self.keys.tombstone(tombstone.id);
         let action = decide(tombstone.value.purged_since_ms, left, now_ms, kept);
         let transaction = Transaction::new().when(Compare::ModRevision(key.clone(), tombstone.mod_revision));
         let transaction = match action {

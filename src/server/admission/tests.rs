@@ -78,7 +78,7 @@ async fn other_cluster_with_same_name_is_rejected() {
     // cluster, and an unreadable one may.
     for (path, value) in [
         (path.clone(), topic(7).encode()),
-        (keys.deleted(partition().topic), Bytes::from_static(b"{}")),
+        (keys.tombstone(partition().topic), Bytes::from_static(b"{}")),
         (path, Bytes::from_static(b"invalid")),
     ] {
         let store = fresh();
