@@ -48,7 +48,7 @@ use crate::{
 /// Maximum time that a stop waits for the revocation of the lease.
 const REVOKE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Pause before a failed store operation is retried.
+/// Pause before a failed store request is retried, and between checks of another broker's registration.
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
 /// State of a broker's registration.
@@ -59,10 +59,9 @@ pub enum SessionState {
         /// Lease of the registration.
         lease: LeaseId,
     },
-    /// The registration is gone and is being created again. The process and its data are the same.
+    /// The registration was lost and is being created again by the same process.
     Lost,
-    /// Another process registered under this broker id with a copy of the data directory. Final: one of the two must
-    /// stop.
+    /// Another process registered with this broker id and a copy of the data directory. Final: this process must exit.
     Superseded {
         /// Client address of the other process, or a placeholder text if the registration could not be read.
         address: String,
@@ -82,9 +81,16 @@ pub enum RegisterError {
         /// Client address of the other broker.
         address: String,
     },
-    /// Another process registered under this broker id since the startup verification.
-    #[error("another process runs as broker {id} with a copy of this data directory: stop one of the two")]
-    Superseded { id: BrokerId },
+    /// Another process with a copy of this data directory has registered since this process verified its replicas.
+    #[error(
+        "another process at {address} registered with the same broker id {id} and a copy of this data directory: stop \
+         one of the two processes"
+    )]
+    Superseded {
+        id: BrokerId,
+        /// Client address of the other process, or a placeholder text if the registration could not be read.
+        address: String,
+    },
     #[error(transparent)]
     Store(#[from] MetaStoreError),
 }
@@ -112,26 +118,29 @@ pub struct RegistrationRequest {
 
 impl RegistrationRequest {
     /// Deletes an earlier registration of the same data directory. A registration of another directory, or in a format
-    /// that this version does not read, may belong to an exited process with a replaced disk. So this function waits
-    /// for the duration of a lease until such a registration ends.
+    /// that this version does not read, may belong to a running broker, or to an exited process whose disk was
+    /// replaced. This function waits for the duration of a lease until that registration expires.
+    ///
+    /// # Errors
+    /// `Taken`: the registration did not expire, so a running broker renews it.
     pub async fn clear(&self) -> Result<(), RegisterError> {
         let key = self.keys.broker(self.id);
         let deadline = clock::monotonic() + self.time + Duration::from_secs(1);
         let mut logged = false;
         while let Some(entry) = self.store.get(&key).await?.entry {
-            let other = BrokerValue::decode(&entry.key, &entry.value);
-            if other.as_ref().is_ok_and(|other| other.directory_id == self.value.directory_id) {
-                self.delete_entry(&entry).await?;
+            let registered = BrokerValue::decode(&entry.key, &entry.value);
+            if registered.as_ref().is_ok_and(|value| value.directory_id == self.value.directory_id) {
+                self.delete_if_unchanged(&entry).await?;
                 continue;
             }
-            let address = client_address(other.ok().as_ref());
+            let address = client_address(registered.ok().as_ref());
             if clock::monotonic() > deadline {
                 return Err(RegisterError::Taken { id: self.id, address });
             }
             if !std::mem::replace(&mut logged, true) {
                 tracing::warn!(
                     broker = %self.id, address,
-                    "the broker id is registered with another data directory: waiting, in case that broker is gone"
+                    "the broker id is registered with another data directory: waiting until that registration expires"
                 );
             }
             tokio::time::sleep(RETRY_INTERVAL).await;
@@ -147,38 +156,42 @@ impl RegistrationRequest {
         metadata: &MetadataCache,
         tasks: &Tasks,
     ) -> Result<Session, RegisterError> {
-        let renewed = Arc::new(Mutex::new(clock::monotonic()));
+        let last_renewal = Arc::new(Mutex::new(clock::monotonic()));
         let lease = self.store.grant(self.time).await?;
-        let (epoch, directory) = match self.write_registration(lease, directory_revision).await? {
-            RegisterResult::Registered { epoch, directory } => (epoch, directory),
-            RegisterResult::Superseded { .. } => return Err(RegisterError::Superseded { id: self.id }),
+        let (epoch, directory_revision) = match self.write_registration(lease, directory_revision).await? {
+            RegisterResult::Registered { epoch, directory_revision } => (epoch, directory_revision),
+            RegisterResult::Superseded { address } => {
+                return Err(RegisterError::Superseded { id: self.id, address });
+            }
         };
-        let (publish, state) = watch::channel(SessionState::Registered { epoch, lease });
+        let (state_sender, state) = watch::channel(SessionState::Registered { epoch, lease });
         let flags = Arc::new(BrokerFlags { disk_pressure: self.value.disk_pressure.into(), ..BrokerFlags::default() });
         let session_tasks = tasks.child();
         let registration = Arc::new(self);
         let keeper = LeaseKeeper {
             registration: Arc::clone(&registration),
             flags: Arc::clone(&flags),
-            renewed: Arc::clone(&renewed),
-            publish,
+            last_renewal: Arc::clone(&last_renewal),
+            state: state_sender,
             lease,
             epoch,
-            directory,
+            directory_revision,
             renewal_failures: LogThrottle::default(),
             registration_failures: LogThrottle::default(),
         };
         session_tasks.spawn("broker session", keeper.run(metadata.watch(), session_tasks.clone()));
-        Ok(Session { registration, state, flags, renewed, tasks: session_tasks })
+        Ok(Session { registration, state, flags, last_renewal, tasks: session_tasks })
     }
 
-    /// Returns the value of the directory record while this process runs.
-    fn directory(&self) -> DirectoryValue {
+    /// Returns the directory record that this process writes with its registration.
+    fn directory_record(&self) -> DirectoryValue {
         let BrokerValue { directory_id, incarnation, .. } = &self.value;
         DirectoryValue { directory_id: directory_id.clone(), incarnation: incarnation.clone() }
     }
 
-    /// Writes both keys in one transaction. Repeats until the transaction is applied or another process is found.
+    /// Writes the registration, under `lease`, and the directory record in one transaction. The transaction requires
+    /// that no registration exists and that the directory record has the revision `directory_revision` (`None`: that
+    /// there is no record). Repeats until the transaction is applied, or another process has changed the record.
     async fn write_registration(
         &self,
         lease: LeaseId,
@@ -187,59 +200,73 @@ impl RegistrationRequest {
         let (broker, directory) = (self.keys.broker(self.id), self.keys.directory(self.id));
         let mut directory_revision = directory_revision;
         loop {
-            let same = match directory_revision {
+            let record_unchanged = match directory_revision {
                 Some(revision) => Compare::ModRevision(directory.clone(), revision),
                 None => Compare::Absent(directory.clone()),
             };
             let transaction = Transaction::new()
                 .when(Compare::Absent(broker.clone()))
-                .when(same)
+                .when(record_unchanged)
                 .put_leased(broker.as_str(), self.value.encode(), lease)
-                .put(directory.as_str(), self.directory().encode())
+                .put(directory.as_str(), self.directory_record().encode())
                 .else_get(broker.as_str())
                 .else_get(directory.as_str());
             let mut found = match self.store.transact(transaction).await? {
                 TxnOutcome::Committed { revision } => {
-                    return Ok(RegisterResult::Registered { epoch: revision, directory: revision });
+                    return Ok(RegisterResult::Registered { epoch: revision, directory_revision: revision });
                 }
                 TxnOutcome::CompareFailed { found, .. } => found.into_iter(),
             };
-            let (registered, recorded) = (found.next().flatten(), found.next().flatten());
-            let other = registered.as_ref().and_then(|entry| BrokerValue::decode(&entry.key, &entry.value).ok());
-            let ours = recorded.as_ref().filter(|entry| entry.value == self.directory().encode());
-            if recorded.as_ref().map(|entry| entry.mod_revision) != directory_revision && ours.is_none() {
-                return Ok(RegisterResult::Superseded { address: client_address(other.as_ref()) });
+            let (registration, record) = (found.next().flatten(), found.next().flatten());
+            // The record contains the incarnation, so only this process writes an equal one.
+            let own_record = record.as_ref().filter(|entry| entry.value == self.directory_record().encode());
+            if record.as_ref().map(|entry| entry.mod_revision) != directory_revision && own_record.is_none() {
+                let value = registration.and_then(|entry| BrokerValue::decode(&entry.key, &entry.value).ok());
+                return Ok(RegisterResult::Superseded { address: client_address(value.as_ref()) });
             }
-            if let (Some(entry), Some(record)) = (&registered, ours)
+            if let (Some(entry), Some(record)) = (&registration, own_record)
                 && entry.lease == Some(lease)
             {
-                // The response of an earlier attempt was lost: it was applied.
-                return Ok(RegisterResult::Registered { epoch: entry.create_revision, directory: record.mod_revision });
+                // An earlier attempt was applied, and its response was lost.
+                return Ok(RegisterResult::Registered {
+                    epoch: entry.create_revision,
+                    directory_revision: record.mod_revision,
+                });
             }
-            directory_revision = recorded.map(|entry| entry.mod_revision);
-            // This process's own earlier registration, or one that no broker wrote. The new registration needs its own
+            directory_revision = record.map(|entry| entry.mod_revision);
+            // An earlier registration of this process, or one that no broker wrote. The new registration needs its own
             // create revision.
-            if let Some(entry) = registered {
-                self.delete_entry(&entry).await?;
+            if let Some(entry) = registration {
+                self.delete_if_unchanged(&entry).await?;
             }
         }
     }
 
-    async fn delete_entry(&self, entry: &KeyValue) -> Result<(), MetaStoreError> {
-        let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
-        self.store.transact(Transaction::new().when(same).delete(entry.key.as_str())).await?;
+    /// Deletes a key, unless it was changed after it was read as `entry`. The caller reads the key again in any case.
+    async fn delete_if_unchanged(&self, entry: &KeyValue) -> Result<(), MetaStoreError> {
+        let unchanged = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
+        self.store.transact(Transaction::new().when(unchanged).delete(entry.key.as_str())).await?;
         Ok(())
     }
 }
 
-/// Returns the client address of a broker, or a placeholder if the registration could not be read.
+/// Returns the client address in a registration, or a placeholder if there is none or it could not be read.
 fn client_address(value: Option<&BrokerValue>) -> String {
     value.map_or_else(|| "an unknown address".to_owned(), |value| value.listeners.client().to_owned())
 }
 
+/// Result of [`RegistrationRequest::write_registration`].
 enum RegisterResult {
-    Registered { epoch: Revision, directory: Revision },
-    Superseded { address: String },
+    Registered {
+        epoch: Revision,
+        /// Revision of the directory record that was written with the registration.
+        directory_revision: Revision,
+    },
+    /// Another process has changed the directory record.
+    Superseded {
+        /// Client address of the other process, or a placeholder text if the registration could not be read.
+        address: String,
+    },
 }
 
 /// The registration of a running broker. Cheap to clone.
@@ -248,7 +275,8 @@ pub struct Session {
     registration: Arc<RegistrationRequest>,
     state: watch::Receiver<SessionState>,
     flags: Arc<BrokerFlags>,
-    renewed: Arc<Mutex<Instant>>,
+    /// Start time of the last successful renewal of the lease.
+    last_renewal: Arc<Mutex<Instant>>,
     tasks: Tasks,
 }
 
@@ -269,9 +297,9 @@ impl Session {
     /// Returns the minimum remaining lifetime of the lease without further renewals; zero while the broker is not
     /// registered. The value depends on this process's clock, so no invariant may rely on it.
     pub fn lease_remaining(&self) -> Duration {
-        let renewed = *self.renewed.lock();
+        let last_renewal = *self.last_renewal.lock();
         match *self.state.borrow() {
-            SessionState::Registered { .. } => self.registration.time.saturating_sub(renewed.elapsed()),
+            SessionState::Registered { .. } => self.registration.time.saturating_sub(last_renewal.elapsed()),
             SessionState::Lost | SessionState::Superseded { .. } => Duration::ZERO,
         }
     }
@@ -283,15 +311,15 @@ impl Session {
     }
 
     /// Publishes whether the broker is under disk pressure, so that it gets no new replicas. The broker epoch stays.
-    pub async fn set_disk_pressure(&self, full: bool) -> Result<(), MetaStoreError> {
-        self.flags.disk_pressure.store(full, Ordering::Release);
+    pub async fn set_disk_pressure(&self, is_under_pressure: bool) -> Result<(), MetaStoreError> {
+        self.flags.disk_pressure.store(is_under_pressure, Ordering::Release);
         self.update_flags().await
     }
 
     /// Publishes whether the disk is full, so that other brokers take over its leaderships where possible. The broker
     /// epoch stays.
-    pub async fn set_disk_full(&self, full: bool) -> Result<(), MetaStoreError> {
-        self.flags.disk_full.store(full, Ordering::Release);
+    pub async fn set_disk_full(&self, is_full: bool) -> Result<(), MetaStoreError> {
+        self.flags.disk_full.store(is_full, Ordering::Release);
         self.update_flags().await
     }
 
@@ -300,23 +328,24 @@ impl Session {
         self.flags.disk_pressure.load(Ordering::Acquire)
     }
 
-    /// Writes the current flags into the registration.
+    /// Writes the current flags into the registration. Does nothing while the broker is not registered, because the
+    /// next registration contains them.
     async fn update_flags(&self) -> Result<(), MetaStoreError> {
         let RegistrationRequest { store, keys, id, value, .. } = &*self.registration;
         loop {
             let SessionState::Registered { epoch, lease } = self.state.borrow().clone() else { return Ok(()) };
-            let (key, value) = (keys.broker(*id), self.flags.apply_to(value));
-            // If the compare fails, the registration was lost; the new registration will contain the flags.
-            let same = Compare::CreateRevision(key.clone(), epoch);
-            store.transact(Transaction::new().when(same).put_leased(key, value.encode(), lease)).await?;
-            // The flags may have changed meanwhile, and this write may have overwritten the newer flags.
-            if self.flags.apply_to(&value) == value {
+            let (key, written) = (keys.broker(*id), self.flags.apply_to(value));
+            // If the compare fails, the registration was lost; the next registration contains the flags.
+            let same_epoch = Compare::CreateRevision(key.clone(), epoch);
+            store.transact(Transaction::new().when(same_epoch).put_leased(key, written.encode(), lease)).await?;
+            // A concurrent call may have changed the flags, and this write may have overwritten the newer ones.
+            if self.flags.apply_to(value) == written {
                 return Ok(());
             }
         }
     }
 
-    /// Stops the session and revokes the lease.
+    /// Stops the session. Its task revokes the lease, which deletes the registration.
     pub async fn leave(&self) {
         self.tasks.stop().await;
     }
@@ -346,39 +375,43 @@ struct LeaseKeeper {
     registration: Arc<RegistrationRequest>,
     flags: Arc<BrokerFlags>,
     /// Start time of the last successful renewal.
-    renewed: Arc<Mutex<Instant>>,
-    publish: watch::Sender<SessionState>,
+    last_renewal: Arc<Mutex<Instant>>,
+    state: watch::Sender<SessionState>,
+    /// Lease of the last registration or attempt to register.
     lease: LeaseId,
+    /// Epoch of the last registration.
     epoch: Revision,
-    /// Revision of the last write to the directory record.
-    directory: Revision,
+    /// Revision of this process's last write to the directory record.
+    directory_revision: Revision,
     renewal_failures: LogThrottle,
     registration_failures: LogThrottle,
 }
 
 impl LeaseKeeper {
+    /// Renews the lease at a third of its duration, and registers again whenever the registration is lost. Revokes the
+    /// lease and returns when `stop` is cancelled; returns at once when the broker is superseded.
     async fn run(mut self, mut metadata: watch::Receiver<Arc<MetadataSnapshot>>, stop: Tasks) {
         let renew_interval = self.registration.time / 3;
-        let mut due = clock::monotonic() + renew_interval;
+        let mut next_renewal = clock::monotonic() + renew_interval;
         loop {
             let is_registered = tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
                 Ok(()) = metadata.changed() => {
-                    let missing = self.is_missing(&metadata.borrow_and_update());
-                    if missing { self.reregister().await } else { true }
+                    let is_missing = self.is_missing(&metadata.borrow_and_update());
+                    if is_missing { self.reregister().await } else { true }
                 }
-                () = tokio::time::sleep_until(due) => {
+                () = tokio::time::sleep_until(next_renewal) => {
                     let is_registered = self.keep_alive().await;
-                    due = clock::monotonic() + if is_registered { renew_interval } else { RETRY_INTERVAL };
+                    next_renewal = clock::monotonic() + if is_registered { renew_interval } else { RETRY_INTERVAL };
                     is_registered
                 }
             };
-            if matches!(*self.publish.borrow(), SessionState::Superseded { .. }) {
+            if matches!(*self.state.borrow(), SessionState::Superseded { .. }) {
                 return;
             }
             if !is_registered {
-                due = due.min(clock::monotonic() + RETRY_INTERVAL);
+                next_renewal = next_renewal.min(clock::monotonic() + RETRY_INTERVAL);
             }
         }
         let revoked = tokio::time::timeout(REVOKE_TIMEOUT, self.registration.store.revoke(self.lease));
@@ -387,26 +420,27 @@ impl LeaseKeeper {
         }
     }
 
-    /// Returns true if the metadata cache does not show this registration although its revision is new enough. False
-    /// while the registration is being created again: the timer triggers the next attempt.
-    fn is_missing(&self, state: &MetadataSnapshot) -> bool {
-        if state.revision() < self.epoch || matches!(*self.publish.borrow(), SessionState::Lost) {
+    /// Returns true if a snapshot that is as new as the registration does not contain it. Returns false in the state
+    /// `Lost`, in which only the timer triggers attempts to register.
+    fn is_missing(&self, snapshot: &MetadataSnapshot) -> bool {
+        if snapshot.revision() < self.epoch || matches!(*self.state.borrow(), SessionState::Lost) {
             return false;
         }
-        let entry = state.brokers().get(&self.registration.id);
+        let entry = snapshot.brokers().get(&self.registration.id);
         entry.is_none_or(|entry| entry.create_revision != self.epoch)
-            || state.unreadable().contains_key(&Key::Broker(self.registration.id))
+            || snapshot.unreadable().contains_key(&Key::Broker(self.registration.id))
     }
 
-    /// Renews the lease. Returns false if the store was not reached.
+    /// Renews the lease; registers again if the lease has ended or the registration is lost. Returns false if another
+    /// attempt is needed soon.
     async fn keep_alive(&mut self) -> bool {
-        if matches!(*self.publish.borrow(), SessionState::Lost) {
+        if matches!(*self.state.borrow(), SessionState::Lost) {
             return self.reregister().await;
         }
         let started = clock::monotonic();
         match self.registration.store.keep_alive(self.lease).await {
             Ok(()) => {
-                self.renewed_at(started);
+                *self.last_renewal.lock() = started;
                 if self.renewal_failures.recover().is_some() {
                     tracing::info!("the broker's lease is renewed again");
                 }
@@ -422,26 +456,23 @@ impl LeaseKeeper {
         }
     }
 
-    /// Registers again after the registration was lost. Returns false if another attempt is needed.
+    /// Publishes that the registration is lost, and registers again. Returns false if another attempt is needed, and
+    /// true if the broker is registered or superseded.
     async fn reregister(&mut self) -> bool {
-        self.publish.send_if_modified(|state| std::mem::replace(state, SessionState::Lost) != SessionState::Lost);
+        self.state.send_if_modified(|state| std::mem::replace(state, SessionState::Lost) != SessionState::Lost);
         match self.retry_registration().await {
-            Ok(RegisterResult::Registered { epoch, directory }) => {
+            Ok(RegisterResult::Registered { epoch, directory_revision }) => {
                 tracing::warn!(%epoch, "the broker's registration was lost: the broker is registered again");
-                (self.epoch, self.directory) = (epoch, directory);
+                (self.epoch, self.directory_revision) = (epoch, directory_revision);
                 self.renewal_failures.recover();
                 self.registration_failures.recover();
-                self.publish.send_replace(SessionState::Registered { epoch, lease: self.lease });
+                self.state.send_replace(SessionState::Registered { epoch, lease: self.lease });
                 true
             }
             Ok(RegisterResult::Superseded { address }) => {
-                let id = self.registration.id;
-                tracing::error!(
-                    broker = %id, address,
-                    "another process now runs under this broker id with a copy of this data directory: stop one of the \
-                     two"
-                );
-                self.publish.send_replace(SessionState::Superseded { address });
+                let error = RegisterError::Superseded { id: self.registration.id, address: address.clone() };
+                tracing::error!(%error, "this broker is superseded and must exit");
+                self.state.send_replace(SessionState::Superseded { address });
                 true
             }
             Err(error) => {
@@ -453,18 +484,16 @@ impl LeaseKeeper {
         }
     }
 
-    fn renewed_at(&self, moment: Instant) {
-        *self.renewed.lock() = moment;
-    }
-
+    /// Makes one attempt to register under a new lease, with the current flags. The attempt compares the directory
+    /// record with this process's last write, and so detects a later process with a copy of the data directory.
     async fn retry_registration(&mut self) -> Result<RegisterResult, MetaStoreError> {
         let value = self.flags.apply_to(&self.registration.value);
         let registration = RegistrationRequest { value, ..(*self.registration).clone() };
         // The old lease may have expired; a new lease is certain to be live.
         let started = clock::monotonic();
         self.lease = registration.store.grant(registration.time).await?;
-        self.renewed_at(started);
-        registration.write_registration(self.lease, Some(self.directory)).await
+        *self.last_renewal.lock() = started;
+        registration.write_registration(self.lease, Some(self.directory_revision)).await
     }
 }
 

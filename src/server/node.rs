@@ -170,11 +170,9 @@ impl Node {
         let mut state = self.session.state();
         let last = state.wait_for(|state| matches!(state, SessionState::Superseded { .. })).await;
         match last.as_deref() {
-            Ok(SessionState::Superseded { address }) => anyhow::anyhow!(
-                "broker {} is superseded by another process at {address} with a copy of this data directory: stop one \
-                 of the two",
-                self.broker.id()
-            ),
+            Ok(SessionState::Superseded { address }) => {
+                RegisterError::Superseded { id: self.broker.id(), address: address.clone() }.into()
+            }
             // The session has ended, so its state no longer changes.
             _ => std::future::pending().await,
         }

@@ -249,7 +249,7 @@ fn copied_data_directory_makes_one_process_exit() {
         (true, false) => Some(second.log()),
         _ => None,
     });
-    assert!(log.contains("with a copy of this data directory: stop one of the two"), "{log}");
+    assert!(log.contains("registered with the same broker id 1 and a copy of this data directory"), "{log}");
 }
 
 fn copy(from: &std::path::Path, to: &std::path::Path) {
