@@ -1,4 +1,4 @@
-//! Recent changes for watches: one bounded copy for all of them. A watch is a position in it.
+//! The recent changes, which all watches read: one bounded history, and for each watch a cursor in it.
 
 use std::{
     collections::VecDeque,
@@ -16,11 +16,16 @@ pub(super) const MAX_REVISIONS: usize = if cfg!(test) { 500 } else { 10_000 };
 /// Maximum number of key and value bytes in the history.
 const MAX_BYTES: usize = 16 << 20;
 
+/// Number of events after which one result of a watch ends; the next result contains the rest.
+const MAX_RESULT_EVENTS: usize = 1000;
+
 /// The changes of the last revisions, in order and without gaps.
 pub(super) struct ChangeHistory {
+    /// One element per revision, from `oldest` on.
     changes: VecDeque<Arc<WatchBatch>>,
+    /// Key and value bytes of `changes`.
     bytes: usize,
-    /// First revision at which a watch can start: that of the first change, or the next one.
+    /// First revision at which a watch can start: that of the first change, or the next revision if there is none.
     oldest: Revision,
 }
 
@@ -34,12 +39,12 @@ impl ChangeHistory {
     pub(super) fn append(&mut self, changes: Vec<Arc<WatchBatch>>) {
         for change in changes {
             assert_eq!(change.revision.0, self.oldest.0 + self.changes.len() as u64, "revisions have no gaps");
-            self.bytes += bytes(&change);
+            self.bytes += key_value_bytes(&change);
             self.changes.push_back(change);
         }
         while self.changes.len() > MAX_REVISIONS || self.bytes > MAX_BYTES {
             let Some(evicted) = self.changes.pop_front() else { break };
-            self.bytes -= bytes(&evicted);
+            self.bytes -= key_value_bytes(&evicted);
             self.oldest = evicted.revision.next();
         }
     }
@@ -57,56 +62,61 @@ impl ChangeHistory {
     }
 }
 
-fn bytes(changes: &WatchBatch) -> usize {
-    let event = |event: &WatchEvent| match event {
+fn key_value_bytes(changes: &WatchBatch) -> usize {
+    let event_bytes = |event: &WatchEvent| match event {
         WatchEvent::Put(entry) => entry.key.len() + entry.value.len(),
         WatchEvent::Delete { key, .. } => key.len(),
     };
-    changes.events.iter().map(event).sum()
+    changes.events.iter().map(event_bytes).sum()
 }
 
 /// Position of one watch.
 pub(super) struct WatchCursor {
     /// Weak: a watch must not keep the file open. The watch ends with the store's last handle.
     inner: Weak<EmbeddedInner>,
-    reached: watch::Receiver<Revision>,
+    /// Newest revision in the history.
+    newest: watch::Receiver<Revision>,
     prefix: String,
+    /// First revision that the watch has not returned.
     next: Revision,
 }
 
 impl WatchCursor {
     /// Returns the cursor of a watch of the keys under a prefix, from a revision on.
     pub(super) fn new(inner: &Arc<EmbeddedInner>, prefix: &str, from: Revision) -> Self {
-        Self { inner: Arc::downgrade(inner), reached: inner.reached.subscribe(), prefix: prefix.to_owned(), next: from }
+        Self { inner: Arc::downgrade(inner), newest: inner.newest.subscribe(), prefix: prefix.to_owned(), next: from }
     }
 
-    /// Returns the changes under the prefix from the cursor on; `None` if there is no new revision.
+    /// Returns the changes under the prefix from the cursor on, and moves the cursor. `None`: there is no new revision,
+    /// or the store is closed.
     fn read(&mut self) -> Result<Option<WatchBatch>, MetaStoreError> {
         let Some(inner) = self.inner.upgrade() else { return Ok(None) };
         let history = inner.history.lock();
-        let first = self.next;
+        let start = self.next;
         let mut events = Vec::new();
-        // Bounds one result; the rest follows in the next.
-        while events.len() < 1000
+        while events.len() < MAX_RESULT_EVENTS
             && let Some(changes) = history.at(self.next)?
         {
             events.extend(changes.events.iter().filter(|event| event.key().starts_with(&self.prefix)).cloned());
             self.next = self.next.next();
         }
-        Ok((self.next > first).then(|| WatchBatch { revision: Revision(self.next.0 - 1), events }))
+        Ok((self.next > start).then(|| WatchBatch { revision: Revision(self.next.0 - 1), events }))
     }
 }
 
-/// Returns the next item of a watch's stream. After an error there is no cursor left, and the stream ends.
+/// Returns the next item of a watch's stream, for `futures::stream::unfold`. The stream ends when the store is closed,
+/// and after an error, which leaves no cursor.
 pub(super) async fn step(
     cursor: Option<WatchCursor>,
 ) -> Option<(Result<WatchBatch, MetaStoreError>, Option<WatchCursor>)> {
     let mut cursor = cursor?;
     loop {
-        cursor.reached.mark_unchanged();
+        // Before the read: a revision that is published during the read ends the wait below.
+        cursor.newest.mark_unchanged();
         match cursor.read() {
             Ok(Some(changes)) => return Some((Ok(changes), Some(cursor))),
-            Ok(None) => cursor.reached.changed().await.ok()?,
+            // The wait fails when the store is closed.
+            Ok(None) => cursor.newest.changed().await.ok()?,
             Err(error) => return Some((Err(error), None)),
         }
     }

@@ -4,8 +4,8 @@
 //!
 //! The file has two tables: `entries` (path → create revision, mod revision, lease, value) and `store` (format,
 //! revision). Reads are read transactions of redb and never wait for writes. Transactions queue; the caller that gets
-//! the permit applies all queued ones in one commit, and their callers share one sync. Watches read recent changes from
-//! one bounded history in memory, each at its own position, without buffers of their own.
+//! the commit permit applies all queued transactions in one commit, with one sync. Recent changes are in one bounded
+//! history in memory; each watch is a cursor in this history and has no buffer of its own.
 //!
 //! # Invariants
 //!
@@ -17,8 +17,8 @@
 //!
 //! # Crash
 //!
-//! The file holds the last commit. Leases exist in memory only: their keys are deleted when the file is opened, since
-//! their holder ended with the process. The history is lost too: a watch of older changes returns `Compacted`.
+//! The file holds the last commit. Leases exist in memory only, and their holder exited with the process, so leased keys
+//! are deleted when the file is opened. The history is lost too: a watch of older changes returns `Compacted`.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -38,7 +38,7 @@ use tokio::{
 
 use self::{
     history::{ChangeHistory, WatchCursor},
-    table::{entry, find},
+    table::{decode_row, find},
 };
 use super::store::{
     GetResult, LeaseId, ListResult, MetaStore, MetaStoreError, Revision, StoreFuture, Transaction, TxnOutcome, Watch,
@@ -57,7 +57,7 @@ pub const FILE_NAME: &str = crate::log::METADATA;
 /// Size of redb's page cache in bytes. Metadata is small, and the metadata cache holds a copy.
 const CACHE_BYTES: usize = 16 << 20;
 
-/// Minimum free disk space in bytes for a commit: more than one commit writes.
+/// Free disk space, in bytes, below which a commit is rejected. One commit writes less.
 const MIN_FREE_COMMIT_BYTES: u64 = 4 << 20;
 
 /// Interval of checks for expired leases.
@@ -107,17 +107,17 @@ struct EmbeddedInner {
     database: Database,
     /// Directory of the file; `None` for an in-memory store. Calls that may reach a disk run on blocking threads.
     folder: Option<PathBuf>,
-    /// Permit to commit. Taken before the queue is emptied, so that further transactions can queue meanwhile.
-    turn: Arc<Semaphore>,
+    /// One permit, which the caller holds that commits the queue. Further transactions queue during the commit.
+    commit_permit: Arc<Semaphore>,
     queue: Mutex<VecDeque<PendingTransaction>>,
-    /// Newest revision in the file. Locked during a whole commit: never lock it on an async thread.
+    /// Newest revision in the file. Locked during a whole commit, so it is locked only within `EmbeddedStore::access`.
     writer: Mutex<Revision>,
-    /// Reason why writes are no longer possible.
+    /// Reason of the first failed commit. Once it is set, every call fails.
     failed: OnceLock<String>,
     leases: Mutex<LeaseTable>,
     history: Mutex<ChangeHistory>,
     /// Newest revision in the history; watches wait for its changes.
-    reached: watch::Sender<Revision>,
+    newest: watch::Sender<Revision>,
 }
 
 struct PendingTransaction {
@@ -125,20 +125,23 @@ struct PendingTransaction {
     response: oneshot::Sender<Result<TxnOutcome, MetaStoreError>>,
 }
 
+/// The live leases.
 #[derive(Default)]
 struct LeaseTable {
     by_id: BTreeMap<LeaseId, LeaseState>,
-    last: i64,
+    /// Id of the newest lease; 0 before the first one.
+    last_id: i64,
 }
 
 struct LeaseState {
-    time: Duration,
+    /// Time from a renewal to the deadline.
+    duration: Duration,
     deadline: Instant,
 }
 
 impl fmt::Debug for EmbeddedStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EmbeddedStore").field("revision", &*self.inner.reached.borrow()).finish_non_exhaustive()
+        f.debug_struct("EmbeddedStore").field("revision", &*self.inner.newest.borrow()).finish_non_exhaustive()
     }
 }
 
@@ -168,32 +171,35 @@ impl EmbeddedStore {
         Self::load(database, None, Path::new("memory")).expect("an empty database can be loaded")
     }
 
+    /// Returns the store of an open database, after its format was checked and the leased keys of the previous process
+    /// were deleted. `folder` is `None` for an in-memory store; `path` appears in errors.
     fn load(database: Database, folder: Option<PathBuf>, path: &Path) -> Result<Self, EmbeddedStoreError> {
-        let corrupt = |error: redb::Error| match error {
+        let load_error = |error: redb::Error| match error {
             redb::Error::Io(source) => EmbeddedStoreError::Io { path: path.to_owned(), source },
             other => EmbeddedStoreError::Corrupt { path: path.to_owned(), reason: other.to_string() },
         };
-        if let Some(found) = table::format(&database).map_err(corrupt)?.filter(|found| *found > table::FORMAT) {
+        let format = table::read_format(&database).map_err(load_error)?;
+        if let Some(found) = format.filter(|format| *format > table::FORMAT) {
             return Err(EmbeddedStoreError::Newer { path: path.to_owned(), found, known: table::FORMAT });
         }
-        let revision = table::begin(&database).map_err(corrupt)?;
+        let revision = table::initialize(&database).map_err(load_error)?;
         Ok(Self {
             inner: Arc::new(EmbeddedInner {
                 database,
                 folder,
-                turn: Arc::new(Semaphore::new(1)),
+                commit_permit: Arc::new(Semaphore::new(1)),
                 queue: Mutex::default(),
                 writer: Mutex::new(revision),
                 failed: OnceLock::new(),
                 leases: Mutex::default(),
                 history: Mutex::new(ChangeHistory::after(revision)),
-                reached: watch::Sender::new(revision),
+                newest: watch::Sender::new(revision),
             }),
         })
     }
 
     /// Ends every lease that has expired at `now`, and deletes the keys of these leases in one transaction.
-    pub async fn tick(&self, now: Instant) -> Result<(), MetaStoreError> {
+    pub async fn expire_leases(&self, now: Instant) -> Result<(), MetaStoreError> {
         let expired: Vec<LeaseId> = {
             let leases = self.inner.leases.lock();
             leases.by_id.iter().filter(|(_, lease)| lease.deadline <= now).map(|(id, _)| *id).collect()
@@ -207,30 +213,31 @@ impl EmbeddedStore {
         let (store, stop) = (self.clone(), tasks.clone());
         tasks.spawn("metadata leases", async move {
             while stop.sleep_until_cancelled(LEASE_TICK).await.is_some() {
-                if let Err(error) = store.tick(clock::monotonic()).await {
+                if let Err(error) = store.expire_leases(clock::monotonic()).await {
                     tracing::error!(%error, "expired leases could not be ended");
                 }
             }
         });
     }
 
-    /// Runs a database access: on a blocking thread if it may reach a disk.
-    async fn run<T: Send + 'static>(&self, function: impl FnOnce(&EmbeddedInner) -> T + Send + 'static) -> T {
+    /// Runs `function`: on a blocking thread if the database is a file, on the caller's thread if it is in memory.
+    async fn access<T: Send + 'static>(&self, function: impl FnOnce(&EmbeddedInner) -> T + Send + 'static) -> T {
         let inner = self.inner.clone();
         if inner.folder.is_some() { task::run_blocking(move || function(&inner)).await } else { function(&inner) }
     }
 
-    async fn end_leases(&self, leases: Vec<LeaseId>, expired_at: Option<Instant>) -> Result<(), MetaStoreError> {
-        self.run(move |inner| {
+    /// Ends these leases and deletes their keys in one transaction. With `expired_at`, a lease whose deadline is later is
+    /// kept, because it was renewed after the caller had selected it.
+    async fn end_leases(&self, ids: Vec<LeaseId>, expired_at: Option<Instant>) -> Result<(), MetaStoreError> {
+        self.access(move |inner| {
             let mut writer = inner.writer.lock();
             let mut ended = BTreeSet::new();
             {
-                let mut table = inner.leases.lock();
-                for id in leases {
-                    // Keep a lease that was renewed since the check.
-                    let ends = table.by_id.get(&id).is_some_and(|l| expired_at.is_none_or(|now| l.deadline <= now));
-                    if ends {
-                        table.by_id.remove(&id);
+                let mut leases = inner.leases.lock();
+                let has_expired = |lease: &LeaseState| expired_at.is_none_or(|now| lease.deadline <= now);
+                for id in ids {
+                    if leases.by_id.get(&id).is_some_and(has_expired) {
+                        leases.by_id.remove(&id);
                         ended.insert(id);
                     }
                 }
@@ -244,7 +251,7 @@ impl EmbeddedStore {
 impl MetaStore for EmbeddedStore {
     fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
         let key = key.to_owned();
-        Box::pin(self.run(move |inner| {
+        Box::pin(self.access(move |inner| {
             inner.check_usable()?;
             inner.read(|revision, entries| Ok(GetResult { revision, entry: find(entries, &key)? }))
         }))
@@ -252,7 +259,7 @@ impl MetaStore for EmbeddedStore {
 
     fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
         let prefix = prefix.to_owned();
-        Box::pin(self.run(move |inner| {
+        Box::pin(self.access(move |inner| {
             inner.check_usable()?;
             inner.read(|revision, entries| {
                 let mut listed = Vec::new();
@@ -261,7 +268,7 @@ impl MetaStore for EmbeddedStore {
                     if !key.value().starts_with(&prefix) {
                         break;
                     }
-                    listed.push(entry(key.value(), value.value()));
+                    listed.push(decode_row(key.value(), value.value()));
                 }
                 Ok(ListResult { revision, entries: listed })
             })
@@ -273,13 +280,13 @@ impl MetaStore for EmbeddedStore {
             transaction.check()?;
             let (sender, mut receiver) = oneshot::channel();
             self.inner.queue.lock().push_back(PendingTransaction { transaction, response: sender });
-            let permit = self.inner.turn.clone().acquire_owned().await.expect("the semaphore is never closed");
+            let permit = self.inner.commit_permit.clone().acquire_owned().await.expect("the semaphore is never closed");
             // The previous holder of the permit may have applied this transaction.
             if let Ok(outcome) = receiver.try_recv() {
                 return outcome;
             }
-            // The work owns the permit: if this caller is dropped, the next one still waits for the commit.
-            self.run(move |inner| {
+            // The closure owns the permit. If this future is dropped, the permit is still held until the commit ends.
+            self.access(move |inner| {
                 inner.commit_queued();
                 drop(permit);
             })
@@ -300,9 +307,9 @@ impl MetaStore for EmbeddedStore {
         Box::pin(async move {
             self.inner.check_usable()?;
             let mut leases = self.inner.leases.lock();
-            leases.last += 1;
-            let id = LeaseId(leases.last);
-            leases.by_id.insert(id, LeaseState { time, deadline: clock::monotonic() + time });
+            leases.last_id += 1;
+            let id = LeaseId(leases.last_id);
+            leases.by_id.insert(id, LeaseState { duration: time, deadline: clock::monotonic() + time });
             Ok(id)
         })
     }
@@ -312,7 +319,7 @@ impl MetaStore for EmbeddedStore {
             self.inner.check_usable()?;
             let mut leases = self.inner.leases.lock();
             let state = leases.by_id.get_mut(&lease).ok_or(MetaStoreError::LeaseGone { lease })?;
-            state.deadline = clock::monotonic() + state.time;
+            state.deadline = clock::monotonic() + state.duration;
             Ok(())
         })
     }
@@ -331,7 +338,7 @@ impl EmbeddedInner {
         }
     }
 
-    /// Reads at one revision.
+    /// Calls `function` with the newest revision in the file and the entries at that revision.
     fn read<T>(
         &self,
         function: impl FnOnce(Revision, &table::ReadEntries) -> Result<T, redb::Error>,
@@ -339,48 +346,49 @@ impl EmbeddedInner {
         table::read(&self.database, function).map_err(MetaStoreError::unavailable)
     }
 
-    /// Applies all queued transactions in one commit and sends their results.
+    /// Applies all queued transactions in one commit and sends their results. If the commit fails, every caller gets its
+    /// error.
     fn commit_queued(&self) {
         let mut writer = self.writer.lock();
         let queued = std::mem::take(&mut *self.queue.lock());
         // A transaction whose caller was dropped in the queue is not applied.
         let pending: Vec<_> = queued.into_iter().filter(|queued| !queued.response.is_closed()).collect();
         let is_live = |id| self.leases.lock().by_id.contains_key(&id);
-        let outcomes = self.commit(&mut writer, |batch| {
+        let outcomes: Result<Vec<_>, MetaStoreError> = self.commit(&mut writer, |batch| {
             pending.iter().map(|queued| batch.transact(&queued.transaction, is_live)).collect()
         });
         drop(writer);
         match outcomes {
             Ok(outcomes) => {
-                let outcomes: Vec<_> = outcomes;
                 for (queued, outcome) in pending.into_iter().zip(outcomes) {
-                    // An error means that the caller was dropped.
-                    let _gone = queued.response.send(outcome);
+                    let _caller_dropped = queued.response.send(outcome);
                 }
             }
             Err(error) => {
                 for queued in pending {
-                    let _gone = queued.response.send(Err(error.clone()));
+                    let _caller_dropped = queued.response.send(Err(error.clone()));
                 }
             }
         }
     }
 
-    /// Rejects a commit that may not fit on the disk. A commit that fails half-way is final; one that was not started
-    /// can be retried when there is space.
+    /// Rejects a commit that may not fit on the disk. A started commit that fails makes the store unusable; a rejected
+    /// commit can be retried when there is space. Accepts every commit if the free space is unknown.
     fn check_disk_space(&self) -> Result<(), MetaStoreError> {
-        let free =
-            |folder: &PathBuf| rustix::fs::statvfs(folder).map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize));
-        match self.folder.as_ref().map(free) {
-            Some(Ok(free)) if free < MIN_FREE_COMMIT_BYTES => Err(MetaStoreError::unavailable(format!(
+        let Some(folder) = &self.folder else { return Ok(()) };
+        let Ok(stat) = rustix::fs::statvfs(folder) else { return Ok(()) };
+        let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+        if free < MIN_FREE_COMMIT_BYTES {
+            return Err(MetaStoreError::unavailable(format!(
                 "the disk of {FILE_NAME} is full ({free} bytes are free): free space; writes then continue \
                  automatically"
-            ))),
-            _ => Ok(()),
+            )));
         }
+        Ok(())
     }
 
-    /// Changes the tables in one commit, publishes the changes, and returns the result of `function`.
+    /// Changes the tables in one commit, publishes the changes to watches, and returns the result of `function`. `writer`
+    /// is the content of the locked field `writer`. An error of redb makes the store unusable.
     fn commit<T>(
         &self,
         writer: &mut Revision,
@@ -395,7 +403,7 @@ impl EmbeddedInner {
                     changes.iter().for_each(|changes| table::report_writes(changes));
                     *writer = last.revision;
                     self.history.lock().append(changes);
-                    self.reached.send_replace(*writer);
+                    self.newest.send_replace(*writer);
                 }
                 Ok(output)
             }
@@ -409,6 +417,7 @@ impl EmbeddedInner {
     }
 }
 
+/// Converts an error of opening the file. redb reports a file that is no database as `InvalidData`.
 fn open_error(path: &Path, error: DatabaseError) -> EmbeddedStoreError {
     let path = path.to_owned();
     match error {

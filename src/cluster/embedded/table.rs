@@ -1,4 +1,5 @@
-//! The embedded store's two tables, and the effect of one commit on them. Has no leases, queues or watches.
+//! The embedded store's two tables in redb, and the effect of one commit on them. `mod.rs` handles leases, the queue and
+//! watches.
 
 use std::sync::Arc;
 
@@ -26,7 +27,7 @@ const REVISION_KEY: &str = "revision";
 const FIRST_REVISION: Revision = Revision(1);
 
 /// Returns the format of a database; `None` for a new one.
-pub(super) fn format(database: &Database) -> Result<Option<u64>, redb::Error> {
+pub(super) fn read_format(database: &Database) -> Result<Option<u64>, redb::Error> {
     match database.begin_read()?.open_table(STORE) {
         Ok(store) => Ok(store.get(FORMAT_KEY)?.map(|format| format.value())),
         Err(TableError::TableDoesNotExist(_)) => Ok(None),
@@ -34,8 +35,9 @@ pub(super) fn format(database: &Database) -> Result<Option<u64>, redb::Error> {
     }
 }
 
-/// Creates the tables of a new database, deletes leased keys, and returns the resulting revision.
-pub(super) fn begin(database: &Database) -> Result<Revision, redb::Error> {
+/// Prepares a database for use: creates missing tables and deletes every leased key, since no lease survives a restart.
+/// Returns the revision after the deletions.
+pub(super) fn initialize(database: &Database) -> Result<Revision, redb::Error> {
     let transaction = database.begin_write()?;
     let revision = {
         let mut store = transaction.open_table(STORE)?;
@@ -61,7 +63,7 @@ pub(super) fn set_format(database: &Database, format: u64) -> Result<(), redb::E
     Ok(transaction.commit()?)
 }
 
-/// Reads the entries at one revision.
+/// Calls `function` with the newest revision and the entries at that revision.
 pub(super) fn read<T>(
     database: &Database,
     function: impl FnOnce(Revision, &ReadEntries) -> Result<T, redb::Error>,
@@ -103,7 +105,8 @@ pub(super) struct WriteBatch<'t> {
 }
 
 impl WriteBatch<'_> {
-    /// Applies one transaction after the previous ones.
+    /// Applies one transaction after the previous ones. `is_live` returns true for a lease that has not ended. The inner
+    /// error rejects only this transaction; the outer error fails the whole commit.
     pub(super) fn transact(
         &mut self,
         transaction: &Transaction,
@@ -128,11 +131,11 @@ impl WriteBatch<'_> {
         for op in &transaction.ops {
             events.extend(self.apply(op, revision)?);
         }
-        self.publish(revision, events);
+        self.add_changes(revision, events);
         Ok(Ok(TxnOutcome::Committed { revision: self.revision }))
     }
 
-    /// Deletes every key under a matching lease, as one transaction.
+    /// Deletes every key with a lease for which `is_ended` returns true, as one transaction.
     pub(super) fn delete_leased(&mut self, is_ended: impl Fn(LeaseId) -> bool) -> Result<(), redb::Error> {
         let mut keys = Vec::new();
         for row in self.entries.iter()? {
@@ -146,17 +149,18 @@ impl WriteBatch<'_> {
         for key in keys {
             events.extend(self.apply(&TxnOp::Delete { key }, revision)?);
         }
-        self.publish(revision, events);
+        self.add_changes(revision, events);
         Ok(())
     }
 
+    /// Applies one operation at this revision. Returns its event; `None` if the key to delete does not exist.
     fn apply(&mut self, op: &TxnOp, revision: Revision) -> Result<Option<WatchEvent>, redb::Error> {
         match op {
             TxnOp::Put { key, value, lease } => {
                 let created = self.entries.get(key.as_str())?.map_or(revision.0, |row| row.value().0);
                 let row = (created, revision.0, lease.map_or(0, |lease| lease.0), &value[..]);
                 self.entries.insert(key.as_str(), row)?;
-                Ok(Some(WatchEvent::Put(entry(key, row))))
+                Ok(Some(WatchEvent::Put(decode_row(key, row))))
             }
             TxnOp::Delete { key } => {
                 let deleted = self.entries.remove(key.as_str())?.is_some();
@@ -165,7 +169,8 @@ impl WriteBatch<'_> {
         }
     }
 
-    fn publish(&mut self, revision: Revision, events: Vec<WatchEvent>) {
+    /// Adds the events of one transaction to the changes. A transaction without events gets no revision.
+    fn add_changes(&mut self, revision: Revision, events: Vec<WatchEvent>) {
         if !events.is_empty() {
             self.revision = revision;
             self.changes.push(Arc::new(WatchBatch { revision, events }));
@@ -192,11 +197,11 @@ pub(super) fn find(
     entries: &impl ReadableTable<&'static str, EntryRow>,
     key: &str,
 ) -> Result<Option<KeyValue>, redb::Error> {
-    Ok(entries.get(key)?.map(|row| entry(key, row.value())))
+    Ok(entries.get(key)?.map(|row| decode_row(key, row.value())))
 }
 
-/// Returns the entry of a row.
-pub(super) fn entry(key: &str, (created, modified, lease_id, value): (u64, u64, i64, &[u8])) -> KeyValue {
+/// Returns the entry of a key from its row.
+pub(super) fn decode_row(key: &str, (created, modified, lease_id, value): (u64, u64, i64, &[u8])) -> KeyValue {
     KeyValue {
         key: key.to_owned(),
         value: Bytes::copy_from_slice(value),
@@ -206,6 +211,7 @@ pub(super) fn entry(key: &str, (created, modified, lease_id, value): (u64, u64, 
     }
 }
 
+/// Returns the lease with this id of a row; 0 means that the key has no lease.
 fn lease(id: i64) -> Option<LeaseId> {
     (id != 0).then_some(LeaseId(id))
 }

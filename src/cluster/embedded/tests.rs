@@ -12,10 +12,10 @@ fn subject(store: &EmbeddedStore) -> StoreUnderTest {
     let ticking = store.clone();
     StoreUnderTest {
         store: Arc::new(store.clone()),
-        // Advances the time of the leases only. Each pass counts from now, as a renewed lease does.
+        // Expires the leases that would end within `time` from now. The clock itself does not advance.
         pass: Box::new(move |time| {
             let store = ticking.clone();
-            Box::pin(async move { store.tick(clock::monotonic() + time).await.expect("the store responds") })
+            Box::pin(async move { store.expire_leases(clock::monotonic() + time).await.expect("the store responds") })
         }),
         prefix: "/conformance/".to_owned(),
     }

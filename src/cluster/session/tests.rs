@@ -50,7 +50,7 @@ impl TestCluster {
     }
 
     async fn expire_lease(&self) {
-        self.store.tick(clock::monotonic() + TIME * 2).await.expect("the store responds");
+        self.store.expire_leases(clock::monotonic() + TIME * 2).await.expect("the store responds");
         assert_eq!(self.registered_revision().await, None);
     }
 }
@@ -71,7 +71,7 @@ async fn broker_stays_registered_until_session_ends() {
     for _ in 0..20 {
         tokio::time::sleep(TIME / 2).await;
         assert!(session.lease_remaining() > TIME / 3, "{:?}", session.lease_remaining());
-        cluster.store.tick(clock::monotonic()).await.expect("the store responds");
+        cluster.store.expire_leases(clock::monotonic()).await.expect("the store responds");
     }
     assert_eq!(cluster.registered_revision().await, session.epoch());
     session.leave().await;
