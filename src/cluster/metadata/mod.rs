@@ -41,10 +41,10 @@ const RELIST_INTERVAL: Duration = Duration::from_secs(600);
 /// Shortest pause between attempts while the store does not respond or its watches end early.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 
-/// Longest such pause.
+/// Longest pause between these attempts.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
 
-/// Maximum number of changes that a feed may lag before it starts over.
+/// Maximum number of changes that a feed may lag. A feed that lags further returns `Relisted` instead of them.
 const MAX_QUEUED_CHANGES: usize = 1024;
 
 /// A handle of the metadata cache. Cheap to clone.
@@ -70,6 +70,7 @@ pub enum MetadataChange {
 #[derive(Debug)]
 pub struct ChangeFeed {
     changes: broadcast::Receiver<Arc<[Key]>>,
+    /// True after the first `Relisted` was returned.
     started: bool,
 }
 
@@ -112,7 +113,7 @@ impl MetadataCache {
         metadata
     }
 
-    /// Returns the current snapshot. Drop it soon: while it is held, each change copies the tables that it touches.
+    /// Returns the current snapshot. Drop it soon: while a caller holds it, the next change copies the snapshot's maps.
     pub fn state(&self) -> Arc<MetadataSnapshot> {
         self.state.borrow().clone()
     }
@@ -134,31 +135,32 @@ impl MetadataCache {
         self.last_contact.lock().elapsed()
     }
 
-    fn record_contact(&self) {
+    fn update_last_contact(&self) {
         *self.last_contact.lock() = clock::monotonic();
     }
 
-    /// Returns the entry of a partition, if the partition counts.
+    /// Returns the entry of an existing partition: see [`MetadataSnapshot::partition`].
     pub fn partition(&self, id: PartitionId) -> Option<PartitionEntry> {
         self.state.borrow().partition(id).cloned()
     }
 
-    /// Waits until the snapshot has this revision, or for a revision of 1 or less until the first list. Does not return
-    /// while the store is unavailable: bound the wait.
+    /// Waits for the first list, and until the snapshot has this revision or a newer one. Does not return while the
+    /// store is unavailable: bound the wait.
     pub async fn wait_for_revision(&self, revision: Revision) {
         self.wait_until(|state| state.revision() >= revision.max(Revision(1))).await;
     }
 
-    /// Waits until the snapshot satisfies a condition. Bound this wait too.
+    /// Waits until the snapshot satisfies a condition. May wait forever: bound the wait.
     pub async fn wait_until(&self, holds: impl Fn(&MetadataSnapshot) -> bool) {
         let mut states = self.state.subscribe();
         // `self` owns the sender, so the channel cannot close.
         let _state = states.wait_for(|state| holds(state)).await;
     }
 
+    /// Changes the snapshot with `change`, and sends the keys that `change` returns to all feeds.
     fn publish(&self, change: impl FnOnce(&mut MetadataSnapshot) -> Vec<Key>) {
         let mut changed = Vec::new();
-        // In place unless a snapshot is held: so a change costs only what it changes.
+        // `make_mut` changes the snapshot in place unless a caller holds it, so the cost depends on the change only.
         self.state.send_modify(|state| changed = change(Arc::make_mut(state)));
         if !changed.is_empty() {
             // An error means that there are no receivers.
@@ -167,6 +169,7 @@ impl MetadataCache {
     }
 }
 
+/// The task that fills the cache: it lists the cluster's prefix, applies a watch, and lists again when the watch ends.
 struct Reflector {
     store: Arc<dyn MetaStore>,
     keys: Keys,
@@ -175,6 +178,7 @@ struct Reflector {
 }
 
 impl Reflector {
+    /// Never returns; the caller drops the future to stop the task.
     async fn run(self) {
         let (mut backoff, mut outage) = (Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY), LogThrottle::default());
         let mut watched_until = clock::monotonic();
@@ -206,28 +210,30 @@ impl Reflector {
         }
     }
 
+    /// Replaces the snapshot by a list of the prefix. Returns a watch of the changes after the list.
     async fn list(&self) -> Result<Watch, MetaStoreError> {
         let list = self.store.list(self.keys.prefix()).await?;
         let from = list.revision.next();
         self.lists.inc();
-        self.metadata.record_contact();
+        self.metadata.update_last_contact();
         self.metadata.publish(|state| state.replace(&self.keys, list));
         self.store.watch(self.keys.prefix(), from).await
     }
 
-    /// Applies the watch's changes until the watch ends or a relist is due. Returns false if the watch returned no
-    /// changes: the next watch may end the same way, and a full list is expensive.
+    /// Applies the watch's changes until the watch ends or a relist is due. Returns false if the watch ended without any
+    /// response. Then the next watch may end the same way, so the caller pauses longer before the next full list.
     async fn apply_watch(&self, mut watch: Watch) -> bool {
-        let relist = clock::monotonic() + RELIST_INTERVAL;
+        let relist_at = clock::monotonic() + RELIST_INTERVAL;
         let mut received = false;
         loop {
             tokio::select! {
                 biased;
-                () = tokio::time::sleep_until(relist) => return true,
+                () = tokio::time::sleep_until(relist_at) => return true,
                 changes = watch.next() => match changes {
                     Some(Ok(changes)) => {
                         received = true;
-                        self.metadata.record_contact();
+                        self.metadata.update_last_contact();
+                        // A progress notification at the snapshot's revision changes nothing.
                         if !changes.events.is_empty() || changes.revision > self.metadata.state().revision() {
                             self.metadata.publish(|state| state.apply(&self.keys, changes));
                         }

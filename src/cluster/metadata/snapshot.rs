@@ -1,4 +1,4 @@
-//! The content of the metadata cache, and how changes apply to it. Pure: no store, task or clock.
+//! The content of the metadata cache, and the effect of lists and watch events on it. Pure: no store, task or clock.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -41,8 +41,8 @@ pub struct PartitionEntry {
 
 /// The cluster's metadata at one revision.
 ///
-/// Clones share everything. A change copies a table (of all topics, or of one topic's partitions) only if a clone is
-/// still held. So callers read a value and drop the snapshot.
+/// All holders of the `Arc` of a snapshot share it. While a caller holds it, the next change copies the maps, and the
+/// partition entries of the topic that it modifies. So callers read a value and drop the snapshot.
 #[derive(Clone, Debug, Default)]
 pub struct MetadataSnapshot {
     revision: Revision,
@@ -51,10 +51,12 @@ pub struct MetadataSnapshot {
     controller: Option<Arc<Versioned<ControllerValue>>>,
     generation: Option<Arc<Versioned<GenerationValue>>>,
     topics: BTreeMap<TopicName, Arc<Versioned<TopicValue>>>,
+    /// Name of each topic of `topics`.
     names: BTreeMap<TopicId, TopicName>,
-    /// By topic, then by number. Includes partitions without a topic: being created, or left over.
+    /// Entries of each topic by partition number. Includes stale partitions, and partitions of a topic that is being
+    /// created.
     partitions: BTreeMap<TopicId, Arc<Vec<PartitionEntry>>>,
-    /// Created once per cluster. A key that was read stays: its later deletion or corruption makes no id invalid.
+    /// Created once per cluster. Kept after the key was deleted or corrupted, so that issued producer ids stay valid.
     producer_id_key: Option<Arc<Versioned<ProducerIdKey>>>,
     /// Keys with unusable values, and the errors.
     unreadable: BTreeMap<Key, String>,
@@ -118,30 +120,31 @@ impl MetadataSnapshot {
         &'a self,
         topic: &TopicValue,
     ) -> impl Iterator<Item = (u32, &'a PartitionEntry)> + use<'a> {
-        static UNKNOWN: PartitionEntry = PartitionEntry { partition: None, tier: None };
+        static MISSING: PartitionEntry = PartitionEntry { partition: None, tier: None };
         let entries = self.partitions.get(&topic.id);
-        (0..topic.partitions).map(move |number| (number, nth(entries, number).unwrap_or(&UNKNOWN)))
+        (0..topic.partitions).map(move |number| (number, entry_at(entries, number).unwrap_or(&MISSING)))
     }
 
-    /// Returns the brokers that hold a partition that counts, live or not.
+    /// Returns the brokers, live or not, that have a replica of an existing partition.
     pub fn holders(&self) -> BTreeSet<BrokerId> {
         let entries = self.topics.values().flat_map(|topic| self.partitions_of(&topic.value));
         let values = entries.filter_map(|(_, entry)| entry.partition.as_ref());
         values.flat_map(|versioned| versioned.value.replicas.iter().copied()).collect()
     }
 
-    /// Returns the entry of a partition that counts: its topic exists and its number is below the partition count.
+    /// Returns the entry of an existing partition. A partition exists if its topic exists and its number is below the
+    /// topic's partition count.
     pub fn partition(&self, id: PartitionId) -> Option<&PartitionEntry> {
         let topic = self.topics.get(self.names.get(&id.topic)?)?;
-        (id.number < topic.value.partitions).then(|| nth(self.partitions.get(&id.topic), id.number)).flatten()
+        (id.number < topic.value.partitions).then(|| entry_at(self.partitions.get(&id.topic), id.number)).flatten()
     }
 
     /// Returns the entry of a partition, even if its topic is missing or unreadable.
     pub fn entry(&self, id: PartitionId) -> Option<&PartitionEntry> {
-        nth(self.partitions.get(&id.topic), id.number)
+        entry_at(self.partitions.get(&id.topic), id.number)
     }
 
-    /// Returns every partition that counts and has a replica on this broker.
+    /// Returns every existing partition that has a replica on this broker.
     pub fn partitions_on(&self, broker: BrokerId) -> Vec<PartitionId> {
         let mut found = Vec::new();
         for topic in self.topics.values() {
@@ -165,15 +168,16 @@ impl MetadataSnapshot {
         &self.unreadable
     }
 
-    /// Returns the difference from a list of the prefix, if there is any. For the simulator's checker.
+    /// Returns a description of the difference from a list of the prefix; `None` if there is none. For the simulator's
+    /// checker.
     #[cfg(feature = "sim")]
     pub fn differs_from(&self, keys: &Keys, listing: ListResult) -> Option<String> {
-        let mut other = Self::default();
-        other.replace(keys, listing);
-        let (revision, listed) = (self.revision, other.revision);
-        // Keys outside the snapshot also advance the revision, without an event.
-        other.revision = revision;
-        let (cached, stored) = (format!("{self:?}"), format!("{other:?}"));
+        let mut expected = Self::default();
+        expected.replace(keys, listing);
+        let (revision, listed) = (self.revision, expected.revision);
+        // Keys outside the prefix advance the store's revision too, without an event in the watch.
+        expected.revision = revision;
+        let (cached, stored) = (format!("{self:?}"), format!("{expected:?}"));
         (cached != stored).then(|| format!("the cache at {revision} is {cached}, the list at {listed} is {stored}"))
     }
 
@@ -242,38 +246,42 @@ impl MetadataSnapshot {
         changed
     }
 
+    /// Stores the value of a key. An invalid value is listed in `unreadable` instead, and replaces a valid one. Values
+    /// that the snapshot does not contain are decoded only to detect invalid ones.
     fn put(&mut self, keys: &Keys, key: &Key, entry: &KeyValue) {
-        let done = match key {
-            Key::Broker(id) => read(entry).map(|versioned| {
+        let result = match key {
+            Key::Broker(id) => decode(entry).map(|versioned| {
                 self.brokers.insert(*id, versioned);
             }),
-            Key::Drain(id) => read(entry).map(|versioned| {
+            Key::Drain(id) => decode(entry).map(|versioned| {
                 self.drains.insert(*id, versioned);
             }),
-            Key::Controller => read(entry).map(|versioned| self.controller = Some(versioned)),
-            Key::Topic(name) => read(entry).map(|versioned| self.put_topic(name, versioned)),
-            Key::Partition(id) => read(entry).map(|versioned| self.slot(*id).partition = Some(versioned)),
-            Key::Tier(id) => read(entry).map(|versioned| self.slot(*id).tier = Some(versioned)),
-            Key::ProducerIdKey => read(entry).map(|versioned| self.producer_id_key = Some(versioned)),
-            Key::Directory(_) => read::<DirectoryValue>(entry).map(drop),
-            Key::ProducerIds => read::<ProducerIdsValue>(entry).map(drop),
-            Key::ObjectStore => read::<StoreBinding>(entry).map(drop),
-            Key::Generation => read(entry).map(|versioned| self.generation = Some(versioned)),
+            Key::Controller => decode(entry).map(|versioned| self.controller = Some(versioned)),
+            Key::Topic(name) => decode(entry).map(|versioned| self.put_topic(name, versioned)),
+            Key::Partition(id) => decode(entry).map(|versioned| self.entry_mut(*id).partition = Some(versioned)),
+            Key::Tier(id) => decode(entry).map(|versioned| self.entry_mut(*id).tier = Some(versioned)),
+            Key::ProducerIdKey => decode(entry).map(|versioned| self.producer_id_key = Some(versioned)),
+            Key::Directory(_) => decode::<DirectoryValue>(entry).map(drop),
+            Key::ProducerIds => decode::<ProducerIdsValue>(entry).map(drop),
+            Key::ObjectStore => decode::<StoreBinding>(entry).map(drop),
+            Key::Generation => decode(entry).map(|versioned| self.generation = Some(versioned)),
             Key::Tombstone(_) => Ok(()),
         };
-        match done {
+        match result {
             Ok(()) => {
                 self.unreadable.remove(key);
             }
             Err(reason) => {
                 tracing::warn!(key = keys.path(key), %reason, "a value in the metadata store cannot be used: skipped");
-                // The previous value no longer holds either.
+                // The previous value is no longer current.
                 self.remove(key);
                 self.unreadable.insert(key.clone(), reason);
             }
         }
     }
 
+    /// Stores a topic. A topic with another id under the same name was deleted and created again, so the old id is
+    /// removed from `names`.
     fn put_topic(&mut self, name: &TopicName, topic: Arc<Versioned<TopicValue>>) {
         let id = topic.value.id;
         if let Some(old) = self.topics.insert(name.clone(), topic)
@@ -284,6 +292,7 @@ impl MetadataSnapshot {
         self.names.insert(id, name.clone());
     }
 
+    /// Removes the value of a key, and its error. The producer id key stays.
     fn remove(&mut self, key: &Key) {
         self.unreadable.remove(key);
         match key {
@@ -300,13 +309,14 @@ impl MetadataSnapshot {
                     self.names.remove(&old.value.id);
                 }
             }
-            Key::Partition(id) => self.clear(*id, |entry| entry.partition = None),
-            Key::Tier(id) => self.clear(*id, |entry| entry.tier = None),
+            Key::Partition(id) => self.clear_value(*id, |entry| entry.partition = None),
+            Key::Tier(id) => self.clear_value(*id, |entry| entry.tier = None),
             Key::Directory(_) | Key::Tombstone(_) | Key::ProducerIds | Key::ProducerIdKey | Key::ObjectStore => {}
         }
     }
 
-    fn slot(&mut self, id: PartitionId) -> &mut PartitionEntry {
+    /// Returns the entry of a partition for a change. Adds empty entries up to its number if the entry is missing.
+    fn entry_mut(&mut self, id: PartitionId) -> &mut PartitionEntry {
         let entries = Arc::make_mut(self.partitions.entry(id.topic).or_default());
         let index = index(id.number);
         if entries.len() <= index {
@@ -316,11 +326,12 @@ impl MetadataSnapshot {
         &mut entries[index]
     }
 
-    fn clear(&mut self, id: PartitionId, function: impl FnOnce(&mut PartitionEntry)) {
+    /// Calls `clear`, which clears one of the values of a partition's entry, and removes empty entries at the end.
+    fn clear_value(&mut self, id: PartitionId, clear: impl FnOnce(&mut PartitionEntry)) {
         let Some(entries) = self.partitions.get_mut(&id.topic) else { return };
         let entries = Arc::make_mut(entries);
         if let Some(entry) = entries.get_mut(index(id.number)) {
-            function(entry);
+            clear(entry);
         }
         while entries.last().is_some_and(|entry| *entry == PartitionEntry::default()) {
             entries.pop();
@@ -330,6 +341,8 @@ impl MetadataSnapshot {
         }
     }
 
+    /// Returns the revision of a cached value. `None` for an invalid, missing or never cached value, so a list applies
+    /// such a key again.
     fn mod_revision(&self, key: &Key) -> Option<Revision> {
         match key {
             Key::Broker(id) => self.brokers.get(id).map(|versioned| versioned.mod_revision),
@@ -337,18 +350,20 @@ impl MetadataSnapshot {
             Key::Controller => self.controller.as_ref().map(|versioned| versioned.mod_revision),
             Key::Generation => self.generation.as_ref().map(|versioned| versioned.mod_revision),
             Key::Topic(name) => self.topics.get(name).map(|versioned| versioned.mod_revision),
-            Key::Partition(id) => nth(self.partitions.get(&id.topic), id.number)?
+            Key::Partition(id) => entry_at(self.partitions.get(&id.topic), id.number)?
                 .partition
                 .as_ref()
                 .map(|versioned| versioned.mod_revision),
-            Key::Tier(id) => {
-                nth(self.partitions.get(&id.topic), id.number)?.tier.as_ref().map(|versioned| versioned.mod_revision)
-            }
+            Key::Tier(id) => entry_at(self.partitions.get(&id.topic), id.number)?
+                .tier
+                .as_ref()
+                .map(|versioned| versioned.mod_revision),
             Key::ProducerIdKey => self.producer_id_key.as_ref().map(|versioned| versioned.mod_revision),
             Key::Directory(_) | Key::Tombstone(_) | Key::ProducerIds | Key::ObjectStore => None,
         }
     }
 
+    /// Returns the keys of all cached and all unreadable values, except the producer id key: no list removes it.
     fn keys(&self) -> BTreeSet<Key> {
         let mut keys: BTreeSet<Key> = self.unreadable.keys().cloned().collect();
         keys.extend(self.brokers.keys().map(|id| Key::Broker(*id)));
@@ -367,21 +382,24 @@ impl MetadataSnapshot {
     }
 }
 
-/// Returns true if changes of the key are published. Producer ids, directories and the object store binding are not:
-/// the cache only records them while they are unreadable.
+/// Returns true if feeds receive the changes of the key. The snapshot contains no producer ids, directory records and
+/// store binding; only their errors, while they are unreadable.
 fn is_published(key: &Key) -> bool {
     !matches!(key, Key::Directory(_) | Key::ProducerIds | Key::ObjectStore)
 }
 
+/// Returns the index of a partition in the entries of its topic.
 fn index(number: u32) -> usize {
     usize::try_from(number).expect("a partition number fits into usize")
 }
 
-fn nth(entries: Option<&Arc<Vec<PartitionEntry>>>, number: u32) -> Option<&PartitionEntry> {
+/// Returns the entry with this partition number among the entries of one topic.
+fn entry_at(entries: Option<&Arc<Vec<PartitionEntry>>>, number: u32) -> Option<&PartitionEntry> {
     entries?.get(index(number))
 }
 
-fn read<T: Value>(entry: &KeyValue) -> Result<Arc<Versioned<T>>, String> {
+/// Decodes the value of a key, or returns the reason why it is invalid.
+fn decode<T: Value>(entry: &KeyValue) -> Result<Arc<Versioned<T>>, String> {
     let value = T::decode(&entry.key, &entry.value).map_err(|error| error.reason)?;
     let KeyValue { create_revision, mod_revision, .. } = *entry;
     Ok(Arc::new(Versioned { value, create_revision, mod_revision }))
@@ -389,11 +407,11 @@ fn read<T: Value>(entry: &KeyValue) -> Result<Arc<Versioned<T>>, String> {
 
 #[cfg(test)]
 impl MetadataSnapshot {
-    /// Returns the number of topic tables that two snapshots share.
-    pub(super) fn shared_tables(&self, other: &Self) -> usize {
-        let same = |(id, table): &(&TopicId, &Arc<Vec<PartitionEntry>>)| {
-            other.partitions.get(*id).is_some_and(|other| Arc::ptr_eq(table, other))
+    /// Returns the number of topics whose partition entries two snapshots share.
+    pub(super) fn shared_topics(&self, other: &Self) -> usize {
+        let is_shared = |(id, entries): &(&TopicId, &Arc<Vec<PartitionEntry>>)| {
+            other.partitions.get(*id).is_some_and(|other| Arc::ptr_eq(entries, other))
         };
-        self.partitions.iter().filter(same).count()
+        self.partitions.iter().filter(is_shared).count()
     }
 }

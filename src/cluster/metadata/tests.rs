@@ -74,8 +74,8 @@ fn older_changes_and_lists_are_ignored() {
     let mut state = listed_snapshot();
     let late = WatchEvent::Put(entry(partition_path(0), partition(99).encode(), 9));
     assert!(state.apply(&keys(), changes(10, vec![late])).is_empty());
-    let offline = WatchEvent::Delete { key: topic_path(), revision: Revision(10) };
-    assert!(state.apply(&keys(), changes(10, vec![offline])).is_empty());
+    let deleted = WatchEvent::Delete { key: topic_path(), revision: Revision(10) };
+    assert!(state.apply(&keys(), changes(10, vec![deleted])).is_empty());
     assert!(state.replace(&keys(), ListResult { revision: Revision(7), entries: vec![] }).is_empty());
     assert_eq!((epoch(&state, 0), state.revision()), (Some(0), Revision(10)));
 }
@@ -92,12 +92,12 @@ fn list_applies_and_reports_only_missed_changes() {
     let expected = [Key::Partition(PartitionId::new(id(), 1)), Key::Controller, Key::Topic(name())];
     assert_eq!(changed, expected);
     assert_eq!((state.topic(&name()), state.name(id()), state.controller()), (None, None, Some(BrokerId(2))));
-    assert_eq!(epoch(&state, 1), None, "a partition without its topic does not count");
+    assert_eq!(epoch(&state, 1), None, "a partition does not exist without its topic");
     assert_eq!(state.stale_partitions()[&id()].len(), 2);
 }
 
 #[test]
-fn partitions_above_the_topics_count_do_not_count() {
+fn partitions_above_the_topics_count_are_stale() {
     let mut state = listed_snapshot();
     state.apply(&keys(), changes(11, vec![WatchEvent::Put(entry(partition_path(2), partition(0).encode(), 11))]));
     assert_eq!(epoch(&state, 2), None);
@@ -116,7 +116,7 @@ fn unparsable_value_is_recorded_and_skipped() {
     assert_eq!(state.apply(&keys(), changes(11, vec![broken])).len(), 1);
     let key = Key::Partition(PartitionId::new(id(), 0));
     assert!(state.unreadable().contains_key(&key));
-    assert_eq!((epoch(&state, 0), epoch(&state, 1)), (None, Some(0)), "the previous value no longer counts");
+    assert_eq!((epoch(&state, 0), epoch(&state, 1)), (None, Some(0)), "the previous value is removed");
     let repaired = WatchEvent::Put(entry(partition_path(0), partition(3).encode(), 12));
     state.apply(&keys(), changes(12, vec![repaired]));
     assert!(state.unreadable().is_empty());
@@ -160,7 +160,7 @@ fn change_copies_only_its_topic_of_a_held_snapshot() {
     let older = state.clone();
     state.apply(&keys(), changes(12, vec![WatchEvent::Put(entry(partition_path(1), partition(5).encode(), 12))]));
     assert_eq!((epoch(&older, 1), epoch(&state, 1)), (Some(0), Some(5)));
-    assert_eq!(state.shared_tables(&older), 1, "only the table of the topic that changed was copied");
+    assert_eq!(state.shared_topics(&older), 1, "only the entries of the topic that changed were copied");
 }
 
 async fn put(store: &EmbeddedStore, key: String, value: bytes::Bytes) -> Revision {
@@ -225,7 +225,7 @@ async fn cache_recovers_from_failing_lists_and_watches() {
     tasks.stop().await;
 }
 
-/// Every list returns everything: twenty lists a second from each broker would overload a store that has just
+/// Every list returns all metadata. Twenty lists per second from each broker would overload a store that has just
 /// recovered.
 #[tokio::test(start_paused = true)]
 async fn broken_watches_are_relisted_with_backoff() {
@@ -235,6 +235,6 @@ async fn broken_watches_are_relisted_with_backoff() {
     let _cache = MetadataCache::start_with_counter(Arc::new(faulty), keys(), &tasks, lists.clone());
     tokio::time::sleep(Duration::from_secs(60)).await;
     // Each watch lasts a second, and the pauses grow to five seconds.
-    assert!((10..20).contains(&lists.get()), "{} listings in a minute", lists.get());
+    assert!((10..20).contains(&lists.get()), "{} lists in a minute", lists.get());
     tasks.stop().await;
 }
