@@ -17,8 +17,8 @@
 //!
 //! # Crash
 //!
-//! The file holds the last commit. Leases exist in memory only, and their holder exited with the process, so leased keys
-//! are deleted when the file is opened. The history is lost too: a watch of older changes returns `Compacted`.
+//! The file holds the last commit. Leases exist in memory only, and their holder exited with the process. So leased
+//! keys are deleted when the file is opened. The history is lost too: a watch of older changes returns `Compacted`.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -226,7 +226,7 @@ impl EmbeddedStore {
         if inner.folder.is_some() { task::run_blocking(move || function(&inner)).await } else { function(&inner) }
     }
 
-    /// Ends these leases and deletes their keys in one transaction. With `expired_at`, a lease whose deadline is later is
+    /// Ends these leases and deletes their keys in one transaction. With `expired_at`, a lease with a later deadline is
     /// kept, because it was renewed after the caller had selected it.
     async fn end_leases(&self, ids: Vec<LeaseId>, expired_at: Option<Instant>) -> Result<(), MetaStoreError> {
         self.access(move |inner| {
@@ -346,8 +346,8 @@ impl EmbeddedInner {
         table::read(&self.database, function).map_err(MetaStoreError::unavailable)
     }
 
-    /// Applies all queued transactions in one commit and sends their results. If the commit fails, every caller gets its
-    /// error.
+    /// Applies all queued transactions in one commit and sends their results. If the commit fails, every caller gets
+    /// its error.
     fn commit_queued(&self) {
         let mut writer = self.writer.lock();
         let queued = std::mem::take(&mut *self.queue.lock());
@@ -387,8 +387,8 @@ impl EmbeddedInner {
         Ok(())
     }
 
-    /// Changes the tables in one commit, publishes the changes to watches, and returns the result of `function`. `writer`
-    /// is the content of the locked field `writer`. An error of redb makes the store unusable.
+    /// Changes the tables in one commit, publishes the changes to watches, and returns the result of `function`.
+    /// `writer` is the content of the locked field `writer`. An error of redb makes the store unusable.
     fn commit<T>(
         &self,
         writer: &mut Revision,

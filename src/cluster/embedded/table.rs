@@ -1,5 +1,5 @@
-//! The embedded store's two tables in redb, and the effect of one commit on them. `mod.rs` handles leases, the queue and
-//! watches.
+//! The embedded store's two tables in redb, and the effect of one commit on them. `mod.rs` handles leases, the queue
+//! and watches.
 
 use std::sync::Arc;
 
@@ -105,8 +105,8 @@ pub(super) struct WriteBatch<'t> {
 }
 
 impl WriteBatch<'_> {
-    /// Applies one transaction after the previous ones. `is_live` returns true for a lease that has not ended. The inner
-    /// error rejects only this transaction; the outer error fails the whole commit.
+    /// Applies one transaction after the previous ones. `is_live` returns true for a lease that has not ended. The
+    /// inner error rejects only this transaction; the outer error fails the whole commit.
     pub(super) fn transact(
         &mut self,
         transaction: &Transaction,

@@ -13,24 +13,28 @@ use crate::task::{Backoff, clock};
 /// Maximum time for which a call tries members.
 pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Pauses after each pass in which no member responded.
+/// Shortest pause after all members were tried and none responded.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 
-/// Longest such pause.
+/// Longest pause after all members were tried.
 const MAX_RETRY_DELAY: Duration = Duration::from_millis(800);
 
-/// Condition for another attempt.
+/// Condition for another attempt after a failed one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RetryPolicy {
-    /// After every failure: a second execution has no further effect.
+    /// After every failure. For requests whose second execution does no harm.
     Always,
     /// Only if the request was certainly not executed.
     WhenNotDone,
 }
 
 impl Members {
-    /// Sends a request to one member after another until one responds or [`CALL_DEADLINE`] is over. `request` runs once
-    /// per attempt.
+    /// Sends a request to one member after another until one responds or [`CALL_DEADLINE`] has passed. `request` sends
+    /// one attempt to one member.
+    ///
+    /// # Errors
+    /// An error that every member would return ends the call at once. Under [`RetryPolicy::WhenNotDone`], so does an
+    /// attempt with an unknown outcome.
     pub(super) async fn call<T, F>(
         &self,
         policy: RetryPolicy,
@@ -39,14 +43,15 @@ impl Members {
     where
         F: Future<Output = Result<T, Error>>,
     {
-        let end = clock::monotonic() + CALL_DEADLINE;
+        let deadline = clock::monotonic() + CALL_DEADLINE;
+        // The last error of each member, by endpoint.
         let mut errors = BTreeMap::new();
         let mut backoff = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
         loop {
-            for member in self.in_turn() {
+            for member in self.in_call_order() {
                 let EtcdAttemptError { class, reason } = match member.call_member(&request).await {
                     Ok(response) => {
-                        self.on_reply(member);
+                        self.on_response(member);
                         return Ok(response);
                     }
                     Err(error) => error,
@@ -62,25 +67,23 @@ impl Members {
                     ErrorClass::NoSpace => {
                         return Err(EtcdCallError::NoSpace(format!("{}: {reason}", member.endpoint())));
                     }
-                    ErrorClass::NotDone
-                    | ErrorClass::Unknown
-                    | ErrorClass::Refused
-                    | ErrorClass::Token
-                    | ErrorClass::NoLogins => {}
+                    ErrorClass::Refused => {
+                        errors.insert(member.endpoint().to_owned(), reason);
+                        return Err(EtcdCallError::Refused(format_errors(&errors)));
+                    }
+                    // The next member may execute the request. `call_member` returns no token errors: it converts them.
+                    ErrorClass::NotDone | ErrorClass::Unknown | ErrorClass::Token | ErrorClass::NoLogins => {}
                 }
                 errors.insert(member.endpoint().to_owned(), reason);
-                let unknown = class == ErrorClass::Unknown && policy == RetryPolicy::WhenNotDone;
-                if class == ErrorClass::Refused {
-                    return Err(EtcdCallError::Refused(format_errors(&errors)));
-                }
                 self.use_next_member(member);
-                if unknown || clock::monotonic() >= end {
-                    return Err(EtcdCallError::Unavailable { reason: format_errors(&errors), unknown });
+                let outcome_unknown = class == ErrorClass::Unknown && policy == RetryPolicy::WhenNotDone;
+                if outcome_unknown || clock::monotonic() >= deadline {
+                    return Err(EtcdCallError::Unavailable { reason: format_errors(&errors), outcome_unknown });
                 }
             }
             let pause = backoff.next_pause();
-            if clock::monotonic() + pause >= end {
-                return Err(EtcdCallError::Unavailable { reason: format_errors(&errors), unknown: false });
+            if clock::monotonic() + pause >= deadline {
+                return Err(EtcdCallError::Unavailable { reason: format_errors(&errors), outcome_unknown: false });
             }
             tokio::time::sleep(pause).await;
         }

@@ -11,13 +11,13 @@ use etcd_client::{
 
 use crate::cluster::store::{Compare, KeyValue, LeaseId, Revision, Transaction, TxnOp, WatchEvent};
 
-/// Converts a revision of etcd, a signed number from 1. Smaller numbers become zero.
+/// Converts a revision of etcd, which is a signed number from 1 on. Converts smaller numbers to zero.
 pub(super) fn revision(number: i64) -> Revision {
     Revision(u64::try_from(number).unwrap_or_default())
 }
 
-/// Converts a revision to etcd's number; `None` if etcd cannot have that revision.
-pub(super) fn number(revision: Revision) -> Option<i64> {
+/// Converts a revision to etcd's signed number; `None` if etcd cannot have that revision.
+pub(super) fn etcd_revision(revision: Revision) -> Option<i64> {
     i64::try_from(revision.0).ok().filter(|number| *number > 0)
 }
 
@@ -26,7 +26,7 @@ pub(super) fn invalid_response(reason: &str) -> Error {
     Error::Internal(reason.to_owned())
 }
 
-/// Converts a key's state; `None` if the key is not UTF-8: no broker wrote it.
+/// Converts a key's state; `None` if the key is not UTF-8. No broker writes such a key.
 pub(super) fn entry(from: EtcdKeyValue) -> Option<KeyValue> {
     let (create, modified) = (revision(from.create_revision()), revision(from.mod_revision()));
     let lease = lease(from.lease());
@@ -51,40 +51,42 @@ pub(super) fn event(from: &EtcdKeyValue) -> Option<WatchEvent> {
     }))
 }
 
+/// Converts the id of a key's lease; 0 means that the key has no lease.
 fn lease(id: i64) -> Option<LeaseId> {
     (id != 0).then_some(LeaseId(id))
 }
 
+/// Converts a key to text. Logs a key that is not UTF-8 and returns `None`.
 fn utf8_key(key: Vec<u8>) -> Option<String> {
     let text = String::from_utf8(key);
     text.inspect_err(|error| tracing::warn!(key = ?error.as_bytes(), "a key in etcd is not UTF-8: skipped")).ok()
 }
 
-/// Returns the options to read one key.
-pub(super) fn one(at: Option<Revision>) -> GetOptions {
-    match at.and_then(number) {
+/// Returns the options to read one key, at revision `at` or, if that is `None`, at the newest revision.
+pub(super) fn get_options(at: Option<Revision>) -> GetOptions {
+    match at.and_then(etcd_revision) {
         Some(number) => GetOptions::new().with_revision(number),
         None => GetOptions::new(),
     }
 }
 
-/// Returns the options to read up to `limit` keys with the prefix.
-pub(super) fn page(prefix: &str, limit: i64, at: Option<Revision>) -> GetOptions {
-    one(at).with_range(end(prefix)).with_limit(limit)
+/// Returns the options to read up to `limit` keys with the prefix. For `at` see [`get_options`].
+pub(super) fn page_options(prefix: &str, limit: i64, at: Option<Revision>) -> GetOptions {
+    get_options(at).with_range(prefix_end(prefix)).with_limit(limit)
 }
 
 /// Returns the first key that can have the prefix. etcd rejects an empty key.
-pub(super) fn first(prefix: &str) -> Vec<u8> {
+pub(super) fn first_key(prefix: &str) -> Vec<u8> {
     if prefix.is_empty() { vec![0] } else { prefix.as_bytes().to_vec() }
 }
 
 /// Returns the first key after this one.
-pub(super) fn after(key: &[u8]) -> Vec<u8> {
+pub(super) fn key_after(key: &[u8]) -> Vec<u8> {
     [key, &[0]].concat()
 }
 
 /// Returns the first key after all keys with the prefix. In etcd, a zero byte means the end of the key space.
-pub(super) fn end(prefix: &str) -> Vec<u8> {
+pub(super) fn prefix_end(prefix: &str) -> Vec<u8> {
     let mut end = prefix.as_bytes().to_vec();
     while let Some(last) = end.pop() {
         if last < u8::MAX {
@@ -95,20 +97,20 @@ pub(super) fn end(prefix: &str) -> Vec<u8> {
     vec![0]
 }
 
-/// Converts a transaction, without the `else_get` reads: see `EtcdStore::found`.
+/// Converts a transaction, without the `else_get` reads: see `EtcdStore::read_all_at`.
 pub(super) fn transaction(from: &Transaction) -> Txn {
     let mut ops: Vec<EtcdTxnOp> = from.ops.iter().map(operation).collect();
-    let mut otherwise = Vec::new();
+    let mut else_ops = Vec::new();
     if ops.is_empty() {
         // etcd lets any member execute a transaction without operations from its local state. A read, of any key, makes
         // the transaction wait for the committed state.
         let key = from.compares.first().map(Compare::key).or(from.else_get.first().map(String::as_str));
         let read = || EtcdTxnOp::get(key.unwrap_or("\0"), Some(GetOptions::new().with_keys_only()));
         ops.push(read());
-        otherwise.push(read());
+        else_ops.push(read());
     }
     let compares: Vec<Condition> = from.compares.iter().map(condition).collect();
-    Txn::new().when(compares).and_then(ops).or_else(otherwise)
+    Txn::new().when(compares).and_then(ops).or_else(else_ops)
 }
 
 fn operation(op: &TxnOp) -> EtcdTxnOp {
@@ -123,16 +125,15 @@ fn operation(op: &TxnOp) -> EtcdTxnOp {
 
 fn condition(compare: &Compare) -> Condition {
     let key = compare.key();
-    // In etcd a missing key has revision and lease 0. In the store such a compare never holds, nor does a compare with
-    // a value that etcd cannot have.
+    // In etcd, a missing key has revision 0 and lease 0, so a compare with 0 would hold for it. In the store, a compare
+    // with 0, or with another number that etcd cannot have, never holds.
     let never = || Condition::create_revision(key, CompareOp::Less, 0);
     match compare {
         Compare::ModRevision(_, revision) => {
-            number(*revision).map_or_else(never, |number| Condition::mod_revision(key, CompareOp::Equal, number))
+            etcd_revision(*revision).map_or_else(never, |number| Condition::mod_revision(key, CompareOp::Equal, number))
         }
-        Compare::CreateRevision(_, revision) => {
-            number(*revision).map_or_else(never, |number| Condition::create_revision(key, CompareOp::Equal, number))
-        }
+        Compare::CreateRevision(_, revision) => etcd_revision(*revision)
+            .map_or_else(never, |number| Condition::create_revision(key, CompareOp::Equal, number)),
         Compare::Value(_, value) => Condition::value(key, CompareOp::Equal, value.to_vec()),
         Compare::Lease(_, LeaseId(0)) => never(),
         Compare::Lease(_, lease) => Condition::lease(key, CompareOp::Equal, lease.0),
@@ -147,19 +148,22 @@ mod tests {
 
     #[test]
     fn prefix_end_is_first_key_without_prefix() {
-        assert_eq!(end("/strandline/a/"), b"/strandline/a0");
-        assert_eq!(end("a"), b"b");
-        assert_eq!(end(""), [0]);
-        assert_eq!((first(""), first("a")), (vec![0], b"a".to_vec()));
-        assert_eq!(after(b"a"), b"a\0");
+        assert_eq!(prefix_end("/strandline/a/"), b"/strandline/a0");
+        assert_eq!(prefix_end("a"), b"b");
+        assert_eq!(prefix_end(""), [0]);
+        assert_eq!((first_key(""), first_key("a")), (vec![0], b"a".to_vec()));
+        assert_eq!(key_after(b"a"), b"a\0");
         // UTF-8 bytes are below 0xF5, so there is no carry; the last byte is incremented.
-        assert_eq!(end("\u{10FFFF}"), [0xF4, 0x8F, 0xBF, 0xC0]);
+        assert_eq!(prefix_end("\u{10FFFF}"), [0xF4, 0x8F, 0xBF, 0xC0]);
     }
 
     #[test]
     fn impossible_revisions_are_not_converted() {
         assert_eq!((revision(-1), revision(0), revision(7)), (Revision::ZERO, Revision::ZERO, Revision(7)));
-        assert_eq!((number(Revision::ZERO), number(Revision(7)), number(Revision(u64::MAX))), (None, Some(7), None));
+        assert_eq!(
+            (etcd_revision(Revision::ZERO), etcd_revision(Revision(7)), etcd_revision(Revision(u64::MAX))),
+            (None, Some(7), None)
+        );
     }
 
     #[test]

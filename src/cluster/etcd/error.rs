@@ -16,11 +16,11 @@ pub(super) enum ErrorClass {
     Unknown,
     /// Not executed, and every member would reject it.
     Refused,
-    /// Not executed for lack of space; every member rejects it until an operator frees space.
+    /// Not executed for lack of space; every member rejects writes until an operator frees space.
     NoSpace,
-    /// Not executed for lack of a valid token.
+    /// Not executed: the request had no valid authentication token. A new login may help.
     Token,
-    /// Not executed: etcd has authentication disabled.
+    /// Login not executed: authentication is disabled in etcd.
     NoLogins,
     /// The lease of the request has ended.
     LeaseGone,
@@ -30,19 +30,20 @@ pub(super) enum ErrorClass {
     TooLong,
 }
 
-/// Error of one attempt.
+/// Error of one attempt at one member.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct EtcdAttemptError {
     pub(super) class: ErrorClass,
     pub(super) reason: String,
 }
 
-/// Error of a call.
+/// Error of a call, after all of its attempts. The texts contain the errors of the members.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum EtcdCallError {
     Unavailable {
         reason: String,
-        unknown: bool,
+        /// True if the request may have been executed, and must not be executed twice.
+        outcome_unknown: bool,
     },
     Refused(String),
     NoSpace(String),
@@ -53,10 +54,11 @@ pub(super) enum EtcdCallError {
     TooLong(String),
 }
 
-/// Texts that identify etcd's errors, with their class. The codes alone are ambiguous: `UNAVAILABLE` is both a request
-/// that no leader accepted and one whose leader failed. Source: etcd's `api/v3rpc/rpctypes/error.go`, 3.4 to 3.6.
+/// Texts that identify etcd's errors, with their class. The gRPC codes alone are ambiguous: etcd returns `UNAVAILABLE`
+/// for a request that no leader accepted, and for a request whose leader failed. Source: etcd's
+/// `api/v3rpc/rpctypes/error.go`, 3.4 to 3.6.
 const ERROR_CLASSES: &[(&str, ErrorClass)] = &[
-    // Sent before the request is processed. A proposal that no leader accepted in time returns "request timed out"
+    // Returned before the request is processed. A proposal that no leader accepted in time returns "request timed out"
     // instead.
     ("etcdserver: no leader", ErrorClass::NotDone),
     ("etcdserver: not capable", ErrorClass::NotDone),
@@ -64,9 +66,9 @@ const ERROR_CLASSES: &[(&str, ErrorClass)] = &[
     ("etcdserver: rpc not supported for learner", ErrorClass::NotDone),
     ("etcdserver: invalid auth token", ErrorClass::Token),
     ("etcdserver: revision of auth store is old", ErrorClass::Token),
-    // A request without a token: authentication was enabled after this client connected.
+    // For a request without a token: authentication was enabled after this client connected.
     ("etcdserver: user name is empty", ErrorClass::Token),
-    // etcd 3.4 sends this for a watch whose token has expired.
+    // etcd 3.4 returns this error also for a watch whose token has expired.
     ("etcdserver: permission denied", ErrorClass::Token),
     ("etcdserver: authentication is not enabled", ErrorClass::NoLogins),
     ("etcdserver: mvcc: database space exceeded", ErrorClass::NoSpace),
@@ -76,7 +78,8 @@ const ERROR_CLASSES: &[(&str, ErrorClass)] = &[
     ("decoded message length too large", ErrorClass::TooLong),
 ];
 
-/// Classifies a failed request by its status. Without certainty the class is `Unknown`.
+/// Classifies a failed request by its gRPC status. `never_sent` is true if the request did not leave this process. The
+/// class is `Unknown` unless another class is certain.
 pub(super) fn classify(code: Code, message: &str, never_sent: bool) -> ErrorClass {
     if never_sent {
         return ErrorClass::NotDone;
@@ -85,7 +88,7 @@ pub(super) fn classify(code: Code, message: &str, never_sent: bool) -> ErrorClas
         return *class;
     }
     match code {
-        // etcd checks these before a proposal. A server other than etcd returns `Unimplemented`.
+        // etcd returns these before a proposal. A server other than etcd returns `Unimplemented`.
         Code::InvalidArgument | Code::FailedPrecondition | Code::PermissionDenied => ErrorClass::Refused,
         Code::Unimplemented => ErrorClass::Refused,
         Code::Unauthenticated => ErrorClass::Token,
@@ -94,11 +97,13 @@ pub(super) fn classify(code: Code, message: &str, never_sent: bool) -> ErrorClas
 }
 
 impl EtcdAttemptError {
+    /// Returns the error of a request that may have been executed.
     pub(super) fn unknown(reason: String) -> Self {
         Self { class: ErrorClass::Unknown, reason }
     }
 
-    pub(super) fn of(error: &Error) -> Self {
+    /// Classifies an error of `etcd_client`.
+    pub(super) fn from_client(error: &Error) -> Self {
         match error {
             Error::GRpcStatus(status) => {
                 let class = classify(status.code(), status.message(), never_sent(status));
@@ -114,8 +119,9 @@ impl EtcdAttemptError {
         }
     }
 
-    /// Converts a token error to a refusal, for an attempt after which no token is renewed.
-    pub(super) fn without_token(self) -> Self {
+    /// Converts a token error to a refusal; returns other errors unchanged. For the last attempt at a member, after
+    /// which no new login follows.
+    pub(super) fn token_error_to_refusal(self) -> Self {
         match self.class {
             ErrorClass::Token | ErrorClass::NoLogins => {
                 let reason = format!("{}: check the etcd user and its permissions", self.reason);
@@ -125,8 +131,8 @@ impl EtcdAttemptError {
         }
     }
 
-    /// Converts an error of a login: the request itself was not sent.
-    pub(super) fn at_login(self, user: &str) -> Self {
+    /// Converts the error of a login to the error of the attempt: the attempt's request was not sent.
+    pub(super) fn into_login_error(self, user: &str) -> Self {
         let class = if self.class == ErrorClass::Refused { ErrorClass::Refused } else { ErrorClass::NotDone };
         Self { class, reason: format!("logging in as {user:?}: {}", self.reason) }
     }
@@ -134,7 +140,7 @@ impl EtcdAttemptError {
 
 impl EtcdCallError {
     /// Converts the error of a call that changes nothing.
-    pub(super) fn of_read(self) -> MetaStoreError {
+    pub(super) fn into_read_error(self) -> MetaStoreError {
         match self {
             Self::Unavailable { reason, .. } | Self::TooLong(reason) => MetaStoreError::unavailable(reason),
             Self::Refused(reason) => MetaStoreError::Refused { reason },
@@ -148,9 +154,9 @@ impl EtcdCallError {
     }
 
     /// Converts the error of a transaction.
-    pub(super) fn of_transaction(self, transaction: &Transaction) -> MetaStoreError {
+    pub(super) fn into_transaction_error(self, transaction: &Transaction) -> MetaStoreError {
         match self {
-            Self::Unavailable { reason, unknown } => MetaStoreError::Unavailable { reason, outcome_unknown: unknown },
+            Self::Unavailable { reason, outcome_unknown } => MetaStoreError::Unavailable { reason, outcome_unknown },
             Self::Refused(reason) => MetaStoreError::Refused { reason },
             Self::NoSpace(reason) => MetaStoreError::NoSpace { reason },
             Self::Regressed(regression) => MetaStoreError::Regressed(regression),
@@ -158,14 +164,14 @@ impl EtcdCallError {
                 Some(lease) => MetaStoreError::LeaseGone { lease },
                 None => MetaStoreError::unavailable("etcd reported a missing lease for a request without a lease"),
             },
-            // The response to a transaction is small and names no revision, so neither error can come from it.
+            // Neither error can result from a transaction: it requests no earlier revision, and its response is small.
             Self::Compacted => MetaStoreError::unknown("etcd reported a compaction for a request without a revision"),
             Self::TooLong(reason) => MetaStoreError::unknown(reason),
         }
     }
 
     /// Converts the error of a revocation or keepalive, which may have been executed.
-    pub(super) fn of_lease(self, lease: LeaseId) -> MetaStoreError {
+    pub(super) fn into_lease_error(self, lease: LeaseId) -> MetaStoreError {
         match self {
             Self::LeaseGone => MetaStoreError::LeaseGone { lease },
             Self::Refused(reason) => MetaStoreError::Refused { reason },
@@ -177,14 +183,15 @@ impl EtcdCallError {
     }
 
     /// Converts the error of a watch that was to start at `from`.
-    pub(super) fn of_watch(self, from: Revision) -> MetaStoreError {
+    pub(super) fn into_watch_error(self, from: Revision) -> MetaStoreError {
         match self {
             Self::Compacted => MetaStoreError::Compacted { from, oldest: from.next() },
-            other => other.of_read(),
+            other => other.into_read_error(),
         }
     }
 }
 
+/// Returns the lease under which an operation writes its key.
 fn lease_of(op: &TxnOp) -> Option<LeaseId> {
     match op {
         TxnOp::Put { lease, .. } => *lease,
@@ -255,26 +262,30 @@ mod tests {
     #[test]
     fn rejected_watch_and_expired_lease_are_classified() {
         let refused = "rpc error: code = PermissionDenied desc = etcdserver: permission denied";
-        assert_eq!(EtcdAttemptError::of(&Error::WatchError(refused.to_owned())).class, ErrorClass::Token);
-        assert_eq!(EtcdAttemptError::of(&Error::WatchError("closed".to_owned())).class, ErrorClass::Unknown);
+        assert_eq!(EtcdAttemptError::from_client(&Error::WatchError(refused.to_owned())).class, ErrorClass::Token);
+        assert_eq!(EtcdAttemptError::from_client(&Error::WatchError("closed".to_owned())).class, ErrorClass::Unknown);
         assert_eq!(
-            EtcdAttemptError::of(&Error::LeaseKeepAliveError("lease not found".to_owned())).class,
+            EtcdAttemptError::from_client(&Error::LeaseKeepAliveError("lease not found".to_owned())).class,
             ErrorClass::LeaseGone
         );
         assert_eq!(
-            EtcdAttemptError::of(&Error::LeaseKeepAliveError("channel closed".to_owned())).class,
+            EtcdAttemptError::from_client(&Error::LeaseKeepAliveError("channel closed".to_owned())).class,
             ErrorClass::Unknown
         );
     }
 
     #[test]
     fn failed_login_means_request_was_not_executed() {
-        let login = |class| EtcdAttemptError { class, reason: "why".to_owned() }.at_login("broker");
+        let login = |class| EtcdAttemptError { class, reason: "why".to_owned() }.into_login_error("broker");
         assert_eq!(login(ErrorClass::Unknown).class, ErrorClass::NotDone);
         assert_eq!(login(ErrorClass::Refused).class, ErrorClass::Refused);
         assert!(login(ErrorClass::Refused).reason.contains("\"broker\": why"));
-        let twice = EtcdAttemptError { class: ErrorClass::Token, reason: "etcdserver: invalid auth token".to_owned() }
-            .without_token();
-        assert!(twice.class == ErrorClass::Refused && twice.reason.contains("check the etcd user"), "{twice:?}");
+        let rejected_twice =
+            EtcdAttemptError { class: ErrorClass::Token, reason: "etcdserver: invalid auth token".to_owned() }
+                .token_error_to_refusal();
+        assert!(
+            rejected_twice.class == ErrorClass::Refused && rejected_twice.reason.contains("check the etcd user"),
+            "{rejected_twice:?}"
+        );
     }
 }

@@ -33,6 +33,7 @@ const WATCH_BYTES: usize = 256 << 20;
 /// Minimum timeout of a login: etcd's password hash is slow on purpose.
 const LOGIN_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// The members of one etcd cluster, in the order of the options.
 pub(super) struct Members {
     list: Vec<Member>,
     header_state: HeaderState,
@@ -40,17 +41,18 @@ pub(super) struct Members {
     first: AtomicUsize,
 }
 
-/// State from the responses of all members.
+/// State from the headers of all members' responses. Clones share it.
 #[derive(Clone, Default)]
 struct HeaderState {
     /// Id of the etcd cluster, from the first response.
     cluster: Arc<OnceLock<u64>>,
-    /// Proof that a member of another cluster responded to a call.
-    foreign: Arc<OnceLock<Regression>>,
+    /// Set when a member of another etcd cluster has responded to a call.
+    regression: Arc<OnceLock<Regression>>,
 }
 
-/// One member.
+/// One member and its current connection.
 pub(super) struct Member {
+    /// Position in `Members::list`.
     index: usize,
     endpoint: String,
     options: EtcdOptions,
@@ -63,9 +65,10 @@ pub(super) struct Member {
 pub(super) struct MemberChannel(Arc<MemberConnection>);
 
 struct MemberConnection {
+    /// Index of the member.
     index: usize,
     client: Client,
-    /// Set once per connection: an expired token is renewed with a new connection.
+    /// Set after the login of this connection. An expired token is replaced together with the connection.
     login: OnceCell<()>,
     /// Number of responses so far; distinguishes a slow member from an unreachable one.
     response_count: AtomicU64,
@@ -73,6 +76,7 @@ struct MemberConnection {
 }
 
 impl Members {
+    /// Checks the options and creates the members, without connecting to them.
     pub(super) async fn new(options: EtcdOptions) -> Result<Self, EtcdOptionsError> {
         options.check()?;
         let header_state = HeaderState::default();
@@ -83,6 +87,7 @@ impl Members {
                 Error::InvalidUri(reason) => {
                     EtcdOptionsError::Endpoint { endpoint: endpoint.clone(), reason: reason.to_string() }
                 }
+                // Not a failed connection, since `MemberChannel::new` does not connect.
                 other => EtcdOptionsError::Tls { reason: format_options_error(&other) },
             })?;
             list.push(Member {
@@ -98,38 +103,37 @@ impl Members {
 
     /// Returns the regression if a member of another cluster has responded to a call.
     pub(super) fn regression(&self) -> Option<Regression> {
-        self.header_state.foreign.get().cloned()
+        self.header_state.regression.get().cloned()
     }
 
     pub(super) fn endpoints(&self) -> Vec<&str> {
         self.list.iter().map(|member| member.endpoint.as_str()).collect()
     }
 
-    pub(super) fn each(&self) -> impl Iterator<Item = &Member> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Member> {
         self.list.iter()
     }
 
     /// Returns every member once, starting with the one that responded last.
-    pub(super) fn in_turn(&self) -> impl Iterator<Item = &Member> {
+    pub(super) fn in_call_order(&self) -> impl Iterator<Item = &Member> {
         let first = self.first.load(Relaxed);
         (0..self.list.len()).map(move |step| &self.list[(first + step) % self.list.len()])
     }
 
     /// Makes this member the first to call, because it responded.
-    pub(super) fn on_reply(&self, member: &Member) {
+    pub(super) fn on_response(&self, member: &Member) {
         self.first.store(member.index, Relaxed);
     }
 
-    /// Makes the next member the first to call, because this one did not respond. Keeps the choice of a concurrent
-    /// caller.
+    /// Makes the next member the first to call, because `member` failed. Changes nothing if another member is already
+    /// the first.
     pub(super) fn use_next_member(&self, member: &Member) {
         let next = (member.index + 1) % self.list.len();
-        // If another caller chose first, its choice is as good.
-        let _chosen = self.first.compare_exchange(member.index, next, Relaxed, Relaxed);
+        let _previous = self.first.compare_exchange(member.index, next, Relaxed, Relaxed);
     }
 
     /// Returns the member of a connection.
-    pub(super) fn of(&self, channel: &MemberChannel) -> &Member {
+    pub(super) fn member_of(&self, channel: &MemberChannel) -> &Member {
         &self.list[channel.0.index]
     }
 }
@@ -139,22 +143,25 @@ impl Member {
         &self.endpoint
     }
 
-    /// Makes one attempt: connects and logs in if needed, sends the request, and waits for at most the call timeout.
+    /// Sends a request to this member: connects and logs in if needed, and waits for at most the request timeout. After
+    /// an expired token, logs in on a new connection and sends the request once more.
     pub(super) async fn call_member<T, F>(&self, request: &impl Fn(MemberChannel) -> F) -> Result<T, EtcdAttemptError>
     where
         F: Future<Output = Result<T, Error>>,
     {
         match self.attempt(request).await {
-            // Tokens expire, and each change of etcd's users invalidates all of them. The request was not executed.
+            // Tokens expire, and each change of etcd's users invalidates all tokens. The request was not executed.
             Err((EtcdAttemptError { class: ErrorClass::Token, .. }, channel)) if self.options.login.is_some() => {
                 self.replace(&channel).await;
                 let retried = self.attempt(request).await;
-                retried.map_err(|(error, _)| error.without_token())
+                retried.map_err(|(error, _)| error.token_error_to_refusal())
             }
-            other => other.map_err(|(error, _)| error.without_token()),
+            result => result.map_err(|(error, _)| error.token_error_to_refusal()),
         }
     }
 
+    /// Sends a request once, on the current connection. An error comes with that connection, so that the caller can
+    /// replace it. A connection that received no response at all during the request timeout is replaced here.
     async fn attempt<T, F>(&self, request: &impl Fn(MemberChannel) -> F) -> Result<T, (EtcdAttemptError, MemberChannel)>
     where
         F: Future<Output = Result<T, Error>>,
@@ -164,22 +171,23 @@ impl Member {
             channel.log_in(login, self.options.request_timeout).await.map_err(|error| (error, channel.clone()))?;
         }
         let response_count = channel.0.response_count.load(Relaxed);
-        let time = self.options.request_timeout;
-        match tokio::time::timeout(time, request(channel.clone())).await {
+        let timeout = self.options.request_timeout;
+        match tokio::time::timeout(timeout, request(channel.clone())).await {
             Ok(result) => {
                 channel.0.response_count.fetch_add(1, Relaxed);
-                result.map_err(|error| (EtcdAttemptError::of(&error), channel))
+                result.map_err(|error| (EtcdAttemptError::from_client(&error), channel))
             }
             Err(_) => {
                 if channel.0.response_count.load(Relaxed) == response_count {
                     self.replace(&channel).await;
                 }
-                Err((EtcdAttemptError::unknown(format!("no response within {} ms", time.as_millis())), channel))
+                Err((EtcdAttemptError::unknown(format!("no response within {} ms", timeout.as_millis())), channel))
             }
         }
     }
 
-    /// Replaces the connection for later calls, unless a concurrent caller did. Calls on the old connection continue.
+    /// Replaces the connection `old` for later calls, unless a concurrent caller has replaced it. Calls on the old
+    /// connection continue.
     pub(super) async fn replace(&self, old: &MemberChannel) {
         match MemberChannel::new(self.index, &self.endpoint, &self.options, &self.header_state).await {
             Ok(channel) => {
@@ -199,12 +207,14 @@ impl Member {
         }
     }
 
-    /// Requests the status of the member.
+    /// Requests the status of the member. A member of another etcd cluster is an error, but no regression of the store,
+    /// because a status request reads and writes no key.
     pub(super) async fn status(&self) -> Result<MemberStatus, String> {
         let result = self.call_member(&|channel: MemberChannel| async move {
-            let mut response = channel.0.client.maintenance_client();
-            let response = response.status().await?;
-            channel.check(response.header())?.map_err(|other| convert::invalid_response(&other.to_string()))?;
+            let mut client = channel.0.client.maintenance_client();
+            let response = client.status().await?;
+            let checked = channel.check(response.header())?;
+            checked.map_err(|regression| convert::invalid_response(&regression.to_string()))?;
             let member = response.header().map(ResponseHeader::member_id);
             Ok(MemberStatus {
                 version: response.version().to_owned(),
@@ -221,14 +231,15 @@ impl Member {
 }
 
 impl MemberChannel {
-    /// Creates a connection without connecting: `etcd_client` connects here only with a user.
+    /// Returns a connection that connects with its first request. `etcd_client` connects at once only if the options
+    /// contain a user, and these do not.
     async fn new(
         index: usize,
         endpoint: &str,
         options: &EtcdOptions,
         header_state: &HeaderState,
     ) -> Result<Self, Error> {
-        let client = Client::connect([endpoint], Some(options.connect(endpoint))).await?;
+        let client = Client::connect([endpoint], Some(options.connect_options(endpoint))).await?;
         let (login, response_count, header_state) = (OnceCell::new(), AtomicU64::new(0), header_state.clone());
         Ok(Self(Arc::new(MemberConnection { index, client, login, response_count, header_state })))
     }
@@ -245,17 +256,19 @@ impl MemberChannel {
         self.0.client.watch_client().max_decoding_message_size(WATCH_BYTES)
     }
 
-    /// Returns the revision in a response, if the response comes from the cluster that responded first. Otherwise
-    /// records a regression.
+    /// Returns the revision in a response. A response of another etcd cluster than the first one is an error, and sets
+    /// [`Members::regression`].
     pub(super) fn revision(&self, header: Option<&ResponseHeader>) -> Result<Revision, Error> {
-        self.check(header)?.map_err(|other| {
-            let error = convert::invalid_response(&other.to_string());
-            drop(self.0.header_state.foreign.set(other));
+        self.check(header)?.map_err(|regression| {
+            let error = convert::invalid_response(&regression.to_string());
+            // Fails if a regression is set already: the first one stays.
+            drop(self.0.header_state.regression.set(regression));
             error
         })
     }
 
-    /// Like [`Self::revision`], but a response of another cluster is returned and not recorded.
+    /// Returns the revision in a response. The inner error is a response of another etcd cluster, the outer error a
+    /// response without a header.
     fn check(&self, header: Option<&ResponseHeader>) -> Result<Result<Revision, Regression>, Error> {
         let header = header.ok_or_else(|| convert::invalid_response("a response without a header"))?;
         let answered = header.cluster_id();
@@ -271,16 +284,16 @@ impl MemberChannel {
         let user = || Some((login.user.clone(), login.password.clone()));
         let log_in_once = || async {
             let mut client = self.0.client.clone();
-            let time = request_timeout.max(LOGIN_TIMEOUT);
-            match tokio::time::timeout(time, client.update_user(user())).await {
+            let timeout = request_timeout.max(LOGIN_TIMEOUT);
+            match tokio::time::timeout(timeout, client.update_user(user())).await {
                 Ok(Ok(())) => Ok(()),
-                Ok(Err(error)) => match EtcdAttemptError::of(&error) {
+                Ok(Err(error)) => match EtcdAttemptError::from_client(&error) {
                     // Authentication is disabled in etcd: then no token is issued or needed.
                     EtcdAttemptError { class: ErrorClass::NoLogins, .. } => Ok(()),
-                    error => Err(error.at_login(&login.user)),
+                    error => Err(error.into_login_error(&login.user)),
                 },
-                Err(_) => Err(EtcdAttemptError::unknown(format!("no response within {} ms", time.as_millis()))
-                    .at_login(&login.user)),
+                Err(_) => Err(EtcdAttemptError::unknown(format!("no response within {} ms", timeout.as_millis()))
+                    .into_login_error(&login.user)),
             }
         };
         self.0.login.get_or_try_init(log_in_once).await?;

@@ -2,9 +2,9 @@
 //!
 //! # Overview
 //!
-//! [`EtcdStore`] sends each request to one member, through one client per member that connects on first use.
-//! `etcd_client`'s balancer is not used: it chooses members by itself, fails at once while one is down, and hides
-//! whether a request left this process. The modules:
+//! [`EtcdStore`] sends each request to one member, through one client per member that connects on first use. The
+//! balancer of `etcd_client` is not used: it chooses members by itself, fails at once while one member is down, and
+//! hides whether a request left this process. The modules:
 //!
 //! | module | content |
 //! | --- | --- |
@@ -16,22 +16,22 @@
 //! # Retries
 //!
 //! An attempt ends after `request_timeout`. The pure function `error::classify` decides the outcome of a failed
-//! request: *not done* (no connection, no leader), *refused* (every member would reject it), or *unknown*. Reads,
-//! keepalives, revocations and grants continue at the next member after anything but a refusal, until
-//! `call::CALL_DEADLINE` is over. A grant whose response was lost expires by itself. Transactions continue only after
-//! *not done*. An unknown outcome is never retried here; the caller reads back, since the retry of an applied
-//! transaction would fail its compares.
+//! request: *not done* (no connection, no leader), *refused* (every member would reject it), or *unknown*. After *not
+//! done* or *unknown*, reads, keepalives, revocations and grants continue at the next member, until
+//! `call::CALL_DEADLINE` has passed. If the response to a grant is lost, its lease expires unused. Transactions continue
+//! only after *not done*. After *unknown*, the caller reads back, since the retry of an applied transaction would fail
+//! its compares.
 //!
 //! # Unresponsive members
 //!
 //! A member whose host disappears does not close its connections. A call that times out on a connection without any
 //! response meanwhile replaces the connection. A watch requests progress after two seconds without a message, and moves
-//! to another member after two more. After three members in a row without a response, the watch ends with an error, and
+//! to another member after two more. After three streams in a row without a response, the watch ends with an error, and
 //! the metadata cache relists.
 //!
-//! HTTP/2 pings are not used: etcd permits one per five seconds, and none without active streams, and closes
-//! connections of clients that send more. Observed with one ping every two seconds: each connection ended after eight,
-//! with its watches and calls.
+//! HTTP/2 pings are not used. etcd permits one ping per five seconds, and none without active streams, and closes the
+//! connections of clients that send more. With one ping every two seconds, etcd closed each connection after eight
+//! seconds, which ended its watches and calls.
 //!
 //! # Invariants
 //!
@@ -69,13 +69,13 @@ mod tests;
 
 pub use options::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdOptionsError, EtcdTls};
 
-/// Maximum number of keys in one page of a list, at first: reduced if a page would be too large.
+/// Number of keys in one page of a list. Later pages have fewer keys if a page exceeds the size limit of a response.
 const PAGE_KEYS: i64 = 2000;
 
-/// Maximum number of attempts of a list whose revision is compacted meanwhile.
+/// Maximum number of attempts of a list whose revision etcd compacts between two pages.
 const MAX_LIST_ATTEMPTS: usize = 3;
 
-/// Shortest lease that etcd honours, in seconds: the time of an election.
+/// Shortest lease that etcd grants, in seconds: the duration of one of its leader elections.
 const MIN_LEASE_S: i64 = 2;
 
 /// An etcd cluster as the metadata store. Clones share the connections.
@@ -110,17 +110,18 @@ impl EtcdStore {
     /// Requests the status of every member, in the order of the options. Returns each endpoint with its status or
     /// error.
     pub async fn status(&self) -> Vec<(String, Result<MemberStatus, String>)> {
-        let requests = self.members.each().map(|member| async move {
+        let requests = self.members.iter().map(|member| async move {
             let status = member.status().await;
             (member.endpoint().to_owned(), status)
         });
         futures::future::join_all(requests).await
     }
 
+    /// Reads one key, at revision `at` or, if that is `None`, at the newest revision.
     async fn read(&self, key: &str, at: Option<Revision>) -> Result<GetResult, EtcdCallError> {
         self.members
             .call(RetryPolicy::Always, |channel: MemberChannel| async move {
-                let mut response = channel.kv().get(key, Some(convert::one(at))).await?;
+                let mut response = channel.kv().get(key, Some(convert::get_options(at))).await?;
                 let revision = channel.revision(response.header())?;
                 let entry = response.take_kvs().pop().and_then(convert::entry);
                 Ok(GetResult { revision, entry })
@@ -128,16 +129,17 @@ impl EtcdStore {
             .await
     }
 
-    /// Reads all pages of a list at the revision of the first page.
-    async fn pages(&self, prefix: &str) -> Result<ListResult, EtcdCallError> {
-        let (mut at, mut entries, mut limit) = (None, Vec::new(), PAGE_KEYS);
-        let mut from = convert::first(prefix);
+    /// Reads all pages of a list at the revision of the first page. A page that exceeds the size limit of a response is
+    /// read again with fewer keys.
+    async fn read_pages(&self, prefix: &str) -> Result<ListResult, EtcdCallError> {
+        let (mut list_revision, mut entries, mut limit) = (None, Vec::new(), PAGE_KEYS);
+        let mut start_key = convert::first_key(prefix);
         loop {
-            let options = &convert::page(prefix, limit, at);
+            let options = &convert::page_options(prefix, limit, list_revision);
             let page = self.members.call(RetryPolicy::Always, |channel: MemberChannel| {
-                let from = from.clone();
+                let start_key = start_key.clone();
                 async move {
-                    let mut response = channel.kv().get(from, Some(options.clone())).await?;
+                    let mut response = channel.kv().get(start_key, Some(options.clone())).await?;
                     let revision = channel.revision(response.header())?;
                     let more = response.more();
                     Ok((revision, more, response.take_kvs()))
@@ -145,15 +147,13 @@ impl EtcdStore {
             });
             match page.await {
                 Ok((revision, more, kvs)) => {
-                    let revision = *at.get_or_insert(revision);
-                    match kvs.last().filter(|_| more) {
-                        Some(last) => from = convert::after(last.key()),
-                        None => {
-                            entries.extend(kvs.into_iter().filter_map(convert::entry));
-                            return Ok(ListResult { revision, entries });
-                        }
-                    }
+                    let revision = *list_revision.get_or_insert(revision);
+                    let next_start = kvs.last().filter(|_| more).map(|last| convert::key_after(last.key()));
                     entries.extend(kvs.into_iter().filter_map(convert::entry));
+                    match next_start {
+                        Some(key) => start_key = key,
+                        None => return Ok(ListResult { revision, entries }),
+                    }
                 }
                 Err(EtcdCallError::TooLong(_)) if limit > 1 => limit = (limit / 8).max(1),
                 Err(error) => return Err(error),
@@ -166,23 +166,23 @@ impl EtcdStore {
     /// The reads are separate requests, because `etcd_client` panics on a transaction operation without a response.
     async fn read_all_at(&self, keys: &[String], at: Revision) -> Result<Vec<Option<KeyValue>>, EtcdCallError> {
         let reads = keys.iter().map(|key| self.read(key, Some(at)));
-        let readings = futures::future::try_join_all(reads).await?;
-        Ok(readings.into_iter().map(|reading| reading.entry).collect())
+        let results = futures::future::try_join_all(reads).await?;
+        Ok(results.into_iter().map(|result| result.entry).collect())
     }
 }
 
 impl MetaStore for EtcdStore {
     fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
-        Box::pin(async move { self.read(key, None).await.map_err(EtcdCallError::of_read) })
+        Box::pin(async move { self.read(key, None).await.map_err(EtcdCallError::into_read_error) })
     }
 
     fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
         Box::pin(async move {
             let mut attempt = 1;
             loop {
-                match self.pages(prefix).await {
+                match self.read_pages(prefix).await {
                     Err(EtcdCallError::Compacted) if attempt < MAX_LIST_ATTEMPTS => attempt += 1,
-                    other => return other.map_err(EtcdCallError::of_read),
+                    result => return result.map_err(EtcdCallError::into_read_error),
                 }
             }
         })
@@ -192,26 +192,28 @@ impl MetaStore for EtcdStore {
         Box::pin(async move {
             transaction.check()?;
             let request = &convert::transaction(&transaction);
-            let done = self.members.call(RetryPolicy::WhenNotDone, |channel: MemberChannel| async move {
+            let call = self.members.call(RetryPolicy::WhenNotDone, |channel: MemberChannel| async move {
                 let response = channel.kv().txn(request.clone()).await?;
                 Ok((response.succeeded(), channel.revision(response.header())?))
             });
-            match done.await {
+            match call.await {
                 Ok((true, revision)) => Ok(TxnOutcome::Committed { revision }),
                 Ok((false, revision)) => {
-                    let found =
-                        self.read_all_at(&transaction.else_get, revision).await.map_err(EtcdCallError::of_read)?;
+                    let found = self
+                        .read_all_at(&transaction.else_get, revision)
+                        .await
+                        .map_err(EtcdCallError::into_read_error)?;
                     Ok(TxnOutcome::CompareFailed { revision, found })
                 }
-                Err(error) => Err(error.of_transaction(&transaction)),
+                Err(error) => Err(error.into_transaction_error(&transaction)),
             }
         })
     }
 
     fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch> {
         Box::pin(async move {
-            let resuming = ResumableWatch::start(self.members.clone(), prefix, from).await?;
-            Ok(Watch::new(futures::stream::unfold(Some(resuming), watch::step)))
+            let watch = ResumableWatch::start(self.members.clone(), prefix, from).await?;
+            Ok(Watch::new(futures::stream::unfold(Some(watch), watch::step)))
         })
     }
 
@@ -219,35 +221,34 @@ impl MetaStore for EtcdStore {
         let whole_seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
         let seconds = whole_seconds.saturating_add(i64::from(time.subsec_nanos() > 0)).max(MIN_LEASE_S);
         Box::pin(async move {
-            let granted = self.members.call(RetryPolicy::Always, |channel: MemberChannel| async move {
+            let call = self.members.call(RetryPolicy::Always, |channel: MemberChannel| async move {
                 let response = channel.leases().grant(seconds, None).await?;
                 channel.revision(response.header())?;
                 // Zero means no lease in etcd.
                 NonZeroI64::new(response.id()).ok_or_else(|| convert::invalid_response("a lease without an id"))
             });
-            granted.await.map(|id| LeaseId(id.get())).map_err(EtcdCallError::of_read)
+            call.await.map(|id| LeaseId(id.get())).map_err(EtcdCallError::into_read_error)
         })
     }
 
     fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
         Box::pin(async move {
-            let kept = self.members.call(RetryPolicy::Always, |channel: MemberChannel| async move {
-                // Sends one request and waits for its response. The stream ends here: a stream that stays open can
-                // stall.
+            let call = self.members.call(RetryPolicy::Always, |channel: MemberChannel| async move {
+                // Sends one request, waits for its response and closes the stream: a stream that stays open can stall.
                 channel.leases().keep_alive(lease.0).await.map(|_keeper| ())
             });
-            kept.await.map_err(|error| error.of_lease(lease))
+            call.await.map_err(|error| error.into_lease_error(lease))
         })
     }
 
     fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
         Box::pin(async move {
-            let revoked = self.members.call(RetryPolicy::Always, |channel: MemberChannel| async move {
+            let call = self.members.call(RetryPolicy::Always, |channel: MemberChannel| async move {
                 channel.leases().revoke(lease.0).await.map(|_| ())
             });
-            match revoked.await {
+            match call.await {
                 Err(EtcdCallError::LeaseGone) => Ok(()),
-                other => other.map_err(|error| error.of_lease(lease)),
+                result => result.map_err(|error| error.into_lease_error(lease)),
             }
         })
     }

@@ -4,6 +4,9 @@ use std::{fmt, time::Duration};
 
 use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
 
+/// Scheme of an endpoint with TLS.
+const HTTPS_SCHEME: &str = "https://";
+
 /// Default timeout of one attempt of a call.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -13,10 +16,9 @@ const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// Connection options of an etcd cluster.
 #[derive(Clone, Debug)]
 pub struct EtcdOptions {
-    /// URLs of the members, `http://host:port` or `https://host:port`. Each is called individually; none represents the
-    /// cluster.
+    /// URLs of the members, `http://host:port` or `https://host:port`. Each request is sent to one of them.
     pub endpoints: Vec<String>,
-    /// Trusted authority and client certificate, for `https`. Unset: the system's authorities and no client
+    /// Trusted authority and client certificate, for `https`. `None`: the system's authorities and no client
     /// certificate.
     pub tls: Option<EtcdTls>,
     /// User, if etcd requires one.
@@ -29,7 +31,7 @@ pub struct EtcdOptions {
 /// TLS for connections to etcd. All values are PEM, as read from their files.
 #[derive(Clone, Default)]
 pub struct EtcdTls {
-    /// The only trusted authority. Unset: the system's authorities.
+    /// The only trusted authority. `None`: the system's authorities.
     pub ca: Option<Vec<u8>>,
     /// Client certificate, if etcd requires one.
     pub identity: Option<EtcdIdentity>,
@@ -85,7 +87,7 @@ pub enum EtcdOptionsError {
         /// Description of the problem.
         reason: String,
     },
-    /// An endpoint is given twice: it would be called twice instead of another member.
+    /// An endpoint is given twice. A retry could then reach the same member again.
     #[error("the etcd endpoint {endpoint} is named twice: name each member once")]
     Twice { endpoint: String },
     /// TLS is set and an endpoint does not use it.
@@ -124,78 +126,80 @@ impl EtcdOptions {
             return Err(EtcdOptionsError::CallTimeout { request_timeout: self.request_timeout });
         }
         for (index, endpoint) in self.endpoints.iter().enumerate() {
-            let secure = validate_endpoint(endpoint)?;
+            let uses_tls = validate_endpoint(endpoint)?;
             if self.endpoints[..index].contains(endpoint) {
                 return Err(EtcdOptionsError::Twice { endpoint: endpoint.clone() });
             }
-            if !secure && self.tls.is_some() {
+            if !uses_tls && self.tls.is_some() {
                 return Err(EtcdOptionsError::PlainEndpoint { endpoint: endpoint.clone() });
             }
         }
         let Some(tls) = &self.tls else { return Ok(()) };
-        let holds = |pem: &[u8], marker: &str| String::from_utf8_lossy(pem).contains(marker);
-        let wrong = |reason: &str| Err(EtcdOptionsError::Tls { reason: reason.to_owned() });
+        let contains = |pem: &[u8], marker: &str| String::from_utf8_lossy(pem).contains(marker);
+        let tls_error = |reason: &str| Err(EtcdOptionsError::Tls { reason: reason.to_owned() });
         // A file without a certificate would trust no authority, and every connection would fail without a clear error.
-        if tls.ca.as_ref().is_some_and(|ca| !holds(ca, "-----BEGIN CERTIFICATE-----")) {
-            return wrong("the authority's file holds no PEM certificate");
+        if tls.ca.as_ref().is_some_and(|ca| !contains(ca, "-----BEGIN CERTIFICATE-----")) {
+            return tls_error("the authority's file holds no PEM certificate");
         }
-        if tls.identity.as_ref().is_some_and(|identity| !holds(&identity.certificate, "-----BEGIN CERTIFICATE-----")) {
-            return wrong("the client certificate's file holds no PEM certificate");
+        let identity = tls.identity.as_ref();
+        if identity.is_some_and(|identity| !contains(&identity.certificate, "-----BEGIN CERTIFICATE-----")) {
+            return tls_error("the client certificate's file holds no PEM certificate");
         }
-        if tls.identity.as_ref().is_some_and(|identity| !holds(&identity.key, "PRIVATE KEY-----")) {
-            return wrong("the client key's file holds no PEM private key");
+        if identity.is_some_and(|identity| !contains(&identity.key, "PRIVATE KEY-----")) {
+            return tls_error("the client key's file holds no PEM private key");
         }
         Ok(())
     }
 
-    /// Converts the options to `etcd_client`'s, for one endpoint. Omits the login, because connecting would then wait.
-    pub(super) fn connect(&self, endpoint: &str) -> ConnectOptions {
-        // Shorter than a call, so that a failed connection is recognised as such: nothing was sent then.
-        let connect = self.request_timeout * 3 / 4;
+    /// Converts the options to `etcd_client`'s, for one endpoint. Omits the login: with a login, `etcd_client` connects
+    /// as soon as the client is created.
+    pub(super) fn connect_options(&self, endpoint: &str) -> ConnectOptions {
+        // Shorter than the request timeout, so that a connection that cannot be established fails with its own error,
+        // which shows that nothing was sent.
+        let connect_timeout = self.request_timeout * 3 / 4;
         let options = ConnectOptions::new()
-            .with_connect_timeout(connect)
+            .with_connect_timeout(connect_timeout)
             .with_tcp_keepalive(TCP_KEEPALIVE_INTERVAL)
             .with_require_leader(true);
-        if !endpoint.starts_with(SECURE) {
+        if !endpoint.starts_with(HTTPS_SCHEME) {
             return options;
         }
         let tls = self.tls.clone().unwrap_or_default();
-        let trusting = match tls.ca {
+        let tls_options = match tls.ca {
             Some(ca) => TlsOptions::new().ca_certificate(Certificate::from_pem(ca)),
             None => TlsOptions::new().with_native_roots(),
         };
         options.with_tls(match tls.identity {
-            Some(identity) => trusting.identity(Identity::from_pem(identity.certificate, identity.key)),
-            None => trusting,
+            Some(identity) => tls_options.identity(Identity::from_pem(identity.certificate, identity.key)),
+            None => tls_options,
         })
     }
 }
 
-const SECURE: &str = "https://";
-
 /// Validates an endpoint. Returns true if it uses TLS.
 fn validate_endpoint(endpoint: &str) -> Result<bool, EtcdOptionsError> {
-    let wrong = |endpoint: &str, reason: &str| {
+    let invalid = |endpoint: &str, reason: &str| {
         Err(EtcdOptionsError::Endpoint { endpoint: endpoint.to_owned(), reason: reason.to_owned() })
     };
-    let (secure, rest) = match (endpoint.strip_prefix(SECURE), endpoint.strip_prefix("http://")) {
+    let (uses_tls, rest) = match (endpoint.strip_prefix(HTTPS_SCHEME), endpoint.strip_prefix("http://")) {
         (Some(rest), _) => (true, rest),
         (None, Some(rest)) => (false, rest),
-        (None, None) => return wrong(endpoint, "it begins with neither http:// nor https://"),
+        (None, None) => return invalid(endpoint, "it begins with neither http:// nor https://"),
     };
     if let Some((_, address)) = rest.rsplit_once('@') {
-        return wrong(address, "it must not contain a user");
+        // Without the user: the text before the `@` may contain a password.
+        return invalid(address, "it must not contain a user");
     }
     if let Some(end) = rest.find(['/', '?', '#']) {
-        return wrong(endpoint, &format!("remove {:?}", &rest[end..]));
+        return invalid(endpoint, &format!("remove {:?}", &rest[end..]));
     }
-    let Some((host, port)) = rest.rsplit_once(':') else { return wrong(endpoint, "it has no port") };
+    let Some((host, port)) = rest.rsplit_once(':') else { return invalid(endpoint, "it has no port") };
     if host.is_empty() || host.contains(char::is_whitespace) || (host.contains(':') && !host.starts_with('[')) {
-        return wrong(endpoint, "it has no host");
+        return invalid(endpoint, "it has no host");
     }
     match port.parse::<u16>() {
-        Ok(1..) => Ok(secure),
-        _ => wrong(endpoint, &format!("{port:?} is no port")),
+        Ok(1..) => Ok(uses_tls),
+        _ => invalid(endpoint, &format!("{port:?} is no port")),
     }
 }
 
@@ -212,7 +216,7 @@ mod tests {
         for good in ["http://a:1", "https://etcd-1.example:2379", "http://[::1]:2379", "http://127.0.0.1:65535"] {
             assert_eq!(EtcdOptions::new([good]).check(), Ok(()), "{good}");
         }
-        for (bad, what) in [
+        for (bad, reason) in [
             ("a:2379", "neither http:// nor https://"),
             ("grpc://a:1", "neither http:// nor https://"),
             ("http://a", "no port"),
@@ -227,7 +231,7 @@ mod tests {
             ("", "neither http:// nor https://"),
         ] {
             let error = check_error(&EtcdOptions::new([bad]));
-            assert!(error.contains(what) && error.contains(bad), "{bad}: {error}");
+            assert!(error.contains(reason) && error.contains(bad), "{bad}: {error}");
         }
         let error = check_error(&EtcdOptions::new(["http://root:secret@a:1"]));
         assert!(error.contains("it must not contain a user") && !error.contains("secret"), "{error}");

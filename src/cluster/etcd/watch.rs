@@ -4,7 +4,7 @@
 //! # Overview
 //!
 //! Only changes advance the watch. The response to a progress request contains a revision too. Up to etcd 3.4.24 and
-//! 3.5.7 it may overtake older changes (etcd issue 15220), so it only proves that the member is reachable.
+//! 3.5.7, this response may overtake older changes (etcd issue 15220), so it only proves that the member is reachable.
 //!
 //! Later versions respond to a progress request only once their revision has reached the start of the watch. A watch
 //! from the next revision would get no response from an idle etcd, and its member would look unresponsive. So a watch
@@ -28,12 +28,12 @@ use crate::{
 /// Time without a message after which progress is requested.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Number of such intervals in a row after which the watch moves to another member.
+/// Number of progress intervals in a row without a message after which the watch moves to another member.
 const MAX_MISSED_INTERVALS: u32 = 2;
 
 /// Number of streams in a row without any response after which the watch ends with an error. A member may need longer
-/// than one stream lasts to reach a start revision far behind its own, and then every stream would end early. A relist
-/// continues at a new revision.
+/// than one stream lasts to reach a start revision far behind its own, and then every stream would time out. After the
+/// error, the metadata cache relists and watches from a newer revision.
 const MAX_TIMED_OUT_STREAMS: u32 = 3;
 
 /// Time without a working member after which the watch ends with an error.
@@ -42,16 +42,16 @@ const WATCH_TIMEOUT: Duration = Duration::from_secs(30);
 /// Shortest pause between attempts to resume.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(20);
 
-/// Longest such pause.
+/// Longest pause between attempts to resume.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// A watch and its position.
+/// A watch, which opens a new stream whenever a stream ends.
 pub(super) struct ResumableWatch {
     members: Arc<Members>,
     prefix: String,
     /// All changes before this revision were returned.
     next: Revision,
-    /// Start revision of the stream: the value of `next` at that time, or one below.
+    /// Start revision of `stream`: the value of `next` when the stream was opened, or one below.
     start: Revision,
     stream: MemberWatch,
     /// Number of streams that have timed out since the last response.
@@ -59,7 +59,7 @@ pub(super) struct ResumableWatch {
     backoff: Backoff,
 }
 
-/// The watch at one member.
+/// One stream of the watch, at one member.
 struct MemberWatch {
     channel: MemberChannel,
     requests: WatchRequestSender,
@@ -67,7 +67,7 @@ struct MemberWatch {
 }
 
 /// Reason for the end of a stream.
-enum WatchEnd {
+enum StreamEnd {
     /// The stream ended with an error or a cancellation.
     Cancelled(String),
     /// The member did not respond in time.
@@ -93,7 +93,7 @@ impl ResumableWatch {
         // In etcd, 0 means from now on.
         let next = from.max(Revision(1));
         let start = one_before(next);
-        let stream = open(&members, prefix, start).await.map_err(|error| error.of_watch(from))?;
+        let stream = open_stream(&members, prefix, start).await.map_err(|error| error.into_watch_error(from))?;
         Ok(Self {
             members,
             prefix: prefix.to_owned(),
@@ -105,6 +105,7 @@ impl ResumableWatch {
         })
     }
 
+    /// Returns the next changes, which are empty for a progress response. Resumes the watch when the stream ends.
     async fn changes(&mut self) -> Result<WatchBatch, MetaStoreError> {
         loop {
             let end = match self.stream.next().await {
@@ -118,53 +119,57 @@ impl ResumableWatch {
         }
     }
 
-    /// Converts a response to changes, which are empty for a progress response, or to the end of this stream. An error
-    /// ends the watch.
-    fn convert_response(&mut self, response: &WatchResponse) -> Result<Result<WatchBatch, WatchEnd>, MetaStoreError> {
+    /// Converts a response to changes, which are empty for a progress response. The inner error ends this stream, after
+    /// which the watch resumes; the outer error ends the watch.
+    fn convert_response(&mut self, response: &WatchResponse) -> Result<Result<WatchBatch, StreamEnd>, MetaStoreError> {
         if response.compact_revision() > 0 {
             let oldest = convert::revision(response.compact_revision());
             if self.start < self.next && oldest <= self.next {
-                return Ok(Err(WatchEnd::StartCompacted));
+                return Ok(Err(StreamEnd::StartCompacted));
             }
             return Err(MetaStoreError::Compacted { from: self.next, oldest });
         }
         if response.canceled() {
-            return Ok(Err(WatchEnd::Cancelled(response.cancel_reason().to_owned())));
+            return Ok(Err(StreamEnd::Cancelled(response.cancel_reason().to_owned())));
         }
         if let Err(error) = self.stream.channel.revision(response.header()) {
             if let Some(regression) = self.members.regression() {
                 return Err(MetaStoreError::Regressed(regression));
             }
-            return Ok(Err(WatchEnd::Cancelled(error.to_string())));
+            return Ok(Err(StreamEnd::Cancelled(error.to_string())));
         }
         self.backoff.reset();
         self.timed_out_streams = 0;
         let kvs = response.events().iter().filter_map(etcd_client::Event::kv);
-        // Skip changes that were returned before: the stream started below `next`.
-        let new = kvs.filter(|kv| convert::revision(kv.mod_revision()) >= self.next);
-        let mut last = None;
+        // Skip changes that were returned before: the stream may have started below `next`.
+        let new_kvs = kvs.filter(|kv| convert::revision(kv.mod_revision()) >= self.next);
+        let mut newest = None;
         let mut events: Vec<WatchEvent> = Vec::with_capacity(response.events().len());
-        for kv in new {
-            last = last.max(Some(convert::revision(kv.mod_revision())));
+        for kv in new_kvs {
+            newest = newest.max(Some(convert::revision(kv.mod_revision())));
             events.extend(convert::event(kv));
         }
-        // A revision is never split over two responses unless requested (`fragment`).
-        if let Some(revision) = last {
+        // etcd splits a revision over two responses only if the watch requests it (`fragment`).
+        if let Some(revision) = newest {
             self.next = revision.next();
         }
-        // Returned also without changes: the revision proves to the watcher that none is missing.
+        // Returned also without changes: the revision proves that none was missed.
         Ok(Ok(WatchBatch { revision: Revision(self.next.0 - 1), events }))
     }
 
-    async fn resume(&mut self, end: WatchEnd) -> Result<(), MetaStoreError> {
-        let member = self.members.of(&self.stream.channel);
+    /// Opens the next stream after `end`, at another member unless only the start revision was compacted.
+    ///
+    /// # Errors
+    /// The watch ends: too many streams timed out, or no member opened a stream within [`WATCH_TIMEOUT`].
+    async fn resume(&mut self, end: StreamEnd) -> Result<(), MetaStoreError> {
+        let member = self.members.member_of(&self.stream.channel);
         let mut start_at = one_before(self.next);
         match end {
-            WatchEnd::Cancelled(reason) => {
+            StreamEnd::Cancelled(reason) => {
                 tracing::debug!(endpoint = member.endpoint(), reason, next = %self.next, "resuming a metadata watch");
                 self.members.use_next_member(member);
             }
-            WatchEnd::TimedOut => {
+            StreamEnd::TimedOut => {
                 tracing::info!(
                     endpoint = member.endpoint(),
                     "an etcd member does not respond: the metadata watch moves to another member"
@@ -176,37 +181,38 @@ impl ResumableWatch {
                     return Err(MetaStoreError::unavailable("no stream of the watch received a response in time"));
                 }
             }
-            WatchEnd::StartCompacted => start_at = self.next,
+            StreamEnd::StartCompacted => start_at = self.next,
         }
-        let end = clock::monotonic() + WATCH_TIMEOUT;
+        let deadline = clock::monotonic() + WATCH_TIMEOUT;
         loop {
             self.backoff.pause().await;
-            match open(&self.members, &self.prefix, start_at).await {
+            match open_stream(&self.members, &self.prefix, start_at).await {
                 Ok(stream) => {
                     (self.stream, self.start) = (stream, start_at);
                     return Ok(());
                 }
-                Err(error @ EtcdCallError::Unavailable { .. }) if clock::monotonic() < end => {
+                Err(error @ EtcdCallError::Unavailable { .. }) if clock::monotonic() < deadline => {
                     tracing::debug!(?error, "no etcd member resumed the metadata watch: retrying");
                 }
-                Err(error) => return Err(error.of_watch(self.next)),
+                Err(error) => return Err(error.into_watch_error(self.next)),
             }
         }
     }
 }
 
-/// Returns the start revision of a watch whose first change is that of `next`. In etcd, 0 means from now on.
+/// Returns the start revision of a stream whose first new change has the revision `next`: one revision earlier, and at
+/// least 1, because 0 means from now on in etcd.
 fn one_before(next: Revision) -> Revision {
     Revision(next.0.saturating_sub(1).max(1))
 }
 
-/// Starts a watch at any member that responds, and waits until etcd has created it.
-async fn open(members: &Members, prefix: &str, start_at: Revision) -> Result<MemberWatch, EtcdCallError> {
-    let from = convert::number(start_at).unwrap_or(i64::MAX);
-    let options = &WatchOptions::new().with_range(convert::end(prefix)).with_start_revision(from);
+/// Opens a stream at any member that responds, and waits until etcd has created the watch.
+async fn open_stream(members: &Members, prefix: &str, start_at: Revision) -> Result<MemberWatch, EtcdCallError> {
+    let from = convert::etcd_revision(start_at).unwrap_or(i64::MAX);
+    let options = &WatchOptions::new().with_range(convert::prefix_end(prefix)).with_start_revision(from);
     members
         .call(RetryPolicy::Always, |channel: MemberChannel| async move {
-            let stream = channel.watches().watch(convert::first(prefix), Some(options.clone())).await?;
+            let stream = channel.watches().watch(convert::first_key(prefix), Some(options.clone())).await?;
             let (requests, mut responses) = stream.split();
             let created =
                 responses.message().await?.ok_or_else(|| Error::WatchError("the watch ended at once".to_owned()))?;
@@ -221,20 +227,20 @@ async fn open(members: &Members, prefix: &str, start_at: Revision) -> Result<Mem
 
 impl MemberWatch {
     /// Returns the next response. Cancel safe: dropping the future loses no response.
-    async fn next(&mut self) -> Result<WatchResponse, WatchEnd> {
+    async fn next(&mut self) -> Result<WatchResponse, StreamEnd> {
         for missed in 1..=MAX_MISSED_INTERVALS {
             match tokio::time::timeout(PROGRESS_INTERVAL, self.responses.message()).await {
                 Ok(Ok(Some(response))) => return Ok(response),
-                Ok(Ok(None)) => return Err(WatchEnd::Cancelled("the stream ended".to_owned())),
-                Ok(Err(error)) => return Err(WatchEnd::Cancelled(EtcdAttemptError::of(&error).reason)),
+                Ok(Ok(None)) => return Err(StreamEnd::Cancelled("the stream ended".to_owned())),
+                Ok(Err(error)) => return Err(StreamEnd::Cancelled(EtcdAttemptError::from_client(&error).reason)),
                 Err(_elapsed) if missed == MAX_MISSED_INTERVALS => {}
                 Err(_elapsed) => {
                     // The channel holds a hundred requests, so this never waits.
                     let requested = self.requests.request_progress().await;
-                    requested.map_err(|error| WatchEnd::Cancelled(error.to_string()))?;
+                    requested.map_err(|error| StreamEnd::Cancelled(error.to_string()))?;
                 }
             }
         }
-        Err(WatchEnd::TimedOut)
+        Err(StreamEnd::TimedOut)
     }
 }

@@ -220,7 +220,7 @@ impl Reflector {
         self.store.watch(self.keys.prefix(), from).await
     }
 
-    /// Applies the watch's changes until the watch ends or a relist is due. Returns false if the watch ended without any
+    /// Applies the watch's changes until the watch ends or a relist is due. Returns false if the watch ended without a
     /// response. Then the next watch may end the same way, so the caller pauses longer before the next full list.
     async fn apply_watch(&self, mut watch: Watch) -> bool {
         let relist_at = clock::monotonic() + RELIST_INTERVAL;

@@ -21,7 +21,7 @@ use super::*;
 /// A relay before one member. Ends with the test's runtime.
 struct Relay {
     endpoint: String,
-    late_ms: Arc<AtomicU64>,
+    delay_ms: Arc<AtomicU64>,
 }
 
 impl Relay {
@@ -29,45 +29,46 @@ impl Relay {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let endpoint = format!("http://{}", listener.local_addr().expect("bound"));
         let member = member.strip_prefix("http://").expect("plain HTTP").to_owned();
-        let (late_ms, tasks) = (Arc::new(AtomicU64::new(0)), Tasks::new());
-        let (late, connections) = (Arc::clone(&late_ms), tasks.clone());
+        let (delay_ms, tasks) = (Arc::new(AtomicU64::new(0)), Tasks::new());
+        let (delay, connections) = (Arc::clone(&delay_ms), tasks.clone());
         tasks.spawn("relay", async move {
             loop {
                 let (client, _) = listener.accept().await.expect("listening");
                 let member = TcpStream::connect(&member).await.expect("the member listens");
-                connections.spawn("relay connection", relay_connection(client, member, Arc::clone(&late)));
+                connections.spawn("relay connection", relay_connection(client, member, Arc::clone(&delay)));
             }
         });
-        Self { endpoint, late_ms }
+        Self { endpoint, delay_ms }
     }
 
     /// Delays the member's bytes from now on.
-    fn late_by(&self, late: Duration) {
-        self.late_ms.store(u64::try_from(late.as_millis()).expect("a short delay"), Relaxed);
+    fn delay_by(&self, delay: Duration) {
+        self.delay_ms.store(u64::try_from(delay.as_millis()).expect("a short delay"), Relaxed);
     }
 }
 
 /// Relays one connection until either side ends it.
-async fn relay_connection(client: TcpStream, member: TcpStream, late_ms: Arc<AtomicU64>) {
+async fn relay_connection(client: TcpStream, member: TcpStream, delay_ms: Arc<AtomicU64>) {
     let (mut from_client, to_client) = client.into_split();
     let (from_member, mut to_member) = member.into_split();
     let (sender, receiver) = mpsc::channel(1024);
     tokio::select! {
         _ = tokio::io::copy(&mut from_client, &mut to_member) => {}
-        () = record_bytes(from_member, sender, &late_ms) => {}
+        () = queue_bytes(from_member, sender, &delay_ms) => {}
         () = send_delayed(to_client, receiver) => {}
     }
 }
 
-/// Records the member's bytes with the time at which to deliver them.
-async fn record_bytes(mut member: OwnedReadHalf, sender: mpsc::Sender<(Instant, Bytes)>, late_ms: &AtomicU64) {
+/// Reads the member's bytes and queues them with the time at which to send them on.
+async fn queue_bytes(mut member: OwnedReadHalf, sender: mpsc::Sender<(Instant, Bytes)>, delay_ms: &AtomicU64) {
     let mut bytes = vec![0; 64 << 10];
     while let Ok(read @ 1..) = member.read(&mut bytes).await {
-        let due = clock::monotonic() + Duration::from_millis(late_ms.load(Relaxed));
+        let due = clock::monotonic() + Duration::from_millis(delay_ms.load(Relaxed));
         let _receiver_dropped = sender.send((due, Bytes::copy_from_slice(&bytes[..read]))).await;
     }
 }
 
+/// Sends queued bytes to the client, each at its time.
 async fn send_delayed(mut client: OwnedWriteHalf, mut receiver: mpsc::Receiver<(Instant, Bytes)>) {
     while let Some((due, bytes)) = receiver.recv().await {
         tokio::time::sleep_until(due).await;
@@ -89,7 +90,7 @@ async fn store_behind_relay(etcd: &Etcd) -> (EtcdStore, Relay) {
 const LONG_DELAY: Duration = Duration::from_secs(10);
 
 fn first_member(store: &EtcdStore) -> &str {
-    store.members.in_turn().next().expect("a member").endpoint()
+    store.members.in_call_order().next().expect("a member").endpoint()
 }
 
 #[tokio::test]
@@ -98,8 +99,8 @@ async fn slow_member_within_timeout_is_kept() {
     let (store, relay) = store_behind_relay(&etcd).await;
     let start = put(&store, "n", "start").await.expect("etcd responds");
     let mut watch = store.watch("n", start).await.expect("the watch starts");
-    relay.late_by(Duration::from_millis(400));
-    // Other clients make the changes, so that the watch is behind the responses of other members.
+    relay.delay_by(Duration::from_millis(400));
+    // The client of the writes does not use the relay, so each write returns before the watch receives its change.
     let other_client = etcd.store().await;
     for n in 0..8 {
         put(&other_client, "n", &n.to_string()).await.expect("etcd responds");
@@ -119,7 +120,7 @@ async fn calls_and_watches_leave_too_slow_member() {
     let mut watch = store.watch("n", start).await.expect("the watch starts");
     assert_eq!(values_up_to(&mut watch, "start").await, ["start"]);
     let lease = store.grant(Duration::from_secs(30)).await.expect("etcd responds");
-    relay.late_by(LONG_DELAY);
+    relay.delay_by(LONG_DELAY);
     let mut known = start;
     let started = clock::monotonic();
     for n in 0..5 {
@@ -140,12 +141,12 @@ async fn temporarily_slow_etcd_loses_nothing() {
     let start = put(&store, "n", "start").await.expect("etcd responds");
     let mut watch = store.watch("n", start.next()).await.expect("the watch starts");
     let lease = store.grant(Duration::from_secs(30)).await.expect("etcd responds");
-    relay.late_by(Duration::from_millis(1500));
+    relay.delay_by(Duration::from_millis(1500));
     let error = store.get("n").await.expect_err("the only member is too slow");
     assert!(error.retryable() && error.to_string().contains("no response within 1000 ms"), "{error}");
     put(&etcd.store().await, "n", "meanwhile").await.expect("etcd itself responds");
-    relay.late_by(Duration::ZERO);
-    put_in_the_end(&store, "n", "end").await;
+    relay.delay_by(Duration::ZERO);
+    put_with_retries(&store, "n", "end").await;
     assert_eq!(values_up_to(&mut watch, "end").await, ["meanwhile", "end"]);
     store.keep_alive(lease).await.expect("etcd responds");
 }

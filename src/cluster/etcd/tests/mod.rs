@@ -39,8 +39,8 @@ async fn value(store: &EtcdStore, key: &str) -> Option<String> {
     entry.map(|entry| String::from_utf8(entry.value.to_vec()).expect("text"))
 }
 
-/// Puts until the put succeeds, whatever errors etcd returns. For keys of which only the last value matters.
-async fn put_in_the_end(store: &EtcdStore, key: &str, value: &str) -> Revision {
+/// Repeats a put until it succeeds. For keys of which only the last value matters: a failed put may have been applied.
+async fn put_with_retries(store: &EtcdStore, key: &str, value: &str) -> Revision {
     let end = clock::monotonic() + SOON;
     loop {
         match put(store, key, value).await {
@@ -56,7 +56,7 @@ async fn next(watch: &mut Watch) -> Result<Vec<WatchEvent>, MetaStoreError> {
     changes.map(|changes| changes.events)
 }
 
-/// Returns a store with a key of its own, the revision of that key, and a watch that has returned it.
+/// Returns a store, the revision of its only key `n`, and a watch that has returned that revision.
 async fn start_watch(etcd: &Etcd) -> (EtcdStore, Revision, Watch) {
     let store = etcd.store().await;
     let start = put(&store, "n", "start").await.expect("etcd responds");
@@ -174,12 +174,12 @@ async fn calls_and_watches_leave_frozen_member() {
     etcd.freeze(0);
     let entry = store.get("n").await.expect("another member responds").entry.expect("the key exists");
     assert_eq!(entry.mod_revision, start);
-    put_in_the_end(&store, "n", "1").await;
+    put_with_retries(&store, "n", "1").await;
     assert_eq!(values_up_to(&mut watch, "1").await, ["1"], "the watch moved to another member");
     store.keep_alive(lease).await.expect("etcd responds");
     etcd.thaw(0);
-    etcd.answers(&store).await;
-    put_in_the_end(&store, "n", "2").await;
+    etcd.wait_until_ready(&store).await;
+    put_with_retries(&store, "n", "2").await;
     // A put with an unknown outcome may have been applied twice.
     let mut values = values_up_to(&mut watch, "2").await;
     values.retain(|value| value != "1");
@@ -201,8 +201,8 @@ async fn two_stopped_members_cause_only_unavailability() {
     assert!(matches!(wrote, Err(MetaStoreError::Unavailable { .. })), "{wrote:?}");
     etcd.run(0);
     etcd.run(1);
-    etcd.answers(&store).await;
-    put_in_the_end(&store, "n", "again").await;
+    etcd.wait_until_ready(&store).await;
+    put_with_retries(&store, "n", "again").await;
     assert_eq!(values_up_to(&mut watch, "again").await.last().map(String::as_str), Some("again"));
 }
 
@@ -226,7 +226,7 @@ async fn compacted_start_fails_and_present_can_be_watched() {
     assert_eq!(end(&mut behind).await, MetaStoreError::Compacted { from: first.next(), oldest: last });
     let listing = store.list("a/").await.expect("two members suffice");
     let mut present = store.watch("a/", listing.revision.next()).await.expect("the present is never compacted");
-    put_in_the_end(&store, "a/n", "1").await;
+    put_with_retries(&store, "a/n", "1").await;
     assert_eq!(values_up_to(&mut present, "1").await.last().map(String::as_str), Some("1"));
 }
 
@@ -238,12 +238,12 @@ async fn watch_of_present_gets_progress_from_idle_etcd() {
     let store = etcd.store().await;
     let newest = put(&store, "n", "old").await.expect("etcd responds");
     let mut watch = store.watch("n", newest.next()).await.expect("the watch starts");
-    let first = store.members.in_turn().next().expect("three members").endpoint().to_owned();
+    let first = store.members.in_call_order().next().expect("three members").endpoint().to_owned();
     for _ in 0..3 {
         let events = next(&mut watch).await.expect("progress");
         assert_eq!(events, [], "no change before the start revision");
     }
-    let now = store.members.in_turn().next().expect("three members").endpoint().to_owned();
+    let now = store.members.in_call_order().next().expect("three members").endpoint().to_owned();
     assert_eq!(now, first, "no member was replaced");
     put(&store, "n", "new").await.expect("etcd responds");
     assert_eq!(values_up_to(&mut watch, "new").await, ["new"]);
@@ -315,7 +315,7 @@ async fn cache_follows_etcd_past_stopped_member() {
         }
         let key = keys.broker(BrokerId(id));
         let text = String::from_utf8(registration.encode().to_vec()).expect("JSON");
-        let revision = put_in_the_end(&store, &key, &text).await;
+        let revision = put_with_retries(&store, &key, &text).await;
         timeout(SOON, metadata.wait_for_revision(revision)).await.expect("the cache has the revision");
         assert!(metadata.state().brokers().contains_key(&BrokerId(id)));
     }

@@ -26,7 +26,7 @@ impl Etcd {
     /// Starts a cluster over plain HTTP and waits until it responds.
     pub(super) async fn start(members: usize) -> Self {
         let etcd = Self::begin(members, "http", &[]);
-        etcd.answers(&etcd.store().await).await;
+        etcd.wait_until_ready(&etcd.store().await).await;
         etcd
     }
 
@@ -45,7 +45,7 @@ impl Etcd {
     }
 
     /// Waits until every member responds and one of them is etcd's leader.
-    pub(super) async fn answers(&self, store: &EtcdStore) {
+    pub(super) async fn wait_until_ready(&self, store: &EtcdStore) {
         let end = clock::monotonic() + START;
         loop {
             let status = store.status().await;

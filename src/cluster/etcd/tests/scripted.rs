@@ -177,8 +177,7 @@ impl Scripted {
                     tokio::select! {
                         biased;
                         () = stop.cancelled() => {}
-                        // The end of a connection does not matter here.
-                        _left = connection => {}
+                        _result = connection => {}
                     }
                 });
             }

@@ -51,7 +51,7 @@ async fn tls_needs_the_right_authority_and_the_clients_certificate() {
         EtcdStore::open(EtcdOptions { tls: Some(tls), ..etcd.options() })
     };
     let store = with(&ours, Some(ours.sign())).await.expect("valid options");
-    etcd.answers(&store).await;
+    etcd.wait_until_ready(&store).await;
     let revision = put(&store, "n", "1").await.expect("etcd responds");
     let mut watch = store.watch("n", revision).await.expect("the watch starts");
     assert_eq!(values_up_to(&mut watch, "1").await, ["1"]);
