@@ -398,7 +398,7 @@ async fn timed_out_append_holds_no_memory() {
     let silent = BrokerValue::running_at("127.0.0.1:1".to_owned()).encode();
     bench.change(Transaction::new().put(bench.keys.broker(BrokerId(2)), silent)).await;
     // No member can be removed from the ISR meanwhile.
-    bench.faulty_store.transactions(vec![Some(faulty::Fault::Refused); 100_000]);
+    bench.faulty_store.fail_transactions(vec![Some(faulty::Fault::Refused); 100_000]);
     bench.store.transact(Transaction::new().put(key, replicated.encode())).await.unwrap();
     let append = async |partition, timeout_ms| {
         let append = bench.append(partition, 300_000, timeout_ms);

@@ -1,7 +1,7 @@
 //! Contract of every [`MetaStore`]: one suite, run on each implementation.
 //!
-//! The suite may run on a store with earlier content: it uses a prefix of its own and compares revisions only with each
-//! other, never with numbers.
+//! The suite may run on a store with earlier content: it uses a prefix of its own, and compares revisions only with
+//! each other.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,14 +14,14 @@ use crate::limits;
 /// A store under test, with control over the time of its leases.
 pub(super) struct StoreUnderTest {
     pub(super) store: Arc<dyn MetaStore>,
-    /// Lets at least this much time pass for leases.
-    pub(super) pass: Box<dyn Fn(Duration) -> BoxFuture<'static, ()> + Send + Sync>,
+    /// Lets at least this much of the leases' time pass.
+    pub(super) pass_time: Box<dyn Fn(Duration) -> BoxFuture<'static, ()> + Send + Sync>,
     /// Prefix that is unique to this run.
     pub(super) prefix: String,
 }
 
-/// Runs all tests.
-pub(super) async fn all(subject: &StoreUnderTest) {
+/// Runs all tests of the suite.
+pub(super) async fn run_all(subject: &StoreUnderTest) {
     put_is_read_back_with_its_revisions(subject).await;
     every_compare_is_evaluated(subject).await;
     failed_transaction_changes_nothing_and_reads(subject).await;
@@ -42,7 +42,8 @@ impl StoreUnderTest {
         format!("{}{name}", self.prefix)
     }
 
-    async fn done(&self, transaction: Transaction) -> Revision {
+    /// Applies a transaction whose compares must hold.
+    async fn commit(&self, transaction: Transaction) -> Revision {
         match self.store.transact(transaction).await.expect("the store responds") {
             TxnOutcome::Committed { revision } => revision,
             TxnOutcome::CompareFailed { .. } => panic!("the compare failed"),
@@ -50,7 +51,7 @@ impl StoreUnderTest {
     }
 
     async fn put(&self, name: &str, value: &str) -> Revision {
-        self.done(Transaction::new().put(self.key(name), value.to_owned())).await
+        self.commit(Transaction::new().put(self.key(name), value.to_owned())).await
     }
 
     async fn value(&self, name: &str) -> Option<Bytes> {
@@ -61,19 +62,20 @@ impl StoreUnderTest {
         self.store.watch(&self.key(name), from).await.expect("watchable")
     }
 
-    async fn lease(&self) -> LeaseId {
+    /// Grants a lease of five seconds.
+    async fn grant_lease(&self) -> LeaseId {
         self.store.grant(Duration::from_secs(5)).await.expect("the store responds")
     }
 }
 
-/// Returns the next events, at least `count`.
+/// Returns the next events of a watch, at least `count`.
 async fn events(watch: &mut Watch, count: usize) -> Vec<WatchEvent> {
-    let mut seen = Vec::new();
-    while seen.len() < count {
+    let mut received = Vec::new();
+    while received.len() < count {
         let next = tokio::time::timeout(Duration::from_secs(20), watch.next()).await;
-        seen.extend(next.expect("the watch continues").expect("the store is open").expect("no error").events);
+        received.extend(next.expect("the watch continues").expect("the store is open").expect("no error").events);
     }
-    seen
+    received
 }
 
 async fn put_is_read_back_with_its_revisions(subject: &StoreUnderTest) {
@@ -84,7 +86,7 @@ async fn put_is_read_back_with_its_revisions(subject: &StoreUnderTest) {
     let entry = reading.entry.expect("the key exists");
     assert_eq!((entry.create_revision, entry.mod_revision, &entry.value[..]), (first, second, &b"2"[..]));
     assert!(reading.revision >= second);
-    subject.done(Transaction::new().delete(subject.key("rw/a"))).await;
+    subject.commit(Transaction::new().delete(subject.key("rw/a"))).await;
     assert_eq!(subject.value("rw/a").await, None);
     let again = subject.put("rw/a", "").await;
     let entry =
@@ -94,10 +96,10 @@ async fn put_is_read_back_with_its_revisions(subject: &StoreUnderTest) {
 
 async fn every_compare_is_evaluated(subject: &StoreUnderTest) {
     let (present, absent) = (subject.key("cmp/there"), subject.key("cmp/gone"));
-    let lease = subject.lease().await;
-    let created = subject.done(Transaction::new().put_leased(present.clone(), "0", lease)).await;
-    let modified = subject.done(Transaction::new().put_leased(present.clone(), "1", lease)).await;
-    let hold = [
+    let lease = subject.grant_lease().await;
+    let created = subject.commit(Transaction::new().put_leased(present.clone(), "0", lease)).await;
+    let modified = subject.commit(Transaction::new().put_leased(present.clone(), "1", lease)).await;
+    let holding = [
         Compare::ModRevision(present.clone(), modified),
         Compare::CreateRevision(present.clone(), created),
         Compare::Value(present.clone(), "1".into()),
@@ -105,7 +107,7 @@ async fn every_compare_is_evaluated(subject: &StoreUnderTest) {
         Compare::Exists(present.clone()),
         Compare::Absent(absent.clone()),
     ];
-    let fail = [
+    let failing = [
         Compare::ModRevision(present.clone(), created),
         Compare::CreateRevision(present.clone(), modified),
         Compare::Value(present.clone(), "0".into()),
@@ -117,12 +119,12 @@ async fn every_compare_is_evaluated(subject: &StoreUnderTest) {
         Compare::Value(absent.clone(), "".into()),
         Compare::Lease(absent, lease),
     ];
-    for compare in &hold {
-        subject.done(Transaction::new().when(compare.clone())).await;
+    for compare in &holding {
+        subject.commit(Transaction::new().when(compare.clone())).await;
     }
-    for compare in fail {
-        // Together with a compare that holds: all must hold.
-        let transaction = Transaction::new().when(hold[0].clone()).when(compare.clone()).put(present.clone(), "2");
+    for compare in failing {
+        // Paired with a compare that holds: one failed compare fails the transaction.
+        let transaction = Transaction::new().when(holding[0].clone()).when(compare.clone()).put(present.clone(), "2");
         let outcome = subject.store.transact(transaction).await.expect("the store responds");
         assert!(matches!(outcome, TxnOutcome::CompareFailed { .. }), "{compare:?}");
     }
@@ -152,8 +154,8 @@ async fn failed_transaction_changes_nothing_and_reads(subject: &StoreUnderTest) 
 
 async fn transaction_without_effect_has_no_revision(subject: &StoreUnderTest) {
     let before = subject.put("none/a", "1").await;
-    let empty = subject.done(Transaction::new()).await;
-    let deleted = subject.done(Transaction::new().delete(subject.key("none/never"))).await;
+    let empty = subject.commit(Transaction::new()).await;
+    let deleted = subject.commit(Transaction::new().delete(subject.key("none/never"))).await;
     let after = subject.put("none/a", "2").await;
     assert_eq!((empty, deleted, after), (before, before, before.next()));
 }
@@ -196,7 +198,7 @@ async fn watch_returns_all_changes_in_order_from_start(subject: &StoreUnderTest)
     for n in 2..200 {
         subject.put("watch/a", &n.to_string()).await;
     }
-    let deleted = subject.done(Transaction::new().delete(subject.key("watch/a"))).await;
+    let deleted = subject.commit(Transaction::new().delete(subject.key("watch/a"))).await;
     let all = events(&mut from_now, 201).await;
     assert_eq!(all.len(), 201);
     assert!(all.windows(2).all(|pair| pair[0].revision() < pair[1].revision()));
@@ -213,7 +215,7 @@ async fn watch_never_splits_a_transaction(subject: &StoreUnderTest) {
     for n in 0..count {
         let put =
             |transaction: Transaction, i: usize| transaction.put(subject.key(&format!("whole/{i}")), n.to_string());
-        subject.done((0..10).fold(Transaction::new(), put)).await;
+        subject.commit((0..10).fold(Transaction::new(), put)).await;
     }
     let mut seen = 0;
     while seen < count * 10 {
@@ -225,16 +227,16 @@ async fn watch_never_splits_a_transaction(subject: &StoreUnderTest) {
 }
 
 async fn expired_lease_deletes_its_keys(subject: &StoreUnderTest) {
-    let lease = subject.lease().await;
+    let lease = subject.grant_lease().await;
     let start = subject.put("lease/plain", "").await;
     let mut watch = subject.watch("lease/", start.next()).await;
     let (a, b) = (subject.key("lease/a"), subject.key("lease/b"));
-    subject.done(Transaction::new().put_leased(a, "", lease).put_leased(b, "", lease)).await;
-    (subject.pass)(Duration::from_secs(3)).await;
+    subject.commit(Transaction::new().put_leased(a, "", lease).put_leased(b, "", lease)).await;
+    (subject.pass_time)(Duration::from_secs(3)).await;
     subject.store.keep_alive(lease).await.expect("the lease is live");
-    (subject.pass)(Duration::from_secs(3)).await;
+    (subject.pass_time)(Duration::from_secs(3)).await;
     assert!(subject.value("lease/a").await.is_some(), "a lease never ends early");
-    (subject.pass)(Duration::from_secs(10)).await;
+    (subject.pass_time)(Duration::from_secs(10)).await;
     let seen = events(&mut watch, 4).await;
     assert!(matches!((&seen[2], &seen[3]), (WatchEvent::Delete { .. }, WatchEvent::Delete { .. })), "{seen:?}");
     assert_eq!(seen[2].revision(), seen[3].revision(), "one transaction");
@@ -244,23 +246,23 @@ async fn expired_lease_deletes_its_keys(subject: &StoreUnderTest) {
 }
 
 async fn revoked_lease_deletes_keys_and_can_be_revoked_again(subject: &StoreUnderTest) {
-    let lease = subject.lease().await;
-    subject.done(Transaction::new().put_leased(subject.key("revoke/a"), "", lease)).await;
+    let lease = subject.grant_lease().await;
+    subject.commit(Transaction::new().put_leased(subject.key("revoke/a"), "", lease)).await;
     subject.store.revoke(lease).await.expect("the store responds");
     assert_eq!(subject.value("revoke/a").await, None);
     subject.store.revoke(lease).await.expect("revoking an ended lease succeeds");
 }
 
 async fn put_without_lease_detaches_the_key(subject: &StoreUnderTest) {
-    let lease = subject.lease().await;
-    subject.done(Transaction::new().put_leased(subject.key("off/a"), "", lease)).await;
+    let lease = subject.grant_lease().await;
+    subject.commit(Transaction::new().put_leased(subject.key("off/a"), "", lease)).await;
     subject.put("off/a", "stays").await;
     subject.store.revoke(lease).await.expect("the store responds");
     assert!(subject.value("off/a").await.is_some());
 }
 
 async fn put_under_ended_lease_fails(subject: &StoreUnderTest) {
-    let lease = subject.lease().await;
+    let lease = subject.grant_lease().await;
     subject.store.revoke(lease).await.expect("the store responds");
     let (a, b) = (subject.key("ended/a"), subject.key("ended/b"));
     let transaction = Transaction::new().put(a, "").put_leased(b, "", lease);
@@ -271,13 +273,13 @@ async fn put_under_ended_lease_fails(subject: &StoreUnderTest) {
 async fn too_large_transaction_is_rejected(subject: &StoreUnderTest) {
     let key = |n: usize| subject.key(&format!("large/{n}"));
     let puts = |count: usize| (0..count).fold(Transaction::new(), |transaction, n| transaction.put(key(n), ""));
-    subject.done(puts(limits::MAX_TRANSACTION_OPS)).await;
+    subject.commit(puts(limits::MAX_TRANSACTION_OPS)).await;
     let many = subject.store.transact(puts(limits::MAX_TRANSACTION_OPS + 1)).await;
     assert!(matches!(many, Err(MetaStoreError::TooLarge { .. })), "{many:?}");
     let big = Transaction::new().put(key(0), vec![0; limits::MAX_TRANSACTION_BYTES]);
     let big = subject.store.transact(big).await;
     assert!(matches!(big, Err(MetaStoreError::TooLarge { .. })), "{big:?}");
     let fits = vec![1; limits::MAX_TRANSACTION_BYTES - 1000];
-    subject.done(Transaction::new().put(key(0), fits.clone())).await;
+    subject.commit(Transaction::new().put(key(0), fits.clone())).await;
     assert_eq!(subject.value("large/0").await, Some(fits.into()));
 }

@@ -45,19 +45,19 @@ impl Endpoints {
 
     /// Returns the endpoints of a broker with this client address.
     pub fn new(client: String) -> Self {
-        Self(BTreeMap::new()).with(Self::CLIENT, Protocol::Grpc, client)
+        Self(BTreeMap::new()).with_listener(Self::CLIENT, Protocol::Grpc, client)
     }
 
     /// Adds the HTTP listener.
     #[must_use]
     pub fn with_http(self, address: String) -> Self {
-        self.with(Self::HTTP, Protocol::Http, address)
+        self.with_listener(Self::HTTP, Protocol::Http, address)
     }
 
     /// Adds the listener for other brokers.
     #[must_use]
     pub fn with_peer(self, address: String) -> Self {
-        self.with(Self::PEER, Protocol::Grpc, address)
+        self.with_listener(Self::PEER, Protocol::Grpc, address)
     }
 
     /// Returns the address for clients; empty if there is none.
@@ -75,11 +75,12 @@ impl Endpoints {
         self.address(Self::PEER, Protocol::Grpc)
     }
 
-    fn with(mut self, name: &str, protocol: Protocol, address: String) -> Self {
+    fn with_listener(mut self, name: &str, protocol: Protocol, address: String) -> Self {
         self.0.insert(name.to_owned(), Endpoint { protocol, address });
         self
     }
 
+    /// Returns the address of a listener; `None` if there is no listener with this name and protocol.
     fn address(&self, name: &str, protocol: Protocol) -> Option<&str> {
         self.0.get(name).filter(|endpoint| endpoint.protocol == protocol).map(|endpoint| endpoint.address.as_str())
     }

@@ -1,4 +1,4 @@
-//! The embedded store with injected faults, for tests: each requested fault occurs once.
+//! The embedded store with injected faults, for tests.
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -12,7 +12,7 @@ use super::{
     },
 };
 
-/// Fault of one transaction.
+/// Fault of one transaction. Each injected fault occurs once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// Not applied; the error has a known outcome.
@@ -25,11 +25,15 @@ pub(crate) enum Fault {
 
 #[derive(Debug, Default)]
 struct InjectedFaults {
+    /// Faults of the next transactions, in order.
     transactions: VecDeque<Option<Fault>>,
-    gets: usize,
-    lists: usize,
+    /// Number of the next reads that fail.
+    failing_gets: usize,
+    /// Number of the next lists that fail.
+    failing_lists: usize,
     break_watches: bool,
-    transacted: usize,
+    /// Number of transactions so far.
+    transaction_count: usize,
 }
 
 /// A store with injected faults. Clones share it.
@@ -45,18 +49,18 @@ impl FaultyStore {
     }
 
     /// Sets the faults of the next transactions, in order; `None` means no fault.
-    pub(crate) fn transactions(&self, faults: impl IntoIterator<Item = Option<Fault>>) {
+    pub(crate) fn fail_transactions(&self, faults: impl IntoIterator<Item = Option<Fault>>) {
         self.faults.lock().transactions.extend(faults);
     }
 
     /// Makes this number of the next reads fail.
     pub(crate) fn fail_gets(&self, count: usize) {
-        self.faults.lock().gets = count;
+        self.faults.lock().failing_gets = count;
     }
 
     /// Makes this number of the next lists fail.
     pub(crate) fn fail_lists(&self, count: usize) {
-        self.faults.lock().lists = count;
+        self.faults.lock().failing_lists = count;
     }
 
     /// Makes new watches return no changes and end after a second.
@@ -66,15 +70,15 @@ impl FaultyStore {
 
     /// Returns the number of transactions so far.
     pub(crate) fn transaction_count(&self) -> usize {
-        self.faults.lock().transacted
+        self.faults.lock().transaction_count
     }
 }
 
 impl MetaStore for FaultyStore {
     fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
         let mut faults = self.faults.lock();
-        if faults.gets > 0 {
-            faults.gets -= 1;
+        if faults.failing_gets > 0 {
+            faults.failing_gets -= 1;
             return Box::pin(async { Err(MetaStoreError::unavailable("injected fault")) });
         }
         self.store.get(key)
@@ -82,8 +86,8 @@ impl MetaStore for FaultyStore {
 
     fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
         let mut faults = self.faults.lock();
-        if faults.lists > 0 {
-            faults.lists -= 1;
+        if faults.failing_lists > 0 {
+            faults.failing_lists -= 1;
             return Box::pin(async { Err(MetaStoreError::unavailable("injected fault")) });
         }
         self.store.list(prefix)
@@ -91,7 +95,7 @@ impl MetaStore for FaultyStore {
 
     fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
         let mut faults = self.faults.lock();
-        faults.transacted += 1;
+        faults.transaction_count += 1;
         let fault = faults.transactions.pop_front().flatten();
         drop(faults);
         Box::pin(async move {

@@ -1,14 +1,15 @@
 //! The cluster generation: a number that is raised when the metadata store was restored to an older state.
 //!
 //! A restored etcd issues the same revisions a second time. The pair (generation, create revision) stays unique, so
-//! code that must distinguish an old holder of a key from a new one compares both. The number is stored in three
+//! code compares both to distinguish an old holder of a key from a new holder. The generation is stored in three
 //! places: the key `generation`, the object store's `cluster.json`, and the marker file of each data directory. It is 1
-//! in a new cluster. Only an operator raises it, with `strandline cluster new-generation` ([`Generations::raise`]).
+//! in a new cluster. Only an operator raises the generation, with `strandline cluster new-generation`
+//! ([`Generations::raise`]).
 //!
 //! # Invariants
 //!
-//! - The key is raised first. A starting broker copies the key's number to its directory and to the object store if
-//!   theirs is lower.
+//! - The key is raised first. A starting broker copies the key's number to its directory and to the object store if the
+//!   number there is lower.
 //! - A broker whose directory or object store has a higher number than the key does not start: the key is from an older
 //!   backup.
 //!
@@ -32,8 +33,8 @@ const PRODUCER_IDS_PER_GENERATION: i64 = 1 << 28;
 
 /// Returns the first producer id counter of a generation.
 fn first_producer_id(generation: u64) -> i64 {
-    let before = i64::try_from(generation.saturating_sub(FIRST_GENERATION)).unwrap_or(i64::MAX);
-    before.saturating_mul(PRODUCER_IDS_PER_GENERATION).min(PRODUCER_ID_COUNTER_END)
+    let earlier_generations = i64::try_from(generation.saturating_sub(FIRST_GENERATION)).unwrap_or(i64::MAX);
+    earlier_generations.saturating_mul(PRODUCER_IDS_PER_GENERATION).min(PRODUCER_ID_COUNTER_END)
 }
 
 /// Access to the key `generation`.
@@ -67,13 +68,13 @@ impl Generations {
             }
             let key = self.keys.generation();
             let first = GenerationValue { generation: FIRST_GENERATION }.encode();
-            // Another broker has created the key if the compare fails.
+            // If the compare fails, another broker has created the key, and the next pass reads it.
             self.store.transact(Transaction::new().when(Compare::Absent(key.clone())).put(key, first)).await?;
         }
     }
 
-    /// Raises the number above its current value and above `above`, together with the producer id counter. Returns the
-    /// new number.
+    /// Raises the number above its current value and above `above`, and the producer id counter to the first counter of
+    /// the new generation. Returns the new number.
     ///
     /// # Errors
     /// As [`Generations::current`].
@@ -82,25 +83,26 @@ impl Generations {
             let current = self.read().await?;
             let generation = current.as_ref().map_or(0, |(_, current)| *current).max(above).saturating_add(1);
             let (key, ids_key) = (self.keys.generation(), self.keys.producer_ids());
-            let ids = self.store.get(&ids_key).await?.entry;
-            let next = match &ids {
+            let ids_entry = self.store.get(&ids_key).await?.entry;
+            let stored_next = match &ids_entry {
                 None => 0,
                 Some(entry) => {
                     ProducerIdsValue::decode(&entry.key, &entry.value).map_err(MetaStoreError::unavailable)?.next
                 }
             };
-            let next = next.max(first_producer_id(generation));
-            let put = Transaction::new()
+            let next = stored_next.max(first_producer_id(generation));
+            let transaction = Transaction::new()
                 .when(Compare::unchanged(&key, current.as_ref().map(|(entry, _)| entry)))
-                .when(Compare::unchanged(&ids_key, ids.as_ref()))
+                .when(Compare::unchanged(&ids_key, ids_entry.as_ref()))
                 .put(key, GenerationValue { generation }.encode())
                 .put(ids_key, ProducerIdsValue { next }.encode());
-            if let TxnOutcome::Committed { .. } = self.store.transact(put).await? {
+            if let TxnOutcome::Committed { .. } = self.store.transact(transaction).await? {
                 return Ok(generation);
             }
         }
     }
 
+    /// Returns the key's entry, for a compare, and the number in it; `None` if the key does not exist.
     async fn read(&self) -> Result<Option<(KeyValue, u64)>, MetaStoreError> {
         let Some(entry) = self.store.get(&self.keys.generation()).await?.entry else { return Ok(None) };
         let value = GenerationValue::decode(&entry.key, &entry.value).map_err(MetaStoreError::unavailable)?;

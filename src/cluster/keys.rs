@@ -21,7 +21,7 @@ pub(super) const PRODUCER_ID_CHECK_BITS: u32 = 25;
 /// First counter that does not fit into a producer id.
 pub(super) const PRODUCER_ID_COUNTER_END: i64 = 1 << (63 - PRODUCER_ID_CHECK_BITS);
 
-/// The paths of one cluster. Cheap to clone.
+/// The paths of one cluster's keys in the metadata store. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Keys {
     prefix: Arc<str>,
@@ -38,29 +38,29 @@ pub struct InvalidClusterName {
 /// Meaning of a path.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Key {
-    /// =
+    /// `brokers/{id}`: the registration of a live broker.
     Broker(BrokerId),
-    /// =
+    /// `directories/{id}`: the last registered data directory of a broker.
     Directory(BrokerId),
-    /// =
+    /// `drains/{id}`: an operator's request to drain a broker.
     Drain(BrokerId),
-    /// =
+    /// `controller`: the id of the controller.
     Controller,
-    /// =
+    /// `topics/{name}`: a topic with its configuration.
     Topic(TopicName),
-    /// =
+    /// `partitions/{topic-id}/{n}`: the replicas, leader and ISR of a partition.
     Partition(PartitionId),
-    /// =
+    /// `tier/{topic-id}/{n}`: the committed tier state of a partition.
     Tier(PartitionId),
-    /// =
+    /// `deleted/{topic-id}`: the tombstone of a deleted topic.
     Tombstone(TopicId),
-    /// =
+    /// `producer-ids`: the next block of producer ids.
     ProducerIds,
-    /// =
+    /// `producer-id-key`: the key that signs producer ids.
     ProducerIdKey,
-    /// =
+    /// `object-store`: the store binding.
     ObjectStore,
-    /// =
+    /// `generation`: the cluster generation.
     Generation,
 }
 
@@ -168,30 +168,32 @@ impl Keys {
             None if rest == "producer-id-key" => Key::ProducerIdKey,
             None if rest == "object-store" => Key::ObjectStore,
             None if rest == "generation" => Key::Generation,
-            Some(("brokers", id)) => Key::Broker(BrokerId(canonical(id)?)),
-            Some(("directories", id)) => Key::Directory(BrokerId(canonical(id)?)),
-            Some(("drains", id)) => Key::Drain(BrokerId(canonical(id)?)),
+            Some(("brokers", id)) => Key::Broker(BrokerId(parse_canonical(id)?)),
+            Some(("directories", id)) => Key::Directory(BrokerId(parse_canonical(id)?)),
+            Some(("drains", id)) => Key::Drain(BrokerId(parse_canonical(id)?)),
             Some(("topics", name)) => Key::Topic(name.parse().ok()?),
-            Some(("partitions", id)) => Key::Partition(partition(id)?),
-            Some(("tier", id)) => Key::Tier(partition(id)?),
-            Some(("deleted", id)) => Key::Tombstone(canonical(id)?),
+            Some(("partitions", id)) => Key::Partition(parse_partition_id(id)?),
+            Some(("tier", id)) => Key::Tier(parse_partition_id(id)?),
+            Some(("deleted", id)) => Key::Tombstone(parse_canonical(id)?),
             _ => return None,
         };
         Some(key)
     }
 }
 
-/// Parses a value in its canonical spelling only: `01` or `+1` would be a second path for the same key.
-fn canonical<T: FromStr + fmt::Display>(text: &str) -> Option<T> {
+/// Parses a value; `None` unless `text` is its canonical spelling. Otherwise `01` or `+1` would be a second path of the
+/// same key.
+fn parse_canonical<T: FromStr + fmt::Display>(text: &str) -> Option<T> {
     let value: T = text.parse().ok()?;
     (value.to_string() == text).then_some(value)
 }
 
-fn partition(text: &str) -> Option<PartitionId> {
+/// Parses `{topic-id}/{n}`.
+fn parse_partition_id(text: &str) -> Option<PartitionId> {
     let (topic, number) = text.split_once('/')?;
-    // Bounded, because a partition number becomes the length of a table.
-    let number = canonical(number).filter(|number| *number < limits::MAX_PARTITIONS)?;
-    Some(PartitionId::new(canonical(topic)?, number))
+    // Bounded, because the metadata cache allocates entries for all partition numbers up to this one.
+    let number = parse_canonical(number).filter(|number| *number < limits::MAX_PARTITIONS)?;
+    Some(PartitionId::new(parse_canonical(topic)?, number))
 }
 
 /// The value of `brokers/{id}`: a live broker. The key's create revision is the broker epoch.
@@ -287,18 +289,19 @@ pub struct GenerationValue {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TopicValue {
     pub id: TopicId,
-    /// Number of partitions, at least 1. Partition keys with this number or a higher one do not count (yet).
+    /// Number of partitions, at least 1. A partition key with this number or a higher one is ignored: the partition is
+    /// being created, or the key is stale.
     pub partitions: u32,
     /// Number of replicas per partition, at least 1.
     pub replication_factor: u32,
-    /// Configuration that the topic itself sets.
+    /// Configuration of the topic, without the defaults.
     #[serde(default)]
     pub config: ConfigMap,
 }
 
 /// The value of `deleted/{topic-id}`, a tombstone: the topic was deleted on purpose, so its data on the brokers and in
-/// the object store is garbage. Without a tombstone, the data of an unknown topic is kept: its metadata may have been
-/// lost.
+/// the object store is garbage. Without a tombstone, the data of an unknown topic is kept, because the topic's metadata
+/// may have been lost.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TombstoneValue {
     /// Former name of the topic.
@@ -322,13 +325,13 @@ pub struct ProducerIdsValue {
 pub struct InvalidValue {
     /// Path of the value.
     pub key: String,
-    /// Description of the invalid value.
+    /// Description of the problem.
     pub reason: String,
 }
 
 /// A value of the key space: JSON, validated when it is read.
 pub trait Value: Serialize + DeserializeOwned {
-    /// Returns the contradiction in a value whose JSON parses, if there is one.
+    /// Returns the contradiction in a value that was parsed; `None` if the value is valid.
     fn contradiction(&self) -> Option<String> {
         None
     }

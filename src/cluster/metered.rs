@@ -26,6 +26,8 @@ impl MeteredStore {
         Self { store, metrics }
     }
 
+    /// Counts and times a request whose response is `future`. `request` is its label; `ok_label` returns the outcome
+    /// label of a response that is no error.
     fn measure<'a, T>(
         &'a self,
         request: &'static str,
@@ -63,6 +65,7 @@ fn error_label(error: &MetaStoreError) -> &'static str {
     }
 }
 
+/// Returns the outcome label of every successful request except a transaction.
 fn ok<T>(_: &T) -> &'static str {
     "ok"
 }
@@ -85,7 +88,7 @@ impl MetaStore for MeteredStore {
     fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
         self.measure("transact", self.store.transact(transaction), |outcome| match outcome {
             TxnOutcome::Committed { .. } => "committed",
-            // Another writer came first, which compare-and-set exists to detect.
+            // An expected outcome of a compare-and-set, and no error.
             TxnOutcome::CompareFailed { .. } => "compare_failed",
         })
     }
@@ -125,7 +128,7 @@ mod tests {
         let (store, metrics) = (FaultyStore::new(EmbeddedStore::in_memory()), Metrics::new());
         let metered = MeteredStore::new(Arc::new(store.clone()), metrics.clone());
         let absent = || Transaction::new().when(Compare::Absent("/k".to_owned())).put("/k", "v");
-        store.transactions([None, None, Some(Fault::Refused), Some(Fault::Lost)]);
+        store.fail_transactions([None, None, Some(Fault::Refused), Some(Fault::Lost)]);
         metered.transact(absent()).await.expect("committed");
         metered.transact(absent()).await.expect("compare failed");
         metered.transact(absent()).await.expect_err("injected fault");

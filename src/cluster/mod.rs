@@ -14,7 +14,7 @@
 //! | `topics` | creates, alters and deletes topics |
 //! | `placement` | chooses the brokers of a new partition |
 //! | `operations` | writes the operations that an operator requests on brokers and partitions |
-//! | `startup_verification` | startup verification: compares a broker's local replicas with the metadata |
+//! | `startup_verification` | compares a starting broker's local replicas with the metadata |
 //! | `session` | keeps a broker registered after its startup verification |
 //! | `partition_value`, `partition_updates` | compute every new ISR and leader of a partition; write them by compare-and-set |
 //! | `planner`, `controller` | plan the changes (pure); write the planned changes |
@@ -26,9 +26,11 @@
 //!
 //! - The metadata cache is a hint: its revision never falls, and it may lag. Every write compares the revisions that it
 //!   was computed from.
-//! - A topic's key and the key of its partition 0 are created in one transaction and deleted in one transaction. So a
-//!   partition without its topic is either being created (its partition numbers start at 1) or left over.
-//! - A partition counts only if its number is below the topic's partition count.
+//! - A partition exists only if its topic exists and its number is below the topic's partition count. Other partition
+//!   keys are ignored.
+//! - A topic's key and the key of its partition 0 are created in one transaction and deleted in one transaction. The
+//!   keys of the other partitions are created before. So partition keys without a topic belong to a topic that is being
+//!   created, or are stale.
 //!
 //! # Crash
 //!

@@ -8,16 +8,16 @@
 //! and so is another cluster id. From then on every call fails with [`MetaStoreError::Regressed`] until the process
 //! restarts.
 //!
-//! Reordered responses are no regression: a response that was overtaken by a newer one is compared with the revision at
-//! the start of its call. Watches, keepalives and status responses are not linearizable, because a lagging member may
-//! serve them; they are never compared. A transaction that wrote must be newer than the known revision, not merely
-//! equal.
+//! Reordered responses are no regression: each response is compared with the newest revision at the start of its call,
+//! so a newer response that arrives earlier does not matter. Watches, keepalives and status responses are never
+//! compared, because a lagging member may serve them. A transaction that wrote must have a newer revision, not an equal
+//! one.
 //!
 //! # Invariants
 //!
-//! - `newest` only grows. Every value of it was the revision of a response or event.
-//! - Leases are renewed and revoked in any case: a broker that rejects administration is still live, and no other
-//!   broker may replace it while it serves.
+//! - `newest` only grows. Each of its values was the revision of a response or event.
+//! - Leases are renewed and revoked also after a regression. The broker is still live, and no other broker may replace
+//!   it while it serves.
 
 use std::{
     fmt,
@@ -35,10 +35,10 @@ use super::store::{
     TxnOutcome, Watch, WatchBatch, WatchEvent,
 };
 
-/// Key that is read with every keepalive. It never exists.
+/// Key that is read with every keepalive, for the revision of the response. The key never exists.
 const PROBE_KEY: &str = "/strandline/";
 
-/// Maximum time that a keepalive waits for this read.
+/// Maximum time that a keepalive waits for the read of [`PROBE_KEY`].
 const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// A store and the newest revision of its responses. Clones share both.
@@ -49,7 +49,9 @@ pub struct MonotonicStore {
 
 struct MonotonicInner {
     store: Arc<dyn MetaStore>,
+    /// Newest revision of any response or event; 0 before the first one.
     newest: AtomicU64,
+    /// First regression. Once it is set, every call except those for leases fails.
     regression: watch::Sender<Option<Regression>>,
 }
 
@@ -60,9 +62,9 @@ impl MonotonicStore {
         Self { inner: Arc::new(inner) }
     }
 
-    /// Executes a request and compares the revision of its response. `revision` returns that revision, and true if the
-    /// call wrote.
-    fn compare<'a, T>(
+    /// Executes a request and rejects a response whose revision is too old. `revision` returns the revision of the
+    /// response, and true if the call wrote.
+    fn execute_checked<'a, T>(
         &'a self,
         request: StoreFuture<'a, T>,
         revision: impl Fn(&T) -> (Revision, bool) + Send + 'a,
@@ -72,15 +74,14 @@ impl MonotonicStore {
     {
         Box::pin(async move {
             self.inner.check_regression()?;
-            let seen = self.inner.newest();
-            let response = request.await.map_err(|error| self.inner.record_regression(error))?;
-            let (answered, wrote) = revision(&response);
-            if answered < seen || (wrote && answered == seen) {
-                return Err(self
-                    .inner
-                    .record_regression(MetaStoreError::Regressed(Regression::Revision { seen, answered })));
+            let newest = self.inner.newest();
+            let response = request.await.map_err(|error| self.inner.store_regression(error))?;
+            let (returned, wrote) = revision(&response);
+            if returned < newest || (wrote && returned == newest) {
+                let regression = Regression::Revision { newest, returned };
+                return Err(self.inner.store_regression(MetaStoreError::Regressed(regression)));
             }
-            self.inner.advance(answered);
+            self.inner.advance(returned);
             Ok(response)
         })
     }
@@ -91,10 +92,12 @@ impl MonotonicInner {
         Revision(self.newest.load(Ordering::Acquire))
     }
 
-    fn advance(&self, to: Revision) {
-        self.newest.fetch_max(to.0, Ordering::AcqRel);
+    /// Raises the newest revision to `revision`, unless a newer one was returned.
+    fn advance(&self, revision: Revision) {
+        self.newest.fetch_max(revision.0, Ordering::AcqRel);
     }
 
+    /// Returns the regression as an error, if there was one.
     fn check_regression(&self) -> Result<(), MetaStoreError> {
         match &*self.regression.borrow() {
             Some(regression) => Err(MetaStoreError::Regressed(regression.clone())),
@@ -102,11 +105,11 @@ impl MonotonicInner {
         }
     }
 
-    /// Records the first regression of the store.
-    fn record_regression(&self, error: MetaStoreError) -> MetaStoreError {
+    /// If `error` is the first regression, stores and logs it. Returns `error` in any case.
+    fn store_regression(&self, error: MetaStoreError) -> MetaStoreError {
         if let MetaStoreError::Regressed(regression) = &error {
-            self.regression.send_if_modified(|recorded| {
-                let is_new = recorded.is_none();
+            self.regression.send_if_modified(|stored| {
+                let is_new = stored.is_none();
                 if is_new {
                     tracing::error!(
                         %regression,
@@ -114,7 +117,7 @@ impl MonotonicInner {
                          operations, elections, ISR changes and tier commits; requests that need no metadata are \
                          served"
                     );
-                    *recorded = Some(regression.clone());
+                    *stored = Some(regression.clone());
                 }
                 is_new
             });
@@ -123,13 +126,14 @@ impl MonotonicInner {
     }
 }
 
-/// A watch that ends with the store's regression.
+/// A watch that ends with an error when a regression of the store is detected.
 struct CheckedWatch {
     inner: Arc<MonotonicInner>,
     regression: watch::Receiver<Option<Regression>>,
     watch: Watch,
 }
 
+/// Returns the next item of a checked watch, for `futures::stream::unfold`. The stream ends after the first error.
 async fn step(checked: Option<CheckedWatch>) -> Option<(Result<WatchBatch, MetaStoreError>, Option<CheckedWatch>)> {
     let mut checked = checked?;
     let item = {
@@ -153,7 +157,7 @@ async fn step(checked: Option<CheckedWatch>) -> Option<(Result<WatchBatch, MetaS
             }
             Some((Ok(changes), Some(checked)))
         }
-        Err(error) => Some((Err(checked.inner.record_regression(error)), None)),
+        Err(error) => Some((Err(checked.inner.store_regression(error)), None)),
     }
 }
 
@@ -165,16 +169,16 @@ impl fmt::Debug for MonotonicStore {
 
 impl MetaStore for MonotonicStore {
     fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
-        self.compare(self.inner.store.get(key), |reading| (reading.revision, false))
+        self.execute_checked(self.inner.store.get(key), |reading| (reading.revision, false))
     }
 
     fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
-        self.compare(self.inner.store.list(prefix), |listing| (listing.revision, false))
+        self.execute_checked(self.inner.store.list(prefix), |listing| (listing.revision, false))
     }
 
     fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
         let writes = transaction.ops.iter().any(|op| matches!(op, TxnOp::Put { .. }));
-        self.compare(self.inner.store.transact(transaction), move |outcome| match outcome {
+        self.execute_checked(self.inner.store.transact(transaction), move |outcome| match outcome {
             TxnOutcome::Committed { revision } => (*revision, writes),
             TxnOutcome::CompareFailed { revision, .. } => (*revision, false),
         })
@@ -184,7 +188,7 @@ impl MetaStore for MonotonicStore {
         Box::pin(async move {
             self.inner.check_regression()?;
             let watch =
-                self.inner.store.watch(prefix, from).await.map_err(|error| self.inner.record_regression(error))?;
+                self.inner.store.watch(prefix, from).await.map_err(|error| self.inner.store_regression(error))?;
             let (inner, regression) = (Arc::clone(&self.inner), self.inner.regression.subscribe());
             Ok(Watch::new(futures::stream::unfold(Some(CheckedWatch { inner, regression, watch }), step)))
         })
@@ -193,7 +197,7 @@ impl MetaStore for MonotonicStore {
     fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId> {
         Box::pin(async move {
             self.inner.check_regression()?;
-            self.inner.store.grant(time).await.map_err(|error| self.inner.record_regression(error))
+            self.inner.store.grant(time).await.map_err(|error| self.inner.store_regression(error))
         })
     }
 
@@ -202,7 +206,8 @@ impl MetaStore for MonotonicStore {
         Box::pin(async move {
             let renewed = self.inner.store.keep_alive(lease).await;
             if self.inner.check_regression().is_ok() {
-                let _late = tokio::time::timeout(PROBE_TIMEOUT, self.get(PROBE_KEY)).await;
+                // A failed or late read is no error of the keepalive. An old response sets the regression.
+                let _probe = tokio::time::timeout(PROBE_TIMEOUT, self.get(PROBE_KEY)).await;
             }
             renewed
         })
@@ -219,53 +224,52 @@ impl MetaStore for MonotonicStore {
 
 #[cfg(test)]
 mod tests {
-
     use parking_lot::Mutex;
 
     use super::*;
-    use crate::{cluster::embedded::EmbeddedStore, task::test_timeout::wait_until};
+    use crate::cluster::embedded::EmbeddedStore;
 
     /// A store that can be reset to an older copy of itself, like a restored etcd.
     #[derive(Debug)]
     struct Restorable(Mutex<EmbeddedStore>);
 
     impl Restorable {
-        fn now(&self) -> EmbeddedStore {
+        fn current(&self) -> EmbeddedStore {
             self.0.lock().clone()
         }
 
-        fn restore(&self, to: &EmbeddedStore) {
-            *self.0.lock() = to.clone();
+        fn restore(&self, backup: &EmbeddedStore) {
+            *self.0.lock() = backup.clone();
         }
     }
 
     impl MetaStore for Restorable {
         fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
-            Box::pin(async move { self.now().get(key).await })
+            Box::pin(async move { self.current().get(key).await })
         }
 
         fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
-            Box::pin(async move { self.now().list(prefix).await })
+            Box::pin(async move { self.current().list(prefix).await })
         }
 
         fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
-            Box::pin(async move { self.now().transact(transaction).await })
+            Box::pin(async move { self.current().transact(transaction).await })
         }
 
         fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch> {
-            Box::pin(async move { self.now().watch(prefix, from).await })
+            Box::pin(async move { self.current().watch(prefix, from).await })
         }
 
         fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId> {
-            Box::pin(async move { self.now().grant(time).await })
+            Box::pin(async move { self.current().grant(time).await })
         }
 
         fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
-            Box::pin(async move { self.now().keep_alive(lease).await })
+            Box::pin(async move { self.current().keep_alive(lease).await })
         }
 
         fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
-            Box::pin(async move { self.now().revoke(lease).await })
+            Box::pin(async move { self.current().revoke(lease).await })
         }
     }
 
@@ -276,10 +280,11 @@ mod tests {
         Ok(())
     }
 
-    /// Returns a store at revision 4 after three writes, and a store after `copy` writes that replaces it.
-    async fn restorable_store(copy: u64) -> (Arc<Restorable>, MonotonicStore, EmbeddedStore) {
+    /// Returns a store at revision 4 after three writes, its checked form, and a store after `backup_writes` writes to
+    /// restore it to.
+    async fn restorable_store(backup_writes: u64) -> (Arc<Restorable>, MonotonicStore, EmbeddedStore) {
         let older = EmbeddedStore::in_memory();
-        put(&older, copy).await.expect("written");
+        put(&older, backup_writes).await.expect("written");
         let restorable = Arc::new(Restorable(Mutex::new(EmbeddedStore::in_memory())));
         let store = MonotonicStore::new(Arc::clone(&restorable) as _);
         put(&store, 3).await.expect("written");
@@ -292,7 +297,7 @@ mod tests {
         assert_eq!(store.regression(), None);
         let mut watch = store.watch("/", Revision(5)).await.expect("watchable");
         restorable.restore(&older);
-        let regression = Regression::Revision { seen: Revision(4), answered: Revision(3) };
+        let regression = Regression::Revision { newest: Revision(4), returned: Revision(3) };
         assert_eq!(store.get("/k").await, Err(MetaStoreError::Regressed(regression.clone())));
         assert_eq!(store.regression(), Some(regression.clone()));
         assert_eq!(
@@ -316,7 +321,7 @@ mod tests {
         let (restorable, store, older) = restorable_store(2).await;
         restorable.restore(&older);
         let written = store.transact(Transaction::new().put("/k", "x")).await;
-        let regression = Regression::Revision { seen: Revision(4), answered: Revision(4) };
+        let regression = Regression::Revision { newest: Revision(4), returned: Revision(4) };
         assert_eq!(written, Err(MetaStoreError::Regressed(regression)));
     }
 
@@ -331,7 +336,7 @@ mod tests {
         assert_eq!(store.revoke(lease).await, Ok(()));
     }
 
-    /// A store whose reads wait for a permit before they return: a response that is overtaken.
+    /// A store whose reads wait for a permit before they return, so that later responses overtake them.
     #[derive(Debug)]
     struct Late(EmbeddedStore, tokio::sync::Semaphore);
 
@@ -388,12 +393,12 @@ mod tests {
     async fn lagging_watch_is_no_regression_and_advances_newest() {
         let (restorable, store, older) = restorable_store(3).await;
         let mut watch = store.watch("/", Revision(2)).await.expect("watchable");
-        put(&restorable.now(), 2).await.expect("written by another broker");
+        put(&restorable.current(), 2).await.expect("written by another broker");
         while watch_next(&mut watch).await.revision < Revision(6) {}
         assert_eq!(store.regression(), None);
         restorable.restore(&older);
         assert!(store.get("/k").await.is_err(), "4 is older than revision 6 of the watch");
-        wait_until("the regression is recorded", || store.regression().is_some()).await;
+        assert!(store.regression().is_some());
     }
 
     async fn watch_next(watch: &mut Watch) -> WatchBatch {

@@ -9,15 +9,15 @@ use super::store::{MetaStore, MetaStoreError, Transaction, TxnOutcome};
 /// Shortest pause between two attempts.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(100);
 
-/// Longest such pause.
+/// Longest pause between two attempts.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// Maximum number of retries. One attempt at a slow store may take a second.
 const MAX_RETRIES: usize = 8;
 
-/// Retries a transaction while its outcome is unknown. The transaction's own compares must make a second application
-/// harmless, even one that takes effect much later than the first. `CompareFailed` may then mean that an earlier
-/// attempt was applied; the caller reads back.
+/// Sends a transaction, and repeats it while its outcome is unknown. The transaction's compares must make a second
+/// application harmless, also if the store applies it much later than the first. After `CompareFailed`, the caller
+/// reads back, because an earlier attempt may have been applied.
 ///
 /// # Errors
 /// As [`MetaStore::transact`], or the unknown outcome of the last attempt.
@@ -25,9 +25,9 @@ pub(super) async fn known_outcome(
     store: &dyn MetaStore,
     transaction: &Transaction,
 ) -> Result<TxnOutcome, MetaStoreError> {
-    let waits = ExponentialBuilder::new()
+    let backoff = ExponentialBuilder::new()
         .with_min_delay(MIN_RETRY_DELAY)
         .with_max_delay(MAX_RETRY_DELAY)
         .with_max_times(MAX_RETRIES);
-    (|| store.transact(transaction.clone())).retry(waits).when(MetaStoreError::outcome_unknown).await
+    (|| store.transact(transaction.clone())).retry(backoff).when(MetaStoreError::outcome_unknown).await
 }

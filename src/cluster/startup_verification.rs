@@ -1,12 +1,13 @@
-//! Startup verification: a broker compares its local inventory with the metadata before it becomes active, and
-//! leaves the sets that it cannot verify.
+//! Startup verification: a broker compares its local inventory with the metadata before it becomes active, and removes
+//! each unverified replica from the ISR and the ELR of its partition.
 //!
 //! # Overview
 //!
-//! The protocol assumes that an in-sync replica holds what it acknowledged. A new process cannot assume that: its disk
-//! may have been replaced, restored from a backup, or have lost what was only in the page cache. So before it
-//! registers, a broker compares its inventory with the store and removes itself from every ISR and ELR for which it is
-//! unverified. It also resigns every leadership, verified or not: that epoch began before this process.
+//! The replication protocol assumes that an in-sync replica holds all records that it acknowledged. A new process
+//! cannot assume that: its disk may have been replaced, restored from a backup, or have lost the content of the page
+//! cache. So before it registers, a broker compares its inventory with the store and removes itself from every ISR and
+//! ELR for which its replica is unverified. The broker also resigns every leadership, verified or not, because the
+//! leader epoch began before this process.
 //!
 //! | inventory | verifies |
 //! | --- | --- |
@@ -20,11 +21,11 @@
 //!   broker can add this broker to an ISR meanwhile.
 //! - The registration compares the directory record that the verification was based on, so only one of two processes
 //!   with the same directory can register.
-//! - The verification ends only when the store needs no further changes. A crash in between leaves fewer memberships
-//!   and no wrong one.
-//! - A value that cannot be read cannot be compared. It may be restored as it was: with this broker in its sets, or as
-//!   its leader in an epoch before this process. So the broker is not active in such a partition until its next start,
-//!   or until it is in none of the sets.
+//! - The verification ends only when the store needs no further changes. A crash before the end leaves some unverified
+//!   replicas removed; the next start removes the rest.
+//! - A value that cannot be read cannot be compared. An operator may restore the old value, with this broker in the ISR
+//!   or ELR, or as leader in an epoch before this process. So the broker is not active in such a partition until its
+//!   next start, or until a readable value has this broker in neither set.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -47,11 +48,11 @@ pub struct LocalInventory {
     /// Incarnations that the directory records, including this one. The store may hold this one already, after an
     /// earlier attempt to register whose response was lost.
     pub incarnations: Vec<String>,
-    /// True after a clean shutdown.
+    /// True if the previous process that used the directory shut down cleanly.
     pub clean: bool,
     /// Replicas with files on disk, intact or not.
     pub on_disk: BTreeSet<PartitionId>,
-    /// Replicas among them that lost nothing, as far as the disk can show.
+    /// The replicas of `on_disk` without a detected loss of records.
     pub intact: BTreeSet<PartitionId>,
 }
 
@@ -66,14 +67,15 @@ pub struct VerificationResult {
     pub unverified: BTreeMap<PartitionId, Revision>,
 }
 
-/// Local inventory, and whether its directory is the one that was registered last.
+/// Verifies replicas against a local inventory.
 struct InventoryVerifier<'a> {
     inventory: &'a LocalInventory,
+    /// True if the inventory is of the last registered data directory; otherwise every replica is unverified.
     is_registered_directory: bool,
 }
 
-/// Compares a broker's inventory with the store and removes the broker from every set and leadership that is not
-/// verified. `defaults` are the broker's topic defaults. After an error the same call may be repeated.
+/// Compares a broker's inventory with the store. Removes the broker from the ISR and ELR of each unverified replica,
+/// and resigns its leaderships. `defaults` are the broker's topic defaults. After an error the call may be repeated.
 ///
 /// # Errors
 /// The store does not respond.
@@ -85,25 +87,15 @@ pub async fn verify_inventory(
     defaults: &ConfigMap,
 ) -> Result<VerificationResult, MetaStoreError> {
     let record = store.get(&keys.directory(id)).await?.entry;
-    let same = record.as_ref().is_some_and(|entry| is_same(entry, inventory));
+    let is_registered_directory = record.as_ref().is_some_and(|entry| is_last_registered(entry, inventory));
     let directory_revision = record.as_ref().map(|entry| entry.mod_revision);
-    let record_error = record.as_ref().and_then(|entry| DirectoryValue::decode(&entry.key, &entry.value).err());
-    if let Some(error) = record_error {
-        tracing::warn!(
-            broker = %id, %error,
-            "the directory record of this broker cannot be read: its replicas count as unverified, and are copied \
-             again where other brokers hold them"
-        );
-    } else if !same && directory_revision.is_some() {
-        tracing::warn!(
-            broker = %id, directory = inventory.directory_id,
-            "this data directory is not the last registered one, or is an older copy of it: its replicas are copied \
-             again"
-        );
+    if let Some(entry) = record.filter(|_| !is_registered_directory) {
+        log_unverified_directory(id, &entry, inventory);
     }
-    let verifier = InventoryVerifier { inventory, is_registered_directory: same };
+    let verifier = InventoryVerifier { inventory, is_registered_directory };
     let updater = PartitionUpdater::new(Arc::clone(store), keys.clone());
     let mut changed = 0;
+    // Repeats until a list shows that no value needs a change.
     loop {
         let durabilities = load_durabilities(store, keys, defaults).await?;
         let list = store.list(&format!("{}partitions/", keys.prefix())).await?;
@@ -111,7 +103,7 @@ pub async fn verify_inventory(
         for entry in &list.entries {
             let Some(Key::Partition(partition)) = keys.parse(&entry.key) else { continue };
             let durability = durabilities.get(&partition.topic).copied();
-            match verifier.change(id, partition, entry, inventory.intact.contains(&partition), durability) {
+            match verifier.needed_change(id, partition, entry, inventory.intact.contains(&partition), durability) {
                 Ok(change) => needed.extend(change),
                 Err(error) => {
                     tracing::warn!(
@@ -131,7 +123,7 @@ pub async fn verify_inventory(
                 UpdateOutcome::Done(_) => {
                     changed += 1;
                     tracing::debug!(
-                        %partition, "left the sets of an unverified replica, or resigned an earlier leadership"
+                        %partition, "removed an unverified replica from ISR and ELR, or resigned an earlier leadership"
                     );
                 }
                 // Another writer came first, or the change may have been applied: the next list shows the result.
@@ -143,12 +135,12 @@ pub async fn verify_inventory(
 }
 
 impl InventoryVerifier<'_> {
-    /// Returns the change to this value that must precede the broker's activity in the partition; `None` if no change
-    /// is needed.
+    /// Returns the change of a partition's value, read as `entry`, that is needed before broker `id` is active in the
+    /// partition. `None` if no change is needed. `durability` is the topic's; `None` if the topic cannot be read.
     ///
     /// # Errors
     /// The value cannot be read.
-    fn change(
+    fn needed_change(
         &self,
         id: BrokerId,
         partition: PartitionId,
@@ -174,7 +166,7 @@ impl InventoryVerifier<'_> {
         }))
     }
 
-    /// Returns the integrity of one replica in the directory that was registered last.
+    /// Returns the integrity of one replica in the last registered directory. `entry` is the partition's value.
     fn integrity(
         &self,
         entry: &KeyValue,
@@ -182,8 +174,9 @@ impl InventoryVerifier<'_> {
         is_intact: bool,
         durability: Option<Durability>,
     ) -> ReplicaIntegrity {
-        // A missing replica whose value never changed was created while this broker stopped: it held nothing yet. A
-        // corrupt replica did hold something: a value may stay unchanged for years after its creation.
+        // If the value never changed and the replica is not on disk, the partition was created while this broker was
+        // not running, so the replica held no records. A corrupt replica is on disk, so it is never new: a value may
+        // stay unchanged for years.
         let is_new = entry.create_revision == entry.mod_revision && !self.inventory.on_disk.contains(&id);
         if mutant!(SkipStartupVerification) {
             return ReplicaIntegrity::Intact;
@@ -201,14 +194,32 @@ impl InventoryVerifier<'_> {
     }
 }
 
-/// Returns true if the directory is the one that was registered last, and not an older copy of it.
-fn is_same(record: &KeyValue, inventory: &LocalInventory) -> bool {
-    let is_last = |last: DirectoryValue| {
-        last.directory_id == inventory.directory_id && inventory.incarnations.contains(&last.incarnation)
+/// Returns true if the inventory's directory is the last registered one, and not an older copy of it. An older copy
+/// does not record the incarnation that registered last.
+fn is_last_registered(record: &KeyValue, inventory: &LocalInventory) -> bool {
+    let is_last = |registered: DirectoryValue| {
+        registered.directory_id == inventory.directory_id && inventory.incarnations.contains(&registered.incarnation)
     };
     mutant!(SkipStartupVerification) || DirectoryValue::decode(&record.key, &record.value).is_ok_and(is_last)
 }
 
+/// Warns that no replica of this directory can be verified, because of the directory record.
+fn log_unverified_directory(id: BrokerId, record: &KeyValue, inventory: &LocalInventory) {
+    match DirectoryValue::decode(&record.key, &record.value) {
+        Ok(_) => tracing::warn!(
+            broker = %id, directory = inventory.directory_id,
+            "this data directory is not the last registered one, or is an older copy of it: its replicas are copied \
+             again"
+        ),
+        Err(error) => tracing::warn!(
+            broker = %id, %error,
+            "the directory record of this broker cannot be read: its replicas count as unverified, and are copied \
+             again where other brokers hold them"
+        ),
+    }
+}
+
+/// Returns the durability of each topic whose value and configuration can be read.
 async fn load_durabilities(
     store: &Arc<dyn MetaStore>,
     keys: &Keys,

@@ -31,14 +31,14 @@ pub struct ClusterStats {
     /// Number of partitions with an ISR below `min.insync.replicas`.
     pub under_min_isr: u32,
     /// Number of partitions under reassignment.
-    pub moving: u32,
-    /// Topic and number of the first twenty partitions without a live leader or below the min ISR: `acks=all` fails
-    /// there.
+    pub reassigning: u32,
+    /// Topic and number of the first twenty partitions without a live leader or below the min ISR. A write with
+    /// `acks=all` to such a partition fails.
     pub unavailable: Vec<(TopicName, u32)>,
 }
 
-/// Maximum number of unavailable partitions that are listed.
-const MAX_NAMED_PARTITIONS: usize = 20;
+/// Maximum length of [`ClusterStats::unavailable`].
+const MAX_UNAVAILABLE_LISTED: usize = 20;
 
 impl ClusterStats {
     /// Counts a metadata snapshot. `defaults` are the topic configuration of the cluster.
@@ -49,13 +49,14 @@ impl ClusterStats {
         }
         for (name, topic) in state.topics() {
             let config = TopicConfig::resolve(defaults, &topic.value.config);
+            // A topic whose configuration is invalid is counted with the lowest min ISR.
             let min_isr = config.map_or(1, |config| config.min_insync_replicas);
             stats.topics += 1;
             for (number, entry) in state.partitions_of(&topic.value) {
                 stats.partitions += 1;
                 let Some(partition) = &entry.partition else {
                     stats.leaderless += 1;
-                    stats.name(name, number);
+                    stats.add_unavailable(name, number);
                     continue;
                 };
                 let value = &partition.value;
@@ -70,23 +71,24 @@ impl ClusterStats {
                 stats.under_replicated += u32::from(is_under_replicated(value));
                 stats.under_min_isr += u32::from(is_under_min_isr);
                 if !is_led || is_under_min_isr {
-                    stats.name(name, number);
+                    stats.add_unavailable(name, number);
                 }
-                stats.moving += u32::from(value.is_reassigning());
+                stats.reassigning += u32::from(value.is_reassigning());
             }
         }
         stats
     }
 
-    fn name(&mut self, topic: &TopicName, number: u32) {
-        if self.unavailable.len() < MAX_NAMED_PARTITIONS {
+    /// Adds a partition to the list of unavailable partitions, unless the list is full.
+    fn add_unavailable(&mut self, topic: &TopicName, number: u32) {
+        if self.unavailable.len() < MAX_UNAVAILABLE_LISTED {
             self.unavailable.push((topic.clone(), number));
         }
     }
 }
 
-/// Metrics that one broker reports. Their sum over all brokers covers the cluster: the leader counts a partition, and
-/// the controller counts leaderless partitions and reassignments.
+/// Counts that one broker reports as metrics. The sum over all brokers covers the cluster: each leader counts its
+/// partitions, and the controller counts leaderless partitions and reassignments.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LeaderStats {
     /// Number of partitions that the broker leads.
@@ -100,7 +102,7 @@ pub struct LeaderStats {
     /// Number of partitions without a live leader. Counted by the controller only.
     pub leaderless: u64,
     /// Number of partitions under reassignment. Counted by the controller only.
-    pub moving: u64,
+    pub reassigning: u64,
 }
 
 impl LeaderStats {
@@ -118,7 +120,7 @@ impl LeaderStats {
                 let value = &partition.value;
                 if is_controller {
                     stats.leaderless += u64::from(!is_led(state, value));
-                    stats.moving += u64::from(value.is_reassigning());
+                    stats.reassigning += u64::from(value.is_reassigning());
                 }
                 if value.leader == Some(me) {
                     let min_isr = *cached_min_isr.get_or_insert_with(|| min_isr(topic.value.id));
@@ -133,11 +135,12 @@ impl LeaderStats {
     }
 }
 
+/// Returns true if the partition has a leader and this leader is live.
 fn is_led(state: &MetadataSnapshot, value: &PartitionValue) -> bool {
     value.leader.is_some_and(|leader| state.brokers().contains_key(&leader))
 }
 
-/// Returns true if a replica that is not being removed is out of sync.
+/// Returns true if the ISR lacks a replica that is not being removed.
 fn is_under_replicated(value: &PartitionValue) -> bool {
     value.replicas.iter().any(|id| !value.isr.contains(id) && !value.removing.contains(id))
 }

@@ -22,7 +22,7 @@ pub type StoreFuture<'a, T> = BoxFuture<'a, Result<T, MetaStoreError>>;
 pub struct Revision(pub u64);
 
 impl Revision {
-    /// Revision before the first change: no key has it, and that of every transaction is greater.
+    /// Revision before the first change. Every key and every transaction has a greater one.
     pub const ZERO: Self = Self(0);
 
     /// Returns the next revision, where a watch continues after a list.
@@ -221,23 +221,25 @@ impl Transaction {
     /// # Panics
     /// Two operations name the same key: a bug in the caller.
     pub fn check(&self) -> Result<(), MetaStoreError> {
+        // etcd limits each of the three lists.
         let ops = self.ops.len().max(self.compares.len()).max(self.else_get.len());
-        let put = |op: &TxnOp| match op {
+        let op_bytes = |op: &TxnOp| match op {
             TxnOp::Put { key, value, .. } => key.len() + value.len(),
             TxnOp::Delete { key } => key.len(),
         };
-        let compared = |compare: &Compare| match compare {
+        let compare_bytes = |compare: &Compare| match compare {
             Compare::Value(key, value) => key.len() + value.len(),
-            other => other.key().len(),
+            compare => compare.key().len(),
         };
-        let bytes = self.ops.iter().map(put).sum::<usize>() + self.compares.iter().map(compared).sum::<usize>();
+        let bytes =
+            self.ops.iter().map(op_bytes).sum::<usize>() + self.compares.iter().map(compare_bytes).sum::<usize>();
         if ops > limits::MAX_TRANSACTION_OPS || bytes > limits::MAX_TRANSACTION_BYTES {
             return Err(MetaStoreError::TooLarge { ops, bytes });
         }
         let mut keys: Vec<&str> = self.ops.iter().map(TxnOp::key).collect();
         keys.sort_unstable();
-        let twice = keys.windows(2).find(|pair| pair[0] == pair[1]);
-        assert!(twice.is_none(), "two operations of one transaction name {:?}", twice.map(|pair| pair[0]));
+        let duplicate = keys.windows(2).find(|pair| pair[0] == pair[1]);
+        assert!(duplicate.is_none(), "two operations of one transaction name {:?}", duplicate.map(|pair| pair[0]));
         Ok(())
     }
 }
@@ -254,7 +256,7 @@ pub enum TxnOutcome {
     CompareFailed {
         /// Revision of the store when the keys were read.
         revision: Revision,
-        /// The keys of `else_get`, in their order.
+        /// The keys of `else_get`, in their order; `None` for a key that does not exist.
         found: Vec<Option<KeyValue>>,
     },
 }
@@ -337,7 +339,7 @@ pub enum MetaStoreError {
     Unavailable {
         /// Cause.
         reason: String,
-        /// True if a transaction may have been applied. Then read back before a retry.
+        /// True if a transaction may have been applied, so that the caller must read back before a retry.
         outcome_unknown: bool,
     },
     /// The store rejected the request: authentication or authorization failed. Nothing was changed.
@@ -356,8 +358,8 @@ pub enum MetaStoreError {
         /// The store's error text.
         reason: String,
     },
-    /// The store returned to an older state: final for this process. A transaction may have been applied, in a history
-    /// that this process did not read.
+    /// The store returned to an older state, or is another store. Final for this process. A transaction may have been
+    /// applied to that other state.
     #[error("{0}")]
     Regressed(Regression),
     /// The changes from this revision on were compacted: list again.
@@ -393,18 +395,18 @@ pub enum MetaStoreError {
 pub enum Regression {
     /// The revision fell.
     #[error(
-        "the metadata store returned revision {answered} after revision {seen}: if etcd was restored from a backup, \
+        "the metadata store returned revision {returned} after revision {newest}: if etcd was restored from a backup, \
          follow \"Restoring etcd\" in docs/operations.md, and restart this broker"
     )]
     Revision {
         /// Newest revision in any response before the call started.
-        seen: Revision,
-        /// Revision of the response; for a write, not newer than `seen`.
-        answered: Revision,
+        newest: Revision,
+        /// Revision of the response: older than `newest`, or equal to it after a write.
+        returned: Revision,
     },
     /// The responses come from another etcd cluster.
     #[error(
-        "the metadata store responded as etcd cluster {answered:x} after cluster {known:x}: set metadata.etcd to \
+        "the metadata store responded as etcd cluster {returned:x} after cluster {known:x}: set metadata.etcd to \
          members of one cluster; if etcd was recreated from a backup, follow \"Restoring etcd\" in docs/operations.md, \
          and restart this broker"
     )]
@@ -412,17 +414,17 @@ pub enum Regression {
         /// Cluster id of the first response.
         known: u64,
         /// Cluster id of the deviating response.
-        answered: u64,
+        returned: u64,
     },
 }
 
 impl MetaStoreError {
-    /// Returns an error after which nothing was changed.
+    /// Returns an error of a request that changed nothing.
     pub fn unavailable(reason: impl fmt::Display) -> Self {
         Self::Unavailable { reason: reason.to_string(), outcome_unknown: false }
     }
 
-    /// Returns an error after which a change may or may not have been applied.
+    /// Returns an error of a transaction that may have been applied.
     pub fn unknown(reason: impl fmt::Display) -> Self {
         Self::Unavailable { reason: reason.to_string(), outcome_unknown: true }
     }
@@ -449,7 +451,7 @@ impl MetaStoreError {
 ///   previous revision plus one. A transaction that changes nothing (for example, deletes an absent key) gets no
 ///   revision of its own. Revisions never fall, also across restarts.
 /// - **Linearizable.** `get`, `list` and `transact` observe every transaction that completed before they started. A
-///   watch lags.
+///   watch may lag.
 /// - **Durable.** A transaction that returned `Committed` survives a power failure.
 /// - **Unknown outcome.** After `Unavailable { outcome_unknown: true }`, or after the caller dropped the future, the
 ///   transaction was applied, was not applied, or will be applied later. The caller reads back, or makes the
@@ -459,7 +461,7 @@ impl MetaStoreError {
 ///   current revision is never compacted: a watch from a list's `revision.next()` can start if it is opened
 ///   immediately.
 /// - **Leases** end when they are revoked or not kept alive for their duration. Their keys are then deleted in one
-///   transaction, which watches receive. A lease may end late and never early. No code may depend on how late.
+///   transaction, which watches receive. A lease may end late and never early. No code may depend on the delay.
 pub trait MetaStore: Send + Sync + fmt::Debug {
     /// Reads one key.
     fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult>;

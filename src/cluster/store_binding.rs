@@ -14,7 +14,7 @@ use crate::{
 /// Maximum number of attempts while other brokers write the key.
 const MAX_ATTEMPTS: usize = 10;
 
-/// Access to the key `object-store`.
+/// The key `object-store` as the storage of the store binding.
 pub struct MetaBindingStore {
     store: Arc<dyn MetaStore>,
     keys: Keys,
@@ -25,29 +25,33 @@ pub struct MetaBindingStore {
 
 impl MetaBindingStore {
     /// Returns access to the key in `store`. A standalone broker may switch to another object store while the metadata
-    /// references no objects. With several brokers, a single broker with a wrong URL could otherwise rebind the
-    /// cluster.
+    /// references no objects. With several brokers that is not allowed, because one broker with a wrong URL could
+    /// rebind the cluster.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys, metadata: MetadataCache, standalone: bool) -> Self {
         Self { store, keys, metadata, standalone }
     }
 
-    fn is_free(&self) -> bool {
+    /// Returns true if a stored binding may be replaced by one to any other object store.
+    fn may_rebind(&self) -> bool {
         self.standalone && !self.metadata.state().has_tiered_data()
     }
 
-    async fn compare_and_set(&self, url: &str, id: Option<Uuid>) -> Result<StoreBinding, String> {
+    /// Returns the stored binding if it stays valid; otherwise replaces it with a compare-and-set. `id` is the id in
+    /// the cluster marker at `url`; `None` if there is none yet, and then a new binding is pending.
+    async fn bind_with_compare_and_set(&self, url: &str, id: Option<Uuid>) -> Result<StoreBinding, String> {
         let key = self.keys.object_store();
         for _ in 0..MAX_ATTEMPTS {
             let entry = self.store.get(&key).await.map_err(|error| error.to_string())?.entry;
             let stored = match &entry {
-                Some(entry) if !self.is_free() => Some(decode(&key, &entry.value)?),
+                Some(entry) if !self.may_rebind() => Some(decode(&key, &entry.value)?),
+                // No binding is stored, or the stored one may be replaced.
                 _ => None,
             };
             let binding = match (stored, id) {
-                // The marker of the bound store at another URL means that the store was moved.
+                // The other case, the bound id at another URL, is a moved store: its binding gets the new URL.
                 (Some(bound), Some(id)) if !bound.pending && (bound.id != id || bound.url == url) => return Ok(bound),
-                // A pending binding is adopted for its URL only. Two brokers with different URLs must not write the
-                // same id into two stores.
+                // A pending binding is kept for its own URL only, so that two brokers with different URLs do not write
+                // the same id into two stores.
                 (Some(bound), None) if !bound.pending || bound.url == url => return Ok(bound),
                 (_, Some(id)) => StoreBinding { id, url: url.to_owned(), pending: false },
                 (_, None) => StoreBinding { id: random::uuid(), url: url.to_owned(), pending: true },
@@ -72,7 +76,7 @@ fn decode(key: &str, value: &[u8]) -> Result<StoreBinding, String> {
 
 impl BindingStore for MetaBindingStore {
     fn bind<'a>(&'a self, url: &'a str, id: Option<Uuid>) -> BoxFuture<'a, Result<StoreBinding, String>> {
-        Box::pin(self.compare_and_set(url, id))
+        Box::pin(self.bind_with_compare_and_set(url, id))
     }
 
     fn stored(&self) -> BoxFuture<'_, Result<Option<StoreBinding>, String>> {
@@ -149,7 +153,7 @@ mod tests {
         assert!(text.contains(&cluster.url("ours")) && text.contains(&cluster.url("empty")), "{text}");
         assert!(!cluster.folder.path().join("empty").join(name::CLUSTER).exists(), "no marker was written");
 
-        // A store of another cluster with the same name.
+        // The store of another cluster with the same name.
         let other = ObjectStoreOptions::new(&cluster.url("theirs"));
         TierStore::open(&other, "test").expect("valid options").bind().await.expect("not bound yet");
         let error = cluster.broker("theirs", false).bind().await.expect_err("another store");

@@ -443,7 +443,7 @@ async fn uploads_continue_after_lost_commit_response() {
     write().await;
     bench.maintenance.step(&partition).await.unwrap();
     write().await;
-    bench.store.transactions([Some(Fault::ResponseLost)]);
+    bench.store.fail_transactions([Some(Fault::ResponseLost)]);
     let lost = bench.maintenance.step(&partition).await.unwrap_err();
     assert!(matches!(lost, MaintenanceError::Commit(TierCommitError::Store(_))), "{lost}");
     write().await;

@@ -84,7 +84,7 @@ impl Operations {
             leaderless: stats.leaderless,
             under_replicated: stats.under_replicated,
             under_min_isr: stats.under_min_isr,
-            reassigning: stats.moving,
+            reassigning: stats.reassigning,
             unreadable: unreadable.map(|(key, error)| v1::UnreadableKey { key, error }).collect(),
             metadata_staleness_ms: u64::try_from(self.lease.metadata_staleness().as_millis()).unwrap_or(u64::MAX),
             responder: self.ctx.id.0,

@@ -78,7 +78,7 @@ impl BrokerGauges {
         metrics.partitions_under_min_isr.set(stats.under_min_isr);
         metrics.partitions_with_elr.set(stats.with_elr);
         metrics.partitions_leaderless.set(stats.leaderless);
-        metrics.partitions_reassigning.set(stats.moving);
+        metrics.partitions_reassigning.set(stats.reassigning);
     }
 
     /// Updates the lag of each broker behind the partitions led here: the records of all partitions, and the longest

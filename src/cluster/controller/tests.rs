@@ -219,7 +219,7 @@ async fn invalid_controller_key_is_deleted() {
 async fn failed_store_requests_are_retried() {
     let world = World::new().await;
     let faults = [Fault::Refused, Fault::Lost, Fault::ResponseLost, Fault::Refused, Fault::Lost, Fault::ResponseLost];
-    world.link.transactions(faults.map(Some));
+    world.link.fail_transactions(faults.map(Some));
     let node = world.broker(1).await;
     world.until(|state| leader(state) == Some(BrokerId(1))).await;
     let epoch = world.metadata.state().partition(id()).unwrap().partition.as_ref().unwrap().value.leader_epoch;

@@ -13,7 +13,7 @@ fn subject(store: &EmbeddedStore) -> StoreUnderTest {
     StoreUnderTest {
         store: Arc::new(store.clone()),
         // Expires the leases that would end within `time` from now. The clock itself does not advance.
-        pass: Box::new(move |time| {
+        pass_time: Box::new(move |time| {
             let store = ticking.clone();
             Box::pin(async move { store.expire_leases(clock::monotonic() + time).await.expect("the store responds") })
         }),
@@ -34,13 +34,13 @@ async fn value(store: &EmbeddedStore, key: &str) -> Option<Bytes> {
 
 #[tokio::test]
 async fn in_memory_store_conforms() {
-    conformance::all(&subject(&EmbeddedStore::in_memory())).await;
+    conformance::run_all(&subject(&EmbeddedStore::in_memory())).await;
 }
 
 #[tokio::test]
 async fn file_store_conforms() {
     let dir = tempfile::tempdir().expect("a directory");
-    conformance::all(&subject(&EmbeddedStore::open(dir.path()).await.expect("opens"))).await;
+    conformance::run_all(&subject(&EmbeddedStore::open(dir.path()).await.expect("opens"))).await;
 }
 
 #[tokio::test]

@@ -271,10 +271,10 @@ impl MemberChannel {
     /// response without a header.
     fn check(&self, header: Option<&ResponseHeader>) -> Result<Result<Revision, Regression>, Error> {
         let header = header.ok_or_else(|| convert::invalid_response("a response without a header"))?;
-        let answered = header.cluster_id();
-        let known = *self.0.header_state.cluster.get_or_init(|| answered);
-        if known != answered {
-            return Ok(Err(Regression::Cluster { known, answered }));
+        let returned = header.cluster_id();
+        let known = *self.0.header_state.cluster.get_or_init(|| returned);
+        if known != returned {
+            return Ok(Err(Regression::Cluster { known, returned }));
         }
         Ok(Ok(convert::revision(header.revision())))
     }

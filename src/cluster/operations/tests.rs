@@ -523,7 +523,7 @@ async fn unknown_outcome_is_read_back() {
         let store: Arc<dyn MetaStore> = Arc::new(faulty.clone());
         let operations =
             ClusterOperations::new(store, cluster.keys.clone(), cluster.operations.metadata.clone(), ConfigMap::new());
-        faulty.transactions([Some(fault)]);
+        faulty.fail_transactions([Some(fault)]);
         let results = operations.reassign(&name(), Some(0), &ids(&[3, 2])).await;
         assert_eq!(cluster.stored_value(0).await.has_queued(), done, "{fault:?}");
         match results {
@@ -565,7 +565,7 @@ async fn stats_count_partitions_that_need_attention() {
     let key = cluster.keys.path(&Key::Topic("broken".parse().expect("valid")));
     cluster.write(Transaction::new().put(key.clone(), "{")).await;
     let stats = cluster.operations.stats();
-    assert_eq!((stats.topics, stats.partitions, stats.moving), (1, 4, 1));
+    assert_eq!((stats.topics, stats.partitions, stats.reassigning), (1, 4, 1));
     assert_eq!((stats.leaderless, stats.under_replicated, stats.under_min_isr), (2, 3, 2));
     let numbers: Vec<u32> = stats.unavailable.iter().map(|(_, number)| *number).collect();
     assert_eq!(numbers, [2, 3], "each once");

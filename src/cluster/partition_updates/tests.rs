@@ -124,7 +124,7 @@ async fn failed_shared_compare_bars_all_changes_at_once() {
 async fn unknown_outcome_is_not_retried() {
     for (fault, after) in [(Fault::Refused, 1), (Fault::Lost, 1), (Fault::ResponseLost, 2)] {
         let world = World::of(3).await;
-        world.link.transactions([Some(fault)]);
+        world.link.fail_transactions([Some(fault)]);
         let outcomes = world.apply_epoch(2, &[]).await;
         let is_expected = |changed: &UpdateOutcome| match changed {
             UpdateOutcome::Failed(_) => fault == Fault::Refused,

@@ -110,7 +110,7 @@ async fn lost_registration_is_retried_only_by_timer() {
     let link = FaultyStore::new(cluster.store.clone());
     let registration = RegistrationRequest { store: Arc::new(link.clone()), ..cluster.registration("d", "p") };
     let session = registration.register(None, &cluster.metadata, &cluster.tasks).await.expect("registered");
-    link.transactions([Some(Fault::Refused); 8]);
+    link.fail_transactions([Some(Fault::Refused); 8]);
     cluster.store.transact(Transaction::new().delete(KEY)).await.expect("the store responds");
     wait_for_state(&session, |state| *state == SessionState::Lost).await;
     let before = link.transaction_count();

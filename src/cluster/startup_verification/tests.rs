@@ -17,7 +17,8 @@ const REPLICATED: u8 = 2;
 /// A topic that the store does not have, or no longer has.
 const UNKNOWN: u8 = 3;
 
-struct World {
+/// A store with a topic of each durability and the directory record of broker [`ME`].
+struct TestCluster {
     link: FaultyStore,
     store: Arc<dyn MetaStore>,
     keys: Keys,
@@ -41,19 +42,19 @@ fn inventory() -> LocalInventory {
     LocalInventory { directory_id: "d".to_owned(), incarnations, clean: true, on_disk: intact.clone(), intact }
 }
 
-impl World {
+impl TestCluster {
     async fn new() -> Self {
         let (link, keys) = (FaultyStore::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap());
-        let world = Self { store: Arc::new(link.clone()), link, keys };
+        let cluster = Self { store: Arc::new(link.clone()), link, keys };
         for (topic, durability) in [(PERSISTED, "persisted"), (REPLICATED, "replicated")] {
             let config = [("durability".to_owned(), durability.to_owned())].into();
             let id = TopicId::from_bytes([topic; 16]);
             let value = TopicValue { id, partitions: 4, replication_factor: 3, config };
             let name = TopicName::new(durability).unwrap();
-            world.put(world.keys.topic(&name), value.encode()).await;
+            cluster.put(cluster.keys.topic(&name), value.encode()).await;
         }
-        world.record("d", "p1").await;
-        world
+        cluster.record("d", "p1").await;
+        cluster
     }
 
     async fn put(&self, key: String, value: bytes::Bytes) {
@@ -84,7 +85,7 @@ impl World {
 
 #[tokio::test]
 async fn verified_replicas_stay_and_others_are_removed() {
-    let all = |inventory: LocalInventory| inventory;
+    let unchanged = |inventory: LocalInventory| inventory;
     let unclean = |inventory: LocalInventory| LocalInventory { clean: false, ..inventory };
     let other = |inventory: LocalInventory| LocalInventory { directory_id: "another".to_owned(), ..inventory };
     let older = |inventory: LocalInventory| LocalInventory { incarnations: vec!["p0".to_owned()], ..inventory };
@@ -92,7 +93,7 @@ async fn verified_replicas_stay_and_others_are_removed() {
     // The inventory, and the result for persisted, replicated and unknown topics.
     type AlterInventory = fn(LocalInventory) -> LocalInventory;
     let cases: [(&str, AlterInventory, [bool; 3]); 5] = [
-        ("all", all, [true, true, true]),
+        ("everything intact", unchanged, [true, true, true]),
         ("not closed cleanly", unclean, [true, false, false]),
         ("another directory", other, [false, false, false]),
         ("an older copy", older, [false, false, false]),
@@ -100,15 +101,15 @@ async fn verified_replicas_stay_and_others_are_removed() {
     ];
     for (case, change, stays) in cases {
         for (topic, stays) in [PERSISTED, REPLICATED, UNKNOWN].into_iter().zip(stays) {
-            let world = World::new().await;
+            let cluster = TestCluster::new().await;
             let before = [value(Some(2), &[1, 2, 3], &[]), value(Some(2), &[2], &[1, 3]), value(None, &[3], &[])];
             for (number, value) in (0..).zip(&before) {
-                world.partition(id(topic, number), value).await;
+                cluster.partition(id(topic, number), value).await;
             }
-            world.verify(&change(inventory())).await.unwrap();
+            cluster.verify(&change(inventory())).await.unwrap();
             for (number, value) in (0..).zip(&before) {
                 let expected = if stays { value.clone() } else { value.remove_from_sets(ME) };
-                assert_eq!(world.now(id(topic, number)).await, expected, "{case}, topic {topic}, partition {number}");
+                assert_eq!(cluster.now(id(topic, number)).await, expected, "{case}, topic {topic}, partition {number}");
             }
         }
     }
@@ -116,111 +117,111 @@ async fn verified_replicas_stay_and_others_are_removed() {
 
 #[tokio::test]
 async fn leadership_of_earlier_incarnation_is_resigned() {
-    let world = World::new().await;
-    world.partition(id(PERSISTED, 0), &value(Some(1), &[1, 2], &[])).await;
-    let result = world.verify(&inventory()).await.unwrap();
-    let now = world.now(id(PERSISTED, 0)).await;
+    let cluster = TestCluster::new().await;
+    cluster.partition(id(PERSISTED, 0), &value(Some(1), &[1, 2], &[])).await;
+    let result = cluster.verify(&inventory()).await.unwrap();
+    let now = cluster.now(id(PERSISTED, 0)).await;
     assert_eq!((now.leader, now.leader_epoch, now.isr.len()), (None, LeaderEpoch(6), 2));
     assert_eq!(result.changed, 1);
-    assert_eq!(world.verify(&inventory()).await.unwrap().changed, 0, "a second verification changes nothing");
+    assert_eq!(cluster.verify(&inventory()).await.unwrap().changed, 0, "a second verification changes nothing");
 }
 
 #[tokio::test]
 async fn last_holder_of_replicated_topic_stays_as_unclean() {
-    let world = World::new().await;
+    let cluster = TestCluster::new().await;
     let unclean = LocalInventory { clean: false, ..inventory() };
-    world.partition(id(REPLICATED, 0), &value(Some(1), &[1], &[])).await;
-    world.partition(id(REPLICATED, 1), &value(Some(1), &[1], &[2])).await;
-    world.verify(&unclean).await.unwrap();
-    let last = world.now(id(REPLICATED, 0)).await;
+    cluster.partition(id(REPLICATED, 0), &value(Some(1), &[1], &[])).await;
+    cluster.partition(id(REPLICATED, 1), &value(Some(1), &[1], &[2])).await;
+    cluster.verify(&unclean).await.unwrap();
+    let last = cluster.now(id(REPLICATED, 0)).await;
     assert_eq!((last.leader, last.isr, last.unclean_epoch), (None, vec![ME], Some(LeaderEpoch(6))));
-    let not_last = world.now(id(REPLICATED, 1)).await;
+    let not_last = cluster.now(id(REPLICATED, 1)).await;
     assert_eq!((not_last.isr, not_last.elr, not_last.unclean_epoch), (vec![], vec![BrokerId(2)], None));
 }
 
 #[tokio::test]
 async fn partition_created_meanwhile_needs_no_replica() {
-    let world = World::new().await;
+    let cluster = TestCluster::new().await;
     let created = value(Some(2), &[1, 2, 3], &[]);
-    world.put(world.keys.partition(id(PERSISTED, 0)), created.encode()).await;
+    cluster.put(cluster.keys.partition(id(PERSISTED, 0)), created.encode()).await;
     let empty = LocalInventory { on_disk: BTreeSet::new(), intact: BTreeSet::new(), ..inventory() };
-    world.verify(&empty).await.unwrap();
-    assert_eq!(world.now(id(PERSISTED, 0)).await, created);
+    cluster.verify(&empty).await.unwrap();
+    assert_eq!(cluster.now(id(PERSISTED, 0)).await, created);
     // Another directory verifies nothing: this broker may have held, and lost, the records that the other brokers have.
-    world.verify(&LocalInventory { directory_id: "another".to_owned(), ..empty }).await.unwrap();
-    assert_eq!(world.now(id(PERSISTED, 0)).await, created.remove_from_sets(ME));
+    cluster.verify(&LocalInventory { directory_id: "another".to_owned(), ..empty }).await.unwrap();
+    assert_eq!(cluster.now(id(PERSISTED, 0)).await, created.remove_from_sets(ME));
 }
 
 /// Regression: the value of a partition without incidents may stay unchanged for years. After a power failure of all
 /// replicas, a corrupt copy was taken for one that held nothing yet: in sync, and elected.
 #[tokio::test]
 async fn corrupt_replica_of_unchanged_partition_is_removed() {
-    let world = World::new().await;
+    let cluster = TestCluster::new().await;
     let created = value(Some(2), &[1, 2, 3], &[]);
-    world.put(world.keys.partition(id(PERSISTED, 0)), created.encode()).await;
+    cluster.put(cluster.keys.partition(id(PERSISTED, 0)), created.encode()).await;
     let mut corrupt = inventory();
     corrupt.intact.remove(&id(PERSISTED, 0));
-    world.verify(&corrupt).await.unwrap();
-    assert_eq!(world.now(id(PERSISTED, 0)).await, created.remove_from_sets(ME));
+    cluster.verify(&corrupt).await.unwrap();
+    assert_eq!(cluster.now(id(PERSISTED, 0)).await, created.remove_from_sets(ME));
 }
 
 #[tokio::test]
 async fn unreadable_value_is_reported_as_unverified() {
-    let world = World::new().await;
+    let cluster = TestCluster::new().await;
     let corrupt_id = id(PERSISTED, 1);
-    world.partition(id(PERSISTED, 0), &value(Some(1), &[1, 2], &[])).await;
-    world.put(world.keys.partition(corrupt_id), "{\"replicas\":[".into()).await;
-    let result = world.verify(&inventory()).await.unwrap();
-    let written = world.store.get(&world.keys.partition(corrupt_id)).await.unwrap().entry.unwrap().mod_revision;
+    cluster.partition(id(PERSISTED, 0), &value(Some(1), &[1, 2], &[])).await;
+    cluster.put(cluster.keys.partition(corrupt_id), "{\"replicas\":[".into()).await;
+    let result = cluster.verify(&inventory()).await.unwrap();
+    let written = cluster.store.get(&cluster.keys.partition(corrupt_id)).await.unwrap().entry.unwrap().mod_revision;
     assert_eq!((result.changed, result.unverified), (1, BTreeMap::from([(corrupt_id, written)])));
 }
 
 #[tokio::test]
 async fn verification_repeats_until_no_change_is_needed() {
     for faults in [vec![Some(Fault::Lost)], vec![Some(Fault::ResponseLost)], vec![]] {
-        let world = World::new().await;
+        let cluster = TestCluster::new().await;
         for number in 0..4 {
-            world.partition(id(PERSISTED, number), &value(Some(1), &[1, 2], &[])).await;
+            cluster.partition(id(PERSISTED, number), &value(Some(1), &[1, 2], &[])).await;
         }
-        world.link.transactions(faults);
-        world.verify(&inventory()).await.unwrap();
+        cluster.link.fail_transactions(faults);
+        cluster.verify(&inventory()).await.unwrap();
         for number in 0..4 {
-            let now = world.now(id(PERSISTED, number)).await;
-            assert_eq!((now.leader, now.leader_epoch), (None, LeaderEpoch(6)), "once each");
+            let now = cluster.now(id(PERSISTED, number)).await;
+            assert_eq!((now.leader, now.leader_epoch), (None, LeaderEpoch(6)), "each change is applied once");
         }
     }
-    let world = World::new().await;
-    world.partition(id(PERSISTED, 0), &value(Some(1), &[1, 2], &[])).await;
-    world.link.transactions([Some(Fault::Refused)]);
-    assert!(world.verify(&inventory()).await.unwrap_err().retryable());
-    world.link.fail_lists(1);
-    assert!(world.verify(&inventory()).await.is_err());
-    world.verify(&inventory()).await.unwrap();
-    assert_eq!(world.now(id(PERSISTED, 0)).await.leader, None);
+    let cluster = TestCluster::new().await;
+    cluster.partition(id(PERSISTED, 0), &value(Some(1), &[1, 2], &[])).await;
+    cluster.link.fail_transactions([Some(Fault::Refused)]);
+    assert!(cluster.verify(&inventory()).await.unwrap_err().retryable());
+    cluster.link.fail_lists(1);
+    assert!(cluster.verify(&inventory()).await.is_err());
+    cluster.verify(&inventory()).await.unwrap();
+    assert_eq!(cluster.now(id(PERSISTED, 0)).await.leader, None);
 }
 
 #[tokio::test]
 async fn verification_returns_revision_of_directory_record() {
-    let world = World::new().await;
-    let first = world.verify(&inventory()).await.unwrap().directory_revision;
-    world.record("d", "p2").await;
-    let second = world.verify(&inventory()).await.unwrap().directory_revision;
+    let cluster = TestCluster::new().await;
+    let first = cluster.verify(&inventory()).await.unwrap().directory_revision;
+    cluster.record("d", "p2").await;
+    let second = cluster.verify(&inventory()).await.unwrap().directory_revision;
     assert!(first.is_some() && second > first);
-    let key = world.keys.directory(ME);
-    world.store.transact(Transaction::new().delete(key)).await.unwrap();
-    assert_eq!(world.verify(&inventory()).await.unwrap().directory_revision, None);
+    let key = cluster.keys.directory(ME);
+    cluster.store.transact(Transaction::new().delete(key)).await.unwrap();
+    assert_eq!(cluster.verify(&inventory()).await.unwrap().directory_revision, None);
     // A value without this broker, and an unreadable value, are not changed.
     let unreadable = id(PERSISTED, 3);
-    world.put(world.keys.partition(unreadable), "{".into()).await;
+    cluster.put(cluster.keys.partition(unreadable), "{".into()).await;
     let others = PartitionValue { replicas: vec![BrokerId(2)], ..value(Some(2), &[2], &[]) };
-    world.partition(id(PERSISTED, 2), &others).await;
-    assert_eq!(world.verify(&inventory()).await.unwrap().changed, 0);
+    cluster.partition(id(PERSISTED, 2), &others).await;
+    assert_eq!(cluster.verify(&inventory()).await.unwrap().changed, 0);
     let change = partition_updates::PartitionUpdate {
         id: unreadable,
         expected_revision: Revision(1),
         value: others,
         guards: vec![],
     };
-    let updater = PartitionUpdater::new(Arc::clone(&world.store), world.keys.clone());
+    let updater = PartitionUpdater::new(Arc::clone(&cluster.store), cluster.keys.clone());
     assert_eq!(updater.apply(vec![change], &[]).await, [(unreadable, UpdateOutcome::Conflict(None))]);
 }

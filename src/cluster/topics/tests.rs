@@ -328,23 +328,23 @@ async fn unknown_outcomes_are_resolved_by_retries() {
     for [first, second] in two {
         let cluster = TestCluster::of(3).await;
         let faults = [first, second, Some(Fault::ResponseLost), None, first, second];
-        cluster.link.transactions(faults);
+        cluster.link.fail_transactions(faults);
         let created = cluster.create("a", 230, 3).await.unwrap_or_else(|error| panic!("{faults:?}: {error}"));
         assert_eq!(cluster.paths("partitions/").await.len(), 230);
         let topic = name("a");
 
-        cluster.link.transactions(faults);
+        cluster.link.fail_transactions(faults);
         let set = map("retention.ms", "5");
         cluster.topics.alter(&topic, set, vec![], None).await.unwrap_or_else(|error| panic!("{faults:?}: {error}"));
 
-        cluster.link.transactions(faults);
+        cluster.link.fail_transactions(faults);
         cluster.catch_up().await;
         let extended = cluster.topics.add_partitions(&topic, 350).await;
         assert_eq!(extended.map(|topic| topic.value.partitions), Ok(350), "{faults:?}");
         cluster.catch_up().await;
         assert!(cluster.sweep().await.is_empty(), "{faults:?}: every partition counts");
 
-        cluster.link.transactions(faults);
+        cluster.link.fail_transactions(faults);
         assert_eq!(cluster.topics.delete(&topic).await, Ok(created.value.id), "{faults:?}");
         assert_eq!(cluster.paths("partitions/").await, Vec::<String>::new(), "{faults:?}");
         assert_eq!(cluster.topics.was_deleted(created.value.id).await, Ok(true));
@@ -354,7 +354,7 @@ async fn unknown_outcomes_are_resolved_by_retries() {
 #[tokio::test(start_paused = true)]
 async fn permanently_unknown_outcome_is_returned() {
     let cluster = TestCluster::of(1).await;
-    cluster.link.transactions([Some(Fault::Lost); 100]);
+    cluster.link.fail_transactions([Some(Fault::Lost); 100]);
     let created = cluster.create("a", 1, 1).await;
     assert!(matches!(&created, Err(CreateError::Store(error)) if error.outcome_unknown()), "{created:?}");
 }

@@ -107,7 +107,7 @@ async fn lost_registration_response_releases_no_membership() {
     for _ in 0..2 {
         store.transact(Transaction::new().put(keys.partition(partition()), value.encode())).await.unwrap();
     }
-    link.transactions([Some(Fault::ResponseLost)]);
+    link.fail_transactions([Some(Fault::ResponseLost)]);
     let session = start(&store, &keys, &log, &tasks).await;
     let changes = PartitionUpdater::new(Arc::clone(&store), keys.clone());
     let (now, _) = changes.read_back(partition()).await.unwrap().unwrap();

@@ -444,7 +444,7 @@ mod tests {
             peers,
             bench.tasks.clone(),
         ));
-        bench.faulty_store.transactions([Some(faulty::Fault::Refused); 4]);
+        bench.faulty_store.fail_transactions([Some(faulty::Fault::Refused); 4]);
         Arc::clone(&detector).link_lost(BrokerId(2), epoch, DisconnectReason::Refused);
         wait_for("the registration is deleted", async || {
             bench.store.get(&key).await.unwrap().entry.is_none().then_some(())

@@ -97,10 +97,10 @@ async fn three_members_conform() {
     let etcd = Etcd::start(3).await;
     let subject = StoreUnderTest {
         store: Arc::new(etcd.store().await),
-        pass: Box::new(|time| tokio::time::sleep(time).boxed()),
+        pass_time: Box::new(|time| tokio::time::sleep(time).boxed()),
         prefix: "/conformance/".to_owned(),
     };
-    conformance::all(&subject).await;
+    conformance::run_all(&subject).await;
 }
 
 /// More keys than fit into one page, and values so large that fewer keys exceed a page.
