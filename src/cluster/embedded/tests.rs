@@ -8,13 +8,14 @@ use crate::cluster::{
     store::{Compare, WatchEvent},
 };
 
+/// Returns the store as the subject of the conformance suite.
 fn subject(store: &EmbeddedStore) -> StoreUnderTest {
-    let ticking = store.clone();
+    let shared = store.clone();
     StoreUnderTest {
         store: Arc::new(store.clone()),
         // Expires the leases that would end within `time` from now. The clock itself does not advance.
         pass_time: Box::new(move |time| {
-            let store = ticking.clone();
+            let store = shared.clone();
             Box::pin(async move { store.expire_leases(clock::monotonic() + time).await.expect("the store responds") })
         }),
         prefix: "/conformance/".to_owned(),

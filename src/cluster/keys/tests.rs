@@ -11,7 +11,8 @@ fn topic() -> TopicId {
     "6f1c2a9e-0000-4000-8000-0123456789ab".parse().expect("an id")
 }
 
-fn golden<T: Value + PartialEq + fmt::Debug>(value: &T, json: &str) {
+/// Checks that a value is encoded as this JSON and decoded from it, also with an unknown field.
+fn assert_golden<T: Value + PartialEq + fmt::Debug>(value: &T, json: &str) {
     assert_eq!(std::str::from_utf8(&value.encode()).expect("text"), json);
     assert_eq!(T::decode("key", json.as_bytes()).as_ref(), Ok(value));
     let newer = format!("{}, \"of_a_newer_version\": {{\"x\": [1]}}}}", &json[..json.len() - 1]);
@@ -20,7 +21,7 @@ fn golden<T: Value + PartialEq + fmt::Debug>(value: &T, json: &str) {
 
 #[test]
 fn values_are_encoded_as_documented() {
-    golden(
+    assert_golden(
         &BrokerValue {
             listeners: Endpoints::new("a:9460".into()).with_http("a:9461".into()).with_peer("b:9470".into()),
             rack: Some("z1".into()),
@@ -38,13 +39,13 @@ fn values_are_encoded_as_documented() {
             r#""rack":"z1","directory_id":"d","incarnation":"p","state":"stopping","max_replicas":4000,"version":"0.1.0"}"#,
         ),
     );
-    golden(
+    assert_golden(
         &DirectoryValue { directory_id: "d".into(), incarnation: "p".into() },
         r#"{"directory_id":"d","incarnation":"p"}"#,
     );
-    golden(&DrainValue { since_ms: 5 }, r#"{"since_ms":5}"#);
-    golden(&ControllerValue { broker: BrokerId(3) }, r#"{"broker":3}"#);
-    golden(
+    assert_golden(&DrainValue { since_ms: 5 }, r#"{"since_ms":5}"#);
+    assert_golden(&ControllerValue { broker: BrokerId(3) }, r#"{"broker":3}"#);
+    assert_golden(
         &TopicValue {
             id: topic(),
             partitions: 2,
@@ -53,7 +54,7 @@ fn values_are_encoded_as_documented() {
         },
         r#"{"id":"6f1c2a9e-0000-4000-8000-0123456789ab","partitions":2,"replication_factor":1,"config":{"retention.ms":"5"}}"#,
     );
-    golden(
+    assert_golden(
         &PartitionValue {
             replicas: vec![BrokerId(2), BrokerId(1)],
             leader: Some(BrokerId(2)),
@@ -69,7 +70,7 @@ fn values_are_encoded_as_documented() {
         },
         r#"{"replicas":[2,1],"leader":2,"leader_epoch":7,"isr":[2],"elr":[1]}"#,
     );
-    golden(
+    assert_golden(
         &PartitionValue {
             replicas: vec![BrokerId(2), BrokerId(1)],
             leader: None,
@@ -85,7 +86,7 @@ fn values_are_encoded_as_documented() {
         },
         r#"{"replicas":[2,1],"leader":null,"leader_epoch":8,"isr":[2],"elr":[],"adding":[2],"removing":[1],"removal_count":3,"unclean_epoch":5,"discard_local":true,"queued_replicas":[3,2]}"#,
     );
-    golden(
+    assert_golden(
         &TierState {
             manifest: None,
             tiered_end: Offset::new(10).expect("small"),
@@ -95,8 +96,8 @@ fn values_are_encoded_as_documented() {
         },
         r#"{"manifest":null,"tiered_end":10,"log_start":10,"epoch":7,"bytes":0}"#,
     );
-    golden(&ProducerIdsValue { next: 2000 }, r#"{"next":2000}"#);
-    golden(
+    assert_golden(&ProducerIdsValue { next: 2000 }, r#"{"next":2000}"#);
+    assert_golden(
         &StoreBinding {
             id: uuid::uuid!("6f1c2a9e-0000-4000-8000-0123456789ab"),
             url: "s3://b/p at http://s3:9000".to_owned(),

@@ -166,7 +166,7 @@ fn change_copies_only_its_topic_of_a_held_snapshot() {
 async fn put(store: &EmbeddedStore, key: String, value: bytes::Bytes) -> Revision {
     match store.transact(Transaction::new().put(key, value)).await.expect("the store responds") {
         super::super::store::TxnOutcome::Committed { revision } => revision,
-        refused => panic!("{refused:?}"),
+        outcome => panic!("{outcome:?}"),
     }
 }
 

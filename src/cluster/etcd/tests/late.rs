@@ -124,7 +124,7 @@ async fn calls_and_watches_leave_too_slow_member() {
     let mut known = start;
     let started = clock::monotonic();
     for n in 0..5 {
-        known = count(&store, n, known).await;
+        known = write_number(&store, n, known).await;
     }
     let expected: Vec<_> = (0..5).map(|n| n.to_string()).collect();
     assert_eq!(values_up_to(&mut watch, "4").await, expected, "each once, in order");

@@ -24,8 +24,8 @@ mod process;
 mod scripted;
 mod secure;
 
-/// Far above the duration of any test here, so that a hang fails.
-const SOON: Duration = Duration::from_secs(30);
+/// Timeout of each wait: far above the duration of any test here.
+const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 async fn put(store: &EtcdStore, key: &str, value: &str) -> Result<Revision, MetaStoreError> {
     match store.transact(Transaction::new().put(key, value.to_owned())).await? {
@@ -41,7 +41,7 @@ async fn value(store: &EtcdStore, key: &str) -> Option<String> {
 
 /// Repeats a put until it succeeds. For keys of which only the last value matters: a failed put may have been applied.
 async fn put_with_retries(store: &EtcdStore, key: &str, value: &str) -> Revision {
-    let end = clock::monotonic() + SOON;
+    let end = clock::monotonic() + TEST_TIMEOUT;
     loop {
         match put(store, key, value).await {
             Ok(revision) => return revision,
@@ -52,7 +52,7 @@ async fn put_with_retries(store: &EtcdStore, key: &str, value: &str) -> Revision
 
 /// Returns the next changes of a watch.
 async fn next(watch: &mut Watch) -> Result<Vec<WatchEvent>, MetaStoreError> {
-    let changes = timeout(SOON, watch.next()).await.expect("the watch continues").expect("the watch is open");
+    let changes = timeout(TEST_TIMEOUT, watch.next()).await.expect("the watch continues").expect("the watch is open");
     changes.map(|changes| changes.events)
 }
 
@@ -65,8 +65,8 @@ async fn start_watch(etcd: &Etcd) -> (EtcdStore, Revision, Watch) {
     (store, start, watch)
 }
 
-/// Returns the error that ends a watch, after any number of progress responses.
-async fn end(watch: &mut Watch) -> MetaStoreError {
+/// Waits for the error that ends a watch, after any number of progress responses.
+async fn wait_for_error(watch: &mut Watch) -> MetaStoreError {
     loop {
         match next(watch).await {
             Ok(events) => assert_eq!(events, [], "nothing was changed"),
@@ -139,7 +139,7 @@ async fn killed_leader_loses_no_changes_leases_or_watches() {
             let leader = etcd.leader(&store).await;
             etcd.kill(leader);
         }
-        known = count(&store, n, known).await;
+        known = write_number(&store, n, known).await;
     }
     let expected: Vec<_> = ["start".to_owned()].into_iter().chain((0..60).map(|n| n.to_string())).collect();
     assert_eq!(values_up_to(&mut watch, "59").await, expected, "each once, in order");
@@ -147,9 +147,10 @@ async fn killed_leader_loses_no_changes_leases_or_watches() {
     assert!(value(&store, "leased").await.is_some());
 }
 
-/// Writes `n` over the revision `known`, as every caller must: after an unknown outcome the result is read back.
-async fn count(store: &EtcdStore, n: i32, known: Revision) -> Revision {
-    let end = clock::monotonic() + SOON;
+/// Writes `n` to the key `n` over the revision `known`, and returns the revision of the write. Retries after an unknown
+/// outcome, and recognises from the value that an earlier attempt was applied.
+async fn write_number(store: &EtcdStore, n: i32, known: Revision) -> Revision {
+    let end = clock::monotonic() + TEST_TIMEOUT;
     let transaction =
         Transaction::new().when(Compare::ModRevision("n".to_owned(), known)).put("n", n.to_string()).else_get("n");
     loop {
@@ -219,11 +220,14 @@ async fn compacted_start_fails_and_present_can_be_watched() {
     let compact = i64::try_from(last.0).expect("small");
     client(etcd.endpoint(2), ConnectOptions::new()).await.compact(compact, None).await.expect("etcd responds");
     let mut from_past = store.watch("a/", first).await.expect("etcd reports the compaction later");
-    assert_eq!(end(&mut from_past).await, MetaStoreError::Compacted { from: first, oldest: last });
-    assert!(timeout(SOON, from_past.next()).await.expect("ended").is_none(), "the watch ends after its first error");
+    assert_eq!(wait_for_error(&mut from_past).await, MetaStoreError::Compacted { from: first, oldest: last });
+    assert!(
+        timeout(TEST_TIMEOUT, from_past.next()).await.expect("ended").is_none(),
+        "the watch ends after its first error"
+    );
     // A continuous watch detects the compaction when it must resume: all changes that it received are compacted.
     etcd.kill(0);
-    assert_eq!(end(&mut behind).await, MetaStoreError::Compacted { from: first.next(), oldest: last });
+    assert_eq!(wait_for_error(&mut behind).await, MetaStoreError::Compacted { from: first.next(), oldest: last });
     let listing = store.list("a/").await.expect("two members suffice");
     let mut present = store.watch("a/", listing.revision.next()).await.expect("the present is never compacted");
     put_with_retries(&store, "a/n", "1").await;
@@ -307,7 +311,7 @@ async fn cache_follows_etcd_past_stopped_member() {
     let mut etcd = Etcd::start(3).await;
     let (store, keys, tasks) = (etcd.store().await, Keys::new("test").expect("a name"), Tasks::new());
     let metadata = MetadataCache::start(Arc::new(store.clone()), keys.clone(), &tasks);
-    timeout(SOON, metadata.wait_for_revision(Revision::ZERO)).await.expect("an empty prefix is listed too");
+    timeout(TEST_TIMEOUT, metadata.wait_for_revision(Revision::ZERO)).await.expect("an empty prefix is listed too");
     let registration = BrokerValue::running_at("a:1".to_owned());
     for id in [1, 2] {
         if id == 2 {
@@ -316,7 +320,7 @@ async fn cache_follows_etcd_past_stopped_member() {
         let key = keys.broker(BrokerId(id));
         let text = String::from_utf8(registration.encode().to_vec()).expect("JSON");
         let revision = put_with_retries(&store, &key, &text).await;
-        timeout(SOON, metadata.wait_for_revision(revision)).await.expect("the cache has the revision");
+        timeout(TEST_TIMEOUT, metadata.wait_for_revision(revision)).await.expect("the cache has the revision");
         assert!(metadata.state().brokers().contains_key(&BrokerId(id)));
     }
     tasks.stop().await;

@@ -17,7 +17,7 @@ mod members;
 mod ports;
 
 /// Maximum time of a start on a busy machine.
-const START: Duration = Duration::from_secs(60);
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// An etcd cluster. Members are numbered from 0.
 pub(super) struct Etcd(members::Etcd);
@@ -46,7 +46,7 @@ impl Etcd {
 
     /// Waits until every member responds and one of them is etcd's leader.
     pub(super) async fn wait_until_ready(&self, store: &EtcdStore) {
-        let end = clock::monotonic() + START;
+        let end = clock::monotonic() + START_TIMEOUT;
         loop {
             let status = store.status().await;
             let ready = status.iter().all(|(_, result)| result.is_ok());

@@ -19,10 +19,10 @@ use tokio::net::TcpListener;
 use super::*;
 use crate::proto::status::Code;
 
-// The messages of etcd's published interface, with the fields that these responses need.
+// Messages of etcd's gRPC interface, with the fields that these responses need.
 
 #[derive(Clone, PartialEq, Message)]
-struct Header {
+struct ResponseHeader {
     #[prost(uint64, tag = "1")]
     cluster_id: u64,
     #[prost(int64, tag = "3")]
@@ -42,9 +42,9 @@ struct KeyValue {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct Ranged {
+struct RangeResponse {
     #[prost(message, optional, tag = "1")]
-    header: Option<Header>,
+    header: Option<ResponseHeader>,
     #[prost(message, repeated, tag = "2")]
     kvs: Vec<KeyValue>,
     #[prost(bool, tag = "3")]
@@ -52,17 +52,17 @@ struct Ranged {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct Nothing {}
+struct EmptyMessage {}
 
 #[derive(Clone, PartialEq, Message)]
-struct Transacted {
+struct TxnResponse {
     #[prost(message, optional, tag = "1")]
-    header: Option<Header>,
+    header: Option<ResponseHeader>,
     #[prost(bool, tag = "2")]
     succeeded: bool,
-    /// Operations without a response.
+    /// One message per operation; here without the operation's response.
     #[prost(message, repeated, tag = "3")]
-    responses: Vec<Nothing>,
+    responses: Vec<EmptyMessage>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -74,9 +74,9 @@ struct EventMessage {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct Watched {
+struct WatchResponse {
     #[prost(message, optional, tag = "1")]
-    header: Option<Header>,
+    header: Option<ResponseHeader>,
     #[prost(bool, tag = "3")]
     created: bool,
     #[prost(bool, tag = "4")]
@@ -88,20 +88,20 @@ struct Watched {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct Leased {
+struct LeaseGrantResponse {
     #[prost(message, optional, tag = "1")]
-    header: Option<Header>,
+    header: Option<ResponseHeader>,
     #[prost(int64, tag = "2")]
     id: i64,
     #[prost(int64, tag = "3")]
     ttl: i64,
 }
 
-const HEADER: Option<Header> = Some(Header { cluster_id: 7, revision: 9 });
+const HEADER: Option<ResponseHeader> = Some(ResponseHeader { cluster_id: 7, revision: 9 });
 
-/// Response to one request: messages, then a status.
+/// Response to one request: gRPC messages, then a status.
 #[derive(Clone)]
-struct Reply {
+struct ScriptedResponse {
     messages: Vec<Vec<u8>>,
     /// Pause after the first message.
     pause: Duration,
@@ -109,7 +109,7 @@ struct Reply {
     message: &'static str,
 }
 
-impl Reply {
+impl ScriptedResponse {
     fn of(message: &impl Message) -> Self {
         Self::stream(vec![message.encode_to_vec()])
     }
@@ -122,6 +122,7 @@ impl Reply {
         Self { messages: Vec::new(), pause: Duration::ZERO, code, message }
     }
 
+    /// Returns the HTTP/2 body: each message with its gRPC length prefix, then the status as trailers.
     fn into_body(self) -> StreamBody<impl futures::Stream<Item = Result<Frame<Bytes>, Infallible>>> {
         let framed = |message: Vec<u8>| {
             let mut frame = BytesMut::new();
@@ -145,14 +146,14 @@ impl Reply {
 }
 
 /// A member with scripted responses. The script gets the path and the number of earlier requests.
-struct Scripted {
+struct ScriptedMember {
     endpoint: String,
     requests: Arc<AtomicU32>,
     tasks: Tasks,
 }
 
-impl Scripted {
-    async fn start(script: impl Fn(&str, u32) -> Reply + Send + Sync + 'static) -> Self {
+impl ScriptedMember {
+    async fn start(script: impl Fn(&str, u32) -> ScriptedResponse + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let endpoint = format!("http://{}", listener.local_addr().expect("bound"));
         let (requests, tasks, script) = (Arc::new(AtomicU32::new(0)), Tasks::new(), Arc::new(script));
@@ -189,6 +190,7 @@ impl Scripted {
         EtcdStore::open(EtcdOptions::new([self.endpoint.as_str()])).await.expect("valid options")
     }
 
+    /// Stops the member and returns the number of requests that it received.
     async fn stop(self) -> u32 {
         self.tasks.stop().await;
         self.requests.load(SeqCst)
@@ -197,9 +199,11 @@ impl Scripted {
 
 #[tokio::test]
 async fn only_unexecuted_requests_are_sent_again() {
-    let done = |path: &str| match path {
-        "/etcdserverpb.KV/Txn" => Reply::of(&Transacted { header: HEADER, succeeded: true, responses: Vec::new() }),
-        _ => Reply::of(&Ranged { header: HEADER, ..Ranged::default() }),
+    let success = |path: &str| match path {
+        "/etcdserverpb.KV/Txn" => {
+            ScriptedResponse::of(&TxnResponse { header: HEADER, succeeded: true, responses: Vec::new() })
+        }
+        _ => ScriptedResponse::of(&RangeResponse { header: HEADER, ..RangeResponse::default() }),
     };
     for (code, message, is_retried) in [
         (Code::Unavailable, "etcdserver: no leader", true),
@@ -209,15 +213,16 @@ async fn only_unexecuted_requests_are_sent_again() {
         (Code::Unavailable, "etcdserver: server stopped", false),
         (Code::Unknown, "raft proposal dropped", false),
     ] {
-        let first_fails = move |path: &str, before| if before == 0 { Reply::error(code, message) } else { done(path) };
-        let member = Scripted::start(first_fails).await;
+        let first_fails =
+            move |path: &str, before| if before == 0 { ScriptedResponse::error(code, message) } else { success(path) };
+        let member = ScriptedMember::start(first_fails).await;
         let outcome = put(&member.store().await, "n", "1").await;
         match is_retried {
             true => assert_eq!(outcome, Ok(Revision(9)), "{message}"),
             false => assert!(outcome.is_err_and(|error| error.outcome_unknown()), "{message}"),
         }
         assert_eq!(member.stop().await, if is_retried { 2 } else { 1 }, "{message}");
-        let member = Scripted::start(first_fails).await;
+        let member = ScriptedMember::start(first_fails).await;
         member.store().await.get("n").await.expect("reads are always retried");
         assert_eq!(member.stop().await, 2, "{message}");
     }
@@ -226,7 +231,7 @@ async fn only_unexecuted_requests_are_sent_again() {
 #[tokio::test]
 async fn request_that_all_members_reject_is_sent_once() {
     let full = "etcdserver: mvcc: database space exceeded";
-    let member = Scripted::start(move |_, _| Reply::error(Code::ResourceExhausted, full)).await;
+    let member = ScriptedMember::start(move |_, _| ScriptedResponse::error(Code::ResourceExhausted, full)).await;
     let error = put(&member.store().await, "n", "1").await.expect_err("no space");
     assert!(!error.outcome_unknown() && error.to_string().contains(full), "{error}");
     assert_eq!(member.stop().await, 1);
@@ -236,11 +241,11 @@ async fn request_that_all_members_reject_is_sent_once() {
 async fn missing_operation_responses_are_not_needed() {
     let script = |path: &str, _| match path {
         "/etcdserverpb.KV/Txn" => {
-            Reply::of(&Transacted { header: HEADER, succeeded: false, responses: vec![Nothing {}; 2] })
+            ScriptedResponse::of(&TxnResponse { header: HEADER, succeeded: false, responses: vec![EmptyMessage {}; 2] })
         }
-        _ => Reply::of(&Ranged { header: HEADER, ..Ranged::default() }),
+        _ => ScriptedResponse::of(&RangeResponse { header: HEADER, ..RangeResponse::default() }),
     };
-    let member = Scripted::start(script).await;
+    let member = ScriptedMember::start(script).await;
     let transaction = Transaction::new().when(Compare::Exists("a".to_owned())).else_get("a").else_get("b");
     let outcome = member.store().await.transact(transaction).await;
     assert_eq!(outcome, Ok(TxnOutcome::CompareFailed { revision: Revision(9), found: vec![None, None] }));
@@ -253,9 +258,9 @@ async fn non_text_keys_and_unknown_change_kinds_are_skipped() {
     let script = move |path: &str, before| match path {
         "/etcdserverpb.KV/Range" => {
             let kvs = vec![kv(b"\xFF", 1), kv(b"", 1), kv(b"text", 1)];
-            Reply::of(&Ranged { header: HEADER, kvs, more: false })
+            ScriptedResponse::of(&RangeResponse { header: HEADER, kvs, more: false })
         }
-        // Once. Afterwards every new watch is rejected, which ends the watch.
+        // The first watch returns changes. Each later one is rejected, which ends the store's watch.
         _ if before <= 1 => {
             let events = vec![
                 EventMessage { kind: 7, kv: None },
@@ -263,16 +268,22 @@ async fn non_text_keys_and_unknown_change_kinds_are_skipped() {
                 EventMessage { kind: 0, kv: Some(kv(b"\xFF", 1)) },
                 EventMessage { kind: 1, kv: Some(kv(b"gone", 0)) },
             ];
-            let created_response = Watched { header: HEADER, created: true, ..Watched::default() };
-            let changed = Watched { header: HEADER, events, ..Watched::default() };
-            Reply::stream(vec![created_response.encode_to_vec(), changed.encode_to_vec()])
+            let created_response = WatchResponse { header: HEADER, created: true, ..WatchResponse::default() };
+            let changed = WatchResponse { header: HEADER, events, ..WatchResponse::default() };
+            ScriptedResponse::stream(vec![created_response.encode_to_vec(), changed.encode_to_vec()])
         }
         _ => {
             let reason = "etcdserver: mvcc: required revision has been compacted".to_owned();
-            Reply::of(&Watched { header: HEADER, created: true, canceled: true, reason, ..Watched::default() })
+            ScriptedResponse::of(&WatchResponse {
+                header: HEADER,
+                created: true,
+                canceled: true,
+                reason,
+                ..WatchResponse::default()
+            })
         }
     };
-    let member = Scripted::start(script).await;
+    let member = ScriptedMember::start(script).await;
     let store = member.store().await;
     let listing = store.list("").await.expect("the other entries are returned");
     let keys: Vec<_> = listing.entries.iter().map(|entry| entry.key.as_str()).collect();
@@ -292,14 +303,14 @@ async fn non_text_keys_and_unknown_change_kinds_are_skipped() {
 async fn watch_without_response_in_time_ends_for_a_relist() {
     let slow = |path: &str, _: u32| match path {
         "/etcdserverpb.Watch/Watch" => {
-            let created = Watched { header: HEADER, created: true, ..Watched::default() };
-            let progress = Watched { header: HEADER, ..Watched::default() };
+            let created = WatchResponse { header: HEADER, created: true, ..WatchResponse::default() };
+            let progress = WatchResponse { header: HEADER, ..WatchResponse::default() };
             let messages = vec![created.encode_to_vec(), progress.encode_to_vec()];
-            Reply { pause: Duration::from_secs(6), ..Reply::stream(messages) }
+            ScriptedResponse { pause: Duration::from_secs(6), ..ScriptedResponse::stream(messages) }
         }
-        _ => Reply::of(&Ranged { header: HEADER, ..Ranged::default() }),
+        _ => ScriptedResponse::of(&RangeResponse { header: HEADER, ..RangeResponse::default() }),
     };
-    let member = Scripted::start(slow).await;
+    let member = ScriptedMember::start(slow).await;
     let mut watch = member.store().await.watch("n", Revision(9)).await.expect("the watch starts");
     let error = next(&mut watch).await.expect_err("no stream of the watch lasts until its first response");
     assert!(matches!(error, MetaStoreError::Unavailable { .. }) && error.retryable(), "{error:?}");
@@ -309,18 +320,20 @@ async fn watch_without_response_in_time_ends_for_a_relist() {
 #[tokio::test]
 async fn invalid_response_is_an_error_of_every_call() {
     let no_header = |path: &str, _: u32| match path {
-        "/etcdserverpb.KV/Range" => Reply::of(&Ranged::default()),
-        "/etcdserverpb.KV/Txn" => Reply::of(&Transacted { succeeded: true, ..Transacted::default() }),
-        "/etcdserverpb.Watch/Watch" => Reply::of(&Watched { created: true, ..Watched::default() }),
-        "/etcdserverpb.Lease/LeaseGrant" => Reply::of(&Leased { header: HEADER, id: 0, ttl: 5 }),
-        _ => Reply::stream(Vec::new()),
+        "/etcdserverpb.KV/Range" => ScriptedResponse::of(&RangeResponse::default()),
+        "/etcdserverpb.KV/Txn" => ScriptedResponse::of(&TxnResponse { succeeded: true, ..TxnResponse::default() }),
+        "/etcdserverpb.Watch/Watch" => {
+            ScriptedResponse::of(&WatchResponse { created: true, ..WatchResponse::default() })
+        }
+        "/etcdserverpb.Lease/LeaseGrant" => ScriptedResponse::of(&LeaseGrantResponse { header: HEADER, id: 0, ttl: 5 }),
+        _ => ScriptedResponse::stream(Vec::new()),
     };
-    let garbage = |_: &str, _: u32| Reply::stream(vec![vec![0xFF; 40]]);
-    let (no_header, garbage) = tokio::join!(Scripted::start(no_header), Scripted::start(garbage));
+    let garbage = |_: &str, _: u32| ScriptedResponse::stream(vec![vec![0xFF; 40]]);
+    let (no_header, garbage) = tokio::join!(ScriptedMember::start(no_header), ScriptedMember::start(garbage));
     for member in [no_header, garbage] {
         let store = member.store().await;
         let lease = LeaseId(1);
-        let (got, listed, put, watched, granted, kept, revoked) = tokio::join!(
+        let (get, list, put, watch, grant, keep_alive, revoke) = tokio::join!(
             store.get("n"),
             store.list("n"),
             put(&store, "n", "1"),
@@ -330,8 +343,8 @@ async fn invalid_response_is_an_error_of_every_call() {
             store.revoke(lease),
         );
         assert!(put.as_ref().is_err_and(MetaStoreError::outcome_unknown), "{put:?}");
-        let all = [got.err(), listed.err(), put.err(), watched.err(), granted.err(), kept.err(), revoked.err()];
-        for error in all {
+        let errors = [get.err(), list.err(), put.err(), watch.err(), grant.err(), keep_alive.err(), revoke.err()];
+        for error in errors {
             assert!(error.as_ref().is_some_and(MetaStoreError::retryable), "{error:?}");
         }
         member.stop().await;
