@@ -82,7 +82,7 @@ impl TestBroker {
             keys: keys.clone(),
             id,
             value,
-            time: Duration::from_secs(60),
+            session_timeout: Duration::from_secs(60),
         };
         let ctx = NodeContext {
             config: Arc::new(config),

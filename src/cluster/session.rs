@@ -112,8 +112,8 @@ pub struct RegistrationRequest {
     pub keys: Keys,
     pub id: BrokerId,
     pub value: BrokerValue,
-    /// Duration of the lease: time after a crash until other brokers detect it by the lease alone.
-    pub time: Duration,
+    /// Duration of the lease. After a crash, the registration expires after this time.
+    pub session_timeout: Duration,
 }
 
 impl RegistrationRequest {
@@ -125,7 +125,7 @@ impl RegistrationRequest {
     /// `Taken`: the registration did not expire, so a running broker renews it.
     pub async fn clear(&self) -> Result<(), RegisterError> {
         let key = self.keys.broker(self.id);
-        let deadline = clock::monotonic() + self.time + Duration::from_secs(1);
+        let deadline = clock::monotonic() + self.session_timeout + Duration::from_secs(1);
         let mut logged = false;
         while let Some(entry) = self.store.get(&key).await?.entry {
             let registered = BrokerValue::decode(&entry.key, &entry.value);
@@ -157,7 +157,7 @@ impl RegistrationRequest {
         tasks: &Tasks,
     ) -> Result<Session, RegisterError> {
         let last_renewal = Arc::new(Mutex::new(clock::monotonic()));
-        let lease = self.store.grant(self.time).await?;
+        let lease = self.store.grant(self.session_timeout).await?;
         let (epoch, directory_revision) = match self.write_registration(lease, directory_revision).await? {
             RegisterResult::Registered { epoch, directory_revision } => (epoch, directory_revision),
             RegisterResult::Superseded { address } => {
@@ -299,7 +299,7 @@ impl Session {
     pub fn lease_remaining(&self) -> Duration {
         let last_renewal = *self.last_renewal.lock();
         match *self.state.borrow() {
-            SessionState::Registered { .. } => self.registration.time.saturating_sub(last_renewal.elapsed()),
+            SessionState::Registered { .. } => self.registration.session_timeout.saturating_sub(last_renewal.elapsed()),
             SessionState::Lost | SessionState::Superseded { .. } => Duration::ZERO,
         }
     }
@@ -391,7 +391,7 @@ impl LeaseKeeper {
     /// Renews the lease at a third of its duration, and registers again whenever the registration is lost. Revokes the
     /// lease and returns when `stop` is cancelled; returns at once when the broker is superseded.
     async fn run(mut self, mut metadata: watch::Receiver<Arc<MetadataSnapshot>>, stop: Tasks) {
-        let renew_interval = self.registration.time / 3;
+        let renew_interval = self.registration.session_timeout / 3;
         let mut next_renewal = clock::monotonic() + renew_interval;
         loop {
             let is_registered = tokio::select! {
@@ -491,7 +491,7 @@ impl LeaseKeeper {
         let registration = RegistrationRequest { value, ..(*self.registration).clone() };
         // The old lease may have expired; a new lease is certain to be live.
         let started = clock::monotonic();
-        self.lease = registration.store.grant(registration.time).await?;
+        self.lease = registration.store.grant(registration.session_timeout).await?;
         *self.last_renewal.lock() = started;
         registration.write_registration(self.lease, Some(self.directory_revision)).await
     }

@@ -338,7 +338,7 @@ impl NodeStart<'_> {
                 max_replicas: Some(self.config.broker.max_replicas),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
             },
-            time: self.config.metadata.session_timeout,
+            session_timeout: self.config.metadata.session_timeout,
         };
         let (session, unverified) = match pending_start {
             Some(pending_start) => {

@@ -56,8 +56,13 @@ impl World {
     /// Returns a broker whose controller uses another metadata cache.
     async fn broker_with(&self, number: u32, metadata: MetadataCache) -> Node {
         let (keys, id) = (self.keys.clone(), BrokerId(number));
-        let registration =
-            RegistrationRequest { store: Arc::new(self.store.clone()), keys, id, value: value(number), time: TIME };
+        let registration = RegistrationRequest {
+            store: Arc::new(self.store.clone()),
+            keys,
+            id,
+            value: value(number),
+            session_timeout: TIME,
+        };
         let tasks = self.tasks.child();
         let session = registration.register(None, &self.metadata, &tasks).await.unwrap();
         let controller = Controller {

@@ -30,7 +30,7 @@ impl TestCluster {
             ..BrokerValue::running_at(format!("{process}:1"))
         };
         let keys = Keys::new("test").expect("valid");
-        RegistrationRequest { store: Arc::new(self.store.clone()), keys, id: BrokerId(1), value, time: TIME }
+        RegistrationRequest { store: Arc::new(self.store.clone()), keys, id: BrokerId(1), value, session_timeout: TIME }
     }
 
     async fn register(&self, directory: &str, process: &str) -> Result<Session, RegisterError> {

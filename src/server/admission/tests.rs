@@ -36,8 +36,9 @@ async fn start(store: &Arc<dyn MetaStore>, keys: &Keys, log: &DataDir, tasks: &T
         incarnation: noted.incarnation.to_string(),
         ..BrokerValue::running_at("here:1".to_owned())
     };
-    let time = Duration::from_secs(2);
-    let registration = RegistrationRequest { store: Arc::clone(store), keys: keys.clone(), id: ME, value, time };
+    let session_timeout = Duration::from_secs(2);
+    let registration =
+        RegistrationRequest { store: Arc::clone(store), keys: keys.clone(), id: ME, value, session_timeout };
     let metadata = MetadataCache::start(Arc::clone(store), keys.clone(), tasks);
     admission.admit(&registration, noted, BTreeSet::from([partition()]), &metadata, tasks).await.unwrap().0
 }
