@@ -171,7 +171,7 @@ impl Node {
         let last = state.wait_for(|state| matches!(state, SessionState::Superseded { .. })).await;
         match last.as_deref() {
             Ok(SessionState::Superseded { address }) => {
-                RegisterError::Superseded { id: self.broker.id(), address: address.clone() }.into()
+                anyhow::Error::new(RegisterError::Superseded { id: self.broker.id(), address: address.clone() })
             }
             // The session has ended, so its state no longer changes.
             _ => std::future::pending().await,
