@@ -103,6 +103,7 @@ pub struct EmbeddedStore {
     inner: Arc<EmbeddedInner>,
 }
 
+/// State that all clones of an [`EmbeddedStore`] share.
 struct EmbeddedInner {
     database: Database,
     /// Directory of the file; `None` for an in-memory store. Calls that may reach a disk run on blocking threads.
@@ -120,6 +121,7 @@ struct EmbeddedInner {
     newest: watch::Sender<Revision>,
 }
 
+/// A queued transaction, and the sender of its result to the caller.
 struct PendingTransaction {
     transaction: Transaction,
     response: oneshot::Sender<Result<TxnOutcome, MetaStoreError>>,

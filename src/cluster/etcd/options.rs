@@ -101,9 +101,9 @@ pub enum EtcdOptionsError {
         /// Description of the problem.
         reason: String,
     },
-    /// The call timeout is too short for any attempt.
+    /// The request timeout is too short for any attempt.
     #[error("a request timeout of {} ms for etcd is too short: set at least 1 ms", request_timeout.as_millis())]
-    CallTimeout { request_timeout: Duration },
+    RequestTimeout { request_timeout: Duration },
 }
 
 impl EtcdOptions {
@@ -117,13 +117,13 @@ impl EtcdOptions {
         }
     }
 
-    /// Checks everything that needs no connection.
+    /// Validates the options as far as that needs no connection.
     pub fn check(&self) -> Result<(), EtcdOptionsError> {
         if self.endpoints.is_empty() {
             return Err(EtcdOptionsError::NoEndpoints);
         }
         if self.request_timeout < Duration::from_millis(1) {
-            return Err(EtcdOptionsError::CallTimeout { request_timeout: self.request_timeout });
+            return Err(EtcdOptionsError::RequestTimeout { request_timeout: self.request_timeout });
         }
         for (index, endpoint) in self.endpoints.iter().enumerate() {
             let uses_tls = validate_endpoint(endpoint)?;
@@ -176,7 +176,7 @@ impl EtcdOptions {
     }
 }
 
-/// Validates an endpoint. Returns true if it uses TLS.
+/// Validates the URL of a member. Returns true if the URL uses TLS.
 fn validate_endpoint(endpoint: &str) -> Result<bool, EtcdOptionsError> {
     let invalid = |endpoint: &str, reason: &str| {
         Err(EtcdOptionsError::Endpoint { endpoint: endpoint.to_owned(), reason: reason.to_owned() })
