@@ -95,7 +95,7 @@ impl HttpBody for CountedBody {
         }
         let Some(frame) = ready!(Pin::new(&mut self.body).poll_frame(cx)?) else { return Poll::Ready(None) };
         Poll::Ready(Some(Ok(match frame.into_data() {
-            Ok(data) => match self.open.memory.as_ref().map(|memory| memory.hand(data.len())).transpose() {
+            Ok(data) => match self.open.memory.as_ref().map(|memory| memory.begin_sending(data.len())).transpose() {
                 Ok(handed) => {
                     let frame = HandedFrame { data, _memory: handed, _open: Arc::clone(&self.open) };
                     self.rest = Bytes::from_owner(frame);

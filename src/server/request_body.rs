@@ -184,7 +184,7 @@ impl RequestBody {
         }
         let is_whole = bytes <= SMALL_BYTES && self.rest.len() >= PREFIX_BYTES + bytes;
         let grant = if is_whole {
-            self.memory.try_whole_request(bytes)
+            self.memory.try_complete_request(bytes)
         } else {
             self.memory.try_request(bytes.min(SMALL_BYTES))
         };

@@ -36,22 +36,30 @@ pub(super) const SEARCH_INTERVAL: Duration = Duration::from_millis(100);
 #[derive(Clone, Debug)]
 pub struct ConnectionMemory(pub(super) Arc<Account>);
 
+/// Shares of one connection in the pools, its permits, and its unread calls.
 pub(super) struct Account {
     id: u64,
+    /// All open connections, from which the account is removed when it is dropped.
     connections: Arc<Connections>,
     pub(super) requests: Pools,
-    pub(super) whole: MemoryBudget,
+    /// Share of small requests that have arrived completely.
+    pub(super) complete_requests: MemoryBudget,
+    /// Share of the repeated parts of requests.
     pub(super) parts: Pools,
     pub(super) responses: Pools,
+    /// Share of the partition state of fetches and reads.
     pub(super) sessions: MemoryBudget,
     /// Permit for decompressing a batch of this connection.
     pub(super) decompression: Arc<Semaphore>,
     /// Permit for recompressing a batch of this connection.
     pub(super) recompression: Arc<Semaphore>,
+    /// Permits for calls whose responses are built from metadata.
     pub(super) metadata_calls: Arc<Semaphore>,
+    /// Permits for appends that wait for the object store.
     pub(super) tiered_appends: Arc<Semaphore>,
     /// Calls that passed data to HTTP/2 which has not been sent.
     unread: Mutex<Slab<UnreadCall>>,
+    /// Closes the connection.
     close: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -67,10 +75,11 @@ impl Drop for Account {
     }
 }
 
+/// A call with data that was passed to HTTP/2 and has not been sent.
 #[derive(Debug)]
 struct UnreadCall {
     /// Time by which the client must take the next piece while other calls wait.
-    until: Instant,
+    next_piece_deadline: Instant,
     /// Time by which the client must have taken everything.
     deadline: Instant,
     kind: MemoryKind,
@@ -89,7 +98,7 @@ impl Account {
     fn is_unread(&self, kind: MemoryKind, now: Instant) -> bool {
         self.unread.lock().iter().any(|(_, call)| {
             let extra = if call.kind == kind { Duration::ZERO } else { OTHER_KIND_TIMEOUT };
-            call.until.min(call.deadline) + extra <= now
+            call.next_piece_deadline.min(call.deadline) + extra <= now
         })
     }
 
@@ -98,10 +107,13 @@ impl Account {
         self.is_unread(MemoryKind::Requests, now) || self.is_unread(MemoryKind::Responses, now)
     }
 
+    /// Returns true if the connection holds memory of this kind.
     fn holds(&self, kind: MemoryKind) -> bool {
         let is_taken = |pools: &Pools| pools.small.taken() + pools.large.taken() > 0;
         match kind {
-            MemoryKind::Requests => is_taken(&self.requests) || self.whole.taken() > 0 || is_taken(&self.parts),
+            MemoryKind::Requests => {
+                is_taken(&self.requests) || self.complete_requests.taken() > 0 || is_taken(&self.parts)
+            }
             MemoryKind::Responses => is_taken(&self.responses),
         }
     }
@@ -122,28 +134,29 @@ pub(super) struct UnreadResponse {
 impl UnreadResponse {
     /// Registers a call that passes data to HTTP/2 now.
     pub(super) fn new(account: &Arc<Account>) -> Self {
-        let until = clock::monotonic() + UNREAD_TIMEOUT;
-        let key = account.unread.lock().insert(UnreadCall { until, deadline: until, kind: MemoryKind::Requests });
+        let deadline = clock::monotonic() + UNREAD_TIMEOUT;
+        let call = UnreadCall { next_piece_deadline: deadline, deadline, kind: MemoryKind::Requests };
+        let key = account.unread.lock().insert(call);
         Self { account: Arc::clone(account), key }
     }
 
-    /// Records that more data was passed to HTTP/2, of which `bytes` are charged. HTTP/2 polls when it has space, so
-    /// the client took something.
-    pub(super) fn hand(&self, bytes: usize) {
-        let until = clock::monotonic() + UNREAD_TIMEOUT;
+    /// Extends the deadlines after more data was passed to HTTP/2, of which `bytes` are charged. HTTP/2 polls only when it
+    /// has space, so the client has taken some of the previous data.
+    pub(super) fn on_data_passed(&self, bytes: usize) {
+        let next_piece_deadline = clock::monotonic() + UNREAD_TIMEOUT;
         if let Some(call) = self.account.unread.lock().get_mut(self.key) {
-            call.until = until;
-            call.deadline = until + Duration::from_secs((bytes / MIN_BYTES_PER_SECOND) as u64);
+            call.next_piece_deadline = next_piece_deadline;
+            call.deadline = next_piece_deadline + Duration::from_secs((bytes / MIN_BYTES_PER_SECOND) as u64);
             if bytes > 0 {
                 call.kind = MemoryKind::Responses;
             }
         }
     }
 
-    /// Records that the client took a piece of the data.
+    /// Extends the deadline of the next piece, because the client took a piece of the data.
     pub(super) fn renew(&self) {
         if let Some(call) = self.account.unread.lock().get_mut(self.key) {
-            call.until = clock::monotonic() + UNREAD_TIMEOUT;
+            call.next_piece_deadline = clock::monotonic() + UNREAD_TIMEOUT;
         }
     }
 }
@@ -160,9 +173,10 @@ pub(super) struct Connections(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    next: u64,
+    /// Id of the next connection.
+    next_id: u64,
     /// Time of the last search, by kind of memory.
-    searched: [Option<Instant>; 2],
+    last_searches: [Option<Instant>; 2],
     open: BTreeMap<u64, Weak<Account>>,
 }
 
@@ -171,18 +185,18 @@ impl Connections {
     pub(super) fn open(
         self: &Arc<Self>,
         [requests, parts, responses]: [Pools; 3],
-        whole: MemoryBudget,
+        complete_requests: MemoryBudget,
         sessions: MemoryBudget,
         close: impl Fn() + Send + Sync + 'static,
     ) -> ConnectionMemory {
         let mut state = self.0.lock();
-        let id = state.next;
-        state.next += 1;
+        let id = state.next_id;
+        state.next_id += 1;
         let account = Arc::new(Account {
             id,
             connections: Arc::clone(self),
             requests,
-            whole,
+            complete_requests,
             parts,
             responses,
             sessions,
@@ -197,17 +211,18 @@ impl Connections {
         ConnectionMemory(account)
     }
 
-    /// Closes the connections that hold memory of this kind and whose clients do not read.
+    /// Closes the connections that hold memory of this kind and whose clients do not read. Does nothing within
+    /// [`SEARCH_INTERVAL`] after the last search.
     pub(super) fn close_unread(&self, kind: MemoryKind) {
         let now = clock::monotonic();
         let mut state = self.0.lock();
-        let searched = &mut state.searched[kind as usize];
-        if searched.is_some_and(|searched| now.saturating_duration_since(searched) < SEARCH_INTERVAL) {
+        let last_search = &mut state.last_searches[kind as usize];
+        if last_search.is_some_and(|last_search| now.saturating_duration_since(last_search) < SEARCH_INTERVAL) {
             return;
         }
-        *searched = Some(now);
+        *last_search = Some(now);
         let open: Vec<_> = state.open.values().filter_map(Weak::upgrade).collect();
-        // Dropping an account takes this lock.
+        // An account that is dropped below takes this lock.
         drop(state);
         open.iter()
             .filter(|account| account.holds(kind) && account.is_unread(kind, now))

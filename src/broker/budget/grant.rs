@@ -1,53 +1,55 @@
-//! Memory that one message or read has taken from its connection's share and from the budget. Dropping the value frees
-//! the memory.
+//! Memory that one message or read has taken from its connection's share and from a pool. Dropping the value frees the
+//! memory.
 
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::partition::MemoryBudget;
 
-/// Memory taken from a connection's share and from the budget.
+/// Memory taken from a connection's share of a pool and from the pool.
 #[derive(Debug)]
 pub struct Grant {
     /// Memory of the connection's share; `None` for a pool without shares.
-    own: Option<OwnedSemaphorePermit>,
-    all: OwnedSemaphorePermit,
+    share: Option<OwnedSemaphorePermit>,
+    /// Memory of the pool, as much as of the share.
+    pool: OwnedSemaphorePermit,
 }
 
 impl Grant {
-    pub(super) fn of_connection(own: OwnedSemaphorePermit, all: OwnedSemaphorePermit) -> Self {
-        Self { own: Some(own), all }
+    /// Creates a grant of a pool of which each connection has a share.
+    pub(super) fn with_share(share: OwnedSemaphorePermit, pool: OwnedSemaphorePermit) -> Self {
+        Self { share: Some(share), pool }
     }
 
     /// Creates a grant of a pool without shares.
-    pub(super) fn of_all(all: OwnedSemaphorePermit) -> Self {
-        Self { own: None, all }
+    pub(super) fn without_share(pool: OwnedSemaphorePermit) -> Self {
+        Self { share: None, pool }
     }
 
     pub(super) fn bytes(&self) -> usize {
-        MemoryBudget::bytes_of(&self.all)
+        MemoryBudget::bytes_of(&self.pool)
     }
 
     /// Splits off `bytes`, or all if there are fewer.
     pub(super) fn split(&mut self, bytes: usize) -> Self {
-        let own = self.own.as_mut().map(|permit| MemoryBudget::split(permit, bytes));
-        Self { own, all: MemoryBudget::split(&mut self.all, bytes) }
+        let share = self.share.as_mut().map(|permit| MemoryBudget::split(permit, bytes));
+        Self { share, pool: MemoryBudget::split(&mut self.pool, bytes) }
     }
 
-    /// Merges a grant of the same pools. Memory from other pools is freed.
+    /// Merges a grant of the same pool and share. Memory from other pools is freed.
     pub(super) fn merge(&mut self, part: Self) {
-        if let (Some(permit), Some(part)) = (&mut self.own, part.own) {
+        if let (Some(permit), Some(part)) = (&mut self.share, part.share) {
             MemoryBudget::merge(permit, part);
         }
-        MemoryBudget::merge(&mut self.all, part.all);
+        MemoryBudget::merge(&mut self.pool, part.pool);
     }
 
-    /// Takes the missing memory up to `bytes` from these pools. Returns true if they had enough.
-    pub(super) fn try_grow(&mut self, own: &MemoryBudget, all: &MemoryBudget, bytes: usize) -> bool {
-        self.own.as_mut().is_none_or(|permit| own.try_grow(permit, bytes)) && all.try_grow(&mut self.all, bytes)
+    /// Takes the missing memory up to `bytes` from this share and pool. Returns true if both had enough.
+    pub(super) fn try_grow(&mut self, share: &MemoryBudget, pool: &MemoryBudget, bytes: usize) -> bool {
+        self.share.as_mut().is_none_or(|permit| share.try_grow(permit, bytes)) && pool.try_grow(&mut self.pool, bytes)
     }
 
     /// Frees the memory above `bytes`.
     pub fn shrink(&mut self, bytes: usize) {
-        self.own.iter_mut().chain([&mut self.all]).for_each(|permit| MemoryBudget::shrink(permit, bytes));
+        self.share.iter_mut().chain([&mut self.pool]).for_each(|permit| MemoryBudget::shrink(permit, bytes));
     }
 }

@@ -21,7 +21,7 @@
 //! - A connection that holds memory which other connections wait for is closed (`connections`) if its client does not
 //!   read.
 //! - A request is charged until its batch has produce memory. A response above 4 KiB is charged until HTTP/2 has
-//!   written its last byte. A client that takes one byte of a response has not taken the response.
+//!   written its last byte, also if the client has read a part of it.
 
 mod connections;
 mod grant;
@@ -59,7 +59,7 @@ const PARTS_SHARE: u64 = 4;
 const WAITING_SHARE: u64 = 16;
 
 /// Share of request memory for small requests that have arrived completely, as a divisor.
-const WHOLE_SHARE: u64 = 16;
+const COMPLETE_SHARE: u64 = 16;
 
 /// Bytes of a waiting request that are not charged.
 pub const WAITING_BYTES: usize = 4 << 10;
@@ -92,7 +92,7 @@ const METADATA_CALLS: usize = 16;
 
 /// Returns the part of `request_bytes` for messages that are being read.
 fn message_bytes(request_bytes: u64) -> u64 {
-    request_bytes - request_bytes / PARTS_SHARE - request_bytes / WAITING_SHARE - request_bytes / WHOLE_SHARE
+    request_bytes - request_bytes / PARTS_SHARE - request_bytes / WAITING_SHARE - request_bytes / COMPLETE_SHARE
 }
 
 /// Returns the maximum time that a request of this size may be incomplete while other requests wait.
@@ -111,8 +111,10 @@ pub struct Budgets(Arc<Inner>);
 struct Inner {
     requests: Pools,
     /// Pool of small requests that have arrived completely.
-    whole: MemoryBudget,
+    complete_requests: MemoryBudget,
+    /// Pools of the repeated parts of requests.
     parts: Pools,
+    /// Pool of the received bytes of requests that wait for memory.
     waiting: MemoryBudget,
     /// Queues of requests at the small pool and at the large pool.
     queues: [RequestQueue; 2],
@@ -153,11 +155,11 @@ impl Pools {
         self.small.taken() + self.large.taken()
     }
 
-    /// Takes memory from a connection's share and from the pool, if both have enough.
-    fn try_take(own: &Self, all: &Self, bytes: usize) -> Option<Grant> {
-        let own = own.of(bytes).try_take(bytes)?;
-        let all = all.of(bytes).try_take(bytes)?;
-        Some(Grant::of_connection(own, all))
+    /// Takes memory from a connection's share and from the pool for a message of `bytes`, if both have enough.
+    fn try_take(shares: &Self, pools: &Self, bytes: usize) -> Option<Grant> {
+        let share = shares.of(bytes).try_take(bytes)?;
+        let pool = pools.of(bytes).try_take(bytes)?;
+        Some(Grant::with_share(share, pool))
     }
 }
 
@@ -169,7 +171,7 @@ impl Budgets {
     pub fn new(request_bytes: u64, response_bytes: u64) -> Self {
         Self(Arc::new(Inner {
             requests: Pools::new(message_bytes(request_bytes)),
-            whole: MemoryBudget::new(request_bytes / WHOLE_SHARE),
+            complete_requests: MemoryBudget::new(request_bytes / COMPLETE_SHARE),
             parts: Pools::new(request_bytes / PARTS_SHARE),
             waiting: MemoryBudget::new(request_bytes / WAITING_SHARE),
             queues: Default::default(),
@@ -187,34 +189,35 @@ impl Budgets {
         let Inner { request_bytes, response_bytes, .. } = *self.0;
         let sessions_bytes = response_bytes / SESSION_SHARE;
         let shares = [message_bytes(request_bytes), request_bytes / PARTS_SHARE, response_bytes - sessions_bytes];
-        let [whole, sessions] =
-            [request_bytes / WHOLE_SHARE, sessions_bytes].map(|bytes| MemoryBudget::new(bytes / CONNECTION_SHARE));
+        let [complete_requests, sessions] =
+            [request_bytes / COMPLETE_SHARE, sessions_bytes].map(|bytes| MemoryBudget::new(bytes / CONNECTION_SHARE));
         let pools = shares.map(|bytes| Pools::new(bytes / CONNECTION_SHARE));
-        self.0.connections.open(pools, whole, sessions, close)
+        self.0.connections.open(pools, complete_requests, sessions, close)
     }
 
     /// Returns the bytes taken by requests and by responses.
     pub fn taken(&self) -> (usize, usize) {
-        let requests = self.0.requests.taken() + self.0.whole.taken() + self.0.waiting.taken();
+        let requests = self.0.requests.taken() + self.0.complete_requests.taken() + self.0.waiting.taken();
         (requests + self.0.parts.taken(), self.0.responses.taken() + self.0.sessions.taken())
     }
 
     /// Takes `bytes` from a pool. While the call waits, it closes connections that hold such memory and whose clients
     /// do not read.
     async fn take(&self, pool: &MemoryBudget, bytes: usize, kind: MemoryKind) -> OwnedSemaphorePermit {
-        let mut taken = std::pin::pin!(pool.take(bytes));
+        let mut pending_permit = std::pin::pin!(pool.take(bytes));
         loop {
-            if let Ok(taken) = tokio::time::timeout(SEARCH_INTERVAL, &mut taken).await {
-                return taken;
+            if let Ok(permit) = tokio::time::timeout(SEARCH_INTERVAL, &mut pending_permit).await {
+                return permit;
             }
             self.0.connections.close_unread(kind);
         }
     }
 
-    fn no_request_memory(&self, bytes: usize, message: &str) -> ApiError {
+    /// Returns the `OVERLOADED` error of a request of `bytes`, which got no memory for this reason.
+    fn no_request_memory(&self, bytes: usize, reason: &str) -> ApiError {
         let max = self.0.request_bytes;
         let message = format!(
-            "{message}: the request has {bytes} bytes, and all requests share {max} bytes \
+            "{reason}: the request has {bytes} bytes, and all requests share {max} bytes \
              (limits.request_memory_bytes); retry later"
         );
         ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", max)
@@ -237,15 +240,16 @@ pub struct ReceivedRequest {
     grants: Grants,
 }
 
+/// Grants and unsent response frames of one call.
 #[derive(Debug, Default)]
 struct Call {
     /// Request that was read and not yet taken by its handler.
     request: ReceivedRequest,
     /// Grants of responses that are complete and not yet passed to the connection.
-    made: Grants,
+    completed: Grants,
     /// Number of response frames that were passed to the connection and have not been sent.
-    handed: usize,
-    /// Present while response frames are unsent.
+    unsent_frames: usize,
+    /// Registration of the call as unread; `None` if all response frames have been sent.
     unread: Option<UnreadResponse>,
 }
 
@@ -263,12 +267,12 @@ impl CallMemory {
 
     /// Takes memory for a small request that has arrived completely, without waiting. Most requests get their memory
     /// here.
-    pub fn try_whole_request(&self, bytes: usize) -> Option<Grant> {
-        let taken = || {
-            let own = self.connection.0.whole.try_take(bytes)?;
-            Some(Grant::of_connection(own, self.budgets.0.whole.try_take(bytes)?))
+    pub fn try_complete_request(&self, bytes: usize) -> Option<Grant> {
+        let try_take = || {
+            let share = self.connection.0.complete_requests.try_take(bytes)?;
+            Some(Grant::with_share(share, self.budgets.0.complete_requests.try_take(bytes)?))
         };
-        taken().or_else(|| self.try_request(bytes))
+        try_take().or_else(|| self.try_request(bytes))
     }
 
     /// Takes memory for the received bytes of a request that is about to wait.
@@ -277,7 +281,7 @@ impl CallMemory {
     /// `OVERLOADED`: other waiting requests hold too much.
     pub fn try_waiting(&self, bytes: usize) -> Result<Grant, ApiError> {
         let permit = self.budgets.0.waiting.try_take(bytes);
-        permit.map(Grant::of_all).ok_or_else(|| {
+        permit.map(Grant::without_share).ok_or_else(|| {
             self.budgets
                 .no_request_memory(bytes, "no memory for the request, and too many other requests wait for memory")
         })
@@ -290,23 +294,23 @@ impl CallMemory {
     /// `OVERLOADED`: no memory became free in time.
     pub async fn request(self, bytes: usize) -> Result<Grant, ApiError> {
         let deadline = clock::monotonic() + REQUEST_TIMEOUT;
-        let own = self.connection.0.requests.of(bytes).take(bytes);
-        let Ok(own) = tokio::time::timeout_at(deadline, own).await else {
+        let share = self.connection.0.requests.of(bytes).take(bytes);
+        let Ok(share) = tokio::time::timeout_at(deadline, share).await else {
             let message = "other requests of this connection hold the whole share of one connection";
             return Err(self.budgets.no_request_memory(bytes, message));
         };
         let queued = QueuedRequest::new(&self.budgets.0.queues[usize::from(bytes > SMALL_BYTES)], bytes);
-        let mut all = std::pin::pin!(self.budgets.0.requests.of(bytes).take(bytes));
+        let mut pending_permit = std::pin::pin!(self.budgets.0.requests.of(bytes).take(bytes));
         loop {
-            if let Ok(all) = tokio::time::timeout(queued.interval(), &mut all).await {
-                return Ok(Grant::of_connection(own, all));
+            if let Ok(pool) = tokio::time::timeout(queued.interval(), &mut pending_permit).await {
+                return Ok(Grant::with_share(share, pool));
             }
             let now = clock::monotonic();
             if now >= deadline {
                 return Err(self.budgets.no_request_memory(bytes, "no memory for the request became free in time"));
             }
-            if let Some(wanted) = queued.wanted(now) {
-                self.budgets.0.incomplete.end(bytes, wanted, now);
+            if let Some(wanted_bytes) = queued.begin_search(now) {
+                self.budgets.0.incomplete.end_stalled(bytes, wanted_bytes, now);
                 self.budgets.0.connections.close_unread(MemoryKind::Requests);
             }
         }
@@ -325,14 +329,14 @@ impl CallMemory {
     /// `OVERLOADED`: no memory became free in time.
     pub async fn parts(self, parts: usize) -> Result<Grant, ApiError> {
         let bytes = parts * PART_BYTES;
-        let (own, all) = (&self.connection.0.parts, &self.budgets.0.parts);
-        let taken = async {
-            let own = own.of(bytes).take(bytes).await;
-            Grant::of_connection(own, self.budgets.take(all.of(bytes), bytes, MemoryKind::Requests).await)
+        let (shares, pools) = (&self.connection.0.parts, &self.budgets.0.parts);
+        let take = async {
+            let share = shares.of(bytes).take(bytes).await;
+            Grant::with_share(share, self.budgets.take(pools.of(bytes), bytes, MemoryKind::Requests).await)
         };
-        let in_time = tokio::time::timeout(REQUEST_TIMEOUT, taken).await;
-        let message = "no memory for the parts of the request became free in time";
-        in_time.map_err(|_| self.budgets.no_request_memory(bytes, message))
+        let granted = tokio::time::timeout(REQUEST_TIMEOUT, take).await;
+        let reason = "no memory for the parts of the request became free in time";
+        granted.map_err(|_| self.budgets.no_request_memory(bytes, reason))
     }
 
     /// Stores the memory of a completely read request of `bytes` until its handler takes that memory.
@@ -347,7 +351,7 @@ impl CallMemory {
         std::mem::take(&mut self.call.lock().request)
     }
 
-    /// Registers a request as incomplete until the returned guard is dropped.
+    /// Registers a request, which has held `bytes` since then, as incomplete until the returned guard is dropped.
     pub fn incomplete(&self, bytes: usize, since: Instant) -> IncompleteGuard {
         IncompleteGuard {
             budgets: self.budgets.clone(),
@@ -359,8 +363,8 @@ impl CallMemory {
     /// Returns the grant and its bytes, or `None` if there is no memory now.
     pub(super) fn try_response(&self, bytes: usize, min_bytes: usize) -> Option<(ResponseGrant, usize)> {
         let take = |bytes: usize, is_small| {
-            let (own, all) = self.response_pools(is_small);
-            let grant = Grant::of_connection(own.try_take(bytes)?, all.try_take(bytes)?);
+            let (share, pool) = self.response_pools(is_small);
+            let grant = Grant::with_share(share.try_take(bytes)?, pool.try_take(bytes)?);
             Some((ResponseGrant { grant, is_small }, bytes))
         };
         let large = if bytes > min_bytes { take(bytes, false) } else { None };
@@ -373,10 +377,10 @@ impl CallMemory {
             return granted;
         }
         let is_small = self.is_small(min_bytes);
-        let (own, all) = self.response_pools(is_small);
-        let own = own.take(min_bytes).await;
-        let all = self.budgets.take(all, min_bytes, MemoryKind::Responses).await;
-        (ResponseGrant { grant: Grant::of_connection(own, all), is_small }, min_bytes)
+        let (share, pool) = self.response_pools(is_small);
+        let share = share.take(min_bytes).await;
+        let pool = self.budgets.take(pool, min_bytes, MemoryKind::Responses).await;
+        (ResponseGrant { grant: Grant::with_share(share, pool), is_small }, min_bytes)
     }
 
     /// Returns true if the small pool serves a response of `min_bytes`. A response above the connection's small share
@@ -385,16 +389,17 @@ impl CallMemory {
         min_bytes <= self.connection.0.responses.small.bytes()
     }
 
+    /// Returns the connection's share and the pool of small or of large responses.
     fn response_pools(&self, is_small: bool) -> (&MemoryBudget, &MemoryBudget) {
-        let (own, all) = (&self.connection.0.responses, &self.budgets.0.responses);
-        if is_small { (&own.small, &all.small) } else { (&own.large, &all.large) }
+        let (shares, pools) = (&self.connection.0.responses, &self.budgets.0.responses);
+        if is_small { (&shares.small, &pools.small) } else { (&shares.large, &pools.large) }
     }
 
     /// Waits for memory for reading `bytes` that belong to no response.
     pub(super) async fn read(&self, bytes: usize) -> Grant {
-        let own = self.connection.0.responses.large.take(bytes).await;
-        let all = self.budgets.take(&self.budgets.0.responses.large, bytes, MemoryKind::Responses).await;
-        Grant::of_connection(own, all)
+        let share = self.connection.0.responses.large.take(bytes).await;
+        let pool = self.budgets.take(&self.budgets.0.responses.large, bytes, MemoryKind::Responses).await;
+        Grant::with_share(share, pool)
     }
 
     /// Returns the error for a response whose memory did not become free in time.
@@ -412,14 +417,16 @@ impl CallMemory {
     /// # Errors
     /// `OVERLOADED`: there is not enough memory.
     pub(crate) fn reserve_more(&self, bytes: usize) -> Result<(), ApiError> {
-        let more = self.take_more(bytes)?;
-        self.call.lock().made.push(more);
+        let grant = self.take_more(bytes)?;
+        self.call.lock().completed.push(grant);
         Ok(())
     }
 
+    /// Takes memory from the pool of large responses, without waiting. If there is not enough, closes connections whose
+    /// clients do not read.
     fn take_more(&self, bytes: usize) -> Result<Grant, ApiError> {
         let taken = (self.connection.0.responses.large.try_take(bytes), self.budgets.0.responses.large.try_take(bytes));
-        let (Some(own), Some(all)) = taken else {
+        let (Some(share), Some(pool)) = taken else {
             self.budgets.0.connections.close_unread(MemoryKind::Responses);
             let max = self.budgets.0.response_bytes;
             let message = format!(
@@ -428,7 +435,7 @@ impl CallMemory {
             );
             return Err(ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", max));
         };
-        Ok(Grant::of_connection(own, all))
+        Ok(Grant::with_share(share, pool))
     }
 
     /// Takes memory for the partition state of a fetch or read.
@@ -436,9 +443,9 @@ impl CallMemory {
     /// # Errors
     /// `OVERLOADED`: there is not enough memory.
     pub(super) fn session(&self, bytes: usize) -> Result<Grant, ApiError> {
-        let own = self.connection.0.sessions.try_take(bytes);
-        let taken = own.and_then(|own| Some(Grant::of_connection(own, self.budgets.0.sessions.try_take(bytes)?)));
-        taken.ok_or_else(|| {
+        let share = self.connection.0.sessions.try_take(bytes);
+        let grant = share.and_then(|share| Some(Grant::with_share(share, self.budgets.0.sessions.try_take(bytes)?)));
+        grant.ok_or_else(|| {
             let max = self.budgets.0.response_bytes / SESSION_SHARE;
             let message = format!(
                 "no memory for the partitions of the request: they need {bytes} bytes, and all fetches and reads share \
@@ -451,15 +458,15 @@ impl CallMemory {
 
     /// Reduces the memory of a completed response to `bytes`. This memory stays charged until the response has been
     /// sent.
-    pub(super) fn made(&self, mut response: ResponseGrant, bytes: usize) {
+    pub(super) fn complete_response(&self, mut response: ResponseGrant, bytes: usize) {
         response.shrink(bytes);
-        self.call.lock().made.push(response.grant);
+        self.call.lock().completed.push(response.grant);
     }
 
-    /// Takes back memory that a response has freed, up to `bytes`. Returns true if there was enough.
-    pub(super) fn grow(&self, response: &mut ResponseGrant, bytes: usize) -> bool {
-        let (own, all) = self.response_pools(response.is_small);
-        response.grant.try_grow(own, all, bytes)
+    /// Extends the memory of a response, which was reduced, to `bytes`. Returns true if there was enough.
+    pub(super) fn try_grow(&self, response: &mut ResponseGrant, bytes: usize) -> bool {
+        let (share, pool) = self.response_pools(response.is_small);
+        response.grant.try_grow(share, pool, bytes)
     }
 
     /// Records that the client took a piece of the data that was passed to HTTP/2.
@@ -475,17 +482,17 @@ impl CallMemory {
     ///
     /// # Errors
     /// `OVERLOADED`: there is not enough memory.
-    pub fn hand(&self, bytes: usize) -> Result<SendingResponse, ApiError> {
-        let mut grants = std::mem::take(&mut self.call.lock().made);
+    pub fn begin_sending(&self, bytes: usize) -> Result<SendingResponse, ApiError> {
+        let mut grants = std::mem::take(&mut self.call.lock().completed);
         let charged = grants.iter().map(Grant::bytes).sum::<usize>();
         if bytes > charged + UNCHARGED_BYTES {
             grants.push(self.take_more(bytes - charged)?);
         }
         let charged = grants.iter().map(Grant::bytes).sum();
         let mut call = self.call.lock();
-        call.handed += 1;
+        call.unsent_frames += 1;
         // Until the client reads the response, the call cannot free any memory.
-        call.unread.get_or_insert_with(|| UnreadResponse::new(&self.connection.0)).hand(charged);
+        call.unread.get_or_insert_with(|| UnreadResponse::new(&self.connection.0)).on_data_passed(charged);
         drop(call);
         Ok(SendingResponse { call: Arc::clone(&self.call), _grants: grants })
     }
@@ -508,9 +515,9 @@ impl CallMemory {
 
     /// Waits for a permit to build a response from metadata. The caller holds the permit until the response has been
     /// sent.
-    pub async fn metadata_turn(&self) -> OwnedSemaphorePermit {
-        let turn = Arc::clone(&self.connection.0.metadata_calls).acquire_owned().await;
-        turn.expect("the semaphore is never closed")
+    pub async fn metadata_permit(&self) -> OwnedSemaphorePermit {
+        let permit = Arc::clone(&self.connection.0.metadata_calls).acquire_owned().await;
+        permit.expect("the semaphore is never closed")
     }
 }
 
@@ -524,11 +531,12 @@ pub struct SendingResponse {
 impl Drop for SendingResponse {
     fn drop(&mut self) {
         let mut call = self.call.lock();
-        call.handed -= 1;
-        if call.handed > 0 {
+        call.unsent_frames -= 1;
+        if call.unsent_frames > 0 {
             return call.unread.iter().for_each(UnreadResponse::renew);
         }
         let unread = call.unread.take();
+        // The registration takes other locks when it is dropped, so the lock of the call is released first.
         drop(call);
         drop(unread);
     }
@@ -567,8 +575,8 @@ pub struct IncompleteGuard {
 }
 
 impl IncompleteGuard {
-    /// Returns the error with which the request ends, if other requests need its memory. The task of `waker` is woken
-    /// when that happens.
+    /// Returns an error if the request must end because other requests need its memory. The task of `waker` is woken when
+    /// that happens later.
     pub fn check(&self, waker: &std::task::Waker) -> Result<(), ApiError> {
         if !self.request.is_ended(waker) {
             return Ok(());

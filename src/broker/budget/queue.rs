@@ -1,5 +1,5 @@
-//! Queues of requests that wait for memory. The queues bound the rate at which incomplete requests are ended, in
-//! searches and in bytes.
+//! Queues of requests that wait for memory. A waiting request searches for incomplete requests to end. The queues bound
+//! the number of searches, and the bytes that one search ends.
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -16,18 +16,18 @@ use super::SMALL_GRACE;
 pub(super) const MAX_ENDED_BYTES: usize = 1 << 20;
 
 /// Maximum interval between two searches of a waiting request for incomplete requests.
-const MAX_LOOK_INTERVAL: Duration = Duration::from_millis(200);
+const MAX_SEARCH_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Requests that wait for one pool.
 #[derive(Debug, Default)]
 pub(super) struct RequestQueue {
     requests: AtomicUsize,
     bytes: AtomicUsize,
-    /// Time at which incomplete requests were last ended for this queue.
-    ended: Mutex<Option<Instant>>,
+    /// Time of the last search for incomplete requests; `None` before the first.
+    last_search: Mutex<Option<Instant>>,
 }
 
-/// A request in a queue.
+/// A request in a queue. The request leaves the queue when this value is dropped.
 pub(super) struct QueuedRequest<'a> {
     queue: &'a RequestQueue,
     bytes: usize,
@@ -44,16 +44,17 @@ impl<'a> QueuedRequest<'a> {
     /// many waiting requests search as often as one.
     pub(super) fn interval(&self) -> Duration {
         let requests = u32::try_from(self.queue.requests.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
-        SMALL_GRACE.saturating_mul(requests).min(MAX_LOOK_INTERVAL)
+        SMALL_GRACE.saturating_mul(requests).min(MAX_SEARCH_INTERVAL)
     }
 
-    /// Returns the bytes that must become free now, or `None` if another request has just searched.
-    pub(super) fn wanted(&self, now: Instant) -> Option<usize> {
-        let mut ended = self.queue.ended.lock();
-        if ended.is_some_and(|ended| now < ended + SMALL_GRACE) {
+    /// Begins a search for incomplete requests. Returns the bytes that the search must free, or `None` if another request
+    /// of the queue has just searched.
+    pub(super) fn begin_search(&self, now: Instant) -> Option<usize> {
+        let mut last_search = self.queue.last_search.lock();
+        if last_search.is_some_and(|last_search| now < last_search + SMALL_GRACE) {
             return None;
         }
-        *ended = Some(now);
+        *last_search = Some(now);
         Some(self.queue.bytes.load(Ordering::Relaxed).min(self.bytes.max(MAX_ENDED_BYTES)))
     }
 }

@@ -19,8 +19,8 @@ async fn connection_takes_only_its_share_of_memory() {
     held.extend((0..8).map(|_| other.try_request(MIB).expect("within the share")));
     let refused = first.clone().request(MIB).await.expect_err("the requests of the connection hold its share");
     assert_eq!(refused.code, ErrorCode::Overloaded);
-    for word in ["1048576", "75497472", "limits.request_memory_bytes"] {
-        assert!(refused.message.contains(word), "{word}: {refused}");
+    for part in ["1048576", "75497472", "limits.request_memory_bytes"] {
+        assert!(refused.message.contains(part), "{part}: {refused}");
     }
     drop(held);
     assert_eq!(budgets.taken(), (0, 0));
@@ -106,15 +106,15 @@ async fn response_is_charged_until_sent() {
     let call = call(&budgets);
     let (grant, bytes) = call.response(32 * MIB, MIB).await;
     assert_eq!(bytes, 32 * MIB);
-    call.made(grant, MIB);
+    call.complete_response(grant, MIB);
     assert_eq!(budgets.taken().1, MIB);
-    let handed = call.hand(MIB).unwrap();
+    let sending = call.begin_sending(MIB).unwrap();
     assert_eq!(budgets.taken().1, MIB, "the response is not sent yet");
     let (_held, bytes) = call.response(40 * MIB, MIB).await;
     assert_eq!(bytes, 40 * MIB);
     let (_small, bytes) = call.response(40 * MIB, MIB).await;
     assert_eq!(bytes, MIB, "the share is used up: only a small response");
-    drop(handed);
+    drop(sending);
     assert_eq!(budgets.taken().1, 41 * MIB, "the response was sent");
 }
 
@@ -131,13 +131,13 @@ async fn unread_connections_are_closed_when_others_wait() {
     for (number, bytes) in [12 * MIB, 11 * MIB, 10 * MIB, 12 * MIB].into_iter().enumerate() {
         let call = CallMemory::new(budgets.clone(), connection(number));
         let (grant, _) = call.response(bytes, MIB).await;
-        call.made(grant, bytes);
-        let handed = call.hand(bytes).unwrap();
-        calls.push(Some((call, handed)));
+        call.complete_response(grant, bytes);
+        let sending = call.begin_sending(bytes).unwrap();
+        calls.push(Some((call, sending)));
     }
     // The first connection reads, and holds no memory.
-    let (first, handed) = calls[0].take().unwrap();
-    drop(handed);
+    let (first, sending) = calls[0].take().unwrap();
+    drop(sending);
     let held = first.response(12 * MIB, MIB).await;
     tokio::time::advance(UNREAD_TIMEOUT * 10).await;
     assert!(closed.lock().is_empty(), "no other call waits for memory");
@@ -161,8 +161,8 @@ async fn reading_client_is_not_closed() {
     let budgets = Budgets::new(64 * MIB as u64, 4 * MIB as u64);
     let reading = CallMemory::new(budgets.clone(), budgets.connection(|| panic!("the client reads")));
     let (grant, _) = reading.response(SMALL_BYTES, SMALL_BYTES).await;
-    reading.made(grant, SMALL_BYTES);
-    let _held = reading.hand(SMALL_BYTES).unwrap();
+    reading.complete_response(grant, SMALL_BYTES);
+    let _held = reading.begin_sending(SMALL_BYTES).unwrap();
     let all: Vec<_> = std::iter::from_fn(|| {
         let call = call(&budgets);
         let taken = Pools::try_take(&call.connection.0.responses, &budgets.0.responses, SMALL_BYTES + 1)?;
@@ -173,7 +173,7 @@ async fn reading_client_is_not_closed() {
     let waiting = call(&budgets);
     let mut waits = std::pin::pin!(waiting.response(2 * MIB, 2 * MIB));
     for _ in 0..20 {
-        let _handed = reading.hand(0).unwrap();
+        let _sending = reading.begin_sending(0).unwrap();
         let waited = tokio::time::timeout(UNREAD_TIMEOUT / 2, &mut waits).await;
         assert!(waited.is_err(), "other calls hold the memory");
     }
@@ -182,10 +182,10 @@ async fn reading_client_is_not_closed() {
 #[test]
 fn tiered_appends_of_one_connection_are_bounded() {
     let budgets = Budgets::new(MIB as u64, MIB as u64);
-    let (one, other) = (call(&budgets), call(&budgets));
-    let mut taken: Vec<_> = std::iter::from_fn(|| one.tiered_append()).collect();
-    assert_eq!(taken.len(), limits::MAX_TIERED_APPENDS_PER_CONNECTION);
-    assert!(other.tiered_append().is_some());
-    taken.pop();
-    assert!(one.tiered_append().is_some());
+    let (first, second) = (call(&budgets), call(&budgets));
+    let mut permits: Vec<_> = std::iter::from_fn(|| first.tiered_append()).collect();
+    assert_eq!(permits.len(), limits::MAX_TIERED_APPENDS_PER_CONNECTION);
+    assert!(second.tiered_append().is_some());
+    permits.pop();
+    assert!(first.tiered_append().is_some());
 }

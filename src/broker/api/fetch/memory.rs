@@ -237,7 +237,7 @@ impl FetchSession {
                 Some((_, Ok(Some(fetched)))) => fetched.bytes,
                 _ => 0,
             };
-            self.memory.made(granted.grant, 2 * batch_bytes + held + partitions * PARTITION_BYTES);
+            self.memory.complete_response(granted.grant, 2 * batch_bytes + held + partitions * PARTITION_BYTES);
         }
     }
 

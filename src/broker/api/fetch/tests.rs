@@ -349,7 +349,7 @@ fn dropped_reads_stay_charged_until_they_end() {
         }
         // The response is sent, and its read continues.
         session.on_made(0, 0);
-        drop(session.memory.hand(0));
+        drop(session.memory.begin_sending(0));
         assert_eq!(budgets.taken().1, 3 << 20);
         free.send(()).unwrap();
         wait_for("the dropped reads end", async || (budgets.taken().1 == 1 << 20).then_some(())).await;
@@ -381,7 +381,7 @@ fn stream_waiting_for_memory_drops_its_reads() {
         session.gather_now(&mut FetchResponseBuilder::default());
         assert_eq!(session.reading.len(), 1);
         session.on_made(0, 0);
-        drop(session.memory.hand(0));
+        drop(session.memory.begin_sending(0));
         let others: Vec<_> = std::iter::from_fn(|| memory.try_response(64 << 10, 64 << 10)).collect();
         assert!(session.reserve(false).now_or_never().is_none());
         assert!(session.reading.is_empty() && session.ready.is_marked());
