@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::{
     errors,
-    topics::{name, summary, texts},
+    topics::{config_to_proto, parse_topic_name, topic_summary},
 };
 use crate::{
     broker::{
@@ -39,44 +39,45 @@ pub(in crate::broker) struct Describe {
 }
 
 impl Describe {
+    /// Describes a topic: its partitions according to the metadata and to their leaders, and its configuration.
     pub(in crate::broker) async fn describe_topic(&self, topic: &str) -> Result<v1::DescribeTopicResponse, ApiError> {
-        let name = name(topic)?;
+        let name = parse_topic_name(topic)?;
         let state = self.ctx.metadata.state();
         let Some(stored) = state.topic(&name).cloned() else { return Err(UnknownTopic::new(topic).into()) };
         let entries = state.partitions_of(&stored.value).map(|(number, entry)| (number, entry.clone()));
         let entries: Vec<(u32, PartitionEntry)> = entries.collect();
         drop(state);
-        let reports = self.peers.request_reports(leaders(stored.value.id, &entries)).await;
+        let reports = self.peers.request_reports(partitions_by_leader(stored.value.id, &entries)).await;
         let partitions = entries.into_iter().map(|(number, entry)| {
             let id = PartitionId::new(stored.value.id, number);
-            let mut state = from_metadata(number, entry.partition.as_ref().map(|stored| &stored.value));
-            match self.describe_partition(&name, id, &entry, &reports) {
-                Ok(report) => add_report(&mut state, &report),
+            let mut description = from_metadata(number, entry.partition.as_ref().map(|stored| &stored.value));
+            match self.leader_report(&name, id, &entry, &reports) {
+                Ok(report) => add_report(&mut description, &report),
                 Err(error) => {
                     let tier = entry.tier.as_ref().map(|stored| &stored.value);
-                    state.log_start = tier.map_or(Offset::ZERO, |tier| tier.log_start).as_i64();
-                    state.tiered_end = tier.map_or(Offset::ZERO, |tier| tier.tiered_end()).as_i64();
-                    state.leader_error = Some(error.into());
+                    description.log_start = tier.map_or(Offset::ZERO, |tier| tier.log_start).as_i64();
+                    description.tiered_end = tier.map_or(Offset::ZERO, |tier| tier.tiered_end()).as_i64();
+                    description.leader_error = Some(error.into());
                 }
             }
             if let Some(reason) = self.partitions.offline_reason(id) {
-                state.error = Some(ApiError::new(ErrorCode::StorageFailed, reason).into());
+                description.error = Some(ApiError::new(ErrorCode::StorageFailed, reason).into());
             }
-            state
+            description
         });
         Ok(v1::DescribeTopicResponse {
             partitions: partitions.collect(),
-            topic: Some(summary(&name, &stored.value)),
-            effective_config: texts(TopicConfig::effective_values(
+            topic: Some(topic_summary(&name, &stored.value)),
+            effective_config: config_to_proto(TopicConfig::effective_values(
                 &self.ctx.config.topic_defaults,
                 &stored.value.config,
             )),
-            config_source: sources(&self.ctx.config.topic_defaults, &stored.value.config),
+            config_source: config_sources(&self.ctx.config.topic_defaults, &stored.value.config),
         })
     }
 
-    /// Returns the leader's report about a partition.
-    fn describe_partition(
+    /// Returns the leader's report about a partition, or the reason why there is none.
+    fn leader_report(
         &self,
         topic: &TopicName,
         id: PartitionId,
@@ -86,11 +87,8 @@ impl Describe {
         let leader = entry.partition.as_ref().and_then(|stored| stored.value.leader);
         let Some(leader) = leader else {
             let stored = entry.partition.as_ref();
-            let candidates = stored.map_or_else(String::new, |stored| candidates(topic, id.number, &stored.value));
-            return Err(ApiError::new(
-                ErrorCode::NoLeader,
-                format!("partition {} has no leader{candidates}", id.number),
-            ));
+            let advice = stored.map_or_else(String::new, |stored| election_advice(topic, id.number, &stored.value));
+            return Err(ApiError::new(ErrorCode::NoLeader, format!("partition {} has no leader{advice}", id.number)));
         };
         match reports.get(&leader) {
             Some(Ok(replicas)) => match replicas.get(&id) {
@@ -118,10 +116,10 @@ impl Describe {
                 limits::MAX_METADATA_TOPICS
             )));
         }
-        let mut named = BTreeSet::new();
-        if let Some(twice) = request.topics.iter().find(|topic| !named.insert(topic.as_str())) {
+        let mut seen = BTreeSet::new();
+        if let Some(duplicate) = request.topics.iter().find(|topic| !seen.insert(topic.as_str())) {
             return Err(errors::invalid(format!(
-                "topic {twice:?} is named twice in one request: name each topic once"
+                "topic {duplicate:?} is named twice in one request: name each topic once"
             )));
         }
         let state = self.ctx.metadata.state();
@@ -134,9 +132,9 @@ impl Describe {
             rack: entry.value.rack.clone().unwrap_or_default(),
         });
         let topics = if request.all_topics {
-            state.topics().iter().map(|(name, topic)| self.describe_routes(&state, name, &topic.value)).collect()
+            state.topics().iter().map(|(name, topic)| self.topic_metadata(&state, name, &topic.value)).collect()
         } else {
-            request.topics.iter().map(|topic| self.routes(&state, topic)).collect()
+            request.topics.iter().map(|topic| self.metadata_by_name(&state, topic)).collect()
         };
         Ok(v1::GetMetadataResponse {
             cluster: self.ctx.config.cluster.clone(),
@@ -147,10 +145,11 @@ impl Describe {
         })
     }
 
-    fn routes(&self, state: &MetadataSnapshot, topic: &str) -> v1::TopicMetadata {
+    /// Returns the metadata of a requested topic, with an error if there is no such topic.
+    fn metadata_by_name(&self, state: &MetadataSnapshot, topic: &str) -> v1::TopicMetadata {
         let found = TopicName::new(topic).ok().and_then(|name| Some((state.topic(&name)?, name)));
         match found {
-            Some((topic, name)) => self.describe_routes(state, &name, &topic.value),
+            Some((topic, name)) => self.topic_metadata(state, &name, &topic.value),
             None => v1::TopicMetadata {
                 name: topic.to_owned(),
                 error: Some(ApiError::from(UnknownTopic::new(topic)).into()),
@@ -159,7 +158,8 @@ impl Describe {
         }
     }
 
-    fn describe_routes(&self, state: &MetadataSnapshot, name: &TopicName, topic: &TopicValue) -> v1::TopicMetadata {
+    /// Returns the routing metadata of a topic: the leader, the replicas and the ISR of each partition.
+    fn topic_metadata(&self, state: &MetadataSnapshot, name: &TopicName, topic: &TopicValue) -> v1::TopicMetadata {
         let config = TopicConfig::resolve(&self.ctx.config.topic_defaults, &topic.config).unwrap_or_default();
         let partitions = state.partitions_of(topic).map(|(number, entry)| {
             let value = entry.partition.as_ref().map(|stored| &stored.value);
@@ -183,8 +183,8 @@ impl Describe {
 }
 
 /// Returns the source of each key of a topic's effective configuration.
-fn sources(defaults: &ConfigMap, own: &ConfigMap) -> HashMap<String, i32> {
-    let source = |key: &str| match (own.contains_key(key), defaults.contains_key(key)) {
+fn config_sources(defaults: &ConfigMap, topic_config: &ConfigMap) -> HashMap<String, i32> {
+    let source = |key: &str| match (topic_config.contains_key(key), defaults.contains_key(key)) {
         (true, _) => v1::ConfigSource::Topic,
         (false, true) => v1::ConfigSource::Broker,
         (false, false) => v1::ConfigSource::Default,
@@ -192,9 +192,9 @@ fn sources(defaults: &ConfigMap, own: &ConfigMap) -> HashMap<String, i32> {
     TOPIC_CONFIG_KEYS.iter().map(|key| (key.name.to_owned(), source(key.name).into())).collect()
 }
 
-/// Names the brokers that could lead a leaderless partition or, if there are none, the election that an operator can
-/// run.
-fn candidates(topic: &TopicName, number: u32, value: &PartitionValue) -> String {
+/// Returns the advice for a leaderless partition: the brokers that could lead it or, if there are none, the election that
+/// an operator can run.
+fn election_advice(topic: &TopicName, number: u32, value: &PartitionValue) -> String {
     let candidates: Vec<String> = value.isr.iter().chain(&value.elr).map(ToString::to_string).collect();
     if !candidates.is_empty() {
         return format!(": start broker {}", candidates.join(" or "));
@@ -205,8 +205,8 @@ fn candidates(topic: &TopicName, number: u32, value: &PartitionValue) -> String 
     )
 }
 
-/// Groups the partitions of a topic by leader.
-fn leaders(topic: TopicId, entries: &[(u32, PartitionEntry)]) -> BTreeMap<BrokerId, Vec<PartitionId>> {
+/// Groups the partitions of a topic by leader. Leaderless partitions are left out.
+fn partitions_by_leader(topic: TopicId, entries: &[(u32, PartitionEntry)]) -> BTreeMap<BrokerId, Vec<PartitionId>> {
     let mut leaders: BTreeMap<BrokerId, Vec<PartitionId>> = BTreeMap::new();
     for (number, entry) in entries {
         if let Some(leader) = entry.partition.as_ref().and_then(|stored| stored.value.leader) {
@@ -250,7 +250,7 @@ fn add_report(state: &mut v1::PartitionDescription, report: &ReplicaReport) {
     state.error = report.failed.as_ref().map(|reason| ApiError::new(ErrorCode::StorageFailed, reason.as_str()).into());
 }
 
-/// Converts broker ids to their wire form.
+/// Converts broker ids to their protocol form.
 pub(super) fn numbers(ids: &[BrokerId]) -> Vec<u32> {
     ids.iter().map(|id| id.0).collect()
 }
@@ -263,7 +263,7 @@ mod tests {
     #[test]
     fn config_source_prefers_topic_then_broker() {
         let map = |keys: &[&str]| keys.iter().map(|&key| (key.to_owned(), "1".to_owned())).collect::<ConfigMap>();
-        let found = sources(&map(&["retention.ms", "segment.ms"]), &map(&["segment.ms"]));
+        let found = config_sources(&map(&["retention.ms", "segment.ms"]), &map(&["segment.ms"]));
         let of = |key: &str| v1::ConfigSource::try_from(found[key]).expect("the source is valid");
         assert_eq!(of("segment.ms"), v1::ConfigSource::Topic);
         assert_eq!(of("retention.ms"), v1::ConfigSource::Broker);
@@ -276,9 +276,9 @@ mod tests {
         let topic: TopicName = "orders".parse().expect("the name is valid");
         let value = PartitionValue::new([1, 2, 3].map(BrokerId).to_vec(), LeaderEpoch(4));
         let waiting = PartitionValue { leader: None, isr: vec![BrokerId(1)], elr: vec![BrokerId(3)], ..value };
-        assert_eq!(candidates(&topic, 7, &waiting), ": start broker 1 or 3");
+        assert_eq!(election_advice(&topic, 7, &waiting), ": start broker 1 or 3");
         let without = PartitionValue { isr: Vec::new(), elr: Vec::new(), ..waiting };
-        let text = candidates(&topic, 7, &without);
+        let text = election_advice(&topic, 7, &without);
         assert!(text.contains("no replica is known") && text.contains("elect orders/7 --unclean"), "{text}");
     }
 }

@@ -77,12 +77,14 @@ impl OffsetFinder {
                 leader_epoch: -1,
             })
         });
-        // If the lease is renewed meanwhile, a result may still be from before the renewal.
+        // Checked before and after: if the lease is renewed meanwhile, a result may still be from before the renewal.
         let lease_expired = *self.lease.borrow();
         let results = results.buffered(MAX_CONCURRENT_LOOKUPS).collect().await;
         Ok(v1::ListOffsetsResponse { results, lease_expired: lease_expired || *self.lease.borrow() })
     }
 
+    /// Returns the offset for a query. An offset other than the earliest requires a committed leader epoch, for which this
+    /// function waits.
     async fn find_offset(
         &self,
         query: &v1::OffsetQuery,
@@ -111,8 +113,8 @@ impl OffsetFinder {
         Ok(v1::OffsetResult { error: None, offset: offset.as_i64(), timestamp_ms, leader_epoch: epoch.as_i32() })
     }
 
-    /// Returns the first record for a timestamp. Takes memory for batches of the usual size first, and for a larger
-    /// batch once one was found.
+    /// Returns the offset, timestamp and leader epoch of the first record for a timestamp; `None` if there is no such
+    /// record. Takes memory for batches of the usual size first, and for a larger batch once one was found.
     async fn find_time(
         &self,
         partition: &Partition,
@@ -123,14 +125,14 @@ impl OffsetFinder {
         let (decompressor, mut batch_bytes) = (memory.decompressor(&self.decompressor), limits::SEARCH_BYTES);
         loop {
             // Memory for chunks from the object store, and for the batch that is assembled from them.
-            let is_out = waits.out_of_memory.load(Ordering::Relaxed);
-            let timeout = if is_out { Duration::ZERO } else { self.max_wait };
-            let granted = tokio::time::timeout(timeout, memory.read(2 * batch_bytes)).await;
-            let granted = granted.map_err(|_| {
+            let out_of_memory = waits.out_of_memory.load(Ordering::Relaxed);
+            let timeout = if out_of_memory { Duration::ZERO } else { self.max_wait };
+            let grant = tokio::time::timeout(timeout, memory.read(2 * batch_bytes)).await;
+            let grant = grant.map_err(|_| {
                 waits.out_of_memory.store(true, Ordering::Relaxed);
                 memory.no_response_memory()
             })?;
-            let charge: Charge = Arc::new(granted);
+            let charge: Charge = Arc::new(grant);
             let decompressor = decompressor.charged(Arc::clone(&charge));
             match partition.reader().charged(charge).offset_for_time(time, batch_bytes, &decompressor).await {
                 // Rounded up: batches that grow byte by byte would restart the search each time.

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::{describe::numbers, errors::invalid, topics::name};
+use super::{describe::numbers, errors::invalid, topics::parse_topic_name};
 use crate::{
     broker::{
         background::lease_monitor::LeaseMonitor,
@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Number of reassignments that are described before a yield to other tasks.
-const MAX_CONCURRENT_REASSIGNMENTS: usize = 256;
+const REASSIGNMENTS_PER_YIELD: usize = 256;
 
 /// Handler of the cluster description and of admin operations.
 pub(in crate::broker) struct Operations {
@@ -44,6 +44,7 @@ impl Operations {
         Self { ctx, operations, peers, lease, health }
     }
 
+    /// Describes all brokers, with the stats that they report themselves, and the partitions of the cluster.
     pub(in crate::broker) async fn describe_cluster(&self) -> v1::DescribeClusterResponse {
         let alive = self.ctx.metadata.state().brokers().keys().copied().collect();
         let mut broker_stats = self.peers.request_stats(alive).await;
@@ -96,6 +97,7 @@ impl Operations {
         }
     }
 
+    /// Marks a broker as drained: the controller moves its leaderships and replicas to other brokers.
     pub(super) async fn drain_broker(&self, broker: u32) -> Result<v1::DrainBrokerResponse, ApiError> {
         let drained = self.operations.drain(BrokerId(broker), clock::wall_ms()).await?;
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
@@ -104,7 +106,7 @@ impl Operations {
             since_ms: drained.since_ms,
             leader_count: count(drained.leaders),
             replica_count: count(drained.replicas),
-            blocked: drained.stuck.iter().map(|id| self.named(*id)).collect(),
+            blocked: drained.stuck.iter().map(|id| self.topic_partition(*id)).collect(),
             eligible_brokers: count(drained.eligible_brokers),
             leaderless: count(drained.leaderless),
         })
@@ -114,43 +116,45 @@ impl Operations {
         Ok(v1::UndrainBrokerResponse { changed: self.operations.undrain(BrokerId(broker)).await? })
     }
 
+    /// Requests a reassignment of a partition, or of all partitions of a topic, to these replicas.
     pub(super) async fn reassign(
         &self,
         request: v1::ReassignPartitionsRequest,
     ) -> Result<v1::ReassignPartitionsResponse, ApiError> {
-        let (topic, partition) = (name(&request.topic)?, number(request.partition)?);
+        let (topic, partition) = (parse_topic_name(&request.topic)?, parse_partition(request.partition)?);
         if request.replicas.is_empty() {
             return Err(invalid("replicas is empty: name as many brokers as the topic's replication factor"));
         }
         let replicas: Vec<BrokerId> = request.replicas.iter().copied().map(BrokerId).collect();
-        let ordered = self.operations.reassign(&topic, partition, &replicas).await?;
-        Ok(v1::ReassignPartitionsResponse { partitions: self.reassignments(&ordered).await })
+        let results = self.operations.reassign(&topic, partition, &replicas).await?;
+        Ok(v1::ReassignPartitionsResponse { partitions: self.reassignments(&results).await })
     }
 
     pub(super) async fn list_reassignments(
         &self,
         request: &v1::ListReassignmentsRequest,
     ) -> Result<v1::ListReassignmentsResponse, ApiError> {
-        let (topic, partition) = filter(&request.topic, request.partition)?;
-        let moving = self.operations.list_reassignments(topic.as_ref(), partition)?;
-        Ok(v1::ListReassignmentsResponse { partitions: self.reassignments(&moving).await })
+        let (topic, partition) = parse_scope(&request.topic, request.partition)?;
+        let results = self.operations.list_reassignments(topic.as_ref(), partition)?;
+        Ok(v1::ListReassignmentsResponse { partitions: self.reassignments(&results).await })
     }
 
     pub(super) async fn cancel_reassignment(
         &self,
         request: &v1::CancelReassignmentRequest,
     ) -> Result<v1::CancelReassignmentResponse, ApiError> {
-        let (topic, partition) = filter(&request.topic, request.partition)?;
-        let ordered = self.operations.cancel(topic.as_ref(), partition).await?;
-        Ok(v1::CancelReassignmentResponse { partitions: self.reassignments(&ordered).await })
+        let (topic, partition) = parse_scope(&request.topic, request.partition)?;
+        let results = self.operations.cancel(topic.as_ref(), partition).await?;
+        Ok(v1::CancelReassignmentResponse { partitions: self.reassignments(&results).await })
     }
 
+    /// Elects the preferred leader of a partition, or runs an unclean election.
     pub(super) async fn elect_leader(
         &self,
         request: v1::ElectLeaderRequest,
     ) -> Result<v1::ElectLeaderResponse, ApiError> {
-        let topic = name(&request.topic)?;
-        let partition = number(Some(request.partition))?.unwrap_or_default();
+        let topic = parse_topic_name(&request.topic)?;
+        let partition = parse_partition(Some(request.partition))?.unwrap_or_default();
         if request.unclean {
             return self.elect_unclean(&topic, partition, &request).await;
         }
@@ -159,53 +163,57 @@ impl Operations {
                 "validate_only, leader, revision and discard_local require unclean: set unclean or leave them out",
             ));
         }
-        let ordered = self.operations.elect(&topic, partition).await?;
-        Ok(self.operation_result("preferred", &ordered).await)
+        let election = self.operations.elect(&topic, partition).await?;
+        Ok(self.complete_election("preferred", &election).await)
     }
 
+    /// Runs an unclean election of a leaderless partition.
+    ///
+    /// A request with a leader and a revision, from an earlier response to `validate_only`, elects this leader if the
+    /// partition has not changed since. Any other request requests the reports of the replicas and elects the one that
+    /// loses the fewest records; with `validate_only`, the response only names that replica.
     async fn elect_unclean(
         &self,
         topic: &TopicName,
         partition: u32,
         request: &v1::ElectLeaderRequest,
     ) -> Result<v1::ElectLeaderResponse, ApiError> {
-        let expect = request.revision.map(Revision);
-        if let (Some(to), Some(_)) = (request.leader, expect) {
-            self.still_usable(topic, partition, BrokerId(to), request.discard_local).await?;
-            let ordered =
-                self.operations.elect_unclean(topic, partition, BrokerId(to), expect, request.discard_local).await?;
-            return Ok(self.operation_result("unclean", &ordered).await);
+        let expected_revision = request.revision.map(Revision);
+        if let (Some(leader), Some(_)) = (request.leader.map(BrokerId), expected_revision) {
+            let discard = request.discard_local;
+            self.check_still_usable(topic, partition, leader, discard).await?;
+            let election = self.operations.elect_unclean(topic, partition, leader, expected_revision, discard).await?;
+            return Ok(self.complete_election("unclean", &election).await);
         }
-        if request.leader.is_some() || expect.is_some() || request.discard_local {
+        if request.leader.is_some() || expected_revision.is_some() || request.discard_local {
             return Err(invalid(
                 "leader and revision must be set together, and discard_local requires both: copy them from the \
                  response to validate_only",
             ));
         }
-        let found = self.operations.leaderless_partition(topic, partition)?;
-        let reports = self.ask_replicas(&found).await;
-        let tiered_end = self.ctx.metadata.partition(found.id).as_ref().map_or(Offset::ZERO, committed_tiered_end);
+        let leaderless = self.operations.leaderless_partition(topic, partition)?;
+        let reports = self.request_replica_reports(&leaderless).await;
+        let tiered_end = self.ctx.metadata.partition(leaderless.id).as_ref().map_or(Offset::ZERO, committed_tiered_end);
         // Last resort: an offline replica that restarts at the tiered end. The lost offsets are unknown then.
-        let restarted = || {
+        let offline_candidate = || {
             let broker = reports.offline.filter(|_| tiered_end > Offset::ZERO && !reports.is_incomplete)?;
             Some(UncleanCandidate { broker, loss: None })
         };
-        let usable = successor(&found.value.replicas, &reports.positions, tiered_end);
-        let discard = usable.is_none();
-        let best = usable.or_else(restarted);
-        let Some(best) = best else {
+        let usable_candidate = successor(&leaderless.value.replicas, &reports.positions, tiered_end);
+        let discard = usable_candidate.is_none();
+        let Some(candidate) = usable_candidate.or_else(offline_candidate) else {
             let partition = format!("{topic}/{partition}");
-            return Err(ElectError::Silent { partition, replicas: found.value.replicas }.into());
+            return Err(ElectError::Silent { partition, replicas: leaderless.value.replicas }.into());
         };
-        let mut response = election_result(&found);
+        let mut response = election_response(&leaderless);
         if request.validate_only {
-            response.leader = best.broker.0;
+            response.leader = candidate.broker.0;
         } else {
-            let revision = Some(found.revision);
-            let ordered = self.operations.elect_unclean(topic, partition, best.broker, revision, discard).await?;
-            response = self.operation_result("unclean", &ordered).await;
+            let (broker, revision) = (candidate.broker, Some(leaderless.revision));
+            let election = self.operations.elect_unclean(topic, partition, broker, revision, discard).await?;
+            response = self.complete_election("unclean", &election).await;
         }
-        if let Some(loss) = best.loss {
+        if let Some(loss) = candidate.loss {
             (response.lost_start, response.lost_end) = (loss.from.as_i64(), loss.to.as_i64());
         }
         Ok(v1::ElectLeaderResponse { replicas: reports.replicas, discard_local: discard, ..response })
@@ -213,34 +221,38 @@ impl Operations {
 
     /// Rejects the election if the replica to be elected responded earlier and does not now. The operator did not agree
     /// to the loss of its log.
-    async fn still_usable(
+    async fn check_still_usable(
         &self,
         topic: &TopicName,
         partition: u32,
-        to: BrokerId,
+        candidate: BrokerId,
         discard: bool,
     ) -> Result<(), ElectError> {
         // An error here means that an earlier attempt of this operation succeeded, or the operation itself returns the
         // error.
-        let Ok(found) = self.operations.leaderless_partition(topic, partition) else { return Ok(()) };
-        if discard || self.ask_replicas(&found).await.positions.iter().any(|position| position.broker == to) {
+        let Ok(leaderless) = self.operations.leaderless_partition(topic, partition) else { return Ok(()) };
+        if discard {
             return Ok(());
         }
-        Err(ElectError::Unusable { partition: format!("{topic}/{partition}"), id: to })
+        let reports = self.request_replica_reports(&leaderless).await;
+        if reports.positions.iter().any(|position| position.broker == candidate) {
+            return Ok(());
+        }
+        Err(ElectError::Unusable { partition: format!("{topic}/{partition}"), id: candidate })
     }
 
     /// Counts an election, waits until this broker's metadata cache contains it, and returns the response.
-    async fn operation_result(&self, cause: &'static str, ordered: &OperationResult) -> v1::ElectLeaderResponse {
-        if ordered.changed {
+    async fn complete_election(&self, cause: &'static str, election: &OperationResult) -> v1::ElectLeaderResponse {
+        if election.changed {
             self.ctx.metrics.elections.count(cause);
         }
-        self.operations.wait_until_cached(std::slice::from_ref(ordered)).await;
-        election_result(ordered)
+        self.operations.wait_until_cached(std::slice::from_ref(election)).await;
+        election_response(election)
     }
 
-    /// Requests the reports of a partition's replicas.
-    async fn ask_replicas(&self, found: &OperationResult) -> ReplicaReports {
-        let (id, value) = (found.id, &found.value);
+    /// Requests the reports of a leaderless partition's replicas from their brokers.
+    async fn request_replica_reports(&self, leaderless: &OperationResult) -> ReplicaReports {
+        let (id, value) = (leaderless.id, &leaderless.value);
         let state = self.ctx.metadata.state();
         let alive = value.replicas.iter().filter(|id| state.brokers().contains_key(id));
         let wanted = alive.map(|broker| (*broker, vec![id])).collect();
@@ -255,6 +267,7 @@ impl Operations {
                 ..Default::default()
             };
             match responses.remove(broker).map(|response| response.map(|mut replicas| replicas.remove(&id))) {
+                // The replica is open.
                 Some(Ok(Some(Ok(ReplicaReport { watermarks, last_epoch, .. })))) => {
                     replica.high_watermark = watermarks.high_watermark.as_i64();
                     replica.log_end = watermarks.log_end.as_i64();
@@ -263,14 +276,17 @@ impl Operations {
                     let (broker, log_end, high_watermark) = (*broker, watermarks.log_end, watermarks.high_watermark);
                     reports.positions.push(ReplicaPosition { broker, last_epoch, log_end, high_watermark });
                 }
+                // The broker responded that its replica is offline.
                 Some(Ok(Some(Err(reason)))) => {
                     replica.error = Some(replica_offline(*broker, &reason).into());
                     reports.offline = reports.offline.or(Some(*broker));
                 }
+                // The broker responded without this replica.
                 Some(Ok(None)) => {
                     replica.error = Some(not_open(*broker).into());
                     reports.is_incomplete = true;
                 }
+                // The broker is registered and did not respond.
                 Some(Err(error)) => {
                     replica.error = Some(error.into());
                     reports.is_incomplete = true;
@@ -282,38 +298,39 @@ impl Operations {
         reports
     }
 
-    async fn reassignments(&self, ordered: &[OperationResult]) -> Vec<v1::Reassignment> {
-        self.operations.wait_until_cached(ordered).await;
-        let mut reassignments = Vec::with_capacity(ordered.len());
-        for chunk in ordered.chunks(MAX_CONCURRENT_REASSIGNMENTS) {
+    /// Waits until this broker's metadata cache contains the results of an operation, and describes them.
+    async fn reassignments(&self, results: &[OperationResult]) -> Vec<v1::Reassignment> {
+        self.operations.wait_until_cached(results).await;
+        let mut reassignments = Vec::with_capacity(results.len());
+        for chunk in results.chunks(REASSIGNMENTS_PER_YIELD) {
             reassignments.extend(chunk.iter().map(|result| self.reassignment(result)));
             tokio::task::yield_now().await;
         }
         reassignments
     }
 
-    fn reassignment(&self, ordered: &OperationResult) -> v1::Reassignment {
-        let value = &ordered.value;
+    /// Describes the reassignment of a partition. A queued reassignment is described as it will be when it has started.
+    fn reassignment(&self, result: &OperationResult) -> v1::Reassignment {
+        let value = &result.value;
         let queued = value.has_queued() && !value.is_reassigning();
-        // A queued reassignment is shown as it will be.
         let started = value.start_queued().filter(|_| queued);
         let shown = started.as_ref().unwrap_or(value);
         let stays = |id: &BrokerId| !shown.removing.contains(id);
         let target: Vec<BrokerId> = shown.replicas.iter().copied().filter(stays).collect();
         v1::Reassignment {
-            partition: Some(self.named(ordered.id)),
+            partition: Some(self.topic_partition(result.id)),
             replicas: numbers(&target),
             adding: numbers(&shown.adding),
             removing: numbers(&shown.removing),
             queued,
             isr: numbers(&value.isr),
             leader: value.leader.map(|leader| leader.0),
-            changed: ordered.changed,
+            changed: result.changed,
         }
     }
 
     /// Returns a partition with the name of its topic, or with the topic id if the topic was deleted meanwhile.
-    fn named(&self, id: PartitionId) -> v1::TopicPartition {
+    fn topic_partition(&self, id: PartitionId) -> v1::TopicPartition {
         let state = self.ctx.metadata.state();
         let topic = state.name(id.topic).map_or_else(|| id.topic.to_string(), ToString::to_string);
         v1::TopicPartition { topic, partition: id.number.cast_signed() }
@@ -336,12 +353,13 @@ fn describe_registration(broker: &mut v1::BrokerDescription, registration: &Vers
     broker.max_replicas = value.max_replicas.unwrap_or_default();
 }
 
-fn election_result(ordered: &OperationResult) -> v1::ElectLeaderResponse {
+/// Returns the response that describes a partition after an election, or before it with `validate_only`.
+fn election_response(result: &OperationResult) -> v1::ElectLeaderResponse {
     v1::ElectLeaderResponse {
-        leader: ordered.value.leader.map(|leader| leader.0).unwrap_or_default(),
-        leader_epoch: ordered.value.leader_epoch.as_i32(),
-        changed: ordered.changed,
-        revision: ordered.revision.0,
+        leader: result.value.leader.map(|leader| leader.0).unwrap_or_default(),
+        leader_epoch: result.value.leader_epoch.as_i32(),
+        changed: result.changed,
+        revision: result.revision.0,
         ..Default::default()
     }
 }
@@ -372,19 +390,20 @@ fn not_open(broker: BrokerId) -> ApiError {
     ApiError::new(ErrorCode::NotReady, message)
 }
 
-fn number(partition: Option<i32>) -> Result<Option<u32>, ApiError> {
+/// Parses the partition number of a request. Returns `None` if the request has none.
+fn parse_partition(partition: Option<i32>) -> Result<Option<u32>, ApiError> {
     let Some(number) = partition else { return Ok(None) };
     u32::try_from(number).map(Some).map_err(|_| invalid(format!("partition {number} is negative: use 0 or more")))
 }
 
 /// Parses the scope of a request: all topics, one topic, or one partition.
-fn filter(topic: &str, partition: Option<i32>) -> Result<(Option<TopicName>, Option<u32>), ApiError> {
-    let partition = number(partition)?;
+fn parse_scope(topic: &str, partition: Option<i32>) -> Result<(Option<TopicName>, Option<u32>), ApiError> {
+    let partition = parse_partition(partition)?;
     if topic.is_empty() {
         return match partition {
             None => Ok((None, None)),
             Some(number) => Err(invalid(format!("partition {number} has no topic: name the topic"))),
         };
     }
-    Ok((Some(name(topic)?), partition))
+    Ok((Some(parse_topic_name(topic)?), partition))
 }

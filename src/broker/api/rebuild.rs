@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{errors::invalid, topics::name};
+use super::{errors::invalid, topics::parse_topic_name};
 use crate::{
     broker::node_context::NodeContext,
     cluster::{PartitionUpdater, TierCommitError, TierCommits, UnknownTopic},
@@ -28,11 +28,14 @@ impl ManifestRebuilder {
         Self { ctx, commits, updater }
     }
 
+    /// Surveys the objects of a partition whose manifest is lost, and returns a plan of the new manifest. Commits the new
+    /// manifest if the request contains exactly this plan. Rejects a request with another plan, and a request for a
+    /// partition whose manifest exists.
     pub(super) async fn rebuild_manifest(
         &self,
         request: v1::RebuildManifestRequest,
     ) -> Result<v1::RebuildManifestResponse, ApiError> {
-        let topic = name(&request.topic)?;
+        let topic = parse_topic_name(&request.topic)?;
         let number = u32::try_from(request.partition)
             .map_err(|_| invalid(format!("partition {} is negative: use 0 or more", request.partition)))?;
         let state = self.ctx.metadata.state();
@@ -51,7 +54,7 @@ impl ManifestRebuilder {
             return Err(failed_precondition(message.to_owned()));
         };
         let committed = self.commits.current(id).await.map_err(commit_error)?;
-        let Some(committed) = committed else { return Err(being_deleted()) };
+        let Some(committed) = committed else { return Err(partition_being_deleted()) };
         let tier = PartitionTier::new(objects.store.clone(), objects.cache.clone(), id, committed);
         let lost = match tier.check_manifest().await {
             Ok(()) => {
@@ -64,23 +67,24 @@ impl ManifestRebuilder {
             },
         };
         let survey = tier.survey().await.map_err(|error| upload_error(&error))?;
-        let plan = plan(&survey);
-        let commits = request.plan.is_some();
-        if request.plan.is_some_and(|agreed| agreed != plan) {
+        let plan_id = plan_id(&survey);
+        let is_confirmed = request.plan.is_some();
+        if request.plan.is_some_and(|confirmed| confirmed != plan_id) {
             return Err(ApiError::new(
                 ErrorCode::Conflict,
                 "the objects of the partition changed since the plan was shown: request a new plan",
             ));
         }
-        if commits {
+        if is_confirmed {
             self.commit_rebuilt(&tier, &survey).await?;
         }
-        Ok(response(survey, lost, plan, commits))
+        Ok(response(survey, lost, plan_id, is_confirmed))
     }
 
+    /// Writes the manifest of the surveyed objects, and commits it in the leader epoch of the partition.
     async fn commit_rebuilt(&self, tier: &PartitionTier, survey: &Survey) -> Result<(), ApiError> {
         let id = tier.id();
-        let Some((value, _)) = self.updater.read_back(id).await? else { return Err(being_deleted()) };
+        let Some((value, _)) = self.updater.read_back(id).await? else { return Err(partition_being_deleted()) };
         let staged = tier.stage_rebuilt(&survey.chain, survey.log_start, value.leader_epoch).await;
         let staged = staged.map_err(|error| upload_error(&error))?;
         let (before, after) = (staged.replaces().clone(), staged.state().clone());
@@ -93,14 +97,15 @@ impl ManifestRebuilder {
     }
 }
 
-/// Returns an identifier of exactly this survey result, so that the operator's consent covers the displayed plan and no
-/// other.
-fn plan(survey: &Survey) -> String {
+/// Returns an identifier of this survey result. A different result has a different identifier, so an operator confirms
+/// only the displayed plan.
+fn plan_id(survey: &Survey) -> String {
     let mut attempts = Vec::with_capacity(survey.chain.len() * 16);
     survey.chain.iter().for_each(|entry| attempts.extend_from_slice(entry.stamp.attempt.as_bytes()));
     format!("{}-{}-{:08x}", survey.state.version(), survey.log_start, crc32c::crc32c(&attempts))
 }
 
+/// Returns the response about a survey. `lost` is the name of the lost manifest.
 fn response(survey: Survey, lost: String, plan: String, committed: bool) -> v1::RebuildManifestResponse {
     let range = |(from, to): &(Offset, Offset)| v1::OffsetRange { start: from.as_i64(), end: to.as_i64() };
     v1::RebuildManifestResponse {
@@ -120,14 +125,16 @@ fn response(survey: Survey, lost: String, plan: String, committed: bool) -> v1::
     }
 }
 
-fn being_deleted() -> ApiError {
+fn partition_being_deleted() -> ApiError {
     ApiError::new(ErrorCode::Conflict, "the partition is being deleted: its manifest cannot be rebuilt")
 }
 
 fn commit_error(error: TierCommitError) -> ApiError {
     match error {
         TierCommitError::Store(error) => error.into(),
-        other => ApiError::new(ErrorCode::Conflict, other.to_string()),
+        error @ (TierCommitError::Deposed { .. } | TierCommitError::Changed { .. } | TierCommitError::Invalid(_)) => {
+            ApiError::new(ErrorCode::Conflict, error.to_string())
+        }
     }
 }
 
@@ -135,13 +142,19 @@ fn read_error(error: &TierReadError) -> ApiError {
     ApiError::new(ErrorCode::ObjectStoreUnavailable, error.to_string())
 }
 
+/// Returns the error for a survey, or for a write of the new manifest, that failed.
 fn upload_error(error: &UploadError) -> ApiError {
     let code = match error {
         UploadError::Deposed { .. } => ErrorCode::Conflict,
         UploadError::Store(TierStoreError::Denied { .. }) | UploadError::Binding(BindingError::Foreign { .. }) => {
             ErrorCode::FailedPrecondition
         }
-        _ => ErrorCode::ObjectStoreUnavailable,
+        // A rebuild reads no segment file, so it never returns `Source`.
+        UploadError::Source(_)
+        | UploadError::Binding(_)
+        | UploadError::Store(_)
+        | UploadError::Mismatch { .. }
+        | UploadError::Manifest(_) => ErrorCode::ObjectStoreUnavailable,
     };
     ApiError::new(code, error.to_string())
 }

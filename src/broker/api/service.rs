@@ -38,8 +38,8 @@ impl AdminService {
         admin_server::AdminServer::new(self)
     }
 
-    /// Rejects an operation that needs the metadata store while the store is unavailable.
-    fn operate(&self) -> Result<&Api, Status> {
+    /// Returns the handlers for an operation that needs the metadata store. Fails while the store is unavailable.
+    fn available_api(&self) -> Result<&Api, Status> {
         self.lease.check_metadata_available()?;
         Ok(&self.api)
     }
@@ -84,7 +84,7 @@ impl LogService {
         self.0.fetch.fetch(request.into_inner(), memory)
     }
 
-    /// Returns the memory of a call.
+    /// Returns the memory of a call. A call that arrived on no listener gets a connection of its own.
     fn memory<T>(&self, request: &Request<T>) -> CallMemory {
         request.extensions().get().cloned().unwrap_or_else(|| self.0.call_memory())
     }
@@ -156,7 +156,7 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::CreateTopicRequest>,
     ) -> Result<Response<v1::CreateTopicResponse>, Status> {
-        into_response(self.operate()?.topics.create_topic(request.into_inner()).await)
+        into_response(self.available_api()?.topics.create_topic(request.into_inner()).await)
     }
 
     async fn list_topics(
@@ -177,21 +177,21 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::AlterTopicRequest>,
     ) -> Result<Response<v1::AlterTopicResponse>, Status> {
-        into_response(self.operate()?.topics.alter_topic(request.into_inner()).await)
+        into_response(self.available_api()?.topics.alter_topic(request.into_inner()).await)
     }
 
     async fn add_partitions(
         &self,
         request: Request<v1::AddPartitionsRequest>,
     ) -> Result<Response<v1::AddPartitionsResponse>, Status> {
-        into_response(self.operate()?.topics.add_partitions(request.into_inner()).await)
+        into_response(self.available_api()?.topics.add_partitions(request.into_inner()).await)
     }
 
     async fn delete_topic(
         &self,
         request: Request<v1::DeleteTopicRequest>,
     ) -> Result<Response<v1::DeleteTopicResponse>, Status> {
-        into_response(self.operate()?.topics.delete_topic(&request.into_inner().name).await)
+        into_response(self.available_api()?.topics.delete_topic(&request.into_inner().name).await)
     }
 
     async fn describe_cluster(
@@ -205,21 +205,21 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::DrainBrokerRequest>,
     ) -> Result<Response<v1::DrainBrokerResponse>, Status> {
-        into_response(self.operate()?.operations.drain_broker(request.into_inner().broker).await)
+        into_response(self.available_api()?.operations.drain_broker(request.into_inner().broker).await)
     }
 
     async fn undrain_broker(
         &self,
         request: Request<v1::UndrainBrokerRequest>,
     ) -> Result<Response<v1::UndrainBrokerResponse>, Status> {
-        into_response(self.operate()?.operations.undrain_broker(request.into_inner().broker).await)
+        into_response(self.available_api()?.operations.undrain_broker(request.into_inner().broker).await)
     }
 
     async fn reassign_partitions(
         &self,
         request: Request<v1::ReassignPartitionsRequest>,
     ) -> Result<Response<v1::ReassignPartitionsResponse>, Status> {
-        into_response(self.operate()?.operations.reassign(request.into_inner()).await)
+        into_response(self.available_api()?.operations.reassign(request.into_inner()).await)
     }
 
     async fn list_reassignments(
@@ -233,20 +233,20 @@ impl admin_server::Admin for AdminService {
         &self,
         request: Request<v1::CancelReassignmentRequest>,
     ) -> Result<Response<v1::CancelReassignmentResponse>, Status> {
-        into_response(self.operate()?.operations.cancel_reassignment(&request.into_inner()).await)
+        into_response(self.available_api()?.operations.cancel_reassignment(&request.into_inner()).await)
     }
 
     async fn elect_leader(
         &self,
         request: Request<v1::ElectLeaderRequest>,
     ) -> Result<Response<v1::ElectLeaderResponse>, Status> {
-        into_response(self.operate()?.operations.elect_leader(request.into_inner()).await)
+        into_response(self.available_api()?.operations.elect_leader(request.into_inner()).await)
     }
 
     async fn rebuild_manifest(
         &self,
         request: Request<v1::RebuildManifestRequest>,
     ) -> Result<Response<v1::RebuildManifestResponse>, Status> {
-        into_response(self.operate()?.rebuilder.rebuild_manifest(request.into_inner()).await)
+        into_response(self.available_api()?.rebuilder.rebuild_manifest(request.into_inner()).await)
     }
 }

@@ -1,6 +1,6 @@
 //! Topic administration: translates requests to `cluster::Topics`.
 //!
-//! The response to a change is sent after this broker has applied the change: a created topic accepts records at once.
+//! The response to a change is sent after this broker has applied the change, so a created topic accepts records at once.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -31,12 +31,13 @@ impl TopicAdmin {
         &self.topics
     }
 
+    /// Creates a topic, or only validates the request if `validate_only` is set.
     pub(super) async fn create_topic(
         &self,
         request: v1::CreateTopicRequest,
     ) -> Result<v1::CreateTopicResponse, ApiError> {
         let topic = TopicSpec {
-            name: name(&request.name)?,
+            name: parse_topic_name(&request.name)?,
             partitions: request.partitions.max(1),
             replication_factor: match request.replication_factor {
                 0 => self.ctx.config.replication.default_factor,
@@ -49,41 +50,44 @@ impl TopicAdmin {
         if !request.validate_only {
             self.wait_until_applied(&info).await;
         }
-        Ok(v1::CreateTopicResponse { topic: Some(summary(&info.name, &info.value)) })
+        Ok(v1::CreateTopicResponse { topic: Some(topic_summary(&info.name, &info.value)) })
     }
 
     pub(super) fn list_topics(&self) -> v1::ListTopicsResponse {
         let state = self.ctx.metadata.state();
-        let topics = state.topics().iter().map(|(name, topic)| summary(name, &topic.value)).collect();
+        let topics = state.topics().iter().map(|(name, topic)| topic_summary(name, &topic.value)).collect();
         v1::ListTopicsResponse { topics }
     }
 
     pub(super) async fn alter_topic(&self, request: v1::AlterTopicRequest) -> Result<v1::AlterTopicResponse, ApiError> {
-        let topic = name(&request.name)?;
+        let topic = parse_topic_name(&request.name)?;
+        // Zero means that the replication factor stays.
         let factor = Some(request.replication_factor).filter(|factor| *factor > 0);
         let info = self.topics.alter(&topic, request.set.into_iter().collect(), request.unset, factor).await?;
         self.wait_until_applied(&info).await;
-        Ok(v1::AlterTopicResponse { topic: Some(summary(&info.name, &info.value)) })
+        Ok(v1::AlterTopicResponse { topic: Some(topic_summary(&info.name, &info.value)) })
     }
 
     pub(super) async fn add_partitions(
         &self,
         request: v1::AddPartitionsRequest,
     ) -> Result<v1::AddPartitionsResponse, ApiError> {
-        let info = self.topics.add_partitions(&name(&request.name)?, request.partition_count).await?;
+        let info = self.topics.add_partitions(&parse_topic_name(&request.name)?, request.partition_count).await?;
         self.wait_until_applied(&info).await;
-        Ok(v1::AddPartitionsResponse { topic: Some(summary(&info.name, &info.value)) })
+        Ok(v1::AddPartitionsResponse { topic: Some(topic_summary(&info.name, &info.value)) })
     }
 
+    /// Deletes a topic and waits until this broker has dropped it, for a bounded time. The response contains the maximum time
+    /// for which its objects remain in the object store.
     pub(super) async fn delete_topic(&self, topic: &str) -> Result<v1::DeleteTopicResponse, ApiError> {
-        let topic = name(topic)?;
+        let topic = parse_topic_name(topic)?;
         let id: TopicId = self.topics.delete(&topic).await?;
         let removed =
             self.partitions.until(|partitions| partitions.topic(&topic).is_none_or(|partitions| partitions.id != id));
         let _late = tokio::time::timeout(APPLY_TIMEOUT, removed).await;
-        let kept = self.ctx.tier.as_ref().map(|_| garbage::max_retention(self.ctx.config.tier.garbage_grace));
+        let retention = self.ctx.tier.as_ref().map(|_| garbage::max_retention(self.ctx.config.tier.garbage_grace));
         Ok(v1::DeleteTopicResponse {
-            object_grace_ms: kept.map(|kept| u64::try_from(kept.as_millis()).unwrap_or(u64::MAX)),
+            object_grace_ms: retention.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
         })
     }
 
@@ -99,20 +103,22 @@ impl TopicAdmin {
     }
 }
 
-pub(super) fn name(text: &str) -> Result<TopicName, ApiError> {
+/// Parses the topic name of a request.
+pub(super) fn parse_topic_name(text: &str) -> Result<TopicName, ApiError> {
     TopicName::new(text).map_err(|error| ApiError::new(ErrorCode::InvalidTopic, error.to_string()))
 }
 
-pub(super) fn texts(config: ConfigMap) -> HashMap<String, String> {
+/// Converts a topic configuration to its protocol form.
+pub(super) fn config_to_proto(config: ConfigMap) -> HashMap<String, String> {
     config.into_iter().collect()
 }
 
-pub(super) fn summary(name: &TopicName, value: &TopicValue) -> v1::TopicSummary {
+pub(super) fn topic_summary(name: &TopicName, value: &TopicValue) -> v1::TopicSummary {
     v1::TopicSummary {
         name: name.to_string(),
         topic_id: value.id.to_string(),
         partitions: value.partitions,
         replication_factor: value.replication_factor,
-        config: texts(value.config.clone()),
+        config: config_to_proto(value.config.clone()),
     }
 }

@@ -1,6 +1,6 @@
 //! The one mapping from errors of the inner modules to API errors.
 
-mod orders;
+mod operations;
 
 use tonic::Status;
 
@@ -184,9 +184,9 @@ fn above_bound(message: String, bound: ReplicaBound) -> ApiError {
         .with("setting", "broker.max_replicas")
 }
 
-/// Returns the status with which a stream ends whose requests can no longer be read. The status has a stable error code
-/// if the transport rejected a request.
-pub(super) fn unreadable(status: Status) -> Status {
+/// Returns the status with which a call ends after its stream of requests failed with `status`. The returned status has a
+/// stable error code if the transport rejected a request.
+pub(super) fn request_stream_error(status: Status) -> Status {
     from_transport(&status, "").map_or(status, Status::from)
 }
 
@@ -196,7 +196,7 @@ pub(super) fn invalid(message: impl Into<String>) -> ApiError {
 }
 
 /// Parses the topic id of a request. Returns `None` if the request has none.
-pub(super) fn topic_id(text: &str) -> Result<Option<TopicId>, ApiError> {
+pub(super) fn parse_topic_id(text: &str) -> Result<Option<TopicId>, ApiError> {
     if text.is_empty() {
         return Ok(None);
     }
@@ -207,6 +207,6 @@ pub(super) fn topic_id(text: &str) -> Result<Option<TopicId>, ApiError> {
 }
 
 /// Parses an offset of a request.
-pub(super) fn offset(value: i64) -> Result<Offset, ApiError> {
+pub(super) fn parse_offset(value: i64) -> Result<Offset, ApiError> {
     Offset::from_i64(value).ok_or_else(|| invalid(format!("offset {value} is negative: use 0 or more")))
 }

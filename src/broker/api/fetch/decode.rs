@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::{
     FetchResponseBuilder, FetchSession,
-    memory::{DECODED_BYTES, Granted},
+    memory::{DECODED_BYTES, ResponseMemory},
 };
 use crate::{
     broker::{CallMemory, Grant, api::errors},
@@ -34,24 +34,27 @@ impl FetchSession {
     /// # Errors
     /// `RecordTooLarge`: the response must be read again with more memory.
     pub(super) async fn decode(&mut self, gathered: &mut FetchResponseBuilder) -> Result<usize, RecordTooLarge> {
-        self.restore_now();
+        self.try_reclaim();
         // A batch that is being decompressed stays charged after its call has ended.
-        let charge = Arc::new(self.grant.as_mut().map(Granted::split));
+        let charge = Arc::new(self.response_memory.as_mut().map(ResponseMemory::split));
         let mut decoder = Decoder {
             decompressor: self
                 .memory
                 .decompressor(&self.fetch.decompressor)
                 .charged(Arc::<Option<Grant>>::clone(&charge)),
             memory: &self.memory,
-            room: self.grant.as_ref().map_or(DECODED_BYTES, |granted| granted.records / 2 - self.record_bytes),
+            max_bytes: self
+                .response_memory
+                .as_ref()
+                .map_or(DECODED_BYTES, |memory| memory.records / 2 - self.record_bytes),
             record_bytes: self.record_bytes,
-            has_record: false,
+            has_used_reservation: false,
             decoded_bytes: 0,
         };
-        let mut used = 0;
-        for (fetched, place) in gathered.partitions.iter_mut().zip(&gathered.places) {
-            let Some(place) = place.map(|index| &self.places[index]) else { continue };
-            match decoder.decode(fetched, (place.served.id(), place.from), &mut used).await {
+        let mut used_bytes = 0;
+        for (fetched, index) in gathered.partitions.iter_mut().zip(&gathered.session_indexes) {
+            let Some(state) = index.map(|index| &self.partitions[index]) else { continue };
+            match decoder.decode(fetched, (state.replica.id(), state.from), &mut used_bytes).await {
                 Ok(()) => {}
                 Err(Undecoded::TooLarge(record)) => return Err(record),
                 Err(Undecoded::Refused(error)) => {
@@ -61,10 +64,10 @@ impl FetchSession {
             }
         }
         drop(decoder);
-        if let (Some(granted), Some(charge)) = (&mut self.grant, Arc::into_inner(charge).flatten()) {
-            granted.end_read(charge);
+        if let (Some(memory), Some(charge)) = (&mut self.response_memory, Arc::into_inner(charge).flatten()) {
+            memory.end_read(charge);
         }
-        Ok(used)
+        Ok(used_bytes)
     }
 }
 
@@ -85,18 +88,18 @@ struct Decoder<'a> {
     decompressor: Decompressor,
     memory: &'a CallMemory,
     /// Bytes of records after which the response takes no more.
-    room: usize,
+    max_bytes: usize,
     /// Bytes reserved for one first record.
     record_bytes: usize,
     /// True once a record used this reservation.
-    has_record: bool,
+    has_used_reservation: bool,
     /// Bytes of batches and records decoded since the last yield to other tasks.
     decoded_bytes: usize,
 }
 
 impl Decoder<'_> {
-    /// Replaces the batches of a partition by their records from an offset on, while there is space. `used` is the
-    /// total of all partitions.
+    /// Replaces the batches of a partition by their records from an offset on, while there is space. Adds the bytes of the
+    /// records to `used_bytes`, the total of all partitions.
     ///
     /// An error means that the partition has no records in the response. If records precede a corrupt batch, the next
     /// read returns the error.
@@ -104,79 +107,88 @@ impl Decoder<'_> {
         &mut self,
         fetched: &mut v1::FetchedPartition,
         (id, from): (PartitionId, Offset),
-        used: &mut usize,
+        used_bytes: &mut usize,
     ) -> Result<(), Undecoded> {
         let mut bytes = Bytes::from(std::mem::take(&mut fetched.chunks).concat());
         while !bytes.is_empty() {
             let batch = Batch::split_from(&mut bytes).map_err(errors::malformed_batch)?;
-            let first = fetched.records.is_empty();
-            if *used >= self.room && !(first && batch.compression() == Compression::None) {
+            let is_first = fetched.records.is_empty();
+            if *used_bytes >= self.max_bytes && !(is_first && batch.compression() == Compression::None) {
                 // The space is used up, so the following batches need not be decompressed.
                 fetched.next_offset = from.max(batch.base_offset()).as_i64();
-                return if first { Err(response_full(fetched, self.room < DECODED_BYTES).into()) } else { Ok(()) };
+                return if is_first { Err(self.response_full(fetched)) } else { Ok(()) };
             }
-            let mut opened = self.open((id, &batch), from, *used, self.room).await;
-            if let Ok(DecodedRecords { records, left: Some((_, size)), .. }) = &opened
-                && first
+            let mut decoded = self.open((id, &batch), from, self.max_bytes.saturating_sub(*used_bytes)).await;
+            if let Ok(DecodedRecords { records, omitted: Some((_, size)), .. }) = &decoded
+                && is_first
                 && records.is_empty()
-                && *used + *size <= MAX_DECODED_BYTES
+                && *used_bytes + *size <= MAX_DECODED_BYTES
             {
                 // The first record is returned at any size for which there is memory.
                 let size = *size;
                 self.reserve_record(size)?;
-                opened = self.open((id, &batch), from, 0, size).await;
+                decoded = self.open((id, &batch), from, size).await;
             }
-            self.decoded_bytes += batch.encoded_len() + opened.as_ref().map_or(0, |taken| taken.used);
+            self.decoded_bytes += batch.encoded_len() + decoded.as_ref().map_or(0, |decoded| decoded.bytes);
             if self.decoded_bytes > INLINE_BYTES {
                 self.decoded_bytes = 0;
                 tokio::task::yield_now().await;
             }
-            match opened {
-                Ok(taken) => {
-                    *used += taken.used;
-                    fetched.records.extend(taken.records);
-                    let Some((offset, size)) = taken.left else { continue };
+            match decoded {
+                Ok(decoded) => {
+                    *used_bytes += decoded.bytes;
+                    fetched.records.extend(decoded.records);
+                    let Some((offset, size)) = decoded.omitted else { continue };
                     fetched.next_offset = offset.as_i64();
                     return match fetched.records.is_empty() {
                         true if size > MAX_DECODED_BYTES => Err(record_too_large(fetched, size).into()),
                         // One message cannot hold this record together with those of other partitions.
-                        true => Err(response_full(fetched, self.room < DECODED_BYTES).into()),
+                        true => Err(self.response_full(fetched)),
                         false => Ok(()),
                     };
                 }
                 Err(error) => {
                     fetched.next_offset = from.max(batch.base_offset()).as_i64();
-                    let first = fetched.records.is_empty();
-                    return if first { Err(undecodable(fetched, &batch, &error).into()) } else { Ok(()) };
+                    return if fetched.records.is_empty() {
+                        Err(undecodable(fetched, &batch, &error).into())
+                    } else {
+                        Ok(())
+                    };
                 }
             }
         }
         Ok(())
     }
 
-    /// Reserves memory for a first record that exceeds the space of the response.
+    /// Returns the error for a partition whose records do not fit into the response.
+    fn response_full(&self, fetched: &v1::FetchedPartition) -> Undecoded {
+        response_full(fetched, self.max_bytes < DECODED_BYTES).into()
+    }
+
+    /// Reserves memory for a first record that exceeds the space of the response. Uses the session's reservation for one
+    /// such record first.
     fn reserve_record(&mut self, bytes: usize) -> Result<(), Undecoded> {
-        if bytes <= self.record_bytes && !std::mem::replace(&mut self.has_record, true) {
+        if bytes <= self.record_bytes && !std::mem::replace(&mut self.has_used_reservation, true) {
             return Ok(());
         }
         match self.memory.reserve_more(2 * bytes) {
-            // A record larger than all before is read again, after its memory was reserved in turn. Memory of smaller
-            // records is already in the response.
+            // For a record larger than all before, the response is read again, and memory for the record is then reserved
+            // with that of the response.
             Err(_) if bytes > self.record_bytes => Err(Undecoded::TooLarge(RecordTooLarge { bytes })),
             reserved => Ok(reserved?),
         }
     }
 
-    /// Decompresses a batch. A connection decompresses one batch at a time.
+    /// Decompresses a batch and takes its records from an offset on, up to `max_bytes`. A connection decompresses one batch
+    /// at a time.
     async fn open(
         &self,
         (id, batch): (PartitionId, &Batch),
         from: Offset,
-        used: usize,
-        room: usize,
+        max_bytes: usize,
     ) -> Result<DecodedRecords, MalformedBatch> {
-        let room = room.saturating_sub(used);
-        let work = move |batch: &Batch, max_bytes: usize| take_records(batch, max_bytes, from, room);
+        let work =
+            move |batch: &Batch, decompressed_bytes: usize| take_records(batch, decompressed_bytes, from, max_bytes);
         self.decompressor.open_stored(id, batch, work).await
     }
 }
@@ -185,36 +197,44 @@ impl Decoder<'_> {
 struct DecodedRecords {
     records: Vec<v1::Record>,
     /// Bytes of the records.
-    used: usize,
-    /// Offset and size of the first record that does not fit.
-    left: Option<(Offset, usize)>,
+    bytes: usize,
+    /// Offset and size of the first record that does not fit; `None` if all records fit.
+    omitted: Option<(Offset, usize)>,
 }
 
-fn take_records(batch: &Batch, max_bytes: usize, from: Offset, room: usize) -> Result<DecodedRecords, MalformedBatch> {
+/// Takes the records of a batch from an offset on, up to `max_bytes`. Fails if the batch decompresses to more than
+/// `decompressed_bytes`.
+fn take_records(
+    batch: &Batch,
+    decompressed_bytes: usize,
+    from: Offset,
+    max_bytes: usize,
+) -> Result<DecodedRecords, MalformedBatch> {
     // A slice would keep all decompressed bytes in memory until the response is sent.
     let copies = batch.compression() != Compression::None;
-    let keep = |bytes: Bytes| if copies { Bytes::copy_from_slice(&bytes) } else { bytes };
-    let mut taken = DecodedRecords { records: Vec::new(), used: 0, left: None };
-    let mut records = batch.records_within(max_bytes)?;
+    let detach = |bytes: Bytes| if copies { Bytes::copy_from_slice(&bytes) } else { bytes };
+    let mut decoded = DecodedRecords { records: Vec::new(), bytes: 0, omitted: None };
+    let mut records = batch.records_within(decompressed_bytes)?;
     records.skip_below(from)?;
     for entry in records {
         let (offset, record) = entry?;
         let size = record_bytes(&record);
-        if taken.used + size > room {
-            taken.left = Some((offset, size));
+        if decoded.bytes + size > max_bytes {
+            decoded.omitted = Some((offset, size));
             break;
         }
-        taken.used += size;
-        let headers = record.headers.into_iter().map(|h| v1::Header { key: h.key, value: h.value.map(keep) }).collect();
-        taken.records.push(v1::Record {
-            key: record.key.map(keep),
-            value: record.value.map(keep),
-            headers,
+        decoded.bytes += size;
+        let headers = record.headers.into_iter();
+        let headers = headers.map(|header| v1::Header { key: header.key, value: header.value.map(detach) });
+        decoded.records.push(v1::Record {
+            key: record.key.map(detach),
+            value: record.value.map(detach),
+            headers: headers.collect(),
             timestamp_ms: Some(record.timestamp_ms),
             offset: offset.as_i64(),
         });
     }
-    Ok(taken)
+    Ok(decoded)
 }
 
 /// Returns the maximum bytes of a record in a response.

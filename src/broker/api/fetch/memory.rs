@@ -27,7 +27,7 @@ const SMALL_DECODED_BYTES: usize = DECODED_BYTES / 16;
 const PARTITION_BYTES: usize = 512;
 
 /// Memory taken for a response.
-pub(super) struct Granted {
+pub(super) struct ResponseMemory {
     grant: ResponseGrant,
     /// Bytes for batches, and for the message that is built from them.
     bytes: usize,
@@ -45,7 +45,7 @@ pub(super) struct Granted {
     is_used_up: bool,
 }
 
-impl Granted {
+impl ResponseMemory {
     /// Splits off the memory of one read. The read holds this memory until it ends, which may be after the response is
     /// built or the call has ended.
     pub(super) fn begin_read(&mut self) -> Grant {
@@ -68,23 +68,23 @@ impl Granted {
 impl FetchSession {
     /// Returns true if there is something to read, or already read, without memory for it.
     pub(super) fn needs_memory(&self) -> bool {
-        self.grant.is_none() && (self.held.is_some() || !self.reading.is_empty() || self.ready.is_marked())
+        self.response_memory.is_none() && (self.deferred.is_some() || !self.reads.is_empty() || self.ready.is_marked())
     }
 
-    /// Takes memory for a response before any read: for the batches, and for the message that is built from them.
-    /// Decoded records take as much again. The response is small if other responses hold too much memory. The size of a
-    /// larger batch is known after a read failed for lack of memory.
+    /// Takes memory for a response before any read: for the batches, and for the message that is built from them. Waits
+    /// for the memory. Decoded records take as much again. The response is small if other responses hold too much memory.
+    /// The size of a larger batch is known after a read failed for lack of memory.
     pub(super) async fn reserve(&mut self, decode: bool) {
-        let max_bytes = self.terms.max_bytes;
-        let reads = self.places.len().clamp(1, MAX_CONCURRENT_READS);
+        let max_bytes = self.limits.max_bytes;
+        let reads = self.partitions.len().clamp(1, MAX_CONCURRENT_READS);
         let record_bytes = self.record_bytes;
-        let records = |room: usize| if decode { 2 * (room + record_bytes) } else { 0 };
+        let records = |decoded_bytes: usize| if decode { 2 * (decoded_bytes + record_bytes) } else { 0 };
         let batch_bytes = self.expected_batch_bytes.max(self.max_batch_bytes);
         let bytes = max_bytes + reads * self.read_bytes(max_bytes).max(batch_bytes);
         let (bytes, small) = (bytes.max(2 * self.max_batch_bytes), 2 * (SMALL_RESPONSE_BYTES + self.max_batch_bytes));
         let wanted = bytes + records(DECODED_BYTES);
         let min_bytes = small + records(SMALL_DECODED_BYTES);
-        let (grant, granted) = match self.memory.try_response(wanted, min_bytes) {
+        let (grant, granted_bytes) = match self.memory.try_response(wanted, min_bytes) {
             Some(granted) => granted,
             None => {
                 // Ended reads that wait here would keep the memory that this call waits for.
@@ -92,84 +92,84 @@ impl FetchSession {
                 self.memory.response(wanted, min_bytes).await
             }
         };
-        let (released, is_used_up, is_small) = (None, false, granted != wanted);
-        self.grant = Some(if is_small {
+        let (released, is_used_up, is_small) = (None, false, granted_bytes != wanted);
+        self.response_memory = Some(if is_small {
             let (records, max_bytes) = (records(SMALL_DECODED_BYTES), max_bytes.min(SMALL_RESPONSE_BYTES));
             let batch_bytes = SMALL_RESPONSE_BYTES.max(self.max_batch_bytes);
-            Granted { grant, bytes: small, records, max_bytes, batch_bytes, is_small, released, is_used_up }
+            ResponseMemory { grant, bytes: small, records, max_bytes, batch_bytes, is_small, released, is_used_up }
         } else {
             let (records, batch_bytes) = (records(DECODED_BYTES), self.read_bytes(max_bytes).max(batch_bytes));
-            Granted { grant, bytes, records, max_bytes, batch_bytes, is_small, released, is_used_up }
+            ResponseMemory { grant, bytes, records, max_bytes, batch_bytes, is_small, released, is_used_up }
         });
     }
 
     /// Returns true if one more read may start.
     pub(super) fn may_begin_read(&self) -> bool {
-        let Some(Granted { is_small, released: None, .. }) = self.grant else { return false };
-        self.reading.len() < if is_small { 1 } else { MAX_CONCURRENT_READS }
+        let Some(ResponseMemory { is_small, released: None, .. }) = self.response_memory else { return false };
+        self.reads.len() < if is_small { 1 } else { MAX_CONCURRENT_READS }
     }
 
     /// Returns true if partitions that become ready are processed before the reads in progress have ended.
     pub(super) fn awaits_marks(&self) -> bool {
-        match self.grant {
-            Some(Granted { is_used_up: true, .. }) => false,
-            Some(Granted { is_small: true, .. }) => self.reading.is_empty(),
-            _ => self.reading.len() < MAX_CONCURRENT_READS,
+        match self.response_memory {
+            Some(ResponseMemory { is_used_up: true, .. }) => false,
+            Some(ResponseMemory { is_small: true, .. }) => self.reads.is_empty(),
+            Some(ResponseMemory { .. }) | None => self.reads.len() < MAX_CONCURRENT_READS,
         }
     }
 
     /// Frees the memory of a delayed response, except that for its batches and for the reads in progress.
     pub(super) fn release_unused(&mut self, gathered: &FetchResponseBuilder) {
-        let Some(granted) = &self.grant else { return };
+        let Some(memory) = &mut self.response_memory else { return };
         if self.ready.is_marked() {
             return;
         }
-        let bytes = granted.bytes.min(2 * (gathered.bytes + self.reading.len() * granted.batch_bytes));
-        let records = granted.records.min(2 * (SMALL_DECODED_BYTES + self.record_bytes));
-        let before = (granted.bytes, granted.records);
-        if before != (bytes, records)
-            && let Some(granted) = &mut self.grant
-        {
-            granted.released.get_or_insert(before);
-            (granted.bytes, granted.records) = (bytes, records);
-            granted.grant.shrink((bytes + records).saturating_sub(self.reading.len() * granted.batch_bytes));
+        let reading_bytes = self.reads.len() * memory.batch_bytes;
+        let bytes = memory.bytes.min(2 * (gathered.bytes + reading_bytes));
+        let records = memory.records.min(2 * (SMALL_DECODED_BYTES + self.record_bytes));
+        let before = (memory.bytes, memory.records);
+        if before != (bytes, records) {
+            memory.released.get_or_insert(before);
+            (memory.bytes, memory.records) = (bytes, records);
+            memory.grant.shrink((bytes + records).saturating_sub(reading_bytes));
         }
     }
 
     /// Takes freed memory back if there is more to read. If there is not enough, the response gets no more records.
-    pub(super) fn undrain(&mut self, gathered: &mut FetchResponseBuilder) {
-        if self.ready.is_marked() && !self.restore_now() {
+    pub(super) fn reclaim_if_ready(&mut self, gathered: &mut FetchResponseBuilder) {
+        if self.ready.is_marked() && !self.try_reclaim() {
             gathered.full |= gathered.bytes > 0;
         }
     }
 
     /// Takes freed memory back. Returns true if the response has all of its memory.
-    pub(super) fn restore_now(&mut self) -> bool {
-        let Some(granted) = &mut self.grant else { return true };
-        let Some((bytes, records)) = granted.released else { return true };
-        let under_way = self.reading.len() * granted.batch_bytes;
-        granted.is_used_up = !self.memory.grow(&mut granted.grant, (bytes + records).saturating_sub(under_way));
-        if !granted.is_used_up {
-            (granted.bytes, granted.records, granted.released) = (bytes, records, None);
+    pub(super) fn try_reclaim(&mut self) -> bool {
+        let Some(memory) = &mut self.response_memory else { return true };
+        let Some((bytes, records)) = memory.released else { return true };
+        let reading_bytes = self.reads.len() * memory.batch_bytes;
+        memory.is_used_up = !self.memory.try_grow(&mut memory.grant, (bytes + records).saturating_sub(reading_bytes));
+        if !memory.is_used_up {
+            (memory.bytes, memory.records, memory.released) = (bytes, records, None);
         }
-        !granted.is_used_up
+        !memory.is_used_up
     }
 
     /// Restarts the request at its first offsets, with memory for a first record of `record_bytes`.
     pub(super) fn read_again(&mut self, record_bytes: usize, gathered: FetchResponseBuilder) {
         self.record_bytes = record_bytes;
-        (self.grant, self.held, self.reading) = (None, None, FuturesUnordered::new());
-        let refused = gathered.partitions.into_iter().zip(gathered.places).filter(|(_, place)| place.is_none());
-        self.refused.extend(refused.map(|(refused, _)| refused));
-        for (index, place) in self.places.iter_mut().enumerate() {
-            place.reader = Some(place.served.reader().clone());
-            (place.position, place.reading, place.again) = (place.from, false, false);
+        (self.response_memory, self.deferred, self.reads) = (None, None, FuturesUnordered::new());
+        let entries = gathered.partitions.into_iter().zip(gathered.session_indexes);
+        self.refused.extend(entries.filter(|(_, index)| index.is_none()).map(|(refused, _)| refused));
+        for (index, state) in self.partitions.iter_mut().enumerate() {
+            state.reader = Some(state.replica.reader().clone());
+            (state.position, state.is_reading, state.is_ready_again) = (state.from, false, false);
             self.ready.mark(index);
         }
     }
 
-    /// Returns the bytes of the batches that a read found, or would have found, if there is no memory for them.
-    pub(super) fn lacks_memory_for(
+    /// Returns the bytes of the batches that a read found, or would have found, if there is no memory for them. Returns
+    /// `None` if there is, or if the read found nothing.
+    pub(super) fn bytes_without_memory(
         &self,
         outcome: &Result<Option<FetchedBatches>, ReadError>,
         gathered: &FetchResponseBuilder,
@@ -181,35 +181,35 @@ impl FetchSession {
         }
     }
 
-    /// Reads a partition again once there is memory for a batch of `batch_bytes`. An empty response frees its memory
-    /// and restarts its reads in progress.
+    /// Marks a partition for another read, for which there must be memory for a batch of `batch_bytes`. An empty response
+    /// frees its memory and restarts its reads in progress. A response with records is full.
     pub(super) fn read_later(&mut self, index: usize, batch_bytes: usize, gathered: &mut FetchResponseBuilder) {
         // Rounded up: batches that grow byte by byte would restart the reads each time.
         self.max_batch_bytes = self.max_batch_bytes.max(batch_bytes.next_power_of_two());
-        self.places[index].reading = false;
+        self.partitions[index].is_reading = false;
         self.ready.mark(index);
         gathered.full = gathered.bytes > 0;
         if gathered.full {
             return;
         }
-        self.grant = None;
+        self.response_memory = None;
         self.drop_reads();
     }
 
     /// Drops the reads in progress, which keep their memory until they end, and marks their partitions as ready.
     pub(super) fn drop_reads(&mut self) {
-        if let Some(granted) = &mut self.grant
-            && !self.reading.is_empty()
+        if let Some(memory) = &mut self.response_memory
+            && !self.reads.is_empty()
         {
-            granted.released.get_or_insert((granted.bytes, granted.records));
-            granted.bytes = granted.bytes.saturating_sub(self.reading.len() * granted.batch_bytes);
+            memory.released.get_or_insert((memory.bytes, memory.records));
+            memory.bytes = memory.bytes.saturating_sub(self.reads.len() * memory.batch_bytes);
         }
-        self.reading = FuturesUnordered::new();
-        let held = self.held.as_ref().map(|(index, _)| *index);
-        for (index, place) in self.places.iter_mut().enumerate() {
-            if place.reading && held != Some(index) {
-                place.reading = false;
-                // Other partitions with new records would delay this partition for ever.
+        self.reads = FuturesUnordered::new();
+        let deferred = self.deferred.as_ref().map(|(index, _)| *index);
+        for (index, state) in self.partitions.iter_mut().enumerate() {
+            if state.is_reading && deferred != Some(index) {
+                state.is_reading = false;
+                // Marked before all others: other partitions with new records would delay this partition for ever.
                 self.ready.put_back(index);
             }
         }
@@ -218,31 +218,34 @@ impl FetchSession {
     /// Returns true if there is memory for a batch that was read, reserving more if needed. A batch may be larger than
     /// expected.
     fn has_memory_for(&self, batch_bytes: usize, gathered: &FetchResponseBuilder) -> bool {
-        let Some(Granted { bytes, .. }) = self.grant else { return true };
+        let Some(ResponseMemory { bytes, .. }) = self.response_memory else { return true };
         let needed = 2 * (gathered.bytes + batch_bytes);
         needed <= bytes || self.memory.reserve_more((needed - bytes).min(2 * batch_bytes)).is_ok()
     }
 
-    /// Returns the maximum bytes of one read if the response has space for `left` bytes.
-    pub(super) fn read_bytes(&self, left: usize) -> usize {
-        (left / self.places.len().clamp(1, MAX_CONCURRENT_READS)).max(left.min(MIN_READ_BYTES))
+    /// Returns the maximum bytes of one read if the response has space for `remaining_bytes`.
+    pub(super) fn read_bytes(&self, remaining_bytes: usize) -> usize {
+        let reads = self.partitions.len().clamp(1, MAX_CONCURRENT_READS);
+        (remaining_bytes / reads).max(remaining_bytes.min(MIN_READ_BYTES))
     }
 
     /// Passes the memory of a built response to its call, which frees the memory when the response has been sent. Reads
-    /// in progress have their own memory. An outcome that is held for the next response keeps a part of the memory of
+    /// in progress have their own memory. An outcome that is deferred to the next response keeps a part of the memory of
     /// this response.
-    pub(super) fn on_made(&mut self, batch_bytes: usize, partitions: usize) {
-        if let Some(granted) = self.grant.take() {
-            let held = match &self.held {
+    pub(super) fn on_response_built(&mut self, batch_bytes: usize, partitions: usize) {
+        if let Some(memory) = self.response_memory.take() {
+            let deferred_bytes = match &self.deferred {
                 Some((_, Ok(Some(fetched)))) => fetched.bytes,
-                _ => 0,
+                Some((_, Ok(None) | Err(_))) | None => 0,
             };
-            self.memory.complete_response(granted.grant, 2 * batch_bytes + held + partitions * PARTITION_BYTES);
+            let bytes = 2 * batch_bytes + deferred_bytes + partitions * PARTITION_BYTES;
+            self.memory.complete_response(memory.grant, bytes);
         }
     }
 
     /// Returns the bytes at which the response is no longer delayed: at most its capacity.
     pub(super) fn min_bytes(&self) -> usize {
-        self.grant.as_ref().map_or(self.terms.min_bytes, |granted| self.terms.min_bytes.min(granted.max_bytes))
+        let min_bytes = self.limits.min_bytes;
+        self.response_memory.as_ref().map_or(min_bytes, |memory| min_bytes.min(memory.max_bytes))
     }
 }

@@ -33,7 +33,7 @@ use tonic::Status;
 
 use self::{
     decode::RecordTooLarge,
-    memory::{Granted, MIN_READ_BYTES},
+    memory::{MIN_READ_BYTES, ResponseMemory},
     stream::FetchStreamState,
 };
 use super::{errors, service::Requests};
@@ -53,8 +53,8 @@ use crate::{
 /// Maximum number of concurrent reads of one session.
 const MAX_CONCURRENT_READS: usize = 8;
 
-/// Maximum time that a response with enough bytes waits for reads in progress. These reads end with the call: without
-/// the wait, partitions in memory would keep partitions on disk out of every response.
+/// Maximum time that a response with `min_bytes` waits for reads in progress. A unary call ends the reads in progress with
+/// its response. Without the wait, partitions in memory would keep partitions on disk out of every response.
 const OTHER_READS_DELAY: Duration = Duration::from_millis(100);
 
 /// Default for the maximum bytes of a response.
@@ -77,25 +77,28 @@ pub(in crate::broker) struct Fetch {
     pub(super) stop: Tasks,
 }
 
+/// Index of a partition in its session, and the outcome of a read; `Ok(None)` if there are no records at the position.
 type ReadOutcome = (usize, Result<Option<FetchedBatches>, ReadError>);
 
-/// Outcome of a read, with the memory that the read held.
+/// Outcome of a read, with the memory that the read held; `None` if other work still holds that memory.
 type EndedRead = (ReadOutcome, Option<Grant>);
 
 /// One partition of a session.
 struct FetchPartitionState {
-    served: Arc<Partition>,
+    replica: Arc<Partition>,
+    /// Topic name and partition number of the request.
     topic: String,
     partition: i32,
     /// `None` after a failure: the session skips the partition from then on.
     reader: Option<PartitionReader>,
     /// Offset that the client requested.
     from: Offset,
+    /// Offset of the next read.
     position: Offset,
     /// True while a read from `position` is in progress. A second read would return the same records again.
-    reading: bool,
+    is_reading: bool,
     /// True if the partition became ready again during that read.
-    again: bool,
+    is_ready_again: bool,
 }
 
 impl FetchPartitionState {
@@ -133,30 +136,34 @@ impl FetchLimits {
 struct FetchResponseBuilder {
     partitions: Vec<v1::FetchedPartition>,
     /// Index in the session of each of `partitions`; `None` for rejected partitions.
-    places: Vec<Option<usize>>,
+    session_indexes: Vec<Option<usize>>,
     /// Index in `partitions`, by index in the session.
     entries: BTreeMap<usize, usize>,
+    /// Bytes of the batches.
     bytes: usize,
+    /// True if an entry contains an error.
     failed: bool,
-    /// True if the next read outcome does not fit.
+    /// True if the next read outcome does not fit, so nothing more is added.
     full: bool,
 }
 
 /// The partitions of one reader.
 struct FetchSession {
     fetch: Arc<Fetch>,
-    places: Vec<FetchPartitionState>,
+    partitions: Vec<FetchPartitionState>,
+    /// Indexes of the partitions with records to read.
     ready: Arc<WakeSet>,
-    reading: FuturesUnordered<Pin<Box<dyn Future<Output = EndedRead> + Send>>>,
+    /// Reads in progress.
+    reads: FuturesUnordered<Pin<Box<dyn Future<Output = EndedRead> + Send>>>,
     /// Read outcome that did not fit into the last response. The next response starts with this outcome, so small
     /// batches cannot delay a large one for ever.
-    held: Option<ReadOutcome>,
-    terms: FetchLimits,
+    deferred: Option<ReadOutcome>,
+    limits: FetchLimits,
     memory: CallMemory,
     /// Memory for the partitions, if there are many.
-    named: Option<Grant>,
-    /// Memory for the response being built.
-    grant: Option<Granted>,
+    partitions_grant: Option<Grant>,
+    /// Memory for the response being built; `None` until it is reserved.
+    response_memory: Option<ResponseMemory>,
     /// Size of the largest expected batch, in bytes.
     expected_batch_bytes: usize,
     /// Size of the largest batch for which a read had not enough memory, in bytes.
@@ -170,18 +177,18 @@ struct FetchSession {
 }
 
 impl FetchSession {
-    fn new(fetch: Arc<Fetch>, terms: FetchLimits, memory: CallMemory) -> Self {
-        let (ready, reading) = (Arc::default(), FuturesUnordered::new());
+    fn new(fetch: Arc<Fetch>, limits: FetchLimits, memory: CallMemory) -> Self {
+        let (ready, reads) = (Arc::default(), FuturesUnordered::new());
         Self {
             fetch,
-            places: Vec::new(),
+            partitions: Vec::new(),
             ready,
-            reading,
-            held: None,
-            terms,
+            reads,
+            deferred: None,
+            limits,
             memory,
-            named: None,
-            grant: None,
+            partitions_grant: None,
+            response_memory: None,
             expected_batch_bytes: 0,
             max_batch_bytes: 0,
             record_bytes: 0,
@@ -201,46 +208,47 @@ impl FetchSession {
                 limits::MAX_FETCH_PARTITIONS
             )));
         }
-        let mut named = BTreeSet::new();
-        if let Some(twice) = wanted.iter().find(|want| !named.insert((want.topic.as_str(), want.partition))) {
-            let shown: String = twice.topic.chars().take(100).collect();
+        let mut seen = BTreeSet::new();
+        if let Some(duplicate) = wanted.iter().find(|want| !seen.insert((want.topic.as_str(), want.partition))) {
+            let shown: String = duplicate.topic.chars().take(100).collect();
             return Err(errors::invalid(format!(
                 "topic {shown:?}, partition {} is named twice in one fetch: name each partition once",
-                twice.partition
+                duplicate.partition
             )));
         }
-        self.named = None;
+        self.partitions_grant = None;
         if wanted.len() > FEW_PARTITIONS {
             let names = wanted.iter().map(|want| want.topic.len()).sum::<usize>();
-            self.named = Some(self.memory.session(wanted.len() * PARTITION_STATE_BYTES + 4 * names)?);
+            self.partitions_grant = Some(self.memory.session(wanted.len() * PARTITION_STATE_BYTES + 4 * names)?);
         }
         self.drop_reads();
-        let before = std::mem::take(&mut self.places);
-        (self.ready, self.held) = (Arc::default(), None);
-        let kept = before.iter().filter(|place| !restart && place.reader.is_some());
-        let positions: BTreeMap<PartitionId, Offset> = kept.map(|place| (place.served.id(), place.position)).collect();
+        let before = std::mem::take(&mut self.partitions);
+        (self.ready, self.deferred) = (Arc::default(), None);
+        let continued = before.iter().filter(|state| !restart && state.reader.is_some());
+        let positions: BTreeMap<PartitionId, Offset> =
+            continued.map(|state| (state.replica.id(), state.position)).collect();
         (self.expected_batch_bytes, self.max_batch_bytes) = (0, 0);
         for want in wanted {
             match self.fetch.readable(&want, any_replica) {
-                Ok(partition) => {
+                Ok(replica) => {
                     // Matched by id, not by name: a recreated topic is another topic.
-                    let from = match positions.get(&partition.id()) {
+                    let from = match positions.get(&replica.id()) {
                         Some(position) => *position,
-                        None => errors::offset(want.offset)?,
+                        None => errors::parse_offset(want.offset)?,
                     };
-                    let max_batch_bytes = partition.config().max_message_bytes.min(MIN_READ_BYTES);
+                    let max_batch_bytes = replica.config().max_message_bytes.min(MIN_READ_BYTES);
                     self.expected_batch_bytes = self.expected_batch_bytes.max(max_batch_bytes);
-                    let reader = partition.reader().clone();
-                    reader.add_listener(&self.ready, self.places.len());
-                    self.places.push(FetchPartitionState {
-                        served: partition,
+                    let reader = replica.reader().clone();
+                    reader.add_listener(&self.ready, self.partitions.len());
+                    self.partitions.push(FetchPartitionState {
+                        replica,
                         topic: want.topic,
                         partition: want.partition,
                         reader: Some(reader),
                         from,
                         position: from,
-                        reading: false,
-                        again: false,
+                        is_reading: false,
+                        is_ready_again: false,
                     });
                 }
                 Err(error) => {
@@ -252,23 +260,23 @@ impl FetchSession {
         Ok(())
     }
 
-    /// Starts reads of ready partitions.
+    /// Starts reads of ready partitions, each of at most `max_bytes`, while the limits on concurrent reads permit.
     fn begin_reads(&mut self, max_bytes: usize) {
         while self.may_begin_read()
-            && let Some(granted) = &mut self.grant
+            && let Some(memory) = &mut self.response_memory
             && let Some(index) = self.ready.take()
         {
-            let place = &mut self.places[index];
-            if place.reading {
-                place.again = true;
+            let state = &mut self.partitions[index];
+            if state.is_reading {
+                state.is_ready_again = true;
                 continue;
             }
-            let Some(reader) = &place.reader else { continue };
-            place.reading = true;
-            let (position, limits) = (place.position, ReadLimits { max_bytes, max_batch_bytes: granted.batch_bytes });
-            let charge = Arc::new(granted.begin_read());
+            let Some(reader) = &state.reader else { continue };
+            state.is_reading = true;
+            let (position, limits) = (state.position, ReadLimits { max_bytes, max_batch_bytes: memory.batch_bytes });
+            let charge = Arc::new(memory.begin_read());
             let reader = reader.charged(Arc::<Grant>::clone(&charge));
-            self.reading.push(Box::pin(async move {
+            self.reads.push(Box::pin(async move {
                 let outcome = reader.read(position, limits).await;
                 drop(reader);
                 ((index, outcome), Arc::into_inner(charge))
@@ -277,72 +285,74 @@ impl FetchSession {
     }
 
     /// Adds the outcome of a read to the response, and the memory of the read to that of the response.
-    fn absorb_ended(&mut self, (outcome, charge): EndedRead, gathered: &mut FetchResponseBuilder) {
-        if let (Some(granted), Some(charge)) = (&mut self.grant, charge) {
-            granted.end_read(charge);
+    fn add_ended_read(&mut self, (outcome, charge): EndedRead, gathered: &mut FetchResponseBuilder) {
+        if let (Some(memory), Some(charge)) = (&mut self.response_memory, charge) {
+            memory.end_read(charge);
         }
-        self.absorb(outcome, gathered);
+        self.add_outcome(outcome, gathered);
     }
 
-    /// Adds the outcome of a read to the response.
-    fn absorb(&mut self, (index, outcome): ReadOutcome, gathered: &mut FetchResponseBuilder) {
+    /// Adds the outcome of a read to the response. An outcome that does not fit is deferred to the next response. Without
+    /// memory for the records, the partition is read again later. If this broker no longer serves the partition, its
+    /// entry gets an error.
+    fn add_outcome(&mut self, (index, outcome): ReadOutcome, gathered: &mut FetchResponseBuilder) {
         if let Ok(Some(fetched)) = &outcome
             && gathered.bytes > 0
-            && gathered.bytes + fetched.bytes > self.terms.message_bytes
+            && gathered.bytes + fetched.bytes > self.limits.message_bytes
         {
             // One message cannot hold both.
             gathered.full = true;
-            self.held = Some((index, outcome));
+            self.deferred = Some((index, outcome));
             return;
         }
-        if let Some(bytes) = self.lacks_memory_for(&outcome, gathered) {
+        if let Some(bytes) = self.bytes_without_memory(&outcome, gathered) {
             return self.read_later(index, bytes, gathered);
         }
-        let place = &mut self.places[index];
-        let status = place.served.status();
+        let state = &mut self.partitions[index];
+        let status = state.replica.status();
         let is_not_served = match &outcome {
             // The records are committed in any case, and the client reads them again from a replica that serves it.
             Ok(_) => !status.role.serves(self.any_replica),
             Err(ReadError::OutOfRange { offset, .. }) => {
-                !status.role.leads() && *offset >= place.served.committed_log_start()
+                !status.role.leads() && *offset >= state.replica.committed_log_start()
             }
             Err(_) => false,
         };
         if (is_not_served || outcome.is_err()) && gathered.has_records(index) {
             // The records before the error form a response of their own.
             gathered.full = true;
-            self.held = Some((index, outcome));
+            self.deferred = Some((index, outcome));
             return;
         }
-        place.reading = false;
-        let again = std::mem::take(&mut place.again);
-        let Some(reader) = &place.reader else { return };
+        state.is_reading = false;
+        let is_ready_again = std::mem::take(&mut state.is_ready_again);
+        let Some(reader) = &state.reader else { return };
         if is_not_served {
-            place.reader = None;
+            state.reader = None;
             gathered.failed = true;
-            let error = self.fetch.lookup.not_leader(&place.topic, place.partition, place.served.id());
+            let error = self.fetch.lookup.not_leader(&state.topic, state.partition, state.replica.id());
             self.fetch.ctx.metrics.fetch_errors.count(error.code.as_str());
-            return gathered.entry(index, place).error = Some(error.into());
+            return gathered.entry(index, state).error = Some(error.into());
         }
         match outcome {
-            Ok(None) if again => self.ready.mark(index),
+            Ok(None) if is_ready_again => self.ready.mark(index),
             Ok(None) => {}
             Ok(Some(fetched)) => {
                 let high_watermark = reader.watermarks().high_watermark;
-                place.position = fetched.next;
+                state.position = fetched.next;
                 self.fetch.count_bytes(fetched.source, fetched.bytes, status.role.leads());
                 let next = fetched.next;
-                gathered.add(index, place, fetched);
+                gathered.add(index, state, fetched);
                 if next < high_watermark {
                     self.ready.mark(index);
                 }
             }
             Err(error) => {
-                place.reader = None;
+                state.reader = None;
                 gathered.failed = true;
-                let error = self.fetch.read_refused(place.served.id(), error);
+                let error = self.fetch.read_refused(state.replica.id(), error);
                 self.fetch.ctx.metrics.fetch_errors.count(error.code.as_str());
-                gathered.entry(index, place).error = Some(error.into());
+                gathered.entry(index, state).error = Some(error.into());
             }
         }
     }
@@ -350,31 +360,32 @@ impl FetchSession {
     /// Gathers everything that is available without waiting.
     fn gather_now(&mut self, gathered: &mut FetchResponseBuilder) {
         gathered.failed |= !self.refused.is_empty();
-        self.refused.drain(..).for_each(|refused| gathered.refuse(refused));
-        if let Some(held) = self.held.take() {
-            self.absorb(held, gathered);
+        self.refused.drain(..).for_each(|refused| gathered.add_refused(refused));
+        if let Some(deferred) = self.deferred.take() {
+            self.add_outcome(deferred, gathered);
         }
-        self.undrain(gathered);
-        let Some(max_bytes) = self.grant.as_ref().map(|granted| granted.max_bytes) else { return };
-        while gathered.bytes < max_bytes && !gathered.full && self.grant.is_some() {
+        self.reclaim_if_ready(gathered);
+        let Some(max_bytes) = self.response_memory.as_ref().map(|memory| memory.max_bytes) else { return };
+        while gathered.bytes < max_bytes && !gathered.full && self.response_memory.is_some() {
             self.begin_reads(self.read_bytes(max_bytes - gathered.bytes));
-            match self.reading.next().now_or_never() {
-                Some(Some(ended)) => self.absorb_ended(ended, gathered),
+            match self.reads.next().now_or_never() {
+                Some(Some(ended)) => self.add_ended_read(ended, gathered),
+                // No read is in progress, or none has ended.
                 Some(None) | None => break,
             }
         }
-        if gathered.bytes == 0 && self.reading.is_empty() {
+        if gathered.bytes == 0 && self.reads.is_empty() {
             // Nothing was found. A response that waits for records holds no memory.
-            self.grant = None;
+            self.response_memory = None;
         }
     }
 
     /// Adds an error to the response for each partition that is still being read.
     fn time_out_reads(&self, gathered: &mut FetchResponseBuilder) {
-        let reading = self.places.iter().enumerate().filter(|(_, place)| place.reading && place.reader.is_some());
-        for (index, place) in reading {
-            let (offset, bound) = (place.position, self.fetch.ctx.config.tier.fetch_max_wait);
-            let (code, source) = if offset < place.served.watermarks().local_start {
+        let states = self.partitions.iter().enumerate();
+        for (index, state) in states.filter(|(_, state)| state.is_reading && state.reader.is_some()) {
+            let (offset, bound) = (state.position, self.fetch.ctx.config.tier.fetch_max_wait);
+            let (code, source) = if offset < state.replica.watermarks().local_start {
                 (ErrorCode::ObjectStoreUnavailable, "the object store")
             } else {
                 (ErrorCode::Timeout, "this broker's disk")
@@ -384,52 +395,53 @@ impl FetchSession {
                  continues: retry"
             );
             self.fetch.ctx.metrics.fetch_errors.count(code.as_str());
-            gathered.entry(index, place).error = Some(ApiError::new(code, message).with("offset", offset).into());
+            gathered.entry(index, state).error = Some(ApiError::new(code, message).with("offset", offset).into());
         }
     }
 
-    /// Marks the partitions with records, if the response has neither records nor errors. Returns true if it marked
-    /// any.
+    /// Marks the partitions with unread records as ready, if the response has neither records nor errors. Returns true if
+    /// there are such partitions.
     fn mark_unread(&self, gathered: &FetchResponseBuilder) -> bool {
         if gathered.bytes > 0 || gathered.failed {
             return false;
         }
-        let unread = self.places.iter().enumerate().filter(|(_, place)| place.has_more());
+        let unread = self.partitions.iter().enumerate().filter(|(_, state)| state.has_more());
         unread.map(|(index, _)| self.ready.mark(index)).count() > 0
     }
 
     /// Adds an entry with watermarks for each partition that has no entry in the response.
-    fn complete(&self, gathered: &mut FetchResponseBuilder) {
-        for (index, place) in self.places.iter().enumerate() {
+    fn add_missing_entries(&self, gathered: &mut FetchResponseBuilder) {
+        for (index, state) in self.partitions.iter().enumerate() {
             if !gathered.entries.contains_key(&index) {
-                gathered.entry(index, place);
+                gathered.entry(index, state);
             }
         }
     }
 
-    /// Gathers the response of a unary read.
+    /// Gathers the response of a unary read: until it has `min_bytes` or an error, or until the deadline. Records that are
+    /// being read at the deadline get `tier.fetch_max_wait`.
     async fn gather(&mut self, decode: bool, deadline: Instant) -> Result<FetchResponseBuilder, ApiError> {
         let max_wait = self.fetch.ctx.config.tier.fetch_max_wait;
         let mut gathered = FetchResponseBuilder::default();
-        let (mut reading_since, mut enough_since, mut looked_again) = (None, None, false);
+        let (mut reading_since, mut enough_since, mut has_rechecked) = (None, None, false);
         loop {
             if self.needs_memory() {
                 let reserved = tokio::time::timeout(max_wait, self.reserve(decode)).await;
                 reserved.map_err(|_| self.memory.no_response_memory())?;
-                // The time until here was spent on memory, not on the disk.
+                // The time so far was spent on memory, not on the disk.
                 reading_since = None;
             }
             self.gather_now(&mut gathered);
             if gathered.is_enough(self.min_bytes()) {
                 let until = *enough_since.get_or_insert_with(clock::monotonic) + OTHER_READS_DELAY;
-                let has_room = !gathered.failed && !gathered.full && gathered.bytes < self.terms.max_bytes;
-                if !has_room || tokio::time::timeout_at(until, self.next_read(&mut gathered)).await != Ok(true) {
+                let takes_more = !gathered.failed && !gathered.full && gathered.bytes < self.limits.max_bytes;
+                if !takes_more || tokio::time::timeout_at(until, self.next_read(&mut gathered)).await != Ok(true) {
                     break;
                 }
                 continue;
             }
             // Records that are being read exist, so the wait for them has a separate bound.
-            let awaits_records = gathered.bytes == 0 && !self.reading.is_empty();
+            let awaits_records = gathered.bytes == 0 && !self.reads.is_empty();
             let until = if awaits_records {
                 *reading_since.get_or_insert_with(clock::monotonic) + max_wait
             } else {
@@ -443,31 +455,31 @@ impl FetchSession {
                 self.time_out_reads(&mut gathered);
             }
             // Records that arrived since the last check still go into this response.
-            if awaits_records || std::mem::replace(&mut looked_again, true) || !self.mark_unread(&gathered) {
+            if awaits_records || std::mem::replace(&mut has_rechecked, true) || !self.mark_unread(&gathered) {
                 break;
             }
         }
-        self.complete(&mut gathered);
+        self.add_missing_entries(&mut gathered);
         Ok(gathered)
     }
 
     /// Waits for one more read outcome. Returns false if no read is in progress.
     async fn next_read(&mut self, gathered: &mut FetchResponseBuilder) -> bool {
-        let ended = self.reading.next().await;
-        ended.map(|ended| self.absorb_ended(ended, gathered)).is_some()
+        let ended = self.reads.next().await;
+        ended.map(|ended| self.add_ended_read(ended, gathered)).is_some()
     }
 
     /// Waits for one more read outcome, or until a partition becomes ready.
     async fn wait_for_data(&mut self, gathered: &mut FetchResponseBuilder) {
         self.release_unused(gathered);
-        let (ready, more) = (Arc::clone(&self.ready), self.awaits_marks());
+        let (ready, awaits_marks) = (Arc::clone(&self.ready), self.awaits_marks());
         let ended = tokio::select! {
             biased;
-            Some(ended) = self.reading.next(), if !self.reading.is_empty() => Some(ended),
-            () = ready.wait_for_index(), if more => None,
+            Some(ended) = self.reads.next(), if !self.reads.is_empty() => Some(ended),
+            () = ready.wait_for_index(), if awaits_marks => None,
         };
         if let Some(ended) = ended {
-            self.absorb_ended(ended, gathered);
+            self.add_ended_read(ended, gathered);
         }
     }
 }
@@ -480,13 +492,13 @@ impl Fetch {
 
     /// Returns the partition for a reader, if this broker serves it.
     fn readable(&self, want: &v1::FetchPartition, any_replica: bool) -> Result<Arc<Partition>, ApiError> {
-        self.lookup.readable(want, errors::topic_id(&want.topic_id)?, any_replica)
+        self.lookup.readable(want, errors::parse_topic_id(&want.topic_id)?, any_replica)
     }
 
     /// Returns the response entry of a partition that is not read here, with the watermarks of the replica if one is
     /// open.
     fn refused_partition(&self, want: v1::FetchPartition, error: ApiError) -> v1::FetchedPartition {
-        let id = errors::topic_id(&want.topic_id).ok();
+        let id = errors::parse_topic_id(&want.topic_id).ok();
         let replica = id.and_then(|id| self.lookup.open_replica(&want.topic, id, want.partition));
         let mut refused =
             v1::FetchedPartition { next_offset: want.offset, error: Some(error.into()), ..Default::default() };
@@ -499,7 +511,7 @@ impl Fetch {
         refused
     }
 
-    /// Returns the error for a rejected read, with the leader to contact instead.
+    /// Returns the error for a rejected read. If another broker leads the partition now, the error names that leader.
     fn read_refused(&self, id: PartitionId, error: ReadError) -> ApiError {
         let is_led_elsewhere = matches!(error, ReadError::Closed);
         let error = ApiError::from(error);
@@ -507,7 +519,7 @@ impl Fetch {
     }
 
     /// Counts the bytes of a read by their source, and by the role of the replica.
-    fn count_bytes(&self, source: ReadSource, bytes: usize, leads: bool) {
+    fn count_bytes(&self, source: ReadSource, bytes: usize, is_leader: bool) {
         let (by_source, by_role) = (&self.ctx.metrics.fetch_bytes, &self.ctx.metrics.fetch_role_bytes);
         let counter = match source {
             ReadSource::Memory => &by_source.memory,
@@ -515,7 +527,7 @@ impl Fetch {
             ReadSource::ObjectStore => &by_source.bucket,
         };
         counter.inc_by(bytes as u64);
-        let counter = if leads { &by_role.leader } else { &by_role.follower };
+        let counter = if is_leader { &by_role.leader } else { &by_role.follower };
         counter.inc_by(bytes as u64);
     }
 
@@ -534,19 +546,19 @@ impl Fetch {
         request: v1::ReadRequest,
         memory: CallMemory,
     ) -> Result<v1::ReadResponse, ApiError> {
-        let terms = FetchLimits::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
+        let fetch_limits = FetchLimits::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
         self.lookup
             .wait_for_topics(request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str())))
             .await;
-        let mut session = FetchSession::new(Arc::clone(self), terms, memory);
+        let mut session = FetchSession::new(Arc::clone(self), fetch_limits, memory);
         session.assign(request.partitions, true, request.any_replica)?;
-        let deadline = clock::monotonic() + terms.max_wait;
+        let deadline = clock::monotonic() + fetch_limits.max_wait;
         loop {
             let mut gathered = session.gather(request.decode, deadline).await?;
             let decoded = if request.decode { session.decode(&mut gathered).await } else { Ok(0) };
             match decoded {
                 Ok(record_bytes) => {
-                    session.on_made(gathered.bytes + record_bytes, gathered.partitions.len());
+                    session.on_response_built(gathered.bytes + record_bytes, gathered.partitions.len());
                     let lease_expired = *session.fetch.lease.borrow();
                     return Ok(v1::ReadResponse { partitions: gathered.partitions, lease_expired });
                 }
@@ -568,38 +580,42 @@ impl Fetch {
 
 impl FetchResponseBuilder {
     /// Adds the records of a read to the entry of a partition.
-    fn add(&mut self, index: usize, place: &FetchPartitionState, fetched: FetchedBatches) {
+    fn add(&mut self, index: usize, state: &FetchPartitionState, fetched: FetchedBatches) {
         self.bytes += fetched.bytes;
-        self.entry(index, place).chunks.extend(fetched.chunks);
+        self.entry(index, state).chunks.extend(fetched.chunks);
     }
 
-    /// Returns the entry of a partition in the response, with its current watermarks.
-    fn entry(&mut self, index: usize, place: &FetchPartitionState) -> &mut v1::FetchedPartition {
-        let at = *self.entries.entry(index).or_insert_with(|| {
-            let (topic, partition) = (place.topic.clone(), place.partition);
+    /// Returns the entry of a partition in the response, updated to its current watermarks. Adds the entry if there is
+    /// none.
+    fn entry(&mut self, index: usize, state: &FetchPartitionState) -> &mut v1::FetchedPartition {
+        let entry_index = *self.entries.entry(index).or_insert_with(|| {
+            let (topic, partition) = (state.topic.clone(), state.partition);
             self.partitions.push(v1::FetchedPartition { topic, partition, ..Default::default() });
-            self.places.push(Some(index));
+            self.session_indexes.push(Some(index));
             self.partitions.len() - 1
         });
-        let (status, watermarks) = (place.served.status(), place.served.watermarks());
-        let entry = &mut self.partitions[at];
+        let (status, watermarks) = (state.replica.status(), state.replica.watermarks());
+        let entry = &mut self.partitions[entry_index];
         entry.log_start = watermarks.log_start.as_i64();
         entry.high_watermark = watermarks.high_watermark.as_i64();
-        entry.next_offset = place.position.as_i64();
+        entry.next_offset = state.position.as_i64();
         entry.from_follower = !status.role.leads();
         entry.leader_epoch = status.epoch.as_i32();
         entry
     }
 
+    /// Returns true if the response has records of the partition with this index in the session.
     fn has_records(&self, index: usize) -> bool {
-        self.entries.get(&index).is_some_and(|at| !self.partitions[*at].chunks.is_empty())
+        self.entries.get(&index).is_some_and(|entry_index| !self.partitions[*entry_index].chunks.is_empty())
     }
 
-    fn refuse(&mut self, refused: v1::FetchedPartition) {
+    /// Adds the entry of a partition that this broker does not serve.
+    fn add_refused(&mut self, refused: v1::FetchedPartition) {
         self.partitions.push(refused);
-        self.places.push(None);
+        self.session_indexes.push(None);
     }
 
+    /// Returns true if the response need not wait for more records.
     fn is_enough(&self, min_bytes: usize) -> bool {
         self.failed || self.full || self.bytes >= min_bytes
     }

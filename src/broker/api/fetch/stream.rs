@@ -22,18 +22,20 @@ pub(super) struct FetchStreamState {
     requests: Requests<v1::FetchRequest>,
     /// True while the lease has expired. Each change causes a response, because records may never arrive.
     lease_expiry: watch::Receiver<bool>,
+    /// True once the client has named its partitions.
     has_assignment: bool,
     /// True once the client sends no more requests. The client still receives records of its last assignment.
-    ended: bool,
+    requests_ended: bool,
 }
 
 impl FetchStreamState {
     pub(super) fn new(fetch: Arc<Fetch>, requests: Requests<v1::FetchRequest>, memory: CallMemory) -> Self {
         let lease_expiry = fetch.lease_expiry();
         let session = FetchSession::new(fetch, FetchLimits::new(0, 0, 0), memory);
-        Self { session, requests, lease_expiry, has_assignment: false, ended: false }
+        Self { session, requests, lease_expiry, has_assignment: false, requests_ended: false }
     }
 
+    /// Returns the next response, once it has `min_bytes`, an error, or records for `max_wait_ms`; `None` ends the stream.
     pub(super) async fn next(&mut self) -> Option<Result<v1::FetchResponse, Status>> {
         let mut gathered = FetchResponseBuilder::default();
         let mut deadline: Option<Instant> = None;
@@ -48,16 +50,15 @@ impl FetchStreamState {
                 }
             }
             self.session.gather_now(&mut gathered);
-            let terms = self.session.terms;
             if gathered.is_enough(self.session.min_bytes()) {
                 break;
             }
             if gathered.bytes > 0 && deadline.is_none() {
-                deadline = Some(clock::monotonic() + terms.max_wait);
+                deadline = Some(clock::monotonic() + self.session.limits.max_wait);
             }
             let delay = async {
                 match deadline {
-                    Some(moment) => tokio::time::sleep_until(moment).await,
+                    Some(deadline) => tokio::time::sleep_until(deadline).await,
                     None => std::future::pending().await,
                 }
             };
@@ -66,12 +67,12 @@ impl FetchStreamState {
             tokio::select! {
                 biased;
                 () = fetch.stop.cancelled() => return None,
-                request = self.requests.try_next(), if !self.ended => match request {
+                request = self.requests.try_next(), if !self.requests_ended => match request {
                     Ok(Some(request)) => {
                         // Records of the old assignment are sent first, because the positions are past them.
                         let wanted = request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str()));
                         fetch.lookup.wait_for_topics(wanted).await;
-                        if let Err(error) = self.take(request) {
+                        if let Err(error) = self.apply_request(request) {
                             return Some(Err(error.into()));
                         }
                         if gathered.bytes > 0 {
@@ -79,24 +80,26 @@ impl FetchStreamState {
                         }
                     }
                     Ok(None) if !self.has_assignment => return None,
-                    Ok(None) => self.ended = true,
-                    Err(status) => return Some(Err(errors::unreadable(status))),
+                    Ok(None) => self.requests_ended = true,
+                    Err(status) => return Some(Err(errors::request_stream_error(status))),
                 },
                 Ok(()) = self.lease_expiry.changed(), if self.has_assignment => break,
                 () = session.wait_for_data(&mut gathered), if self.has_assignment => {}
                 () = delay => break,
             }
         }
-        self.session.on_made(gathered.bytes, gathered.partitions.len());
+        self.session.on_response_built(gathered.bytes, gathered.partitions.len());
         self.session.fetch.ctx.metrics.fetch_requests.inc();
         let lease_expired = *self.lease_expiry.borrow_and_update();
         Some(Ok(v1::FetchResponse { partitions: gathered.partitions, lease_expired }))
     }
 
-    fn take(&mut self, request: v1::FetchRequest) -> Result<(), ApiError> {
-        let _request = self.session.memory.take_request();
+    /// Replaces the partitions of the session by those of a request. The limits are those of the first request.
+    fn apply_request(&mut self, request: v1::FetchRequest) -> Result<(), ApiError> {
+        // The request stays charged until the session has its own memory.
+        let _request_memory = self.session.memory.take_request();
         if !self.has_assignment {
-            self.session.terms = FetchLimits::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
+            self.session.limits = FetchLimits::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
             self.has_assignment = true;
         }
         self.session.assign(request.partitions, request.restart, request.any_replica)

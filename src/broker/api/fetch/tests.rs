@@ -23,31 +23,31 @@ async fn batch_that_does_not_fit_opens_next_response() {
     bench.create(&TopicName::new("t").unwrap(), 2).await;
     bench.append(0, 100, 0).await.unwrap();
     bench.append(1, 2400, 0).await.unwrap();
-    let terms = FetchLimits { message_bytes: MESSAGE, ..FetchLimits::new(1, 0, 0) };
-    let mut session = FetchSession::new(Arc::clone(&bench.broker.api.fetch), terms, bench.broker.api.call_memory());
+    let limits = FetchLimits { message_bytes: MESSAGE, ..FetchLimits::new(1, 0, 0) };
+    let mut session = FetchSession::new(Arc::clone(&bench.broker.api.fetch), limits, bench.broker.api.call_memory());
     let want = |partition| v1::FetchPartition { topic: "t".to_owned(), partition, ..Default::default() };
     session.assign(vec![want(0), want(1)], true, false).unwrap();
     let partitions =
         |gathered: &FetchResponseBuilder| gathered.partitions.iter().map(|of| of.partition).collect::<Vec<_>>();
 
     let mut gathered = FetchResponseBuilder::default();
-    for (index, place) in [0, 1].map(|index| (index, session.places[index].reader.clone().unwrap())) {
-        let read = place.read(Offset::ZERO, MESSAGE.into()).await;
-        session.absorb((index, read), &mut gathered);
+    for (index, reader) in [0, 1].map(|index| (index, session.partitions[index].reader.clone().unwrap())) {
+        let read = reader.read(Offset::ZERO, MESSAGE.into()).await;
+        session.add_outcome((index, read), &mut gathered);
     }
-    assert!(partitions(&gathered) == [0] && gathered.full && gathered.is_enough(terms.min_bytes));
+    assert!(partitions(&gathered) == [0] && gathered.full && gathered.is_enough(limits.min_bytes));
     bench.append(0, 100, 0).await.unwrap();
     let mut gathered = FetchResponseBuilder::default();
     session.gather_now(&mut gathered);
     assert_eq!(partitions(&gathered)[0], 1, "the large batch comes first");
     assert!(gathered.bytes <= MESSAGE);
 
-    // A new assignment loses nothing of a held outcome.
+    // A new assignment loses nothing of a deferred outcome.
     session.assign(vec![want(0), want(1)], true, false).unwrap();
-    let read = session.places[1].reader.clone().unwrap().read(Offset::ZERO, MESSAGE.into()).await;
-    session.absorb((1, read), &mut FetchResponseBuilder { bytes: 200, ..FetchResponseBuilder::default() });
+    let read = session.partitions[1].reader.clone().unwrap().read(Offset::ZERO, MESSAGE.into()).await;
+    session.add_outcome((1, read), &mut FetchResponseBuilder { bytes: 200, ..FetchResponseBuilder::default() });
     session.assign(vec![want(1)], false, false).unwrap();
-    assert_eq!(session.places[0].position, Offset::ZERO, "the batch was not returned yet");
+    assert_eq!(session.partitions[0].position, Offset::ZERO, "the batch was not returned yet");
     bench.stop().await;
 }
 
@@ -66,11 +66,11 @@ async fn records_before_error_form_separate_response() {
     );
     let want = v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
     session.assign(vec![want], true, false).unwrap();
-    let read = session.places[0].reader.clone().unwrap().read(Offset::ZERO, (1 << 20).into()).await;
+    let read = session.partitions[0].reader.clone().unwrap().read(Offset::ZERO, (1 << 20).into()).await;
     let corrupt = ReadError::Corrupt { offset: Offset::new(1).unwrap(), reason: "a bit flipped".to_owned() };
     let mut responses = [FetchResponseBuilder::default(), FetchResponseBuilder::default()];
-    session.absorb((0, read), &mut responses[0]);
-    session.absorb((0, Err(corrupt)), &mut responses[0]);
+    session.add_outcome((0, read), &mut responses[0]);
+    session.add_outcome((0, Err(corrupt)), &mut responses[0]);
     assert!(responses[0].is_enough(usize::MAX), "the response is sent");
     session.gather_now(&mut responses[1]);
     let has = |gathered: &FetchResponseBuilder| {
@@ -226,14 +226,14 @@ async fn recreated_topic_starts_at_requested_offset() {
     );
     let want = || v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
     session.assign(vec![want()], true, false).unwrap();
-    session.places[0].position = Offset::new(7).unwrap();
+    session.partitions[0].position = Offset::new(7).unwrap();
     session.assign(vec![want()], false, false).unwrap();
-    assert_eq!(session.places[0].position, Offset::new(7).unwrap(), "the same topic: the position stays");
+    assert_eq!(session.partitions[0].position, Offset::new(7).unwrap(), "the same topic: the position stays");
     bench.broker.api.topics.topics().delete(&name).await.unwrap();
     bench.broker.partitions.until(|partitions| partitions.topic(&name).is_none()).await;
     bench.create(&name, 1).await;
     session.assign(vec![want()], false, false).unwrap();
-    assert_eq!(session.places[0].position, Offset::ZERO);
+    assert_eq!(session.partitions[0].position, Offset::ZERO);
     bench.stop().await;
 }
 
@@ -345,10 +345,10 @@ fn dropped_reads_stay_charged_until_they_end() {
                 session.reserve(false).await;
             }
             session.gather_now(&mut gathered);
-            assert_eq!((session.reading.len(), budgets.taken().1), (1, (2 + dropped) << 20));
+            assert_eq!((session.reads.len(), budgets.taken().1), (1, (2 + dropped) << 20));
         }
         // The response is sent, and its read continues.
-        session.on_made(0, 0);
+        session.on_response_built(0, 0);
         drop(session.memory.begin_sending(0));
         assert_eq!(budgets.taken().1, 3 << 20);
         free.send(()).unwrap();
@@ -379,12 +379,12 @@ fn stream_waiting_for_memory_drops_its_reads() {
         session.assign(vec![v1::FetchPartition { topic: "t".to_owned(), ..Default::default() }], true, false).unwrap();
         session.reserve(false).await;
         session.gather_now(&mut FetchResponseBuilder::default());
-        assert_eq!(session.reading.len(), 1);
-        session.on_made(0, 0);
+        assert_eq!(session.reads.len(), 1);
+        session.on_response_built(0, 0);
         drop(session.memory.begin_sending(0));
         let others: Vec<_> = std::iter::from_fn(|| memory.try_response(64 << 10, 64 << 10)).collect();
         assert!(session.reserve(false).now_or_never().is_none());
-        assert!(session.reading.is_empty() && session.ready.is_marked());
+        assert!(session.reads.is_empty() && session.ready.is_marked());
         drop(others);
         free.send(()).unwrap();
         let deadline = clock::monotonic() + Duration::from_secs(10);
@@ -465,7 +465,7 @@ async fn delayed_response_frees_unused_memory() {
     let mut gathered = FetchResponseBuilder::default();
     session.reserve(false).await;
     assert_eq!(budgets.taken().1, 9 << 20);
-    while gathered.bytes == 0 || !session.reading.is_empty() || session.ready.is_marked() {
+    while gathered.bytes == 0 || !session.reads.is_empty() || session.ready.is_marked() {
         session.gather_now(&mut gathered);
         tokio::task::yield_now().await;
     }
@@ -478,7 +478,7 @@ async fn delayed_response_frees_unused_memory() {
     session.wait_for_data(&mut gathered).await;
     session.gather_now(&mut gathered);
     assert_eq!((budgets.taken().1, gathered.full), (9 << 20, false));
-    while !session.reading.is_empty() || session.ready.is_marked() {
+    while !session.reads.is_empty() || session.ready.is_marked() {
         session.gather_now(&mut gathered);
         tokio::task::yield_now().await;
     }
@@ -536,7 +536,8 @@ async fn large_batch_on_disk_waits_for_memory() {
     let mut session = FetchSession::new(Arc::clone(&bench.broker.api.fetch), FetchLimits::new(1, 0, 0), memory);
     session.assign(decoded_read().partitions, true, false).unwrap();
     session.reserve(false).await;
-    let limits = ReadLimits { max_bytes: 1 << 20, max_batch_bytes: session.grant.as_ref().unwrap().batch_bytes };
+    let limits =
+        ReadLimits { max_bytes: 1 << 20, max_batch_bytes: session.response_memory.as_ref().unwrap().batch_bytes };
     let refused = reader.read(Offset::ZERO, limits).await.unwrap_err();
     assert!(matches!(refused, ReadError::BatchTooLarge { bytes } if bytes > BYTES), "{refused}");
     let deadline = clock::monotonic() + Duration::from_secs(10);

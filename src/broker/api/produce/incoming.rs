@@ -34,7 +34,8 @@ pub(super) struct IncomingBatch {
 }
 
 impl Produce {
-    /// Checks the payload of a message of `message_bytes`.
+    /// Checks the payload of a message of `message_bytes`, and builds the batch if the payload is a list of records. A
+    /// batch above the topic's maximum size gets a refusal.
     pub(super) async fn read_payload(
         &self,
         payload: Option<Payload>,
@@ -45,7 +46,7 @@ impl Produce {
     ) -> Result<IncomingBatch, ApiError> {
         let (batch, fingerprint, timestamps) = match payload {
             Some(Payload::Batch(bytes)) => {
-                let (mut batch, timestamps) = received(bytes).map_err(errors::malformed_batch)?;
+                let (mut batch, timestamps) = parse_batch(bytes).map_err(errors::malformed_batch)?;
                 if message_bytes > batch.encoded_len() + MAX_SURPLUS_BYTES {
                     // The batch would keep its entire message in memory.
                     batch.detach();
@@ -57,21 +58,23 @@ impl Produce {
                 (batch, Some(fingerprint), timestamps)
             }
             Some(Payload::Records(records)) => {
-                // Larger record lists are compressed in the connection's turn, as batches are.
+                // Larger record lists are compressed by `recompress`, one at a time per connection, as batches are.
                 let codec = config.compression.filter(|_| records.encoded_len() <= INLINE_BYTES);
-                let (batch, timestamps) = build(&records, codec.unwrap_or_default())?;
+                let (batch, timestamps) = build_batch(&records, codec.unwrap_or_default())?;
                 (batch, None, timestamps)
             }
             None => return Err(errors::invalid("the request has neither a batch nor records: set one of them")),
         };
         let bytes = batch.encoded_len();
         // Records that are not compressed yet may still become small enough.
-        let counts = fingerprint.is_some() || config.compression.is_none_or(|codec| codec == batch.compression());
-        let refusal = (counts && bytes > config.max_message_bytes).then(|| too_large(partition, config, bytes));
+        let is_final_size =
+            fingerprint.is_some() || config.compression.is_none_or(|codec| codec == batch.compression());
+        let refusal = (is_final_size && bytes > config.max_message_bytes).then(|| too_large(partition, config, bytes));
         Ok(IncomingBatch { batch, fingerprint, timestamps, refusal, permit: None })
     }
 
-    /// Recompresses the batch with the topic's codec, if the batch has another one.
+    /// Recompresses the batch with the topic's codec, if the batch has another one and no refusal. Takes produce memory for
+    /// the result first. A result that the topic does not allow sets the refusal.
     pub(super) async fn recompress(
         &self,
         incoming: &mut IncomingBatch,
@@ -84,13 +87,14 @@ impl Produce {
             Some(codec) if codec != incoming.batch.compression() && incoming.refusal.is_none() => codec,
             _ => return Ok(()),
         };
-        // The connection's turn comes first: an append that waits for the turn holds no memory that other appends need.
-        let turn = tokio::time::timeout_at(deadline, memory.rewriter(&self.decompressor).in_turn()).await;
-        let decompressor = turn.map_err(|_| out_of_time())?;
+        // A connection recompresses one batch at a time. An append waits for that permit before it takes memory that other
+        // appends need.
+        let permitted = tokio::time::timeout_at(deadline, memory.rewriter(&self.decompressor).in_turn()).await;
+        let decompressor = permitted.map_err(|_| deadline_passed())?;
         // The size is known after recompression, so memory for the largest batch is taken before.
         let max_bytes = config.max_message_bytes;
         let mut permit = self.produce_permit(partition, max_bytes, deadline).await?;
-        match recompressed(&decompressor, &incoming.batch, codec, partition, max_bytes).await? {
+        match recompress_batch(&decompressor, &incoming.batch, codec, partition, max_bytes).await? {
             Ok((batch, timestamps)) if batch.encoded_len() <= max_bytes => {
                 incoming.batch = batch;
                 if incoming.fingerprint.is_some() {
@@ -98,14 +102,15 @@ impl Produce {
                 }
             }
             Ok((batch, _)) => incoming.refusal = Some(too_large(partition, config, batch.encoded_len())),
-            Err(grows) => incoming.refusal = Some(grows),
+            Err(refusal) => incoming.refusal = Some(refusal),
         }
         MemoryBudget::shrink(&mut permit, incoming.batch.encoded_len());
         incoming.permit = Some(permit);
         Ok(())
     }
 
-    /// Takes the produce memory of the batch.
+    /// Returns the produce memory of the batch, and takes it if it was not taken before. Waits until the deadline, except
+    /// for a refused batch.
     pub(super) async fn produce_memory_of(
         &self,
         incoming: &mut IncomingBatch,
@@ -136,19 +141,18 @@ impl Produce {
         deadline: Instant,
     ) -> Result<OwnedSemaphorePermit, ApiError> {
         let memory = self.memory.of(bytes);
-        // After the deadline no client waits for the response. The client sends the batch again, which would then be
-        // stored twice.
-        let over = || clock::monotonic() >= deadline;
         let permit = tokio::select! {
             biased;
-            () = self.stop.cancelled() => return Err(self.lookup.stopping_refusal(partition)),
+            () = self.stop.cancelled() => return Err(self.lookup.broker_stopping_error(partition)),
             permit = memory.take(bytes) => permit,
             () = tokio::time::sleep_until(deadline) => {
                 return Err(no_produce_memory(bytes, memory));
             }
         };
-        if over() {
-            return Err(out_of_time());
+        // After the deadline no client waits for the response. The client sends the batch again, which would then be
+        // stored twice.
+        if clock::monotonic() >= deadline {
+            return Err(deadline_passed());
         }
         Ok(permit)
     }
@@ -158,7 +162,7 @@ fn too_large(partition: &Partition, config: &TopicConfig, bytes: usize) -> Admit
     AdmitError::TooLarge { topic: partition.topic().clone(), bytes, max_bytes: config.max_message_bytes }
 }
 
-fn out_of_time() -> ApiError {
+fn deadline_passed() -> ApiError {
     let message =
         "the timeout of the request passed before its batch could be appended: the batch was not written; retry";
     ApiError::new(ErrorCode::Overloaded, message)
@@ -177,7 +181,7 @@ fn no_produce_memory(bytes: usize, memory: &MemoryBudget) -> ApiError {
 /// Parses and checks a batch that a client built. Uncompressed records are checked too: invalid framing would break
 /// consumers of other clients, and wrong timestamps in the header would break retention and search by time. Of
 /// compressed records only the beginning is decoded; readers decode the rest.
-fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), MalformedBatch> {
+fn parse_batch(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), MalformedBatch> {
     let mut batch = Batch::parse(bytes)?;
     batch.check_client()?;
     batch.check_first_records()?;
@@ -185,9 +189,12 @@ fn received(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), MalformedBat
     Ok((batch, timestamps))
 }
 
-/// Recompresses a batch with the topic's codec, within the memory for decompression. The batch is rejected as soon as
-/// it proves larger than the topic allows.
-async fn recompressed(
+/// Recompresses a batch with the topic's codec, within the memory for decompression.
+///
+/// # Errors
+/// The inner error is a refusal: the uncompressed batch proved larger than the topic allows. The outer error is a batch
+/// that cannot be decompressed.
+async fn recompress_batch(
     decompressor: &Decompressor,
     batch: &Batch,
     codec: Compression,
@@ -207,7 +214,7 @@ async fn recompressed(
 }
 
 /// Builds a batch from the records of a request.
-fn build(records: &v1::RecordList, codec: Compression) -> Result<(Batch, TimestampRange), ApiError> {
+fn build_batch(records: &v1::RecordList, codec: Compression) -> Result<(Batch, TimestampRange), ApiError> {
     if records.records.is_empty() {
         return Err(errors::invalid("the request has no records: send at least one"));
     }
@@ -219,14 +226,16 @@ fn build(records: &v1::RecordList, codec: Compression) -> Result<(Batch, Timesta
             .iter()
             .map(|header| Header { key: header.key.clone(), value: header.value.clone() })
             .collect();
-        // The broker's own clock needs no check.
+        // Only the client's timestamps are checked, not those of this broker.
         record.timestamp_ms.into_iter().for_each(|timestamp_ms| timestamps.extend(timestamp_ms));
         let timestamp_ms = record.timestamp_ms.unwrap_or(now_ms);
-        builder.push(timestamp_ms, record.key.as_deref(), record.value.as_deref(), &headers).map_err(unbuildable)?;
+        builder
+            .push(timestamp_ms, record.key.as_deref(), record.value.as_deref(), &headers)
+            .map_err(records_not_encodable)?;
     }
-    Ok((builder.finish(None).map_err(unbuildable)?, timestamps))
+    Ok((builder.finish(None).map_err(records_not_encodable)?, timestamps))
 }
 
-fn unbuildable(error: BuildError) -> ApiError {
+fn records_not_encodable(error: BuildError) -> ApiError {
     errors::invalid(format!("the records cannot be encoded as a batch: {error}"))
 }

@@ -45,9 +45,9 @@ use crate::{
 /// Maximum number of requests of one stream in progress. Further requests wait in the HTTP/2 window.
 const MAX_STREAM_REQUESTS: usize = 4096;
 
-/// Maximum number of responses that are collected before HTTP/2 gets them. HTTP/2 takes as many as a reading client has
-/// window for, and then polls for more.
-const MAX_RESPONSES_PER_TURN: usize = 16;
+/// Number of responses of one stream after which its task yields. Without a pause, HTTP/2 would collect as many responses
+/// as the client's window permits before it sends the first.
+const RESPONSES_PER_YIELD: usize = 16;
 
 /// Timeout of the acknowledgement if the request sets none.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -55,8 +55,11 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 /// A write in the queue of its partition, whose outcome is pending.
 struct QueuedAppend {
     partition: PartitionId,
+    /// `None` with `acks=none`.
     ack: Option<PendingAck>,
+    /// Maximum time from `began` to the acknowledgement.
     timeout: Duration,
+    /// Time at which the request arrived.
     began: Instant,
     bytes: u64,
     records: u64,
@@ -75,13 +78,15 @@ struct TieredAck {
 /// Pending acknowledgement of a write. The partition is notified if the wait ends early, because of a timeout or
 /// because the client is gone.
 struct PendingAck {
+    /// `None` once the result was received.
     result: Option<oneshot::Receiver<AppendResult>>,
     partition: Arc<Partition>,
 }
 
 impl PendingAck {
-    async fn get(mut self) -> Result<AppendResult, oneshot::error::RecvError> {
-        let outcome = self.result.as_mut().expect("only a drop takes the receiver").await;
+    /// Waits for the result. An error means that the partition was closed.
+    async fn wait(mut self) -> Result<AppendResult, oneshot::error::RecvError> {
+        let outcome = self.result.as_mut().expect("a new value has the receiver").await;
         self.result = None;
         outcome
     }
@@ -140,7 +145,7 @@ impl Produce {
             .queue(request, quota, memory)
             .await
             .inspect_err(|error| self.ctx.metrics.produce_errors.count(error.code.as_str()))?;
-        self.outcome(queued).await
+        self.await_outcome(queued).await
     }
 
     /// Serves a stream of writes. Requests are queued in the order of their arrival.
@@ -161,27 +166,28 @@ impl Produce {
             ended: None,
         };
         stream::unfold((state, 0_usize), |(mut pipeline, responses)| async move {
-            if responses > 0 && responses.is_multiple_of(MAX_RESPONSES_PER_TURN) {
+            if responses > 0 && responses.is_multiple_of(RESPONSES_PER_YIELD) {
                 tokio::task::yield_now().await;
             }
             Some((pipeline.next().await?, (pipeline, responses + 1)))
         })
     }
 
-    /// Checks a write and puts it into the queue of its partition.
+    /// Checks a write and puts it into the queue of its partition. Waits for a topic that this broker does not have yet, and
+    /// for memory.
     async fn queue(
         &self,
         request: v1::AppendRequest,
         quota: &ProducerIdQuota,
         memory: &CallMemory,
     ) -> Result<QueuedAppend, ApiError> {
-        // Freed when the batch has produce memory.
+        // The request's memory, freed at the return, when the batch has produce memory.
         let received = memory.take_request();
         let began = clock::monotonic();
         self.ctx.metrics.produce_requests.inc();
         let acks = acks(request.acks)?;
         let timeout = timeout(request.timeout_ms)?;
-        let id = errors::topic_id(&request.topic_id)?;
+        let id = errors::parse_topic_id(&request.topic_id)?;
         self.lookup.wait_for_topics([(request.topic.as_str(), request.topic_id.as_str())].into_iter()).await;
         let partition = self.lookup.partition_of(&request.topic, id, request.partition)?;
         let config = partition.config();
@@ -215,8 +221,8 @@ impl Produce {
         Ok(QueuedAppend { partition: id, ack, timeout, began, bytes, records, tiered })
     }
 
-    /// Returns the rejection of an append with `acks=tiered` that could only wait, because the object store is
-    /// unavailable.
+    /// Returns the refusal of an append with `acks=tiered` during an outage of the object store. Returns `None` for other
+    /// appends, and without an outage.
     fn refuse_without_store(&self, tiered: Option<&TieredAck>) -> Option<AdmitError> {
         tiered
             .and_then(|_| self.store_outage())
@@ -227,7 +233,7 @@ impl Produce {
     /// store.
     fn admit_tiered(&self, memory: &CallMemory) -> Result<TieredAck, ApiError> {
         let overloaded = |scope: &str, max: usize| match self.store_outage() {
-            // Those appends wait because of the outage, so their number is not the cause.
+            // The admitted appends wait because of the outage, so the outage is the cause, not their number.
             Some(outage) => AppendError::Refused(AdmitError::StoreUnavailable { outage: outage.to_string() }).into(),
             None => {
                 let message =
@@ -235,14 +241,15 @@ impl Produce {
                 ApiError::new(ErrorCode::Overloaded, message).with("max", max)
             }
         };
-        let own = memory.tiered_append();
-        let own = own.ok_or_else(|| overloaded("of this connection ", limits::MAX_TIERED_APPENDS_PER_CONNECTION))?;
-        let all = Arc::clone(&self.tiered_appends).try_acquire_owned();
-        let all = all.map_err(|_| overloaded("", limits::MAX_TIERED_APPENDS))?;
-        Ok(TieredAck { stored: Stored::default(), _permits: [own, all] })
+        let of_connection = memory.tiered_append();
+        let of_connection = of_connection
+            .ok_or_else(|| overloaded("of this connection ", limits::MAX_TIERED_APPENDS_PER_CONNECTION))?;
+        let of_broker = Arc::clone(&self.tiered_appends).try_acquire_owned();
+        let of_broker = of_broker.map_err(|_| overloaded("", limits::MAX_TIERED_APPENDS))?;
+        Ok(TieredAck { stored: Stored::default(), _permits: [of_connection, of_broker] })
     }
 
-    /// Returns the error for a rejected write, with the leader to contact instead.
+    /// Returns the error for a rejected write. If another broker leads the partition now, the error names that leader.
     fn append_refused(&self, id: PartitionId, error: AppendError) -> ApiError {
         let is_led_elsewhere =
             matches!(error, AppendError::NotLeader { .. } | AppendError::Deposed | AppendError::Closing);
@@ -255,7 +262,7 @@ impl Produce {
         self.ctx.tier.as_ref()?.store.away()
     }
 
-    /// Waits until the object store is unavailable.
+    /// Waits until the object store is unavailable; for ever on a broker without an object store.
     async fn until_store_outage(&self) -> Outage {
         match &self.ctx.tier {
             Some(tier) => tier.store.until_away().await,
@@ -263,11 +270,13 @@ impl Produce {
         }
     }
 
-    async fn outcome(&self, queued: QueuedAppend) -> Result<v1::AppendResponse, ApiError> {
+    /// Waits for the acknowledgement of a queued append, for the rest of its timeout. Counts the outcome, unless the append
+    /// needs no acknowledgement.
+    async fn await_outcome(&self, queued: QueuedAppend) -> Result<v1::AppendResponse, ApiError> {
         let Some(ack) = queued.ack else { return Ok(unacknowledged()) };
-        // A part of the time is used up: the append may have waited for memory.
-        let left = queued.timeout.saturating_sub(queued.began.elapsed());
-        let outcome = match tokio::time::timeout(left, ack.get()).await {
+        // The append may have waited for memory before, within the same timeout.
+        let remaining = queued.timeout.saturating_sub(queued.began.elapsed());
+        let outcome = match tokio::time::timeout(remaining, ack.wait()).await {
             Ok(Ok(Ok(acked))) => Ok(response(&acked)),
             Ok(Ok(Err(error))) => Err(self.append_refused(queued.partition, error)),
             Ok(Err(_dropped)) => Err(self.append_refused(queued.partition, AppendError::Closing)),
@@ -284,8 +293,8 @@ impl Produce {
         outcome
     }
 
-    /// Returns the error for an acknowledgement that did not arrive in time. An append that is already stored here must
-    /// not look as if it were not, because the client would write it twice.
+    /// Returns the error for an acknowledgement that did not arrive in time. For an append that is stored here and waits for
+    /// the object store, the error contains the offsets, so that the client does not write the records twice.
     fn timed_out(&self, id: PartitionId, timeout: Duration, tiered: Option<&TieredAck>) -> ApiError {
         let ms = timeout.as_millis();
         let Some(stored) = tiered.and_then(|tiered| tiered.stored.get()) else {
@@ -320,11 +329,12 @@ impl Produce {
     async fn next_step(self: Arc<Self>, correlation_id: u64, queued: QueuedAppend) -> Step {
         let (stored, partition) = (queued.tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored)), queued.partition);
         let produce = Arc::clone(&self);
-        let response = async move { Step::Response(append_response(correlation_id, produce.outcome(queued).await)) };
+        let response =
+            async move { Step::Response(append_response(correlation_id, produce.await_outcome(queued).await)) };
         let Some(stored) = stored else { return response.await };
         let mut response = Box::pin(response);
         let cause = async {
-            // Before that, the append may still be rejected, or waits for other brokers.
+            // Before the append is stored, it may still be rejected, or it waits for other brokers.
             stored.wait().await;
             tokio::select! {
                 biased;
@@ -350,7 +360,7 @@ impl Produce {
 /// Event of an append of a stream.
 enum Step {
     Response(v1::ProduceResponse),
-    /// Reason why there is no response yet, and the future of the next event.
+    /// Notice with the reason why there is no response yet, and the future of the response.
     Notice(v1::ProduceResponse, BoxFuture<'static, Step>),
 }
 
@@ -365,6 +375,7 @@ struct ProducePipeline {
     memory: CallMemory,
     /// The last request, while it waits for memory. The next request is read after this one is queued.
     queueing: Option<AbortOnDropHandle<QueueResult>>,
+    /// Queued or rejected requests without a response yet.
     pending: FuturesUnordered<BoxFuture<'static, Step>>,
     /// Set when no more requests arrive: the producer ended the stream, or its data cannot be read. The stream ends
     /// with this result.
@@ -372,41 +383,45 @@ struct ProducePipeline {
 }
 
 impl ProducePipeline {
+    /// Returns the next response or notice; `None` ends the stream.
     async fn next(&mut self) -> Option<Result<v1::ProduceResponse, Status>> {
         loop {
             // Queued requests are completed before anything that arrived later.
             let is_idle = self.pending.is_empty() && self.queueing.is_none();
             if is_idle && let Some(ended) = &mut self.ended {
+                // An error is returned once. The next call ends the stream.
                 return std::mem::replace(ended, Ok(())).err().map(Err);
             }
             tokio::select! {
                 biased;
                 Some(step) = self.pending.next(), if !self.pending.is_empty() => match step {
                     Step::Response(response) => return Some(Ok(response)),
-                    Step::Notice(notice, rest) => {
-                        self.pending.push(rest);
+                    Step::Notice(notice, next_step) => {
+                        self.pending.push(next_step);
                         return Some(Ok(notice));
                     }
                 },
                 // Every received write has its response, so a stop need not wait for an idle producer.
                 () = self.produce.stop.cancelled(), if is_idle => return None,
                 queued = until_queued(&mut self.queueing), if self.queueing.is_some() => self.await_ack(queued),
-                request = self.requests.try_next(), if self.takes_more() => {
+                request = self.requests.try_next(), if self.may_read_request() => {
                     match request {
-                        Ok(Some(request)) => self.begin(request),
+                        Ok(Some(request)) => self.begin_queueing(request),
                         Ok(None) => self.ended = Some(Ok(())),
-                        Err(status) => self.ended = Some(Err(errors::unreadable(status))),
+                        Err(status) => self.ended = Some(Err(errors::request_stream_error(status))),
                     }
                 }
             }
         }
     }
 
-    fn takes_more(&self) -> bool {
+    /// Returns true if the next request may be read.
+    fn may_read_request(&self) -> bool {
         self.ended.is_none() && self.queueing.is_none() && self.pending.len() < MAX_STREAM_REQUESTS
     }
 
-    fn begin(&mut self, request: v1::ProduceRequest) {
+    /// Queues the append of a request. If that must wait for memory or for a topic, it continues in a task.
+    fn begin_queueing(&mut self, request: v1::ProduceRequest) {
         let (produce, quota, memory) = (Arc::clone(&self.produce), self.quota.clone(), self.memory.clone());
         let mut queueing = Box::pin(async move {
             let queued = match request.append {
@@ -420,12 +435,13 @@ impl ProducePipeline {
         });
         match (&mut queueing).now_or_never() {
             Some(queued) => self.await_ack(queued),
-            // The request waits for memory in a task of its own, because the stream is not polled while its client
-            // reads no responses.
+            // The request waits in a task of its own, because the stream is not polled while its client reads no
+            // responses.
             None => self.queueing = Some(AbortOnDropHandle::new(self.produce.ctx.tasks.spawn("append", queueing))),
         }
     }
 
+    /// Adds a queued or rejected request to those without a response.
     fn await_ack(&mut self, (correlation_id, queued): QueueResult) {
         let produce = Arc::clone(&self.produce);
         self.pending.push(Box::pin(async move {
@@ -448,7 +464,7 @@ fn append_response(correlation_id: u64, outcome: Result<v1::AppendResponse, ApiE
     v1::ProduceResponse { correlation_id, result: Some(result) }
 }
 
-/// Waits until the last request is queued or rejected.
+/// Waits until the last request is queued or rejected. There must be such a request.
 async fn until_queued(queueing: &mut Option<AbortOnDropHandle<QueueResult>>) -> QueueResult {
     let queued = queueing.as_mut().expect("a request is being queued").await;
     *queueing = None;
@@ -474,6 +490,7 @@ fn acks(value: i32) -> Result<Acks, ApiError> {
     }
 }
 
+/// Returns the response to an append with `acks=none`: its offsets are not known yet.
 fn unacknowledged() -> v1::AppendResponse {
     v1::AppendResponse {
         base_offset: -1,

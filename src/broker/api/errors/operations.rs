@@ -8,14 +8,17 @@ use crate::{
     proto::error::{ApiError, ErrorCode},
 };
 
-fn list(ids: &[BrokerId]) -> String {
+/// Returns the ids as comma-separated text for an error detail.
+fn join_ids(ids: &[BrokerId]) -> String {
     ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
 impl From<UnknownBrokers> for ApiError {
     fn from(error: UnknownBrokers) -> Self {
         let message = error.to_string();
-        Self::new(ErrorCode::UnknownBroker, message).with("brokers", list(&error.ids)).with("known", list(&error.known))
+        Self::new(ErrorCode::UnknownBroker, message)
+            .with("brokers", join_ids(&error.ids))
+            .with("known", join_ids(&error.known))
     }
 }
 
@@ -71,7 +74,7 @@ impl From<ReassignError> for ApiError {
             | ReassignError::Draining { ids }
             | ReassignError::Full { ids, .. }
             | ReassignError::Unreachable { ids, .. } => {
-                Self::new(ErrorCode::FailedPrecondition, message).with("brokers", list(&ids))
+                Self::new(ErrorCode::FailedPrecondition, message).with("brokers", join_ids(&ids))
             }
             ReassignError::Bound(bound) => super::above_bound(message, bound),
             ReassignError::Write(error) => error.into(),
@@ -101,10 +104,10 @@ impl From<ElectError> for ApiError {
             | ElectError::Clean { .. }
             | ElectError::NoReplica { .. } => Self::new(ErrorCode::FailedPrecondition, message),
             ElectError::Nobody { waited, .. } => {
-                Self::new(ErrorCode::NoLeader, message).with("waited_for", list(&waited))
+                Self::new(ErrorCode::NoLeader, message).with("waited_for", join_ids(&waited))
             }
             ElectError::Silent { replicas, .. } => {
-                Self::new(ErrorCode::NoLeader, message).with("waited_for", list(&replicas))
+                Self::new(ErrorCode::NoLeader, message).with("waited_for", join_ids(&replicas))
             }
             ElectError::Changed { .. } | ElectError::Unusable { .. } => Self::new(ErrorCode::Conflict, message),
             ElectError::Write(error) => error.into(),
