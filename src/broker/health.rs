@@ -1,7 +1,7 @@
 //! Health of this broker, for probes and `cluster health`. A broker that serves requests is ready even if it is
 //! impaired: an outage of a store affects all brokers, and must not take all of them out of service. A start lasts
 //! until every local replica has been in sync once, or until `broker.catch_up_timeout` has passed. A rolling restart
-//! continues then.
+//! continues after that.
 
 use std::{
     collections::BTreeMap,
@@ -24,7 +24,7 @@ use crate::{
     task::clock,
 };
 
-/// Minimum interval between checks of the replicas, and minimum ratio of the interval to the duration of a check.
+/// Minimum interval between checks of the start, and minimum ratio of the interval to the duration of a check.
 const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 const MIN_PAUSE_PER_CHECK: u32 = 20;
 
@@ -68,10 +68,11 @@ enum Phase {
 enum StartState {
     /// The replicas are idle.
     Opening,
-    /// Replicas that have not been in sync yet, each with the time since which it has no leader. `None` before the
-    /// first check.
+    /// The replicas have their roles, and some have not been in sync yet.
     CatchingUp {
         since: Instant,
+        /// Replicas that have not been in sync yet, each with the time since which it has no leader. `None` before the
+        /// first check.
         pending: Option<BTreeMap<PartitionId, Option<Instant>>>,
     },
     Over,
@@ -139,7 +140,7 @@ impl Health {
         }
         match self.catching_up() {
             0 => Readiness::Ready(self.impairments()),
-            behind => not_ready(format!("starting: local replicas that have not been in sync yet: {behind}")),
+            pending => not_ready(format!("starting: local replicas that have not been in sync yet: {pending}")),
         }
     }
 
@@ -160,15 +161,15 @@ impl Health {
             self.full.lock().map(|at| {
                 format!(
                     "disk full {}, appends are rejected: add space, or lower local.retention.* or retention.*",
-                    since(at.elapsed())
+                    format_since(at.elapsed())
                 )
             }),
             self.ctx.tier.as_ref().and_then(|tier| tier.store.outage()).map(|outage| {
-                format!("object store unavailable {}: {}", since(outage.lasted), one_line(&outage.reason))
+                format!("object store unavailable {}: {}", format_since(outage.lasted), one_line(&outage.reason))
             }),
             self.unregistered.lock().map(|at| {
                 let reason = lease_expiry_reason(self.ctx.metadata.staleness());
-                format!("registration lost {}: {reason}", since(at.elapsed()))
+                format!("registration lost {}: {reason}", format_since(at.elapsed()))
             }),
             self.ctx.store.regression().map(|reason| {
                 format!(
@@ -182,46 +183,48 @@ impl Health {
         lines.into_iter().flatten().collect()
     }
 
-    /// Checks the replicas until every one has been in sync once, so that a start also ends without queries.
+    /// Checks the start at intervals until it is over, so that a start also ends if no request checks the readiness.
     pub(super) async fn watch_start(&self) {
         loop {
-            let began = clock::monotonic();
+            let check_start = clock::monotonic();
             if self.is_started() {
                 return;
             }
-            tokio::time::sleep(CHECK_INTERVAL.max(began.elapsed() * MIN_PAUSE_PER_CHECK)).await;
+            tokio::time::sleep(CHECK_INTERVAL.max(check_start.elapsed() * MIN_PAUSE_PER_CHECK)).await;
         }
     }
 
+    /// Returns true if the start is over. Checks the replicas first, which may end the start.
     pub(super) fn is_started(&self) -> bool {
         self.catching_up();
         matches!(*self.start.lock(), StartState::Over)
     }
 
     /// Returns the number of local replicas that have not been in sync yet, and have a leader or may get one. Returns 0
-    /// once the start is over.
+    /// once the start is over. Ends the start if every replica has been in sync once, after
+    /// `broker.catch_up_timeout`, and on a standalone broker.
     pub(super) fn catching_up(&self) -> usize {
         let mut start = self.start.lock();
         let StartState::CatchingUp { since, pending } = &mut *start else { return 0 };
-        let is_late = self.ctx.standalone || since.elapsed() >= self.ctx.config.broker.catch_up_timeout;
-        let all = || self.partitions.open().iter().map(|partition| (partition.id(), None)).collect();
-        let pending = pending.get_or_insert_with(all);
+        let needs_no_wait = self.ctx.standalone || since.elapsed() >= self.ctx.config.broker.catch_up_timeout;
+        let all_open = || self.partitions.open().iter().map(|partition| (partition.id(), None)).collect();
+        let pending = pending.get_or_insert_with(all_open);
         pending.retain(|id, _| self.partitions.by_id(*id).is_some_and(|partition| !is_in_sync(&partition)));
-        if is_late || pending.is_empty() {
+        if needs_no_wait || pending.is_empty() {
             *start = StartState::Over;
             return 0;
         }
         let (state, now) = (self.ctx.metadata.state(), clock::monotonic());
         // After the time for an election, a replica without a leader does not count: there is no log that it could
         // copy.
-        let is_catching_up = |(id, unled): (&PartitionId, &mut Option<Instant>)| {
-            *unled = if has_leader(&state, *id) { None } else { Some(unled.unwrap_or(now)) };
-            unled.is_none_or(|since| now.saturating_duration_since(since) < ELECTION_TIMEOUT)
+        let is_catching_up = |(id, leaderless_since): (&PartitionId, &mut Option<Instant>)| {
+            *leaderless_since = if has_leader(&state, *id) { None } else { Some(leaderless_since.unwrap_or(now)) };
+            leaderless_since.is_none_or(|since| now.saturating_duration_since(since) < ELECTION_TIMEOUT)
         };
         pending.iter_mut().map(is_catching_up).filter(|catching_up| *catching_up).count()
     }
 
-    /// Returns the stats of this broker, for peers that place partitions or describe the cluster.
+    /// Returns the stats of this broker, for descriptions of the cluster and for peers.
     pub(super) fn stats(&self) -> v1::GetBrokerStatsResponse {
         let (open, log) = (self.partitions.open(), self.ctx.log.status());
         let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
@@ -251,6 +254,7 @@ impl Health {
     }
 }
 
+/// Updates the start time of a condition. The time stays while the condition holds, and is cleared when it ends.
 fn update_since(since: &Mutex<Option<Instant>>, holds: bool) {
     let mut since = since.lock();
     *since = holds.then(|| since.unwrap_or_else(clock::monotonic));
@@ -264,6 +268,7 @@ fn lease_expiry_reason(silence: Duration) -> String {
     }
 }
 
+/// Returns true if the replica is in the ISR. A leader always is.
 fn is_in_sync(partition: &Partition) -> bool {
     matches!(partition.status().role, ReplicaRole::Leader { .. } | ReplicaRole::Follower { in_sync: true, .. })
 }
@@ -282,8 +287,8 @@ fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Formats the moment this long ago, and the duration in seconds.
-fn since(lasted: Duration) -> String {
+/// Formats the start of a condition that has lasted for this time, and the time in seconds.
+fn format_since(lasted: Duration) -> String {
     let now = Duration::from_millis(u64::try_from(clock::wall_ms()).unwrap_or(0));
     let at = SystemTime::UNIX_EPOCH + now.saturating_sub(lasted);
     format!("since {} ({} s)", humantime::format_rfc3339_seconds(at), lasted.as_secs())
@@ -292,14 +297,16 @@ fn since(lasted: Duration) -> String {
 /// Describes the segments with timestamps in the future: their number, and the partition with most of them. Empty if
 /// there are none.
 fn future_timestamps(open: &[Arc<Partition>]) -> String {
-    let with: Vec<_> = open.iter().filter(|partition| partition.future_segments() > 0).collect();
-    let Some(largest) = with.iter().max_by_key(|partition| partition.future_segments()) else { return String::new() };
-    let segments: u64 = with.iter().map(|partition| partition.future_segments()).sum();
-    let ending = |count: usize| if count == 1 { "" } else { "s" };
-    let (s, partitions) = (ending(usize::try_from(segments).unwrap_or(2)), with.len());
+    let affected: Vec<_> = open.iter().filter(|partition| partition.future_segments() > 0).collect();
+    let Some(largest) = affected.iter().max_by_key(|partition| partition.future_segments()) else {
+        return String::new();
+    };
+    let segments: u64 = affected.iter().map(|partition| partition.future_segments()).sum();
+    let plural = |count: u64| if count == 1 { "" } else { "s" };
+    let (s, partitions) = (plural(segments), affected.len());
     format!(
         "{segments} segment{s} of {partitions} partition{}, most in {}/{}",
-        ending(partitions),
+        plural(partitions as u64),
         largest.topic(),
         largest.id().number
     )
@@ -324,6 +331,6 @@ mod tests {
     #[test]
     fn impairment_is_one_line() {
         assert_eq!(one_line("status 503:\n <Error>\r\n</Error>"), "status 503: <Error> </Error>");
-        assert!(since(Duration::from_secs(75)).ends_with("Z (75 s)"));
+        assert!(format_since(Duration::from_secs(75)).ends_with("Z (75 s)"));
     }
 }

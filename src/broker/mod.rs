@@ -91,7 +91,7 @@ struct SharedState {
     topics: Topics,
     budgets: Budgets,
     produce_memory: Pools,
-    /// Shares the knowledge that the metadata store has no space.
+    /// Writer of tier commits. Clones share the state that the metadata store has no space.
     commits: TierCommits,
 }
 
@@ -111,8 +111,8 @@ impl OpenedBroker {
     pub async fn open(ctx: NodeContext, connect: Arc<dyn Connector>) -> Self {
         let (partitions, failures): (Arc<PartitionTable>, Arc<MaintenanceFailures>) = Default::default();
         let health = Arc::new(Health::new(ctx.clone(), Arc::clone(&partitions), Arc::clone(&failures)));
-        let source = Arc::clone(&health);
-        let stats: BrokerStatsSource = Arc::new(move || source.stats());
+        let stats_health = Arc::clone(&health);
+        let stats: BrokerStatsSource = Arc::new(move || stats_health.stats());
         let replication = (!ctx.standalone)
             .then(|| Arc::new(ReplicationManager::new(&ctx, connect, &partitions, Arc::clone(&stats))));
         let counters = PartitionCounters::of(&ctx.metrics);
@@ -149,8 +149,8 @@ impl OpenedBroker {
         self.replication.as_ref().map(|replication| replication.service())
     }
 
-    /// Returns the intact replicas. A replica whose topic value cannot be read is not hosted; that replica is opened
-    /// only for this check.
+    /// Returns the intact replicas. A replica whose topic value cannot be read is not hosted; that replica is opened only
+    /// for this check, and is intact if its log reaches the committed log start and tiered end.
     pub async fn intact_replicas(&self) -> BTreeSet<PartitionId> {
         let mut intact: BTreeSet<PartitionId> =
             self.shared.partitions.open().iter().map(|partition| partition.id()).collect();
@@ -162,19 +162,20 @@ impl OpenedBroker {
             Some((id, tier.map_or(Offset::ZERO, |tier| tier.log_start.max(tier.tiered_end()))))
         });
         let (log, unhosted) = (self.ctx.log.clone(), unhosted.collect::<Vec<_>>());
-        let is_intact = move |(id, committed): &(PartitionId, Offset)| {
-            log.open_replica(*id, Offset::ZERO).is_ok_and(|replica| replica.log_end() >= *committed)
+        let is_intact = move |(id, min_log_end): &(PartitionId, Offset)| {
+            log.open_replica(*id, Offset::ZERO).is_ok_and(|replica| replica.log_end() >= *min_log_end)
         };
-        let found = move || unhosted.into_iter().filter(is_intact).map(|(id, _)| id).collect::<Vec<_>>();
-        intact.extend(task::run_blocking(found).await);
+        let find_intact = move || unhosted.into_iter().filter(is_intact).map(|(id, _)| id).collect::<Vec<_>>();
+        intact.extend(task::run_blocking(find_intact).await);
         intact
     }
 
     /// Activates the broker: every replica is assigned its role, and requests are served.
     ///
     /// The metadata cache must contain the registration of `session`. An older state may name this broker as the leader
-    /// of partitions that it has released since. The values of the partitions in `unverified` were unreadable, at these
-    /// revisions. Replicas of these partitions that the ISR or ELR contains stay offline.
+    /// of partitions that it has released since. The values of the partitions in `unverified` were unreadable at the
+    /// startup verification, at these revisions. The local replica of such a partition stays offline while this broker is
+    /// in its ISR or ELR.
     pub async fn activate(self, session: Session, unverified: BTreeMap<PartitionId, Revision>) -> Arc<Broker> {
         let Self { ctx, shared, mut reconciler, queue, stats, replication } = self;
         let background = Background::new(ctx.clone(), shared.clone(), queue, session.clone());
@@ -282,10 +283,10 @@ impl Broker {
         self.partitions.open().len()
     }
 
-    /// Transfers leaderships and ISR memberships, within a time. From this call on, the broker is not ready.
-    pub async fn transfer_leadership(&self, within: Duration) {
+    /// Transfers leaderships and ISR memberships. Gives up after the timeout. From this call on, the broker is not ready.
+    pub async fn transfer_leadership(&self, timeout: Duration) {
         self.health.begin_shutdown();
-        self.background.transfer_leadership(within).await;
+        self.background.transfer_leadership(timeout).await;
     }
 
     /// Stops everything in order, and returns when no task of the broker runs.

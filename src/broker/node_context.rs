@@ -42,7 +42,7 @@ pub struct NodeContext {
     pub metrics: Arc<Metrics>,
     /// Incarnation of this process, as it is or will be registered.
     pub incarnation: Arc<str>,
-    /// True for a standalone broker, whose metadata lies beside its data.
+    /// True for a standalone broker, whose metadata store is in its data directory.
     pub standalone: bool,
     /// Tasks of the broker, except those of partitions and links.
     pub tasks: Tasks,
@@ -55,7 +55,7 @@ impl NodeContext {
         self.standalone || self.metadata.state().controller() == Some(self.id)
     }
 
-    /// Returns the number of records of a partition that are due for the object store and not there yet.
+    /// Returns the number of records of a partition that are not in the object store yet; 0 without tiering.
     pub(super) fn tier_lag(&self, partition: &Partition) -> u64 {
         if !partition.config().tiered || self.tier.is_none() {
             return 0;

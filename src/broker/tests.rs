@@ -27,6 +27,7 @@ use crate::{
     telemetry::Metrics,
 };
 
+/// One broker with id 1, and the metadata store that the test changes.
 pub(super) struct TestBroker {
     pub(super) broker: Arc<Broker>,
     pub(super) store: EmbeddedStore,
@@ -48,15 +49,11 @@ impl TestBroker {
         let options = LogOptions { journal_bytes: 8 << 20, ..LogOptions::default() };
         let open = || DataDir::open(Arc::new(RealDisk::default()), dir, &identity, options.clone());
         // A task that was cancelled at the previous stop may hold the directory for a moment.
-        let mut log = open();
-        for _ in 0..6_000 {
-            if !matches!(log, Err(DataDirError::InUse { .. })) {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-            log = open();
-        }
-        let log = log.unwrap();
+        let log = wait_for("the data directory is not in use", async || match open() {
+            Err(DataDirError::InUse { .. }) => None,
+            opened => Some(opened.unwrap()),
+        })
+        .await;
         let (keys, tasks) = (Keys::new("test").unwrap(), Tasks::new());
         let directory_id = log.directory_id().to_string();
         let value = BrokerValue { directory_id, ..BrokerValue::running_at("127.0.0.1:1".to_owned()) };
@@ -192,9 +189,9 @@ async fn only_a_tombstone_deletes_files_of_a_topic() {
     bench.change(Transaction::new().put(key.clone(), other.encode())).await;
     assert_eq!(bench.holds(id), (0, 2), "another topic has the name");
 
-    let mark = TombstoneValue { name: name.clone(), purged_since_ms: None };
+    let tombstone = TombstoneValue { name: name.clone(), purged_since_ms: None };
     bench.change(Transaction::new().put(key.clone(), value)).await;
-    bench.change(Transaction::new().delete(key).put(bench.keys.tombstone(id), mark.encode())).await;
+    bench.change(Transaction::new().delete(key).put(bench.keys.tombstone(id), tombstone.encode())).await;
     assert_eq!(bench.holds(id), (0, 0), "the tombstone deletes the files");
     bench.stop().await;
 }
@@ -371,13 +368,13 @@ async fn superseded_broker_leads_no_partition() {
     let registered = bench.store.get(&me).await.unwrap().entry.unwrap();
     let mine = BrokerValue::decode(&me, &registered.value).unwrap();
     let theirs = BrokerValue { incarnation: "q".to_owned(), ..mine };
-    let given = PartitionValue { leader_epoch: LeaderEpoch(before.leader_epoch.0 + 1), ..before };
-    let put = Transaction::new().put(me, theirs.encode()).put(key, given.encode());
+    let assigned = PartitionValue { leader_epoch: LeaderEpoch(before.leader_epoch.0 + 1), ..before };
+    let put = Transaction::new().put(me, theirs.encode()).put(key, assigned.encode());
     bench.store.transact(put).await.unwrap();
     let refused = wait_for("the broker no longer leads", async || bench.partition_0().err()).await;
     assert_eq!(refused.code, ErrorCode::NotLeader);
     let epoch = bench.broker.partitions.by_id(PartitionId::new(id, 0)).unwrap().epoch();
-    assert_eq!(epoch, given.leader_epoch, "the epoch is that of the new assignment");
+    assert_eq!(epoch, assigned.leader_epoch, "the epoch is that of the new assignment");
     bench.change(Transaction::new()).await;
     assert!(bench.partition_0().is_err(), "the broker stays without leadership");
     bench.stop().await;
@@ -434,10 +431,11 @@ async fn append_past_its_deadline_is_not_written() {
     let bench = TestBroker::start(dir.path(), false).await;
     let name = TopicName::new("t").unwrap();
     let created = async {
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        // The append has begun before, and waits a moment for the unknown topic.
+        let since = clock::monotonic();
+        wait_until("the timeout of the append has passed", || since.elapsed() > Duration::from_millis(1)).await;
         bench.create(&name, 1).await
     };
-    // A broker waits a moment for an unknown topic.
     let (late, id) = futures::join!(bench.append(0, 10, 1), created);
     let error = late.expect_err("the timeout passed before the topic existed");
     assert!(matches!(error.code, ErrorCode::Overloaded | ErrorCode::UnknownTopic), "{error}");
@@ -456,8 +454,8 @@ async fn topic_deletion_is_completed_after_store_outage() {
     let id = bench.create(&name, 2).await;
     assert_eq!(bench.holds(id), (2, 2));
     bench.faulty_store.fail_gets(1);
-    let mark = TombstoneValue { name: name.clone(), purged_since_ms: None };
-    let deleted = Transaction::new().delete(bench.keys.topic(&name)).put(bench.keys.tombstone(id), mark.encode());
+    let tombstone = TombstoneValue { name: name.clone(), purged_since_ms: None };
+    let deleted = Transaction::new().delete(bench.keys.topic(&name)).put(bench.keys.tombstone(id), tombstone.encode());
     bench.store.transact(deleted).await.unwrap();
     wait_until("the files are deleted", || bench.holds(id) == (0, 0)).await;
     bench.stop().await;
@@ -640,7 +638,7 @@ async fn recompression_takes_memory_before_decompression() {
 
 /// Regression: records were compressed on the thread of the call, up to 64 MiB at once.
 #[tokio::test]
-async fn large_record_list_waits_for_its_compression_turn() {
+async fn large_record_list_waits_for_compression_permit() {
     let dir = tempfile::tempdir().unwrap();
     let bench = TestBroker::start(dir.path(), true).await;
     let config = ConfigMap::from([("compression.type".to_owned(), "gzip".to_owned())]);
@@ -652,11 +650,11 @@ async fn large_record_list_waits_for_its_compression_turn() {
         let request = v1::AppendRequest { topic: "t".to_owned(), timeout_ms, payload, ..Default::default() };
         bench.broker.api.produce.append(request, &ProducerIdQuota::default(), &memory).await
     };
-    let turn = memory.rewriter(bench.broker.api.produce.decompressor()).in_turn().await;
+    let permit = memory.rewriter(bench.broker.api.produce.decompressor()).in_turn().await;
     append(vec![7; 1000], 20_000).await.expect("a small list is compressed at once");
-    let error = append(vec![7; 2 << 20], 300).await.expect_err("another batch of the connection has the turn");
+    let error = append(vec![7; 2 << 20], 300).await.expect_err("another batch of the connection has the permit");
     assert_eq!((error.code, error.retryable), (ErrorCode::Overloaded, true));
-    drop(turn);
+    drop(permit);
     append(vec![7; 2 << 20], 20_000).await.expect("2 MiB compress to a few kilobytes");
     let mut noise = vec![0; 2 << 20];
     random::fill(&mut noise);

@@ -6,18 +6,20 @@ use tokio::time::Instant;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct TokenBucket {
     tokens: f64,
-    at: Instant,
+    /// Time of the last taken token.
+    taken_at: Instant,
 }
 
 impl TokenBucket {
-    /// Takes a token. Returns `None` if there is none.
+    /// Takes a token from `bucket`; `None` is a full bucket. Returns the bucket without that token, or `None` if the bucket
+    /// has no token now.
     pub(super) fn take(bucket: Option<Self>, per_minute: u32, now: Instant) -> Option<Self> {
         let max = f64::from(per_minute);
         let tokens = bucket.map_or(max, |bucket| {
-            let grown = now.saturating_duration_since(bucket.at).as_secs_f64() / 60.0 * max;
-            (bucket.tokens + grown).min(max)
+            let returned = now.saturating_duration_since(bucket.taken_at).as_secs_f64() / 60.0 * max;
+            (bucket.tokens + returned).min(max)
         });
-        (tokens >= 1.0).then_some(Self { tokens: tokens - 1.0, at: now })
+        (tokens >= 1.0).then_some(Self { tokens: tokens - 1.0, taken_at: now })
     }
 }
 
@@ -34,8 +36,8 @@ mod tests {
         let after = |seconds| start + Duration::from_secs(seconds);
         let take_all = |mut bucket, now| {
             let mut taken = 0;
-            while let Some(left) = TokenBucket::take(bucket, 60, now) {
-                (bucket, taken) = (Some(left), taken + 1);
+            while let Some(remaining) = TokenBucket::take(bucket, 60, now) {
+                (bucket, taken) = (Some(remaining), taken + 1);
             }
             (bucket, taken)
         };

@@ -35,27 +35,28 @@ impl ControlledShutdown {
         Self { id: ctx.id, metadata: ctx.metadata.clone(), partitions, session }
     }
 
-    /// Transfers leaderships and ISR memberships, within a time.
-    pub(super) async fn transfer_leadership(&self, within: Duration) {
-        if tokio::time::timeout(within, self.transfer_all()).await.is_err() {
+    /// Transfers leaderships and ISR memberships. Gives up after the timeout.
+    pub(super) async fn transfer_leadership(&self, timeout: Duration) {
+        if tokio::time::timeout(timeout, self.transfer_all()).await.is_err() {
             let state = self.metadata.state();
-            let left = self.led_partitions_left(&state);
+            let remaining = self.count_transferable(&state);
             tracing::warn!(
-                partitions = left,
+                partitions = remaining,
                 "the shutdown timeout passed before all led partitions and ISR memberships were transferred"
             );
         }
     }
 
+    /// Publishes that this broker stops, and waits until no partition is transferable.
     async fn transfer_all(&self) {
         while let Err(error) = self.session.publish_stopping().await {
             tracing::info!(%error, "could not mark this broker as stopping in the metadata store: retrying");
             tokio::time::sleep(RETRY_INTERVAL).await;
         }
         let mut states = self.metadata.watch();
-        // The metadata cache ends with the broker.
-        let _gone =
-            states.wait_for(|state| self.is_stop_published(state) && self.led_partitions_left(state) == 0).await;
+        // An error means that the metadata cache was stopped.
+        let _stopped =
+            states.wait_for(|state| self.is_stop_published(state) && self.count_transferable(state) == 0).await;
         tracing::info!("transferred the leadership of all partitions with another in-sync replica");
     }
 
@@ -64,16 +65,16 @@ impl ControlledShutdown {
         state.brokers().get(&self.id).is_none_or(|entry| entry.value.state == BrokerState::Stopping)
     }
 
-    /// Returns the number of partitions that peers could take over from this broker, or that could do without this
+    /// Returns the number of open partitions that peers could take over from this broker, or that could do without this
     /// broker.
-    fn led_partitions_left(&self, state: &MetadataSnapshot) -> usize {
+    fn count_transferable(&self, state: &MetadataSnapshot) -> usize {
         let open = self.partitions.open();
-        let needed = open.iter().filter(|partition| {
+        let transferable = open.iter().filter(|partition| {
             let stored = state.partition(partition.id()).and_then(|entry| entry.partition.as_ref());
             let min_insync = partition.config().min_insync_replicas;
             stored.is_some_and(|stored| is_transferable(&stored.value, self.id, min_insync, |id| is_running(state, id)))
         });
-        needed.count()
+        transferable.count()
     }
 }
 
@@ -82,8 +83,8 @@ fn is_running(state: &MetadataSnapshot, id: BrokerId) -> bool {
     state.brokers().get(&id).is_some_and(|entry| entry.value.state == BrokerState::Running)
 }
 
-/// Returns true if another broker could lead the partition instead of this one, or if the ISR could do without this
-/// broker.
+/// Returns true if another broker could lead the partition instead of this one, or if the leader could remove this broker
+/// from the ISR and still have the min ISR.
 fn is_transferable(
     value: &PartitionValue,
     me: BrokerId,

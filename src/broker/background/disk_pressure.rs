@@ -30,25 +30,26 @@ const TICKS_PER_DISK_CHECK: u32 = 10;
 const RELEASE_PERCENT: u64 = 5;
 
 /// Returns true if the disk is under pressure, given its previous state. A disk of unknown size is not under pressure.
-fn is_under_pressure(was: bool, space: DiskSpace, percent: u64) -> bool {
+fn is_under_pressure(was_under_pressure: bool, space: DiskSpace, percent: u64) -> bool {
     let DiskSpace { free_bytes, total_bytes } = space;
     let used = u128::from(total_bytes.saturating_sub(free_bytes)) * 100;
-    let limit = if was { percent.saturating_sub(RELEASE_PERCENT) } else { percent };
+    let limit = if was_under_pressure { percent.saturating_sub(RELEASE_PERCENT) } else { percent };
     used > u128::from(total_bytes) * u128::from(limit)
 }
 
-/// Free bytes with which any batch fits. An earlier refusal no longer counts then, also if no record has arrived since.
+/// Free bytes with which any batch fits. With as many free bytes, an earlier refusal no longer counts, also if no record
+/// has arrived since.
 const MIN_SPACE_BYTES: u64 = limits::MIN_FREE_DISK_BYTES + limits::MAX_BATCH_BYTES as u64;
 
-/// Returns true if records do not fit: after a refusal, until a record was written or any record would fit.
-const fn does_not_fit(refused: bool, space: DiskSpace) -> bool {
-    refused && space.free_bytes < MIN_SPACE_BYTES
+/// Returns true if records do not fit. `has_refused` is true after a refused record, until another record is written.
+const fn is_too_full(has_refused: bool, space: DiskSpace) -> bool {
+    has_refused && space.free_bytes < MIN_SPACE_BYTES
 }
 
 /// Returns true if other brokers are to lead this broker's partitions: after a record did not fit, until there is space
 /// for replicas again.
-fn is_disk_full(was: bool, refused: bool, space: DiskSpace, percent: u64) -> bool {
-    does_not_fit(refused, space) || (was && is_under_pressure(false, space, percent.min(100 - RELEASE_PERCENT)))
+fn is_disk_full(was_full: bool, has_refused: bool, space: DiskSpace, percent: u64) -> bool {
+    is_too_full(has_refused, space) || (was_full && is_under_pressure(false, space, percent.min(100 - RELEASE_PERCENT)))
 }
 
 /// Returns true if the disk of this log is under pressure at a start. Blocks on the file system.
@@ -68,23 +69,23 @@ impl DiskPressure {
         Self { ctx, health, session }
     }
 
-    /// Checks the disk and publishes changed states.
+    /// Checks the disk at intervals, and publishes changed states to the registration until that succeeds.
     pub(super) async fn run(self) {
         let percent = self.ctx.config.broker.disk_pressure_percent;
         let (mut under_pressure, mut full, mut published) = (self.session.is_under_disk_pressure(), false, true);
         for tick in 1u32.. {
             self.ctx.metrics.disk_pressure.set(u64::from(under_pressure || self.health.is_full()));
             tokio::time::sleep(CHECK_INTERVAL).await;
-            let refused = self.ctx.log.is_full();
-            let is_due = tick.is_multiple_of(TICKS_PER_DISK_CHECK) || refused != full;
+            let has_refused = self.ctx.log.is_full();
+            let is_due = tick.is_multiple_of(TICKS_PER_DISK_CHECK) || has_refused != full;
             if is_due && let Some(space) = self.space().await {
                 let now = is_under_pressure(under_pressure, space, percent);
                 if std::mem::replace(&mut under_pressure, now) != now && !self.ctx.standalone {
                     published = false;
                     log_disk_pressure(now, percent);
                 }
-                self.health.set_full(does_not_fit(refused, space));
-                let now = is_disk_full(full && !self.ctx.standalone, refused, space, percent);
+                self.health.set_full(is_too_full(has_refused, space));
+                let now = is_disk_full(full && !self.ctx.standalone, has_refused, space, percent);
                 if std::mem::replace(&mut full, now) != now && !self.ctx.standalone {
                     published = false;
                     log_disk_full(now);
@@ -101,6 +102,7 @@ impl DiskPressure {
         }
     }
 
+    /// Reads the disk space from the file system; `None` if that failed.
     async fn space(&self) -> Option<DiskSpace> {
         let log = self.ctx.log.clone();
         let space = task::run_blocking(move || log.space()).await;

@@ -40,14 +40,14 @@ pub(super) struct GarbageRun {
     ctx: NodeContext,
     topics: Topics,
     commits: TierCommits,
-    sweep: StaleKeySweeper,
+    key_sweeper: StaleKeySweeper,
     /// Log throttle for failed listings of uploads. A store or a policy that forbids the listing does so for ever.
     failed_listings: LogThrottle,
 }
 
 impl GarbageRun {
     pub(super) fn new(ctx: NodeContext, topics: Topics, commits: TierCommits) -> Self {
-        Self { ctx, topics, commits, sweep: StaleKeySweeper::default(), failed_listings: LogThrottle::default() }
+        Self { ctx, topics, commits, key_sweeper: StaleKeySweeper::default(), failed_listings: LogThrottle::default() }
     }
 
     /// Collects garbage at intervals. The next run completes a cancelled one.
@@ -61,21 +61,22 @@ impl GarbageRun {
             } else {
                 // The controller collects for the whole cluster. The next controller starts without the state of this
                 // one.
-                (self.sweep, self.failed_listings) = Default::default();
+                (self.key_sweeper, self.failed_listings) = Default::default();
                 self.ctx.metrics.tier_garbage_bytes.set(0);
             }
         }
     }
 
+    /// Collects all kinds of garbage once. A failure of one kind does not affect the other kinds.
     async fn run_once(&mut self) {
-        if let Err(error) = self.sweep.run(&self.topics).await {
+        if let Err(error) = self.key_sweeper.run(&self.topics).await {
             self.log_failure(&error, "could not delete the stale keys of unfinished topic changes");
         }
         let Some(tier) = self.ctx.tier.clone() else { return };
         match tier.store.clock_ms().await {
             Ok(now_ms) => {
                 self.delete_orphans(&tier, now_ms).await;
-                self.end_uploads(&tier, now_ms).await;
+                self.abort_uploads(&tier, now_ms).await;
             }
             Err(error) => {
                 self.log_failure(&error, "could not read the clock of the object store: no object counts as old")
@@ -86,11 +87,11 @@ impl GarbageRun {
         }
     }
 
-    /// Ends multipart uploads that a killed broker left.
-    async fn end_uploads(&mut self, tier: &TierHandle, now_ms: i64) {
+    /// Aborts multipart uploads that a killed broker did not complete.
+    async fn abort_uploads(&mut self, tier: &TierHandle, now_ms: i64) {
         // Boxed, because the futures of the SDK are large.
-        let swept = Box::pin(abort_abandoned_uploads(&tier.store, ABANDONED_UPLOAD_AGE, now_ms)).await;
-        match swept {
+        let aborted = Box::pin(abort_abandoned_uploads(&tier.store, ABANDONED_UPLOAD_AGE, now_ms)).await;
+        match aborted {
             Ok(report) => {
                 self.failed_listings.recover();
                 self.ctx.metrics.garbage_collection_failures.inc_by(report.failed.len() as u64);
@@ -110,6 +111,7 @@ impl GarbageRun {
         }
     }
 
+    /// Counts and logs the failure of one kind of collection.
     fn log_failure(&self, error: &dyn std::fmt::Display, action: &str) {
         self.ctx.metrics.garbage_collection_failures.inc();
         tracing::warn!(%error, "{action}; retrying in the next run");
@@ -118,7 +120,7 @@ impl GarbageRun {
     /// Deletes orphan objects.
     async fn delete_orphans(&self, tier: &TierHandle, now_ms: i64) {
         let grace = self.ctx.config.tier.garbage_grace;
-        match collect_garbage(&tier.store, |id| self.live(id), grace, now_ms).await {
+        match collect_garbage(&tier.store, |id| self.liveness(id), grace, now_ms).await {
             Ok(report) => {
                 self.ctx.metrics.tier_objects_deleted.inc_by(report.deleted);
                 self.ctx.metrics.tier_garbage_bytes.set(report.young_bytes);
@@ -138,8 +140,8 @@ impl GarbageRun {
         }
     }
 
-    /// Deletes the tombstones of topics without any remaining data. Without an object store they stay, because one may
-    /// be configured again.
+    /// Deletes the tombstones of topics without any remaining data. A broker without an object store does not call this
+    /// function, because a store that contains data may be configured again.
     async fn expire_tombstones(&self, tier: &TierHandle) -> Result<(), TombstoneError> {
         let tombstones = self.topics.tombstones().await?;
         if tombstones.is_empty() {
@@ -157,11 +159,12 @@ impl GarbageRun {
         Ok(())
     }
 
-    /// Returns the state of a partition in the metadata store at this moment, before objects are deleted.
-    async fn live(&self, id: PartitionId) -> PartitionLiveness {
+    /// Reads the state of a partition from the metadata store, right before its objects are deleted.
+    async fn liveness(&self, id: PartitionId) -> PartitionLiveness {
         match (self.topics.was_deleted(id.topic).await, self.commits.current(id).await) {
             (Ok(true), _) => PartitionLiveness::Deleted,
             (Ok(false), Ok(Some(state))) => PartitionLiveness::Current(state),
+            // The store did not respond, or has neither a tombstone nor a value.
             _ => PartitionLiveness::Unknown,
         }
     }

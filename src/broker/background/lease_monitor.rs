@@ -30,12 +30,12 @@ impl LeaseMonitor {
         Self { ctx, session, health, expired: watch::Sender::new(false) }
     }
 
-    /// Monitors the lease.
+    /// Publishes each expiry and renewal of the lease, until the task is cancelled.
     pub(super) async fn run(&self) {
         let mut status = self.session.state();
         loop {
-            let left = self.session.lease_remaining();
-            let expired = left.is_zero();
+            let remaining = self.session.lease_remaining();
+            let expired = remaining.is_zero();
             self.health.set_unregistered(expired);
             let changed = self.expired.send_if_modified(|before| std::mem::replace(before, expired) != expired);
             match (changed, expired) {
@@ -46,7 +46,7 @@ impl LeaseMonitor {
                 (true, false) => tracing::info!("this broker is registered again: its readers are notified"),
                 (false, _) => {}
             }
-            let pause = if expired { CHECK_INTERVAL } else { left };
+            let pause = if expired { CHECK_INTERVAL } else { remaining };
             tokio::select! {
                 biased;
                 Ok(()) = status.changed() => {}
@@ -83,7 +83,7 @@ impl LeaseMonitor {
         }
         let reason = match self.metadata_staleness() {
             Duration::ZERO => "its registration was deleted".to_owned(),
-            silence => format!("the store has not responded to it for {} s", silence.as_secs()),
+            staleness => format!("the store has not responded to it for {} s", staleness.as_secs()),
         };
         let message = format!(
             "broker {} starts no operation that needs the metadata store, because {reason}; this operation was not \

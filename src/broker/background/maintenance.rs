@@ -67,7 +67,7 @@ impl Maintenance {
             }
         }
         let (this, tasks) = (Arc::clone(self), self.ctx.tasks.clone());
-        self.ctx.tasks.spawn("maintenance-clock", async move { tasks.run_until_cancelled(this.tick()).await });
+        self.ctx.tasks.spawn("maintenance-clock", async move { tasks.run_until_cancelled(this.schedule()).await });
         if let Some(tier) = &self.ctx.tier {
             let (this, tasks, store) = (Arc::clone(self), self.ctx.tasks.clone(), tier.store.clone());
             let resume = async move { tasks.run_until_cancelled(this.resume_after_outages(&store)).await };
@@ -75,7 +75,7 @@ impl Maintenance {
         }
     }
 
-    /// Serves one queue. A step that is cancelled leaves at most an orphan object.
+    /// Runs the steps of queued partitions, one after the other. A step that is cancelled leaves at most an orphan object.
     async fn work(&self, kind: WorkerKind) {
         let failures = &self.failures;
         let queue = match kind {
@@ -116,15 +116,15 @@ impl Maintenance {
                 }
                 Err(error) => {
                     self.ctx.metrics.tier_upload_failures.inc();
-                    let failed_steps = failures.record_failure(&partition, &error, self.is_cut_off());
+                    let failed_steps = failures.record_failure(&partition, &error, self.has_outage());
                     queue.failed(id, self.runner.delay(failed_steps));
                 }
             }
         }
     }
 
-    /// Returns true during a reported outage of the object store or of the metadata store.
-    fn is_cut_off(&self) -> bool {
+    /// Returns true during an outage of the object store or of the metadata store, which is reported elsewhere.
+    fn has_outage(&self) -> bool {
         let has_store_outage = self.ctx.tier.as_ref().is_some_and(|tier| tier.store.outage().is_some());
         has_store_outage || !self.lease.metadata_staleness().is_zero()
     }
@@ -140,24 +140,24 @@ impl Maintenance {
     }
 
     /// Queues the partitions whose active segment is old, and at intervals all that hold records.
-    async fn tick(&self) {
+    async fn schedule(&self) {
         let interval = self.ctx.config.tier.check_interval;
         let min_pause = ROLL_CHECK_INTERVAL.min(interval);
         let mut pause = min_pause;
         let mut retention_at = clock::monotonic();
         loop {
             tokio::time::sleep(pause).await;
-            let began = clock::monotonic();
-            let retention = began >= retention_at;
-            if retention {
-                retention_at = began + interval;
+            let now = clock::monotonic();
+            let is_retention_due = now >= retention_at;
+            if is_retention_due {
+                retention_at = now + interval;
             }
             for partition in self.partitions.open() {
-                if partition.roll_is_due(began) || (retention && partition.holds_any()) {
+                if partition.roll_is_due(now) || (is_retention_due && partition.holds_any()) {
                     self.queue.push(partition.id());
                 }
             }
-            pause = min_pause.max(began.elapsed() * MIN_PAUSE_PER_CHECK);
+            pause = min_pause.max(now.elapsed() * MIN_PAUSE_PER_CHECK);
         }
     }
 }

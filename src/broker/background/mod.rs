@@ -103,6 +103,7 @@ impl Background {
         }
     }
 
+    /// Runs `work` as a task that ends when the broker stops.
     fn spawn(&self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
         let tasks = self.ctx.tasks.clone();
         self.ctx.tasks.spawn(name, async move { tasks.run_until_cancelled(work).await });
@@ -113,9 +114,9 @@ impl Background {
         self.gauges.observe();
     }
 
-    /// Transfers leaderships and ISR memberships, within a time.
-    pub(super) async fn transfer_leadership(&self, within: Duration) {
-        self.shutdown.transfer_leadership(within).await;
+    /// Transfers leaderships and ISR memberships. Gives up after the timeout.
+    pub(super) async fn transfer_leadership(&self, timeout: Duration) {
+        self.shutdown.transfer_leadership(timeout).await;
     }
 }
 

@@ -62,10 +62,10 @@ impl From<ProducerIdError> for ApiError {
 pub struct ProducerIdQuota(Arc<Mutex<Option<TokenBucket>>>);
 
 impl ProducerIdQuota {
-    /// Counts one new producer.
+    /// Counts one new producer. Fails with `OVERLOADED` if the connection has used its quota.
     fn take(&self, per_minute: u32) -> Result<(), ApiError> {
         let mut bucket = self.0.lock();
-        let Some(left) = TokenBucket::take(*bucket, per_minute, clock::monotonic()) else {
+        let Some(remaining) = TokenBucket::take(*bucket, per_minute, clock::monotonic()) else {
             return Err(ApiError::new(
                 ErrorCode::Overloaded,
                 format!(
@@ -74,7 +74,7 @@ impl ProducerIdQuota {
                 ),
             ));
         };
-        *bucket = Some(left);
+        *bucket = Some(remaining);
         Ok(())
     }
 }
@@ -88,10 +88,12 @@ pub(in crate::broker) struct ProducerIds {
     per_minute: u32,
     /// The cluster's key, once it was read. The key never changes.
     key: OnceLock<ProducerIdKey>,
+    /// Unassigned ids of the reserved blocks.
     blocks: Mutex<VecDeque<Range<i64>>>,
     /// Lock with which one of many callers reserves a block. Holds the end of the newest block, once the data directory
     /// was read.
     filling: tokio::sync::Mutex<Option<i64>>,
+    /// Notified when fewer than [`REFILL_BELOW`] ids remain.
     low: Notify,
 }
 
@@ -118,10 +120,10 @@ impl ProducerIds {
     async fn next(&self) -> Result<i64, ProducerIdError> {
         let key = self.key().await?;
         loop {
-            if let Some(counter) = self.take() {
+            if let Some(counter) = self.take_counter() {
                 return Ok(key.id(counter, ANONYMOUS));
             }
-            self.fill(1).await?;
+            self.ensure_ids(1).await?;
         }
     }
 
@@ -134,7 +136,8 @@ impl ProducerIds {
         Ok(self.key.get_or_init(|| key))
     }
 
-    fn take(&self) -> Option<i64> {
+    /// Takes the next id of the reserved blocks, without the cluster's key; `None` if all ids are assigned.
+    fn take_counter(&self) -> Option<i64> {
         let mut blocks = self.blocks.lock();
         let id = loop {
             match blocks.front_mut()?.next() {
@@ -148,8 +151,8 @@ impl ProducerIds {
         Some(id)
     }
 
-    /// Reserves a block if fewer than `min_ids` ids are left.
-    async fn fill(&self, min_ids: i64) -> Result<(), ProducerIdError> {
+    /// Reserves a block if fewer than `min_ids` ids remain.
+    async fn ensure_ids(&self, min_ids: i64) -> Result<(), ProducerIdError> {
         let mut stored_end = self.filling.lock().await;
         if remaining(&self.blocks.lock()) >= min_ids {
             return Ok(());
@@ -190,6 +193,7 @@ impl ProducerIds {
         Err(ApiError::new(ErrorCode::UnknownProducer, message).with("producer", id))
     }
 
+    /// Returns the cluster's key from the metadata cache. Waits a moment for the key, and fails if there is none.
     async fn read_key(&self) -> Result<&ProducerIdKey, ApiError> {
         let read = self.metadata.wait_until(|state| state.producer_id_key().is_some());
         let _late = tokio::time::timeout(STORE_TIMEOUT, read).await;
@@ -205,11 +209,11 @@ impl ProducerIds {
     /// Keeps the cluster's key and a block available.
     pub(super) async fn keep_filled(&self) {
         loop {
-            let kept = match self.key().await {
-                Ok(_) => self.fill(REFILL_BELOW).await,
+            let filled = match self.key().await {
+                Ok(_) => self.ensure_ids(REFILL_BELOW).await,
                 Err(error) => Err(error.into()),
             };
-            match kept {
+            match filled {
                 Ok(()) => self.low.notified().await,
                 Err(error) => {
                     tracing::debug!(%error, "could not reserve producer ids: retrying");
@@ -220,6 +224,7 @@ impl ProducerIds {
     }
 }
 
+/// Returns the number of unassigned ids.
 fn remaining(blocks: &VecDeque<Range<i64>>) -> i64 {
     blocks.iter().map(|block| block.end - block.start).sum()
 }
@@ -242,13 +247,13 @@ mod tests {
         DataDir::open(Arc::new(disk.clone()), Path::new("/data"), &identity, options).unwrap()
     }
 
-    /// Takes more ids than one block has.
-    async fn many(ids: &ProducerIds) -> BTreeSet<i64> {
-        let mut given = BTreeSet::new();
+    /// Assigns more ids than one block has.
+    async fn assign_many(ids: &ProducerIds) -> BTreeSet<i64> {
+        let mut assigned = BTreeSet::new();
         for _ in 0..1500 {
-            assert!(given.insert(ids.next().await.unwrap()));
+            assert!(assigned.insert(ids.next().await.unwrap()));
         }
-        given
+        assigned
     }
 
     #[tokio::test]
@@ -260,14 +265,14 @@ mod tests {
         let topics = Topics::new(shared, keys.clone(), metadata.clone(), ConfigMap::new());
         let ids = |log: &DataDir| ProducerIds::with(topics.clone(), log.clone(), metadata.clone(), 1000);
         let log = open(&disk);
-        let before = many(&ids(&log)).await;
+        let before = assign_many(&ids(&log)).await;
 
         let backup = Transaction::new().put(keys.producer_ids(), ProducerIdsValue { next: 0 }.encode());
         store.transact(backup).await.unwrap();
         drop(log);
         disk.crash(1);
         let log = open(&disk);
-        let after = many(&ids(&log)).await;
+        let after = assign_many(&ids(&log)).await;
         assert!(before.is_disjoint(&after));
 
         // No id is assigned from a block whose end is not in the directory.

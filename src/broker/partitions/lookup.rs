@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Maximum time to wait for an unknown topic: another broker may have created the topic a moment ago.
-const TOPIC_WAIT: Duration = Duration::from_millis(300);
+const TOPIC_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// Leader of a partition, for a client that contacted another broker.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,13 +55,13 @@ fn describe_retry(leader: Option<&LeaderHint>) -> String {
 pub(in crate::broker) enum LookupError {
     /// Another topic has this name by now.
     #[error(
-        "topic {topic:?} has id {id}, not {asked}: the topic was deleted and recreated; refresh the metadata and retry"
+        "topic {topic:?} has id {id}, not {requested}: the topic was deleted and recreated; refresh the metadata and retry"
     )]
     Replaced {
         topic: String,
         id: TopicId,
         /// Requested id.
-        asked: TopicId,
+        requested: TopicId,
     },
     /// The topic has fewer partitions.
     #[error("topic {topic:?} has no partition {partition}: it has {count} partitions, numbered from 0")]
@@ -89,10 +89,10 @@ impl From<LookupError> for ApiError {
     fn from(error: LookupError) -> Self {
         let message = error.to_string();
         match error {
-            LookupError::Replaced { topic, id, asked } => Self::new(ErrorCode::TopicIdMismatch, message)
+            LookupError::Replaced { topic, id, requested } => Self::new(ErrorCode::TopicIdMismatch, message)
                 .with("topic", topic)
                 .with("topic_id", id)
-                .with("asked", asked),
+                .with("asked", requested),
             LookupError::UnknownPartition { topic, partition, count } => {
                 Self::new(ErrorCode::UnknownPartition, message)
                     .with("topic", topic)
@@ -144,13 +144,13 @@ impl ReplicaLookup {
     /// because it may lack records that the reader has read.
     pub(in crate::broker) fn readable(
         &self,
-        want: &v1::FetchPartition,
+        requested: &v1::FetchPartition,
         id: Option<TopicId>,
         any_replica: bool,
     ) -> Result<Arc<Partition>, ApiError> {
-        let min_epoch = LeaderEpoch::from_i32(want.leader_epoch).unwrap_or_default();
+        let min_epoch = LeaderEpoch::from_i32(requested.leader_epoch).unwrap_or_default();
         let serves = |status: ReplicaStatus| status.epoch >= min_epoch && status.role.serves(any_replica);
-        self.replica(&want.topic, id, want.partition, serves)
+        self.replica(&requested.topic, id, requested.partition, serves)
     }
 
     /// Returns the open replica with this name and number, in any role. Requires this topic id, if one is given.
@@ -169,7 +169,8 @@ impl ReplicaLookup {
         }
     }
 
-    /// Returns the partition with this name and number, if `serves` accepts its role and epoch.
+    /// Returns the partition with this name and number, if `serves` accepts its role and epoch. Requires this topic id, if
+    /// one is given.
     fn replica(
         &self,
         topic: &str,
@@ -177,18 +178,18 @@ impl ReplicaLookup {
         partition: i32,
         serves: impl FnOnce(ReplicaStatus) -> bool,
     ) -> Result<Arc<Partition>, ApiError> {
-        let lookup = |error: LookupError| Err(ApiError::from(error));
+        let fail = |error: LookupError| Err(ApiError::from(error));
         let topic = topic.to_owned();
         let (id, replica) = match self.partitions.find(&topic, partition) {
             Some(TableLookup::Held(id, _))
                 if let Some(requested) = requested
                     && requested != id.topic =>
             {
-                return lookup(LookupError::Replaced { topic, id: id.topic, asked: requested });
+                return fail(LookupError::Replaced { topic, id: id.topic, requested });
             }
             Some(TableLookup::Held(id, replica)) => (id, replica),
             Some(TableLookup::NoPartition(count)) => {
-                return lookup(LookupError::UnknownPartition { topic, partition, count });
+                return fail(LookupError::UnknownPartition { topic, partition, count });
             }
             None => return Err(UnknownTopic::new(&topic).into()),
         };
@@ -200,9 +201,9 @@ impl ReplicaLookup {
         let leader = self.leader(id);
         match &*replica {
             HostedPartition::Offline(offline) if leader.as_ref().is_none_or(|leader| leader.broker == self.id) => {
-                lookup(LookupError::Unusable { topic, partition, reason: offline.to_string() })
+                fail(LookupError::Unusable { topic, partition, reason: offline.to_string() })
             }
-            _ => lookup(LookupError::NotLeader { topic, partition, leader }),
+            _ => fail(LookupError::NotLeader { topic, partition, leader }),
         }
     }
 
@@ -212,8 +213,9 @@ impl ReplicaLookup {
             return;
         }
         let unknown = |(name, id): &(&str, &str)| match self.partitions.find(name, 0) {
-            Some(TableLookup::Held(found, _)) => {
-                !id.is_empty() && id.parse::<TopicId>().is_ok_and(|id| id != found.topic)
+            // Another topic had this name before.
+            Some(TableLookup::Held(hosted, _)) => {
+                !id.is_empty() && id.parse::<TopicId>().is_ok_and(|id| id != hosted.topic)
             }
             Some(TableLookup::NoPartition(_)) => false,
             None => true,
@@ -228,8 +230,8 @@ impl ReplicaLookup {
         let is_known = |partitions: &PartitionTable, (name, id): &(TopicName, Option<TopicId>)| {
             partitions.topic(name).is_some_and(|topic| id.is_none_or(|id| id == topic.id))
         };
-        let found = self.partitions.until(|partitions| missing.iter().all(|topic| is_known(partitions, topic)));
-        let _late = tokio::time::timeout(TOPIC_WAIT, found).await;
+        let all_known = self.partitions.until(|partitions| missing.iter().all(|topic| is_known(partitions, topic)));
+        let _late = tokio::time::timeout(TOPIC_TIMEOUT, all_known).await;
     }
 
     /// Returns the leader of a partition according to the metadata.
@@ -242,7 +244,7 @@ impl ReplicaLookup {
     }
 
     /// Returns the error for a write while this broker stops, with the new leader if there is one.
-    pub(in crate::broker) fn stopping_refusal(&self, partition: &Partition) -> ApiError {
+    pub(in crate::broker) fn broker_stopping_error(&self, partition: &Partition) -> ApiError {
         let id = partition.id();
         match self.leader(id).filter(|leader| leader.broker != self.id) {
             Some(leader) => {

@@ -39,12 +39,15 @@ pub(in crate::broker) struct MaintenanceFailures {
     uploads: Mutex<Option<(Instant, String)>>,
 }
 
+/// Failures of one partition.
 struct FailingPartition {
     /// Number of consecutive failures; 0 after a successful step.
     steps: u32,
     log: LogThrottle,
+    /// Time of the first of the consecutive failures.
     since: Instant,
-    name: TopicName,
+    /// Topic of the partition.
+    topic: TopicName,
     /// Error of this partition; `None` for a failure that is reported elsewhere, such as an outage of a store.
     reason: Option<String>,
 }
@@ -55,7 +58,7 @@ impl MaintenanceFailures {
         self.partitions.lock().remove(&id);
     }
 
-    /// Returns why the last step of this partition failed.
+    /// Returns why the last step of this partition failed; `None` if it did not, or for a failure that is reported elsewhere.
     fn reason(&self, id: PartitionId) -> Option<String> {
         self.partitions.lock().get(&id)?.reason.clone()
     }
@@ -91,23 +94,23 @@ impl MaintenanceFailures {
         }
     }
 
-    /// Returns the time since which no upload has succeeded, and the error. Returns `None` if no partition fails any
-    /// longer: the failing one was deleted, or another broker leads it.
+    /// Returns the time since which no upload has succeeded, and the error. Returns `None` if no partition fails now: the
+    /// failing one was deleted, or another broker leads it.
     fn failing_uploads(&self, partitions: &BTreeMap<PartitionId, FailingPartition>) -> Option<(Instant, String)> {
         self.uploads.lock().clone().filter(|_| partitions.values().any(|failing| failing.steps > 0))
     }
 
-    /// Records and logs a failed step. `is_cut_off` is true during a reported outage of a store. Returns the number of
+    /// Records and logs a failed step. `has_outage` is true during a reported outage of a store. Returns the number of
     /// consecutive failures.
     pub(in crate::broker) fn record_failure(
         &self,
         partition: &Partition,
         error: &MaintenanceError,
-        is_cut_off: bool,
+        has_outage: bool,
     ) -> u32 {
         let (id, now) = (partition.id(), clock::monotonic());
         let is_reported_elsewhere =
-            is_of_another_leader(error) || refuses_commits(error) || error.is_outage() && is_cut_off;
+            is_of_another_leader(error) || refuses_commits(error) || error.is_outage() && has_outage;
         if !is_reported_elsewhere {
             self.record_upload(Err(error));
         }
@@ -116,7 +119,7 @@ impl MaintenanceFailures {
             steps: 0,
             log: LogThrottle::default(),
             since: now,
-            name: partition.topic().clone(),
+            topic: partition.topic().clone(),
             reason: None,
         });
         if failing.steps == 0 {
@@ -134,9 +137,8 @@ impl MaintenanceFailures {
         steps
     }
 
-    /// Logs a failure once, then reminders with a count: an outage of an hour must not fill the log. An outage is
-    /// logged once for all partitions, by the clients of the stores, or here if the metadata store responds but rejects
-    /// commits.
+    /// Logs a failed step as a warning if `failures`, the count of the log throttle, is present. An outage is logged once
+    /// for all partitions, by the clients of the stores, or here if the metadata store responds but rejects commits.
     fn log_failure(&self, partition: &Partition, error: &MaintenanceError, failures: Option<u64>, steps: u32) {
         let (id, topic) = (partition.id(), partition.topic());
         if is_of_another_leader(error) {
@@ -165,8 +167,8 @@ impl MaintenanceFailures {
     /// Records a successful step of this partition. The failures of a partition are kept for a while, so that
     /// alternating failures and successes do not fill the log.
     pub(in crate::broker) fn recover(&self, partition: &Partition) {
-        let mut all = self.partitions.lock();
-        let Some(failing) = all.get_mut(&partition.id()) else { return };
+        let mut partitions = self.partitions.lock();
+        let Some(failing) = partitions.get_mut(&partition.id()) else { return };
         (failing.steps, failing.reason) = (0, None);
         if let Some(failures) = failing.log.recover() {
             tracing::info!(
@@ -175,7 +177,7 @@ impl MaintenanceFailures {
             );
         }
         if failing.log.is_quiet(clock::monotonic()) {
-            all.remove(&partition.id());
+            partitions.remove(&partition.id());
         }
     }
 }
@@ -187,8 +189,8 @@ impl fmt::Display for MaintenanceFailures {
             let lasting = failing.iter().filter(|(_, failing)| failing.steps >= FAILURES_BEFORE_REPORT);
             lasting.filter_map(|(id, failing)| Some((id.number, failing, failing.reason.as_ref()?)))
         };
-        let Some((number, first, reason)) = reported().min_by_key(|(_, failing, _)| failing.since) else {
-            // With many partitions, it takes long until one of them has failed that often.
+        let Some((number, longest, reason)) = reported().min_by_key(|(_, failing, _)| failing.since) else {
+            // With many partitions, it takes long until one of them has failed `FAILURES_BEFORE_REPORT` times.
             return match self.failing_uploads(&failing) {
                 Some((since, reason)) if since.elapsed() >= UPLOADS_IMPAIRED_AFTER => {
                     write!(f, "no upload has succeeded for {} s: {reason}", since.elapsed().as_secs())
@@ -197,8 +199,8 @@ impl fmt::Display for MaintenanceFailures {
             };
         };
         let count = reported().count();
-        let (s, seconds) = (if count == 1 { "" } else { "s" }, first.since.elapsed().as_secs());
-        write!(f, "{count} partition{s}, {}/{number} for {seconds} s: {reason}", first.name)
+        let (s, seconds) = (if count == 1 { "" } else { "s" }, longest.since.elapsed().as_secs());
+        write!(f, "{count} partition{s}, {}/{number} for {seconds} s: {reason}", longest.topic)
     }
 }
 
@@ -225,7 +227,7 @@ mod tests {
             steps,
             log: LogThrottle::default(),
             since: clock::monotonic(),
-            name: TopicName::new("t").expect("the name is valid"),
+            topic: TopicName::new("t").expect("the name is valid"),
             reason: None,
         };
         let store = tier::TierStoreError::Unavailable { object: "segment".to_owned(), reason: "quota".to_owned() };

@@ -31,7 +31,11 @@ pub(super) struct PartitionOpener {
 }
 
 impl PartitionOpener {
-    /// Returns the parameters for opening a replica, or `None` if it must not be opened now.
+    /// Returns the parameters for opening a replica, or `None` if it must not be opened now. `replica` is its entry in the
+    /// partition table, and `value` the partition value in `state`.
+    ///
+    /// `ReplicaSpec::discard_local` is set for a replica without files, and for one that failed to open while another
+    /// broker leads and no commit depends on it. An operator can also elect a failed replica in order to discard it.
     pub(super) fn spec(
         &self,
         id: PartitionId,
@@ -43,10 +47,10 @@ impl PartitionOpener {
     ) -> Option<ReplicaSpec> {
         let (standalone, me) = (self.ctx.standalone, self.ctx.id);
         if !is_on_disk && !standalone && !is_active {
-            // There is nothing to verify. The replica is created after the activation.
+            // A starting broker opens replicas in order to verify them. One without files is created after the activation.
             return None;
         }
-        let start_with_counter = value.isr.contains(&me) || value.elr.contains(&me);
+        let is_member = value.isr.contains(&me) || value.elr.contains(&me);
         let failed_since = match replica {
             HostedPartition::Offline(OfflineReplica::OpenFailed { since, .. }) => Some(*since),
             _ => None,
@@ -57,7 +61,7 @@ impl PartitionOpener {
                 Some(leader) if leader == me => {
                     value.isr == [me] && value.discard_local && value.unclean_epoch.is_some_and(|epoch| epoch > since)
                 }
-                Some(_) => !start_with_counter,
+                Some(_) => !is_member,
                 // There is no leader to copy from, so the files stay even if the replica cannot be opened.
                 None => false,
             });
@@ -73,7 +77,7 @@ impl PartitionOpener {
         Some(ReplicaSpec { id, topic: name.clone(), config, committed, tier, standalone, discard_local, max_lag_time })
     }
 
-    /// Opens replicas concurrently.
+    /// Opens replicas concurrently, and sets their entries in the partition table.
     pub(super) async fn open_all(&self, specs: Vec<ReplicaSpec>) {
         let opened =
             stream::iter(chunks(specs)).map(|specs| self.open_batch(specs)).buffer_unordered(MAX_CONCURRENT_OPENS);
@@ -91,6 +95,7 @@ impl PartitionOpener {
             .await;
     }
 
+    /// Returns the leader epoch of a partition in the metadata cache; zero if there is no value.
     fn leader_epoch(&self, id: PartitionId) -> LeaderEpoch {
         let state = self.ctx.metadata.state();
         let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
@@ -98,7 +103,7 @@ impl PartitionOpener {
     }
 
     /// Returns the entry of a replica that could not be opened. Logs each error once, although every metadata change
-    /// retries the open.
+    /// retries the open. The entry keeps the leader epoch of the first failure.
     fn offline_entry(&self, id: PartitionId, topic: &TopicName, error: &PartitionError) -> HostedPartition {
         let reason: Arc<str> = error.to_string().into();
         let earlier = self.partitions.get(id).and_then(|replica| match &*replica {
@@ -109,7 +114,7 @@ impl PartitionOpener {
         });
         let since = earlier.as_ref().map_or_else(|| self.leader_epoch(id), |(_, since)| *since);
         match error {
-            _ if earlier.is_some_and(|(earlier, _)| earlier == reason) => {}
+            _ if earlier.is_some_and(|(logged, _)| logged == reason) => {}
             PartitionError::Lost { .. } => tracing::warn!(
                 partition = %id, %topic, %error,
                 "the replica lacks committed records and is offline: it is copied again once another replica leads"
@@ -119,7 +124,7 @@ impl PartitionOpener {
         HostedPartition::Offline(OfflineReplica::OpenFailed { reason, since })
     }
 
-    /// Opens replicas in sequence, on a blocking thread.
+    /// Opens replicas in sequence, on a blocking thread. Queues opened partitions for maintenance.
     async fn open_batch(
         &self,
         specs: Vec<ReplicaSpec>,
@@ -140,10 +145,10 @@ impl PartitionOpener {
 
 /// Splits replicas into chunks that are opened together. Each chunk has its own allocation: chunks split off one vector
 /// would keep capacity for all later replicas, which is quadratic.
-fn chunks<T>(all: Vec<T>) -> impl Iterator<Item = Vec<T>> {
-    let mut rest = all.into_iter();
+fn chunks<T>(replicas: Vec<T>) -> impl Iterator<Item = Vec<T>> {
+    let mut remaining = replicas.into_iter();
     std::iter::from_fn(move || {
-        let chunk: Vec<T> = rest.by_ref().take(MAX_OPENED_PER_BATCH).collect();
+        let chunk: Vec<T> = remaining.by_ref().take(MAX_OPENED_PER_BATCH).collect();
         (!chunk.is_empty()).then_some(chunk)
     })
 }
@@ -156,7 +161,7 @@ mod tests {
     fn replica_chunks_keep_no_excess_capacity() {
         let chunks: Vec<Vec<u64>> = chunks((0..10_000).collect()).collect();
         assert!(chunks.iter().flatten().copied().eq(0..10_000), "all replicas, in order");
-        let kept: usize = chunks.iter().map(Vec::capacity).sum();
-        assert!(kept <= 2 * 10_000, "capacity for {kept} of 10,000 numbers");
+        let capacity: usize = chunks.iter().map(Vec::capacity).sum();
+        assert!(capacity <= 2 * 10_000, "capacity for {capacity} of 10,000 numbers");
     }
 }

@@ -57,6 +57,13 @@ const MAX_CONCURRENT_ASSIGNMENTS: usize = 256;
 /// Updates the peers from a metadata snapshot.
 pub(in crate::broker) type PeersUpdate = Box<dyn Fn(&MetadataSnapshot) + Send + Sync>;
 
+/// Event that the reconciler handles next.
+enum ReconcilerEvent {
+    Changed(MetadataChange),
+    /// Stray replicas are to be checked.
+    StraysDue,
+}
+
 /// The one writer of the partition table.
 pub(in crate::broker) struct Reconciler {
     ctx: NodeContext,
@@ -120,19 +127,21 @@ impl Reconciler {
             let next = async {
                 tokio::select! {
                     biased;
-                    change = feed.next() => Some(change),
-                    () = self.strays.due() => None,
+                    change = feed.next() => change.map(ReconcilerEvent::Changed),
+                    () = self.strays.due() => Some(ReconcilerEvent::StraysDue),
                 }
             };
-            match tasks.run_until_cancelled(next).await {
-                None | Some(Some(None)) => return,
-                Some(None) => self.strays.process().await,
-                Some(Some(Some(change))) => {
+            // The broker stops, or the metadata cache was stopped.
+            let Some(event) = tasks.run_until_cancelled(next).await.flatten() else { return };
+            match event {
+                ReconcilerEvent::StraysDue => self.strays.process().await,
+                ReconcilerEvent::Changed(MetadataChange::Relisted) => {
                     let state = self.ctx.metadata.state();
-                    match change {
-                        MetadataChange::Relisted => self.reconcile(&state).await,
-                        MetadataChange::Keys(keys) => self.reconcile_keys(&keys, &state).await,
-                    }
+                    self.reconcile(&state).await;
+                }
+                ReconcilerEvent::Changed(MetadataChange::Keys(keys)) => {
+                    let state = self.ctx.metadata.state();
+                    self.reconcile_keys(&keys, &state).await;
                 }
             }
         }
@@ -148,6 +157,7 @@ impl Reconciler {
         self.partitions.set_revisions(revisions);
     }
 
+    /// Applies the values of these keys.
     async fn reconcile_keys(&mut self, keys: &[Key], state: &MetadataSnapshot) {
         let topics = keys.iter().filter_map(|key| match key {
             Key::Topic(name) => Some(name),
@@ -155,7 +165,7 @@ impl Reconciler {
         });
         let (ids, revisions) = self.apply_topics(topics, state).await;
         let mut ids: BTreeSet<PartitionId> = ids.into_iter().collect();
-        let (mut brokers, mut gone) = (Vec::new(), Vec::new());
+        let (mut brokers, mut deleted_topics) = (Vec::new(), Vec::new());
         for key in keys {
             match key {
                 Key::Partition(id) => {
@@ -164,7 +174,8 @@ impl Reconciler {
                 Key::Tier(id) => self.pass_tier_state(*id, state).await,
                 Key::Broker(id) => brokers.push(*id),
                 // A topic that was never hosted, because its configuration was unreadable, is deleted too.
-                Key::Tombstone(id) if state.name(*id).is_none() => gone.push(*id),
+                Key::Tombstone(id) if state.name(*id).is_none() => deleted_topics.push(*id),
+                // Topic keys were applied above. Other keys do not concern the partitions of this broker.
                 _ => {}
             }
         }
@@ -175,7 +186,7 @@ impl Reconciler {
         self.reconcile_partitions(ids.into_iter().collect(), state).await;
         self.partitions.set_revisions(revisions);
         // Last, because deletion may take long, and leadership changes are more urgent.
-        self.strays.process_deleted(gone).await;
+        self.strays.process_deleted(deleted_topics).await;
     }
 
     /// Applies topic values to the partition table. Returns the partitions to reconcile, and the revision that each
@@ -203,23 +214,24 @@ impl Reconciler {
         (ids, revisions)
     }
 
-    /// Applies one topic value. Returns the new entry of the topic and its revision, or `None` if there is nothing to
-    /// apply.
+    /// Applies one topic value: drops a topic that was removed or replaced, and passes a changed configuration to the open
+    /// partitions. Returns the new entry of the topic, which the caller puts into the table, and the revision of the value.
+    /// Returns `None` if the topic is not hosted now or keeps its entry.
     async fn apply_topic(&mut self, name: &TopicName, state: &MetadataSnapshot) -> Option<(HostedTopic, Revision)> {
-        let partitions = self.partitions.topic(name);
-        let wanted = state.topic(name);
-        if wanted.is_none() && state.unreadable().contains_key(&Key::Topic(name.clone())) {
+        let hosted = self.partitions.topic(name);
+        let stored = state.topic(name);
+        if stored.is_none() && state.unreadable().contains_key(&Key::Topic(name.clone())) {
             // The new value is unreadable, so nothing changes.
             return None;
         }
-        if let Some(partitions) = &partitions
-            && wanted.is_none_or(|topic| topic.value.id != partitions.id)
+        if let Some(hosted) = &hosted
+            && stored.is_none_or(|topic| topic.value.id != hosted.id)
         {
-            self.drop_topic(name, partitions).await;
+            self.drop_topic(name, hosted).await;
         }
-        let wanted = wanted?;
-        let topic = &wanted.value;
-        let before = partitions.filter(|partitions| partitions.id == topic.id);
+        let stored = stored?;
+        let topic = &stored.value;
+        let before = hosted.filter(|hosted| hosted.id == topic.id);
         let config = match TopicConfig::resolve(&self.ctx.config.topic_defaults, &topic.config) {
             Ok(config) => Arc::new(config),
             Err(error) => {
@@ -233,19 +245,20 @@ impl Reconciler {
         let changed = before.as_ref().is_some_and(|before| *before.config != *config);
         let after = HostedTopic::new(topic.id, Arc::clone(&config), topic.partitions, before.as_ref());
         if changed {
-            for replica in after.holdings() {
+            for replica in after.partitions() {
                 if let HostedPartition::Online(partition) = &*replica {
                     partition.update_config(Arc::clone(&config)).await;
                 }
             }
         }
         if before.is_none() {
-            self.record_topic(name, topic, state);
+            self.write_topic_record(name, topic, state);
         }
-        Some((after, wanted.mod_revision))
+        Some((after, stored.mod_revision))
     }
 
-    /// Applies the metadata to these partitions.
+    /// Applies the metadata to these partitions: opens or closes their replicas, and sends the assignments. A replica that
+    /// may be discarded is opened again as an empty one.
     async fn reconcile_partitions(&mut self, ids: Vec<PartitionId>, state: &MetadataSnapshot) {
         let log = self.ctx.log.clone();
         let is_on_disk = |id: &PartitionId| log.holds(*id);
@@ -280,12 +293,12 @@ impl Reconciler {
                 None => self.close(id, &replica).await,
             }
         }
-        let tried: Vec<_> = to_open.iter().map(|spec| spec.id).collect();
+        let opened: Vec<_> = to_open.iter().map(|spec| spec.id).collect();
         self.opener.open_all(to_open).await;
         if self.is_active {
             // An unusable replica that may be discarded is replaced by an empty one now, because no later metadata
             // change may trigger that.
-            let to_reopen = tried.into_iter().filter_map(|id| {
+            let to_reopen = opened.into_iter().filter_map(|id| {
                 let replica = self.partitions.get(id)?;
                 let stored = state.partition(id)?.partition.as_ref()?;
                 let is_offline = matches!(*replica, HostedPartition::Offline(_));
@@ -301,8 +314,8 @@ impl Reconciler {
         }
     }
 
-    /// Returns true if the replica is unverified and the value relies on its content. Outside ISR and ELR no commit
-    /// depends on the replica, so it needs no verification from then on.
+    /// Returns true if the replica is unverified and the value relies on its content. Outside ISR and ELR no commit depends
+    /// on the replica, so it is removed from the unverified ones.
     fn must_hold_back(&mut self, id: PartitionId, value: &PartitionValue) -> bool {
         let is_member = value.isr.contains(&self.ctx.id) || value.elr.contains(&self.ctx.id);
         if !is_member && value.leader != Some(self.ctx.id) {
@@ -354,7 +367,7 @@ impl Reconciler {
     /// ISR.
     fn may_resign(&self, id: PartitionId, value: &PartitionValue, state: &MetadataSnapshot) -> bool {
         let Some(unreadable) = self.unverified.get(&id) else { return true };
-        value.isr.iter().filter(|member| **member != self.ctx.id).any(|member| match registration(state, *member) {
+        value.isr.iter().filter(|member| **member != self.ctx.id).any(|member| match broker_status(state, *member) {
             BrokerStatus::Registered(epoch) => epoch < *unreadable,
             BrokerStatus::ShuttingDown | BrokerStatus::Unregistered => false,
         })
@@ -367,12 +380,12 @@ impl Reconciler {
         registered.is_some_and(|registration| registration.value.incarnation != *self.ctx.incarnation)
     }
 
-    /// Sends a replica its assignment.
+    /// Sends a replica its assignment, if it is open.
     async fn assign(&self, id: PartitionId, state: &MetadataSnapshot) {
         let Some(partition) = self.partitions.by_id(id) else { return };
         let Some(entry) = state.partition(id) else { return };
         let Some(stored) = &entry.partition else { return };
-        let registered = stored.value.replicas.iter().map(|broker| (*broker, registration(state, *broker)));
+        let registered = stored.value.replicas.iter().map(|broker| (*broker, broker_status(state, *broker)));
         let mut value = stored.value.clone();
         if value.leader == Some(self.ctx.id) && self.is_replaced(state) {
             value.leader = None;
@@ -400,29 +413,28 @@ impl Reconciler {
         let me = self.ctx.id;
         let led = self.partitions.open().into_iter().filter_map(|partition| {
             let stored = state.partition(partition.id())?.partition.as_ref()?;
-            let concerned = |broker: &&BrokerId| stored.value.replicas.contains(broker);
-            let concerned: Vec<BrokerId> = brokers.iter().filter(concerned).copied().collect();
-            (stored.value.leader == Some(me) && !concerned.is_empty()).then_some((partition, concerned))
+            let is_replica = |broker: &&BrokerId| stored.value.replicas.contains(broker);
+            let replicas: Vec<BrokerId> = brokers.iter().filter(is_replica).copied().collect();
+            (stored.value.leader == Some(me) && !replicas.is_empty()).then_some((partition, replicas))
         });
         stream::iter(led)
-            .for_each_concurrent(MAX_CONCURRENT_ASSIGNMENTS, |(partition, concerned)| async move {
-                for broker in concerned {
-                    partition.on_broker_status(broker, registration(state, broker)).await;
+            .for_each_concurrent(MAX_CONCURRENT_ASSIGNMENTS, |(partition, replicas)| async move {
+                for broker in replicas {
+                    partition.on_broker_status(broker, broker_status(state, broker)).await;
                 }
             })
             .await;
     }
 
-    /// Writes the topic record to the object store, for `undrain`. Best effort: the preferred leader of the first
-    /// partition writes the record again at each start.
-    fn record_topic(&self, name: &TopicName, topic: &TopicValue, state: &MetadataSnapshot) {
+    /// Writes `topic.json` to the object store, from which a restore can create the topic again. Best effort: the preferred
+    /// leader of the first partition writes the object again at each start.
+    fn write_topic_record(&self, name: &TopicName, topic: &TopicValue, state: &MetadataSnapshot) {
         let Some(tier) = &self.ctx.tier else { return };
         let first = state.partition(PartitionId::new(topic.id, 0)).and_then(|entry| entry.partition.as_ref());
         if !self.ctx.standalone && first.is_none_or(|first| first.value.replicas.first() != Some(&self.ctx.id)) {
             return;
         }
-        let (store, tasks, failed) =
-            (tier.store.clone(), self.ctx.tasks.clone(), Arc::clone(&self.failed_topic_records));
+        let (store, tasks, log) = (tier.store.clone(), self.ctx.tasks.clone(), Arc::clone(&self.failed_topic_records));
         let record = TopicRecord {
             name: name.clone(),
             id: topic.id,
@@ -431,7 +443,7 @@ impl Reconciler {
         };
         let write = async move {
             if let Err(error) = store.put_topic(&record).await
-                && let Some(failures) = failed.lock().occur(clock::monotonic())
+                && let Some(failures) = log.lock().occur(clock::monotonic())
             {
                 tracing::warn!(
                     topic = %record.name, %error, failures,
@@ -445,23 +457,23 @@ impl Reconciler {
 
     /// Closes the partitions of a topic that the metadata no longer contains. Deletes their files if the topic was
     /// deleted on purpose.
-    async fn drop_topic(&mut self, name: &TopicName, partitions: &HostedTopic) {
+    async fn drop_topic(&mut self, name: &TopicName, topic: &HostedTopic) {
         self.partitions.remove(name);
         let stop = async |replica: Arc<HostedPartition>| {
             if let HostedPartition::Online(partition) = &*replica {
                 partition.stop().await;
             }
         };
-        stream::iter(partitions.holdings()).for_each_concurrent(MAX_CONCURRENT_ASSIGNMENTS, stop).await;
-        if self.strays.process_topic(partitions.id).await {
-            tracing::info!(topic = %name, id = %partitions.id, "deleted the topic from this broker");
+        stream::iter(topic.partitions()).for_each_concurrent(MAX_CONCURRENT_ASSIGNMENTS, stop).await;
+        if self.strays.process_topic(topic.id).await {
+            tracing::info!(topic = %name, id = %topic.id, "deleted the topic from this broker");
         }
         self.partitions.notify_changed();
     }
 }
 
 /// Returns the status of a broker according to the metadata.
-fn registration(state: &MetadataSnapshot, broker: BrokerId) -> BrokerStatus {
+fn broker_status(state: &MetadataSnapshot, broker: BrokerId) -> BrokerStatus {
     match state.brokers().get(&broker).map(|entry| (entry.value.state, entry.create_revision)) {
         Some((BrokerState::Running, epoch)) => BrokerStatus::Registered(epoch),
         Some((BrokerState::Stopping, _)) => BrokerStatus::ShuttingDown,

@@ -32,7 +32,7 @@ const MAX_CHECKED_PER_BATCH: usize = 64;
 const MAX_DELETED_PER_BATCH: usize = 64;
 const MAX_CONCURRENT_DELETIONS: usize = 16;
 
-/// Stray replicas that are to be checked.
+/// Checks and deletes stray replicas.
 pub(in crate::broker) struct StrayCleaner {
     id: BrokerId,
     log: DataDir,
@@ -40,6 +40,7 @@ pub(in crate::broker) struct StrayCleaner {
     updater: PartitionUpdater,
     tombstones: Topics,
     partitions: Arc<PartitionTable>,
+    /// Stray replicas that are to be checked.
     waiting: BTreeSet<PartitionId>,
     /// Removed topics whose tombstone could not be looked up yet.
     topics: BTreeSet<TopicId>,
@@ -68,7 +69,7 @@ impl StrayCleaner {
         self.waiting.insert(id);
     }
 
-    /// Resolves when there is something to check.
+    /// Waits until there is something to check, and until the pause after a failed read has passed.
     pub(super) async fn due(&self) {
         if self.waiting.is_empty() && self.topics.is_empty() {
             return std::future::pending().await;
@@ -78,7 +79,8 @@ impl StrayCleaner {
         }
     }
 
-    /// Deletes the waiting replicas that the metadata store assigns to other brokers, and those of deleted topics.
+    /// Checks the removed topics, and a number of the waiting replicas. Deletes the replicas of deleted topics, and those that
+    /// the metadata store assigns to other brokers. Failed reads are retried after a pause.
     pub(super) async fn process(&mut self) {
         self.not_before = None;
         for topic in std::mem::take(&mut self.topics) {
@@ -93,9 +95,9 @@ impl StrayCleaner {
         if !self.topics.is_empty() {
             self.not_before = Some(clock::monotonic() + RETRY_INTERVAL);
         }
-        let some: Vec<PartitionId> = self.waiting.iter().take(MAX_CHECKED_PER_BATCH).copied().collect();
+        let batch: Vec<PartitionId> = self.waiting.iter().take(MAX_CHECKED_PER_BATCH).copied().collect();
         let updater = &self.updater;
-        let reads = stream::iter(some).map(|id| async move {
+        let reads = stream::iter(batch).map(|id| async move {
             let response = tokio::time::timeout(REQUEST_TIMEOUT, updater.read_back(id)).await;
             (id, response)
         });
@@ -103,7 +105,7 @@ impl StrayCleaner {
         let mut moved = Vec::new();
         for (id, response) in responses {
             let value = match response {
-                Ok(Ok(found)) => found.map(|(value, _)| value),
+                Ok(Ok(stored)) => stored.map(|(value, _)| value),
                 Ok(Err(_)) | Err(_) => {
                     self.not_before = Some(clock::monotonic() + RETRY_INTERVAL);
                     continue;
@@ -112,8 +114,8 @@ impl StrayCleaner {
             self.waiting.remove(&id);
             // A replica that was assigned again meanwhile is open, or will be opened when the metadata cache shows
             // that.
-            let is_others = value.is_some_and(|value| !value.replicas.contains(&self.id));
-            if is_others && self.partitions.by_id(id).is_none() {
+            let has_moved = value.is_some_and(|value| !value.replicas.contains(&self.id));
+            if has_moved && self.partitions.by_id(id).is_none() {
                 moved.push(id);
             }
         }
@@ -139,7 +141,7 @@ impl StrayCleaner {
     pub(super) async fn process_deleted(&mut self, topics: Vec<TopicId>) {
         for topic in topics {
             let ids = self.partitions_on_disk(topic);
-            if !ids.is_empty() && self.delete_if_deleted(topic, ids).await {
+            if !ids.is_empty() && self.delete_with_tombstone(topic, ids).await {
                 tracing::info!(%topic, "deleted the files of a deleted topic that this broker did not serve");
             }
         }
@@ -149,10 +151,12 @@ impl StrayCleaner {
     /// if they are deleted.
     pub(super) async fn process_topic(&mut self, topic: TopicId) -> bool {
         let ids = self.partitions_on_disk(topic);
-        self.delete_if_deleted(topic, ids).await
+        self.delete_with_tombstone(topic, ids).await
     }
 
-    async fn delete_if_deleted(&mut self, topic: TopicId, ids: Vec<PartitionId>) -> bool {
+    /// Deletes these replicas of a removed topic if there is a tombstone. Returns true if there is one. If the store did not
+    /// respond, the topic is checked again later.
+    async fn delete_with_tombstone(&mut self, topic: TopicId, ids: Vec<PartitionId>) -> bool {
         match tokio::time::timeout(REQUEST_TIMEOUT, self.tombstones.was_deleted(topic)).await {
             Ok(Ok(true)) => {
                 let batches = stream::iter(ids.chunks(MAX_DELETED_PER_BATCH));
@@ -179,6 +183,7 @@ impl StrayCleaner {
         self.log.partitions_of(topic).into_iter().chain(strays).collect()
     }
 
+    /// Deletes the files of these replicas. A failure is logged.
     async fn delete_replicas(&self, ids: Vec<PartitionId>) {
         if ids.is_empty() {
             return;

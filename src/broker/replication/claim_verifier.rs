@@ -26,7 +26,9 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) struct ClaimVerifier {
     store: Arc<dyn MetaStore>,
     keys: Keys,
+    /// Rate limit of look-ups of registrations.
     registrations: Rate,
+    /// Rate limit of look-ups of partitions.
     partitions: Rate,
 }
 
@@ -35,11 +37,12 @@ pub(super) struct ClaimVerifier {
 struct Rate(Mutex<Option<TokenBucket>>);
 
 impl Rate {
-    fn take(&self) -> bool {
+    /// Counts a look-up. Returns false if the rate is exceeded.
+    fn try_take(&self) -> bool {
         let mut bucket = self.0.lock();
-        let left = TokenBucket::take(*bucket, MAX_LOOKUPS_PER_MINUTE, clock::monotonic());
-        *bucket = left.or(*bucket);
-        left.is_some()
+        let remaining = TokenBucket::take(*bucket, MAX_LOOKUPS_PER_MINUTE, clock::monotonic());
+        *bucket = remaining.or(*bucket);
+        remaining.is_some()
     }
 }
 
@@ -53,7 +56,7 @@ impl ClaimVerifier {
     /// # Errors
     /// The epoch cannot be looked up now.
     pub(super) async fn broker_epoch(&self, broker: BrokerId) -> Result<Option<Revision>, ApiError> {
-        if !self.registrations.take() {
+        if !self.registrations.try_take() {
             let message =
                 format!("more than {MAX_LOOKUPS_PER_MINUTE} registrations were looked up in a minute: retry later");
             return Err(not_ready(message));
@@ -70,9 +73,9 @@ impl ClaimVerifier {
         }
     }
 
-    /// Returns the leader epoch of a partition; `None` if the epoch cannot be looked up now.
+    /// Returns the leader epoch of a partition; `None` if the epoch cannot be looked up now, or has no readable value.
     pub(super) async fn leader_epoch(&self, id: PartitionId) -> Option<LeaderEpoch> {
-        if !self.partitions.take() {
+        if !self.partitions.try_take() {
             return None;
         }
         let key = self.keys.partition(id);

@@ -10,8 +10,8 @@
 //!
 //! - No proposal is sent twice. A proposal that may or may not be applied has the outcome unknown. The leader then
 //!   requests a read-back of the key, which is retried until the store responds.
-//! - A leader whose disk failed resigns in the metadata store, if another member is in sync. The resignation is retried
-//!   until it is done or another epoch has begun.
+//! - A leader whose disk failed resigns in the metadata store, if the ISR has another member. The resignation is retried
+//!   until it is committed or another epoch has begun.
 //!
 //! # Shutdown
 //!
@@ -57,7 +57,7 @@ impl<T: Default> CoalescingQueue<T> {
         Self { waiting: Mutex::default(), added: Notify::new() }
     }
 
-    /// Updates the entry of a partition.
+    /// Changes the entry of a partition, and creates it first if there is none.
     fn put(&self, id: PartitionId, change: impl FnOnce(&mut T)) {
         change(self.waiting.lock().entry(id).or_default());
         self.added.notify_one();
@@ -78,7 +78,9 @@ impl<T: Default> CoalescingQueue<T> {
 /// Store operations of one partition, other than its proposals.
 #[derive(Clone, Copy, Debug, Default)]
 struct PendingStoreOp {
+    /// True if the leader requested a read-back of the key.
     read_back: bool,
+    /// Leader epoch to resign from.
     resign: Option<LeaderEpoch>,
 }
 
@@ -123,7 +125,7 @@ impl IsrUpdateManager {
         })
     }
 
-    /// Starts the tasks. Proposals do not wait for read-backs.
+    /// Starts the tasks: one for proposals, and one for all other operations, so proposals do not wait for read-backs.
     pub(super) fn spawn(self: &Arc<Self>, tasks: &Tasks) {
         let (isr_updates, stop) = (Arc::clone(self), tasks.clone());
         tasks.spawn("isr-updates", async move {
@@ -135,18 +137,20 @@ impl IsrUpdateManager {
         });
     }
 
+    /// Sends the queued proposals, and the outcomes back to their partitions.
     async fn propose_all(&self) {
         loop {
             let proposals = self.proposals.take().await;
             let proposed = proposals.into_iter().filter_map(|(id, proposal)| Some((id, proposal?)));
-            let changes = proposed.map(|(id, proposal)| self.change(id, proposal)).collect();
-            for (id, changed) in self.updater.apply(changes, &[]).await {
-                self.respond(id, outcome(id, changed)).await;
+            let updates = proposed.map(|(id, proposal)| self.update(id, proposal)).collect();
+            for (id, result) in self.updater.apply(updates, &[]).await {
+                self.send_outcome(id, outcome(id, result)).await;
             }
         }
     }
 
-    fn change(&self, id: PartitionId, proposal: IsrProposal) -> PartitionUpdate {
+    /// Returns the update for a proposal. The update requires unchanged registrations of the added members.
+    fn update(&self, id: PartitionId, proposal: IsrProposal) -> PartitionUpdate {
         let IsrProposal { expect, value, added } = proposal;
         let registered = |peer: PeerId| Compare::CreateRevision(self.keys.broker(peer.broker), peer.epoch);
         let added = if mutant!(AdmitStaleBrokerEpoch) { Vec::new() } else { added };
@@ -154,55 +158,60 @@ impl IsrUpdateManager {
         PartitionUpdate { id, expected_revision: expect, value, guards }
     }
 
-    async fn respond(&self, id: PartitionId, outcome: ProposalOutcome) {
+    /// Sends the outcome of a proposal to its partition.
+    async fn send_outcome(&self, id: PartitionId, outcome: ProposalOutcome) {
         // The outcome for a partition that is no longer open is dropped.
         if let Some(partition) = self.partitions.by_id(id) {
             partition.on_isr_outcome(outcome).await;
         }
     }
 
+    /// Runs the queued operations. Unfinished operations return to the queue after a pause.
     async fn run_store_ops(&self) {
         let mut backoff = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
         loop {
             let ops = self.store_ops.take().await;
-            let run = stream::iter(ops).map(|(id, op)| async move { (id, self.run_store_op(id, op).await) });
-            let left: Vec<(PartitionId, PendingStoreOp)> = run.buffer_unordered(MAX_CONCURRENT_OPS).collect().await;
-            let left: Vec<_> = left.into_iter().filter(|(_, op)| op.read_back || op.resign.is_some()).collect();
-            if left.is_empty() {
+            let results = stream::iter(ops).map(|(id, op)| async move { (id, self.run_store_op(id, op).await) });
+            let results: Vec<(PartitionId, PendingStoreOp)> =
+                results.buffer_unordered(MAX_CONCURRENT_OPS).collect().await;
+            let is_pending = |op: &PendingStoreOp| op.read_back || op.resign.is_some();
+            let pending: Vec<_> = results.into_iter().filter(|(_, op)| is_pending(op)).collect();
+            if pending.is_empty() {
                 backoff.reset();
                 continue;
             }
             backoff.pause().await;
-            for (id, left) in left {
+            for (id, pending) in pending {
                 self.store_ops.put(id, |op| {
-                    op.read_back |= left.read_back;
-                    op.resign = op.resign.max(left.resign);
+                    op.read_back |= pending.read_back;
+                    op.resign = op.resign.max(pending.resign);
                 });
             }
         }
     }
 
-    /// Reads the key and runs the requested operations. Returns the remaining operations.
+    /// Reads the key and runs the requested operations. Returns the operations that must be retried.
     async fn run_store_op(&self, id: PartitionId, op: PendingStoreOp) -> PendingStoreOp {
-        let found = match self.updater.read_back(id).await {
-            Ok(found) => found,
+        let stored = match self.updater.read_back(id).await {
+            Ok(stored) => stored,
             Err(error) => {
                 tracing::debug!(partition = %id, %error, "could not read the key of the partition: retrying");
                 return op;
             }
         };
         if op.read_back {
-            let outcome = found
+            let outcome = stored
                 .clone()
                 .map_or(ProposalOutcome::Deleted, |(value, revision)| ProposalOutcome::CurrentValue(value, revision));
-            self.respond(id, outcome).await;
+            self.send_outcome(id, outcome).await;
         }
-        let Some((epoch, (value, revision))) = op.resign.zip(found) else { return PendingStoreOp::default() };
+        let Some((epoch, (value, revision))) = op.resign.zip(stored) else { return PendingStoreOp::default() };
         let resigned = self.resign_from(id, epoch, value, revision).await;
         PendingStoreOp { read_back: false, resign: (!resigned).then_some(epoch) }
     }
 
-    /// Resigns from the leadership of this epoch. Returns false if that must be retried.
+    /// Resigns from the leadership of this epoch, given the stored value. Returns false if that must be retried. Returns true
+    /// without a resignation if this broker does not lead in the epoch, or no other replica is in sync.
     async fn resign_from(
         &self,
         id: PartitionId,
@@ -216,10 +225,11 @@ impl IsrUpdateManager {
             // The only in-sync replica would be elected again. As the leader, it still serves its records.
             return true;
         }
+        // The topic is no longer hosted.
         let Some(config) = self.partitions.config(id) else { return true };
         let value = value.resign(self.me, config.min_insync_replicas);
-        let change = PartitionUpdate { id, expected_revision: revision, value, guards: Vec::new() };
-        match self.updater.apply(vec![change], &[]).await.pop() {
+        let update = PartitionUpdate { id, expected_revision: revision, value, guards: Vec::new() };
+        match self.updater.apply(vec![update], &[]).await.pop() {
             Some((_, UpdateOutcome::Done(_))) => {
                 tracing::error!(
                     partition = %id,
@@ -227,14 +237,15 @@ impl IsrUpdateManager {
                 );
                 true
             }
+            // The value has changed, or the store did not respond: the key is read again.
             _ => false,
         }
     }
 }
 
 /// Translates the result of the store to the outcome for the proposing leader.
-fn outcome(id: PartitionId, changed: UpdateOutcome) -> ProposalOutcome {
-    match changed {
+fn outcome(id: PartitionId, result: UpdateOutcome) -> ProposalOutcome {
+    match result {
         UpdateOutcome::Done(revision) => ProposalOutcome::Committed(revision),
         UpdateOutcome::Conflict(Some((value, revision))) => ProposalOutcome::CurrentValue(value, revision),
         // There is no readable value, so the leader must not continue as if the old value were stored.
@@ -344,8 +355,8 @@ mod tests {
             let expect = read.entry.expect("the key exists");
             let added = vec![PeerId { broker: peer, epoch }];
             let proposal = IsrProposal { expect: expect.mod_revision, value: after.clone(), added };
-            let change = bench.isr_updates.change(bench.id, proposal);
-            bench.isr_updates.updater.apply(vec![change], &[]).await;
+            let update = bench.isr_updates.update(bench.id, proposal);
+            bench.isr_updates.updater.apply(vec![update], &[]).await;
             assert_eq!(&bench.stored().await, expected);
         }
     }
@@ -370,12 +381,12 @@ mod tests {
     #[test]
     fn store_results_map_to_proposal_outcomes() {
         let id = PartitionId::new(TopicId::new(random::uuid()), 0);
-        let (found, at) = (value(2, &[2]), Revision(7));
+        let (stored, revision) = (value(2, &[2]), Revision(7));
         let lost = || crate::cluster::MetaStoreError::unknown("no response");
-        assert_eq!(outcome(id, UpdateOutcome::Done(at)), ProposalOutcome::Committed(at));
+        assert_eq!(outcome(id, UpdateOutcome::Done(revision)), ProposalOutcome::Committed(revision));
         assert_eq!(
-            outcome(id, UpdateOutcome::Conflict(Some((found.clone(), at)))),
-            ProposalOutcome::CurrentValue(found, at)
+            outcome(id, UpdateOutcome::Conflict(Some((stored.clone(), revision)))),
+            ProposalOutcome::CurrentValue(stored, revision)
         );
         assert_eq!(outcome(id, UpdateOutcome::Conflict(None)), ProposalOutcome::Deleted);
         assert_eq!(outcome(id, UpdateOutcome::Unknown(lost())), ProposalOutcome::Unknown);

@@ -1,8 +1,8 @@
 //! Outbound links: one for each broker that leads a partition which this broker follows.
 //!
-//! Partitions name their leaders ([`ReplicationLinks`]). A link is opened when the
-//! first partition names its broker, and reopened whenever it breaks: at once, then after pauses that grow to a second.
-//! A link lasts for one broker epoch of either side. The end of a link is reported to the peer table.
+//! Partitions name their leaders ([`ReplicationLinks`]). A link is opened when the first partition names its broker, and
+//! reopened whenever it breaks: at once, then after pauses that grow to a second. A link ends when a new broker epoch of
+//! either side begins. The end of a link is reported to the peer table.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -28,7 +28,7 @@ use crate::{
 /// Version of the protocol between brokers.
 pub(super) const PROTOCOL_VERSION: u32 = 1;
 
-/// Timeout for a connection, and for the peer's welcome.
+/// Timeout for a connection, and for the peer's Welcome.
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// First pause before a link is reopened.
@@ -51,6 +51,7 @@ pub(super) struct LinkManager {
 struct LinkTable {
     /// Leader that each partition follows.
     leaders: BTreeMap<PartitionId, BrokerId>,
+    /// Requests of partitions to each leader's broker.
     links: BTreeMap<BrokerId, Arc<LinkRequests>>,
 }
 
@@ -92,6 +93,7 @@ impl LinkManager {
         state.links.get(state.leaders.get(&partition)?).cloned()
     }
 
+    /// Returns the newest leader epoch of the local partition; zero if the partition is not open.
     fn known_epoch(&self, partition: PartitionId) -> LeaderEpoch {
         self.peer_table.partition(partition).map_or(LeaderEpoch::default(), |partition| partition.epoch())
     }
@@ -117,12 +119,12 @@ impl LinkManager {
 impl ReplicationLinks for LinkManager {
     fn start_following(&self, partition: PartitionId, leader: BrokerId) {
         let mut state = self.state.lock();
-        let before = state.leaders.insert(partition, leader).filter(|before| *before != leader);
-        let before = before.and_then(|before| state.links.get(&before).cloned());
+        let previous = state.leaders.insert(partition, leader).filter(|previous| *previous != leader);
+        let previous = previous.and_then(|previous| state.links.get(&previous).cloned());
         let link = Arc::clone(state.links.entry(leader).or_insert_with(|| self.open(leader)));
         drop(state);
-        if let Some(before) = before {
-            before.unsubscribe(partition, self.known_epoch(partition), false);
+        if let Some(previous) = previous {
+            previous.unsubscribe(partition, self.known_epoch(partition), false);
         }
         link.start_following(partition);
     }
@@ -173,35 +175,36 @@ struct LinkLog {
 impl OutboundLink {
     /// Opens the link whenever a partition follows on it, until the broker stops.
     async fn run(self) {
+        // Last pause; `None` if the next link is opened at once.
         let mut pause: Option<Duration> = None;
         loop {
-            let wanted = async {
+            let ready = async {
                 self.requests.followed().await;
-                self.peer_table.both(self.leader).await
+                self.peer_table.wait_for_registrations(self.leader).await
             };
-            let Some((own, peer)) = self.tasks.run_until_cancelled(wanted).await else {
+            let Some((own_epoch, peer)) = self.tasks.run_until_cancelled(ready).await else {
                 return;
             };
             let began = clock::monotonic();
-            let mut epoch = peer.epoch;
-            let failure = self.run_once(own, &peer, &mut epoch).await;
+            let mut peer_epoch = peer.epoch;
+            let failure = self.run_once(own_epoch, &peer, &mut peer_epoch).await;
             if self.tasks.is_cancelled() {
                 return;
             }
-            self.report_link_end(&peer.address, epoch, &failure);
+            self.report_link_end(&peer.address, peer_epoch, &failure);
             // A link that was up for some time is reopened at once.
             if matches!(failure, LinkFailure::Stopped) || began.elapsed() > CONNECT_TIMEOUT + MAX_RETRY_DELAY {
                 pause = None;
             }
-            let wait = pause.map_or(Duration::ZERO, |pause| (pause * 2).clamp(MIN_RETRY_DELAY, MAX_RETRY_DELAY));
-            pause = Some(wait);
-            if self.tasks.sleep_until_cancelled(wait).await.is_none() {
+            let next_pause = pause.map_or(Duration::ZERO, |pause| (pause * 2).clamp(MIN_RETRY_DELAY, MAX_RETRY_DELAY));
+            pause = Some(next_pause);
+            if self.tasks.sleep_until_cancelled(next_pause).await.is_none() {
                 return;
             }
         }
     }
 
-    /// Logs how a link ended, and reports a lost link.
+    /// Logs how a link ended. Reports a lost link to the peer table; other failures prove nothing about the peer's process.
     fn report_link_end(&self, address: &str, epoch: Revision, failure: &LinkFailure) {
         let reason = match failure {
             LinkFailure::Call(PeerError::Lost { reason, .. }) => Some(*reason),
@@ -210,9 +213,10 @@ impl OutboundLink {
             _ => None,
         };
         let leader = self.leader;
+        // Number of links since the last log line; `None` if no log line is due.
         let links = match failure {
             LinkFailure::Stopped => Some(1),
-            _ => self.log(epoch, |log| &mut log.ended),
+            _ => self.count_event(epoch, |log| &mut log.ended),
         };
         match failure {
             _ if links.is_none() => {
@@ -238,7 +242,7 @@ impl OutboundLink {
                     "lost the link to the leader's broker: reopening it"
                 )
             }
-            // Repeats until one of the two brokers is repaired.
+            // The failure repeats until one of the two brokers is repaired.
             _ => tracing::warn!(
                 %leader, address, links, reason = %failure,
                 "could not open the link to the leader's broker: retrying"
@@ -250,7 +254,7 @@ impl OutboundLink {
     }
 
     /// Counts a link event. Returns the number of events since the last log line if one is due.
-    fn log(&self, epoch: Revision, throttle: impl FnOnce(&mut LinkLog) -> &mut LogThrottle) -> Option<u64> {
+    fn count_event(&self, epoch: Revision, throttle: impl FnOnce(&mut LinkLog) -> &mut LogThrottle) -> Option<u64> {
         let mut log = self.log.lock();
         if log.epoch != epoch {
             *log = LinkLog { epoch, ..LinkLog::default() };
@@ -258,32 +262,33 @@ impl OutboundLink {
         throttle(&mut log).occur(clock::monotonic())
     }
 
-    /// Runs one link from its opening to its end. Sets `epoch` to that of the responding process, if one responds.
-    async fn run_once(&self, own: Revision, peer: &PeerInfo, epoch: &mut Revision) -> LinkFailure {
+    /// Runs one link from its opening to its end. Sets `peer_epoch` to the broker epoch in the peer's Welcome, if one
+    /// arrives.
+    async fn run_once(&self, own_epoch: Revision, peer: &PeerInfo, peer_epoch: &mut Revision) -> LinkFailure {
         let link = self.tasks.child();
-        let Some(opened) = link.run_until_cancelled(self.open_stream(own, peer)).await else {
+        let Some(opened) = link.run_until_cancelled(self.open_stream(own_epoch, peer)).await else {
             return LinkFailure::Stopped;
         };
         let ReplicationStream { sender, receiver } = match opened {
-            Ok((stream, peer_epoch)) => {
-                *epoch = peer_epoch;
+            Ok((stream, welcome_epoch)) => {
+                *peer_epoch = welcome_epoch;
                 stream
             }
             Err(failure) => return failure,
         };
-        if let Some(links) = self.log(*epoch, |log| &mut log.opened) {
+        if let Some(links) = self.count_event(*peer_epoch, |log| &mut log.opened) {
             tracing::info!(
                 leader = %self.leader, address = peer.address, links,
                 "opened the link to the leader's broker"
             );
         }
-        let find = self.peer_table.find();
+        let find = self.peer_table.partition_lookup();
         let following = replication::run_receiver(&self.requests, &find, receiver, sender, &self.received, &link);
         let ended = tokio::select! {
             biased;
-            // Pending for ever after it has cancelled the link.
+            // Never completes: the receiver ends after this future has cancelled the link.
             () = async {
-                self.peer_table.cancel_at_change(own, self.leader, *epoch, &link).await;
+                self.peer_table.cancel_at_change(own_epoch, self.leader, *peer_epoch, &link).await;
                 std::future::pending().await
             } => LinkEnd::Stopped,
             ended = following => ended,
@@ -296,12 +301,16 @@ impl OutboundLink {
         }
     }
 
-    /// Opens the stream and waits for the peer's welcome.
-    async fn open_stream(&self, own: Revision, peer: &PeerInfo) -> Result<(ReplicationStream, Revision), LinkFailure> {
+    /// Opens the stream and waits for the peer's Welcome. Returns the stream and the peer's broker epoch, which is verified.
+    async fn open_stream(
+        &self,
+        own_epoch: Revision,
+        peer: &PeerInfo,
+    ) -> Result<(ReplicationStream, Revision), LinkFailure> {
         let hello = v1::Hello {
             cluster: self.peer_table.cluster().to_owned(),
             broker_id: self.peer_table.me().0,
-            broker_epoch: own.0,
+            broker_epoch: own_epoch.0,
             target_broker: self.leader.0,
             version: PROTOCOL_VERSION,
             wall_clock_ms: Some(clock::wall_ms()),

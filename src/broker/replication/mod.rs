@@ -62,8 +62,8 @@ impl ReplicationManager {
         let peers = PeerClient::new(connect, links::CONNECT_TIMEOUT);
         let detector = Arc::new(FailureDetector::new(ctx, Arc::clone(partitions), peers.clone(), tasks.clone()));
         let verifier = Arc::new(ClaimVerifier::new(Arc::clone(&ctx.store), ctx.keys.clone()));
-        let (cluster, lost) = (ctx.config.cluster.clone(), Arc::clone(&detector));
-        let peer_table = PeerTable::new(ctx.id, cluster, Arc::clone(partitions), lost, verifier);
+        let (cluster, listener) = (ctx.config.cluster.clone(), Arc::clone(&detector));
+        let peer_table = PeerTable::new(ctx.id, cluster, Arc::clone(partitions), listener, verifier);
         let report = Box::new(move |report| {
             let detector = Arc::clone(&detector);
             Box::pin(async move { Ok(detector.confirm_failure(report).await?) }) as _
@@ -102,7 +102,7 @@ impl ReplicationManager {
         peer_server::service(&self.server)
     }
 
-    /// Updates the peers from the registrations.
+    /// Updates the peers from the registrations. Logs each registration without a peer address once.
     pub(super) fn update_peers(&self, state: &MetadataSnapshot) {
         let peers = state
             .brokers()
@@ -125,10 +125,10 @@ impl ReplicationManager {
     /// Starts to track this broker's own registration, and to send ISR updates, as tasks of `tasks`.
     pub(super) fn activate(&self, session: &Session, tasks: &Tasks) {
         let (mut status, peer_table, stop) = (session.state(), Arc::clone(&self.peer_table), tasks.clone());
-        peer_table.registered(session.epoch());
+        peer_table.set_own_epoch(session.epoch());
         let track = async move {
             while status.changed().await.is_ok() {
-                peer_table.registered(match *status.borrow_and_update() {
+                peer_table.set_own_epoch(match *status.borrow_and_update() {
                     SessionState::Registered { epoch, .. } => Some(epoch),
                     SessionState::Lost | SessionState::Superseded { .. } => None,
                 });

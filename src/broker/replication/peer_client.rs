@@ -85,14 +85,15 @@ impl PeerClient {
     /// The connection cannot be made, or the response does not start within the connect timeout.
     pub(super) async fn replicate(&self, address: &str, hello: v1::Hello) -> Result<ReplicationStream, PeerError> {
         let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
-        let channel = self.pool.connect_separately(&address).await.map_err(|error| unmade(&address, &error))?;
+        let channel =
+            self.pool.connect_separately(&address).await.map_err(|error| connection_error(&address, &error))?;
         let (sender, messages) = mpsc::channel(QUEUE_LEN);
         let hello =
             v1::ReplicateRequest { message: Some(v1::replicate_request::Message::Hello(hello)), ..Default::default() };
         sender.try_send(hello).expect("the queue is new and has space for one message");
         let mut client = client(channel);
         let call = client.replicate(ReceiverStream::new(messages));
-        let receiver = within(&address, self.connect_timeout, call).await?;
+        let receiver = call_with_timeout(&address, self.connect_timeout, call).await?;
         Ok(ReplicationStream { sender, receiver })
     }
 
@@ -106,8 +107,8 @@ impl PeerClient {
         timeout: Duration,
     ) -> Result<v1::GetIdentityResponse, PeerError> {
         let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
-        let channel = within_connecting(&address, timeout, self.pool.connect_separately(&address)).await?;
-        within(&address, timeout, client(channel).get_identity(v1::GetIdentityRequest {})).await
+        let channel = connect_with_timeout(&address, timeout, self.pool.connect_separately(&address)).await?;
+        call_with_timeout(&address, timeout, client(channel).get_identity(v1::GetIdentityRequest {})).await
     }
 
     /// Reports to the controller that a process has exited.
@@ -121,34 +122,34 @@ impl PeerClient {
         timeout: Duration,
     ) -> Result<v1::ReportFailureResponse, PeerError> {
         let (address, channel) = self.shared_channel(address, timeout).await?;
-        within(&address, timeout, client(channel).report_failure(report)).await
+        call_with_timeout(&address, timeout, client(channel).report_failure(report)).await
     }
 
-    /// Requests the progress of replicas from the broker at an address.
+    /// Requests the reports of replicas from the broker at an address.
     ///
     /// # Errors
-    /// No response arrives within `wait`.
-    pub(super) async fn watermarks(
+    /// No response arrives within `timeout`.
+    pub(super) async fn describe_replicas(
         &self,
         address: &str,
         request: v1::DescribeReplicasRequest,
         timeout: Duration,
     ) -> Result<v1::DescribeReplicasResponse, PeerError> {
         let (address, channel) = self.shared_channel(address, timeout).await?;
-        within(&address, timeout, client(channel).describe_replicas(request)).await
+        call_with_timeout(&address, timeout, client(channel).describe_replicas(request)).await
     }
 
     /// Requests the stats of the broker at an address.
     ///
     /// # Errors
-    /// No response arrives within `wait`.
-    pub(super) async fn status(
+    /// No response arrives within `timeout`.
+    pub(super) async fn broker_stats(
         &self,
         address: &str,
         timeout: Duration,
     ) -> Result<v1::GetBrokerStatsResponse, PeerError> {
         let (address, channel) = self.shared_channel(address, timeout).await?;
-        within(&address, timeout, client(channel).get_broker_stats(v1::GetBrokerStatsRequest {})).await
+        call_with_timeout(&address, timeout, client(channel).get_broker_stats(v1::GetBrokerStatsRequest {})).await
     }
 
     /// Returns the connection that all requests to one address share; connects within `timeout` if there is none.
@@ -158,7 +159,7 @@ impl PeerClient {
         timeout: Duration,
     ) -> Result<(BrokerAddress, BrokerChannel), PeerError> {
         let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
-        let channel = within_connecting(&address, timeout, self.pool.channel(&address)).await?;
+        let channel = connect_with_timeout(&address, timeout, self.pool.channel(&address)).await?;
         Ok((address, channel))
     }
 }
@@ -169,18 +170,20 @@ fn client(channel: BrokerChannel) -> peer_client::PeerClient<BrokerChannel> {
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
 }
 
-async fn within_connecting(
+/// Waits for a connection to `address`.
+async fn connect_with_timeout(
     address: &BrokerAddress,
     timeout: Duration,
     connecting: impl Future<Output = Result<BrokerChannel, ConnectError>>,
 ) -> Result<BrokerChannel, PeerError> {
     match tokio::time::timeout(timeout, connecting).await {
-        Ok(connected) => connected.map_err(|error| unmade(address, &error)),
-        Err(_) => Err(silent(address, timeout)),
+        Ok(connected) => connected.map_err(|error| connection_error(address, &error)),
+        Err(_) => Err(timeout_error(address, timeout)),
     }
 }
 
-async fn within<T>(
+/// Waits for the response to a call to `address`.
+async fn call_with_timeout<T>(
     address: &BrokerAddress,
     timeout: Duration,
     call: impl Future<Output = Result<tonic::Response<T>, Status>>,
@@ -188,11 +191,12 @@ async fn within<T>(
     match tokio::time::timeout(timeout, call).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => Err(error_from_status(address.as_str(), &status)),
-        Err(_) => Err(silent(address, timeout)),
+        Err(_) => Err(timeout_error(address, timeout)),
     }
 }
 
-fn silent(address: &BrokerAddress, timeout: Duration) -> PeerError {
+/// Returns the error for a broker that did not respond within `timeout`.
+fn timeout_error(address: &BrokerAddress, timeout: Duration) -> PeerError {
     PeerError::Lost {
         address: address.as_str().to_owned(),
         reason: DisconnectReason::TimedOut,
@@ -200,7 +204,8 @@ fn silent(address: &BrokerAddress, timeout: Duration) -> PeerError {
     }
 }
 
-fn unmade(address: &BrokerAddress, error: &ConnectError) -> PeerError {
+/// Converts the error of a failed attempt to connect to `address`.
+fn connection_error(address: &BrokerAddress, error: &ConnectError) -> PeerError {
     let reason = if error.is_refused() { DisconnectReason::Refused } else { DisconnectReason::TimedOut };
     PeerError::Lost { address: address.as_str().to_owned(), reason, problem: error.problem() }
 }
@@ -212,21 +217,21 @@ pub(super) fn error_from_status(address: &str, status: &Status) -> PeerError {
     }
     let (reason, problem) = match unsent(status) {
         Some(problem) => (DisconnectReason::Refused, problem),
-        None => (broken(status), ApiError::from(status).message),
+        None => (disconnect_reason(status), ApiError::from(status).message),
     };
     PeerError::Lost { address: address.to_owned(), reason, problem }
 }
 
 /// Returns the reason for a broken connection. A peer that does not respond to pings is
 /// [`DisconnectReason::TimedOut`]. Every other break was signalled by the peer's host or by an intermediary.
-fn broken(status: &Status) -> DisconnectReason {
-    let mut next = status.source();
-    while let Some(error) = next {
+fn disconnect_reason(status: &Status) -> DisconnectReason {
+    let mut source = status.source();
+    while let Some(error) = source {
         let timed_out = |io: &std::io::Error| io.kind() == std::io::ErrorKind::TimedOut;
         if error.downcast_ref::<std::io::Error>().is_some_and(timed_out) || error.to_string().contains("timed out") {
             return DisconnectReason::TimedOut;
         }
-        next = error.source();
+        source = error.source();
     }
     if status.code() == Code::DeadlineExceeded { DisconnectReason::TimedOut } else { DisconnectReason::Reset }
 }
@@ -252,7 +257,7 @@ mod tests {
         assert_eq!(refused.to_string(), format!("{address}: connection refused"));
         let refused = peers.replicate(&address, v1::Hello::default()).await.unwrap_err();
         assert!(matches!(&refused, PeerError::Lost { reason: DisconnectReason::Refused, .. }), "{refused:?}");
-        assert!(matches!(peers.status("no port:x", WAIT).await, Err(PeerError::Address(_))));
+        assert!(matches!(peers.broker_stats("no port:x", WAIT).await, Err(PeerError::Address(_))));
     }
 
     #[tokio::test]

@@ -47,20 +47,22 @@ use crate::{
 /// Timeout for the Hello of a new stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Maximum time for the follower's broker to take the error with which its stream ends.
+/// Maximum time until the connection takes the error with which a stream ends.
 const LAST_RESPONSE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Timeout of a ping on the existing link, sent when another link with the same broker epoch arrives.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Maximum number of messages that wait for the connection. The session does the batching.
-const QUEUE: usize = 1;
+/// Maximum number of messages that wait for the connection. The link's sender does the batching.
+const QUEUE_LEN: usize = 1;
 
 type ReplicateStream = Pin<Box<dyn Stream<Item = Result<v1::ReplicateResponse, Status>> + Send>>;
 
 /// Inbound link of one broker.
 struct InboundLink {
+    /// Broker epoch of the follower's broker.
     epoch: Revision,
+    /// Sends pings on the link.
     probe: Arc<LinkProbe>,
     /// Cancels the link.
     link: Tasks,
@@ -123,11 +125,14 @@ impl PeerServer {
         self.is_started.store(true, Ordering::Release);
     }
 
+    /// Returns the server if it serves all requests, else an error.
     fn started(&self) -> Result<&Self, ApiError> {
         let is_started = self.is_started.load(Ordering::Acquire);
         is_started.then_some(self).ok_or_else(|| ApiError::new(ErrorCode::NotReady, "this broker is starting: retry"))
     }
 
+    /// Returns the report about a local replica. For a replica that is not open, the report contains only the reason why it
+    /// is offline, if there is one.
     fn replica_report(&self, name: &v1::TopicIdPartition) -> v1::ReplicaReport {
         let topic = name.topic_id.parse().ok();
         let id = topic.zip(u32::try_from(name.partition).ok()).map(|(topic, number)| PartitionId::new(topic, number));
@@ -157,7 +162,7 @@ impl PeerServer {
 impl PeerServer {
     /// Serves the stream of a follower's broker in its own task, until the stream ends.
     fn replicate(self: &Arc<Self>, incoming: Streaming<v1::ReplicateRequest>) -> ReplicateStream {
-        let (outgoing, messages) = mpsc::channel(QUEUE);
+        let (outgoing, messages) = mpsc::channel(QUEUE_LEN);
         let server = Arc::clone(self);
         self.tasks.spawn("replicate", async move {
             if let Err(error) = server.serve(incoming, &outgoing).await {
@@ -168,6 +173,7 @@ impl PeerServer {
         Box::pin(ReceiverStream::new(messages))
     }
 
+    /// Verifies the Hello of a stream, replaces the previous link of its broker, and runs the link to its end.
     async fn serve(
         &self,
         mut incoming: Streaming<v1::ReplicateRequest>,
@@ -175,7 +181,7 @@ impl PeerServer {
     ) -> Result<(), ApiError> {
         let Some(first) = self.tasks.run_until_cancelled(tokio::time::timeout(HELLO_TIMEOUT, incoming.message())).await
         else {
-            return Err(stopping());
+            return Err(link_ended());
         };
         let hello = match first {
             Ok(Ok(Some(v1::ReplicateRequest { message: Some(replicate_request::Message::Hello(hello)), .. }))) => hello,
@@ -185,20 +191,21 @@ impl PeerServer {
             Ok(Err(status)) => return Err(ApiError::from(&status)),
             Err(_) => return Err(invalid(format!("no Hello arrived within {HELLO_TIMEOUT:?}: send Hello first"))),
         };
-        let (peer, own) = self.admit(&hello).await?;
+        let (peer, own_epoch) = self.admit(&hello).await?;
         self.peers.clocks.compare(peer.broker, hello.wall_clock_ms);
         let link = self.tasks.child();
-        let (progress, ended) = watch::channel(());
+        let (end_sender, ended) = watch::channel(());
         let probe = Arc::new(LinkProbe::default());
         let inbound = InboundLink { epoch: peer.epoch, probe: Arc::clone(&probe), link: link.clone(), ended };
         self.replace_link(peer, inbound).await?;
-        let served = self.run(peer, own, probe, incoming, outgoing, &link).await;
-        drop(progress);
+        let result = self.run_link(peer, own_epoch, probe, incoming, outgoing, &link).await;
+        drop(end_sender);
+        // A newer link of the broker stays.
         let mut links = self.links.lock();
         if links.get(&peer.broker).is_some_and(|link| link.ended.has_changed().is_err()) {
             links.remove(&peer.broker);
         }
-        served
+        result
     }
 
     /// Verifies a Hello. Returns the follower's broker and this broker's own broker epoch.
@@ -210,7 +217,7 @@ impl PeerServer {
                 hello.version
             )));
         }
-        self.is_of_this_cluster(&hello.cluster)?;
+        self.check_cluster(&hello.cluster)?;
         if hello.target_broker != me.0 {
             let target = hello.target_broker;
             return Err(invalid(format!("this is broker {me}, not broker {target}: correct the peer address")));
@@ -218,15 +225,16 @@ impl PeerServer {
         if broker == me {
             return Err(invalid(format!("broker {broker} connects to itself: give each process its own broker.id")));
         }
-        let Some(own) = self.peers.own() else {
+        let Some(own_epoch) = self.peers.own_epoch() else {
             return Err(ApiError::new(ErrorCode::NotReady, format!("broker {me} is not registered yet: retry")));
         };
         let epoch = Revision(hello.broker_epoch);
         self.peers.confirm(broker, epoch).await?;
-        Ok((PeerId { broker, epoch }, own))
+        Ok((PeerId { broker, epoch }, own_epoch))
     }
 
-    fn is_of_this_cluster(&self, cluster: &str) -> Result<(), ApiError> {
+    /// Fails unless this is the name of this broker's cluster.
+    fn check_cluster(&self, cluster: &str) -> Result<(), ApiError> {
         let ours = self.peers.cluster();
         if cluster == ours {
             return Ok(());
@@ -237,10 +245,12 @@ impl PeerServer {
         )))
     }
 
-    /// Replaces the broker's previous link, once that link has ended.
+    /// Replaces the broker's previous link, and waits until that link has ended. Fails if the previous link has a later
+    /// broker epoch, or has the same one and responds to a ping.
     async fn replace_link(&self, peer: PeerId, link: InboundLink) -> Result<(), ApiError> {
+        // Probe of the last existing link that ended or did not respond.
         let mut unresponsive: Option<Arc<LinkProbe>> = None;
-        let before = loop {
+        let previous = loop {
             let (probe, mut ended) = {
                 let mut links = self.links.lock();
                 match links.get(&peer.broker) {
@@ -271,24 +281,28 @@ impl PeerServer {
             }
             unresponsive = Some(probe);
         };
-        if let Some(mut before) = before {
-            before.link.cancel();
-            while before.ended.changed().await.is_ok() {}
+        if let Some(mut previous) = previous {
+            previous.link.cancel();
+            while previous.ended.changed().await.is_ok() {}
         }
         Ok(())
     }
 
-    async fn run(
+    /// Sends the Welcome, and serves the link until its end. Reports a lost link.
+    async fn run_link(
         &self,
         peer: PeerId,
-        own: Revision,
+        own_epoch: Revision,
         probe: Arc<LinkProbe>,
         incoming: Streaming<v1::ReplicateRequest>,
         outgoing: &replication::ResponseSender,
         link: &Tasks,
     ) -> Result<(), ApiError> {
-        let welcome =
-            v1::Welcome { broker_id: self.peers.me().0, broker_epoch: own.0, wall_clock_ms: Some(clock::wall_ms()) };
+        let welcome = v1::Welcome {
+            broker_id: self.peers.me().0,
+            broker_epoch: own_epoch.0,
+            wall_clock_ms: Some(clock::wall_ms()),
+        };
         let welcome = v1::ReplicateResponse {
             message: Some(replicate_response::Message::Welcome(welcome)),
             ..Default::default()
@@ -300,14 +314,14 @@ impl PeerServer {
                 "opened the link of a follower's broker"
             );
         }
-        let (find, sent) = (self.peers.find(), self.sent.of(peer.broker.0));
-        let stored_epoch = self.peers.stored_epoch();
+        let (find, sent) = (self.peers.partition_lookup(), self.sent.of(peer.broker.0));
+        let stored_epoch = self.peers.leader_epoch_reader();
         let config = SenderConfig { peer, find, catch_up: Arc::clone(&self.catch_up), probe, stored_epoch, sent };
         let ended = tokio::select! {
             biased;
-            // Pending for ever after it has cancelled the link.
+            // Never completes: the sender ends after this future has cancelled the link.
             () = async {
-                self.peers.cancel_at_change(own, peer.broker, peer.epoch, link).await;
+                self.peers.cancel_at_change(own_epoch, peer.broker, peer.epoch, link).await;
                 std::future::pending().await
             } => LinkEnd::Stopped,
             ended = replication::run_sender(config, incoming, outgoing.clone(), link) => ended,
@@ -319,7 +333,7 @@ impl PeerServer {
             );
         }
         match ended {
-            LinkEnd::Stopped => Err(stopping()),
+            LinkEnd::Stopped => Err(link_ended()),
             LinkEnd::Bad(error) => Err(error),
             LinkEnd::Closed => {
                 self.peers.on_link_lost(peer.broker, peer.epoch, DisconnectReason::Closed);
@@ -334,14 +348,15 @@ impl PeerServer {
         }
     }
 
-    /// Applies `act` to the log throttle of a broker's links, because links may open and break many times a second.
-    fn link_log<T>(&self, peer: PeerId, act: impl FnOnce(&mut LogThrottle) -> T) -> T {
+    /// Applies `update` to the log throttle for the links of a broker's registration. Links may open and break many times a
+    /// second.
+    fn link_log<T>(&self, peer: PeerId, update: impl FnOnce(&mut LogThrottle) -> T) -> T {
         let mut logs = self.link_logs.lock();
         let (epoch, log) = logs.entry(peer.broker).or_default();
         if *epoch != peer.epoch {
             (*epoch, *log) = (peer.epoch, LogThrottle::default());
         }
-        act(log)
+        update(log)
     }
 }
 
@@ -386,12 +401,12 @@ impl peer_server::Peer for PeerService {
         request: Request<v1::ReportFailureRequest>,
     ) -> Result<Response<v1::ReportFailureResponse>, Status> {
         let request = request.into_inner();
-        self.0.started()?.is_of_this_cluster(&request.cluster)?;
+        self.0.started()?.check_cluster(&request.cluster)?;
         let report = FailureReport {
             reporter: BrokerId(request.reporter),
             broker: BrokerId(request.broker_id),
             epoch: Revision(request.broker_epoch),
-            seen: request.observation.chars().take(200).collect(),
+            observation: request.observation.chars().take(200).collect(),
         };
         let revoked = (self.0.callbacks.report)(report).await?;
         Ok(Response::new(v1::ReportFailureResponse { revoked }))
@@ -427,7 +442,8 @@ fn invalid(message: String) -> ApiError {
     ApiError::new(ErrorCode::InvalidRequest, message)
 }
 
-fn stopping() -> ApiError {
+/// Returns the error with which a link ends that this broker has cancelled.
+fn link_ended() -> ApiError {
     let message = "the link ended: this broker is stopping, or another link of the same broker replaced it";
     ApiError::new(ErrorCode::NotReady, message)
 }

@@ -28,10 +28,11 @@ pub(in crate::broker) struct ReplicaReport {
     pub(in crate::broker) watermarks: Watermarks,
     /// Epoch of the last batch; `None` for an empty log.
     pub(in crate::broker) last_epoch: Option<LeaderEpoch>,
-    /// Bytes on the disk and in the object store.
+    /// Bytes on the disk.
     pub(in crate::broker) local_bytes: u64,
+    /// Bytes in the object store.
     pub(in crate::broker) tiered_bytes: u64,
-    /// Reason why the replica accepts no writes.
+    /// Reason why the replica accepts no writes; `None` if it does.
     pub(in crate::broker) failed: Option<String>,
 }
 
@@ -71,6 +72,7 @@ impl PeerStatus {
         future::join_all(requests).await.into_iter().collect()
     }
 
+    /// Returns the reports of one broker about these replicas.
     async fn reports_of(&self, broker: BrokerId, ids: &[PartitionId]) -> ReportResult {
         if broker == self.id {
             let report = |id| match self.partitions.by_id(id) {
@@ -86,7 +88,7 @@ impl PeerStatus {
                 .iter()
                 .map(|id| v1::TopicIdPartition { topic_id: id.topic.to_string(), partition: id.number.cast_signed() });
             let request = v1::DescribeReplicasRequest { replicas: names.collect() };
-            let response = peers.watermarks(&address, request, REQUEST_TIMEOUT).await;
+            let response = peers.describe_replicas(&address, request, REQUEST_TIMEOUT).await;
             let response = response.map_err(|error| unresponsive(broker, error))?;
             let parsed =
                 ids.iter().zip(response.replicas).filter_map(|(id, report)| Some((*id, parse_report(report)?)));
@@ -104,27 +106,29 @@ impl PeerStatus {
         future::join_all(requests).await.into_iter().collect()
     }
 
+    /// Returns the stats of one broker.
     async fn stats_of(&self, broker: BrokerId) -> Result<v1::BrokerStats, ApiError> {
-        let status = if broker == self.id {
+        let stats = if broker == self.id {
             (self.stats)()
         } else {
             let (peers, address) = self.route_to(broker)?;
-            peers.status(&address, REQUEST_TIMEOUT).await.map_err(|error| unresponsive(broker, error))?
+            peers.broker_stats(&address, REQUEST_TIMEOUT).await.map_err(|error| unresponsive(broker, error))?
         };
         Ok(v1::BrokerStats {
-            segment_bytes: status.segment_bytes,
-            free_bytes: status.free_bytes,
-            tier_lag_records: status.tier_lag_records,
-            failed: status.failed,
-            object_store: status.object_store,
-            maintenance: status.maintenance,
-            impaired: status.impaired,
-            not_ready: status.not_ready,
-            metadata_regressed: status.metadata_regressed,
-            future_timestamps: status.future_timestamps,
+            segment_bytes: stats.segment_bytes,
+            free_bytes: stats.free_bytes,
+            tier_lag_records: stats.tier_lag_records,
+            failed: stats.failed,
+            object_store: stats.object_store,
+            maintenance: stats.maintenance,
+            impaired: stats.impaired,
+            not_ready: stats.not_ready,
+            metadata_regressed: stats.metadata_regressed,
+            future_timestamps: stats.future_timestamps,
         })
     }
 
+    /// Returns the client and the address for requests to a peer.
     fn route_to(&self, broker: BrokerId) -> Result<(&PeerClient, String), ApiError> {
         let state = self.metadata.state();
         let entry = state.brokers().get(&broker);
@@ -148,7 +152,8 @@ fn replica_report(partition: &Arc<Partition>) -> ReplicaReport {
     }
 }
 
-/// Parses a peer's report about its replica. Returns `None` if the peer has none.
+/// Parses a peer's report about its replica: the report, or the reason why the replica is offline. Returns `None` if the
+/// peer has no such replica.
 fn parse_report(report: v1::ReplicaReport) -> Option<Result<ReplicaReport, String>> {
     let failed = Some(report.failed).filter(|reason| !reason.is_empty());
     if !report.exists {

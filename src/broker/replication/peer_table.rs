@@ -32,7 +32,7 @@ pub(super) struct PeerInfo {
 /// Receiver of lost links, which may mean that a process is gone.
 pub(super) trait LinkLossListener: Send + Sync + 'static {
     /// Handles a link to or from this registration of a broker that ended, or that could not be opened. Must not block.
-    fn link_lost(self: Arc<Self>, broker: BrokerId, epoch: Revision, how: DisconnectReason);
+    fn link_lost(self: Arc<Self>, broker: BrokerId, epoch: Revision, reason: DisconnectReason);
 }
 
 /// Table of registered peers.
@@ -41,7 +41,7 @@ pub(super) struct PeerTable {
     cluster: String,
     state: watch::Sender<PeerTableState>,
     partitions: Arc<PartitionTable>,
-    lost: Arc<dyn LinkLossListener>,
+    link_loss_listener: Arc<dyn LinkLossListener>,
     verifier: Arc<ClaimVerifier>,
     /// Comparison of the peers' clocks with the local clock.
     pub(super) clocks: ClockComparison,
@@ -93,28 +93,31 @@ impl From<Unconfirmed> for ApiError {
     }
 }
 
+/// Registrations of this broker and of its peers.
 #[derive(Clone, Default)]
 struct PeerTableState {
-    /// Own broker epoch of this broker; the last one while this broker is not registered.
-    own: Option<Revision>,
+    /// Broker epoch of this broker; the last one while this broker is not registered; `None` before the first.
+    own_epoch: Option<Revision>,
     is_registered: bool,
     peers: Arc<BTreeMap<BrokerId, PeerInfo>>,
 }
 
 impl PeerTable {
-    /// Creates an empty table for this broker. `lost` receives lost links, and `verifier` reads registrations.
+    /// Creates an empty table for this broker. `verifier` reads registrations and leader epochs in the metadata store.
     pub(super) fn new(
         me: BrokerId,
         cluster: String,
         partitions: Arc<PartitionTable>,
-        lost: Arc<dyn LinkLossListener>,
+        link_loss_listener: Arc<dyn LinkLossListener>,
         verifier: Arc<ClaimVerifier>,
     ) -> Arc<Self> {
         let state = watch::Sender::default();
-        Arc::new(Self { me, cluster, state, partitions, lost, verifier, clocks: ClockComparison::default() })
+        let clocks = ClockComparison::default();
+        Arc::new(Self { me, cluster, state, partitions, link_loss_listener, verifier, clocks })
     }
 
-    /// Replaces the registered brokers with their peer addresses and broker epochs. Called at every change.
+    /// Replaces the registered brokers with their peer addresses and broker epochs. Called at every change of a
+    /// registration.
     pub(super) fn update_peers(&self, registered: BTreeMap<BrokerId, (String, Revision)>) {
         let peers = registered.into_iter().map(|(id, (address, epoch))| (id, PeerInfo { address, epoch }));
         let peers: BTreeMap<_, _> = peers.collect();
@@ -125,14 +128,14 @@ impl PeerTable {
         });
     }
 
-    /// Updates this broker's own broker epoch; `None` while this broker is not registered. Links continue meanwhile,
-    /// and new links use the last epoch: a lost lease does not affect the content of a log, and the store may be
-    /// unavailable. A broker epoch ends when the next one begins.
-    pub(super) fn registered(&self, epoch: Option<Revision>) {
+    /// Updates this broker's own broker epoch; `None` while this broker is not registered. Links continue meanwhile, and new
+    /// links use the last epoch: a lost lease does not affect the content of a log, and the store may be unavailable. A
+    /// broker epoch ends when the next one begins.
+    pub(super) fn set_own_epoch(&self, epoch: Option<Revision>) {
         self.state.send_if_modified(|state| {
             state.is_registered = epoch.is_some();
-            let own = epoch.or(state.own);
-            std::mem::replace(&mut state.own, own) != own
+            let own_epoch = epoch.or(state.own_epoch);
+            std::mem::replace(&mut state.own_epoch, own_epoch) != own_epoch
         });
     }
 
@@ -146,14 +149,14 @@ impl PeerTable {
 
     /// Returns this broker's own broker epoch, or the last one while this broker is not registered; `None` before the
     /// first.
-    pub(super) fn own(&self) -> Option<Revision> {
-        self.state.borrow().own
+    pub(super) fn own_epoch(&self) -> Option<Revision> {
+        self.state.borrow().own_epoch
     }
 
     /// Returns this broker's own broker epoch; `None` while this broker is not registered.
     pub(super) fn own_registration(&self) -> Option<Revision> {
         let state = self.state.borrow();
-        state.own.filter(|_| state.is_registered)
+        state.own_epoch.filter(|_| state.is_registered)
     }
 
     /// Returns the registration of a broker.
@@ -161,8 +164,8 @@ impl PeerTable {
         self.state.borrow().peers.get(&broker).cloned()
     }
 
-    /// Verifies that a broker is registered under the broker epoch that it claims. Reads the metadata store if the
-    /// metadata cache is older than the claim.
+    /// Verifies that a broker is registered under the broker epoch that it claims. Reads the metadata store if the metadata
+    /// cache contains no such epoch or an older one.
     pub(super) async fn confirm(&self, broker: BrokerId, claimed: Revision) -> Result<(), Unconfirmed> {
         match self.get(broker).map(|peer| peer.epoch) {
             Some(registered) if registered == claimed => return Ok(()),
@@ -188,13 +191,13 @@ impl PeerTable {
     }
 
     /// Returns the function with which a link finds local partitions.
-    pub(super) fn find(&self) -> PartitionLookup {
+    pub(super) fn partition_lookup(&self) -> PartitionLookup {
         let partitions = Arc::clone(&self.partitions);
         Arc::new(move |id| partitions.by_id(id))
     }
 
     /// Returns the function with which a link reads leader epochs in the metadata store.
-    pub(super) fn stored_epoch(&self) -> StoredEpoch {
+    pub(super) fn leader_epoch_reader(&self) -> StoredEpoch {
         let verifier = Arc::clone(&self.verifier);
         Arc::new(move |id| {
             let verifier = Arc::clone(&verifier);
@@ -203,17 +206,18 @@ impl PeerTable {
     }
 
     /// Reports a lost link to or from this registration.
-    pub(super) fn on_link_lost(&self, broker: BrokerId, epoch: Revision, how: DisconnectReason) {
-        Arc::clone(&self.lost).link_lost(broker, epoch, how);
+    pub(super) fn on_link_lost(&self, broker: BrokerId, epoch: Revision, reason: DisconnectReason) {
+        Arc::clone(&self.link_loss_listener).link_lost(broker, epoch, reason);
     }
 
-    /// Waits until that broker is registered and this broker has been registered once.
-    pub(super) async fn both(&self, broker: BrokerId) -> (Revision, PeerInfo) {
+    /// Waits until the other broker is registered and this broker has been registered once. Returns this broker's epoch,
+    /// which is the last one while this broker is not registered, and the registration of the other broker.
+    pub(super) async fn wait_for_registrations(&self, broker: BrokerId) -> (Revision, PeerInfo) {
         let mut state = self.state.subscribe();
         loop {
             let found = {
                 let state = state.borrow_and_update();
-                state.own.zip(state.peers.get(&broker).cloned())
+                state.own_epoch.zip(state.peers.get(&broker).cloned())
             };
             if let Some(found) = found {
                 return found;
@@ -222,14 +226,14 @@ impl PeerTable {
         }
     }
 
-    /// Cancels the tasks of a link when another broker epoch begins, here or there.
-    pub(super) async fn cancel_at_change(&self, own: Revision, broker: BrokerId, epoch: Revision, link: &Tasks) {
+    /// Waits until this broker or the peer has another broker epoch than these, and then cancels the tasks of their link.
+    pub(super) async fn cancel_at_change(&self, own_epoch: Revision, broker: BrokerId, epoch: Revision, link: &Tasks) {
         let mut state = self.state.subscribe();
         loop {
             let has_ended = {
                 let state = state.borrow_and_update();
-                let newer = state.peers.get(&broker).is_some_and(|peer| peer.epoch > epoch);
-                newer || state.own.is_some_and(|now| now != own)
+                let peer_has_ended = state.peers.get(&broker).is_some_and(|peer| peer.epoch > epoch);
+                peer_has_ended || state.own_epoch.is_some_and(|current| current != own_epoch)
             };
             if has_ended {
                 link.cancel();

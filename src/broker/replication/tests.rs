@@ -56,8 +56,8 @@ struct Node {
 struct LinkLossRecorder(mpsc::Sender<(BrokerId, Revision, DisconnectReason)>);
 
 impl LinkLossListener for LinkLossRecorder {
-    fn link_lost(self: Arc<Self>, broker: BrokerId, epoch: Revision, how: DisconnectReason) {
-        let _full = self.0.try_send((broker, epoch, how));
+    fn link_lost(self: Arc<Self>, broker: BrokerId, epoch: Revision, reason: DisconnectReason) {
+        let _full = self.0.try_send((broker, epoch, reason));
     }
 }
 
@@ -90,7 +90,7 @@ impl Node {
         let peers = PeerClient::new(Arc::new(TcpConnector::between_brokers(WAIT)), links::CONNECT_TIMEOUT);
         let received = PeerCounters::default();
         let links = LinkManager::new(Arc::clone(&peer_table), peers.clone(), received, tasks.clone());
-        peer_table.registered(Some(epoch_of(id)));
+        peer_table.set_own_epoch(Some(epoch_of(id)));
         let callbacks = PeerCallbacks {
             stats: Arc::new(|| v1::GetBrokerStatsResponse { leader_count: 5, ..v1::GetBrokerStatsResponse::default() }),
             report: Box::new(|report| Box::pin(async move { Ok(report.broker == BrokerId(9)) })),
@@ -268,11 +268,11 @@ async fn invalid_hello_is_rejected_with_reason() {
         (v1::Hello { version: 2, ..good.clone() }, "version 2"),
     ];
     let peers = PeerClient::new(Arc::new(TcpConnector::between_brokers(WAIT)), WAIT);
-    for (hello, words) in hellos {
+    for (hello, expected) in hellos {
         let mut stream = peers.replicate(&one.address, hello).await.unwrap();
-        let status = stream.receiver.message().await.expect_err(words);
+        let status = stream.receiver.message().await.expect_err(expected);
         let PeerError::Refused(error) = error_from_status("", &status) else { panic!("{status:?}") };
-        assert!(error.message.contains(words), "{words}: {error}");
+        assert!(error.message.contains(expected), "{expected}: {error}");
     }
     let mut stream = peers.replicate(&one.address, good.clone()).await.unwrap();
     let welcome = stream.receiver.message().await.unwrap().unwrap();
@@ -323,28 +323,31 @@ async fn broken_link_is_reported_and_reopened() {
     let (mut one, two) = pair(1).await;
     acked(append(&one.partition(0), b"first").await).await;
     // The follower's broker gets another broker epoch: its link is reopened, which is no failure.
-    two.peer_table.registered(Some(Revision(21)));
+    two.peer_table.set_own_epoch(Some(Revision(21)));
     one.peer_table.update_peers([(two.id, (two.address.clone(), Revision(21)))].into());
     one.partition(0).on_broker_status(two.id, BrokerStatus::Registered(Revision(21))).await;
     acked(append(&one.partition(0), b"second").await).await;
     // Without a lease, the broker reports no broker epoch, and its link continues.
-    two.peer_table.registered(None);
+    two.peer_table.set_own_epoch(None);
     acked(append(&one.partition(0), b"third").await).await;
-    let who = one.peers.get_identity(&two.address, WAIT).await.unwrap();
-    assert_eq!(who.broker_epoch, None);
+    let identity = one.peers.get_identity(&two.address, WAIT).await.unwrap();
+    assert_eq!(identity.broker_epoch, None);
     // The process exits, which closes the connection at once.
     two.stop().await;
     drop(two);
     let lost = tokio::time::timeout(WAIT, async {
         loop {
-            let (broker, epoch, how) = one.lost.recv().await.unwrap();
+            let (broker, epoch, reason) = one.lost.recv().await.unwrap();
             if epoch == Revision(21) {
-                return (broker, how);
+                return (broker, reason);
             }
         }
     });
-    let (broker, how) = lost.await.expect("the lost link is reported");
-    assert!(broker == BrokerId(2) && matches!(how, DisconnectReason::Closed | DisconnectReason::Reset), "{how:?}");
+    let (broker, reason) = lost.await.expect("the lost link is reported");
+    assert!(
+        broker == BrokerId(2) && matches!(reason, DisconnectReason::Closed | DisconnectReason::Reset),
+        "{reason:?}"
+    );
     one.stop().await;
 }
 
@@ -357,28 +360,28 @@ async fn exited_leader_process_is_reported_at_once() {
     let lost = tokio::time::timeout(WAIT, async {
         let mut seen = Vec::new();
         while !seen.contains(&DisconnectReason::Refused) {
-            let (broker, epoch, how) = two.lost.recv().await.unwrap();
+            let (broker, epoch, reason) = two.lost.recv().await.unwrap();
             assert_eq!((broker, epoch), (BrokerId(1), Revision(10)));
-            seen.push(how);
+            seen.push(reason);
         }
         seen
     });
     let seen = lost.await.expect("the refused connection is reported");
     assert!(!seen.contains(&DisconnectReason::TimedOut), "{seen:?}");
     // The broker returns at another address, with another broker epoch, as the leader of another leader epoch.
-    let again = Node::start(1).await;
+    let restarted = Node::start(1).await;
     let epoch = Revision(11);
-    again.peer_table.registered(Some(epoch));
+    restarted.peer_table.set_own_epoch(Some(epoch));
     let registered =
-        [(BrokerId(1), (again.address.clone(), epoch)), (BrokerId(2), (two.address.clone(), Revision(20)))];
-    again.peer_table.update_peers(registered.clone().into());
+        [(BrokerId(1), (restarted.address.clone(), epoch)), (BrokerId(2), (two.address.clone(), Revision(20)))];
+    restarted.peer_table.update_peers(registered.clone().into());
     two.peer_table.update_peers(registered.into());
-    again.open(1);
+    restarted.open(1);
     two.open(1);
-    again.assign(1, 1, 2).await;
+    restarted.assign(1, 1, 2).await;
     two.assign(1, 1, 2).await;
-    acked(append(&again.partition(1), b"second").await).await;
-    again.stop().await;
+    acked(append(&restarted.partition(1), b"second").await).await;
+    restarted.stop().await;
     two.stop().await;
 }
 
@@ -389,13 +392,13 @@ async fn peer_requests_are_served() {
     let offline = OfflineReplica::OpenFailed { reason: "the log is corrupt".into(), since: LeaderEpoch(1) };
     two.partitions.set(id_of(1), HostedPartition::Offline(offline));
     let peers = one.peers.clone();
-    let who = peers.get_identity(&two.address, WAIT).await.unwrap();
-    assert_eq!((who.cluster.as_str(), who.broker_id, who.broker_epoch), ("test", 2, Some(20)));
-    assert_eq!(who.incarnation, "process 2");
+    let identity = peers.get_identity(&two.address, WAIT).await.unwrap();
+    assert_eq!((identity.cluster.as_str(), identity.broker_id, identity.broker_epoch), ("test", 2, Some(20)));
+    assert_eq!(identity.incarnation, "process 2");
     let name = |partition| v1::TopicIdPartition { topic_id: id_of(0).topic.to_string(), partition };
     let nonsense = v1::TopicIdPartition { topic_id: "nonsense".to_owned(), partition: 0 };
     let request = v1::DescribeReplicasRequest { replicas: vec![name(0), name(1), name(-1), nonsense] };
-    let watermarks = peers.watermarks(&two.address, request, WAIT).await.unwrap().replicas;
+    let watermarks = peers.describe_replicas(&two.address, request, WAIT).await.unwrap().replicas;
     assert_eq!(watermarks.iter().map(|replica| replica.exists).collect::<Vec<_>>(), [true, false, false, false]);
     assert_eq!(
         watermarks.iter().map(|replica| &*replica.failed).collect::<Vec<_>>(),
@@ -403,7 +406,7 @@ async fn peer_requests_are_served() {
     );
     let here = &watermarks[0];
     assert_eq!((here.is_leader, here.leader_epoch, here.log_end, here.last_epoch), (false, 1, 1, Some(1)));
-    assert_eq!(peers.status(&two.address, WAIT).await.unwrap().leader_count, 5);
+    assert_eq!(peers.broker_stats(&two.address, WAIT).await.unwrap().leader_count, 5);
     let report = |cluster: &str, broker| v1::ReportFailureRequest {
         cluster: cluster.to_owned(),
         reporter: 1,

@@ -42,7 +42,8 @@ pub(in crate::broker) enum OfflineReplica {
     OpenFailed {
         /// Error of the open.
         reason: Arc<str>,
-        /// Leader epoch in which the replica was found unusable. A later unclean election takes that into account.
+        /// Leader epoch in which the replica was found unusable. An unclean election in a later epoch may discard the
+        /// replica.
         since: LeaderEpoch,
     },
 }
@@ -63,11 +64,13 @@ pub(in crate::broker) struct HostedTopic {
     /// Revision of the topic key that has been applied to all of its partitions; zero before the first one.
     pub(in crate::broker) revision: Revision,
     pub(in crate::broker) config: Arc<TopicConfig>,
+    /// State of each partition, by partition number.
     cells: Arc<[ArcSwap<HostedPartition>]>,
 }
 
 impl HostedTopic {
-    /// Creates a topic with this number of partitions. Keeps the partitions and the applied revision of `before`.
+    /// Creates the entry of a topic with this number of partitions. Takes the partition states and the applied revision
+    /// from `before`, the previous entry, if there is one.
     pub(in crate::broker) fn new(
         id: TopicId,
         config: Arc<TopicConfig>,
@@ -96,12 +99,12 @@ impl HostedTopic {
     }
 
     /// Returns the state of a partition, or `None` if the topic has no such partition.
-    pub(in crate::broker) fn holding(&self, number: u32) -> Option<Arc<HostedPartition>> {
+    pub(in crate::broker) fn partition(&self, number: u32) -> Option<Arc<HostedPartition>> {
         Some(self.cells.get(usize::try_from(number).ok()?)?.load_full())
     }
 
     /// Returns the states of all partitions, by partition number.
-    pub(in crate::broker) fn holdings(&self) -> impl Iterator<Item = Arc<HostedPartition>> + '_ {
+    pub(in crate::broker) fn partitions(&self) -> impl Iterator<Item = Arc<HostedPartition>> + '_ {
         self.cells.iter().map(ArcSwap::load_full)
     }
 }
@@ -109,7 +112,9 @@ impl HostedTopic {
 /// Table of all hosted topics. Readers get a consistent entry of each topic.
 pub(in crate::broker) struct PartitionTable {
     topics: ShardedMap<TopicName, HostedTopic>,
+    /// Name of the topic with each id.
     ids: ShardedMap<TopicId, TopicName>,
+    /// Notified of changes for which tasks wait.
     changed: watch::Sender<()>,
     /// Tasks of the partitions.
     tasks: Tasks,
@@ -138,14 +143,15 @@ impl PartitionTable {
     /// Looks up a partition by topic name and number. Returns `None` if no topic has the name.
     pub(in crate::broker) fn find(&self, topic: &str, partition: i32) -> Option<TableLookup> {
         let topics = self.topics.of_name(topic);
-        let partitions = topics.get(topic)?;
+        let topic = topics.get(topic)?;
         let number = u32::try_from(partition).ok();
-        let found =
-            number.and_then(|number| Some((PartitionId::new(partitions.id, number), partitions.holding(number)?)));
-        Some(found.map_or_else(
-            || TableLookup::NoPartition(partitions.count()),
-            |(id, replica)| TableLookup::Held(id, replica),
-        ))
+        let found = number.and_then(|number| Some((PartitionId::new(topic.id, number), topic.partition(number)?)));
+        Some(
+            found.map_or_else(
+                || TableLookup::NoPartition(topic.count()),
+                |(id, replica)| TableLookup::Held(id, replica),
+            ),
+        )
     }
 
     /// Returns the entry of a topic.
@@ -170,7 +176,7 @@ impl PartitionTable {
     pub(in crate::broker) fn get(&self, id: PartitionId) -> Option<Arc<HostedPartition>> {
         let ids = self.ids.of(&id.topic);
         let name = ids.get(&id.topic)?;
-        self.topics.of(name).get(name).filter(|topic| topic.id == id.topic)?.holding(id.number)
+        self.topics.of(name).get(name).filter(|topic| topic.id == id.topic)?.partition(id.number)
     }
 
     /// Returns why the local replica is offline.
@@ -202,7 +208,7 @@ impl PartitionTable {
     pub(in crate::broker) fn open(&self) -> Vec<Arc<Partition>> {
         let mut open = Vec::new();
         for part in self.topics.all() {
-            for replica in part.values().flat_map(HostedTopic::holdings) {
+            for replica in part.values().flat_map(HostedTopic::partitions) {
                 if let HostedPartition::Online(partition) = &*replica {
                     open.push(Arc::clone(partition));
                 }
@@ -215,14 +221,14 @@ impl PartitionTable {
     pub(in crate::broker) fn count_unverified(&self) -> usize {
         let is_unverified =
             |replica: &Arc<HostedPartition>| matches!(**replica, HostedPartition::Offline(OfflineReplica::Unverified));
-        let count = |topic: &HostedTopic| topic.holdings().filter(is_unverified).count();
+        let count = |topic: &HostedTopic| topic.partitions().filter(is_unverified).count();
         self.topics.all().map(|part| part.values().map(count).sum::<usize>()).sum()
     }
 
     /// Adds or replaces topics. Only the task that applies the metadata changes the table, so no change is lost.
-    pub(in crate::broker) fn put(&self, some: impl IntoIterator<Item = (TopicName, HostedTopic)>) {
+    pub(in crate::broker) fn put(&self, entries: impl IntoIterator<Item = (TopicName, HostedTopic)>) {
         let mut ids = BTreeMap::new();
-        let topics = some.into_iter().map(|(name, topic)| {
+        let topics = entries.into_iter().map(|(name, topic)| {
             // A recreated topic has the same name and another id.
             ids.extend(self.topic(&name).map(|before| (before.id, None)));
             ids.insert(topic.id, Some(name.clone()));
@@ -240,13 +246,13 @@ impl PartitionTable {
         }
     }
 
-    /// Sets the state of a partition.
+    /// Sets the state of a partition. Does nothing if the table has no such partition.
     pub(in crate::broker) fn set(&self, id: PartitionId, replica: HostedPartition) {
         let ids = self.ids.of(&id.topic);
         let Some(name) = ids.get(&id.topic) else { return };
         let topics = self.topics.of(name);
-        let partitions = topics.get(name).filter(|topic| topic.id == id.topic);
-        if let Some(cell) = partitions.and_then(|topic| topic.cells.get(id.number as usize)) {
+        let topic = topics.get(name).filter(|topic| topic.id == id.topic);
+        if let Some(cell) = topic.and_then(|topic| topic.cells.get(id.number as usize)) {
             cell.store(Arc::new(replica));
         }
     }

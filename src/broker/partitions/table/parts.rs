@@ -13,23 +13,23 @@ const PART_COUNT: usize = 256;
 /// A key that determines its part.
 pub(super) trait PartKey: Ord + Clone {
     /// Returns a hash: equal keys have equal hashes, and the hashes of different keys are spread evenly.
-    fn number(&self) -> usize;
+    fn part_hash(&self) -> usize;
 }
 
 impl PartKey for TopicName {
-    fn number(&self) -> usize {
-        number_of_name(self.as_str())
+    fn part_hash(&self) -> usize {
+        hash_name(self.as_str())
     }
 }
 
 impl PartKey for TopicId {
-    fn number(&self) -> usize {
+    fn part_hash(&self) -> usize {
         // Ids are random, and their last byte is uniformly distributed.
         usize::from(self.as_bytes()[15])
     }
 }
 
-fn number_of_name(name: &str) -> usize {
+fn hash_name(name: &str) -> usize {
     usize::try_from(crc32c::crc32c(name.as_bytes())).expect("a usize has at least 32 bits")
 }
 
@@ -47,7 +47,7 @@ impl<K, V> Default for ShardedMap<K, V> {
 impl<K: PartKey, V: Clone> ShardedMap<K, V> {
     /// Returns the part for a key.
     pub(super) fn of(&self, key: &K) -> Guard<Arc<Part<K, V>>> {
-        self.0[key.number() % PART_COUNT].load()
+        self.0[key.part_hash() % PART_COUNT].load()
     }
 
     /// Returns all parts, each in its state when the iterator reaches it.
@@ -55,11 +55,12 @@ impl<K: PartKey, V: Clone> ShardedMap<K, V> {
         self.0.iter().map(ArcSwap::load_full)
     }
 
-    /// Inserts or removes entries. Only one caller may change the map, else changes are lost.
+    /// Inserts each entry with a value, and removes each entry with `None`. Only one caller may change the map at a time,
+    /// else changes are lost.
     pub(super) fn apply(&self, changes: impl IntoIterator<Item = (K, Option<V>)>) {
         let mut by_part: BTreeMap<usize, Vec<(K, Option<V>)>> = BTreeMap::new();
         for (key, value) in changes {
-            by_part.entry(key.number() % PART_COUNT).or_default().push((key, value));
+            by_part.entry(key.part_hash() % PART_COUNT).or_default().push((key, value));
         }
         for (number, changes) in by_part {
             let mut part = Part::clone(&self.0[number].load());
@@ -80,7 +81,7 @@ impl<V: Clone> ShardedMap<TopicName, V> {
     where
         TopicName: Borrow<str>,
     {
-        self.0[number_of_name(name) % PART_COUNT].load()
+        self.0[hash_name(name) % PART_COUNT].load()
     }
 }
 

@@ -90,9 +90,11 @@ const REVOKE_COOLDOWN: Duration = Duration::from_secs(60);
 #[derive(Default)]
 struct RevokeCooldown(BTreeMap<BrokerId, RevokedRegistration>);
 
+/// A registration that this broker deleted.
 struct RevokedRegistration {
     incarnation: String,
     epoch: Revision,
+    /// Time of the deletion.
     at: Instant,
     /// Log throttle for reports about this broker that the cooldown ignores.
     ignored_reports: LogThrottle,
@@ -111,7 +113,7 @@ impl RevokeCooldown {
         })
     }
 
-    /// Counts an ignored report about a broker. Returns `Some` if the caller must log the report.
+    /// Counts an ignored report about a broker. Returns the number of ignored reports if the caller must log them.
     fn count_ignored(&mut self, broker: BrokerId, now: Instant) -> Option<u64> {
         self.0.get_mut(&broker)?.ignored_reports.occur(now)
     }
@@ -127,7 +129,7 @@ pub(super) struct FailureReport {
     /// Broker epoch of the process.
     pub(super) epoch: Revision,
     /// Observation of the reporter.
-    pub(super) seen: String,
+    pub(super) observation: String,
 }
 
 /// Failure detector of one broker.
@@ -140,7 +142,8 @@ pub(super) struct FailureDetector {
     partitions: Arc<PartitionTable>,
     peers: PeerClient,
     tasks: Tasks,
-    /// Checks in progress. A broker has several links, and all of them break at once.
+    /// Registrations whose processes are being probed after a lost link. A broker has several links, and all of them break at
+    /// once.
     checks: Mutex<BTreeSet<(BrokerId, Revision)>>,
     cooldown: Mutex<RevokeCooldown>,
     /// Reports of other brokers that are being verified.
@@ -150,8 +153,11 @@ pub(super) struct FailureDetector {
 }
 
 impl LinkLossListener for FailureDetector {
-    fn link_lost(self: Arc<Self>, broker: BrokerId, epoch: Revision, how: DisconnectReason) {
-        if how == DisconnectReason::TimedOut || self.tasks.is_cancelled() || !self.checks.lock().insert((broker, epoch))
+    fn link_lost(self: Arc<Self>, broker: BrokerId, epoch: Revision, reason: DisconnectReason) {
+        // A timeout proves nothing about the process.
+        if reason == DisconnectReason::TimedOut
+            || self.tasks.is_cancelled()
+            || !self.checks.lock().insert((broker, epoch))
         {
             return;
         }
@@ -191,13 +197,14 @@ impl FailureDetector {
             match self.probe(broker, &registration.value).await {
                 ProbeResult::Alive => return,
                 ProbeResult::Inconclusive => backoff.pause().await,
-                gone => break gone,
+                result @ (ProbeResult::Refused | ProbeResult::Replaced) => break result,
             }
         };
         tracing::info!(%broker, seen = result.describe(), "the process of a broker is gone");
         tokio::join!(self.remove_from_isrs(PeerId { broker, epoch }), self.report(broker, epoch, result));
     }
 
+    /// Probes the process of a registration.
     async fn probe(&self, broker: BrokerId, registered: &BrokerValue) -> ProbeResult {
         let suspect = SuspectedPeer { cluster: &self.cluster, broker, registered };
         probe(&self.peers, suspect).await
@@ -218,12 +225,12 @@ impl FailureDetector {
         }
     }
 
-    /// Reports a failed process until its registration is deleted, or until no report was accepted for long. If the
-    /// controller failed at the same time, another controller is elected soon.
-    async fn report(&self, broker: BrokerId, epoch: Revision, seen: ProbeResult) {
+    /// Reports a failed process until its registration is deleted, until the process responds, or for the maximum number of
+    /// attempts. If the controller failed at the same time, another controller is elected soon.
+    async fn report(&self, broker: BrokerId, epoch: Revision, result: ProbeResult) {
         for _ in 0..MAX_REPORT_ATTEMPTS {
             if registered(&self.metadata.state(), broker, epoch).is_none()
-                || self.report_once(broker, epoch, seen).await
+                || self.report_once(broker, epoch, result).await
             {
                 return;
             }
@@ -240,15 +247,16 @@ impl FailureDetector {
     }
 
     /// Reports a failed process once. Returns true if its registration was deleted.
-    async fn report_once(&self, broker: BrokerId, epoch: Revision, seen: ProbeResult) -> bool {
+    async fn report_once(&self, broker: BrokerId, epoch: Revision, result: ProbeResult) -> bool {
         let me = self.id;
         let state = self.metadata.state();
         let controller = state.controller().filter(|controller| *controller != broker);
         let registration = controller.and_then(|id| state.brokers().get(&id));
         let address = registration.map(|registration| registration.value.listeners.peer().map(str::to_owned));
+        // Position of this broker among the remaining brokers.
         let rank = state.brokers().keys().filter(|id| **id != broker && **id < me).count();
         drop(state);
-        let report = FailureReport { reporter: me, broker, epoch, seen: seen.describe().to_owned() };
+        let report = FailureReport { reporter: me, broker, epoch, observation: result.describe().to_owned() };
         match (controller, address) {
             // This broker is the controller and has already probed.
             (Some(controller), _) if controller == me => {
@@ -263,7 +271,7 @@ impl FailureDetector {
                     reporter: me.0,
                     broker_id: broker.0,
                     broker_epoch: epoch.0,
-                    observation: report.seen,
+                    observation: report.observation,
                 };
                 let response = self.peers.report_failure(&address, request, REPORT_TIMEOUT).await;
                 if let Err(error) = &response {
@@ -272,8 +280,9 @@ impl FailureDetector {
                 // Not revoked: the controller's probe was inconclusive, or another broker is the controller by now.
                 response.is_ok_and(|response| response.revoked)
             }
-            // The controller is the suspect, or there is none: the first of the remaining brokers acts in its place.
-            _ => {
+            // The controller is the suspect, is not registered, or does not exist: the first of the remaining brokers acts in
+            // its place.
+            (None, _) | (Some(_), None) => {
                 tokio::time::sleep(FALLBACK_DELAY * u32::try_from(rank).unwrap_or(u32::MAX)).await;
                 let revoked = self.revoke(broker, epoch).await;
                 if let Err(error) = &revoked {
@@ -286,9 +295,9 @@ impl FailureDetector {
         }
     }
 
-    /// Verifies a report that arrived over the network, as the controller: this broker probes the suspect itself, for
-    /// any reporter. Waiting reports about one registration share one probe, so reports about one live broker do not
-    /// delay reports about other brokers. Returns true if the registration was deleted.
+    /// Verifies a report that arrived over the network, if this broker is the controller: this broker probes the suspect
+    /// itself, for any reporter. Waiting reports about one registration share one probe, so reports about one live broker do
+    /// not delay reports about other brokers. Returns true if the registration was deleted.
     ///
     /// # Errors
     /// The metadata store did not apply the deletion: the reporter must report again.
@@ -311,9 +320,8 @@ impl FailureDetector {
             }
             let reports = self.false_reports.lock().occur(clock::monotonic());
             if let Some(reports) = reports {
-                let seen = report.seen;
                 tracing::info!(
-                    %broker, %reporter, seen, reports,
+                    %broker, %reporter, seen = report.observation, reports,
                     "a broker was reported as gone, but it responds to the controller"
                 );
             }
@@ -322,10 +330,10 @@ impl FailureDetector {
         self.reports.run((broker, epoch), check).await
     }
 
-    /// Deletes the registration of a process that this broker found gone, if this broker is the controller. Returns
-    /// true if it is deleted.
+    /// Deletes the registration of a process that this broker found gone, if this broker is the controller and the cooldown
+    /// of the incarnation permits that. Returns true if the registration is deleted.
     async fn delete_registration(&self, report: FailureReport) -> Result<bool, MetaStoreError> {
-        let FailureReport { reporter, broker, epoch, seen } = report;
+        let FailureReport { reporter, broker, epoch, observation: seen } = report;
         if self.metadata.state().controller() != Some(self.id) {
             return Ok(false);
         }
@@ -373,7 +381,7 @@ impl FailureDetector {
         }
     }
 
-    /// Makes one attempt. Also deletes the controller key, if the same broker holds it.
+    /// Makes one attempt of [`Self::revoke`]. Also deletes the controller key, if the same broker holds it.
     async fn revoke_once(&self, broker: BrokerId, epoch: Revision) -> Result<bool, MetaStoreError> {
         let key = self.keys.broker(broker);
         let mut transaction = Transaction::new().when(Compare::CreateRevision(key.clone(), epoch)).delete(key);
@@ -453,7 +461,7 @@ mod tests {
         // The same process is registered again, so the report was false, and further reports are ignored.
         bench.change(Transaction::new().put(key.clone(), gone.encode())).await;
         let epoch = bench.store.get(&key).await.unwrap().entry.unwrap().create_revision;
-        let report = FailureReport { reporter: BrokerId(1), broker: BrokerId(2), epoch, seen: String::new() };
+        let report = FailureReport { reporter: BrokerId(1), broker: BrokerId(2), epoch, observation: String::new() };
         assert_eq!(detector.confirm_failure(report).await, Ok(false));
         bench.stop().await;
     }

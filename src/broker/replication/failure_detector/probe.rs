@@ -34,6 +34,7 @@ pub(super) enum ProbeResult {
 }
 
 impl ProbeResult {
+    /// Returns the result as text for the log and for reports.
     pub(super) fn describe(self) -> &'static str {
         match self {
             Self::Refused => "connections are refused",
@@ -60,19 +61,24 @@ pub(super) struct SuspectedPeer<'a> {
 /// Probes until the process responds, until two probes in a row found it gone, or until probes were inconclusive for
 /// too long.
 pub(super) async fn probe(peers: &PeerClient, suspect: SuspectedPeer<'_>) -> ProbeResult {
-    let until = clock::monotonic() + INCONCLUSIVE_TIMEOUT;
-    let mut gone = false;
+    let deadline = clock::monotonic() + INCONCLUSIVE_TIMEOUT;
+    let mut was_gone = false;
     loop {
-        let seen = probe_once(peers, suspect).await;
-        let twice = gone && seen.is_gone();
-        if twice || seen == ProbeResult::Alive || seen == ProbeResult::Inconclusive && clock::monotonic() >= until {
-            return seen;
+        let result = probe_once(peers, suspect).await;
+        let is_last = match result {
+            ProbeResult::Alive => true,
+            ProbeResult::Refused | ProbeResult::Replaced => was_gone,
+            ProbeResult::Inconclusive => clock::monotonic() >= deadline,
+        };
+        if is_last {
+            return result;
         }
-        gone = seen.is_gone();
+        was_gone = result.is_gone();
         tokio::time::sleep(PROBE_INTERVAL).await;
     }
 }
 
+/// Makes one probe. A broker without a peer address cannot be probed, which is inconclusive.
 async fn probe_once(peers: &PeerClient, suspect: SuspectedPeer<'_>) -> ProbeResult {
     let Some(address) = suspect.registered.listeners.peer() else { return ProbeResult::Inconclusive };
     suspect.evaluate(&peers.get_identity(address, PROBE_TIMEOUT).await)
@@ -83,7 +89,7 @@ impl SuspectedPeer<'_> {
     fn evaluate(self, response: &Result<v1::GetIdentityResponse, PeerError>) -> ProbeResult {
         let Self { cluster, broker, registered } = self;
         match response {
-            // A wrong address, or one that is used twice, proves nothing about the process.
+            // An address that leads to another broker proves nothing about the process.
             Ok(identity) if identity.cluster != cluster || identity.broker_id != broker.0 => ProbeResult::Inconclusive,
             Ok(identity) if identity.incarnation != registered.incarnation => ProbeResult::Replaced,
             Ok(_) | Err(PeerError::Refused(_)) => ProbeResult::Alive,
@@ -119,14 +125,14 @@ mod tests {
     #[tokio::test]
     async fn process_exiting_during_probe_is_detected() {
         let (peers, listener, registered) = listening().await;
-        let (seen, ()) = tokio::join!(probe(&peers, suspect(&registered)), async {
+        let (result, ()) = tokio::join!(probe(&peers, suspect(&registered)), async {
             // One connection breaks, one gets no response, then the listener is closed.
             drop(listener.accept().await.unwrap());
             let silent = listener.accept().await.unwrap();
             tokio::time::sleep(PROBE_TIMEOUT).await;
             drop((listener, silent));
         });
-        assert_eq!(seen, ProbeResult::Refused);
+        assert_eq!(result, ProbeResult::Refused);
     }
 
     #[test]

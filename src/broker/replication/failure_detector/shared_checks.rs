@@ -1,5 +1,5 @@
-//! Checks that many callers request at the same time. All waiting callers of one key share one check and its outcome.
-//! No I/O of its own.
+//! Checks that many callers request at the same time. All waiting callers of one key share one check and its outcome. The
+//! callers provide the check; this file does no I/O.
 
 use std::{
     collections::BTreeMap,
@@ -15,23 +15,24 @@ use tokio::sync::Semaphore;
 
 /// Checks by key. One check per key runs at a time, and a bounded number in total.
 pub(super) struct SharedChecks<K, T> {
-    turns: Semaphore,
-    checks: Mutex<BTreeMap<K, Weak<Check<T>>>>,
+    /// Permits for concurrent checks.
+    permits: Semaphore,
+    checks: Mutex<BTreeMap<K, Weak<KeyChecks<T>>>>,
 }
 
 /// Checks of one key, kept while a caller waits.
-struct Check<T> {
+struct KeyChecks<T> {
     /// Number of checks that have started.
-    begun: AtomicU64,
+    started: AtomicU64,
     /// Number and outcome of the last completed check. The caller that runs a check holds the lock, also while it waits
-    /// for its turn.
+    /// for its permit.
     last: tokio::sync::Mutex<Option<(u64, T)>>,
 }
 
 impl<K: Ord, T: Clone> SharedChecks<K, T> {
     /// Allows at most `max` concurrent checks.
     pub(super) fn new(max: usize) -> Self {
-        Self { turns: Semaphore::new(max), checks: Mutex::default() }
+        Self { permits: Semaphore::new(max), checks: Mutex::default() }
     }
 
     /// Returns the outcome of a check that starts after this call: a check in progress may have observed an older state
@@ -41,30 +42,30 @@ impl<K: Ord, T: Clone> SharedChecks<K, T> {
         F: Future<Output = T>,
     {
         let checks = self.of(key);
-        let before = checks.begun.load(Ordering::SeqCst);
+        let started_before = checks.started.load(Ordering::SeqCst);
         let mut last = checks.last.lock().await;
         if let Some((number, outcome)) = &*last
-            && *number > before
+            && *number > started_before
         {
             return outcome.clone();
         }
-        let _turn = self.turns.acquire().await.expect("the semaphore is never closed");
-        let number = checks.begun.fetch_add(1, Ordering::SeqCst) + 1;
+        let _permit = self.permits.acquire().await.expect("the semaphore is never closed");
+        let number = checks.started.fetch_add(1, Ordering::SeqCst) + 1;
         let outcome = check().await;
         *last = Some((number, outcome.clone()));
         outcome
     }
 
-    /// Returns the checks of a key. Removes those of keys without waiting callers.
-    fn of(&self, key: K) -> Arc<Check<T>> {
+    /// Returns the checks of a key. Removes the entries of keys without waiting callers.
+    fn of(&self, key: K) -> Arc<KeyChecks<T>> {
         let mut checks = self.checks.lock();
-        checks.retain(|_, check| check.strong_count() > 0);
-        if let Some(check) = checks.get(&key).and_then(Weak::upgrade) {
-            return check;
+        checks.retain(|_, of_key| of_key.strong_count() > 0);
+        if let Some(of_key) = checks.get(&key).and_then(Weak::upgrade) {
+            return of_key;
         }
-        let check = Arc::new(Check { begun: AtomicU64::new(0), last: tokio::sync::Mutex::default() });
-        checks.insert(key, Arc::downgrade(&check));
-        check
+        let of_key = Arc::new(KeyChecks { started: AtomicU64::new(0), last: tokio::sync::Mutex::default() });
+        checks.insert(key, Arc::downgrade(&of_key));
+        of_key
     }
 }
 
@@ -82,7 +83,7 @@ mod tests {
 
     /// Regression: a flood of reports about live brokers delayed a true report until all of their probes had ended.
     #[tokio::test(start_paused = true)]
-    async fn callers_of_one_key_share_one_turn() {
+    async fn callers_of_one_key_share_one_check() {
         let (checks, runs) = (SharedChecks::new(1), AtomicUsize::new(0));
         let check = |key: u32| {
             let runs = &runs;
