@@ -149,8 +149,8 @@ impl OpenedBroker {
         self.replication.as_ref().map(|replication| replication.service())
     }
 
-    /// Returns the intact replicas. A replica whose topic value cannot be read is not hosted; that replica is opened only
-    /// for this check, and is intact if its log reaches the committed log start and tiered end.
+    /// Returns the intact replicas. A replica whose topic value cannot be read is not hosted; that replica is opened
+    /// only for this check, and is intact if its log reaches the committed log start and tiered end.
     pub async fn intact_replicas(&self) -> BTreeSet<PartitionId> {
         let mut intact: BTreeSet<PartitionId> =
             self.shared.partitions.open().iter().map(|partition| partition.id()).collect();
@@ -174,8 +174,8 @@ impl OpenedBroker {
     ///
     /// The metadata cache must contain the registration of `session`. An older state may name this broker as the leader
     /// of partitions that it has released since. The values of the partitions in `unverified` were unreadable at the
-    /// startup verification, at these revisions. The local replica of such a partition stays offline while this broker is
-    /// in its ISR or ELR.
+    /// startup verification, at these revisions. The local replica of such a partition stays offline while this broker
+    /// is in its ISR or ELR.
     pub async fn activate(self, session: Session, unverified: BTreeMap<PartitionId, Revision>) -> Arc<Broker> {
         let Self { ctx, shared, mut reconciler, queue, stats, replication } = self;
         let background = Background::new(ctx.clone(), shared.clone(), queue, session.clone());
@@ -283,7 +283,8 @@ impl Broker {
         self.partitions.open().len()
     }
 
-    /// Transfers leaderships and ISR memberships. Gives up after the timeout. From this call on, the broker is not ready.
+    /// Transfers leaderships and ISR memberships. Gives up after the timeout. From this call on, the broker is not
+    /// ready.
     pub async fn transfer_leadership(&self, timeout: Duration) {
         self.health.begin_shutdown();
         self.background.transfer_leadership(timeout).await;

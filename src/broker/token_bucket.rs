@@ -11,8 +11,8 @@ pub(super) struct TokenBucket {
 }
 
 impl TokenBucket {
-    /// Takes a token from `bucket`; `None` is a full bucket. Returns the bucket without that token, or `None` if the bucket
-    /// has no token now.
+    /// Takes a token from `bucket`; `None` is a full bucket. Returns the bucket without that token, or `None` if the
+    /// bucket has no token now.
     pub(super) fn take(bucket: Option<Self>, per_minute: u32, now: Instant) -> Option<Self> {
         let max = f64::from(per_minute);
         let tokens = bucket.map_or(max, |bucket| {

@@ -192,8 +192,8 @@ fn config_sources(defaults: &ConfigMap, topic_config: &ConfigMap) -> HashMap<Str
     TOPIC_CONFIG_KEYS.iter().map(|key| (key.name.to_owned(), source(key.name).into())).collect()
 }
 
-/// Returns the advice for a leaderless partition: the brokers that could lead it or, if there are none, the election that
-/// an operator can run.
+/// Returns the advice for a leaderless partition: the brokers that could lead it or, if there are none, the election
+/// that an operator can run.
 fn election_advice(topic: &TopicName, number: u32, value: &PartitionValue) -> String {
     let candidates: Vec<String> = value.isr.iter().chain(&value.elr).map(ToString::to_string).collect();
     if !candidates.is_empty() {

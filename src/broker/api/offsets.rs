@@ -83,8 +83,8 @@ impl OffsetFinder {
         Ok(v1::ListOffsetsResponse { results, lease_expired: lease_expired || *self.lease.borrow() })
     }
 
-    /// Returns the offset for a query. An offset other than the earliest requires a committed leader epoch, for which this
-    /// function waits.
+    /// Returns the offset for a query. An offset other than the earliest requires a committed leader epoch, for which
+    /// this function waits.
     async fn find_offset(
         &self,
         query: &v1::OffsetQuery,

@@ -28,8 +28,8 @@ impl ManifestRebuilder {
         Self { ctx, commits, updater }
     }
 
-    /// Surveys the objects of a partition whose manifest is lost, and returns a plan of the new manifest. Commits the new
-    /// manifest if the request contains exactly this plan. Rejects a request with another plan, and a request for a
+    /// Surveys the objects of a partition whose manifest is lost, and returns a plan of the new manifest. Commits the
+    /// new manifest if the request contains exactly this plan. Rejects a request with another plan, and a request for a
     /// partition whose manifest exists.
     pub(super) async fn rebuild_manifest(
         &self,

@@ -1,6 +1,7 @@
 //! Topic administration: translates requests to `cluster::Topics`.
 //!
-//! The response to a change is sent after this broker has applied the change, so a created topic accepts records at once.
+//! The response to a change is sent after this broker has applied the change, so a created topic accepts records at
+//! once.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -77,8 +78,8 @@ impl TopicAdmin {
         Ok(v1::AddPartitionsResponse { topic: Some(topic_summary(&info.name, &info.value)) })
     }
 
-    /// Deletes a topic and waits until this broker has dropped it, for a bounded time. The response contains the maximum time
-    /// for which its objects remain in the object store.
+    /// Deletes a topic and waits until this broker has dropped it, for a bounded time. The response contains the
+    /// maximum time for which its objects remain in the object store.
     pub(super) async fn delete_topic(&self, topic: &str) -> Result<v1::DeleteTopicResponse, ApiError> {
         let topic = parse_topic_name(topic)?;
         let id: TopicId = self.topics.delete(&topic).await?;

@@ -83,8 +83,8 @@ fn is_running(state: &MetadataSnapshot, id: BrokerId) -> bool {
     state.brokers().get(&id).is_some_and(|entry| entry.value.state == BrokerState::Running)
 }
 
-/// Returns true if another broker could lead the partition instead of this one, or if the leader could remove this broker
-/// from the ISR and still have the min ISR.
+/// Returns true if another broker could lead the partition instead of this one, or if the leader could remove this
+/// broker from the ISR and still have the min ISR.
 fn is_transferable(
     value: &PartitionValue,
     me: BrokerId,

@@ -37,8 +37,8 @@ fn is_under_pressure(was_under_pressure: bool, space: DiskSpace, percent: u64) -
     used > u128::from(total_bytes) * u128::from(limit)
 }
 
-/// Free bytes with which any batch fits. With as many free bytes, an earlier refusal no longer counts, also if no record
-/// has arrived since.
+/// Free bytes with which any batch fits. With as many free bytes, an earlier refusal no longer counts, also if no
+/// record has arrived since.
 const MIN_SPACE_BYTES: u64 = limits::MIN_FREE_DISK_BYTES + limits::MAX_BATCH_BYTES as u64;
 
 /// Returns true if records do not fit. `has_refused` is true after a refused record, until another record is written.

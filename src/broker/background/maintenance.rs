@@ -75,7 +75,8 @@ impl Maintenance {
         }
     }
 
-    /// Runs the steps of queued partitions, one after the other. A step that is cancelled leaves at most an orphan object.
+    /// Runs the steps of queued partitions, one after the other. A step that is cancelled leaves at most an orphan
+    /// object.
     async fn work(&self, kind: WorkerKind) {
         let failures = &self.failures;
         let queue = match kind {

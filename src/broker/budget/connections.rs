@@ -140,8 +140,8 @@ impl UnreadResponse {
         Self { account: Arc::clone(account), key }
     }
 
-    /// Extends the deadlines after more data was passed to HTTP/2, of which `bytes` are charged. HTTP/2 polls only when it
-    /// has space, so the client has taken some of the previous data.
+    /// Extends the deadlines after more data was passed to HTTP/2, of which `bytes` are charged. HTTP/2 polls only when
+    /// it has space, so the client has taken some of the previous data.
     pub(super) fn on_data_passed(&self, bytes: usize) {
         let next_piece_deadline = clock::monotonic() + UNREAD_TIMEOUT;
         if let Some(call) = self.account.unread.lock().get_mut(self.key) {

@@ -75,8 +75,8 @@ impl IncompleteRequests {
         self.0.lock().of(request.bytes).remove(&(request.since, request.number));
     }
 
-    /// Ends stalled requests in the pool for a request of `bytes`, the oldest first, until `wanted_bytes` will be free. A
-    /// request that was ended before and still holds its memory counts again. Its connection is closed if its client
+    /// Ends stalled requests in the pool for a request of `bytes`, the oldest first, until `wanted_bytes` will be free.
+    /// A request that was ended before and still holds its memory counts again. Its connection is closed if its client
     /// reads nothing.
     pub(super) fn end_stalled(&self, bytes: usize, wanted_bytes: usize, now: Instant) {
         let mut freed_bytes = 0;

@@ -575,8 +575,8 @@ pub struct IncompleteGuard {
 }
 
 impl IncompleteGuard {
-    /// Returns an error if the request must end because other requests need its memory. The task of `waker` is woken when
-    /// that happens later.
+    /// Returns an error if the request must end because other requests need its memory. The task of `waker` is woken
+    /// when that happens later.
     pub fn check(&self, waker: &std::task::Waker) -> Result<(), ApiError> {
         if !self.request.is_ended(waker) {
             return Ok(());

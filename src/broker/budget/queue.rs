@@ -47,8 +47,8 @@ impl<'a> QueuedRequest<'a> {
         SMALL_GRACE.saturating_mul(requests).min(MAX_SEARCH_INTERVAL)
     }
 
-    /// Begins a search for incomplete requests. Returns the bytes that the search must free, or `None` if another request
-    /// of the queue has just searched.
+    /// Begins a search for incomplete requests. Returns the bytes that the search must free, or `None` if another
+    /// request of the queue has just searched.
     pub(super) fn begin_search(&self, now: Instant) -> Option<usize> {
         let mut last_search = self.queue.last_search.lock();
         if last_search.is_some_and(|last_search| now < last_search + SMALL_GRACE) {

@@ -55,7 +55,8 @@ fn describe_retry(leader: Option<&LeaderHint>) -> String {
 pub(in crate::broker) enum LookupError {
     /// Another topic has this name by now.
     #[error(
-        "topic {topic:?} has id {id}, not {requested}: the topic was deleted and recreated; refresh the metadata and retry"
+        "topic {topic:?} has id {id}, not {requested}: the topic was deleted and recreated; refresh the metadata and \
+         retry"
     )]
     Replaced {
         topic: String,
@@ -169,8 +170,8 @@ impl ReplicaLookup {
         }
     }
 
-    /// Returns the partition with this name and number, if `serves` accepts its role and epoch. Requires this topic id, if
-    /// one is given.
+    /// Returns the partition with this name and number, if `serves` accepts its role and epoch. Requires this topic id,
+    /// if one is given.
     fn replica(
         &self,
         topic: &str,

@@ -58,7 +58,8 @@ impl MaintenanceFailures {
         self.partitions.lock().remove(&id);
     }
 
-    /// Returns why the last step of this partition failed; `None` if it did not, or for a failure that is reported elsewhere.
+    /// Returns why the last step of this partition failed; `None` if it did not, or for a failure that is reported
+    /// elsewhere.
     fn reason(&self, id: PartitionId) -> Option<String> {
         self.partitions.lock().get(&id)?.reason.clone()
     }
@@ -94,8 +95,8 @@ impl MaintenanceFailures {
         }
     }
 
-    /// Returns the time since which no upload has succeeded, and the error. Returns `None` if no partition fails now: the
-    /// failing one was deleted, or another broker leads it.
+    /// Returns the time since which no upload has succeeded, and the error. Returns `None` if no partition fails now:
+    /// the failing one was deleted, or another broker leads it.
     fn failing_uploads(&self, partitions: &BTreeMap<PartitionId, FailingPartition>) -> Option<(Instant, String)> {
         self.uploads.lock().clone().filter(|_| partitions.values().any(|failing| failing.steps > 0))
     }
@@ -137,8 +138,9 @@ impl MaintenanceFailures {
         steps
     }
 
-    /// Logs a failed step as a warning if `failures`, the count of the log throttle, is present. An outage is logged once
-    /// for all partitions, by the clients of the stores, or here if the metadata store responds but rejects commits.
+    /// Logs a failed step as a warning if `failures`, the count of the log throttle, is present. An outage is logged
+    /// once for all partitions, by the clients of the stores, or here if the metadata store responds but rejects
+    /// commits.
     fn log_failure(&self, partition: &Partition, error: &MaintenanceError, failures: Option<u64>, steps: u32) {
         let (id, topic) = (partition.id(), partition.topic());
         if is_of_another_leader(error) {

@@ -31,8 +31,8 @@ pub(super) struct PartitionOpener {
 }
 
 impl PartitionOpener {
-    /// Returns the parameters for opening a replica, or `None` if it must not be opened now. `replica` is its entry in the
-    /// partition table, and `value` the partition value in `state`.
+    /// Returns the parameters for opening a replica, or `None` if it must not be opened now. `replica` is its entry in
+    /// the partition table, and `value` the partition value in `state`.
     ///
     /// `ReplicaSpec::discard_local` is set for a replica without files, and for one that failed to open while another
     /// broker leads and no commit depends on it. An operator can also elect a failed replica in order to discard it.
@@ -47,7 +47,8 @@ impl PartitionOpener {
     ) -> Option<ReplicaSpec> {
         let (standalone, me) = (self.ctx.standalone, self.ctx.id);
         if !is_on_disk && !standalone && !is_active {
-            // A starting broker opens replicas in order to verify them. One without files is created after the activation.
+            // A starting broker opens replicas in order to verify them. One without files is created after the
+            // activation.
             return None;
         }
         let is_member = value.isr.contains(&me) || value.elr.contains(&me);

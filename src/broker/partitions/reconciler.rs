@@ -214,9 +214,9 @@ impl Reconciler {
         (ids, revisions)
     }
 
-    /// Applies one topic value: drops a topic that was removed or replaced, and passes a changed configuration to the open
-    /// partitions. Returns the new entry of the topic, which the caller puts into the table, and the revision of the value.
-    /// Returns `None` if the topic is not hosted now or keeps its entry.
+    /// Applies one topic value: drops a topic that was removed or replaced, and passes a changed configuration to the
+    /// open partitions. Returns the new entry of the topic, which the caller puts into the table, and the revision of
+    /// the value. Returns `None` if the topic is not hosted now or keeps its entry.
     async fn apply_topic(&mut self, name: &TopicName, state: &MetadataSnapshot) -> Option<(HostedTopic, Revision)> {
         let hosted = self.partitions.topic(name);
         let stored = state.topic(name);
@@ -257,8 +257,8 @@ impl Reconciler {
         Some((after, stored.mod_revision))
     }
 
-    /// Applies the metadata to these partitions: opens or closes their replicas, and sends the assignments. A replica that
-    /// may be discarded is opened again as an empty one.
+    /// Applies the metadata to these partitions: opens or closes their replicas, and sends the assignments. A replica
+    /// that may be discarded is opened again as an empty one.
     async fn reconcile_partitions(&mut self, ids: Vec<PartitionId>, state: &MetadataSnapshot) {
         let log = self.ctx.log.clone();
         let is_on_disk = |id: &PartitionId| log.holds(*id);
@@ -314,8 +314,8 @@ impl Reconciler {
         }
     }
 
-    /// Returns true if the replica is unverified and the value relies on its content. Outside ISR and ELR no commit depends
-    /// on the replica, so it is removed from the unverified ones.
+    /// Returns true if the replica is unverified and the value relies on its content. Outside ISR and ELR no commit
+    /// depends on the replica, so it is removed from the unverified ones.
     fn must_hold_back(&mut self, id: PartitionId, value: &PartitionValue) -> bool {
         let is_member = value.isr.contains(&self.ctx.id) || value.elr.contains(&self.ctx.id);
         if !is_member && value.leader != Some(self.ctx.id) {
@@ -426,8 +426,8 @@ impl Reconciler {
             .await;
     }
 
-    /// Writes `topic.json` to the object store, from which a restore can create the topic again. Best effort: the preferred
-    /// leader of the first partition writes the object again at each start.
+    /// Writes `topic.json` to the object store, from which a restore can create the topic again. Best effort: the
+    /// preferred leader of the first partition writes the object again at each start.
     fn write_topic_record(&self, name: &TopicName, topic: &TopicValue, state: &MetadataSnapshot) {
         let Some(tier) = &self.ctx.tier else { return };
         let first = state.partition(PartitionId::new(topic.id, 0)).and_then(|entry| entry.partition.as_ref());

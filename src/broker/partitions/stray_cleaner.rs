@@ -79,8 +79,8 @@ impl StrayCleaner {
         }
     }
 
-    /// Checks the removed topics, and a number of the waiting replicas. Deletes the replicas of deleted topics, and those that
-    /// the metadata store assigns to other brokers. Failed reads are retried after a pause.
+    /// Checks the removed topics, and a number of the waiting replicas. Deletes the replicas of deleted topics, and
+    /// those that the metadata store assigns to other brokers. Failed reads are retried after a pause.
     pub(super) async fn process(&mut self) {
         self.not_before = None;
         for topic in std::mem::take(&mut self.topics) {
@@ -154,8 +154,8 @@ impl StrayCleaner {
         self.delete_with_tombstone(topic, ids).await
     }
 
-    /// Deletes these replicas of a removed topic if there is a tombstone. Returns true if there is one. If the store did not
-    /// respond, the topic is checked again later.
+    /// Deletes these replicas of a removed topic if there is a tombstone. Returns true if there is one. If the store
+    /// did not respond, the topic is checked again later.
     async fn delete_with_tombstone(&mut self, topic: TopicId, ids: Vec<PartitionId>) -> bool {
         match tokio::time::timeout(REQUEST_TIMEOUT, self.tombstones.was_deleted(topic)).await {
             Ok(Ok(true)) => {

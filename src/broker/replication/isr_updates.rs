@@ -10,8 +10,8 @@
 //!
 //! - No proposal is sent twice. A proposal that may or may not be applied has the outcome unknown. The leader then
 //!   requests a read-back of the key, which is retried until the store responds.
-//! - A leader whose disk failed resigns in the metadata store, if the ISR has another member. The resignation is retried
-//!   until it is committed or another epoch has begun.
+//! - A leader whose disk failed resigns in the metadata store, if the ISR has another member. The resignation is
+//!   retried until it is committed or another epoch has begun.
 //!
 //! # Shutdown
 //!
@@ -210,8 +210,8 @@ impl IsrUpdateManager {
         PendingStoreOp { read_back: false, resign: (!resigned).then_some(epoch) }
     }
 
-    /// Resigns from the leadership of this epoch, given the stored value. Returns false if that must be retried. Returns true
-    /// without a resignation if this broker does not lead in the epoch, or no other replica is in sync.
+    /// Resigns from the leadership of this epoch, given the stored value. Returns false if that must be retried.
+    /// Returns true without a resignation if this broker does not lead in the epoch, or no other replica is in sync.
     async fn resign_from(
         &self,
         id: PartitionId,

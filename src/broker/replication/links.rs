@@ -1,8 +1,8 @@
 //! Outbound links: one for each broker that leads a partition which this broker follows.
 //!
-//! Partitions name their leaders ([`ReplicationLinks`]). A link is opened when the first partition names its broker, and
-//! reopened whenever it breaks: at once, then after pauses that grow to a second. A link ends when a new broker epoch of
-//! either side begins. The end of a link is reported to the peer table.
+//! Partitions name their leaders ([`ReplicationLinks`]). A link is opened when the first partition names its broker,
+//! and reopened whenever it breaks: at once, then after pauses that grow to a second. A link ends when a new broker
+//! epoch of either side begins. The end of a link is reported to the peer table.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -204,7 +204,8 @@ impl OutboundLink {
         }
     }
 
-    /// Logs how a link ended. Reports a lost link to the peer table; other failures prove nothing about the peer's process.
+    /// Logs how a link ended. Reports a lost link to the peer table; other failures prove nothing about the peer's
+    /// process.
     fn report_link_end(&self, address: &str, epoch: Revision, failure: &LinkFailure) {
         let reason = match failure {
             LinkFailure::Call(PeerError::Lost { reason, .. }) => Some(*reason),
@@ -301,7 +302,8 @@ impl OutboundLink {
         }
     }
 
-    /// Opens the stream and waits for the peer's Welcome. Returns the stream and the peer's broker epoch, which is verified.
+    /// Opens the stream and waits for the peer's Welcome. Returns the stream and the peer's broker epoch, which is
+    /// verified.
     async fn open_stream(
         &self,
         own_epoch: Revision,

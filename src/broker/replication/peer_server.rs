@@ -131,8 +131,8 @@ impl PeerServer {
         is_started.then_some(self).ok_or_else(|| ApiError::new(ErrorCode::NotReady, "this broker is starting: retry"))
     }
 
-    /// Returns the report about a local replica. For a replica that is not open, the report contains only the reason why it
-    /// is offline, if there is one.
+    /// Returns the report about a local replica. For a replica that is not open, the report contains only the reason
+    /// why it is offline, if there is one.
     fn replica_report(&self, name: &v1::TopicIdPartition) -> v1::ReplicaReport {
         let topic = name.topic_id.parse().ok();
         let id = topic.zip(u32::try_from(name.partition).ok()).map(|(topic, number)| PartitionId::new(topic, number));
@@ -348,8 +348,8 @@ impl PeerServer {
         }
     }
 
-    /// Applies `update` to the log throttle for the links of a broker's registration. Links may open and break many times a
-    /// second.
+    /// Applies `update` to the log throttle for the links of a broker's registration. Links may open and break many
+    /// times a second.
     fn link_log<T>(&self, peer: PeerId, update: impl FnOnce(&mut LogThrottle) -> T) -> T {
         let mut logs = self.link_logs.lock();
         let (epoch, log) = logs.entry(peer.broker).or_default();

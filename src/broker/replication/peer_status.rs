@@ -152,8 +152,8 @@ fn replica_report(partition: &Arc<Partition>) -> ReplicaReport {
     }
 }
 
-/// Parses a peer's report about its replica: the report, or the reason why the replica is offline. Returns `None` if the
-/// peer has no such replica.
+/// Parses a peer's report about its replica: the report, or the reason why the replica is offline. Returns `None` if
+/// the peer has no such replica.
 fn parse_report(report: v1::ReplicaReport) -> Option<Result<ReplicaReport, String>> {
     let failed = Some(report.failed).filter(|reason| !reason.is_empty());
     if !report.exists {

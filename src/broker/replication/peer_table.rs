@@ -128,9 +128,9 @@ impl PeerTable {
         });
     }
 
-    /// Updates this broker's own broker epoch; `None` while this broker is not registered. Links continue meanwhile, and new
-    /// links use the last epoch: a lost lease does not affect the content of a log, and the store may be unavailable. A
-    /// broker epoch ends when the next one begins.
+    /// Updates this broker's own broker epoch; `None` while this broker is not registered. Links continue meanwhile,
+    /// and new links use the last epoch: a lost lease does not affect the content of a log, and the store may be
+    /// unavailable. A broker epoch ends when the next one begins.
     pub(super) fn set_own_epoch(&self, epoch: Option<Revision>) {
         self.state.send_if_modified(|state| {
             state.is_registered = epoch.is_some();
@@ -164,8 +164,8 @@ impl PeerTable {
         self.state.borrow().peers.get(&broker).cloned()
     }
 
-    /// Verifies that a broker is registered under the broker epoch that it claims. Reads the metadata store if the metadata
-    /// cache contains no such epoch or an older one.
+    /// Verifies that a broker is registered under the broker epoch that it claims. Reads the metadata store if the
+    /// metadata cache contains no such epoch or an older one.
     pub(super) async fn confirm(&self, broker: BrokerId, claimed: Revision) -> Result<(), Unconfirmed> {
         match self.get(broker).map(|peer| peer.epoch) {
             Some(registered) if registered == claimed => return Ok(()),
@@ -210,8 +210,8 @@ impl PeerTable {
         Arc::clone(&self.link_loss_listener).link_lost(broker, epoch, reason);
     }
 
-    /// Waits until the other broker is registered and this broker has been registered once. Returns this broker's epoch,
-    /// which is the last one while this broker is not registered, and the registration of the other broker.
+    /// Waits until the other broker is registered and this broker has been registered once. Returns this broker's
+    /// epoch, which is the last one while this broker is not registered, and the registration of the other broker.
     pub(super) async fn wait_for_registrations(&self, broker: BrokerId) -> (Revision, PeerInfo) {
         let mut state = self.state.subscribe();
         loop {
@@ -226,7 +226,8 @@ impl PeerTable {
         }
     }
 
-    /// Waits until this broker or the peer has another broker epoch than these, and then cancels the tasks of their link.
+    /// Waits until this broker or the peer has another broker epoch than these, and then cancels the tasks of their
+    /// link.
     pub(super) async fn cancel_at_change(&self, own_epoch: Revision, broker: BrokerId, epoch: Revision, link: &Tasks) {
         let mut state = self.state.subscribe();
         loop {

@@ -184,8 +184,8 @@ fn above_bound(message: String, bound: ReplicaBound) -> ApiError {
         .with("setting", "broker.max_replicas")
 }
 
-/// Returns the status with which a call ends after its stream of requests failed with `status`. The returned status has a
-/// stable error code if the transport rejected a request.
+/// Returns the status with which a call ends after its stream of requests failed with `status`. The returned status has
+/// a stable error code if the transport rejected a request.
 pub(super) fn request_stream_error(status: Status) -> Status {
     from_transport(&status, "").map_or(status, Status::from)
 }

@@ -98,8 +98,8 @@ struct Decoder<'a> {
 }
 
 impl Decoder<'_> {
-    /// Replaces the batches of a partition by their records from an offset on, while there is space. Adds the bytes of the
-    /// records to `used_bytes`, the total of all partitions.
+    /// Replaces the batches of a partition by their records from an offset on, while there is space. Adds the bytes of
+    /// the records to `used_bytes`, the total of all partitions.
     ///
     /// An error means that the partition has no records in the response. If records precede a corrupt batch, the next
     /// read returns the error.
@@ -165,22 +165,22 @@ impl Decoder<'_> {
         response_full(fetched, self.max_bytes < DECODED_BYTES).into()
     }
 
-    /// Reserves memory for a first record that exceeds the space of the response. Uses the session's reservation for one
-    /// such record first.
+    /// Reserves memory for a first record that exceeds the space of the response. Uses the session's reservation for
+    /// one such record first.
     fn reserve_record(&mut self, bytes: usize) -> Result<(), Undecoded> {
         if bytes <= self.record_bytes && !std::mem::replace(&mut self.has_used_reservation, true) {
             return Ok(());
         }
         match self.memory.reserve_more(2 * bytes) {
-            // For a record larger than all before, the response is read again, and memory for the record is then reserved
-            // with that of the response.
+            // For a record larger than all before, the response is read again, and memory for the record is then
+            // reserved with that of the response.
             Err(_) if bytes > self.record_bytes => Err(Undecoded::TooLarge(RecordTooLarge { bytes })),
             reserved => Ok(reserved?),
         }
     }
 
-    /// Decompresses a batch and takes its records from an offset on, up to `max_bytes`. A connection decompresses one batch
-    /// at a time.
+    /// Decompresses a batch and takes its records from an offset on, up to `max_bytes`. A connection decompresses one
+    /// batch at a time.
     async fn open(
         &self,
         (id, batch): (PartitionId, &Batch),

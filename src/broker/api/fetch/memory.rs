@@ -72,8 +72,8 @@ impl FetchSession {
     }
 
     /// Takes memory for a response before any read: for the batches, and for the message that is built from them. Waits
-    /// for the memory. Decoded records take as much again. The response is small if other responses hold too much memory.
-    /// The size of a larger batch is known after a read failed for lack of memory.
+    /// for the memory. Decoded records take as much again. The response is small if other responses hold too much
+    /// memory. The size of a larger batch is known after a read failed for lack of memory.
     pub(super) async fn reserve(&mut self, decode: bool) {
         let max_bytes = self.limits.max_bytes;
         let reads = self.partitions.len().clamp(1, MAX_CONCURRENT_READS);
@@ -181,8 +181,8 @@ impl FetchSession {
         }
     }
 
-    /// Marks a partition for another read, for which there must be memory for a batch of `batch_bytes`. An empty response
-    /// frees its memory and restarts its reads in progress. A response with records is full.
+    /// Marks a partition for another read, for which there must be memory for a batch of `batch_bytes`. An empty
+    /// response frees its memory and restarts its reads in progress. A response with records is full.
     pub(super) fn read_later(&mut self, index: usize, batch_bytes: usize, gathered: &mut FetchResponseBuilder) {
         // Rounded up: batches that grow byte by byte would restart the reads each time.
         self.max_batch_bytes = self.max_batch_bytes.max(batch_bytes.next_power_of_two());
@@ -230,8 +230,8 @@ impl FetchSession {
     }
 
     /// Passes the memory of a built response to its call, which frees the memory when the response has been sent. Reads
-    /// in progress have their own memory. An outcome that is deferred to the next response keeps a part of the memory of
-    /// this response.
+    /// in progress have their own memory. An outcome that is deferred to the next response keeps a part of the memory
+    /// of this response.
     pub(super) fn on_response_built(&mut self, batch_bytes: usize, partitions: usize) {
         if let Some(memory) = self.response_memory.take() {
             let deferred_bytes = match &self.deferred {

@@ -53,8 +53,8 @@ use crate::{
 /// Maximum number of concurrent reads of one session.
 const MAX_CONCURRENT_READS: usize = 8;
 
-/// Maximum time that a response with `min_bytes` waits for reads in progress. A unary call ends the reads in progress with
-/// its response. Without the wait, partitions in memory would keep partitions on disk out of every response.
+/// Maximum time that a response with `min_bytes` waits for reads in progress. A unary call ends the reads in progress
+/// with its response. Without the wait, partitions in memory would keep partitions on disk out of every response.
 const OTHER_READS_DELAY: Duration = Duration::from_millis(100);
 
 /// Default for the maximum bytes of a response.
@@ -292,9 +292,9 @@ impl FetchSession {
         self.add_outcome(outcome, gathered);
     }
 
-    /// Adds the outcome of a read to the response. An outcome that does not fit is deferred to the next response. Without
-    /// memory for the records, the partition is read again later. If this broker no longer serves the partition, its
-    /// entry gets an error.
+    /// Adds the outcome of a read to the response. An outcome that does not fit is deferred to the next response.
+    /// Without memory for the records, the partition is read again later. If this broker no longer serves the
+    /// partition, its entry gets an error.
     fn add_outcome(&mut self, (index, outcome): ReadOutcome, gathered: &mut FetchResponseBuilder) {
         if let Ok(Some(fetched)) = &outcome
             && gathered.bytes > 0
@@ -399,8 +399,8 @@ impl FetchSession {
         }
     }
 
-    /// Marks the partitions with unread records as ready, if the response has neither records nor errors. Returns true if
-    /// there are such partitions.
+    /// Marks the partitions with unread records as ready, if the response has neither records nor errors. Returns true
+    /// if there are such partitions.
     fn mark_unread(&self, gathered: &FetchResponseBuilder) -> bool {
         if gathered.bytes > 0 || gathered.failed {
             return false;
@@ -418,8 +418,8 @@ impl FetchSession {
         }
     }
 
-    /// Gathers the response of a unary read: until it has `min_bytes` or an error, or until the deadline. Records that are
-    /// being read at the deadline get `tier.fetch_max_wait`.
+    /// Gathers the response of a unary read: until it has `min_bytes` or an error, or until the deadline. Records that
+    /// are being read at the deadline get `tier.fetch_max_wait`.
     async fn gather(&mut self, decode: bool, deadline: Instant) -> Result<FetchResponseBuilder, ApiError> {
         let max_wait = self.fetch.ctx.config.tier.fetch_max_wait;
         let mut gathered = FetchResponseBuilder::default();

@@ -35,7 +35,8 @@ impl FetchStreamState {
         Self { session, requests, lease_expiry, has_assignment: false, requests_ended: false }
     }
 
-    /// Returns the next response, once it has `min_bytes`, an error, or records for `max_wait_ms`; `None` ends the stream.
+    /// Returns the next response, once it has `min_bytes`, an error, or records for `max_wait_ms`; `None` ends the
+    /// stream.
     pub(super) async fn next(&mut self) -> Option<Result<v1::FetchResponse, Status>> {
         let mut gathered = FetchResponseBuilder::default();
         let mut deadline: Option<Instant> = None;

@@ -73,8 +73,8 @@ impl Produce {
         Ok(IncomingBatch { batch, fingerprint, timestamps, refusal, permit: None })
     }
 
-    /// Recompresses the batch with the topic's codec, if the batch has another one and no refusal. Takes produce memory for
-    /// the result first. A result that the topic does not allow sets the refusal.
+    /// Recompresses the batch with the topic's codec, if the batch has another one and no refusal. Takes produce memory
+    /// for the result first. A result that the topic does not allow sets the refusal.
     pub(super) async fn recompress(
         &self,
         incoming: &mut IncomingBatch,
@@ -87,8 +87,8 @@ impl Produce {
             Some(codec) if codec != incoming.batch.compression() && incoming.refusal.is_none() => codec,
             _ => return Ok(()),
         };
-        // A connection recompresses one batch at a time. An append waits for that permit before it takes memory that other
-        // appends need.
+        // A connection recompresses one batch at a time. An append waits for that permit before it takes memory that
+        // other appends need.
         let permitted = tokio::time::timeout_at(deadline, memory.rewriter(&self.decompressor).in_turn()).await;
         let decompressor = permitted.map_err(|_| deadline_passed())?;
         // The size is known after recompression, so memory for the largest batch is taken before.
@@ -109,8 +109,8 @@ impl Produce {
         Ok(())
     }
 
-    /// Returns the produce memory of the batch, and takes it if it was not taken before. Waits until the deadline, except
-    /// for a refused batch.
+    /// Returns the produce memory of the batch, and takes it if it was not taken before. Waits until the deadline,
+    /// except for a refused batch.
     pub(super) async fn produce_memory_of(
         &self,
         incoming: &mut IncomingBatch,

@@ -45,8 +45,8 @@ use crate::{
 /// Maximum number of requests of one stream in progress. Further requests wait in the HTTP/2 window.
 const MAX_STREAM_REQUESTS: usize = 4096;
 
-/// Number of responses of one stream after which its task yields. Without a pause, HTTP/2 would collect as many responses
-/// as the client's window permits before it sends the first.
+/// Number of responses of one stream after which its task yields. Without a pause, HTTP/2 would collect as many
+/// responses as the client's window permits before it sends the first.
 const RESPONSES_PER_YIELD: usize = 16;
 
 /// Timeout of the acknowledgement if the request sets none.
@@ -85,7 +85,7 @@ struct PendingAck {
 
 impl PendingAck {
     /// Waits for the result. An error means that the partition was closed.
-    async fn wait(mut self) -> Result<AppendResult, oneshot::error::RecvError> {
+    async fn await_result(mut self) -> Result<AppendResult, oneshot::error::RecvError> {
         let outcome = self.result.as_mut().expect("a new value has the receiver").await;
         self.result = None;
         outcome
@@ -173,8 +173,8 @@ impl Produce {
         })
     }
 
-    /// Checks a write and puts it into the queue of its partition. Waits for a topic that this broker does not have yet, and
-    /// for memory.
+    /// Checks a write and puts it into the queue of its partition. Waits for a topic that this broker does not have
+    /// yet, and for memory.
     async fn queue(
         &self,
         request: v1::AppendRequest,
@@ -221,8 +221,8 @@ impl Produce {
         Ok(QueuedAppend { partition: id, ack, timeout, began, bytes, records, tiered })
     }
 
-    /// Returns the refusal of an append with `acks=tiered` during an outage of the object store. Returns `None` for other
-    /// appends, and without an outage.
+    /// Returns the refusal of an append with `acks=tiered` during an outage of the object store. Returns `None` for
+    /// other appends, and without an outage.
     fn refuse_without_store(&self, tiered: Option<&TieredAck>) -> Option<AdmitError> {
         tiered
             .and_then(|_| self.store_outage())
@@ -270,13 +270,13 @@ impl Produce {
         }
     }
 
-    /// Waits for the acknowledgement of a queued append, for the rest of its timeout. Counts the outcome, unless the append
-    /// needs no acknowledgement.
+    /// Waits for the acknowledgement of a queued append, for the rest of its timeout. Counts the outcome, unless the
+    /// append needs no acknowledgement.
     async fn await_outcome(&self, queued: QueuedAppend) -> Result<v1::AppendResponse, ApiError> {
         let Some(ack) = queued.ack else { return Ok(unacknowledged()) };
         // The append may have waited for memory before, within the same timeout.
         let remaining = queued.timeout.saturating_sub(queued.began.elapsed());
-        let outcome = match tokio::time::timeout(remaining, ack.wait()).await {
+        let outcome = match tokio::time::timeout(remaining, ack.await_result()).await {
             Ok(Ok(Ok(acked))) => Ok(response(&acked)),
             Ok(Ok(Err(error))) => Err(self.append_refused(queued.partition, error)),
             Ok(Err(_dropped)) => Err(self.append_refused(queued.partition, AppendError::Closing)),
@@ -293,8 +293,8 @@ impl Produce {
         outcome
     }
 
-    /// Returns the error for an acknowledgement that did not arrive in time. For an append that is stored here and waits for
-    /// the object store, the error contains the offsets, so that the client does not write the records twice.
+    /// Returns the error for an acknowledgement that did not arrive in time. For an append that is stored here and
+    /// waits for the object store, the error contains the offsets, so that the client does not write the records twice.
     fn timed_out(&self, id: PartitionId, timeout: Duration, tiered: Option<&TieredAck>) -> ApiError {
         let ms = timeout.as_millis();
         let Some(stored) = tiered.and_then(|tiered| tiered.stored.get()) else {

@@ -55,8 +55,8 @@ impl<K: PartKey, V: Clone> ShardedMap<K, V> {
         self.0.iter().map(ArcSwap::load_full)
     }
 
-    /// Inserts each entry with a value, and removes each entry with `None`. Only one caller may change the map at a time,
-    /// else changes are lost.
+    /// Inserts each entry with a value, and removes each entry with `None`. Only one caller may change the map at a
+    /// time, else changes are lost.
     pub(super) fn apply(&self, changes: impl IntoIterator<Item = (K, Option<V>)>) {
         let mut by_part: BTreeMap<usize, Vec<(K, Option<V>)>> = BTreeMap::new();
         for (key, value) in changes {

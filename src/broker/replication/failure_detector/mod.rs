@@ -142,8 +142,8 @@ pub(super) struct FailureDetector {
     partitions: Arc<PartitionTable>,
     peers: PeerClient,
     tasks: Tasks,
-    /// Registrations whose processes are being probed after a lost link. A broker has several links, and all of them break at
-    /// once.
+    /// Registrations whose processes are being probed after a lost link. A broker has several links, and all of them
+    /// break at once.
     checks: Mutex<BTreeSet<(BrokerId, Revision)>>,
     cooldown: Mutex<RevokeCooldown>,
     /// Reports of other brokers that are being verified.
@@ -225,8 +225,8 @@ impl FailureDetector {
         }
     }
 
-    /// Reports a failed process until its registration is deleted, until the process responds, or for the maximum number of
-    /// attempts. If the controller failed at the same time, another controller is elected soon.
+    /// Reports a failed process until its registration is deleted, until the process responds, or for the maximum
+    /// number of attempts. If the controller failed at the same time, another controller is elected soon.
     async fn report(&self, broker: BrokerId, epoch: Revision, result: ProbeResult) {
         for _ in 0..MAX_REPORT_ATTEMPTS {
             if registered(&self.metadata.state(), broker, epoch).is_none()
@@ -280,8 +280,8 @@ impl FailureDetector {
                 // Not revoked: the controller's probe was inconclusive, or another broker is the controller by now.
                 response.is_ok_and(|response| response.revoked)
             }
-            // The controller is the suspect, is not registered, or does not exist: the first of the remaining brokers acts in
-            // its place.
+            // The controller is the suspect, is not registered, or does not exist: the first of the remaining brokers
+            // acts in its place.
             (None, _) | (Some(_), None) => {
                 tokio::time::sleep(FALLBACK_DELAY * u32::try_from(rank).unwrap_or(u32::MAX)).await;
                 let revoked = self.revoke(broker, epoch).await;
@@ -295,9 +295,9 @@ impl FailureDetector {
         }
     }
 
-    /// Verifies a report that arrived over the network, if this broker is the controller: this broker probes the suspect
-    /// itself, for any reporter. Waiting reports about one registration share one probe, so reports about one live broker do
-    /// not delay reports about other brokers. Returns true if the registration was deleted.
+    /// Verifies a report that arrived over the network, if this broker is the controller: this broker probes the
+    /// suspect itself, for any reporter. Waiting reports about one registration share one probe, so reports about one
+    /// live broker do not delay reports about other brokers. Returns true if the registration was deleted.
     ///
     /// # Errors
     /// The metadata store did not apply the deletion: the reporter must report again.
@@ -330,8 +330,8 @@ impl FailureDetector {
         self.reports.run((broker, epoch), check).await
     }
 
-    /// Deletes the registration of a process that this broker found gone, if this broker is the controller and the cooldown
-    /// of the incarnation permits that. Returns true if the registration is deleted.
+    /// Deletes the registration of a process that this broker found gone, if this broker is the controller and the
+    /// cooldown of the incarnation permits that. Returns true if the registration is deleted.
     async fn delete_registration(&self, report: FailureReport) -> Result<bool, MetaStoreError> {
         let FailureReport { reporter, broker, epoch, observation: seen } = report;
         if self.metadata.state().controller() != Some(self.id) {

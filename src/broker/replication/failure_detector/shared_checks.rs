@@ -1,5 +1,5 @@
-//! Checks that many callers request at the same time. All waiting callers of one key share one check and its outcome. The
-//! callers provide the check; this file does no I/O.
+//! Checks that many callers request at the same time. All waiting callers of one key share one check and its outcome.
+//! The callers provide the check; this file does no I/O.
 
 use std::{
     collections::BTreeMap,
