@@ -96,12 +96,12 @@ impl Health {
         *self.start.lock() = StartState::CatchingUp { since: clock::monotonic(), pending: None };
     }
 
-    /// Records that requests are served from now on.
+    /// Enters the phase in which requests are served.
     pub(super) fn begin_serving(&self) {
         *self.phase.lock() = Phase::Serving;
     }
 
-    /// Records that the broker stops, and is not ready from now on.
+    /// Enters the last phase: the broker stops, and is not ready from now on.
     pub(super) fn begin_shutdown(&self) {
         *self.phase.lock() = Phase::Stopping;
     }
@@ -116,7 +116,7 @@ impl Health {
         self.full.lock().is_some()
     }
 
-    /// Records that the registration is gone, or exists.
+    /// Sets the state of the registration: true if it is gone.
     pub(super) fn set_unregistered(&self, unregistered: bool) {
         update_since(&self.unregistered, unregistered);
     }
@@ -278,6 +278,7 @@ fn has_leader(state: &MetadataSnapshot, id: PartitionId) -> bool {
     stored.is_some_and(|stored| stored.value.leader.is_some())
 }
 
+/// Describes a data directory that has failed for this reason.
 fn accepts_no_writes(reason: &str) -> String {
     format!("the data directory accepts no writes: {}", one_line(reason))
 }

@@ -139,6 +139,8 @@ impl Operations {
         Ok(v1::ListReassignmentsResponse { partitions: self.reassignments(&results).await })
     }
 
+    /// Cancels reassignments in progress and queued ones. The response describes the partitions whose reassignments
+    /// were cancelled.
     pub(super) async fn cancel_reassignment(
         &self,
         request: &v1::CancelReassignmentRequest,
@@ -255,9 +257,9 @@ impl Operations {
         let (id, value) = (leaderless.id, &leaderless.value);
         let state = self.ctx.metadata.state();
         let alive = value.replicas.iter().filter(|id| state.brokers().contains_key(id));
-        let wanted = alive.map(|broker| (*broker, vec![id])).collect();
+        let requested = alive.map(|broker| (*broker, vec![id])).collect();
         drop(state);
-        let mut responses = self.peers.request_reports(wanted).await;
+        let mut responses = self.peers.request_reports(requested).await;
         let mut reports = ReplicaReports::default();
         for broker in &value.replicas {
             let mut replica = v1::ReplicaDescription {
@@ -364,6 +366,7 @@ fn election_response(result: &OperationResult) -> v1::ElectLeaderResponse {
     }
 }
 
+/// Returns the tiered end in the metadata; zero without a tier state.
 fn committed_tiered_end(entry: &PartitionEntry) -> Offset {
     entry.tier.as_ref().map_or(Offset::ZERO, |tier| tier.value.tiered_end())
 }

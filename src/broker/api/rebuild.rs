@@ -129,6 +129,7 @@ fn partition_being_deleted() -> ApiError {
     ApiError::new(ErrorCode::Conflict, "the partition is being deleted: its manifest cannot be rebuilt")
 }
 
+/// Returns the error for a tier state that could not be read or committed.
 fn commit_error(error: TierCommitError) -> ApiError {
     match error {
         TierCommitError::Store(error) => error.into(),
@@ -138,6 +139,7 @@ fn commit_error(error: TierCommitError) -> ApiError {
     }
 }
 
+/// Returns the error for a manifest that exists and could not be read.
 fn read_error(error: &TierReadError) -> ApiError {
     ApiError::new(ErrorCode::ObjectStoreUnavailable, error.to_string())
 }

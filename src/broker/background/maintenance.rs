@@ -101,10 +101,10 @@ impl Maintenance {
                     self.ctx.metrics.tier_uploads.inc_by(step.uploaded.segments);
                     self.ctx.metrics.tier_upload_bytes.inc_by(step.uploaded.bytes);
                     if step.uploaded.segments > 0 {
-                        failures.record_upload(Ok(()));
+                        failures.on_upload(Ok(()));
                     }
                     if !step.is_partial {
-                        failures.recover(&partition);
+                        failures.on_success(&partition);
                     }
                     if step.is_upload_due {
                         self.upload_queue.push(id);
@@ -117,7 +117,7 @@ impl Maintenance {
                 }
                 Err(error) => {
                     self.ctx.metrics.tier_upload_failures.inc();
-                    let failed_steps = failures.record_failure(&partition, &error, self.has_outage());
+                    let failed_steps = failures.on_failure(&partition, &error, self.has_outage());
                     queue.failed(id, self.runner.delay(failed_steps));
                 }
             }

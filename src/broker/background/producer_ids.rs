@@ -100,10 +100,10 @@ pub(in crate::broker) struct ProducerIds {
 impl ProducerIds {
     pub(super) fn new(ctx: &NodeContext, topics: Topics) -> Self {
         let per_minute = ctx.config.limits.producer_ids_per_minute;
-        Self::with(topics, ctx.log.clone(), ctx.metadata.clone(), per_minute)
+        Self::with_quota(topics, ctx.log.clone(), ctx.metadata.clone(), per_minute)
     }
 
-    fn with(topics: Topics, log: DataDir, metadata: MetadataCache, per_minute: u32) -> Self {
+    fn with_quota(topics: Topics, log: DataDir, metadata: MetadataCache, per_minute: u32) -> Self {
         Self {
             topics,
             log,
@@ -263,7 +263,7 @@ mod tests {
         let shared: Arc<dyn MetaStore> = Arc::clone(&store) as _;
         let metadata = MetadataCache::start(Arc::clone(&shared), keys.clone(), &tasks);
         let topics = Topics::new(shared, keys.clone(), metadata.clone(), ConfigMap::new());
-        let ids = |log: &DataDir| ProducerIds::with(topics.clone(), log.clone(), metadata.clone(), 1000);
+        let ids = |log: &DataDir| ProducerIds::with_quota(topics.clone(), log.clone(), metadata.clone(), 1000);
         let log = open(&disk);
         let before = assign_many(&ids(&log)).await;
 

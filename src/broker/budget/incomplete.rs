@@ -71,6 +71,7 @@ impl IncompleteRequests {
         request
     }
 
+    /// Removes a request that has arrived completely or has ended.
     pub(super) fn remove(&self, request: &IncompleteRequest) {
         self.0.lock().of(request.bytes).remove(&(request.since, request.number));
     }

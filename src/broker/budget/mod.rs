@@ -469,7 +469,8 @@ impl CallMemory {
         response.grant.try_grow(share, pool, bytes)
     }
 
-    /// Records that the client took a piece of the data that was passed to HTTP/2.
+    /// Extends the call's deadline for the next piece, because the client took a piece of the data that was passed to
+    /// HTTP/2.
     pub fn on_piece_taken(&self) {
         if let Some(unread) = &self.call.lock().unread {
             unread.renew();

@@ -1,6 +1,7 @@
 //! Failures of maintenance: why a partition is not uploaded, and one log line per lasting failure.
 //!
-//! The workers record the result of each step here. Health, appends and the description of the cluster read it.
+//! The workers report the result of each step here. Health, appends and the description of the cluster read the
+//! failures.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -81,9 +82,8 @@ impl MaintenanceFailures {
         }
     }
 
-    /// Records the result of an upload. The failure of one partition for its own reason does not concern other
-    /// partitions.
-    pub(in crate::broker) fn record_upload(&self, outcome: Result<(), &MaintenanceError>) {
+    /// Handles the result of an upload of any partition. Only a store that is unavailable concerns other partitions.
+    pub(in crate::broker) fn on_upload(&self, outcome: Result<(), &MaintenanceError>) {
         match outcome {
             Ok(()) => *self.uploads.lock() = None,
             Err(error @ MaintenanceError::Upload(UploadError::Store(tier::TierStoreError::Unavailable { .. }))) => {
@@ -101,9 +101,9 @@ impl MaintenanceFailures {
         self.uploads.lock().clone().filter(|_| partitions.values().any(|failing| failing.steps > 0))
     }
 
-    /// Records and logs a failed step. `has_outage` is true during a reported outage of a store. Returns the number of
-    /// consecutive failures.
-    pub(in crate::broker) fn record_failure(
+    /// Counts and logs a failed step of a partition. `has_outage` is true during a reported outage of a store. Returns
+    /// the number of consecutive failures.
+    pub(in crate::broker) fn on_failure(
         &self,
         partition: &Partition,
         error: &MaintenanceError,
@@ -113,7 +113,7 @@ impl MaintenanceFailures {
         let is_reported_elsewhere =
             is_of_another_leader(error) || refuses_commits(error) || error.is_outage() && has_outage;
         if !is_reported_elsewhere {
-            self.record_upload(Err(error));
+            self.on_upload(Err(error));
         }
         let mut partitions = self.partitions.lock();
         let failing = partitions.entry(id).or_insert_with(|| FailingPartition {
@@ -166,9 +166,9 @@ impl MaintenanceFailures {
         }
     }
 
-    /// Records a successful step of this partition. The failures of a partition are kept for a while, so that
+    /// Handles a successful step of this partition. The failures of a partition are kept for a while, so that
     /// alternating failures and successes do not fill the log.
-    pub(in crate::broker) fn recover(&self, partition: &Partition) {
+    pub(in crate::broker) fn on_success(&self, partition: &Partition) {
         let mut partitions = self.partitions.lock();
         let Some(failing) = partitions.get_mut(&partition.id()) else { return };
         (failing.steps, failing.reason) = (0, None);
@@ -236,18 +236,18 @@ mod tests {
         let error = MaintenanceError::Upload(store.into());
         let other = PartitionId::new(TopicId::from_bytes([1; 16]), 1);
         failures.partitions.lock().insert(id, failing(1));
-        failures.record_upload(Err(&error));
+        failures.on_upload(Err(&error));
         assert!(failures.why_not_uploaded(other).expect("the partition waits for the failing one").contains("quota"));
         assert_eq!(failures.to_string(), "", "a short failure is not shown");
         tokio::time::advance(UPLOADS_IMPAIRED_AFTER).await;
-        failures.record_upload(Err(&error));
+        failures.on_upload(Err(&error));
         assert!(failures.to_string().starts_with("no upload has succeeded for 30 s: "), "{failures}");
         // The topic was deleted.
         failures.partitions.lock().remove(&id);
         assert_eq!((failures.to_string().as_str(), failures.why_not_uploaded(other)), ("", None));
 
         failures.partitions.lock().insert(id, failing(1));
-        failures.record_upload(Ok(()));
+        failures.on_upload(Ok(()));
         assert_eq!(failures.why_not_uploaded(other), None);
     }
 }

@@ -66,9 +66,9 @@ impl PeerStatus {
     /// Requests replica reports from brokers, concurrently.
     pub(in crate::broker) async fn request_reports(
         &self,
-        wanted: BTreeMap<BrokerId, Vec<PartitionId>>,
+        requested: BTreeMap<BrokerId, Vec<PartitionId>>,
     ) -> BTreeMap<BrokerId, ReportResult> {
-        let requests = wanted.into_iter().map(async |(broker, ids)| (broker, self.reports_of(broker, &ids).await));
+        let requests = requested.into_iter().map(async |(broker, ids)| (broker, self.reports_of(broker, &ids).await));
         future::join_all(requests).await.into_iter().collect()
     }
 

@@ -33,7 +33,7 @@ impl FetchSession {
     ///
     /// # Errors
     /// `RecordTooLarge`: the response must be read again with more memory.
-    pub(super) async fn decode(&mut self, gathered: &mut FetchResponseBuilder) -> Result<usize, RecordTooLarge> {
+    pub(super) async fn decode(&mut self, builder: &mut FetchResponseBuilder) -> Result<usize, RecordTooLarge> {
         self.try_reclaim();
         // A batch that is being decompressed stays charged after its call has ended.
         let charge = Arc::new(self.response_memory.as_mut().map(ResponseMemory::split));
@@ -52,7 +52,7 @@ impl FetchSession {
             decoded_bytes: 0,
         };
         let mut used_bytes = 0;
-        for (fetched, index) in gathered.partitions.iter_mut().zip(&gathered.session_indexes) {
+        for (fetched, index) in builder.partitions.iter_mut().zip(&builder.session_indexes) {
             let Some(state) = index.map(|index| &self.partitions[index]) else { continue };
             match decoder.decode(fetched, (state.replica.id(), state.from), &mut used_bytes).await {
                 Ok(()) => {}

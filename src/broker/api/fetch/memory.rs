@@ -82,17 +82,17 @@ impl FetchSession {
         let batch_bytes = self.expected_batch_bytes.max(self.max_batch_bytes);
         let bytes = max_bytes + reads * self.read_bytes(max_bytes).max(batch_bytes);
         let (bytes, small) = (bytes.max(2 * self.max_batch_bytes), 2 * (SMALL_RESPONSE_BYTES + self.max_batch_bytes));
-        let wanted = bytes + records(DECODED_BYTES);
+        let wanted_bytes = bytes + records(DECODED_BYTES);
         let min_bytes = small + records(SMALL_DECODED_BYTES);
-        let (grant, granted_bytes) = match self.memory.try_response(wanted, min_bytes) {
+        let (grant, granted_bytes) = match self.memory.try_response(wanted_bytes, min_bytes) {
             Some(granted) => granted,
             None => {
                 // Ended reads that wait here would keep the memory that this call waits for.
                 self.drop_reads();
-                self.memory.response(wanted, min_bytes).await
+                self.memory.response(wanted_bytes, min_bytes).await
             }
         };
-        let (released, is_used_up, is_small) = (None, false, granted_bytes != wanted);
+        let (released, is_used_up, is_small) = (None, false, granted_bytes != wanted_bytes);
         self.response_memory = Some(if is_small {
             let (records, max_bytes) = (records(SMALL_DECODED_BYTES), max_bytes.min(SMALL_RESPONSE_BYTES));
             let batch_bytes = SMALL_RESPONSE_BYTES.max(self.max_batch_bytes);
@@ -119,13 +119,13 @@ impl FetchSession {
     }
 
     /// Frees the memory of a delayed response, except that for its batches and for the reads in progress.
-    pub(super) fn release_unused(&mut self, gathered: &FetchResponseBuilder) {
+    pub(super) fn release_unused(&mut self, builder: &FetchResponseBuilder) {
         let Some(memory) = &mut self.response_memory else { return };
         if self.ready.is_marked() {
             return;
         }
         let reading_bytes = self.reads.len() * memory.batch_bytes;
-        let bytes = memory.bytes.min(2 * (gathered.bytes + reading_bytes));
+        let bytes = memory.bytes.min(2 * (builder.bytes + reading_bytes));
         let records = memory.records.min(2 * (SMALL_DECODED_BYTES + self.record_bytes));
         let before = (memory.bytes, memory.records);
         if before != (bytes, records) {
@@ -136,9 +136,9 @@ impl FetchSession {
     }
 
     /// Takes freed memory back if there is more to read. If there is not enough, the response gets no more records.
-    pub(super) fn reclaim_if_ready(&mut self, gathered: &mut FetchResponseBuilder) {
+    pub(super) fn reclaim_if_ready(&mut self, builder: &mut FetchResponseBuilder) {
         if self.ready.is_marked() && !self.try_reclaim() {
-            gathered.full |= gathered.bytes > 0;
+            builder.full |= builder.bytes > 0;
         }
     }
 
@@ -155,10 +155,10 @@ impl FetchSession {
     }
 
     /// Restarts the request at its first offsets, with memory for a first record of `record_bytes`.
-    pub(super) fn read_again(&mut self, record_bytes: usize, gathered: FetchResponseBuilder) {
+    pub(super) fn read_again(&mut self, record_bytes: usize, builder: FetchResponseBuilder) {
         self.record_bytes = record_bytes;
         (self.response_memory, self.deferred, self.reads) = (None, None, FuturesUnordered::new());
-        let entries = gathered.partitions.into_iter().zip(gathered.session_indexes);
+        let entries = builder.partitions.into_iter().zip(builder.session_indexes);
         self.refused.extend(entries.filter(|(_, index)| index.is_none()).map(|(refused, _)| refused));
         for (index, state) in self.partitions.iter_mut().enumerate() {
             state.reader = Some(state.replica.reader().clone());
@@ -172,10 +172,10 @@ impl FetchSession {
     pub(super) fn bytes_without_memory(
         &self,
         outcome: &Result<Option<FetchedBatches>, ReadError>,
-        gathered: &FetchResponseBuilder,
+        builder: &FetchResponseBuilder,
     ) -> Option<usize> {
         match outcome {
-            Ok(Some(fetched)) if !self.has_memory_for(fetched.bytes, gathered) => Some(fetched.bytes),
+            Ok(Some(fetched)) if !self.has_memory_for(fetched.bytes, builder) => Some(fetched.bytes),
             Err(ReadError::BatchTooLarge { bytes }) => Some(*bytes),
             _ => None,
         }
@@ -183,13 +183,13 @@ impl FetchSession {
 
     /// Marks a partition for another read, for which there must be memory for a batch of `batch_bytes`. An empty
     /// response frees its memory and restarts its reads in progress. A response with records is full.
-    pub(super) fn read_later(&mut self, index: usize, batch_bytes: usize, gathered: &mut FetchResponseBuilder) {
+    pub(super) fn read_later(&mut self, index: usize, batch_bytes: usize, builder: &mut FetchResponseBuilder) {
         // Rounded up: batches that grow byte by byte would restart the reads each time.
         self.max_batch_bytes = self.max_batch_bytes.max(batch_bytes.next_power_of_two());
         self.partitions[index].is_reading = false;
         self.ready.mark(index);
-        gathered.full = gathered.bytes > 0;
-        if gathered.full {
+        builder.full = builder.bytes > 0;
+        if builder.full {
             return;
         }
         self.response_memory = None;
@@ -217,9 +217,9 @@ impl FetchSession {
 
     /// Returns true if there is memory for a batch that was read, reserving more if needed. A batch may be larger than
     /// expected.
-    fn has_memory_for(&self, batch_bytes: usize, gathered: &FetchResponseBuilder) -> bool {
+    fn has_memory_for(&self, batch_bytes: usize, builder: &FetchResponseBuilder) -> bool {
         let Some(ResponseMemory { bytes, .. }) = self.response_memory else { return true };
-        let needed = 2 * (gathered.bytes + batch_bytes);
+        let needed = 2 * (builder.bytes + batch_bytes);
         needed <= bytes || self.memory.reserve_more((needed - bytes).min(2 * batch_bytes)).is_ok()
     }
 

@@ -199,17 +199,19 @@ impl FetchSession {
 
     /// Replaces the partitions of the session. A partition that is already being read continues at its position, unless
     /// `restart`.
-    fn assign(&mut self, wanted: Vec<v1::FetchPartition>, restart: bool, any_replica: bool) -> Result<(), ApiError> {
+    fn assign(&mut self, requests: Vec<v1::FetchPartition>, restart: bool, any_replica: bool) -> Result<(), ApiError> {
         self.any_replica = any_replica;
-        if wanted.len() > limits::MAX_FETCH_PARTITIONS {
+        if requests.len() > limits::MAX_FETCH_PARTITIONS {
             return Err(errors::invalid(format!(
                 "{} partitions in one fetch, at most {} are allowed: send several requests",
-                wanted.len(),
+                requests.len(),
                 limits::MAX_FETCH_PARTITIONS
             )));
         }
         let mut seen = BTreeSet::new();
-        if let Some(duplicate) = wanted.iter().find(|want| !seen.insert((want.topic.as_str(), want.partition))) {
+        if let Some(duplicate) =
+            requests.iter().find(|requested| !seen.insert((requested.topic.as_str(), requested.partition)))
+        {
             let shown: String = duplicate.topic.chars().take(100).collect();
             return Err(errors::invalid(format!(
                 "topic {shown:?}, partition {} is named twice in one fetch: name each partition once",
@@ -217,9 +219,9 @@ impl FetchSession {
             )));
         }
         self.partitions_grant = None;
-        if wanted.len() > FEW_PARTITIONS {
-            let names = wanted.iter().map(|want| want.topic.len()).sum::<usize>();
-            self.partitions_grant = Some(self.memory.session(wanted.len() * PARTITION_STATE_BYTES + 4 * names)?);
+        if requests.len() > FEW_PARTITIONS {
+            let names = requests.iter().map(|requested| requested.topic.len()).sum::<usize>();
+            self.partitions_grant = Some(self.memory.session(requests.len() * PARTITION_STATE_BYTES + 4 * names)?);
         }
         self.drop_reads();
         let before = std::mem::take(&mut self.partitions);
@@ -228,13 +230,13 @@ impl FetchSession {
         let positions: BTreeMap<PartitionId, Offset> =
             continued.map(|state| (state.replica.id(), state.position)).collect();
         (self.expected_batch_bytes, self.max_batch_bytes) = (0, 0);
-        for want in wanted {
-            match self.fetch.readable(&want, any_replica) {
+        for requested in requests {
+            match self.fetch.readable(&requested, any_replica) {
                 Ok(replica) => {
                     // Matched by id, not by name: a recreated topic is another topic.
                     let from = match positions.get(&replica.id()) {
                         Some(position) => *position,
-                        None => errors::parse_offset(want.offset)?,
+                        None => errors::parse_offset(requested.offset)?,
                     };
                     let max_batch_bytes = replica.config().max_message_bytes.min(MIN_READ_BYTES);
                     self.expected_batch_bytes = self.expected_batch_bytes.max(max_batch_bytes);
@@ -242,8 +244,8 @@ impl FetchSession {
                     reader.add_listener(&self.ready, self.partitions.len());
                     self.partitions.push(FetchPartitionState {
                         replica,
-                        topic: want.topic,
-                        partition: want.partition,
+                        topic: requested.topic,
+                        partition: requested.partition,
                         reader: Some(reader),
                         from,
                         position: from,
@@ -253,7 +255,7 @@ impl FetchSession {
                 }
                 Err(error) => {
                     self.fetch.ctx.metrics.fetch_errors.count(error.code.as_str());
-                    self.refused.push(self.fetch.refused_partition(want, error));
+                    self.refused.push(self.fetch.refused_partition(requested, error));
                 }
             }
         }
@@ -285,28 +287,28 @@ impl FetchSession {
     }
 
     /// Adds the outcome of a read to the response, and the memory of the read to that of the response.
-    fn add_ended_read(&mut self, (outcome, charge): EndedRead, gathered: &mut FetchResponseBuilder) {
+    fn add_ended_read(&mut self, (outcome, charge): EndedRead, builder: &mut FetchResponseBuilder) {
         if let (Some(memory), Some(charge)) = (&mut self.response_memory, charge) {
             memory.end_read(charge);
         }
-        self.add_outcome(outcome, gathered);
+        self.add_outcome(outcome, builder);
     }
 
     /// Adds the outcome of a read to the response. An outcome that does not fit is deferred to the next response.
     /// Without memory for the records, the partition is read again later. If this broker no longer serves the
     /// partition, its entry gets an error.
-    fn add_outcome(&mut self, (index, outcome): ReadOutcome, gathered: &mut FetchResponseBuilder) {
+    fn add_outcome(&mut self, (index, outcome): ReadOutcome, builder: &mut FetchResponseBuilder) {
         if let Ok(Some(fetched)) = &outcome
-            && gathered.bytes > 0
-            && gathered.bytes + fetched.bytes > self.limits.message_bytes
+            && builder.bytes > 0
+            && builder.bytes + fetched.bytes > self.limits.message_bytes
         {
             // One message cannot hold both.
-            gathered.full = true;
+            builder.full = true;
             self.deferred = Some((index, outcome));
             return;
         }
-        if let Some(bytes) = self.bytes_without_memory(&outcome, gathered) {
-            return self.read_later(index, bytes, gathered);
+        if let Some(bytes) = self.bytes_without_memory(&outcome, builder) {
+            return self.read_later(index, bytes, builder);
         }
         let state = &mut self.partitions[index];
         let status = state.replica.status();
@@ -318,9 +320,9 @@ impl FetchSession {
             }
             Err(_) => false,
         };
-        if (is_not_served || outcome.is_err()) && gathered.has_records(index) {
+        if (is_not_served || outcome.is_err()) && builder.has_records(index) {
             // The records before the error form a response of their own.
-            gathered.full = true;
+            builder.full = true;
             self.deferred = Some((index, outcome));
             return;
         }
@@ -329,10 +331,10 @@ impl FetchSession {
         let Some(reader) = &state.reader else { return };
         if is_not_served {
             state.reader = None;
-            gathered.failed = true;
+            builder.failed = true;
             let error = self.fetch.lookup.not_leader(&state.topic, state.partition, state.replica.id());
             self.fetch.ctx.metrics.fetch_errors.count(error.code.as_str());
-            return gathered.entry(index, state).error = Some(error.into());
+            return builder.entry(index, state).error = Some(error.into());
         }
         match outcome {
             Ok(None) if is_ready_again => self.ready.mark(index),
@@ -342,46 +344,46 @@ impl FetchSession {
                 state.position = fetched.next;
                 self.fetch.count_bytes(fetched.source, fetched.bytes, status.role.leads());
                 let next = fetched.next;
-                gathered.add(index, state, fetched);
+                builder.add(index, state, fetched);
                 if next < high_watermark {
                     self.ready.mark(index);
                 }
             }
             Err(error) => {
                 state.reader = None;
-                gathered.failed = true;
+                builder.failed = true;
                 let error = self.fetch.read_refused(state.replica.id(), error);
                 self.fetch.ctx.metrics.fetch_errors.count(error.code.as_str());
-                gathered.entry(index, state).error = Some(error.into());
+                builder.entry(index, state).error = Some(error.into());
             }
         }
     }
 
     /// Gathers everything that is available without waiting.
-    fn gather_now(&mut self, gathered: &mut FetchResponseBuilder) {
-        gathered.failed |= !self.refused.is_empty();
-        self.refused.drain(..).for_each(|refused| gathered.add_refused(refused));
+    fn gather_now(&mut self, builder: &mut FetchResponseBuilder) {
+        builder.failed |= !self.refused.is_empty();
+        self.refused.drain(..).for_each(|refused| builder.add_refused(refused));
         if let Some(deferred) = self.deferred.take() {
-            self.add_outcome(deferred, gathered);
+            self.add_outcome(deferred, builder);
         }
-        self.reclaim_if_ready(gathered);
+        self.reclaim_if_ready(builder);
         let Some(max_bytes) = self.response_memory.as_ref().map(|memory| memory.max_bytes) else { return };
-        while gathered.bytes < max_bytes && !gathered.full && self.response_memory.is_some() {
-            self.begin_reads(self.read_bytes(max_bytes - gathered.bytes));
+        while builder.bytes < max_bytes && !builder.full && self.response_memory.is_some() {
+            self.begin_reads(self.read_bytes(max_bytes - builder.bytes));
             match self.reads.next().now_or_never() {
-                Some(Some(ended)) => self.add_ended_read(ended, gathered),
+                Some(Some(ended)) => self.add_ended_read(ended, builder),
                 // No read is in progress, or none has ended.
                 Some(None) | None => break,
             }
         }
-        if gathered.bytes == 0 && self.reads.is_empty() {
+        if builder.bytes == 0 && self.reads.is_empty() {
             // Nothing was found. A response that waits for records holds no memory.
             self.response_memory = None;
         }
     }
 
     /// Adds an error to the response for each partition that is still being read.
-    fn time_out_reads(&self, gathered: &mut FetchResponseBuilder) {
+    fn time_out_reads(&self, builder: &mut FetchResponseBuilder) {
         let states = self.partitions.iter().enumerate();
         for (index, state) in states.filter(|(_, state)| state.is_reading && state.reader.is_some()) {
             let (offset, bound) = (state.position, self.fetch.ctx.config.tier.fetch_max_wait);
@@ -395,14 +397,14 @@ impl FetchSession {
                  continues: retry"
             );
             self.fetch.ctx.metrics.fetch_errors.count(code.as_str());
-            gathered.entry(index, state).error = Some(ApiError::new(code, message).with("offset", offset).into());
+            builder.entry(index, state).error = Some(ApiError::new(code, message).with("offset", offset).into());
         }
     }
 
     /// Marks the partitions with unread records as ready, if the response has neither records nor errors. Returns true
     /// if there are such partitions.
-    fn mark_unread(&self, gathered: &FetchResponseBuilder) -> bool {
-        if gathered.bytes > 0 || gathered.failed {
+    fn mark_unread(&self, builder: &FetchResponseBuilder) -> bool {
+        if builder.bytes > 0 || builder.failed {
             return false;
         }
         let unread = self.partitions.iter().enumerate().filter(|(_, state)| state.has_more());
@@ -410,10 +412,10 @@ impl FetchSession {
     }
 
     /// Adds an entry with watermarks for each partition that has no entry in the response.
-    fn add_missing_entries(&self, gathered: &mut FetchResponseBuilder) {
+    fn add_missing_entries(&self, builder: &mut FetchResponseBuilder) {
         for (index, state) in self.partitions.iter().enumerate() {
-            if !gathered.entries.contains_key(&index) {
-                gathered.entry(index, state);
+            if !builder.entries.contains_key(&index) {
+                builder.entry(index, state);
             }
         }
     }
@@ -422,7 +424,7 @@ impl FetchSession {
     /// are being read at the deadline get `tier.fetch_max_wait`.
     async fn gather(&mut self, decode: bool, deadline: Instant) -> Result<FetchResponseBuilder, ApiError> {
         let max_wait = self.fetch.ctx.config.tier.fetch_max_wait;
-        let mut gathered = FetchResponseBuilder::default();
+        let mut builder = FetchResponseBuilder::default();
         let (mut reading_since, mut enough_since, mut has_rechecked) = (None, None, false);
         loop {
             if self.needs_memory() {
@@ -431,47 +433,47 @@ impl FetchSession {
                 // The time so far was spent on memory, not on the disk.
                 reading_since = None;
             }
-            self.gather_now(&mut gathered);
-            if gathered.is_enough(self.min_bytes()) {
+            self.gather_now(&mut builder);
+            if builder.is_enough(self.min_bytes()) {
                 let until = *enough_since.get_or_insert_with(clock::monotonic) + OTHER_READS_DELAY;
-                let takes_more = !gathered.failed && !gathered.full && gathered.bytes < self.limits.max_bytes;
-                if !takes_more || tokio::time::timeout_at(until, self.next_read(&mut gathered)).await != Ok(true) {
+                let takes_more = !builder.failed && !builder.full && builder.bytes < self.limits.max_bytes;
+                if !takes_more || tokio::time::timeout_at(until, self.next_read(&mut builder)).await != Ok(true) {
                     break;
                 }
                 continue;
             }
             // Records that are being read exist, so the wait for them has a separate bound.
-            let awaits_records = gathered.bytes == 0 && !self.reads.is_empty();
+            let awaits_records = builder.bytes == 0 && !self.reads.is_empty();
             let until = if awaits_records {
                 *reading_since.get_or_insert_with(clock::monotonic) + max_wait
             } else {
                 reading_since = None;
                 deadline
             };
-            if tokio::time::timeout_at(until, self.wait_for_data(&mut gathered)).await.is_ok() {
+            if tokio::time::timeout_at(until, self.wait_for_data(&mut builder)).await.is_ok() {
                 continue;
             }
             if awaits_records {
-                self.time_out_reads(&mut gathered);
+                self.time_out_reads(&mut builder);
             }
             // Records that arrived since the last check still go into this response.
-            if awaits_records || std::mem::replace(&mut has_rechecked, true) || !self.mark_unread(&gathered) {
+            if awaits_records || std::mem::replace(&mut has_rechecked, true) || !self.mark_unread(&builder) {
                 break;
             }
         }
-        self.add_missing_entries(&mut gathered);
-        Ok(gathered)
+        self.add_missing_entries(&mut builder);
+        Ok(builder)
     }
 
     /// Waits for one more read outcome. Returns false if no read is in progress.
-    async fn next_read(&mut self, gathered: &mut FetchResponseBuilder) -> bool {
+    async fn next_read(&mut self, builder: &mut FetchResponseBuilder) -> bool {
         let ended = self.reads.next().await;
-        ended.map(|ended| self.add_ended_read(ended, gathered)).is_some()
+        ended.map(|ended| self.add_ended_read(ended, builder)).is_some()
     }
 
     /// Waits for one more read outcome, or until a partition becomes ready.
-    async fn wait_for_data(&mut self, gathered: &mut FetchResponseBuilder) {
-        self.release_unused(gathered);
+    async fn wait_for_data(&mut self, builder: &mut FetchResponseBuilder) {
+        self.release_unused(builder);
         let (ready, awaits_marks) = (Arc::clone(&self.ready), self.awaits_marks());
         let ended = tokio::select! {
             biased;
@@ -479,7 +481,7 @@ impl FetchSession {
             () = ready.wait_for_index(), if awaits_marks => None,
         };
         if let Some(ended) = ended {
-            self.add_ended_read(ended, gathered);
+            self.add_ended_read(ended, builder);
         }
     }
 }
@@ -491,23 +493,23 @@ impl Fetch {
     }
 
     /// Returns the partition for a reader, if this broker serves it.
-    fn readable(&self, want: &v1::FetchPartition, any_replica: bool) -> Result<Arc<Partition>, ApiError> {
-        self.lookup.readable(want, errors::parse_topic_id(&want.topic_id)?, any_replica)
+    fn readable(&self, requested: &v1::FetchPartition, any_replica: bool) -> Result<Arc<Partition>, ApiError> {
+        self.lookup.readable(requested, errors::parse_topic_id(&requested.topic_id)?, any_replica)
     }
 
     /// Returns the response entry of a partition that is not read here, with the watermarks of the replica if one is
     /// open.
-    fn refused_partition(&self, want: v1::FetchPartition, error: ApiError) -> v1::FetchedPartition {
-        let id = errors::parse_topic_id(&want.topic_id).ok();
-        let replica = id.and_then(|id| self.lookup.open_replica(&want.topic, id, want.partition));
+    fn refused_partition(&self, requested: v1::FetchPartition, error: ApiError) -> v1::FetchedPartition {
+        let id = errors::parse_topic_id(&requested.topic_id).ok();
+        let replica = id.and_then(|id| self.lookup.open_replica(&requested.topic, id, requested.partition));
         let mut refused =
-            v1::FetchedPartition { next_offset: want.offset, error: Some(error.into()), ..Default::default() };
+            v1::FetchedPartition { next_offset: requested.offset, error: Some(error.into()), ..Default::default() };
         if let Some(replica) = replica {
             let watermarks = replica.watermarks();
             (refused.log_start, refused.high_watermark) =
                 (watermarks.log_start.as_i64(), watermarks.high_watermark.as_i64());
         }
-        (refused.topic, refused.partition) = (want.topic, want.partition);
+        (refused.topic, refused.partition) = (requested.topic, requested.partition);
         refused
     }
 
@@ -548,21 +550,23 @@ impl Fetch {
     ) -> Result<v1::ReadResponse, ApiError> {
         let fetch_limits = FetchLimits::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
         self.lookup
-            .wait_for_topics(request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str())))
+            .wait_for_topics(
+                request.partitions.iter().map(|requested| (requested.topic.as_str(), requested.topic_id.as_str())),
+            )
             .await;
         let mut session = FetchSession::new(Arc::clone(self), fetch_limits, memory);
         session.assign(request.partitions, true, request.any_replica)?;
         let deadline = clock::monotonic() + fetch_limits.max_wait;
         loop {
-            let mut gathered = session.gather(request.decode, deadline).await?;
-            let decoded = if request.decode { session.decode(&mut gathered).await } else { Ok(0) };
+            let mut builder = session.gather(request.decode, deadline).await?;
+            let decoded = if request.decode { session.decode(&mut builder).await } else { Ok(0) };
             match decoded {
                 Ok(record_bytes) => {
-                    session.on_response_built(gathered.bytes + record_bytes, gathered.partitions.len());
+                    session.on_response_built(builder.bytes + record_bytes, builder.partitions.len());
                     let lease_expired = *session.fetch.lease.borrow();
-                    return Ok(v1::ReadResponse { partitions: gathered.partitions, lease_expired });
+                    return Ok(v1::ReadResponse { partitions: builder.partitions, lease_expired });
                 }
-                Err(RecordTooLarge { bytes }) => session.read_again(bytes, gathered),
+                Err(RecordTooLarge { bytes }) => session.read_again(bytes, builder),
             }
         }
     }

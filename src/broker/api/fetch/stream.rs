@@ -38,7 +38,7 @@ impl FetchStreamState {
     /// Returns the next response, once it has `min_bytes`, an error, or records for `max_wait_ms`; `None` ends the
     /// stream.
     pub(super) async fn next(&mut self) -> Option<Result<v1::FetchResponse, Status>> {
-        let mut gathered = FetchResponseBuilder::default();
+        let mut builder = FetchResponseBuilder::default();
         let mut deadline: Option<Instant> = None;
         loop {
             if self.session.needs_memory() {
@@ -50,11 +50,11 @@ impl FetchStreamState {
                     () = self.session.reserve(false) => {}
                 }
             }
-            self.session.gather_now(&mut gathered);
-            if gathered.is_enough(self.session.min_bytes()) {
+            self.session.gather_now(&mut builder);
+            if builder.is_enough(self.session.min_bytes()) {
                 break;
             }
-            if gathered.bytes > 0 && deadline.is_none() {
+            if builder.bytes > 0 && deadline.is_none() {
                 deadline = Some(clock::monotonic() + self.session.limits.max_wait);
             }
             let delay = async {
@@ -71,12 +71,13 @@ impl FetchStreamState {
                 request = self.requests.try_next(), if !self.requests_ended => match request {
                     Ok(Some(request)) => {
                         // Records of the old assignment are sent first, because the positions are past them.
-                        let wanted = request.partitions.iter().map(|want| (want.topic.as_str(), want.topic_id.as_str()));
-                        fetch.lookup.wait_for_topics(wanted).await;
+                        let topics = request.partitions.iter();
+                        let topics = topics.map(|requested| (requested.topic.as_str(), requested.topic_id.as_str()));
+                        fetch.lookup.wait_for_topics(topics).await;
                         if let Err(error) = self.apply_request(request) {
                             return Some(Err(error.into()));
                         }
-                        if gathered.bytes > 0 {
+                        if builder.bytes > 0 {
                             break;
                         }
                     }
@@ -85,14 +86,14 @@ impl FetchStreamState {
                     Err(status) => return Some(Err(errors::request_stream_error(status))),
                 },
                 Ok(()) = self.lease_expiry.changed(), if self.has_assignment => break,
-                () = session.wait_for_data(&mut gathered), if self.has_assignment => {}
+                () = session.wait_for_data(&mut builder), if self.has_assignment => {}
                 () = delay => break,
             }
         }
-        self.session.on_response_built(gathered.bytes, gathered.partitions.len());
+        self.session.on_response_built(builder.bytes, builder.partitions.len());
         self.session.fetch.ctx.metrics.fetch_requests.inc();
         let lease_expired = *self.lease_expiry.borrow_and_update();
-        Some(Ok(v1::FetchResponse { partitions: gathered.partitions, lease_expired }))
+        Some(Ok(v1::FetchResponse { partitions: builder.partitions, lease_expired }))
     }
 
     /// Replaces the partitions of the session by those of a request. The limits are those of the first request.

@@ -28,19 +28,19 @@ async fn batch_that_does_not_fit_opens_next_response() {
     let want = |partition| v1::FetchPartition { topic: "t".to_owned(), partition, ..Default::default() };
     session.assign(vec![want(0), want(1)], true, false).unwrap();
     let partitions =
-        |gathered: &FetchResponseBuilder| gathered.partitions.iter().map(|of| of.partition).collect::<Vec<_>>();
+        |builder: &FetchResponseBuilder| builder.partitions.iter().map(|of| of.partition).collect::<Vec<_>>();
 
-    let mut gathered = FetchResponseBuilder::default();
+    let mut builder = FetchResponseBuilder::default();
     for (index, reader) in [0, 1].map(|index| (index, session.partitions[index].reader.clone().unwrap())) {
         let read = reader.read(Offset::ZERO, MESSAGE.into()).await;
-        session.add_outcome((index, read), &mut gathered);
+        session.add_outcome((index, read), &mut builder);
     }
-    assert!(partitions(&gathered) == [0] && gathered.full && gathered.is_enough(limits.min_bytes));
+    assert!(partitions(&builder) == [0] && builder.full && builder.is_enough(limits.min_bytes));
     bench.append(0, 100, 0).await.unwrap();
-    let mut gathered = FetchResponseBuilder::default();
-    session.gather_now(&mut gathered);
-    assert_eq!(partitions(&gathered)[0], 1, "the large batch comes first");
-    assert!(gathered.bytes <= MESSAGE);
+    let mut builder = FetchResponseBuilder::default();
+    session.gather_now(&mut builder);
+    assert_eq!(partitions(&builder)[0], 1, "the large batch comes first");
+    assert!(builder.bytes <= MESSAGE);
 
     // A new assignment loses nothing of a deferred outcome.
     session.assign(vec![want(0), want(1)], true, false).unwrap();
@@ -73,8 +73,8 @@ async fn records_before_error_form_separate_response() {
     session.add_outcome((0, Err(corrupt)), &mut responses[0]);
     assert!(responses[0].is_enough(usize::MAX), "the response is sent");
     session.gather_now(&mut responses[1]);
-    let has = |gathered: &FetchResponseBuilder| {
-        let [fetched] = &gathered.partitions[..] else { panic!("one partition expected: {:?}", gathered.partitions) };
+    let has = |builder: &FetchResponseBuilder| {
+        let [fetched] = &builder.partitions[..] else { panic!("one partition expected: {:?}", builder.partitions) };
         (fetched.chunks.is_empty(), fetched.next_offset, fetched.error.as_ref().map(|error| error.reason.clone()))
     };
     assert_eq!(responses.each_ref().map(has), [(false, 1, None), (true, 1, Some("DATA_CORRUPT".to_owned()))]);
@@ -94,15 +94,15 @@ async fn named_partitions_are_charged_while_named() {
             .collect::<Vec<_>>()
     };
     let session = || FetchSession::new(Arc::clone(&bench.broker.api.fetch), FetchLimits::new(1, 0, 0), memory.clone());
-    let (mut one, mut other) = (session(), session());
-    one.assign(wanted(3000), true, false).unwrap();
-    let error = other.assign(wanted(3000), true, false).unwrap_err();
+    let (mut first, mut second) = (session(), session());
+    first.assign(wanted(3000), true, false).unwrap();
+    let error = second.assign(wanted(3000), true, false).unwrap_err();
     assert_eq!((error.code, error.retryable), (ErrorCode::Overloaded, true));
     assert!(error.message.contains("limits.response_memory_bytes"), "{error}");
-    other.assign(wanted(10), true, false).unwrap();
-    one.assign(wanted(10), true, false).unwrap();
+    second.assign(wanted(10), true, false).unwrap();
+    first.assign(wanted(10), true, false).unwrap();
     assert_eq!(budgets.taken().1, 0);
-    other.assign(wanted(3000), true, false).unwrap();
+    second.assign(wanted(3000), true, false).unwrap();
     let twice = v1::GetMetadataRequest { topics: vec!["t".to_owned(); 2], all_topics: false };
     let error = bench.broker.api.describe.metadata(&twice).unwrap_err();
     assert!(error.message.contains("named twice"), "{error}");
@@ -338,13 +338,13 @@ fn dropped_reads_stay_charged_until_they_end() {
         let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
         let mut session = FetchSession::new(Arc::clone(&bench.broker.api.fetch), FetchLimits::new(1, 0, 0), memory);
         let want = v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
-        let mut gathered = FetchResponseBuilder::default();
+        let mut builder = FetchResponseBuilder::default();
         for dropped in 0..3 {
             session.assign(vec![want.clone()], true, false).unwrap();
             if session.needs_memory() {
                 session.reserve(false).await;
             }
-            session.gather_now(&mut gathered);
+            session.gather_now(&mut builder);
             assert_eq!((session.reads.len(), budgets.taken().1), (1, (2 + dropped) << 20));
         }
         // The response is sent, and its read continues.
@@ -354,10 +354,10 @@ fn dropped_reads_stay_charged_until_they_end() {
         free.send(()).unwrap();
         wait_for("the dropped reads end", async || (budgets.taken().1 == 1 << 20).then_some(())).await;
         session.reserve(false).await;
-        while gathered.bytes == 0 {
-            session.wait_for_data(&mut gathered).await;
+        while builder.bytes == 0 {
+            session.wait_for_data(&mut builder).await;
         }
-        assert_eq!((gathered.partitions.len(), budgets.taken().1), (1, 2 << 20));
+        assert_eq!((builder.partitions.len(), budgets.taken().1), (1, 2 << 20));
         drop(session);
         assert_eq!(budgets.taken().1, 0);
         bench.stop().await;
@@ -422,11 +422,11 @@ async fn decoding_yields_to_other_tasks() {
             bench.broker.api.call_memory(),
         );
         session.assign(vec![want], true, false).unwrap();
-        let mut gathered = session.gather(true, clock::monotonic() + Duration::from_secs(10)).await.unwrap();
-        let mut decoding = Box::pin(session.decode(&mut gathered));
+        let mut builder = session.gather(true, clock::monotonic() + Duration::from_secs(10)).await.unwrap();
+        let mut decoding = Box::pin(session.decode(&mut builder));
         assert!(decoding.as_mut().now_or_never().is_none(), "partition {partition}");
         assert!(decoding.await.is_ok());
-        let offsets: Vec<i64> = gathered.partitions[0].records.iter().map(|record| record.offset).collect();
+        let offsets: Vec<i64> = builder.partitions[0].records.iter().map(|record| record.offset).collect();
         assert_eq!(offsets, (offset..offset + count).collect::<Vec<_>>());
     }
     bench.stop().await;
@@ -462,34 +462,34 @@ async fn delayed_response_frees_unused_memory() {
     let mut session = FetchSession::new(Arc::clone(&bench.broker.api.fetch), FetchLimits::new(1 << 20, 0, 0), memory);
     let want = |partition| v1::FetchPartition { topic: "t".to_owned(), partition, ..Default::default() };
     session.assign((0..8).map(want).collect(), true, false).unwrap();
-    let mut gathered = FetchResponseBuilder::default();
+    let mut builder = FetchResponseBuilder::default();
     session.reserve(false).await;
     assert_eq!(budgets.taken().1, 9 << 20);
-    while gathered.bytes == 0 || !session.reads.is_empty() || session.ready.is_marked() {
-        session.gather_now(&mut gathered);
+    while builder.bytes == 0 || !session.reads.is_empty() || session.ready.is_marked() {
+        session.gather_now(&mut builder);
         tokio::task::yield_now().await;
     }
-    assert!(session.wait_for_data(&mut gathered).now_or_never().is_none());
+    assert!(session.wait_for_data(&mut builder).now_or_never().is_none());
     let taken = budgets.taken().1;
     assert!((1..=4 << 10).contains(&taken), "{taken}");
 
     // More records arrive: the memory is taken back, or the response is sent.
     bench.append(1, 100, 0).await.unwrap();
-    session.wait_for_data(&mut gathered).await;
-    session.gather_now(&mut gathered);
-    assert_eq!((budgets.taken().1, gathered.full), (9 << 20, false));
+    session.wait_for_data(&mut builder).await;
+    session.gather_now(&mut builder);
+    assert_eq!((budgets.taken().1, builder.full), (9 << 20, false));
     while !session.reads.is_empty() || session.ready.is_marked() {
-        session.gather_now(&mut gathered);
+        session.gather_now(&mut builder);
         tokio::task::yield_now().await;
     }
-    assert!(session.wait_for_data(&mut gathered).now_or_never().is_none());
+    assert!(session.wait_for_data(&mut builder).now_or_never().is_none());
     let others = CallMemory::new(budgets.clone(), connection);
     let _held = others.response(24 << 20, 1 << 20).await;
     let _small = others.response(16 << 20, 1 << 20).await;
     bench.append(2, 100, 0).await.unwrap();
-    session.wait_for_data(&mut gathered).await;
-    session.gather_now(&mut gathered);
-    assert!(gathered.full && gathered.is_enough(session.min_bytes()));
+    session.wait_for_data(&mut builder).await;
+    session.gather_now(&mut builder);
+    assert!(builder.full && builder.is_enough(session.min_bytes()));
     bench.stop().await;
 }
 
@@ -509,8 +509,8 @@ async fn small_response_grows_for_larger_batch() {
     session.reserve(false).await;
     assert_eq!(budgets.taken().1 - before, 2 * (64 << 10));
     let deadline = clock::monotonic() + Duration::from_secs(10);
-    let gathered = session.gather(false, deadline).await.unwrap();
-    assert!(gathered.bytes > 200 << 10, "{} bytes", gathered.bytes);
+    let builder = session.gather(false, deadline).await.unwrap();
+    assert!(builder.bytes > 200 << 10, "{} bytes", builder.bytes);
     assert!(budgets.taken().1 - before < 1 << 20);
     bench.stop().await;
 }
@@ -541,8 +541,8 @@ async fn large_batch_on_disk_waits_for_memory() {
     let refused = reader.read(Offset::ZERO, limits).await.unwrap_err();
     assert!(matches!(refused, ReadError::BatchTooLarge { bytes } if bytes > BYTES), "{refused}");
     let deadline = clock::monotonic() + Duration::from_secs(10);
-    let gathered = session.gather(false, deadline).await.unwrap();
-    assert!(gathered.bytes > BYTES && budgets.taken().1 > 2 * BYTES, "{} {:?}", gathered.bytes, budgets.taken());
+    let builder = session.gather(false, deadline).await.unwrap();
+    assert!(builder.bytes > BYTES && budgets.taken().1 > 2 * BYTES, "{} {:?}", builder.bytes, budgets.taken());
     bench.stop().await;
 }
 

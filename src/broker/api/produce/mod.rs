@@ -127,6 +127,7 @@ impl Produce {
         &self.decompressor
     }
 
+    /// Assigns the id of a new idempotent producer.
     pub(super) async fn init_producer_id(
         &self,
         quota: &ProducerIdQuota,
@@ -185,8 +186,8 @@ impl Produce {
         let received = memory.take_request();
         let began = clock::monotonic();
         self.ctx.metrics.produce_requests.inc();
-        let acks = acks(request.acks)?;
-        let timeout = timeout(request.timeout_ms)?;
+        let acks = parse_acks(request.acks)?;
+        let timeout = parse_timeout(request.timeout_ms)?;
         let id = errors::parse_topic_id(&request.topic_id)?;
         self.lookup.wait_for_topics([(request.topic.as_str(), request.topic_id.as_str())].into_iter()).await;
         let partition = self.lookup.partition_of(&request.topic, id, request.partition)?;
@@ -471,8 +472,8 @@ async fn until_queued(queueing: &mut Option<AbortOnDropHandle<QueueResult>>) -> 
     queued.expect("the task is not aborted while it is awaited")
 }
 
-/// Returns the maximum time that an append waits for its acknowledgement.
-fn timeout(ms: u32) -> Result<Duration, ApiError> {
+/// Parses the maximum time that an append waits for its acknowledgement; the default if the request sets none.
+fn parse_timeout(ms: u32) -> Result<Duration, ApiError> {
     if ms > limits::MAX_APPEND_TIMEOUT_MS {
         let max = limits::MAX_APPEND_TIMEOUT_MS;
         return Err(errors::invalid(format!("timeout_ms {ms} is above the maximum of {max}: use a lower value")));
@@ -480,7 +481,8 @@ fn timeout(ms: u32) -> Result<Duration, ApiError> {
     Ok(if ms == 0 { DEFAULT_TIMEOUT } else { Duration::from_millis(ms.into()) })
 }
 
-fn acks(value: i32) -> Result<Acks, ApiError> {
+/// Parses the acknowledgement that a request requires; `all` if the request sets none.
+fn parse_acks(value: i32) -> Result<Acks, ApiError> {
     match v1::Acks::try_from(value) {
         Ok(v1::Acks::Unspecified | v1::Acks::All) => Ok(Acks::All),
         Ok(v1::Acks::None) => Ok(Acks::None),

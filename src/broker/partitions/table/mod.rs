@@ -257,7 +257,7 @@ impl PartitionTable {
         }
     }
 
-    /// Records the applied revisions of these topics and wakes waiting tasks. All preceding changes of the table are
+    /// Stores the applied revisions of these topics and wakes waiting tasks. All preceding changes of the table are
     /// visible by then.
     pub(in crate::broker) fn set_revisions(&self, revisions: BTreeMap<TopicName, Revision>) {
         let applied = revisions.into_iter().filter_map(|(name, revision)| {
