@@ -78,12 +78,13 @@ impl FetchSession {
         let max_bytes = self.limits.max_bytes;
         let reads = self.partitions.len().clamp(1, MAX_CONCURRENT_READS);
         let record_bytes = self.record_bytes;
-        let records = |decoded_bytes: usize| if decode { 2 * (decoded_bytes + record_bytes) } else { 0 };
+        let record_memory = |decoded_bytes: usize| if decode { 2 * (decoded_bytes + record_bytes) } else { 0 };
         let batch_bytes = self.expected_batch_bytes.max(self.max_batch_bytes);
         let bytes = max_bytes + reads * self.read_bytes(max_bytes).max(batch_bytes);
-        let (bytes, small) = (bytes.max(2 * self.max_batch_bytes), 2 * (SMALL_RESPONSE_BYTES + self.max_batch_bytes));
-        let wanted_bytes = bytes + records(DECODED_BYTES);
-        let min_bytes = small + records(SMALL_DECODED_BYTES);
+        let bytes = bytes.max(2 * self.max_batch_bytes);
+        let small_bytes = 2 * (SMALL_RESPONSE_BYTES + self.max_batch_bytes);
+        let wanted_bytes = bytes + record_memory(DECODED_BYTES);
+        let min_bytes = small_bytes + record_memory(SMALL_DECODED_BYTES);
         let (grant, granted_bytes) = match self.memory.try_response(wanted_bytes, min_bytes) {
             Some(granted) => granted,
             None => {
@@ -94,11 +95,20 @@ impl FetchSession {
         };
         let (released, is_used_up, is_small) = (None, false, granted_bytes != wanted_bytes);
         self.response_memory = Some(if is_small {
-            let (records, max_bytes) = (records(SMALL_DECODED_BYTES), max_bytes.min(SMALL_RESPONSE_BYTES));
+            let (records, max_bytes) = (record_memory(SMALL_DECODED_BYTES), max_bytes.min(SMALL_RESPONSE_BYTES));
             let batch_bytes = SMALL_RESPONSE_BYTES.max(self.max_batch_bytes);
-            ResponseMemory { grant, bytes: small, records, max_bytes, batch_bytes, is_small, released, is_used_up }
+            ResponseMemory {
+                grant,
+                bytes: small_bytes,
+                records,
+                max_bytes,
+                batch_bytes,
+                is_small,
+                released,
+                is_used_up,
+            }
         } else {
-            let (records, batch_bytes) = (records(DECODED_BYTES), self.read_bytes(max_bytes).max(batch_bytes));
+            let (records, batch_bytes) = (record_memory(DECODED_BYTES), self.read_bytes(max_bytes).max(batch_bytes));
             ResponseMemory { grant, bytes, records, max_bytes, batch_bytes, is_small, released, is_used_up }
         });
     }
