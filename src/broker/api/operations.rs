@@ -54,7 +54,7 @@ impl Operations {
             let mut broker = v1::BrokerDescription {
                 id: id.0,
                 draining_since_ms: draining,
-                blocked: draining.map_or(0, |_| u32::try_from(self.operations.stuck(*id)).unwrap_or(u32::MAX)),
+                blocked: draining.map_or(0, |_| u32::try_from(self.operations.count_blocked(*id)).unwrap_or(u32::MAX)),
                 leader_count: load.leaders,
                 replica_count: load.replicas,
                 in_sync_count: load.in_sync,
@@ -106,7 +106,7 @@ impl Operations {
             since_ms: drained.since_ms,
             leader_count: count(drained.leaders),
             replica_count: count(drained.replicas),
-            blocked: drained.stuck.iter().map(|id| self.topic_partition(*id)).collect(),
+            blocked: drained.blocked.iter().map(|id| self.topic_partition(*id)).collect(),
             eligible_brokers: count(drained.eligible_brokers),
             leaderless: count(drained.leaderless),
         })
@@ -205,7 +205,7 @@ impl Operations {
         let discard = usable_candidate.is_none();
         let Some(candidate) = usable_candidate.or_else(offline_candidate) else {
             let partition = format!("{topic}/{partition}");
-            return Err(ElectError::Silent { partition, replicas: leaderless.value.replicas }.into());
+            return Err(ElectError::NoResponse { partition, replicas: leaderless.value.replicas }.into());
         };
         let mut response = election_response(&leaderless);
         if request.validate_only {
@@ -240,7 +240,7 @@ impl Operations {
         if reports.positions.iter().any(|position| position.broker == candidate) {
             return Ok(());
         }
-        Err(ElectError::Unusable { partition: format!("{topic}/{partition}"), id: candidate })
+        Err(ElectError::LogUnusable { partition: format!("{topic}/{partition}"), id: candidate })
     }
 
     /// Counts an election, waits until this broker's metadata cache contains it, and returns the response.

@@ -14,7 +14,7 @@ pub enum CancelError {
     Unknown(#[from] TargetError),
     /// No reassignment is in progress or queued.
     #[error("nothing to cancel: {what}")]
-    Nothing {
+    NotReassigning {
         /// Description of the partitions without a reassignment.
         what: String,
     },
@@ -23,7 +23,7 @@ pub enum CancelError {
         "the reassignment of partition {partition} cannot be cancelled, because none of the earlier replicas is in \
          sync: let it complete, or reassign the partition"
     )]
-    OnlyNew {
+    NoEarlierReplicaInSync {
         /// The partition, as `topic/number`.
         partition: String,
     },
@@ -43,8 +43,8 @@ impl CancelError {
 }
 
 impl ClusterOperations {
-    /// Restores the replicas from before the reassignment, for one topic, one partition, or all. If a new replica leads
-    /// already, an earlier replica is elected.
+    /// Restores the replicas from before the reassignment, and clears a queued reassignment: for one topic, one
+    /// partition, or all. If a replica that was being added leads, a replica from before the reassignment is elected.
     pub async fn cancel(
         &self,
         topic: Option<&TopicName>,
@@ -57,7 +57,7 @@ impl ClusterOperations {
                 (Some(topic), None) => format!("no partition of topic {topic} is being reassigned"),
                 (Some(topic), Some(number)) => format!("partition {topic}/{number} is not being reassigned"),
             };
-            return Err(CancelError::Nothing { what });
+            return Err(CancelError::NotReassigning { what });
         }
         let ids: Vec<_> = reassigning.iter().map(|result| result.id).collect();
         self.edit(&ids, |id, value, _| {
@@ -69,22 +69,23 @@ impl ClusterOperations {
                 without_reassignment(value, |id| state.brokers().contains_key(&id), self.min_insync(id.topic));
             cancelled
                 .map(|cancelled| Some(cancelled.clear_queued()))
-                .ok_or_else(|| CancelError::OnlyNew { partition: self.display_name(id) })
+                .ok_or_else(|| CancelError::NoEarlierReplicaInSync { partition: self.display_name(id) })
         })
         .await
     }
 }
 
-/// Returns the value without the reassignment. If an added replica leads, the same change elects another leader.
+/// Returns the value without the reassignment in progress. If a replica that is being added leads, the same change
+/// elects the first live ISR member from before the reassignment. Returns `None` if there is no such member.
 fn without_reassignment(
     value: &PartitionValue,
-    live: impl Fn(BrokerId) -> bool,
+    is_live: impl Fn(BrokerId) -> bool,
     min_insync: usize,
 ) -> Option<PartitionValue> {
     if let Some(cancelled) = value.cancel_reassignment() {
         return Some(cancelled);
     }
-    let is_candidate = |id: &BrokerId| !value.adding.contains(id) && value.isr.contains(id) && live(*id);
-    let to = value.replicas.iter().copied().find(is_candidate)?;
-    value.elect(to, live, min_insync)?.cancel_reassignment()
+    let is_candidate = |id: &BrokerId| !value.adding.contains(id) && value.isr.contains(id) && is_live(*id);
+    let successor = value.replicas.iter().copied().find(is_candidate)?;
+    value.elect(successor, is_live, min_insync)?.cancel_reassignment()
 }

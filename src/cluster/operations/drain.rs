@@ -32,7 +32,7 @@ pub struct BrokerDrain {
     pub replicas: usize,
     /// Partitions whose replica cannot move: too few eligible brokers, or a reassignment of the partition waits for an
     /// offline broker.
-    pub stuck: Vec<PartitionId>,
+    pub blocked: Vec<PartitionId>,
     /// Number of replicas that cannot move because their partition has no leader.
     pub leaderless: usize,
     /// Number of other brokers that can take replicas.
@@ -40,7 +40,8 @@ pub struct BrokerDrain {
 }
 
 impl ClusterOperations {
-    /// Requests the drain of a broker. The broker may be offline: its replicas are then replaced without delay.
+    /// Requests the drain of a broker. The broker may be offline: its replicas are then replaced without delay. If the
+    /// broker is drained already, the stored drain keeps its start time.
     pub async fn drain(&self, broker: BrokerId, now_ms: i64) -> Result<BrokerDrain, DrainError> {
         self.check_known(broker)?;
         let key = self.keys.drain(broker);
@@ -59,7 +60,7 @@ impl ClusterOperations {
             };
             unchanged = match found.map(|entry| (DrainValue::decode(&entry.key, &entry.value), entry)) {
                 Some((Ok(drain), _)) => break (false, drain.since_ms),
-                // An unreadable value drains no broker.
+                // An unreadable value drains no broker: overwrite it.
                 Some((Err(_), entry)) => Compare::ModRevision(key.clone(), entry.mod_revision),
                 None => Compare::Absent(key.clone()),
             };
@@ -81,13 +82,14 @@ impl ClusterOperations {
         }
     }
 
-    /// Returns the number of replicas of a drained broker that cannot move. Too few brokers can take them, their
+    /// Returns the number of replicas of a drained broker that cannot move: too few brokers can take them, their
     /// reassignment waits for an offline broker, or their partition has no leader.
-    pub fn stuck(&self, broker: BrokerId) -> usize {
+    pub fn count_blocked(&self, broker: BrokerId) -> usize {
         let remaining = self.count_remaining(broker);
-        remaining.stuck.len() + remaining.leaderless
+        remaining.blocked.len() + remaining.leaderless
     }
 
+    /// Fails if the metadata does not name the broker: it is not live, holds no replica, and is not drained.
     fn check_known(&self, broker: BrokerId) -> Result<(), UnknownBrokers> {
         let known = registered_brokers(&self.metadata.state());
         if known.contains(&broker) {
@@ -96,7 +98,8 @@ impl ClusterOperations {
         Err(UnknownBrokers { ids: vec![broker], known: known.into_iter().collect() })
     }
 
-    /// Counts the replicas that remain on a broker, as the controller's plan moves them.
+    /// Counts the replicas that remain on a drained broker, and finds those that cannot move. Chooses brokers for them
+    /// as the controller's plan does. The caller sets `changed` and `since_ms`.
     fn count_remaining(&self, broker: BrokerId) -> BrokerDrain {
         let state = self.metadata.state();
         let mut placement = Placement::of(&state);
@@ -107,7 +110,7 @@ impl ClusterOperations {
             since_ms: 0,
             leaders: 0,
             replicas: 0,
-            stuck: Vec::new(),
+            blocked: Vec::new(),
             leaderless: 0,
             eligible_brokers,
         };
@@ -121,24 +124,26 @@ impl ClusterOperations {
                 drained.leaderless += 1;
                 continue;
             }
-            // The next reassignment starts after the one in progress. That one may be blocked by offline brokers,
-            // except by drained ones, which are replaced at once.
-            let is_live = |id| state.brokers().contains_key(&id) || id == broker || state.drains().contains_key(&id);
-            if value.is_reassignment_blocked(self.min_insync(id.topic), is_live) {
-                drained.stuck.push(id);
+            // The replica moves after the reassignment in progress, which an offline broker may block. A drained broker
+            // blocks none: the controller replaces an offline drained broker at once.
+            let counts_as_live =
+                |id| state.brokers().contains_key(&id) || id == broker || state.drains().contains_key(&id);
+            if value.is_reassignment_blocked(self.min_insync(id.topic), counts_as_live) {
+                drained.blocked.push(id);
                 continue;
             }
+            // A reassignment in progress removes the replica already.
             if value.removing.contains(&broker) {
                 continue;
             }
             let stays =
                 |id: &BrokerId| *id != broker && !state.drains().contains_key(id) && !value.removing.contains(id);
-            let stay: Vec<BrokerId> = value.replicas.iter().copied().filter(stays).collect();
-            let kept = stay.len();
-            match placement.choose(id, stay, value.replicas.len() - value.removing.len()) {
-                // Each remaining broker may have capacity for one replica, but not for all.
-                Some(chosen) => placement.add_load(&chosen[kept..]),
-                None => drained.stuck.push(id),
+            let staying: Vec<BrokerId> = value.replicas.iter().copied().filter(stays).collect();
+            let staying_count = staying.len();
+            match placement.choose(id, staying, value.replicas.len() - value.removing.len()) {
+                // Counts the new replicas: a broker may have capacity for one more replica, but not for all.
+                Some(chosen) => placement.add_load(&chosen[staying_count..]),
+                None => drained.blocked.push(id),
             }
         }
         drained

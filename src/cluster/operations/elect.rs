@@ -19,32 +19,32 @@ pub enum ElectError {
     /// The topic or partition does not exist.
     #[error(transparent)]
     Unknown(#[from] TargetError),
-    /// The preferred replica cannot lead now.
+    /// The partition has a live leader, and the preferred leader cannot replace it now.
     #[error(
         "broker {id}, the preferred leader of {partition}, cannot replace broker {leader}: {}; it is elected \
          automatically once that has passed", reason.describe()
     )]
-    Unfit {
+    PreferredNotEligible {
         /// The partition, as `topic/number`.
         partition: String,
         /// Id of the preferred leader.
         id: BrokerId,
-        /// Id of the present leader.
+        /// Id of the current leader.
         leader: BrokerId,
-        /// Reason against the preferred leader.
+        /// Reason why the preferred leader is not eligible.
         reason: PreferredLeaderIssue,
     },
     /// No replica that holds all committed records is live.
-    #[error("no replica can lead {partition} without loss: {}", unclean_election_hint(waited))]
-    Nobody {
+    #[error("no replica can lead {partition} without loss: {}", unclean_election_hint(waited_for))]
+    NoCandidate {
         /// The partition, as `topic/number`.
         partition: String,
         /// Brokers that could lead if they were live. Empty if no replica is known to hold all committed records.
-        waited: Vec<BrokerId>,
+        waited_for: Vec<BrokerId>,
     },
     /// An unclean election of a partition that has a leader.
     #[error("broker {leader} leads {partition}: an unclean election would lose records without need")]
-    Led {
+    HasLeader {
         /// The partition, as `topic/number`.
         partition: String,
         /// Id of the leader.
@@ -52,25 +52,25 @@ pub enum ElectError {
     },
     /// An unclean election of a partition that can have a clean one.
     #[error("broker {id} can lead {partition} without loss: elect without --unclean")]
-    Clean {
+    CleanPossible {
         /// The partition, as `topic/number`.
         partition: String,
         /// Broker that can lead without loss.
         id: BrokerId,
     },
     /// The requested broker has no replica or is not live.
-    #[error("broker {id} cannot lead {partition}: of its replicas, {} are online", IdList(alive))]
-    NoReplica {
+    #[error("broker {id} cannot lead {partition}: of its replicas, {} are online", IdList(live))]
+    NotLiveReplica {
         /// The partition, as `topic/number`.
         partition: String,
         /// Id of the requested leader.
         id: BrokerId,
         /// Live replicas.
-        alive: Vec<BrokerId>,
+        live: Vec<BrokerId>,
     },
     /// No replica is live, or none reports its position.
     #[error("no replica of {partition} responds, so none can lead: start {}", any_of(replicas))]
-    Silent {
+    NoResponse {
         /// The partition, as `topic/number`.
         partition: String,
         replicas: Vec<BrokerId>,
@@ -81,10 +81,10 @@ pub enum ElectError {
         /// The partition, as `topic/number`.
         partition: String,
     },
-    /// The log of the requested broker is unusable or the broker does not respond, unlike at the operator's
-    /// confirmation.
+    /// The log of the requested broker is unusable or the broker does not respond. When the operator confirmed the
+    /// election, the broker reported its log.
     #[error("the log of broker {id} for {partition} cannot be used now, or the broker does not respond: try again")]
-    Unusable {
+    LogUnusable {
         /// The partition, as `topic/number`.
         partition: String,
         /// Id of the requested leader.
@@ -95,7 +95,7 @@ pub enum ElectError {
     Write(#[from] WriteError),
 }
 
-/// Reason why the preferred leader cannot be elected.
+/// Reason why the preferred leader is not eligible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PreferredLeaderIssue {
     /// The broker is not registered.
@@ -123,32 +123,33 @@ impl ElectError {
     /// Returns true if the same operation may succeed later.
     pub const fn retryable(&self) -> bool {
         match self {
-            Self::Nobody { .. } | Self::Silent { .. } => true,
+            Self::NoCandidate { .. } | Self::NoResponse { .. } => true,
             Self::Write(error) => error.retryable(),
             _ => false,
         }
     }
 }
 
-/// Returns what an operator can do if no replica may lead.
-fn unclean_election_hint(waited: &[BrokerId]) -> String {
-    match waited {
+/// Returns the part of the error message that names the operator's options if no replica may lead. `waited_for` are the
+/// brokers that could lead if they were live.
+fn unclean_election_hint(waited_for: &[BrokerId]) -> String {
+    match waited_for {
         [] => "no replica is known to hold all committed records; elect with --unclean, which loses the records that \
              none holds"
             .to_owned(),
         _ => format!(
             "it waits for broker {}; start it, or, if it is offline permanently, elect with --unclean, which loses the \
              records that only it holds",
-            IdList(waited)
+            IdList(waited_for)
         ),
     }
 }
 
-/// Returns one or several brokers as the object of a sentence.
+/// Returns a choice of brokers as the object of a sentence: `broker 1`, or `one of the brokers 1 and 2`.
 fn any_of(replicas: &[BrokerId]) -> String {
     match replicas {
-        [one] => format!("broker {one}"),
-        many => format!("one of the brokers {}", IdList(many)),
+        [id] => format!("broker {id}"),
+        ids => format!("one of the brokers {}", IdList(ids)),
     }
 }
 
@@ -181,128 +182,143 @@ pub struct LostOffsets {
     pub to: Offset,
 }
 
-/// Returns the replica with the most data: the newest epoch first, then the longest log, then the position in
-/// `replicas`. The loss is the range between that log and the highest high watermark of all replicas. Records below
-/// `tiered_end` are in the object store and not lost.
+/// Returns the best candidate of an unclean election: the replica whose last batch has the newest epoch, then the one
+/// with the longest log, then the first in `replicas`. The loss is the range from the end of its log to the highest
+/// high watermark of all positions. Records below `tiered_end` are in the object store and not lost. Returns `None` if
+/// no position is one of `replicas`.
 pub fn successor(replicas: &[BrokerId], positions: &[ReplicaPosition], tiered_end: Offset) -> Option<UncleanCandidate> {
     let index = |id: BrokerId| replicas.iter().position(|other| *other == id);
     let best = positions.iter().filter(|position| index(position.broker).is_some());
     let best = best.max_by_key(|position| (position.last_epoch, position.log_end, Reverse(index(position.broker))))?;
     let committed = positions.iter().map(|position| position.high_watermark).max().unwrap_or(Offset::ZERO);
-    let kept = best.log_end.max(tiered_end);
-    let loss = (kept < committed).then_some(LostOffsets { from: kept, to: committed });
+    let remaining_end = best.log_end.max(tiered_end);
+    let loss = (remaining_end < committed).then_some(LostOffsets { from: remaining_end, to: committed });
     Some(UncleanCandidate { broker: best.broker, loss })
 }
 
 impl ClusterOperations {
-    /// Elects the preferred leader. If the partition has no live leader, elects the first replica that may lead.
+    /// Elects the preferred leader. If the partition has no live leader, elects the first replica that may lead without
+    /// loss.
     pub async fn elect(&self, topic: &TopicName, partition: u32) -> Result<OperationResult, ElectError> {
         let (topic, ids) = self.find(topic, Some(partition))?;
-        let min_insync = self.min_insync(topic.known.value.id);
+        let min_insync = self.min_insync(topic.cached.value.id);
         let results = self.edit(&ids, |id, value, _| {
             let state = self.metadata.state();
-            let live = |id| state.brokers().contains_key(&id);
-            match clean(&state, value) {
-                Ok(to) => Ok(value.elect(to, live, min_insync)),
-                Err(ElectionRefusal::Unfit { id: preferred, leader, reason }) => {
-                    Err(ElectError::Unfit { partition: self.display_name(id), id: preferred, leader, reason })
+            let is_live = |id| state.brokers().contains_key(&id);
+            match choose_clean_leader(&state, value) {
+                // `None` if the chosen replica leads already: the value stays.
+                Ok(to) => Ok(value.elect(to, is_live, min_insync)),
+                Err(ElectionRefusal::PreferredNotEligible { id: preferred, leader, reason }) => {
+                    Err(ElectError::PreferredNotEligible {
+                        partition: self.display_name(id),
+                        id: preferred,
+                        leader,
+                        reason,
+                    })
                 }
-                Err(ElectionRefusal::Nobody) => {
-                    let waited = value.isr.iter().chain(&value.elr).copied().collect();
-                    Err(ElectError::Nobody { partition: self.display_name(id), waited })
+                Err(ElectionRefusal::NoCandidate) => {
+                    let waited_for = value.isr.iter().chain(&value.elr).copied().collect();
+                    Err(ElectError::NoCandidate { partition: self.display_name(id), waited_for })
                 }
             }
         });
         Ok(only_result(results.await?))
     }
 
-    /// Returns a partition that no replica can lead without loss, as input of an unclean election.
+    /// Returns a partition that no replica can lead without loss, as input of an unclean election. Fails if it has a
+    /// live leader or can have a clean election.
     pub fn leaderless_partition(&self, topic: &TopicName, partition: u32) -> Result<OperationResult, ElectError> {
         let (_, ids) = self.find(topic, Some(partition))?;
         let edit = self.load_partitions(&ids)?.pop().expect("one partition was requested");
-        self.needs_loss(edit.id, &edit.value)?;
+        self.check_needs_unclean(edit.id, &edit.value)?;
         Ok(OperationResult { id: edit.id, value: edit.value, revision: edit.revision, changed: false })
     }
 
-    /// Elects a replica that may lack committed records. With `expect`, only if the partition still has that revision.
-    /// With `discard`, the replica's log is deleted if it is unusable.
+    /// Elects `to`, a replica that may lack committed records. With `expected_revision`, the election fails unless the
+    /// partition has that revision. With `discard`, the replica's log is deleted if it is unusable.
     pub async fn elect_unclean(
         &self,
         topic: &TopicName,
         partition: u32,
         to: BrokerId,
-        expect: Option<Revision>,
+        expected_revision: Option<Revision>,
         discard: bool,
     ) -> Result<OperationResult, ElectError> {
         let (_, ids) = self.find(topic, Some(partition))?;
-        // A replica that could lead without loss may return at this moment and must lead then: compare its
-        // registration.
+        // A replica that can lead without loss may register at this moment: the compares then reject the election.
         let guards = |value: &PartitionValue| {
             value.isr.iter().chain(&value.elr).map(|id| Compare::Absent(self.keys.broker(*id))).collect()
         };
-        let results = self.edit_while(&ids, guards, |id, value, revision| {
-            // An earlier attempt of the same operation.
+        let results = self.edit_with_guards(&ids, guards, |id, value, revision| {
+            // An earlier attempt of this operation was applied.
             if value.leader == Some(to) && value.unclean_epoch == Some(value.leader_epoch) {
                 return Ok(None);
             }
-            if expect.is_some_and(|expect| expect != revision) {
+            if expected_revision.is_some_and(|expected| expected != revision) {
                 return Err(ElectError::Changed { partition: self.display_name(id) });
             }
-            self.needs_loss(id, value)?;
+            self.check_needs_unclean(id, value)?;
             let state = self.metadata.state();
-            let alive: Vec<BrokerId> =
+            let live: Vec<BrokerId> =
                 value.replicas.iter().copied().filter(|id| state.brokers().contains_key(id)).collect();
-            if !alive.contains(&to) {
-                return Err(ElectError::NoReplica { partition: self.display_name(id), id: to, alive });
+            if !live.contains(&to) {
+                return Err(ElectError::NotLiveReplica { partition: self.display_name(id), id: to, live });
             }
             Ok(value.elect_unclean(to, discard))
         });
         Ok(only_result(results.await?))
     }
 
-    fn needs_loss(&self, id: PartitionId, value: &PartitionValue) -> Result<(), ElectError> {
+    /// Fails unless only an unclean election can give the partition a leader: it has no live leader, and no live
+    /// replica may be elected cleanly.
+    fn check_needs_unclean(&self, id: PartitionId, value: &PartitionValue) -> Result<(), ElectError> {
         let state = self.metadata.state();
-        let live = |id: BrokerId| state.brokers().contains_key(&id);
-        if let Some(leader) = value.leader.filter(|leader| live(*leader)) {
-            return Err(ElectError::Led { partition: self.display_name(id), leader });
+        let is_live = |id: BrokerId| state.brokers().contains_key(&id);
+        if let Some(leader) = value.leader.filter(|leader| is_live(*leader)) {
+            return Err(ElectError::HasLeader { partition: self.display_name(id), leader });
         }
-        match value.replicas.iter().copied().find(|id| value.may_elect(*id, live)) {
-            Some(candidate) => Err(ElectError::Clean { partition: self.display_name(id), id: candidate }),
+        match value.replicas.iter().copied().find(|id| value.may_elect(*id, is_live)) {
+            Some(candidate) => Err(ElectError::CleanPossible { partition: self.display_name(id), id: candidate }),
             None => Ok(()),
         }
     }
 }
 
+/// Reason why a clean election on request changes nothing.
 enum ElectionRefusal {
-    Unfit { id: BrokerId, leader: BrokerId, reason: PreferredLeaderIssue },
-    Nobody,
+    /// The partition has a live leader, and the preferred leader `id` cannot replace it.
+    PreferredNotEligible { id: BrokerId, leader: BrokerId, reason: PreferredLeaderIssue },
+    /// The partition has no live leader, and no live replica may lead without loss.
+    NoCandidate,
 }
 
-/// Returns the broker to elect without loss.
-fn clean(state: &MetadataSnapshot, value: &PartitionValue) -> Result<BrokerId, ElectionRefusal> {
-    let live = |id: BrokerId| state.brokers().contains_key(&id);
+/// Returns the broker to elect without loss: the preferred leader if the partition has a live leader, and otherwise the
+/// first replica that may lead. The returned broker may lead already.
+fn choose_clean_leader(state: &MetadataSnapshot, value: &PartitionValue) -> Result<BrokerId, ElectionRefusal> {
+    let is_live = |id: BrokerId| state.brokers().contains_key(&id);
     let preferred = value.replicas[0];
-    let Some(leader) = value.leader.filter(|leader| live(*leader)) else {
-        let mut candidates = value.replicas.iter().copied().filter(|id| value.may_elect(*id, live));
-        return candidates.next().ok_or(ElectionRefusal::Nobody);
+    let Some(leader) = value.leader.filter(|leader| is_live(*leader)) else {
+        let mut candidates = value.replicas.iter().copied().filter(|id| value.may_elect(*id, is_live));
+        return candidates.next().ok_or(ElectionRefusal::NoCandidate);
     };
-    let stopping = |id| state.brokers().get(&id).is_some_and(|broker| broker.value.state == BrokerState::Stopping);
+    let is_stopping = |id| state.brokers().get(&id).is_some_and(|broker| broker.value.state == BrokerState::Stopping);
     let reason = if leader == preferred {
         return Ok(preferred);
-    } else if !live(preferred) {
+    } else if !is_live(preferred) {
         PreferredLeaderIssue::Offline
     } else if !value.isr.contains(&preferred) {
         PreferredLeaderIssue::NotInSync
-    } else if stopping(preferred) || state.drains().contains_key(&preferred) {
+    } else if is_stopping(preferred) || state.drains().contains_key(&preferred) {
         PreferredLeaderIssue::ShuttingDown
     } else if state.brokers().get(&preferred).is_some_and(|broker| broker.value.disk_full) {
         PreferredLeaderIssue::DiskFull
     } else {
         return Ok(preferred);
     };
-    Err(ElectionRefusal::Unfit { id: preferred, leader, reason })
+    Err(ElectionRefusal::PreferredNotEligible { id: preferred, leader, reason })
 }
 
+/// Returns the result of an operation on one partition.
 fn only_result(mut results: Vec<OperationResult>) -> OperationResult {
     results.pop().expect("one partition was requested")
 }

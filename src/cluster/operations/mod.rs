@@ -50,20 +50,20 @@ use crate::model::{BrokerId, ConfigMap, PartitionId, TopicConfig, TopicId, Topic
 /// Maximum number of attempts of a compare-and-set while other writers come first.
 const MAX_ATTEMPTS: usize = 10;
 
-/// Number of partitions of one operation that are decided before the task yields.
+/// Maximum number of partitions of one operation that are decided before the task yields.
 const MAX_DECISIONS_PER_BATCH: usize = 256;
 
 /// Maximum time to wait until the metadata cache shows a write.
 const CACHE_WAIT: Duration = Duration::from_secs(5);
 
-/// Operations of an operator. Cheap to clone.
+/// Operations of an operator on one cluster. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct ClusterOperations {
     store: Arc<dyn MetaStore>,
     keys: Keys,
     metadata: MetadataCache,
     defaults: Arc<ConfigMap>,
-    changes: PartitionUpdater,
+    updater: PartitionUpdater,
 }
 
 /// A partition after an operation.
@@ -147,6 +147,7 @@ impl WriteError {
     }
 }
 
+/// Returns the end of an error message: the number of partitions that the operation has changed, if any.
 fn format_done(done: usize) -> String {
     match done {
         0 => String::new(),
@@ -162,10 +163,10 @@ impl fmt::Display for IdList<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             [] => f.write_str("none"),
-            [one] => one.fmt(f),
-            [most @ .., last] => {
-                let most: Vec<String> = most.iter().map(ToString::to_string).collect();
-                write!(f, "{} and {last}", most.join(", "))
+            [id] => id.fmt(f),
+            [first @ .., last] => {
+                let first: Vec<String> = first.iter().map(ToString::to_string).collect();
+                write!(f, "{} and {last}", first.join(", "))
             }
         }
     }
@@ -184,24 +185,34 @@ impl fmt::Display for BrokerList<'_> {
 #[derive(Clone, Debug)]
 struct TargetTopic {
     name: TopicName,
-    known: Arc<Versioned<TopicValue>>,
+    /// The topic's value in the metadata cache.
+    cached: Arc<Versioned<TopicValue>>,
 }
 
-/// A partition whose value is being replaced.
+/// A partition whose value an operation is to replace.
 struct PartitionEdit {
     id: PartitionId,
     /// Value that the decision is based on.
     value: PartitionValue,
+    /// Revision of the value.
     revision: Revision,
-    /// True if an earlier attempt may have been applied.
-    tried: bool,
+    /// True if this value may be the result of an earlier attempt, whose outcome was unknown.
+    may_be_applied: bool,
+}
+
+/// Reason why an operation ends without a decision for a partition.
+enum FailedWrite {
+    /// The stored value is missing or cannot be read.
+    Unreadable(PartitionId),
+    /// The store failed.
+    Store(MetaStoreError),
 }
 
 impl ClusterOperations {
     /// Returns the operations on a cluster. `defaults` are the topic configuration defaults.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys, metadata: MetadataCache, defaults: ConfigMap) -> Self {
-        let changes = PartitionUpdater::new(Arc::clone(&store), keys.clone());
-        Self { store, keys, metadata, defaults: Arc::new(defaults), changes }
+        let updater = PartitionUpdater::new(Arc::clone(&store), keys.clone());
+        Self { store, keys, metadata, defaults: Arc::new(defaults), updater }
     }
 
     /// Waits for a bounded time until this broker's metadata cache shows the written values.
@@ -211,6 +222,7 @@ impl ClusterOperations {
         }
     }
 
+    /// Waits at most `CACHE_WAIT` until this broker's metadata cache has the revision.
     async fn wait_for_cache(&self, revision: Revision) {
         let _late = tokio::time::timeout(CACHE_WAIT, self.metadata.wait_for_revision(revision)).await;
     }
@@ -226,17 +238,18 @@ impl ClusterOperations {
         state.unreadable().iter().map(|(key, reason)| (self.keys.path(key), reason.clone())).collect()
     }
 
-    /// Returns one partition of a topic, or all.
+    /// Returns a topic with one of its partitions, or with all of them if `partition` is `None`.
     fn find(&self, topic: &TopicName, partition: Option<u32>) -> Result<(TargetTopic, Vec<PartitionId>), TargetError> {
         let topic = self.topic(topic)?;
         let ids = topic.partitions(partition)?;
         Ok((topic, ids))
     }
 
+    /// Returns the topic with this name from the metadata cache.
     fn topic(&self, name: &TopicName) -> Result<TargetTopic, UnknownTopic> {
         let state = self.metadata.state();
         match state.topic(name) {
-            Some(known) => Ok(TargetTopic { name: name.clone(), known: Arc::clone(known) }),
+            Some(cached) => Ok(TargetTopic { name: name.clone(), cached: Arc::clone(cached) }),
             None => Err(UnknownTopic::new(name.as_str())),
         }
     }
@@ -249,8 +262,8 @@ impl ClusterOperations {
         }
     }
 
-    /// Returns the min ISR of a topic as the controller computes it. If the configuration is unreadable, the result
-    /// exceeds any ISR.
+    /// Returns the min ISR of a topic as the controller computes it. For a deleted topic or an unreadable
+    /// configuration, the result exceeds any ISR.
     fn min_insync(&self, topic: TopicId) -> usize {
         let state = self.metadata.state();
         let entry = state.name(topic).and_then(|name| state.topic(name));
@@ -258,18 +271,19 @@ impl ClusterOperations {
         config.map_or(usize::MAX, |config| config.min_insync_replicas)
     }
 
-    /// Replaces the values of partitions by the result of `decide`; `None` leaves a value as it is. Writes nothing if
-    /// `decide` fails for a value in the metadata cache.
+    /// Replaces the values of partitions by the result of `decide`; `None` leaves a value as it is. The first values
+    /// come from the metadata cache. If `decide` fails for one of them, nothing is written. After a conflict, `decide`
+    /// gets the stored value.
     async fn edit<E: From<WriteError>>(
         &self,
         ids: &[PartitionId],
         decide: impl Fn(PartitionId, &PartitionValue, Revision) -> Result<Option<PartitionValue>, E>,
     ) -> Result<Vec<OperationResult>, E> {
-        self.edit_while(ids, |_| Vec::new(), decide).await
+        self.edit_with_guards(ids, |_| Vec::new(), decide).await
     }
 
-    /// Like [`ClusterOperations::edit`], with further compares that must hold when a value is replaced.
-    async fn edit_while<E: From<WriteError>>(
+    /// Like [`ClusterOperations::edit`]. The compares that `guards` returns for a value must hold when it is replaced.
+    async fn edit_with_guards<E: From<WriteError>>(
         &self,
         ids: &[PartitionId],
         guards: impl Fn(&PartitionValue) -> Vec<Compare>,
@@ -279,12 +293,12 @@ impl ClusterOperations {
         let mut done = Vec::with_capacity(remaining.len());
         for _ in 0..MAX_ATTEMPTS {
             let mut changes = Vec::new();
-            for (number, PartitionEdit { id, value, revision, tried }) in (1..).zip(remaining.drain(..)) {
+            for (number, PartitionEdit { id, value, revision, may_be_applied }) in (1..).zip(remaining.drain(..)) {
                 if number % MAX_DECISIONS_PER_BATCH == 0 {
                     tokio::task::yield_now().await;
                 }
                 match decide(id, &value, revision)? {
-                    None => done.push(OperationResult { id, value, revision, changed: tried }),
+                    None => done.push(OperationResult { id, value, revision, changed: may_be_applied }),
                     Some(new) => changes.push(PartitionUpdate {
                         id,
                         expected_revision: revision,
@@ -302,23 +316,25 @@ impl ClusterOperations {
         Err(WriteError::Conflict { partition: self.display_name(remaining[0].id), done: count_changed(&done) }.into())
     }
 
-    /// Returns the partitions as the metadata cache shows them.
+    /// Returns the partitions with their values from the metadata cache.
     fn load_partitions(&self, ids: &[PartitionId]) -> Result<Vec<PartitionEdit>, WriteError> {
         let state = self.metadata.state();
-        let found = ids.iter().map(|id| {
+        let edits = ids.iter().map(|id| {
             let partition = state.partition(*id).and_then(|entry| entry.partition.as_ref());
             let partition = partition.ok_or_else(|| WriteError::Unreadable { partition: self.display_name(*id) })?;
             Ok(PartitionEdit {
                 id: *id,
                 value: partition.value.clone(),
                 revision: partition.mod_revision,
-                tried: false,
+                may_be_applied: false,
             })
         });
-        found.collect()
+        edits.collect()
     }
 
-    /// Writes changes. Returns the partitions with a conflict or an unknown outcome, with their stored values.
+    /// Writes changes, and appends the applied ones to `done`. Returns the partitions with a conflict or an unknown
+    /// outcome, with their stored values: the caller decides them again. Fails if the store rejects a change, or a
+    /// value cannot be read back; the other changes are applied then.
     async fn write(
         &self,
         changes: Vec<PartitionUpdate>,
@@ -329,29 +345,29 @@ impl ClusterOperations {
         }
         let values: BTreeMap<PartitionId, PartitionValue> =
             changes.iter().map(|change| (change.id, change.value.clone())).collect();
-        let (mut remaining, mut failed) = (Vec::new(), None);
-        for (id, outcome) in self.changes.apply(changes, &[]).await {
-            let (stored, tried) = match outcome {
+        let (mut remaining, mut failure) = (Vec::new(), None);
+        for (id, outcome) in self.updater.apply(changes, &[]).await {
+            let (stored, may_be_applied) = match outcome {
                 UpdateOutcome::Done(revision) => {
                     done.push(OperationResult { id, value: values[&id].clone(), revision, changed: true });
                     continue;
                 }
                 UpdateOutcome::Conflict(stored) => (Ok(stored), false),
-                UpdateOutcome::Unknown(_) => (self.changes.read_back(id).await, true),
+                UpdateOutcome::Unknown(_) => (self.updater.read_back(id).await, true),
                 UpdateOutcome::Failed(source) => (Err(source), false),
-                // Requires a compare that all changes share, and there is none.
+                // Cannot occur: this outcome requires a compare that all changes share, and there is none.
                 UpdateOutcome::GuardFailed => (Ok(None), false),
             };
             match stored {
-                Ok(Some((value, revision))) => remaining.push(PartitionEdit { id, value, revision, tried }),
-                Ok(None) => failed = Some((id, None)),
-                Err(source) => failed = Some((id, Some(source))),
+                Ok(Some((value, revision))) => remaining.push(PartitionEdit { id, value, revision, may_be_applied }),
+                Ok(None) => failure = Some(FailedWrite::Unreadable(id)),
+                Err(source) => failure = Some(FailedWrite::Store(source)),
             }
         }
-        match failed {
+        match failure {
             None => Ok(remaining),
-            Some((id, None)) => Err(WriteError::Unreadable { partition: self.display_name(id) }),
-            Some((_, Some(source))) => Err(WriteError::Store { source, done: count_changed(done) }),
+            Some(FailedWrite::Unreadable(id)) => Err(WriteError::Unreadable { partition: self.display_name(id) }),
+            Some(FailedWrite::Store(source)) => Err(WriteError::Store { source, done: count_changed(done) }),
         }
     }
 }
@@ -362,19 +378,19 @@ fn count_changed(done: &[OperationResult]) -> usize {
 }
 
 impl TargetTopic {
-    /// Returns one partition of the topic, or all.
+    /// Returns one partition of the topic, or all of them if `partition` is `None`.
     fn partitions(&self, partition: Option<u32>) -> Result<Vec<PartitionId>, UnknownPartition> {
-        let count = self.known.value.partitions;
+        let count = self.cached.value.partitions;
         let numbers = match partition {
             None => 0..count,
             Some(number) if number < count => number..number + 1,
             Some(number) => return Err(UnknownPartition { topic: self.name.clone(), number, count }),
         };
-        Ok(numbers.map(|number| PartitionId::new(self.known.value.id, number)).collect())
+        Ok(numbers.map(|number| PartitionId::new(self.cached.value.id, number)).collect())
     }
 }
 
-/// Returns every broker that the metadata names: live brokers, holders of replicas, and brokers to be drained.
+/// Returns every broker that the metadata names: live brokers, holders of replicas, and drained brokers.
 fn registered_brokers(state: &MetadataSnapshot) -> BTreeSet<BrokerId> {
     state.brokers().keys().chain(state.drains().keys()).copied().chain(state.holders()).collect()
 }

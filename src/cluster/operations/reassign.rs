@@ -34,25 +34,25 @@ pub enum ReassignError {
          with `strandline topic alter {} --replication-factor {requested}`", topic.as_str(),
         format_broker_count(*.requested), topic
     )]
-    Factor {
+    WrongBrokerCount {
         topic: TopicName,
         /// Replication factor of the topic.
         factor: u32,
         /// Number of requested brokers.
         requested: usize,
     },
-    /// A new broker is not live and cannot copy.
+    /// Some brokers hold no replica of the partition and are offline, so they cannot copy.
     #[error(
         "partition {partition} cannot be assigned to {}, offline and without a replica of it: start the brokers first",
         BrokerList(ids)
     )]
-    Gone {
+    Offline {
         /// Ids of these brokers.
         ids: Vec<BrokerId>,
         /// The partition, as `topic/number`.
         partition: String,
     },
-    /// A drained broker would give its new replica away again.
+    /// Some brokers are drained: the controller would move a new replica off them again.
     #[error(
         "no replica can be assigned to {}, being drained: leave it out, or run `strandline broker undrain` first",
         BrokerList(ids)
@@ -61,19 +61,20 @@ pub enum ReassignError {
         /// Ids of these brokers.
         ids: Vec<BrokerId>,
     },
-    /// A new broker is under disk pressure.
+    /// Some brokers hold no replica of the partition and are under disk pressure.
     #[error(
         "partition {partition} cannot be assigned to {}, under disk pressure (broker.disk_pressure_percent): leave it \
          out, or free space there",
         BrokerList(ids)
     )]
-    Full {
+    DiskPressure {
         /// Ids of these brokers.
         ids: Vec<BrokerId>,
         /// The partition, as `topic/number`.
         partition: String,
     },
-    /// Other brokers cannot reach a new broker, so it would never be in sync.
+    /// Some brokers hold no replica of the partition, and other brokers cannot reach them: a replica there would never
+    /// be in sync.
     #[error(
         "partition {partition} cannot be assigned to {}, registered without an address for other brokers: leave it \
          out, or run the same version everywhere",
@@ -104,9 +105,9 @@ impl ReassignError {
 }
 
 impl ClusterOperations {
-    /// Requests these brokers for one partition of a topic, or for all, the preferred leader first. For all, partition
-    /// N gets the list rotated by N. A reassignment in progress is replaced; others are queued until the controller's
-    /// limits permit them.
+    /// Requests a reassignment to `replicas`, the preferred leader first, for one partition of a topic or for all. With
+    /// all partitions, partition N gets the list rotated by N, so that preferred leaders spread. A reassignment in
+    /// progress is replaced. A new reassignment is queued until the controller's limits permit it.
     pub async fn reassign(
         &self,
         topic: &TopicName,
@@ -114,7 +115,7 @@ impl ClusterOperations {
         replicas: &[BrokerId],
     ) -> Result<Vec<OperationResult>, ReassignError> {
         let (topic, ids) = self.find(topic, partition)?;
-        admit(&self.metadata.state(), &topic, replicas)?;
+        check_brokers(&self.metadata.state(), &topic, replicas)?;
         check_bounds(&self.metadata.state(), &ids, replicas)?;
         let target = |id: PartitionId| {
             let mut target = replicas.to_vec();
@@ -125,20 +126,21 @@ impl ClusterOperations {
         };
         self.edit(&ids, |id, value, _| {
             let (state, target) = (self.metadata.state(), target(id));
-            let is_gone = |id: &BrokerId| !state.brokers().contains_key(id) && !value.replicas.contains(id);
-            let offline: Vec<BrokerId> = target.iter().copied().filter(is_gone).collect();
-            if !offline.is_empty() {
-                return Err(ReassignError::Gone { ids: offline, partition: self.display_name(id) });
-            }
-            let new = |refused: &dyn Fn(&BrokerValue) -> bool| {
-                let refused = |id: &BrokerId| state.brokers().get(id).is_some_and(|broker| refused(&broker.value));
-                let new = target.iter().copied().filter(|id| refused(id) && !value.replicas.contains(id));
-                Some(new.collect::<Vec<_>>()).filter(|ids| !ids.is_empty())
+            // `None` is an offline broker.
+            let new_brokers_where = |is_unfit: &dyn Fn(Option<&BrokerValue>) -> bool| -> Vec<BrokerId> {
+                let new = target.iter().copied().filter(|id| !value.replicas.contains(id));
+                new.filter(|id| is_unfit(state.brokers().get(id).map(|broker| &broker.value))).collect()
             };
-            if let Some(ids) = new(&|broker| broker.disk_pressure) {
-                return Err(ReassignError::Full { ids, partition: self.display_name(id) });
+            let ids = new_brokers_where(&|broker| broker.is_none());
+            if !ids.is_empty() {
+                return Err(ReassignError::Offline { ids, partition: self.display_name(id) });
             }
-            if let Some(ids) = new(&|broker| is_unreachable(&state, broker)) {
+            let ids = new_brokers_where(&|broker| broker.is_some_and(|broker| broker.disk_pressure));
+            if !ids.is_empty() {
+                return Err(ReassignError::DiskPressure { ids, partition: self.display_name(id) });
+            }
+            let ids = new_brokers_where(&|broker| broker.is_some_and(|broker| is_unreachable(&state, broker)));
+            if !ids.is_empty() {
                 return Err(ReassignError::Unreachable { ids, partition: self.display_name(id) });
             }
             Ok(with_target(value, &target))
@@ -146,8 +148,8 @@ impl ClusterOperations {
         .await
     }
 
-    /// Returns the partitions with a reassignment, in progress or queued, of any origin: of one topic, one partition,
-    /// or all.
+    /// Returns the partitions with a reassignment in progress or queued, whether an operator or the controller started
+    /// it: of one topic, one partition, or all.
     pub fn list_reassignments(
         &self,
         topic: Option<&TopicName>,
@@ -170,23 +172,25 @@ impl ClusterOperations {
             .collect())
     }
 
-    /// Returns every partition that counts once, by topic name.
+    /// Returns the partitions of all topics, in the order of topic names. If two names have one topic id, that topic is
+    /// included once.
     pub(super) fn all_partitions(&self) -> Vec<PartitionId> {
-        let (state, mut seen) = (self.metadata.state(), BTreeSet::new());
-        let topics = state.topics().values().map(|topic| &topic.value).filter(|topic| seen.insert(topic.id));
+        let (state, mut topic_ids) = (self.metadata.state(), BTreeSet::new());
+        let topics = state.topics().values().map(|topic| &topic.value).filter(|topic| topic_ids.insert(topic.id));
         topics.flat_map(|topic| (0..topic.partitions).map(|number| PartitionId::new(topic.id, number))).collect()
     }
 }
 
-/// Returns a number of brokers with its verb.
+/// Returns a number of brokers with its verb: `1 broker is`.
 fn format_broker_count(requested: usize) -> String {
     if requested == 1 { "1 broker is".to_owned() } else { format!("{requested} brokers are") }
 }
 
-/// Checks that need no partition values.
-fn admit(state: &MetadataSnapshot, topic: &TargetTopic, replicas: &[BrokerId]) -> Result<(), ReassignError> {
-    let mut seen = BTreeSet::new();
-    if let Some(id) = replicas.iter().find(|id| !seen.insert(**id)) {
+/// Checks that the requested brokers are distinct, known and not drained, and as many as the topic's replication
+/// factor.
+fn check_brokers(state: &MetadataSnapshot, topic: &TargetTopic, replicas: &[BrokerId]) -> Result<(), ReassignError> {
+    let mut distinct = BTreeSet::new();
+    if let Some(id) = replicas.iter().find(|id| !distinct.insert(**id)) {
         return Err(ReassignError::Repeated { id: *id });
     }
     let known = registered_brokers(state);
@@ -194,45 +198,49 @@ fn admit(state: &MetadataSnapshot, topic: &TargetTopic, replicas: &[BrokerId]) -
     if !unknown.is_empty() {
         return Err(UnknownBrokers { ids: unknown, known: known.into_iter().collect() }.into());
     }
-    let factor = topic.known.value.replication_factor;
+    let factor = topic.cached.value.replication_factor;
     if usize::try_from(factor).is_ok_and(|factor| factor != replicas.len()) {
-        return Err(ReassignError::Factor { topic: topic.name.clone(), factor, requested: replicas.len() });
+        return Err(ReassignError::WrongBrokerCount { topic: topic.name.clone(), factor, requested: replicas.len() });
     }
     let draining: Vec<BrokerId> = replicas.iter().copied().filter(|id| state.drains().contains_key(id)).collect();
     if draining.is_empty() { Ok(()) } else { Err(ReassignError::Draining { ids: draining }) }
 }
 
-/// Checks the replica limits of the requested brokers, with present replicas and queued reassignments. A removed
-/// replica counts until its reassignment completes.
+/// Checks the replica limits of the requested brokers. Present replicas, queued reassignments and the requested
+/// reassignment of the partitions `ids` count. A replica that is removed counts until its reassignment completes. A
+/// broker that gains no replica by the request is not checked.
 fn check_bounds(state: &MetadataSnapshot, ids: &[PartitionId], replicas: &[BrokerId]) -> Result<(), ReplicaBound> {
     let ids: BTreeSet<PartitionId> = ids.iter().copied().collect();
+    // Per requested broker: the number of its replicas, and true if the request adds one.
     let mut counts: BTreeMap<BrokerId, (usize, bool)> = replicas.iter().map(|id| (*id, (0, false))).collect();
     for topic in state.topics().values() {
         for (number, entry) in state.partitions_of(&topic.value) {
             let Some(partition) = &entry.partition else { continue };
             let is_requested = ids.contains(&PartitionId::new(topic.value.id, number));
             let target = if is_requested { replicas } else { &partition.value.queued_replicas };
-            for (broker, (count, gains)) in &mut counts {
-                let has = partition.value.replicas.contains(broker);
-                *count += usize::from(has || target.contains(broker));
-                *gains |= is_requested && !has;
+            for (broker, (count, gains_replica)) in &mut counts {
+                let has_replica = partition.value.replicas.contains(broker);
+                *count += usize::from(has_replica || target.contains(broker));
+                *gains_replica |= is_requested && !has_replica;
             }
         }
     }
-    for (broker, (replicas, gains)) in counts {
+    for (broker, (replicas, gains_replica)) in counts {
         let max = state.brokers().get(&broker).and_then(|broker| broker.value.max_replicas);
-        if let Some(max) = max.and_then(|max| usize::try_from(max).ok()).filter(|max| gains && replicas > *max) {
+        if let Some(max) = max.and_then(|max| usize::try_from(max).ok()).filter(|max| gains_replica && replicas > *max)
+        {
             return Err(ReplicaBound { broker, replicas, max });
         }
     }
     Ok(())
 }
 
-/// Returns the value with a reassignment to `target`; `None` if `target` is already reached or in progress. A
-/// reassignment that copies nothing starts at once, and one that replaces another keeps its slot. Any other is queued.
+/// Returns the value with a reassignment to `target`; `None` if the value would not change. A reassignment starts at
+/// once if it adds no replica or replaces a reassignment in progress, which has its slot already. Any other
+/// reassignment is queued.
 fn with_target(value: &PartitionValue, target: &[BrokerId]) -> Option<PartitionValue> {
     let started = value.start_reassignment(target).expect("the brokers are distinct, and there is at least one");
-    let at_once = started.adding.is_empty() || value.is_reassigning();
-    let new = if at_once { started.clear_queued() } else { value.queue_reassignment(target) };
+    let starts_at_once = started.adding.is_empty() || value.is_reassigning();
+    let new = if starts_at_once { started.clear_queued() } else { value.queue_reassignment(target) };
     (new != *value).then_some(new)
 }

@@ -134,17 +134,18 @@ async fn reassignment_of_all_partitions_rotates_the_list() {
     );
 
     cluster.operations.wait_until_cached(&all).await;
-    let moving = cluster.operations.list_reassignments(None, None).expect("listed");
-    assert_eq!(moving.iter().map(|one| one.id).collect::<Vec<_>>(), [id(0), id(1), id(2)]);
+    let reassigning = cluster.operations.list_reassignments(None, None).expect("listed");
+    assert_eq!(reassigning.iter().map(|one| one.id).collect::<Vec<_>>(), [id(0), id(1), id(2)]);
     assert_eq!(cluster.operations.list_reassignments(Some(&name()), Some(2)).expect("listed").len(), 1);
 }
 
 #[tokio::test]
 async fn reassignment_without_copy_or_in_progress_is_not_queued() {
-    let mut moving = value(&[3, 2, 1], Some(1), &[1, 2]);
-    (moving.adding, moving.removing) = (ids(&[3]), ids(&[1]));
+    let mut reassigning = value(&[3, 2, 1], Some(1), &[1, 2]);
+    (reassigning.adding, reassigning.removing) = (ids(&[3]), ids(&[1]));
     let waiting = value(&[1, 2], Some(1), &[1, 2]).queue_reassignment(&ids(&[3, 2]));
-    let cluster = TestCluster::of(4, 2, vec![value(&[1, 2], Some(1), &[1, 2]), moving, waiting.clone(), waiting]).await;
+    let cluster =
+        TestCluster::of(4, 2, vec![value(&[1, 2], Some(1), &[1, 2]), reassigning, waiting.clone(), waiting]).await;
     let reassign = async |number, to: &[u32]| {
         cluster.operations.reassign(&name(), Some(number), &ids(to)).await.expect("accepted")
     };
@@ -170,7 +171,7 @@ async fn broker_under_disk_pressure_gets_no_new_replicas() {
     let cluster = TestCluster::of(3, 2, vec![value(&[1, 2], Some(1), &[1, 2]), value(&[3, 2], Some(3), &[3, 2])]).await;
     cluster.set_disk_pressure(3).await;
     let full = cluster.operations.reassign(&name(), Some(0), &ids(&[3, 2])).await.expect_err("under disk pressure");
-    assert_eq!(full, ReassignError::Full { ids: ids(&[3]), partition: format!("{TOPIC}/0") });
+    assert_eq!(full, ReassignError::DiskPressure { ids: ids(&[3]), partition: format!("{TOPIC}/0") });
     assert!(full.to_string().contains("broker 3, under disk pressure (broker.disk_pressure_percent)"), "{full}");
     cluster.operations.reassign(&name(), Some(1), &ids(&[3, 1])).await.expect("the broker holds a replica already");
 }
@@ -186,7 +187,7 @@ async fn unreachable_broker_gets_no_new_replicas() {
     cluster.operations.reassign(&name(), Some(1), &ids(&[3, 1])).await.expect("the broker holds a replica already");
     let drained = cluster.operations.drain(BrokerId(2), 0).await.expect("accepted");
     assert_eq!(
-        (drained.stuck.len(), drained.eligible_brokers),
+        (drained.blocked.len(), drained.eligible_brokers),
         (1, 1),
         "broker 1 takes the replica of partition 1 alone"
     );
@@ -218,7 +219,7 @@ async fn drain_counts_replicas_above_other_brokers_limits() {
     let bounded = BrokerValue { max_replicas: Some(3), ..broker_value(2, BrokerState::Running) };
     cluster.put(&Key::Broker(BrokerId(2)), &bounded).await;
     let drained = cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
-    assert_eq!((drained.replicas, drained.stuck.len(), drained.eligible_brokers), (5, 2, 1));
+    assert_eq!((drained.replicas, drained.blocked.len(), drained.eligible_brokers), (5, 2, 1));
 }
 
 #[tokio::test]
@@ -232,11 +233,11 @@ async fn invalid_reassignment_is_rejected_and_changes_nothing() {
     let unknown = reassign(Some(0), &[1, 9]).await;
     assert_eq!(unknown.to_string(), "the cluster has no broker 9: it has 1, 2, 3 and 4");
     let factor = reassign(Some(0), &[1]).await;
-    assert_eq!(factor, ReassignError::Factor { topic: name(), factor: 2, requested: 1 });
+    assert_eq!(factor, ReassignError::WrongBrokerCount { topic: name(), factor: 2, requested: 1 });
     assert!(factor.to_string().contains("--replication-factor 1"), "{factor}");
     assert_eq!(reassign(Some(0), &[1, 3]).await, ReassignError::Draining { ids: ids(&[3]) });
     let offline = reassign(None, &[4, 2]).await;
-    assert_eq!(offline, ReassignError::Gone { ids: ids(&[4]), partition: format!("{TOPIC}/0") });
+    assert_eq!(offline, ReassignError::Offline { ids: ids(&[4]), partition: format!("{TOPIC}/0") });
     let partition = reassign(Some(2), &[1, 2]).await;
     assert_eq!(partition.to_string(), "topic \"orders\" has no partition 2: it has 2, numbered from 0");
     let order: TopicName = "order".parse().expect("valid");
@@ -252,12 +253,12 @@ async fn invalid_reassignment_is_rejected_and_changes_nothing() {
 
 #[tokio::test]
 async fn cancelled_reassignment_elects_an_earlier_replica() {
-    let mut moving = value(&[3, 2, 1], Some(1), &[1, 2]);
-    (moving.adding, moving.removing) = (ids(&[3]), ids(&[1]));
-    let led = PartitionValue { leader: Some(BrokerId(3)), isr: ids(&[1, 2, 3]), ..moving.clone() };
-    let only_new = PartitionValue { leader: Some(BrokerId(3)), isr: ids(&[3]), ..moving.clone() };
-    let still = value(&[1, 2], Some(1), &[1, 2]);
-    let cluster = TestCluster::of(3, 2, vec![moving, led, only_new, still]).await;
+    let mut reassigning = value(&[3, 2, 1], Some(1), &[1, 2]);
+    (reassigning.adding, reassigning.removing) = (ids(&[3]), ids(&[1]));
+    let led = PartitionValue { leader: Some(BrokerId(3)), isr: ids(&[1, 2, 3]), ..reassigning.clone() };
+    let only_new = PartitionValue { leader: Some(BrokerId(3)), isr: ids(&[3]), ..reassigning.clone() };
+    let unchanged = value(&[1, 2], Some(1), &[1, 2]);
+    let cluster = TestCluster::of(3, 2, vec![reassigning, led, only_new, unchanged]).await;
 
     let cancelled = cluster.operations.cancel(Some(&name()), Some(0)).await.expect("cancelled");
     assert_eq!((cancelled.len(), cancelled[0].changed), (1, true));
@@ -276,7 +277,7 @@ async fn cancelled_reassignment_elects_an_earlier_replica() {
     assert_eq!(stored.isr, ids(&[1, 2]));
 
     let only = cluster.operations.cancel(Some(&name()), Some(2)).await.expect_err("no earlier replica is in sync");
-    assert_eq!(only, CancelError::OnlyNew { partition: format!("{TOPIC}/2") });
+    assert_eq!(only, CancelError::NoEarlierReplicaInSync { partition: format!("{TOPIC}/2") });
     let nothing = cluster.operations.cancel(Some(&name()), Some(3)).await.expect_err("no reassignment");
     assert_eq!(nothing.to_string(), "nothing to cancel: partition orders/3 is not being reassigned");
     let unknown = cluster.operations.cancel(Some(&name()), Some(4)).await.expect_err("no such partition");
@@ -294,7 +295,7 @@ async fn drain_reports_movable_and_blocked_replicas() {
         since_ms: 77,
         leaders: 1,
         replicas: 2,
-        stuck: vec![],
+        blocked: vec![],
         leaderless: 0,
         eligible_brokers: 2,
     };
@@ -303,8 +304,8 @@ async fn drain_reports_movable_and_blocked_replicas() {
     assert_eq!(again, BrokerDrain { changed: false, ..wanted }, "the start time stays");
 
     let second = cluster.operations.drain(BrokerId(2), 100).await.expect("accepted");
-    assert_eq!(second.stuck, [id(0), id(1), id(2)], "two replicas need two brokers, and one is available");
-    assert_eq!(cluster.operations.stuck(BrokerId(2)), 3, "the count is available later");
+    assert_eq!(second.blocked, [id(0), id(1), id(2)], "two replicas need two brokers, and one is available");
+    assert_eq!(cluster.operations.count_blocked(BrokerId(2)), 3, "the count is available later");
     assert_eq!((second.eligible_brokers, second.replicas), (1, 3));
 
     assert_eq!(cluster.operations.undrain(BrokerId(2)).await, Ok(true));
@@ -314,72 +315,73 @@ async fn drain_reports_movable_and_blocked_replicas() {
     assert!(cluster.operations.undrain(BrokerId(8)).await.is_err());
     cluster.unregister(3).await;
     let offline = cluster.operations.drain(BrokerId(3), 1).await.expect("an offline broker may be drained");
-    assert_eq!((offline.leaders, offline.stuck), (1, vec![id(2)]));
+    assert_eq!((offline.leaders, offline.blocked), (1, vec![id(2)]));
 }
 
 /// Regression: `broker drain --wait` waited forever for a partition whose only replica was lost with its broker.
 #[tokio::test]
 async fn drain_counts_leaderless_partitions_as_blocked() {
     let lost = value(&[1], None, &[1]);
-    let moving = PartitionValue { replicas: ids(&[1, 3]), adding: ids(&[3]), removing: ids(&[1]), ..lost.clone() };
-    let cluster = TestCluster::of(3, 1, vec![lost, moving, value(&[2], Some(2), &[2])]).await;
+    let reassigning = PartitionValue { replicas: ids(&[1, 3]), adding: ids(&[3]), removing: ids(&[1]), ..lost.clone() };
+    let cluster = TestCluster::of(3, 1, vec![lost, reassigning, value(&[2], Some(2), &[2])]).await;
     cluster.unregister(1).await;
     let drained = cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
-    assert_eq!((drained.replicas, drained.stuck, drained.leaderless), (2, vec![], 2), "no leader to copy from");
-    assert_eq!(cluster.operations.stuck(BrokerId(1)), 2);
+    assert_eq!((drained.replicas, drained.blocked, drained.leaderless), (2, vec![], 2), "no leader to copy from");
+    assert_eq!(cluster.operations.count_blocked(BrokerId(1)), 2);
 }
 
 /// Regression: `broker drain --wait` waited half an hour without output, until the controller retargeted the
 /// reassignment.
 #[tokio::test]
 async fn drain_is_blocked_while_needed_broker_is_offline() {
-    let moving = PartitionValue { adding: ids(&[3]), removing: ids(&[1]), ..value(&[1, 2, 3], Some(1), &[1, 2]) };
-    let cluster = TestCluster::of(3, 2, vec![moving]).await;
+    let reassigning = PartitionValue { adding: ids(&[3]), removing: ids(&[1]), ..value(&[1, 2, 3], Some(1), &[1, 2]) };
+    let cluster = TestCluster::of(3, 2, vec![reassigning]).await;
     let drained = cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
-    assert_eq!((drained.replicas, drained.stuck), (1, vec![]), "the reassignment is in progress");
+    assert_eq!((drained.replicas, drained.blocked), (1, vec![]), "the reassignment is in progress");
     cluster.unregister(3).await;
-    assert_eq!(cluster.operations.stuck(BrokerId(1)), 1);
+    assert_eq!(cluster.operations.count_blocked(BrokerId(1)), 1);
     cluster.register(4, BrokerState::Running).await;
     assert_eq!(
-        cluster.operations.stuck(BrokerId(1)),
+        cluster.operations.count_blocked(BrokerId(1)),
         1,
         "the controller uses the new broker only after the other is gone permanently"
     );
     cluster.register(3, BrokerState::Running).await;
-    assert_eq!(cluster.operations.stuck(BrokerId(1)), 0, "the broker is online again");
+    assert_eq!(cluster.operations.count_blocked(BrokerId(1)), 0, "the broker is online again");
 
     // Broker 3 has copied everything. Until broker 2 is in sync again, broker 1 is one of the two that the min ISR
     // needs.
     let needed = PartitionValue { adding: ids(&[3]), removing: ids(&[1]), ..value(&[1, 2, 3], Some(1), &[1, 3]) };
     let cluster = TestCluster::of(3, 2, vec![needed]).await;
     cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
-    assert_eq!(cluster.operations.stuck(BrokerId(1)), 0, "broker 2 catches up");
+    assert_eq!(cluster.operations.count_blocked(BrokerId(1)), 0, "broker 2 catches up");
     cluster.unregister(2).await;
-    assert_eq!(cluster.operations.stuck(BrokerId(1)), 1);
+    assert_eq!(cluster.operations.count_blocked(BrokerId(1)), 1);
 }
 
 /// Regression: a drain was reported as blocked during the last copies because a staying replica was offline.
 #[tokio::test]
 async fn drain_is_not_blocked_by_dispensable_offline_replica() {
-    let moving = PartitionValue { adding: ids(&[4]), removing: ids(&[1]), ..value(&[4, 2, 3, 1], Some(1), &[1, 3]) };
-    let cluster = TestCluster::of(4, 2, vec![moving]).await;
+    let reassigning =
+        PartitionValue { adding: ids(&[4]), removing: ids(&[1]), ..value(&[4, 2, 3, 1], Some(1), &[1, 3]) };
+    let cluster = TestCluster::of(4, 2, vec![reassigning]).await;
     cluster.unregister(2).await;
     let drained = cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
-    assert_eq!((drained.replicas, drained.stuck), (1, vec![]), "brokers 3 and 4 satisfy the min ISR");
+    assert_eq!((drained.replicas, drained.blocked), (1, vec![]), "brokers 3 and 4 satisfy the min ISR");
 }
 
 /// Regression: a drain waited without output while an earlier reassignment of the partition was blocked.
 #[tokio::test]
 async fn drain_is_blocked_by_earlier_blocked_reassignment() {
-    let moving = PartitionValue { adding: ids(&[3]), removing: ids(&[2]), ..value(&[1, 3, 2], Some(1), &[1, 2]) };
-    let cluster = TestCluster::of(4, 1, vec![moving]).await;
+    let reassigning = PartitionValue { adding: ids(&[3]), removing: ids(&[2]), ..value(&[1, 3, 2], Some(1), &[1, 2]) };
+    let cluster = TestCluster::of(4, 1, vec![reassigning]).await;
     cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
-    assert_eq!(cluster.operations.stuck(BrokerId(1)), 0, "broker 1 moves its replica to broker 4 afterwards");
+    assert_eq!(cluster.operations.count_blocked(BrokerId(1)), 0, "broker 1 moves its replica to broker 4 afterwards");
     cluster.unregister(3).await;
-    assert_eq!(cluster.operations.stuck(BrokerId(1)), 1);
+    assert_eq!(cluster.operations.count_blocked(BrokerId(1)), 1);
     let offline = cluster.operations.drain(BrokerId(3), 0).await.expect("accepted");
-    assert_eq!((offline.replicas, offline.stuck), (1, vec![]), "an offline drained broker is replaced at once");
-    assert_eq!(cluster.operations.stuck(BrokerId(1)), 0);
+    assert_eq!((offline.replicas, offline.blocked), (1, vec![]), "an offline drained broker is replaced at once");
+    assert_eq!(cluster.operations.count_blocked(BrokerId(1)), 0);
 }
 
 /// Regression: the drain seemed to exist already, and no replica moved.
@@ -404,14 +406,18 @@ async fn preferred_leader_is_elected_if_it_may_lead() {
     cluster.operations.wait_until_cached(std::slice::from_ref(&elected)).await;
     assert!(!cluster.operations.elect(&name(), 0).await.expect("it leads").changed);
 
-    let unfit =
-        |reason| ElectError::Unfit { partition: format!("{TOPIC}/1"), id: BrokerId(3), leader: BrokerId(2), reason };
-    assert_eq!(cluster.operations.elect(&name(), 1).await, Err(unfit(PreferredLeaderIssue::NotInSync)));
+    let not_eligible = |reason| ElectError::PreferredNotEligible {
+        partition: format!("{TOPIC}/1"),
+        id: BrokerId(3),
+        leader: BrokerId(2),
+        reason,
+    };
+    assert_eq!(cluster.operations.elect(&name(), 1).await, Err(not_eligible(PreferredLeaderIssue::NotInSync)));
     cluster.put(&Key::Partition(id(1)), &value(&[3, 2, 1], Some(2), &[2, 1, 3])).await;
     cluster.register(3, BrokerState::Stopping).await;
-    assert_eq!(cluster.operations.elect(&name(), 1).await, Err(unfit(PreferredLeaderIssue::ShuttingDown)));
+    assert_eq!(cluster.operations.elect(&name(), 1).await, Err(not_eligible(PreferredLeaderIssue::ShuttingDown)));
     cluster.unregister(3).await;
-    assert_eq!(cluster.operations.elect(&name(), 1).await, Err(unfit(PreferredLeaderIssue::Offline)));
+    assert_eq!(cluster.operations.elect(&name(), 1).await, Err(not_eligible(PreferredLeaderIssue::Offline)));
     cluster.unregister(2).await;
     let another = cluster.operations.elect(&name(), 1).await.expect("another replica can lead");
     assert_eq!((another.value.leader, another.value.isr), (Some(BrokerId(1)), ids(&[1])));
@@ -424,23 +430,23 @@ async fn unclean_election_requires_need_and_unchanged_value() {
     waiting.elr = ids(&[2]);
     let cluster = TestCluster::of(3, 3, vec![waiting.clone(), value(&[1, 2, 3], Some(2), &[2])]).await;
     let led = cluster.operations.leaderless_partition(&name(), 1).expect_err("it has a leader");
-    assert_eq!(led, ElectError::Led { partition: format!("{TOPIC}/1"), leader: BrokerId(2) });
+    assert_eq!(led, ElectError::HasLeader { partition: format!("{TOPIC}/1"), leader: BrokerId(2) });
     let clean = cluster.operations.leaderless_partition(&name(), 0).expect_err("1 can lead");
-    assert_eq!(clean, ElectError::Clean { partition: format!("{TOPIC}/0"), id: BrokerId(1) });
+    assert_eq!(clean, ElectError::CleanPossible { partition: format!("{TOPIC}/0"), id: BrokerId(1) });
     cluster.unregister(1).await;
     let clean = cluster.operations.elect_unclean(&name(), 0, BrokerId(3), None, false).await.expect_err("2 can lead");
-    assert_eq!(clean, ElectError::Clean { partition: format!("{TOPIC}/0"), id: BrokerId(2) });
+    assert_eq!(clean, ElectError::CleanPossible { partition: format!("{TOPIC}/0"), id: BrokerId(2) });
     cluster.unregister(2).await;
-    let nobody = cluster.operations.elect(&name(), 0).await.expect_err("no replica can lead");
-    assert_eq!(nobody, ElectError::Nobody { partition: format!("{TOPIC}/0"), waited: ids(&[1, 2]) });
+    let refused = cluster.operations.elect(&name(), 0).await.expect_err("no replica can lead");
+    assert_eq!(refused, ElectError::NoCandidate { partition: format!("{TOPIC}/0"), waited_for: ids(&[1, 2]) });
 
     let seen = cluster.operations.leaderless_partition(&name(), 0).expect("no replica can lead");
-    let dead = cluster
+    let offline = cluster
         .operations
         .elect_unclean(&name(), 0, BrokerId(1), Some(seen.revision), false)
         .await
         .expect_err("offline");
-    assert!(dead.to_string().contains("of its replicas, 3 are online"), "{dead}");
+    assert!(offline.to_string().contains("of its replicas, 3 are online"), "{offline}");
     let later = cluster.put(&Key::Partition(id(0)), &PartitionValue { leader_epoch: LeaderEpoch(6), ..waiting }).await;
     let changed = cluster.operations.elect_unclean(&name(), 0, BrokerId(3), Some(seen.revision), false).await;
     assert_eq!(changed, Err(ElectError::Changed { partition: format!("{TOPIC}/0") }));
@@ -454,9 +460,9 @@ async fn unclean_election_requires_need_and_unchanged_value() {
 #[tokio::test]
 async fn election_without_complete_replica_names_no_broker() {
     let cluster = TestCluster::of(2, 1, vec![value(&[1], None, &[])]).await;
-    let nobody = cluster.operations.elect(&name(), 0).await.expect_err("no eligible replica");
-    assert_eq!(nobody, ElectError::Nobody { partition: format!("{TOPIC}/0"), waited: vec![] });
-    let text = nobody.to_string();
+    let refused = cluster.operations.elect(&name(), 0).await.expect_err("no eligible replica");
+    assert_eq!(refused, ElectError::NoCandidate { partition: format!("{TOPIC}/0"), waited_for: vec![] });
+    let text = refused.to_string();
     assert!(text.contains("no replica is known to hold all committed records; elect with --unclean"), "{text}");
     let seen = cluster.operations.leaderless_partition(&name(), 0).expect("no replica can lead");
     let elected =
@@ -466,11 +472,11 @@ async fn election_without_complete_replica_names_no_broker() {
 
 #[test]
 fn error_texts_use_singular_for_one_broker() {
-    let silent =
-        |replicas: &[u32]| ElectError::Silent { partition: "a/0".to_owned(), replicas: ids(replicas) }.to_string();
-    assert!(silent(&[3]).ends_with("start broker 3"), "{}", silent(&[3]));
-    assert!(silent(&[1, 2, 3]).ends_with("start one of the brokers 1, 2 and 3"), "{}", silent(&[1, 2, 3]));
-    let factor = |requested| ReassignError::Factor { topic: name(), factor: 2, requested }.to_string();
+    let no_response =
+        |replicas: &[u32]| ElectError::NoResponse { partition: "a/0".to_owned(), replicas: ids(replicas) }.to_string();
+    assert!(no_response(&[3]).ends_with("start broker 3"), "{}", no_response(&[3]));
+    assert!(no_response(&[1, 2, 3]).ends_with("start one of the brokers 1, 2 and 3"), "{}", no_response(&[1, 2, 3]));
+    let factor = |requested| ReassignError::WrongBrokerCount { topic: name(), factor: 2, requested }.to_string();
     assert!(factor(1).contains("and 1 broker is named: name 2"), "{}", factor(1));
     assert!(factor(3).contains("and 3 brokers are named: name 2"), "{}", factor(3));
 }
@@ -492,7 +498,7 @@ async fn unclean_election_fails_after_return_of_in_sync_replica() {
         .elect_unclean(&name(), 0, BrokerId(2), Some(seen.revision), false)
         .await
         .expect_err("broker 1 is online again");
-    assert!(refused.retryable() || matches!(refused, ElectError::Clean { .. }), "{refused}");
+    assert!(refused.retryable() || matches!(refused, ElectError::CleanPossible { .. }), "{refused}");
     assert_eq!(cluster.stored_value(0).await.leader, None);
 }
 
@@ -557,10 +563,10 @@ fn successor_prefers_newest_epoch_over_longest_log() {
 
 #[tokio::test]
 async fn stats_count_partitions_that_need_attention() {
-    let mut moving = value(&[3, 2, 1], Some(1), &[1, 2]);
-    (moving.adding, moving.removing) = (ids(&[3]), ids(&[1]));
+    let mut reassigning = value(&[3, 2, 1], Some(1), &[1, 2]);
+    (reassigning.adding, reassigning.removing) = (ids(&[3]), ids(&[1]));
     let values =
-        vec![value(&[1, 2], Some(1), &[1, 2]), moving, value(&[4, 2], Some(4), &[4]), value(&[2, 1], None, &[2])];
+        vec![value(&[1, 2], Some(1), &[1, 2]), reassigning, value(&[4, 2], Some(4), &[4]), value(&[2, 1], None, &[2])];
     let cluster = TestCluster::of(3, 2, values).await;
     let key = cluster.keys.path(&Key::Topic("broken".parse().expect("valid")));
     cluster.write(Transaction::new().put(key.clone(), "{")).await;

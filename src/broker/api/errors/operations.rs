@@ -67,12 +67,12 @@ impl From<ReassignError> for ApiError {
             ReassignError::Unknown(unknown) => unknown.into(),
             ReassignError::Brokers(unknown) => unknown.into(),
             ReassignError::Repeated { id } => Self::new(ErrorCode::InvalidRequest, message).with("broker", id),
-            ReassignError::Factor { factor, requested, .. } => Self::new(ErrorCode::InvalidRequest, message)
+            ReassignError::WrongBrokerCount { factor, requested, .. } => Self::new(ErrorCode::InvalidRequest, message)
                 .with("replication_factor", factor)
                 .with("brokers", requested),
-            ReassignError::Gone { ids, .. }
+            ReassignError::Offline { ids, .. }
             | ReassignError::Draining { ids }
-            | ReassignError::Full { ids, .. }
+            | ReassignError::DiskPressure { ids, .. }
             | ReassignError::Unreachable { ids, .. } => {
                 Self::new(ErrorCode::FailedPrecondition, message).with("brokers", join_ids(&ids))
             }
@@ -87,8 +87,8 @@ impl From<CancelError> for ApiError {
         let message = error.to_string();
         match error {
             CancelError::Unknown(unknown) => unknown.into(),
-            CancelError::Nothing { .. } => Self::new(ErrorCode::NoReassignmentInProgress, message),
-            CancelError::OnlyNew { .. } => Self::new(ErrorCode::FailedPrecondition, message),
+            CancelError::NotReassigning { .. } => Self::new(ErrorCode::NoReassignmentInProgress, message),
+            CancelError::NoEarlierReplicaInSync { .. } => Self::new(ErrorCode::FailedPrecondition, message),
             CancelError::Write(error) => error.into(),
         }
     }
@@ -99,17 +99,17 @@ impl From<ElectError> for ApiError {
         let message = error.to_string();
         match error {
             ElectError::Unknown(unknown) => unknown.into(),
-            ElectError::Unfit { .. }
-            | ElectError::Led { .. }
-            | ElectError::Clean { .. }
-            | ElectError::NoReplica { .. } => Self::new(ErrorCode::FailedPrecondition, message),
-            ElectError::Nobody { waited, .. } => {
-                Self::new(ErrorCode::NoLeader, message).with("waited_for", join_ids(&waited))
+            ElectError::PreferredNotEligible { .. }
+            | ElectError::HasLeader { .. }
+            | ElectError::CleanPossible { .. }
+            | ElectError::NotLiveReplica { .. } => Self::new(ErrorCode::FailedPrecondition, message),
+            ElectError::NoCandidate { waited_for, .. } => {
+                Self::new(ErrorCode::NoLeader, message).with("waited_for", join_ids(&waited_for))
             }
-            ElectError::Silent { replicas, .. } => {
+            ElectError::NoResponse { replicas, .. } => {
                 Self::new(ErrorCode::NoLeader, message).with("waited_for", join_ids(&replicas))
             }
-            ElectError::Changed { .. } | ElectError::Unusable { .. } => Self::new(ErrorCode::Conflict, message),
+            ElectError::Changed { .. } | ElectError::LogUnusable { .. } => Self::new(ErrorCode::Conflict, message),
             ElectError::Write(error) => error.into(),
         }
     }
