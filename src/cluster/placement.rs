@@ -41,18 +41,30 @@ pub struct ReplicaBound {
     pub max: usize,
 }
 
+/// Error: a placement cannot choose brokers for all replicas.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlacementError {
+    /// There are fewer eligible brokers than replicas of a partition.
+    TooFewBrokers,
+    /// There are enough brokers, but a broker would exceed its replica limit.
+    LimitExceeded(ReplicaBound),
+}
+
+/// A live broker that replicas may be placed on.
 #[derive(Clone, Debug)]
 struct Candidate {
-    /// Rack of the broker. `None` counts as a rack of its own.
+    /// Rack of the broker. A broker without a rack shares a rack with no other broker.
     rack: Option<String>,
     load: BrokerLoad,
-    /// True if the broker may get more replicas while it holds fewer than `max`.
+    /// True if the broker's state allows more replicas: it is not stopping, drained, under disk pressure or
+    /// unreachable.
     accepts_replicas: bool,
     /// Maximum number of replicas; `usize::MAX` means no limit.
     max: usize,
 }
 
 impl Candidate {
+    /// Returns true if the broker may get one more replica.
     const fn has_capacity(&self) -> bool {
         self.accepts_replicas && self.load.replicas < self.max
     }
@@ -70,9 +82,9 @@ impl Placement {
         Self::default()
     }
 
-    /// Returns the live brokers of a metadata snapshot, loaded as its topics define. Brokers get no new replicas while
-    /// they are stopping, drained, under disk pressure or unreachable for other brokers. The other brokers get none
-    /// above their limit.
+    /// Returns the live brokers of a metadata snapshot, with the load of its partitions. Brokers get no new replicas
+    /// while they are stopping, drained, under disk pressure or unreachable for other brokers. The other brokers get
+    /// new replicas up to their limit.
     pub fn of(state: &MetadataSnapshot) -> Self {
         let mut placement = Self::new();
         for (id, broker) in state.brokers() {
@@ -116,7 +128,8 @@ impl Placement {
         }
     }
 
-    /// Returns the brokers whose state allows more replicas, whatever their load, with that load.
+    /// Returns the brokers whose state allows more replicas, with their load. A broker at its replica limit is
+    /// included.
     pub fn accepting_brokers(&self) -> impl Iterator<Item = (BrokerId, BrokerLoad)> + '_ {
         self.brokers
             .iter()
@@ -129,33 +142,35 @@ impl Placement {
         self.brokers.get(&id).is_some_and(Candidate::has_capacity)
     }
 
-    /// Returns true if a live broker is below its replica limit. A requested reassignment may also use a broker under
-    /// disk pressure.
+    /// Returns true if the broker is live and below its replica limit. Unlike [`Self::has_capacity`], this ignores the
+    /// broker's state: a reassignment that an operator requested may use a broker under disk pressure.
     pub fn is_below_bound(&self, id: BrokerId) -> bool {
         self.brokers.get(&id).is_some_and(|candidate| candidate.load.replicas < candidate.max)
     }
 
-    /// Runs `place` within the limits. If `place` fails but would succeed without limits, the error names the broker
-    /// that would exceed its limit most. The error is `None` if there are too few brokers in any case.
-    pub fn within_bounds<T>(&mut self, place: impl Fn(&mut Self) -> Option<T>) -> Result<T, Option<ReplicaBound>> {
-        let mut free = self.clone();
-        if let Some(placed) = place(self) {
+    /// Runs `place_replicas`, which returns `None` if it cannot place all replicas. If it fails, runs it again without
+    /// replica limits: if it succeeds then, the error names the broker that would exceed its limit most.
+    pub fn within_bounds<T>(&mut self, place_replicas: impl Fn(&mut Self) -> Option<T>) -> Result<T, PlacementError> {
+        let mut unlimited = self.clone();
+        if let Some(placed) = place_replicas(self) {
             return Ok(placed);
         }
-        let bounds: BTreeMap<BrokerId, usize> = free
+        let bounds: BTreeMap<BrokerId, usize> = unlimited
             .brokers
             .iter_mut()
             .map(|(id, candidate)| (*id, std::mem::replace(&mut candidate.max, usize::MAX)))
             .collect();
-        if place(&mut free).is_none() {
-            return Err(None);
+        if place_replicas(&mut unlimited).is_none() {
+            return Err(PlacementError::TooFewBrokers);
         }
-        let above = free.brokers.iter().map(|(id, candidate)| ReplicaBound {
+        let counts = unlimited.brokers.iter().map(|(id, candidate)| ReplicaBound {
             broker: *id,
             replicas: candidate.load.replicas,
             max: bounds[id],
         });
-        Err(above.filter(|bound| bound.replicas > bound.max).max_by_key(|bound| bound.replicas - bound.max))
+        let exceeded = counts.filter(|bound| bound.replicas > bound.max);
+        let worst = exceeded.max_by_key(|bound| bound.replicas - bound.max);
+        Err(worst.map_or(PlacementError::TooFewBrokers, PlacementError::LimitExceeded))
     }
 
     /// Returns the load of each broker.
@@ -163,32 +178,32 @@ impl Placement {
         self.brokers.iter().map(|(id, candidate)| (*id, candidate.load)).collect()
     }
 
-    /// Places a new partition, the preferred leader first, and adds it to the load. Returns `None` if there are fewer
-    /// eligible brokers than replicas.
+    /// Chooses the brokers of a new partition, the preferred leader first, and adds them to the load. Returns `None` if
+    /// there are fewer eligible brokers than replicas.
     pub fn place(&mut self, partition: PartitionId, replicas: usize) -> Option<Vec<BrokerId>> {
-        let load = |(id, candidate): &(&BrokerId, &Candidate)| {
+        let rank = |(id, candidate): &(&BrokerId, &Candidate)| {
             (candidate.load.leaders, candidate.load.replicas, hash_pair(partition, **id))
         };
-        let (leader, _) = self.brokers.iter().filter(|(_, candidate)| candidate.has_capacity()).min_by_key(load)?;
+        let (leader, _) = self.brokers.iter().filter(|(_, candidate)| candidate.has_capacity()).min_by_key(rank)?;
         let chosen = self.choose(partition, vec![*leader], replicas)?;
         self.add_replicas(&chosen);
         Some(chosen)
     }
 
-    /// Adds replicas to `stay` until there are this many; `stay` keeps its order. Returns `None` if there are too few
-    /// brokers.
-    pub fn choose(&self, partition: PartitionId, stay: Vec<BrokerId>, replicas: usize) -> Option<Vec<BrokerId>> {
-        let chosen = self.choose_up_to(partition, stay, replicas);
+    /// Returns the staying replicas, in their order, and after them newly chosen ones, until there are `replicas`.
+    /// Returns `None` if there are too few brokers. Does not change the load.
+    pub fn choose(&self, partition: PartitionId, staying: Vec<BrokerId>, replicas: usize) -> Option<Vec<BrokerId>> {
+        let chosen = self.choose_up_to(partition, staying, replicas);
         (chosen.len() >= replicas).then_some(chosen)
     }
 
     /// Like [`Self::choose`], but returns fewer replicas if there are too few brokers.
-    pub fn choose_up_to(&self, partition: PartitionId, stay: Vec<BrokerId>, replicas: usize) -> Vec<BrokerId> {
-        let mut chosen = stay;
+    pub fn choose_up_to(&self, partition: PartitionId, staying: Vec<BrokerId>, replicas: usize) -> Vec<BrokerId> {
+        let mut chosen = staying;
         let rack_of = |id: &BrokerId| self.brokers.get(id).and_then(|candidate| candidate.rack.as_deref());
         let mut racks: Vec<&str> = chosen.iter().filter_map(rack_of).collect();
         while chosen.len() < replicas {
-            let same_rack = |candidate: &Candidate| {
+            let replicas_in_rack = |candidate: &Candidate| {
                 let rack = candidate.rack.as_deref();
                 racks.iter().filter(|used| Some(**used) == rack).count()
             };
@@ -198,7 +213,7 @@ impl Placement {
                 .filter(|(id, candidate)| candidate.has_capacity() && !chosen.contains(id))
                 .min_by_key(|(id, candidate)| {
                     let BrokerLoad { replicas, leaders } = candidate.load;
-                    (same_rack(candidate), replicas, leaders, hash_pair(partition, **id))
+                    (replicas_in_rack(candidate), replicas, leaders, hash_pair(partition, **id))
                 });
             let Some((next, candidate)) = next else { break };
             chosen.push(*next);
@@ -219,9 +234,10 @@ impl Placement {
         }
     }
 
+    /// Adds the replicas of one partition to the load; the first is the preferred leader.
     fn add_replicas(&mut self, replicas: &[BrokerId]) {
         for (position, id) in replicas.iter().enumerate() {
-            // Replicas on brokers that are not live add to no load.
+            // The placement contains live brokers only.
             if let Some(candidate) = self.brokers.get_mut(id) {
                 candidate.load.replicas += 1;
                 candidate.load.leaders += usize::from(position == 0);
@@ -266,6 +282,7 @@ mod tests {
         PartitionId::new(TopicId::from_bytes([7; 16]), number)
     }
 
+    /// Returns brokers 1, 2, … without load, in these racks.
     fn brokers(racks: &[Option<u8>]) -> Placement {
         let mut placement = Placement::new();
         for (id, rack) in (1..).zip(racks) {
@@ -274,6 +291,7 @@ mod tests {
         placement
     }
 
+    /// Returns the difference between the largest and the smallest count.
     fn spread(counts: impl Iterator<Item = usize> + Clone) -> usize {
         counts.clone().max().unwrap_or(0) - counts.min().unwrap_or(0)
     }
@@ -355,11 +373,11 @@ mod tests {
         let placed = placement.clone().within_bounds(many(40)).expect("as many as both limits permit");
         assert_eq!(placed.iter().filter(|replicas| **replicas == [BrokerId(2)]).count(), 30);
         let bound = ReplicaBound { broker: BrokerId(1), replicas: 21, max: 10 };
-        assert_eq!(placement.clone().within_bounds(many(41)), Err(Some(bound)));
+        assert_eq!(placement.clone().within_bounds(many(41)), Err(PlacementError::LimitExceeded(bound)));
         let text = bound.to_string();
         assert!(["broker 1", "21", "10", "broker.max_replicas"].iter().all(|part| text.contains(part)), "{text}");
         let three = |placement: &mut Placement| placement.place(partition(0), 3);
-        assert_eq!(placement.within_bounds(three), Err(None), "there are two brokers");
+        assert_eq!(placement.within_bounds(three), Err(PlacementError::TooFewBrokers), "there are two brokers");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use crate::{
         keys::{TombstoneValue, TopicValue, Value as _},
         metadata::MetadataSnapshot,
         outcome::known_outcome,
-        placement::{Placement, ReplicaBound},
+        placement::{Placement, PlacementError, ReplicaBound},
         store::{Compare, MetaStoreError, Transaction, TxnOp, TxnOutcome},
     },
     limits,
@@ -23,7 +23,7 @@ pub enum AlterError {
     Config(#[from] InvalidConfig),
     /// A key is both set and unset.
     #[error("topic configuration {key:?} is both set and unset: choose one")]
-    Both { key: String },
+    SetAndUnset { key: String },
     /// The replication factor exceeds the limit of any cluster.
     #[error("a topic cannot have a replication factor of {requested}: 1 to {}", limits::MAX_REPLICAS)]
     Replicas {
@@ -56,19 +56,22 @@ pub enum AddPartitionsError {
     #[error(transparent)]
     Unknown(#[from] UnknownTopic),
     /// The topic already has as many partitions or more.
-    #[error("topic {:?} has {} and cannot have {to}: partitions can only be added", name.as_str(), partitions(*.has))]
-    NotMore {
+    #[error(
+        "topic {:?} has {} and cannot have {requested}: partitions can only be added", name.as_str(),
+        format_partition_count(*.current)
+    )]
+    NotAnIncrease {
         name: TopicName,
         /// Current number of partitions.
-        has: u32,
+        current: u32,
         /// Requested number of partitions.
-        to: u32,
+        requested: u32,
     },
     /// The requested number exceeds the limit of any topic.
-    #[error("a topic cannot have {to} partitions: 1 to {}", limits::MAX_PARTITIONS)]
+    #[error("a topic cannot have {requested} partitions: 1 to {}", limits::MAX_PARTITIONS)]
     TooMany {
         /// Requested number of partitions.
-        to: u32,
+        requested: u32,
     },
     /// Fewer brokers than replicas.
     #[error("the topic's replication factor of {requested} needs as many brokers, and {counts}: start more")]
@@ -100,18 +103,21 @@ pub enum DeleteError {
     Store(#[from] MetaStoreError),
 }
 
-fn partitions(count: u32) -> String {
+/// Returns a number of partitions with its noun: `1 partition`.
+fn format_partition_count(count: u32) -> String {
     if count == 1 { "1 partition".to_owned() } else { format!("{count} partitions") }
 }
 
+/// Implements `retryable` for error enums with the variants `Conflict` and `Store`. The braces contain the other
+/// variants that are retryable.
 macro_rules! retryable {
-    ($($kind:ident { $($also:pat),* }),*) => {$(
-        impl $kind {
+    ($($error:ident { $($variant:pat),* }),*) => {$(
+        impl $error {
             /// Returns true if the same request may succeed later.
             pub const fn retryable(&self) -> bool {
                 match self {
                     Self::Conflict { .. } => true,
-                    $($also => true,)*
+                    $($variant => true,)*
                     Self::Store(error) => error.retryable(),
                     _ => false,
                 }
@@ -122,8 +128,8 @@ macro_rules! retryable {
 retryable!(AlterError { Self::Brokers { .. } }, AddPartitionsError { Self::Brokers { .. } }, DeleteError {});
 
 impl Topics {
-    /// Sets some configuration keys of a topic and resets others to their defaults; the other keys stay. With a
-    /// `replication_factor`, the controller adds or removes replicas afterwards.
+    /// Sets the configuration keys in `set`, and resets the keys in `unset` to their defaults; all other keys stay.
+    /// With a `replication_factor`, this stores the new factor, and the controller adds or removes replicas afterwards.
     pub async fn alter(
         &self,
         name: &TopicName,
@@ -132,8 +138,9 @@ impl Topics {
         replication_factor: Option<u32>,
     ) -> Result<TopicInfo, AlterError> {
         if let Some(key) = unset.iter().find(|key| set.contains_key(*key)) {
-            return Err(AlterError::Both { key: key.clone() });
+            return Err(AlterError::SetAndUnset { key: key.clone() });
         }
+        // `effective_values` contains every valid key, also those without a value of the topic.
         if let Some(key) =
             unset.iter().find(|key| !TopicConfig::effective_values(&ConfigMap::new(), &set).contains_key(*key))
         {
@@ -146,7 +153,7 @@ impl Topics {
             value.config.extend(TopicConfig::normalize(set.clone()));
             value.config.retain(|key, _| !unset.contains(key));
             if let Some(requested) = replication_factor {
-                self.check_capacity(requested, &value).await?;
+                self.check_replication_factor(requested, &value).await?;
                 value.replication_factor = requested;
             }
             check_config(&self.defaults, &value.config, value.replication_factor)?;
@@ -161,76 +168,75 @@ impl Topics {
         Err(AlterError::Conflict { name: name.clone() })
     }
 
-    /// Checks that the brokers have capacity for a replication factor. One that does not grow needs no capacity.
-    async fn check_capacity(&self, requested: u32, topic: &TopicValue) -> Result<(), AlterError> {
+    /// Checks that a topic may get a replication factor: the factor is within the limits, there are as many eligible
+    /// brokers, and the added replicas exceed no broker's replica limit. A factor that does not grow needs no capacity.
+    async fn check_replication_factor(&self, requested: u32, topic: &TopicValue) -> Result<(), AlterError> {
         if requested == 0 || requested > limits::MAX_REPLICAS {
             return Err(AlterError::Replicas { requested });
         }
         if requested <= topic.replication_factor {
             return Ok(());
         }
-        let (counts, replicas) =
-            (BrokerCounts::of(&self.metadata.state()), usize::try_from(requested).unwrap_or(usize::MAX));
-        if replicas > counts.eligible_brokers() {
+        let counts = BrokerCounts::of(&self.metadata.state());
+        let factor = usize::try_from(requested).unwrap_or(usize::MAX);
+        if factor > counts.eligible_brokers() {
             return Err(AlterError::Brokers { requested, counts });
         }
         let topic = topic.clone();
-        let place = move |state: &MetadataSnapshot, placement: &mut Placement| {
-            for (number, entry) in state.partitions_of(&topic) {
-                let Some(partition) = &entry.partition else { continue };
-                let stays = |id: &BrokerId| !partition.value.removing.contains(id);
-                let stay: Vec<BrokerId> = partition.value.replicas.iter().copied().filter(stays).collect();
-                let kept = stay.len();
-                let chosen = placement.choose(PartitionId::new(topic.id, number), stay, replicas)?;
-                placement.add_load(&chosen[kept..]);
-            }
-            Some(())
+        let add_replicas = move |state: &MetadataSnapshot, placement: &mut Placement| {
+            place_added_replicas(state, placement, &topic, factor)
         };
-        // The controller places the replicas and applies the limits again. With too few brokers it places as many as
-        // possible.
-        match self.reservations.place(&self.metadata, place).await {
-            Err(Some(bound)) => Err(bound.into()),
-            Ok(_) | Err(None) => Ok(()),
+        // The reservation is dropped, because the controller places the replicas later and applies the limits again. If
+        // there are too few brokers for a partition, the controller adds as many replicas as possible.
+        match self.reservations.reserve(&self.metadata, add_replicas).await {
+            Ok(_) | Err(PlacementError::TooFewBrokers) => Ok(()),
+            Err(PlacementError::LimitExceeded(bound)) => Err(bound.into()),
         }
     }
 
-    /// Extends a topic to this number of partitions.
-    pub async fn add_partitions(&self, name: &TopicName, to: u32) -> Result<TopicInfo, AddPartitionsError> {
-        if to > limits::MAX_PARTITIONS {
-            return Err(AddPartitionsError::TooMany { to });
+    /// Extends a topic to `requested` partitions: writes the keys of the new partitions, then the topic's new count.
+    pub async fn add_partitions(&self, name: &TopicName, requested: u32) -> Result<TopicInfo, AddPartitionsError> {
+        if requested > limits::MAX_PARTITIONS {
+            return Err(AddPartitionsError::TooMany { requested });
         }
-        let mut tried = None;
+        // The value that the last attempt wrote. Its response may have been lost.
+        let mut attempted = None;
         for _ in 0..MAX_ATTEMPTS {
             let Some((entry, value)) = self.read(name).await? else {
                 return Err(UnknownTopic::new(name.as_str()).into());
             };
-            if tried.as_ref() == Some(&value) {
+            if attempted.as_ref() == Some(&value) {
                 return Ok(TopicInfo { name: name.clone(), value, revision: entry.mod_revision });
             }
-            if to <= value.partitions {
-                return Err(AddPartitionsError::NotMore { name: name.clone(), has: value.partitions, to });
+            if requested <= value.partitions {
+                let current = value.partitions;
+                return Err(AddPartitionsError::NotAnIncrease { name: name.clone(), current, requested });
             }
-            let placed = self.place_partitions(value.id, value.partitions..to, value.replication_factor).await;
-            let (puts, reservation) = placed.map_err(|bound| match bound {
-                Some(bound) => bound.into(),
-                None => {
+            let placed = self.place_partitions(value.id, value.partitions..requested, value.replication_factor).await;
+            let (puts, reservation) = placed.map_err(|error| match error {
+                PlacementError::LimitExceeded(bound) => bound.into(),
+                PlacementError::TooFewBrokers => {
                     let counts = BrokerCounts::of(&self.metadata.state());
                     AddPartitionsError::Brokers { requested: value.replication_factor, counts }
                 }
             })?;
-            // While the topic is unchanged, these partitions do not count, so existing keys may be overwritten.
-            let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
-            if !self.transact_in_chunks(std::slice::from_ref(&same), puts).await? {
+            // While the topic is unchanged, no broker uses the keys of these partitions. Keys that an interrupted
+            // addition left may be overwritten.
+            let unchanged = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
+            if !self.transact_in_chunks(std::slice::from_ref(&unchanged), puts).await? {
                 continue;
             }
             let first = self.keys.partition(PartitionId::new(value.id, value.partitions));
-            let value = TopicValue { partitions: to, ..value };
-            let transaction = Transaction::new().when(same).when(Compare::Exists(first)).put(entry.key, value.encode());
+            // A sweep deletes the lowest stale key first. If that key is missing, a sweep has deleted keys of this
+            // attempt.
+            let value = TopicValue { partitions: requested, ..value };
+            let transaction =
+                Transaction::new().when(unchanged).when(Compare::Exists(first)).put(entry.key, value.encode());
             if let TxnOutcome::Committed { revision } = known_outcome(&*self.store, &transaction).await? {
                 reservation.mark_written(revision);
                 return Ok(TopicInfo { name: name.clone(), value, revision });
             }
-            tried = Some(value);
+            attempted = Some(value);
         }
         Err(AddPartitionsError::Conflict { name: name.clone() })
     }
@@ -238,11 +244,12 @@ impl Topics {
     /// Deletes a topic. Returns when the name is free; the remaining partition keys are deleted afterwards, here or by
     /// a sweep.
     pub async fn delete(&self, name: &TopicName) -> Result<TopicId, DeleteError> {
-        let mut tried: Option<TopicValue> = None;
+        // The topic that the last attempt deleted. Its response may have been lost.
+        let mut attempted: Option<TopicValue> = None;
         for _ in 0..MAX_ATTEMPTS {
             let stored = self.read(name).await?;
-            if let Some(value) = tried.take_if(|tried| stored.as_ref().is_none_or(|(_, stored)| stored.id != tried.id))
-            {
+            let is_deleted = |topic: &TopicValue| stored.as_ref().is_none_or(|(_, stored)| stored.id != topic.id);
+            if let Some(value) = attempted.take_if(|topic| is_deleted(topic)) {
                 self.delete_rest(name, &value).await;
                 return Ok(value.id);
             }
@@ -261,7 +268,7 @@ impl Topics {
                 self.delete_rest(name, &value).await;
                 return Ok(value.id);
             }
-            tried = Some(value);
+            attempted = Some(value);
         }
         Err(DeleteError::Conflict { name: name.clone() })
     }
@@ -271,7 +278,7 @@ impl Topics {
         Ok(self.store.get(&self.keys.tombstone(id)).await?.entry.is_some())
     }
 
-    /// Deletes the partition keys of a deleted topic. The sweep deletes the keys that remain after an error.
+    /// Deletes the partition and tier keys of a deleted topic. After an error, the sweep deletes the remaining keys.
     async fn delete_rest(&self, name: &TopicName, value: &TopicValue) {
         let ids = (0..value.partitions).map(|number| PartitionId::new(value.id, number));
         let ops = ids.flat_map(|id| [self.keys.partition(id), self.keys.tier(id)]).map(|key| TxnOp::Delete { key });
@@ -282,4 +289,23 @@ impl Topics {
             );
         }
     }
+}
+
+/// Adds the replicas to the placement that the partitions of a topic need for a replication factor, as the controller
+/// will choose them. Returns `None` if there are too few brokers for a partition.
+fn place_added_replicas(
+    state: &MetadataSnapshot,
+    placement: &mut Placement,
+    topic: &TopicValue,
+    factor: usize,
+) -> Option<()> {
+    for (number, entry) in state.partitions_of(topic) {
+        let Some(partition) = &entry.partition else { continue };
+        let stays = |id: &BrokerId| !partition.value.removing.contains(id);
+        let staying: Vec<BrokerId> = partition.value.replicas.iter().copied().filter(stays).collect();
+        let staying_count = staying.len();
+        let chosen = placement.choose(PartitionId::new(topic.id, number), staying, factor)?;
+        placement.add_load(&chosen[staying_count..]);
+    }
+    Some(())
 }

@@ -8,7 +8,7 @@ use crate::{
         keys::{TopicValue, Value as _},
         metadata::MetadataSnapshot,
         outcome::known_outcome,
-        placement::{ReplicaBound, is_leaving, is_unreachable},
+        placement::{PlacementError, ReplicaBound, is_leaving, is_unreachable},
         store::{Compare, MetaStoreError, Revision, Transaction, TxnOp, TxnOutcome},
     },
     limits,
@@ -66,7 +66,7 @@ pub enum CreateError {
     /// A configuration key or value is not allowed.
     #[error(transparent)]
     Config(#[from] InvalidConfig),
-    /// A sweep deleted a part of the new keys meanwhile.
+    /// A sweep of stale keys deleted some of the new keys meanwhile.
     #[error("topic {:?} could not be created because of a concurrent change: try again", name.as_str())]
     Conflict { name: TopicName },
     #[error(transparent)]
@@ -110,17 +110,19 @@ impl BrokerCounts {
 
 impl fmt::Display for BrokerCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let are = |count: usize| if count == 1 { "1 is".to_owned() } else { format!("{count} are") };
-        write!(f, "{} online", are(self.live))?;
+        let count_with_verb = |count: usize| if count == 1 { "1 is".to_owned() } else { format!("{count} are") };
+        write!(f, "{} online", count_with_verb(self.live))?;
         let mut unavailable = Vec::new();
         if self.leaving > 0 {
-            unavailable.push(format!("{} stopping or drained", are(self.leaving)));
+            unavailable.push(format!("{} stopping or drained", count_with_verb(self.leaving)));
         }
         if self.full > 0 {
-            unavailable.push(format!("{} under disk pressure (broker.disk_pressure_percent)", are(self.full)));
+            unavailable
+                .push(format!("{} under disk pressure (broker.disk_pressure_percent)", count_with_verb(self.full)));
         }
         if self.unreachable > 0 {
-            unavailable.push(format!("{} registered without an address for other brokers", are(self.unreachable)));
+            unavailable
+                .push(format!("{} registered without an address for other brokers", count_with_verb(self.unreachable)));
         }
         if unavailable.is_empty() { Ok(()) } else { write!(f, ", of which {}", unavailable.join(" and ")) }
     }
@@ -140,7 +142,7 @@ impl CreateError {
 impl Topics {
     /// Creates a topic. Returns when the topic exists in the store; the metadata caches follow.
     pub async fn create(&self, new: TopicSpec) -> Result<TopicInfo, CreateError> {
-        self.admit(&new)?;
+        self.check_spec(&new)?;
         if self.read(&new.name).await?.is_some() {
             return Err(CreateError::Exists { name: new.name });
         }
@@ -148,17 +150,18 @@ impl Topics {
         let id = TopicId::new(random::uuid());
         let value = TopicValue { id, partitions, replication_factor, config: TopicConfig::normalize(config) };
         let placed = self.place_partitions(id, 0..partitions, replication_factor).await;
-        let (mut puts, reservation) = placed.map_err(|bound| match bound {
-            Some(bound) => bound.into(),
-            None => {
+        let (mut puts, reservation) = placed.map_err(|error| match error {
+            PlacementError::LimitExceeded(bound) => bound.into(),
+            PlacementError::TooFewBrokers => {
                 CreateError::Brokers { requested: replication_factor, counts: BrokerCounts::of(&self.metadata.state()) }
             }
         })?;
         if validate_only {
             return Ok(TopicInfo { name, value, revision: Revision::ZERO });
         }
-        let rest = puts.split_off(1);
-        let first_key = self.put_new(&name, rest).await?;
+        // Partition 0 stays in `puts`: its key is written together with the topic's.
+        let other_puts = puts.split_off(1);
+        let first_key = self.put_new(&name, other_puts).await?;
         let key = self.keys.topic(&name);
         // If the topic is deleted again before a delayed attempt is applied, its tombstone makes that attempt fail.
         let mut transaction = Transaction::new()
@@ -168,15 +171,16 @@ impl Topics {
             .else_get(key);
         transaction.ops.extend(puts);
         if let Some((first, created)) = first_key {
-            // A sweep starts with the first key. If that key has its original create revision, no sweep has started,
-            // and none will.
+            // A sweep deletes the first key first. If that key has its original create revision, no sweep has deleted a
+            // key, and after this transaction none will.
             transaction = transaction.when(Compare::CreateRevision(first, created));
         }
         let revision = match known_outcome(&*self.store, &transaction).await? {
             TxnOutcome::Committed { revision } => revision,
             TxnOutcome::CompareFailed { mut found, .. } => {
+                // Without the topic's key, the compare of the tombstone or of the first key failed.
                 let Some(entry) = found.pop().flatten() else { return Err(CreateError::Conflict { name }) };
-                // An earlier attempt created the topic, or another creation did.
+                // If the id differs, another creation came first. Otherwise an earlier attempt of this one was applied.
                 if !TopicValue::decode(&entry.key, &entry.value).is_ok_and(|stored| stored.id == id) {
                     return Err(CreateError::Exists { name });
                 }
@@ -187,8 +191,8 @@ impl Topics {
         Ok(TopicInfo { name, value, revision })
     }
 
-    /// Writes keys that only this creation can write; brokers ignore them until the topic exists. Returns the first key
-    /// and its create revision.
+    /// Writes partition keys of a new topic id: only this creation can write them, and brokers ignore them until the
+    /// topic exists. Returns the first key and its create revision; `None` if `puts` is empty.
     async fn put_new(&self, name: &TopicName, puts: Vec<TxnOp>) -> Result<Option<(String, Revision)>, CreateError> {
         let mut first_key = None;
         for chunk in puts.chunks(MAX_OPS_PER_TXN) {
@@ -209,8 +213,9 @@ impl Topics {
         Ok(first_key)
     }
 
-    /// Checks the request against the configuration limits and the metadata cache.
-    fn admit(&self, new: &TopicSpec) -> Result<(), CreateError> {
+    /// Checks that the specification is valid, that there are enough brokers, and that the metadata cache contains no
+    /// topic with this name.
+    fn check_spec(&self, new: &TopicSpec) -> Result<(), CreateError> {
         let state = self.metadata.state();
         if new.partitions == 0 || new.partitions > limits::MAX_PARTITIONS {
             return Err(CreateError::Partitions { requested: new.partitions });

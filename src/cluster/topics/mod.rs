@@ -27,7 +27,7 @@ use super::{
     metadata::{MetadataCache, MetadataSnapshot, Versioned},
     outcome::known_outcome,
     partition_value::PartitionValue,
-    placement::{Placement, ReplicaBound},
+    placement::{Placement, PlacementError},
     producer_ids::ProducerIdKey,
     store::{Compare, KeyValue, MetaStore, MetaStoreError, Revision, Transaction, TxnOp, TxnOutcome},
 };
@@ -45,8 +45,8 @@ pub use create::{BrokerCounts, CreateError, TopicSpec};
 pub use sweep::StaleKeySweeper;
 pub use tombstones::Tombstone;
 
-/// Operations per transaction of a series: below `limits::MAX_TRANSACTION_OPS`, with room for the accompanying
-/// compares.
+/// Maximum number of operations of one transaction of a series. Below `limits::MAX_TRANSACTION_OPS`: the compares count
+/// too.
 const MAX_OPS_PER_TXN: usize = 100;
 
 /// Maximum number of attempts of a compare-and-set while other writers come first.
@@ -100,18 +100,19 @@ impl Topics {
         self.metadata.state().topic(name).cloned().ok_or_else(|| UnknownTopic::new(name.as_str()))
     }
 
-    /// Returns the key that signs the cluster's producer ids; the first broker that needs the key creates it.
+    /// Returns the key that signs the cluster's producer ids. If the store has none yet, creates a random key.
     pub async fn producer_id_key(&self) -> Result<ProducerIdKey, MetaStoreError> {
         if let Some(key) = self.metadata.state().producer_id_key() {
             return Ok(key.clone());
         }
-        let (path, drawn) = (self.keys.producer_id_key(), ProducerIdKey::draw());
+        let (path, new_key) = (self.keys.producer_id_key(), ProducerIdKey::draw());
         let transaction = Transaction::new()
             .when(Compare::unchanged(&path, None))
-            .put(path.as_str(), drawn.encode())
+            .put(path.as_str(), new_key.encode())
             .else_get(path.as_str());
         match self.store.transact(transaction).await? {
-            TxnOutcome::Committed { .. } => Ok(drawn),
+            TxnOutcome::Committed { .. } => Ok(new_key),
+            // Another broker has created the key.
             TxnOutcome::CompareFailed { mut found, .. } => {
                 let entry = found
                     .pop()
@@ -122,9 +123,9 @@ impl Topics {
         }
     }
 
-    /// Reserves the next block of producer id counters, at `min_counter` or above. This broker has read that counters
-    /// below `min_counter` were issued, even if the store was restored to an older state. An unknown outcome wastes
-    /// at most one block.
+    /// Reserves the next block of producer id counters, at `min_counter` or above. Counters below `min_counter` may
+    /// have been issued even if the store contains a lower counter, because it was restored to an older state. After an
+    /// error with an unknown outcome, at most one block stays unused.
     pub async fn producer_ids(&self, min_counter: i64) -> Result<Range<i64>, MetaStoreError> {
         let key = self.keys.producer_ids();
         let mut entry = self.store.get(&key).await?.entry;
@@ -152,15 +153,16 @@ impl Topics {
         Err(MetaStoreError::unavailable("other brokers reserve producer ids at the same time"))
     }
 
-    /// Reads the topic from the store.
+    /// Reads a topic from the store, not from the metadata cache. Returns `None` if the topic does not exist.
     async fn read(&self, name: &TopicName) -> Result<Option<(KeyValue, TopicValue)>, MetaStoreError> {
         let Some(entry) = self.store.get(&self.keys.topic(name)).await?.entry else { return Ok(None) };
         let value = TopicValue::decode(&entry.key, &entry.value).map_err(MetaStoreError::unavailable)?;
         Ok(Some((entry, value)))
     }
 
-    /// Applies operations in transactions of at most `MAX_OPS_PER_TXN`, each under these conditions. Returns false
-    /// if a transaction was rejected; the earlier ones are applied. The operations must be idempotent.
+    /// Applies operations in transactions of at most `MAX_OPS_PER_TXN`, each under these conditions. Returns false if a
+    /// condition failed; the earlier transactions are applied then. The operations must be idempotent, because a
+    /// transaction with an unknown outcome is repeated.
     async fn transact_in_chunks(
         &self,
         conditions: &[Compare],
@@ -179,17 +181,17 @@ impl Topics {
         }
     }
 
-    /// Returns the first values of new partitions, and a reservation of their replicas. The error is `None` if
-    /// there are too few brokers for the replicas.
+    /// Chooses the brokers of new partitions. Returns the operations that write the first values of these partitions,
+    /// and a reservation of their replicas.
     async fn place_partitions(
         &self,
         topic: TopicId,
         numbers: Range<u32>,
         replicas: u32,
-    ) -> Result<(Vec<TxnOp>, ReplicaReservation), Option<ReplicaBound>> {
-        let replicas = usize::try_from(replicas).map_err(|_| None)?;
+    ) -> Result<(Vec<TxnOp>, ReplicaReservation), PlacementError> {
+        let replicas = usize::try_from(replicas).map_err(|_| PlacementError::TooFewBrokers)?;
         let keys = self.keys.clone();
-        let place = move |_: &MetadataSnapshot, placement: &mut Placement| {
+        let place_partitions = move |_: &MetadataSnapshot, placement: &mut Placement| {
             let puts = numbers.clone().map(|number| {
                 let id = PartitionId::new(topic, number);
                 let value = PartitionValue::new(placement.place(id, replicas)?, LeaderEpoch(0));
@@ -197,7 +199,7 @@ impl Topics {
             });
             puts.collect()
         };
-        self.reservations.place(&self.metadata, place).await
+        self.reservations.reserve(&self.metadata, place_partitions).await
     }
 }
 

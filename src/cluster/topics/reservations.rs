@@ -1,8 +1,8 @@
-//! Replicas that this broker is placing and that the metadata cache does not show yet: concurrent creations respect the
-//! replica limits together.
+//! Replicas that this broker is placing and that its metadata cache does not show yet. They count towards the replica
+//! limits, so that concurrent creations on this broker respect the limits together.
 //!
-//! Concurrent creations on several brokers are not coordinated: they may exceed a limit by the replicas that one of
-//! them places.
+//! Concurrent creations on several brokers are not coordinated. Together they may exceed a limit by the replicas that
+//! one of them places.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -12,39 +12,42 @@ use tokio::sync::Semaphore;
 use crate::{
     cluster::{
         metadata::{MetadataCache, MetadataSnapshot},
-        placement::{Placement, ReplicaBound},
+        placement::{Placement, PlacementError},
         store::Revision,
     },
     model::BrokerId,
     task,
 };
 
-/// Replicas that are being placed. Cheap to clone.
+/// The reservations of this broker. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct ReplicaReservations {
-    /// Held only briefly: async tasks lock it.
+    /// Never held during a placement, because async tasks wait for it.
     state: Arc<Mutex<State>>,
-    /// Permit to place: each placement counts the reservations before it.
-    turn: Arc<Semaphore>,
+    /// One permit: only one placement runs at a time, so each one counts the reservations of all earlier ones.
+    permit: Arc<Semaphore>,
 }
 
 impl Default for ReplicaReservations {
     fn default() -> Self {
-        Self { state: Arc::default(), turn: Arc::new(Semaphore::new(1)) }
+        Self { state: Arc::default(), permit: Arc::new(Semaphore::new(1)) }
     }
 }
 
 #[derive(Debug, Default)]
 struct State {
-    next: u64,
+    /// Number of the next reservation.
+    next_number: u64,
+    /// Reserved replicas, by the number of the reservation.
     reserved: BTreeMap<u64, ReservedReplicas>,
 }
 
 #[derive(Debug)]
 struct ReservedReplicas {
+    /// Number of reserved replicas of each broker.
     replicas: BTreeMap<BrokerId, usize>,
-    /// Revision since which the metadata contains the replicas; `None` before the write. A snapshot of that revision
-    /// shows them.
+    /// Revision that wrote the replicas; `None` before the write. Metadata snapshots from that revision on contain the
+    /// replicas, and the reservation ends.
     written_at: Option<Revision>,
 }
 
@@ -57,31 +60,41 @@ pub(super) struct ReplicaReservation {
 }
 
 impl ReplicaReservations {
-    /// Places replicas within the limits, counting the replicas in the metadata cache and those being placed. One
-    /// placement runs at a time, on a blocking thread: 100,000 partitions take from 15 ms to seconds.
-    pub(super) async fn place<T, F>(
+    /// Runs `place_replicas` on the replicas in the metadata cache and the reserved ones. Reserves the replicas that it
+    /// adds to the placement, and returns its result with the reservation. `place_replicas` returns `None` if it cannot
+    /// place all replicas.
+    ///
+    /// One placement runs at a time, on a blocking thread: 100,000 partitions take from 15 ms to seconds.
+    pub(super) async fn reserve<T, F>(
         &self,
         metadata: &MetadataCache,
-        place: F,
-    ) -> Result<(T, ReplicaReservation), Option<ReplicaBound>>
+        place_replicas: F,
+    ) -> Result<(T, ReplicaReservation), PlacementError>
     where
         F: Fn(&MetadataSnapshot, &mut Placement) -> Option<T> + Send + 'static,
         T: Send + 'static,
     {
-        let turn = Arc::clone(&self.turn).acquire_owned().await.expect("the semaphore is never closed");
+        let permit = Arc::clone(&self.permit).acquire_owned().await.expect("the semaphore is never closed");
         let (reservations, metadata) = (self.clone(), metadata.clone());
-        // The permit moves along: a placement also ends if its caller was dropped.
-        task::run_blocking(move || (reservations.place_now(&metadata.state(), place), turn).0).await
+        // The closure owns the permit: if the caller is dropped, the placement still runs to its end with the permit.
+        task::run_blocking(move || {
+            let result = reservations.reserve_now(&metadata.state(), place_replicas);
+            drop(permit);
+            result
+        })
+        .await
     }
 
-    fn place_now<T>(
+    /// Implements [`Self::reserve`] for one metadata snapshot. The caller holds the permit.
+    fn reserve_now<T>(
         &self,
         snapshot: &MetadataSnapshot,
-        place: impl Fn(&MetadataSnapshot, &mut Placement) -> Option<T>,
-    ) -> Result<(T, ReplicaReservation), Option<ReplicaBound>> {
+        place_replicas: impl Fn(&MetadataSnapshot, &mut Placement) -> Option<T>,
+    ) -> Result<(T, ReplicaReservation), PlacementError> {
         let mut placement = Placement::of(snapshot);
         {
             let mut state = self.state.lock();
+            // The snapshot contains the replicas that were written up to its revision.
             state
                 .reserved
                 .retain(|_, reserved| reserved.written_at.is_none_or(|written_at| snapshot.revision() < written_at));
@@ -90,19 +103,20 @@ impl ReplicaReservations {
             }
         }
         let before = placement.loads();
-        let placed = placement.within_bounds(|placement| place(snapshot, placement))?;
+        let placed = placement.within_bounds(|placement| place_replicas(snapshot, placement))?;
         let added = placement.loads().into_iter().map(|(id, load)| (id, load.replicas - before[&id].replicas));
         let replicas = added.collect();
         let mut state = self.state.lock();
-        let number = state.next;
-        state.next += 1;
+        let number = state.next_number;
+        state.next_number += 1;
         state.reserved.insert(number, ReservedReplicas { replicas, written_at: None });
         Ok((placed, ReplicaReservation { number, reservations: self.clone() }))
     }
 }
 
 impl ReplicaReservation {
-    /// Marks the replicas as written at this revision.
+    /// Records that this revision wrote the replicas. They stay reserved until the metadata cache contains that
+    /// revision.
     pub(super) fn mark_written(self, at: Revision) {
         if let Some(reserved) = self.reservations.state.lock().reserved.get_mut(&self.number) {
             reserved.written_at = Some(at);
@@ -135,8 +149,10 @@ mod tests {
         MetadataCache::start(Arc::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap(), tasks)
     }
 
-    /// Returns a placement that runs until the test ends it, and returns true if the test did.
-    fn until(ended: mpsc::Receiver<()>) -> impl Fn(&MetadataSnapshot, &mut Placement) -> Option<bool> + Send + 'static {
+    /// Returns a placement that runs until the channel receives a value. Its result is false if none arrives in time.
+    fn place_until(
+        ended: mpsc::Receiver<()>,
+    ) -> impl Fn(&MetadataSnapshot, &mut Placement) -> Option<bool> + Send + 'static {
         let ended = Mutex::new(ended);
         move |_, _| Some(ended.lock().recv_timeout(Duration::from_secs(10)).is_ok())
     }
@@ -147,8 +163,8 @@ mod tests {
     async fn reservation_ends_during_another_placement() {
         let (tasks, reservations) = (Tasks::new(), ReplicaReservations::default());
         let (metadata, (end, ended)) = (metadata(&tasks), mpsc::sync_channel(1));
-        let ((), reservation) = reservations.place(&metadata, |_, _| Some(())).await.unwrap();
-        let (placed, ()) = tokio::join!(reservations.place(&metadata, until(ended)), async {
+        let ((), reservation) = reservations.reserve(&metadata, |_, _| Some(())).await.unwrap();
+        let (placed, ()) = tokio::join!(reservations.reserve(&metadata, place_until(ended)), async {
             drop(reservation);
             end.send(()).unwrap();
         });
@@ -160,9 +176,12 @@ mod tests {
     async fn placement_of_dropped_caller_frees_permit_and_thread() {
         let (tasks, reservations) = (Tasks::new(), ReplicaReservations::default());
         let (metadata, (end, ended)) = (metadata(&tasks), mpsc::sync_channel(1));
-        assert!(reservations.place(&metadata, until(ended)).now_or_never().is_none(), "it runs on another thread");
+        assert!(
+            reservations.reserve(&metadata, place_until(ended)).now_or_never().is_none(),
+            "it runs on another thread"
+        );
         end.send(()).unwrap();
-        let ((), _reservation) = reservations.place(&metadata, |_, _| Some(())).await.unwrap();
+        let ((), _reservation) = reservations.reserve(&metadata, |_, _| Some(())).await.unwrap();
         tasks.stop().await;
     }
 }

@@ -243,7 +243,7 @@ async fn configuration_is_set_unset_and_checked() {
     let unknown = cluster.topics.alter(&name("a"), ConfigMap::new(), vec!["segment.byte".to_owned()], None).await;
     assert!(matches!(unknown, Err(AlterError::Config(InvalidConfig::UnknownKey { .. }))), "{unknown:?}");
     let twice = cluster.topics.alter(&name("a"), map("segment.ms", "1"), vec!["segment.ms".to_owned()], None).await;
-    assert!(matches!(twice, Err(AlterError::Both { .. })), "{twice:?}");
+    assert!(matches!(twice, Err(AlterError::SetAndUnset { .. })), "{twice:?}");
     cluster.catch_up().await;
     assert_eq!(cluster.topics.find(&name("a")).expect("the topic exists").value.config, map("segment.ms", "500"));
 }
@@ -275,7 +275,7 @@ async fn added_partitions_leave_existing_ones_unchanged() {
     assert_eq!(after.len(), 150);
     assert!(before.iter().all(|entry| after.contains(entry)), "existing partitions are unchanged");
     let less = cluster.topics.add_partitions(&name("a"), 150).await;
-    assert_eq!(less, Err(AddPartitionsError::NotMore { name: name("a"), has: 150, to: 150 }));
+    assert_eq!(less, Err(AddPartitionsError::NotAnIncrease { name: name("a"), current: 150, requested: 150 }));
     let many = cluster.topics.add_partitions(&name("a"), limits::MAX_PARTITIONS + 1).await;
     assert!(matches!(many, Err(AddPartitionsError::TooMany { .. })), "{many:?}");
     cluster

@@ -1,4 +1,4 @@
-//! Tombstones of deleted topics: their lifetime and deletion.
+//! Tombstones of deleted topics: how long they exist, and when they are deleted.
 //!
 //! # Overview
 //!
@@ -32,22 +32,24 @@ pub struct Tombstone {
     mod_revision: Revision,
 }
 
-/// Action for a tombstone.
+/// Next action for a tombstone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum TombstoneAction {
     Keep,
-    /// Stores since when no data remains, or clears that time because data remains.
+    /// Stores the wall-clock time in milliseconds since which no data remains; `None` because data remains.
     SetPurged(Option<i64>),
     Delete,
 }
 
-fn decide(purged_since_ms: Option<i64>, left: bool, now_ms: i64, kept: Duration) -> TombstoneAction {
-    let kept_ms = i64::try_from(kept.as_millis()).unwrap_or(i64::MAX);
-    match (purged_since_ms, left) {
+/// Returns the action for a tombstone. `purged_since_ms` is the stored time since which no data of the topic remains;
+/// `None` if data remained at the last observation. The other arguments are those of [`Topics::expire`].
+fn decide(purged_since_ms: Option<i64>, data_remains: bool, now_ms: i64, retention: Duration) -> TombstoneAction {
+    let retention_ms = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
+    match (purged_since_ms, data_remains) {
         (None, true) => TombstoneAction::Keep,
         (Some(_), true) => TombstoneAction::SetPurged(None),
         (None, false) => TombstoneAction::SetPurged(Some(now_ms)),
-        (Some(since_ms), false) if now_ms.saturating_sub(since_ms) >= kept_ms => TombstoneAction::Delete,
+        (Some(since_ms), false) if now_ms.saturating_sub(since_ms) >= retention_ms => TombstoneAction::Delete,
         (Some(_), false) => TombstoneAction::Keep,
     }
 }
@@ -56,7 +58,7 @@ impl Topics {
     /// Returns all tombstones from the store. A tombstone that does not parse is logged and kept.
     pub async fn tombstones(&self) -> Result<Vec<Tombstone>, MetaStoreError> {
         let listing = self.store.list(&format!("{}deleted/", self.keys.prefix())).await?;
-        let read = listing.entries.into_iter().filter_map(|entry| {
+        let tombstones = listing.entries.into_iter().filter_map(|entry| {
             let Some(Key::Tombstone(id)) = self.keys.parse(&entry.key) else { return None };
             match TombstoneValue::decode(&entry.key, &entry.value) {
                 Ok(value) => Some(Tombstone { id, value, mod_revision: entry.mod_revision }),
@@ -66,28 +68,28 @@ impl Topics {
                 }
             }
         });
-        Ok(read.collect())
+        Ok(tombstones.collect())
     }
 
-    /// Advances one tombstone: stores or clears the time, or deletes the tombstone. Returns true if the tombstone was
-    /// deleted.
+    /// Processes one tombstone: stores or clears the time since which no data of its topic remains, or deletes the
+    /// tombstone after that time. Returns true if this call deleted the tombstone.
     ///
     /// | argument | meaning |
     /// | --- | --- |
-    /// | `left` | true if a disk or the object store still holds data of the topic |
+    /// | `data_remains` | true if a disk or the object store still holds data of the topic |
     /// | `now_ms` | wall-clock time in milliseconds |
-    /// | `kept` | time that a tombstone outlives its topic's data |
+    /// | `retention` | time for which a tombstone outlives its topic's data |
     pub async fn expire(
         &self,
         tombstone: &Tombstone,
-        left: bool,
+        data_remains: bool,
         now_ms: i64,
-        kept: Duration,
+        retention: Duration,
     ) -> Result<bool, MetaStoreError> {
         // Metadata keys of the topic count as data too; the sweep deletes them first.
-        let left = left || self.metadata.state().stale_partitions().contains_key(&tombstone.id);
+        let data_remains = data_remains || self.metadata.state().stale_partitions().contains_key(&tombstone.id);
         let key = self.keys.tombstone(tombstone.id);
-        let action = decide(tombstone.value.purged_since_ms, left, now_ms, kept);
+        let action = decide(tombstone.value.purged_since_ms, data_remains, now_ms, retention);
         let transaction = Transaction::new().when(Compare::ModRevision(key.clone(), tombstone.mod_revision));
         let transaction = match action {
             TombstoneAction::Keep => return Ok(false),
@@ -96,12 +98,13 @@ impl Topics {
             }
             TombstoneAction::Delete => {
                 let first = self.keys.partition(PartitionId::new(tombstone.id, 0));
+                // If partition 0 exists, metadata of the topic remains, and the tombstone stays.
                 transaction.when(Compare::Absent(first)).delete(key)
             }
         };
-        // If the compare fails, another broker has advanced the tombstone.
-        let done = matches!(self.store.transact(transaction).await?, TxnOutcome::Committed { .. });
-        Ok(done && action == TombstoneAction::Delete)
+        // A failed compare means that another broker has changed the tombstone.
+        let is_applied = matches!(self.store.transact(transaction).await?, TxnOutcome::Committed { .. });
+        Ok(is_applied && action == TombstoneAction::Delete)
     }
 }
 

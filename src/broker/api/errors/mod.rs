@@ -131,7 +131,7 @@ impl From<AlterError> for ApiError {
         let message = error.to_string();
         match error {
             AlterError::Unknown(unknown) => unknown.into(),
-            AlterError::Config(_) | AlterError::Both { .. } => Self::new(ErrorCode::InvalidTopic, message),
+            AlterError::Config(_) | AlterError::SetAndUnset { .. } => Self::new(ErrorCode::InvalidTopic, message),
             AlterError::Replicas { .. } => Self::new(ErrorCode::InvalidRequest, message),
             AlterError::Brokers { requested, counts } => too_few_brokers(message, requested, counts),
             AlterError::Bound(bound) => above_bound(message, bound),
@@ -146,7 +146,7 @@ impl From<AddPartitionsError> for ApiError {
         let message = error.to_string();
         match error {
             AddPartitionsError::Unknown(unknown) => unknown.into(),
-            AddPartitionsError::NotMore { .. } | AddPartitionsError::TooMany { .. } => {
+            AddPartitionsError::NotAnIncrease { .. } | AddPartitionsError::TooMany { .. } => {
                 Self::new(ErrorCode::InvalidRequest, message)
             }
             AddPartitionsError::Brokers { requested, counts } => too_few_brokers(message, requested, counts),
