@@ -1,4 +1,4 @@
-//! The controller: one broker of the cluster applies the plan.
+//! The controller: the one broker of the cluster that plans changes of partitions and applies them.
 //!
 //! # Overview
 //!
@@ -9,8 +9,8 @@
 //!
 //! # Invariants
 //!
-//! - No change is safe only because there is one controller: two controllers, or one with a stale cache, only cause
-//!   failed compares.
+//! - Safety does not depend on there being one controller: two controllers, or a controller with a stale cache, only
+//!   cause failed compares.
 //! - The controller keeps only the times for which brokers have been online or offline. A new controller counts from
 //!   zero, so after a controller change a broker is replaced late and never early.
 //!
@@ -42,7 +42,7 @@ use crate::{
     telemetry::Metrics,
 };
 
-/// Time for which changes are collected before a plan is made: one failure changes many keys.
+/// Time for which metadata changes are collected before the next plan: one failure changes many keys.
 const COALESCE_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Maximum time to wait until the metadata cache shows the written changes, before the next plan.
@@ -77,6 +77,7 @@ impl Controller {
         });
     }
 
+    /// Campaigns for the controller key, runs a term after each won campaign, and repeats this without end.
     async fn run(self) {
         loop {
             let lease = self.wait_for_registration().await;
@@ -112,7 +113,8 @@ impl Controller {
         }
     }
 
-    /// Takes the controller key if it does not exist.
+    /// Creates the controller key under this broker's lease if the key does not exist. Deletes a stored key that no
+    /// broker wrote; the next campaign can then win.
     async fn campaign(&self, lease: LeaseId) -> Result<CampaignResult, MetaStoreError> {
         let key = self.keys.controller();
         let transaction = Transaction::new()
@@ -124,9 +126,9 @@ impl Controller {
             TxnOutcome::CompareFailed { mut found, revision: at } => {
                 let Some(entry) = found.pop().flatten() else { return Ok(CampaignResult::Lost { at }) };
                 if let Err(error) = ControllerValue::decode(&entry.key, &entry.value) {
-                    self.delete_entry(&entry, &error.to_string()).await?;
+                    self.delete_invalid_key(&entry, &error.to_string()).await?;
                 } else if entry.lease.is_none() {
-                    self.delete_entry(&entry, "the key has no lease").await?;
+                    self.delete_invalid_key(&entry, "the key has no lease").await?;
                 } else if entry.lease == Some(lease) {
                     // This broker's own key, from an attempt whose response was lost.
                     return Ok(CampaignResult::Won { term: entry.create_revision });
@@ -136,55 +138,57 @@ impl Controller {
         }
     }
 
-    /// Deletes a controller key that no broker wrote: without a lease it would stay forever and leave the cluster
-    /// without a controller.
-    async fn delete_entry(&self, entry: &KeyValue, reason: &str) -> Result<(), MetaStoreError> {
+    /// Deletes a controller key that no broker wrote. Without a lease, such a key would stay forever, and the cluster
+    /// would have no controller.
+    async fn delete_invalid_key(&self, entry: &KeyValue, reason: &str) -> Result<(), MetaStoreError> {
         tracing::warn!(reason, "deleting a controller key that no broker wrote");
-        let same = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
-        self.store.transact(Transaction::new().when(same).delete(entry.key.as_str())).await?;
+        let unchanged = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
+        self.store.transact(Transaction::new().when(unchanged).delete(entry.key.as_str())).await?;
         Ok(())
     }
 
-    /// Waits until the metadata cache shows no controller key or this broker's lease changes. The store had the key at
-    /// revision `at`.
+    /// Waits until the metadata cache shows no controller key, or this broker's lease is no longer `lease`. The store
+    /// had a controller key at revision `at`.
     async fn wait_for_vacancy(&self, lease: LeaseId, at: Revision) {
         let (mut states, mut session) = (self.metadata.watch(), self.session.state());
-        let mine =
-            |session: &SessionState| matches!(session, SessionState::Registered { lease: now, .. } if *now == lease);
-        // A cache that is older than `at` or has stalled shows no holder. This wait keeps the store from being queried
-        // in a tight loop.
+        let has_lease = |session: &SessionState| matches!(session, SessionState::Registered { lease: current, .. } if *current == lease);
+        // A cache that is older than `at` may show no holder yet. Without this wait, the caller would campaign in a
+        // tight loop.
         let _late = tokio::time::timeout(CACHE_WAIT, self.metadata.wait_for_revision(at)).await;
         tokio::select! {
             _ = states.wait_for(|state| state.controller().is_none()) => {}
-            _ = session.wait_for(|session| !mine(session)) => {}
+            _ = session.wait_for(|session| !has_lease(session)) => {}
         }
     }
 
-    /// Plans and applies changes until the term is over.
+    /// Plans and applies changes until the term is over: the broker's lease changes, or the controller key is no longer
+    /// the one that was created at revision `term`.
     async fn run_term(&self, lease: LeaseId, term: Revision) {
-        let when = [Compare::CreateRevision(self.keys.controller(), term)];
+        let key_unchanged = [Compare::CreateRevision(self.keys.controller(), term)];
         let updater = PartitionUpdater::new(Arc::clone(&self.store), self.keys.clone());
         let (mut feed, mut presence) = (self.metadata.feed(), BrokerPresence::default());
         let mut session = self.session.state();
         let _late = tokio::time::timeout(CACHE_WAIT, self.metadata.wait_for_revision(term)).await;
         let mut blocked = BTreeSet::new();
         loop {
-            if !matches!(*session.borrow_and_update(), SessionState::Registered { lease: now, .. } if now == lease) {
+            if !matches!(*session.borrow_and_update(), SessionState::Registered { lease: current, .. } if current == lease)
+            {
                 return;
             }
             let state = self.metadata.state();
             if state.revision() >= term && state.controller_revision() != Some(term) {
-                // The key was deleted or overwritten: its present holder is the controller.
+                // The key was deleted or overwritten: its current holder is the controller.
                 return;
             }
             drop(state);
             let plan = self.plan(&mut presence);
             log_blocked(&plan, &self.metadata.state(), &mut blocked);
-            let outcome = self.apply_plan(&updater, plan.steps, &when).await;
+            let outcome = self.apply_plan(&updater, plan.changes, &key_unchanged).await;
             if outcome.deposed {
                 return;
             }
-            let _late = tokio::time::timeout(CACHE_WAIT, self.metadata.wait_for_revision(outcome.reached)).await;
+            let _late =
+                tokio::time::timeout(CACHE_WAIT, self.metadata.wait_for_revision(outcome.newest_revision)).await;
             let next_plan =
                 if outcome.failed { Some(RETRY_INTERVAL) } else { plan.next_plan_ms.map(Duration::from_millis) };
             tokio::select! {
@@ -192,14 +196,15 @@ impl Controller {
                 _ = session.changed() => {}
                 has_change = wait_for_relevant_change(&mut feed) => match has_change {
                     true => tokio::time::sleep(COALESCE_INTERVAL).await,
-                    // The metadata cache has ended, and so has this broker.
+                    // The metadata cache ends only when this broker stops, which cancels this task.
                     false => std::future::pending().await,
                 },
-                () = sleep(next_plan) => {}
+                () = sleep_or_pend(next_plan) => {}
             }
         }
     }
 
+    /// Computes a plan from the metadata cache, and updates the presence of brokers before.
     fn plan(&self, presence: &mut BrokerPresence) -> ClusterPlan {
         let state = self.metadata.state();
         presence.observe(&state, clock::monotonic());
@@ -213,25 +218,26 @@ impl Controller {
         })
     }
 
-    /// Writes the planned changes, the most important first.
+    /// Writes the planned changes, the most important first, and counts and logs the applied ones. The compares in
+    /// `key_unchanged` are part of every transaction.
     async fn apply_plan(
         &self,
         updater: &PartitionUpdater,
-        steps: Vec<planner::PlannedChange>,
-        when: &[Compare],
+        changes: Vec<planner::PlannedChange>,
+        key_unchanged: &[Compare],
     ) -> AppliedChanges {
-        let mut outcome = AppliedChanges { reached: Revision::ZERO, failed: false, deposed: false };
-        if steps.is_empty() {
+        let mut outcome = AppliedChanges { newest_revision: Revision::ZERO, failed: false, deposed: false };
+        if changes.is_empty() {
             return outcome;
         }
         let metadata = self.metadata.state();
         let planned: BTreeMap<PartitionId, (ChangeReason, PartitionValue)> =
-            steps.iter().map(|step| (step.change.id, (step.reason, step.change.value.clone()))).collect();
-        let updates: Vec<PartitionUpdate> = steps.into_iter().map(|step| step.change).collect();
-        for (id, result) in updater.apply(updates, when).await {
+            changes.iter().map(|change| (change.update.id, (change.reason, change.update.value.clone()))).collect();
+        let updates: Vec<PartitionUpdate> = changes.into_iter().map(|change| change.update).collect();
+        for (id, result) in updater.apply(updates, key_unchanged).await {
             match result {
                 UpdateOutcome::Done(revision) => {
-                    outcome.reached = outcome.reached.max(revision);
+                    outcome.newest_revision = outcome.newest_revision.max(revision);
                     let (reason, value) = &planned[&id];
                     self.metrics.controller_changes.count(reason.as_str());
                     if let Some(cause) = reason.election() {
@@ -253,7 +259,7 @@ impl Controller {
                         );
                     }
                 }
-                // The metadata cache will show the stored value.
+                // Another writer came first. The next plan uses its value, which the metadata cache will show.
                 UpdateOutcome::Conflict(_) => {}
                 UpdateOutcome::GuardFailed => outcome.deposed = true,
                 UpdateOutcome::Unknown(error) | UpdateOutcome::Failed(error) => {
@@ -266,7 +272,8 @@ impl Controller {
     }
 }
 
-async fn sleep(time: Option<Duration>) {
+/// Sleeps for a time; never returns for `None`.
+async fn sleep_or_pend(time: Option<Duration>) {
     match time {
         Some(time) => tokio::time::sleep(time).await,
         None => std::future::pending().await,
@@ -293,28 +300,30 @@ async fn wait_for_relevant_change(feed: &mut ChangeFeed) -> bool {
 enum CampaignResult {
     /// This broker holds the key. The revision that created the key is the term.
     Won { term: Revision },
-    /// Another broker holds the key, or an invalid key was deleted.
+    /// Another broker holds the key, or an invalid key was deleted. The store was read at revision `at`.
     Lost { at: Revision },
 }
 
+/// Result of applying a plan.
 struct AppliedChanges {
-    /// Newest revision of an applied change.
-    reached: Revision,
-    /// A change failed or its outcome is unknown: plan again soon.
+    /// Newest revision of an applied change; zero if none was applied.
+    newest_revision: Revision,
+    /// True if a change failed or its outcome is unknown: plan again soon.
     failed: bool,
-    /// The key belongs to another broker or does not exist.
+    /// True if the controller key belongs to another broker or does not exist: the term is over.
     deposed: bool,
 }
 
-/// Returns the name of a partition's topic, for the log.
+/// Returns the name of a partition's topic for a log message; `?` if the metadata does not contain the topic.
 fn topic_name(metadata: &MetadataSnapshot, id: PartitionId) -> &str {
     metadata.name(id.topic).map_or("?", TopicName::as_str)
 }
 
-/// Logs the start and the end of each partition's blocked state once.
+/// Logs each partition that became blocked, and each that is no longer blocked. `blocked` contains the partitions that
+/// the last plan reported, and is replaced by those of this plan.
 fn log_blocked(plan: &ClusterPlan, metadata: &MetadataSnapshot, blocked: &mut BTreeSet<PartitionId>) {
-    let now: BTreeSet<PartitionId> = plan.waiting.iter().map(|(id, _)| *id).collect();
-    for (id, reason) in plan.waiting.iter().filter(|(id, _)| !blocked.contains(id)) {
+    let now_blocked: BTreeSet<PartitionId> = plan.blocked.iter().map(|(id, _)| *id).collect();
+    for (id, reason) in plan.blocked.iter().filter(|(id, _)| !blocked.contains(id)) {
         match reason {
             planner::BlockedReason::NoLeader => tracing::warn!(
                 topic = %topic_name(metadata, *id), partition = %id,
@@ -334,20 +343,24 @@ fn log_blocked(plan: &ClusterPlan, metadata: &MetadataSnapshot, blocked: &mut BT
             ),
         }
     }
-    for id in blocked.difference(&now) {
+    for id in blocked.difference(&now_blocked) {
         tracing::info!(topic = %topic_name(metadata, *id), partition = %id, "the partition is no longer blocked");
     }
-    *blocked = now;
+    *blocked = now_blocked;
 }
 
 /// Times since which brokers have been online or offline, as observed by this process.
 #[derive(Debug, Default)]
 struct BrokerPresence {
+    /// Per live broker: its broker epoch, and the time when this process first observed it.
     online: BTreeMap<BrokerId, (Revision, Instant)>,
+    /// Per offline broker that holds replicas: the time when this process first observed that it is offline.
     offline: BTreeMap<BrokerId, Instant>,
 }
 
 impl BrokerPresence {
+    /// Updates the times from a metadata snapshot, and logs brokers that went offline or came back. A new registration
+    /// of a broker starts its online time again.
     fn observe(&mut self, state: &MetadataSnapshot, now: Instant) {
         let live = state.brokers();
         self.online.retain(|id, (epoch, _)| live.get(id).is_some_and(|entry| entry.create_revision == *epoch));
@@ -373,11 +386,12 @@ impl BrokerPresence {
         }
     }
 
-    /// Returns the milliseconds that each broker has been online, and that each has been offline.
+    /// Returns two maps: the milliseconds for which each broker has been online, and those for which each has been
+    /// offline.
     fn durations_ms(&self, now: Instant) -> (BTreeMap<BrokerId, u64>, BTreeMap<BrokerId, u64>) {
-        let ms = |since: Instant| u64::try_from(now.duration_since(since).as_millis()).unwrap_or(u64::MAX);
-        let online = self.online.iter().map(|(id, (_, since))| (*id, ms(*since))).collect();
-        (online, self.offline.iter().map(|(id, since)| (*id, ms(*since))).collect())
+        let elapsed_ms = |since: Instant| u64::try_from(now.duration_since(since).as_millis()).unwrap_or(u64::MAX);
+        let online = self.online.iter().map(|(id, (_, since))| (*id, elapsed_ms(*since))).collect();
+        (online, self.offline.iter().map(|(id, since)| (*id, elapsed_ms(*since))).collect())
     }
 }
 

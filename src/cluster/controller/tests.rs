@@ -42,10 +42,10 @@ impl World {
         let brokers = [1, 2, 3].map(BrokerId).to_vec();
         let value = PartitionValue { leader: None, ..PartitionValue::new(brokers, LeaderEpoch(0)) };
         let name = TopicName::new("t").unwrap();
-        let made = Transaction::new()
+        let creation = Transaction::new()
             .put(world.keys.topic(&name), topic.encode())
             .put(world.keys.partition(id()), value.encode());
-        world.store.transact(made).await.unwrap();
+        world.store.transact(creation).await.unwrap();
         world
     }
 
@@ -80,7 +80,7 @@ impl World {
     }
 
     /// Registers a broker without any task.
-    async fn ghost(&self, number: u32) {
+    async fn register_without_task(&self, number: u32) {
         let path = self.keys.broker(BrokerId(number));
         self.store.transact(Transaction::new().put(path, value(number).encode())).await.unwrap();
     }
@@ -90,7 +90,7 @@ impl World {
     }
 
     /// Waits until a condition holds for the metadata. Returns the elapsed time.
-    async fn until(&self, holds: impl Fn(&MetadataSnapshot) -> bool) -> Duration {
+    async fn wait_until(&self, holds: impl Fn(&MetadataSnapshot) -> bool) -> Duration {
         let started = clock::monotonic();
         let mut states = self.metadata.watch();
         let satisfied = tokio::time::timeout(TIME * 4, states.wait_for(|state| holds(state))).await;
@@ -117,17 +117,18 @@ impl Node {
 #[tokio::test(start_paused = true)]
 async fn first_broker_is_controller_until_it_stops() {
     let world = World::new().await;
-    world.ghost(2).await;
-    world.ghost(3).await;
+    world.register_without_task(2).await;
+    world.register_without_task(3).await;
     let first = world.broker(1).await;
-    world.until(|state| state.controller() == Some(BrokerId(1)) && leader(state) == Some(BrokerId(1))).await;
+    world.wait_until(|state| state.controller() == Some(BrokerId(1)) && leader(state) == Some(BrokerId(1))).await;
     let second = world.broker(2).await;
     let third = world.broker(3).await;
     tokio::time::sleep(TIME).await;
     assert_eq!(world.metadata.state().controller(), Some(BrokerId(1)), "the key stays with its holder");
     first.leave().await;
-    let took =
-        world.until(|state| state.controller().is_some() && leader(state).is_some_and(|id| id != BrokerId(1))).await;
+    let took = world
+        .wait_until(|state| state.controller().is_some() && leader(state).is_some_and(|id| id != BrokerId(1)))
+        .await;
     assert!(took < Duration::from_secs(1), "{took:?}");
     second.leave().await;
     third.leave().await;
@@ -140,7 +141,7 @@ async fn first_broker_is_controller_until_it_stops() {
 async fn lost_campaign_waits_for_the_metadata_cache() {
     let world = World::new().await;
     let first = world.broker(1).await;
-    world.until(|state| state.controller() == Some(BrokerId(1))).await;
+    world.wait_until(|state| state.controller() == Some(BrokerId(1))).await;
     let tasks = Tasks::new();
     let stale = MetadataCache::start(Arc::new(EmbeddedStore::in_memory()), world.keys.clone(), &tasks);
     let before = world.link.transaction_count();
@@ -158,11 +159,11 @@ async fn lost_campaign_waits_for_the_metadata_cache() {
 #[tokio::test(start_paused = true)]
 async fn deleted_registration_triggers_election_at_once() {
     let world = World::new().await;
-    world.ghost(1).await;
+    world.register_without_task(1).await;
     let node = world.broker(2).await;
-    world.until(|state| leader(state) == Some(BrokerId(1))).await;
+    world.wait_until(|state| leader(state) == Some(BrokerId(1))).await;
     world.delete(world.keys.broker(BrokerId(1))).await;
-    let took = world.until(|state| leader(state) == Some(BrokerId(2))).await;
+    let took = world.wait_until(|state| leader(state) == Some(BrokerId(2))).await;
     assert!(took < Duration::from_millis(100), "{took:?}");
     node.leave().await;
     world.tasks.stop().await;
@@ -172,7 +173,7 @@ async fn deleted_registration_triggers_election_at_once() {
 async fn deposed_controller_changes_nothing() {
     let world = World::new().await;
     let node = world.broker(1).await;
-    world.until(|state| leader(state) == Some(BrokerId(1))).await;
+    world.wait_until(|state| leader(state) == Some(BrokerId(1))).await;
     let other = ControllerValue { broker: BrokerId(9) };
     let lease = world.store.grant(10 * TIME).await.unwrap();
     let taken = Transaction::new().put_leased(world.keys.controller(), other.encode(), lease);
@@ -185,7 +186,7 @@ async fn deposed_controller_changes_nothing() {
     tokio::time::sleep(TIME).await;
     assert_eq!(leader(&world.metadata.state()), None, "only the new controller may elect");
     world.delete(world.keys.controller()).await;
-    world.until(|state| leader(state) == Some(BrokerId(1))).await;
+    world.wait_until(|state| leader(state) == Some(BrokerId(1))).await;
     node.leave().await;
     world.tasks.stop().await;
 }
@@ -196,7 +197,7 @@ async fn deposed_controller_changes_nothing() {
 async fn invalid_controller_key_is_deleted() {
     let world = World::new().await;
     let nodes = [world.broker(1).await, world.broker(2).await];
-    world.until(|state| state.controller().is_some() && leader(state).is_some()).await;
+    world.wait_until(|state| state.controller().is_some() && leader(state).is_some()).await;
     // Invalid bytes, and a value as a broker writes it but without a lease.
     for invalid in ["nobody".into(), ControllerValue { broker: BrokerId(9) }.encode()] {
         let invalid = Transaction::new().put(world.keys.controller(), invalid);
@@ -206,14 +207,14 @@ async fn invalid_controller_key_is_deleted() {
         // The key may be deleted again before this task has read it.
         world.metadata.wait_for_revision(revision).await;
         let is_running = |id: BrokerId| id.0 <= 2;
-        world.until(|state| state.controller().is_some_and(is_running) && state.unreadable().is_empty()).await;
+        world.wait_until(|state| state.controller().is_some_and(is_running) && state.unreadable().is_empty()).await;
     }
     let key = world.keys.partition(id());
     let entry = world.store.get(&key).await.unwrap().entry.unwrap();
     let free = PartitionValue::decode(&key, &entry.value).unwrap().leaderless();
     world.store.transact(Transaction::new().put(key.as_str(), free.encode())).await.unwrap();
-    world.until(|state| leader(state).is_none()).await;
-    world.until(|state| leader(state).is_some()).await;
+    world.wait_until(|state| leader(state).is_none()).await;
+    world.wait_until(|state| leader(state).is_some()).await;
     for node in nodes {
         node.leave().await;
     }
@@ -226,7 +227,7 @@ async fn failed_store_requests_are_retried() {
     let faults = [Fault::Refused, Fault::Lost, Fault::ResponseLost, Fault::Refused, Fault::Lost, Fault::ResponseLost];
     world.link.fail_transactions(faults.map(Some));
     let node = world.broker(1).await;
-    world.until(|state| leader(state) == Some(BrokerId(1))).await;
+    world.wait_until(|state| leader(state) == Some(BrokerId(1))).await;
     let epoch = world.metadata.state().partition(id()).unwrap().partition.as_ref().unwrap().value.leader_epoch;
     assert_eq!(epoch, LeaderEpoch(1), "elected once");
     node.leave().await;
@@ -238,23 +239,24 @@ async fn presence_is_counted_per_incarnation_from_first_sight() {
     let world = World::new().await;
     let (now, mut presence) = (clock::monotonic(), BrokerPresence::default());
     let one = BrokerId(1);
-    let observe_turn = async |presence: &mut BrokerPresence, turns: u32| {
-        world.until(|state| state.brokers().contains_key(&one) == turns.is_multiple_of(2)).await;
-        presence.observe(&world.metadata.state(), now + TIME * turns);
-        presence.durations_ms(now + TIME * (turns + 1))
+    // Broker 1 is online in even steps, and offline in odd ones.
+    let observe_step = async |presence: &mut BrokerPresence, step: u32| {
+        world.wait_until(|state| state.brokers().contains_key(&one) == step.is_multiple_of(2)).await;
+        presence.observe(&world.metadata.state(), now + TIME * step);
+        presence.durations_ms(now + TIME * (step + 1))
     };
     let time_ms = 9_000;
-    for turns in [0, 2] {
-        world.ghost(1).await;
-        let (online, offline) = observe_turn(&mut presence, turns).await;
+    for step in [0, 2] {
+        world.register_without_task(1).await;
+        let (online, offline) = observe_step(&mut presence, step).await;
         assert_eq!((online.get(&one), offline.get(&one)), (Some(&time_ms), None), "a new incarnation counts from zero");
         assert_eq!(
             offline.get(&BrokerId(2)),
-            Some(&(time_ms * u64::from(turns + 1))),
+            Some(&(time_ms * u64::from(step + 1))),
             "offline from the start, with a replica"
         );
         world.delete(world.keys.broker(one)).await;
-        let (online, offline) = observe_turn(&mut presence, turns + 1).await;
+        let (online, offline) = observe_step(&mut presence, step + 1).await;
         assert_eq!((online.get(&one), offline.get(&one)), (None, Some(&time_ms)));
     }
     world.tasks.stop().await;

@@ -17,7 +17,7 @@
 //!
 //! Every change is a compare-and-set, so a plan from a stale snapshot or a deposed controller costs only a failed
 //! compare. There is no state between plans. Reassignments are stored in the partition values, so they survive a change
-//! of the controller, and the next plan contains again whatever this plan does not achieve.
+//! of the controller. The next plan contains every change again that this plan does not achieve.
 //!
 //! # Invariants
 //!
@@ -50,9 +50,9 @@ pub struct PlannerLimits {
     /// Maximum number of partitions under reassignment in the cluster.
     pub max_reassignments: usize,
     /// Maximum number of new replicas per broker in these reassignments.
-    pub max_moves_per_broker: usize,
-    /// Maximum number of leaderships that return to preferred leaders in one plan.
-    pub leaders: usize,
+    pub max_new_replicas_per_broker: usize,
+    /// Maximum number of preferred leaders that one plan elects.
+    pub max_preferred_elections: usize,
     /// Time, in milliseconds, after which the replicas of an offline broker are replaced; `None`: never.
     pub replace_after_ms: Option<u64>,
     /// True if replicas move to less loaded brokers.
@@ -63,8 +63,8 @@ impl Default for PlannerLimits {
     fn default() -> Self {
         Self {
             max_reassignments: 8,
-            max_moves_per_broker: 2,
-            leaders: 50,
+            max_new_replicas_per_broker: 2,
+            max_preferred_elections: 50,
             replace_after_ms: Some(30 * 60 * 1000),
             balance: true,
         }
@@ -99,7 +99,7 @@ pub enum ChangeReason {
     ReassignmentCompleted,
     /// A broker of the reassignment is permanently offline: the reassignment gets another target, or is reverted.
     ReassignmentRetargeted,
-    /// An operator requested it, and the limits permit it.
+    /// A reassignment that an operator requested starts, because the limits permit it.
     ReassignmentStarted,
     /// The topic's replication factor was changed.
     ReplicationFactor,
@@ -146,7 +146,7 @@ impl ChangeReason {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlannedChange {
     /// The compare-and-set to apply.
-    pub change: PartitionUpdate,
+    pub update: PartitionUpdate,
     /// Reason for the change.
     pub reason: ChangeReason,
 }
@@ -166,10 +166,10 @@ pub enum BlockedReason {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ClusterPlan {
     /// Changes, the most important first; at most one per partition.
-    pub steps: Vec<PlannedChange>,
+    pub changes: Vec<PlannedChange>,
     /// Partitions that are blocked, with the reason.
-    pub waiting: Vec<(PartitionId, BlockedReason)>,
-    /// Milliseconds until the next plan if nothing changes before.
+    pub blocked: Vec<(PartitionId, BlockedReason)>,
+    /// Milliseconds after which a new plan is needed even if the metadata does not change; `None` if it is not.
     pub next_plan_ms: Option<u64>,
 }
 
@@ -179,14 +179,17 @@ struct PartitionCase<'a> {
     id: PartitionId,
     topic: &'a TopicValue,
     value: &'a PartitionValue,
+    /// Revision of the value.
     revision: Revision,
+    /// Min ISR of the topic.
     min_insync: usize,
 }
 
 impl PartitionCase<'_> {
-    fn step(&self, value: PartitionValue, reason: ChangeReason) -> PlannedChange {
+    /// Returns the change of this partition to a new value.
+    fn change_to(&self, value: PartitionValue, reason: ChangeReason) -> PlannedChange {
         PlannedChange {
-            change: PartitionUpdate { id: self.id, expected_revision: self.revision, value, guards: Vec::new() },
+            update: PartitionUpdate { id: self.id, expected_revision: self.revision, value, guards: Vec::new() },
             reason,
         }
     }
@@ -201,7 +204,8 @@ impl PlannerInput<'_> {
         self.metadata.brokers().contains_key(&id)
     }
 
-    /// Returns true if a broker is offline for longer than `replace_after_ms`.
+    /// Returns true if a broker has been offline for `replace_after_ms`. If the broker is offline for less time,
+    /// requests a plan at the end of that time.
     fn is_lost(&self, id: BrokerId, plan: &mut ClusterPlan) -> bool {
         let (Some(after_ms), false) = (self.limits.replace_after_ms, self.is_live(id)) else { return false };
         let offline_ms = self.offline_ms.get(&id).copied().unwrap_or(0);
@@ -211,7 +215,7 @@ impl PlannerInput<'_> {
         offline_ms >= after_ms
     }
 
-    /// Returns true if a broker is permanently offline: offline for too long, or offline and drained.
+    /// Returns true if a broker counts as permanently offline: it is lost ([`Self::is_lost`]), or offline and drained.
     fn is_permanently_offline(&self, id: BrokerId, plan: &mut ClusterPlan) -> bool {
         self.is_lost(id, plan) || self.is_draining(id) && !self.is_live(id)
     }
@@ -221,8 +225,9 @@ impl PlannerInput<'_> {
         self.metadata.brokers().get(&id)?.value.rack.as_deref()
     }
 
+    /// Returns true if one of the other brokers is in the broker's rack.
     fn shares_rack(&self, id: BrokerId, others: &[BrokerId]) -> bool {
-        self.rack(id).is_some_and(|own| others.iter().any(|other| self.rack(*other) == Some(own)))
+        self.rack(id).is_some_and(|rack| others.iter().any(|other| self.rack(*other) == Some(rack)))
     }
 
     fn is_stopping(&self, id: BrokerId) -> bool {
@@ -243,43 +248,47 @@ impl PlannerInput<'_> {
         self.metadata.brokers().get(&id).is_some_and(|broker| broker.value.disk_full)
     }
 
-    /// Returns true if the broker may get leadership without need.
+    /// Returns true if the broker should lead: it is live, not stopping, not drained, and its disk is not full. Only if
+    /// no such broker can lead a partition, another live broker is elected.
     fn may_lead(&self, id: BrokerId) -> bool {
         self.is_live(id) && !self.is_stopping(id) && !self.is_draining(id) && !self.is_disk_full(id)
     }
 }
 
 impl ClusterPlan {
-    /// Requests a plan after this time, or sooner.
-    fn request_plan_in(&mut self, ms: u64) {
-        self.next_plan_ms = Some(self.next_plan_ms.map_or(ms, |earlier| earlier.min(ms)));
+    /// Requests a new plan after this time. An earlier request stays.
+    fn request_plan_in(&mut self, delay_ms: u64) {
+        self.next_plan_ms = Some(self.next_plan_ms.map_or(delay_ms, |requested_ms| requested_ms.min(delay_ms)));
     }
 }
 
-/// Computes the changes that the cluster needs.
+/// Computes the changes that the cluster needs. Elections, transfers of leadership and completions are not limited. The
+/// other partitions then get reassignments within the limits, and at last preferred leaders.
 pub fn plan(input: &PlannerInput<'_>) -> ClusterPlan {
     let mut plan = ClusterPlan::default();
-    let (mut remaining, mut seen) = (Vec::new(), BTreeSet::new());
-    // A value that was copied to another name gives two topics one id.
-    for entry in input.metadata.topics().values().filter(|entry| seen.insert(entry.value.id)) {
+    let (mut remaining, mut topic_ids) = (Vec::new(), BTreeSet::new());
+    // Two names have one topic id if a topic's value was copied to another name: use the first.
+    for entry in input.metadata.topics().values().filter(|entry| topic_ids.insert(entry.value.id)) {
         let (topic, min_insync) = (&entry.value, min_insync(input, &entry.value));
         for (number, entry) in input.metadata.partitions_of(topic) {
             let Some(partition) = &entry.partition else { continue };
             let (id, revision) = (PartitionId::new(topic.id, number), partition.mod_revision);
             let case = PartitionCase { id, topic, value: &partition.value, revision, min_insync };
-            let urgent = elections::elect(input, &case, &mut plan.waiting)
+            let unlimited = elections::elect(input, &case, &mut plan.blocked)
                 .or_else(|| elections::transfer_leadership(input, &case))
-                .or_else(|| reassignments::end(input, &case));
-            match urgent {
-                Some(step) => plan.steps.push(step),
+                .or_else(|| reassignments::complete(input, &case));
+            match unlimited {
+                Some(change) => plan.changes.push(change),
                 None => remaining.push(case),
             }
         }
     }
-    plan.steps.sort_by_key(|step| step.reason);
-    let moved = reassignments::begin(input, &remaining, &mut plan);
-    if plan.steps.iter().all(|step| step.reason > ChangeReason::Leaderless) {
-        elections::prefer(input, &remaining, &moved, &mut plan);
+    // `ChangeReason` is ordered by importance.
+    plan.changes.sort_by_key(|change| change.reason);
+    let changed = reassignments::plan_all(input, &remaining, &mut plan);
+    // If this plan elects leaders for failed ones, leadership returns in a later plan.
+    if plan.changes.iter().all(|change| change.reason > ChangeReason::Leaderless) {
+        elections::return_to_preferred_leaders(input, &remaining, &changed, &mut plan);
     }
     plan
 }

@@ -12,26 +12,28 @@ use super::{
 };
 use crate::model::{BrokerId, PartitionId};
 
-/// Imbalance above which a broker gives a replica to the least loaded one: in replicas, and in percent.
+/// Difference in replicas between two brokers above which balancing may move a replica from one to the other.
 const MIN_IMBALANCE: usize = 2;
+
+/// The same difference, in percent of the replicas of the broker with fewer. Both limits must be exceeded.
 const MIN_IMBALANCE_PERCENT: usize = 10;
 
-/// Completes a reassignment whose new replicas are in sync. If the leader is being removed, another replica is elected
-/// first.
-pub(super) fn end(input: &PlannerInput<'_>, case: &PartitionCase<'_>) -> Option<PlannedChange> {
+/// Completes a reassignment whose new replicas are in sync. If the leader is being removed, this change elects another
+/// replica, and a later plan completes the reassignment. Returns `None` if the reassignment cannot complete yet.
+pub(super) fn complete(input: &PlannerInput<'_>, case: &PartitionCase<'_>) -> Option<PlannedChange> {
     let value = case.value;
-    // The last in-sync replica that is offline may never return: then the removed replicas hold the only data.
-    let is_led = value.leader.is_some_and(|leader| input.is_live(leader));
-    let copied = value.adding.iter().all(|id| value.isr.contains(id));
-    if !case.is_reassigning() || !is_led || !copied || value.needs_removed_replicas(case.min_insync) {
+    // Without a live leader, the removed replicas may hold the only data that is left: the others may never return.
+    let has_live_leader = value.leader.is_some_and(|leader| input.is_live(leader));
+    let are_new_in_sync = value.adding.iter().all(|id| value.isr.contains(id));
+    if !case.is_reassigning() || !has_live_leader || !are_new_in_sync || value.needs_removed_replicas(case.min_insync) {
         return None;
     }
     if let Some(completed) = value.complete_reassignment() {
-        return Some(case.step(completed, ChangeReason::ReassignmentCompleted));
+        return Some(case.change_to(completed, ChangeReason::ReassignmentCompleted));
     }
     let to = elections::successor(input, case, |id| value.leader != Some(id))?;
     let value = value.elect(to, |id| input.is_live(id), case.min_insync)?;
-    Some(case.step(value, ChangeReason::ControlledShutdown))
+    Some(case.change_to(value, ChangeReason::ControlledShutdown))
 }
 
 /// Returns true if a reassignment is in progress and a live ISR or ELR member remains. Without one, the reassignment
@@ -41,59 +43,68 @@ fn is_progressing(input: &PlannerInput<'_>, case: &PartitionCase<'_>) -> bool {
     case.is_reassigning() && value.isr.iter().chain(&value.elr).any(|id| input.is_live(*id))
 }
 
-/// Remaining number of reassignments that may start, in total and per broker.
-struct MoveBudget {
-    moves: usize,
-    per_broker: usize,
-    receiving: BTreeMap<BrokerId, usize>,
+/// Number of reassignments that may still start, in total and per broker.
+struct ReassignmentBudget {
+    /// Number of reassignments that may start.
+    remaining: usize,
+    /// Maximum number of new replicas per broker.
+    max_new_replicas_per_broker: usize,
+    /// Number of new replicas of each broker, in reassignments in progress and in this plan.
+    new_replicas: BTreeMap<BrokerId, usize>,
 }
 
-impl MoveBudget {
+impl ReassignmentBudget {
+    /// Returns the limits less the reassignments that make progress.
     fn of(input: &PlannerInput<'_>, cases: &[PartitionCase<'_>]) -> Self {
         let in_progress = cases.iter().filter(|case| is_progressing(input, case));
-        let mut receiving = BTreeMap::new();
+        let mut new_replicas = BTreeMap::new();
         for id in in_progress.clone().flat_map(|case| &case.value.adding) {
-            *receiving.entry(*id).or_default() += 1;
+            *new_replicas.entry(*id).or_default() += 1;
         }
-        let moves = input.limits.max_reassignments.saturating_sub(in_progress.count());
-        Self { moves, per_broker: input.limits.max_moves_per_broker, receiving }
+        let remaining = input.limits.max_reassignments.saturating_sub(in_progress.count());
+        let max_new_replicas_per_broker = input.limits.max_new_replicas_per_broker;
+        Self { remaining, max_new_replicas_per_broker, new_replicas }
     }
 
-    /// Takes capacity for a reassignment that copies to these brokers. Returns false if there is not enough.
+    /// Subtracts a new reassignment that copies to these brokers. Returns false, and subtracts nothing, if it exceeds
+    /// the budget.
     fn take(&mut self, new: &[BrokerId]) -> bool {
-        // A reassignment that copies nothing needs no capacity.
+        // A reassignment that copies nothing is not limited.
         if new.is_empty() {
             return true;
         }
-        if self.moves == 0 || !self.receive(new) {
+        if self.remaining == 0 || !self.take_at_brokers(new) {
             return false;
         }
-        self.moves -= 1;
+        self.remaining -= 1;
         true
     }
 
-    /// Takes capacity at these brokers for a reassignment in progress, which is already counted in the total.
-    fn receive(&mut self, new: &[BrokerId]) -> bool {
-        let fits = |id: &BrokerId| self.receiving.get(id).copied().unwrap_or(0) < self.per_broker;
-        if !new.iter().all(fits) {
+    /// Subtracts new replicas on these brokers only, for a reassignment in progress, which the total contains already.
+    /// Returns false, and subtracts nothing, if they exceed the limit of a broker.
+    fn take_at_brokers(&mut self, new: &[BrokerId]) -> bool {
+        let is_within_limit =
+            |id: &BrokerId| self.new_replicas.get(id).copied().unwrap_or(0) < self.max_new_replicas_per_broker;
+        if !new.iter().all(is_within_limit) {
             return false;
         }
-        new.iter().for_each(|id| *self.receiving.entry(*id).or_default() += 1);
+        new.iter().for_each(|id| *self.new_replicas.entry(*id).or_default() += 1);
         true
     }
 }
 
-/// Starts reassignments and retargets blocked ones. Returns the partitions that were changed.
-pub(super) fn begin(
+/// Plans reassignments within the limits: retargets blocked ones, starts queued ones, starts those that a factor or a
+/// leaving broker requires, and balances if nothing else is in progress. Returns the partitions that were changed.
+pub(super) fn plan_all(
     input: &PlannerInput<'_>,
     cases: &[PartitionCase<'_>],
     plan: &mut ClusterPlan,
 ) -> BTreeSet<PartitionId> {
-    let (mut budget, mut placement) = (MoveBudget::of(input, cases), Placement::of(input.metadata));
-    let mut moved = retarget_blocked(input, cases, &mut budget, &mut placement, plan);
-    moved.append(&mut start_queued(input, cases, &mut budget, &mut placement, plan));
+    let (mut budget, mut placement) = (ReassignmentBudget::of(input, cases), Placement::of(input.metadata));
+    let mut changed = retarget_blocked(input, cases, &mut budget, &mut placement, plan);
+    changed.append(&mut start_queued(input, cases, &mut budget, &mut placement, plan));
     for case in cases.iter().filter(|case| !case.is_reassigning() && case.value.leader.is_some()) {
-        // A startable request of an operator takes precedence.
+        // A queued reassignment that can start takes precedence: it waits for the budget only.
         if try_start_queued(input, case, &placement).is_some() {
             continue;
         }
@@ -101,68 +112,70 @@ pub(super) fn begin(
         let Some(value) = case.value.start_reassignment(&target) else { continue };
         if budget.take(&value.adding) {
             placement.add_load(&value.adding);
-            moved.insert(case.id);
-            plan.steps.push(case.step(value, reason));
+            changed.insert(case.id);
+            plan.changes.push(case.change_to(value, reason));
         }
     }
-    let is_idle = moved.is_empty() && !cases.iter().any(|case| is_progressing(input, case));
+    let is_idle = changed.is_empty() && !cases.iter().any(|case| is_progressing(input, case));
     if input.limits.balance
         && is_idle
-        && let Some(step) = balance(input, cases, &placement)
+        && let Some(change) = balance(input, cases, &placement)
     {
-        moved.insert(step.change.id);
-        plan.steps.push(step);
+        changed.insert(change.update.id);
+        plan.changes.push(change);
     }
-    moved
+    changed
 }
 
-/// Retargets reassignments that need permanently offline brokers. They come first, because they hold their slot
-/// already.
+/// Retargets reassignments that need permanently offline brokers. They come first, because the total of the budget
+/// contains them already. Returns the partitions that were changed.
 fn retarget_blocked(
     input: &PlannerInput<'_>,
     cases: &[PartitionCase<'_>],
-    budget: &mut MoveBudget,
+    budget: &mut ReassignmentBudget,
     placement: &mut Placement,
     plan: &mut ClusterPlan,
 ) -> BTreeSet<PartitionId> {
-    let mut moved = BTreeSet::new();
+    let mut changed = BTreeSet::new();
     for case in cases.iter().filter(|case| case.is_reassigning() && case.value.leader.is_some()) {
         let Some(target) = retarget::target(input, case, placement, plan) else { continue };
         let Some(value) = case.value.start_reassignment(&target) else { continue };
         let is_new = |id: &BrokerId| !case.value.adding.contains(id);
         let new: Vec<BrokerId> = value.adding.iter().copied().filter(is_new).collect();
-        if budget.receive(&new) {
+        if budget.take_at_brokers(&new) {
             placement.add_load(&new);
-            moved.insert(case.id);
-            plan.steps.push(case.step(value, ChangeReason::ReassignmentRetargeted));
+            changed.insert(case.id);
+            plan.changes.push(case.change_to(value, ChangeReason::ReassignmentRetargeted));
         }
     }
-    moved
+    changed
 }
 
-/// Starts queued reassignments, before any reassignment that only the planner requires.
+/// Starts queued reassignments within the budget. They come before reassignments that no operator requested. Returns
+/// the partitions that were changed.
 fn start_queued(
     input: &PlannerInput<'_>,
     cases: &[PartitionCase<'_>],
-    budget: &mut MoveBudget,
+    budget: &mut ReassignmentBudget,
     placement: &mut Placement,
     plan: &mut ClusterPlan,
 ) -> BTreeSet<PartitionId> {
-    let mut moved = BTreeSet::new();
+    let mut changed = BTreeSet::new();
     for case in cases.iter().filter(|case| case.value.has_queued() && !case.is_reassigning()) {
         match try_start_queued(input, case, placement) {
             Some(value) if budget.take(&value.adding) => {
                 placement.add_load(&value.adding);
-                moved.insert(case.id);
-                plan.steps.push(case.step(value, ChangeReason::ReassignmentStarted));
+                changed.insert(case.id);
+                plan.changes.push(case.change_to(value, ChangeReason::ReassignmentStarted));
             }
+            // It starts in a later plan, when the budget permits it.
             Some(_) => {}
-            None if case.value.leader.is_some() => plan.waiting.push((case.id, BlockedReason::QueuedTarget)),
-            // The partition is blocked without a leader, which is reported elsewhere.
+            None if case.value.leader.is_some() => plan.blocked.push((case.id, BlockedReason::QueuedTarget)),
+            // The election rule reports a partition without a leader as blocked.
             None => {}
         }
     }
-    moved
+    changed
 }
 
 /// Returns the value with the queued reassignment started. Returns `None` if none is queued, there is no leader to copy
@@ -177,8 +190,9 @@ fn try_start_queued(
     value.adding.iter().all(|id| input.is_reachable(*id) && placement.is_below_bound(*id)).then_some(value)
 }
 
-/// Returns the replicas that a partition should have, if they differ from the present ones. With too few brokers, some
-/// replicas that should be removed stay.
+/// Returns the replicas that a partition should have, with the reason; `None` if they are the current ones or cannot be
+/// improved now. The rules are the replication factor and the replacement of replicas on drained or lost brokers. With
+/// too few brokers, some replicas that should be removed stay.
 fn choose_target(
     input: &PlannerInput<'_>,
     case: &PartitionCase<'_>,
@@ -193,89 +207,97 @@ fn choose_target(
         return Some((target, ChangeReason::ReplicationFactor));
     }
     let is_leaving = |id: &BrokerId| input.is_draining(*id) || input.is_lost(*id, plan);
-    let (leaving, stay): (Vec<BrokerId>, Vec<BrokerId>) = replicas.iter().copied().partition(is_leaving);
+    let (leaving, staying): (Vec<BrokerId>, Vec<BrokerId>) = replicas.iter().copied().partition(is_leaving);
     if leaving.is_empty() && replicas.len() == factor {
         return None;
     }
-    let chosen = placement.choose_up_to(id, stay.clone(), factor);
-    let new = &chosen[stay.len()..];
+    let chosen = placement.choose_up_to(id, staying.clone(), factor);
+    let new = &chosen[staying.len()..];
     if new.is_empty() {
-        // Too many replicas with too few in sync, but enough of them stay: they will catch up.
-        if stay.len() < factor {
-            plan.waiting.push((id, BlockedReason::NoBrokers));
+        // If enough replicas stay, the partition only waits until they are in sync, and is not blocked.
+        if staying.len() < factor {
+            plan.blocked.push((id, BlockedReason::NoBrokers));
         }
         return None;
     }
-    let leaving = replicas_to_remove(input, case, leaving, new.len(), factor);
+    let removed = replicas_to_remove(input, case, leaving, new.len(), factor);
     // A new replica takes the position of a removed one, so the preferred leader changes only if its own replica is
     // removed.
     let mut new = new.iter().copied();
     let mut target: Vec<BrokerId> =
-        replicas.iter().filter_map(|id| if leaving.contains(id) { new.next() } else { Some(*id) }).collect();
+        replicas.iter().filter_map(|id| if removed.contains(id) { new.next() } else { Some(*id) }).collect();
     target.extend(new);
-    let reason = match leaving.iter().any(|id| input.is_draining(*id)) {
-        _ if leaving.is_empty() => ChangeReason::ReplicationFactor,
-        true => ChangeReason::Drained,
-        false => ChangeReason::BrokerReplaced,
+    let reason = if removed.is_empty() {
+        ChangeReason::ReplicationFactor
+    } else if removed.iter().any(|id| input.is_draining(*id)) {
+        ChangeReason::Drained
+    } else {
+        ChangeReason::BrokerReplaced
     };
     Some((target, reason))
 }
 
-/// Selects the replicas to remove when `new` replicas are added: offline ones first, possible leaders last. With more
-/// replicas than the factor, more are removed than added, if enough stay in sync.
+/// Selects the replicas to remove from `leaving` when `new_count` replicas are added: offline ones first, members of
+/// the ISR or ELR last. At most as many are removed as added. If the partition has more replicas than the factor, the
+/// excess is removed too, unless too few replicas would be in sync then.
 fn replicas_to_remove(
     input: &PlannerInput<'_>,
     case: &PartitionCase<'_>,
     mut leaving: Vec<BrokerId>,
-    new: usize,
+    new_count: usize,
     factor: usize,
 ) -> Vec<BrokerId> {
     let value = case.value;
     leaving.sort_by_key(|id| (input.is_live(*id), value.isr.contains(id) || value.elr.contains(id)));
-    let max = new + value.replicas.len().saturating_sub(factor);
-    let kept_in_sync = value.isr.iter().filter(|id| !leaving.iter().take(max).any(|removed| removed == *id)).count();
-    let is_enough = kept_in_sync + new >= case.min_insync.min(factor);
-    leaving.truncate(if is_enough { max } else { new });
+    let max_removed = new_count + value.replicas.len().saturating_sub(factor);
+    let staying_in_sync =
+        value.isr.iter().filter(|id| !leaving.iter().take(max_removed).any(|removed| removed == *id)).count();
+    let is_enough = staying_in_sync + new_count >= case.min_insync.min(factor);
+    leaving.truncate(if is_enough { max_removed } else { new_count });
     leaving
 }
 
-/// Returns the replicas that stay if the factor shrinks; `None` while too few of them would be in sync. Order of
-/// preference: the leader, in sync, live, not drained, alone in its rack, first in the list.
+/// Returns the replicas that stay after the factor was lowered; `None` while too few of them would be in sync. Order of
+/// preference: the leader, in sync, live, not drained, in a rack of no chosen replica, first in the list.
 fn choose_remaining(input: &PlannerInput<'_>, case: &PartitionCase<'_>, factor: usize) -> Option<Vec<BrokerId>> {
     let value = case.value;
-    let mut kept: Vec<BrokerId> = Vec::new();
-    let mut rest: Vec<BrokerId> = value.replicas.clone();
-    while kept.len() < factor && !rest.is_empty() {
+    let mut staying: Vec<BrokerId> = Vec::new();
+    let mut candidates: Vec<BrokerId> = value.replicas.clone();
+    while staying.len() < factor && !candidates.is_empty() {
         let rank = |(position, id): &(usize, &BrokerId)| {
             let (leads, in_sync) = (value.leader == Some(**id), value.isr.contains(id));
-            let shared = input.shares_rack(**id, &kept);
-            (!leads, !in_sync, !input.is_live(**id), input.is_draining(**id), shared, *position)
+            let shares_rack = input.shares_rack(**id, &staying);
+            (!leads, !in_sync, !input.is_live(**id), input.is_draining(**id), shares_rack, *position)
         };
-        let (best, _) = rest.iter().enumerate().min_by_key(rank)?;
-        kept.push(rest.remove(best));
+        let (best, _) = candidates.iter().enumerate().min_by_key(rank)?;
+        staying.push(candidates.remove(best));
     }
-    let in_sync = kept.iter().filter(|id| value.isr.contains(id)).count();
+    let in_sync = staying.iter().filter(|id| value.isr.contains(id)).count();
     if in_sync < case.min_insync.min(factor) {
         return None;
     }
-    Some(value.replicas.iter().copied().filter(|id| kept.contains(id)).collect())
+    Some(value.replicas.iter().copied().filter(|id| staying.contains(id)).collect())
 }
 
-/// Moves one replica from the broker with the most to the broker with the fewest, if they are uneven enough. Prefers
-/// the most uneven pair and never reduces the number of racks of a partition.
+/// Moves one replica from a broker with many replicas to one with few, if the imbalance exceeds both limits. Prefers
+/// the pair with the largest imbalance. Never reduces the number of racks of a partition. Returns `None` if the brokers
+/// are balanced or no replica can move.
 fn balance(input: &PlannerInput<'_>, cases: &[PartitionCase<'_>], placement: &Placement) -> Option<PlannedChange> {
     let mut brokers: Vec<(usize, BrokerId)> =
         placement.accepting_brokers().map(|(id, BrokerLoad { replicas, .. })| (replicas, id)).collect();
     brokers.sort_unstable();
-    let uneven = |max: usize, min: usize| max > min + MIN_IMBALANCE && max * 100 > min * (100 + MIN_IMBALANCE_PERCENT);
+    let is_imbalanced =
+        |max: usize, min: usize| max > min + MIN_IMBALANCE && max * 100 > min * (100 + MIN_IMBALANCE_PERCENT);
     brokers.iter().rev().find_map(|(max, from)| {
-        let targets = brokers.iter().take_while(|(min, _)| uneven(*max, *min));
+        let targets = brokers.iter().take_while(|(min, _)| is_imbalanced(*max, *min));
         let targets = targets.filter(|(_, to)| placement.has_capacity(*to));
         targets.into_iter().find_map(|(_, to)| cases.iter().find_map(|case| move_replica(input, case, *from, *to)))
     })
 }
 
-/// Returns the change that moves a replica of this partition from one broker to another, in the same position.
+/// Returns the change that moves a replica of this partition from one broker to another, in the same position. Returns
+/// `None` if the partition has no leader, has a queued reassignment, has no replica on `from` or one on `to`, or would
+/// use fewer racks.
 fn move_replica(
     input: &PlannerInput<'_>,
     case: &PartitionCase<'_>,
@@ -294,5 +316,5 @@ fn move_replica(
         return None;
     }
     let target: Vec<BrokerId> = replicas.iter().map(|id| if *id == from { to } else { *id }).collect();
-    Some(case.step(case.value.start_reassignment(&target)?, ChangeReason::Balanced))
+    Some(case.change_to(case.value.start_reassignment(&target)?, ChangeReason::Balanced))
 }

@@ -1,8 +1,8 @@
 //! New targets for reassignments that need permanently offline brokers. Starts and completes no reassignment.
 //!
-//! A new replica that never catches up blocks its reassignment forever. So does a staying replica that never returns
-//! while the min ISR needs the removed replicas. No other rule for replicas considers a partition under reassignment,
-//! so this rule must unblock it.
+//! A new replica that never catches up blocks its reassignment forever. So does a staying replica that never returns,
+//! if the min ISR needs the removed replicas until then. The other rules for replicas skip a partition under
+//! reassignment, so this rule must unblock it.
 
 use super::{
     super::{partition_value::PartitionValue, placement::Placement},
@@ -30,57 +30,59 @@ pub(super) fn target(
 ) -> Option<Vec<BrokerId>> {
     let value = case.value;
     let planned: Vec<BrokerId> = value.replicas.iter().copied().filter(|id| !value.removing.contains(id)).collect();
-    let (mut offline, stay): (Vec<BrokerId>, Vec<BrokerId>) =
+    let (mut offline, staying): (Vec<BrokerId>, Vec<BrokerId>) =
         planned.iter().copied().partition(|id| input.is_permanently_offline(*id, plan));
     if offline.is_empty() {
         return None;
     }
     // A new replica blocks the reassignment in any case, so it is replaced first.
     offline.sort_by_key(|id| !value.adding.contains(id));
-    let successors = successors(input, case, placement, &stay, &offline);
-    let position = |id: &BrokerId| offline.iter().position(|other| other == id);
+    let successors = choose_successors(input, case, placement, &staying, &offline);
+    let offline_position = |id: &BrokerId| offline.iter().position(|offline_id| offline_id == id);
     let target: Vec<BrokerId> = planned
         .iter()
-        .filter_map(|id| match position(id) {
+        .filter_map(|id| match offline_position(id) {
             None => Some(*id),
             Some(position) => successors.get(position).copied().or_else(|| keep_unless_new(value, *id)),
         })
         .collect();
     if target == planned {
-        plan.waiting.push((case.id, BlockedReason::NoBrokers));
+        plan.blocked.push((case.id, BlockedReason::NoBrokers));
         return None;
     }
     Some(target)
 }
 
-/// Returns a replica without a successor if the replica existed before the reassignment.
+/// Decides about a permanently offline replica without a successor: returns its id if it existed before the
+/// reassignment, so that it keeps its position, and `None` if it is new, so that it is dropped.
 fn keep_unless_new(value: &PartitionValue, id: BrokerId) -> Option<BrokerId> {
     (!value.adding.contains(&id)).then_some(id)
 }
 
-/// Returns the successors of the permanently offline replicas, in their order; fewer if there are too few brokers.
-fn successors(
+/// Returns the successors of the replicas in `offline`, in the same order; fewer if there are too few brokers. The
+/// candidates and their order are those of [`target`].
+fn choose_successors(
     input: &PlannerInput<'_>,
     case: &PartitionCase<'_>,
     placement: &Placement,
-    stay: &[BrokerId],
+    staying: &[BrokerId],
     offline: &[BrokerId],
 ) -> Vec<BrokerId> {
-    let (value, wanted) = (case.value, stay.len() + offline.len());
+    let (value, target_count) = (case.value, staying.len() + offline.len());
     let (online, removed_offline): (Vec<BrokerId>, Vec<BrokerId>) =
         value.removing.iter().partition(|id| input.is_live(**id));
-    let (drained, mut free): (Vec<BrokerId>, Vec<BrokerId>) = online.iter().partition(|id| input.is_draining(**id));
-    let mut chosen = stay.to_vec();
-    while chosen.len() < wanted && !free.is_empty() {
+    let (drained, mut reusable): (Vec<BrokerId>, Vec<BrokerId>) = online.iter().partition(|id| input.is_draining(**id));
+    let mut chosen = staying.to_vec();
+    while chosen.len() < target_count && !reusable.is_empty() {
         let rank = |(_, id): &(usize, &BrokerId)| (!value.isr.contains(id), input.shares_rack(**id, &chosen));
-        let best = free.iter().enumerate().min_by_key(rank).map_or(0, |(position, _)| position);
-        chosen.push(free.remove(best));
+        let best = reusable.iter().enumerate().min_by_key(rank).map_or(0, |(position, _)| position);
+        chosen.push(reusable.remove(best));
     }
-    let mut chosen = placement.choose_up_to(case.id, chosen, wanted);
-    chosen.extend(drained.iter().take(wanted - chosen.len()));
-    // Offline replicas from before the reassignment are no worse than new ones that never catch up. They are no gain in
-    // the place of another earlier replica.
-    let new = offline.iter().filter(|id| value.adding.contains(id)).count();
-    chosen.extend(removed_offline.iter().take((stay.len() + new).saturating_sub(chosen.len())));
-    chosen.split_off(stay.len())
+    let mut chosen = placement.choose_up_to(case.id, chosen, target_count);
+    chosen.extend(drained.iter().take(target_count - chosen.len()));
+    // An offline replica in `removing` may return with its data, unlike a new replica that never caught up. It is no
+    // improvement over an offline replica that stays. New replicas come first in `offline`.
+    let new_count = offline.iter().filter(|id| value.adding.contains(id)).count();
+    chosen.extend(removed_offline.iter().take((staying.len() + new_count).saturating_sub(chosen.len())));
+    chosen.split_off(staying.len())
 }

@@ -58,7 +58,7 @@ impl World {
             limits: PlannerLimits::default(),
         };
         for (number, rack) in (1..).zip(racks) {
-            world.come(number, rack);
+            world.register(number, rack);
         }
         world.topic(factor, min_insync, values.len());
         for (number, value) in (0..).zip(values) {
@@ -79,7 +79,7 @@ impl World {
         self.entries.insert(self.keys.path(key), (value.encode(), self.revision));
     }
 
-    fn come(&mut self, number: u32, rack: &str) {
+    fn register(&mut self, number: u32, rack: &str) {
         let rack = Some(rack.to_owned()).filter(|rack| !rack.is_empty());
         let value = BrokerValue { rack, ..BrokerValue::running_at("a:1".to_owned()) };
         self.put(&Key::Broker(BrokerId(number)), &value);
@@ -87,11 +87,11 @@ impl World {
         self.offline_ms.remove(&BrokerId(number));
     }
 
-    fn stop(&mut self, number: u32) {
+    fn set_stopping(&mut self, number: u32) {
         self.update_flags(number, |value| value.state = BrokerState::Stopping);
     }
 
-    fn fill(&mut self, number: u32) {
+    fn set_disk_pressure(&mut self, number: u32) {
         self.update_flags(number, |value| value.disk_pressure = true);
     }
 
@@ -156,12 +156,12 @@ impl World {
     /// Applies a plan with the checks of compare-and-set.
     fn apply_plan(&mut self, plan: &ClusterPlan) {
         let mut seen = BTreeSet::new();
-        for PlannedChange { change, .. } in &plan.steps {
-            assert!(seen.insert(change.id), "two steps of {}", change.id);
-            assert_eq!(change.value.contradiction(), None, "{:?}", change.value);
-            let path = self.keys.partition(change.id);
-            assert_eq!(self.entries[&path].1, change.expected_revision);
-            self.put(&Key::Partition(change.id), &change.value);
+        for PlannedChange { update, .. } in &plan.changes {
+            assert!(seen.insert(update.id), "two changes of {}", update.id);
+            assert_eq!(update.value.contradiction(), None, "{:?}", update.value);
+            let path = self.keys.partition(update.id);
+            assert_eq!(self.entries[&path].1, update.expected_revision);
+            self.put(&Key::Partition(update.id), &update.value);
         }
     }
 
@@ -196,15 +196,15 @@ impl World {
     }
 }
 
-fn steps(plan: &ClusterPlan) -> Vec<(ChangeReason, PartitionValue)> {
-    plan.steps.iter().map(|step| (step.reason, step.change.value.clone())).collect()
+fn changes(plan: &ClusterPlan) -> Vec<(ChangeReason, PartitionValue)> {
+    plan.changes.iter().map(|change| (change.reason, change.update.value.clone())).collect()
 }
 
 /// Returns the only change of a plan.
-fn only_step(world: &World) -> (ChangeReason, PartitionValue) {
-    let steps = steps(&world.plan());
-    assert_eq!(steps.len(), 1, "{steps:?}");
-    steps[0].clone()
+fn only_change(world: &World) -> (ChangeReason, PartitionValue) {
+    let changes = changes(&world.plan());
+    assert_eq!(changes.len(), 1, "{changes:?}");
+    changes[0].clone()
 }
 
 #[test]
@@ -217,13 +217,13 @@ fn healthy_cluster_needs_no_changes() {
 fn first_staying_in_sync_replica_is_elected() {
     let mut world = World::of(&["a", "b", "c"], 3, 1, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
     world.unregister(1, 0);
-    let (reason, elected) = only_step(&world);
+    let (reason, elected) = only_change(&world);
     assert_eq!((reason, elected.leader, &elected.isr), (ChangeReason::Elected, Some(BrokerId(2)), &ids(&[2, 3])));
     assert_eq!(elected.leader_epoch, LeaderEpoch(6));
-    world.stop(2);
-    assert_eq!(only_step(&world).1.leader, Some(BrokerId(3)), "a stopping broker would transfer leadership at once");
+    world.set_stopping(2);
+    assert_eq!(only_change(&world).1.leader, Some(BrokerId(3)), "a stopping broker would transfer leadership at once");
     world.unregister(3, 0);
-    assert_eq!(only_step(&world).1.leader, Some(BrokerId(2)), "a stopping broker is better than no leader");
+    assert_eq!(only_change(&world).1.leader, Some(BrokerId(2)), "a stopping broker is better than no leader");
 }
 
 #[test]
@@ -234,13 +234,13 @@ fn partition_without_candidate_is_leaderless_and_blocked() {
     world.unregister(1, 0);
     world.unregister(2, 0);
     let plan = world.plan();
-    assert_eq!(plan.waiting, [(id(0), BlockedReason::NoLeader)]);
-    assert_eq!(only_step(&world).0, ChangeReason::Leaderless);
+    assert_eq!(plan.blocked, [(id(0), BlockedReason::NoLeader)]);
+    assert_eq!(only_change(&world).0, ChangeReason::Leaderless);
     world.apply_plan(&plan);
     let plan = world.plan();
-    assert_eq!((plan.steps.len(), plan.waiting.len()), (0, 1), "3 lacks committed records");
-    world.come(2, "b");
-    let (reason, elected) = only_step(&world);
+    assert_eq!((plan.changes.len(), plan.blocked.len()), (0, 1), "3 lacks committed records");
+    world.register(2, "b");
+    let (reason, elected) = only_change(&world);
     assert_eq!((reason, elected.leader, elected.isr), (ChangeReason::Elected, Some(BrokerId(2)), ids(&[2])));
 }
 
@@ -248,15 +248,15 @@ fn partition_without_candidate_is_leaderless_and_blocked() {
 fn stopping_leader_transfers_to_running_replica() {
     let values = vec![value(&[1, 2, 3], Some(1), &[1, 2, 3]), value(&[2, 1, 3], Some(2), &[2, 1, 3])];
     let mut world = World::of(&["a", "b", "c"], 3, 2, values);
-    world.stop(1);
-    let (reason, transferred) = only_step(&world);
+    world.set_stopping(1);
+    let (reason, transferred) = only_change(&world);
     assert_eq!(
         (reason, transferred.leader, transferred.isr),
         (ChangeReason::ControlledShutdown, Some(BrokerId(2)), ids(&[1, 2, 3]))
     );
-    world.stop(2);
-    world.stop(3);
-    assert_eq!(world.plan().steps, [], "no other broker can lead");
+    world.set_stopping(2);
+    world.set_stopping(3);
+    assert_eq!(world.plan().changes, [], "no other broker can lead");
 }
 
 /// Found by an operator: a leader with a full disk rejected every write while two in-sync replicas had empty disks.
@@ -264,7 +264,7 @@ fn stopping_leader_transfers_to_running_replica() {
 fn full_disk_leader_transfers_unless_no_other_can_lead() {
     let mut world = World::of(&["", "", ""], 3, 1, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
     world.update_flags(1, |value| value.disk_full = true);
-    let (reason, transferred) = only_step(&world);
+    let (reason, transferred) = only_change(&world);
     assert_eq!(
         (reason, transferred.leader, transferred.isr.len()),
         (ChangeReason::ControlledShutdown, Some(BrokerId(2)), 3)
@@ -274,10 +274,10 @@ fn full_disk_leader_transfers_unless_no_other_can_lead() {
     for number in [2, 3] {
         world.update_flags(number, |value| value.disk_full = true);
     }
-    assert_eq!(world.plan().steps, [], "no other leader would be better");
+    assert_eq!(world.plan().changes, [], "no other leader would be better");
     world.update_flags(3, |value| value.disk_full = false);
     world.unregister(2, 0);
-    assert_eq!(only_step(&world).1.leader, Some(BrokerId(3)), "a broker with disk space is elected first");
+    assert_eq!(only_change(&world).1.leader, Some(BrokerId(3)), "a broker with disk space is elected first");
     world.plan_until_stable(1);
     world.update_flags(1, |value| value.disk_full = false);
     world.plan_until_stable(1);
@@ -285,7 +285,7 @@ fn full_disk_leader_transfers_unless_no_other_can_lead() {
 
     let mut single_in_sync = World::of(&["", ""], 2, 1, vec![value(&[1, 2], Some(1), &[1])]);
     single_in_sync.update_flags(1, |value| value.disk_full = true);
-    assert_eq!(single_in_sync.plan().steps, [], "no other replica can lead");
+    assert_eq!(single_in_sync.plan().changes, [], "no other replica can lead");
 }
 
 #[test]
@@ -293,11 +293,11 @@ fn reassignment_copies_before_it_removes() {
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
     let started = world.partition(0).start_reassignment(&ids(&[4, 2, 3])).unwrap();
     world.put(&Key::Partition(id(0)), &started);
-    assert_eq!(world.plan().steps, [], "4 has not caught up");
+    assert_eq!(world.plan().changes, [], "4 has not caught up");
     world.replicate(2);
-    let (reason, step) = only_step(&world);
+    let (reason, value) = only_change(&world);
     assert_eq!(
-        (reason, step.leader),
+        (reason, value.leader),
         (ChangeReason::ControlledShutdown, Some(BrokerId(4))),
         "the leader is removed: another one is elected first"
     );
@@ -315,10 +315,10 @@ fn reassignment_completes_only_with_a_live_leader() {
     world.put(&Key::Partition(id(0)), &copied);
     world.unregister(1, 1000);
     world.unregister(2, 1000);
-    assert_eq!(world.plan().steps, []);
-    world.come(1, "");
-    let (reason, step) = only_step(&world);
-    assert_eq!((reason, step.leader, step.replicas.len()), (ChangeReason::Elected, Some(BrokerId(1)), 2));
+    assert_eq!(world.plan().changes, []);
+    world.register(1, "");
+    let (reason, value) = only_change(&world);
+    assert_eq!((reason, value.leader, value.replicas.len()), (ChangeReason::Elected, Some(BrokerId(1)), 2));
 }
 
 /// A topic value that was copied to another name: two names, one topic.
@@ -328,7 +328,7 @@ fn topic_with_two_names_gets_one_change_per_partition() {
     let metadata = world.metadata();
     let copied = metadata.topics().values().next().unwrap().value.clone();
     world.put(&Key::Topic(TopicName::new("u").unwrap()), &copied);
-    assert_eq!(world.plan().steps.len(), 1);
+    assert_eq!(world.plan().changes.len(), 1);
 }
 
 /// Regression: a staying replica that had to catch up replaced an in-sync one. With a min ISR of two, one copy of
@@ -339,15 +339,15 @@ fn reassignment_keeps_replicas_that_min_isr_needs() {
     let started = world.partition(0).start_reassignment(&ids(&[1, 2])).unwrap();
     assert_eq!((&started.adding, &started.removing), (&ids(&[]), &ids(&[3])), "2 is an earlier replica");
     world.put(&Key::Partition(id(0)), &started);
-    assert_eq!(world.plan().steps, [], "2 has not caught up");
+    assert_eq!(world.plan().changes, [], "2 has not caught up");
     // A replica that is not in sync can be removed.
     let dropped = started.shrink(&BTreeSet::from([BrokerId(3)]), 2);
     world.put(&Key::Partition(id(0)), &dropped);
-    assert_eq!(only_step(&world).0, ChangeReason::ReassignmentCompleted);
+    assert_eq!(only_change(&world).0, ChangeReason::ReassignmentCompleted);
     world.put(&Key::Partition(id(0)), &started);
     world.replicate(2);
-    let (reason, step) = only_step(&world);
-    assert_eq!((reason, step.replicas, step.isr), (ChangeReason::ReassignmentCompleted, ids(&[1, 2]), ids(&[1, 2])));
+    let (reason, value) = only_change(&world);
+    assert_eq!((reason, value.replicas, value.isr), (ChangeReason::ReassignmentCompleted, ids(&[1, 2]), ids(&[1, 2])));
 }
 
 #[test]
@@ -358,14 +358,14 @@ fn queued_reassignments_start_first_and_within_limits() {
     let mut world = World::of(&["", "", "", ""], 2, 1, values);
     world.limits.balance = false;
     world.drain(3);
-    let started = steps(&world.plan());
+    let started = changes(&world.plan());
     assert_eq!(started.len(), 2, "the limit per broker: {started:?}");
     for (reason, value) in started {
         assert_eq!((reason, value.adding.as_slice()), (ChangeReason::ReassignmentStarted, &*ids(&[4])));
         assert!(!value.has_queued(), "a started reassignment is no longer queued");
     }
     world.limits.max_reassignments = 1;
-    assert_eq!(only_step(&world).0, ChangeReason::ReassignmentStarted, "the drained broker waits longer");
+    assert_eq!(only_change(&world).0, ChangeReason::ReassignmentStarted, "the drained broker waits longer");
     world.plan_until_stable(1);
     assert!((0..5).all(|number| world.partition(number).replicas == ids(&[1, 4])));
     assert!(!world.partition(5).replicas.contains(&BrokerId(3)));
@@ -374,8 +374,8 @@ fn queued_reassignments_start_first_and_within_limits() {
         World::of(&["", "", ""], 2, 1, vec![value(&[1, 2], Some(1), &[1, 2]).queue_reassignment(&ids(&[1, 3]))]);
     world.unregister(3, 0);
     let plan = world.plan();
-    assert_eq!((plan.steps.len(), &*plan.waiting), (0, &[(id(0), BlockedReason::QueuedTarget)][..]));
-    world.come(3, "");
+    assert_eq!((plan.changes.len(), &*plan.blocked), (0, &[(id(0), BlockedReason::QueuedTarget)][..]));
+    world.register(3, "");
     world.plan_until_stable(1);
     assert_eq!(world.partition(0).replicas, ids(&[1, 3]), "the reassignment starts when the broker is online");
 }
@@ -408,16 +408,16 @@ fn replicas_are_replaced_only_after_replace_delay() {
     world.unregister(3, 1000);
     world.replicate(2);
     let plan = world.plan();
-    assert_eq!((plan.steps.len(), plan.next_plan_ms), (0, Some(30 * 60 * 1000 - 1000)));
+    assert_eq!((plan.changes.len(), plan.next_plan_ms), (0, Some(30 * 60 * 1000 - 1000)));
     world.unregister(3, 30 * 60 * 1000);
     let plan = world.plan();
-    assert!(plan.steps.iter().all(|step| step.reason == ChangeReason::BrokerReplaced));
-    assert_eq!(plan.steps.len(), 2, "the limit per broker");
+    assert!(plan.changes.iter().all(|change| change.reason == ChangeReason::BrokerReplaced));
+    assert_eq!(plan.changes.len(), 2, "the limit per broker");
     world.plan_until_stable(2);
     assert!((0..4).all(|number| world.partition(number).replicas == ids(&[1, 2, 4])));
     world.unregister(4, 30 * 60 * 1000);
     let plan = world.plan();
-    assert_eq!((plan.steps.len(), plan.waiting.len()), (0, 4), "no broker is available: {plan:?}");
+    assert_eq!((plan.changes.len(), plan.blocked.len()), (0, 4), "no broker is available: {plan:?}");
 }
 
 #[test]
@@ -438,10 +438,10 @@ fn leadership_returns_to_stable_preferred_leader() {
     let mut world = World::of(&["", ""], 2, 1, vec![value(&[1, 2], Some(2), &[2, 1])]);
     world.online_ms.insert(BrokerId(1), 10_000);
     let plan = world.plan();
-    assert_eq!((plan.steps.len(), plan.next_plan_ms), (0, Some(20_000)));
+    assert_eq!((plan.changes.len(), plan.next_plan_ms), (0, Some(20_000)));
     world.online_ms.insert(BrokerId(1), 30_000);
-    let (reason, step) = only_step(&world);
-    assert_eq!((reason, step.leader), (ChangeReason::PreferredLeader, Some(BrokerId(1))));
+    let (reason, value) = only_change(&world);
+    assert_eq!((reason, value.leader), (ChangeReason::PreferredLeader, Some(BrokerId(1))));
 }
 
 #[test]
@@ -453,8 +453,8 @@ fn new_broker_gets_its_share_within_racks() {
     assert_eq!(replica_count(1), 12, "alone in its rack");
     assert!(replica_count(3) >= 5, "{}", replica_count(3));
     let mut world = World::of(&["a", "b", "b"], 2, 1, (0..12).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect());
-    world.fill(3);
-    assert_eq!(world.plan().steps, [], "no replica moves to a broker under disk pressure");
+    world.set_disk_pressure(3);
+    assert_eq!(world.plan().changes, [], "no replica moves to a broker under disk pressure");
 }
 
 #[test]
@@ -467,10 +467,10 @@ fn broker_at_replica_limit_is_skipped_by_every_rule() {
     world.replicate(2);
     world.plan_until_stable(2);
     assert_eq!(world.replica_count(4), 3);
-    assert_eq!(world.plan().waiting, [(id(3), BlockedReason::NoBrokers)]);
+    assert_eq!(world.plan().blocked, [(id(3), BlockedReason::NoBrokers)]);
     world.limit_replicas(4, 4);
     world.plan_until_stable(2);
-    assert_eq!((world.replica_count(4), world.plan().waiting), (4, vec![]), "the raised limit suffices");
+    assert_eq!((world.replica_count(4), world.plan().blocked), (4, vec![]), "the raised limit suffices");
 
     // A raised factor, and a drain.
     let mut world = World::of(&["", ""], 1, 1, (0..4).map(|_| value(&[1], Some(1), &[1])).collect());
@@ -491,7 +491,7 @@ fn broker_at_replica_limit_is_skipped_by_every_rule() {
     world.limits.balance = false;
     world.limit_replicas(2, 1);
     world.plan_until_stable(1);
-    assert_eq!((world.replica_count(2), world.plan().waiting), (1, vec![(id(1), BlockedReason::QueuedTarget)]));
+    assert_eq!((world.replica_count(2), world.plan().blocked), (1, vec![(id(1), BlockedReason::QueuedTarget)]));
 
     // Balance: the least loaded broker takes none at its limit, and a full broker gives.
     let mut world = World::of(&["", "", ""], 1, 1, (0..12).map(|_| value(&[1], Some(1), &[1])).collect());
@@ -529,7 +529,7 @@ prop_compose! {
             world.unregister(number, if lost { 1 << 40 } else { 0 });
         }
         for number in stops.into_iter().filter(|number| world.is_live(BrokerId(*number))).collect::<Vec<_>>() {
-            world.stop(number);
+            world.set_stopping(number);
         }
         drains.into_iter().for_each(|number| world.drain(number));
         for (number, max) in bounds.into_iter().filter(|(number, _)| world.is_live(BrokerId(*number))).collect::<Vec<_>>() {
@@ -544,9 +544,9 @@ proptest! {
     fn plans_terminate_and_keep_in_sync_replicas((mut world, min_insync) in worlds()) {
         for _ in 0..200 {
             let (plan, before) = (world.plan(), world.clone());
-            for PlannedChange { change, reason } in &plan.steps {
-                let old = before.partition(change.id.number);
-                let new = &change.value;
+            for PlannedChange { update, reason } in &plan.changes {
+                let old = before.partition(update.id.number);
+                let new = &update.value;
                 let live = |set: &[BrokerId]| -> BTreeSet<BrokerId> { set.iter().copied().filter(|id| before.is_live(*id)).collect() };
                 let lost: Vec<_> = live(&old.isr).difference(&live(&new.isr)).copied().collect();
                 prop_assert!(lost.iter().all(|id| *reason == ChangeReason::ReassignmentCompleted && old.removing.contains(id)), "{reason:?} {old:?} → {new:?}");

@@ -3,21 +3,21 @@
 use super::*;
 
 /// The default time before the replacement of an offline broker, in milliseconds.
-const FOR_GOOD_MS: u64 = 30 * 60 * 1000;
+const REPLACE_AFTER_MS: u64 = 30 * 60 * 1000;
 
 /// Regression: such a reassignment waited forever, kept its slot, and hid later losses of the partition.
 #[test]
-fn reassignment_to_gone_broker_is_retargeted() {
+fn reassignment_to_lost_broker_is_retargeted() {
     let started = value(&[1, 2, 3], Some(1), &[1, 2, 3]).start_reassignment(&ids(&[1, 2, 4])).unwrap();
     let mut world = World::of(&["", "", "", "", ""], 3, 2, vec![started]);
     world.drain(3);
-    world.unregister(4, FOR_GOOD_MS - 1000);
+    world.unregister(4, REPLACE_AFTER_MS - 1000);
     let plan = world.plan();
-    assert_eq!((plan.steps.len(), plan.next_plan_ms), (0, Some(1000)), "the broker may return");
-    world.unregister(4, FOR_GOOD_MS);
+    assert_eq!((plan.changes.len(), plan.next_plan_ms), (0, Some(1000)), "the broker may return");
+    world.unregister(4, REPLACE_AFTER_MS);
     // The reassignment holds its slot already.
     world.limits.max_reassignments = 1;
-    let (reason, value) = only_step(&world);
+    let (reason, value) = only_change(&world);
     assert_eq!(
         (reason, &value.adding, &value.removing),
         (ChangeReason::ReassignmentRetargeted, &ids(&[5]), &ids(&[3]))
@@ -33,17 +33,17 @@ fn reassignment_to_gone_broker_is_retargeted() {
 
 /// The operator's request cannot be satisfied, and the replica to remove holds everything.
 #[test]
-fn reassignment_to_gone_broker_is_reverted_if_old_may_stay() {
+fn reassignment_to_lost_broker_is_reverted_if_old_may_stay() {
     let started = value(&[1, 2, 3], Some(1), &[1, 2, 3]).start_reassignment(&ids(&[1, 2, 4])).unwrap();
     let mut world = World::of(&["", "", "", "", ""], 3, 2, vec![started.clone()]);
-    world.unregister(4, FOR_GOOD_MS);
-    let (reason, value) = only_step(&world);
+    world.unregister(4, REPLACE_AFTER_MS);
+    let (reason, value) = only_change(&world);
     assert_eq!(
         (reason, &value.replicas, value.is_reassigning()),
         (ChangeReason::ReassignmentRetargeted, &ids(&[1, 2, 3]), false)
     );
     world.plan_until_stable(2);
-    world.unregister(3, FOR_GOOD_MS);
+    world.unregister(3, REPLACE_AFTER_MS);
     world.plan_until_stable(2);
     assert_eq!(world.partition(0).replicas, ids(&[1, 2, 5]), "later losses are handled");
 
@@ -51,9 +51,9 @@ fn reassignment_to_gone_broker_is_reverted_if_old_may_stay() {
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![started]);
     world.limits.replace_after_ms = None;
     world.unregister(4, 0);
-    assert_eq!(world.plan().steps, []);
+    assert_eq!(world.plan().changes, []);
     world.drain(4);
-    assert_eq!(only_step(&world).1.replicas, ids(&[1, 2, 3]));
+    assert_eq!(only_change(&world).1.replicas, ids(&[1, 2, 3]));
 }
 
 /// Without other brokers the earlier replicas stay listed: an offline one may hold committed records.
@@ -61,13 +61,13 @@ fn reassignment_to_gone_broker_is_reverted_if_old_may_stay() {
 fn reassignment_between_lost_brokers_is_reverted_and_blocked() {
     let started = value(&[1, 2, 3], Some(1), &[1, 2]).start_reassignment(&ids(&[1, 2, 4])).unwrap();
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![started]);
-    world.unregister(3, FOR_GOOD_MS);
-    world.unregister(4, FOR_GOOD_MS);
+    world.unregister(3, REPLACE_AFTER_MS);
+    world.unregister(4, REPLACE_AFTER_MS);
     world.plan_until_stable(2);
     let value = world.partition(0);
     assert_eq!((value.replicas.clone(), value.is_reassigning()), (ids(&[1, 2, 3]), false));
-    assert_eq!(world.plan().waiting, [(id(0), BlockedReason::NoBrokers)]);
-    world.come(5, "");
+    assert_eq!(world.plan().blocked, [(id(0), BlockedReason::NoBrokers)]);
+    world.register(5, "");
     world.plan_until_stable(2);
     assert_eq!(world.partition(0).replicas, ids(&[1, 2, 5]));
 }
@@ -75,11 +75,11 @@ fn reassignment_between_lost_brokers_is_reverted_and_blocked() {
 /// Regression: a staying replica that never returned blocked the completion, because the min ISR needed the removed
 /// replica.
 #[test]
-fn reassignment_completes_without_gone_staying_replica() {
+fn reassignment_completes_without_lost_staying_replica() {
     let started = || value(&[1, 2], Some(2), &[2]).start_reassignment(&ids(&[1, 3])).unwrap();
     let mut world = World::of(&["", "", "", ""], 2, 2, vec![started()]);
     world.drain(2);
-    world.unregister(1, FOR_GOOD_MS);
+    world.unregister(1, REPLACE_AFTER_MS);
     world.plan_until_stable(2);
     let stable = world.partition(0);
     assert_eq!((stable.replicas, stable.isr.len()), (ids(&[4, 3]), 2));
@@ -87,13 +87,13 @@ fn reassignment_completes_without_gone_staying_replica() {
     // Without another broker the drained replica stays, so that two are in sync.
     let mut world = World::of(&["", "", ""], 2, 2, vec![started()]);
     world.drain(2);
-    world.unregister(1, FOR_GOOD_MS);
+    world.unregister(1, REPLACE_AFTER_MS);
     world.plan_until_stable(2);
     let stable = world.partition(0);
     assert_eq!((stable.replicas.clone(), stable.is_reassigning()), (ids(&[2, 3]), false));
     assert_eq!(stable.isr.len(), 2);
-    assert_eq!(world.plan().waiting, [(id(0), BlockedReason::NoBrokers)]);
-    world.come(4, "");
+    assert_eq!(world.plan().blocked, [(id(0), BlockedReason::NoBrokers)]);
+    world.register(4, "");
     world.plan_until_stable(2);
     assert_eq!(world.partition(0).replicas, ids(&[4, 3]), "then the drained broker is emptied too");
 }
@@ -102,16 +102,16 @@ fn reassignment_completes_without_gone_staying_replica() {
 #[test]
 fn lost_replicas_are_replaced_as_far_as_brokers_permit() {
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
-    world.unregister(2, FOR_GOOD_MS);
-    world.unregister(3, FOR_GOOD_MS);
+    world.unregister(2, REPLACE_AFTER_MS);
+    world.unregister(3, REPLACE_AFTER_MS);
     world.replicate(2);
-    let (reason, value) = only_step(&world);
+    let (reason, value) = only_change(&world);
     assert_eq!((reason, &value.adding, &value.removing), (ChangeReason::BrokerReplaced, &ids(&[4]), &ids(&[2])));
     world.plan_until_stable(2);
     let value = world.partition(0);
     assert_eq!((value.replicas, value.isr), (ids(&[1, 4, 3]), ids(&[1, 4])));
-    assert_eq!(world.plan().waiting, [(id(0), BlockedReason::NoBrokers)]);
-    world.come(5, "");
+    assert_eq!(world.plan().blocked, [(id(0), BlockedReason::NoBrokers)]);
+    world.register(5, "");
     world.plan_until_stable(2);
     assert_eq!(world.partition(0).replicas, ids(&[1, 4, 5]));
 }
@@ -127,27 +127,27 @@ fn leaderless_reassignments_do_not_block_others() {
         let started = world.partition(number).start_reassignment(&ids(&[4])).unwrap();
         world.put(&Key::Partition(id(number)), &PartitionValue { leader: None, ..started });
     }
-    world.limits.max_moves_per_broker = 2;
-    world.unregister(1, FOR_GOOD_MS);
-    let (reason, step) = only_step(&world);
-    assert_eq!((reason, step.adding), (ChangeReason::BrokerReplaced, ids(&[4])));
+    world.limits.max_new_replicas_per_broker = 2;
+    world.unregister(1, REPLACE_AFTER_MS);
+    let (reason, value) = only_change(&world);
+    assert_eq!((reason, value.adding), (ChangeReason::BrokerReplaced, ids(&[4])));
 }
 
 #[test]
-fn gone_replicas_are_replaced_before_drained_ones() {
+fn lost_replicas_are_replaced_before_drained_ones() {
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
     world.drain(2);
-    world.unregister(3, FOR_GOOD_MS);
+    world.unregister(3, REPLACE_AFTER_MS);
     world.replicate(2);
-    assert_eq!(only_step(&world).0, ChangeReason::BrokerReplaced);
+    assert_eq!(only_change(&world).0, ChangeReason::BrokerReplaced);
     world.plan_until_stable(2);
     assert_eq!(world.partition(0).replicas, ids(&[1, 2, 4]));
-    assert_eq!(world.plan().waiting, [(id(0), BlockedReason::NoBrokers)]);
+    assert_eq!(world.plan().blocked, [(id(0), BlockedReason::NoBrokers)]);
 
     let mut world = World::of(&["", ""], 3, 1, vec![value(&[1], Some(1), &[1])]);
     world.plan_until_stable(1);
     assert_eq!(world.partition(0).replicas, ids(&[1, 2]), "a raised factor is applied as far as possible");
-    assert_eq!(world.plan().waiting, [(id(0), BlockedReason::NoBrokers)]);
+    assert_eq!(world.plan().blocked, [(id(0), BlockedReason::NoBrokers)]);
 }
 
 /// Regression: lowering the factor had no effect. With too many replicas, lost ones were not replaced, and none was
@@ -157,11 +157,11 @@ fn lowered_factor_is_applied_with_too_few_in_sync_replicas() {
     for spares in [1, 2] {
         let racks = &["", "", "", "", ""][..3 + spares];
         let mut world = World::of(racks, 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
-        world.unregister(2, FOR_GOOD_MS);
-        world.unregister(3, FOR_GOOD_MS);
+        world.unregister(2, REPLACE_AFTER_MS);
+        world.unregister(3, REPLACE_AFTER_MS);
         world.replicate(2);
         world.topic(2, 2, 1);
-        let (reason, value) = only_step(&world);
+        let (reason, value) = only_change(&world);
         assert_eq!((reason, value.adding.len(), &value.removing), (ChangeReason::BrokerReplaced, 1, &ids(&[2, 3])));
         world.plan_until_stable(2);
         let value = world.partition(0);
@@ -170,13 +170,13 @@ fn lowered_factor_is_applied_with_too_few_in_sync_replicas() {
     }
 
     let mut world = World::of(&["", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
-    world.unregister(2, FOR_GOOD_MS);
-    world.unregister(3, FOR_GOOD_MS);
+    world.unregister(2, REPLACE_AFTER_MS);
+    world.unregister(3, REPLACE_AFTER_MS);
     world.replicate(2);
     world.topic(2, 2, 1);
     world.plan_until_stable(2);
-    assert_eq!(world.plan().waiting, [(id(0), BlockedReason::NoBrokers)]);
-    world.come(3, "");
+    assert_eq!(world.plan().blocked, [(id(0), BlockedReason::NoBrokers)]);
+    world.register(3, "");
     world.plan_until_stable(2);
     assert_eq!(world.partition(0).replicas, ids(&[1, 3]), "a returning broker suffices");
 }
@@ -189,21 +189,21 @@ proptest! {
         (mut world, min_insync) in worlds(),
         offline in prop::collection::vec(1_u32..7, 1..4),
     ) {
-        (world.limits.max_reassignments, world.limits.max_moves_per_broker) = (100, 100);
+        (world.limits.max_reassignments, world.limits.max_new_replicas_per_broker) = (100, 100);
         for _ in 0..3 {
             let plan = world.plan();
             world.apply_plan(&plan);
         }
         for number in offline {
             if world.is_live(BrokerId(number)) {
-                world.unregister(number, FOR_GOOD_MS);
+                world.unregister(number, REPLACE_AFTER_MS);
             }
         }
         world.plan_until_stable(min_insync);
         for number in 0..32 {
             let Some((bytes, _)) = world.entries.get(&world.keys.partition(id(number))) else { break };
             let value = PartitionValue::decode("k", bytes).unwrap();
-            let lost = |id: &BrokerId| world.offline_ms.get(id).is_some_and(|ms| *ms >= FOR_GOOD_MS);
+            let lost = |id: &BrokerId| world.offline_ms.get(id).is_some_and(|ms| *ms >= REPLACE_AFTER_MS);
             prop_assert!(value.leader.is_none() || !value.adding.iter().any(lost), "{:?}", value);
         }
     }

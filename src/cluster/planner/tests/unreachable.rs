@@ -11,7 +11,7 @@ fn unreachable_broker_is_skipped_by_every_rule() {
     world.unregister(3, 30 * 60 * 1000);
     world.replicate(2);
     world.plan_until_stable(2);
-    assert_eq!((world.replica_count(4), world.plan().waiting.len()), (0, 4));
+    assert_eq!((world.replica_count(4), world.plan().blocked.len()), (0, 4));
 
     // A raised factor, a drain, balance.
     let values = || (0..4).map(|_| value(&[1], Some(1), &[1])).collect();
@@ -26,14 +26,14 @@ fn unreachable_broker_is_skipped_by_every_rule() {
     assert_eq!((world.replica_count(1), world.replica_count(2)), (4, 0));
     let mut world = World::of(&["", ""], 1, 1, values());
     world.remove_peer_address(2);
-    assert_eq!(world.plan().steps, []);
+    assert_eq!(world.plan().changes, []);
 
     // A queued reassignment waits until the broker is reachable.
     let mut world = World::of(&["", ""], 1, 1, vec![value(&[1], Some(1), &[1]).queue_reassignment(&ids(&[2]))]);
     world.remove_peer_address(2);
     world.plan_until_stable(1);
-    assert_eq!((world.replica_count(2), world.plan().waiting), (0, vec![(id(0), BlockedReason::QueuedTarget)]));
-    world.come(2, "");
+    assert_eq!((world.replica_count(2), world.plan().blocked), (0, vec![(id(0), BlockedReason::QueuedTarget)]));
+    world.register(2, "");
     world.plan_until_stable(1);
-    assert_eq!((world.replica_count(2), world.plan().waiting), (1, vec![]));
+    assert_eq!((world.replica_count(2), world.plan().blocked), (1, vec![]));
 }
