@@ -1,8 +1,9 @@
 //! Compare-and-set of partition values, for leaders, the controller, starting brokers and operators.
 //!
-//! Changes that are submitted together share transactions. A conflict does not block other changes: a failed
-//! transaction is retried in halves, down to a single change, which returns the stored value. An unknown outcome is
-//! never retried here: the caller reads back, and treats both outcomes as possible until then.
+//! Changes that are submitted together share transactions. A conflict does not block other changes: a transaction whose
+//! compare failed is repeated in halves, down to a single change, whose outcome contains the stored value. A
+//! transaction with an unknown outcome is not repeated: the caller reads the value back, and treats both outcomes as
+//! possible until then.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -23,7 +24,7 @@ const MAX_CONCURRENT_TXNS: usize = 8;
 pub struct PartitionUpdate {
     /// Partition to change.
     pub id: PartitionId,
-    /// Revision of the value that the change is based on.
+    /// Revision of the stored value that this change replaces.
     pub expected_revision: Revision,
     /// New value.
     pub value: PartitionValue,
@@ -36,11 +37,11 @@ pub struct PartitionUpdate {
 pub enum UpdateOutcome {
     /// The change was applied at this revision.
     Done(Revision),
-    /// A compare did not hold. Contains the stored value if it exists and can be read.
+    /// A compare of this change did not hold. Contains the stored value, or `None` if it is missing or unreadable.
     Conflict(Option<(PartitionValue, Revision)>),
     /// A compare that all changes share did not hold: nothing was applied.
     GuardFailed,
-    /// The change was applied, was not applied, or will be applied later: read back.
+    /// The change was applied, was not applied, or will be applied later: read the value back.
     Unknown(MetaStoreError),
     /// The change was not applied: the store request failed.
     Failed(MetaStoreError),
@@ -59,39 +60,48 @@ impl PartitionUpdater {
         Self { store, keys }
     }
 
-    /// Applies changes of different partitions, each independently. The compares in `when` must hold for every change:
-    /// a controller passes its own key there.
+    /// Applies changes of different partitions, each independently of the others. The compares in `shared_compares`
+    /// must hold for every change: the controller passes a compare of the controller key.
     ///
     /// # Panics
     /// Two changes are of the same partition.
-    pub async fn apply(&self, changes: Vec<PartitionUpdate>, when: &[Compare]) -> Vec<(PartitionId, UpdateOutcome)> {
+    pub async fn apply(
+        &self,
+        changes: Vec<PartitionUpdate>,
+        shared_compares: &[Compare],
+    ) -> Vec<(PartitionId, UpdateOutcome)> {
         let distinct: BTreeSet<PartitionId> = changes.iter().map(|change| change.id).collect();
         assert_eq!(distinct.len(), changes.len(), "two changes of one partition");
-        let groups = groups(changes, when.len());
+        let groups = group_by_transaction(changes, shared_compares.len());
         stream::iter(groups)
-            .map(|group| self.apply_group(group, when))
+            .map(|group| self.apply_group(group, shared_compares))
             .buffered(MAX_CONCURRENT_TXNS)
             .flat_map(stream::iter)
             .collect()
             .await
     }
 
-    /// Writes a group in one transaction, and in halves if the store rejects it.
-    async fn apply_group(&self, group: Vec<PartitionUpdate>, when: &[Compare]) -> Vec<(PartitionId, UpdateOutcome)> {
+    /// Writes a group in one transaction, and again in halves if a compare of one of its changes fails.
+    async fn apply_group(
+        &self,
+        group: Vec<PartitionUpdate>,
+        shared_compares: &[Compare],
+    ) -> Vec<(PartitionId, UpdateOutcome)> {
         let (mut outcomes, mut pending) = (Vec::with_capacity(group.len()), vec![group]);
         while let Some(mut group) = pending.pop() {
-            match self.store.transact(self.transaction(&group, when)).await {
+            match self.store.transact(self.transaction(&group, shared_compares)).await {
                 Ok(TxnOutcome::Committed { revision }) => {
                     outcomes.extend(group.into_iter().map(|change| (change.id, UpdateOutcome::Done(revision))));
                 }
                 Ok(TxnOutcome::CompareFailed { mut found, .. }) => {
-                    let stored = found.split_off(when.len()).pop().flatten();
-                    if when.iter().zip(&found).any(|(compare, entry)| !compare.holds(entry.as_ref())) {
+                    // `found` contains the keys of the shared compares, and after them the key of a single change.
+                    let stored = found.split_off(shared_compares.len()).pop().flatten();
+                    if shared_compares.iter().zip(&found).any(|(compare, entry)| !compare.holds(entry.as_ref())) {
                         outcomes.extend(group.into_iter().map(|change| (change.id, UpdateOutcome::GuardFailed)));
                         continue;
                     }
                     if let [change] = &*group {
-                        let stored = stored.and_then(|entry| self.read(change.id, &entry));
+                        let stored = stored.and_then(|entry| decode_or_log(change.id, &entry));
                         outcomes.push((change.id, UpdateOutcome::Conflict(stored)));
                         continue;
                     }
@@ -111,9 +121,11 @@ impl PartitionUpdater {
         outcomes
     }
 
-    fn transaction(&self, group: &[PartitionUpdate], when: &[Compare]) -> Transaction {
-        let mut transaction = Transaction { compares: when.to_vec(), ..Transaction::new() };
-        transaction.else_get = when.iter().map(|compare| compare.key().to_owned()).collect();
+    /// Returns the transaction of a group. If a compare fails, it returns the keys of the shared compares, and for a
+    /// single change also the partition's key.
+    fn transaction(&self, group: &[PartitionUpdate], shared_compares: &[Compare]) -> Transaction {
+        let mut transaction = Transaction { compares: shared_compares.to_vec(), ..Transaction::new() };
+        transaction.else_get = shared_compares.iter().map(|compare| compare.key().to_owned()).collect();
         for change in group {
             let key = self.keys.partition(change.id);
             transaction.compares.push(if mutant!(UpdateWithoutCas) {
@@ -130,41 +142,46 @@ impl PartitionUpdater {
         }
     }
 
-    /// Returns the stored value; `None` if the partition is gone or its value cannot be read.
+    /// Reads the stored value of a partition, with its revision. Returns `None` if the partition does not exist or its
+    /// value is unreadable.
     pub async fn read_back(&self, id: PartitionId) -> Result<Option<(PartitionValue, Revision)>, MetaStoreError> {
         let entry = self.store.get(&self.keys.partition(id)).await?.entry;
-        Ok(entry.and_then(|entry| self.read(id, &entry)))
+        Ok(entry.and_then(|entry| decode_or_log(id, &entry)))
     }
+}
 
-    fn read(&self, id: PartitionId, entry: &KeyValue) -> Option<(PartitionValue, Revision)> {
-        match PartitionValue::decode(&entry.key, &entry.value) {
-            Ok(value) => Some((value, entry.mod_revision)),
-            Err(error) => {
-                tracing::warn!(
-                    partition = %id, %error,
-                    "the value of a partition cannot be read: the partition is left unchanged"
-                );
-                None
-            }
+/// Returns a stored value with its revision. Logs an unreadable value, and returns `None` for it.
+fn decode_or_log(id: PartitionId, entry: &KeyValue) -> Option<(PartitionValue, Revision)> {
+    match PartitionValue::decode(&entry.key, &entry.value) {
+        Ok(value) => Some((value, entry.mod_revision)),
+        Err(error) => {
+            tracing::warn!(
+                partition = %id, %error,
+                "the value of a partition cannot be read: the partition is left unchanged"
+            );
+            None
         }
     }
 }
 
-/// Groups changes so that each group fits into one transaction.
-fn groups(changes: Vec<PartitionUpdate>, when: usize) -> Vec<Vec<PartitionUpdate>> {
+/// Splits changes into groups that fit into one transaction each. Every transaction also contains the shared compares.
+fn group_by_transaction(changes: Vec<PartitionUpdate>, shared_compare_count: usize) -> Vec<Vec<PartitionUpdate>> {
     let mut groups: Vec<Vec<PartitionUpdate>> = Vec::new();
-    let mut compares = usize::MAX;
+    // Number of compares of the last group.
+    let mut compare_count = shared_compare_count;
     for change in changes {
-        let needed = 1 + change.guards.len();
+        let added_compares = 1 + change.guards.len();
         match groups.last_mut() {
             Some(group)
-                if compares + needed <= limits::MAX_TRANSACTION_OPS && group.len() < limits::MAX_PARTITIONS_PER_TXN =>
+                if compare_count + added_compares <= limits::MAX_TRANSACTION_OPS
+                    && group.len() < limits::MAX_PARTITIONS_PER_TXN =>
             {
-                compares += needed;
+                compare_count += added_compares;
                 group.push(change);
             }
+            // The first group, or the last group is full.
             _ => {
-                compares = when + needed;
+                compare_count = shared_compare_count + added_compares;
                 groups.push(vec![change]);
             }
         }

@@ -55,7 +55,7 @@ use crate::model::{BrokerId, LeaderEpoch};
 pub struct PartitionValue {
     /// Brokers that hold the partition; the first is the preferred leader.
     pub replicas: Vec<BrokerId>,
-    /// Broker that orders the writes; `None` while no replica may.
+    /// Broker that orders the writes; `None` while no replica may lead.
     pub leader: Option<BrokerId>,
     /// Leader epoch: grows by one at each change of the leader, also to none, and at each unclean election.
     pub leader_epoch: LeaderEpoch,
@@ -88,21 +88,22 @@ pub struct PartitionValue {
     pub queued_replicas: Vec<BrokerId>,
 }
 
-/// Returns true if nothing was removed yet: the field is then omitted.
+/// Returns true if no replica was dropped yet: the stored value then omits the field.
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 const fn is_zero(count: &u64) -> bool {
     *count == 0
 }
 
-/// Integrity of a local replica that a starting broker can verify.
+/// Integrity of a local replica, as verified by a starting broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ReplicaIntegrity {
     /// The replica holds everything that it ever acknowledged.
     Intact,
-    /// Only the marker of a clean shutdown is missing, on a topic whose acknowledgements require no more than the page
-    /// cache.
+    /// Everything is verified but the marker of a clean shutdown, which is missing, and the topic acknowledges records
+    /// that are only in the page cache. Such records may be lost.
     UncleanShutdown,
-    /// Nothing is verified: another directory, an older copy of the directory, corruption, or no replica at all.
+    /// The replica may lack acknowledged records: its data directory is another one or an older copy, its files are
+    /// corrupt, or it does not exist.
     Unverified,
 }
 
@@ -128,46 +129,46 @@ impl PartitionValue {
     ///
     /// If at least `min_insync` members remain, every commit so far and later includes the remaining members, so the
     /// removed members are not needed. With fewer, the removed members hold every committed record and will keep doing
-    /// so, because the leader commits nothing now: they enter the ELR. The leader itself is never removed; replicas
-    /// outside the ISR are ignored.
+    /// so, because the leader commits nothing below the min ISR: they enter the ELR. The leader itself is never
+    /// removed; replicas outside the ISR are ignored.
     #[must_use]
-    pub fn shrink(&self, out: &BTreeSet<BrokerId>, min_insync: usize) -> Self {
+    pub fn shrink(&self, removed: &BTreeSet<BrokerId>, min_insync: usize) -> Self {
         let (dropped, isr): (Vec<_>, Vec<_>) =
-            self.isr.iter().partition(|id| out.contains(id) && self.leader != Some(**id));
+            self.isr.iter().partition(|id| removed.contains(id) && self.leader != Some(**id));
         self.with_sets(isr, dropped, min_insync)
     }
 
     /// Admits replicas that hold every committed record to the ISR; called by the leader. Once the ISR has the min ISR,
-    /// the ELR is emptied: its members may lack the records that are committed from then on. With an empty `add`, only
-    /// that happens, after the min ISR was lowered.
+    /// the ELR is emptied: its members may lack the records that are committed from then on. After the min ISR was
+    /// lowered, the leader calls this with an empty `added` to empty the ELR.
     #[must_use]
-    pub fn expand(&self, add: &BTreeSet<BrokerId>, min_insync: usize) -> Self {
-        let new = add.iter().copied().filter(|id| self.replicas.contains(id) && !self.isr.contains(id));
+    pub fn expand(&self, added: &BTreeSet<BrokerId>, min_insync: usize) -> Self {
+        let new = added.iter().copied().filter(|id| self.replicas.contains(id) && !self.isr.contains(id));
         let isr = self.isr.iter().copied().chain(new).collect();
         self.with_sets(isr, Vec::new(), min_insync)
     }
 
     /// Returns true if `to` may lead without loss: it is a live ISR member, or a live ELR member while no ISR member is
     /// live. ISR members come first, because records acknowledged with `acks=1` may exist only on them.
-    pub fn may_elect(&self, to: BrokerId, live: impl Fn(BrokerId) -> bool) -> bool {
-        live(to)
+    pub fn may_elect(&self, to: BrokerId, is_live: impl Fn(BrokerId) -> bool) -> bool {
+        is_live(to)
             && (mutant!(ElectAnyReplica)
                 || self.isr.contains(&to)
-                || self.elr.contains(&to) && !self.isr.iter().any(|id| live(*id)))
+                || self.elr.contains(&to) && !self.isr.iter().any(|id| is_live(*id)))
     }
 
     /// Elects `to` cleanly; returns `None` if `to` may not lead ([`Self::may_elect`]) or leads already.
     ///
-    /// A leader from the ISR keeps the live members. A leader from the ELR is the only ISR member: the earlier ISR
-    /// members are offline and may have records that this leader lacks. Below the min ISR, the other members enter the
-    /// ELR. They were in every set that a commit waited for, and the new leader commits nothing until it has the min
-    /// ISR and the ELR is empty.
+    /// If `to` is in the ISR, the live ISR members stay. If `to` is in the ELR, it becomes the only ISR member: the
+    /// earlier ISR members are offline and may have records that this leader lacks. Below the min ISR, the other
+    /// members enter the ELR. They were in every set that a commit waited for, and the new leader commits nothing until
+    /// it has the min ISR and the ELR is empty.
     #[must_use]
-    pub fn elect(&self, to: BrokerId, live: impl Fn(BrokerId) -> bool, min_insync: usize) -> Option<Self> {
-        if self.leader == Some(to) || !self.may_elect(to, &live) {
+    pub fn elect(&self, to: BrokerId, is_live: impl Fn(BrokerId) -> bool, min_insync: usize) -> Option<Self> {
+        if self.leader == Some(to) || !self.may_elect(to, &is_live) {
             return None;
         }
-        let (mut isr, dropped): (Vec<_>, Vec<_>) = self.isr.iter().partition(|id| live(**id));
+        let (mut isr, dropped): (Vec<_>, Vec<_>) = self.isr.iter().partition(|id| is_live(**id));
         if isr.is_empty() || mutant!(ElectAnyReplica) && !isr.contains(&to) {
             isr = vec![to];
         }
@@ -182,7 +183,7 @@ impl PartitionValue {
         if !self.replicas.contains(&to) {
             return None;
         }
-        // A new epoch even if `to` leads already: its log is a different one from here on.
+        // Clears the leader first, so that the epoch grows even if `to` leads already: its log differs from here on.
         let mut value = Self { leader: None, ..self.clone() }.led_by(Some(to));
         value.isr = vec![to];
         value.elr = Vec::new();
@@ -190,16 +191,16 @@ impl PartitionValue {
         Some(value)
     }
 
-    /// Clears the leader: its broker is not live, or its process started after the epoch began. ISR and ELR stay, so
-    /// that any verified member that returns may lead.
+    /// Clears the leader, because its broker is not live or its process started after the epoch began. ISR and ELR
+    /// stay, so that any verified member that returns may lead. Without a leader, the value stays the same.
     #[must_use]
     pub fn leaderless(&self) -> Self {
         self.clone().led_by(None)
     }
 
-    /// Resigns the leadership of `me`, whose disk accepts no more writes. `me` leaves the ISR while another member
-    /// remains, so that it is not elected again immediately. Its records below the persisted end are still good, so
-    /// below the min ISR it enters the ELR.
+    /// Clears the leader `me`, whose disk accepts no more writes. `me` also leaves the ISR unless it is the last
+    /// member, so that it is not elected again immediately. Its records below the persisted end remain readable, so it
+    /// enters the ELR if the ISR is below the min ISR then. If `me` does not lead, the value stays the same.
     #[must_use]
     pub fn resign(&self, me: BrokerId, min_insync: usize) -> Self {
         if self.leader != Some(me) {
@@ -213,8 +214,9 @@ impl PartitionValue {
         }
     }
 
-    /// Removes a replica that holds nothing that counts from the ISR, the ELR and the leadership. No member is added: a
-    /// replica that left earlier, while the min ISR was satisfied, may lack records that were committed since.
+    /// Removes a replica whose log may lack committed records from the ISR and the ELR, and clears the leader if it
+    /// leads. No replica is added instead: a replica that left the ISR earlier, while the min ISR was satisfied, may
+    /// lack records that were committed since.
     #[must_use]
     pub fn remove_from_sets(&self, broker: BrokerId) -> Self {
         let mut value = if self.leader == Some(broker) { self.leaderless() } else { self.clone() };
@@ -228,29 +230,30 @@ impl PartitionValue {
     /// The broker resigns a leadership that the store still assigns to it. That epoch began before this process, and
     /// another process may have appended records in the epoch that this process lacks. An unverified replica is removed
     /// from ISR and ELR. If only the clean-shutdown marker is missing and no other member could lead, the replica
-    /// stays, since it is all that is left (Kafka's last known leader). It may hold less than was acknowledged, so the
-    /// epoch is recorded as unclean.
+    /// stays, since no other replica has more (Kafka's last known leader). It may lack acknowledged records, so
+    /// `unclean_epoch` is set.
     #[must_use]
     pub fn after_restart(&self, me: BrokerId, integrity: ReplicaIntegrity) -> Option<Self> {
         let resigns = self.leader == Some(me) && !mutant!(KeepOldLeadership);
-        let base = if resigns { self.leaderless() } else { self.clone() };
-        let is_last =
+        let without_leadership = if resigns { self.leaderless() } else { self.clone() };
+        let is_only_member =
             self.isr.iter().chain(&self.elr).all(|id| *id == me) && !(self.isr.is_empty() && self.elr.is_empty());
         let value = match integrity {
-            ReplicaIntegrity::Intact => base,
-            // The epochs of every log are older than an epoch that began without a leader.
-            ReplicaIntegrity::UncleanShutdown if is_last => {
-                Self { unclean_epoch: Some(base.leader_epoch), discard_local: false, ..base }
+            ReplicaIntegrity::Intact => without_leadership,
+            // No leader wrote in the current epoch, so every log ends in an older epoch and may truncate.
+            ReplicaIntegrity::UncleanShutdown if is_only_member => {
+                let unclean_epoch = Some(without_leadership.leader_epoch);
+                Self { unclean_epoch, discard_local: false, ..without_leadership }
             }
-            ReplicaIntegrity::UncleanShutdown | ReplicaIntegrity::Unverified => base.remove_from_sets(me),
+            ReplicaIntegrity::UncleanShutdown | ReplicaIntegrity::Unverified => without_leadership.remove_from_sets(me),
         };
         (value != *self).then_some(value)
     }
 
-    /// Starts a reassignment to `target`, in that order. The new replicas copy first: old and new replicas hold the
-    /// partition until [`Self::complete_reassignment`]. A reassignment in progress is replaced: a replica that was
-    /// being added, is not in `target` and is in neither ISR nor ELR is dropped immediately. Returns `None` if `target`
-    /// is empty or contains a broker twice.
+    /// Starts a reassignment to `target`, the preferred leader first. The new replicas copy the log first: old and new
+    /// replicas hold the partition until [`Self::complete_reassignment`]. A reassignment in progress is replaced. If a
+    /// replica that it was adding is not in `target` and in neither ISR nor ELR, that replica is dropped immediately.
+    /// Returns `None` if `target` is empty or contains a broker twice.
     #[must_use]
     pub fn start_reassignment(&self, target: &[BrokerId]) -> Option<Self> {
         let members: BTreeSet<_> = target.iter().copied().collect();
@@ -271,7 +274,7 @@ impl PartitionValue {
         })
     }
 
-    /// Queues a reassignment to `target`. A queued reassignment is replaced.
+    /// Queues a reassignment to `target`; replaces a queued one.
     #[must_use]
     pub fn queue_reassignment(&self, target: &[BrokerId]) -> Self {
         Self { queued_replicas: target.to_vec(), ..self.clone() }
@@ -294,8 +297,8 @@ impl PartitionValue {
         !self.queued_replicas.is_empty()
     }
 
-    /// Returns the number of removals before the addition of this replica, which identifies that addition; `None` if
-    /// the replica is not being added.
+    /// Returns the `removal_count` of a replica that is being added, which distinguishes it from earlier replicas on
+    /// the same broker. Returns `None` if the replica is not being added.
     pub fn added_after(&self, broker: BrokerId) -> Option<u64> {
         self.adding.contains(&broker).then_some(self.removal_count)
     }
@@ -310,18 +313,18 @@ impl PartitionValue {
     /// it.
     pub fn is_reassignment_blocked(&self, min_insync: usize, is_live: impl Fn(BrokerId) -> bool) -> bool {
         let can_be_in_sync = |id: &BrokerId| self.isr.contains(id) || is_live(*id);
-        let copied = self.adding.iter().all(can_be_in_sync);
-        self.is_reassigning() && (!copied || self.needs_leavers(min_insync, can_be_in_sync))
+        let can_copy = self.adding.iter().all(can_be_in_sync);
+        self.is_reassigning() && (!can_copy || self.needs_removed_replicas_if(min_insync, can_be_in_sync))
     }
 
-    /// Returns true if the ISR needs the removed replicas to satisfy the min ISR: a replica that stays may be catching
-    /// up.
+    /// Returns true if the ISR needs the replicas in `removing` to satisfy the min ISR, because too few of the staying
+    /// replicas are in sync.
     pub fn needs_removed_replicas(&self, min_insync: usize) -> bool {
-        self.needs_leavers(min_insync, |id| self.isr.contains(id))
+        self.needs_removed_replicas_if(min_insync, |id| self.isr.contains(id))
     }
 
-    /// Implements [`Self::needs_removed_replicas`] for any set of in-sync replicas.
-    fn needs_leavers(&self, min_insync: usize, is_in_sync: impl Fn(&BrokerId) -> bool) -> bool {
+    /// Like [`Self::needs_removed_replicas`], if the staying replicas for which `is_in_sync` returns true were in sync.
+    fn needs_removed_replicas_if(&self, min_insync: usize, is_in_sync: impl Fn(&BrokerId) -> bool) -> bool {
         let is_removed = |id: &BrokerId| self.removing.contains(id);
         let required = min_insync.min(self.replicas.len().saturating_sub(self.removing.len()));
         let staying = self.replicas.iter().filter(|id| !is_removed(id) && is_in_sync(id)).count();
@@ -333,8 +336,8 @@ impl PartitionValue {
     /// still leads, or no in-sync replica would remain.
     #[must_use]
     pub fn complete_reassignment(&self) -> Option<Self> {
-        let copied = self.adding.iter().all(|id| self.isr.contains(id));
-        if copied { self.without(&self.removing) } else { None }
+        let are_new_in_sync = self.adding.iter().all(|id| self.isr.contains(id));
+        if are_new_in_sync { self.without(&self.removing) } else { None }
     }
 
     /// Restores the replicas from before the reassignment. Returns `None` if no reassignment is in progress, only new
@@ -344,20 +347,23 @@ impl PartitionValue {
         self.without(&self.adding)
     }
 
+    /// Ends the reassignment in progress and drops replicas from all sets. Returns `None` if no reassignment is in
+    /// progress, a dropped replica leads, or no ISR member would remain.
     fn without(&self, dropped: &[BrokerId]) -> Option<Self> {
-        let stay =
+        let remaining =
             |set: &[BrokerId]| -> Vec<BrokerId> { set.iter().copied().filter(|id| !dropped.contains(id)).collect() };
-        let (isr, is_reassigning) = (stay(&self.isr), self.is_reassigning());
-        let leads = self.leader.is_some_and(|leader| dropped.contains(&leader));
-        if !is_reassigning || leads || isr.is_empty() {
+        let isr = remaining(&self.isr);
+        let drops_leader = self.leader.is_some_and(|leader| dropped.contains(&leader));
+        if !self.is_reassigning() || drops_leader || isr.is_empty() {
             return None;
         }
-        let (replicas, elr) = (stay(&self.replicas), stay(&self.elr));
+        let (replicas, elr) = (remaining(&self.replicas), remaining(&self.elr));
         let removal_count = self.removal_count.saturating_add(1);
         Some(Self { replicas, isr, elr, adding: Vec::new(), removing: Vec::new(), removal_count, ..self.clone() })
     }
 
-    /// Returns the value with this ISR. Below the min ISR, the `dropped` members are added to the ELR.
+    /// Returns the value with this ISR. If it is below the min ISR, the members that left it (`dropped`) are added to
+    /// the ELR. Otherwise the ELR is emptied.
     fn with_sets(&self, isr: Vec<BrokerId>, dropped: Vec<BrokerId>, min_insync: usize) -> Self {
         let elr = if isr.len() >= min_insync || mutant!(DropElr) {
             Vec::new()

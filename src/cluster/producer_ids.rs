@@ -1,4 +1,4 @@
-//! Producer ids that any leader can verify as issued by the cluster. Pure.
+//! Producer ids that every leader can verify as issued by the cluster. No I/O.
 //!
 //! # Overview
 //!
@@ -7,9 +7,9 @@
 //! ```
 //!
 //! The counter, issued by the metadata store, makes an id unique. The check value is the start of HMAC-SHA256 of
-//! counter and principal under a key of the cluster. The key is stored in the metadata store, created once, and cached
-//! by every broker. A client that invents an id can only guess: one guess in 2^25 is right, and the connection's quota
-//! counts each wrong guess.
+//! counter and principal under a key of the cluster. The key is created once, stored in the metadata store, and cached
+//! by every broker. A client without an issued id can only guess: one guess in 2^25 is right, and each wrong guess
+//! counts towards a limit of the connection.
 
 use std::fmt;
 
@@ -30,10 +30,11 @@ pub const ANONYMOUS: &str = "";
 #[serde(try_from = "KeyText", into = "KeyText")]
 pub struct ProducerIdKey {
     key: [u8; KEY_BYTES],
-    /// Initialised with the key: initialisation costs as much as one check value.
+    /// HMAC state with the key, cloned per check value: initialisation costs as much as one check value.
     mac: Hmac<Sha256>,
 }
 
+/// JSON form of the key.
 #[derive(Serialize, Deserialize)]
 struct KeyText {
     /// Hexadecimal digits of the key.
@@ -67,6 +68,7 @@ impl ProducerIdKey {
         id >= 0 && id & ((1 << PRODUCER_ID_CHECK_BITS) - 1) == self.check_value(counter, principal)
     }
 
+    /// Returns the check value of a counter and a principal: the first 25 bits of their HMAC.
     fn check_value(&self, counter: i64, principal: &str) -> i64 {
         let mut mac = self.mac.clone();
         mac.update(&counter.to_be_bytes());
@@ -108,7 +110,7 @@ impl PartialEq for ProducerIdKey {
 
 impl Eq for ProducerIdKey {}
 
-/// Omits the key: it must not appear in logs.
+/// Omits the key, which must not appear in logs.
 impl fmt::Debug for ProducerIdKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ProducerIdKey").finish_non_exhaustive()

@@ -1,4 +1,5 @@
-//! Tier commits: the one transaction after which local segments may be evicted.
+//! Tier commits: the transaction that makes uploaded segments part of a partition. Local segments may be evicted only
+//! after it.
 
 use std::sync::{
     Arc,
@@ -11,10 +12,10 @@ use crate::{
     tier::TierState,
 };
 
-/// Error of a tier commit, or of one whose outcome is unknown.
+/// Error of a tier commit. The outcome of the commit may be unknown.
 #[derive(Debug, thiserror::Error)]
 pub enum TierCommitError {
-    /// The metadata store did not respond; the next attempt finds out if the commit was applied.
+    /// The metadata store failed or did not respond. The next attempt reads whether the commit was applied.
     #[error(transparent)]
     Store(#[from] MetaStoreError),
     /// The partition has another leader epoch: this broker must not commit.
@@ -27,7 +28,7 @@ pub enum TierCommitError {
         /// Current leader epoch.
         current: LeaderEpoch,
     },
-    /// Another broker committed meanwhile, or the partition is deleted.
+    /// The stored tier state is not the expected one: another broker committed meanwhile, or the partition is deleted.
     #[error("the tier state of partition {id} was changed by another broker, or the partition is deleted")]
     Changed {
         /// Id of the partition.
@@ -43,7 +44,7 @@ pub enum TierCommitError {
 pub struct TierCommits {
     store: Arc<dyn MetaStore>,
     keys: Keys,
-    /// True if the last write found no space in the metadata store.
+    /// True if the metadata store had no space for the last write.
     no_space: Arc<AtomicBool>,
 }
 
@@ -53,8 +54,8 @@ impl TierCommits {
         Self { store, keys, no_space: Arc::default() }
     }
 
-    /// Returns the committed state of a partition, read from the store and not from the cache. It is the default before
-    /// the first commit, and `None` if the partition does not exist.
+    /// Returns the committed state of a partition, read from the store and not from the metadata cache. Before the
+    /// first commit, this is the default state. Returns `None` if the partition does not exist.
     pub async fn current(&self, id: PartitionId) -> Result<Option<TierState>, TierCommitError> {
         if self.store.get(&self.keys.partition(id)).await?.entry.is_none() {
             return Ok(None);
@@ -66,8 +67,8 @@ impl TierCommits {
         }
     }
 
-    /// Rejects an upload whose commit would fail: each upload without a commit leaves an orphan object. If the store
-    /// had no space, this check writes the partition's present state over itself.
+    /// Fails if the commit of an upload would fail now: each upload without a commit leaves an orphan object. If the
+    /// store had no space for the last write, tests for space: writes the partition's stored state again, unchanged.
     ///
     /// # Errors
     /// The store returned to an older state, or still has no space.
@@ -79,22 +80,23 @@ impl TierCommits {
             return Ok(());
         }
         let key = self.keys.tier(id);
-        let (same, value) = match self.store.get(&key).await?.entry {
+        let (unchanged, value) = match self.store.get(&key).await?.entry {
             Some(entry) => (Compare::ModRevision(key.clone(), entry.mod_revision), entry.value),
             None => (Compare::Absent(key.clone()), TierState::default().encode()),
         };
-        self.transact(Transaction::new().when(same).put(key, value)).await.map(drop)
+        self.transact(Transaction::new().when(unchanged).put(key, value)).await.map(drop)
     }
 
+    /// Runs a transaction, and records whether the store had space for it.
     async fn transact(&self, transaction: Transaction) -> Result<TxnOutcome, TierCommitError> {
         let outcome = self.store.transact(transaction).await;
         self.no_space.store(matches!(outcome, Err(MetaStoreError::NoSpace { .. })), Ordering::Release);
         Ok(outcome?)
     }
 
-    /// Replaces `before` by `after` if `epoch` still leads the partition. `before` is `None` or the default for the
-    /// first commit. If `after` is already stored, an earlier attempt whose response was lost was applied, and the
-    /// commit succeeds.
+    /// Replaces the stored state `before` by `after` if `epoch` is still the partition's leader epoch. For the first
+    /// commit, `before` is `None` or the default state. If `after` is stored already, an earlier attempt was applied
+    /// whose response was lost: the commit succeeds.
     pub async fn commit(
         &self,
         id: PartitionId,
@@ -109,6 +111,7 @@ impl TierCommits {
             return Err(TierCommitError::Deposed { id, epoch, current });
         }
         let tier = self.store.get(&tier_key).await?.entry;
+        // `None` if no state is stored yet.
         let before = before.filter(|state| **state != TierState::default());
         let unchanged = match &tier {
             None if before.is_none() => Compare::Absent(tier_key.clone()),

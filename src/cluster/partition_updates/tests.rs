@@ -15,8 +15,10 @@ const CONTROLLER: &str = "/strandline/test/controller";
 
 struct World {
     store: EmbeddedStore,
+    /// The store that `updater` uses, with injected faults.
     link: FaultyStore,
     updater: PartitionUpdater,
+    /// Revision of each partition at the start.
     seen: BTreeMap<PartitionId, Revision>,
 }
 
@@ -139,17 +141,17 @@ async fn unknown_outcome_is_not_retried() {
 #[test]
 fn groups_stay_within_transaction_limits() {
     let broker = |n| Compare::Exists(format!("b{n}"));
-    for (guards, when) in [(0, 0), (1, 1), (3, 1), (10, 2)] {
+    for (guards, shared_compares) in [(0, 0), (1, 1), (3, 1), (10, 2)] {
         let change = |n| PartitionUpdate {
             id: id(n),
             expected_revision: Revision(1),
             value: value(1),
             guards: (0..guards).map(broker).collect(),
         };
-        let groups = groups((0..200).map(change).collect(), when);
+        let groups = group_by_transaction((0..200).map(change).collect(), shared_compares);
         assert_eq!(groups.iter().map(Vec::len).sum::<usize>(), 200);
         for group in &groups {
-            let compares: usize = when + group.iter().map(|change| 1 + change.guards.len()).sum::<usize>();
+            let compares: usize = shared_compares + group.iter().map(|change| 1 + change.guards.len()).sum::<usize>();
             assert!(compares <= limits::MAX_TRANSACTION_OPS && group.len() <= limits::MAX_PARTITIONS_PER_TXN);
         }
         assert!(groups.len() <= 20, "{} groups", groups.len());
