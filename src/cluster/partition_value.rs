@@ -161,8 +161,8 @@ impl PartitionValue {
     ///
     /// If `to` is in the ISR, the live ISR members stay. If `to` is in the ELR, it becomes the only ISR member: the
     /// earlier ISR members are offline and may have records that this leader lacks. Below the min ISR, the other
-    /// members enter the ELR. They were in every set that a commit waited for, and the new leader commits nothing until
-    /// it has the min ISR and the ELR is empty.
+    /// members enter the ELR. Every commit waited for them, and the new leader commits nothing until it has the min ISR
+    /// and the ELR is empty.
     #[must_use]
     pub fn elect(&self, to: BrokerId, is_live: impl Fn(BrokerId) -> bool, min_insync: usize) -> Option<Self> {
         if self.leader == Some(to) || !self.may_elect(to, &is_live) {

@@ -305,7 +305,7 @@ mod tests {
         ) {
             let mut placement = brokers(&racks);
             let rack_of = |id: &BrokerId| racks[usize::try_from(id.0 - 1).unwrap()].map_or(1000 + id.0, u32::from);
-            let all: BTreeSet<u32> = (1..).map(BrokerId).take(racks.len()).map(|id| rack_of(&id)).collect();
+            let all_racks: BTreeSet<u32> = (1..).map(BrokerId).take(racks.len()).map(|id| rack_of(&id)).collect();
             for number in 0..partitions {
                 match placement.place(partition(number), wanted) {
                     None => prop_assert!(wanted > racks.len()),
@@ -313,7 +313,7 @@ mod tests {
                         prop_assert_eq!(replicas.len(), wanted);
                         prop_assert_eq!(replicas.iter().collect::<BTreeSet<_>>().len(), wanted);
                         let used: BTreeSet<u32> = replicas.iter().map(rack_of).collect();
-                        prop_assert_eq!(used.len(), wanted.min(all.len()));
+                        prop_assert_eq!(used.len(), wanted.min(all_racks.len()));
                     }
                 }
             }
@@ -353,9 +353,9 @@ mod tests {
         #[test]
         fn staying_replicas_keep_their_order(count in 4_usize..10, number in 0_u32..1000) {
             let placement = brokers(&vec![None; count]);
-            let stay = vec![BrokerId(3), BrokerId(1)];
-            let chosen = placement.choose(partition(number), stay.clone(), 4).expect("enough brokers");
-            prop_assert_eq!(&chosen[..2], &stay[..]);
+            let staying = vec![BrokerId(3), BrokerId(1)];
+            let chosen = placement.choose(partition(number), staying.clone(), 4).expect("enough brokers");
+            prop_assert_eq!(&chosen[..2], &staying[..]);
             prop_assert_eq!(chosen.iter().collect::<BTreeSet<_>>().len(), 4);
         }
     }

@@ -126,10 +126,10 @@ async fn first_broker_is_controller_until_it_stops() {
     tokio::time::sleep(TIME).await;
     assert_eq!(world.metadata.state().controller(), Some(BrokerId(1)), "the key stays with its holder");
     first.leave().await;
-    let took = world
+    let elapsed = world
         .wait_until(|state| state.controller().is_some() && leader(state).is_some_and(|id| id != BrokerId(1)))
         .await;
-    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert!(elapsed < Duration::from_secs(1), "{elapsed:?}");
     second.leave().await;
     third.leave().await;
     world.tasks.stop().await;
@@ -163,8 +163,8 @@ async fn deleted_registration_triggers_election_at_once() {
     let node = world.broker(2).await;
     world.wait_until(|state| leader(state) == Some(BrokerId(1))).await;
     world.delete(world.keys.broker(BrokerId(1))).await;
-    let took = world.wait_until(|state| leader(state) == Some(BrokerId(2))).await;
-    assert!(took < Duration::from_millis(100), "{took:?}");
+    let elapsed = world.wait_until(|state| leader(state) == Some(BrokerId(2))).await;
+    assert!(elapsed < Duration::from_millis(100), "{elapsed:?}");
     node.leave().await;
     world.tasks.stop().await;
 }
@@ -174,15 +174,15 @@ async fn deposed_controller_changes_nothing() {
     let world = World::new().await;
     let node = world.broker(1).await;
     world.wait_until(|state| leader(state) == Some(BrokerId(1))).await;
-    let other = ControllerValue { broker: BrokerId(9) };
+    let other_controller = ControllerValue { broker: BrokerId(9) };
     let lease = world.store.grant(10 * TIME).await.unwrap();
-    let taken = Transaction::new().put_leased(world.keys.controller(), other.encode(), lease);
+    let takeover = Transaction::new().put_leased(world.keys.controller(), other_controller.encode(), lease);
     world.delete(world.keys.controller()).await;
-    world.store.transact(taken).await.unwrap();
+    world.store.transact(takeover).await.unwrap();
     let key = world.keys.partition(id());
     let entry = world.store.get(&key).await.unwrap().entry.unwrap();
-    let free = PartitionValue::decode(&key, &entry.value).unwrap().leaderless();
-    world.store.transact(Transaction::new().put(key.as_str(), free.encode())).await.unwrap();
+    let leaderless = PartitionValue::decode(&key, &entry.value).unwrap().leaderless();
+    world.store.transact(Transaction::new().put(key.as_str(), leaderless.encode())).await.unwrap();
     tokio::time::sleep(TIME).await;
     assert_eq!(leader(&world.metadata.state()), None, "only the new controller may elect");
     world.delete(world.keys.controller()).await;
@@ -211,8 +211,8 @@ async fn invalid_controller_key_is_deleted() {
     }
     let key = world.keys.partition(id());
     let entry = world.store.get(&key).await.unwrap().entry.unwrap();
-    let free = PartitionValue::decode(&key, &entry.value).unwrap().leaderless();
-    world.store.transact(Transaction::new().put(key.as_str(), free.encode())).await.unwrap();
+    let leaderless = PartitionValue::decode(&key, &entry.value).unwrap().leaderless();
+    world.store.transact(Transaction::new().put(key.as_str(), leaderless.encode())).await.unwrap();
     world.wait_until(|state| leader(state).is_none()).await;
     world.wait_until(|state| leader(state).is_some()).await;
     for node in nodes {
@@ -238,10 +238,10 @@ async fn failed_store_requests_are_retried() {
 async fn presence_is_counted_per_incarnation_from_first_sight() {
     let world = World::new().await;
     let (now, mut presence) = (clock::monotonic(), BrokerPresence::default());
-    let one = BrokerId(1);
+    let broker = BrokerId(1);
     // Broker 1 is online in even steps, and offline in odd ones.
     let observe_step = async |presence: &mut BrokerPresence, step: u32| {
-        world.wait_until(|state| state.brokers().contains_key(&one) == step.is_multiple_of(2)).await;
+        world.wait_until(|state| state.brokers().contains_key(&broker) == step.is_multiple_of(2)).await;
         presence.observe(&world.metadata.state(), now + TIME * step);
         presence.durations_ms(now + TIME * (step + 1))
     };
@@ -249,15 +249,19 @@ async fn presence_is_counted_per_incarnation_from_first_sight() {
     for step in [0, 2] {
         world.register_without_task(1).await;
         let (online, offline) = observe_step(&mut presence, step).await;
-        assert_eq!((online.get(&one), offline.get(&one)), (Some(&time_ms), None), "a new incarnation counts from zero");
+        assert_eq!(
+            (online.get(&broker), offline.get(&broker)),
+            (Some(&time_ms), None),
+            "a new incarnation counts from zero"
+        );
         assert_eq!(
             offline.get(&BrokerId(2)),
             Some(&(time_ms * u64::from(step + 1))),
             "offline from the start, with a replica"
         );
-        world.delete(world.keys.broker(one)).await;
+        world.delete(world.keys.broker(broker)).await;
         let (online, offline) = observe_step(&mut presence, step + 1).await;
-        assert_eq!((online.get(&one), offline.get(&one)), (None, Some(&time_ms)));
+        assert_eq!((online.get(&broker), offline.get(&broker)), (None, Some(&time_ms)));
     }
     world.tasks.stop().await;
 }

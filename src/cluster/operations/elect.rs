@@ -187,7 +187,7 @@ pub struct LostOffsets {
 /// high watermark of all positions. Records below `tiered_end` are in the object store and not lost. Returns `None` if
 /// no position is one of `replicas`.
 pub fn successor(replicas: &[BrokerId], positions: &[ReplicaPosition], tiered_end: Offset) -> Option<UncleanCandidate> {
-    let index = |id: BrokerId| replicas.iter().position(|other| *other == id);
+    let index = |id: BrokerId| replicas.iter().position(|replica| *replica == id);
     let best = positions.iter().filter(|position| index(position.broker).is_some());
     let best = best.max_by_key(|position| (position.last_epoch, position.log_end, Reverse(index(position.broker))))?;
     let committed = positions.iter().map(|position| position.high_watermark).max().unwrap_or(Offset::ZERO);

@@ -107,35 +107,35 @@ async fn large_operation_yields_to_other_tasks() {
     let values = (0..MAX_DECISIONS_PER_BATCH).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect();
     let cluster = TestCluster::of(2, 2, values).await;
     let (topic, reversed) = (name(), ids(&[2, 1]));
-    let one = cluster.operations.reassign(&topic, Some(0), &reversed).now_or_never();
-    assert!(one.is_some_and(|results| results.is_ok()), "the in-memory store never waits");
+    let single = cluster.operations.reassign(&topic, Some(0), &reversed).now_or_never();
+    assert!(single.is_some_and(|results| results.is_ok()), "the in-memory store never waits");
     assert!(cluster.operations.reassign(&topic, None, &reversed).now_or_never().is_none());
-    let all = cluster.operations.reassign(&topic, None, &reversed).await.expect("accepted");
-    assert_eq!(all.len(), MAX_DECISIONS_PER_BATCH);
+    let results = cluster.operations.reassign(&topic, None, &reversed).await.expect("accepted");
+    assert_eq!(results.len(), MAX_DECISIONS_PER_BATCH);
 }
 
 #[tokio::test]
 async fn reassignment_of_all_partitions_rotates_the_list() {
     let values = (0..3).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect();
     let cluster = TestCluster::of(3, 2, values).await;
-    let one = cluster.operations.reassign(&name(), Some(1), &ids(&[3, 2])).await.expect("accepted");
-    assert_eq!((one.len(), one[0].id, one[0].changed), (1, id(1), true));
+    let single = cluster.operations.reassign(&name(), Some(1), &ids(&[3, 2])).await.expect("accepted");
+    assert_eq!((single.len(), single[0].id, single[0].changed), (1, id(1), true));
     let stored = cluster.stored_value(1).await;
     assert_eq!((stored.replicas, stored.queued_replicas), (ids(&[1, 2]), ids(&[3, 2])), "the reassignment is queued");
 
-    cluster.operations.wait_until_cached(&one).await;
-    let all = cluster.operations.reassign(&name(), None, &ids(&[2, 3])).await.expect("accepted");
-    let targets: Vec<Vec<BrokerId>> = all.iter().map(|one| one.value.queued_replicas.clone()).collect();
+    cluster.operations.wait_until_cached(&single).await;
+    let results = cluster.operations.reassign(&name(), None, &ids(&[2, 3])).await.expect("accepted");
+    let targets: Vec<Vec<BrokerId>> = results.iter().map(|result| result.value.queued_replicas.clone()).collect();
     assert_eq!(targets, [ids(&[2, 3]), ids(&[3, 2]), ids(&[2, 3])], "preferred leaders are spread");
     assert_eq!(
-        all.iter().map(|one| one.changed).collect::<Vec<_>>(),
+        results.iter().map(|result| result.changed).collect::<Vec<_>>(),
         [true, false, true],
         "one target was queued already"
     );
 
-    cluster.operations.wait_until_cached(&all).await;
+    cluster.operations.wait_until_cached(&results).await;
     let reassigning = cluster.operations.list_reassignments(None, None).expect("listed");
-    assert_eq!(reassigning.iter().map(|one| one.id).collect::<Vec<_>>(), [id(0), id(1), id(2)]);
+    assert_eq!(reassigning.iter().map(|result| result.id).collect::<Vec<_>>(), [id(0), id(1), id(2)]);
     assert_eq!(cluster.operations.list_reassignments(Some(&name()), Some(2)).expect("listed").len(), 1);
 }
 
@@ -158,10 +158,14 @@ async fn reassignment_without_copy_or_in_progress_is_not_queued() {
         "a replaced reassignment keeps its slot"
     );
     assert_eq!(replaced.removal_count, 1, "3 was never in sync");
-    let other = &reassign(2, &[4, 1]).await[0].value;
-    assert_eq!((&other.replicas, &other.queued_replicas), (&ids(&[1, 2]), &ids(&[4, 1])), "the last request counts");
-    let stays = &reassign(2, &[1, 2]).await[0];
-    assert!(stays.changed && !stays.value.has_queued(), "the target is reached: {stays:?}");
+    let requeued = &reassign(2, &[4, 1]).await[0].value;
+    assert_eq!(
+        (&requeued.replicas, &requeued.queued_replicas),
+        (&ids(&[1, 2]), &ids(&[4, 1])),
+        "the last request counts"
+    );
+    let dequeued = &reassign(2, &[1, 2]).await[0];
+    assert!(dequeued.changed && !dequeued.value.has_queued(), "the target is reached: {dequeued:?}");
     let cancelled = cluster.operations.cancel(Some(&name()), Some(3)).await.expect("cancelled");
     assert_eq!((cancelled[0].changed, cluster.stored_value(3).await), (true, value(&[1, 2], Some(1), &[1, 2])));
 }
@@ -201,8 +205,8 @@ async fn broker_at_replica_limit_gets_no_new_replicas() {
     let bounded = BrokerValue { max_replicas: Some(2), ..broker_value(3, BrokerState::Running) };
     cluster.put(&Key::Broker(BrokerId(3)), &bounded).await;
     let reassign = async |partition, to: &[u32]| cluster.operations.reassign(&name(), partition, &ids(to)).await;
-    let all = reassign(None, &[1, 3]).await.expect_err("above the replica limit");
-    assert_eq!(all, ReassignError::Bound(ReplicaBound { broker: BrokerId(3), replicas: 3, max: 2 }));
+    let error = reassign(None, &[1, 3]).await.expect_err("above the replica limit");
+    assert_eq!(error, ReassignError::Bound(ReplicaBound { broker: BrokerId(3), replicas: 3, max: 2 }));
     assert!(cluster.operations.list_reassignments(None, None).expect("listed").is_empty(), "nothing is queued");
 
     let first = reassign(Some(0), &[1, 3]).await.expect("within the limit");

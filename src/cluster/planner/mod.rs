@@ -200,6 +200,7 @@ impl PartitionCase<'_> {
 }
 
 impl PlannerInput<'_> {
+    /// Returns true if the broker is registered.
     fn is_live(&self, id: BrokerId) -> bool {
         self.metadata.brokers().contains_key(&id)
     }
@@ -230,10 +231,12 @@ impl PlannerInput<'_> {
         self.rack(id).is_some_and(|rack| others.iter().any(|other| self.rack(*other) == Some(rack)))
     }
 
+    /// Returns true if the broker's registration shows that it shuts down.
     fn is_stopping(&self, id: BrokerId) -> bool {
         self.metadata.brokers().get(&id).is_some_and(|broker| broker.value.state == BrokerState::Stopping)
     }
 
+    /// Returns true if an operator requested a drain of the broker.
     fn is_draining(&self, id: BrokerId) -> bool {
         self.metadata.drains().contains_key(&id)
     }

@@ -53,8 +53,8 @@ pub(super) fn target(
     Some(target)
 }
 
-/// Decides about a permanently offline replica without a successor: returns its id if it existed before the
-/// reassignment, so that it keeps its position, and `None` if it is new, so that it is dropped.
+/// Decides about a permanently offline replica without a successor. A replica from before the reassignment keeps its
+/// position: returns its id. A new replica is dropped: returns `None`.
 fn keep_unless_new(value: &PartitionValue, id: BrokerId) -> Option<BrokerId> {
     (!value.adding.contains(&id)).then_some(id)
 }

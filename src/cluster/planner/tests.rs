@@ -518,8 +518,8 @@ prop_compose! {
             let mut replicas: Vec<u32> = replicas.into_iter().map(|id| (id - 1) % count + 1).collect();
             replicas.sort_unstable();
             replicas.dedup();
-            let turn = usize::from(bits) % replicas.len();
-            replicas.rotate_left(turn);
+            let rotation = usize::from(bits) % replicas.len();
+            replicas.rotate_left(rotation);
             let isr: Vec<u32> = replicas.iter().copied().enumerate().filter(|(n, _)| *n == 0 || bits >> n & 1 == 1).map(|(_, id)| id).collect();
             let leader = (bits & 0x80 == 0).then_some(isr[0]);
             value(&replicas, leader, &isr)

@@ -158,8 +158,8 @@ async fn replica_limit_rejects_creation_with_both_numbers() {
     assert_eq!(extended, Err(AddPartitionsError::Bound(ReplicaBound { replicas: 501, ..bound })));
     cluster.topics.add_partitions(&name("a"), 500).await.expect("at the replica limit");
     cluster.catch_up().await;
-    let one = cluster.create("b", 1, 1).await;
-    assert_eq!(one, Err(CreateError::Bound(ReplicaBound { replicas: 501, ..bound })));
+    let rejected = cluster.create("b", 1, 1).await;
+    assert_eq!(rejected, Err(CreateError::Bound(ReplicaBound { replicas: 501, ..bound })));
     cluster.topics.delete(&name("a")).await.expect("deleted");
     cluster.catch_up().await;
     cluster.create("b", 1, 1).await.expect("below the limit again");
@@ -255,8 +255,8 @@ async fn concurrent_alterations_are_all_applied() {
     let keys =
         [("retention.ms", "-1"), ("retention.bytes", "5000"), ("segment.ms", "777"), ("durability", "replicated")];
     let topic = name("a");
-    let all = keys.map(|(key, value)| cluster.topics.alter(&topic, map(key, value), vec![], None));
-    assert!(futures::future::join_all(all).await.iter().all(Result::is_ok));
+    let alterations = keys.map(|(key, value)| cluster.topics.alter(&topic, map(key, value), vec![], None));
+    assert!(futures::future::join_all(alterations).await.iter().all(Result::is_ok));
     cluster.catch_up().await;
     assert_eq!(cluster.topics.find(&topic).expect("the topic exists").value.config.len(), 4);
 }
@@ -465,23 +465,23 @@ async fn producer_id_key_is_created_once() {
 
 #[tokio::test]
 async fn tombstone_is_deleted_only_long_after_last_remains() {
-    const KEPT: Duration = Duration::from_millis(1000);
+    const RETENTION: Duration = Duration::from_millis(1000);
     let cluster = TestCluster::of(1).await;
     let id = cluster.create("gone", 3, 1).await.expect("created").value.id;
     assert_eq!(cluster.topics.tombstones().await, Ok(vec![]));
     cluster.topics.delete(&name("gone")).await.expect("deleted");
     cluster.catch_up().await;
     // Each call reads all tombstones, as a restarted broker would.
-    let expire = async |left: bool, now_ms: i64| {
+    let expire = async |data_remains: bool, now_ms: i64| {
         let tombstones = cluster.topics.tombstones().await.expect("the store responds");
         let [tombstone] = tombstones.as_slice() else { panic!("one tombstone: {tombstones:?}") };
         assert_eq!(tombstone.id, id);
-        cluster.topics.expire(tombstone, left, now_ms, KEPT).await.expect("the store responds")
+        cluster.topics.expire(tombstone, data_remains, now_ms, RETENTION).await.expect("the store responds")
     };
-    for (left, now_ms) in
+    for (data_remains, now_ms) in
         [(true, 0), (true, 5000), (false, 6000), (false, 6999), (true, 7001), (false, 7002), (false, 8001)]
     {
-        assert!(!expire(left, now_ms).await, "left: {left}, at {now_ms}");
+        assert!(!expire(data_remains, now_ms).await, "data remains: {data_remains}, at {now_ms}");
         assert_eq!(cluster.topics.was_deleted(id).await, Ok(true));
     }
     // A metadata key of the topic appears, from an interrupted creation or deletion.
@@ -494,8 +494,8 @@ async fn tombstone_is_deleted_only_long_after_last_remains() {
 
     // Two brokers advance the same tombstone: one deletes it.
     let tombstones = cluster.topics.tombstones().await.expect("the store responds");
-    assert_eq!(cluster.topics.expire(&tombstones[0], false, 11_000, KEPT).await, Ok(true));
-    assert_eq!(cluster.topics.expire(&tombstones[0], false, 11_000, KEPT).await, Ok(false));
+    assert_eq!(cluster.topics.expire(&tombstones[0], false, 11_000, RETENTION).await, Ok(true));
+    assert_eq!(cluster.topics.expire(&tombstones[0], false, 11_000, RETENTION).await, Ok(false));
     assert_eq!(cluster.topics.was_deleted(id).await, Ok(false));
     assert_eq!(cluster.paths("deleted/").await, Vec::<String>::new());
 }

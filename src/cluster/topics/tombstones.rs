@@ -114,17 +114,17 @@ mod tests {
 
     #[test]
     fn tombstone_is_deleted_only_long_after_last_data() {
-        let kept = Duration::from_millis(100);
-        assert_eq!(decide(None, true, 1000, kept), TombstoneAction::Keep);
-        assert_eq!(decide(None, false, 1000, kept), TombstoneAction::SetPurged(Some(1000)));
-        assert_eq!(decide(Some(1000), false, 1099, kept), TombstoneAction::Keep);
-        assert_eq!(decide(Some(1000), false, 1100, kept), TombstoneAction::Delete);
+        let retention = Duration::from_millis(100);
+        assert_eq!(decide(None, true, 1000, retention), TombstoneAction::Keep);
+        assert_eq!(decide(None, false, 1000, retention), TombstoneAction::SetPurged(Some(1000)));
+        assert_eq!(decide(Some(1000), false, 1099, retention), TombstoneAction::Keep);
+        assert_eq!(decide(Some(1000), false, 1100, retention), TombstoneAction::Delete);
         assert_eq!(
-            decide(Some(1000), true, 9999, kept),
+            decide(Some(1000), true, 9999, retention),
             TombstoneAction::SetPurged(None),
             "new data restarts the time"
         );
-        assert_eq!(decide(Some(1000), false, 10, kept), TombstoneAction::Keep, "the clock was set back");
+        assert_eq!(decide(Some(1000), false, 10, retention), TombstoneAction::Keep, "the clock was set back");
         assert_eq!(decide(Some(i64::MIN), false, i64::MAX, Duration::MAX), TombstoneAction::Delete);
     }
 }
