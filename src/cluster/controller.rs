@@ -151,13 +151,12 @@ impl Controller {
     /// had a controller key at revision `at`.
     async fn wait_for_vacancy(&self, lease: LeaseId, at: Revision) {
         let (mut states, mut session) = (self.metadata.watch(), self.session.state());
-        let has_lease = |session: &SessionState| matches!(session, SessionState::Registered { lease: current, .. } if *current == lease);
         // A cache that is older than `at` may show no holder yet. Without this wait, the caller would campaign in a
         // tight loop.
         let _late = tokio::time::timeout(CACHE_WAIT, self.metadata.wait_for_revision(at)).await;
         tokio::select! {
             _ = states.wait_for(|state| state.controller().is_none()) => {}
-            _ = session.wait_for(|session| !has_lease(session)) => {}
+            _ = session.wait_for(|session| !has_lease(session, lease)) => {}
         }
     }
 
@@ -171,8 +170,7 @@ impl Controller {
         let _late = tokio::time::timeout(CACHE_WAIT, self.metadata.wait_for_revision(term)).await;
         let mut blocked = BTreeSet::new();
         loop {
-            if !matches!(*session.borrow_and_update(), SessionState::Registered { lease: current, .. } if current == lease)
-            {
+            if !has_lease(&session.borrow_and_update(), lease) {
                 return;
             }
             let state = self.metadata.state();
@@ -270,6 +268,11 @@ impl Controller {
         }
         outcome
     }
+}
+
+/// Returns true if the broker is registered under this lease.
+fn has_lease(session: &SessionState, lease: LeaseId) -> bool {
+    matches!(session, SessionState::Registered { lease: current, .. } if *current == lease)
 }
 
 /// Sleeps for a time; never returns for `None`.
