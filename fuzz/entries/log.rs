@@ -13,7 +13,7 @@ const ENTRY_HEAD: usize = 80;
 
 /// Decodes a journal frame.
 pub(crate) fn journal(input: &[u8]) -> bool {
-    let frame = |bytes: &[u8]| fuzzing::round(&Bytes::copy_from_slice(bytes));
+    let frame = |bytes: &[u8]| fuzzing::frame(&Bytes::copy_from_slice(bytes));
     let as_is = check_recoding(input, frame);
     let mut corrected = input.to_vec();
     renew_frame(&mut corrected);

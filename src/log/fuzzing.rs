@@ -1,8 +1,8 @@
 //! Entry points of the fuzzers (`fuzz/entries`) to the private decoders of this module.
 //!
-//! Each function decodes the bytes of a file and encodes the result again; `None` is a refusal. A data directory
-//! compares a file with its id, or with the base and length of a segment. Here those values come from the file itself:
-//! otherwise no input would be accepted.
+//! Each function decodes the bytes of a file and encodes the result again; `None` means that the bytes are invalid. A
+//! data directory compares a file with its id, or with the base and length of a segment. Here those values come from the
+//! file itself: otherwise no input would be accepted.
 
 use bytes::{Buf, Bytes};
 use uuid::Uuid;
@@ -11,7 +11,7 @@ use super::format::{Checkpoint, Index, Snapshot, entry};
 use crate::{model::Offset, record::Batch};
 
 /// Decodes the journal frame at the front of `bytes`. A payload that does not match its entry is refused as well.
-pub fn round(bytes: &Bytes) -> Option<Vec<u8>> {
+pub fn frame(bytes: &Bytes) -> Option<Vec<u8>> {
     let directory = Uuid::from_slice(bytes.get(12..28)?).ok()?;
     let frame = entry::decode(bytes, directory)?;
     let mut entries = Vec::new();
@@ -26,10 +26,10 @@ pub fn round(bytes: &Bytes) -> Option<Vec<u8>> {
             batches.push(Batch::split_from(&mut payload).ok()?);
         }
         payload_bytes += entry.payload.len();
-        entries.push((entry.head, batches));
+        entries.push((entry.header, batches));
     }
-    let mut out = vec![0; entry::max_frame_bytes(entries.len(), payload_bytes)];
-    let entries = entries.iter().map(|(head, batches)| (head, batches.as_slice()));
+    let mut out = vec![0; entry::frame_len(entries.len(), payload_bytes)];
+    let entries = entries.iter().map(|(header, batches)| (header, batches.as_slice()));
     entry::encode(&mut out, directory, frame.sequence, entries);
     Some(out)
 }
@@ -42,8 +42,8 @@ pub fn checkpoint(file: &[u8]) -> Option<Vec<u8>> {
 
 /// Decodes the offset index and the time index of a segment.
 pub fn index(offsets: &[u8], times: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
-    let mut head = offsets.get(8..24)?;
-    let (base, segment_bytes) = (Offset::new(head.get_u64())?, head.get_u64());
+    let mut header = offsets.get(8..24)?;
+    let (base, segment_bytes) = (Offset::new(header.get_u64())?, header.get_u64());
     let (offsets, times) = Index::decode(offsets, times, base, segment_bytes)?.encode(base, segment_bytes);
     Some((offsets.to_vec(), times.to_vec()))
 }

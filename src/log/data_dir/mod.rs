@@ -267,11 +267,11 @@ impl JournalHost for DataDirInner {
         self.ctx.sync_queue.request_pass();
     }
 
-    fn sync_pass(&self) -> bool {
+    fn run_sync_pass(&self) -> bool {
         self.sync_pass()
     }
 
-    fn stall_reason(&self) -> Option<String> {
+    fn check_stall(&self) -> Option<String> {
         self.stall_reason()
     }
 }

@@ -174,7 +174,7 @@ impl ReplicaRecovery<'_> {
             record_batch(epochs, producers, batch);
             info.extend(batch);
         })?;
-        Ok(end.damage)
+        Ok(end.corruption)
     }
 
     /// Truncates the files at the log end. The removed data was never acknowledged as durable.

@@ -22,12 +22,12 @@ pub(in crate::log) struct Checkpoint {
     pub(in crate::log) first_frame: u64,
     /// Largest generation assigned so far.
     pub(in crate::log) generation: u64,
-    /// Relation of the records and the journal to the segments.
+    /// Work that a start must do before the records describe the files.
     pub(in crate::log) kind: CheckpointKind,
     pub(in crate::log) replicas: Vec<ReplicaCheckpoint>,
 }
 
-/// Work of a start before the records are valid.
+/// Work that a start must do before the records of a checkpoint describe the files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::log) enum CheckpointKind {
     /// Replay starts at the first frame, which is certainly in the journal. A journal without that frame is another
@@ -83,8 +83,8 @@ impl ReplicaCheckpoint {
         }
     }
 
-    /// Returns true if the replica was not read since its record was lost. A torn tail cannot be distinguished from a
-    /// loss then.
+    /// Returns true if a checkpoint was lost and the replica was not read since. The persisted end is then unknown, so a
+    /// torn tail cannot be distinguished from a loss.
     pub(in crate::log) fn needs_full_scan(&self) -> bool {
         self.generation == 0
     }
@@ -106,6 +106,7 @@ impl ReplicaCheckpoint {
         out.put_slice(refusal.as_bytes());
     }
 
+    /// Decodes the output of [`Self::encode`]; `None` for a record that no replica has.
     fn decode(from: &mut impl Buf) -> Option<Self> {
         let mut topic = [0; 16];
         from.try_copy_to_slice(&mut topic).ok()?;
@@ -117,7 +118,7 @@ impl ReplicaCheckpoint {
         for _ in 0..from.try_get_u32().ok()? {
             segments.push(SegmentInfo::decode(from)?);
         }
-        let chained = segments.windows(2).all(|pair| pair[0].end == pair[1].base);
+        let is_contiguous = segments.windows(2).all(|pair| pair[0].end == pair[1].base);
         let epochs = EpochHistory::decode(from)?;
         let producers = Arc::new(ProducerTable::decode(from)?);
         let refusal_len = usize::try_from(from.try_get_u32().ok()?).ok()?;
@@ -127,9 +128,9 @@ impl ReplicaCheckpoint {
         let refusal = String::from_utf8(from.copy_to_bytes(refusal_len).to_vec()).ok()?;
         let refusal = (!refusal.is_empty()).then_some(refusal);
         let end = segments.last()?.end;
-        // An append starts its epoch at the end or later, so no recorded epoch may start above the end.
+        // The epoch history is that at the end of the last segment, so no epoch may start above that end.
         let is_epoch_valid = epochs.last().is_none_or(|(_, start)| start <= end);
-        let is_valid = chained && is_epoch_valid && generation <= MAX_NUMBER;
+        let is_valid = is_contiguous && is_epoch_valid && generation <= MAX_NUMBER;
         is_valid.then_some(Self { id, generation, log_start, persisted, segments, epochs, producers, refusal })
     }
 }
@@ -151,6 +152,7 @@ impl Checkpoint {
         out
     }
 
+    /// Decodes the file of the data directory `directory`; `None` if it is corrupt, or that of another directory.
     pub(in crate::log) fn decode(file: &[u8], directory: Uuid) -> Option<Self> {
         let (mut content, crc) = file.split_at_checked(file.len().checked_sub(4)?)?;
         if crc32c::crc32c(content).to_be_bytes() != crc || content.get(..8)? != MAGIC {
@@ -174,7 +176,7 @@ impl Checkpoint {
         content.is_empty().then_some(Self { first_frame, generation, kind, replicas })
     }
 
-    /// Returns the id of the data directory that a checkpoint itself names.
+    /// Returns the data directory id in the checkpoint file of `dir`; `None` if the file is missing or corrupt.
     pub(in crate::log) fn owner(disk: &dyn Disk, dir: &Path) -> Option<Uuid> {
         let file = disk.read(&dir.join(NAME)).ok()?;
         let id = Uuid::from_slice(file.get(8..24)?).ok()?;

@@ -52,9 +52,9 @@ impl EpochHistory {
         match self.starts.last() {
             Some((last, _)) if *last == epoch => true,
             Some((last, last_start)) if *last > epoch || *last_start > start => false,
-            found => {
-                // All offsets of the last epoch lie below the log start.
-                if found.is_some_and(|(_, last_start)| *last_start == start) {
+            last => {
+                // The last epoch has no batch in this log: its start was moved to the log start.
+                if last.is_some_and(|(_, last_start)| *last_start == start) {
                     self.starts.pop();
                 }
                 self.starts.push((epoch, start));
@@ -66,22 +66,22 @@ impl EpochHistory {
     /// Returns the largest epoch of this log not above `epoch`, and its end, in a log that ends at `log_end`. Returns
     /// `None` if every epoch is newer.
     pub fn end_of(&self, epoch: LeaderEpoch, log_end: Offset) -> Option<(LeaderEpoch, Offset)> {
-        let after = self.starts.partition_point(|(other, _)| *other <= epoch);
-        let found = self.starts.get(after.checked_sub(1)?)?.0;
-        Some((found, self.starts.get(after).map_or(log_end, |(_, start)| *start)))
+        let after = self.starts.partition_point(|(candidate, _)| *candidate <= epoch);
+        let largest = self.starts.get(after.checked_sub(1)?)?.0;
+        Some((largest, self.starts.get(after).map_or(log_end, |(_, start)| *start)))
     }
 
-    /// Removes the epochs that start at `end` or later.
+    /// Removes the epochs that start at or above `end`.
     pub fn truncate(&mut self, end: Offset) {
         self.starts.retain(|(_, start)| *start < end);
     }
 
     /// Removes the epochs that end at or below `start`. The epoch that contains `start` starts there from now on.
-    pub fn forget_below(&mut self, start: Offset) {
-        let holding = self.starts.partition_point(|(_, first)| *first <= start).saturating_sub(1);
-        self.starts.drain(..holding);
-        if let Some((_, first)) = self.starts.first_mut() {
-            *first = (*first).max(start);
+    pub fn truncate_front(&mut self, start: Offset) {
+        let first_kept = self.starts.partition_point(|(_, epoch_start)| *epoch_start <= start).saturating_sub(1);
+        self.starts.drain(..first_kept);
+        if let Some((_, epoch_start)) = self.starts.first_mut() {
+            *epoch_start = (*epoch_start).max(start);
         }
     }
 
@@ -90,7 +90,7 @@ impl EpochHistory {
     pub fn between(&self, start: Offset, end: Offset) -> Self {
         let mut part = self.clone();
         part.truncate(end);
-        part.forget_below(start);
+        part.truncate_front(start);
         part
     }
 
@@ -161,7 +161,7 @@ mod tests {
         let mut history = history();
         history.truncate(at(25));
         assert_eq!(history.last(), Some((LeaderEpoch(3), at(10))));
-        history.forget_below(at(12));
+        history.truncate_front(at(12));
         assert_eq!(history.iter().collect::<Vec<_>>(), [(LeaderEpoch(3), at(12))]);
     }
 }

@@ -6,13 +6,15 @@ use bytes::{Buf, BufMut, BytesMut};
 use crate::model::Offset;
 
 /// Minimum distance between two index entries, in bytes of the segment.
-pub(in crate::log) const INTERVAL: u64 = 4096;
+pub(in crate::log) const MIN_INTERVAL_BYTES: u64 = 4096;
 
+/// Magic bytes of the two files.
 const OFFSETS: &[u8; 8] = b"STRLOIX1";
 const TIMES: &[u8; 8] = b"STRLTIX1";
 /// Bytes of the header: magic 8, base 8, segment bytes 8, count 4.
-const HEAD: usize = 28;
-const ENTRY: usize = 12;
+const HEADER_BYTES: usize = 28;
+/// Bytes of an entry: offset or timestamp 8, position 4.
+const ENTRY_BYTES: usize = 12;
 
 /// A batch that can be found without reading the batches before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +36,7 @@ pub(in crate::log) struct Index {
 impl Index {
     /// Adds a batch. The first batch gets an entry, and so does one at least an interval after the last entry.
     pub(in crate::log) fn add_batch(&mut self, offset: Offset, position: u64, max_before: i64) {
-        let due = self.entries.last().is_none_or(|last| position >= u64::from(last.position) + INTERVAL);
+        let due = self.entries.last().is_none_or(|last| position >= u64::from(last.position) + MIN_INTERVAL_BYTES);
         if let (true, Ok(position)) = (due, u32::try_from(position)) {
             self.entries.push(IndexEntry { offset, position, max_before });
         }
@@ -44,7 +46,7 @@ impl Index {
         &self.entries
     }
 
-    /// Returns the last entry at or before `offset`.
+    /// Returns the last entry at or before `offset`, where a read of that offset starts.
     pub(in crate::log) fn at(&self, offset: Offset) -> Option<IndexEntry> {
         let after = self.entries.partition_point(|entry| entry.offset <= offset);
         after.checked_sub(1).map(|i| self.entries[i])
@@ -56,17 +58,17 @@ impl Index {
         after.checked_sub(1).map(|i| self.entries[i])
     }
 
-    /// Returns the content of the two files, for a segment of `segment_bytes`.
+    /// Returns the content of the offset index and of the time index, for a segment of `segment_bytes`.
     pub(in crate::log) fn encode(&self, base: Offset, segment_bytes: u64) -> (BytesMut, BytesMut) {
-        let head = |magic: &[u8; 8]| {
-            let mut out = BytesMut::with_capacity(HEAD + self.entries.len() * ENTRY + 4);
+        let header = |magic: &[u8; 8]| {
+            let mut out = BytesMut::with_capacity(HEADER_BYTES + self.entries.len() * ENTRY_BYTES + 4);
             out.put_slice(magic);
             out.put_u64(base.get());
             out.put_u64(segment_bytes);
             out.put_u32(u32::try_from(self.entries.len()).unwrap_or(u32::MAX));
             out
         };
-        let (mut offsets, mut times) = (head(OFFSETS), head(TIMES));
+        let (mut offsets, mut times) = (header(OFFSETS), header(TIMES));
         for entry in &self.entries {
             offsets.put_u64(entry.offset.get());
             offsets.put_u32(entry.position);
@@ -82,16 +84,16 @@ impl Index {
 
     /// Decodes an index from its two files, if both are intact and describe this segment at its current length.
     pub(in crate::log) fn decode(offsets: &[u8], times: &[u8], base: Offset, segment_bytes: u64) -> Option<Self> {
-        let mut offsets = body(offsets, OFFSETS, base, segment_bytes)?;
-        let mut times = body(times, TIMES, base, segment_bytes)?;
+        let mut offsets = verified_entries(offsets, OFFSETS, base, segment_bytes)?;
+        let mut times = verified_entries(times, TIMES, base, segment_bytes)?;
         if offsets.len() != times.len() {
             return None;
         }
-        let mut entries = Vec::with_capacity(offsets.len() / ENTRY);
+        let mut entries = Vec::with_capacity(offsets.len() / ENTRY_BYTES);
         while offsets.has_remaining() {
             let (offset, position) = (Offset::new(offsets.get_u64())?, offsets.get_u32());
-            let (max_before, same) = (times.get_i64(), times.get_u32());
-            if position != same || u64::from(position) >= segment_bytes || offset < base {
+            let (max_before, time_position) = (times.get_i64(), times.get_u32());
+            if position != time_position || u64::from(position) >= segment_bytes || offset < base {
                 return None;
             }
             entries.push(IndexEntry { offset, position, max_before });
@@ -106,17 +108,18 @@ impl Index {
     }
 }
 
-/// Returns the entries of one file after verifying the file.
-fn body<'a>(file: &'a [u8], magic: &[u8; 8], base: Offset, segment_bytes: u64) -> Option<&'a [u8]> {
+/// Returns the encoded entries of one file. Returns `None` if the file is corrupt, or describes another segment or
+/// length.
+fn verified_entries<'a>(file: &'a [u8], magic: &[u8; 8], base: Offset, segment_bytes: u64) -> Option<&'a [u8]> {
     let (content, crc) = file.split_at_checked(file.len().checked_sub(4)?)?;
     if crc32c::crc32c(content).to_be_bytes() != crc {
         return None;
     }
-    let mut head = content.get(..HEAD)?;
-    let is_match = head.get(..8)? == magic;
-    head.advance(8);
-    let is_match = is_match && head.get_u64() == base.get() && head.get_u64() == segment_bytes;
-    let count = usize::try_from(head.get_u32()).ok()?;
-    let entries = &content[HEAD..];
-    (is_match && entries.len().is_multiple_of(ENTRY) && entries.len() / ENTRY == count).then_some(entries)
+    let mut header = content.get(..HEADER_BYTES)?;
+    let is_match = header.get(..8)? == magic;
+    header.advance(8);
+    let is_match = is_match && header.get_u64() == base.get() && header.get_u64() == segment_bytes;
+    let count = usize::try_from(header.get_u32()).ok()?;
+    let entries = &content[HEADER_BYTES..];
+    (is_match && entries.len().is_multiple_of(ENTRY_BYTES) && entries.len() / ENTRY_BYTES == count).then_some(entries)
 }

@@ -12,53 +12,55 @@ pub(in crate::log) struct ProducerMemory(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     max_bytes: usize,
-    taken: AtomicUsize,
+    used: AtomicUsize,
 }
 
 impl ProducerMemory {
     /// Returns a counter for tables that should use at most `max_bytes` together.
     pub(in crate::log) fn new(max_bytes: usize) -> Self {
-        Self(Arc::new(Inner { max_bytes, taken: AtomicUsize::new(0) }))
+        Self(Arc::new(Inner { max_bytes, used: AtomicUsize::new(0) }))
     }
 
-    pub(in crate::log) fn taken(&self) -> usize {
-        self.0.taken.load(Ordering::Relaxed)
+    pub(in crate::log) fn used_bytes(&self) -> usize {
+        self.0.used.load(Ordering::Relaxed)
     }
 }
 
-/// Share of one table, until it is dropped. A table outside a log has an empty share.
+/// Bytes of one table, counted in the memory of all tables until the value is dropped.
 #[derive(Debug, Default)]
 pub(in crate::log) struct TableMemory {
-    of: Option<ProducerMemory>,
+    /// Memory of all tables; `None` for a table outside a log, which is not counted.
+    all_tables: Option<ProducerMemory>,
     bytes: usize,
 }
 
 impl TableMemory {
-    pub(in crate::log) fn new(of: ProducerMemory, bytes: usize) -> Self {
-        let mut memory = Self { of: Some(of), bytes: 0 };
+    pub(in crate::log) fn new(all_tables: ProducerMemory, bytes: usize) -> Self {
+        let mut memory = Self { all_tables: Some(all_tables), bytes: 0 };
         memory.set(bytes);
         memory
     }
 
     /// Sets the memory of the table to `bytes`.
     pub(in crate::log) fn set(&mut self, bytes: usize) {
-        let Some(of) = &self.of else { return };
+        let Some(all_tables) = &self.all_tables else { return };
         match bytes.checked_sub(self.bytes) {
-            Some(more) => of.0.taken.fetch_add(more, Ordering::Relaxed),
-            None => of.0.taken.fetch_sub(self.bytes - bytes, Ordering::Relaxed),
+            Some(added) => all_tables.0.used.fetch_add(added, Ordering::Relaxed),
+            None => all_tables.0.used.fetch_sub(self.bytes - bytes, Ordering::Relaxed),
         };
         self.bytes = bytes;
     }
 
-    /// Returns the limit, if all tables together exceed it.
-    pub(in crate::log) fn exceeded(&self) -> Option<usize> {
-        self.of.as_ref().filter(|of| of.taken() > of.0.max_bytes).map(|of| of.0.max_bytes)
+    /// Returns the limit of all tables in bytes, if they exceed it; otherwise `None`.
+    pub(in crate::log) fn exceeded_limit(&self) -> Option<usize> {
+        let all_tables = self.all_tables.as_ref()?;
+        (all_tables.used_bytes() > all_tables.0.max_bytes).then_some(all_tables.0.max_bytes)
     }
 }
 
 impl Clone for TableMemory {
     fn clone(&self) -> Self {
-        self.of.clone().map_or_else(Self::default, |of| Self::new(of, self.bytes))
+        self.all_tables.clone().map_or_else(Self::default, |all_tables| Self::new(all_tables, self.bytes))
     }
 }
 
@@ -68,7 +70,7 @@ impl Drop for TableMemory {
     }
 }
 
-/// Tables with equal producers are equal, whatever memory they are charged to.
+/// Always equal: the comparison of two tables ignores the memory in which they are counted.
 impl PartialEq for TableMemory {
     fn eq(&self, _other: &Self) -> bool {
         true

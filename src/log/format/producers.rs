@@ -47,8 +47,8 @@ pub struct ProducerTable {
     producers: BTreeMap<i64, ProducerState>,
     /// Ids of the producers, by the base offset of their last batch.
     by_last: BTreeMap<Offset, i64>,
-    /// The same for producers that keep more than [`SHORT_WINDOW_BATCHES`] batches.
-    long: BTreeMap<Offset, i64>,
+    /// Ids of the producers that keep more than [`SHORT_WINDOW_BATCHES`] batches, by the same offset.
+    long_windows: BTreeMap<Offset, i64>,
     /// Number of batches of all producers.
     batches: usize,
     memory: TableMemory,
@@ -115,7 +115,7 @@ impl Default for ProducerTable {
         Self {
             producers: BTreeMap::new(),
             by_last: BTreeMap::new(),
-            long: BTreeMap::new(),
+            long_windows: BTreeMap::new(),
             batches: 0,
             memory: TableMemory::default(),
             time_ms: i64::MIN,
@@ -160,8 +160,10 @@ impl ProducerTable {
     /// `None` if the broker built the batch from records in the request.
     pub fn check(&self, stamp: ProducerSequence, count: u32, sent: Option<Fingerprint>) -> SequenceCheck {
         let Some(producer) = self.producers.get(&stamp.id) else {
-            return match self.memory.exceeded() {
-                _ if stamp.base_sequence != 0 => SequenceCheck::Unknown,
+            if stamp.base_sequence != 0 {
+                return SequenceCheck::Unknown;
+            }
+            return match self.memory.exceeded_limit() {
                 Some(max_bytes) if self.producers.len() >= CROWDED_PRODUCERS => SequenceCheck::Full { max_bytes },
                 _ => SequenceCheck::New,
             };
@@ -170,27 +172,27 @@ impl ProducerTable {
             return SequenceCheck::Fenced { current: producer.epoch };
         }
         if stamp.epoch > producer.epoch {
-            let first = stamp.base_sequence == 0;
-            return if first { SequenceCheck::New } else { SequenceCheck::OutOfOrder { expected: 0 } };
+            let is_first = stamp.base_sequence == 0;
+            return if is_first { SequenceCheck::New } else { SequenceCheck::OutOfOrder { expected: 0 } };
         }
-        let same = |batch: &&BatchMetadata| batch.sequence == stamp.base_sequence && batch.count == count;
-        if let Some(batch) = producer.batches.iter().find(same) {
+        let is_same = |batch: &&BatchMetadata| batch.sequence == stamp.base_sequence && batch.count == count;
+        if let Some(batch) = producer.batches.iter().find(is_same) {
             return if batch.fingerprint.can_store(sent) {
                 SequenceCheck::Duplicate { base: batch.base, end: batch.base.plus(u64::from(batch.count)) }
             } else {
                 SequenceCheck::Conflict { base: batch.base }
             };
         }
-        let expected = producer.next();
+        let expected = producer.next_sequence();
         if stamp.base_sequence == expected { SequenceCheck::New } else { SequenceCheck::OutOfOrder { expected } }
     }
 
     /// Returns true if [`Self::record_batch`] of this batch would change the table.
-    pub(in crate::log) fn takes(&self, batch: &Batch) -> bool {
+    pub(in crate::log) fn is_changed_by(&self, batch: &Batch) -> bool {
         batch.producer().is_some() || batch.max_timestamp() > self.time_ms
     }
 
-    /// Records an appended batch. A batch that is not its producer's next one restarts the state of the producer: the
+    /// Adds an appended batch. A batch that is not its producer's next one restarts the state of the producer: the
     /// leader accepted the batch, and this replica copies it.
     pub fn record_batch(&mut self, batch: &Batch) {
         self.time_ms = self.time_ms.max(batch.max_timestamp());
@@ -201,16 +203,17 @@ impl ProducerTable {
             base: batch.base_offset(),
             fingerprint: batch.fingerprint(),
         };
-        let fresh = || ProducerState { epoch: stamp.epoch, last_ms: i64::MIN, batches: Vec::with_capacity(1) };
-        let producer = self.producers.entry(stamp.id).or_insert_with(fresh);
+        let new_state = || ProducerState { epoch: stamp.epoch, last_ms: i64::MIN, batches: Vec::with_capacity(1) };
+        // The entries of the previous last batch are removed first, and those of this batch are added below.
+        let producer = self.producers.entry(stamp.id).or_insert_with(new_state);
         self.batches -= producer.batches.len();
         if let Some(last) = producer.batches.last() {
             self.by_last.remove(&last.base);
             if producer.batches.len() > SHORT_WINDOW_BATCHES {
-                self.long.remove(&last.base);
+                self.long_windows.remove(&last.base);
             }
-            if producer.epoch != stamp.epoch || producer.next() != stamp.base_sequence {
-                *producer = fresh();
+            if producer.epoch != stamp.epoch || producer.next_sequence() != stamp.base_sequence {
+                *producer = new_state();
             }
         }
         if producer.batches.len() == limits::MAX_BATCHES_PER_PRODUCER {
@@ -221,14 +224,14 @@ impl ProducerTable {
         self.batches += producer.batches.len();
         self.by_last.insert(written.base, stamp.id);
         if producer.batches.len() > SHORT_WINDOW_BATCHES {
-            self.long.insert(written.base, stamp.id);
+            self.long_windows.insert(written.base, stamp.id);
         }
         if self.producers.len() > limits::MAX_PRODUCERS {
-            self.forget_first();
+            self.remove_oldest();
         }
         self.memory.set(self.bytes());
-        while self.long.len() > CROWDED_PRODUCERS && self.memory.exceeded().is_some() {
-            self.shorten_first();
+        while self.long_windows.len() > CROWDED_PRODUCERS && self.memory.exceeded_limit().is_some() {
+            self.shorten_oldest();
         }
     }
 
@@ -242,21 +245,22 @@ impl ProducerTable {
     /// removes none.
     pub fn remove_expired(&mut self, expiration_ms: Option<i64>) {
         while self.has_expired(expiration_ms) {
-            self.forget_first();
+            self.remove_oldest();
         }
     }
 
-    fn forget_first(&mut self) {
+    /// Removes the producer whose last batch is the oldest one.
+    fn remove_oldest(&mut self) {
         let Some((last, id)) = self.by_last.pop_first() else { return };
-        self.long.remove(&last);
+        self.long_windows.remove(&last);
         self.batches -= self.producers.remove(&id).map_or(0, |producer| producer.batches.len());
         self.memory.set(self.bytes());
     }
 
-    /// Shortens the window of the producer that wrote first among those with more than [`SHORT_WINDOW_BATCHES`]
-    /// batches.
-    fn shorten_first(&mut self) {
-        let Some((_, id)) = self.long.pop_first() else { return };
+    /// Shortens the window of one producer to [`SHORT_WINDOW_BATCHES`] batches. Of the producers with a longer window,
+    /// this is the one whose last batch is the oldest.
+    fn shorten_oldest(&mut self) {
+        let Some((_, id)) = self.long_windows.pop_first() else { return };
         let Some(producer) = self.producers.get_mut(&id) else { return };
         let batches = &mut producer.batches;
         self.batches -= batches.len() - SHORT_WINDOW_BATCHES;
@@ -278,6 +282,7 @@ impl ProducerTable {
         }
     }
 
+    /// Decodes the output of [`Self::encode`]; `None` for a state that no log has.
     pub(in crate::log) fn decode(from: &mut impl Buf) -> Option<Self> {
         let mut table = Self { time_ms: from.try_get_i64().ok()?, ..Self::new() };
         for _ in 0..from.try_get_u32().ok()? {
@@ -285,8 +290,11 @@ impl ProducerTable {
             let epoch = from.try_get_i16().ok()?;
             let last_ms = from.try_get_i64().ok()?;
             let count = usize::from(from.try_get_u8().ok()?);
-            let follows = table.producers.last_key_value().is_none_or(|(last, _)| *last < id);
-            if id < 0 || !follows || last_ms > table.time_ms || !(1..=limits::MAX_BATCHES_PER_PRODUCER).contains(&count)
+            let is_ascending = table.producers.last_key_value().is_none_or(|(last, _)| *last < id);
+            if id < 0
+                || !is_ascending
+                || last_ms > table.time_ms
+                || !(1..=limits::MAX_BATCHES_PER_PRODUCER).contains(&count)
             {
                 return None;
             }
@@ -299,12 +307,12 @@ impl ProducerTable {
                 return None;
             }
             if count > SHORT_WINDOW_BATCHES {
-                table.long.insert(last, id);
+                table.long_windows.insert(last, id);
             }
             table.batches += count;
             table.producers.insert(id, ProducerState { epoch, last_ms, batches });
         }
-        // If times decreased as offsets grow, replicas would remove different producers.
+        // Times must not decrease as offsets grow. Otherwise replicas would remove different producers.
         let times = table.by_last.values().map(|id| table.producers[id].last_ms);
         times.is_sorted().then_some(table)
     }
@@ -322,8 +330,8 @@ impl ProducerTable {
     }
 }
 
-/// Bit of the form byte: the broker set the timestamps. The low three bits are the codec, as in the attributes of a
-/// batch.
+/// Bit of the attributes byte: the broker set the timestamps. The low three bits are the codec. Both are as in the
+/// attributes of a batch.
 const LOG_APPEND_TIME: u8 = 1 << 3;
 
 impl BatchMetadata {
@@ -336,23 +344,24 @@ impl BatchMetadata {
         out.put_u8(self.fingerprint.compression as u8 | time);
     }
 
-    /// Decodes a batch whose count and offsets are possible. The response to a retry contains its end.
+    /// Decodes the output of [`Self::encode`]. Returns `None` if the count is impossible, or if the end is no offset: the
+    /// response to a retry contains the end.
     fn decode(from: &mut impl Buf) -> Option<Self> {
         let (sequence, count) = (from.try_get_i32().ok()?, from.try_get_u32().ok()?);
         let base = Offset::new(from.try_get_u64().ok()?)?;
-        let possible = (1..=limits::MAX_BATCH_RECORDS).contains(&usize::try_from(count).ok()?);
-        Offset::new(base.get() + u64::from(count)).filter(|_| possible)?;
-        let (crc, form) = (from.try_get_u32().ok()?, from.try_get_u8().ok()?);
-        let compression = Compression::from_bits(form & !LOG_APPEND_TIME)?;
+        let is_possible = (1..=limits::MAX_BATCH_RECORDS).contains(&usize::try_from(count).ok()?);
+        Offset::new(base.get() + u64::from(count)).filter(|_| is_possible)?;
+        let (crc, attributes) = (from.try_get_u32().ok()?, from.try_get_u8().ok()?);
+        let compression = Compression::from_bits(attributes & !LOG_APPEND_TIME)?;
         let timestamp_type =
-            if form & LOG_APPEND_TIME == 0 { TimestampType::CreateTime } else { TimestampType::LogAppendTime };
+            if attributes & LOG_APPEND_TIME == 0 { TimestampType::CreateTime } else { TimestampType::LogAppendTime };
         Some(Self { sequence, count, base, fingerprint: Fingerprint { crc, compression, timestamp_type } })
     }
 }
 
 impl ProducerState {
     /// Returns the sequence number after the last batch; 0 follows 2^31 - 1.
-    fn next(&self) -> i32 {
+    fn next_sequence(&self) -> i32 {
         let last = self.batches.last().expect("a producer has a batch");
         let next = (i64::from(last.sequence) + i64::from(last.count)) & i64::from(i32::MAX);
         i32::try_from(next).unwrap_or(0)

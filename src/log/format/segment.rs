@@ -37,6 +37,7 @@ pub struct SegmentInfo {
 }
 
 impl SegmentInfo {
+    /// Returns the description of a new segment without batches.
     pub(in crate::log) fn empty(base: Offset, now_ms: i64) -> Self {
         let (created_ms, written_ms) = (now_ms, now_ms);
         Self {
@@ -51,12 +52,12 @@ impl SegmentInfo {
         }
     }
 
-    /// Returns the description of the same segment before its first batch.
+    /// Returns the description of the same segment without its batches. The two times stay.
     pub(in crate::log) fn emptied(&self) -> Self {
         Self { written_ms: self.written_ms, ..Self::empty(self.base, self.created_ms) }
     }
 
-    /// Records the time of a write, before its batches are recorded.
+    /// Sets the times for a write at `now_ms`. Called before [`Self::extend`] adds the batches of the write.
     pub(in crate::log) fn record_write(&mut self, now_ms: i64) {
         if self.bytes == 0 {
             self.created_ms = now_ms;
@@ -65,6 +66,7 @@ impl SegmentInfo {
         self.written_ms = if self.bytes == 0 { now_ms } else { self.written_ms.max(now_ms) };
     }
 
+    /// Adds a batch at the end of the segment.
     pub(in crate::log) fn extend(&mut self, batch: &Batch) {
         self.end = batch.end_offset();
         self.bytes += batch.encoded_len() as u64;
@@ -114,12 +116,12 @@ pub(in crate::log) struct Segment {
 /// The file of a segment.
 #[derive(Debug)]
 pub(in crate::log) struct SegmentFile {
-    /// Key of the file in the table of open files.
+    /// Key of the file in the cache of open files.
     pub(in crate::log) serial: u64,
     pub(in crate::log) path: PathBuf,
     /// True if bytes were written since the last sync.
     pub(in crate::log) dirty: AtomicBool,
-    /// Number of bytes from the start that were written out, possibly unsynced. Write-out advances it; a truncation
+    /// Number of bytes from the start that were written out, possibly unsynced. A write-out advances it; a truncation
     /// lowers it.
     pub(in crate::log) written_out: AtomicU64,
 }
@@ -135,23 +137,24 @@ impl SegmentFile {
     }
 }
 
-/// Returns the name of a file of the segment at `base`.
+/// Returns the name of the segment's file with this extension (`log`, `index`, `timeindex`, `snapshot`).
 pub(in crate::log) fn name(base: Offset, extension: &str) -> String {
     format!("{:020}.{extension}", base.get())
 }
 
-/// Returns the base offset in the name of a segment file.
+/// Returns the base offset in the name of a segment file; `None` for other names.
 pub(in crate::log) fn base_of(name: &str) -> Option<Offset> {
-    base_in(name.strip_suffix(".log")?)
+    parse_base(name.strip_suffix(".log")?)
 }
 
-/// Returns the base offset in the name of an index or a snapshot.
+/// Returns the base offset in the name of an index or a snapshot; `None` for other names.
 pub(in crate::log) fn cache_base_of(name: &str) -> Option<Offset> {
     let (digits, extension) = name.split_once('.')?;
-    if matches!(extension, "index" | "timeindex" | "snapshot") { base_in(digits) } else { None }
+    if matches!(extension, "index" | "timeindex" | "snapshot") { parse_base(digits) } else { None }
 }
 
-fn base_in(digits: &str) -> Option<Offset> {
+/// Parses the 20 digits with which the names of segment files, indexes and snapshots start.
+fn parse_base(digits: &str) -> Option<Offset> {
     (digits.len() == 20 && digits.bytes().all(|b| b.is_ascii_digit()))
         .then(|| digits.parse().ok().and_then(Offset::new))?
 }
@@ -161,7 +164,7 @@ pub(in crate::log) fn replica_dir(data: &Path, id: PartitionId) -> PathBuf {
     data.join(id.topic.to_string()).join(id.number.to_string())
 }
 
-/// Result of a scan.
+/// End of a scan: all batches before it are intact.
 #[derive(Debug)]
 pub(in crate::log) struct ScanEnd {
     /// Offset after the last intact batch.
@@ -169,43 +172,43 @@ pub(in crate::log) struct ScanEnd {
     /// Position in the file after that batch.
     pub(in crate::log) position: u64,
     /// Error in the bytes at that position; `None` at the end of the file.
-    pub(in crate::log) damage: Option<String>,
+    pub(in crate::log) corruption: Option<String>,
 }
 
-/// Reads the batches of a file from `position` to `len`. The first batch must start at `from`, and each later one at
-/// the end of the previous one, with epochs that never decrease. The scan stops at the first bytes that are no such
-/// batch.
+/// Reads the batches of a file from `position` to `len`, and calls `on_batch` with the position and content of each. The
+/// first batch must start at the offset `from`, and each later one at the end of the previous one. Epochs must never
+/// decrease, from `epoch` on. The scan stops at the first bytes that are no such batch.
 pub(in crate::log) fn scan(
     file: &dyn File,
     len: u64,
     position: u64,
     from: Offset,
     mut epoch: Option<LeaderEpoch>,
-    mut each: impl FnMut(u64, &Batch),
+    mut on_batch: impl FnMut(u64, &Batch),
 ) -> io::Result<ScanEnd> {
-    const WINDOW: usize = 1 << 20;
-    let mut end = ScanEnd { end: from, position, damage: None };
+    const WINDOW_BYTES: usize = 1 << 20;
+    let mut end = ScanEnd { end: from, position, corruption: None };
     let mut window = Bytes::new();
     while end.position < len {
-        let left = usize::try_from(len - end.position).unwrap_or(usize::MAX);
+        let remaining = usize::try_from(len - end.position).unwrap_or(usize::MAX);
         let needed = match Batch::framed_len(&window) {
             Ok(needed) => needed,
             Err(_) if window.len() < HEADER_BYTES => HEADER_BYTES,
             Err(error) => {
-                end.damage = Some(error.to_string());
+                end.corruption = Some(error.to_string());
                 break;
             }
         };
-        if needed > left {
-            end.damage = Some(format!("{needed} bytes are needed and the file has {left}"));
+        if needed > remaining {
+            end.corruption = Some(format!("{needed} bytes are needed and the file has {remaining}"));
             break;
         }
         if window.len() < needed {
-            let mut buffer = vec![0; needed.max(WINDOW).min(left)];
+            let mut buffer = vec![0; needed.max(WINDOW_BYTES).min(remaining)];
             let read = file.read_at(&mut buffer, end.position)?;
             buffer.truncate(read);
             if read < needed {
-                end.damage = Some("the file became shorter during the read".to_owned());
+                end.corruption = Some("the file became shorter during the read".to_owned());
                 break;
             }
             window = buffer.into();
@@ -213,13 +216,13 @@ pub(in crate::log) fn scan(
         }
         match next(&mut window, end.end, epoch) {
             Ok(batch) => {
-                each(end.position, &batch);
+                on_batch(end.position, &batch);
                 end.position += batch.encoded_len() as u64;
                 end.end = batch.end_offset();
                 epoch = batch.leader_epoch();
             }
             Err(reason) => {
-                end.damage = Some(reason);
+                end.corruption = Some(reason);
                 break;
             }
         }
@@ -227,7 +230,8 @@ pub(in crate::log) fn scan(
     Ok(end)
 }
 
-/// Returns the next batch of `window`, which must start at `expected` with an epoch not below `epoch`.
+/// Splits the next batch off `window`. The batch must start at the offset `expected`, with an epoch not below `epoch`;
+/// otherwise the result is a description of the error.
 pub(in crate::log) fn next(window: &mut Bytes, expected: Offset, epoch: Option<LeaderEpoch>) -> Result<Batch, String> {
     let batch = Batch::split_from(window).map_err(|error| error.to_string())?;
     if batch.base_offset() != expected {
@@ -235,7 +239,7 @@ pub(in crate::log) fn next(window: &mut Bytes, expected: Offset, epoch: Option<L
     }
     match (epoch, batch.leader_epoch()) {
         (_, None) => Err("a batch has no leader epoch".to_owned()),
-        (Some(before), Some(now)) if now < before => Err(format!("the leader epoch decreases from {before} to {now}")),
+        (Some(last), Some(next)) if next < last => Err(format!("the leader epoch decreases from {last} to {next}")),
         _ => Ok(batch),
     }
 }

@@ -34,15 +34,15 @@ impl Snapshot {
         }
     }
 
-    /// Returns the last intact snapshot at one of `bases`, and the index of its base. The data between it and the last
-    /// base must be read. If no base has one, not even the first, nothing precedes the log. Fails with `InvalidData` if
-    /// the snapshot at the first base is corrupt, because nothing replaces it.
+    /// Returns the last intact snapshot at one of `bases`, and the index of its base. The caller must read the segments
+    /// from that base on. If no base has a snapshot, nothing precedes the log: the result is an empty snapshot at the
+    /// first base. Fails with `InvalidData` if the snapshot at the first base is corrupt, because nothing replaces it.
     pub(in crate::log) fn read_last(disk: &dyn Disk, dir: &Path, bases: &[Offset]) -> io::Result<(usize, Self)> {
-        for (number, base) in bases.iter().enumerate().rev() {
+        for (index, base) in bases.iter().enumerate().rev() {
             match Self::read(disk, dir, *base) {
-                Ok(Some(tables)) => return Ok((number, tables)),
-                Err(error) if number == 0 => return Err(error),
-                // The caller then reads the previous segment as well.
+                Ok(Some(snapshot)) => return Ok((index, snapshot)),
+                Err(error) if index == 0 => return Err(error),
+                // An earlier snapshot is used, and the caller then reads one more segment.
                 Ok(None) | Err(_) => {}
             }
         }
@@ -77,7 +77,7 @@ impl Snapshot {
     }
 }
 
-/// Adds a batch to the tables.
+/// Adds the next batch of the log to its epoch history and producer state.
 pub(in crate::log) fn record_batch(epochs: &mut EpochHistory, producers: &mut ProducerTable, batch: &Batch) {
     if let Some(epoch) = batch.leader_epoch()
         && !epochs.record(epoch, batch.base_offset())

@@ -64,17 +64,20 @@ pub type PersistCallback = Box<dyn FnOnce(Result<Offset, PersistError>) + Send>;
 
 /// One entry to write.
 pub(super) struct JournalEntry {
-    pub(super) head: EntryHeader,
+    pub(super) header: EntryHeader,
+    /// Payload; empty unless the entry is an append.
     pub(super) batches: Vec<Batch>,
+    /// Encoded length of `batches`.
     pub(super) bytes: usize,
     pub(super) client: Arc<dyn JournalClient>,
+    /// Receives the result; `None` if no caller waits for it.
     pub(super) done: Option<PersistCallback>,
 }
 
-/// The replica whose operation an entry records.
+/// The replica to which an entry belongs.
 pub(super) trait JournalClient: Send + Sync {
-    /// Records that an entry is durable in the journal file with the use number `file`. Called with the writer's lock
-    /// held, for all entries of a frame before the first result.
+    /// Updates the replica after an entry became durable in the journal file with the serial `file`. Called with the
+    /// writer's lock held, for all entries of a frame before the first result.
     fn on_journaled(&self, entry: &EntryHeader, file: u64);
 
     /// Returns the result for the caller that submitted the entry. Called without a lock of the journal.
@@ -86,14 +89,15 @@ pub(super) trait JournalHost {
     /// Requests a sync pass soon, on another thread.
     fn request_sync(&self);
 
-    /// Runs a sync pass. Returns false if the checkpoint could not be written, so that no file was released.
-    fn sync_pass(&self) -> bool;
+    /// Runs a sync pass on this thread. Returns false if the checkpoint could not be written, so that no file was
+    /// released.
+    fn run_sync_pass(&self) -> bool;
 
     /// Returns the reason why no sync pass will release a file, if any.
-    fn stall_reason(&self) -> Option<String>;
+    fn check_stall(&self) -> Option<String>;
 }
 
-/// Driver of the journal while a caller waits for it, in step mode only: no thread runs then.
+/// Driver of the journal while a caller waits for a result. Used in step mode only, where no thread runs.
 pub(super) trait StepDriver: Send + Sync {
     /// Writes one frame. Returns false if nothing is queued, or if the journal has no space.
     fn write_frame(&self) -> bool;
@@ -102,29 +106,34 @@ pub(super) trait StepDriver: Send + Sync {
     fn ensure_change_space(&self) -> bool;
 }
 
+/// The journal of a data directory. Callers queue entries, and one writer writes them.
 pub(super) struct Journal {
+    /// Id of the data directory, which every frame contains.
     directory: Uuid,
     max_frame_bytes: usize,
     sim_hook: Option<SimHook>,
     queue: Mutex<EntryQueue>,
+    /// Signalled when an entry is queued, and at a close.
     queued: Condvar,
     writer: Mutex<WriterState>,
     ring: Mutex<Ring>,
     /// Held while a file is being created: one at a time.
     preallocating: Mutex<()>,
     budget: Arc<DiskBudget>,
-    /// Signalled when a ring file is released or created, or when the journal ends.
+    /// Signalled when a ring file is released or created, and at a close.
     released: Condvar,
     /// Signalled when a ring file is entered, when the writer starts or stops waiting for one, and when the journal
-    /// ends.
+    /// is closed or fails.
     entered: Condvar,
-    /// Bytes that are written to the active file.
+    /// Number of bytes written to the active file.
     position: AtomicU64,
     /// True if the writer waits for a file that is being created.
     writer_waiting: AtomicBool,
-    /// Time of the announcement of a close. From then on, waits for space are bounded.
+    /// Time at which a close was announced. From then on, waits for space are bounded.
     closing: OnceLock<Instant>,
+    /// Sequence of the next frame.
     next_frame: AtomicU64,
+    /// Reason of the journal's failure, which is permanent.
     failed: OnceLock<String>,
     metrics: Metrics,
 }
@@ -132,11 +141,14 @@ pub(super) struct Journal {
 #[derive(Default)]
 struct EntryQueue {
     entries: VecDeque<JournalEntry>,
+    /// True after a close: new entries are refused.
     closed: bool,
 }
 
 struct WriterState {
+    /// File that receives the next frame; `None` before the first frame of this process.
     current: Option<ActiveFile>,
+    /// Memory in which frames are encoded.
     buffer: AlignedBuffer,
     /// Time since which the next frame has no space.
     no_space_since: Option<Instant>,
@@ -198,6 +210,7 @@ impl Journal {
         entry.complete(Err(error));
     }
 
+    /// Returns the error for entries that a failed or closed journal does not write.
     fn refusal(&self) -> PersistError {
         match self.failed() {
             Some(reason) => PersistError::Failed { reason: reason.to_owned() },
@@ -217,25 +230,26 @@ impl Journal {
         self.begin_shutdown();
         self.queue.lock().closed = true;
         self.queued.notify_all();
-        // A thread that checks the ring before it waits has seen the close, or is waiting by now.
+        // Other threads check `closed` with the ring locked, before they wait. Each of them has now either seen the
+        // close, or waits and is notified.
         drop(self.ring.lock());
         self.released.notify_all();
         self.entered.notify_all();
     }
 
-    /// Fails all entries that are still queued, because no writer is left. The entries hold replicas, which hold the
-    /// journal.
+    /// Fails all entries that are still queued after the writer has ended. A queued entry would otherwise keep its
+    /// replica, and thereby the journal itself, in memory.
     pub(super) fn fail_queued(&self) {
         let entries = std::mem::take(&mut self.queue.lock().entries);
         entries.into_iter().for_each(|entry| entry.complete(Err(self.refusal())));
     }
 
-    /// Announces that the journal will be closed soon.
+    /// Announces that the journal will be closed soon. Later calls change nothing.
     pub(super) fn begin_shutdown(&self) {
         self.closing.get_or_init(clock::monotonic);
     }
 
-    /// Returns the time for which the next frame has had no space.
+    /// Returns the time for which the next frame has had no space; zero if it has space.
     pub(super) fn space_wait(&self) -> Duration {
         self.writer.lock().no_space_since.map_or(Duration::ZERO, |since| since.elapsed())
     }
@@ -272,12 +286,13 @@ impl Journal {
         self.ring.lock().has_free()
     }
 
-    /// Returns the number of the oldest use, if no file is free.
+    /// Returns the serial of the oldest file in use; `None` while a file is free.
     pub(super) fn oldest_file(&self) -> Option<u64> {
         self.ring.lock().oldest()
     }
 
-    /// Returns the frame at which replay would start if the files before use `keep` were released.
+    /// Returns the sequence of the frame at which replay would start if all files with a serial below `keep` were
+    /// released.
     pub(super) fn start_after(&self, keep: u64) -> u64 {
         self.ring.lock().start_after(keep, self.next_frame())
     }
@@ -292,29 +307,31 @@ impl Journal {
         self.is_closed() || self.failed().is_some()
     }
 
-    /// Returns the number of entries in the next frame, and their payload in bytes.
+    /// Returns the number of queued entries that the next frame takes, and the bytes of their payloads. A frame takes
+    /// at least one entry, whatever its size.
     fn next_frame_entries(&self, queue: &EntryQueue) -> (usize, usize) {
         let (mut entries, mut bytes) = (0, 0);
         for entry in &queue.entries {
-            let more = entry.bytes + entry::ENTRY_HEADER_BYTES;
-            if entries > 0 && bytes + more > self.max_frame_bytes.min(TARGET_FRAME_BYTES) {
+            let entry_bytes = entry.bytes + entry::ENTRY_HEADER_BYTES;
+            if entries > 0 && bytes + entry_bytes > self.max_frame_bytes.min(TARGET_FRAME_BYTES) {
                 break;
             }
             entries += 1;
-            bytes += more;
+            bytes += entry_bytes;
         }
         (entries, bytes - entries * entry::ENTRY_HEADER_BYTES)
     }
 
-    fn next_bytes(&self) -> usize {
+    /// Returns the maximum length of the next frame. Space for that many bytes is made before the frame is composed.
+    fn max_next_frame_bytes(&self) -> usize {
         let queue = self.queue.lock();
         let (entries, payload) = self.next_frame_entries(&queue);
-        // Entries that are queued meanwhile lengthen the frame, at most to its limit.
-        entry::max_frame_bytes(entries, payload).max(entry::max_frame_bytes(1, self.max_frame_bytes))
+        // Entries that are queued until then lengthen the frame, at most to its limit.
+        entry::frame_len(entries, payload).max(entry::frame_len(1, self.max_frame_bytes))
     }
 
-    /// Creates the first file if there is none, and writes an empty frame. The checkpoint that starts replay at this
-    /// frame then names an existing one, so a journal without it is recognised as another journal.
+    /// Creates the first file if there is none, and writes an empty frame. The next checkpoint starts replay at this
+    /// frame. A journal without the frame is then recognised as lost or as that of another directory.
     pub(super) fn begin(&self) -> io::Result<()> {
         if matches!(self.ensure_space()?, FrameSpace::NeedsFile) {
             return Err(io::ErrorKind::StorageFull.into());
@@ -322,7 +339,7 @@ impl Journal {
         let mut writer = self.writer.lock();
         let WriterState { current, buffer, .. } = &mut *writer;
         let current = current.as_mut().expect("`ensure_space` has entered a file");
-        let frame = buffer.slice(entry::max_frame_bytes(0, 0));
+        let frame = buffer.slice(entry::frame_len(0, 0));
         let sequence = self.next_frame();
         entry::encode(frame, self.directory, sequence, std::iter::empty());
         current.file.write_durable(frame, current.position)?;
@@ -346,9 +363,9 @@ impl Journal {
         let WriterState { current, buffer, .. } = &mut *writer;
         let current = current.as_mut().expect("`ensure_space` has entered a file");
         let payload = entries.iter().map(|entry| entry.bytes).sum();
-        let frame = buffer.slice(entry::max_frame_bytes(entries.len(), payload));
+        let frame = buffer.slice(entry::frame_len(entries.len(), payload));
         let sequence = self.next_frame();
-        let encoded = entries.iter().map(|entry| (&entry.head, entry.batches.as_slice()));
+        let encoded = entries.iter().map(|entry| (&entry.header, entry.batches.as_slice()));
         entry::encode(frame, self.directory, sequence, encoded);
         let began = clock::monotonic();
         let written = current.file.write_durable(frame, current.position);
@@ -362,19 +379,18 @@ impl Journal {
                 self.metrics.journal_sync_seconds.observe(began.elapsed().as_secs_f64());
                 self.next_frame.store(sequence + 1, Ordering::Release);
                 for entry in &entries {
-                    entry.client.on_journaled(&entry.head, serial);
+                    entry.client.on_journaled(&entry.header, serial);
                 }
                 drop(writer);
                 for entry in entries {
-                    let result = entry.client.persist_result(&entry.head);
+                    let result = entry.client.persist_result(&entry.header);
                     entry.complete(result);
                 }
             }
             Err(error) => {
                 drop(writer);
-                let mut queue = entries;
                 self.fail(&error);
-                for entry in queue.drain(..) {
+                for entry in entries {
                     entry.complete(Err(self.refusal()));
                 }
             }
@@ -391,13 +407,15 @@ impl Journal {
         for entry in entries {
             entry.complete(Err(self.refusal()));
         }
-        // Threads that wait for a file end their wait.
+        // Wakes the thread that creates files. With the ring locked once, that thread has either seen the failure, or
+        // waits and is notified.
         drop(self.ring.lock());
         self.entered.notify_all();
     }
 }
 
 impl JournalEntry {
+    /// Passes the result to the caller that submitted the entry, if that caller waits for one.
     pub(super) fn complete(self, result: Result<Offset, PersistError>) {
         if let Some(done) = self.done {
             done(result);

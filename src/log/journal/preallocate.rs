@@ -19,7 +19,7 @@ const YIELD_INTERVAL: Duration = Duration::from_millis(20);
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Journal {
-    /// Creates the next file when the last free one is entered, until the journal is closed or fails.
+    /// Creates another file whenever the last free one is entered, until the journal is closed or fails.
     pub(in crate::log) fn run_preallocation(&self) {
         let mut throttle = LogThrottle::default();
         while self.wait_until_file_wanted() {
@@ -39,22 +39,23 @@ impl Journal {
     /// Creates a file now, because the journal has no free one. Returns false if the ring may not grow.
     pub(in crate::log) fn preallocate_now(&self) -> io::Result<bool> {
         self.set_writer_waiting(true);
-        let grown = self.grow(&mut |_| Ok(()));
+        let result = self.grow(&mut |_| Ok(()));
         self.set_writer_waiting(false);
-        grown
+        result
     }
 
-    /// Creates a file at a pace that lets appends go first.
+    /// Creates a file at a pace that lets appends go first. Returns false if the ring may not grow. Fails with
+    /// `Interrupted` if the file is no longer needed.
     fn preallocate_ahead(&self) -> io::Result<bool> {
-        self.grow(&mut |done| {
-            self.yield_to_appends(done);
+        self.grow(&mut |written| {
+            self.yield_to_appends(written);
             if self.is_prealloc_cancelled() { Err(io::ErrorKind::Interrupted.into()) } else { Ok(()) }
         })
     }
 
     /// Creates the next file of the ring, if none is free and the ring may grow. Returns true if a file is free
-    /// afterwards.
-    fn grow(&self, rest: &mut dyn FnMut(u64) -> io::Result<()>) -> io::Result<bool> {
+    /// afterwards. `after_piece` is called after each piece with the number of bytes written; its error ends the work.
+    fn grow(&self, after_piece: &mut dyn FnMut(u64) -> io::Result<()>) -> io::Result<bool> {
         let _one_at_a_time = self.preallocating.lock();
         let (disk, next_slot, bytes) = {
             let ring = self.ring.lock();
@@ -65,12 +66,14 @@ impl Journal {
         };
         let Some((path, slot)) = next_slot else { return Ok(false) };
         let dir = path.parent().unwrap_or(Path::new("."));
+        // The files that the ring requires are created even if that leaves less space than is kept free.
         let check_space = |bytes: u64| {
             let is_full = self.unallocated_bytes() == 0 && !self.budget.has_journal_space(dir, bytes);
             if is_full { Err(io::Error::from(io::ErrorKind::StorageFull)) } else { Ok(()) }
         };
         check_space(bytes)?;
-        ring::prepare(&*disk, &path, bytes, &mut |done| check_space(bytes - done).and_then(|()| rest(done)))?;
+        let mut check_piece = |written: u64| check_space(bytes - written).and_then(|()| after_piece(written));
+        ring::create_zeroed(&*disk, &path, bytes, &mut check_piece)?;
         self.ring.lock().add(slot);
         self.released.notify_all();
         Ok(true)
@@ -95,13 +98,14 @@ impl Journal {
         self.entered.notify_all();
     }
 
-    /// Lets appends go first while the next file is created; `done` is the number of bytes created so far. Returns at
-    /// once if the writer waits for the file, or if the active file fills faster than the next one is created.
-    fn yield_to_appends(&self, done: u64) {
-        let is_urgent = |_: &mut Ring| self.has_ended() || self.writer_waiting.load(Ordering::Acquire);
-        if done < 2 * self.position.load(Ordering::Relaxed) {
+    /// Lets appends go first while the next file is created, of which `written` bytes exist. Returns at once if the
+    /// writer waits for the file, or if the active file fills faster than the next one is created.
+    fn yield_to_appends(&self, written: u64) {
+        // The next file should be complete when the active one is half full.
+        if written < 2 * self.position.load(Ordering::Relaxed) {
             return;
         }
-        self.entered.wait_while_for(&mut self.ring.lock(), |ring| !is_urgent(ring), YIELD_INTERVAL);
+        let may_pause = |_: &mut Ring| !self.has_ended() && !self.writer_waiting.load(Ordering::Acquire);
+        self.entered.wait_while_for(&mut self.ring.lock(), may_pause, YIELD_INTERVAL);
     }
 }

@@ -1,7 +1,7 @@
 //! Reading the journal after a crash: the valid frames, and the entries that each replica needs.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io::{self, IoSlice},
     ops::Range,
     path::{Path, PathBuf},
@@ -28,18 +28,27 @@ pub(in crate::log) struct ReplayResult {
     pub(in crate::log) next_frame: u64,
     /// Largest generation in the journal.
     pub(in crate::log) generation: u64,
+    /// State of each replica that has an entry in the journal.
     pub(in crate::log) replicas: BTreeMap<PartitionId, ReplicaReplayState>,
     /// Error for a durable frame that cannot be read. The replicas whose data it held are unknown.
     pub(in crate::log) unknown_loss: Option<String>,
     /// Reason why the journal is not the one that the directory ran with, if so.
     pub(in crate::log) missing: Option<String>,
-    frames: BTreeMap<u64, (PathBuf, u64, Vec<DecodedEntry>)>,
+    /// Frames to replay, by sequence.
+    frames: BTreeMap<u64, JournaledFrame>,
+}
+
+/// A frame and its location in the journal. The payloads are read again when they are needed.
+struct JournaledFrame {
+    path: PathBuf,
+    position: u64,
+    entries: Vec<DecodedEntry>,
 }
 
 /// State of one replica according to the journal.
 #[derive(Clone, Debug, Default)]
 pub(in crate::log) struct ReplicaReplayState {
-    /// Creation of the replica, with its start offset.
+    /// Creation of the replica, at the start offset `base`.
     pub(in crate::log) created: Option<EntryHeader>,
     /// Generation of the replica's deletion.
     pub(in crate::log) deleted: Option<u64>,
@@ -49,18 +58,20 @@ pub(in crate::log) struct ReplicaReplayState {
     pub(in crate::log) truncations: Vec<EntryHeader>,
     /// Persisted end according to the entries after the last truncation.
     pub(in crate::log) persisted: Option<Offset>,
+    /// Last move of the log start, to `base`.
     pub(in crate::log) log_start: Option<EntryHeader>,
+    /// Last eviction, of the segments below `base`.
     pub(in crate::log) local_start: Option<EntryHeader>,
     /// Error for a corrupt entry of the replica that was durable.
     pub(in crate::log) lost: Option<String>,
-    /// Sequence of the frame below which appends no longer matter.
+    /// Sequence of the first frame whose appends may have to be restored.
     barrier: u64,
 }
 
 /// Returns the id of another data directory whose journal is in `dir`, if any.
 pub(in crate::log) fn other_owner(disk: &dyn Disk, dir: &Path, directory: Uuid) -> io::Result<Option<Uuid>> {
     for path in files(disk, dir)?.unwrap_or_default() {
-        let owner = entry::owner(&front(disk, &path, OWNER_SCAN_BYTES)?);
+        let owner = entry::owner(&read_front(disk, &path, OWNER_SCAN_BYTES)?);
         if owner.is_some_and(|owner| owner != directory) {
             return Ok(owner);
         }
@@ -71,14 +82,15 @@ pub(in crate::log) fn other_owner(disk: &dyn Disk, dir: &Path, directory: Uuid) 
 /// Returns true if a journal in `dir` was ever written. Until then its files are zeros.
 pub(in crate::log) fn was_written(disk: &dyn Disk, dir: &Path) -> io::Result<bool> {
     for path in files(disk, dir)?.unwrap_or_default() {
-        if front(disk, &path, BLOCK)?.iter().any(|byte| *byte != 0) {
+        if read_front(disk, &path, BLOCK)?.iter().any(|byte| *byte != 0) {
             return Ok(true);
         }
     }
     Ok(false)
 }
 
-fn front(disk: &dyn Disk, path: &Path, bytes: usize) -> io::Result<Vec<u8>> {
+/// Returns the first `bytes` bytes of a file, or all bytes of a shorter file.
+fn read_front(disk: &dyn Disk, path: &Path, bytes: usize) -> io::Result<Vec<u8>> {
     let mut front = vec![0; bytes];
     let read = disk.open(path, OpenMode::Read)?.read_at(&mut front, 0)?;
     front.truncate(read);
@@ -97,30 +109,34 @@ fn files(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Vec<PathBuf>>> {
     }
 }
 
-/// Reads the journal in `dir` from the frame `first_frame` on.
+/// Reads the journal in `dir` from the frame `first_frame` on. A torn last frame is dropped. The result describes
+/// earlier frames that are missing or corrupt, and is no error then.
 pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_frame: u64) -> io::Result<ReplayResult> {
     let mut journaled = ReplayResult::nothing(first_frame);
-    let mut torn: Vec<u64> = Vec::new();
+    let mut corrupt_frames: Vec<u64> = Vec::new();
     let Some(paths) = files(disk, dir)? else {
         journaled.missing = Some("the directory does not exist".to_owned());
         return Ok(journaled);
     };
-    let mut older = None;
+    // Last frame below `first_frame`, for the error message only.
+    let mut last_older = None;
     for path in &paths {
         let bytes = Bytes::from(disk.read(path)?);
         let mut at = 0;
         while at < bytes.len() {
             let frame = entry::decode(&bytes[at..], directory);
-            older = older.max(frame.as_ref().map(|frame| frame.sequence).filter(|sequence| *sequence < first_frame));
+            let sequence = frame.as_ref().map(|frame| frame.sequence);
+            last_older = last_older.max(sequence.filter(|sequence| *sequence < first_frame));
             let Some(frame) = frame.filter(|frame| frame.sequence >= first_frame) else {
                 at += BLOCK;
                 continue;
             };
             let content = bytes.slice(at..at + frame.bytes);
             if frame.entries.iter().any(|entry| !entry.is_intact(&content)) {
-                torn.push(frame.sequence);
+                corrupt_frames.push(frame.sequence);
             }
-            journaled.frames.insert(frame.sequence, (path.clone(), at as u64, frame.entries));
+            let located = JournaledFrame { path: path.clone(), position: at as u64, entries: frame.entries };
+            journaled.frames.insert(frame.sequence, located);
             at += frame.bytes;
         }
     }
@@ -129,7 +145,7 @@ pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_f
     let gap = last.and_then(|last| (first_frame..last).find(|sequence| !journaled.frames.contains_key(sequence)));
     journaled.unknown_loss = gap.map(|sequence| format!("frame {sequence} of the journal cannot be read"));
     if last.is_none() {
-        journaled.missing = Some(match (paths.len(), older) {
+        journaled.missing = Some(match (paths.len(), last_older) {
             (0, _) => "the directory holds no journal file".to_owned(),
             (files, None) => format!("its {files} journal files hold no frame of this data directory"),
             (files, Some(older)) => {
@@ -138,13 +154,13 @@ pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_f
         });
     }
     // The first frame was durable when the checkpoint named it, so its corruption is no torn end.
-    let is_torn = |last: &u64| torn.contains(last) || mutant!(DropLastFrame);
+    let is_torn = |last: &u64| corrupt_frames.contains(last) || mutant!(DropLastFrame);
     if let Some(last) = last.filter(|last| is_torn(last) && *last > first_frame) {
         // No caller received a result for a frame that was being written.
         tracing::warn!(frame = last, "the journal's last frame is torn and is dropped");
         journaled.frames.remove(&last);
     }
-    journaled.apply_all(&torn);
+    journaled.apply_all(&corrupt_frames);
     Ok(journaled)
 }
 
@@ -154,16 +170,16 @@ impl ReplayResult {
         Self { next_frame, ..Self::default() }
     }
 
-    /// Applies the entries of every replica to its state.
-    fn apply_all(&mut self, torn: &[u64]) {
-        for (sequence, (path, _, entries)) in &self.frames {
-            let torn_path = torn.contains(sequence).then(|| path.display());
-            for DecodedEntry { head, .. } in entries {
-                self.generation = self.generation.max(head.generation);
-                let state = self.replicas.entry(head.id).or_default();
-                state.apply(head, *sequence);
-                if let (Some(path), EntryKind::Append) = (&torn_path, head.kind) {
-                    // `restore` identifies the corrupt entry of the frame.
+    /// Applies the entries of every replica to its state, in the order of the frames. Corrupt frames are only logged
+    /// here: their headers are intact, and [`Self::restore`] identifies the replicas whose data is lost.
+    fn apply_all(&mut self, corrupt_frames: &[u64]) {
+        for (sequence, JournaledFrame { path, entries, .. }) in &self.frames {
+            let corrupt_path = corrupt_frames.contains(sequence).then(|| path.display());
+            for DecodedEntry { header, .. } in entries {
+                self.generation = self.generation.max(header.generation);
+                let state = self.replicas.entry(header.id).or_default();
+                state.apply(header, *sequence);
+                if let (Some(path), EntryKind::Append) = (&corrupt_path, header.kind) {
                     tracing::warn!(%path, frame = sequence, "a frame of the journal is corrupt");
                 }
             }
@@ -171,7 +187,8 @@ impl ReplayResult {
     }
 
     /// Writes the journaled batches into the segments again, in order: the same bytes at the same positions. Then it
-    /// syncs the files, and returns the number of bytes written. `wanted` selects the replicas.
+    /// syncs the files, and returns the number of bytes written. `wanted` selects the replicas. Batches that a later
+    /// change removed are skipped. A replica with corrupt batches is marked as lost.
     pub(in crate::log) fn restore(
         &mut self,
         disk: &dyn Disk,
@@ -179,15 +196,15 @@ impl ReplayResult {
         wanted: impl Fn(&PartitionId) -> bool,
     ) -> io::Result<u64> {
         let mut written: BTreeMap<PathBuf, Range<u64>> = BTreeMap::new();
-        let mut dirs: BTreeMap<PathBuf, ()> = BTreeMap::new();
+        let mut dirs: BTreeSet<PathBuf> = BTreeSet::new();
         let mut restored = 0;
         let mut corrupt = Vec::new();
-        for (sequence, (path, at, entries)) in &self.frames {
+        for (sequence, JournaledFrame { path, position, entries }) in &self.frames {
             let needed = |entry: &&DecodedEntry| {
-                let state = self.replicas.get(&entry.head.id);
-                entry.head.kind == EntryKind::Append
-                    && wanted(&entry.head.id)
-                    && state.is_some_and(|state| *sequence >= state.barrier && state.has(&entry.head))
+                let state = self.replicas.get(&entry.header.id);
+                entry.header.kind == EntryKind::Append
+                    && wanted(&entry.header.id)
+                    && state.is_some_and(|state| *sequence >= state.barrier && state.needs_batches(&entry.header))
             };
             if !entries.iter().any(|entry| needed(&entry)) {
                 continue;
@@ -195,31 +212,31 @@ impl ReplayResult {
             let file = disk.open(path, OpenMode::Read)?;
             let end = entries.iter().map(|entry| entry.payload.end).max().unwrap_or(0);
             let mut bytes = vec![0; end];
-            let got = file.read_at(&mut bytes, *at)?;
-            bytes.truncate(got);
+            let read = file.read_at(&mut bytes, *position)?;
+            bytes.truncate(read);
             let frame = Bytes::from(bytes);
             for entry in entries.iter().filter(needed) {
                 if frame.len() < entry.payload.end || !entry.is_intact(&frame) {
                     let reason = format!("frame {sequence} of the journal in {} is corrupt", path.display());
-                    corrupt.push((entry.head.id, reason));
+                    corrupt.push((entry.header.id, reason));
                     continue;
                 }
-                let dir = replica_dir(data, entry.head.id);
+                let dir = replica_dir(data, entry.header.id);
                 disk.create_dir_all(&dir)?;
-                let segment = dir.join(name(entry.head.segment, "log"));
+                let segment = dir.join(name(entry.header.segment, "log"));
                 let target = disk.open(&segment, OpenMode::Write)?;
                 let payload = &frame[entry.payload.clone()];
                 let mut present = vec![0; payload.len()];
-                let same = target.read_at(&mut present, entry.head.position)? == payload.len() && present == payload;
-                if !same {
-                    target.write_at(&[IoSlice::new(payload)], entry.head.position)?;
+                let present_bytes = target.read_at(&mut present, entry.header.position)?;
+                if present_bytes < payload.len() || present != payload {
+                    target.write_at(&[IoSlice::new(payload)], entry.header.position)?;
                     restored += payload.len() as u64;
                 }
                 // Even bytes that are present may be unsynced.
-                let (from, to) = (entry.head.position, entry.head.position + payload.len() as u64);
+                let (from, to) = (entry.header.position, entry.header.position + payload.len() as u64);
                 let range = written.entry(segment).or_insert(from..to);
                 *range = range.start.min(from)..range.end.max(to);
-                dirs.insert(dir, ());
+                dirs.insert(dir);
             }
         }
         for (id, reason) in corrupt {
@@ -230,9 +247,10 @@ impl ReplayResult {
             disk.write_out(path, range.clone(), PIECE_BYTES)?;
             disk.open(path, OpenMode::Write)?.sync()?;
         }
-        for dir in dirs.keys() {
-            for above in dir.ancestors().take(3) {
-                disk.sync_dir(above)?;
+        for dir in &dirs {
+            // The directory of the replica, that of its topic, and the data directory.
+            for ancestor in dir.ancestors().take(3) {
+                disk.sync_dir(ancestor)?;
             }
         }
         Ok(restored)
@@ -240,37 +258,39 @@ impl ReplayResult {
 }
 
 impl ReplicaReplayState {
-    /// Returns true if the segment of these batches was not removed since. A removed segment would need disk space that
-    /// may not exist. Batches from before a reset would also lie at the start of the log that followed the reset.
-    fn has(&self, batches: &EntryHeader) -> bool {
+    /// Returns true if the log still contains these batches: neither an eviction nor an incomplete reset has removed
+    /// their segment. Removed batches must not be restored. The disk may have no space for them, and the log after a
+    /// reset may have other batches at the same offsets.
+    fn needs_batches(&self, batches: &EntryHeader) -> bool {
         let reset = self.incomplete_change.filter(|change| change.kind == EntryKind::Reset);
         reset.is_none_or(|reset| batches.generation >= reset.generation)
             && self.local_start.is_none_or(|start| batches.segment >= start.base)
     }
 
-    fn apply(&mut self, head: &EntryHeader, sequence: u64) {
-        match head.kind {
+    /// Applies the next entry of the replica, from the frame `sequence`.
+    fn apply(&mut self, header: &EntryHeader, sequence: u64) {
+        match header.kind {
             EntryKind::Create => {
-                *self = Self { created: Some(*head), deleted: self.deleted, barrier: sequence, ..Self::default() };
-                self.persisted = Some(head.base);
+                *self = Self { created: Some(*header), deleted: self.deleted, barrier: sequence, ..Self::default() };
+                self.persisted = Some(header.base);
             }
             // The entry was submitted before a truncation and written after it, so it describes truncated data.
             EntryKind::Append | EntryKind::Synced
-                if self.truncations.last().is_some_and(|change| change.generation > head.generation) => {}
-            EntryKind::Append | EntryKind::Synced => self.persisted = self.persisted.max(Some(head.end)),
+                if self.truncations.last().is_some_and(|change| change.generation > header.generation) => {}
+            EntryKind::Append | EntryKind::Synced => self.persisted = self.persisted.max(Some(header.end)),
             EntryKind::Truncate | EntryKind::Reset => {
-                self.truncations.push(*head);
-                if head.kind == EntryKind::Reset {
+                self.truncations.push(*header);
+                if header.kind == EntryKind::Reset {
                     (self.log_start, self.local_start) = (None, None);
                 }
-                self.incomplete_change = Some(*head);
+                self.incomplete_change = Some(*header);
                 // The remaining data may not have been durable either, until the truncation is completed.
-                self.persisted = self.persisted.map(|end| end.min(head.base));
+                self.persisted = self.persisted.map(|end| end.min(header.base));
             }
             EntryKind::Delete => {
                 *self = Self {
-                    deleted: Some(head.generation),
-                    incomplete_change: Some(*head),
+                    deleted: Some(header.generation),
+                    incomplete_change: Some(*header),
                     barrier: sequence,
                     ..Self::default()
                 };
@@ -278,11 +298,11 @@ impl ReplicaReplayState {
             EntryKind::Completed => {
                 self.incomplete_change = None;
                 self.barrier = sequence;
-                self.persisted = Some(head.base);
+                self.persisted = Some(header.base);
             }
             // Both offsets only grow, except in a reset.
-            EntryKind::LogStart => self.log_start = Some(*head),
-            EntryKind::LocalStart => self.local_start = Some(*head),
+            EntryKind::LogStart => self.log_start = Some(*header),
+            EntryKind::LocalStart => self.local_start = Some(*header),
         }
     }
 }

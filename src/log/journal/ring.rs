@@ -17,13 +17,16 @@ const ZERO_FILL_BYTES: usize = 256 << 10;
 /// Minimum number of files with which a ring can reuse one.
 const MIN_FILES: usize = 2;
 
-/// Number of files of a ring. The limits of a file's size follow, in bytes: a file is created completely before its
-/// first use, which must not take long.
+/// Number of files of a ring, unless they would exceed [`MAX_FILE_BYTES`]. A larger ring has more files.
 const RING_FILES: u64 = 16;
+
+/// Maximum size of a file: it is filled with zeros before its first use, which must not take long.
 const MAX_FILE_BYTES: u64 = 64 << 20;
+
+/// Minimum size of a file.
 const MIN_FILE_BYTES: u64 = 64 << 10;
 
-/// Returns the bytes of a file, and the maximum number of files, for a ring of `bytes`.
+/// Returns the size of a file in bytes, and the maximum number of files, for a ring of `bytes`.
 pub(in crate::log) fn ring_layout(bytes: u64) -> (u64, usize) {
     let file_bytes = (bytes / RING_FILES).next_multiple_of(4096).clamp(MIN_FILE_BYTES, MAX_FILE_BYTES);
     let files = bytes.div_ceil(file_bytes).max(RING_FILES);
@@ -36,34 +39,40 @@ pub(in crate::log) struct Ring {
     dir: PathBuf,
     pub(super) file_bytes: u64,
     max_files: usize,
-    /// Slots of the files that may be written from their start.
+    /// Slots of the files that may be written from their start. The last one is used next.
     free: Vec<usize>,
     /// Files in use, oldest first; the last one is active.
     used: VecDeque<RingFile>,
+    /// Number of files that exist, free or in use.
     file_count: usize,
-    uses: u64,
+    /// Serial of the file entered last.
+    last_serial: u64,
 }
 
+/// A file in use.
 struct RingFile {
+    /// Number in the file's name.
     slot: usize,
-    /// Number of this use, which grows with each file that is entered.
+    /// Number of this use of the file. A file that is reused has a larger one.
     serial: u64,
     /// Sequence of the first frame in the file.
     first_frame: u64,
 }
 
-/// The active file.
+/// The file that receives the next frame.
 pub(super) struct ActiveFile {
     pub(super) file: Arc<dyn File>,
     pub(super) serial: u64,
+    /// Position of the next frame.
     pub(super) position: u64,
 }
 
 impl Ring {
-    /// Opens the ring in `dir`. Journal files of the right length become free, all other journal files are removed.
+    /// Opens the ring in `dir`, after replay: no content is needed. Journal files of the right length become free, all
+    /// other journal files are removed.
     pub(in crate::log) fn open(disk: Arc<dyn Disk>, dir: &Path, file_bytes: u64, max_files: usize) -> io::Result<Self> {
         disk.create_dir_all(dir)?;
-        // Nothing in a directory is durable unless the directory's own name is.
+        // The content of a directory is durable only if the directory's own name is.
         disk.sync_dir(dir.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
         disk.sync_dir(dir)?;
         let mut ring = Self {
@@ -74,7 +83,7 @@ impl Ring {
             free: Vec::new(),
             used: VecDeque::new(),
             file_count: 0,
-            uses: 0,
+            last_serial: 0,
         };
         for entry in ring.disk.list(dir)? {
             let Some(slot) = slot_of(&entry.name) else { continue };
@@ -106,13 +115,14 @@ impl Ring {
         (0..self.max_files).find(|slot| !taken(slot)).map(|slot| (self.path(slot), slot))
     }
 
-    /// Adds a file that [`prepare`] created.
+    /// Adds a file that [`create_zeroed`] created, as a free one.
     pub(super) fn add(&mut self, slot: usize) {
         self.file_count += 1;
         self.free.push(slot);
     }
 
-    /// Enters the next file, if one is free. `sequence` is that of the first frame in the file.
+    /// Makes the next free file the active one. `sequence` is that of the first frame in the file. Returns `None` if no
+    /// file is free.
     pub(super) fn advance(&mut self, sequence: u64) -> io::Result<Option<ActiveFile>> {
         let Some(slot) = self.free.pop() else { return Ok(None) };
         let file = match self.disk.open(&self.path(slot), OpenMode::Direct) {
@@ -122,18 +132,18 @@ impl Ring {
                 return Err(error);
             }
         };
-        self.uses += 1;
-        self.used.push_back(RingFile { slot, serial: self.uses, first_frame: sequence });
-        Ok(Some(ActiveFile { file, serial: self.uses, position: 0 }))
+        self.last_serial += 1;
+        self.used.push_back(RingFile { slot, serial: self.last_serial, first_frame: sequence });
+        Ok(Some(ActiveFile { file, serial: self.last_serial, position: 0 }))
     }
 
-    /// Returns the sequence at which replay would start if the files before use `keep` were released. A frame with that
-    /// sequence was written: the file entered last may not hold one yet.
+    /// Returns the sequence of the frame at which replay would start if all files with a serial below `keep` were
+    /// released. That frame must exist, so a file that was entered and holds no frame yet does not count.
     pub(super) fn start_after(&self, keep: u64, next_frame: u64) -> u64 {
-        let written = self.used.iter().take_while(|used| used.first_frame < next_frame);
-        let last = written.clone().last();
-        let kept = written.clone().find(|used| used.serial >= keep).or(last);
-        kept.map_or(next_frame, |used| used.first_frame)
+        let with_frames = self.used.iter().take_while(|used| used.first_frame < next_frame);
+        let last = with_frames.clone().last();
+        let first_kept = with_frames.clone().find(|used| used.serial >= keep).or(last);
+        first_kept.map_or(next_frame, |used| used.first_frame)
     }
 
     /// Releases the files that hold only frames below `first_frame`. The active file stays.
@@ -145,7 +155,7 @@ impl Ring {
         }
     }
 
-    /// Returns true if few files are free, so that segments should be synced now.
+    /// Returns true if less than half of the ring is free or not yet created, so that segments should be synced now.
     pub(super) fn is_low(&self) -> bool {
         self.free.len() + (self.max_files - self.file_count) < self.max_files.div_ceil(2)
     }
@@ -155,7 +165,7 @@ impl Ring {
         self.free.is_empty() && self.file_count < self.max_files
     }
 
-    /// Returns the number of the oldest use, if no file is free.
+    /// Returns the serial of the oldest file in use; `None` while a file is free.
     pub(super) fn oldest(&self) -> Option<u64> {
         self.used.front().map(|used| used.serial).filter(|_| self.free.is_empty())
     }
@@ -166,7 +176,7 @@ impl Ring {
     }
 
     /// Returns the bytes of the files that the ring requires and that do not exist yet. A ring of one file could never
-    /// release it.
+    /// release that file, because it stays active.
     pub(super) fn unallocated_bytes(&self) -> u64 {
         (MIN_FILES.saturating_sub(self.file_count)) as u64 * self.file_bytes
     }
@@ -177,29 +187,31 @@ impl Ring {
     }
 }
 
+/// Returns the slot in the name of a journal file; `None` for other names.
 fn slot_of(name: &str) -> Option<usize> {
     name.strip_suffix(".journal")?.parse().ok()
 }
 
-/// Creates a file of zeros, durable with its name, so that later writes allocate nothing. `rest` is called after each
-/// piece with the number of bytes written; its error ends the work. After an error the partial file is removed.
-pub(super) fn prepare(
+/// Creates a file of zeros, durable with its name, so that later writes allocate nothing. `after_piece` is called after
+/// each piece with the number of bytes written so far; its error ends the work. After an error the partial file is
+/// removed.
+pub(super) fn create_zeroed(
     disk: &dyn Disk,
     path: &Path,
     bytes: u64,
-    rest: &mut dyn FnMut(u64) -> io::Result<()>,
+    after_piece: &mut dyn FnMut(u64) -> io::Result<()>,
 ) -> io::Result<()> {
     let mut create = || {
         let file = disk.open(path, OpenMode::Direct)?;
         let mut zeros = AlignedBuffer::default();
-        let mut at = 0;
-        while at < bytes {
-            let len = usize::try_from(bytes - at).unwrap_or(ZERO_FILL_BYTES).min(ZERO_FILL_BYTES);
-            let slice = zeros.slice(len);
-            slice.fill(0);
-            file.write_at(&[IoSlice::new(slice)], at)?;
-            at += len as u64;
-            rest(at)?;
+        let mut position = 0;
+        while position < bytes {
+            let len = usize::try_from(bytes - position).unwrap_or(ZERO_FILL_BYTES).min(ZERO_FILL_BYTES);
+            let piece = zeros.slice(len);
+            piece.fill(0);
+            file.write_at(&[IoSlice::new(piece)], position)?;
+            position += len as u64;
+            after_piece(position)?;
         }
         file.sync()?;
         disk.sync_dir(path.parent().unwrap_or(Path::new(".")))
@@ -238,18 +250,18 @@ mod tests {
         let (dir, file) = (Path::new("/journal"), Path::new("/journal/00000.journal"));
         disk.create_dir_all(dir).unwrap();
         let bytes = 3 * ZERO_FILL_BYTES as u64 - 4096;
-        let mut rests = Vec::new();
-        let mut rest = |done| {
-            rests.push(done);
+        let mut progress = Vec::new();
+        let mut after_piece = |written| {
+            progress.push(written);
             Ok(())
         };
-        prepare(&disk, file, bytes, &mut rest).unwrap();
-        assert_eq!(rests, [ZERO_FILL_BYTES as u64, 2 * ZERO_FILL_BYTES as u64, bytes]);
+        create_zeroed(&disk, file, bytes, &mut after_piece).unwrap();
+        assert_eq!(progress, [ZERO_FILL_BYTES as u64, 2 * ZERO_FILL_BYTES as u64, bytes]);
         assert!(disk.read(file).unwrap() == vec![0; usize::try_from(bytes).unwrap()]);
-        let other = Path::new("/journal/00001.journal");
-        let mut stop =
-            |done| if done > ZERO_FILL_BYTES as u64 { Err(io::ErrorKind::Interrupted.into()) } else { Ok(()) };
-        prepare(&disk, other, bytes, &mut stop).unwrap_err();
+        let cancelled = Path::new("/journal/00001.journal");
+        let mut cancel =
+            |written| if written > ZERO_FILL_BYTES as u64 { Err(io::ErrorKind::Interrupted.into()) } else { Ok(()) };
+        create_zeroed(&disk, cancelled, bytes, &mut cancel).unwrap_err();
         let names: Vec<_> = disk.list(dir).unwrap().into_iter().map(|entry| entry.name).collect();
         assert_eq!(names, ["00000.journal"]);
     }

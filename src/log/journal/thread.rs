@@ -12,7 +12,7 @@ use crate::{
 /// Interval between two checks of a writer that waits for a free file.
 const FILE_WAIT_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Maximum number of sync passes after which a step has no space.
+/// Number of sync passes after which a step reports that the journal has no space.
 const MAX_SYNC_PASSES: usize = 3;
 
 /// Space for the next frame.
@@ -26,7 +26,8 @@ pub(super) enum FrameSpace {
 }
 
 impl Journal {
-    /// Writes the queued entries until the journal is closed and the queue is empty.
+    /// Writes the queued entries until the journal is closed and the queue is empty. A failure empties the queue, and
+    /// then this function only waits for the close.
     pub(in crate::log) fn run(&self, host: &dyn JournalHost) {
         while self.wait_for_entries() {
             let Some(space) = self.space_or_fail() else { continue };
@@ -36,7 +37,7 @@ impl Journal {
                     host.request_sync();
                 }
             } else if self.is_closed() {
-                if !host.sync_pass() || !self.has_free_file() {
+                if !host.run_sync_pass() || !self.has_free_file() {
                     self.fail(&io::Error::other("the log is closing, and the journal has no free file"));
                 }
             } else {
@@ -48,7 +49,7 @@ impl Journal {
     }
 
     /// Writes one frame after making space for it, in step mode. Returns false if nothing is queued, or if the journal
-    /// has no space.
+    /// has no space. Returns true as well if the journal fails, because the failure completes all queued entries.
     pub(in crate::log) fn write_next_frame(&self, host: &dyn JournalHost) -> bool {
         if !self.pending() {
             return false;
@@ -60,7 +61,7 @@ impl Journal {
                     return true;
                 }
                 Some(FrameSpace::NeedsFile) => {
-                    host.sync_pass();
+                    host.run_sync_pass();
                     self.fail_if_stalled(host);
                 }
                 None => return true,
@@ -81,7 +82,7 @@ impl Journal {
             if self.has_space_for_two_frames() || matches!(self.preallocate_now(), Ok(true)) {
                 return true;
             }
-            host.sync_pass();
+            host.run_sync_pass();
         }
         false
     }
@@ -95,7 +96,8 @@ impl Journal {
         }
     }
 
-    /// Makes space for the next frame. Returns `None` if the journal has failed.
+    /// Makes space for the next frame, or fails the journal and returns `None`. A full disk is no failure: a sync pass
+    /// may release a file.
     fn space_or_fail(&self) -> Option<FrameSpace> {
         match self.ensure_space() {
             Ok(space) => Some(space),
@@ -107,9 +109,9 @@ impl Journal {
         }
     }
 
-    /// Makes space for the next frame in the files that exist.
+    /// Makes space for the next frame in the files that exist: in the active one, or in a free one that becomes active.
     fn enter_space(&self) -> io::Result<FrameSpace> {
-        let needed = self.next_bytes() as u64;
+        let needed = self.max_next_frame_bytes() as u64;
         let mut writer = self.writer.lock();
         let file_bytes = self.ring.lock().file_bytes;
         if writer.current.as_ref().is_some_and(|current| current.position + needed <= file_bytes) {
@@ -126,7 +128,8 @@ impl Journal {
         Ok(FrameSpace::NeedsFile)
     }
 
-    /// Returns true if the segments should be synced now, so that the ring has free files later.
+    /// Returns true if the segments should be synced now, so that the ring has free files later. Called when the writer
+    /// has entered a file.
     fn needs_sync(&self) -> bool {
         let ring = self.ring.lock();
         ring.is_low() || ring.wants_file()
@@ -135,21 +138,21 @@ impl Journal {
     /// Returns true if a frame of one entry and the next frame fit into the active file, or if a file is free.
     fn has_space_for_two_frames(&self) -> bool {
         let position = self.writer.lock().current.as_ref().map(|current| current.position);
-        let needed = (entry::max_frame_bytes(1, 0) + self.next_bytes()) as u64;
+        let needed = (entry::frame_len(1, 0) + self.max_next_frame_bytes()) as u64;
         let ring = self.ring.lock();
         ring.has_free() || position.is_some_and(|position| position + needed <= ring.file_bytes)
     }
 
-    /// Waits until a file may be free, at most `at_most`.
-    pub(super) fn wait_for_file(&self, at_most: Duration) {
-        let none = |ring: &mut Ring| !ring.has_free() && !self.is_closed();
-        self.released.wait_while_for(&mut self.ring.lock(), none, at_most);
+    /// Waits until a file is free or the journal is closed, at most for `timeout`.
+    pub(super) fn wait_for_file(&self, timeout: Duration) {
+        let is_waiting = |ring: &mut Ring| !ring.has_free() && !self.is_closed();
+        self.released.wait_while_for(&mut self.ring.lock(), is_waiting, timeout);
     }
 
-    /// Fails the journal if its ring has stalled. Otherwise all writers would wait, and no other broker would take
-    /// over. A restart replays the content of the journal.
+    /// Fails the journal if no sync pass will release a file of its ring. Otherwise all writers would wait, and no other
+    /// broker would take over. A restart replays the content of the journal.
     fn fail_if_stalled(&self, host: &dyn JournalHost) {
-        if let Some(reason) = host.stall_reason() {
+        if let Some(reason) = host.check_stall() {
             self.fail(&io::Error::other(reason));
         }
     }

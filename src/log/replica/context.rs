@@ -88,7 +88,7 @@ impl LogContext {
 
     /// Returns the bytes of producer state in memory.
     pub(in crate::log) fn producer_bytes(&self) -> usize {
-        self.producer_memory.taken()
+        self.producer_memory.used_bytes()
     }
 
     /// Returns the largest generation assigned so far.
@@ -110,8 +110,14 @@ impl LogContext {
     }
 
     /// Submits an entry to the journal without waiting for the result.
-    pub(in crate::log) fn submit_unacked(&self, replica: &Arc<ReplicaInner>, head: EntryHeader) {
-        self.journal.submit(JournalEntry { head, batches: Vec::new(), bytes: 0, client: replica.clone(), done: None });
+    pub(in crate::log) fn submit_unacked(&self, replica: &Arc<ReplicaInner>, header: EntryHeader) {
+        self.journal.submit(JournalEntry {
+            header,
+            batches: Vec::new(),
+            bytes: 0,
+            client: replica.clone(),
+            done: None,
+        });
     }
 
     /// Checks that a change of a replica has space for `bytes` of files and for its two frames of the journal. The
@@ -136,8 +142,8 @@ impl LogContext {
     }
 
     /// Submits an entry to the journal and waits until the entry is durable: one sync.
-    pub(super) fn commit(&self, replica: &Arc<ReplicaInner>, head: EntryHeader) -> Result<(), ChangeError> {
-        self.commit_all([(replica, head)]).pop().expect("one entry has one outcome")
+    pub(super) fn commit(&self, replica: &Arc<ReplicaInner>, header: EntryHeader) -> Result<(), ChangeError> {
+        self.commit_all([(replica, header)]).pop().expect("one entry has one outcome")
     }
 
     /// Submits entries to the journal and waits until each of them is durable or failed. The journal takes many entries
@@ -146,11 +152,11 @@ impl LogContext {
         &self,
         entries: impl IntoIterator<Item = (&'a Arc<ReplicaInner>, EntryHeader)>,
     ) -> Vec<Result<(), ChangeError>> {
-        let submit = |(replica, head): (&Arc<ReplicaInner>, EntryHeader)| {
+        let submit = |(replica, header): (&Arc<ReplicaInner>, EntryHeader)| {
             let (sender, receiver) = std::sync::mpsc::sync_channel(1);
             let done: PersistCallback = Box::new(move |result| drop(sender.send(result)));
             let client = replica.clone();
-            self.journal.submit(JournalEntry { head, batches: Vec::new(), bytes: 0, client, done: Some(done) });
+            self.journal.submit(JournalEntry { header, batches: Vec::new(), bytes: 0, client, done: Some(done) });
             receiver
         };
         let receivers: Vec<_> = entries.into_iter().map(submit).collect();

@@ -150,7 +150,7 @@ impl LogState {
     fn remove_epochs(&mut self) {
         let first = self.log_start.min(self.local_start());
         if let Some(before) = first.get().checked_sub(1).and_then(Offset::new) {
-            Arc::make_mut(&mut self.epochs).forget_below(before);
+            Arc::make_mut(&mut self.epochs).truncate_front(before);
         }
     }
 
@@ -340,26 +340,26 @@ impl ReplicaInner {
 }
 
 impl JournalClient for ReplicaInner {
-    fn on_journaled(&self, head: &EntryHeader, file: u64) {
+    fn on_journaled(&self, header: &EntryHeader, file: u64) {
         let mut state = self.state();
-        if head.generation != state.generation {
+        if header.generation != state.generation {
             return;
         }
         let pinned = state.journal_pins.len();
-        if head.kind == EntryKind::Append {
-            sim_event!(EntryJournaled { partition: self.id, file, end: head.end });
+        if header.kind == EntryKind::Append {
+            sim_event!(EntryJournaled { partition: self.id, file, end: header.end });
         }
-        match head.kind {
+        match header.kind {
             EntryKind::Append | EntryKind::Create => {
-                if head.kind == EntryKind::Create || head.end > state.recovery.segment.end {
+                if header.kind == EntryKind::Create || header.end > state.recovery.segment.end {
                     match state.journal_pins.back_mut() {
-                        Some((last, end)) if *last == file => *end = head.end,
-                        _ => state.journal_pins.push_back((file, head.end)),
+                        Some((last, end)) if *last == file => *end = header.end,
+                        _ => state.journal_pins.push_back((file, header.end)),
                     }
                 }
-                state.persisted_end = state.persisted_end.max(head.end);
+                state.persisted_end = state.persisted_end.max(header.end);
             }
-            EntryKind::Synced => state.persisted_end = state.persisted_end.max(head.end),
+            EntryKind::Synced => state.persisted_end = state.persisted_end.max(header.end),
             // No sync releases this file, only the completion of the reset.
             EntryKind::Reset => state.journal_pins.push_back((file, Offset::MAX)),
             _ => {}
@@ -375,8 +375,8 @@ impl JournalClient for ReplicaInner {
         }
     }
 
-    fn persist_result(&self, head: &EntryHeader) -> Result<Offset, PersistError> {
+    fn persist_result(&self, header: &EntryHeader) -> Result<Offset, PersistError> {
         let state = self.state();
-        if head.generation == state.generation { Ok(state.persisted_end) } else { Err(PersistError::Truncated) }
+        if header.generation == state.generation { Ok(state.persisted_end) } else { Err(PersistError::Truncated) }
     }
 }

@@ -256,7 +256,7 @@ impl LogReader {
             max_before = max_before.max(batch.max_timestamp());
         })?;
         // The index of a corrupt segment ends at the corruption. A read there returns the error.
-        if end.damage.is_none() {
+        if end.corruption.is_none() {
             let (offsets, times) = index.encode(info.base, info.bytes);
             let written = disk.write(&self.inner.path(info.base, "index"), &offsets);
             drop(written.and_then(|_| disk.write(&self.inner.path(info.base, "timeindex"), &times)));
@@ -274,7 +274,7 @@ impl LogReader {
     ) -> Result<ReadBatches, LogReadError> {
         let open = self.open(view)?;
         let mut position = u64::from(start.position);
-        let gap = usize::try_from(index::INTERVAL).unwrap_or(4096);
+        let gap = usize::try_from(index::MIN_INTERVAL_BYTES).unwrap_or(4096);
         let mut read_bytes = max_bytes.clamp(HEADER_BYTES, limits::MAX_FETCH_BYTES) + gap;
         let (mut expected, mut epoch) = (start.offset, None);
         loop {

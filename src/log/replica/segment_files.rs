@@ -76,8 +76,8 @@ pub(in crate::log) fn tables_at(
                 last.extend(batch);
             }
         })?;
-        if end.damage.is_some() && last.end < to {
-            return Ok((last, tables, end.damage));
+        if end.corruption.is_some() && last.end < to {
+            return Ok((last, tables, end.corruption));
         }
     }
     Ok((last, tables, None))

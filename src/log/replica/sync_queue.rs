@@ -80,7 +80,7 @@ struct SyncQueueState {
 /// the replica waits for such a sync.
 pub(in crate::log) struct SyncJob {
     pub(super) replica: Arc<ReplicaInner>,
-    pub(super) head: EntryHeader,
+    pub(super) header: EntryHeader,
     pub(super) done: PersistCallback,
 }
 
@@ -97,11 +97,11 @@ pub(in crate::log) enum SyncAction {
 impl SyncJob {
     /// Syncs the segments, and submits an entry that records the sync.
     pub(in crate::log) fn run(self) {
-        let Self { replica, head, done } = self;
-        match replica.sync().and_then(|()| replica.persist_result(&head)) {
+        let Self { replica, header, done } = self;
+        match replica.sync().and_then(|()| replica.persist_result(&header)) {
             Ok(_) => {
                 let client = replica.clone();
-                let entry = JournalEntry { head, batches: Vec::new(), bytes: 0, client, done: Some(done) };
+                let entry = JournalEntry { header, batches: Vec::new(), bytes: 0, client, done: Some(done) };
                 replica.ctx.journal.submit(entry);
             }
             Err(error) => done(Err(error)),

@@ -74,25 +74,25 @@ struct CachedBatch {
     group: u64,
     base: Offset,
     end: Offset,
-    head: Bytes,
+    header: Bytes,
     records: Bytes,
 }
 
 impl CachedBatch {
     fn cost(&self) -> usize {
-        self.head.len() + self.records.len() + OVERHEAD
+        self.header.len() + self.records.len() + OVERHEAD
     }
 }
 
 /// Returns the header bytes of a batch, and the batch to cache. A small batch is copied to memory of its own.
 fn own(batch: &Batch) -> (Bytes, Batch) {
     let mut batch = batch.clone();
-    let head = if batch.encoded_len() < COPY_BELOW {
+    let header = if batch.encoded_len() < COPY_BELOW {
         batch.detach().slice(..HEADER_BYTES)
     } else {
         Bytes::copy_from_slice(batch.header())
     };
-    (head, batch)
+    (header, batch)
 }
 
 impl TailBatches {
@@ -123,7 +123,7 @@ impl ReplicaTail {
             if cached.end > bound || (read.bytes > 0 && read.bytes + bytes > max_bytes) {
                 break;
             }
-            read.chunks.push(cached.head.clone());
+            read.chunks.push(cached.header.clone());
             read.chunks.push(cached.records.clone());
             read.bytes += bytes;
             read.next = cached.end;
@@ -151,12 +151,12 @@ impl TailCache {
             let mut tail = partition.0.lock();
             let (group, entry_bytes) = (tail.group, tail.entry_bytes());
             tail.group += 1;
-            for (head, batch) in &owned {
+            for (header, batch) in &owned {
                 let cached = CachedBatch {
                     group,
                     base: batch.base_offset(),
                     end: batch.end_offset(),
-                    head: head.clone(),
+                    header: header.clone(),
                     records: batch.records_bytes().clone(),
                 };
                 added += cached.cost();

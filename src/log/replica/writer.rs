@@ -286,7 +286,7 @@ impl ReplicaLog {
             if epochs.last().is_none_or(|(last, _)| last < epoch) {
                 assert!(Arc::make_mut(epochs).record(epoch, batch.base_offset()), "leader epochs never decrease");
             }
-            if producers.takes(batch) {
+            if producers.is_changed_by(batch) {
                 Arc::make_mut(producers).record_batch(batch);
             }
         }
@@ -312,23 +312,29 @@ impl ReplicaLog {
         if large || state.syncing > 0 {
             state.syncing += 1;
             drop(state);
-            ctx.sync_queue.push_job(SyncJob { replica: self.inner.clone(), head: marker, done });
+            ctx.sync_queue.push_job(SyncJob { replica: self.inner.clone(), header: marker, done });
             return;
         }
         drop(state);
         let mut done = Some(done);
         let last = pending.payloads.len().saturating_sub(1);
         for (i, payload) in pending.payloads.into_iter().enumerate() {
-            let mut head = self.inner.entry_header(EntryKind::Append, generation, payload.base(), payload.end());
-            (head.segment, head.position) = (payload.segment, payload.position);
-            head.epoch = payload.batches.last().and_then(Batch::leader_epoch);
+            let mut header = self.inner.entry_header(EntryKind::Append, generation, payload.base(), payload.end());
+            (header.segment, header.position) = (payload.segment, payload.position);
+            header.epoch = payload.batches.last().and_then(Batch::leader_epoch);
             let done = if i == last { done.take() } else { None };
             let EntryPayload { bytes, batches, .. } = payload;
-            ctx.journal.submit(JournalEntry { head, batches, bytes, client: self.inner.clone(), done });
+            ctx.journal.submit(JournalEntry { header, batches, bytes, client: self.inner.clone(), done });
         }
         if let Some(done) = done {
             let client = self.inner.clone();
-            ctx.journal.submit(JournalEntry { head: marker, batches: Vec::new(), bytes: 0, client, done: Some(done) });
+            ctx.journal.submit(JournalEntry {
+                header: marker,
+                batches: Vec::new(),
+                bytes: 0,
+                client,
+                done: Some(done),
+            });
         }
     }
 

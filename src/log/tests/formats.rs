@@ -104,7 +104,7 @@ fn index_with_decreasing_times_or_wrong_start_is_refused() {
     }
 }
 
-fn head(generation: u64, position: u64) -> EntryHeader {
+fn header(generation: u64, position: u64) -> EntryHeader {
     EntryHeader {
         kind: EntryKind::Append,
         id: partition(0),
@@ -121,16 +121,16 @@ fn head(generation: u64, position: u64) -> EntryHeader {
 #[test]
 fn frame_with_overflowing_numbers_is_refused() {
     let batches = [batch(0, 3, 1, 5, 100)];
-    let decode = |sequence: u64, head: EntryHeader| {
-        let mut frame = vec![0; entry::max_frame_bytes(1, 100)];
-        entry::encode(&mut frame, DIRECTORY, sequence, [(&head, &batches[..])].into_iter());
+    let decode = |sequence: u64, header: EntryHeader| {
+        let mut frame = vec![0; entry::frame_len(1, 100)];
+        entry::encode(&mut frame, DIRECTORY, sequence, [(&header, &batches[..])].into_iter());
         entry::decode(&frame, DIRECTORY)
     };
-    assert!(decode(1, head(1, u64::from(u32::MAX) - 100)).is_some());
-    assert!(decode(u64::MAX, head(1, 0)).is_none(), "sequence");
-    assert!(decode(1, head(u64::MAX, 0)).is_none(), "generation");
+    assert!(decode(1, header(1, u64::from(u32::MAX) - 100)).is_some());
+    assert!(decode(u64::MAX, header(1, 0)).is_none(), "sequence");
+    assert!(decode(1, header(u64::MAX, 0)).is_none(), "generation");
     for position in [u64::from(u32::MAX), 1 << 40, u64::MAX] {
-        assert!(decode(1, head(1, position)).is_none(), "position {position}");
+        assert!(decode(1, header(1, position)).is_none(), "position {position}");
     }
 }
 
