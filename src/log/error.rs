@@ -50,7 +50,7 @@ pub enum DataDirError {
     /// The directory holds data and no identity file.
     #[error("data directory {} holds {found} and no strandline.json, the file that names its owner: restore that \
         file{}, or set an empty directory (broker.data_dir, --data-dir) if this data is not needed", dir.display(),
-        card.as_ref().map(|card| format!(" (with the content {card}, if the directory is this broker's)"))
+        expected.as_ref().map(|expected| format!(" (with the content {expected}, if the directory is this broker's)"))
             .unwrap_or_default())]
     Unidentified {
         /// Path of the directory.
@@ -58,7 +58,7 @@ pub enum DataDirError {
         /// Data in the directory.
         found: String,
         /// Content that the identity file should have, according to the checkpoint.
-        card: Option<String>,
+        expected: Option<String>,
     },
     /// The directory was not closed cleanly, and the journal that it used is missing.
     #[error("data directory {} was not closed cleanly, and its journal is not in {} ({reason}): mount the journal's \
@@ -74,7 +74,7 @@ pub enum DataDirError {
         reason: String,
     },
     /// Another data directory uses the journal's directory.
-    #[error("{} holds the journal of another data directory (id {other}): set another journal directory for data \
+    #[error("{} holds the journal of another data directory (id {owner}): set another journal directory for data \
         directory {} (log.journal_dir), or empty this one if the other data directory no longer \
         exists", journal_dir.display(), dir.display())]
     JournalForeign {
@@ -83,7 +83,7 @@ pub enum DataDirError {
         /// Directory of the journal.
         journal_dir: PathBuf,
         /// Id of the other data directory.
-        other: uuid::Uuid,
+        owner: uuid::Uuid,
     },
     /// The disk has no space for the journal.
     #[error("log.journal_bytes = {bytes} does not fit into {}, where {free} bytes are free: set a lower value, or a \
@@ -164,7 +164,7 @@ pub enum LogAppendError {
     /// The disk has no space. Appends work again when it has space.
     #[error("the disk is full")]
     DiskFull,
-    /// The replica accepts no writes any longer.
+    /// The replica no longer accepts writes.
     #[error("the replica accepts no writes: {reason}")]
     Failed {
         /// Reason of the refusal.
@@ -186,7 +186,7 @@ pub enum ChangeError {
     /// space.
     #[error("the disk is full")]
     DiskFull,
-    /// The replica, or its data directory, accepts no writes any longer.
+    /// The replica, or its data directory, no longer accepts writes.
     #[error("the replica cannot be changed: {reason}")]
     Failed {
         /// Reason of the refusal.
@@ -197,7 +197,7 @@ pub enum ChangeError {
 /// Error of a persist call: the batches may not be on stable storage.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PersistError {
-    /// The batches were truncated meanwhile.
+    /// The batches were truncated before they were durable.
     #[error("the log was truncated before these records were persisted")]
     Truncated,
     /// A write or a sync failed, which is final.
@@ -257,7 +257,8 @@ pub(super) fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
-/// Returns a conversion of a file system error of the operation `what`.
+/// Returns a function for `map_err`: it converts a file system error of the operation `what` at `path`. The operation
+/// completes the sentence "cannot {what}".
 pub(super) fn io_error(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> DataDirError {
     let path = path.to_owned();
     move |source| DataDirError::Io { path, what, source }

@@ -29,13 +29,13 @@ pub struct LogOptions {
     /// Intended maximum of the producer state of all replicas, in bytes.
     pub producer_bytes: usize,
     /// Unsynced bytes of all segments after which a background sync starts; at most an eighth of the journal's ring.
-    /// The value is large because each sync is a commit of the file system, which the journal's write waits for. The
-    /// bytes themselves are written out long before.
+    /// The value is large because each sync is a commit of the file system, for which the journal's write waits. The
+    /// bytes themselves are written out earlier, in pieces.
     pub sync_bytes: u64,
     /// Approximate maximum time that a segment stays unsynced.
     pub sync_after: Duration,
-    /// Disk bytes that appends leave free. Other files must be written before anything can be deleted: checkpoints,
-    /// indexes, and the metadata store beside the log.
+    /// Disk bytes that appends leave free. Checkpoints, indexes, and the metadata store beside the log need them: these
+    /// files are written before a segment can be deleted.
     pub reserve_bytes: u64,
     /// Metrics that count the journal's frames.
     pub metrics: Metrics,
@@ -57,6 +57,7 @@ impl SimHook {
         Self(Arc::new(wake))
     }
 
+    /// Signals possible work.
     pub(super) fn wake(&self) {
         (self.0)();
     }
@@ -69,7 +70,7 @@ impl fmt::Debug for SimHook {
 }
 
 impl LogOptions {
-    /// Returns the directory of the journal for a data directory.
+    /// Returns the directory of the journal for the data directory `dir`.
     pub(super) fn journal_in(&self, dir: &Path) -> PathBuf {
         self.journal_dir.clone().unwrap_or_else(|| dir.join("journal"))
     }

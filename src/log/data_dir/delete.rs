@@ -29,6 +29,7 @@ impl DataDir {
     /// the journal. A replica without an error in the result never reappears.
     pub fn delete_replicas(&self, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let inner = &self.inner;
+        // `with_files` also names replicas whose earlier deletion is durable and has left files.
         let (mut failures, mut replicas, mut with_files) = (Failures::new(), Vec::new(), Vec::new());
         for id in ids {
             match inner.take_replica(*id) {
@@ -47,9 +48,9 @@ impl DataDir {
             inner.strays.add(replica.id());
             with_files.push(replica.id());
         }
-        let kept = inner.strays.delete(&inner.ctx, &with_files);
-        started.retain(|replica| kept.iter().all(|(id, _)| *id != replica.id()));
-        failures.extend(kept);
+        let undeleted = inner.strays.delete(&inner.ctx, &with_files);
+        started.retain(|replica| undeleted.iter().all(|(id, _)| *id != replica.id()));
+        failures.extend(undeleted);
         let completed = inner.commit_all(started, EntryKind::Completed, &mut failures);
         for _replica in &completed {
             sim_event!(LogChangeCompleted { partition: _replica.id() });
@@ -66,23 +67,23 @@ impl DataDir {
 }
 
 impl DataDirInner {
-    /// Submits an entry of each replica to the journal and waits for the results. Returns the replicas whose entry is
-    /// durable.
+    /// Submits an entry of this kind for each replica to the journal, and waits until all are durable or failed. Returns
+    /// the replicas whose entry is durable, and adds the others to `failures`.
     fn commit_all(
         &self,
         replicas: Vec<Arc<ReplicaInner>>,
         kind: EntryKind,
         failures: &mut Failures,
     ) -> Vec<Arc<ReplicaInner>> {
-        let heads = replicas.iter().map(|replica| (replica, replica.marker(kind, Offset::ZERO)));
-        let outcomes = self.ctx.commit_all(heads);
-        let mut done = Vec::new();
+        let entries = replicas.iter().map(|replica| (replica, replica.marker(kind, Offset::ZERO)));
+        let outcomes = self.ctx.commit_all(entries);
+        let mut durable = Vec::new();
         for (replica, outcome) in replicas.into_iter().zip(outcomes) {
             match outcome {
-                Ok(()) => done.push(replica),
+                Ok(()) => durable.push(replica),
                 Err(error) => failures.push((replica.id(), ReplicaError::Failed { reason: error.to_string() })),
             }
         }
-        done
+        durable
     }
 }

@@ -35,6 +35,9 @@ pub struct DataDirIdentity {
     pub broker: BrokerId,
 }
 
+/// Maximum number of parts of a directory's data that an error message lists.
+const MAX_LISTED: usize = 5;
+
 #[derive(Serialize, Deserialize)]
 struct IdentityFile {
     format: u32,
@@ -57,7 +60,7 @@ impl IdentityFile {
     }
 }
 
-/// Creates the directory if it is absent, and locks it for this process.
+/// Creates the directory if it is absent, and locks it for this process until the returned value is dropped.
 pub(super) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, DataDirError> {
     disk.create_dir_all(dir).map_err(io_error(dir, "create the directory"))?;
     let path = dir.join("lock");
@@ -67,11 +70,12 @@ pub(super) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, 
             let pid = String::from_utf8_lossy(&text).trim().parse().ok();
             Err(DataDirError::InUse { dir: dir.to_owned(), pid })
         }
-        other => other.map_err(io_error(&path, "lock the directory")),
+        locked => locked.map_err(io_error(&path, "lock the directory")),
     }
 }
 
-/// Returns the directory's id. A new directory is assigned to `identity`; a directory that holds data is not new.
+/// Returns the directory's id after comparing its identity file with `identity`. A new directory gets an identity file.
+/// A directory that holds data and no identity file is not new and is refused.
 pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &DataDirIdentity) -> Result<Uuid, DataDirError> {
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         // The directory may be new. A process that may not read the parent did not create the directory.
@@ -87,11 +91,11 @@ pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &DataDirIdentity) -> 
     let text = match disk.read(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let found = remains(disk, dir).map_err(io_error(dir, "list the directory"))?;
+            let found = existing_data(disk, dir).map_err(io_error(dir, "list the directory"))?;
             if !found.is_empty() {
                 let id = Checkpoint::owner(disk, dir);
-                let card = id.and_then(|id| serde_json::to_string(&IdentityFile::new(identity, id)).ok());
-                return Err(DataDirError::Unidentified { dir: dir.to_owned(), found: found.join(", "), card });
+                let expected = id.and_then(|id| serde_json::to_string(&IdentityFile::new(identity, id)).ok());
+                return Err(DataDirError::Unidentified { dir: dir.to_owned(), found: found.join(", "), expected });
             }
             let id = random::uuid();
             let file = IdentityFile::new(identity, id);
@@ -140,9 +144,9 @@ fn read(disk: &dyn Disk, dir: &Path) -> Result<IdentityFile, DataDirError> {
     serde_json::from_slice(&text).map_err(|error| DataDirError::Corrupt { file: path, reason: error.to_string() })
 }
 
-/// Returns the content of a directory that can hold data. An interrupted first start leaves none, because the identity
-/// file comes first.
-fn remains(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<String>> {
+/// Returns descriptions of the data in a directory without an identity file. An interrupted first start leaves no data,
+/// because the identity file is written first.
+fn existing_data(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in disk.list(dir)? {
         let path = dir.join(&entry.name);
@@ -156,14 +160,14 @@ fn remains(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<String>> {
             found.push(format!("segments of topic {}", entry.name));
         }
     }
-    // The first few topics are sufficient.
-    if let Some(more) = found.len().checked_sub(5).filter(|more| *more > 0) {
-        found.truncate(5);
-        found.push(format!("{more} more"));
+    if let Some(omitted) = found.len().checked_sub(MAX_LISTED).filter(|omitted| *omitted > 0) {
+        found.truncate(MAX_LISTED);
+        found.push(format!("{omitted} more"));
     }
     Ok(found)
 }
 
+/// Returns true if a replica of the topic directory has a segment file with content.
 fn holds_segments(disk: &dyn Disk, topic: &Path) -> io::Result<bool> {
     for partition in disk.list(topic)?.into_iter().filter(|entry| entry.is_dir) {
         let files = disk.list(&topic.join(&partition.name))?;

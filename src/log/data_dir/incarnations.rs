@@ -3,15 +3,16 @@
 //!
 //! # Overview
 //!
-//! A broker draws an id for each incarnation, records the id here, registers with it, and then records that the
-//! metadata holds it. Between the two records the metadata may name either incarnation, so the file holds both. A disk
-//! that was restored to an older state holds only older ids. So the file shows that data acknowledged later is missing.
+//! A broker creates a random id for each incarnation, writes the id to this file, registers with it, and then confirms in
+//! the file that the metadata holds it. Between the two writes the metadata may name either incarnation, so the file holds
+//! both. A disk that was restored to an older state holds only older ids. So the file shows that data acknowledged later
+//! is missing.
 //!
 //! # Crash
 //!
-//! The file is replaced atomically: a crash leaves the content before or after a record. An id that was recorded and
-//! never registered proves nothing, and the next confirmed id removes it. A missing or corrupt file proves nothing. The
-//! directory then counts as a new one, and the metadata requires a copy.
+//! The file is replaced atomically: a crash leaves the content before or after a write. An id that was written and never
+//! registered proves nothing, and the next confirmed id removes it. A missing or corrupt file proves nothing. The
+//! directory then counts as a new one, and its replicas must be copied again.
 
 use std::{io, path::Path};
 
@@ -33,7 +34,7 @@ const MAX_INCARNATIONS: usize = 1000;
 #[derive(Serialize, Deserialize)]
 struct IncarnationsFile {
     format: u32,
-    /// Last incarnation that the metadata is known to have held, then the incarnations recorded since, in order.
+    /// Last incarnation that is confirmed in the metadata, then the incarnations added since, in order.
     incarnations: Vec<String>,
 }
 
@@ -63,16 +64,16 @@ pub(super) fn read(disk: &dyn Disk, dir: &Path) -> Result<Vec<Uuid>, DataDirErro
     incarnations.or_else(|error: uuid::Error| ignore_corrupt(error.to_string()))
 }
 
-/// Records an incarnation durably. The id is added to the file, or replaces its content if the metadata is known to
-/// hold the id.
-pub(super) fn record(disk: &dyn Disk, dir: &Path, now: Uuid, confirmed: bool) -> Result<(), DataDirError> {
+/// Writes an incarnation durably. The id is added to the file. Once the metadata holds the id (`confirmed`), it replaces
+/// all ids in the file.
+pub(super) fn record(disk: &dyn Disk, dir: &Path, incarnation: Uuid, confirmed: bool) -> Result<(), DataDirError> {
     let mut incarnations = if confirmed { Vec::new() } else { read(disk, dir)? };
-    if !incarnations.contains(&now) {
-        // The first id always stays: it was confirmed, and the metadata most likely names it.
+    if !incarnations.contains(&incarnation) {
+        // The first id always stays: it was confirmed, so the metadata most likely names it.
         while incarnations.len() >= MAX_INCARNATIONS {
             incarnations.remove(1);
         }
-        incarnations.push(now);
+        incarnations.push(incarnation);
     }
     let path = dir.join(NAME);
     let incarnations = incarnations.iter().map(Uuid::to_string).collect();

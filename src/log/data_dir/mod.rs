@@ -50,6 +50,7 @@ pub struct DataDir {
     threads: Arc<LogThreads>,
 }
 
+/// State of a data directory, shared with its threads.
 struct DataDirInner {
     ctx: Arc<LogContext>,
     directory_id: Uuid,
@@ -61,11 +62,14 @@ struct DataDirInner {
     /// Replicas on the disk that are not registered.
     strays: StrayReplicas,
     was_clean_shutdown: bool,
+    /// Lock of the directory, which ends when the value is dropped.
     _lock: Box<dyn Send + Sync>,
 }
 
+/// The threads of a data directory, which are stopped when the value is dropped.
 struct LogThreads {
     inner: Arc<DataDirInner>,
+    /// Handles of the threads; none in step mode, or after a stop.
     handles: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -84,6 +88,7 @@ impl DataDir {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(io_error(&journal_dir, "use the journal directory")(error));
                 }
+                // A missing directory is created with the ring.
                 _ => {}
             }
         }
@@ -117,7 +122,7 @@ impl DataDir {
         inner.ctx.journal.preallocate_now().map_err(io_error(&journal_dir, "create the journal"))?;
         inner.write_first_frame(loaded.first_frame).map_err(io_error(dir, "write the first frame of the journal"))?;
         inner.ctx.budget.create_reserve();
-        let handles = if inner.ctx.options.step_mode { Vec::new() } else { inner.start() };
+        let handles = if inner.ctx.options.step_mode { Vec::new() } else { inner.spawn_threads() };
         let threads = Arc::new(LogThreads { inner: inner.clone(), handles: Mutex::new(handles) });
         Ok(Self { inner, threads })
     }
@@ -133,25 +138,24 @@ impl DataDir {
         self.inner.was_clean_shutdown
     }
 
-    /// Returns the incarnations of this broker that the metadata may name if this directory took part in them, oldest
+    /// Returns the incarnations of this broker that the metadata may name, and in which this directory took part, oldest
     /// first. The list is empty in a new directory, and in one whose incarnations file is missing or corrupt. Blocks.
     pub fn incarnations(&self) -> Result<Vec<Uuid>, DataDirError> {
         incarnations::read(&*self.inner.ctx.disk, &self.inner.ctx.dir)
     }
 
-    /// Records an incarnation durably. The id is added to the recorded ones before the metadata receives it. Once the
-    /// metadata holds it (`confirmed`), the id replaces them. Blocks.
-    pub fn record_incarnation(&self, now: Uuid, confirmed: bool) -> Result<(), DataDirError> {
-        incarnations::record(&*self.inner.ctx.disk, &self.inner.ctx.dir, now, confirmed)
+    /// Writes an incarnation to the incarnations file, durably. The id is added to the file before the metadata receives
+    /// it. Once the metadata holds the id (`confirmed`), it replaces all ids in the file. Blocks.
+    pub fn record_incarnation(&self, incarnation: Uuid, confirmed: bool) -> Result<(), DataDirError> {
+        incarnations::record(&*self.inner.ctx.disk, &self.inner.ctx.dir, incarnation, confirmed)
     }
 
-    /// Returns the end of the newest block of producer ids that this broker received; 0 in a directory that records
-    /// none. Blocks.
+    /// Returns the end of the newest block of producer ids that this broker received; 0 if there is none. Blocks.
     pub fn producer_ids_end(&self) -> io::Result<i64> {
         producer_block::read(&*self.inner.ctx.disk, &self.inner.ctx.dir)
     }
 
-    /// Records the end of a block of producer ids durably, before a client receives the first id of the block. Blocks.
+    /// Writes the end of a block of producer ids durably, before a client receives the first id of the block. Blocks.
     pub fn record_producer_ids_end(&self, end: i64) -> io::Result<()> {
         producer_block::write_end(&*self.inner.ctx.disk, &self.inner.ctx.dir, end)
     }
@@ -161,8 +165,8 @@ impl DataDir {
         identity::generation(&*self.inner.ctx.disk, &self.inner.ctx.dir)
     }
 
-    /// Records durably that this directory takes part in a cluster generation. A lower generation changes nothing.
-    /// Blocks.
+    /// Writes durably that this directory takes part in a cluster generation. A generation that is not higher than the
+    /// stored one changes nothing. Blocks.
     pub fn record_generation(&self, generation: u64) -> Result<(), DataDirError> {
         identity::record_generation(&*self.inner.ctx.disk, &self.inner.ctx.dir, generation)
     }
@@ -173,9 +177,9 @@ impl DataDir {
         self.inner.strays.ids()
     }
 
-    /// Announces that the log will be closed when its writers have stopped. Writers wait for the journal, which waits
-    /// for a free file of its ring. From now on that wait ends after some seconds, and then the journal fails. Entries
-    /// that are not written by then were never acknowledged.
+    /// Announces that the log will be closed when its writers have stopped. A writer may wait for the journal, which may
+    /// wait for a free file of its ring. From now on that wait ends after some seconds, and then the journal fails. No
+    /// entry that is lost thereby was acknowledged.
     pub fn begin_shutdown(&self) {
         self.inner.ctx.journal.begin_shutdown();
     }
@@ -187,11 +191,13 @@ impl DataDir {
             return Ok(());
         }
         let closed = self.close_replicas();
-        // This step is the last one: a process that is ended during it has stopped cleanly.
+        // This step comes last, because it may take long. A process that is killed during it has stopped cleanly.
         self.inner.ctx.removed.close();
         closed
     }
 
+    /// Makes all data durable, stops the threads and writes the last checkpoint. Its kind is that of a clean shutdown
+    /// only if every record describes the files of its replica.
     fn close_replicas(&self) -> Result<(), PersistError> {
         let inner = &self.inner;
         let replicas = inner.registry.lock().open_replicas();
@@ -205,7 +211,7 @@ impl DataDir {
         if let Some(reason) = inner.ctx.journal.failed() {
             return failed(reason.to_owned());
         }
-        // The record of a replica that was not opened since a crash does not yet describe its files.
+        // The record of a replica that was not opened since a crash does not describe its files.
         let is_unscanned = inner.registry.lock().has_unscanned();
         let is_synced = inner.registry.lock().open_replicas().iter().all(|replica| replica.is_synced());
         if !is_synced {
@@ -251,7 +257,8 @@ impl DataDirInner {
         self.write_checkpoint(&self.checkpoint(first_frame, CheckpointKind::Running))
     }
 
-    fn start(self: &Arc<Self>) -> Vec<JoinHandle<()>> {
+    /// Starts the threads that write the journal, sync the segments, create journal files, and free removed files.
+    fn spawn_threads(self: &Arc<Self>) -> Vec<JoinHandle<()>> {
         let (writer, syncer, preallocator, remover) = (self.clone(), self.clone(), self.clone(), self.clone());
         vec![
             task::spawn_thread("journal", move || writer.ctx.journal.run(&*writer)),
@@ -306,7 +313,7 @@ impl Drop for LogThreads {
         self.inner.ctx.close();
         self.stop();
         self.inner.ctx.removed.close();
-        // Replicas and readers may outlive the log. They hold the context, so the context must not hold them.
+        // Replicas and readers may outlive the log. They hold the context, whose queues must therefore hold no replica.
         self.inner.ctx.sync_queue.clear();
         self.inner.ctx.journal.fail_queued();
     }

@@ -17,7 +17,7 @@ const NAME: &str = "producer-ids.json";
 #[derive(Serialize, Deserialize)]
 struct ProducerIdsFile {
     format: u32,
-    /// First counter above the block.
+    /// End of the block: the first id above it.
     end: i64,
 }
 
@@ -40,7 +40,7 @@ pub(super) fn read(disk: &dyn Disk, dir: &Path) -> io::Result<i64> {
     }
 }
 
-/// Records the end of a block, durably.
+/// Replaces the end of the newest block, durably.
 pub(super) fn write_end(disk: &dyn Disk, dir: &Path, end: i64) -> io::Result<()> {
     let text = serde_json::to_vec_pretty(&ProducerIdsFile { format: FORMAT, end }).expect("numbers are valid JSON");
     disk.replace(&dir.join(NAME), &text)

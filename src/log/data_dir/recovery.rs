@@ -20,7 +20,8 @@ use crate::{
     task::clock,
 };
 
-/// Reconciles a replica's files with its record. The returned record ends at the log end.
+/// Reconciles a replica's files with its record: scans the files from the recovery point on, and truncates a torn tail.
+/// The returned record ends at the log end.
 pub(super) fn recover(
     disk: &dyn Disk,
     dir: &Path,
@@ -28,9 +29,9 @@ pub(super) fn recover(
 ) -> Result<ReplicaCheckpoint, ReplicaError> {
     let unverified = record.needs_full_scan();
     let id = record.id;
-    let refuse = |persisted, reason| ReplicaError::Lost { id, persisted, reason, dir: dir.to_owned() };
+    let lost = |persisted, reason| ReplicaError::Lost { id, persisted, reason, dir: dir.to_owned() };
     if let Some(reason) = record.refusal.clone() {
-        return Err(refuse(record.persisted, reason));
+        return Err(lost(record.persisted, reason));
     }
     let io = |source| ReplicaError::Io { id, path: dir.to_owned(), source };
     let persisted = record.persisted;
@@ -38,7 +39,7 @@ pub(super) fn recover(
     let recovery = ReplicaRecovery { disk, dir, record, files, unverified };
     match recovery.run() {
         Ok(Ok(record)) => Ok(record),
-        Ok(Err(reason)) => Err(refuse(persisted, reason)),
+        Ok(Err(reason)) => Err(lost(persisted, reason)),
         Err(source) => Err(io(source)),
     }
 }
@@ -56,7 +57,7 @@ fn list(disk: &dyn Disk, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offse
         match base_of(&entry.name) {
             Some(base) if base < start => remove_segment(disk, dir, base)?,
             Some(base) => drop(files.insert(base, entry.len)),
-            // Left by a reset that has no journal entry.
+            // A reset wrote this file and crashed before its journal entry.
             None if entry.name.ends_with(snapshot::RESET_EXTENSION) => disk.remove(&dir.join(&entry.name))?,
             None => {}
         }
@@ -65,42 +66,45 @@ fn list(disk: &dyn Disk, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offse
 }
 
 /// Quarantines the segment files in the directory of a replica that is about to be created, under names that are never
-/// read. They belong to a replica that is not registered: its deletion was interrupted, or its creation was never
-/// acknowledged. The checkpoint does not list them, yet they may be wanted. Empty files and caches are removed.
+/// read. The files belong to a replica that is not registered: its deletion was interrupted, or its creation was never
+/// acknowledged. An operator may still need the files. Empty files and caches are removed.
 pub(super) fn quarantine_segments(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
     let entries = disk.list(dir)?;
-    let mut kept = Vec::new();
+    let mut quarantined_files = Vec::new();
     for entry in &entries {
         if entry.name.ends_with(snapshot::RESET_EXTENSION) {
             disk.remove(&dir.join(&entry.name))?;
         }
         let Some(base) = base_of(&entry.name) else { continue };
         if entry.len > 0 {
-            let taken = |name: &String| entries.iter().any(|other| other.name == *name);
+            let exists = |name: &String| entries.iter().any(|existing| existing.name == *name);
             let names = (1..).map(|n| format!("{}.quarantined-{n}", entry.name));
-            let quarantined = names.into_iter().find(|name| !taken(name)).expect("a directory is finite");
+            let quarantined = names.into_iter().find(|name| !exists(name)).expect("a directory is finite");
             disk.rename(&dir.join(&entry.name), &dir.join(&quarantined))?;
-            kept.push(quarantined);
+            quarantined_files.push(quarantined);
         }
         remove_segment(disk, dir, base)?;
     }
-    if !kept.is_empty() {
+    if !quarantined_files.is_empty() {
         tracing::warn!(
-            dir = %dir.display(), files = kept.join(", "),
+            dir = %dir.display(), files = quarantined_files.join(", "),
             "the directory of a new replica held segments that the checkpoint does not list; they are renamed and not \
              served: inspect them with `strandline segment dump`, and delete them if they are not needed"
         );
     }
     remove_caches_above(disk, dir, Offset::ZERO)?;
-    // A power failure must not restore the old records in place of the new ones. An earlier attempt may have renamed
-    // the files.
+    // A power failure must not restore the old files under the names of new ones. The sync is needed even if nothing was
+    // renamed here, because an earlier attempt may have renamed the files.
     disk.sync_dir(dir)
 }
 
+/// Recovery of one replica in progress.
 struct ReplicaRecovery<'a> {
     disk: &'a dyn Disk,
     dir: &'a Path,
+    /// Record of the replica, which the scan extends to the log end.
     record: ReplicaCheckpoint,
+    /// Lengths of the segment files by base offset.
     files: BTreeMap<Offset, u64>,
     /// True if the persisted end is not recorded: a torn tail cannot be distinguished from a loss.
     unverified: bool,
@@ -109,28 +113,29 @@ struct ReplicaRecovery<'a> {
 impl ReplicaRecovery<'_> {
     /// Runs the recovery. The outer error is a disk error; the inner error describes the lost data.
     fn run(mut self) -> io::Result<Result<ReplicaCheckpoint, String>> {
-        if let Some(reason) = self.missing() {
+        if let Some(reason) = self.find_missing() {
             return Ok(Err(reason));
         }
         // Data before the recovery point is synced and is not read again.
-        let mut at = self.record.segments.pop().expect("a record has a segment");
+        let mut last = self.record.segments.pop().expect("a record has a segment");
         let mut corruption = None;
         loop {
-            let len = self.files.get(&at.base).copied().unwrap_or(0);
-            let from = at.bytes;
-            corruption = self.scan(&mut at, len)?.map(|reason| (at.base, at.bytes, reason)).or(corruption);
-            self.record.segments.push(at);
-            let following = self.files.contains_key(&at.end) && at.end > at.base;
-            if corruption.is_some() || !following {
+            let len = self.files.get(&last.base).copied().unwrap_or(0);
+            let from = last.bytes;
+            corruption = self.scan(&mut last, len)?.map(|reason| (last.base, last.bytes, reason)).or(corruption);
+            self.record.segments.push(last);
+            let has_next = self.files.contains_key(&last.end) && last.end > last.base;
+            if corruption.is_some() || !has_next {
                 break;
             }
-            tracing::debug!(partition = %self.record.id, base = %at.base, from, to = at.bytes, "segment scanned");
-            at = SegmentInfo::empty(at.end, clock::wall_ms());
+            tracing::debug!(partition = %self.record.id, base = %last.base, from, to = last.bytes, "segment scanned");
+            last = SegmentInfo::empty(last.end, clock::wall_ms());
         }
-        let end = at.end;
+        let end = last.end;
         let persisted = self.record.persisted;
-        let beyond: u64 = self.files.range(at.base..).map(|(_, len)| *len).sum::<u64>().saturating_sub(at.bytes);
-        if end < persisted || (self.unverified && beyond > 0) {
+        let surplus_bytes: u64 =
+            self.files.range(last.base..).map(|(_, len)| *len).sum::<u64>().saturating_sub(last.bytes);
+        if end < persisted || (self.unverified && surplus_bytes > 0) {
             let reason = corruption.map_or_else(
                 || format!("its files end at offset {end}"),
                 |(base, position, reason)| {
@@ -139,12 +144,12 @@ impl ReplicaRecovery<'_> {
             );
             return Ok(Err(reason));
         }
-        self.truncate(&at, beyond)?;
+        self.truncate(&last, surplus_bytes)?;
         Ok(Ok(self.record))
     }
 
     /// Returns an error text if a file is missing, or shorter than its synced length.
-    fn missing(&self) -> Option<String> {
+    fn find_missing(&self) -> Option<String> {
         for info in &self.record.segments {
             let len = self.files.get(&info.base).copied();
             if info.bytes > len.unwrap_or(0) {
@@ -166,8 +171,8 @@ impl ReplicaRecovery<'_> {
         let ReplicaCheckpoint { epochs, producers, .. } = &mut self.record;
         let producers = Arc::make_mut(producers);
         let epoch = epochs.last().map(|(epoch, _)| epoch);
-        // No checkpoint describes these appends. A replay of the journal writes only missing bytes, so the file's time
-        // is that of the last append or later.
+        // The write times of these appends were lost. The file's time replaces them: it is that of the last append or
+        // later, because a replay of the journal writes only missing bytes.
         let modified_ms = file.modified_ms()?.min(clock::wall_ms());
         let end = segment::scan(&*file, len, info.bytes, info.end, epoch, |_, batch| {
             info.record_write(modified_ms);
@@ -177,10 +182,11 @@ impl ReplicaRecovery<'_> {
         Ok(end.corruption)
     }
 
-    /// Truncates the files at the log end. The removed data was never acknowledged as durable.
-    fn truncate(&self, last: &SegmentInfo, beyond: u64) -> io::Result<()> {
-        if beyond > 0 {
-            tracing::warn!(partition = %self.record.id, bytes = beyond, end = %last.end, "truncated a torn tail");
+    /// Truncates the files at the end of the segment `last`, and removes later files. The removed `surplus_bytes` were
+    /// never acknowledged as durable.
+    fn truncate(&self, last: &SegmentInfo, surplus_bytes: u64) -> io::Result<()> {
+        if surplus_bytes > 0 {
+            tracing::warn!(partition = %self.record.id, bytes = surplus_bytes, end = %last.end, "truncated a torn tail");
         }
         for base in self.files.range(last.base..).map(|(base, _)| *base).filter(|base| *base > last.base) {
             remove_segment(self.disk, self.dir, base)?;
@@ -191,8 +197,8 @@ impl ReplicaRecovery<'_> {
             // Later appends may become durable before this segment is synced again.
             file.sync()?;
         }
-        let caches = !self.files.is_empty() && remove_caches_above(self.disk, self.dir, last.end)?;
-        if beyond > 0 || caches {
+        let removed_caches = !self.files.is_empty() && remove_caches_above(self.disk, self.dir, last.end)?;
+        if surplus_bytes > 0 || removed_caches {
             self.disk.sync_dir(self.dir)?;
         }
         Ok(())

@@ -30,8 +30,10 @@ pub(super) struct UnopenedReplica {
     pub(super) clean: bool,
 }
 
+/// All replicas of a data directory. A replica is in one of the two maps.
 pub(super) struct ReplicaRegistry {
     open: BTreeMap<PartitionId, Arc<ReplicaInner>>,
+    /// Replicas that the last start found and that were not opened since.
     unopened: BTreeMap<PartitionId, UnopenedReplica>,
 }
 
@@ -78,10 +80,10 @@ impl DataDir {
 
     /// Returns the replicas of a topic, in order.
     pub fn partitions_of(&self, topic: TopicId) -> Vec<PartitionId> {
-        let (registry, all) =
-            (self.inner.registry.lock(), PartitionId::new(topic, 0)..=PartitionId::new(topic, u32::MAX));
-        let open = registry.open.range(all.clone()).map(|(id, _)| *id);
-        let mut ids: Vec<_> = open.chain(registry.unopened.range(all).map(|(id, _)| *id)).collect();
+        let registry = self.inner.registry.lock();
+        let of_topic = PartitionId::new(topic, 0)..=PartitionId::new(topic, u32::MAX);
+        let open = registry.open.range(of_topic.clone()).map(|(id, _)| *id);
+        let mut ids: Vec<_> = open.chain(registry.unopened.range(of_topic).map(|(id, _)| *id)).collect();
         ids.sort_unstable();
         ids
     }
@@ -92,8 +94,8 @@ impl DataDir {
         registry.open.contains_key(&id) || registry.unopened.contains_key(&id)
     }
 
-    /// Opens a replica, or creates it, empty, at `start`. Blocks. After a crash it scans the unsynced part of the
-    /// segments.
+    /// Opens a replica. A replica that does not exist is created, empty, at `start`. Blocks. The first opening after a
+    /// crash scans the unsynced part of the segments.
     pub fn open_replica(&self, id: PartitionId, start: Offset) -> Result<ReplicaLog, ReplicaError> {
         let inner = &self.inner;
         if let Some(reason) = inner.ctx.refusal() {
@@ -109,8 +111,8 @@ impl DataDir {
                 let dir = replica_dir(&inner.ctx.dir, id);
                 let UnopenedReplica { record, clean } = unopened;
                 let io = |source| ReplicaError::Io { id, path: dir.clone(), source };
-                // The journal may record a creation that preceded a power failure, while the file system lost the
-                // directory.
+                // After a power failure the journal may hold the creation of a replica whose directory the file system
+                // has lost.
                 let is_empty = record.segments.iter().all(|segment| segment.bytes == 0);
                 let is_created = is_empty && inner.ensure_dir(&dir).map_err(io)?;
                 let is_exact = clean && record.refusal.is_none();
@@ -128,7 +130,8 @@ impl DataDir {
 }
 
 impl DataDirInner {
-    /// Registers a recovered replica as open.
+    /// Registers a recovered replica as open. If another thread has registered it first, that replica is returned. After
+    /// a crash (`clean` is false) the recovery point stays at that of the checkpoint until the scanned data is synced.
     fn register_recovered(
         &self,
         id: PartitionId,
@@ -142,12 +145,12 @@ impl DataDirInner {
         }
         let synced = registry.unopened.remove(&id).map(|unopened| unopened.record).filter(|_| !clean);
         if record.needs_full_scan() {
-            // The scan has read the replica, so from now on a record describes it.
+            // The scan has read the complete replica. A generation above 0 marks its next record as valid.
             record.generation = self.ctx.next_generation();
         }
         let replica = ReplicaInner::new(&self.ctx, dir, record);
         let is_dirty = synced.is_some();
-        // A checkpoint that is written meanwhile must not describe unsynced data as synced.
+        // A checkpoint that is written before the next sync must not describe the scanned data as synced.
         synced.into_iter().for_each(|synced| replica.move_recovery_point(synced));
         registry.open.insert(id, replica.clone());
         drop(registry);
@@ -165,6 +168,7 @@ impl DataDirInner {
         }
     }
 
+    /// Creates and registers an empty replica at `start`. Its journal entry is submitted and not awaited.
     fn create(&self, id: PartitionId, start: Offset) -> Result<Arc<ReplicaInner>, ReplicaError> {
         let dir = replica_dir(&self.ctx.dir, id);
         let io = |source| ReplicaError::Io { id, path: dir.clone(), source };
@@ -181,14 +185,15 @@ impl DataDirInner {
         Ok(replica)
     }
 
-    /// Removes a replica without a writer from the registry, and returns it.
+    /// Removes a replica from the registry, and returns it; `None` if the directory does not hold it. Fails with
+    /// [`ReplicaError::Open`] if it has a writer.
     pub(super) fn take_replica(&self, id: PartitionId) -> Result<Option<Arc<ReplicaInner>>, ReplicaError> {
         let mut registry = self.registry.lock();
         if registry.open.get(&id).is_some_and(|open| open.has_writer()) {
             return Err(ReplicaError::Open { id });
         }
         let (open, unopened) = (registry.open.remove(&id), registry.unopened.remove(&id));
-        let replica = |record| ReplicaInner::new(&self.ctx, replica_dir(&self.ctx.dir, id), record);
-        Ok(open.or_else(|| unopened.map(|unopened| replica(unopened.record))))
+        let from_record = |record| ReplicaInner::new(&self.ctx, replica_dir(&self.ctx.dir, id), record);
+        Ok(open.or_else(|| unopened.map(|unopened| from_record(unopened.record))))
     }
 }

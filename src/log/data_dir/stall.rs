@@ -11,13 +11,15 @@ const STOP_WAIT: Duration = Duration::from_secs(5);
 /// Maximum time that writers wait for space in the journal while checkpoints fail.
 const CHECKPOINT_WAIT: Duration = Duration::from_secs(10);
 
-/// Maximum time, and maximum number of sync passes, that writers wait while passes do not help. A longer wait indicates
-/// an error in this code.
+/// Maximum time that writers wait while sync passes release no file. A longer wait, with more than [`STALL_SYNC_PASSES`]
+/// passes, indicates an error in this code.
 const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Maximum number of sync passes that release no file. Both limits must be reached.
 const STALL_SYNC_PASSES: u32 = 5;
 
 impl DataDirInner {
-    /// Returns the reason of a stall, if any.
+    /// Returns the reason why no sync pass will release a file of the ring; `None` if there is none or a file is free.
     ///
     /// | stall | limit |
     /// | --- | --- |
@@ -40,18 +42,19 @@ impl DataDirInner {
             return Some(format!("no journal space for {seconds} s because the checkpoint cannot be written: {error}"));
         }
         let replicas = self.registry.lock().open_replicas();
-        let holding = replicas.iter().filter_map(|replica| {
+        // Replicas that keep the oldest file from being released, each with the offset whose sync would release it.
+        let pinning = replicas.iter().filter_map(|replica| {
             let (file, end) = replica.oldest_pin()?;
             (file <= oldest).then_some((replica, end))
         });
-        let holding: Vec<_> = holding.collect();
-        if let Some((replica, _)) = holding.iter().find(|(replica, _)| replica.failure().is_some()) {
+        let pinning: Vec<_> = pinning.collect();
+        if let Some((replica, _)) = pinning.iter().find(|(replica, _)| replica.failure().is_some()) {
             let id = replica.id();
             return Some(format!("partition {id} cannot sync the data of the oldest journal file to its segments"));
         }
         let passes = self.ctx.sync_queue.passes_without_progress();
         // A reset pins the file up to `Offset::MAX`. The reset of a long log takes time, but it ends.
-        let (replica, _) = holding.iter().find(|(_, end)| *end != Offset::MAX)?;
+        let (replica, _) = pinning.iter().find(|(_, end)| *end != Offset::MAX)?;
         if waited < STALL_TIMEOUT || passes < STALL_SYNC_PASSES {
             return None;
         }
@@ -59,7 +62,7 @@ impl DataDirInner {
             "partition {} has unsynced data in the oldest journal file after {passes} sync passes",
             replica.id()
         );
-        // A failing disk is repaired by its operator, but a violated invariant must be found.
+        // The simulator must find this violated invariant. All stalls above have causes outside this code.
         if cfg!(feature = "sim") {
             panic!("{reason}");
         }

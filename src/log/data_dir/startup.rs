@@ -26,10 +26,13 @@ use crate::{
     task::clock,
 };
 
-/// State found at the opening.
+/// State of the data directory after replay.
 pub(super) struct LoadedState {
+    /// Sequence of the next frame to write.
     pub(super) first_frame: u64,
+    /// Largest generation assigned so far.
     pub(super) generation: u64,
+    /// True after a clean shutdown: nothing was replayed, and the records describe the files.
     pub(super) clean: bool,
     pub(super) replicas: BTreeMap<PartitionId, UnopenedReplica>,
 }
@@ -44,10 +47,10 @@ pub(super) fn load(
 ) -> Result<LoadedState, DataDirError> {
     let disk = &**disk;
     let journal_dir = options.journal_in(dir);
-    let other =
+    let owner =
         replay::other_owner(disk, &journal_dir, directory).map_err(io_error(&journal_dir, "read the journal"))?;
-    if let Some(other) = other {
-        return Err(DataDirError::JournalForeign { dir: dir.to_owned(), journal_dir, other });
+    if let Some(owner) = owner {
+        return Err(DataDirError::JournalForeign { dir: dir.to_owned(), journal_dir, owner });
     }
     let read = Checkpoint::read(disk, dir, directory).map_err(io_error(dir, "read the checkpoint"))?;
     let has_checkpoint = read.is_some();
@@ -65,8 +68,8 @@ pub(super) fn load(
             Checkpoint { replicas, ..Checkpoint::default() }
         }
     };
-    // A directory without any content needs no journal.
-    let expected = has_checkpoint || !checkpoint.replicas.is_empty();
+    // Without a checkpoint and without replicas the directory is new, and has no journal yet.
+    let expects_journal = has_checkpoint || !checkpoint.replicas.is_empty();
     let Checkpoint { first_frame, generation, kind, replicas } = checkpoint;
     if kind == CheckpointKind::CleanShutdown {
         let unopened = |record: ReplicaCheckpoint| (record.id, UnopenedReplica { record, clean: true });
@@ -76,14 +79,16 @@ pub(super) fn load(
     let (journaled, records) = if kind == CheckpointKind::Replayed {
         (ReplayResult::nothing(first_frame), replicas)
     } else {
-        let read = replay::read(disk, &journal_dir, directory, first_frame);
-        let mut journaled = read.map_err(io_error(&journal_dir, "read the journal"))?;
+        let replayed = replay::read(disk, &journal_dir, directory, first_frame);
+        let mut journaled = replayed.map_err(io_error(&journal_dir, "read the journal"))?;
         if !has_checkpoint {
             // The start of the replay is unknown, and older ring files were reused, so a gap proves no loss.
             journaled.unknown_loss = None;
         }
         match &journaled.missing {
-            Some(reason) if expected => recover_without_journal(disk, dir, first_frame, replicas, options, reason)?,
+            Some(reason) if expects_journal => {
+                recover_without_journal(disk, dir, first_frame, replicas, options, reason)?
+            }
             _ => (journaled, replicas),
         }
     };
@@ -97,7 +102,9 @@ pub(super) fn load(
     Ok(LoadedState { first_frame, generation, clean: false, replicas })
 }
 
-/// Returns the state that remains without the journal. Fails unless the options accept the loss of the journal.
+/// Returns the state that remains without the journal: an empty replay result, and records that end at their recovery
+/// points. Fails with `JournalLost` unless the options accept the loss of the journal. `reason` describes the content of
+/// the journal's directory.
 fn recover_without_journal(
     disk: &dyn Disk,
     dir: &Path,
@@ -122,16 +129,17 @@ fn recover_without_journal(
     }
     for record in &mut records {
         record.generation = record.generation.max(1);
-        record.persisted = record.segments.last().map_or(record.log_start, |recovered| recovered.end);
+        record.persisted = record.segments.last().map_or(record.log_start, |segment| segment.end);
     }
-    // If the lost journal reappears, none of its frames may be taken for a frame of the new one.
-    let next_frame = Some(first_frame + (1 << 32)).filter(|round| *round <= MAX_NUMBER).unwrap_or(first_frame);
+    // The lost journal may reappear. A large step keeps its frames distinct from those of the new journal.
+    let next_frame = Some(first_frame + (1 << 32)).filter(|sequence| *sequence <= MAX_NUMBER).unwrap_or(first_frame);
     let mut journaled = ReplayResult::nothing(next_frame);
     journaled.generation = 1;
     Ok((journaled, records))
 }
 
-/// Merges the records of the checkpoint with the state in the journal.
+/// Returns all replicas: the records of the checkpoint, changed by the operations in the journal. Also completes on the
+/// disk: deletions and resets are repeated, and journaled batches are restored in the segments.
 fn merge(
     disk: &dyn Disk,
     dir: &Path,
@@ -142,8 +150,8 @@ fn merge(
         records.into_iter().map(|record| (record.id, record)).collect();
     let mut deleted = Vec::new();
     for (id, state) in &journaled.replicas {
-        let older = |generation: u64| by_id.get(id).is_none_or(|record| record.generation < generation);
-        if state.deleted.is_some_and(older) {
+        let is_newer = |generation: u64| by_id.get(id).is_none_or(|record| record.generation < generation);
+        if state.deleted.is_some_and(is_newer) {
             by_id.remove(id);
         }
         if let Some(created) = state.created
@@ -152,21 +160,21 @@ fn merge(
             let record = ReplicaCheckpoint::empty(*id, created.generation, created.base, clock::wall_ms());
             by_id.insert(*id, record);
         }
-        if state.incomplete_change.is_some_and(|head| matches!(head.kind, EntryKind::Delete)) && !by_id.contains_key(id)
-        {
+        let is_deletion = state.incomplete_change.is_some_and(|change| change.kind == EntryKind::Delete);
+        if is_deletion && !by_id.contains_key(id) {
             deleted.push(replica_dir(dir, *id));
         }
-        if let Some(reset) = state.incomplete_change.filter(|head| head.kind == EntryKind::Reset) {
-            let left = by_id.get(id).map_or(Offset::ZERO, |record| record.segments[0].base);
-            tracing::debug!(partition = %id, %left, at = %reset.base, "repeating a reset");
+        if let Some(reset) = state.incomplete_change.filter(|change| change.kind == EntryKind::Reset) {
+            let old_start = by_id.get(id).map_or(Offset::ZERO, |record| record.segments[0].base);
+            tracing::debug!(partition = %id, %old_start, at = %reset.base, "repeating a reset");
             reset_again(disk, &replica_dir(dir, *id), reset.base)?;
         }
     }
     let outcomes = remove_replicas(disk, deleted.iter().map(PathBuf::as_path), &mut drop);
     outcomes.into_iter().collect::<io::Result<()>>()?;
     if journaled.unknown_loss.is_some() {
-        // The unreadable frame may have created a replica. A replica that is only on the disk is therefore recorded,
-        // and reported as lost.
+        // The unreadable frame may have created a replica. So a replica that is only on the disk gets a record too, and
+        // is refused as lost.
         for record in scan_replicas(disk, dir)? {
             by_id.entry(record.id).or_insert(record);
         }
@@ -184,6 +192,7 @@ fn merge(
         }
         record.refusal = record.refusal.or_else(|| journaled.unknown_loss.clone());
         if needs_scan {
+            // Applying the journal's state may have set a generation. The replica must still be scanned completely.
             record.generation = 0;
         }
         replicas.insert(id, UnopenedReplica { record, clean: false });
@@ -191,7 +200,8 @@ fn merge(
     Ok(replicas)
 }
 
-/// Applies the journal's state of one replica to its record.
+/// Applies the journal's state of one replica to its record. Changes that the record already contains are skipped by
+/// their generation.
 fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaCheckpoint, state: &ReplicaReplayState) -> io::Result<()> {
     let dir = replica_dir(dir, record.id);
     let old_generation = record.generation;
@@ -202,8 +212,8 @@ fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaCheckpoint, state: &Re
             let was_evicted =
                 state.local_start.is_some_and(|moved| moved.generation >= old_generation && moved.base > change.base);
             match Snapshot::read(disk, &dir, change.base) {
-                Ok(Some(tables)) => (record.epochs, record.producers) = (tables.epochs, tables.producers.into()),
-                // The snapshot was removed with the segments before a later start.
+                Ok(Some(snapshot)) => (record.epochs, record.producers) = (snapshot.epochs, snapshot.producers.into()),
+                // A later eviction removed the snapshot together with the first segments.
                 _ if was_evicted => {}
                 Ok(None) => {
                     record.refusal = Some(format!("the snapshot at {}, which a reset wrote, is missing", change.base))
@@ -217,10 +227,10 @@ fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaCheckpoint, state: &Re
         record.persisted = record.persisted.min(change.base);
     }
     record.persisted = record.persisted.max(state.persisted.unwrap_or(Offset::ZERO));
-    if let Some(moved) = state.log_start.filter(|head| head.generation >= old_generation) {
+    if let Some(moved) = state.log_start.filter(|moved| moved.generation >= old_generation) {
         record.log_start = record.log_start.max(moved.base);
     }
-    if let Some(moved) = state.local_start.filter(|head| head.generation >= old_generation) {
+    if let Some(moved) = state.local_start.filter(|moved| moved.generation >= old_generation) {
         let start = moved.base;
         record.segments.retain(|info| info.base >= start);
         if record.segments.is_empty() {
@@ -231,21 +241,22 @@ fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaCheckpoint, state: &Re
     Ok(())
 }
 
-/// Moves the recovery point, back or forward, to the start of the segment at `base`, with the tables of the snapshot
-/// there. If that snapshot is not intact, an earlier segment with an intact one is used.
+/// Moves the recovery point, back or forward, to the start of the segment at `base`, with the epoch history and producer
+/// state of the snapshot there. If that snapshot is not intact, an earlier segment with an intact one is used.
 fn rebase(disk: &dyn Disk, dir: &Path, record: &mut ReplicaCheckpoint, base: Offset) {
     record.segments.retain(|info| info.base < base && info.end <= base);
     let bases: Vec<Offset> = record.segments.iter().map(|info| info.base).chain([base]).collect();
-    let (last, tables) = Snapshot::read_last(disk, dir, &bases).unwrap_or_else(|error| {
+    let (last, snapshot) = Snapshot::read_last(disk, dir, &bases).unwrap_or_else(|error| {
         record.refusal = Some(error.to_string());
         (0, Snapshot::default())
     });
     record.segments.truncate(last);
     record.segments.push(SegmentInfo::empty(bases[last], clock::wall_ms()));
-    (record.epochs, record.producers) = (tables.epochs, tables.producers.into());
+    (record.epochs, record.producers) = (snapshot.epochs, snapshot.producers.into());
 }
 
-/// Returns a record for each replica whose directory exists, from the names of its files and its first snapshot.
+/// Returns a record for each replica that has segment files, from the names of its files and its first snapshot. The
+/// generation 0 in these records requests a scan of all segments.
 fn scan_replicas(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<ReplicaCheckpoint>> {
     let mut records = Vec::new();
     for topic in disk.list(dir)?.into_iter().filter(|entry| entry.is_dir) {
@@ -269,8 +280,9 @@ fn scan_replicas(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<ReplicaCheckpoin
     Ok(records)
 }
 
-/// Removes all files except the snapshot with which a reset to `at` starts. The reset may have stopped at any step, and
-/// more than once. While that snapshot has its own name, a snapshot at `at` belongs to the old log.
+/// Repeats a reset to `at`, which may have stopped at any step: removes all files except the snapshot with which the new
+/// log starts. While that snapshot has its temporary name, the file with the name of a snapshot at `at` is one of the
+/// old log.
 fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
     let (reset_name, snapshot) = (name(at, snapshot::RESET_EXTENSION), name(at, "snapshot"));
     let entries = match disk.list(dir) {
@@ -291,7 +303,8 @@ fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
 /// Minimum size in bytes of a file whose disk space is freed in steps, if its deletion keeps the file open.
 const LARGE_FILE_BYTES: u64 = STEP_BYTES;
 
-/// Removes the files in a directory. `keep` receives the large files, which are still open.
+/// Removes the files in a directory, if the directory exists. `keep` receives the large files, which are still open, and
+/// decides when their disk space is freed.
 fn remove_files(disk: &dyn Disk, dir: &Path, keep: &mut dyn FnMut(Arc<dyn File>)) -> io::Result<()> {
     let entries = match disk.list(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -299,15 +312,16 @@ fn remove_files(disk: &dyn Disk, dir: &Path, keep: &mut dyn FnMut(Arc<dyn File>)
     };
     for entry in entries.iter().rev() {
         let path = dir.join(&entry.name);
-        let open = if entry.len >= LARGE_FILE_BYTES { disk.open(&path, OpenMode::Write).ok() } else { None };
+        let large_file = if entry.len >= LARGE_FILE_BYTES { disk.open(&path, OpenMode::Write).ok() } else { None };
         disk.remove(&path)?;
-        open.into_iter().for_each(&mut *keep);
+        large_file.into_iter().for_each(&mut *keep);
     }
     Ok(())
 }
 
 /// Removes the directories of replicas, and topic directories that become empty. The removal is durable and costs one
-/// sync per topic. Returns one result per replica.
+/// sync per topic. Returns one result per replica, in the order of `dirs`. `keep` receives large files that are still
+/// open.
 pub(super) fn remove_replicas<'a>(
     disk: &dyn Disk,
     dirs: impl Iterator<Item = &'a Path>,

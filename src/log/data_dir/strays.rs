@@ -1,5 +1,5 @@
-//! Stray replicas: files on the disk of replicas that are not registered. Their deletion failed or was interrupted, or
-//! the journal never recorded their creation.
+//! Stray replicas: files on the disk of replicas that are not registered. The deletion of such a replica failed or was
+//! interrupted, or its creation never became durable.
 
 use std::{
     collections::BTreeMap,
@@ -36,14 +36,14 @@ pub(super) struct StrayReplicas {
 }
 
 impl StrayReplicas {
-    /// Finds the stray replicas and logs each at WARN.
+    /// Finds the stray replicas, which are those on the disk and not in `replicas`, and logs each at WARN.
     pub(super) fn find(disk: &dyn Disk, dir: &Path, replicas: &BTreeMap<PartitionId, UnopenedReplica>) -> Self {
         let mut found = BTreeMap::new();
-        for topic in folders(disk, dir) {
-            let Ok(id) = topic.parse::<TopicId>() else { continue };
-            for partition in folders(disk, &dir.join(&topic)) {
+        for topic in subdirectories(disk, dir) {
+            let Ok(topic_id) = topic.parse::<TopicId>() else { continue };
+            for partition in subdirectories(disk, &dir.join(&topic)) {
                 let Ok(number) = partition.parse::<u32>() else { continue };
-                let id = PartitionId::new(id, number);
+                let id = PartitionId::new(topic_id, number);
                 if !replicas.contains_key(&id) && has_segments(disk, &replica_dir(dir, id)) {
                     tracing::warn!(
                         dir = %replica_dir(dir, id).display(),
@@ -77,32 +77,35 @@ impl StrayReplicas {
         self.entries.lock().get(&id) == Some(&StrayState::Deleted)
     }
 
-    /// Removes the files of stray replicas. Returns the replicas that still have files, each with the error.
+    /// Removes the files of those of `ids` that are stray replicas. Returns the replicas that still have files, each with
+    /// the error. The disk space of large files is freed later, in steps.
     pub(super) fn delete(&self, ctx: &LogContext, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let present: Vec<_> = {
             let entries = self.entries.lock();
             let present = ids.iter().filter(|id| entries.contains_key(id));
             present.map(|id| (*id, replica_dir(&self.dir, *id))).collect()
         };
-        let mut keep = |file| ctx.removed.keep_file(file);
-        let outcomes = remove_replicas(&*ctx.disk, present.iter().map(|(_, dir)| dir.as_path()), &mut keep);
-        let mut left = Vec::new();
+        let mut keep_open = |file| ctx.removed.keep_file(file);
+        let outcomes = remove_replicas(&*ctx.disk, present.iter().map(|(_, dir)| dir.as_path()), &mut keep_open);
+        let mut failures = Vec::new();
         for ((id, path), outcome) in present.into_iter().zip(outcomes) {
             match outcome {
                 Ok(()) => self.remove(id),
-                Err(source) => left.push((id, ReplicaError::Io { id, path, source })),
+                Err(source) => failures.push((id, ReplicaError::Io { id, path, source })),
             }
         }
-        left
+        failures
     }
 }
 
+/// Returns true if a replica's directory holds a segment file with content.
 fn has_segments(disk: &dyn Disk, dir: &Path) -> bool {
     let files = list(disk, dir);
     files.iter().any(|entry| entry.len > 0 && base_of(&entry.name).is_some())
 }
 
-fn folders(disk: &dyn Disk, dir: &Path) -> impl Iterator<Item = String> {
+/// Returns the names of the directories in `dir`.
+fn subdirectories(disk: &dyn Disk, dir: &Path) -> impl Iterator<Item = String> {
     list(disk, dir).into_iter().filter(|entry| entry.is_dir).map(|entry| entry.name)
 }
 

@@ -1,5 +1,5 @@
-//! Sync passes over all replicas, checkpoints, and the release of journal files. One thread runs the passes: by bytes,
-//! by time, and when the journal's ring has few free files.
+//! Sync passes over all replicas, checkpoints, and the release of journal files. One thread runs the passes. A pass is due
+//! after a number of bytes, after a time, and when the journal's ring has few free files.
 //!
 //! # Invariants
 //!
@@ -46,6 +46,8 @@ pub(super) struct CheckpointFailures {
 }
 
 impl CheckpointFailures {
+    /// Updates the state after a checkpoint, and logs the first failure and the recovery. `error` is `None` after a
+    /// success.
     fn record(&mut self, dir: &Path, error: Option<io::Error>) {
         let (path, now) = (dir.display(), clock::monotonic());
         if let Some(error) = &error
@@ -67,8 +69,8 @@ impl CheckpointFailures {
 }
 
 impl DataDirInner {
-    /// Runs one pass: first the persist calls that exceed the journal's limit, then all dirty replicas, then the ring.
-    /// Returns false if the ring could not be recycled.
+    /// Runs one pass: first the persist calls that exceed the journal's limit, then the syncs of all dirty replicas. If
+    /// the pass was requested or few files are free, it then recycles the ring. Returns false if the recycling failed.
     pub(super) fn sync_pass(&self) -> bool {
         let (journal, queue) = (&self.ctx.journal, &self.ctx.sync_queue);
         self.write_out_pieces();
@@ -84,10 +86,12 @@ impl DataDirInner {
         let recycled = self.recycle();
         let is_recycled = recycled.is_ok();
         self.checkpoint_failures.lock().record(&self.ctx.dir, recycled.err());
+        // A failed checkpoint has its own time limit, so it does not count as a pass without progress.
         queue.end_pass(!is_recycled || journal.has_free_file());
         is_recycled
     }
 
+    /// Syncs these replicas, on several threads if there are many.
     fn sync_dirty(&self, dirty: &[Arc<ReplicaInner>]) {
         let threads = dirty.len().div_ceil(FILES_PER_SYNC_THREAD).clamp(1, MAX_SYNC_THREADS);
         let threads = if self.ctx.options.step_mode { 1 } else { threads };
@@ -95,7 +99,7 @@ impl DataDirInner {
         task::run_scoped("segment-sync", threads, |thread| {
             while let Some(replica) = dirty.get(next.fetch_add(1, Ordering::Relaxed)) {
                 replica.sync_queued();
-                // Only one thread does this, so that the results keep their order.
+                // Only one thread runs the jobs, so that the results keep the order of the persist calls.
                 if thread == 0 {
                     self.run_jobs();
                     self.write_out_pieces();
@@ -104,20 +108,20 @@ impl DataDirInner {
         });
     }
 
-    /// Writes out every replica with a full piece.
+    /// Writes out every replica that has a full piece of unwritten bytes.
     pub(super) fn write_out_pieces(&self) {
         let pieces = self.ctx.sync_queue.take_pieces(self.ctx.journal.next_frame());
         pieces.iter().for_each(|replica| replica.write_out());
     }
 
-    /// Runs the persist calls that need a sync.
+    /// Runs the queued persist calls that need a sync.
     fn run_jobs(&self) {
         while let Some(job) = self.ctx.sync_queue.pop_job() {
             job.run();
         }
     }
 
-    /// Writes a checkpoint and releases the ring files that nothing needs any longer.
+    /// Writes a checkpoint and releases the ring files whose entries are all synced in the segments.
     pub(super) fn recycle(&self) -> io::Result<()> {
         let _one_at_a_time = self.recycling.lock();
         let replicas = self.registry.lock().open_replicas();
