@@ -1,20 +1,21 @@
-//! The free space of a data directory's disk: the only place that grants or refuses space by it. The pace at which
-//! removed files are freed is decided in `writeback`.
+//! The free space of a data directory's disk. Only this file grants or refuses disk space. The pace at which removed files
+//! are freed is decided in `writeback`.
 //!
 //! # Overview
 //!
 //! Appends leave [`LogOptions::reserve_bytes`](crate::log::LogOptions::reserve_bytes) free, so a log never fills its
-//! own disk. Other programs can still fill it. A broker could then not even start: the checkpoint needs space, and so
-//! does the metadata commit that precedes the deletion of segments. Part of the space is therefore a file, the reserve.
+//! own disk. Other programs can still fill the disk. A broker could then not even start: the checkpoint needs space, and
+//! so does the metadata commit that precedes the deletion of segments. Part of the space is therefore a file, the reserve.
+//! In this table, "kept" stands for `reserve_bytes`, and "size" for the bytes that the operation writes.
 //!
-//! | use of the disk | free bytes that it needs |
+//! | operation | free bytes that it needs |
 //! | --- | --- |
-//! | append | its own, the kept ones, and those of journal files that are required and do not exist yet |
-//! | new journal file | its own and the kept ones |
-//! | truncation, reset | its own |
-//! | checkpoint | its own; the reserve is removed if they are missing |
-//! | start | the size of the reserve, which is removed if they are missing |
-//! | reserve | its own and the kept ones |
+//! | append | size + kept + bytes of the journal files that are required and do not exist yet |
+//! | new journal file | size + kept |
+//! | truncation, reset | size |
+//! | checkpoint | size; the reserve is removed if the disk is full |
+//! | start | the size of the reserve, which is removed if less is free |
+//! | creation of the reserve | size + kept |
 
 use std::{
     io::{self, IoSlice},
@@ -49,7 +50,7 @@ pub(in crate::log) struct DiskBudget {
     kept_bytes: u64,
     /// True if the last append found the disk full.
     is_full: AtomicBool,
-    /// True if the reserve exists or none is configured. A missing file is created when there is space.
+    /// True if the reserve exists or none is configured. A missing reserve is created when there is space.
     has_reserve: AtomicBool,
     /// Bytes that may be appended without a query of the free space.
     append_allowance: AtomicU64,
@@ -67,16 +68,16 @@ impl DiskBudget {
         }
     }
 
-    /// Checks, before anything is written, that the disk has space for the configured journal. A ring grows on demand
-    /// and works with fewer files on a full disk. A large ring that was never created is checked here, so that the
-    /// failure does not appear under load.
+    /// Checks, before anything is written, that the disk has space for the configured journal. Only a large ring of which
+    /// no file exists is checked, so that the lack of space does not appear under load. An existing ring works with fewer
+    /// files.
     pub(in crate::log) fn check_journal_space(&self, journal_dir: &Path, bytes: u64) -> Result<(), DataDirError> {
         let entries = self.disk.list(journal_dir);
-        let exists = entries.is_ok_and(|entries| entries.iter().any(|entry| entry.name.ends_with(".journal")));
+        let has_files = entries.is_ok_and(|entries| entries.iter().any(|entry| entry.name.ends_with(".journal")));
         // The directory may not exist yet. The nearest existing parent then reports the free space.
         let free = journal_dir.ancestors().find_map(|dir| self.disk.free_bytes(dir).ok());
         match free {
-            Some(free) if bytes > limits::JOURNAL_SPACE_CHECK_BYTES && !exists && free < bytes => {
+            Some(free) if bytes > limits::JOURNAL_SPACE_CHECK_BYTES && !has_files && free < bytes => {
                 Err(DataDirError::JournalTooLarge { journal_dir: journal_dir.to_owned(), bytes, free })
             }
             _ => Ok(()),
@@ -104,19 +105,20 @@ impl DiskBudget {
         released
     }
 
-    /// Creates the reserve if it does not exist and its size is free beyond the kept bytes.
+    /// Creates the reserve if it does not exist and its size is free beyond the kept bytes. A failure is only logged, and
+    /// the next call tries again.
     pub(in crate::log) fn create_reserve(&self) {
         if self.has_reserve.load(Ordering::Acquire) {
             return;
         }
         match self.write_reserve() {
             Ok(complete) => self.has_reserve.store(complete, Ordering::Release),
-            // The reserve serves only starts and checkpoints on a full disk.
+            // Without the reserve, only starts and checkpoints on a full disk fail.
             Err(error) => tracing::debug!(%error, "cannot create the reserve, retrying later"),
         }
     }
 
-    /// Writes the missing part of the reserve. Returns true if the file is complete.
+    /// Writes the missing part of the reserve. Returns true if the file is complete, and false if the disk has no space.
     fn write_reserve(&self) -> io::Result<bool> {
         let (disk, path) = (&self.disk, self.dir.join(RESERVE_NAME));
         let existing = match disk.open(&path, OpenMode::Read) {
@@ -136,24 +138,26 @@ impl DiskBudget {
             file.write_at(&[IoSlice::new(&zeros)], at)?;
         }
         disk.write_out(&path, existing..RESERVE_BYTES, PIECE_BYTES)?;
-        // Without the sync the file system may only have promised the space.
+        // Without the sync the file system may not have allocated the space yet.
         file.sync()?;
         Ok(true)
     }
 
-    /// Returns true if `bytes` may be appended, and deducts them from the append allowance. `unallocated` returns the
-    /// bytes of the journal files that do not exist yet. A log that filled its disk could not recover: the metadata
-    /// commit that precedes the deletion of segments needs space itself.
+    /// Returns true if `bytes` may be appended, and deducts them from the append allowance. The free space is queried only
+    /// when the allowance is used up. `unallocated` returns the bytes of the required journal files that do not exist yet.
+    /// A log that filled its disk could not recover: the metadata commit that precedes the deletion of segments needs
+    /// space itself.
     pub(in crate::log) fn reserve_append(&self, bytes: u64, unallocated: impl FnOnce() -> u64) -> bool {
-        let take = |allowance: u64| allowance.checked_sub(bytes);
-        if self.kept_bytes == 0 || self.append_allowance.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).is_ok()
+        let deduct = |allowance: u64| allowance.checked_sub(bytes);
+        if self.kept_bytes == 0
+            || self.append_allowance.fetch_update(Ordering::AcqRel, Ordering::Acquire, deduct).is_ok()
         {
             return true;
         }
         // A file system that does not report its free space is used until a write fails.
         let Ok(free) = self.disk.free_bytes(&self.dir) else { return true };
-        let Some(left) = free.checked_sub(self.kept_bytes + unallocated() + bytes) else { return false };
-        self.append_allowance.store(left.min(APPEND_ALLOWANCE_BYTES), Ordering::Release);
+        let Some(remaining) = free.checked_sub(self.kept_bytes + unallocated() + bytes) else { return false };
+        self.append_allowance.store(remaining.min(APPEND_ALLOWANCE_BYTES), Ordering::Release);
         true
     }
 
@@ -163,8 +167,8 @@ impl DiskBudget {
         self.disk.free_bytes(&self.dir).map_or(true, |free| free >= bytes)
     }
 
-    /// Returns true if `bytes` of a new journal file may be written in `dir`, which may be on another device. A disk
-    /// that is full, if only for a moment, would fail all its writers, including this broker.
+    /// Returns true if `bytes` of a new journal file may be written in `dir`, which may be on another device. A full disk
+    /// would fail all programs that write to it, including this broker.
     pub(in crate::log) fn has_journal_space(&self, dir: &Path, bytes: u64) -> bool {
         self.disk.free_bytes(dir).map_or(true, |free| free >= bytes + self.kept_bytes)
     }
@@ -174,7 +178,7 @@ impl DiskBudget {
         self.is_full.load(Ordering::Relaxed)
     }
 
-    /// Records that a write found the disk full. Logs the error once, until an append finds space again.
+    /// Called when a write found the disk full. Logs the error once, until an append finds space again.
     pub(in crate::log) fn on_full(&self) {
         if !self.is_full.swap(true, Ordering::Relaxed) {
             tracing::error!(
@@ -185,7 +189,7 @@ impl DiskBudget {
         }
     }
 
-    /// Records that an append was written.
+    /// Called when an append was written. Logs that the disk has space again, if it was full.
     pub(in crate::log) fn on_append(&self) {
         if self.is_full() && self.is_full.swap(false, Ordering::Relaxed) {
             tracing::info!(path = %self.dir.display(), "the disk has space for appends again");

@@ -32,7 +32,7 @@ pub const BLOCK: usize = 4096;
 /// Bytes per background write to the device. The journal's next write waits for no more than that.
 pub const PIECE_BYTES: usize = 256 << 10;
 
-/// The same while nothing is written to the journal: fewer calls for the same number of bytes.
+/// Bytes per background write while nothing is written to the journal: fewer calls for the same number of bytes.
 pub const LARGE_PIECE_BYTES: usize = 2 << 20;
 
 /// A file system.
@@ -73,7 +73,8 @@ pub trait Disk: Send + Sync + 'static {
     fn total_bytes(&self, dir: &Path) -> io::Result<u64>;
 
     /// Writes out a range of a file in pieces, so that a later sync has less to write. Nothing is durable before that
-    /// sync. An error is final, as for a sync. A file that cannot be opened is left to the sync.
+    /// sync. An error is final, as for a sync. If the file cannot be opened, nothing is written out, and the sync does all
+    /// the work.
     fn write_out(&self, path: &Path, range: Range<u64>, piece_bytes: usize) -> io::Result<()>;
 
     /// Returns the maximum number of files that the log may hold open.
@@ -84,8 +85,8 @@ pub trait Disk: Send + Sync + 'static {
         let file = self.open(path, OpenMode::Read)?;
         let len = file.size()?;
         let mut bytes = vec![0; usize::try_from(len).map_err(|_| io::ErrorKind::FileTooLarge)?];
-        let got = file.read_at(&mut bytes, 0)?;
-        bytes.truncate(got);
+        let read = file.read_at(&mut bytes, 0)?;
+        bytes.truncate(read);
         Ok(bytes)
     }
 
@@ -108,14 +109,14 @@ pub trait Disk: Send + Sync + 'static {
             }
             file.sync()
         });
-        written.map_err(|error| naming(&temporary, &error))?;
-        self.rename(&temporary, path).map_err(|error| naming(path, &error))?;
-        self.sync_dir(parent).map_err(|error| naming(parent, &error))
+        written.map_err(|error| with_path(&temporary, &error))?;
+        self.rename(&temporary, path).map_err(|error| with_path(path, &error))?;
+        self.sync_dir(parent).map_err(|error| with_path(parent, &error))
     }
 }
 
 /// Returns an error of the same kind that contains the path.
-fn naming(path: &Path, error: &io::Error) -> io::Error {
+fn with_path(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
@@ -164,7 +165,8 @@ pub trait File: Send + Sync {
     fn truncate(&self, len: u64) -> io::Result<()>;
 
     /// Frees part of the disk space of a removed file without readers, and pauses briefly. `urgent` frees a larger
-    /// part, because space is needed soon. Returns false if the rest may be freed at once. Blocks.
+    /// part, because space is needed soon. Returns false if the remaining space may be freed at once, by closing the file.
+    /// Blocks.
     fn free_step(&self, urgent: bool) -> io::Result<bool>;
 
     /// Makes content and length durable.

@@ -3,7 +3,7 @@
 //! # Guarantees
 //!
 //! - The path of the directory itself may contain symbolic links. The directory must belong to this process's user or
-//!   to root; one of any other owner is refused.
+//!   to root; a directory of any other owner is refused.
 //! - Below it no component of a name is followed if it is a symbolic link. Each component is opened relative to the
 //!   handle of the previous one. So no process can exchange a component between its check and its use.
 //! - A file or directory below it that belongs to another user is refused before a byte is read, written or truncated.
@@ -11,7 +11,7 @@
 //!   this user's entries are corrected: for a directory and its direct entries at its admission, for all others when
 //!   they are opened.
 //!
-//! Removing and renaming check the directory only: they act on the name, never on the target of a link. A hard link
+//! A removal and a rename check the directory only: they act on the name, never on the target of a link. A hard link
 //! equals any other file and is not refused.
 
 use std::{
@@ -30,15 +30,15 @@ use rustix::{
 
 use super::DirEntry;
 
-/// Permission bits of directories and of files.
-const DIRECTORY: Mode = Mode::RWXU;
-const FILE: Mode = Mode::RUSR.union(Mode::WUSR);
+/// Permission bits of directories and of files, for this process's user alone.
+const DIR_MODE: Mode = Mode::RWXU;
+const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
-/// Permission bits that are compared and corrected. All others (a volume's setgid bit) stay.
-const PERMISSIONS: u32 = 0o777;
+/// Mask of the permission bits that are compared and corrected. All other bits stay, such as the setgid bit of a volume.
+const PERMISSION_BITS: u32 = 0o777;
 
-/// Directories of the system that may be configured by mistake, or for lack of another place.
-const SHARED: &[&str] = &[
+/// Directories of the system that may be configured by mistake, or because there is no other directory.
+const SYSTEM_DIRS: &[&str] = &[
     "/",
     "/bin",
     "/boot",
@@ -60,15 +60,15 @@ const SHARED: &[&str] = &[
 ];
 
 /// Flags for opening a directory.
-const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+const DIR_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 /// An open directory: a configured one, or one below it.
 #[derive(Debug)]
 pub struct PrivateDir {
     path: PathBuf,
     handle: OwnedFd,
-    /// Owner and mode of a directory whose mode is not corrected.
-    kept: Option<(u32, u32)>,
+    /// Owner and mode of a directory whose mode is not corrected; `None` if the mode is private.
+    uncorrected: Option<(u32, u32)>,
 }
 
 impl PrivateDir {
@@ -77,8 +77,8 @@ impl PrivateDir {
     /// # Errors
     /// The directory cannot be opened, or belongs to a user that is neither this process's nor root.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let handle = retry(|| sys::open(path, FOLDER, Mode::empty()))?;
-        Self::of(path, handle)
+        let handle = retry_if_interrupted(|| sys::open(path, DIR_FLAGS, Mode::empty()))?;
+        Self::from_handle(path, handle)
     }
 
     /// Opens a directory as [`PrivateDir::open`] does, and creates it with its parents if it is absent.
@@ -86,7 +86,7 @@ impl PrivateDir {
     /// # Errors
     /// Those of [`PrivateDir::open`], or the directory cannot be created.
     pub fn make(path: &Path) -> io::Result<Self> {
-        fs::DirBuilder::new().recursive(true).mode(DIRECTORY.bits()).create(path)?;
+        fs::DirBuilder::new().recursive(true).mode(DIR_MODE.bits()).create(path)?;
         Self::open(path)
     }
 
@@ -96,20 +96,22 @@ impl PrivateDir {
     /// Those of [`PrivateDir::make_dir`].
     pub fn make_below(&self, name: &Path) -> io::Result<Self> {
         self.make_dir(name)?;
-        Self::of(&self.path.join(name), self.walk(name)?)
+        Self::from_handle(&self.path.join(name), self.walk(name)?)
     }
 
-    fn of(path: &Path, handle: OwnedFd) -> io::Result<Self> {
+    /// Checks the owner of an opened directory, and corrects its mode. The mode stays if the directory belongs to root, or
+    /// if other programs use it.
+    fn from_handle(path: &Path, handle: OwnedFd) -> io::Result<Self> {
         let stat = sys::fstat(&handle)?;
         let (owner, user) = (stat.st_uid, geteuid().as_raw());
         if owner != user && owner != 0 {
-            return Err(of_another_user(path, owner));
+            return Err(foreign_owner_error(path, owner));
         }
-        let kept = (owner != user || is_shared(path, &stat)).then_some((owner, stat.st_mode & 0o7777));
-        if kept.is_none() {
-            correct(handle.as_fd(), &stat, DIRECTORY)?;
+        let uncorrected = (owner != user || is_shared(path, &stat)).then_some((owner, stat.st_mode & 0o7777));
+        if uncorrected.is_none() {
+            correct_mode(handle.as_fd(), &stat, DIR_MODE)?;
         }
-        Ok(Self { path: path.to_owned(), handle, kept })
+        Ok(Self { path: path.to_owned(), handle, uncorrected })
     }
 
     /// Returns the path by which the directory was opened.
@@ -117,9 +119,9 @@ impl PrivateDir {
         &self.path
     }
 
-    /// Logs a warning if the mode of the directory is not corrected.
+    /// Logs a warning if the mode of the directory was not corrected.
     pub fn warn_of_owner(&self) {
-        if let Some((owner, mode)) = self.kept {
+        if let Some((owner, mode)) = self.uncorrected {
             tracing::warn!(
                 dir = %self.path.display(), owner, mode = %format_args!("{mode:04o}"),
                 "this directory keeps its mode, because it belongs to another user or is a system directory; only this \
@@ -135,17 +137,17 @@ impl PrivateDir {
     /// The file is absent, is no regular file, belongs to another user, or cannot be opened with these flags.
     pub fn open_file(&self, name: &Path, flags: OFlags) -> io::Result<fs::File> {
         debug_assert!(!flags.contains(OFlags::TRUNC), "the owner is checked first");
-        let (folder, last) = self.parent(name)?;
+        let (dir, last) = self.parent(name)?;
         // Without NONBLOCK a pipe of that name would block the open. Regular files ignore the flag.
         let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
         let path = || self.path.join(name);
-        let opened = retry(|| sys::openat(&folder, last, flags, FILE));
-        let file = opened.map_err(|error| explain(folder.as_fd(), last, &path(), error))?;
+        let opened = retry_if_interrupted(|| sys::openat(&dir, last, flags, FILE_MODE));
+        let file = opened.map_err(|error| open_error(dir.as_fd(), last, &path(), error))?;
         let stat = sys::fstat(&file)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(refused(format!("{} is not a regular file: remove it", path().display())));
+            return Err(permission_denied(format!("{} is not a regular file: remove it", path().display())));
         }
-        check(file.as_fd(), &stat, FILE, path)?;
+        check_entry(file.as_fd(), &stat, FILE_MODE, path)?;
         Ok(file.into())
     }
 
@@ -154,15 +156,15 @@ impl PrivateDir {
     /// # Errors
     /// A directory cannot be created, or a component of the path is a link or belongs to another user.
     pub fn make_dir(&self, name: &Path) -> io::Result<()> {
-        let mut at = self.handle.try_clone()?;
+        let mut dir = self.handle.try_clone()?;
         let mut path = self.path.clone();
-        for part in parts(name)? {
-            match sys::mkdirat(&at, part, DIRECTORY) {
+        for component in components_of(name)? {
+            match sys::mkdirat(&dir, component, DIR_MODE) {
                 Ok(()) | Err(Errno::EXIST) => {}
                 Err(error) => return Err(error.into()),
             }
-            path.push(part);
-            at = step(at.as_fd(), part, &path)?;
+            path.push(component);
+            dir = open_component(dir.as_fd(), component, &path)?;
         }
         Ok(())
     }
@@ -172,16 +174,16 @@ impl PrivateDir {
     /// # Errors
     /// The directory cannot be read.
     pub fn list(&self, name: &Path) -> io::Result<Vec<DirEntry>> {
-        let folder = self.walk(name)?;
+        let dir = self.walk(name)?;
         let mut entries = Vec::new();
-        for entry in Dir::read_from(&folder)? {
+        for entry in Dir::read_from(&dir)? {
             let entry = entry?;
             let Ok(name) = entry.file_name().to_str() else { continue };
             if name == "." || name == ".." {
                 continue;
             }
             // A file may disappear between the two calls. It is then absent from the result.
-            let Ok(stat) = sys::statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
+            let Ok(stat) = sys::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
             let is_dir = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
             let len = u64::try_from(stat.st_size).unwrap_or(0);
             entries.push(DirEntry { name: name.to_owned(), is_dir, len });
@@ -190,13 +192,13 @@ impl PrivateDir {
         Ok(entries)
     }
 
-    /// Renames a file below the directory, possibly to a name below another directory.
+    /// Renames the file `from` below this directory to `to` below `to_root`, which may be another directory.
     ///
     /// # Errors
     /// The file is absent, or the new name cannot be assigned.
-    pub fn rename(&self, from: &Path, into: &Self, to: &Path) -> io::Result<()> {
-        let ((from, old), (to, new)) = (self.parent(from)?, into.parent(to)?);
-        Ok(sys::renameat(&from, old, &to, new)?)
+    pub fn rename(&self, from: &Path, to_root: &Self, to: &Path) -> io::Result<()> {
+        let ((from_dir, from_name), (to_dir, to_name)) = (self.parent(from)?, to_root.parent(to)?);
+        Ok(sys::renameat(&from_dir, from_name, &to_dir, to_name)?)
     }
 
     /// Removes a file below the directory.
@@ -204,8 +206,8 @@ impl PrivateDir {
     /// # Errors
     /// The file is absent, or cannot be removed.
     pub fn remove(&self, name: &Path) -> io::Result<()> {
-        let (folder, last) = self.parent(name)?;
-        Ok(sys::unlinkat(&folder, last, AtFlags::empty())?)
+        let (dir, last) = self.parent(name)?;
+        Ok(sys::unlinkat(&dir, last, AtFlags::empty())?)
     }
 
     /// Removes an empty directory below this one.
@@ -213,8 +215,8 @@ impl PrivateDir {
     /// # Errors
     /// The directory is absent, is not empty, or cannot be removed.
     pub fn remove_dir(&self, name: &Path) -> io::Result<()> {
-        let (folder, last) = self.parent(name)?;
-        Ok(sys::unlinkat(&folder, last, AtFlags::REMOVEDIR)?)
+        let (dir, last) = self.parent(name)?;
+        Ok(sys::unlinkat(&dir, last, AtFlags::REMOVEDIR)?)
     }
 
     /// Makes the names in a directory below this one durable.
@@ -234,25 +236,25 @@ impl PrivateDir {
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
-    /// Returns the parent directory of a name below this one, and the last component of the name.
+    /// Opens the parent directory of a name below this one. Returns it with the last component of the name.
     fn parent<'a>(&self, name: &'a Path) -> io::Result<(OwnedFd, &'a OsStr)> {
-        let last = name.file_name().ok_or_else(|| not_below(name))?;
+        let last = name.file_name().ok_or_else(|| not_below_error(name))?;
         Ok((self.walk(name.parent().unwrap_or(Path::new("")))?, last))
     }
 
-    /// Opens a directory below this one, component by component.
+    /// Opens a directory below this one, component by component. An empty name opens this directory again.
     fn walk(&self, name: &Path) -> io::Result<OwnedFd> {
-        let mut at = self.handle.try_clone()?;
+        let mut dir = self.handle.try_clone()?;
         let mut path = self.path.clone();
-        for part in parts(name)? {
-            path.push(part);
-            at = step(at.as_fd(), part, &path)?;
+        for component in components_of(name)? {
+            path.push(component);
+            dir = open_component(dir.as_fd(), component, &path)?;
         }
-        Ok(at)
+        Ok(dir)
     }
 
-    /// Corrects the modes of the direct entries that belong to this user. Entries further below are corrected when they
-    /// are opened, because there may be very many.
+    /// Corrects the modes of the direct entries that belong to this user. Links and special files are skipped. There may
+    /// be very many entries further below, so they are corrected only when they are opened.
     ///
     /// # Errors
     /// The directory cannot be read, or a mode cannot be changed.
@@ -264,75 +266,80 @@ impl PrivateDir {
                 continue;
             }
             let Ok(stat) = sys::statat(&self.handle, name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
-            let (mode, kind) = match FileType::from_raw_mode(stat.st_mode) {
-                FileType::Directory => (DIRECTORY, OFlags::DIRECTORY),
-                FileType::RegularFile => (FILE, OFlags::empty()),
+            let (mode, type_flag) = match FileType::from_raw_mode(stat.st_mode) {
+                FileType::Directory => (DIR_MODE, OFlags::DIRECTORY),
+                FileType::RegularFile => (FILE_MODE, OFlags::empty()),
                 _ => continue,
             };
-            if stat.st_uid == geteuid().as_raw() && stat.st_mode & PERMISSIONS != mode.bits() {
-                let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | kind;
+            if stat.st_uid == geteuid().as_raw() && stat.st_mode & PERMISSION_BITS != mode.bits() {
+                let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | type_flag;
                 let Ok(handle) = sys::openat(&self.handle, name, flags, Mode::empty()) else { continue };
-                correct(handle.as_fd(), &sys::fstat(&handle)?, mode)?;
+                correct_mode(handle.as_fd(), &sys::fstat(&handle)?, mode)?;
             }
         }
         Ok(())
     }
 }
 
-/// Returns true if other programs use the directory as well. A narrower mode would harm the system.
+/// Returns true if other programs use the directory as well: it is a directory of the system, or has the sticky bit as
+/// `/tmp` has. A narrower mode would harm these programs.
 fn is_shared(path: &Path, stat: &Stat) -> bool {
     let is_sticky = stat.st_mode & Mode::SVTX.bits() != 0;
-    is_sticky || fs::canonicalize(path).is_ok_and(|path| SHARED.iter().any(|inner| path == Path::new(inner)))
+    is_sticky || fs::canonicalize(path).is_ok_and(|path| SYSTEM_DIRS.iter().any(|dir| path == Path::new(dir)))
 }
 
-/// Returns the components of a name below a directory.
-fn parts(name: &Path) -> io::Result<Vec<&OsStr>> {
-    let part = |component| match component {
-        Component::Normal(part) => Ok(part),
-        _ => Err(not_below(name)),
+/// Returns the components of a name below a directory. Fails if the name is absolute or contains `..`.
+fn components_of(name: &Path) -> io::Result<Vec<&OsStr>> {
+    let to_name = |component| match component {
+        Component::Normal(name) => Ok(name),
+        _ => Err(not_below_error(name)),
     };
-    name.components().filter(|component| *component != Component::CurDir).map(part).collect()
+    name.components().filter(|component| *component != Component::CurDir).map(to_name).collect()
 }
 
-/// Opens one component, the directory at `path`.
-fn step(at: BorrowedFd<'_>, part: &OsStr, path: &Path) -> io::Result<OwnedFd> {
-    let opened = retry(|| sys::openat(at, part, FOLDER | OFlags::NOFOLLOW, Mode::empty()));
-    let handle = opened.map_err(|error| explain(at, part, path, error))?;
-    check(handle.as_fd(), &sys::fstat(&handle)?, DIRECTORY, || path.to_owned())?;
+/// Opens the directory `name` in the directory `parent`, without following a link, and checks it. `path` is its full path
+/// for errors.
+fn open_component(parent: BorrowedFd<'_>, name: &OsStr, path: &Path) -> io::Result<OwnedFd> {
+    let opened = retry_if_interrupted(|| sys::openat(parent, name, DIR_FLAGS | OFlags::NOFOLLOW, Mode::empty()));
+    let handle = opened.map_err(|error| open_error(parent, name, path, error))?;
+    check_entry(handle.as_fd(), &sys::fstat(&handle)?, DIR_MODE, || path.to_owned())?;
     Ok(handle)
 }
 
-/// Refuses an entry of another user, and corrects the mode of an entry of this user.
-fn check(handle: BorrowedFd<'_>, stat: &Stat, mode: Mode, path: impl FnOnce() -> PathBuf) -> io::Result<()> {
+/// Fails for an entry of another user, and corrects the mode of an entry of this user to `mode`.
+fn check_entry(handle: BorrowedFd<'_>, stat: &Stat, mode: Mode, path: impl FnOnce() -> PathBuf) -> io::Result<()> {
     if stat.st_uid != geteuid().as_raw() {
-        return Err(of_another_user(&path(), stat.st_uid));
+        return Err(foreign_owner_error(&path(), stat.st_uid));
     }
-    correct(handle, stat, mode)
+    correct_mode(handle, stat, mode)
 }
 
-fn correct(handle: BorrowedFd<'_>, stat: &Stat, mode: Mode) -> io::Result<()> {
-    if stat.st_mode & PERMISSIONS == mode.bits() {
+/// Sets the permission bits of an open entry to `mode`, unless they are equal or the file system has no modes.
+fn correct_mode(handle: BorrowedFd<'_>, stat: &Stat, mode: Mode) -> io::Result<()> {
+    if stat.st_mode & PERMISSION_BITS == mode.bits() {
         return Ok(());
     }
-    let special = Mode::from_raw_mode(stat.st_mode & 0o7777 & !PERMISSIONS);
-    match sys::fchmod(handle, special | mode) {
+    let other_bits = Mode::from_raw_mode(stat.st_mode & 0o7777 & !PERMISSION_BITS);
+    match sys::fchmod(handle, other_bits | mode) {
         // The file system is read-only, or has no modes.
         Ok(()) | Err(Errno::ROFS | Errno::PERM | Errno::OPNOTSUPP | Errno::INVAL) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }
 
-fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+/// Repeats a system call while a signal interrupts it.
+fn retry_if_interrupted<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     rustix::io::retry_on_intr(&mut call)
 }
 
-/// Returns the error of an open. If a symbolic link was the cause, the error names it.
-fn explain(at: BorrowedFd<'_>, part: &OsStr, path: &Path, error: Errno) -> io::Error {
+/// Converts the error of opening `name` in the directory `parent`. If a symbolic link was the cause, the error names the
+/// link.
+fn open_error(parent: BorrowedFd<'_>, name: &OsStr, path: &Path, error: Errno) -> io::Error {
     let is_link = matches!(error, Errno::LOOP | Errno::NOTDIR | Errno::MLINK)
-        && sys::statat(at, part, AtFlags::SYMLINK_NOFOLLOW)
+        && sys::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)
             .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Symlink);
     if is_link {
-        return refused(format!(
+        return permission_denied(format!(
             "{} is a symbolic link, and links inside a configured directory are not followed: replace the link with \
              its target, or set another directory with log.journal_dir, cache.dir or broker.data_dir",
             path.display()
@@ -341,8 +348,8 @@ fn explain(at: BorrowedFd<'_>, part: &OsStr, path: &Path, error: Errno) -> io::E
     error.into()
 }
 
-fn of_another_user(path: &Path, owner: u32) -> io::Error {
-    refused(format!(
+fn foreign_owner_error(path: &Path, owner: u32) -> io::Error {
+    permission_denied(format!(
         "{} belongs to user {owner}, and this process runs as user {}: run the process as the owner, or change the \
          owner with chown -R",
         path.display(),
@@ -350,11 +357,11 @@ fn of_another_user(path: &Path, owner: u32) -> io::Error {
     ))
 }
 
-fn not_below(name: &Path) -> io::Error {
+fn not_below_error(name: &Path) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, format!("{} is not a name below a directory", name.display()))
 }
 
-fn refused(reason: String) -> io::Error {
+fn permission_denied(reason: String) -> io::Error {
     io::Error::new(io::ErrorKind::PermissionDenied, reason)
 }
 

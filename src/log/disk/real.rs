@@ -31,7 +31,7 @@ pub struct RealDisk {
 }
 
 impl RealDisk {
-    /// Admits a configured directory, in place of an earlier handle for its path.
+    /// Adds a configured directory, or replaces the handle of one with the same path. Corrects the modes of its entries.
     fn admit(&self, root: PrivateDir) -> io::Result<Arc<PrivateDir>> {
         root.correct_entries()?;
         let root = Arc::new(root);
@@ -53,7 +53,8 @@ impl RealDisk {
         roots.iter().filter_map(below).min_by_key(|(_, name)| name.as_os_str().len())
     }
 
-    /// Returns the configured directory of `path` as [`RealDisk::root_of`] does. If there is none, `dir` becomes one.
+    /// Returns the configured directory of `path` as [`RealDisk::root_of`] does. If there is none, `dir`, which contains
+    /// `path`, becomes one.
     fn root_in(&self, path: &Path, dir: &Path) -> io::Result<(Arc<PrivateDir>, PathBuf)> {
         match self.root_of(path) {
             Some(found) => Ok(found),
@@ -64,6 +65,8 @@ impl RealDisk {
         }
     }
 
+    /// Returns the configured directory of a file, and the path below it. If there is none, the file's parent directory
+    /// becomes one.
     fn root_of_file(&self, path: &Path) -> io::Result<(Arc<PrivateDir>, PathBuf)> {
         self.root_in(path, path.parent().unwrap_or(Path::new(".")))
     }
@@ -84,7 +87,7 @@ impl Disk for RealDisk {
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         match self.root_of(dir) {
             Some((root, name)) => root.sync(&name),
-            // The parent of a configured directory.
+            // The path is that of a configured directory's parent.
             None => fs::File::open(dir)?.sync_all(),
         }
     }
@@ -112,8 +115,8 @@ impl Disk for RealDisk {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let ((root, from), (into, to)) = (self.root_of_file(from)?, self.root_of_file(to)?);
-        root.rename(&from, &into, &to)
+        let ((from_root, from), (to_root, to)) = (self.root_of_file(from)?, self.root_of_file(to)?);
+        from_root.rename(&from, &to_root, &to)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
@@ -161,11 +164,13 @@ impl Disk for RealDisk {
     }
 
     fn open_files(&self) -> usize {
-        let soft = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
-        usize::try_from(soft / 2).unwrap_or(usize::MAX).clamp(64, 8192)
+        // The other half of the limit is for connections and all other files.
+        let soft_limit = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
+        usize::try_from(soft_limit / 2).unwrap_or(usize::MAX).clamp(64, 8192)
     }
 }
 
+/// An open file of the machine.
 struct RealFile {
     file: fs::File,
     /// True if a durable write is one call (`RWF_DSYNC`); cleared permanently if the file system refuses the flag.
@@ -198,16 +203,17 @@ impl File for RealFile {
     fn write_at(&self, slices: &[IoSlice<'_>], at: u64) -> io::Result<()> {
         // The kernel accepts at most 1,024 slices per call.
         let mut at = at;
-        for part in slices.chunks(1024) {
-            let mut part = part.to_vec();
-            let mut rest = part.as_mut_slice();
-            IoSlice::advance_slices(&mut rest, 0);
-            while !rest.is_empty() {
-                match rustix::io::pwritev(&self.file, rest, at) {
+        for group in slices.chunks(1024) {
+            let mut group = group.to_vec();
+            let mut remaining = group.as_mut_slice();
+            // Removes empty slices at the front, for which the kernel would report that nothing was written.
+            IoSlice::advance_slices(&mut remaining, 0);
+            while !remaining.is_empty() {
+                match rustix::io::pwritev(&self.file, remaining, at) {
                     Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                     Ok(written) => {
                         at += written as u64;
-                        IoSlice::advance_slices(&mut rest, written);
+                        IoSlice::advance_slices(&mut remaining, written);
                     }
                     Err(Errno::INTR) => {}
                     Err(error) => return Err(error.into()),

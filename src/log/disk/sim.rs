@@ -2,8 +2,8 @@
 //!
 //! # Crash
 //!
-//! [`SimDisk::crash`] cuts the power. Each unsynced 512-byte sector of a file may be durable or not. Of the name
-//! changes in an unsynced directory, some first ones may be durable. Handles from before a crash fail. A failed sync
+//! [`SimDisk::crash`] cuts the power. Each unsynced 512-byte sector of a file may be durable or not. The unsynced name
+//! changes of a directory become durable in order, up to a random one. Handles from before a crash fail. A failed sync
 //! loses data, as in an operating system that marks the pages clean regardless. Some of the data becomes durable, and
 //! the rest reads as the previous content. Faults are set by [`SimDisk::fail_writes_after`], [`SimDisk::set_capacity`],
 //! [`SimDisk::fail_syncs`] and [`SimDisk::flip`].
@@ -24,29 +24,38 @@ use crate::task::clock;
 const SECTOR: usize = 512;
 const PAGE: usize = 4096;
 
-/// A disk in memory that loses unsynced data in a crash. Clones share it.
+/// A disk in memory that loses unsynced data in a crash. Clones share the disk.
 #[derive(Clone, Default)]
 pub struct SimDisk(Arc<Mutex<SimDiskState>>);
 
 #[derive(Default)]
 struct SimDiskState {
+    /// Files by id, with or without a name.
     files: BTreeMap<u64, SimFileContent>,
+    /// Names of the files, each with the file's id, as a running process sees them.
     names: BTreeMap<PathBuf, u64>,
     dirs: BTreeSet<PathBuf>,
+    /// Names that certainly survive a crash.
     durable_names: BTreeMap<PathBuf, u64>,
     durable_dirs: BTreeSet<PathBuf>,
     /// Changes of names that are not durable yet, in order.
     changes: Vec<UnsyncedChange>,
     locks: BTreeSet<PathBuf>,
+    /// Id of the next file.
     next_file: u64,
-    boot: u64,
+    /// Number of the simulated process that uses the disk. It grows with each crash and kill, which end the process.
+    process: u64,
+    /// Bytes of files at which the disk is full; `None` is unlimited.
     capacity: Option<u64>,
+    /// Number of changes until all further ones fail; `None` if none fails.
     operations_left: Option<u64>,
+    /// Part of the paths whose syncs fail; `None` if none fails.
     failing_syncs: Option<String>,
+    /// Number of changes so far.
     operations: u64,
 }
 
-/// A file. The undo entries replace a second copy of the durable content, which every sync would have to update.
+/// Content of a file. The durable content is `bytes` after applying `undo`: a second copy would cost time in every sync.
 #[derive(Default)]
 struct SimFileContent {
     bytes: Vec<u8>,
@@ -60,30 +69,35 @@ struct SimFileContent {
     modified_ms: i64,
 }
 
+/// A change of a name that is not durable until its directory is synced.
 struct UnsyncedChange {
     dir: PathBuf,
-    what: NameChange,
+    name_change: NameChange,
 }
 
 enum NameChange {
+    /// A new name of the file with this id.
     Link(PathBuf, u64),
     Unlink(PathBuf),
+    /// The old name, the new name, and the id of the file.
     Rename(PathBuf, PathBuf, u64),
     MakeDir(PathBuf),
     RemoveDir(PathBuf),
 }
 
-/// The file behind a name, and its state.
+/// Identity and state of a file at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SyncStamp {
+    /// Id of the file.
     file: u64,
+    /// Number of changes of existing bytes.
     rewrites: u64,
     /// Length in bytes.
     pub len: u64,
 }
 
 impl SyncStamp {
-    /// Returns the stamp of the same file before any write.
+    /// Returns the stamp of the same file without content.
     pub fn of_nothing(self) -> Self {
         Self { len: 0, ..self }
     }
@@ -94,10 +108,11 @@ impl SyncStamp {
     }
 }
 
-/// SplitMix64 (Steele, Lea, Flood 2014), which is sufficient for choosing sectors.
+/// Generator of random numbers: SplitMix64 (Steele, Lea, Flood 2014), which is sufficient for choosing sectors.
 pub(in crate::log) struct SimRng(pub(in crate::log) u64);
 
 impl SimRng {
+    /// Returns a number below `below`; 0 if that is 0.
     pub(in crate::log) fn roll(&mut self, below: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -113,22 +128,22 @@ impl SimDisk {
         Self::default()
     }
 
-    /// Cuts the power and restores it. Synced data stays, and `seed` decides about the rest. Locks and handles end,
-    /// faults are cleared, the capacity stays.
+    /// Cuts the power and restores it. Synced data stays, and `seed` decides which unsynced data survives. Locks and
+    /// handles end, faults are cleared, and the capacity stays.
     pub fn crash(&self, seed: u64) {
         let mut state = self.0.lock();
         let mut rng = SimRng(seed);
-        state.boot += 1;
+        state.process += 1;
         state.locks.clear();
         state.operations_left = None;
         state.failing_syncs = None;
-        let mut kept: BTreeMap<PathBuf, bool> = BTreeMap::new();
+        let mut survives_by_dir: BTreeMap<PathBuf, bool> = BTreeMap::new();
         for change in std::mem::take(&mut state.changes) {
             // The changes in a directory become durable in order. After a lost change, all later ones are lost.
-            let keep = kept.entry(change.dir.clone()).or_insert(true);
-            *keep &= rng.roll(4) != 0;
-            if *keep {
-                change.what.apply(&mut state);
+            let survives = survives_by_dir.entry(change.dir.clone()).or_insert(true);
+            *survives &= rng.roll(4) != 0;
+            if *survives {
+                change.name_change.apply(&mut state);
             }
         }
         state.names = state.durable_names.clone();
@@ -146,13 +161,13 @@ impl SimDisk {
     /// Ends every process that uses the disk, but not the machine: no data is lost (kill -9).
     pub fn kill(&self) {
         let mut state = self.0.lock();
-        state.boot += 1;
+        state.process += 1;
         state.locks.clear();
         state.operations_left = None;
         state.failing_syncs = None;
     }
 
-    /// Makes every change fail with an I/O error after `operations` more; `None` ends that.
+    /// Makes every change fail with an I/O error after `operations` further ones; `None` clears the fault.
     pub fn fail_writes_after(&self, operations: Option<u64>) {
         self.0.lock().operations_left = operations;
     }
@@ -162,7 +177,8 @@ impl SimDisk {
         self.0.lock().capacity = bytes;
     }
 
-    /// Makes syncs fail for files whose path contains `part`, and may lose their unsynced data; `None` ends that.
+    /// Makes syncs fail for files whose path contains `part`. A failed sync may lose unsynced data. `None` clears the
+    /// fault.
     pub fn fail_syncs(&self, part: Option<&str>) {
         self.0.lock().failing_syncs = part.map(str::to_owned);
     }
@@ -178,19 +194,19 @@ impl SimDisk {
         *target ^= mask;
         content.rewrites += 1;
         // The durable byte at this position is in the first undo entry that covers the position, if any.
-        let older = content.undo.iter_mut().find_map(|(at, old)| old.get_mut(byte.checked_sub(*at)?));
-        if let Some(older) = older {
-            *older ^= mask;
+        let durable = content.undo.iter_mut().find_map(|(at, old)| old.get_mut(byte.checked_sub(*at)?));
+        if let Some(durable) = durable {
+            *durable ^= mask;
         }
         true
     }
 
-    /// Returns the number of changes made so far, which identifies a point of failure.
+    /// Returns the number of changes so far. Tests use it to choose the change at which writes begin to fail.
     pub fn operations(&self) -> u64 {
         self.0.lock().operations
     }
 
-    /// Returns the stamp of a file, which shows whether the file has changed since.
+    /// Returns the stamp of a file; `None` if there is no file of that name.
     pub fn stamp(&self, path: &Path) -> Option<SyncStamp> {
         let state = self.0.lock();
         let id = *state.names.get(path)?;
@@ -201,8 +217,8 @@ impl SimDisk {
     /// Returns the files in a directory that certainly survive a power failure, each with its durable content.
     pub fn durable(&self, dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
         let state = self.0.lock();
-        let here = state.durable_names.iter().filter(|(path, _)| path.parent() == Some(dir));
-        here.filter_map(|(path, id)| Some((path.clone(), state.files.get(id)?.durable()))).collect()
+        let names = state.durable_names.iter().filter(|(path, _)| path.parent() == Some(dir));
+        names.filter_map(|(path, id)| Some((path.clone(), state.files.get(id)?.durable()))).collect()
     }
 
     /// Returns the ranges of a file that were written out.
@@ -221,7 +237,7 @@ impl SimDisk {
 
 impl SimFileContent {
     /// Saves the durable bytes of a range that is about to change.
-    fn keep(&mut self, range: Range<usize>) {
+    fn save_undo(&mut self, range: Range<usize>) {
         if range.start < self.bytes.len() {
             self.rewrites += 1;
         }
@@ -237,8 +253,8 @@ impl SimFileContent {
         self.undo.clear();
     }
 
-    /// Decides for each page that is not durable: it becomes durable, or reads as the durable content. The length
-    /// stays, because the file system tracks it.
+    /// Simulates a failed sync. Each page that is not durable becomes durable, or reads as the previous durable content,
+    /// at random. The length stays, because the file system tracks it.
     fn lose_pages(&mut self, rng: &mut SimRng) {
         let len = self.bytes.len();
         let mut durable = self.durable();
@@ -263,7 +279,7 @@ impl SimFileContent {
         durable
     }
 
-    /// Keeps the new or the durable content of each sector that differs, and likewise of the length.
+    /// Simulates a power failure. Each unit of the content, and the length, is the new or the durable one at random.
     fn tear(&mut self, rng: &mut SimRng) {
         if self.undo.is_empty() && self.bytes.len() == self.durable_len {
             return;
@@ -280,12 +296,12 @@ impl SimFileContent {
         let mut at = 0;
         while at < len {
             let end = at.saturating_add(unit).min(len);
-            let newer = rng.roll(2) == 0;
-            // A sector that was not written keeps the old content if there was any, else it is zeros.
-            for from in [&durable, &self.bytes].into_iter().take(1 + usize::from(newer)) {
-                let have = from.len().min(end);
-                if at < have {
-                    torn[at..have].copy_from_slice(&from[at..have]);
+            let is_written = rng.roll(2) == 0;
+            // A unit that was not written keeps the durable content if there was any, else it is zeros.
+            for source in [&durable, &self.bytes].into_iter().take(1 + usize::from(is_written)) {
+                let source_end = source.len().min(end);
+                if at < source_end {
+                    torn[at..source_end].copy_from_slice(&source[at..source_end]);
                 }
             }
             at = end;
@@ -297,6 +313,7 @@ impl SimFileContent {
 }
 
 impl NameChange {
+    /// Makes the change durable.
     fn apply(self, state: &mut SimDiskState) {
         match self {
             Self::Link(path, id) => drop(state.durable_names.insert(path, id)),
@@ -316,20 +333,22 @@ impl NameChange {
 }
 
 impl SimDiskState {
-    fn change(&mut self) -> io::Result<()> {
+    /// Counts a change that is about to happen. Fails if [`SimDisk::fail_writes_after`] has requested that.
+    fn begin_change(&mut self) -> io::Result<()> {
         self.operations += 1;
         match &mut self.operations_left {
             Some(0) => Err(io::Error::other("simulated I/O error")),
-            Some(left) => {
-                *left -= 1;
+            Some(remaining) => {
+                *remaining -= 1;
                 Ok(())
             }
             None => Ok(()),
         }
     }
 
-    fn record_change(&mut self, path: &Path, what: NameChange) {
-        self.changes.push(UnsyncedChange { dir: path.parent().unwrap_or(Path::new("")).to_owned(), what });
+    /// Adds a change of a name, which becomes durable with the next sync of the directory.
+    fn record_change(&mut self, path: &Path, name_change: NameChange) {
+        self.changes.push(UnsyncedChange { dir: path.parent().unwrap_or(Path::new("")).to_owned(), name_change });
     }
 
     /// Returns the bytes of all files with a name. A removed file uses no space, though a crash may restore it.
@@ -337,21 +356,23 @@ impl SimDiskState {
         self.names.values().map(|id| self.files[id].bytes.len() as u64).sum()
     }
 
-    fn content(&mut self, id: u64, boot: u64) -> io::Result<&mut SimFileContent> {
-        if boot != self.boot {
+    /// Returns the content of a file for a handle of the process number `process`. Fails if that process has ended.
+    fn content(&mut self, id: u64, process: u64) -> io::Result<&mut SimFileContent> {
+        if process != self.process {
             return Err(io::Error::other("the simulated process has ended"));
         }
         self.files.get_mut(&id).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
-    fn grow(&mut self, id: u64, boot: u64, end: usize) -> io::Result<()> {
-        let have = self.content(id, boot)?.bytes.len();
-        let more = end.saturating_sub(have) as u64;
-        if more > 0 && self.capacity.is_some_and(|capacity| self.used() + more > capacity) {
+    /// Extends a file with zeros to at least `end` bytes. Fails if that exceeds the capacity of the disk.
+    fn grow(&mut self, id: u64, process: u64, end: usize) -> io::Result<()> {
+        let len = self.content(id, process)?.bytes.len();
+        let added = end.saturating_sub(len) as u64;
+        if added > 0 && self.capacity.is_some_and(|capacity| self.used() + added > capacity) {
             return Err(io::ErrorKind::StorageFull.into());
         }
-        let content = self.content(id, boot)?;
-        if end > have {
+        let content = self.content(id, process)?;
+        if end > len {
             content.bytes.resize(end, 0);
         }
         Ok(())
@@ -369,10 +390,10 @@ impl Disk for SimDisk {
         if missing.is_empty() {
             return Ok(());
         }
-        state.change()?;
+        state.begin_change()?;
         while let Some(dir) = missing.pop() {
             state.dirs.insert(dir.to_owned());
-            if dir.parent().is_none_or(|above| above.as_os_str().is_empty()) {
+            if dir.parent().is_none_or(|parent| parent.as_os_str().is_empty()) {
                 // The root of the disk always exists.
                 state.durable_dirs.insert(dir.to_owned());
             } else {
@@ -384,10 +405,10 @@ impl Disk for SimDisk {
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         let mut state = self.0.lock();
-        state.change()?;
+        state.begin_change()?;
         let changes = std::mem::take(&mut state.changes);
         for change in changes {
-            if change.dir == dir { change.what.apply(&mut state) } else { state.changes.push(change) }
+            if change.dir == dir { change.name_change.apply(&mut state) } else { state.changes.push(change) }
         }
         Ok(())
     }
@@ -424,7 +445,7 @@ impl Disk for SimDisk {
                 if !path.parent().is_some_and(|dir| state.dirs.contains(dir)) {
                     return Err(io::ErrorKind::NotFound.into());
                 }
-                state.change()?;
+                state.begin_change()?;
                 let id = state.next_file;
                 state.next_file += 1;
                 state.files.insert(id, SimFileContent::default());
@@ -433,13 +454,13 @@ impl Disk for SimDisk {
                 id
             }
         };
-        let boot = state.boot;
-        Ok(Arc::new(SimFile { disk: self.clone(), id, boot, path: path.to_owned() }))
+        let process = state.process;
+        Ok(Arc::new(SimFile { disk: self.clone(), id, process, path: path.to_owned() }))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let mut state = self.0.lock();
-        state.change()?;
+        state.begin_change()?;
         let id = state.names.remove(from).ok_or(io::ErrorKind::NotFound)?;
         state.names.insert(to.to_owned(), id);
         state.record_change(to, NameChange::Rename(from.to_owned(), to.to_owned(), id));
@@ -448,7 +469,7 @@ impl Disk for SimDisk {
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         let mut state = self.0.lock();
-        state.change()?;
+        state.begin_change()?;
         state.names.remove(path).ok_or(io::ErrorKind::NotFound)?;
         state.record_change(path, NameChange::Unlink(path.to_owned()));
         Ok(())
@@ -456,15 +477,15 @@ impl Disk for SimDisk {
 
     fn remove_dir(&self, dir: &Path) -> io::Result<()> {
         let mut state = self.0.lock();
-        state.change()?;
+        state.begin_change()?;
         if state.names.keys().chain(&state.dirs).any(|path| path.parent() == Some(dir)) {
             return Err(io::ErrorKind::DirectoryNotEmpty.into());
         }
         if !state.dirs.remove(dir) {
             return Err(io::ErrorKind::NotFound.into());
         }
-        // A directory that is created again under this name is another one. No pending change of the old one may reach
-        // it.
+        // A directory that is created later under the same name is another one. It must not receive the pending changes
+        // of this one.
         state.changes.retain(|change| change.dir != dir);
         state.record_change(dir, NameChange::RemoveDir(dir.to_owned()));
         Ok(())
@@ -476,7 +497,7 @@ impl Disk for SimDisk {
         if !state.locks.insert(path.to_owned()) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        Ok(Box::new(SimLock { disk: self.clone(), path: path.to_owned(), boot: state.boot }))
+        Ok(Box::new(SimLock { disk: self.clone(), path: path.to_owned(), process: state.process }))
     }
 
     fn free_bytes(&self, _dir: &Path) -> io::Result<u64> {
@@ -489,9 +510,9 @@ impl Disk for SimDisk {
     }
 
     fn write_out(&self, path: &Path, range: Range<u64>, _piece_bytes: usize) -> io::Result<()> {
-        // Nothing is durable before a sync, and everything may survive without one. So a write-out makes no difference
-        // to a crash.
+        // Unsynced data may survive a crash or not, with or without a write-out. So a write-out needs no simulation.
         let mut state = self.0.lock();
+        // Unit tests read the written-out ranges.
         let id = state.names.get(path).copied().filter(|_| cfg!(test));
         if let Some(content) = id.and_then(|id| state.files.get_mut(&id)) {
             content.write_outs.push(range);
@@ -505,40 +526,46 @@ impl Disk for SimDisk {
     }
 }
 
+/// A held lock of a file, which is released when the value is dropped.
 struct SimLock {
     disk: SimDisk,
     path: PathBuf,
-    boot: u64,
+    /// Number of the process that took the lock.
+    process: u64,
 }
 
 impl Drop for SimLock {
     fn drop(&mut self) {
         let mut state = self.disk.0.lock();
-        if state.boot == self.boot {
+        // After a crash or a kill, a lock of this path belongs to a later process.
+        if state.process == self.process {
             state.locks.remove(&self.path);
         }
     }
 }
 
+/// A handle of a file on the simulated disk.
 struct SimFile {
     disk: SimDisk,
     id: u64,
-    boot: u64,
+    /// Number of the process that opened the file. The handle fails once that process has ended.
+    process: u64,
+    /// Path at the opening, by which sync failures are selected.
     path: PathBuf,
 }
 
 impl File for SimFile {
     fn size(&self) -> io::Result<u64> {
-        Ok(self.disk.0.lock().content(self.id, self.boot)?.bytes.len() as u64)
+        Ok(self.disk.0.lock().content(self.id, self.process)?.bytes.len() as u64)
     }
 
     fn modified_ms(&self) -> io::Result<i64> {
-        Ok(self.disk.0.lock().content(self.id, self.boot)?.modified_ms)
+        Ok(self.disk.0.lock().content(self.id, self.process)?.modified_ms)
     }
 
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize> {
         let mut state = self.disk.0.lock();
-        let bytes = &state.content(self.id, self.boot)?.bytes;
+        let bytes = &state.content(self.id, self.process)?.bytes;
         let start = usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
         let len = buffer.len().min(bytes.len() - start);
         buffer[..len].copy_from_slice(&bytes[start..start + len]);
@@ -547,15 +574,15 @@ impl File for SimFile {
 
     fn write_at(&self, slices: &[IoSlice<'_>], at: u64) -> io::Result<()> {
         let mut state = self.disk.0.lock();
-        state.change()?;
-        state.content(self.id, self.boot)?.modified_ms = clock::wall_ms();
+        state.begin_change()?;
+        state.content(self.id, self.process)?.modified_ms = clock::wall_ms();
         let mut at = usize::try_from(at).map_err(|_| io::ErrorKind::FileTooLarge)?;
         for slice in slices {
             // The bytes that fitted before the disk was full stay, as on a real disk.
             let end = at + slice.len();
-            state.content(self.id, self.boot)?.keep(at..end);
-            state.grow(self.id, self.boot, end)?;
-            state.content(self.id, self.boot)?.bytes[at..end].copy_from_slice(slice);
+            state.content(self.id, self.process)?.save_undo(at..end);
+            state.grow(self.id, self.process, end)?;
+            state.content(self.id, self.process)?.bytes[at..end].copy_from_slice(slice);
             at = end;
         }
         Ok(())
@@ -568,11 +595,11 @@ impl File for SimFile {
 
     fn truncate(&self, len: u64) -> io::Result<()> {
         let mut state = self.disk.0.lock();
-        state.change()?;
+        state.begin_change()?;
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        state.grow(self.id, self.boot, len)?;
-        let content = state.content(self.id, self.boot)?;
-        content.keep(len..content.bytes.len());
+        state.grow(self.id, self.process, len)?;
+        let content = state.content(self.id, self.process)?;
+        content.save_undo(len..content.bytes.len());
         content.bytes.truncate(len);
         content.modified_ms = clock::wall_ms();
         Ok(())
@@ -585,13 +612,13 @@ impl File for SimFile {
 
     fn sync(&self) -> io::Result<()> {
         let mut state = self.disk.0.lock();
-        state.change()?;
+        state.begin_change()?;
         if state.failing_syncs.as_ref().is_some_and(|part| self.path.to_string_lossy().contains(part.as_str())) {
             let mut rng = SimRng(state.operations);
-            state.content(self.id, self.boot)?.lose_pages(&mut rng);
+            state.content(self.id, self.process)?.lose_pages(&mut rng);
             return Err(io::Error::other("simulated sync failure"));
         }
-        state.content(self.id, self.boot)?.sync();
+        state.content(self.id, self.process)?.sync();
         Ok(())
     }
 }

@@ -16,7 +16,7 @@ use std::{
 use crate::task::clock;
 
 /// Writes out a range of a file, piece by piece. Each piece starts when the device has accepted the previous one,
-/// possibly into its cache.
+/// possibly into its cache. Does nothing if the file system does not support the call.
 ///
 /// # Errors
 /// Bytes of the file could not be written. A later sync through the same handle may not report that again.
@@ -28,7 +28,7 @@ pub fn write_out(file: &fs::File, range: Range<u64>, piece_bytes: usize) -> io::
         for flags in [libc::SYNC_FILE_RANGE_WRITE, libc::SYNC_FILE_RANGE_WAIT_BEFORE] {
             match sync_file_range(file, &piece, flags) {
                 Ok(()) => {}
-                Err(error) if is_unknown(&error) => return Ok(()),
+                Err(error) if is_unsupported(&error) => return Ok(()),
                 Err(error) => return Err(error),
             }
         }
@@ -36,17 +36,17 @@ pub fn write_out(file: &fs::File, range: Range<u64>, piece_bytes: usize) -> io::
     Ok(())
 }
 
-/// Bytes of a file without a name that are freed at once. Some file systems report each of them to the device
-/// (`discard`): that takes 2 to 4 ms per MiB, and the journal's write waits.
+/// Bytes of a file without a name that are freed at once. Some file systems report freed bytes to the device (`discard`):
+/// that takes 2 to 4 ms per MiB, and the journal's write waits.
 pub const STEP_BYTES: u64 = 1 << 20;
 
-/// The same when space is needed soon.
+/// Bytes that are freed at once when space is needed soon.
 const URGENT_STEP_BYTES: u64 = 4 << 20;
 
 /// Pause after a step, as a multiple of the duration of the step: other I/O has two thirds of the device's time.
 const PAUSE_FACTOR: u32 = 2;
 
-/// Minimum pause after a step: 800 MB/s at most.
+/// Minimum pause after a step: at most 800 MB/s are freed.
 const MIN_PAUSE: Duration = Duration::from_micros(1250);
 
 /// Maximum pause after a step, because a stop waits for it.
@@ -55,52 +55,53 @@ const MAX_PAUSE: Duration = Duration::from_millis(100);
 /// Pause after a step when space is needed soon.
 const URGENT_PAUSE: Duration = Duration::from_millis(5);
 
-/// Divisor of a file system's size: space is needed soon if less than that share is free.
-const SHORT_SHARE: u64 = 5;
+/// Divisor of a file system's size. Space is needed soon if less than that share of it is free.
+const FREE_SHARE: u64 = 5;
 
-/// Frees the disk space of a removed file without readers, in steps. All at once, the file system would delay the
-/// journal's write. A file that has another name, as some backups assign, stays unchanged.
+/// Frees the disk space of a removed file without readers, in steps. Freeing all of it at once would delay the journal's
+/// write. A file that still has a name, such as the hard link of a backup, stays unchanged.
 pub fn free_in_steps(file: &fs::File) -> io::Result<()> {
     while free_step(file, false)? {}
     Ok(())
 }
 
 /// Runs one step of [`free_in_steps`], and the pause after it. The step is larger if space is needed soon or if
-/// `urgent` is set. Returns false if the rest may be freed at once.
+/// `urgent` is set. Returns false if no step is needed: the file has a name, or its remaining space may be freed at once.
 pub(super) fn free_step(file: &fs::File, urgent: bool) -> io::Result<bool> {
     let metadata = file.metadata()?;
     if metadata.nlink() > 0 || metadata.len() <= STEP_BYTES {
         return Ok(false);
     }
-    let urgent = urgent || is_short(file);
+    let urgent = urgent || is_low_on_space(file);
     let began = clock::monotonic();
     file.set_len(len_after_step(metadata.len(), urgent))?;
     std::thread::sleep(pause_after_step(began.elapsed(), urgent));
     Ok(true)
 }
 
-/// Returns the length of a file after a step. Steps are complete, because the file system would read and rewrite a
-/// partial block.
+/// Returns the length of a file of `len` bytes after a step: the next lower multiple of the step. A length inside a block
+/// would make the file system read and rewrite that block.
 fn len_after_step(len: u64, urgent: bool) -> u64 {
     let step = if urgent { URGENT_STEP_BYTES } else { STEP_BYTES };
     len.saturating_sub(1) / step * step
 }
 
+/// Returns the pause after a step that lasted `took`.
 fn pause_after_step(took: Duration, urgent: bool) -> Duration {
     if urgent { URGENT_PAUSE } else { (took * PAUSE_FACTOR).clamp(MIN_PAUSE, MAX_PAUSE) }
 }
 
 /// Returns true if the file's file system has little free space; false if it does not report its space.
-fn is_short(file: &fs::File) -> bool {
+fn is_low_on_space(file: &fs::File) -> bool {
     rustix::fs::fstatvfs(file).is_ok_and(|stat| {
         // Blocks that are reserved for the superuser count as neither used nor free, as in `df`.
         let blocks = stat.f_blocks.saturating_sub(stat.f_bfree).saturating_add(stat.f_bavail);
-        stat.f_bavail < blocks / SHORT_SHARE
+        stat.f_bavail < blocks / FREE_SHARE
     })
 }
 
 /// Returns true if the file system does not support the call. The sync then does all the work.
-fn is_unknown(error: &io::Error) -> bool {
+fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EINVAL | libc::EOPNOTSUPP | libc::ESPIPE))
 }
 
@@ -124,7 +125,7 @@ mod tests {
     use crate::log::{Disk as _, RealDisk, disk::PIECE_BYTES};
 
     #[test]
-    fn write_out_keeps_content_and_takes_empty_and_absent_ranges() {
+    fn write_out_of_any_range_keeps_content() {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[7; 100_000]).unwrap();
         for range in [0..100_000, 4096..8192, 5..6, 0..0, 1 << 30..(1 << 30) + 1] {

@@ -10,7 +10,7 @@ use super::*;
 const NOBODY: u32 = 65_534;
 
 /// Creates a configured directory, and a directory beside it that is not configured.
-fn folders() -> (tempfile::TempDir, PathBuf, PathBuf) {
+fn test_dirs() -> (tempfile::TempDir, PathBuf, PathBuf) {
     let parent = tempfile::tempdir().unwrap();
     let (inside, outside) = (parent.path().join("inside"), parent.path().join("outside"));
     fs::create_dir(&inside).unwrap();
@@ -19,10 +19,11 @@ fn folders() -> (tempfile::TempDir, PathBuf, PathBuf) {
     (parent, inside, outside)
 }
 
-fn refuses<T>(result: io::Result<T>, words: &str) {
+/// Asserts that a call failed with `PermissionDenied` and a message that contains `text`.
+fn assert_denied<T>(result: io::Result<T>, text: &str) {
     let error = result.err().expect("refused");
     assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}");
-    assert!(error.to_string().contains(words), "{error}");
+    assert!(error.to_string().contains(text), "{error}");
 }
 
 fn mode(path: &Path) -> u32 {
@@ -35,23 +36,23 @@ fn set_mode(path: &Path, mode: u32) {
 
 #[test]
 fn links_below_a_configured_directory_are_refused() {
-    let (_parent, inside, outside) = folders();
+    let (_parent, inside, outside) = test_dirs();
     symlink(outside.join("file"), inside.join("link")).unwrap();
     symlink(outside.join("absent"), inside.join("dangling")).unwrap();
     symlink(&outside, inside.join("folder")).unwrap();
     let dir = PrivateDir::open(&inside).unwrap();
     let write = OFlags::RDWR | OFlags::CREATE;
     for flags in [OFlags::RDONLY, write, write | OFlags::DIRECT] {
-        refuses(dir.open_file(Path::new("link"), flags), "symbolic link");
-        refuses(dir.open_file(Path::new("folder/file"), flags), "symbolic link");
+        assert_denied(dir.open_file(Path::new("link"), flags), "symbolic link");
+        assert_denied(dir.open_file(Path::new("folder/file"), flags), "symbolic link");
     }
-    refuses(dir.open_file(Path::new("dangling"), write), "inside/dangling is a symbolic link");
-    refuses(dir.list(Path::new("folder")), "log.journal_dir");
-    refuses(dir.sync(Path::new("folder")), "symbolic link");
-    refuses(dir.make_dir(Path::new("folder/new")), "symbolic link");
-    refuses(dir.make_below(Path::new("folder")), "symbolic link");
-    refuses(dir.remove(Path::new("folder/file")), "symbolic link");
-    refuses(dir.rename(Path::new("folder/file"), &dir, Path::new("taken")), "symbolic link");
+    assert_denied(dir.open_file(Path::new("dangling"), write), "inside/dangling is a symbolic link");
+    assert_denied(dir.list(Path::new("folder")), "log.journal_dir");
+    assert_denied(dir.sync(Path::new("folder")), "symbolic link");
+    assert_denied(dir.make_dir(Path::new("folder/new")), "symbolic link");
+    assert_denied(dir.make_below(Path::new("folder")), "symbolic link");
+    assert_denied(dir.remove(Path::new("folder/file")), "symbolic link");
+    assert_denied(dir.rename(Path::new("folder/file"), &dir, Path::new("taken")), "symbolic link");
     assert_eq!(fs::read(outside.join("file")).unwrap(), b"theirs");
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 1, "no file was created");
     // A link is listed as a link, and its name can be removed.
@@ -62,7 +63,7 @@ fn links_below_a_configured_directory_are_refused() {
 
 #[test]
 fn name_outside_the_directory_is_refused() {
-    let (_parent, inside, _outside) = folders();
+    let (_parent, inside, _outside) = test_dirs();
     let dir = PrivateDir::open(&inside).unwrap();
     for name in ["../outside/file", "/etc/passwd", ""] {
         let error = dir.open_file(Path::new(name), OFlags::RDONLY).expect_err(name);
@@ -72,16 +73,16 @@ fn name_outside_the_directory_is_refused() {
 
 #[test]
 fn pipe_in_place_of_a_file_does_not_block() {
-    let (_parent, inside, _outside) = folders();
+    let (_parent, inside, _outside) = test_dirs();
     let pipe = inside.join("pipe");
-    sys::mknodat(sys::CWD, &pipe, FileType::Fifo, FILE, 0).unwrap();
+    sys::mknodat(sys::CWD, &pipe, FileType::Fifo, FILE_MODE, 0).unwrap();
     let dir = PrivateDir::open(&inside).unwrap();
-    refuses(dir.open_file(Path::new("pipe"), OFlags::RDONLY), "not a regular file");
+    assert_denied(dir.open_file(Path::new("pipe"), OFlags::RDONLY), "not a regular file");
 }
 
 #[test]
 fn configured_path_may_be_a_link() {
-    let (parent, inside, _outside) = folders();
+    let (parent, inside, _outside) = test_dirs();
     let link = parent.path().join("link");
     symlink(&inside, &link).unwrap();
     for dir in [PrivateDir::open(&link).unwrap(), PrivateDir::make(&link).unwrap()] {
@@ -93,7 +94,7 @@ fn configured_path_may_be_a_link() {
 
 #[test]
 fn new_files_are_private_and_wider_modes_are_corrected() {
-    let (_parent, inside, _outside) = folders();
+    let (_parent, inside, _outside) = test_dirs();
     set_mode(&inside, 0o2775);
     for (name, wide) in [("a", 0o755), ("a/b", 0o775)] {
         fs::create_dir(inside.join(name)).unwrap();
@@ -119,7 +120,7 @@ fn new_files_are_private_and_wider_modes_are_corrected() {
 
 #[test]
 fn shared_directory_keeps_its_mode() {
-    let (_parent, inside, _outside) = folders();
+    let (_parent, inside, _outside) = test_dirs();
     set_mode(&inside, 0o1777);
     PrivateDir::open(&inside).unwrap();
     assert_eq!(mode(&inside), 0o1777, "as in /tmp");
@@ -133,7 +134,7 @@ fn files_of_another_user_are_refused_and_unchanged() {
     if !geteuid().is_root() {
         return;
     }
-    let (_parent, inside, _outside) = folders();
+    let (_parent, inside, _outside) = test_dirs();
     fs::create_dir(inside.join("folder")).unwrap();
     for name in ["file", "folder/file"] {
         fs::write(inside.join(name), "theirs").unwrap();
@@ -146,15 +147,15 @@ fn files_of_another_user_are_refused_and_unchanged() {
     let dir = PrivateDir::open(&inside).unwrap();
     dir.correct_entries().unwrap();
     for name in ["file", "folder/file"] {
-        refuses(
+        assert_denied(
             dir.open_file(Path::new(name), OFlags::RDONLY),
             "belongs to user 65534, and this process runs as user 0",
         );
-        refuses(dir.open_file(Path::new(name), OFlags::RDWR | OFlags::CREATE), "chown");
+        assert_denied(dir.open_file(Path::new(name), OFlags::RDWR | OFlags::CREATE), "chown");
     }
-    refuses(dir.make_dir(Path::new("folder/new")), "belongs to user 65534");
+    assert_denied(dir.make_dir(Path::new("folder/new")), "belongs to user 65534");
     assert_eq!((mode(&inside.join("file")), mode(&inside.join("folder"))), (0o644, 0o755));
     assert_eq!(fs::metadata(inside.join("file")).unwrap().uid(), NOBODY);
     // A configured directory that belongs to neither this user nor root is refused as well.
-    refuses(PrivateDir::open(&inside.join("folder")), "belongs to user 65534");
+    assert_denied(PrivateDir::open(&inside.join("folder")), "belongs to user 65534");
 }
