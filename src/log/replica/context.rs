@@ -23,12 +23,17 @@ use crate::log::{
 /// caller was cancelled.
 const MAX_DISK_READS: usize = 32;
 
+/// State shared by all replicas of a data directory.
 pub(in crate::log) struct LogContext {
     pub(in crate::log) disk: Arc<dyn Disk>,
+    /// Path of the data directory.
     pub(in crate::log) dir: PathBuf,
     pub(in crate::log) options: LogOptions,
+    /// Open segment files.
     pub(super) files: FileCache,
+    /// Removed segment files whose disk space is freed in steps.
     pub(in crate::log) removed: RemovedFiles,
+    /// Tail cache.
     pub(super) tail: TailCache,
     pub(super) producer_memory: ProducerMemory,
     pub(in crate::log) journal: Journal,
@@ -36,6 +41,7 @@ pub(in crate::log) struct LogContext {
     pub(in crate::log) budget: Arc<DiskBudget>,
     /// Largest generation assigned so far.
     generation: AtomicU64,
+    /// True after a close: writes are refused.
     closed: AtomicBool,
     /// Permits for reads of segments on other threads.
     pub(super) disk_reads: Arc<Semaphore>,
@@ -161,6 +167,7 @@ impl LogContext {
         };
         let receivers: Vec<_> = entries.into_iter().map(submit).collect();
         let failed = |reason: &str| Err(ChangeError::Failed { reason: reason.to_owned() });
+        // With threads, the wait below ends when the writer thread has completed the entry.
         let has_space = self.step_driver().is_none_or(|driver| {
             while self.journal.pending() {
                 if !driver.write_frame() {
@@ -170,8 +177,10 @@ impl LogContext {
             true
         });
         let outcome = |receiver: std::sync::mpsc::Receiver<_>| {
+            // Without space, no step would ever complete the remaining entries.
             let received = if has_space { receiver.recv().ok() } else { receiver.try_recv().ok() };
             match received {
+                // `Truncated` means that the entry is durable, and that a later change has replaced its generation.
                 Some(Ok(_) | Err(PersistError::Truncated)) => Ok(()),
                 Some(Err(error)) => failed(&error.to_string()),
                 None if !has_space => failed("the journal has no space"),

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
-use super::{segment_files::tables_at, writer::ReplicaLog};
+use super::{segment_files::snapshot_at, writer::ReplicaLog};
 use crate::{
     log::{
         disk::{File, OpenMode},
@@ -35,17 +35,17 @@ impl SegmentExport {
 }
 
 impl ReplicaLog {
-    /// Exports the sealed segment at `base`; fails with `NotFound` if there is none. The segment is made durable here
-    /// first: a log that ends below the tiered end after a power failure could not be led from. Blocks. If the index or
-    /// the snapshot is missing, it reads the segment, and earlier ones.
+    /// Exports the sealed segment at `base`; fails with `NotFound` if there is none. The segment is made durable on this
+    /// disk first. Otherwise the log could end below the tiered end after a power failure, and could then not lead.
+    /// Blocks. If the index or the snapshot is missing, the segment is read, and possibly earlier ones.
     pub fn export(&self, base: Offset) -> io::Result<SegmentExport> {
         let inner = &self.inner;
         let (info, file, epochs, segments) = {
             let state = inner.state();
             let sealed = &state.segments[..state.segments.len() - 1];
-            let found = sealed.iter().find(|segment| segment.info.base == base).ok_or(io::ErrorKind::NotFound)?;
+            let segment = sealed.iter().find(|segment| segment.info.base == base).ok_or(io::ErrorKind::NotFound)?;
             let segments: Vec<SegmentInfo> = state.segments.iter().map(|segment| segment.info).collect();
-            (found.info, found.file.clone(), state.epochs.between(base, found.info.end), segments)
+            (segment.info, segment.file.clone(), state.epochs.between(base, segment.info.end), segments)
         };
         if inner.state().persisted_end < info.end {
             inner.sync().map_err(io::Error::other)?;
@@ -55,8 +55,8 @@ impl ReplicaLog {
         let snapshot = Snapshot::read(&*inner.ctx.disk, &inner.dir, info.end);
         let producers = match snapshot.ok().flatten() {
             Some(snapshot) => snapshot.producers,
-            None => match tables_at(&*inner.ctx.disk, &inner.dir, &segments, info.end)? {
-                (_, tables, None) => tables.producers,
+            None => match snapshot_at(&*inner.ctx.disk, &inner.dir, &segments, info.end)? {
+                (_, snapshot, None) => snapshot.producers,
                 (.., Some(reason)) => return Err(io::Error::new(io::ErrorKind::InvalidData, reason)),
             },
         };
@@ -64,21 +64,21 @@ impl ReplicaLog {
         Ok(SegmentExport { info, path: file.path.clone(), index, epochs, producers, file: open.file.clone() })
     }
 
-    /// Returns the local start, and the epoch history and producer state before it. With them another replica can start
-    /// at the same offset ([`ReplicaLog::reset_with`]). Blocks. Fails with `InvalidData` if their file is corrupt or
-    /// missing.
+    /// Returns the local start, and the epoch history and producer state before that offset. Another replica can start at
+    /// the same offset with them ([`ReplicaLog::reset_with`]). Blocks. Fails with `InvalidData` if the snapshot at the
+    /// local start is corrupt or missing.
     pub fn tables_at_start(&self) -> io::Result<(Offset, EpochHistory, ProducerTable)> {
         let inner = &self.inner;
-        let (start, before) = {
+        let (start, earlier_epochs) = {
             let state = inner.state();
             let start = state.local_start();
             (start, state.epochs.between(Offset::ZERO, start))
         };
-        // A move of the start to this offset wrote the snapshot first. A log that has never had earlier data has no
-        // snapshot.
+        // An eviction or a reset writes the snapshot before the local start moves to its offset. Only a log without
+        // earlier data has none.
         match Snapshot::read(&*inner.ctx.disk, &inner.dir, start)? {
             Some(Snapshot { epochs, producers }) => Ok((start, epochs, producers)),
-            None if before.last().is_none() => Ok((start, EpochHistory::new(), ProducerTable::new())),
+            None if earlier_epochs.last().is_none() => Ok((start, EpochHistory::new(), ProducerTable::new())),
             None => Err(io::Error::new(io::ErrorKind::InvalidData, format!("the snapshot at {start} is missing"))),
         }
     }

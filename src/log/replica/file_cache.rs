@@ -1,4 +1,4 @@
-//! The table of open segment files. It is bounded, so that an idle replica holds no handle.
+//! The cache of open segment files. The cache is bounded, so that an idle replica holds no handle.
 
 use std::{
     io,
@@ -17,16 +17,17 @@ use crate::log::{
     format::Index,
 };
 
-/// Divisor of the log's open files: removed files that are still open are at most that share.
+/// Divisor of the log's open files. At most that share of them are removed files that are still open.
 pub(super) const REMOVED_FILES_SHARE: usize = 4;
 
 /// Open files, with the indexes that were read for them.
 pub(super) struct FileCache {
     disk: Arc<dyn Disk>,
+    /// Maximum number of files.
     capacity: usize,
     /// Open files by serial, in order of last use. A use and an eviction have a constant cost.
     open: Mutex<LruCache<u64, Arc<OpenFile>>>,
-    serial: AtomicU64,
+    next_serial: AtomicU64,
 }
 
 /// An open segment.
@@ -39,26 +40,29 @@ pub(super) struct OpenFile {
 impl FileCache {
     pub(super) fn new(disk: Arc<dyn Disk>) -> Self {
         let capacity = disk.open_files() - disk.open_files() / REMOVED_FILES_SHARE;
-        Self { disk, capacity, open: Mutex::new(LruCache::unbounded()), serial: AtomicU64::new(0) }
+        Self { disk, capacity, open: Mutex::new(LruCache::unbounded()), next_serial: AtomicU64::new(0) }
     }
 
     /// Returns a number for one file that exists or will exist. A file that is created again at the same path has
     /// another number.
     pub(super) fn serial(&self) -> u64 {
-        self.serial.fetch_add(1, Ordering::Relaxed)
+        self.next_serial.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// Returns the open file with this serial. A file that is not open is opened at `path`, and the file used longest ago
+    /// is closed if the cache is full. With [`OpenMode::Read`] the file must exist.
     pub(super) fn get(&self, serial: u64, path: &Path, mode: OpenMode) -> io::Result<Arc<OpenFile>> {
         if let Some(file) = self.open.lock().get(&serial) {
             return Ok(file.clone());
         }
-        // An existing file is always opened for writing, since its next user may write. A reader never creates a file.
+        // Every file is opened for writing, because its next user may write. The first open fails for a reader if the
+        // file does not exist, so that a reader never creates a file.
         if mode == OpenMode::Read {
             self.disk.open(path, OpenMode::Read)?;
         }
         let opened = Arc::new(OpenFile { file: self.disk.open(path, OpenMode::Write)?, index: Mutex::new(None) });
         let mut open = self.open.lock();
-        // Two threads may have opened the file at once. Both use the first handle.
+        // Two threads may have opened the file concurrently. Both use the handle that was inserted first.
         let file = open.get_or_insert(serial, || opened).clone();
         let evicted = if open.len() > self.capacity { open.pop_lru() } else { None };
         drop(open);
@@ -67,11 +71,12 @@ impl FileCache {
         Ok(file)
     }
 
+    /// Removes a file from the cache. Its current users keep it open.
     pub(super) fn remove(&self, serial: u64) {
         drop(self.take(serial));
     }
 
-    /// Takes a file out of the table. Its current users keep it open.
+    /// Removes a file from the cache and returns it; `None` if it is not in the cache. Its current users keep it open.
     pub(super) fn take(&self, serial: u64) -> Option<Arc<OpenFile>> {
         self.open.lock().pop(&serial)
     }

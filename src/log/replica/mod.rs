@@ -66,11 +66,12 @@ impl ReadBatches {
     }
 }
 
+/// One replica, shared by its writer, its readers, the journal and the sync thread.
 pub(super) struct ReplicaInner {
     id: PartitionId,
     dir: PathBuf,
     ctx: Arc<LogContext>,
-    /// The journal holds the replica as a trait object, from which no `Arc` of the replica follows.
+    /// Source of an `Arc` of this replica for calls from the journal, which holds the replica as a trait object.
     weak_self: Weak<Self>,
     tail: Arc<ReplicaTail>,
     /// Reason why this replica accepts no writes.
@@ -86,6 +87,7 @@ pub(super) struct ReplicaInner {
     state: Mutex<LogState>,
 }
 
+/// State of a replica under its lock.
 struct LogState {
     /// Segments, never empty. Each starts at the end of the previous one; the last is active.
     segments: Vec<Segment>,
@@ -104,12 +106,13 @@ struct LogState {
     generation: u64,
     /// Start of the scan after a crash: all earlier data is synced in the segments.
     recovery: RecoveryPoint,
-    /// End of the last entry of this replica in each journal file that holds one, until that end is synced.
+    /// Journal files that hold unsynced entries of this replica, by serial, oldest first. Each is paired with the end of
+    /// the replica's last entry in the file, whose sync releases the file.
     journal_pins: VecDeque<(u64, Offset)>,
     /// True if files were created or removed since the last sync of the directory.
     names_changed: bool,
-    /// Record of the log before a reset. Checkpoints hold it until the old files are removed and the new ones are
-    /// synced.
+    /// Record of the log before a reset; `None` if no reset is in progress. Checkpoints contain this record until the old
+    /// files are removed and the new ones are synced.
     pre_reset_record: Option<Box<ReplicaCheckpoint>>,
     /// Number of persist calls that wait for a sync of the segments. Later calls queue behind them.
     syncing: u32,
@@ -145,8 +148,8 @@ impl LogState {
         self.segments.iter().map(|segment| segment.info.bytes).sum()
     }
 
-    /// Removes the epochs of offsets that are neither on this disk nor in the object store, except the last of them. A
-    /// replica that starts at this offset reports that epoch in its log position.
+    /// Removes the epochs of offsets that are neither on this disk nor in the object store, except the last of these
+    /// epochs. A replica that starts at the first remaining offset reports that epoch in its log position.
     fn remove_epochs(&mut self) {
         let first = self.log_start.min(self.local_start());
         if let Some(before) = first.get().checked_sub(1).and_then(Offset::new) {
@@ -154,8 +157,8 @@ impl LogState {
         }
     }
 
-    /// Removes producers by the topic's rule. Needed after every change of the log end, and after a replacement of the
-    /// table.
+    /// Removes the producers that have expired by the topic's configuration. Called after every change of the log end, and
+    /// after a replacement of the table.
     fn remove_expired_producers(&mut self) {
         if self.producers.has_expired(self.producer_expiration_ms) {
             Arc::make_mut(&mut self.producers).remove_expired(self.producer_expiration_ms);
@@ -169,12 +172,11 @@ impl LogState {
 }
 
 impl ReplicaInner {
-    /// Creates the state of a replica from its record.
+    /// Creates a replica from its record. The recovery point is the end of the record's last segment.
     pub(super) fn new(ctx: &Arc<LogContext>, dir: PathBuf, record: ReplicaCheckpoint) -> Arc<Self> {
         let segments = record.segments.iter().map(|info| {
             let file = SegmentFile::new(ctx.files.serial(), &dir, info.base);
-            // The code that made this checkpoint entry has synced these bytes, or syncs all of them next: none is left
-            // to write out.
+            // The bytes of the record are synced, or are synced completely next. So a write-out starts after them.
             file.written_out.store(info.bytes, Ordering::Relaxed);
             Segment { info: *info, file: Arc::new(file) }
         });
@@ -236,11 +238,12 @@ impl ReplicaInner {
         self.entry_header(kind, self.state().generation, at, at)
     }
 
+    /// Returns the header of an entry without a position in a segment.
     fn entry_header(&self, kind: EntryKind, generation: u64, base: Offset, end: Offset) -> EntryHeader {
         EntryHeader { kind, id: self.id, generation, base, end, segment: Offset::ZERO, position: 0, epoch: None }
     }
 
-    /// Returns the record of the replica for a checkpoint.
+    /// Returns the record of the replica for a checkpoint, as of its recovery point.
     pub(super) fn checkpoint_record(&self) -> ReplicaCheckpoint {
         let state = self.state();
         if let Some(record) = &state.pre_reset_record {
@@ -301,12 +304,13 @@ impl ReplicaInner {
         Ok(())
     }
 
-    /// Records that files were created or removed, so that the next sync covers their directory.
+    /// Called when files were created or removed: the next sync covers their directory.
     pub(super) fn on_names_changed(&self) {
         self.state().names_changed = true;
     }
 
-    /// Moves the recovery point back to that of `synced`. Data that a scan found above it may be unsynced.
+    /// Moves the recovery point back to that of the record `synced`. A scan has found data above it that may be unsynced,
+    /// so the files are marked as dirty.
     pub(super) fn move_recovery_point(&self, synced: ReplicaCheckpoint) {
         let segment = *synced.segments.last().expect("a record has a segment");
         let producers = Arc::unwrap_or_clone(synced.producers).charged(&self.ctx.producer_memory);
@@ -319,8 +323,8 @@ impl ReplicaInner {
         }
     }
 
-    /// Refuses writes and removes the cached batches, because the replica is about to be deleted. Earlier entries of
-    /// the journal no longer apply.
+    /// Prepares a deletion: refuses writes, removes the cached batches, and makes earlier journal entries void by a new
+    /// generation.
     pub(super) fn begin_delete(&self) {
         drop(self.failed.set("the replica was deleted".to_owned()));
         self.ctx.tail.truncate(&self.tail, Offset::ZERO);
@@ -334,6 +338,7 @@ impl ReplicaInner {
         serials.into_iter().for_each(|serial| self.ctx.files.remove(serial));
     }
 
+    /// Returns the path of the file of the segment at `base` with this extension.
     fn path(&self, base: Offset, extension: &str) -> PathBuf {
         self.dir.join(name(base, extension))
     }
@@ -345,13 +350,14 @@ impl JournalClient for ReplicaInner {
         if header.generation != state.generation {
             return;
         }
-        let pinned = state.journal_pins.len();
+        let pins_before = state.journal_pins.len();
         if header.kind == EntryKind::Append {
             sim_event!(EntryJournaled { partition: self.id, file, end: header.end });
         }
         match header.kind {
             EntryKind::Append | EntryKind::Create => {
                 if header.kind == EntryKind::Create || header.end > state.recovery.segment.end {
+                    // The journal file stays until a sync of the segments reaches the end of this entry.
                     match state.journal_pins.back_mut() {
                         Some((last, end)) if *last == file => *end = header.end,
                         _ => state.journal_pins.push_back((file, header.end)),
@@ -360,17 +366,18 @@ impl JournalClient for ReplicaInner {
                 state.persisted_end = state.persisted_end.max(header.end);
             }
             EntryKind::Synced => state.persisted_end = state.persisted_end.max(header.end),
-            // No sync releases this file, only the completion of the reset.
+            // Only the completion of the reset releases this file. No sync reaches `Offset::MAX`.
             EntryKind::Reset => state.journal_pins.push_back((file, Offset::MAX)),
+            // The other kinds make no data durable and need no sync of segments.
             _ => {}
         }
-        let pins = state.journal_pins.len() > pinned;
+        let has_new_pin = state.journal_pins.len() > pins_before;
         drop(state);
-        if pins
+        if has_new_pin
             && !self.dirty.load(Ordering::Acquire)
             && let Some(replica) = self.weak_self.upgrade()
         {
-            // The sync pass that the entry requested has already run. Only another pass releases the journal file.
+            // The sync pass that covers the entry's data has already run. Only another pass releases the journal file.
             replica.mark_dirty(0);
         }
     }

@@ -18,8 +18,8 @@ use crate::{
     record::{Batch, HEADER_BYTES},
 };
 
-/// Number of times that a read is repeated if the log was truncated meanwhile.
-const RETRIES: usize = 8;
+/// Maximum number of times that a read is repeated because the log was truncated during the read.
+const MAX_RETRIES: usize = 8;
 
 /// Limits of one read, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,11 +44,12 @@ pub struct LogReader {
     inner: Arc<ReplicaInner>,
 }
 
-/// A segment at the start of a read.
+/// A segment as it is at the start of a read.
 struct SegmentView {
     info: SegmentInfo,
     file: Arc<SegmentFile>,
     sealed: bool,
+    /// Generation of the replica.
     generation: u64,
     /// Source of the epoch that each batch must have: no checksum covers that field.
     epochs: Arc<EpochHistory>,
@@ -86,7 +87,7 @@ impl LogReader {
         self.inner.state().log_end()
     }
 
-    /// Returns the last epoch; `None` if nothing was written and the history before the log is not recorded.
+    /// Returns the last epoch; `None` if nothing was written and the history before the log is unknown.
     pub fn last_epoch(&self) -> Option<LeaderEpoch> {
         self.inner.state().epochs.last().map(|(epoch, _)| epoch)
     }
@@ -114,14 +115,15 @@ impl LogReader {
                 return Ok(ReadBatches::empty(from));
             }
             let view = self.segment_view(from)?;
-            let start = self.entry(&view, |index| index.at(from))?;
+            let start = self.start_entry(&view, |index| index.at(from))?;
             self.read_from(&view, start, from, bound, limits)
         })
     }
 
     /// Returns the first batch below `bound` whose largest timestamp reaches `timestamp_ms`, among those that end above
-    /// `from`. The caller finds the record in it. If the header of the batch is wrong, the caller repeats the search
-    /// from the end of the batch. Batches above `max_batch_bytes` are not read. Blocks.
+    /// `from`. The caller searches the batch for the record. If the batch has no such record, because its header is
+    /// wrong, the caller repeats the search from the end of the batch. Fails with
+    /// `BatchTooLarge` at a batch that is larger than both `max_batch_bytes` and one read of the search. Blocks.
     pub fn batch_for_time(
         &self,
         timestamp_ms: i64,
@@ -133,25 +135,25 @@ impl LogReader {
         self.retry_if_truncated(|| {
             let bases: Vec<Offset> = {
                 let state = self.inner.state();
-                let later = |info: &SegmentInfo| info.max_timestamp >= timestamp_ms && info.end > from;
-                state.segments.iter().map(|segment| segment.info).filter(later).map(|info| info.base).collect()
+                let may_match = |info: &SegmentInfo| info.max_timestamp >= timestamp_ms && info.end > from;
+                state.segments.iter().map(|segment| segment.info).filter(may_match).map(|info| info.base).collect()
             };
             for base in bases {
                 let view = self.segment_view(base)?;
-                let start = self.entry(&view, |index| {
+                let start = self.start_entry(&view, |index| {
                     let entries = [index.before_time(timestamp_ms), index.at(from)];
                     entries.into_iter().flatten().max_by_key(|entry| entry.position)
                 })?;
-                let mut at = start.offset;
+                let mut next = start.offset;
                 let mut entry = start;
-                while at < view.info.end.min(bound) {
-                    let read = self.read_from(&view, entry, at, view.info.end.min(bound), limits)?;
+                while next < view.info.end.min(bound) {
+                    let read = self.read_from(&view, entry, next, view.info.end.min(bound), limits)?;
                     let mut bytes = read.chunks.into_iter().next().unwrap_or_default();
                     if bytes.is_empty() {
                         break;
                     }
                     entry.position += u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-                    (entry.offset, at) = (read.next, read.next);
+                    (entry.offset, next) = (read.next, read.next);
                     while let Ok(batch) = Batch::split_from(&mut bytes) {
                         if batch.max_timestamp() >= timestamp_ms && batch.end_offset() > from {
                             return Ok(Some(batch));
@@ -163,9 +165,10 @@ impl LogReader {
         })
     }
 
-    /// Runs a read, and repeats it if the log was truncated meanwhile: a failure may not have been corruption.
+    /// Runs a read, and repeats it if the log was truncated or its file was removed during the read. A failure then need
+    /// not mean corruption.
     fn retry_if_truncated<T>(&self, mut read: impl FnMut() -> Result<T, LogReadError>) -> Result<T, LogReadError> {
-        for _ in 0..RETRIES {
+        for _ in 0..MAX_RETRIES {
             let generation = self.inner.state().generation;
             let result = read();
             let state = self.inner.state();
@@ -180,22 +183,25 @@ impl LogReader {
         read()
     }
 
+    /// Returns the segment that contains `offset`. An empty active segment contains the log end.
     fn segment_view(&self, offset: Offset) -> Result<SegmentView, LogReadError> {
         let state = self.inner.state();
         let after = state.segments.partition_point(|segment| segment.info.base <= offset);
-        let out = || LogReadError::OutOfRange { offset, start: state.local_start(), end: state.log_end() };
-        let i = after.checked_sub(1).ok_or_else(out)?;
+        let out_of_range = || LogReadError::OutOfRange { offset, start: state.local_start(), end: state.log_end() };
+        let i = after.checked_sub(1).ok_or_else(out_of_range)?;
         let segment = &state.segments[i];
         if offset >= segment.info.end && segment.info.bytes > 0 {
-            return Err(out());
+            return Err(out_of_range());
         }
         let sealed = i + 1 < state.segments.len();
         let (file, epochs, generation) = (segment.file.clone(), state.epochs.clone(), state.generation);
         Ok(SegmentView { info: segment.info, file, sealed, generation, epochs })
     }
 
-    /// Returns the index entry at which the read starts.
-    fn entry(
+    /// Returns the index entry at which a read starts: the one that `pick` chooses, or the first batch. Loads the index if
+    /// it is not in memory: that of the active segment into the state of the log, that of a sealed one into the file
+    /// cache.
+    fn start_entry(
         &self,
         view: &SegmentView,
         pick: impl Fn(&Index) -> Option<IndexEntry>,
@@ -207,12 +213,13 @@ impl LogReader {
                 drop(state);
                 let index = self.active_index(&view.info, &view.file).map_err(|error| io_error(view, error))?;
                 state = self.inner.state();
-                // The writer may have loaded or extended the index meanwhile. Its index then takes precedence.
-                let same = state.active().info.bytes == view.info.bytes && state.generation == view.generation;
-                if state.index.is_none() && same {
+                // Without the lock, the writer may have loaded an index itself, or appended batches that this index lacks.
+                let is_current = state.active().info.bytes == view.info.bytes && state.generation == view.generation;
+                if state.index.is_none() && is_current {
                     state.index = Some(index);
                 }
             }
+            // Otherwise the segment was sealed since.
             if state.active().info.base == view.info.base {
                 return Ok(state.index.as_ref().and_then(&pick).unwrap_or(first));
             }
@@ -229,6 +236,7 @@ impl LogReader {
         Ok(pick(&index).unwrap_or(first))
     }
 
+    /// Returns the open file of a segment.
     fn open(&self, view: &SegmentView) -> Result<Arc<OpenFile>, LogReadError> {
         let files = &self.inner.ctx.files;
         files.get(view.file.serial, &view.file.path, OpenMode::Read).map_err(|error| io_error(view, error))
@@ -240,7 +248,8 @@ impl LogReader {
         self.load_index(info, &*open.file)
     }
 
-    /// Returns the index of a segment from its files, or rebuilds it from the segment.
+    /// Returns the index of a segment from its index files. If these are missing or invalid, rebuilds the index from the
+    /// segment and writes the files; a failed write is ignored.
     pub(super) fn load_index(&self, info: &SegmentInfo, file: &dyn File) -> io::Result<Index> {
         let disk = &self.inner.ctx.disk;
         let read = |extension| disk.read(&self.inner.path(info.base, extension));
@@ -264,6 +273,9 @@ impl LogReader {
         Ok(index)
     }
 
+    /// Reads complete batches of one segment: those of `from..bound`, as many as the limits allow, and at least one. The
+    /// read starts at the index entry `start`. Batches between `start` and `from` are verified and not returned. The result
+    /// is empty if the first batch ends above `bound`.
     fn read_from(
         &self,
         view: &SegmentView,
@@ -277,23 +289,30 @@ impl LogReader {
         let gap = usize::try_from(index::MIN_INTERVAL_BYTES).unwrap_or(4096);
         let mut read_bytes = max_bytes.clamp(HEADER_BYTES, limits::MAX_FETCH_BYTES) + gap;
         let (mut expected, mut epoch) = (start.offset, None);
+        // Each iteration reads one buffer. Another one follows only if the buffer holds no batch to return.
         loop {
-            let left = usize::try_from(view.info.bytes.saturating_sub(position)).unwrap_or(usize::MAX);
-            let mut buffer = vec![0; read_bytes.min(left)];
+            let remaining = usize::try_from(view.info.bytes.saturating_sub(position)).unwrap_or(usize::MAX);
+            let mut buffer = vec![0; read_bytes.min(remaining)];
             let read = open.file.read_at(&mut buffer, position).map_err(|error| io_error(view, error))?;
             buffer.truncate(read);
             let data = Bytes::from(buffer);
             let mut rest = data.clone();
+            // Range of the returned batches in the buffer, and the offset after them.
             let (mut first, mut end, mut next) = (None, 0, from);
             while !rest.is_empty() && expected < bound {
                 let at = data.len() - rest.len();
                 let needed = match needed_at(&rest) {
                     // The batch extends beyond the buffer, but not beyond the file.
-                    Ok(needed) if needed > rest.len() && needed <= left - at && read == read_bytes.min(left) => break,
+                    Ok(needed)
+                        if needed > rest.len() && needed <= remaining - at && read == read_bytes.min(remaining) =>
+                    {
+                        break;
+                    }
+                    // The batch would exceed the limit of the result.
                     Ok(needed) if first.is_some_and(|first| at + needed - first > max_bytes) => break,
-                    other => other,
+                    needed => needed,
                 };
-                let batch = match needed.and_then(|needed| checked(view, &mut rest, needed, expected, epoch)) {
+                let batch = match needed.and_then(|needed| split_checked(view, &mut rest, needed, expected, epoch)) {
                     Ok(batch) => batch,
                     // The batches before the corruption are returned. A read from the corruption on returns the error.
                     Err(_) if first.is_some() => break,
@@ -313,7 +332,7 @@ impl LogReader {
             if let Some(first) = first {
                 return Ok(ReadBatches { chunks: vec![data.slice(first..end)], next, bytes: end - first });
             }
-            if data.len() >= left && rest.is_empty() && expected <= from {
+            if data.len() >= remaining && rest.is_empty() && expected <= from {
                 let reason = format!("the segment ends at offset {expected}");
                 return Err(corrupt(view, from, view.info.bytes, reason));
             }
@@ -340,8 +359,9 @@ fn needed_at(rest: &Bytes) -> Result<usize, String> {
     }
 }
 
-/// Returns the batch of `needed` bytes at the front of `rest`, if it is the batch that was written there.
-fn checked(
+/// Splits the batch of `needed` bytes off `rest` after verifying it: it must start at the offset `expected`, with an epoch
+/// not below `epoch` and equal to that of the epoch history. Otherwise the result is a description of the error.
+fn split_checked(
     view: &SegmentView,
     rest: &mut Bytes,
     needed: usize,

@@ -8,10 +8,12 @@ use parking_lot::{Condvar, Mutex};
 use super::file_cache::{OpenFile, REMOVED_FILES_SHARE};
 use crate::log::disk::File;
 
+/// Queue of removed files that are still open.
 pub(in crate::log) struct RemovedFiles {
     /// Maximum number of files that are kept, because handles are scarce.
     max: usize,
     state: Mutex<State>,
+    /// Signalled when a file is added, and at a stop.
     wake: Condvar,
 }
 
@@ -36,7 +38,7 @@ impl RemovedFiles {
         }
     }
 
-    /// Keeps a file that is in no table, as [`Self::keep`] does.
+    /// Keeps a file that is not in the file cache, as [`Self::keep`] does.
     pub(in crate::log) fn keep_file(&self, file: Arc<dyn File>) {
         self.keep(Arc::new(OpenFile { file, index: Mutex::default() }));
     }
@@ -50,6 +52,7 @@ impl RemovedFiles {
                 continue;
             }
             if !self.free_in_steps(&file) {
+                // A stop leaves the file to `close`.
                 self.state.lock().files.push_front(Arc::new(file));
             }
         }
@@ -58,15 +61,15 @@ impl RemovedFiles {
     /// Frees the disk space of a file in steps. Returns false if [`Self::stop`] came before the end of the file.
     fn free_in_steps(&self, file: &OpenFile) -> bool {
         loop {
-            let (is_stopped, waiting) = {
+            let (is_stopped, queued) = {
                 let state = self.state.lock();
                 (state.is_stopped, state.files.len())
             };
             if is_stopped {
                 return false;
             }
-            // A file that arrives at a full queue is closed at once, so the steps are larger while the queue is long.
-            match file.file.free_step(waiting > self.max / 2) {
+            // A file that is added to a full queue is closed at once, so the steps are larger while the queue is long.
+            match file.file.free_step(queued > self.max / 2) {
                 Ok(true) => {}
                 Ok(false) => return true,
                 Err(error) => {
@@ -89,10 +92,11 @@ impl RemovedFiles {
         drop(files);
     }
 
+    /// Waits for the next file and takes it from the queue. Returns `None` at a stop.
     fn next(&self) -> Option<Arc<OpenFile>> {
-        let idle = |state: &mut State| state.files.is_empty() && !state.is_stopped;
+        let is_idle = |state: &mut State| state.files.is_empty() && !state.is_stopped;
         let mut state = self.state.lock();
-        self.wake.wait_while(&mut state, idle);
+        self.wake.wait_while(&mut state, is_idle);
         if state.is_stopped { None } else { state.files.pop_front() }
     }
 }
@@ -126,16 +130,16 @@ mod tests {
             fs::remove_file(&path).unwrap();
             removed.keep(Arc::new(OpenFile { file, index: Mutex::default() }));
         }
-        let len = |at: usize| handles[at].metadata().unwrap().len();
+        let len = |index: usize| handles[index].metadata().unwrap().len();
         let removed = Arc::new(removed);
-        let runs = Arc::clone(&removed);
-        let running = task::spawn_thread("removed-files", move || runs.run());
+        let worker_files = Arc::clone(&removed);
+        let worker = task::spawn_thread("removed-files", move || worker_files.run());
         while len(0) == BYTES {
-            assert!(!running.is_finished());
+            assert!(!worker.is_finished());
             thread::yield_now();
         }
         removed.stop();
-        running.join().unwrap();
+        worker.join().unwrap();
         assert!(len(0) > BYTES / 2 && len(1) == BYTES, "{} and {} bytes", len(0), len(1));
         assert_eq!(removed.state.lock().files.len(), 2);
         removed.close();

@@ -12,7 +12,7 @@ use crate::log::{
 };
 
 impl ReplicaInner {
-    /// Syncs a replica that the sync queue has returned.
+    /// Syncs a replica that was taken out of the sync queue. An error was logged and has failed the replica.
     pub(in crate::log) fn sync_queued(&self) {
         self.dirty.store(false, Ordering::Release);
         drop(self.sync());
@@ -20,42 +20,44 @@ impl ReplicaInner {
 
     /// Syncs all data appended so far and moves the recovery point to its end. An error is final for this replica.
     pub(in crate::log) fn sync(&self) -> Result<(), PersistError> {
-        // Outside the lock below, because it takes time.
+        // The write-out takes time, so it precedes the lock below.
         self.write_out();
         if let Some(reason) = self.failed.get() {
             return Err(PersistError::Failed { reason: reason.clone() });
         }
-        // Each of two concurrent syncs would rely on the unfinished sync of the other.
+        // A concurrent sync would find the files clean, and rely on this sync before its end.
         let _one_at_a_time = self.syncing.lock();
-        let (point, generation, names, files) = {
+        let (point, generation, names_changed, files) = {
             let mut state = self.state();
             // All data before the recovery point is synced.
             let first = state.segments.partition_point(|segment| segment.info.base < state.recovery.segment.base);
             let files: Vec<_> = state.segments[first..].iter().map(|segment| segment.file.clone()).collect();
             (state.recovery_point(), state.generation, std::mem::take(&mut state.names_changed), files)
         };
-        let synced = || -> io::Result<()> {
+        let sync_files = || -> io::Result<()> {
             for file in files {
                 if file.dirty.swap(false, Ordering::AcqRel) {
                     match self.ctx.files.get(file.serial, &file.path, OpenMode::Read) {
                         Ok(open) => open.file.sync()?,
-                        // The segment was evicted or truncated meanwhile.
-                        Err(error) if error.kind() == io::ErrorKind::NotFound && !self.holds(file.serial) => {}
+                        // The segment was evicted or truncated during this sync.
+                        Err(error)
+                            if error.kind() == io::ErrorKind::NotFound && !self.has_segment_file(file.serial) => {}
                         Err(error) => return Err(error),
                     }
                 }
             }
-            if names {
+            if names_changed {
                 self.sync_names()?;
             }
             Ok(())
         };
-        if let Err(error) = synced() {
+        if let Err(error) = sync_files() {
             let reason = format!("cannot sync a segment: {error}");
             self.fail(reason.clone());
             return Err(PersistError::Failed { reason });
         }
         let mut state = self.state();
+        // A truncation during the sync has moved the log end, and with it the recovery point.
         if state.generation != generation {
             return Err(PersistError::Truncated);
         }
@@ -97,12 +99,14 @@ impl ReplicaInner {
         }
     }
 
-    fn holds(&self, serial: u64) -> bool {
+    /// Returns true if the log still contains the segment file with this serial.
+    fn has_segment_file(&self, serial: u64) -> bool {
         self.state().segments.iter().any(|segment| segment.file.serial == serial)
     }
 
     /// Makes the names of this replica's files and directories durable.
     pub(super) fn sync_names(&self) -> io::Result<()> {
+        // The directory of the replica, that of its topic, and the data directory.
         for dir in self.dir.ancestors().take(3) {
             self.ctx.disk.sync_dir(dir)?;
         }

@@ -1,5 +1,5 @@
-//! The queue of the sync thread: dirty replicas, full pieces and persist calls that need a sync. It decides when work
-//! is due and runs none of it. Its lock is a leaf.
+//! The queue of the sync thread: dirty replicas, full pieces and persist calls that need a sync. The queue decides when
+//! work is due and runs none of it. A thread that holds its lock takes no other lock.
 
 use std::{
     collections::VecDeque,
@@ -27,8 +27,8 @@ use crate::{
 /// Minimum unsynced bytes of a replica that justify a sync of its own.
 const MIN_SYNC_BYTES_PER_REPLICA: u64 = 512 << 10;
 
-/// Divisor of the journal's ring size: a segment sync is due after that share. Few ring files are then pinned by
-/// unsynced data.
+/// Divisor of the journal's ring size. A sync pass is due after that many unsynced bytes, so that unsynced data pins few
+/// ring files.
 const RING_SHARE: u64 = 8;
 
 /// Minimum interval between two passes. Under load each pass covers more data for the same number of file system
@@ -41,11 +41,13 @@ const JOURNAL_QUIET: Duration = Duration::from_secs(5);
 /// Time until a failed checkpoint is retried.
 const CHECKPOINT_RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
+/// Queue of the sync thread.
 pub(in crate::log) struct SyncQueue {
-    /// Unsynced bytes after which a pass is due, for a few replicas.
+    /// Unsynced bytes after which a pass is due, if few replicas are dirty.
     due_bytes: u64,
-    /// The same for any number of replicas.
+    /// Unsynced bytes after which a pass is due, however many replicas are dirty.
     max_due_bytes: u64,
+    /// Time after which a pass is due, however few bytes are unsynced.
     sync_after: Duration,
     step_mode: bool,
     sim_hook: Option<SimHook>,
@@ -57,12 +59,15 @@ pub(in crate::log) struct SyncQueue {
 
 #[derive(Default)]
 struct SyncQueueState {
+    /// Replicas with unsynced data.
     dirty: Vec<Arc<ReplicaInner>>,
+    /// Unsynced bytes of all replicas.
     dirty_bytes: u64,
     /// Time of the first entry in `dirty`.
     dirty_since: Option<Instant>,
     /// Replicas with a full piece to write out.
     pieces: Vec<Arc<ReplicaInner>>,
+    /// Persist calls that need a sync, in order.
     jobs: VecDeque<SyncJob>,
     /// True if a pass must run now, because the ring has few free files.
     urgent: bool,
@@ -70,8 +75,7 @@ struct SyncQueueState {
     last_pass: Option<Instant>,
     /// Number of completed passes since the ring last had a free file.
     passes_without_progress: u32,
-    /// Sequence of the journal's next frame at the last check, and the time at which that sequence was last seen to
-    /// change.
+    /// Sequence of the journal's next frame at the last check, and the time of the check that found this sequence first.
     journal_use: Option<(u64, Instant)>,
     is_stopped: bool,
 }
@@ -95,7 +99,8 @@ pub(in crate::log) enum SyncAction {
 }
 
 impl SyncJob {
-    /// Syncs the segments, and submits an entry that records the sync.
+    /// Syncs the segments, and submits a `Synced` entry whose result goes to the caller. After an error the caller receives
+    /// the error at once.
     pub(in crate::log) fn run(self) {
         let Self { replica, header, done } = self;
         match replica.sync().and_then(|()| replica.persist_result(&header)) {
@@ -125,19 +130,22 @@ impl SyncQueue {
         }
     }
 
-    /// Adds a replica after an append of `bytes`, unless it is in the queue, and a piece if the replica has a full one.
+    /// Called after an append of `bytes`: adds the replica to the queue unless it is queued, and requests a write-out if
+    /// the replica has a full piece. Wakes the sync thread if that makes work due.
     pub(super) fn push_dirty(&self, replica: &Arc<ReplicaInner>, bytes: u64) {
-        let listed = replica.dirty.swap(true, Ordering::AcqRel);
+        let is_queued = replica.dirty.swap(true, Ordering::AcqRel);
         let unwritten_bytes = replica.unwritten_bytes.fetch_add(bytes, Ordering::AcqRel);
-        let (piece_bytes, after) = (self.piece_bytes() as u64, unwritten_bytes + bytes);
-        // The check repeats with each small piece, because the size of a piece changes.
-        let is_piece = after >= piece_bytes && unwritten_bytes / PIECE_BYTES as u64 != after / PIECE_BYTES as u64;
+        let (piece_bytes, new_unwritten_bytes) = (self.piece_bytes() as u64, unwritten_bytes + bytes);
+        // The size of a piece changes over time. So each small piece beyond that size requests a write-out again.
+        let small_pieces = |bytes: u64| bytes / PIECE_BYTES as u64;
+        let is_piece =
+            new_unwritten_bytes >= piece_bytes && small_pieces(unwritten_bytes) != small_pieces(new_unwritten_bytes);
         let mut state = self.state.lock();
         if is_piece {
             state.pieces.push(replica.clone());
         }
         let was_due = self.is_due(&state);
-        if !listed {
+        if !is_queued {
             state.dirty.push(replica.clone());
         }
         let is_first = state.dirty_since.is_none();
@@ -157,8 +165,8 @@ impl SyncQueue {
     /// sync costs per file. The threshold never exceeds a quarter of the journal's ring, so that the ring keeps free
     /// files.
     fn is_due(&self, state: &SyncQueueState) -> bool {
-        let of_all = (state.dirty.len() as u64 * MIN_SYNC_BYTES_PER_REPLICA).min(self.max_due_bytes);
-        state.dirty_bytes >= self.due_bytes.max(of_all)
+        let min_bytes = (state.dirty.len() as u64 * MIN_SYNC_BYTES_PER_REPLICA).min(self.max_due_bytes);
+        state.dirty_bytes >= self.due_bytes.max(min_bytes)
     }
 
     pub(super) fn push_job(&self, job: SyncJob) {
@@ -176,7 +184,8 @@ impl SyncQueue {
         self.wake();
     }
 
-    /// Starts a pass: returns the dirty replicas, and true if the pass was requested.
+    /// Starts a pass: takes the dirty replicas out of the queue. The second value is true if the pass was requested
+    /// ([`Self::request_pass`]) and not only due.
     pub(in crate::log) fn begin_pass(&self) -> (Vec<Arc<ReplicaInner>>, bool) {
         let mut state = self.state.lock();
         state.dirty_bytes = 0;
@@ -185,7 +194,7 @@ impl SyncQueue {
         (std::mem::take(&mut state.dirty), std::mem::take(&mut state.urgent))
     }
 
-    /// Counts a pass that tried to release a file of the ring.
+    /// Ends a pass that tried to release a file of the ring. `has_progress` is false if no file is free afterwards.
     pub(in crate::log) fn end_pass(&self, has_progress: bool) {
         let mut state = self.state.lock();
         state.passes_without_progress = if has_progress { 0 } else { state.passes_without_progress.saturating_add(1) };
@@ -195,8 +204,8 @@ impl SyncQueue {
         self.state.lock().passes_without_progress
     }
 
-    /// Returns the replicas with a full piece. Sets the size of later pieces by the use of the journal, whose next
-    /// frame is `next_frame`.
+    /// Takes the replicas with a full piece out of the queue. Also sets the size of later pieces: large if the journal's
+    /// next frame has been `next_frame` for some time, so that no acknowledgement waits for the device.
     pub(in crate::log) fn take_pieces(&self, next_frame: u64) -> Vec<Arc<ReplicaInner>> {
         let now = clock::monotonic();
         let mut state = self.state.lock();
@@ -226,24 +235,25 @@ impl SyncQueue {
             }
             let now = clock::monotonic();
             let after = |since: Instant, wait: Duration| wait.saturating_sub(now.saturating_duration_since(since));
-            let left = match state.dirty_since {
+            // Time until the next pass; `None` if nothing is dirty.
+            let remaining = match state.dirty_since {
                 Some(_) if self.is_due(&state) => {
                     Some(state.last_pass.map_or(Duration::ZERO, |last| after(last, MIN_PASS_INTERVAL)))
                 }
                 Some(since) => Some(after(since, self.sync_after)),
                 None => None,
             };
-            match left {
-                Some(left) if left.is_zero() => return SyncAction::Pass,
+            match remaining {
+                Some(remaining) if remaining.is_zero() => return SyncAction::Pass,
                 _ if !state.pieces.is_empty() => return SyncAction::WriteOut,
-                Some(left) => _ = self.wake.wait_for(&mut state, left),
+                Some(remaining) => _ = self.wake.wait_for(&mut state, remaining),
                 None => self.wake.wait(&mut state),
             }
         }
     }
 
-    /// Waits before a failed pass is repeated. The disk is probably full, so the retry comes soon, but not in a tight
-    /// loop.
+    /// Requests another pass after a failed one, and waits before it. The disk is probably full, so the retry comes soon,
+    /// but not in a tight loop.
     pub(in crate::log) fn wait_for_retry(&self) {
         let mut state = self.state.lock();
         state.urgent = true;
@@ -256,7 +266,8 @@ impl SyncQueue {
         self.wake.notify_all();
     }
 
-    /// Drops the queued work. The queue holds replicas, which hold the context of this queue.
+    /// Drops the queued work after the sync thread has ended. Otherwise the queue would keep replicas in memory, and these
+    /// the context that owns the queue.
     pub(in crate::log) fn clear(&self) {
         let queued = std::mem::take(&mut *self.state.lock());
         drop(queued);

@@ -19,14 +19,14 @@ use crate::{
     record::{Batch, HEADER_BYTES},
 };
 
-/// Size in bytes below which a batch is copied, so that it does not hold its larger receive buffer. The header and the
-/// records share one allocation: small allocations that outlive adjacent ones keep the allocator from freeing its
-/// pages.
-const COPY_BELOW: usize = 16 << 10;
+/// Size in bytes below which a batch is copied, so that the cached batch does not keep its larger receive buffer in
+/// memory. The header and the records share one allocation: small allocations that outlive adjacent ones keep the
+/// allocator from freeing its pages.
+const COPY_BELOW_BYTES: usize = 16 << 10;
 
 /// Memory of one batch besides its bytes and its queue entry: the shared headers of its two buffers, and its entry in
 /// the eviction order.
-const OVERHEAD: usize = 2 * 48 + 2 * size_of::<(Weak<ReplicaTail>, u64)>();
+const BATCH_OVERHEAD_BYTES: usize = 2 * 48 + 2 * size_of::<(Weak<ReplicaTail>, u64)>();
 
 /// Minimum number of groups in the eviction order at which removed groups are purged.
 const MIN_PURGE_GROUPS: usize = 1024;
@@ -38,22 +38,24 @@ pub(in crate::log) struct TailCache {
     order: Mutex<EvictionQueue>,
 }
 
-/// Groups of batches in the order of their appends. A group that its partition removes stays here until the next purge.
+/// Groups of batches in the order of their appends. The batches of one append form a group. After its partition has
+/// removed a group, the group stays here until it is the oldest or until the next purge.
 #[derive(Default)]
 struct EvictionQueue {
+    /// Partition and number of each group.
     groups: VecDeque<(Weak<ReplicaTail>, u64)>,
     /// Number of groups after the last purge.
     purged_len: usize,
 }
 
 impl EvictionQueue {
+    /// Adds a group. Purges the removed groups when their number may have reached half of all.
     fn push(&mut self, partition: &Arc<ReplicaTail>, group: u64) {
         self.groups.push_back((Arc::downgrade(partition), group));
         if self.groups.len() >= MIN_PURGE_GROUPS.max(self.purged_len * 2) {
-            let holds = |partition: &ReplicaTail, group| {
-                partition.0.lock().batches.front().is_some_and(|oldest| oldest.group <= group)
-            };
-            self.groups.retain(|(partition, group)| partition.upgrade().is_some_and(|tail| holds(&tail, *group)));
+            let is_cached =
+                |tail: &ReplicaTail, group| tail.0.lock().batches.front().is_some_and(|oldest| oldest.group <= group);
+            self.groups.retain(|(partition, group)| partition.upgrade().is_some_and(|tail| is_cached(&tail, *group)));
             self.purged_len = self.groups.len();
         }
     }
@@ -65,12 +67,14 @@ pub(super) struct ReplicaTail(Mutex<TailBatches>);
 
 #[derive(Default)]
 struct TailBatches {
+    /// Batches, oldest first.
     batches: VecDeque<CachedBatch>,
-    /// Number of the next group. The batches of one append share a group.
-    group: u64,
+    /// Number of the next group.
+    next_group: u64,
 }
 
 struct CachedBatch {
+    /// Number of the append in its partition.
     group: u64,
     base: Offset,
     end: Offset,
@@ -79,15 +83,16 @@ struct CachedBatch {
 }
 
 impl CachedBatch {
+    /// Returns the memory of the batch, without its queue entry.
     fn cost(&self) -> usize {
-        self.header.len() + self.records.len() + OVERHEAD
+        self.header.len() + self.records.len() + BATCH_OVERHEAD_BYTES
     }
 }
 
-/// Returns the header bytes of a batch, and the batch to cache. A small batch is copied to memory of its own.
-fn own(batch: &Batch) -> (Bytes, Batch) {
+/// Returns the header bytes of a batch, and the batch to cache. A small batch is copied, so that it keeps no receive buffer in memory.
+fn detach_from_buffer(batch: &Batch) -> (Bytes, Batch) {
     let mut batch = batch.clone();
-    let header = if batch.encoded_len() < COPY_BELOW {
+    let header = if batch.encoded_len() < COPY_BELOW_BYTES {
         batch.detach().slice(..HEADER_BYTES)
     } else {
         Bytes::copy_from_slice(batch.header())
@@ -101,7 +106,7 @@ impl TailBatches {
         self.batches.capacity() * size_of::<CachedBatch>()
     }
 
-    /// Frees most of the unused entries.
+    /// Frees most of the unused entries, if they are more than three quarters.
     fn shrink(&mut self) {
         if self.batches.len() < self.batches.capacity() / 4 {
             self.batches.shrink_to(self.batches.len() * 2);
@@ -110,7 +115,8 @@ impl TailBatches {
 }
 
 impl ReplicaTail {
-    /// Returns the batches of `from..bound`, or `None` if the first one is not cached.
+    /// Returns the batches of `from..bound`: up to `max_bytes` of them, and at least the first. Returns `None` if the
+    /// first one is not cached.
     pub(super) fn read(&self, from: Offset, bound: Offset, max_bytes: usize) -> Option<ReadBatches> {
         let tail = self.0.lock();
         let first = tail.batches.partition_point(|cached| cached.end <= from);
@@ -145,13 +151,13 @@ impl TailCache {
     /// Adds the batches of one append. Returns them as they are cached: their records share the memory of the tail
     /// cache.
     pub(super) fn push(&self, partition: &Arc<ReplicaTail>, batches: &[Batch]) -> Vec<Batch> {
-        let owned: Vec<(Bytes, Batch)> = batches.iter().map(own).collect();
+        let detached: Vec<(Bytes, Batch)> = batches.iter().map(detach_from_buffer).collect();
         let mut added = 0;
         let group = {
             let mut tail = partition.0.lock();
-            let (group, entry_bytes) = (tail.group, tail.entry_bytes());
-            tail.group += 1;
-            for (header, batch) in &owned {
+            let (group, entry_bytes) = (tail.next_group, tail.entry_bytes());
+            tail.next_group += 1;
+            for (header, batch) in &detached {
                 let cached = CachedBatch {
                     group,
                     base: batch.base_offset(),
@@ -168,9 +174,10 @@ impl TailCache {
         self.order.lock().push(partition, group);
         self.used.fetch_add(added, Ordering::Relaxed);
         self.shrink();
-        owned.into_iter().map(|(_, batch)| batch).collect()
+        detached.into_iter().map(|(_, batch)| batch).collect()
     }
 
+    /// Evicts the oldest groups of all partitions until the cache is within its budget.
     fn shrink(&self) {
         while self.used() > self.budget {
             let oldest = self.order.lock().groups.pop_front();
@@ -199,6 +206,8 @@ impl TailCache {
         });
     }
 
+    /// Drops the batches that `take` removes from the queue of a partition, until it returns `None`. Updates the memory in
+    /// use.
     fn drop_while(
         &self,
         partition: &ReplicaTail,
@@ -234,7 +243,7 @@ mod tests {
     fn removed_batches_leave_the_eviction_order() {
         let tail = TailCache::new(1 << 20);
         let (idle, busy) = (Arc::<ReplicaTail>::default(), Arc::<ReplicaTail>::default());
-        // This partition keeps its one batch, the first of all, to the end.
+        // This partition keeps its only batch, which is the oldest of all.
         tail.push(&idle, &[batch(0)]);
         for offset in 0..20_000 {
             tail.push(&busy, &[batch(offset)]);
@@ -261,7 +270,7 @@ mod tests {
         let partitions: Vec<Arc<ReplicaTail>> = (0..20).map(|_| Arc::default()).collect();
         let entry_bytes = || partitions.iter().map(|partition| partition.0.lock().entry_bytes()).sum::<usize>();
         for busy in 0..partitions.len() {
-            // Each of the other partitions keeps a batch, so that none is ever empty.
+            // Each idle partition keeps some batches, so that none is ever empty.
             for offset in 0..5_000 {
                 tail.push(&partitions[busy], &[batch(offset)]);
                 if offset % 50 == 0 {

@@ -16,8 +16,7 @@ use std::{
 };
 
 use super::{
-    LogState,
-    segment_files::{remove_caches_above, remove_caches_below, remove_segment, tables_at},
+    segment_files::{remove_caches_above, remove_caches_below, remove_segment, snapshot_at},
     writer::ReplicaLog,
 };
 use crate::{
@@ -38,7 +37,7 @@ impl ReplicaLog {
     /// for two frames of the journal, and is durable on return. Persist calls for truncated batches fail with
     /// [`PersistError::Truncated`](crate::log::PersistError::Truncated).
     pub fn truncate(&mut self, to: Offset) -> Result<Offset, ChangeError> {
-        self.writable()?;
+        self.check_writable()?;
         let (segments, end) = {
             let state = self.inner.state();
             (state.segments.iter().map(|segment| segment.info).collect::<Vec<_>>(), state.log_end())
@@ -50,8 +49,8 @@ impl ReplicaLog {
             return self.reset(to).map(|()| to);
         }
         self.inner.ctx.check_change_space(0)?;
-        let found = tables_at(&*self.inner.ctx.disk, &self.inner.dir, &segments, to);
-        let (last, tables, corruption) = found.map_err(|error| self.failed_change(&error))?;
+        let state_at_end = snapshot_at(&*self.inner.ctx.disk, &self.inner.dir, &segments, to);
+        let (last, snapshot, corruption) = state_at_end.map_err(|error| self.failed_change(&error))?;
         if let Some(reason) = corruption {
             return Err(self.failed_change(&io::Error::other(reason)));
         }
@@ -61,25 +60,25 @@ impl ReplicaLog {
         let generation = inner.ctx.next_generation();
         let removed = {
             let mut state = inner.state();
-            let keep = segments.iter().filter(|info| info.base <= last.base).count();
-            let removed = state.segments.split_off(keep);
+            let kept_count = segments.iter().filter(|info| info.base <= last.base).count();
+            let removed = state.segments.split_off(kept_count);
             state.generation = generation;
             state.active_mut().info = last;
-            state.epochs = Arc::new(tables.epochs);
-            state.producers = Arc::new(tables.producers.charged(&inner.ctx.producer_memory));
+            state.epochs = Arc::new(snapshot.epochs);
+            state.producers = Arc::new(snapshot.producers.charged(&inner.ctx.producer_memory));
             state.remove_expired_producers();
             state.index = None;
             state.persisted_end = state.persisted_end.min(last.end);
             if state.recovery.segment.end > last.end {
                 state.recovery = state.recovery_point();
             }
-            // Truncated batches are never synced, so the ring files that held them pin nothing above the new end.
+            // Truncated batches are never synced, so their journal files must not wait for a sync above the new end.
             for (_, end) in &mut state.journal_pins {
                 *end = (*end).min(last.end);
             }
             removed
         };
-        // The truncation itself may wait for one of these files.
+        // The truncation's own entry may wait for a journal file that only a sync of this replica releases.
         inner.mark_dirty(0);
         inner.ctx.tail.truncate(&inner.tail, last.end);
         if !mutant!(TruncateUnjournaled) {
@@ -93,7 +92,8 @@ impl ReplicaLog {
         Ok(last.end)
     }
 
-    /// Truncates the files. The last segments are removed first, so that a crash leaves a shorter log and no gap.
+    /// Removes the segments above the new log end, truncates the file of the segment `last`, and syncs it. The last
+    /// segments are removed first, so that a crash leaves a shorter log and no gap.
     fn truncate_files(&self, last: &SegmentInfo, removed: &[Segment]) -> io::Result<()> {
         let ctx = &self.inner.ctx;
         for segment in removed.iter().rev() {
@@ -116,19 +116,19 @@ impl ReplicaLog {
         self.reset_with(at, EpochHistory::new(), ProducerTable::new())
     }
 
-    /// Resets the log as [`Self::reset`] does, with the epoch history and producer state of the offsets below `at`.
-    /// Both are durable before the first journal entry. Their file has its own name, because the old log may have a
-    /// snapshot at `at` too.
+    /// Resets the log as [`Self::reset`] does, with the epoch history and producer state of the offsets below `at`. They
+    /// are durable in a snapshot before the first journal entry of the reset. That file has a temporary name, because the
+    /// old log may have a snapshot at `at` too.
     pub fn reset_with(
         &mut self,
         at: Offset,
         epochs: EpochHistory,
         producers: ProducerTable,
     ) -> Result<(), ChangeError> {
-        self.writable()?;
+        self.check_writable()?;
         let snapshot = Snapshot::encode(&epochs, &producers, at);
         self.inner.ctx.check_change_space(snapshot.len() as u64 + NAMES_BYTES)?;
-        // The old log needs no journal entries after this sync. Checkpoints describe the old log until the reset is
+        // After this sync the old log needs no journal entries. Checkpoints describe the old log until the reset is
         // complete.
         self.inner.sync().map_err(|error| ChangeError::Failed { reason: error.to_string() })?;
         self.write_reset_snapshot(&snapshot, at)?;
@@ -153,7 +153,7 @@ impl ReplicaLog {
         };
         inner.ctx.tail.truncate(&inner.tail, Offset::ZERO);
         inner.ctx.commit(&inner, inner.entry_header(EntryKind::Reset, generation, at, at))?;
-        let emptied = || -> io::Result<()> {
+        let replace_files = || -> io::Result<()> {
             for segment in removed.iter().rev() {
                 self.remove(segment)?;
             }
@@ -162,7 +162,7 @@ impl ReplicaLog {
             inner.ctx.disk.rename(&inner.path(at, snapshot::RESET_EXTENSION), &inner.path(at, "snapshot"))?;
             inner.sync_names()
         };
-        emptied().map_err(|error| self.failed_change(&error))?;
+        replace_files().map_err(|error| self.failed_change(&error))?;
         {
             let mut state = inner.state();
             state.journal_pins.clear();
@@ -177,18 +177,18 @@ impl ReplicaLog {
     fn write_reset_snapshot(&self, snapshot: &[u8], at: Offset) -> Result<(), ChangeError> {
         let inner = &self.inner;
         let path = inner.path(at, snapshot::RESET_EXTENSION);
-        let kept = || -> io::Result<()> {
+        let write = || -> io::Result<()> {
             inner.ctx.disk.write(&path, snapshot)?.sync()?;
             inner.sync_names()
         };
-        match kept() {
+        match write() {
             Err(error) if is_full(&error) => {
-                // Without this removal, the next start would remove the partial file.
-                let _left = inner.ctx.disk.remove(&path);
+                // If this removal fails, the next start removes the partial file.
+                drop(inner.ctx.disk.remove(&path));
                 inner.ctx.budget.on_full();
                 Err(ChangeError::DiskFull)
             }
-            kept => kept.map_err(|error| self.failed_change(&error)),
+            written => written.map_err(|error| self.failed_change(&error)),
         }
     }
 
@@ -210,32 +210,29 @@ impl ReplicaLog {
     }
 
     /// Removes the sealed segments that end at or below `below`, and returns their bytes. Waits for one frame of the
-    /// journal. Current readers of a removed segment continue. On a full disk it may remove fewer segments, which makes
-    /// space for the next call. The disk space of large files is freed a little later, in steps.
+    /// journal. Current readers of a removed segment continue. On a full disk the call may remove fewer segments, which
+    /// makes space for the next call. The disk space of large files is freed a little later, in steps.
     pub fn evict(&mut self, below: Offset) -> Result<u64, ChangeError> {
-        self.writable()?;
+        self.check_writable()?;
         let inner = self.inner.clone();
-        let sealed_below = |state: &LogState| {
-            let sealed = state.segments.len() - 1;
-            state.segments[..sealed].partition_point(|segment| segment.info.end <= below)
-        };
-        let unsynced = {
+        let has_unsynced_segments = {
             let state = inner.state();
-            let count = sealed_below(&state);
+            let sealed = &state.segments[..state.segments.len() - 1];
+            let count = sealed.partition_point(|segment| segment.info.end <= below);
             if count == 0 {
                 return Ok(0);
             }
             state.recovery.segment.base < state.segments[count].info.base
         };
-        if unsynced && let Err(error) = inner.sync() {
-            // The recovery point must lie in the remaining segments.
+        // The sync moves the recovery point into the remaining segments.
+        if has_unsynced_segments && let Err(error) = inner.sync() {
             return Err(ChangeError::Failed { reason: error.to_string() });
         }
-        let kept =
+        let new_start =
             self.write_start_snapshot(below).map_err(|error| ChangeError::Failed { reason: error.to_string() })?;
         let (removed, generation, start) = {
             let mut state = inner.state();
-            let count = state.segments.partition_point(|segment| segment.info.base < kept);
+            let count = state.segments.partition_point(|segment| segment.info.base < new_start);
             let removed: Vec<Segment> = state.segments.drain(..count).collect();
             let start = state.local_start();
             (removed, state.generation, start)
@@ -252,7 +249,7 @@ impl ReplicaLog {
         for segment in &removed {
             bytes += segment.info.bytes;
             if let Err(error) = self.remove(segment) {
-                // The next start that lists the files removes this one.
+                // The next start after a crash removes the files below the local start.
                 tracing::warn!(partition = %inner.id, base = %segment.info.base, %error, "cannot remove a segment");
             }
         }
@@ -268,22 +265,24 @@ impl ReplicaLog {
         Ok(bytes)
     }
 
-    /// Removes a segment and its caches.
+    /// Removes a segment and its caches. Its open file, if it can be opened, is kept until its disk space is freed in
+    /// steps.
     fn remove(&self, segment: &Segment) -> io::Result<()> {
         let (ctx, serial) = (&self.inner.ctx, segment.file.serial);
-        // The file is opened through the table, so that readers share the handle. It is taken out of the table below,
-        // when its name is gone and no reader can open it again.
+        // The file is opened through the cache, so that readers share the handle. It is taken out of the cache below,
+        // when it has no name and no reader can open it again.
         let opened = ctx.files.get(serial, &segment.file.path, OpenMode::Read).ok();
-        let outcome = remove_segment(&*ctx.disk, &self.inner.dir, segment.info.base);
-        // The table may have closed the file meanwhile, in favour of another one.
+        let result = remove_segment(&*ctx.disk, &self.inner.dir, segment.info.base);
+        // The cache may have evicted the file since.
         let file = ctx.files.take(serial).or(opened);
-        outcome?;
+        result?;
         file.into_iter().for_each(|file| ctx.removed.keep(file));
         Ok(())
     }
 
-    /// Makes the snapshot at the future local start durable and returns that offset. Nothing below it can be read
-    /// again. On a disk without space for a snapshot, an earlier segment that has one becomes the start.
+    /// Chooses the new local start for an eviction of the segments below `below`, makes the snapshot there durable, and
+    /// returns that offset. After the eviction no file holds the earlier state. On a disk without space for a snapshot, the
+    /// start of an earlier segment that has one is chosen.
     fn write_start_snapshot(&self, below: Offset) -> io::Result<Offset> {
         let segments: Vec<SegmentInfo> = self.inner.state().segments.iter().map(|segment| segment.info).collect();
         let removed = segments[..segments.len() - 1].partition_point(|info| info.end <= below);
@@ -291,7 +290,7 @@ impl ReplicaLog {
         loop {
             match self.ensure_durable_snapshot(&segments, segments[start].base) {
                 Err(error) if is_full(&error) && start > 1 => start -= 1,
-                kept => return kept.map(|()| segments[start].base),
+                result => return result.map(|()| segments[start].base),
             }
         }
     }
@@ -302,23 +301,25 @@ impl ReplicaLog {
         let inner = &self.inner;
         let path = inner.path(start, "snapshot");
         let disk = &inner.ctx.disk;
-        if !Snapshot::read(&**disk, &inner.dir, start).is_ok_and(|found| found.is_some()) {
-            let (_, tables, corruption) = tables_at(&*inner.ctx.disk, &inner.dir, segments, start)?;
+        let exists = Snapshot::read(&**disk, &inner.dir, start).is_ok_and(|snapshot| snapshot.is_some());
+        if !exists {
+            let (_, snapshot, corruption) = snapshot_at(&*inner.ctx.disk, &inner.dir, segments, start)?;
             if let Some(reason) = corruption {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
             }
-            disk.write(&path, &Snapshot::encode(&tables.epochs, &tables.producers, start))?;
+            disk.write(&path, &Snapshot::encode(&snapshot.epochs, &snapshot.producers, start))?;
         }
         disk.open(&path, OpenMode::Write)?.sync()?;
         disk.sync_dir(&inner.dir)
     }
 
-    fn writable(&self) -> Result<(), ChangeError> {
+    /// Fails if the replica accepts no writes.
+    fn check_writable(&self) -> Result<(), ChangeError> {
         self.inner.refusal().map_or(Ok(()), |reason| Err(ChangeError::Failed { reason }))
     }
 
-    /// Fails the replica, because its files are in an undefined state between two logs. Nothing more is written, and a
-    /// restart recovers the files.
+    /// Fails the replica after an error in the middle of a change, and returns the error of the change. The files may be in
+    /// a state between the old and the new log. Nothing more is written, and a restart completes the change.
     fn failed_change(&self, error: &io::Error) -> ChangeError {
         let reason = format!("cannot truncate or reset the log: {error}");
         self.inner.fail(reason.clone());

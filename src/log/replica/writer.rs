@@ -22,6 +22,9 @@ use crate::{
     task::clock,
 };
 
+/// Maximum payload of a journal entry that holds the batches of several appends.
+const MAX_ENTRY_BYTES: usize = 1 << 20;
+
 /// Maximum size of a segment in bytes: positions in it are 32 bits wide.
 const MAX_SEGMENT_BYTES: u64 = i32::MAX as u64;
 
@@ -31,29 +34,36 @@ pub struct ReplicaLog {
     pub(super) inner: Arc<ReplicaInner>,
     /// Batches that were appended and not submitted to the journal.
     pending: UnpersistedBatches,
-    /// Serial of the segment file whose length was verified.
+    /// Serial of the segment file whose length was verified; `None` if the next append must verify it.
     checked: Option<u64>,
-    /// True if appended batches will be submitted to the journal.
+    /// True if appended batches are kept until a persist call submits them to the journal.
     journaled: bool,
 }
 
+/// Batches that were appended since the last persist call.
 #[derive(Default)]
 struct UnpersistedBatches {
     payloads: Vec<EntryPayload>,
+    /// Bytes of all payloads.
     bytes: usize,
-    /// True if the bytes exceed the journal's limit. The next persist call then syncs the segments instead.
+    /// True if the bytes exceed the journal's limit. The batches are then dropped, and the next persist call syncs the
+    /// segments instead.
     exceeds_journal: bool,
 }
 
 /// Consecutive batches of one segment that form one journal entry.
 struct EntryPayload {
+    /// Base offset of the segment.
     segment: Offset,
+    /// Position of the first batch in the file.
     position: u64,
+    /// Encoded length of the batches.
     bytes: usize,
     batches: Vec<Batch>,
 }
 
-/// Reference to a table of a replica. Readers wait while it is held.
+/// Reference to a part of a replica's state. It holds the lock of the state, so readers and syncs wait until it is
+/// dropped.
 pub struct StateRef<'a, T> {
     state: MutexGuard<'a, LogState>,
     pick: fn(&LogState) -> &T,
@@ -68,7 +78,7 @@ impl<T> Deref for StateRef<'_, T> {
 }
 
 impl ReplicaLog {
-    /// Returns the writer of a replica; `None` if the replica has one.
+    /// Returns the writer of a replica; `None` if the replica already has one.
     pub(in crate::log) fn open(inner: Arc<ReplicaInner>) -> Option<Self> {
         if inner.writer_open.swap(true, Ordering::AcqRel) {
             return None;
@@ -116,8 +126,8 @@ impl ReplicaLog {
         self.inner.state().log_end()
     }
 
-    /// Returns the reason why nothing can be made durable any longer, if any. The reason is a failed write or sync,
-    /// possibly one without a waiting caller.
+    /// Returns the reason why nothing can be made durable from now on, if any. The reason is a failed write or sync, also
+    /// of a background sync, whose error no call has returned.
     pub fn write_error(&self) -> Option<String> {
         let inner = &self.inner;
         inner.failed.get().cloned().or_else(|| inner.ctx.journal.failed().map(str::to_owned))
@@ -199,6 +209,7 @@ impl ReplicaLog {
         Ok(())
     }
 
+    /// Panics if the batches do not continue the log. See [`Self::append`].
     fn assert_contiguous(&self, batches: &[Batch]) {
         let state = self.inner.state();
         let (mut end, mut epoch) = (state.log_end(), state.epochs.last().map(|(epoch, _)| epoch));
@@ -211,6 +222,8 @@ impl ReplicaLog {
         }
     }
 
+    /// Writes batches at the end of the active segment. After an error the file is truncated back. A full disk is no
+    /// failure of the replica. Any other error is, and so is a full disk if the truncation of a segment with content fails.
     fn write(&mut self, info: &SegmentInfo, file: &SegmentFile, batches: &[Batch]) -> Result<(), LogAppendError> {
         let written = self.prepare(info, file).and_then(|open| {
             let mut slices = Vec::with_capacity(batches.len() * 2);
@@ -219,7 +232,7 @@ impl ReplicaLog {
                 slices.push(IoSlice::new(batch.records_bytes()));
             }
             let written = open.file.write_at(&slices, info.bytes).inspect_err(|_| self.checked = None);
-            // The flag is set after the write and before its publication, so a sync that sees the batches also sees the
+            // The flag is set after the write and before `publish`. So a sync that includes the batches also finds the
             // flag.
             file.dirty.store(true, Ordering::Release);
             written
@@ -241,15 +254,17 @@ impl ReplicaLog {
         Err(LogAppendError::Failed { reason })
     }
 
+    /// Marks the disk as full, and returns the error of the append.
     fn disk_is_full(&self) -> LogAppendError {
         self.inner.ctx.budget.on_full();
         LogAppendError::DiskFull
     }
 
-    /// Opens the active segment. On first use it truncates surplus bytes, fails if bytes are missing, and loads the
-    /// index.
+    /// Opens the file of the active segment for an append. On the first use, and after a failed write, it also truncates
+    /// surplus bytes, fails if bytes are missing, and loads the index.
     fn prepare(&mut self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Arc<OpenFile>> {
         if info.bytes == 0 && self.checked != Some(file.serial) {
+            // The open below may create the file.
             self.inner.state().names_changed = true;
         }
         let open = self.inner.ctx.files.get(file.serial, &file.path, OpenMode::Write)?;
@@ -271,7 +286,7 @@ impl ReplicaLog {
         Ok(open)
     }
 
-    /// Adds written batches to the state of the log, and returns the new log end.
+    /// Adds written batches to the state of the log, so that readers see them. Returns the new log end.
     fn publish(&self, batches: &[Batch]) -> Offset {
         let mut state = self.inner.state();
         let LogState { segments, epochs, producers, index, .. } = &mut *state;
@@ -295,9 +310,9 @@ impl ReplicaLog {
         end
     }
 
-    /// Makes all batches appended so far durable, and then calls `done` with the persisted end on the journal's thread.
-    /// These calls have the order of the persist calls. After an error, `done` may be called on another thread and out
-    /// of order.
+    /// Makes all batches appended so far durable, and then calls `done` with the persisted end on the journal's thread. The
+    /// callbacks are called in the order of the persist calls. After an error, `done` may be called on another thread and
+    /// out of order.
     pub fn persist(&mut self, done: PersistCallback) {
         let pending = std::mem::take(&mut self.pending);
         if let Some(reason) = self.inner.refusal() {
@@ -308,8 +323,10 @@ impl ReplicaLog {
         let mut state = self.inner.state();
         let (generation, end) = (state.generation, state.log_end());
         let marker = self.inner.entry_header(EntryKind::Synced, generation, end, end);
-        let large = pending.exceeds_journal || pending.payloads.iter().any(|payload| payload.bytes > max_frame_bytes);
-        if large || state.syncing > 0 {
+        let needs_sync =
+            pending.exceeds_journal || pending.payloads.iter().any(|payload| payload.bytes > max_frame_bytes);
+        // A call behind one that waits for a sync waits for a sync as well, which keeps the order.
+        if needs_sync || state.syncing > 0 {
             state.syncing += 1;
             drop(state);
             ctx.sync_queue.push_job(SyncJob { replica: self.inner.clone(), header: marker, done });
@@ -322,10 +339,12 @@ impl ReplicaLog {
             let mut header = self.inner.entry_header(EntryKind::Append, generation, payload.base(), payload.end());
             (header.segment, header.position) = (payload.segment, payload.position);
             header.epoch = payload.batches.last().and_then(Batch::leader_epoch);
+            // The last entry reports the result of all, because the journal completes entries in order.
             let done = if i == last { done.take() } else { None };
             let EntryPayload { bytes, batches, .. } = payload;
             ctx.journal.submit(JournalEntry { header, batches, bytes, client: self.inner.clone(), done });
         }
+        // Without payloads, an entry without data reports that all earlier entries are durable.
         if let Some(done) = done {
             let client = self.inner.clone();
             ctx.journal.submit(JournalEntry {
@@ -378,7 +397,8 @@ impl ReplicaLog {
         state.remove_expired_producers();
     }
 
-    /// Drops the batches that were not submitted to the journal.
+    /// Drops the batches that were not submitted to the journal, before a truncation or reset. The next append verifies the
+    /// length of its file.
     pub(super) fn clear_unpersisted(&mut self) {
         self.pending = UnpersistedBatches::default();
         self.checked = None;
@@ -392,6 +412,8 @@ impl Drop for ReplicaLog {
 }
 
 impl UnpersistedBatches {
+    /// Adds the batches of one append to the segment `info`, as it was before the append. `bytes` is their encoded length.
+    /// Above `max_bytes` in total, all batches are dropped, and the next persist call syncs the segments.
     fn push(&mut self, info: &SegmentInfo, batches: Vec<Batch>, bytes: usize, max_bytes: usize) {
         if self.exceeds_journal || self.bytes + bytes > max_bytes {
             // A replica that never calls persist (`replicated`) must not keep its batches in memory either.
@@ -400,7 +422,7 @@ impl UnpersistedBatches {
         }
         self.bytes += bytes;
         match self.payloads.last_mut() {
-            Some(payload) if payload.segment == info.base && payload.bytes + bytes <= 1 << 20 => {
+            Some(payload) if payload.segment == info.base && payload.bytes + bytes <= MAX_ENTRY_BYTES => {
                 payload.bytes += bytes;
                 payload.batches.extend(batches);
             }
@@ -436,8 +458,8 @@ impl ReplicaInner {
             (state.active().info, state.index.clone(), snapshot)
         };
         if info.bytes == 0 {
-            // The snapshot at the base of an empty segment was written earlier. If nothing precedes that base on this
-            // disk, the snapshot is no cache, and a write that may fail half-way must not touch it.
+            // The snapshot at the base of an empty segment was written earlier. If that base is the local start, the
+            // snapshot is no cache, and a write that may fail half-way must not touch it.
             return;
         }
         let disk = &self.ctx.disk;
