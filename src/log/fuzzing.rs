@@ -1,8 +1,8 @@
 //! Entry points of the fuzzers (`fuzz/entries`) to the private decoders of this module.
 //!
 //! Each function decodes the bytes of a file and encodes the result again; `None` means that the bytes are invalid. A
-//! data directory compares a file with its id, or with the base and length of a segment. Here those values come from the
-//! file itself: otherwise no input would be accepted.
+//! data directory compares a file with its id, or with the base and length of a segment. Here those values come from
+//! the file itself: otherwise no input would be accepted.
 
 use bytes::{Buf, Bytes};
 use uuid::Uuid;

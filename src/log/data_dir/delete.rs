@@ -67,8 +67,8 @@ impl DataDir {
 }
 
 impl DataDirInner {
-    /// Submits an entry of this kind for each replica to the journal, and waits until all are durable or failed. Returns
-    /// the replicas whose entry is durable, and adds the others to `failures`.
+    /// Submits an entry of this kind for each replica to the journal, and waits until all are durable or failed.
+    /// Returns the replicas whose entry is durable, and adds the others to `failures`.
     fn commit_all(
         &self,
         replicas: Vec<Arc<ReplicaInner>>,

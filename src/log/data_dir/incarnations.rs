@@ -3,15 +3,15 @@
 //!
 //! # Overview
 //!
-//! A broker creates a random id for each incarnation, writes the id to this file, registers with it, and then confirms in
-//! the file that the metadata holds it. Between the two writes the metadata may name either incarnation, so the file holds
-//! both. A disk that was restored to an older state holds only older ids. So the file shows that data acknowledged later
-//! is missing.
+//! A broker creates a random id for each incarnation, writes the id to this file, registers with it, and then confirms
+//! in the file that the metadata holds it. Between the two writes the metadata may name either incarnation, so the file
+//! holds both. A disk that was restored to an older state holds only older ids. So the file shows that data
+//! acknowledged later is missing.
 //!
 //! # Crash
 //!
-//! The file is replaced atomically: a crash leaves the content before or after a write. An id that was written and never
-//! registered proves nothing, and the next confirmed id removes it. A missing or corrupt file proves nothing. The
+//! The file is replaced atomically: a crash leaves the content before or after a write. An id that was written and
+//! never registered proves nothing, and the next confirmed id removes it. A missing or corrupt file proves nothing. The
 //! directory then counts as a new one, and its replicas must be copied again.
 
 use std::{io, path::Path};
@@ -64,8 +64,8 @@ pub(super) fn read(disk: &dyn Disk, dir: &Path) -> Result<Vec<Uuid>, DataDirErro
     incarnations.or_else(|error: uuid::Error| ignore_corrupt(error.to_string()))
 }
 
-/// Writes an incarnation durably. The id is added to the file. Once the metadata holds the id (`confirmed`), it replaces
-/// all ids in the file.
+/// Writes an incarnation durably. The id is added to the file. Once the metadata holds the id (`confirmed`), it
+/// replaces all ids in the file.
 pub(super) fn record(disk: &dyn Disk, dir: &Path, incarnation: Uuid, confirmed: bool) -> Result<(), DataDirError> {
     let mut incarnations = if confirmed { Vec::new() } else { read(disk, dir)? };
     if !incarnations.contains(&incarnation) {

@@ -138,14 +138,15 @@ impl DataDir {
         self.inner.was_clean_shutdown
     }
 
-    /// Returns the incarnations of this broker that the metadata may name, and in which this directory took part, oldest
-    /// first. The list is empty in a new directory, and in one whose incarnations file is missing or corrupt. Blocks.
+    /// Returns the incarnations of this broker that the metadata may name, and in which this directory took part,
+    /// oldest first. The list is empty in a new directory, and in one whose incarnations file is missing or corrupt.
+    /// Blocks.
     pub fn incarnations(&self) -> Result<Vec<Uuid>, DataDirError> {
         incarnations::read(&*self.inner.ctx.disk, &self.inner.ctx.dir)
     }
 
-    /// Writes an incarnation to the incarnations file, durably. The id is added to the file before the metadata receives
-    /// it. Once the metadata holds the id (`confirmed`), it replaces all ids in the file. Blocks.
+    /// Writes an incarnation to the incarnations file, durably. The id is added to the file before the metadata
+    /// receives it. Once the metadata holds the id (`confirmed`), it replaces all ids in the file. Blocks.
     pub fn record_incarnation(&self, incarnation: Uuid, confirmed: bool) -> Result<(), DataDirError> {
         incarnations::record(&*self.inner.ctx.disk, &self.inner.ctx.dir, incarnation, confirmed)
     }
@@ -177,9 +178,9 @@ impl DataDir {
         self.inner.strays.ids()
     }
 
-    /// Announces that the log will be closed when its writers have stopped. A writer may wait for the journal, which may
-    /// wait for a free file of its ring. From now on that wait ends after some seconds, and then the journal fails. No
-    /// entry that is lost thereby was acknowledged.
+    /// Announces that the log will be closed when its writers have stopped. A writer may wait for the journal, which
+    /// may wait for a free file of its ring. From now on that wait ends after some seconds, and then the journal fails.
+    /// No entry that is lost thereby was acknowledged.
     pub fn begin_shutdown(&self) {
         self.inner.ctx.journal.begin_shutdown();
     }

@@ -93,8 +93,8 @@ pub(super) fn quarantine_segments(disk: &dyn Disk, dir: &Path) -> io::Result<()>
         );
     }
     remove_caches_above(disk, dir, Offset::ZERO)?;
-    // A power failure must not restore the old files under the names of new ones. The sync is needed even if nothing was
-    // renamed here, because an earlier attempt may have renamed the files.
+    // A power failure must not restore the old files under the names of new ones. The sync is needed even if nothing
+    // was renamed here, because an earlier attempt may have renamed the files.
     disk.sync_dir(dir)
 }
 
@@ -186,7 +186,10 @@ impl ReplicaRecovery<'_> {
     /// never acknowledged as durable.
     fn truncate(&self, last: &SegmentInfo, surplus_bytes: u64) -> io::Result<()> {
         if surplus_bytes > 0 {
-            tracing::warn!(partition = %self.record.id, bytes = surplus_bytes, end = %last.end, "truncated a torn tail");
+            tracing::warn!(
+                partition = %self.record.id, bytes = surplus_bytes, end = %last.end,
+                "truncated a torn tail"
+            );
         }
         for base in self.files.range(last.base..).map(|(base, _)| *base).filter(|base| *base > last.base) {
             remove_segment(self.disk, self.dir, base)?;

@@ -130,8 +130,9 @@ impl DataDir {
 }
 
 impl DataDirInner {
-    /// Registers a recovered replica as open. If another thread has registered it first, that replica is returned. After
-    /// a crash (`clean` is false) the recovery point stays at that of the checkpoint until the scanned data is synced.
+    /// Registers a recovered replica as open. If another thread has registered it first, that replica is returned.
+    /// After a crash (`clean` is false) the recovery point stays at that of the checkpoint until the scanned data is
+    /// synced.
     fn register_recovered(
         &self,
         id: PartitionId,

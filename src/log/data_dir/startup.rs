@@ -103,8 +103,8 @@ pub(super) fn load(
 }
 
 /// Returns the state that remains without the journal: an empty replay result, and records that end at their recovery
-/// points. Fails with `JournalLost` unless the options accept the loss of the journal. `reason` describes the content of
-/// the journal's directory.
+/// points. Fails with `JournalLost` unless the options accept the loss of the journal. `reason` describes the content
+/// of the journal's directory.
 fn recover_without_journal(
     disk: &dyn Disk,
     dir: &Path,
@@ -241,8 +241,8 @@ fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaCheckpoint, state: &Re
     Ok(())
 }
 
-/// Moves the recovery point, back or forward, to the start of the segment at `base`, with the epoch history and producer
-/// state of the snapshot there. If that snapshot is not intact, an earlier segment with an intact one is used.
+/// Moves the recovery point, back or forward, to the start of the segment at `base`, with the epoch history and
+/// producer state of the snapshot there. If that snapshot is not intact, an earlier segment with an intact one is used.
 fn rebase(disk: &dyn Disk, dir: &Path, record: &mut ReplicaCheckpoint, base: Offset) {
     record.segments.retain(|info| info.base < base && info.end <= base);
     let bases: Vec<Offset> = record.segments.iter().map(|info| info.base).chain([base]).collect();
@@ -280,9 +280,9 @@ fn scan_replicas(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<ReplicaCheckpoin
     Ok(records)
 }
 
-/// Repeats a reset to `at`, which may have stopped at any step: removes all files except the snapshot with which the new
-/// log starts. While that snapshot has its temporary name, the file with the name of a snapshot at `at` is one of the
-/// old log.
+/// Repeats a reset to `at`, which may have stopped at any step: removes all files except the snapshot with which the
+/// new log starts. While that snapshot has its temporary name, the file with the name of a snapshot at `at` is one of
+/// the old log.
 fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
     let (reset_name, snapshot) = (name(at, snapshot::RESET_EXTENSION), name(at, "snapshot"));
     let entries = match disk.list(dir) {
@@ -303,8 +303,8 @@ fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
 /// Minimum size in bytes of a file whose disk space is freed in steps, if its deletion keeps the file open.
 const LARGE_FILE_BYTES: u64 = STEP_BYTES;
 
-/// Removes the files in a directory, if the directory exists. `keep` receives the large files, which are still open, and
-/// decides when their disk space is freed.
+/// Removes the files in a directory, if the directory exists. `keep` receives the large files, which are still open,
+/// and decides when their disk space is freed.
 fn remove_files(disk: &dyn Disk, dir: &Path, keep: &mut dyn FnMut(Arc<dyn File>)) -> io::Result<()> {
     let entries = match disk.list(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),

@@ -77,8 +77,8 @@ impl StrayReplicas {
         self.entries.lock().get(&id) == Some(&StrayState::Deleted)
     }
 
-    /// Removes the files of those of `ids` that are stray replicas. Returns the replicas that still have files, each with
-    /// the error. The disk space of large files is freed later, in steps.
+    /// Removes the files of those of `ids` that are stray replicas. Returns the replicas that still have files, each
+    /// with the error. The disk space of large files is freed later, in steps.
     pub(super) fn delete(&self, ctx: &LogContext, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let present: Vec<_> = {
             let entries = self.entries.lock();

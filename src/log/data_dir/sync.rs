@@ -1,5 +1,5 @@
-//! Sync passes over all replicas, checkpoints, and the release of journal files. One thread runs the passes. A pass is due
-//! after a number of bytes, after a time, and when the journal's ring has few free files.
+//! Sync passes over all replicas, checkpoints, and the release of journal files. One thread runs the passes. A pass is
+//! due after a number of bytes, after a time, and when the journal's ring has few free files.
 //!
 //! # Invariants
 //!

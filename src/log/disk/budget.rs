@@ -1,12 +1,12 @@
-//! The free space of a data directory's disk. Only this file grants or refuses disk space. The pace at which removed files
-//! are freed is decided in `writeback`.
+//! The free space of a data directory's disk. Only this file grants or refuses disk space. The pace at which removed
+//! files are freed is decided in `writeback`.
 //!
 //! # Overview
 //!
 //! Appends leave [`LogOptions::reserve_bytes`](crate::log::LogOptions::reserve_bytes) free, so a log never fills its
-//! own disk. Other programs can still fill the disk. A broker could then not even start: the checkpoint needs space, and
-//! so does the metadata commit that precedes the deletion of segments. Part of the space is therefore a file, the reserve.
-//! In this table, "kept" stands for `reserve_bytes`, and "size" for the bytes that the operation writes.
+//! own disk. Other programs can still fill the disk. A broker could then not even start: the checkpoint needs space,
+//! and so does the metadata commit that precedes the deletion of segments. Part of the space is therefore a file, the
+//! reserve. In this table, "kept" stands for `reserve_bytes`, and "size" for the bytes that the operation writes.
 //!
 //! | operation | free bytes that it needs |
 //! | --- | --- |
@@ -68,9 +68,9 @@ impl DiskBudget {
         }
     }
 
-    /// Checks, before anything is written, that the disk has space for the configured journal. Only a large ring of which
-    /// no file exists is checked, so that the lack of space does not appear under load. An existing ring works with fewer
-    /// files.
+    /// Checks, before anything is written, that the disk has space for the configured journal. Only a large ring of
+    /// which no file exists is checked, so that the lack of space does not appear under load. An existing ring works
+    /// with fewer files.
     pub(in crate::log) fn check_journal_space(&self, journal_dir: &Path, bytes: u64) -> Result<(), DataDirError> {
         let entries = self.disk.list(journal_dir);
         let has_files = entries.is_ok_and(|entries| entries.iter().any(|entry| entry.name.ends_with(".journal")));
@@ -105,8 +105,8 @@ impl DiskBudget {
         released
     }
 
-    /// Creates the reserve if it does not exist and its size is free beyond the kept bytes. A failure is only logged, and
-    /// the next call tries again.
+    /// Creates the reserve if it does not exist and its size is free beyond the kept bytes. A failure is only logged,
+    /// and the next call tries again.
     pub(in crate::log) fn create_reserve(&self) {
         if self.has_reserve.load(Ordering::Acquire) {
             return;
@@ -118,7 +118,8 @@ impl DiskBudget {
         }
     }
 
-    /// Writes the missing part of the reserve. Returns true if the file is complete, and false if the disk has no space.
+    /// Writes the missing part of the reserve. Returns true if the file is complete, and false if the disk has no
+    /// space.
     fn write_reserve(&self) -> io::Result<bool> {
         let (disk, path) = (&self.disk, self.dir.join(RESERVE_NAME));
         let existing = match disk.open(&path, OpenMode::Read) {
@@ -143,10 +144,10 @@ impl DiskBudget {
         Ok(true)
     }
 
-    /// Returns true if `bytes` may be appended, and deducts them from the append allowance. The free space is queried only
-    /// when the allowance is used up. `unallocated` returns the bytes of the required journal files that do not exist yet.
-    /// A log that filled its disk could not recover: the metadata commit that precedes the deletion of segments needs
-    /// space itself.
+    /// Returns true if `bytes` may be appended, and deducts them from the append allowance. The free space is queried
+    /// only when the allowance is used up. `unallocated` returns the bytes of the required journal files that do not
+    /// exist yet. A log that filled its disk could not recover: the metadata commit that precedes the deletion of
+    /// segments needs space itself.
     pub(in crate::log) fn reserve_append(&self, bytes: u64, unallocated: impl FnOnce() -> u64) -> bool {
         let deduct = |allowance: u64| allowance.checked_sub(bytes);
         if self.kept_bytes == 0
@@ -167,8 +168,8 @@ impl DiskBudget {
         self.disk.free_bytes(&self.dir).map_or(true, |free| free >= bytes)
     }
 
-    /// Returns true if `bytes` of a new journal file may be written in `dir`, which may be on another device. A full disk
-    /// would fail all programs that write to it, including this broker.
+    /// Returns true if `bytes` of a new journal file may be written in `dir`, which may be on another device. A full
+    /// disk would fail all programs that write to it, including this broker.
     pub(in crate::log) fn has_journal_space(&self, dir: &Path, bytes: u64) -> bool {
         self.disk.free_bytes(dir).map_or(true, |free| free >= bytes + self.kept_bytes)
     }

@@ -73,8 +73,8 @@ pub trait Disk: Send + Sync + 'static {
     fn total_bytes(&self, dir: &Path) -> io::Result<u64>;
 
     /// Writes out a range of a file in pieces, so that a later sync has less to write. Nothing is durable before that
-    /// sync. An error is final, as for a sync. If the file cannot be opened, nothing is written out, and the sync does all
-    /// the work.
+    /// sync. An error is final, as for a sync. If the file cannot be opened, nothing is written out, and the sync does
+    /// all the work.
     fn write_out(&self, path: &Path, range: Range<u64>, piece_bytes: usize) -> io::Result<()>;
 
     /// Returns the maximum number of files that the log may hold open.
@@ -165,8 +165,8 @@ pub trait File: Send + Sync {
     fn truncate(&self, len: u64) -> io::Result<()>;
 
     /// Frees part of the disk space of a removed file without readers, and pauses briefly. `urgent` frees a larger
-    /// part, because space is needed soon. Returns false if the remaining space may be freed at once, by closing the file.
-    /// Blocks.
+    /// part, because space is needed soon. Returns false if the remaining space may be freed at once, by closing the
+    /// file. Blocks.
     fn free_step(&self, urgent: bool) -> io::Result<bool>;
 
     /// Makes content and length durable.

@@ -34,7 +34,8 @@ use super::DirEntry;
 const DIR_MODE: Mode = Mode::RWXU;
 const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
-/// Mask of the permission bits that are compared and corrected. All other bits stay, such as the setgid bit of a volume.
+/// Mask of the permission bits that are compared and corrected. All other bits stay, such as the setgid bit of a
+/// volume.
 const PERMISSION_BITS: u32 = 0o777;
 
 /// Directories of the system that may be configured by mistake, or because there is no other directory.
@@ -99,8 +100,8 @@ impl PrivateDir {
         Self::from_handle(&self.path.join(name), self.walk(name)?)
     }
 
-    /// Checks the owner of an opened directory, and corrects its mode. The mode stays if the directory belongs to root, or
-    /// if other programs use it.
+    /// Checks the owner of an opened directory, and corrects its mode. The mode stays if the directory belongs to root,
+    /// or if other programs use it.
     fn from_handle(path: &Path, handle: OwnedFd) -> io::Result<Self> {
         let stat = sys::fstat(&handle)?;
         let (owner, user) = (stat.st_uid, geteuid().as_raw());
@@ -253,8 +254,8 @@ impl PrivateDir {
         Ok(dir)
     }
 
-    /// Corrects the modes of the direct entries that belong to this user. Links and special files are skipped. There may
-    /// be very many entries further below, so they are corrected only when they are opened.
+    /// Corrects the modes of the direct entries that belong to this user. Links and special files are skipped. There
+    /// may be very many entries further below, so they are corrected only when they are opened.
     ///
     /// # Errors
     /// The directory cannot be read, or a mode cannot be changed.
@@ -297,8 +298,8 @@ fn components_of(name: &Path) -> io::Result<Vec<&OsStr>> {
     name.components().filter(|component| *component != Component::CurDir).map(to_name).collect()
 }
 
-/// Opens the directory `name` in the directory `parent`, without following a link, and checks it. `path` is its full path
-/// for errors.
+/// Opens the directory `name` in the directory `parent`, without following a link, and checks it. `path` is its full
+/// path for errors.
 fn open_component(parent: BorrowedFd<'_>, name: &OsStr, path: &Path) -> io::Result<OwnedFd> {
     let opened = retry_if_interrupted(|| sys::openat(parent, name, DIR_FLAGS | OFlags::NOFOLLOW, Mode::empty()));
     let handle = opened.map_err(|error| open_error(parent, name, path, error))?;
@@ -332,8 +333,8 @@ fn retry_if_interrupted<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result
     rustix::io::retry_on_intr(&mut call)
 }
 
-/// Converts the error of opening `name` in the directory `parent`. If a symbolic link was the cause, the error names the
-/// link.
+/// Converts the error of opening `name` in the directory `parent`. If a symbolic link was the cause, the error names
+/// the link.
 fn open_error(parent: BorrowedFd<'_>, name: &OsStr, path: &Path, error: Errno) -> io::Error {
     let is_link = matches!(error, Errno::LOOP | Errno::NOTDIR | Errno::MLINK)
         && sys::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)

@@ -31,7 +31,8 @@ pub struct RealDisk {
 }
 
 impl RealDisk {
-    /// Adds a configured directory, or replaces the handle of one with the same path. Corrects the modes of its entries.
+    /// Adds a configured directory, or replaces the handle of one with the same path. Corrects the modes of its
+    /// entries.
     fn admit(&self, root: PrivateDir) -> io::Result<Arc<PrivateDir>> {
         root.correct_entries()?;
         let root = Arc::new(root);
@@ -53,8 +54,8 @@ impl RealDisk {
         roots.iter().filter_map(below).min_by_key(|(_, name)| name.as_os_str().len())
     }
 
-    /// Returns the configured directory of `path` as [`RealDisk::root_of`] does. If there is none, `dir`, which contains
-    /// `path`, becomes one.
+    /// Returns the configured directory of `path` as [`RealDisk::root_of`] does. If there is none, `dir`, which
+    /// contains `path`, becomes one.
     fn root_in(&self, path: &Path, dir: &Path) -> io::Result<(Arc<PrivateDir>, PathBuf)> {
         match self.root_of(path) {
             Some(found) => Ok(found),

@@ -55,7 +55,8 @@ struct SimDiskState {
     operations: u64,
 }
 
-/// Content of a file. The durable content is `bytes` after applying `undo`: a second copy would cost time in every sync.
+/// Content of a file. The durable content is `bytes` after applying `undo`: a second copy would cost time in every
+/// sync.
 #[derive(Default)]
 struct SimFileContent {
     bytes: Vec<u8>,
@@ -253,8 +254,8 @@ impl SimFileContent {
         self.undo.clear();
     }
 
-    /// Simulates a failed sync. Each page that is not durable becomes durable, or reads as the previous durable content,
-    /// at random. The length stays, because the file system tracks it.
+    /// Simulates a failed sync. Each page that is not durable becomes durable, or reads as the previous durable
+    /// content, at random. The length stays, because the file system tracks it.
     fn lose_pages(&mut self, rng: &mut SimRng) {
         let len = self.bytes.len();
         let mut durable = self.durable();

@@ -36,8 +36,8 @@ pub fn write_out(file: &fs::File, range: Range<u64>, piece_bytes: usize) -> io::
     Ok(())
 }
 
-/// Bytes of a file without a name that are freed at once. Some file systems report freed bytes to the device (`discard`):
-/// that takes 2 to 4 ms per MiB, and the journal's write waits.
+/// Bytes of a file without a name that are freed at once. Some file systems report freed bytes to the device
+/// (`discard`): that takes 2 to 4 ms per MiB, and the journal's write waits.
 pub const STEP_BYTES: u64 = 1 << 20;
 
 /// Bytes that are freed at once when space is needed soon.
@@ -58,15 +58,16 @@ const URGENT_PAUSE: Duration = Duration::from_millis(5);
 /// Divisor of a file system's size. Space is needed soon if less than that share of it is free.
 const FREE_SHARE: u64 = 5;
 
-/// Frees the disk space of a removed file without readers, in steps. Freeing all of it at once would delay the journal's
-/// write. A file that still has a name, such as the hard link of a backup, stays unchanged.
+/// Frees the disk space of a removed file without readers, in steps. Freeing all of it at once would delay the
+/// journal's write. A file that still has a name, such as the hard link of a backup, stays unchanged.
 pub fn free_in_steps(file: &fs::File) -> io::Result<()> {
     while free_step(file, false)? {}
     Ok(())
 }
 
 /// Runs one step of [`free_in_steps`], and the pause after it. The step is larger if space is needed soon or if
-/// `urgent` is set. Returns false if no step is needed: the file has a name, or its remaining space may be freed at once.
+/// `urgent` is set. Returns false if no step is needed: the file has a name, or its remaining space may be freed at
+/// once.
 pub(super) fn free_step(file: &fs::File, urgent: bool) -> io::Result<bool> {
     let metadata = file.metadata()?;
     if metadata.nlink() > 0 || metadata.len() <= STEP_BYTES {
@@ -79,8 +80,8 @@ pub(super) fn free_step(file: &fs::File, urgent: bool) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Returns the length of a file of `len` bytes after a step: the next lower multiple of the step. A length inside a block
-/// would make the file system read and rewrite that block.
+/// Returns the length of a file of `len` bytes after a step: the next lower multiple of the step. A length inside a
+/// block would make the file system read and rewrite that block.
 fn len_after_step(len: u64, urgent: bool) -> u64 {
     let step = if urgent { URGENT_STEP_BYTES } else { STEP_BYTES };
     len.saturating_sub(1) / step * step

@@ -83,8 +83,8 @@ impl ReplicaCheckpoint {
         }
     }
 
-    /// Returns true if a checkpoint was lost and the replica was not read since. The persisted end is then unknown, so a
-    /// torn tail cannot be distinguished from a loss.
+    /// Returns true if a checkpoint was lost and the replica was not read since. The persisted end is then unknown, so
+    /// a torn tail cannot be distinguished from a loss.
     pub(in crate::log) fn needs_full_scan(&self) -> bool {
         self.generation == 0
     }

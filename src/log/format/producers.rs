@@ -344,8 +344,8 @@ impl BatchMetadata {
         out.put_u8(self.fingerprint.compression as u8 | time);
     }
 
-    /// Decodes the output of [`Self::encode`]. Returns `None` if the count is impossible, or if the end is no offset: the
-    /// response to a retry contains the end.
+    /// Decodes the output of [`Self::encode`]. Returns `None` if the count is impossible, or if the end is no offset:
+    /// the response to a retry contains the end.
     fn decode(from: &mut impl Buf) -> Option<Self> {
         let (sequence, count) = (from.try_get_i32().ok()?, from.try_get_u32().ok()?);
         let base = Offset::new(from.try_get_u64().ok()?)?;

@@ -175,9 +175,9 @@ pub(in crate::log) struct ScanEnd {
     pub(in crate::log) corruption: Option<String>,
 }
 
-/// Reads the batches of a file from `position` to `len`, and calls `on_batch` with the position and content of each. The
-/// first batch must start at the offset `from`, and each later one at the end of the previous one. Epochs must never
-/// decrease, from `epoch` on. The scan stops at the first bytes that are no such batch.
+/// Reads the batches of a file from `position` to `len`, and calls `on_batch` with the position and content of each.
+/// The first batch must start at the offset `from`, and each later one at the end of the previous one. Epochs must
+/// never decrease, from `epoch` on. The scan stops at the first bytes that are no such batch.
 pub(in crate::log) fn scan(
     file: &dyn File,
     len: u64,

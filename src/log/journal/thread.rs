@@ -149,8 +149,8 @@ impl Journal {
         self.released.wait_while_for(&mut self.ring.lock(), is_waiting, timeout);
     }
 
-    /// Fails the journal if no sync pass will release a file of its ring. Otherwise all writers would wait, and no other
-    /// broker would take over. A restart replays the content of the journal.
+    /// Fails the journal if no sync pass will release a file of its ring. Otherwise all writers would wait, and no
+    /// other broker would take over. A restart replays the content of the journal.
     fn fail_if_stalled(&self, host: &dyn JournalHost) {
         if let Some(reason) = host.check_stall() {
             self.fail(&io::Error::other(reason));

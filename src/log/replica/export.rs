@@ -35,9 +35,9 @@ impl SegmentExport {
 }
 
 impl ReplicaLog {
-    /// Exports the sealed segment at `base`; fails with `NotFound` if there is none. The segment is made durable on this
-    /// disk first. Otherwise the log could end below the tiered end after a power failure, and could then not lead.
-    /// Blocks. If the index or the snapshot is missing, the segment is read, and possibly earlier ones.
+    /// Exports the sealed segment at `base`; fails with `NotFound` if there is none. The segment is made durable on
+    /// this disk first. Otherwise the log could end below the tiered end after a power failure, and could then not
+    /// lead. Blocks. If the index or the snapshot is missing, the segment is read, and possibly earlier ones.
     pub fn export(&self, base: Offset) -> io::Result<SegmentExport> {
         let inner = &self.inner;
         let (info, file, epochs, segments) = {
@@ -64,9 +64,9 @@ impl ReplicaLog {
         Ok(SegmentExport { info, path: file.path.clone(), index, epochs, producers, file: open.file.clone() })
     }
 
-    /// Returns the local start, and the epoch history and producer state before that offset. Another replica can start at
-    /// the same offset with them ([`ReplicaLog::reset_with`]). Blocks. Fails with `InvalidData` if the snapshot at the
-    /// local start is corrupt or missing.
+    /// Returns the local start, and the epoch history and producer state before that offset. Another replica can start
+    /// at the same offset with them ([`ReplicaLog::reset_with`]). Blocks. Fails with `InvalidData` if the snapshot at
+    /// the local start is corrupt or missing.
     pub fn tables_at_start(&self) -> io::Result<(Offset, EpochHistory, ProducerTable)> {
         let inner = &self.inner;
         let (start, earlier_epochs) = {

@@ -49,8 +49,8 @@ impl FileCache {
         self.next_serial.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Returns the open file with this serial. A file that is not open is opened at `path`, and the file used longest ago
-    /// is closed if the cache is full. With [`OpenMode::Read`] the file must exist.
+    /// Returns the open file with this serial. A file that is not open is opened at `path`, and the file used longest
+    /// ago is closed if the cache is full. With [`OpenMode::Read`] the file must exist.
     pub(super) fn get(&self, serial: u64, path: &Path, mode: OpenMode) -> io::Result<Arc<OpenFile>> {
         if let Some(file) = self.open.lock().get(&serial) {
             return Ok(file.clone());

@@ -106,13 +106,13 @@ struct LogState {
     generation: u64,
     /// Start of the scan after a crash: all earlier data is synced in the segments.
     recovery: RecoveryPoint,
-    /// Journal files that hold unsynced entries of this replica, by serial, oldest first. Each is paired with the end of
-    /// the replica's last entry in the file, whose sync releases the file.
+    /// Journal files that hold unsynced entries of this replica, by serial, oldest first. Each is paired with the end
+    /// of the replica's last entry in the file, whose sync releases the file.
     journal_pins: VecDeque<(u64, Offset)>,
     /// True if files were created or removed since the last sync of the directory.
     names_changed: bool,
-    /// Record of the log before a reset; `None` if no reset is in progress. Checkpoints contain this record until the old
-    /// files are removed and the new ones are synced.
+    /// Record of the log before a reset; `None` if no reset is in progress. Checkpoints contain this record until the
+    /// old files are removed and the new ones are synced.
     pre_reset_record: Option<Box<ReplicaCheckpoint>>,
     /// Number of persist calls that wait for a sync of the segments. Later calls queue behind them.
     syncing: u32,
@@ -157,8 +157,8 @@ impl LogState {
         }
     }
 
-    /// Removes the producers that have expired by the topic's configuration. Called after every change of the log end, and
-    /// after a replacement of the table.
+    /// Removes the producers that have expired by the topic's configuration. Called after every change of the log end,
+    /// and after a replacement of the table.
     fn remove_expired_producers(&mut self) {
         if self.producers.has_expired(self.producer_expiration_ms) {
             Arc::make_mut(&mut self.producers).remove_expired(self.producer_expiration_ms);
@@ -309,8 +309,8 @@ impl ReplicaInner {
         self.state().names_changed = true;
     }
 
-    /// Moves the recovery point back to that of the record `synced`. A scan has found data above it that may be unsynced,
-    /// so the files are marked as dirty.
+    /// Moves the recovery point back to that of the record `synced`. A scan has found data above it that may be
+    /// unsynced, so the files are marked as dirty.
     pub(super) fn move_recovery_point(&self, synced: ReplicaCheckpoint) {
         let segment = *synced.segments.last().expect("a record has a segment");
         let producers = Arc::unwrap_or_clone(synced.producers).charged(&self.ctx.producer_memory);

@@ -165,8 +165,8 @@ impl LogReader {
         })
     }
 
-    /// Runs a read, and repeats it if the log was truncated or its file was removed during the read. A failure then need
-    /// not mean corruption.
+    /// Runs a read, and repeats it if the log was truncated or its file was removed during the read. A failure then
+    /// need not mean corruption.
     fn retry_if_truncated<T>(&self, mut read: impl FnMut() -> Result<T, LogReadError>) -> Result<T, LogReadError> {
         for _ in 0..MAX_RETRIES {
             let generation = self.inner.state().generation;
@@ -198,8 +198,8 @@ impl LogReader {
         Ok(SegmentView { info: segment.info, file, sealed, generation, epochs })
     }
 
-    /// Returns the index entry at which a read starts: the one that `pick` chooses, or the first batch. Loads the index if
-    /// it is not in memory: that of the active segment into the state of the log, that of a sealed one into the file
+    /// Returns the index entry at which a read starts: the one that `pick` chooses, or the first batch. Loads the index
+    /// if it is not in memory: that of the active segment into the state of the log, that of a sealed one into the file
     /// cache.
     fn start_entry(
         &self,
@@ -213,7 +213,8 @@ impl LogReader {
                 drop(state);
                 let index = self.active_index(&view.info, &view.file).map_err(|error| io_error(view, error))?;
                 state = self.inner.state();
-                // Without the lock, the writer may have loaded an index itself, or appended batches that this index lacks.
+                // Without the lock, the writer may have loaded an index itself, or appended batches that this index
+                // lacks.
                 let is_current = state.active().info.bytes == view.info.bytes && state.generation == view.generation;
                 if state.index.is_none() && is_current {
                     state.index = Some(index);
@@ -248,8 +249,8 @@ impl LogReader {
         self.load_index(info, &*open.file)
     }
 
-    /// Returns the index of a segment from its index files. If these are missing or invalid, rebuilds the index from the
-    /// segment and writes the files; a failed write is ignored.
+    /// Returns the index of a segment from its index files. If these are missing or invalid, rebuilds the index from
+    /// the segment and writes the files; a failed write is ignored.
     pub(super) fn load_index(&self, info: &SegmentInfo, file: &dyn File) -> io::Result<Index> {
         let disk = &self.inner.ctx.disk;
         let read = |extension| disk.read(&self.inner.path(info.base, extension));
@@ -273,9 +274,9 @@ impl LogReader {
         Ok(index)
     }
 
-    /// Reads complete batches of one segment: those of `from..bound`, as many as the limits allow, and at least one. The
-    /// read starts at the index entry `start`. Batches between `start` and `from` are verified and not returned. The result
-    /// is empty if the first batch ends above `bound`.
+    /// Reads complete batches of one segment: those of `from..bound`, as many as the limits allow, and at least one.
+    /// The read starts at the index entry `start`. Batches between `start` and `from` are verified and not returned.
+    /// The result is empty if the first batch ends above `bound`.
     fn read_from(
         &self,
         view: &SegmentView,
@@ -359,8 +360,8 @@ fn needed_at(rest: &Bytes) -> Result<usize, String> {
     }
 }
 
-/// Splits the batch of `needed` bytes off `rest` after verifying it: it must start at the offset `expected`, with an epoch
-/// not below `epoch` and equal to that of the epoch history. Otherwise the result is a description of the error.
+/// Splits the batch of `needed` bytes off `rest` after verifying it: it must start at the offset `expected`, with an
+/// epoch not below `epoch` and equal to that of the epoch history. Otherwise the result is a description of the error.
 fn split_checked(
     view: &SegmentView,
     rest: &mut Bytes,

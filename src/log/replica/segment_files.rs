@@ -1,5 +1,5 @@
-//! Segment files in the directory of a replica: their removal with their caches, and the epoch history and producer state
-//! that are read from them. The callers decide which segments belong to the log.
+//! Segment files in the directory of a replica: their removal with their caches, and the epoch history and producer
+//! state that are read from them. The callers decide which segments belong to the log.
 
 use std::{io, path::Path};
 
@@ -21,8 +21,8 @@ pub(in crate::log) fn remove_caches_above(disk: &dyn Disk, dir: &Path, end: Offs
     remove_caches(disk, dir, |base| base > end)
 }
 
-/// Removes the indexes and snapshots below `start`, and returns true if there were any. They belong to removed segments,
-/// or to the log ends of earlier shutdowns.
+/// Removes the indexes and snapshots below `start`, and returns true if there were any. They belong to removed
+/// segments, or to the log ends of earlier shutdowns.
 pub(in crate::log) fn remove_caches_below(disk: &dyn Disk, dir: &Path, start: Offset) -> io::Result<bool> {
     remove_caches(disk, dir, |base| base < start)
 }
@@ -51,8 +51,9 @@ pub(in crate::log) fn remove_segment(disk: &dyn Disk, dir: &Path, base: Offset) 
 }
 
 /// Returns the description of the segment that contains `to`, as if it ended there, and the epoch history and producer
-/// state at `to`. If `to` lies inside a batch, all three are those at the base of that batch. Reads the segments from the
-/// last intact snapshot at or below `to`. The text describes corruption below `to`; all three then end at the corruption.
+/// state at `to`. If `to` lies inside a batch, all three are those at the base of that batch. Reads the segments from
+/// the last intact snapshot at or below `to`. The text describes corruption below `to`; all three then end at the
+/// corruption.
 pub(in crate::log) fn snapshot_at(
     disk: &dyn Disk,
     dir: &Path,

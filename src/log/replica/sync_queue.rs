@@ -27,8 +27,8 @@ use crate::{
 /// Minimum unsynced bytes of a replica that justify a sync of its own.
 const MIN_SYNC_BYTES_PER_REPLICA: u64 = 512 << 10;
 
-/// Divisor of the journal's ring size. A sync pass is due after that many unsynced bytes, so that unsynced data pins few
-/// ring files.
+/// Divisor of the journal's ring size. A sync pass is due after that many unsynced bytes, so that unsynced data pins
+/// few ring files.
 const RING_SHARE: u64 = 8;
 
 /// Minimum interval between two passes. Under load each pass covers more data for the same number of file system
@@ -75,7 +75,8 @@ struct SyncQueueState {
     last_pass: Option<Instant>,
     /// Number of completed passes since the ring last had a free file.
     passes_without_progress: u32,
-    /// Sequence of the journal's next frame at the last check, and the time of the check that found this sequence first.
+    /// Sequence of the journal's next frame at the last check, and the time of the check that found this sequence
+    /// first.
     journal_use: Option<(u64, Instant)>,
     is_stopped: bool,
 }
@@ -99,8 +100,8 @@ pub(in crate::log) enum SyncAction {
 }
 
 impl SyncJob {
-    /// Syncs the segments, and submits a `Synced` entry whose result goes to the caller. After an error the caller receives
-    /// the error at once.
+    /// Syncs the segments, and submits a `Synced` entry whose result goes to the caller. After an error the caller
+    /// receives the error at once.
     pub(in crate::log) fn run(self) {
         let Self { replica, header, done } = self;
         match replica.sync().and_then(|()| replica.persist_result(&header)) {
@@ -130,8 +131,8 @@ impl SyncQueue {
         }
     }
 
-    /// Called after an append of `bytes`: adds the replica to the queue unless it is queued, and requests a write-out if
-    /// the replica has a full piece. Wakes the sync thread if that makes work due.
+    /// Called after an append of `bytes`: adds the replica to the queue unless it is queued, and requests a write-out
+    /// if the replica has a full piece. Wakes the sync thread if that makes work due.
     pub(super) fn push_dirty(&self, replica: &Arc<ReplicaInner>, bytes: u64) {
         let is_queued = replica.dirty.swap(true, Ordering::AcqRel);
         let unwritten_bytes = replica.unwritten_bytes.fetch_add(bytes, Ordering::AcqRel);
@@ -204,8 +205,8 @@ impl SyncQueue {
         self.state.lock().passes_without_progress
     }
 
-    /// Takes the replicas with a full piece out of the queue. Also sets the size of later pieces: large if the journal's
-    /// next frame has been `next_frame` for some time, so that no acknowledgement waits for the device.
+    /// Takes the replicas with a full piece out of the queue. Also sets the size of later pieces: large if the
+    /// journal's next frame has been `next_frame` for some time, so that no acknowledgement waits for the device.
     pub(in crate::log) fn take_pieces(&self, next_frame: u64) -> Vec<Arc<ReplicaInner>> {
         let now = clock::monotonic();
         let mut state = self.state.lock();
@@ -252,8 +253,8 @@ impl SyncQueue {
         }
     }
 
-    /// Requests another pass after a failed one, and waits before it. The disk is probably full, so the retry comes soon,
-    /// but not in a tight loop.
+    /// Requests another pass after a failed one, and waits before it. The disk is probably full, so the retry comes
+    /// soon, but not in a tight loop.
     pub(in crate::log) fn wait_for_retry(&self) {
         let mut state = self.state.lock();
         state.urgent = true;
@@ -266,8 +267,8 @@ impl SyncQueue {
         self.wake.notify_all();
     }
 
-    /// Drops the queued work after the sync thread has ended. Otherwise the queue would keep replicas in memory, and these
-    /// the context that owns the queue.
+    /// Drops the queued work after the sync thread has ended. Otherwise the queue would keep replicas in memory, and
+    /// these the context that owns the queue.
     pub(in crate::log) fn clear(&self) {
         let queued = std::mem::take(&mut *self.state.lock());
         drop(queued);

@@ -89,7 +89,8 @@ impl CachedBatch {
     }
 }
 
-/// Returns the header bytes of a batch, and the batch to cache. A small batch is copied, so that it keeps no receive buffer in memory.
+/// Returns the header bytes of a batch, and the batch to cache. A small batch is copied, so that it keeps no receive
+/// buffer in memory.
 fn detach_from_buffer(batch: &Batch) -> (Bytes, Batch) {
     let mut batch = batch.clone();
     let header = if batch.encoded_len() < COPY_BELOW_BYTES {
@@ -206,8 +207,8 @@ impl TailCache {
         });
     }
 
-    /// Drops the batches that `take` removes from the queue of a partition, until it returns `None`. Updates the memory in
-    /// use.
+    /// Drops the batches that `take` removes from the queue of a partition, until it returns `None`. Updates the memory
+    /// in use.
     fn drop_while(
         &self,
         partition: &ReplicaTail,

@@ -116,9 +116,9 @@ impl ReplicaLog {
         self.reset_with(at, EpochHistory::new(), ProducerTable::new())
     }
 
-    /// Resets the log as [`Self::reset`] does, with the epoch history and producer state of the offsets below `at`. They
-    /// are durable in a snapshot before the first journal entry of the reset. That file has a temporary name, because the
-    /// old log may have a snapshot at `at` too.
+    /// Resets the log as [`Self::reset`] does, with the epoch history and producer state of the offsets below `at`.
+    /// They are durable in a snapshot before the first journal entry of the reset. That file has a temporary name,
+    /// because the old log may have a snapshot at `at` too.
     pub fn reset_with(
         &mut self,
         at: Offset,
@@ -281,8 +281,8 @@ impl ReplicaLog {
     }
 
     /// Chooses the new local start for an eviction of the segments below `below`, makes the snapshot there durable, and
-    /// returns that offset. After the eviction no file holds the earlier state. On a disk without space for a snapshot, the
-    /// start of an earlier segment that has one is chosen.
+    /// returns that offset. After the eviction no file holds the earlier state. On a disk without space for a snapshot,
+    /// the start of an earlier segment that has one is chosen.
     fn write_start_snapshot(&self, below: Offset) -> io::Result<Offset> {
         let segments: Vec<SegmentInfo> = self.inner.state().segments.iter().map(|segment| segment.info).collect();
         let removed = segments[..segments.len() - 1].partition_point(|info| info.end <= below);
@@ -318,8 +318,8 @@ impl ReplicaLog {
         self.inner.refusal().map_or(Ok(()), |reason| Err(ChangeError::Failed { reason }))
     }
 
-    /// Fails the replica after an error in the middle of a change, and returns the error of the change. The files may be in
-    /// a state between the old and the new log. Nothing more is written, and a restart completes the change.
+    /// Fails the replica after an error in the middle of a change, and returns the error of the change. The files may
+    /// be in a state between the old and the new log. Nothing more is written, and a restart completes the change.
     fn failed_change(&self, error: &io::Error) -> ChangeError {
         let reason = format!("cannot truncate or reset the log: {error}");
         self.inner.fail(reason.clone());

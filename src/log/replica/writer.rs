@@ -126,8 +126,8 @@ impl ReplicaLog {
         self.inner.state().log_end()
     }
 
-    /// Returns the reason why nothing can be made durable from now on, if any. The reason is a failed write or sync, also
-    /// of a background sync, whose error no call has returned.
+    /// Returns the reason why nothing can be made durable from now on, if any. The reason is a failed write or sync,
+    /// also of a background sync, whose error no call has returned.
     pub fn write_error(&self) -> Option<String> {
         let inner = &self.inner;
         inner.failed.get().cloned().or_else(|| inner.ctx.journal.failed().map(str::to_owned))
@@ -223,7 +223,8 @@ impl ReplicaLog {
     }
 
     /// Writes batches at the end of the active segment. After an error the file is truncated back. A full disk is no
-    /// failure of the replica. Any other error is, and so is a full disk if the truncation of a segment with content fails.
+    /// failure of the replica. Any other error is, and so is a full disk if the truncation of a segment with content
+    /// fails.
     fn write(&mut self, info: &SegmentInfo, file: &SegmentFile, batches: &[Batch]) -> Result<(), LogAppendError> {
         let written = self.prepare(info, file).and_then(|open| {
             let mut slices = Vec::with_capacity(batches.len() * 2);
@@ -260,8 +261,8 @@ impl ReplicaLog {
         LogAppendError::DiskFull
     }
 
-    /// Opens the file of the active segment for an append. On the first use, and after a failed write, it also truncates
-    /// surplus bytes, fails if bytes are missing, and loads the index.
+    /// Opens the file of the active segment for an append. On the first use, and after a failed write, it also
+    /// truncates surplus bytes, fails if bytes are missing, and loads the index.
     fn prepare(&mut self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Arc<OpenFile>> {
         if info.bytes == 0 && self.checked != Some(file.serial) {
             // The open below may create the file.
@@ -310,9 +311,9 @@ impl ReplicaLog {
         end
     }
 
-    /// Makes all batches appended so far durable, and then calls `done` with the persisted end on the journal's thread. The
-    /// callbacks are called in the order of the persist calls. After an error, `done` may be called on another thread and
-    /// out of order.
+    /// Makes all batches appended so far durable, and then calls `done` with the persisted end on the journal's thread.
+    /// The callbacks are called in the order of the persist calls. After an error, `done` may be called on another
+    /// thread and out of order.
     pub fn persist(&mut self, done: PersistCallback) {
         let pending = std::mem::take(&mut self.pending);
         if let Some(reason) = self.inner.refusal() {
@@ -397,8 +398,8 @@ impl ReplicaLog {
         state.remove_expired_producers();
     }
 
-    /// Drops the batches that were not submitted to the journal, before a truncation or reset. The next append verifies the
-    /// length of its file.
+    /// Drops the batches that were not submitted to the journal, before a truncation or reset. The next append verifies
+    /// the length of its file.
     pub(super) fn clear_unpersisted(&mut self) {
         self.pending = UnpersistedBatches::default();
         self.checked = None;
@@ -412,8 +413,8 @@ impl Drop for ReplicaLog {
 }
 
 impl UnpersistedBatches {
-    /// Adds the batches of one append to the segment `info`, as it was before the append. `bytes` is their encoded length.
-    /// Above `max_bytes` in total, all batches are dropped, and the next persist call syncs the segments.
+    /// Adds the batches of one append to the segment `info`, as it was before the append. `bytes` is their encoded
+    /// length. Above `max_bytes` in total, all batches are dropped, and the next persist call syncs the segments.
     fn push(&mut self, info: &SegmentInfo, batches: Vec<Batch>, bytes: usize, max_bytes: usize) {
         if self.exceeds_journal || self.bytes + bytes > max_bytes {
             // A replica that never calls persist (`replicated`) must not keep its batches in memory either.
