@@ -172,6 +172,3 @@ pub trait File: Send + Sync {
     /// Makes content and length durable.
     fn sync(&self) -> io::Result<()>;
 }
-
-#[cfg(test)]
-mod tests;

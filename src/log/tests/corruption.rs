@@ -2,7 +2,8 @@
 
 use super::*;
 
-/// Returns a directory with two segments and a checkpoint, killed or closed, and its batches.
+/// Returns a disk whose data directory has two segments and a checkpoint, and the batches in it. With `close` the
+/// directory was closed cleanly, otherwise its process was killed.
 fn filled(close: bool) -> (SimDisk, Vec<Batch>) {
     let disk = SimDisk::new();
     let log = open(&disk);
@@ -19,29 +20,31 @@ fn filled(close: bool) -> (SimDisk, Vec<Batch>) {
     (disk, batches)
 }
 
-/// Opens the directory and reads it. The result must be the original batches, or an error.
-fn serve(disk: &SimDisk, batches: &[Batch], what: &str) {
+/// Opens the directory and reads it. The result must be the original batches, or an error. `context` describes the
+/// corruption.
+fn check_served(disk: &SimDisk, batches: &[Batch], context: &str) {
     let options = small();
     let Ok(log) = DataDir::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options) else { return };
     if !log.partitions().contains(&partition(0)) {
-        panic!("{what}: the replica disappeared without an error");
+        panic!("{context}: the replica disappeared without an error");
     }
     let Ok(replica) = log.open_replica(partition(0), at(0)) else { return };
     let Ok(read) = read_all(&replica.reader(), replica.local_start()) else { return };
-    let have: Vec<_> = read.iter().map(Batch::to_bytes).collect();
-    let want: Vec<_> = batches.iter().map(Batch::to_bytes).collect();
-    assert!(have == want, "{what}: different data was served");
+    let served: Vec<_> = read.iter().map(Batch::to_bytes).collect();
+    let original: Vec<_> = batches.iter().map(Batch::to_bytes).collect();
+    assert!(served == original, "{context}: different data was served");
 }
 
+/// Flips one bit in each of the first bytes of every file whose path contains `part`, one at a time.
 fn flip_everywhere(close: bool, part: &str) {
     let (disk, batches) = filled(close);
-    let found: Vec<_> = disk.files().into_iter().filter(|(path, _)| path.to_string_lossy().contains(part)).collect();
-    assert!(found.iter().any(|(_, len)| *len > 0), "{part}");
-    for (path, len) in found {
+    let files: Vec<_> = disk.files().into_iter().filter(|(path, _)| path.to_string_lossy().contains(part)).collect();
+    assert!(files.iter().any(|(_, len)| *len > 0), "{part}");
+    for (path, len) in files {
         for byte in 0..len.min(600) {
             let (disk, _) = filled(close);
             assert!(disk.flip(&path, byte * 8 + byte % 8));
-            serve(&disk, &batches, &format!("{}, byte {byte}, closed {close}", path.display()));
+            check_served(&disk, &batches, &format!("{}, byte {byte}, closed {close}", path.display()));
         }
     }
 }
@@ -71,8 +74,8 @@ fn flipped_bit_in_journal_is_harmless_or_detected() {
     flip_everywhere(false, ".journal");
 }
 
-/// After a power failure an acknowledged frame of the journal is corrupt. Its replica is refused, and the other one is
-/// served.
+/// After a power failure an acknowledged frame of the journal is corrupt. The replica of its data is refused, and the
+/// other replica is served.
 #[test]
 fn corrupt_frame_refuses_only_the_replica_of_its_data() {
     let disk = SimDisk::new();
@@ -84,13 +87,13 @@ fn corrupt_frame_refuses_only_the_replica_of_its_data() {
     for (is_first, batch) in [(true, &batches[0]), (false, &batches[0]), (false, &batches[1])] {
         let replica = if is_first { &mut first } else { &mut second };
         replica.append(std::slice::from_ref(batch)).unwrap();
-        let answer = persist(replica);
+        let result = persist(replica);
         while log.journal_step() {}
-        answer.recv().unwrap().unwrap();
+        result.recv().unwrap().unwrap();
     }
     drop((first, second, log));
     disk.crash(1);
-    // The first frame holds the two creations, or follows them. Its payload belongs to the first replica.
+    // The first frame with a payload belongs to the first replica.
     let journal =
         disk.files().into_iter().find(|(path, _)| path.extension().is_some_and(|e| e == "journal")).unwrap().0;
     let bytes = disk.read(&journal).unwrap();
@@ -137,6 +140,7 @@ fn batches_before_a_corrupt_batch_are_served() {
     }
 }
 
+/// Returns the path of a replica's first segment.
 fn replica_file(number: u32) -> std::path::PathBuf {
     Path::new("/data").join(partition(number).topic.to_string()).join(number.to_string()).join(format!("{:020}.log", 0))
 }
@@ -161,8 +165,8 @@ fn short_synced_segment_is_lost_and_its_files_are_kept() {
     assert_eq!(persisted, at(12));
     assert!(reason.contains("100 of 180 bytes"), "{reason}");
     assert_eq!(disk.read(&replica_file(0)).unwrap().len(), 100);
-    // Regression: a clean shutdown saved the record of an unread replica as the state of its files, and the next start
-    // served them.
+    // Regression: a clean shutdown wrote the record of a replica that was not read as the state of its files, and the
+    // next start served the files.
     log.close().unwrap();
     drop(log);
     let log = open(&disk);
@@ -170,8 +174,8 @@ fn short_synced_segment_is_lost_and_its_files_are_kept() {
     assert!(matches!(log.open_replica(partition(0), at(0)), Err(ReplicaError::Lost { .. })), "the replica stays lost");
 }
 
-/// A replica whose creation was never acknowledged leaves files when its entry is lost. Regression: a new replica's
-/// file did not replace the old file durably. A power failure then restored the old records in place of the new ones.
+/// A replica whose creation was never acknowledged leaves files if its journal entry is lost. Regression: the file of a
+/// new replica did not replace the old file durably. A power failure then restored the old records.
 #[test]
 fn recreated_replica_has_no_records_of_a_lost_one() {
     for seed in 0..40 {
@@ -180,7 +184,7 @@ fn recreated_replica_has_no_records_of_a_lost_one() {
         let log = open(&disk);
         let mut replica = log.open_replica(partition(0), at(0)).unwrap();
         replica.append(&[batch(0, 7, 1, 1, 300)]).unwrap();
-        // The file is synced and the creation is not, so the journal never recorded it.
+        // The file is synced and the creation is not, so it is not in the journal.
         replica.inner().sync().unwrap();
         drop((replica, log));
         disk.kill();

@@ -21,13 +21,15 @@ struct Model {
     acked: u64,
     local_start: u64,
     log_start: u64,
-    answers: Answers,
+    /// Results of the persist calls since the last call of `collect_results`.
+    persist_results: PersistResults,
     /// Target of a truncation that started and did not return.
     truncation_target: Option<u64>,
-    /// Batches of a truncation that did not return. A power failure may restore them until the next write.
+    /// Truncated batches of a truncation that did not return. A power failure may restore them until the next write.
     undone: Vec<Batch>,
     /// True if a deletion started and did not return.
     maybe_deleted: bool,
+    /// Target of a reset that started and did not return.
     reset_target: Option<u64>,
     /// True if the existence of the replica was acknowledged: some of its data was persisted, or survived a crash.
     acknowledged: bool,
@@ -44,13 +46,14 @@ impl Model {
     }
 
     fn collect_results(&mut self) {
-        for end in self.answers.taken().into_iter().flatten() {
+        for end in self.persist_results.take().into_iter().flatten() {
             self.acked = self.acked.max(end.get().min(self.end()));
             self.acknowledged = true;
         }
     }
 
-    /// Compares a replica that was opened again, and adopts its content.
+    /// Compares a replica that was opened again with this model, and sets the model to the replica's content.
+    /// `lossless` is true if no power failure preceded.
     fn check(&mut self, replica: &ReplicaLog, lossless: bool, seed: u64) {
         let (start, end) = (replica.local_start().get(), replica.log_end().get());
         if std::env::var("STRANDLINE_SEED").is_ok() {
@@ -72,14 +75,14 @@ impl Model {
         assert!(end <= self.end(), "seed {seed}: the log ended at {}, now at {end}", self.end());
         assert!(!lossless || end == self.end(), "seed {seed}: a killed process lost {}..{end}", self.end());
         assert!(start >= self.local_start, "seed {seed}: evicted segments reappeared");
-        let want: Vec<&Batch> = {
+        let expected: Vec<&Batch> = {
             let inside = |batch: &&Batch| batch.base_offset().get() >= start && batch.end_offset().get() <= end;
             self.batches.iter().filter(inside).collect()
         };
-        let have = read_all(&replica.reader(), at(start)).unwrap();
-        assert_eq!(have.len(), want.len(), "seed {seed}: {start}..{end}");
-        for (have, want) in have.iter().zip(want) {
-            assert!(have.to_bytes() == want.to_bytes(), "seed {seed}: other bytes at {have:?}");
+        let found = read_all(&replica.reader(), at(start)).unwrap();
+        assert_eq!(found.len(), expected.len(), "seed {seed}: {start}..{end}");
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(found.to_bytes() == expected.to_bytes(), "seed {seed}: other bytes at {found:?}");
         }
         if truncated {
             self.undone = self.batches.iter().filter(|batch| batch.end_offset().get() > end).cloned().collect();
@@ -93,7 +96,7 @@ impl Model {
         }
     }
 
-    /// Returns the table of all appended batches by definition, without a snapshot or a restart.
+    /// Returns the producer state of all appended batches, computed without a snapshot or a restart.
     fn producers(&self) -> ProducerTable {
         let mut producers = ProducerTable::new();
         for batch in &self.batches {
@@ -103,11 +106,13 @@ impl Model {
     }
 }
 
+/// Adds a batch as an append does: the expiration applies after each batch.
 fn record_batch(producers: &mut ProducerTable, batch: &Batch) {
     producers.record_batch(batch);
     producers.remove_expired(i64::try_from(EXPIRATION.as_millis()).ok());
 }
 
+/// A disk, the random operations on it, and the expected content of its replicas.
 struct RandomHistory {
     disk: SimDisk,
     rng: SimRng,
@@ -158,6 +163,7 @@ impl RandomHistory {
         self.end_process();
     }
 
+    /// Ends the process by a kill or by a power failure.
     fn end_process(&mut self) {
         if self.rng.roll(3) == 0 {
             self.disk.kill();
@@ -167,6 +173,7 @@ impl RandomHistory {
         }
     }
 
+    /// Opens all replicas that exist after a restart, and compares each with its model.
     fn reopen(&mut self, log: &DataDir) -> BTreeMap<u32, ReplicaLog> {
         let partitions = log.partitions();
         let mut replicas = BTreeMap::new();
@@ -183,7 +190,8 @@ impl RandomHistory {
             model.maybe_deleted = false;
             replica.set_producer_expiration(Some(EXPIRATION));
             model.check(&replica, self.lossless, self.seed);
-            // The configuration arrives late. The rule is then applied to the producers that were kept meanwhile.
+            // In some incarnations the replica runs without the configuration. Then it keeps expired producers, and a
+            // later incarnation removes them.
             if self.rng.roll(4) == 0 {
                 replica.set_producer_expiration(None);
             }
@@ -199,6 +207,7 @@ impl RandomHistory {
         replicas
     }
 
+    /// Runs one random operation on one of three replicas.
     fn step(&mut self, log: &DataDir, replicas: &mut BTreeMap<u32, ReplicaLog>) {
         let number = u32::try_from(self.rng.roll(3)).unwrap();
         if self.undecided.contains(&number) {
@@ -226,13 +235,13 @@ impl RandomHistory {
         }
         match operation {
             0..40 => {
-                let batches = some_batches(&mut self.rng, model, self.epoch, &mut self.clock);
+                let batches = random_batches(&mut self.rng, model, self.epoch, &mut self.clock);
                 if replica.append(&batches).is_ok() {
                     model.batches.extend(batches);
                     model.undone.clear();
                 }
             }
-            40..58 => replica.persist(model.answers.done()),
+            40..58 => replica.persist(model.persist_results.done()),
             58..76 => drop(log.journal_step()),
             76..80 => log.sync_step(),
             80..86 => drop(replica.roll()),
@@ -241,8 +250,8 @@ impl RandomHistory {
                 let to = low + self.rng.roll(model.end() - low + 1);
                 // The batch that contains `to` is truncated as well.
                 let ends = model.batches.iter().map(|batch| batch.end_offset().get());
-                let left = ends.filter(|end| *end <= to).max().unwrap_or(model.start);
-                model.truncation_target = Some(left);
+                let new_end = ends.filter(|end| *end <= to).max().unwrap_or(model.start);
+                model.truncation_target = Some(new_end);
                 if let Ok(end) = replica.truncate(at(to)) {
                     assert!(end.get() <= to, "seed {}", self.seed);
                     model.truncation_target = None;
@@ -250,7 +259,7 @@ impl RandomHistory {
                     model.collect_results();
                     model.truncate(end.get());
                 } else {
-                    // The replica accepts no writes any longer. Its content is unchanged or truncated.
+                    // The replica no longer accepts writes. Its content is unchanged or truncated.
                     assert!(replica.failed().is_some(), "seed {}", self.seed);
                 }
             }
@@ -295,7 +304,8 @@ impl RandomHistory {
     }
 }
 
-fn some_batches(rng: &mut SimRng, model: &Model, epoch: u32, clock: &mut i64) -> Vec<Batch> {
+/// Creates one to five batches at the end of the log. Producer 0 stands for batches without a producer.
+fn random_batches(rng: &mut SimRng, model: &Model, epoch: u32, clock: &mut i64) -> Vec<Batch> {
     let mut base = model.end();
     let (mut batches, mut table) = (Vec::new(), model.producers());
     for _ in 0..=rng.roll(4) {
@@ -308,9 +318,10 @@ fn some_batches(rng: &mut SimRng, model: &Model, epoch: u32, clock: &mut i64) ->
         let stamp = if producer == 0 {
             (-1, -1, -1)
         } else {
-            // The leader expects the next number of a known producer, and 0 of a removed one.
-            let none = ProducerSequence { id: producer, epoch: 1, base_sequence: -1 };
-            match table.check(none, count, None) {
+            // The leader expects the next sequence number of a known producer, and 0 of a removed one. A check of an
+            // impossible number returns the expected one.
+            let impossible = ProducerSequence { id: producer, epoch: 1, base_sequence: -1 };
+            match table.check(impossible, count, None) {
                 SequenceCheck::OutOfOrder { expected } => (producer, 1, expected),
                 _ => (producer, 1, 0),
             }
@@ -323,6 +334,7 @@ fn some_batches(rng: &mut SimRng, model: &Model, epoch: u32, clock: &mut i64) ->
     batches
 }
 
+/// Runs the history of one seed: six incarnations, and a last comparison.
 fn run(seed: u64) {
     let mut history = RandomHistory::new(seed);
     for _ in 0..6 {
@@ -345,8 +357,8 @@ fn acknowledged_data_survives_and_truncated_data_does_not() {
     }
 }
 
-/// Regression: the journal recorded the creation of a replica just before a power failure, which removed the directory
-/// of the replica. The replica then accepted no writes, even after restarts of the broker.
+/// Regression: the creation of a replica was in the journal just before a power failure, which removed the directory of
+/// the replica. The replica then accepted no writes, even after restarts of the broker.
 #[test]
 fn replica_that_lost_its_directory_accepts_writes() {
     let mut lost = 0;
@@ -354,7 +366,7 @@ fn replica_that_lost_its_directory_accepts_writes() {
         let disk = SimDisk::new();
         let log = open(&disk);
         drop(log.open_replica(partition(0), at(0)).unwrap());
-        assert!(log.journal_step(), "the journal records the creation");
+        assert!(log.journal_step(), "the creation is written to the journal");
         disk.crash(seed);
         drop(log);
         lost += u32::from(!disk.files().iter().any(|(path, _)| path.extension().is_some_and(|name| name == "log")));

@@ -65,9 +65,9 @@ fn deleted_segments_leave_no_file_behind() {
     replica.advance_log_start(at(12));
     assert_eq!(replica.evict(at(12)), Ok(3000));
     let names: Vec<_> = disk.files().into_iter().map(|(path, _)| path).collect();
-    let of_the_replica = names.iter().filter(|path| path.parent().unwrap().ends_with("0"));
-    let left: Vec<_> = of_the_replica.filter_map(|path| path.file_name()?.to_str()).collect();
-    assert_eq!(left, ["00000000000000000012.snapshot"], "the first append creates the file of the new segment");
+    let replica_files = names.iter().filter(|path| path.parent().unwrap().ends_with("0"));
+    let remaining: Vec<_> = replica_files.filter_map(|path| path.file_name()?.to_str()).collect();
+    assert_eq!(remaining, ["00000000000000000012.snapshot"], "the first append creates the file of the new segment");
     assert_eq!(write(&log, &mut replica, &[batch(12, 1, 1, 1, 100)]), at(13));
 }
 
@@ -113,7 +113,7 @@ fn interrupted_eviction_is_repeated_and_stays_complete() {
     }
 }
 
-/// The journal still holds the records of the evicted segments. Writing them again would need disk space for nothing.
+/// The journal still holds the records of the evicted segments. Restoring them would use disk space without a purpose.
 #[test]
 fn replay_never_creates_evicted_segments() {
     let disk = SimDisk::new();
@@ -128,7 +128,8 @@ fn replay_never_creates_evicted_segments() {
     assert_eq!(log.open_replica(partition(0), at(0)).unwrap().log_end(), at(12));
 }
 
-/// A snapshot that found no space when its segment was sealed keeps only the segment before it.
+/// A segment without a snapshot, for which the disk has no space, cannot become the first one. The segment before it
+/// stays, and all earlier ones are evicted.
 #[test]
 fn eviction_on_a_full_disk_makes_its_own_space() {
     let disk = SimDisk::new();
@@ -145,6 +146,7 @@ fn eviction_on_a_full_disk_makes_its_own_space() {
     assert_eq!((replica.local_start(), bases(&disk)[0]), (at(6), 6));
 }
 
+/// Starts the log after a kill, checks that the eviction is complete, and closes the log.
 fn reopen_and_close(disk: &SimDisk, operations: u64) {
     disk.kill();
     let log = open(disk);
@@ -169,8 +171,12 @@ fn snapshots_of_earlier_stops_are_evicted_with_segments() {
         drop(replica);
         log.close().unwrap();
     }
-    let snapshots =
-        || disk.files().iter().filter(|(path, _)| path.extension().is_some_and(|of| of == "snapshot")).count();
+    let snapshots = || {
+        disk.files()
+            .iter()
+            .filter(|(path, _)| path.extension().is_some_and(|extension| extension == "snapshot"))
+            .count()
+    };
     assert!(snapshots() >= 5, "{:?}", disk.files());
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
@@ -199,9 +205,9 @@ fn failed_deletion_leaves_a_stray_that_can_be_deleted() {
             drop(log);
             disk.kill();
             let log = open(&disk);
-            let left = bases(&disk);
-            if log.partitions().is_empty() && !left.is_empty() {
-                assert_eq!(log.stray_partitions(), [partition(0)], "after {operations} operations: {left:?}");
+            let remaining = bases(&disk);
+            if log.partitions().is_empty() && !remaining.is_empty() {
+                assert_eq!(log.stray_partitions(), [partition(0)], "after {operations} operations: {remaining:?}");
                 found += 1;
             }
             log.delete_replica(partition(0)).unwrap();
@@ -213,8 +219,8 @@ fn failed_deletion_leaves_a_stray_that_can_be_deleted() {
     assert!(found > 5, "{found} deletions left files");
 }
 
-/// A start cannot identify the owner of the files it finds: they may be the only copy of a replica that the journal
-/// never recorded. A new replica of the same partition quarantines them, and only the metadata permits their deletion.
+/// A start cannot identify the owner of stray files. They may be the only copy of a replica whose creation never became
+/// durable. A new replica of the same partition quarantines them, and only the metadata permits their deletion.
 #[test]
 fn new_replica_quarantines_stray_segments() {
     let found = (0..40).filter(|operations| {
@@ -280,8 +286,8 @@ fn interrupted_deletion_of_many_can_be_completed() {
         disk.crash(operations);
         let log = open(&disk);
         let registered = log.partitions();
-        let failed = |id: &PartitionId| failures.iter().any(|(failed, _)| failed == id);
-        assert!(registered.iter().all(failed), "after {operations} operations: {registered:?} reappeared");
+        let has_failed = |id: &PartitionId| failures.iter().any(|(failed, _)| failed == id);
+        assert!(registered.iter().all(has_failed), "after {operations} operations: {registered:?} reappeared");
         assert!(log.delete_replicas(&ids).is_empty() && log.delete_stray(&ids).is_empty());
         assert!(log.partitions().is_empty() && bases(&disk).is_empty(), "after {operations} operations");
     }

@@ -37,14 +37,14 @@ fn appends_on_a_real_disk_are_durable_and_stop_is_clean() {
     let dir = tempfile::tempdir().unwrap();
     let options = LogOptions { journal_bytes: 4 << 20, sync_bytes: 1 << 20, ..LogOptions::default() };
     let log = DataDir::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options.clone()).unwrap();
-    let results = Answers::default();
+    let results = PersistResults::default();
     let mut replicas: Vec<_> = (0..4).map(|n| log.open_replica(partition(n), at(0)).unwrap()).collect();
     // The data exceeds the size of the ring several times, so its files are released and reused.
-    for round in 0..200_u64 {
+    for number in 0..200_u64 {
         for replica in &mut replicas {
-            replica.append(&[batch(round * 2, 2, 1, i64::try_from(round).unwrap(), 20_000)]).unwrap();
+            replica.append(&[batch(number * 2, 2, 1, i64::try_from(number).unwrap(), 20_000)]).unwrap();
             replica.persist(results.done());
-            if round == 120 {
+            if number == 120 {
                 replica.roll().unwrap();
             }
         }
@@ -53,7 +53,7 @@ fn appends_on_a_real_disk_are_durable_and_stop_is_clean() {
         persist(replica).recv().unwrap().unwrap();
         assert_eq!(replica.persisted_end(), at(400));
     }
-    assert!(results.taken().iter().all(Result::is_ok));
+    assert!(results.take().iter().all(Result::is_ok));
     drop(replicas);
     log.close().unwrap();
     drop(log);
@@ -63,8 +63,8 @@ fn appends_on_a_real_disk_are_durable_and_stop_is_clean() {
         let replica = log.open_replica(partition(3), at(0)).unwrap();
         let batches = read_all(&replica.reader(), at(0)).unwrap();
         assert_eq!(batches.len(), 200);
-        for (round, have) in (0..).zip(&batches) {
-            assert!(*have == batch(round * 2, 2, 1, i64::try_from(round).unwrap(), 20_000));
+        for (number, found) in (0..).zip(&batches) {
+            assert!(*found == batch(number * 2, 2, 1, i64::try_from(number).unwrap(), 20_000));
         }
     }
 }

@@ -90,8 +90,8 @@ fn journal_fails_when_full_of_entries_that_cannot_sync() {
     assert_eq!(read_all(&log.open_replica(partition(0), at(0)).unwrap().reader(), at(0)).unwrap().len(), 1);
 }
 
-/// After an eviction only the snapshot at the local start records the state before it. Regression: a stop wrote that
-/// snapshot again, and an interrupted stop destroyed it. A retry of a producer was then accepted as a new batch.
+/// After an eviction only the snapshot at the local start holds the earlier producer state. Regression: a stop wrote
+/// that snapshot again, and an interrupted stop destroyed it. A retry of a producer was then accepted as a new batch.
 #[test]
 fn interrupted_stop_keeps_the_producer_state() {
     for operations in 0..12 {
@@ -109,8 +109,8 @@ fn interrupted_stop_keeps_the_producer_state() {
         let replica = log.open_replica(partition(0), at(0)).unwrap();
         assert_eq!(replica.local_start(), at(2));
         let retry = crate::record::ProducerSequence { id: 9, epoch: 0, base_sequence: 0 };
-        let known = SequenceCheck::Duplicate { base: at(0), end: at(2) };
-        assert_eq!(replica.producers().check(retry, 2, None), known, "after {operations} operations");
+        let duplicate = SequenceCheck::Duplicate { base: at(0), end: at(2) };
+        assert_eq!(replica.producers().check(retry, 2, None), duplicate, "after {operations} operations");
     }
 }
 
@@ -179,14 +179,14 @@ fn fill_journal(disk: &SimDisk, log: &DataDir, replica: &mut ReplicaLog) {
     }
 }
 
-/// Advances the time, and returns the reason why the log has failed, if it has.
-async fn later(log: &DataDir, seconds: u64) -> Option<String> {
+/// Advances the time, runs the journal, and returns the reason why the log has failed, if it has.
+async fn failure_after(log: &DataDir, seconds: u64) -> Option<String> {
     tokio::time::advance(Duration::from_secs(seconds)).await;
     while log.journal_step() {}
     log.status().failed
 }
 
-/// Regression: all writers waited, and so did the leader's followers, and no other broker took over.
+/// Regression: all writers and the followers of this leader waited, and no other broker took over.
 #[tokio::test(start_paused = true)]
 async fn full_journal_fails_if_checkpoints_keep_failing() {
     let disk = SimDisk::new();
@@ -194,20 +194,20 @@ async fn full_journal_fails_if_checkpoints_keep_failing() {
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     fill_journal(&disk, &log, &mut replica);
     let result = persist(&mut replica);
-    assert_eq!(later(&log, 9).await, None);
+    assert_eq!(failure_after(&log, 9).await, None);
     disk.fail_syncs(None);
     settle(&log);
     assert_eq!(result.try_recv().unwrap(), Ok(replica.log_end()), "the persist call completes after a checkpoint");
     fill_journal(&disk, &log, &mut replica);
     let result = persist(&mut replica);
-    assert_eq!(later(&log, 9).await, None, "the limit counts from the start of the wait");
-    let reason = later(&log, 2).await.expect("the limit of the wait has passed");
+    assert_eq!(failure_after(&log, 9).await, None, "the limit counts from the start of the wait");
+    let reason = failure_after(&log, 2).await.expect("the limit of the wait has passed");
     assert!(reason.contains("no journal space for 10 s because the checkpoint cannot be written: "), "{reason}");
     assert!(reason.contains("checkpoint.tmp: simulated"), "{reason}");
     assert!(matches!(result.try_recv().unwrap(), Err(PersistError::Failed { .. })));
 }
 
-/// Space may become available. Without space, a broker transfers the leadership that other brokers can take.
+/// A full disk may get space, so the journal waits. Meanwhile the broker transfers its leadership to other brokers.
 #[tokio::test(start_paused = true)]
 async fn full_journal_on_a_full_disk_waits_for_space() {
     let disk = SimDisk::new();
@@ -222,7 +222,7 @@ async fn full_journal_on_a_full_disk_waits_for_space() {
         while log.journal_step() {}
         result.try_recv().is_err().then_some(result)
     });
-    assert_eq!(later(&log, 3600).await, None);
+    assert_eq!(failure_after(&log, 3600).await, None);
     disk.set_capacity(None);
     settle(&log);
     assert_eq!(result.unwrap().try_recv().unwrap(), Ok(replica.log_end()));
@@ -238,9 +238,9 @@ async fn stop_waits_for_journal_space_for_a_bounded_time() {
     fill_journal(&disk, &log, &mut replica);
     let (persisted, waiting) = (replica.persisted_end(), persist(&mut replica));
     log.begin_shutdown();
-    assert_eq!(later(&log, 4).await, None);
+    assert_eq!(failure_after(&log, 4).await, None);
     assert!(waiting.try_recv().is_err());
-    let reason = later(&log, 2).await.expect("the limit of the wait has passed");
+    let reason = failure_after(&log, 2).await.expect("the limit of the wait has passed");
     assert!(reason.contains("the log is closing, and no journal file was released for 5 s"), "{reason}");
     assert!(matches!(waiting.try_recv().unwrap(), Err(PersistError::Failed { .. })));
     assert!(log.close().is_err());
@@ -318,8 +318,8 @@ fn truncated_replica_does_not_block_the_journal() {
     assert_eq!(truncated.log_end(), at(1));
 }
 
-/// Regression: the segments were removed from the state first. Their files then stayed until the next start, just when
-/// space was missing.
+/// Regression: a failed eviction had already removed the segments from the state. Their files then stayed on the full
+/// disk until the next start.
 #[test]
 fn failed_eviction_can_be_retried() {
     let disk = SimDisk::new();

@@ -11,6 +11,7 @@ use crate::log::format::{
 
 const DIRECTORY: Uuid = Uuid::from_u128(7);
 
+/// Decodes an epoch history of these epochs and start offsets.
 fn epochs(entries: &[(u32, u64)]) -> Option<EpochHistory> {
     let mut out = BytesMut::new();
     out.put_u32(u32::try_from(entries.len()).unwrap());
@@ -36,12 +37,12 @@ fn producers(entries: &[(i64, u32, u64)]) -> Option<ProducerTable> {
 }
 
 /// Builds a table at partition time `time_ms`. Each producer has its id, the partition time of its last batch, and the
-/// count, base and form of that batch.
+/// count, base and attributes of that batch.
 fn timed_producers(time_ms: i64, entries: &[(i64, i64, u32, u64, u8)]) -> Option<ProducerTable> {
     let mut out = BytesMut::new();
     out.put_i64(time_ms);
     out.put_u32(u32::try_from(entries.len()).unwrap());
-    for (id, last_ms, count, base, form) in entries {
+    for (id, last_ms, count, base, attributes) in entries {
         out.put_i64(*id);
         out.put_i16(0);
         out.put_i64(*last_ms);
@@ -50,7 +51,7 @@ fn timed_producers(time_ms: i64, entries: &[(i64, i64, u32, u64, u8)]) -> Option
         out.put_u32(*count);
         out.put_u64(*base);
         out.put_u32(0);
-        out.put_u8(*form);
+        out.put_u8(*attributes);
     }
     ProducerTable::from_bytes(&out)
 }
@@ -77,7 +78,7 @@ fn producers_with_impossible_batches_are_refused() {
 /// The times of a table determine the next producers that it removes. Two replicas that decode them differently would
 /// respond differently to a retry.
 #[test]
-fn producers_with_impossible_times_or_forms_are_refused() {
+fn producers_with_impossible_times_are_refused() {
     assert!(timed_producers(9, &[(1, 9, 1, 7, 0b1100), (2, 5, 1, 3, 0b0000)]).is_some());
     for bad in [
         [(1, 10, 1, 7, 0), (2, 5, 1, 3, 0)],
@@ -104,6 +105,7 @@ fn index_with_decreasing_times_or_wrong_start_is_refused() {
     }
 }
 
+/// Returns the header of an append.
 fn header(generation: u64, position: u64) -> EntryHeader {
     EntryHeader {
         kind: EntryKind::Append,

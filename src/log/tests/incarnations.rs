@@ -28,10 +28,9 @@ fn file_has_the_confirmed_and_all_later_incarnations() {
     assert_eq!(log.incarnations().unwrap(), [incarnation(3)]);
 }
 
-/// Regression: a broker that registered before its record was durable could not prove its incarnation at the next
-/// start.
+/// Regression: a broker registered before the file was durable, and could not prove its incarnation at the next start.
 #[test]
-fn recorded_incarnation_survives_a_power_failure() {
+fn written_incarnation_survives_a_power_failure() {
     for seed in 0..50 {
         let disk = SimDisk::new();
         let log = open(&disk);

@@ -9,6 +9,7 @@ fn open_with(disk: &SimDisk, options: LogOptions) -> Result<DataDir, DataDirErro
     DataDir::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), options)
 }
 
+/// Returns the error of an opening that must fail.
 fn refused(disk: &SimDisk, options: LogOptions) -> DataDirError {
     match open_with(disk, options) {
         Ok(_) => panic!("opened"),
@@ -16,11 +17,13 @@ fn refused(disk: &SimDisk, options: LogOptions) -> DataDirError {
     }
 }
 
-fn elsewhere() -> LogOptions {
+/// Returns options with the journal in another directory.
+fn other_journal_dir() -> LogOptions {
     LogOptions { journal_dir: Some("/other".into()), ..small() }
 }
 
-fn remove_below(disk: &SimDisk, part: &str) {
+/// Removes all files whose path contains `part`.
+fn remove_matching(disk: &SimDisk, part: &str) {
     for (path, _) in disk.files() {
         if path.to_string_lossy().contains(part) {
             disk.remove(&path).unwrap();
@@ -37,16 +40,16 @@ fn segments(disk: &SimDisk) -> Vec<(std::path::PathBuf, Vec<u8>)> {
     disk.files().into_iter().filter_map(segment).collect()
 }
 
-/// Returns a directory with an acknowledged batch of two records. If it was killed, they are in the journal and in the
-/// page cache.
-fn fed(close: bool) -> SimDisk {
+/// Returns a disk whose data directory has an acknowledged batch of two records. With `close` the shutdown was clean.
+/// Otherwise the records are only in the journal and in the page cache.
+fn disk_with_batch(close: bool) -> SimDisk {
     let disk = SimDisk::new();
     let log = open(&disk);
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     replica.append(&[batch(0, 2, 1, 1, 5000)]).unwrap();
-    let answer = persist(&mut replica);
+    let result = persist(&mut replica);
     while log.journal_step() {}
-    assert_eq!(answer.try_recv().unwrap(), Ok(at(2)));
+    assert_eq!(result.try_recv().unwrap(), Ok(at(2)));
     if close {
         log.close().unwrap();
     }
@@ -55,23 +58,24 @@ fn fed(close: bool) -> SimDisk {
     disk
 }
 
+/// Returns the log end of the replica after opening it.
 fn end(log: &DataDir) -> Offset {
     log.open_replica(partition(0), at(0)).unwrap().log_end()
 }
 
-/// Regression: only the identity file was lost. A new identity was drawn, and every segment was emptied.
+/// Regression: only the identity file was lost. The directory got a new identity, and every segment was emptied.
 #[test]
 fn directory_without_identity_is_refused_and_unchanged() {
     for close in [true, false] {
-        let disk = fed(close);
+        let disk = disk_with_batch(close);
         disk.remove(Path::new("/data/strandline.json")).unwrap();
         let before = segments(&disk);
         let text = refused(&disk, small()).to_string();
         assert!(text.contains("strandline.json") && text.contains("checkpoint, a journal"), "{text}");
-        let card = &text[text.find('{').unwrap()..=text.rfind('}').unwrap()];
+        let identity_file = &text[text.find('{').unwrap()..=text.rfind('}').unwrap()];
         assert_eq!(segments(&disk), before);
         // The proposed identity file is correct.
-        disk.replace(Path::new("/data/strandline.json"), card.as_bytes()).unwrap();
+        disk.replace(Path::new("/data/strandline.json"), identity_file.as_bytes()).unwrap();
         assert_eq!(end(&open(&disk)), at(2));
     }
 }
@@ -79,7 +83,7 @@ fn directory_without_identity_is_refused_and_unchanged() {
 #[test]
 fn any_data_refuses_a_directory_without_identity() {
     for (keep, message) in [("checkpoint", "checkpoint"), ("journal", "a journal"), (".log", "segments of topic")] {
-        let disk = fed(false);
+        let disk = disk_with_batch(false);
         for (path, _) in disk.files() {
             if !path.to_string_lossy().contains(keep) {
                 disk.remove(&path).unwrap();
@@ -97,11 +101,11 @@ fn any_data_refuses_a_directory_without_identity() {
 #[test]
 fn interrupted_first_start_can_be_repeated() {
     for operations in 0..60 {
-        for power in [true, false] {
+        for power_failure in [true, false] {
             let disk = SimDisk::new();
             disk.fail_writes_after(Some(operations));
             drop(open_with(&disk, small()));
-            if power {
+            if power_failure {
                 disk.crash(operations)
             } else {
                 disk.kill()
@@ -123,15 +127,15 @@ fn interrupted_first_start_can_be_repeated() {
 #[test]
 fn missing_journal_is_detected_and_replayed_when_restored() {
     for seed in 0..20 {
-        let disk = fed(false);
+        let disk = disk_with_batch(false);
         disk.crash(seed);
-        let saved: Vec<_> = disk.files().into_iter().filter(|(path, _)| path.starts_with(JOURNAL)).collect();
-        let saved: Vec<_> = saved.into_iter().map(|(path, _)| (disk.read(&path).unwrap(), path)).collect();
-        remove_below(&disk, JOURNAL);
+        let journal_files = disk.files().into_iter().filter(|(path, _)| path.starts_with(JOURNAL));
+        let saved: Vec<_> = journal_files.map(|(path, _)| (disk.read(&path).unwrap(), path)).collect();
+        remove_matching(&disk, JOURNAL);
         let before = segments(&disk);
         let text = refused(&disk, small()).to_string();
         assert!(text.contains(JOURNAL) && text.contains("no journal file"), "{text}");
-        let text = refused(&disk, elsewhere()).to_string();
+        let text = refused(&disk, other_journal_dir()).to_string();
         assert!(text.contains("/other") && text.contains("the directory does not exist"), "{text}");
         assert_eq!(segments(&disk), before, "the segments are unchanged");
         for (bytes, path) in saved {
@@ -145,31 +149,31 @@ fn missing_journal_is_detected_and_replayed_when_restored() {
 /// data directory.
 #[test]
 fn older_journal_of_the_same_directory_is_refused() {
-    let disk = fed(true);
-    let log = open_with(&disk, elsewhere()).unwrap();
+    let disk = disk_with_batch(true);
+    let log = open_with(&disk, other_journal_dir()).unwrap();
     drop(log);
     disk.kill();
     let text = refused(&disk, small()).to_string();
     assert!(text.contains("frame"), "{text}");
-    let log = open_with(&disk, elsewhere()).unwrap();
+    let log = open_with(&disk, other_journal_dir()).unwrap();
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     write(&log, &mut replica, &[batch(2, 1, 1, 1, 100)]);
     drop((replica, log));
     disk.crash(1);
     assert!(matches!(refused(&disk, small()), DataDirError::JournalLost { .. }));
-    assert_eq!(end(&open_with(&disk, elsewhere()).unwrap()), at(3));
+    assert_eq!(end(&open_with(&disk, other_journal_dir()).unwrap()), at(3));
 }
 
 #[test]
 fn journal_may_be_moved_or_removed_after_a_clean_stop() {
-    let disk = fed(true);
-    remove_below(&disk, JOURNAL);
+    let disk = disk_with_batch(true);
+    remove_matching(&disk, JOURNAL);
     let log = open(&disk);
     assert_eq!(end(&log), at(2));
     log.close().unwrap();
     drop(log);
     disk.kill();
-    let log = open_with(&disk, elsewhere()).unwrap();
+    let log = open_with(&disk, other_journal_dir()).unwrap();
     assert!(log.was_clean_shutdown());
     assert_eq!(end(&log), at(2));
 }
@@ -178,9 +182,9 @@ fn journal_may_be_moved_or_removed_after_a_clean_stop() {
 fn accepted_journal_loss_loses_only_the_journals_data() {
     let mut ends = Vec::new();
     for seed in 0..20 {
-        let disk = fed(false);
+        let disk = disk_with_batch(false);
         disk.crash(seed);
-        remove_below(&disk, JOURNAL);
+        remove_matching(&disk, JOURNAL);
         let log = open_with(&disk, LogOptions { accept_journal_loss: true, ..small() }).unwrap();
         if log.partitions().is_empty() {
             continue;
@@ -191,7 +195,7 @@ fn accepted_journal_loss_loses_only_the_journals_data() {
         write(&log, &mut replica, &[batch(first, 1, 2, 1, 100)]);
         drop((replica, log));
         disk.crash(seed);
-        // From then on the directory is like any other.
+        // Later starts need no option.
         assert_eq!(end(&open(&disk)).get(), first + 1, "seed {seed}");
     }
     assert!(ends.contains(&0) && ends.iter().all(|end| *end == 0 || *end == 2), "{ends:?}");
@@ -200,30 +204,30 @@ fn accepted_journal_loss_loses_only_the_journals_data() {
 #[test]
 fn journal_of_another_directory_is_not_overwritten() {
     let disk = SimDisk::new();
-    let other = DataDir::open(Arc::new(disk.clone()), Path::new("/first"), &identity(), elsewhere()).unwrap();
-    let text = refused(&disk, elsewhere()).to_string();
+    let other = DataDir::open(Arc::new(disk.clone()), Path::new("/first"), &identity(), other_journal_dir()).unwrap();
+    let text = refused(&disk, other_journal_dir()).to_string();
     assert!(text.contains("/other") && text.contains(&other.directory_id().to_string()), "{text}");
 }
 
 #[test]
 fn directory_without_checkpoint_and_journal_is_refused() {
     for close in [true, false] {
-        let disk = fed(close);
+        let disk = disk_with_batch(close);
         disk.remove(Path::new("/data/checkpoint")).unwrap();
         assert_eq!(end(&open(&disk)), at(2), "closed {close}");
     }
-    let disk = fed(false);
+    let disk = disk_with_batch(false);
     disk.remove(Path::new("/data/checkpoint")).unwrap();
-    remove_below(&disk, JOURNAL);
+    remove_matching(&disk, JOURNAL);
     assert!(matches!(refused(&disk, small()), DataDirError::JournalLost { .. }));
 }
 
-/// After the loss of a checkpoint, nothing records the acknowledged data. Regression: the next checkpoint did not
-/// record that loss, and the following start truncated the data that this start had refused.
+/// After the loss of a checkpoint the persisted end is unknown. Regression: the next checkpoint did not contain that
+/// fact, and the following start truncated the data that this start had refused.
 #[test]
 fn replica_refused_without_checkpoint_stays_refused() {
-    let disk = fed(true);
-    remove_below(&disk, JOURNAL);
+    let disk = disk_with_batch(true);
+    remove_matching(&disk, JOURNAL);
     // The current journal holds nothing that could repair the corruption.
     open(&disk).close().unwrap();
     disk.kill();
@@ -248,12 +252,12 @@ fn replica_refused_without_checkpoint_stays_refused() {
 /// log end.
 #[test]
 fn clean_stop_does_not_cover_unopened_replicas() {
-    let disk = fed(false);
+    let disk = disk_with_batch(false);
     let log = open(&disk);
     log.close().unwrap();
     drop(log);
     disk.kill();
-    remove_below(&disk, JOURNAL);
+    remove_matching(&disk, JOURNAL);
     assert_eq!(end(&open(&disk)), at(2));
 }
 
@@ -266,9 +270,9 @@ fn new_replica_quarantines_files_of_its_directory() {
     for content in [&b"first"[..], b"second"] {
         disk.replace(&dir.join(format!("{:020}.log", 0)), content).unwrap();
         let mut replica = log.open_replica(partition(0), at(0)).unwrap();
-        let aside = |n: u32| disk.read(&dir.join(format!("{:020}.log.quarantined-{n}", 0))).ok();
-        assert_eq!(aside(1).unwrap(), b"first");
-        assert_eq!(aside(2).is_some(), content == b"second");
+        let quarantined = |n: u32| disk.read(&dir.join(format!("{:020}.log.quarantined-{n}", 0))).ok();
+        assert_eq!(quarantined(1).unwrap(), b"first");
+        assert_eq!(quarantined(2).is_some(), content == b"second");
         assert_eq!(write(&log, &mut replica, &[batch(0, 1, 1, 1, 100)]), at(1));
         drop(replica);
         if content == b"first" {

@@ -44,7 +44,7 @@ fn identity() -> DataDirIdentity {
     DataDirIdentity { cluster: "test".to_owned(), broker: BrokerId(1) }
 }
 
-/// Returns small options without threads: many frames, files and passes in a short test.
+/// Returns options without threads and with small limits: a short test writes many frames and files.
 fn small() -> LogOptions {
     LogOptions {
         journal_bytes: 1 << 20,
@@ -67,12 +67,15 @@ fn open(disk: &SimDisk) -> DataDir {
     DataDir::open(Arc::new(disk.clone()), Path::new("/data"), &identity(), small()).unwrap()
 }
 
-/// Creates a batch as a leader has stamped it: `count` records without meaning, `bytes` long but at least 61.
+/// Creates a batch as a leader has stamped it: `count` records of random bytes. The batch has `bytes` bytes, at least
+/// 61.
 fn batch(base: u64, count: u32, epoch: u32, timestamp: i64, bytes: usize) -> Batch {
     produced(base, count, epoch, timestamp, bytes, (-1, -1, -1))
 }
 
+/// Creates a batch as [`batch`] does, of a producer with this id, epoch and base sequence.
 fn produced(base: u64, count: u32, epoch: u32, timestamp: i64, bytes: usize, producer: (i64, i16, i32)) -> Batch {
+    // The fields of a RecordBatch of version 2, at their offsets.
     let mut raw = vec![0; 61.max(bytes)];
     let length = i32::try_from(raw.len() - 12).unwrap();
     raw[8..12].copy_from_slice(&length.to_be_bytes());
@@ -96,9 +99,11 @@ fn produced(base: u64, count: u32, epoch: u32, timestamp: i64, bytes: usize, pro
     batch
 }
 
-type Answer = Receiver<Result<Offset, PersistError>>;
+/// Channel that receives the result of a persist call.
+type PersistReceiver = Receiver<Result<Offset, PersistError>>;
 
-fn persist(replica: &mut ReplicaLog) -> Answer {
+/// Starts a persist call.
+fn persist(replica: &mut ReplicaLog) -> PersistReceiver {
     let (sender, receiver) = sync_channel(1);
     replica.persist(Box::new(move |result| drop(sender.send(result))));
     receiver
@@ -112,19 +117,20 @@ fn write(log: &DataDir, replica: &mut ReplicaLog, batches: &[Batch]) -> Offset {
     result.try_recv().unwrap().unwrap()
 }
 
-/// Does the work of the threads for all pending persist calls.
+/// Does the work of the threads until all pending persist calls are complete.
 fn settle(log: &DataDir) {
     log.sync_step();
     while log.journal_step() {}
 }
 
+/// Returns the bytes of a read, after checking their number.
 fn join(read: &ReadBatches) -> Vec<u8> {
     let bytes = read.chunks.concat();
     assert_eq!(bytes.len(), read.bytes);
     bytes
 }
 
-/// Reads all batches from `from` on, from files.
+/// Reads all batches from `from` to the log end, from files.
 fn read_all(reader: &LogReader, from: Offset) -> Result<Vec<Batch>, LogReadError> {
     let (mut batches, mut next) = (Vec::new(), from);
     while next < reader.log_end() {
@@ -139,17 +145,18 @@ fn read_all(reader: &LogReader, from: Offset) -> Result<Vec<Batch>, LogReadError
     Ok(batches)
 }
 
-/// Results of persist calls, from any thread.
+/// Collected results of persist calls, from any thread.
 #[derive(Clone, Default)]
-struct Answers(Arc<Mutex<Vec<Result<Offset, PersistError>>>>);
+struct PersistResults(Arc<Mutex<Vec<Result<Offset, PersistError>>>>);
 
-impl Answers {
+impl PersistResults {
+    /// Returns a callback that adds its result.
     fn done(&self) -> PersistCallback {
         let results = self.0.clone();
         Box::new(move |result| results.lock().push(result))
     }
 
-    fn taken(&self) -> Vec<Result<Offset, PersistError>> {
+    fn take(&self) -> Vec<Result<Offset, PersistError>> {
         std::mem::take(&mut *self.0.lock())
     }
 }

@@ -29,9 +29,9 @@ fn other_batch_with_the_sequence_is_no_duplicate() {
         builder.push(7, None, Some(value), &[]).unwrap();
         builder.finish(Some(stamp(9, 0))).unwrap()
     };
-    let (own, other) = (batch_of(b"own"), batch_of(b"other"));
+    let (original, other) = (batch_of(b"original"), batch_of(b"other"));
     let stored_as = |change: &dyn Fn(&Batch) -> Batch| {
-        let (mut table, mut stored) = (ProducerTable::new(), change(&own));
+        let (mut table, mut stored) = (ProducerTable::new(), change(&original));
         // The comparison ignores both the offset and the epoch.
         stored.set_offset_and_epoch(at(3), LeaderEpoch(8));
         table.record_batch(&stored);
@@ -43,7 +43,7 @@ fn other_batch_with_the_sequence_is_no_duplicate() {
     let check = |table: &ProducerTable, sent: Option<Fingerprint>| table.check(stamp(9, 0), 1, sent);
 
     let as_sent = stored_as(&Batch::clone);
-    assert_eq!(check(&as_sent, Some(own.fingerprint())), duplicate);
+    assert_eq!(check(&as_sent, Some(original.fingerprint())), duplicate);
     assert_eq!(check(&as_sent, Some(other.fingerprint())), SequenceCheck::Conflict { base: at(3) });
     assert_eq!(check(&as_sent, None), duplicate, "records that were decoded have no CRC");
 
@@ -56,7 +56,7 @@ fn other_batch_with_the_sequence_is_no_duplicate() {
         batch
     });
     for table in [&recompressed, &timed] {
-        for sent in [Some(own.fingerprint()), Some(other.fingerprint()), None] {
+        for sent in [Some(original.fingerprint()), Some(other.fingerprint()), None] {
             assert_eq!(check(table, sent), duplicate);
         }
     }
@@ -174,7 +174,7 @@ fn producers_of_all_partitions_are_bounded_together() {
     assert_eq!(busy.producers().check(stamp(0, 0), 1, None), SequenceCheck::New);
 }
 
-/// Known producers may continue to write, and each of their batches is recorded.
+/// Known producers may continue to write. A table outside a log (`free`) is not limited.
 #[test]
 fn windows_are_short_while_producer_memory_is_exceeded() {
     let log = bounded(0);
@@ -191,8 +191,8 @@ fn windows_are_short_while_producer_memory_is_exceeded() {
     };
     let table = replica.producers();
     for id in 0..40 {
-        let kept = (0..window).filter(|sequence| known(&table, id, *sequence)).count();
-        assert_eq!(kept, if id < 24 { 16 } else { limits::MAX_BATCHES_PER_PRODUCER }, "producer {id}");
+        let known_count = (0..window).filter(|sequence| known(&table, id, *sequence)).count();
+        assert_eq!(known_count, if id < 24 { 16 } else { limits::MAX_BATCHES_PER_PRODUCER }, "producer {id}");
         assert!((0..window).all(|sequence| known(&free, id, sequence)));
         // A shortened window still has its end.
         assert!(known(&table, id, window - 1));

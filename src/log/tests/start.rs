@@ -9,15 +9,15 @@ use crate::{
     task::clock,
 };
 
-/// Creates three sealed segments of three batches each, of two epochs and two producers. Returns the tables at the end
-/// of each segment.
-fn three(log: &DataDir) -> (ReplicaLog, Vec<(EpochHistory, ProducerTable)>) {
+/// Creates three sealed segments of three batches each, of two epochs and two producers. Returns the epoch history and
+/// producer state at the end of each segment.
+fn three_segments(log: &DataDir) -> (ReplicaLog, Vec<(EpochHistory, ProducerTable)>) {
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     let mut tables = Vec::new();
     for segment in 0..3 {
-        for n in segment * 3..segment * 3 + 3 {
-            let producer = (i64::try_from(n % 2).unwrap(), 0, i32::try_from(n / 2).unwrap());
-            write(log, &mut replica, &[produced(n, 1, if n < 4 { 1 } else { 2 }, 1, 1000, producer)]);
+        for offset in segment * 3..segment * 3 + 3 {
+            let producer = (i64::try_from(offset % 2).unwrap(), 0, i32::try_from(offset / 2).unwrap());
+            write(log, &mut replica, &[produced(offset, 1, if offset < 4 { 1 } else { 2 }, 1, 1000, producer)]);
         }
         replica.roll().unwrap();
         let epochs = replica.epochs().clone();
@@ -30,7 +30,7 @@ fn three(log: &DataDir) -> (ReplicaLog, Vec<(EpochHistory, ProducerTable)>) {
 fn evicted_log_returns_the_tables_before_its_start() {
     let disk = SimDisk::new();
     let log = open(&disk);
-    let (mut replica, tables) = three(&log);
+    let (mut replica, tables) = three_segments(&log);
     assert_eq!(replica.tables_at_start().unwrap(), (at(0), EpochHistory::new(), ProducerTable::new()));
     for (evicted, (epochs, producers)) in (1..).zip(&tables) {
         replica.evict(at(evicted * 3)).unwrap();
@@ -47,12 +47,12 @@ fn evicted_log_returns_the_tables_before_its_start() {
 }
 
 /// Regression: retention deleted all data, and a new leader continued to write. Its log no longer had the last epoch
-/// before the start. A new replica that bootstrapped with these tables did so again and again.
+/// before the start. A new replica that bootstrapped with these tables repeated the bootstrap forever.
 #[test]
 fn fully_evicted_log_keeps_the_last_epoch_of_its_tables() {
     let disk = SimDisk::new();
     let log = open(&disk);
-    let (mut replica, tables) = three(&log);
+    let (mut replica, tables) = three_segments(&log);
     replica.advance_log_start(at(9));
     replica.evict(at(9)).unwrap();
     write(&log, &mut replica, &[produced(9, 1, 3, 1, 1000, (7, 0, 0))]);
@@ -66,7 +66,7 @@ fn fully_evicted_log_keeps_the_last_epoch_of_its_tables() {
 fn bootstrapped_replica_returns_the_same_tables() {
     let disk = SimDisk::new();
     let log = open(&disk);
-    let (mut replica, _) = three(&log);
+    let (mut replica, _) = three_segments(&log);
     replica.evict(at(6)).unwrap();
     let (start, epochs, producers) = replica.tables_at_start().unwrap();
     let mut other = log.open_replica(partition(1), at(0)).unwrap();
@@ -78,7 +78,7 @@ fn bootstrapped_replica_returns_the_same_tables() {
 fn corrupt_or_missing_snapshot_is_an_error() {
     let disk = SimDisk::new();
     let log = open(&disk);
-    let (mut replica, _) = three(&log);
+    let (mut replica, _) = three_segments(&log);
     replica.evict(at(6)).unwrap();
     let named = |(path, _): &(std::path::PathBuf, u64)| path.to_str().is_some_and(|path| path.ends_with("06.snapshot"));
     let snapshot = disk.files().into_iter().find(named).expect("the eviction wrote the snapshot").0;
@@ -95,12 +95,12 @@ fn start_without_the_tables_of_a_reset_is_refused() {
         for evicted in [false, true] {
             let disk = SimDisk::new();
             let log = open(&disk);
-            let (_, wanted) = three(&log);
-            let (epochs, producers) = wanted[1].clone();
+            let (_, expected_tables) = three_segments(&log);
+            let (epochs, producers) = expected_tables[1].clone();
             let mut replica = log.open_replica(partition(1), at(0)).unwrap();
             replica.reset_with(at(6), epochs, producers).unwrap();
             write(&log, &mut replica, &[produced(6, 3, 2, 1, 1000, (9, 0, 0))]);
-            let had = tables(&replica);
+            let old_tables = tables(&replica);
             if evicted {
                 replica.roll().unwrap();
                 assert!(replica.evict(at(9)).unwrap() > 0);
@@ -116,7 +116,10 @@ fn start_without_the_tables_of_a_reset_is_refused() {
             }
             match open(&disk).open_replica(partition(1), at(0)) {
                 Ok(replica) => {
-                    assert!(evicted && tables(&replica) == had, "an eviction removes the snapshot below its start")
+                    assert!(
+                        evicted && tables(&replica) == old_tables,
+                        "an eviction removes the snapshot below its start"
+                    )
                 }
                 Err(error) => assert!(!evicted && error.to_string().contains("snapshot"), "{error}"),
             }
@@ -128,13 +131,13 @@ fn start_without_the_tables_of_a_reset_is_refused() {
 /// a retry would have been appended again.
 #[test]
 fn corrupt_snapshot_of_the_first_segment_is_an_error() {
-    let corrupted = |live: bool| {
+    let error_of = |is_open: bool| {
         let disk = SimDisk::new();
         let log = open(&disk);
-        let (mut replica, _) = three(&log);
+        let (mut replica, _) = three_segments(&log);
         replica.evict(at(3)).unwrap();
         let snapshot = replica_dir(Path::new("/data"), partition(0)).join(name(at(3), "snapshot"));
-        if live {
+        if is_open {
             assert!(disk.flip(&snapshot, 100));
             return replica.truncate(at(4)).unwrap_err().to_string();
         }
@@ -143,8 +146,8 @@ fn corrupt_snapshot_of_the_first_segment_is_an_error() {
         assert!(disk.flip(&snapshot, 100));
         open(&disk).open_replica(partition(0), at(0)).map(drop).unwrap_err().to_string()
     };
-    for live in [true, false] {
-        let reason = corrupted(live);
+    for is_open in [true, false] {
+        let reason = error_of(is_open);
         assert!(reason.contains("03.snapshot is corrupt"), "{reason}");
     }
 }
@@ -161,20 +164,20 @@ fn tables(replica: &ReplicaLog) -> (EpochHistory, ProducerTable) {
 fn interrupted_reset_has_the_old_or_the_new_tables() {
     let mut ends = BTreeSet::new();
     for operations in 0.. {
-        let mut done = false;
+        let mut is_complete = false;
         for seed in 0..20 {
             let disk = SimDisk::new();
             let log = open(&disk);
-            let (_, wanted) = three(&log);
+            let (_, expected_tables) = three_segments(&log);
             let mut replica = log.open_replica(partition(1), at(0)).unwrap();
             write(&log, &mut replica, &[produced(0, 6, 1, 1, 1000, (9, 0, 0))]);
             // The old log has its own snapshot at the offset of the reset.
             replica.roll().unwrap();
             write(&log, &mut replica, &[produced(6, 6, 1, 1, 1000, (9, 0, 6))]);
-            let had = tables(&replica);
-            let (epochs, producers) = wanted[1].clone();
+            let old_tables = tables(&replica);
+            let (epochs, producers) = expected_tables[1].clone();
             disk.fail_writes_after(Some(operations));
-            done = replica.reset_with(at(6), epochs, producers).is_ok();
+            is_complete = replica.reset_with(at(6), epochs, producers).is_ok();
             disk.fail_writes_after(None);
             if seed % 2 == 0 && log.status().failed.is_none() {
                 // A checkpoint follows and the journal continues, so the file with the reset entry would be reused.
@@ -190,23 +193,23 @@ fn interrupted_reset_has_the_old_or_the_new_tables() {
             // The start that repeats the reset is interrupted too.
             disk.fail_writes_after(Some(seed));
             let data = Path::new("/data");
-            let _cut_short = DataDir::open(Arc::new(disk.clone()), data, &identity(), small()).map(drop);
+            let _interrupted = DataDir::open(Arc::new(disk.clone()), data, &identity(), small()).map(drop);
             disk.crash(seed + 1);
             let replica = open(&disk).open_replica(partition(1), at(0)).unwrap();
             let (start, end) = (replica.local_start(), replica.log_end());
             let tables = tables(&replica);
             match (start.get(), end.get()) {
-                (0, 12) => assert_eq!(tables, had, "{operations} {seed}"),
+                (0, 12) => assert_eq!(tables, old_tables, "{operations} {seed}"),
                 (6, 6) => {
-                    assert_eq!(tables, wanted[1], "{operations} {seed}");
-                    assert_eq!(replica.tables_at_start().unwrap().2, wanted[1].1, "{operations} {seed}");
+                    assert_eq!(tables, expected_tables[1], "{operations} {seed}");
+                    assert_eq!(replica.tables_at_start().unwrap().2, expected_tables[1].1, "{operations} {seed}");
                 }
-                other => panic!("after {operations} operations and crash {seed} the log is {other:?}"),
+                range => panic!("after {operations} operations and crash {seed} the log is {range:?}"),
             }
-            assert!(!done || start == at(6), "{operations} {seed}");
-            ends.insert((start, done));
+            assert!(!is_complete || start == at(6), "{operations} {seed}");
+            ends.insert((start, is_complete));
         }
-        if done {
+        if is_complete {
             break;
         }
     }
@@ -222,7 +225,7 @@ fn later() -> i64 {
     clock::wall_ms()
 }
 
-/// Regression: a segment that was known only by its records became as young as the restart.
+/// Regression: after a crash, a segment that no checkpoint described had the time of the restart as its write time.
 #[test]
 fn written_time_of_a_segment_survives_stop_and_crash() {
     let times = |replica: &ReplicaLog| {
@@ -233,8 +236,8 @@ fn written_time_of_a_segment_survives_stop_and_crash() {
         let disk = SimDisk::new();
         let log = open(&disk);
         let mut replica = log.open_replica(partition(0), at(0)).unwrap();
-        let made = replica.active().written_ms;
-        let began = later();
+        let created = replica.active().written_ms;
+        let first_write = later();
         write(&log, &mut replica, &[batch(0, 1, 1, 1 << 62, 1000)]);
         later();
         write(&log, &mut replica, &[batch(1, 1, 1, 1 << 62, 1000)]);
@@ -242,7 +245,9 @@ fn written_time_of_a_segment_survives_stop_and_crash() {
         let sealed = later();
         write(&log, &mut replica, &[batch(2, 1, 1, 5, 1000)]);
         let before = times(&replica);
-        assert!(made < began && began <= before[0].0 && before[0].0 < before[0].1 && before[0].1 < sealed);
+        assert!(
+            created < first_write && first_write <= before[0].0 && before[0].0 < before[0].1 && before[0].1 < sealed
+        );
         let stopped = later();
         drop(replica);
         if clean {
