@@ -650,7 +650,7 @@ async fn large_record_list_waits_for_compression_permit() {
         let request = v1::AppendRequest { topic: "t".to_owned(), timeout_ms, payload, ..Default::default() };
         bench.broker.api.produce.append(request, &ProducerIdQuota::default(), &memory).await
     };
-    let permit = memory.rewriter(bench.broker.api.produce.decompressor()).in_turn().await;
+    let permit = memory.rewriter(bench.broker.api.produce.decompressor()).with_caller_permit().await;
     append(vec![7; 1000], 20_000).await.expect("a small list is compressed at once");
     let error = append(vec![7; 2 << 20], 300).await.expect_err("another batch of the connection has the permit");
     assert_eq!((error.code, error.retryable), (ErrorCode::Overloaded, true));

@@ -1,5 +1,5 @@
-//! State of a partition that is read without a request to its task: watermarks, status and error, which the task
-//! publishes, and the configuration.
+//! State of a partition that is read without a request to its task. The task publishes watermarks, status and error;
+//! the broker sets the configuration.
 
 use std::{
     sync::{
@@ -42,7 +42,7 @@ pub(super) struct PublishedState {
     /// Number of segments with timestamps in the future, by the last plan of the leader.
     future_segments: AtomicU64,
     closed: AtomicBool,
-    /// True if the task needs ticks: an ISR member is behind, or the metadata is late.
+    /// True if the task needs ticks: this broker leads and an ISR member is behind, or the metadata is late.
     wants_ticks: AtomicBool,
     status: ArcSwap<ReplicaStatus>,
     /// Notified when the status changed.
@@ -50,14 +50,14 @@ pub(super) struct PublishedState {
     config: ArcSwap<TopicConfig>,
     /// Error that stopped writes; it is final.
     error: OnceLock<Arc<str>>,
-    /// Throttles log lines about reads that the local copy did not serve.
-    unreadable: Mutex<LogThrottle>,
-    /// Throttles log lines about reads for followers that the local copy did not serve.
-    unsendable: Mutex<LogThrottle>,
-    /// `None` while this broker does not lead.
-    followers: Mutex<Option<FollowerLagTracker>>,
-    /// True if a follower acknowledges: otherwise appends record no lag entry.
-    followed: AtomicBool,
+    /// Throttles log lines about failed local reads for clients.
+    client_read_errors: Mutex<LogThrottle>,
+    /// Throttles log lines about failed local reads for followers.
+    follower_read_errors: Mutex<LogThrottle>,
+    /// Lag of the followers; `None` while this broker does not lead.
+    lag_tracker: Mutex<Option<FollowerLagTracker>>,
+    /// True after the first acknowledgement of a follower since this broker leads. Before, appends add no lag entry.
+    has_acknowledgements: AtomicBool,
     listeners: Arc<PartitionListeners>,
     /// Tasks in which long lists of listeners are woken.
     tasks: Tasks,
@@ -82,47 +82,48 @@ impl PublishedState {
             status_changed: Notify::new(),
             config: ArcSwap::new(config),
             error: OnceLock::new(),
-            unreadable: Mutex::default(),
-            unsendable: Mutex::default(),
-            followers: Mutex::new(None),
-            followed: AtomicBool::new(false),
+            client_read_errors: Mutex::default(),
+            follower_read_errors: Mutex::default(),
+            lag_tracker: Mutex::new(None),
+            has_acknowledgements: AtomicBool::new(false),
             listeners: Arc::default(),
             tasks,
         }
     }
 
-    /// Counts a read that the local copy did not serve. Returns the number of such reads if a line is due.
-    pub(super) fn count_unreadable(&self) -> Option<u64> {
-        self.unreadable.lock().occur(clock::monotonic())
+    /// Counts a failed local read for a client. Returns `Some` if the caller must log it, with the number of such reads
+    /// since the last log line.
+    pub(super) fn count_client_read_error(&self) -> Option<u64> {
+        self.client_read_errors.lock().occur(clock::monotonic())
     }
 
-    /// Counts a read for a follower, as [`Self::count_unreadable`] does.
-    pub(super) fn count_unsendable(&self) -> Option<u64> {
-        self.unsendable.lock().occur(clock::monotonic())
+    /// Counts a failed local read for a follower, as [`Self::count_client_read_error`] does for a client.
+    pub(super) fn count_follower_read_error(&self) -> Option<u64> {
+        self.follower_read_errors.lock().occur(clock::monotonic())
     }
 
     /// Publishes the watermarks and wakes the listeners of moved watermarks. The ends are stored before the high
-    /// watermark, so that a reader that sees a high watermark finds everything below it.
+    /// watermark, so that a reader that loads a high watermark finds all records below it.
     pub(super) fn publish(&self, watermarks: Watermarks, local_bytes: u64) {
-        let before = self.log_end.swap(watermarks.log_end.get(), Ordering::SeqCst);
-        let written = before != watermarks.log_end.get();
-        if written && self.followed.load(Ordering::Relaxed) {
-            self.record_append(before);
+        let previous_end = self.log_end.swap(watermarks.log_end.get(), Ordering::SeqCst);
+        let end_moved = previous_end != watermarks.log_end.get();
+        if end_moved && self.has_acknowledgements.load(Ordering::Relaxed) {
+            self.add_lag_entry(previous_end);
         }
-        let persisted = self.persisted_end.swap(watermarks.persisted_end.get(), Ordering::SeqCst);
-        let persisted = persisted != watermarks.persisted_end.get();
+        let previous_persisted_end = self.persisted_end.swap(watermarks.persisted_end.get(), Ordering::SeqCst);
+        let persisted_end_moved = previous_persisted_end != watermarks.persisted_end.get();
         self.tiered_end.store(watermarks.tiered_end.get(), Ordering::Release);
         self.local_start.store(watermarks.local_start.get(), Ordering::Release);
         self.log_start.store(watermarks.log_start.get(), Ordering::Release);
         self.local_bytes.store(local_bytes, Ordering::Relaxed);
-        let before = self.high_watermark.swap(watermarks.high_watermark.get(), Ordering::SeqCst);
-        if before != watermarks.high_watermark.get() {
+        let previous_high_watermark = self.high_watermark.swap(watermarks.high_watermark.get(), Ordering::SeqCst);
+        if previous_high_watermark != watermarks.high_watermark.get() {
             self.wake(WatermarkKind::HighWatermark);
         }
-        if written {
+        if end_moved {
             self.wake(WatermarkKind::LogEnd);
         }
-        if written || persisted {
+        if end_moved || persisted_end_moved {
             self.wake(WatermarkKind::AnyEnd);
         }
     }
@@ -143,21 +144,23 @@ impl PublishedState {
         self.local_bytes.load(Ordering::Relaxed)
     }
 
+    /// Publishes the time of the first batch in the active segment; `None` if the segment is empty. The time may be
+    /// before the partition was opened, and is then stored as a negative number.
     pub(super) fn set_active_since(&self, since: Option<Instant>) {
         let ms = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX - 1);
-        let since = since.map_or(i64::MAX, |since| match since.checked_duration_since(self.opened) {
-            Some(after) => ms(after),
+        let since_ms = since.map_or(i64::MAX, |since| match since.checked_duration_since(self.opened) {
+            Some(after_open) => ms(after_open),
             None => -ms(self.opened.duration_since(since)),
         });
-        self.active_since_ms.store(since, Ordering::Relaxed);
+        self.active_since_ms.store(since_ms, Ordering::Relaxed);
     }
 
     /// Returns the time since the first batch in the active segment; `None` while the segment is empty.
     pub(super) fn active_age(&self, now: Instant) -> Option<Duration> {
-        let since = self.active_since_ms.load(Ordering::Relaxed);
-        let now = i64::try_from(now.saturating_duration_since(self.opened).as_millis()).unwrap_or(i64::MAX);
-        let age = u64::try_from(now.saturating_sub(since)).unwrap_or(0);
-        (since != i64::MAX).then(|| Duration::from_millis(age))
+        let since_ms = self.active_since_ms.load(Ordering::Relaxed);
+        let now_ms = i64::try_from(now.saturating_duration_since(self.opened).as_millis()).unwrap_or(i64::MAX);
+        let age_ms = u64::try_from(now_ms.saturating_sub(since_ms)).unwrap_or(0);
+        (since_ms != i64::MAX).then(|| Duration::from_millis(age_ms))
     }
 
     pub(super) fn set_future_segments(&self, count: u64) {
@@ -170,11 +173,12 @@ impl PublishedState {
 
     /// Returns the progress of the log.
     pub(super) fn progress(&self) -> ReplicaProgress {
-        // The persisted end first: it is never above a log end that is read after it.
+        // The persisted end is loaded first: it is never above a log end that is loaded later, unless the log was
+        // truncated in between.
         let load = |end: &AtomicU64| Offset::new(end.load(Ordering::Acquire)).expect("published offsets are valid");
-        let persisted = load(&self.persisted_end);
-        let written = load(&self.log_end);
-        ReplicaProgress { log_end: written, persisted_end: persisted.min(written) }
+        let persisted_end = load(&self.persisted_end);
+        let log_end = load(&self.log_end);
+        ReplicaProgress { log_end, persisted_end: persisted_end.min(log_end) }
     }
 
     pub(super) fn status(&self) -> ReplicaStatus {
@@ -185,7 +189,7 @@ impl PublishedState {
         self.status().epoch
     }
 
-    /// Publishes the replica status and wakes all listeners: their wait may be over.
+    /// Publishes the replica status and wakes all listeners, which may not have to wait in the new role.
     pub(super) fn publish_status(&self, status: ReplicaStatus) {
         self.status.store(Arc::new(status));
         self.status_changed.notify_waiters();
@@ -193,35 +197,37 @@ impl PublishedState {
     }
 
     /// Waits until this broker leads in `epoch`, has received a newer epoch, or has closed the partition.
-    pub(super) async fn until_led(&self, epoch: LeaderEpoch) {
+    pub(super) async fn wait_until_leading(&self, epoch: LeaderEpoch) {
         loop {
+            // Created before the status is loaded, so that no change between the load and the wait is missed.
             let changed = self.status_changed.notified();
             let status = self.status();
-            let is_over = status.epoch > epoch || self.is_closed();
-            if is_over || status.epoch == epoch && matches!(status.role, ReplicaRole::Leader { .. }) {
+            let is_leading = status.epoch == epoch && matches!(status.role, ReplicaRole::Leader { .. });
+            if is_leading || status.epoch > epoch || self.is_closed() {
                 return;
             }
             changed.await;
         }
     }
 
-    fn record_append(&self, before: u64) {
-        if let (Some(followers), Some(before)) = (&mut *self.followers.lock(), Offset::new(before)) {
-            followers.appended(before, clock::monotonic());
+    /// Adds an append to the lag tracker, if this broker leads. The log ended at `previous_end` before the append.
+    fn add_lag_entry(&self, previous_end: u64) {
+        if let (Some(tracker), Some(previous_end)) = (&mut *self.lag_tracker.lock(), Offset::new(previous_end)) {
+            tracker.appended(previous_end, clock::monotonic());
         }
     }
 
-    /// Records that this broker leads from now on, or does not lead.
+    /// Starts to track the lag of followers, when this broker starts to lead; stops it when the broker no longer leads.
     pub(super) fn set_leading(&self, leads: bool) {
-        self.followed.store(false, Ordering::Relaxed);
-        *self.followers.lock() = leads.then(|| FollowerLagTracker::new(clock::monotonic()));
+        self.has_acknowledgements.store(false, Ordering::Relaxed);
+        *self.lag_tracker.lock() = leads.then(|| FollowerLagTracker::new(clock::monotonic()));
     }
 
-    /// Records an acknowledgement: a follower has everything below `end`.
+    /// Updates the lag of a follower, which has all records below `end`. No effect while this broker does not lead.
     pub(super) fn acknowledged(&self, broker: BrokerId, end: Offset) {
-        if let Some(followers) = &mut *self.followers.lock() {
-            followers.acknowledged(broker, end);
-            self.followed.store(true, Ordering::Relaxed);
+        if let Some(tracker) = &mut *self.lag_tracker.lock() {
+            tracker.acknowledged(broker, end);
+            self.has_acknowledgements.store(true, Ordering::Relaxed);
         }
     }
 
@@ -233,11 +239,12 @@ impl PublishedState {
         mut report: impl FnMut(BrokerId, FollowerLag),
     ) {
         let watermarks = self.watermarks();
-        let mut followers = self.followers.lock();
-        let Some(followers) = &mut *followers else { return };
-        followers.keep(replicas);
+        let first_missing = watermarks.tiered_end.max(watermarks.log_start);
+        let mut tracker = self.lag_tracker.lock();
+        let Some(tracker) = &mut *tracker else { return };
+        tracker.keep(replicas);
         for id in replicas {
-            report(*id, followers.lag(*id, watermarks.tiered_end.max(watermarks.log_start), watermarks.log_end, now));
+            report(*id, tracker.lag(*id, first_missing, watermarks.log_end, now));
         }
     }
 
@@ -245,8 +252,8 @@ impl PublishedState {
         self.wants_ticks.load(Ordering::Relaxed)
     }
 
-    pub(super) fn set_wants_ticks(&self, behind: bool) {
-        self.wants_ticks.store(behind, Ordering::Relaxed);
+    pub(super) fn set_wants_ticks(&self, wants_ticks: bool) {
+        self.wants_ticks.store(wants_ticks, Ordering::Relaxed);
     }
 
     pub(super) fn config(&self) -> Arc<TopicConfig> {
@@ -265,28 +272,29 @@ impl PublishedState {
         self.error.get().is_some()
     }
 
+    /// Publishes the error that stopped writes. Only the first error is kept.
     pub(super) fn set_error(&self, reason: &str) {
-        let _first = self.error.set(reason.into());
+        let _already_set = self.error.set(reason.into());
     }
 
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Closes the partition for its readers: each one is woken and finds it closed.
+    /// Closes the partition for its readers. Wakes all of them; their next read fails.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.status_changed.notify_waiters();
         self.listeners.wake_all(&self.tasks);
     }
 
-    /// Marks `index` in `ready` from now on whenever that watermark moves, and once at first.
-    pub(super) fn add_listener(&self, ready: &Arc<WakeSet>, index: usize, on: WatermarkKind) {
-        self.listeners.add(ready, index, on);
+    /// Marks `index` in `wake_set` now, and whenever that watermark moves or the replica status changes.
+    pub(super) fn add_listener(&self, wake_set: &Arc<WakeSet>, index: usize, watermark: WatermarkKind) {
+        self.listeners.add(wake_set, index, watermark);
     }
 
     /// Wakes the listeners of this watermark, whether it moved or not.
-    pub(super) fn wake(&self, on: WatermarkKind) {
-        self.listeners.wake(on, &self.tasks);
+    pub(super) fn wake(&self, watermark: WatermarkKind) {
+        self.listeners.wake(watermark, &self.tasks);
     }
 }

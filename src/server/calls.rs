@@ -18,15 +18,15 @@ use tonic::{Status, codegen::http::HeaderMap};
 use super::connection::OpenCall;
 use crate::broker::{CallMemory, SendingResponse};
 
-/// Keeps the call open until the response has been sent. `memory` is the memory of a client's call, and `turn` the
+/// Keeps the call open until the response has been sent. `memory` is the memory of a client's call, and `permit` the
 /// permit of a call whose response is built from metadata.
 pub(super) fn until_sent(
     response: Response,
     call: Option<OpenCall>,
     memory: Option<CallMemory>,
-    turn: Option<OwnedSemaphorePermit>,
+    permit: Option<OwnedSemaphorePermit>,
 ) -> Response {
-    let open = Arc::new(OpenResponse { memory, _call: call, _turn: turn });
+    let open = Arc::new(OpenResponse { memory, _call: call, _permit: permit });
     response.map(|body| Body::new(CountedBody { body, rest: Bytes::new(), open }))
 }
 
@@ -48,7 +48,7 @@ pub(super) fn trailers(status: &Status) -> Frame<Bytes> {
 struct OpenResponse {
     memory: Option<CallMemory>,
     _call: Option<OpenCall>,
-    _turn: Option<OwnedSemaphorePermit>,
+    _permit: Option<OwnedSemaphorePermit>,
 }
 
 /// A frame that was passed to HTTP/2. HTTP/2 drops the bytes after it has written the last of them or closed the
@@ -146,9 +146,9 @@ mod tests {
         let frames = [3 * PIECE_BYTES - 1, 10].map(|bytes| Ok::<_, axum::Error>(Bytes::from(vec![7; bytes])));
         let body = Body::from_stream(futures::stream::iter(frames));
         memory.reserve_more(100_000).expect("the memory is available");
-        let turn = Arc::new(Semaphore::new(1));
-        let held = Arc::clone(&turn).try_acquire_owned().ok();
-        let mut body = Box::pin(until_sent(Response::new(body), None, Some(memory), held).into_body());
+        let permits = Arc::new(Semaphore::new(1));
+        let permit = Arc::clone(&permits).try_acquire_owned().ok();
+        let mut body = Box::pin(until_sent(Response::new(body), None, Some(memory), permit).into_body());
         let mut pieces = Vec::new();
         for bytes in [PIECE_BYTES, PIECE_BYTES, PIECE_BYTES - 1, 10] {
             let piece = poll_fn(|cx| body.as_mut().poll_frame(cx)).await.expect("no end").expect("no error");
@@ -158,14 +158,14 @@ mod tests {
         }
         assert!(poll_fn(|cx| body.as_mut().poll_frame(cx)).await.is_none());
         drop(body);
-        let held = |_: &[Bytes]| (budgets.taken().1 > 0, turn.available_permits());
+        let held = |_: &[Bytes]| (budgets.taken().1 > 0, permits.available_permits());
         assert_eq!(held(&pieces), (true, 0), "HTTP/2 holds the pieces");
         pieces.drain(..2);
         assert_eq!(held(&pieces), (true, 0), "one piece of the large frame is left");
         pieces.drain(..1);
         assert_eq!(held(&pieces), (false, 0), "the small frame is not charged");
         drop(pieces);
-        assert_eq!(turn.available_permits(), 1);
+        assert_eq!(permits.available_permits(), 1);
     }
 
     /// Regression: responses built from metadata were not charged. A thousand connections held sixteen of them each.

@@ -318,7 +318,7 @@ async fn handle(State(memory): State<Option<RequestMemory>>, mut request: Reques
         Err(refused) => return Status::from(ApiError::new(ErrorCode::Overloaded, refused.0)).into_http(),
     };
     let uri = request.uri().clone();
-    let (mut held, mut turn) = (None, None);
+    let (mut held, mut permit) = (None, None);
     if let Some((memory, schemas)) = memory {
         let is_metadata = METADATA_PATHS.iter().any(|paths| uri.path().starts_with(paths));
         turn = if is_metadata { Some(memory.metadata_permit().await) } else { None };
@@ -344,7 +344,7 @@ async fn handle(State(memory): State<Option<RequestMemory>>, mut request: Reques
         // If a header cannot be written, the response stays a rejection without a stable error code.
         let _ = Status::from(error).add_header(response.headers_mut());
     }
-    calls::until_sent(response, call, held, turn)
+    calls::until_sent(response, call, held, permit)
 }
 
 /// Returns the message for a call of `path` that arrived at the wrong listener.

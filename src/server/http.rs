@@ -108,11 +108,11 @@ async fn count(Extension(caller): Extension<Caller>, request: Request, next: Nex
 async fn metrics(State(pages): State<Arc<HttpState>>, headers: HeaderMap) -> impl IntoResponse {
     let accepted = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
     let format = MetricsFormat::accepted(accepted);
-    let turn = Arc::clone(&pages.rendering).acquire_owned().await;
+    let permit = Arc::clone(&pages.rendering).acquire_owned().await;
     let (broker, metrics) = (pages.broker.get().cloned(), pages.metrics.clone());
     let figures = task::run_blocking(move || {
         // The permit is held until the page is complete, even if the client has disconnected.
-        let _turn = turn;
+        let _permit = permit;
         if let Some(broker) = &broker {
             broker.observe();
         }

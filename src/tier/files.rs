@@ -36,7 +36,8 @@ pub(super) fn create_folder(path: &Path) -> io::Result<()> {
 /// device.
 #[derive(Debug, Default)]
 pub(super) struct PieceWriter {
-    turn: Mutex<()>,
+    /// Held while one piece is written.
+    piece_lock: Mutex<()>,
 }
 
 impl PieceWriter {
@@ -49,7 +50,7 @@ impl PieceWriter {
     ) -> io::Result<()> {
         let (mut parts, mut part, mut at) = (parts.into_iter(), [].as_slice(), at);
         loop {
-            let _turn = self.turn.lock();
+            let _guard = self.piece_lock.lock();
             let (start, mut left) = (at, PIECE_BYTES);
             while left > 0 {
                 if part.is_empty() {

@@ -126,7 +126,7 @@ impl Actor {
                 producers: producers.to_bytes(),
             }),
             Err(error) => {
-                if let Some(count) = self.published.count_unsendable() {
+                if let Some(count) = self.published.count_follower_read_error() {
                     tracing::warn!(
                         topic = %self.topic, partition = %self.id, %error, count,
                         "cannot read the tables for the bootstrap of a replica"

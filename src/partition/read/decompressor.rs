@@ -1,5 +1,5 @@
-//! Decompression of batches from untrusted clients: their uncompressed size is known only afterwards. Large
-//! uncompressed batches take turns as well, but no memory.
+//! Decompression of batches from untrusted clients. The uncompressed size of such a batch is known only afterwards. A
+//! large uncompressed batch that is only read takes the same permits, but no memory.
 //!
 //! # Overview
 //!
@@ -29,17 +29,17 @@ use crate::{
 /// Maximum size of a batch that is opened on the caller's thread: another thread would cost more.
 pub const INLINE_BYTES: usize = 64 << 10;
 
-/// Maximum uncompressed size of a small batch. Small batches have their own memory and turns: they do not wait for
-/// larger ones.
+/// Maximum uncompressed size of a small batch. Small batches have their own memory and permits: they do not wait for
+/// larger batches.
 const SMALL_BYTES: usize = 1 << 20;
 
 /// Share of the memory for small batches, as a divisor.
 const SMALL_SHARE: u64 = 8;
 
 /// Maximum number of batches in the list of undecodable batches. The oldest is dropped first.
-const MAX_REMEMBERED_BATCHES: usize = 256;
+const MAX_UNDECODABLE_BATCHES: usize = 256;
 
-/// Setting that limits the memory.
+/// Setting that limits the memory, named in errors.
 const SETTING: &str = "limits.decompression_memory_bytes";
 
 /// Purpose of an opened batch, which determines its memory.
@@ -61,30 +61,32 @@ impl DecompressPurpose {
     }
 }
 
-/// Resources for batches of one size class.
+/// Resources for batches of one size class, small or large.
 #[derive(Clone, Debug)]
-struct Lane {
+struct SizeClass {
     memory: MemoryBudget,
-    /// Limit of batches that are opened at the same time on other threads: one processor remains for other work.
-    turns: Arc<Semaphore>,
+    /// Permits to open a batch on another thread, one per batch. One processor remains for other work.
+    thread_permits: Arc<Semaphore>,
 }
 
-impl Lane {
-    fn new(bytes: u64) -> Self {
+impl SizeClass {
+    fn new(memory_bytes: u64) -> Self {
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
-        Self { memory: MemoryBudget::new(bytes), turns: Arc::new(Semaphore::new(processors.saturating_sub(1).max(1))) }
+        let thread_permits = Arc::new(Semaphore::new(processors.saturating_sub(1).max(1)));
+        Self { memory: MemoryBudget::new(memory_bytes), thread_permits }
     }
 }
 
 /// Opens batches within a memory budget. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Decompressor {
-    small: Lane,
-    large: Lane,
-    /// Turns of one caller.
-    caller: Option<Arc<Semaphore>>,
-    /// Turn that the caller holds.
-    _turn: Option<Arc<OwnedSemaphorePermit>>,
+    small: SizeClass,
+    large: SizeClass,
+    /// Permits of the caller, one per opened batch. `None` if the batches of the caller are not limited, or if this
+    /// value holds its permit already.
+    caller_permits: Option<Arc<Semaphore>>,
+    /// Permit that the caller holds, released with the last clone.
+    _caller_permit: Option<Arc<OwnedSemaphorePermit>>,
     /// Memory that the caller holds for the batches.
     _charge: Option<Charge>,
     undecodable: Arc<UndecodableBatches>,
@@ -93,21 +95,21 @@ pub struct Decompressor {
 impl Decompressor {
     /// Creates a decompressor with a budget of `bytes`.
     pub fn new(bytes: u64) -> Self {
-        let small = bytes / SMALL_SHARE;
+        let small_bytes = bytes / SMALL_SHARE;
         Self {
-            small: Lane::new(small),
-            large: Lane::new(bytes - small),
-            caller: None,
-            _turn: None,
+            small: SizeClass::new(small_bytes),
+            large: SizeClass::new(bytes - small_bytes),
+            caller_permits: None,
+            _caller_permit: None,
             _charge: None,
             undecodable: Arc::default(),
         }
     }
 
-    /// Returns a decompressor with the same budget, for one caller. The permits of `turns` limit how many batches this
-    /// caller decompresses at once, in addition to the limits of the budget.
-    pub fn for_caller(&self, turns: Arc<Semaphore>) -> Self {
-        Self { caller: Some(turns), ..self.clone() }
+    /// Returns a decompressor with the same budget, for one caller. `permits` limits how many batches this caller
+    /// decompresses at once, in addition to the limits of the budget.
+    pub fn for_caller(&self, permits: Arc<Semaphore>) -> Self {
+        Self { caller_permits: Some(permits), ..self.clone() }
     }
 
     /// Returns a decompressor for a caller that holds this memory for batches: work on other threads holds it until the
@@ -116,18 +118,19 @@ impl Decompressor {
         Self { _charge: Some(charge), ..self.clone() }
     }
 
-    /// Waits for a turn of the caller. The returned decompressor holds the turn until it is dropped.
-    pub async fn in_turn(&self) -> Self {
-        let Some(turns) = &self.caller else { return self.clone() };
-        let turn = Arc::clone(turns).acquire_owned().await.expect("the semaphore is never closed");
-        Self { caller: None, _turn: Some(Arc::new(turn)), ..self.clone() }
+    /// Waits for a permit of the caller. The returned decompressor holds the permit until it is dropped, and takes no
+    /// further permit. Returns a clone at once if the caller has no limit, or holds its permit already.
+    pub async fn with_caller_permit(&self) -> Self {
+        let Some(permits) = &self.caller_permits else { return self.clone() };
+        let permit = Arc::clone(permits).acquire_owned().await.expect("the semaphore is never closed");
+        Self { caller_permits: None, _caller_permit: Some(Arc::new(permit)), ..self.clone() }
     }
 
     /// Runs `work` with a stored batch, to read it, as [`Self::open`] does. A batch that could not be opened before is
     /// not opened again.
     ///
     /// # Errors
-    /// Those of [`Self::open`].
+    /// Those of [`Self::open`]; for a batch that could not be opened before, the error of that time.
     pub async fn open_stored<T, F>(&self, id: PartitionId, batch: &Batch, work: F) -> Result<T, MalformedBatch>
     where
         F: Fn(&Batch, usize) -> Result<T, MalformedBatch> + Clone + Send + 'static,
@@ -137,12 +140,13 @@ impl Decompressor {
             return Err(error);
         }
         let opened = self.open(batch, limits::MAX_DECOMPRESSED_BYTES, DecompressPurpose::Read, work).await;
-        opened.inspect_err(|error| self.undecodable.remember(id, batch, error.clone()))
+        opened.inspect_err(|error| self.undecodable.add(id, batch, error.clone()))
     }
 
-    /// Runs `work` with a batch. `work` receives the maximum uncompressed size of the records in bytes. It returns
-    /// [`MalformedBatch::Grows`] if they are larger, and may run again with a larger size, up to `max_bytes`. The
-    /// caller accounts for the memory of the result, which must not hold the decompressed records.
+    /// Runs `work` with a batch, while it holds memory for the uncompressed records and the permits. `work` receives a
+    /// maximum uncompressed size in bytes, and returns [`MalformedBatch::Grows`] if the records are larger. `work` then
+    /// runs again with a larger maximum, up to `max_bytes`. The caller accounts for the memory of the result, which
+    /// must not hold the decompressed records.
     ///
     /// # Errors
     /// The error of `work`; [`MalformedBatch::NoMemory`] if the whole budget is less than the records need and
@@ -163,47 +167,47 @@ impl Decompressor {
         if is_readable && batch.records_bytes().len() <= INLINE_BYTES {
             return work(batch, max_bytes);
         }
-        let in_turn = self.in_turn().await;
+        let permitted = self.with_caller_permit().await;
         // An uncompressed batch is in memory already: a batch above the budget takes the whole budget.
         let budget_bytes = match codec {
             Compression::None => usize::MAX,
             _ => self.large.memory.bytes() / purpose.cost(),
         };
-        let (allowed, max_bytes) = (max_bytes, max_bytes.min(budget_bytes));
+        let limit_bytes = max_bytes.min(budget_bytes);
         let too_large = move || {
-            if budget_bytes < allowed {
-                MalformedBatch::NoMemory { codec, max: max_bytes, setting: SETTING }
+            if budget_bytes < max_bytes {
+                MalformedBatch::NoMemory { codec, max: limit_bytes, setting: SETTING }
             } else {
-                MalformedBatch::Grows { codec, max: max_bytes }
+                MalformedBatch::Grows { codec, max: limit_bytes }
             }
         };
-        let guess = batch.estimated_len();
-        if guess > max_bytes {
+        let estimated_bytes = batch.estimated_len();
+        if estimated_bytes > limit_bytes {
             return Err(too_large());
         }
-        let mut limit = guess.max(INLINE_BYTES).min(max_bytes);
+        let mut attempt_bytes = estimated_bytes.max(INLINE_BYTES).min(limit_bytes);
         loop {
-            let bytes = limit * purpose.cost();
-            let is_small = limit <= SMALL_BYTES && bytes <= self.small.memory.bytes();
-            let lane = if is_small { &self.small } else { &self.large };
+            let memory_bytes = attempt_bytes * purpose.cost();
+            let is_small = attempt_bytes <= SMALL_BYTES && memory_bytes <= self.small.memory.bytes();
+            let class = if is_small { &self.small } else { &self.large };
             // Reading an uncompressed batch takes no memory.
-            let permit = if is_readable { None } else { Some(lane.memory.take(bytes).await) };
-            let opened = if limit <= INLINE_BYTES {
-                work(batch, limit)
+            let memory = if is_readable { None } else { Some(class.memory.take(memory_bytes).await) };
+            let result = if attempt_bytes <= INLINE_BYTES {
+                work(batch, attempt_bytes)
             } else {
-                let (batch, work) = (batch.clone(), work.clone());
-                let turn = Arc::clone(&lane.turns).acquire_owned().await.expect("the semaphore is never closed");
-                let in_turn = in_turn.clone();
-                // The permits, the turns and the charge move to the other thread: the caller may stop waiting while the
-                // work continues.
-                task::run_blocking(move || (work(&batch, limit), permit, turn, in_turn).0).await
+                let (batch, work, permitted) = (batch.clone(), work.clone(), permitted.clone());
+                let permits = Arc::clone(&class.thread_permits);
+                let thread_permit = permits.acquire_owned().await.expect("the semaphore is never closed");
+                // The memory, the permits and the charge move to the other thread: the caller may stop waiting while
+                // the work continues.
+                task::run_blocking(move || (work(&batch, attempt_bytes), memory, thread_permit, permitted).0).await
             };
-            match opened {
-                Err(MalformedBatch::Grows { .. }) if limit < max_bytes => {
-                    limit = limit.saturating_mul(4).min(max_bytes)
+            match result {
+                Err(MalformedBatch::Grows { .. }) if attempt_bytes < limit_bytes => {
+                    attempt_bytes = attempt_bytes.saturating_mul(4).min(limit_bytes)
                 }
                 Err(MalformedBatch::Grows { .. }) => return Err(too_large()),
-                opened => return opened,
+                result => return result,
             }
         }
     }
@@ -211,30 +215,30 @@ impl Decompressor {
 
 /// Identity of a batch. Offsets are unique in a partition, and the checksum distinguishes a truncated batch from a
 /// later one at its offset.
-type BatchName = (PartitionId, Offset, u32);
+type BatchIdentity = (PartitionId, Offset, u32);
 
-/// Batches that could not be opened, with the error of each, so that no batch is decompressed again and again. A batch
-/// with a single record that cannot be decoded counts.
+/// Batches that could not be opened, with the error of each, so that no batch is decompressed again and again. One
+/// record that cannot be decoded is enough.
 #[derive(Debug, Default)]
-struct UndecodableBatches(Mutex<VecDeque<(BatchName, MalformedBatch)>>);
+struct UndecodableBatches(Mutex<VecDeque<(BatchIdentity, MalformedBatch)>>);
 
 impl UndecodableBatches {
     /// Returns the error of a batch that is in the list.
     fn find(&self, id: PartitionId, batch: &Batch) -> Option<MalformedBatch> {
-        let name = name(id, batch);
-        self.0.lock().iter().find(|(known, _)| *known == name).map(|(_, error)| error.clone())
+        let identity = identity(id, batch);
+        self.0.lock().iter().find(|(listed, _)| *listed == identity).map(|(_, error)| error.clone())
     }
 
-    fn remember(&self, id: PartitionId, batch: &Batch, error: MalformedBatch) {
+    fn add(&self, id: PartitionId, batch: &Batch, error: MalformedBatch) {
         let mut batches = self.0.lock();
-        if batches.len() >= MAX_REMEMBERED_BATCHES {
+        if batches.len() >= MAX_UNDECODABLE_BATCHES {
             batches.pop_front();
         }
-        batches.push_back((name(id, batch), error));
+        batches.push_back((identity(id, batch), error));
     }
 }
 
-fn name(id: PartitionId, batch: &Batch) -> BatchName {
+fn identity(id: PartitionId, batch: &Batch) -> BatchIdentity {
     (id, batch.base_offset(), batch.crc())
 }
 
@@ -284,17 +288,17 @@ mod tests {
         let (batch, _) = zeros(Compression::Lz4, 2 << 20);
         let work = {
             let (now, peak, memory) = (Arc::clone(&now), Arc::clone(&peak), decompressor.large.memory.clone());
-            move |batch: &Batch, limit: usize| {
-                let in_use = now.fetch_add(limit * DecompressPurpose::Rewrite.cost(), Ordering::SeqCst)
-                    + limit * DecompressPurpose::Rewrite.cost();
+            move |batch: &Batch, max_bytes: usize| {
+                let cost = max_bytes * DecompressPurpose::Rewrite.cost();
+                let in_use = now.fetch_add(cost, Ordering::SeqCst) + cost;
                 peak.fetch_max(in_use.max(memory.taken()), Ordering::SeqCst);
-                let outcome = batch.recompress_within(Compression::Zstd, limit).map(drop);
-                now.fetch_sub(limit * DecompressPurpose::Rewrite.cost(), Ordering::SeqCst);
+                let outcome = batch.recompress_within(Compression::Zstd, max_bytes).map(drop);
+                now.fetch_sub(cost, Ordering::SeqCst);
                 outcome
             }
         };
-        let all = (0..24).map(|_| decompressor.open(&batch, usize::MAX, DecompressPurpose::Rewrite, work.clone()));
-        assert!(future::join_all(all).await.iter().all(Result::is_ok));
+        let calls = (0..24).map(|_| decompressor.open(&batch, usize::MAX, DecompressPurpose::Rewrite, work.clone()));
+        assert!(future::join_all(calls).await.iter().all(Result::is_ok));
         let peak = peak.load(Ordering::SeqCst);
         assert!(peak <= BOUND && peak > BOUND / 2, "{peak} of {BOUND}");
         assert_eq!(decompressor.large.memory.taken(), 0, "all memory is released");
@@ -328,51 +332,53 @@ mod tests {
     #[tokio::test]
     async fn small_batches_do_not_wait_for_large_ones() {
         let decompressor = Decompressor::new(64 << 20);
-        let held = decompressor.large.memory.take(decompressor.large.memory.bytes()).await;
-        let turns = decompressor.large.turns.available_permits();
-        let turns = decompressor.large.turns.acquire_many(u32::try_from(turns).unwrap()).await.unwrap();
-        let (small, plain) = zeros(Compression::Gzip, 300_000);
-        let count = |batch: &Batch, most: usize| Ok(batch.records_within(most)?.count());
-        assert_eq!(decompressor.open(&small, plain, DecompressPurpose::Read, count).await, Ok(1));
-        drop((held, turns));
+        let large = &decompressor.large;
+        let memory = large.memory.take(large.memory.bytes()).await;
+        let available = u32::try_from(large.thread_permits.available_permits()).unwrap();
+        let permits = large.thread_permits.acquire_many(available).await.unwrap();
+        let (small, uncompressed) = zeros(Compression::Gzip, 300_000);
+        let count = |batch: &Batch, max_bytes: usize| Ok(batch.records_within(max_bytes)?.count());
+        assert_eq!(decompressor.open(&small, uncompressed, DecompressPurpose::Read, count).await, Ok(1));
+        drop((memory, permits));
     }
 
     #[tokio::test]
     async fn caller_opens_one_batch_at_a_time_beside_other_callers() {
         let decompressor = Decompressor::new(64 << 20);
-        let [one, other] = [1, 1].map(|turns| decompressor.for_caller(Arc::new(Semaphore::new(turns))));
-        let (batch, plain) = zeros(Compression::Lz4, 1000);
-        let count = |batch: &Batch, most: usize| Ok(batch.records_within(most)?.count());
-        let turn = one.in_turn().await;
-        let mut waiting = std::pin::pin!(one.open(&batch, plain, DecompressPurpose::Read, count));
+        let [caller, other_caller] = [1, 1].map(|permits| decompressor.for_caller(Arc::new(Semaphore::new(permits))));
+        let (batch, uncompressed) = zeros(Compression::Lz4, 1000);
+        let count = |batch: &Batch, max_bytes: usize| Ok(batch.records_within(max_bytes)?.count());
+        let permitted = caller.with_caller_permit().await;
+        let mut waiting = std::pin::pin!(caller.open(&batch, uncompressed, DecompressPurpose::Read, count));
         assert!(future::poll_fn(|cx| std::task::Poll::Ready(waiting.as_mut().poll(cx))).await.is_pending());
-        assert_eq!(other.open(&batch, plain, DecompressPurpose::Read, count).await, Ok(1));
+        assert_eq!(other_caller.open(&batch, uncompressed, DecompressPurpose::Read, count).await, Ok(1));
         assert_eq!(
-            turn.open(&batch, plain, DecompressPurpose::Read, count).await,
+            permitted.open(&batch, uncompressed, DecompressPurpose::Read, count).await,
             Ok(1),
-            "the holder of a turn waits for no other turn"
+            "the holder of a permit waits for no other permit"
         );
-        drop(turn);
+        drop(permitted);
         assert_eq!(waiting.await, Ok(1));
     }
 
-    /// Regression: reset calls released their turn at once, so a connection had as many batches opened as there were
+    /// Regression: reset calls released their permit at once, so a connection had as many batches opened as there were
     /// processors.
     #[tokio::test]
-    async fn turn_of_a_caller_lasts_until_its_work_has_ended() {
-        let (decompressor, turns) = (Decompressor::new(64 << 20), Arc::new(Semaphore::new(1)));
-        let (batch, plain) = zeros(Compression::Zstd, INLINE_BYTES + 1);
+    async fn caller_permit_is_held_until_the_work_has_ended() {
+        let (decompressor, permits) = (Decompressor::new(64 << 20), Arc::new(Semaphore::new(1)));
+        let (batch, uncompressed) = zeros(Compression::Zstd, INLINE_BYTES + 1);
         let (end, ended) = std::sync::mpsc::sync_channel(1);
         let ended = Arc::new(parking_lot::Mutex::new(ended));
         let work = move |_: &Batch, _: usize| Ok(ended.lock().recv().is_ok());
-        for has_turn in [false, true] {
-            let caller = decompressor.for_caller(Arc::clone(&turns));
-            let caller = if has_turn { caller.in_turn().await } else { caller };
-            assert!(caller.open(&batch, plain, DecompressPurpose::Read, work.clone()).now_or_never().is_none());
+        for has_permit in [false, true] {
+            let caller = decompressor.for_caller(Arc::clone(&permits));
+            let caller = if has_permit { caller.with_caller_permit().await } else { caller };
+            let call = caller.open(&batch, uncompressed, DecompressPurpose::Read, work.clone());
+            assert!(call.now_or_never().is_none());
             drop(caller);
-            assert_eq!(turns.available_permits(), 0, "the work holds the turn after its caller was dropped");
+            assert_eq!(permits.available_permits(), 0, "the work holds the permit after its caller was dropped");
             end.send(()).unwrap();
-            drop(turns.acquire().await.unwrap());
+            drop(permits.acquire().await.unwrap());
         }
     }
 
@@ -380,27 +386,27 @@ mod tests {
     #[tokio::test]
     async fn large_batch_without_compression_is_read_on_another_thread() {
         let decompressor = Decompressor::new(64 << 20);
-        let held = decompressor.large.memory.take(decompressor.large.memory.bytes()).await;
-        let here = thread::current().id();
-        let is_here = move |_: &Batch, _: usize| Ok(thread::current().id() == here);
+        let memory = decompressor.large.memory.take(decompressor.large.memory.bytes()).await;
+        let test_thread = thread::current().id();
+        let is_test_thread = move |_: &Batch, _: usize| Ok(thread::current().id() == test_thread);
         for (bytes, expected) in [(INLINE_BYTES / 2, true), (4 << 20, false)] {
-            let (batch, plain) = zeros(Compression::None, bytes);
+            let (batch, uncompressed) = zeros(Compression::None, bytes);
             assert_eq!(
-                decompressor.open(&batch, plain, DecompressPurpose::Read, is_here).await,
+                decompressor.open(&batch, uncompressed, DecompressPurpose::Read, is_test_thread).await,
                 Ok(expected),
                 "{bytes} bytes"
             );
         }
-        drop(held);
+        drop(memory);
     }
 
     /// Uncompressed records of the maximum size are accepted on a broker with little memory too.
     #[tokio::test]
     async fn uncompressed_batch_of_any_size_is_rewritten() {
         let decompressor = Decompressor::new(1 << 20);
-        let (batch, plain) = zeros(Compression::None, 2 << 20);
-        let work = |batch: &Batch, most: usize| batch.recompress_within(Compression::Zstd, most).map(drop);
-        assert_eq!(decompressor.open(&batch, plain, DecompressPurpose::Rewrite, work).await, Ok(()));
+        let (batch, uncompressed) = zeros(Compression::None, 2 << 20);
+        let work = |batch: &Batch, max_bytes: usize| batch.recompress_within(Compression::Zstd, max_bytes).map(drop);
+        assert_eq!(decompressor.open(&batch, uncompressed, DecompressPurpose::Rewrite, work).await, Ok(()));
         assert_eq!(decompressor.large.memory.taken(), 0);
     }
 

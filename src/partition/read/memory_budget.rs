@@ -7,10 +7,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 /// Bytes of one permit of the semaphore, so that gibibytes fit its counter.
 const UNIT_BYTES: usize = 1 << 10;
 
+/// Maximum size of a budget in permits. A semaphore allows more permits on every platform.
+const MAX_UNITS: u32 = u32::MAX >> 4;
+
 /// Memory of a caller that work on another thread holds until the work has ended, even if the caller was dropped.
 pub type Charge = Arc<dyn fmt::Debug + Send + Sync>;
 
-/// Budget in bytes. A request for more than is free waits its turn.
+/// Budget in bytes. Requests for more than is free wait, and are served in their order.
 #[derive(Clone, Debug)]
 pub struct MemoryBudget {
     semaphore: Arc<Semaphore>,
@@ -20,7 +23,7 @@ pub struct MemoryBudget {
 impl MemoryBudget {
     /// Creates a budget of `bytes`.
     pub fn new(bytes: u64) -> Self {
-        let units = u32::try_from(bytes.div_ceil(UNIT_BYTES as u64)).unwrap_or(u32::MAX >> 4).clamp(1, u32::MAX >> 4);
+        let units = u32::try_from(bytes.div_ceil(UNIT_BYTES as u64)).unwrap_or(MAX_UNITS).clamp(1, MAX_UNITS);
         Self { semaphore: Arc::new(Semaphore::new(units as usize)), units }
     }
 
@@ -39,16 +42,16 @@ impl MemoryBudget {
     /// Extends a permit of this budget to `bytes`, if as many are free and no request waits. Returns true if the permit
     /// covers `bytes` now.
     pub fn try_grow(&self, permit: &mut OwnedSemaphorePermit, bytes: usize) -> bool {
-        let lacking = Self::units(bytes).min(self.units as usize).saturating_sub(permit.num_permits());
-        let Ok(lacking) = u32::try_from(lacking) else { return false };
-        let more = Arc::clone(&self.semaphore).try_acquire_many_owned(lacking);
-        more.map(|more| permit.merge(more)).is_ok()
+        let missing_units = Self::units(bytes).min(self.units as usize).saturating_sub(permit.num_permits());
+        let Ok(missing_units) = u32::try_from(missing_units) else { return false };
+        let extension = Arc::clone(&self.semaphore).try_acquire_many_owned(missing_units);
+        extension.map(|extension| permit.merge(extension)).is_ok()
     }
 
     /// Releases the part of a permit above `bytes`.
     pub fn shrink(permit: &mut OwnedSemaphorePermit, bytes: usize) {
-        let surplus = permit.num_permits().saturating_sub(Self::units(bytes));
-        drop(permit.split(surplus));
+        let surplus_units = permit.num_permits().saturating_sub(Self::units(bytes));
+        drop(permit.split(surplus_units));
     }
 
     /// Takes `bytes` out of a permit, or as many as it has.
@@ -57,14 +60,14 @@ impl MemoryBudget {
         permit.split(units).expect("units is at most the number of permits")
     }
 
-    /// Merges a permit of the same budget into a permit. A permit of another budget is released.
-    pub fn merge(permit: &mut OwnedSemaphorePermit, other: OwnedSemaphorePermit) {
-        if Arc::ptr_eq(permit.semaphore(), other.semaphore()) {
-            permit.merge(other);
+    /// Adds `additional` to a permit of the same budget. If `additional` belongs to another budget, it is released.
+    pub fn merge(permit: &mut OwnedSemaphorePermit, additional: OwnedSemaphorePermit) {
+        if Arc::ptr_eq(permit.semaphore(), additional.semaphore()) {
+            permit.merge(additional);
         }
     }
 
-    /// Returns the number of permits for `bytes`.
+    /// Returns the number of semaphore permits for `bytes`, at least one.
     pub fn units(bytes: usize) -> usize {
         bytes.div_ceil(UNIT_BYTES).max(1)
     }

@@ -1,9 +1,9 @@
 //! Reads of a partition: from memory, then disk, then object store, without a difference to the caller.
 //!
-//! A reader sends no request to the partition's task. It reads up to the high watermark that the task published, and
-//! from the log start on. A follower, and a leader before its epoch is committed, may have a lower high watermark than
-//! another replica sent to the caller: a read above it waits. Segments may be evicted or deleted during a read: the
-//! read then looks again, one tier further down.
+//! A reader sends no request to the partition's task. It reads from the log start to the high watermark that the task
+//! published. A follower, and a leader before its epoch is committed, may have a lower high watermark than another
+//! replica sent to the caller: a read above the local high watermark waits. Segments may be evicted or deleted during a
+//! read: the read then tries again, and finds the records in the object store.
 
 use std::sync::Arc;
 
@@ -37,7 +37,8 @@ pub enum ReadSource {
 /// Result of a read.
 #[derive(Clone, Debug)]
 pub struct FetchedBatches {
-    /// Complete batches, if put one after another. The first may begin before the requested offset.
+    /// Bytes of complete batches, in order; a batch may continue in the next chunk. The first batch may begin before
+    /// the requested offset.
     pub chunks: Vec<Bytes>,
     /// Bytes of all chunks.
     pub bytes: usize,
@@ -62,7 +63,7 @@ pub enum ReadError {
     /// The partition is no longer on this broker.
     #[error("the partition is closed on this broker")]
     Closed,
-    /// The disk or the object store holds other bytes there than were written.
+    /// The bytes at this offset, on the disk or in the object store, are not those that were written.
     #[error("the data at offset {offset} is corrupt and not served: {reason}")]
     Corrupt {
         offset: Offset,
@@ -96,10 +97,11 @@ pub struct PartitionReader {
     published: Arc<PublishedState>,
     log: log::LogReader,
     tier: Option<PartitionTier>,
+    /// Memory that the caller holds for results; see [`PartitionReader::charged`].
     charge: Option<Charge>,
 }
 
-/// Maximum number of batches that a search by time opens in vain, because no record has the time of the header.
+/// Maximum number of batches that a search by time opens without finding a record with the time of the header.
 const MAX_SEARCHED_BATCHES: usize = 64;
 
 /// Maximum number of attempts of a read whose segment was removed meanwhile.
@@ -125,9 +127,9 @@ impl PartitionReader {
         self.published.watermarks()
     }
 
-    /// Marks `index` in `ready` whenever there is more to read, and once at first.
-    pub fn add_listener(&self, ready: &Arc<WakeSet>, index: usize) {
-        self.published.add_listener(ready, index, WatermarkKind::HighWatermark);
+    /// Marks `index` in `wake_set` now, and whenever there may be more to read.
+    pub fn add_listener(&self, wake_set: &Arc<WakeSet>, index: usize) {
+        self.published.add_listener(wake_set, index, WatermarkKind::HighWatermark);
     }
 
     /// Reads committed records from `from` on: at least one batch if there is one, beyond that as many as the limits
@@ -158,10 +160,11 @@ impl PartitionReader {
         }
     }
 
-    /// Reads one tier after the other.
+    /// Reads from the first tier that has `from`: memory, then disk, then object store. Tries again if the segment was
+    /// evicted during the read. Returns `None` if there is nothing to read yet.
     async fn read_tiers(&self, from: Offset, limits: ReadLimits) -> Result<Option<FetchedBatches>, ReadError> {
         for _ in 0..MAX_READ_ATTEMPTS {
-            let Some(watermarks) = self.readable(from)? else { return Ok(None) };
+            let Some(watermarks) = self.readable_watermarks(from)? else { return Ok(None) };
             let bound = watermarks.high_watermark;
             if let Some(read) = self.log.read_memory(from, bound, limits.max_bytes) {
                 return Ok(Some(fetched(read, ReadSource::Memory)));
@@ -179,16 +182,21 @@ impl PartitionReader {
         Err(ReadError::Disk { reason: format!("offset {from} was evicted {MAX_READ_ATTEMPTS} times during the read") })
     }
 
-    /// Returns the watermarks if there is something to read at `from`, `None` at the end.
-    fn readable(&self, from: Offset) -> Result<Option<Watermarks>, ReadError> {
+    /// Returns the watermarks if the record at `from` can be read; `None` if the read has to wait for a higher high
+    /// watermark.
+    ///
+    /// # Errors
+    /// [`ReadError::Closed`]; [`ReadError::OutOfRange`] below the log start. A leader of a committed epoch also rejects
+    /// an offset above its high watermark.
+    fn readable_watermarks(&self, from: Offset) -> Result<Option<Watermarks>, ReadError> {
         if self.published.is_closed() {
             return Err(ReadError::Closed);
         }
         // In this order: a leader publishes its watermarks before the status of a committed epoch.
         let role = self.published.status().role;
         let watermarks = self.published.watermarks();
-        let keeps = role.leads() || !mutant!(FollowerServesUncommitted);
-        let end = if keeps && !mutant!(ReadUncommitted) { watermarks.high_watermark } else { watermarks.log_end };
+        let hides_uncommitted = (role.leads() || !mutant!(FollowerServesUncommitted)) && !mutant!(ReadUncommitted);
+        let end = if hides_uncommitted { watermarks.high_watermark } else { watermarks.log_end };
         let start = watermarks.log_start;
         if from < start || from > end && role == (ReplicaRole::Leader { epoch_committed: true }) {
             return Err(ReadError::OutOfRange { offset: from, start, end });
@@ -200,36 +208,39 @@ impl PartitionReader {
         Ok((from < end).then_some(Watermarks { high_watermark: end, ..watermarks }))
     }
 
-    /// Reads the log on another thread, in turn. The turn and the charge end with the read, even if the caller was
-    /// dropped.
-    async fn on_disk<T: Send + 'static>(&self, read: impl FnOnce(&log::LogReader) -> T + Send + 'static) -> T {
-        let (log, charge, turn) = (self.log.clone(), self.charge.clone(), self.log.acquire_disk_permit().await);
-        task::run_blocking(move || (read(&log), turn, charge).0).await
+    /// Runs `read` with the log on another thread, with a disk permit. The permit and the charge are held until `read`
+    /// returns, even if the caller was dropped.
+    async fn run_on_disk<T: Send + 'static>(&self, read: impl FnOnce(&log::LogReader) -> T + Send + 'static) -> T {
+        let (log, charge, permit) = (self.log.clone(), self.charge.clone(), self.log.acquire_disk_permit().await);
+        task::run_blocking(move || (read(&log), permit, charge).0).await
     }
 
+    /// Reads the local segments, or the object store if they cannot be read. Returns `None` if the segment was evicted
+    /// meanwhile.
     async fn read_disk(
         &self,
         from: Offset,
         bound: Offset,
         limits: ReadLimits,
     ) -> Result<Option<FetchedBatches>, ReadError> {
-        match self.on_disk(move |log| log.read_disk(from, bound, limits)).await {
+        match self.run_on_disk(move |log| log.read_disk(from, bound, limits)).await {
             Ok(read) => Ok(Some(fetched(read, ReadSource::Disk))),
             Err(log::LogReadError::OutOfRange { .. }) => Ok(None),
             Err(log::LogReadError::BatchTooLarge { bytes }) => Err(ReadError::BatchTooLarge { bytes }),
-            Err(error) => self.other_tier(from, bound, limits, error).await.map(Some),
+            Err(error) => self.fall_back_to_object_store(from, bound, limits, error).await.map(Some),
         }
     }
 
-    /// Serves a range that the local copy cannot serve from the object store, if that has the records.
-    async fn other_tier(
+    /// Reads a range from the object store after the local read failed with `error`. Logs that error, and returns it if
+    /// the object store does not have the records or cannot be read.
+    async fn fall_back_to_object_store(
         &self,
         from: Offset,
         bound: Offset,
         limits: ReadLimits,
         error: log::LogReadError,
     ) -> Result<FetchedBatches, ReadError> {
-        if let Some(count) = self.published.count_unreadable() {
+        if let Some(count) = self.published.count_client_read_error() {
             tracing::error!(
                 partition = %self.id, offset = %from, %error, count,
                 "cannot read the local copy: reading from the object store where it has the records"
@@ -248,6 +259,8 @@ impl PartitionReader {
         })
     }
 
+    /// Reads batches that end at or below `bound` from the object store. Returns `None` if the first batch ends above
+    /// `bound`. An error is [`ReadError::OutOfRange`] if retention deleted the records during the read.
     async fn read_object_store(
         &self,
         from: Offset,
@@ -257,19 +270,20 @@ impl PartitionReader {
         let Some(tier) = &self.tier else {
             let reason =
                 format!("offset {from} is in the object store, and this broker has none: set object_store.url");
-            // Retention may have moved on meanwhile: then no tier has the offset.
-            return self.readable(from).and(Err(ReadError::ObjectStore { reason }));
+            // If the log start has moved above `from` meanwhile, no tier has the offset.
+            return self.readable_watermarks(from).and(Err(ReadError::ObjectStore { reason }));
         };
         match tier.read(from, limits).await {
             Ok(read) => {
                 let (chunks, bytes, next) = (read.chunks, read.bytes, read.next);
                 Ok(below(FetchedBatches { chunks, bytes, next, source: ReadSource::ObjectStore }, bound))
             }
-            // Retention may have moved on during the read.
-            Err(error) => self.readable(from).and(Err(self.object_store_error(from, &error))),
+            // The log start may have moved above `from` during the read.
+            Err(error) => self.readable_watermarks(from).and(Err(self.object_store_error(from, &error))),
         }
     }
 
+    /// Converts an error of the object store for a read at `offset`. A missing object counts as corruption.
     fn object_store_error(&self, offset: Offset, error: &tier::TierReadError) -> ReadError {
         match error {
             // The tier state is newer than the watermarks: the log start has moved, and nothing is wrong with the
@@ -290,9 +304,10 @@ impl PartitionReader {
     /// Returns the offset, timestamp and epoch of the first committed record whose timestamp is at least
     /// `timestamp_ms`; `None` if there is no such record.
     ///
-    /// Headers only lead to batches. The records in them count, because a producer may set any time in the header of a
-    /// compressed batch. After 64 batches without a record of the header's time, the search ends and returns its
-    /// current offset with the timestamp -1. No earlier record is that young, so a read from there misses none.
+    /// The search selects batches by their headers and then compares the records in them, because a producer may set
+    /// any time in the header of a compressed batch. After 64 batches without a record of the header's time, the search
+    /// ends and returns its current offset with the timestamp -1. No earlier record has such a timestamp, so a read
+    /// from there misses none.
     ///
     /// # Errors
     /// [`ReadError::BatchTooLarge`] if the search has to open a batch above `max_batch_bytes`.
@@ -307,11 +322,11 @@ impl PartitionReader {
         for _ in 0..MAX_SEARCHED_BATCHES {
             let Some(batch) = self.batch_for_time(timestamp_ms, from, max_batch_bytes).await? else { return Ok(None) };
             epoch = batch.leader_epoch().unwrap_or_default();
-            let find = move |batch: &Batch, max_bytes: usize| first_at(batch, max_bytes, timestamp_ms, from);
+            let find = move |batch: &Batch, max_bytes: usize| first_record_at(batch, max_bytes, timestamp_ms, from);
             match decompressor.open_stored(self.id, &batch, find).await {
                 Ok(Some((offset, timestamp_ms))) => return Ok(Some((offset, timestamp_ms, epoch))),
                 Ok(None) => {}
-                // Consumers can decode the batch, and its records may be that young.
+                // Consumers can decode the batch, and one of its records may have such a timestamp.
                 Err(MalformedBatch::NoMemory { .. }) => return Ok(Some((from.max(batch.base_offset()), -1, epoch))),
                 // A batch that cannot be decoded holds no record that can be read.
                 Err(error) => {
@@ -326,7 +341,8 @@ impl PartitionReader {
         Ok(Some((from, -1, epoch)))
     }
 
-    /// Returns the first batch that reaches above `from` and whose header has that time or a later one.
+    /// Returns the first committed batch that ends above `from` and whose header has that time or a later one. Returns
+    /// `None` if there is no such batch.
     async fn batch_for_time(
         &self,
         timestamp_ms: i64,
@@ -344,12 +360,12 @@ impl PartitionReader {
                 }
             }
             let bound = watermarks.high_watermark;
-            match self.on_disk(move |log| log.batch_for_time(timestamp_ms, from, bound, max_batch_bytes)).await {
+            match self.run_on_disk(move |log| log.batch_for_time(timestamp_ms, from, bound, max_batch_bytes)).await {
                 // A segment was evicted during the search.
                 Err(log::LogReadError::OutOfRange { .. }) => {}
                 Err(log::LogReadError::BatchTooLarge { bytes }) => return Err(ReadError::BatchTooLarge { bytes }),
                 Err(error) => {
-                    if let Some(count) = self.published.count_unreadable() {
+                    if let Some(count) = self.published.count_client_read_error() {
                         tracing::error!(
                             partition = %self.id, %error, count,
                             "cannot search the local copy for a timestamp"
@@ -366,8 +382,9 @@ impl PartitionReader {
     }
 }
 
-/// Returns the first record of a batch, from `from` on, that is that young.
-fn first_at(
+/// Returns offset and timestamp of the first record of a batch, from `from` on, whose timestamp is at least
+/// `timestamp_ms`.
+fn first_record_at(
     batch: &Batch,
     max_bytes: usize,
     timestamp_ms: i64,
@@ -382,24 +399,25 @@ fn first_at(
     Ok(None)
 }
 
+/// Converts batches that were read from the local log.
 pub(super) fn fetched(read: log::ReadBatches, source: ReadSource) -> FetchedBatches {
     FetchedBatches { chunks: read.chunks, bytes: read.bytes, next: read.next, source }
 }
 
-/// Returns the batches that lie below `bound`. A follower may receive the tier state of records before its leader sends
-/// their commit.
+/// Returns the batches that end at or below `bound`; `None` if there are none. A follower may receive the tier state of
+/// records before its leader sends the high watermark above them.
 fn below(fetched: FetchedBatches, bound: Offset) -> Option<FetchedBatches> {
     if fetched.next <= bound {
         return Some(fetched);
     }
-    let mut kept = FetchedBatches { chunks: Vec::new(), bytes: 0, ..fetched };
+    let mut committed = FetchedBatches { chunks: Vec::new(), bytes: 0, ..fetched };
     // The caller detects corrupt batches.
     let batches = ChunkedBatches::new(fetched.chunks).map_while(Result::ok);
     for batch in batches.take_while(|batch| batch.end_offset() <= bound) {
-        (kept.next, kept.bytes) = (batch.end_offset(), kept.bytes + batch.encoded_len());
-        kept.chunks.push(batch.to_bytes());
+        (committed.next, committed.bytes) = (batch.end_offset(), committed.bytes + batch.encoded_len());
+        committed.chunks.push(batch.to_bytes());
     }
-    (kept.bytes > 0).then_some(kept)
+    (committed.bytes > 0).then_some(committed)
 }
 
 #[cfg(test)]
@@ -418,21 +436,22 @@ mod tests {
             batch.set_offset_and_epoch(at(base), LeaderEpoch(0));
             batch.to_bytes()
         };
-        let all = [batch(0), batch(2), batch(4)].concat();
-        let fetched = |cut: usize| {
-            let chunks = vec![Bytes::copy_from_slice(&all[..cut]), Bytes::copy_from_slice(&all[cut..])];
-            FetchedBatches { chunks, bytes: all.len(), next: at(6), source: ReadSource::ObjectStore }
+        let encoded = [batch(0), batch(2), batch(4)].concat();
+        let fetched = |split_at: usize| {
+            let chunks =
+                vec![Bytes::copy_from_slice(&encoded[..split_at]), Bytes::copy_from_slice(&encoded[split_at..])];
+            FetchedBatches { chunks, bytes: encoded.len(), next: at(6), source: ReadSource::ObjectStore }
         };
-        for cut in 0..all.len() {
-            for (bound, kept) in [(9, 3), (6, 3), (5, 2), (4, 2), (3, 1), (2, 1)] {
-                let some = below(fetched(cut), at(bound)).expect("some batches lie below the bound");
+        for split_at in 0..encoded.len() {
+            for (bound, batches) in [(9, 3), (6, 3), (5, 2), (4, 2), (3, 1), (2, 1)] {
+                let result = below(fetched(split_at), at(bound)).expect("some batches lie below the bound");
                 assert_eq!(
-                    (some.next, some.bytes),
-                    (at(2 * kept), all.len() / 3 * usize::try_from(kept).expect("few"))
+                    (result.next, result.bytes),
+                    (at(2 * batches), encoded.len() / 3 * usize::try_from(batches).expect("few"))
                 );
-                assert_eq!(some.chunks.concat(), all[..some.bytes]);
+                assert_eq!(result.chunks.concat(), encoded[..result.bytes]);
             }
-            assert!(below(fetched(cut), at(1)).is_none());
+            assert!(below(fetched(split_at), at(1)).is_none());
         }
     }
 }

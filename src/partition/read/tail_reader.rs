@@ -11,8 +11,8 @@ use crate::{
     task,
 };
 
-/// Reader of one leader's log in one epoch. It ends with the epoch: records read afterwards may be another leader's.
-/// Clones are cheap.
+/// Reader of one leader's log in one epoch. All reads fail after the epoch, because the log may then hold records of
+/// another leader. Clones are cheap.
 #[derive(Clone)]
 pub struct TailReader {
     published: Arc<PublishedState>,
@@ -41,10 +41,10 @@ impl TailReader {
     /// log end. Reads memory or disk, never the object store.
     ///
     /// # Errors
-    /// [`ReadError::Closed`] if this broker no longer leads in that epoch; [`ReadError::OutOfRange`] if `from` is not
-    /// on this disk: the follower has to subscribe again.
+    /// [`ReadError::Closed`] if this broker no longer leads in the reader's epoch. [`ReadError::OutOfRange`] if `from` is
+    /// not on this disk: the follower has to subscribe again.
     pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Option<FetchedBatches>, ReadError> {
-        self.leads()?;
+        self.check_leading()?;
         let bound = self.published.progress().log_end;
         if from == bound {
             return Ok(None);
@@ -52,22 +52,22 @@ impl TailReader {
         if from > bound {
             return Err(ReadError::OutOfRange { offset: from, start: self.log.local_start(), end: bound });
         }
-        let found = match self.log.read_memory(from, bound, max_bytes) {
+        let batches = match self.log.read_memory(from, bound, max_bytes) {
             Some(read) => fetched(read, ReadSource::Memory),
             None => {
                 let log = self.log.clone();
                 let read = task::run_blocking(move || log.read_disk(from, bound, max_bytes)).await;
-                fetched(read.map_err(|error| self.failed(from, error))?, ReadSource::Disk)
+                fetched(read.map_err(|error| self.read_error(from, error))?, ReadSource::Disk)
             }
         };
-        // Before this broker follows another one it publishes that, and only then it truncates: so this was the log of
-        // that epoch.
-        self.leads()?;
-        Ok(Some(found))
+        // This broker publishes the end of its leadership before it truncates. So these are batches of the reader's
+        // epoch.
+        self.check_leading()?;
+        Ok(Some(batches))
     }
 
-    /// Checks that this broker still leads in that epoch.
-    pub(in crate::partition) fn leads(&self) -> Result<(), ReadError> {
+    /// Returns [`ReadError::Closed`] if this broker no longer leads in the reader's epoch.
+    pub(in crate::partition) fn check_leading(&self) -> Result<(), ReadError> {
         let status = self.published.status();
         if !self.published.is_closed()
             && status.epoch == self.epoch
@@ -79,11 +79,12 @@ impl TailReader {
         }
     }
 
-    fn failed(&self, from: Offset, error: log::LogReadError) -> ReadError {
+    /// Converts an error of a local read at `from`. Logs corruption.
+    fn read_error(&self, from: Offset, error: log::LogReadError) -> ReadError {
         match error {
             log::LogReadError::OutOfRange { start, end, .. } => ReadError::OutOfRange { offset: from, start, end },
             log::LogReadError::Corrupt { offset, .. } => {
-                if let Some(count) = self.published.count_unsendable() {
+                if let Some(count) = self.published.count_follower_read_error() {
                     tracing::error!(
                         partition = %self.log.id(), %offset, %error, count,
                         "cannot read the local copy for a follower"

@@ -249,7 +249,7 @@ impl ReplicationSender {
             subscription.moved_during_read = true;
             return;
         }
-        if let Err(error) = subscription.tail.leads() {
+        if let Err(error) = subscription.tail.check_leading() {
             if mutant!(CountOlderEpochAcks) {
                 return;
             }
