@@ -1,6 +1,7 @@
 //! The handle of one replica: the interface of a partition for the broker, its links and the metadata.
 //!
-//! Requests go to the partition's task by its queues, or to the published state. The handle decides nothing.
+//! Reads of state use what the partition's task published. All other requests go to the task by its queues. The handle
+//! makes no decisions.
 
 use std::{sync::Arc, time::Duration};
 
@@ -79,7 +80,7 @@ pub enum PartitionError {
     /// The replica could not be reset to the committed end.
     #[error("cannot reset the replica to the committed end: {0}")]
     Reset(#[from] ChangeError),
-    /// The local log ends below the tiered end or the log start. The log lacks committed records at its end.
+    /// The local log ends below the tiered end or the log start: it lacks committed records.
     #[error(
         "the replica of partition {id} ends at {log_end}, below {committed}, the end of the object store or the log \
          start: the replica must copy its log again"
@@ -97,17 +98,19 @@ pub enum PartitionError {
 pub struct Partition {
     id: PartitionId,
     topic: TopicName,
-    mailbox: mpsc::Sender<ActorCommand>,
+    /// Queue for writes and maintenance. Senders wait for space.
+    commands: mpsc::Sender<ActorCommand>,
+    /// Queue for metadata, links and outcomes of ISR proposals. These messages do not wait behind writes.
     control: mpsc::Sender<ControlMessage>,
     signals: Arc<ActorSignals>,
     pub(super) published: Arc<PublishedState>,
     reader: PartitionReader,
-    tail: LogReader,
+    log_reader: LogReader,
     pub(super) tier: Option<PartitionTier>,
     /// Newest tier state that this broker received as committed in the metadata store.
     committed: Mutex<Option<TierState>>,
     /// Held during a maintenance step, so that one step runs at a time.
-    pub(super) maintenance: tokio::sync::Mutex<()>,
+    pub(super) maintenance_lock: tokio::sync::Mutex<()>,
     tasks: Tasks,
 }
 
@@ -130,10 +133,10 @@ impl Partition {
         let committed_end = if spec.standalone { log_start.max(tiered_end) } else { replica.local_start() };
         let tasks = parent.child();
         let published = Arc::new(PublishedState::new(spec.config, tasks.clone()));
-        let tail = replica.reader();
-        let reader = PartitionReader::new(spec.id, Arc::clone(&published), tail.clone(), spec.tier.clone());
-        let (mailbox, commands) = mpsc::channel(COMMAND_QUEUE_LEN);
-        let (control, control_messages) = mpsc::channel(COMMAND_QUEUE_LEN);
+        let log_reader = replica.reader();
+        let reader = PartitionReader::new(spec.id, Arc::clone(&published), log_reader.clone(), spec.tier.clone());
+        let (commands, command_receiver) = mpsc::channel(COMMAND_QUEUE_LEN);
+        let (control, control_receiver) = mpsc::channel(COMMAND_QUEUE_LEN);
         let signals = Arc::new(ActorSignals::default());
         let actor = Actor::new(ActorConfig {
             broker,
@@ -150,24 +153,22 @@ impl Partition {
             committed_end,
             lag_ms: u64::try_from(spec.max_lag_time.as_millis()).unwrap_or(u64::MAX),
             control: control.downgrade(),
-            inbox: Inbox::new(Arc::clone(&signals), control_messages, commands, tasks.clone()),
+            inbox: Inbox::new(Arc::clone(&signals), control_receiver, command_receiver, tasks.clone()),
             tasks: tasks.clone(),
         });
         tasks.spawn("partition", actor.run());
-        let (id, topic, tier, committed) = (spec.id, spec.topic, spec.tier, Mutex::new(spec.committed));
-        let maintenance = tokio::sync::Mutex::default();
         Ok(Arc::new(Self {
-            id,
-            topic,
-            mailbox,
+            id: spec.id,
+            topic: spec.topic,
+            commands,
             control,
             signals,
             published,
             reader,
-            tail,
-            tier,
-            committed,
-            maintenance,
+            log_reader,
+            tier: spec.tier,
+            committed: Mutex::new(spec.committed),
+            maintenance_lock: tokio::sync::Mutex::default(),
             tasks,
         }))
     }
@@ -180,10 +181,11 @@ impl Partition {
         &self.topic
     }
 
-    /// Queues a write; waits only for space in the queue. `sent` is the fingerprint of the batch that the client sent,
-    /// of which `batch` may be a changed form; it is `None` if the client sent records. Writes are appended in the
-    /// order in which calls of this function return. The receiver gets the result when `acks` holds. Dropping the
-    /// receiver does not cancel the write.
+    /// Queues a write; waits only for space in the queue. `batch` may be a recompressed form of the batch that the
+    /// client sent. `sent` is the fingerprint of the client's batch, or `None` if the client sent records. `permit` is
+    /// the memory of the write, which the task holds while the write waits. Writes are appended in the order in which
+    /// calls of this function return. The receiver gets the result when `acks` holds. Dropping the receiver does not
+    /// cancel the write.
     pub async fn append(
         &self,
         batch: Batch,
@@ -208,9 +210,9 @@ impl Partition {
         let (responder, receiver) = oneshot::channel();
         let append = Box::new(Append { batch, origin, acks, permit, responder, stored });
         if let Err(mpsc::error::SendError(ActorCommand::Append(append))) =
-            self.mailbox.send(ActorCommand::Append(append)).await
+            self.commands.send(ActorCommand::Append(append)).await
         {
-            let _gone = append.responder.send(Err(AppendError::Closing));
+            let _receiver_dropped = append.responder.send(Err(AppendError::Closing));
         }
         receiver
     }
@@ -253,7 +255,7 @@ impl Partition {
     pub async fn update_config(&self, config: Arc<TopicConfig>) {
         // Requests are checked against the published configuration before they reach the task.
         self.published.configure(Arc::clone(&config));
-        let _stopped = self.mailbox.send(ActorCommand::UpdateConfig(config)).await;
+        let _stopped = self.commands.send(ActorCommand::UpdateConfig(config)).await;
     }
 
     /// Returns the bytes of the replica on this broker's disk.
@@ -282,21 +284,21 @@ impl Partition {
         self.published.active_age(now).is_some_and(|age| age >= self.published.config().segment_age)
     }
 
-    /// Returns true if retention may have work: records in either tier, or local files of deleted records.
-    pub fn holds_any(&self) -> bool {
+    /// Returns true if retention may have work: records in either tier, or local segments of deleted records.
+    pub fn may_need_retention(&self) -> bool {
         let watermarks = self.watermarks();
         watermarks.log_start.min(watermarks.local_start) < watermarks.log_end
     }
 
-    /// Applies metadata. Returns when the task has applied it: later requests to the partition find the new role. Calls
-    /// are in the order of the metadata.
+    /// Applies metadata, and returns when the task has applied it: later requests to the partition find the new role.
+    /// The caller passes values in the order of their revisions.
     pub async fn assign(&self, assignment: PartitionAssignment) {
         if let Some(state) = &assignment.committed {
-            self.record_tier_state(state);
+            self.update_tier_state(state);
         }
-        let (done, taken) = oneshot::channel();
+        let (done, applied) = oneshot::channel();
         self.send_control(ControlMessage::Assign(Box::new(assignment), done)).await;
-        let _stopped = taken.await;
+        let _stopped = applied.await;
     }
 
     /// Applies a changed status of a broker in the metadata cache.
@@ -311,7 +313,7 @@ impl Partition {
     }
 
     /// Sends the time, so that the task checks for lagging members. Never waits; replaces an earlier time that the task
-    /// has not taken. `now_ms` is of one monotonic clock for all calls.
+    /// has not handled. `now_ms` is the time of one monotonic clock for all calls.
     pub fn tick(&self, now_ms: u64) {
         self.signals.tick(now_ms);
     }
@@ -321,8 +323,8 @@ impl Partition {
         self.send_control(ControlMessage::IsrOutcome(Box::new(outcome))).await;
     }
 
-    /// Handles a subscription of a follower in `epoch`. Waits up to a second for that epoch to begin here: its metadata
-    /// may arrive late.
+    /// Handles a subscription of a follower in `epoch`. Waits up to a second until this broker leads in that epoch,
+    /// because its metadata may arrive later than the follower's.
     pub async fn subscribe(
         &self,
         peer: PeerId,
@@ -330,7 +332,7 @@ impl Partition {
         position: LogPosition,
         progress: ReplicaProgress,
     ) -> SubscribeResponse {
-        let _late = tokio::time::timeout(SUBSCRIBE_TIMEOUT, self.published.until_led(epoch)).await;
+        let _timed_out = tokio::time::timeout(SUBSCRIBE_TIMEOUT, self.published.wait_until_leading(epoch)).await;
         let (responder, response) = oneshot::channel();
         self.send_control(ControlMessage::Subscribe(Box::new(SubscribeMessage {
             peer,
@@ -345,7 +347,8 @@ impl Partition {
         response.await.unwrap_or_else(closing)
     }
 
-    /// Handles an acknowledgement of a follower. Never waits; replaces an earlier one that the task has not taken.
+    /// Handles an acknowledgement of a follower. Never waits; replaces an earlier acknowledgement that the task has not
+    /// handled.
     pub fn acknowledged(&self, peer: PeerId, epoch: LeaderEpoch, progress: ReplicaProgress) {
         self.published.acknowledged(peer.broker, progress.log_end);
         self.signals.acknowledged(peer, epoch, progress);
@@ -361,21 +364,22 @@ impl Partition {
         self.send_control(ControlMessage::FollowerDisconnected(peer, cause)).await;
     }
 
-    /// Reports a newer epoch: a leader of an older epoch admits nothing more until its metadata contains the newer one.
-    pub async fn deposed(&self, known: LeaderEpoch) {
-        self.send_control(ControlMessage::Deposed(known)).await;
+    /// Reports a newer epoch. A leader of an older epoch then accepts no more writes, and waits for newer metadata.
+    pub async fn deposed(&self, newer_epoch: LeaderEpoch) {
+        self.send_control(ControlMessage::Deposed(newer_epoch)).await;
     }
 
     /// Returns a reader of the log up to its end, in the epoch in which this broker leads now. Compare
     /// [`TailReader::epoch`] with the epoch of the response to the follower.
     pub fn tail(&self) -> TailReader {
-        TailReader::new(Arc::clone(&self.published), self.tail.clone())
+        TailReader::new(Arc::clone(&self.published), self.log_reader.clone())
     }
 
     /// Delivers an event of the link to the leader, in order. Never waits.
     ///
     /// # Errors
-    /// The control queue is full. The event is dropped, so later events would not fit.
+    /// The control queue is full. The event is dropped, so the caller must end the subscription: the task cannot apply
+    /// later events without this one.
     pub fn on_link_event(&self, event: LinkEvent) -> Result<(), QueueFull> {
         match self.control.try_send(ControlMessage::Link(event)) {
             // An event for a task that has ended changes nothing.
@@ -389,20 +393,20 @@ impl Partition {
         self.published.progress()
     }
 
-    /// Returns the epoch of the log's last batch; `None` for a log that never had one.
+    /// Returns the epoch of the log's last batch; `None` for a log that never had a batch.
     pub fn last_epoch(&self) -> Option<LeaderEpoch> {
-        self.tail.last_epoch()
+        self.log_reader.last_epoch()
     }
 
-    /// Marks `index` in `ready` whenever that watermark moves or the replica status changes, and once at first.
-    pub fn add_listener(&self, ready: &Arc<WakeSet>, index: usize, on: WatermarkKind) {
-        self.published.add_listener(ready, index, on);
+    /// Marks `index` in `wake_set` now, and whenever that watermark moves or the replica status changes.
+    pub fn add_listener(&self, wake_set: &Arc<WakeSet>, index: usize, watermark: WatermarkKind) {
+        self.published.add_listener(wake_set, index, watermark);
     }
 
-    /// Applies a tier state and log start that the metadata store committed, unless a newer state is known. Commands
-    /// sent after this returns find the state applied.
+    /// Applies a tier state and log start that the metadata store committed, unless a newer state is applied already.
+    /// Commands sent after this returns find the state applied.
     pub async fn apply_tier_state(&self, state: TierState) {
-        self.record_tier_state(&state);
+        self.update_tier_state(&state);
         self.command(ActorCommand::ApplyTierState(Box::new(state))).await;
     }
 
@@ -412,23 +416,27 @@ impl Partition {
         self.tasks.stop().await;
     }
 
-    fn record_tier_state(&self, state: &TierState) {
+    /// Replaces the tier state of this handle and of the tier, unless their state is newer. The caller sends the state to
+    /// the task.
+    fn update_tier_state(&self, state: &TierState) {
         if let Some(tier) = &self.tier {
             tier.apply_state(state.clone());
         }
         let mut committed = self.committed.lock();
-        let age = |state: &TierState| (state.version(), state.log_start, state.epoch);
-        if committed.as_ref().is_none_or(|known| age(known) <= age(state)) {
+        let sort_key = |state: &TierState| (state.version(), state.log_start, state.epoch);
+        if committed.as_ref().is_none_or(|current| sort_key(current) <= sort_key(state)) {
             *committed = Some(state.clone());
         }
     }
 
+    /// Returns the newest tier state that this broker received; `None` before the partition's first commit.
     pub(super) fn committed(&self) -> Option<TierState> {
         self.committed.lock().clone()
     }
 
+    /// Queues a command; waits for space in the queue. The command is dropped if the task has ended.
     pub(super) async fn command(&self, command: ActorCommand) {
-        let _stopped = self.mailbox.send(command).await;
+        let _stopped = self.commands.send(command).await;
     }
 
     /// Returns the segments on this broker's disk; `None` if the task has ended.
@@ -438,18 +446,20 @@ impl Partition {
         segments.await.ok()
     }
 
+    /// Queues a control message; waits for space in the queue. The message is dropped if the task has ended.
     async fn send_control(&self, message: ControlMessage) {
         let _stopped = self.control.send(message).await;
     }
 }
 
-/// Opens the replica of `spec`. All records below `committed` were committed.
+/// Opens the replica of `spec`. All records below `committed` were committed, so a log that ends below it has lost
+/// records. A standalone broker then resets the log to `committed`; another broker returns [`PartitionError::Lost`].
 fn open_replica(log: &DataDir, spec: &ReplicaSpec, committed: Offset) -> Result<ReplicaLog, PartitionError> {
     if spec.discard_local {
         log.delete_replica(spec.id)?;
     }
-    // A replica that copies starts empty. Its leader chooses the bootstrap offset, and the object store has the tables
-    // for that offset.
+    // An empty replica of several starts at 0. Its leader then chooses the bootstrap offset, and the epoch history and
+    // producer state before that offset come from the object store or the leader.
     let start = if spec.standalone { committed } else { Offset::ZERO };
     let mut replica = log.open_replica(spec.id, start)?;
     let log_end = replica.log_end();
@@ -459,8 +469,8 @@ fn open_replica(log: &DataDir, spec: &ReplicaSpec, committed: Offset) -> Result<
     if !spec.standalone {
         return Err(PartitionError::Lost { id: spec.id, log_end, committed });
     }
-    // This disk was lost or restored. The log restarts after the tiered and the deleted records, so that no offset is
-    // assigned twice.
+    // The disk was lost, or restored from a copy. The log restarts after the tiered and the deleted records, so that no
+    // offset is assigned twice.
     tracing::warn!(
         partition = %spec.id, %log_end, %committed,
         "the local log ends below the committed end: resetting the log to the committed end"

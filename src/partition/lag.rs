@@ -1,8 +1,8 @@
-//! Lag of followers behind their leader, for monitoring. Decides nothing: `leader::isr` decides about the ISR. Pure.
+//! Lag of followers behind their leader, for monitoring alone: `leader::isr` decides about the ISR. Pure.
 //!
-//! The lag needs the age of a record that is not acknowledged yet, and the log has no clock. So the log end is recorded
-//! with the time at intervals, while followers acknowledge. Entries that every follower has acknowledged are dropped,
-//! so an idle partition keeps none.
+//! The lag in time is the age of the oldest record that a follower has not acknowledged, and records have no time of
+//! their append. So the tracker stores the log end with the time at intervals, while followers acknowledge. Entries
+//! that every follower has acknowledged are dropped, so an idle partition has at most one.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -19,7 +19,7 @@ const MAX_ENTRIES: usize = 64;
 /// Lag of one follower.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FollowerLag {
-    /// Number of records that it has not acknowledged.
+    /// Number of records that the follower has not acknowledged.
     pub records: u64,
     /// Age of the oldest of these records.
     pub time: Duration,
@@ -32,7 +32,7 @@ pub(super) struct FollowerLagTracker {
     since: Instant,
     /// Log ends that followers have acknowledged.
     acknowledged: Vec<(BrokerId, Offset)>,
-    /// Records from this offset on were appended at this time or later. Both ascend.
+    /// Records from this offset on were appended at this time or later. Offsets and times ascend.
     entries: VecDeque<(Offset, Instant)>,
 }
 
@@ -41,12 +41,12 @@ impl FollowerLagTracker {
         Self { since: now, acknowledged: Vec::new(), entries: VecDeque::new() }
     }
 
-    /// Records an append: the log ended at `before` until now.
-    pub(super) fn appended(&mut self, before: Offset, now: Instant) {
-        if self.entries.back().is_some_and(|(_, at)| now.duration_since(*at) < MIN_ENTRY_INTERVAL) {
+    /// Adds an entry for an append, unless the last entry is recent. The log ended at `previous_end` before the append.
+    pub(super) fn appended(&mut self, previous_end: Offset, now: Instant) {
+        if self.entries.back().is_some_and(|(_, time)| now.duration_since(*time) < MIN_ENTRY_INTERVAL) {
             return;
         }
-        self.entries.push_back((before, now));
+        self.entries.push_back((previous_end, now));
         if self.entries.len() > MAX_ENTRIES {
             let mut index = 0;
             self.entries.retain(|_| {
@@ -56,15 +56,15 @@ impl FollowerLagTracker {
         }
     }
 
-    /// Records an acknowledgement: a follower has everything below `end`.
+    /// Stores an acknowledgement: a follower has all records below `end`.
     pub(super) fn acknowledged(&mut self, broker: BrokerId, end: Offset) {
         match self.acknowledged.iter_mut().find(|(id, _)| *id == broker) {
             Some((_, acked)) => *acked = end,
             None => self.acknowledged.push((broker, end)),
         }
         let min_acked = self.acknowledged.iter().map(|(_, end)| *end).min().unwrap_or(end);
-        // The last entry at or below `min_acked` has the age of the records after it.
-        while self.entries.get(1).is_some_and(|(before, _)| *before <= min_acked) {
+        // The last entry at or below `min_acked` stays: its time is that of the records after it.
+        while self.entries.get(1).is_some_and(|(offset, _)| *offset <= min_acked) {
             self.entries.pop_front();
         }
     }
@@ -74,13 +74,13 @@ impl FollowerLagTracker {
         self.acknowledged.retain(|(id, _)| replicas.contains(id));
     }
 
-    /// Returns the lag of a broker behind a log that ends at `log_end`. A broker that has acknowledged nothing lacks
-    /// all records from `first` on, for as long as this broker leads.
+    /// Returns the lag of a broker behind a log that ends at `log_end`. A broker without an acknowledgement counts as
+    /// lacking all records from `first` on, since the time at which this broker started to lead.
     pub(super) fn lag(&self, broker: BrokerId, first: Offset, log_end: Offset, now: Instant) -> FollowerLag {
         let acked = self.acknowledged.iter().find(|(id, _)| *id == broker).map(|(_, end)| *end);
         let records = log_end.since(acked.unwrap_or(first));
-        let entry = acked.and_then(|end| self.entries.iter().rev().find(|(before, _)| *before <= end));
-        let since = entry.map_or(self.since, |(_, at)| *at);
+        let entry = acked.and_then(|end| self.entries.iter().rev().find(|(offset, _)| *offset <= end));
+        let since = entry.map_or(self.since, |(_, time)| *time);
         let time = if records == 0 { Duration::ZERO } else { now.duration_since(since) };
         FollowerLag { records, time }
     }
@@ -98,8 +98,9 @@ mod tests {
         Offset::new(value).unwrap()
     }
 
-    /// Returns a leader that is idle since `start`, at offset 100, with two followers that have everything.
-    fn calm(start: Instant) -> FollowerLagTracker {
+    /// Returns the tracker of a leader that is idle since `start`, at offset 100, with two followers that have all
+    /// records.
+    fn idle_leader(start: Instant) -> FollowerLagTracker {
         let mut followers = FollowerLagTracker::new(start);
         followers.acknowledged(TWO, offset(100));
         followers.acknowledged(THREE, offset(100));
@@ -115,7 +116,7 @@ mod tests {
     fn lag_time_is_age_of_oldest_missing_record() {
         let start = clock::monotonic();
         let at = |ms| start + Duration::from_millis(ms);
-        let mut followers = calm(start);
+        let mut followers = idle_leader(start);
         assert_eq!(lag(&followers, TWO, 100, at(3_600_000)), (0, 0));
         followers.appended(offset(100), at(3_600_000));
         assert_eq!(lag(&followers, TWO, 110, at(3_600_020)), (10, 20), "an idle hour is no lag");
@@ -133,7 +134,7 @@ mod tests {
     fn lag_counts_new_replicas_and_drops_removed_ones() {
         let start = clock::monotonic();
         let at = |ms| start + Duration::from_millis(ms);
-        let mut followers = calm(start);
+        let mut followers = idle_leader(start);
         assert_eq!(lag(&followers, BrokerId(4), 100, at(700)), (60, 700));
         for step in 0..1000 {
             followers.appended(offset(100 + step), at(1000 * step));
@@ -142,7 +143,7 @@ mod tests {
         let (records, ms) = lag(&followers, TWO, 1100, at(1_000_000));
         assert_eq!((records, ms), (1000, 1_000_000), "the oldest entry is kept");
         followers.acknowledged(TWO, offset(1099));
-        assert!(followers.entries.len() > 1, "one follower is still behind");
+        assert!(followers.entries.len() > 1, "one follower still lacks records");
         followers.keep(&[BrokerId(1), TWO]);
         followers.acknowledged(TWO, offset(1100));
         assert_eq!(followers.entries.len(), 1);

@@ -1,8 +1,12 @@
-//! Wake-ups of readers that wait for watermarks of partitions: their cost is per event, not per partition that is
-//! waited for.
+//! Wake-ups of readers that wait for watermarks of partitions. A reader of many partitions pays per event, not per
+//! partition.
 //!
-//! A listener is in a partition's list only while it waits: a wake-up removes it, and it is added again when its reader
-//! has taken the mark. So a listener whose reader does not read on costs the partition's task nothing.
+//! ```text
+//! listed ── watermark moves ──► marked in the reader's WakeSet ── reader takes the mark ──► listed
+//! ```
+//!
+//! A listener is in the list of its partition only while it waits: a wake-up removes it. So a listener whose reader
+//! takes no marks costs the partition's task nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -21,14 +25,15 @@ use crate::task::Tasks;
 /// Maximum number of listeners that the caller of a wake-up marks itself.
 const MAX_INLINE_WAKES: usize = 16;
 
-/// Number of listeners that are woken before other tasks get their turn: an acknowledgement waits for this many readers
-/// at most.
-const WAKES_PER_TASK: usize = 32;
+/// Number of listeners that are woken between two yields to other tasks. An acknowledgement to a writer waits for at
+/// most this many wake-ups.
+const WAKES_PER_YIELD: usize = 32;
 
 /// Minimum length at which the list is searched for listeners whose readers were dropped.
 const MIN_SWEEP: usize = 64;
 
-/// The partitions, by the reader's own indexes, that changed since the reader last took them.
+/// Partitions of one reader that changed since the reader last took them, in the order of their marks. The reader
+/// chooses the index of each partition.
 #[derive(Debug, Default)]
 pub struct WakeSet {
     marked: Mutex<WokenIndexes>,
@@ -37,7 +42,9 @@ pub struct WakeSet {
 
 #[derive(Debug, Default)]
 struct WokenIndexes {
+    /// Marked indexes, each once, in the order in which they are taken.
     order: VecDeque<usize>,
+    /// The same indexes, for a fast check.
     members: BTreeSet<usize>,
     /// Listeners that mark each index.
     listeners: BTreeMap<usize, Vec<Arc<Listener>>>,
@@ -54,24 +61,24 @@ impl WakeSet {
         }
     }
 
-    /// Marks a partition again that was taken in vain: it is the next one.
+    /// Marks a partition whose mark was taken without a completed read. It is taken next.
     pub fn put_back(&self, index: usize) {
         let mut marked = self.marked.lock();
         if !marked.members.insert(index) {
-            marked.order.retain(|other| *other != index);
+            marked.order.retain(|marked_index| *marked_index != index);
         }
         marked.order.push_front(index);
         drop(marked);
         self.notify.notify_one();
     }
 
-    /// Adds a listener, which marks its index from the next [`Self::take`] of that index on.
-    fn listen(&self, index: usize, listener: Listener) {
+    /// Adds a listener. It enters the list of its partition at the next [`Self::take`] of this index.
+    fn add_listener(&self, index: usize, listener: Listener) {
         self.marked.lock().listeners.entry(index).or_default().push(Arc::new(listener));
     }
 
-    /// Takes the partition that was marked first. Its state is to be read after this: a later change marks the
-    /// partition again.
+    /// Takes the partition that was marked first, and lists its listeners again. The caller reads the state of the
+    /// partition after this call: a later change marks the partition again.
     pub fn take(&self) -> Option<usize> {
         let (index, listeners) = {
             let mut marked = self.marked.lock();
@@ -79,7 +86,7 @@ impl WakeSet {
             marked.members.remove(&index);
             (index, marked.listeners.get(&index).cloned().unwrap_or_default())
         };
-        listeners.iter().for_each(Listener::listen);
+        listeners.iter().for_each(Listener::enlist);
         Some(index)
     }
 
@@ -109,30 +116,30 @@ pub(super) struct PartitionListeners {
 }
 
 impl PartitionListeners {
-    /// Marks `index` in `ready` from now on whenever that watermark moves, and once at first.
-    pub(super) fn add(self: &Arc<Self>, ready: &Arc<WakeSet>, index: usize, on: WatermarkKind) {
+    /// Marks `index` in `wake_set` now, and whenever that watermark moves.
+    pub(super) fn add(self: &Arc<Self>, wake_set: &Arc<WakeSet>, index: usize, watermark: WatermarkKind) {
         let listener = Listener {
-            ready: Arc::downgrade(ready),
+            wake_set: Arc::downgrade(wake_set),
             index,
             listeners: Arc::downgrade(self),
-            on,
+            watermark,
             listed: AtomicBool::new(false),
         };
-        ready.listen(index, listener);
-        ready.mark(index);
+        wake_set.add_listener(index, listener);
+        wake_set.mark(index);
     }
 
     /// Wakes the listeners of this watermark, whether it moved or not.
-    pub(super) fn wake(&self, on: WatermarkKind, tasks: &Tasks) {
-        self.of(on).wake(tasks);
+    pub(super) fn wake(&self, watermark: WatermarkKind, tasks: &Tasks) {
+        self.of(watermark).wake(tasks);
     }
 
     pub(super) fn wake_all(&self, tasks: &Tasks) {
         [&self.high_watermark, &self.log_end, &self.any_end].into_iter().for_each(|listeners| listeners.wake(tasks));
     }
 
-    fn of(&self, on: WatermarkKind) -> &WatermarkListeners {
-        match on {
+    fn of(&self, watermark: WatermarkKind) -> &WatermarkListeners {
+        match watermark {
             WatermarkKind::HighWatermark => &self.high_watermark,
             WatermarkKind::LogEnd => &self.log_end,
             WatermarkKind::AnyEnd => &self.any_end,
@@ -140,49 +147,53 @@ impl PartitionListeners {
     }
 }
 
-/// One reader that waits for one watermark of one partition, under the reader's own index.
+/// One reader that waits for one watermark of one partition.
 #[derive(Debug)]
 struct Listener {
-    ready: Weak<WakeSet>,
+    /// Marks of the reader. The reader owns them: a dropped set means that the reader was dropped.
+    wake_set: Weak<WakeSet>,
+    /// Index of the partition in `wake_set`.
     index: usize,
     listeners: Weak<PartitionListeners>,
-    on: WatermarkKind,
+    watermark: WatermarkKind,
     /// True if the listener is in the partition's list.
     listed: AtomicBool,
 }
 
 impl Listener {
     /// Adds the listener to the partition's list, if it is not there. The reader reads the watermark after this.
-    fn listen(self: &Arc<Self>) {
+    fn enlist(self: &Arc<Self>) {
         if let Some(listeners) = self.listeners.upgrade()
             && !self.listed.swap(true, Ordering::SeqCst)
         {
-            listeners.of(self.on).add(Arc::clone(self));
+            listeners.of(self.watermark).add(Arc::clone(self));
         }
     }
 
+    /// Marks the partition for the reader. The caller has removed the listener from the partition's list.
     fn mark(&self) {
-        // Before the mark: the reader that takes the mark adds the listener again.
+        // Before the mark: a reader that takes the mark lists the listener again.
         self.listed.store(false, Ordering::SeqCst);
-        if let Some(ready) = self.ready.upgrade() {
-            ready.mark(self.index);
+        if let Some(wake_set) = self.wake_set.upgrade() {
+            wake_set.mark(self.index);
         }
     }
 
-    fn is_gone(&self) -> bool {
-        self.ready.strong_count() == 0
+    fn is_reader_dropped(&self) -> bool {
+        self.wake_set.strong_count() == 0
     }
 }
 
-/// Readers that wait for the same watermark. Without any, a moved watermark costs one load.
+/// Readers that wait for the same watermark. If no reader waits, a moved watermark costs one load of a flag.
 #[derive(Debug, Default)]
 struct WatermarkListeners {
-    some: AtomicBool,
-    list: Mutex<List>,
+    /// True if the list may hold a listener.
+    has_waiting: AtomicBool,
+    list: Mutex<ListenerList>,
 }
 
 #[derive(Debug, Default)]
-struct List {
+struct ListenerList {
     waiting: Vec<Arc<Listener>>,
     /// Length at which listeners whose readers were dropped are removed. It is twice the length after the last sweep:
     /// an addition costs O(1) amortised.
@@ -193,24 +204,26 @@ impl WatermarkListeners {
     fn add(&self, listener: Arc<Listener>) {
         let mut list = self.list.lock();
         if list.waiting.len() >= list.sweep_at.max(MIN_SWEEP) {
-            list.waiting.retain(|listener| !listener.is_gone());
+            list.waiting.retain(|listener| !listener.is_reader_dropped());
             list.sweep_at = list.waiting.len() * 2;
         }
         list.waiting.push(listener);
-        // A watermark that moves from here on wakes this listener; its reader reads the watermark after this.
-        self.some.store(true, Ordering::SeqCst);
+        // A watermark that moves from here on wakes this listener. The reader reads the watermark after this function,
+        // so the reader sees every earlier move.
+        self.has_waiting.store(true, Ordering::SeqCst);
         drop(list);
         fence(Ordering::SeqCst);
     }
 
-    /// Wakes all listeners: a few at once, many in a task.
+    /// Wakes all listeners and empties the list. Up to [`MAX_INLINE_WAKES`] listeners are marked by the caller, more by
+    /// a new task.
     fn wake(&self, tasks: &Tasks) {
-        if !self.some.load(Ordering::SeqCst) {
+        if !self.has_waiting.load(Ordering::SeqCst) {
             return;
         }
         let waiting = {
             let mut list = self.list.lock();
-            self.some.store(false, Ordering::SeqCst);
+            self.has_waiting.store(false, Ordering::SeqCst);
             std::mem::take(&mut list.waiting)
         };
         if waiting.len() <= MAX_INLINE_WAKES {
@@ -218,8 +231,8 @@ impl WatermarkListeners {
             return;
         }
         tasks.spawn("wake readers", async move {
-            for some in waiting.chunks(WAKES_PER_TASK) {
-                some.iter().for_each(|listener| listener.mark());
+            for chunk in waiting.chunks(WAKES_PER_YIELD) {
+                chunk.iter().for_each(|listener| listener.mark());
                 tokio::task::yield_now().await;
             }
         });
@@ -237,26 +250,27 @@ mod tests {
 
     const HIGH_WATERMARK: WatermarkKind = WatermarkKind::HighWatermark;
 
+    /// Returns the wake set of a new reader, which waits for the high watermark under this index.
     fn reader(listeners: &Arc<PartitionListeners>, index: usize) -> Arc<WakeSet> {
-        let ready = Arc::new(WakeSet::default());
-        listeners.add(&ready, index, HIGH_WATERMARK);
-        assert_eq!(ready.take(), Some(index), "a new listener is marked once");
-        ready
+        let wake_set = Arc::new(WakeSet::default());
+        listeners.add(&wake_set, index, HIGH_WATERMARK);
+        assert_eq!(wake_set.take(), Some(index), "a new listener is marked once");
+        wake_set
     }
 
     #[tokio::test]
     async fn marked_listener_is_unlisted_until_its_mark_is_taken() {
         let (listeners, tasks) = (Arc::<PartitionListeners>::default(), Tasks::new());
-        let ready = reader(&listeners, 3);
+        let wake_set = reader(&listeners, 3);
         let waiting = || listeners.of(HIGH_WATERMARK).len();
         assert_eq!(waiting(), 1);
         listeners.wake(HIGH_WATERMARK, &tasks);
         assert_eq!(waiting(), 0, "a marked listener is not in the list");
         listeners.wake(HIGH_WATERMARK, &tasks);
-        assert_eq!((ready.take(), ready.take()), (Some(3), None), "a second mark changes nothing");
+        assert_eq!((wake_set.take(), wake_set.take()), (Some(3), None), "a second mark changes nothing");
         assert_eq!(waiting(), 1);
-        ready.mark(3);
-        assert_eq!((ready.take(), waiting()), (Some(3), 1), "a listener is listed once");
+        wake_set.mark(3);
+        assert_eq!((wake_set.take(), waiting()), (Some(3), 1), "a listener is listed once");
     }
 
     #[tokio::test]
@@ -265,9 +279,9 @@ mod tests {
         let readers: Vec<_> = (0..1000).map(|index| reader(&listeners, index)).collect();
         for _ in 0..3 {
             listeners.wake(HIGH_WATERMARK, &tasks);
-            for (index, ready) in readers.iter().enumerate() {
-                ready.wait_for_index().await;
-                assert_eq!(ready.take(), Some(index));
+            for (index, wake_set) in readers.iter().enumerate() {
+                wake_set.wait_for_index().await;
+                assert_eq!(wake_set.take(), Some(index));
             }
         }
     }
@@ -275,28 +289,28 @@ mod tests {
     #[tokio::test]
     async fn dropped_listeners_are_removed_without_a_wake_up() {
         let (listeners, tasks) = (Arc::<PartitionListeners>::default(), Tasks::new());
-        let kept = reader(&listeners, 0);
+        let waiting_reader = reader(&listeners, 0);
         for _ in 0..10_000 {
             drop(reader(&listeners, 1));
         }
         assert!(listeners.of(HIGH_WATERMARK).len() <= 2 * MIN_SWEEP);
         listeners.wake(HIGH_WATERMARK, &tasks);
-        kept.wait_for_index().await;
-        assert_eq!(kept.take(), Some(0));
+        waiting_reader.wait_for_index().await;
+        assert_eq!(waiting_reader.take(), Some(0));
     }
 
     #[tokio::test]
     async fn marks_are_taken_once_and_in_order() {
-        let ready = WakeSet::default();
-        ready.mark(2);
-        ready.mark(1);
-        ready.mark(2);
-        ready.wait_for_index().await;
-        assert_eq!((ready.take(), ready.take(), ready.take()), (Some(2), Some(1), None));
-        ready.mark(2);
-        ready.mark(1);
-        ready.put_back(3);
-        ready.put_back(1);
-        assert_eq!([(); 4].map(|()| ready.take()), [Some(1), Some(3), Some(2), None]);
+        let wake_set = WakeSet::default();
+        wake_set.mark(2);
+        wake_set.mark(1);
+        wake_set.mark(2);
+        wake_set.wait_for_index().await;
+        assert_eq!((wake_set.take(), wake_set.take(), wake_set.take()), (Some(2), Some(1), None));
+        wake_set.mark(2);
+        wake_set.mark(1);
+        wake_set.put_back(3);
+        wake_set.put_back(1);
+        assert_eq!([(); 4].map(|()| wake_set.take()), [Some(1), Some(3), Some(2), None]);
     }
 }

@@ -321,7 +321,7 @@ async fn handle(State(memory): State<Option<RequestMemory>>, mut request: Reques
     let (mut held, mut permit) = (None, None);
     if let Some((memory, schemas)) = memory {
         let is_metadata = METADATA_PATHS.iter().any(|paths| uri.path().starts_with(paths));
-        turn = if is_metadata { Some(memory.metadata_permit().await) } else { None };
+        permit = if is_metadata { Some(memory.metadata_permit().await) } else { None };
         request.extensions_mut().insert(memory.clone());
         request = request.map(|body| Body::new(RequestBody::new(body, uri.path(), memory.clone(), &schemas)));
         held = Some(memory);

@@ -154,7 +154,7 @@ impl Maintenance {
                 retention_at = now + interval;
             }
             for partition in self.partitions.open() {
-                if partition.roll_is_due(now) || (is_retention_due && partition.holds_any()) {
+                if partition.roll_is_due(now) || (is_retention_due && partition.may_need_retention()) {
                     self.queue.push(partition.id());
                 }
             }

@@ -550,7 +550,7 @@ pub(super) async fn append(partition: &Partition, value: &[u8], acks: Acks) -> A
 pub(super) fn bytes_of(partition: &Partition, from: Offset) -> Vec<u8> {
     let (end, mut at, mut bytes) = (partition.watermarks().log_end, from, Vec::new());
     while at < end {
-        let read = partition.tail.read_disk(at, end, 1 << 20).unwrap();
+        let read = partition.log_reader.read_disk(at, end, 1 << 20).unwrap();
         read.chunks.iter().for_each(|chunk| bytes.extend_from_slice(chunk));
         at = read.next;
     }
