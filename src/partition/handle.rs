@@ -416,8 +416,8 @@ impl Partition {
         self.tasks.stop().await;
     }
 
-    /// Replaces the tier state of this handle and of the tier, unless their state is newer. The caller sends the state to
-    /// the task.
+    /// Replaces the tier state of this handle and of the tier, unless their state is newer. The caller sends the state
+    /// to the task.
     fn update_tier_state(&self, state: &TierState) {
         if let Some(tier) = &self.tier {
             tier.apply_state(state.clone());

@@ -1,7 +1,7 @@
-//! Partitions that need maintenance: each at most once in the queue, and never with two workers at a time.
+//! Partitions that need maintenance. A partition is at most once in the queue, and never with two workers at a time.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -11,7 +11,7 @@ use tokio::{sync::Notify, time::Instant};
 
 use crate::{model::PartitionId, task::clock};
 
-/// Queue that drops repetitions. Clones share it.
+/// Queue of partitions without duplicates. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct MaintenanceQueue {
     inner: Arc<QueueInner>,
@@ -25,23 +25,38 @@ struct QueueInner {
 
 #[derive(Debug, Default)]
 struct QueueEntries {
+    /// Partitions in state `Queued`, in the order in which workers take them.
     due: VecDeque<PartitionId>,
+    /// State of each partition that is queued, with a worker, or waiting for a retry.
     entries: BTreeMap<PartitionId, QueueEntryState>,
-    /// Partitions that wait for a retry after a failure, by its time.
-    later: BTreeMap<(Instant, PartitionId), ()>,
+    /// Partitions in state `RetryAt`, by the time of the retry.
+    retries: BTreeSet<(Instant, PartitionId)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum QueueEntryState {
     Queued,
+    /// A worker has the partition.
     Working,
-    /// With a worker, and pushed again since.
+    /// A worker has the partition, and it was pushed again since the worker took it.
     WorkingAgain,
-    Later(Instant),
+    /// The last work failed.
+    RetryAt(Instant),
+}
+
+/// Result of taking a partition from the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum TakeResult {
+    Due(PartitionId),
+    /// No partition is due. The first retry is due at this time.
+    RetryAt(Instant),
+    /// No partition is due or waits for a retry.
+    Nothing,
 }
 
 impl MaintenanceQueue {
-    /// Queues a partition. A partition that waits after a failure keeps waiting.
+    /// Queues a partition. A partition that waits for its retry stays in that state. A partition with a worker is
+    /// queued again when the work ends.
     pub fn push(&self, id: PartitionId) {
         let mut state = self.inner.state.lock();
         match state.entries.get(&id) {
@@ -54,7 +69,7 @@ impl MaintenanceQueue {
             Some(QueueEntryState::Working) => {
                 state.entries.insert(id, QueueEntryState::WorkingAgain);
             }
-            Some(QueueEntryState::Queued | QueueEntryState::WorkingAgain | QueueEntryState::Later(_)) => {}
+            Some(QueueEntryState::Queued | QueueEntryState::WorkingAgain | QueueEntryState::RetryAt(_)) => {}
         }
     }
 
@@ -62,60 +77,59 @@ impl MaintenanceQueue {
     pub async fn next(&self) -> PartitionId {
         loop {
             let notified = self.inner.notify.notified();
-            let wake_at = match self.take(clock::monotonic()) {
-                Ok(id) => return id,
-                Err(wake_at) => wake_at,
-            };
-            match wake_at {
-                Some(moment) => {
-                    let _either = tokio::time::timeout_at(moment, notified).await;
+            match self.take(clock::monotonic()) {
+                TakeResult::Due(id) => return id,
+                TakeResult::RetryAt(time) => {
+                    let _notified_or_due = tokio::time::timeout_at(time, notified).await;
                 }
-                None => notified.await,
+                TakeResult::Nothing => notified.await,
             }
         }
     }
 
-    /// Returns a partition that is due, or the time at which the next one will be.
-    fn take(&self, now: Instant) -> Result<PartitionId, Option<Instant>> {
+    /// Queues the partitions whose retry is due, then takes the first partition of the queue.
+    fn take(&self, now: Instant) -> TakeResult {
         let mut state = self.inner.state.lock();
-        while let Some(((_, id), ())) = state.later.first_key_value().filter(|((at, _), ())| *at <= now) {
-            let id = *id;
-            state.later.pop_first();
+        while let Some(&(_, id)) = state.retries.first().filter(|(time, _)| *time <= now) {
+            state.retries.pop_first();
             state.entries.insert(id, QueueEntryState::Queued);
             state.due.push_back(id);
         }
         let Some(id) = state.due.pop_front() else {
-            return Err(state.later.first_key_value().map(|((at, _), ())| *at));
+            return state.retries.first().map_or(TakeResult::Nothing, |(time, _)| TakeResult::RetryAt(*time));
         };
         state.entries.insert(id, QueueEntryState::Working);
         if !state.due.is_empty() {
+            // Another worker takes the next partition.
             self.inner.notify.notify_one();
         }
-        Ok(id)
+        TakeResult::Due(id)
     }
 
-    /// Ends the work on a partition. It is queued again at once if `more` work is left or if it was pushed meanwhile.
+    /// Ends the work on a partition. The partition is queued again at once if `more` work is left, or if it was pushed
+    /// during the work.
     pub fn done(&self, id: PartitionId, more: bool) {
-        let again = self.inner.state.lock().entries.remove(&id) == Some(QueueEntryState::WorkingAgain);
-        if again || more {
+        let was_pushed = self.inner.state.lock().entries.remove(&id) == Some(QueueEntryState::WorkingAgain);
+        if was_pushed || more {
             self.push(id);
         }
     }
 
-    /// Ends failed work on a partition, which is tried again after `delay`.
+    /// Ends failed work on a partition, and retries it after `delay`. A push during the work has no further effect.
     pub fn failed(&self, id: PartitionId, delay: Duration) {
-        let at = clock::monotonic() + delay;
+        let retry_at = clock::monotonic() + delay;
         let mut state = self.inner.state.lock();
-        state.entries.insert(id, QueueEntryState::Later(at));
-        state.later.insert((at, id), ());
+        state.entries.insert(id, QueueEntryState::RetryAt(retry_at));
+        state.retries.insert((retry_at, id));
         drop(state);
+        // Workers that wait for a later retry must wait for this one instead.
         self.inner.notify.notify_one();
     }
 
-    /// Makes the partitions due that wait after a failure.
+    /// Queues all partitions that wait for a retry, at once.
     pub fn retry_now(&self) {
         let mut state = self.inner.state.lock();
-        while let Some(((_, id), ())) = state.later.pop_first() {
+        while let Some((_, id)) = state.retries.pop_first() {
             state.entries.insert(id, QueueEntryState::Queued);
             state.due.push_back(id);
         }
@@ -140,11 +154,11 @@ mod tests {
         queue.push(id(1));
         assert_eq!(queue.next().await, id(1));
         queue.push(id(1));
-        assert!(queue.take(clock::monotonic()).is_err(), "a partition never has two workers");
+        assert_eq!(queue.take(clock::monotonic()), TakeResult::Nothing, "a partition never has two workers");
         queue.done(id(1), false);
         assert_eq!(queue.next().await, id(1));
         queue.done(id(1), false);
-        assert_eq!(queue.take(clock::monotonic()), Err(None));
+        assert_eq!(queue.take(clock::monotonic()), TakeResult::Nothing);
     }
 
     #[tokio::test(start_paused = true)]

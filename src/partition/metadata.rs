@@ -1,8 +1,8 @@
 //! Metadata of a partition that its task has applied, and the role that it gives this broker. Pure.
 //!
-//! Values of the partition reach the task from the metadata cache, from outcomes of proposals, and from reads of the
-//! store. [`AppliedMetadata::apply`] decides about each of them; the task carries out the [`Transition`]. The model
-//! check drives the same decisions.
+//! Partition values reach the task from the metadata cache, from outcomes of proposals, and from reads of the metadata
+//! store. [`AppliedMetadata::apply`] maps each value to a [`Transition`], which the task carries out. The model check
+//! drives the same decisions.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -15,7 +15,7 @@ use crate::{
 /// Maximum time, in milliseconds, that a task whose leadership ended waits for newer metadata.
 const METADATA_WAIT_MS: u64 = 1000;
 
-/// Effect of a value on the task.
+/// Effect of a partition value on the task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transition {
     /// The value is older than the applied one: nothing changed.
@@ -26,7 +26,7 @@ pub enum Transition {
     SetsChanged,
     /// This broker leads in the value's epoch, in which it has not led yet.
     Lead,
-    /// This broker copies from the leader, from another leader than before or with another subscription.
+    /// This broker copies from this leader. The leader is a new one, or the replica has to subscribe again.
     Follow(BrokerId),
     /// This broker neither leads nor copies.
     Idle,
@@ -38,11 +38,11 @@ pub enum Transition {
 /// Effect of a value that was read from the store because the metadata is late.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadBack {
-    /// The value changes nothing: it is old, or the metadata cache will deliver it.
+    /// The value is not applied: it is old, or the metadata cache will deliver it.
     Ignored,
     /// The value is to be applied.
     Confirmed,
-    /// The value is to be applied. The store does not have this epoch, which was reported here.
+    /// The value is to be applied. An earlier report of this newer epoch was wrong: the store does not have that epoch.
     Disproved(LeaderEpoch),
 }
 
@@ -63,6 +63,7 @@ pub struct AppliedMetadata {
     revision: Revision,
     /// Statuses of the replicas' brokers; a missing broker is not registered.
     broker_status: BTreeMap<BrokerId, BrokerStatus>,
+    /// Role by the last value, or idle after [`Self::end_role`].
     role: AssignedRole,
     /// Newest epoch that a follower reported, or in which a tier state was committed. A value of an older epoch gives
     /// no role. It falls only if the store does not have that epoch.
@@ -70,7 +71,7 @@ pub struct AppliedMetadata {
     /// Newest epoch in which this task led. It never leads twice in one epoch, because it has no state of its earlier
     /// proposals.
     last_led_epoch: Option<LeaderEpoch>,
-    /// Time, by the clock of ticks, since which the metadata is [late](Self::is_late).
+    /// Time, by the clock of ticks, since which the task waits for [late](Self::is_late) metadata.
     waiting_since_ms: Option<u64>,
 }
 
@@ -95,12 +96,14 @@ impl AppliedMetadata {
         self.revision
     }
 
-    /// Returns the addition of that broker's replica while it is being added.
+    /// Returns the number of removals before the addition of that broker's replica, which identifies the addition.
+    /// Returns `None` if the replica is not being added.
     pub fn added_after(&self, broker: BrokerId) -> Option<u64> {
         self.value.as_ref().and_then(|value| value.added_after(broker))
     }
 
-    pub fn has_in_sync(&self, broker: BrokerId) -> bool {
+    /// Returns true if the ISR of the applied value contains that broker.
+    pub fn isr_contains(&self, broker: BrokerId) -> bool {
         self.value.as_ref().is_some_and(|value| value.isr.contains(&broker))
     }
 
@@ -121,57 +124,59 @@ impl AppliedMetadata {
         revision < self.revision && !mutant!(ApplyOlderMetadata)
     }
 
-    /// Applies a value of the partition to the broker `me`.
+    /// Applies a partition value on broker `me`, and returns the transition that the task must carry out. A value of
+    /// the applied revision may be applied again.
     pub fn apply(&mut self, value: Arc<PartitionValue>, revision: Revision, me: BrokerId) -> Transition {
         if self.is_stale(revision) {
             return Transition::Stale;
         }
         let (epoch, leader, addition) = (value.leader_epoch, value.leader, value.added_after(me));
         let role = match leader {
-            // Another broker leads by now.
+            // A newer epoch exists, or this broker is no replica.
             _ if epoch < self.newest_seen_epoch || !value.replicas.contains(&me) => AssignedRole::Idle,
             None => AssignedRole::Idle,
             Some(leader) if leader == me => AssignedRole::Leader,
             Some(_) => AssignedRole::Follower,
         };
-        // The replica was removed and added again meanwhile: its subscription no longer counts.
+        // A replica that was removed and added again must subscribe again: the leader ignores its old subscription.
         let is_new_addition = addition.is_some() && addition != self.added_after(me);
-        let restarts = role == AssignedRole::Follower && is_new_addition;
-        let stays = role == self.role && epoch == self.epoch() && !restarts;
-        let is_applied = self.value.is_some() && revision == self.revision;
+        let resubscribes = role == AssignedRole::Follower && is_new_addition;
+        let is_same_role = role == self.role && epoch == self.epoch() && !resubscribes;
+        let is_same_revision = self.value.is_some() && revision == self.revision;
         (self.value, self.revision, self.role) = (Some(value), revision, role);
         match (role, leader) {
-            _ if stays && is_applied => Transition::Same,
-            _ if stays => Transition::SetsChanged,
+            _ if is_same_role && is_same_revision => Transition::Same,
+            _ if is_same_role => Transition::SetsChanged,
             (AssignedRole::Leader, _) if self.last_led_epoch.is_some_and(|led| led >= epoch) => {
                 self.role = AssignedRole::Idle;
                 Transition::EndedEpoch
             }
             (AssignedRole::Leader, _) => Transition::Lead,
             (AssignedRole::Follower, Some(leader)) => Transition::Follow(leader),
-            _ => Transition::Idle,
+            // A follower always has a leader.
+            (AssignedRole::Idle, _) | (AssignedRole::Follower, None) => Transition::Idle,
         }
     }
 
-    /// Records that the task leads in the epoch of the applied value. After [`Transition::Lead`] the task may first
-    /// have to read the object store.
+    /// The task calls this when it leads in the epoch of the applied value. After [`Transition::Lead`] the task may
+    /// first have to read the object store.
     pub fn start_leading(&mut self) {
         self.last_led_epoch = Some(self.epoch());
     }
 
-    /// Records that the task refuses to lead in the epoch of the applied value. That epoch then counts as one in which
-    /// the task led: it ends, and an election in a newer epoch follows.
+    /// The task calls this when it cannot lead in the epoch of the applied value. It will not lead in that epoch later:
+    /// the epoch ends, and an election in a newer epoch follows.
     pub fn refuse_leadership(&mut self) {
         self.last_led_epoch = Some(self.epoch());
         self.end_role();
     }
 
-    /// Records that the role ended for another reason than a value.
+    /// The task calls this when its role ended for another reason than a new value.
     pub fn end_role(&mut self) {
         self.role = AssignedRole::Idle;
     }
 
-    /// Records that a newer epoch was reported.
+    /// Raises the newest seen epoch after a report of `epoch`. Values of older epochs then give no role.
     pub fn on_reported_epoch(&mut self, epoch: LeaderEpoch) {
         self.newest_seen_epoch = self.newest_seen_epoch.max(epoch);
     }
@@ -186,10 +191,10 @@ impl AppliedMetadata {
         self.value.is_some() && (self.newest_seen_epoch > epoch || is_ended)
     }
 
-    /// Returns true if the task has waited so long for late metadata that the store is to be read. `waits` is false
-    /// while the task does not wait; the time then starts again.
-    pub fn is_read_due(&mut self, waits: bool, now_ms: u64) -> bool {
-        if !waits {
+    /// Returns true if the task has waited for late metadata for a second, so that it must read the store. `is_waiting`
+    /// is false while the task does not wait, which resets the wait.
+    pub fn is_read_due(&mut self, is_waiting: bool, now_ms: u64) -> bool {
+        if !is_waiting {
             self.waiting_since_ms = None;
             return false;
         }
@@ -197,14 +202,16 @@ impl AppliedMetadata {
         now_ms.saturating_sub(since_ms) >= METADATA_WAIT_MS
     }
 
-    /// Records that the metadata is not late.
+    /// Ends the wait: the metadata is not late.
     pub fn stop_waiting(&mut self) {
         self.waiting_since_ms = None;
     }
 
-    /// Decides about a value that was read from the store because the metadata is late.
+    /// Decides whether a value is applied that was read from the store because the metadata is late. A value that is
+    /// older than the newest seen epoch disproves the report of that epoch, which then no longer counts.
     pub fn check_read_back(&mut self, value: &PartitionValue, revision: Revision, me: BrokerId) -> ReadBack {
-        // Only the metadata cache starts a leadership: it shows whether this broker id still belongs to this process.
+        // Only a value from the metadata cache starts a leadership: the cache shows whether this broker id still
+        // belongs to this process.
         let starts_leadership = value.leader == Some(me) && value.leader_epoch > self.epoch();
         if revision < self.revision || starts_leadership {
             return ReadBack::Ignored;

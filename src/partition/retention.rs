@@ -16,7 +16,7 @@ const COMMIT_BYTES: u64 = 64 << 20;
 /// Maximum number of segments in one tier commit.
 const MAX_SEGMENTS_PER_COMMIT: usize = 64;
 
-/// Segment of either tier, as input of retention.
+/// Segment on disk or in the object store, as input of retention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetentionSegment {
     /// First offset.
@@ -62,8 +62,8 @@ pub struct RetentionInput<'a> {
     pub active: RetentionSegment,
     /// Time since the first batch in the active segment, by the monotonic clock; `None` while the segment is empty.
     pub active_age: Option<Duration>,
-    /// First segments in the object store, in order, from `log_start` on. The segments after them count only by their
-    /// bytes; a later plan includes them. Empty also if the object store cannot be read: then its segments are deleted
+    /// First segments in the object store, in order, from `log_start` on. Later segments count only by their bytes, and
+    /// a later plan includes them. Empty also if the object store cannot be read: its segments are then deleted
     /// together, or stay.
     pub tiered: &'a [RetentionSegment],
     /// Bytes of all segments in the object store that reach above `log_start`.
@@ -71,7 +71,7 @@ pub struct RetentionInput<'a> {
     /// True if sealed segments are uploaded: the topic enables uploads, there is an object store, and this broker leads
     /// in a committed epoch.
     pub uploads: bool,
-    /// True if this broker leads. A follower moves no log start: it applies its leader's.
+    /// True if this broker leads. A follower does not move the log start: it applies that of its leader.
     pub leads: bool,
     /// True if a writer waits for the upload of the active segment (`acks=tiered`).
     pub urgent: bool,
@@ -84,8 +84,8 @@ pub struct RetentionPlan {
     pub roll: bool,
     /// Move the log start here; segments wholly below it are then removed in both tiers.
     pub log_start: Option<Offset>,
-    /// Upload the sealed segments that begin in this range, in order, and commit them together: the next one, and those
-    /// that are small enough to go with it. The next plan names the segments after them.
+    /// Upload the sealed segments that begin in this range, in order, and commit them together. The range has at least
+    /// one segment, and more while they fit one commit. The next plan names the segments after them.
     pub upload: Option<Range<Offset>>,
     /// Evict sealed segments that lie wholly below this: they are in the object store, or below the log start.
     pub evict_below: Option<Offset>,
@@ -94,64 +94,68 @@ pub struct RetentionPlan {
 /// Returns the plan for an input.
 pub fn plan(input: &RetentionInput<'_>) -> RetentionPlan {
     let log_start = if input.leads { log_start(input) } else { None };
-    let kept_from = log_start.unwrap_or(input.log_start);
+    let new_log_start = log_start.unwrap_or(input.log_start);
     RetentionPlan {
         roll: is_roll_due(input),
         log_start,
-        upload: upload(input, kept_from),
-        evict_below: evict_below(input, kept_from),
+        upload: upload(input, new_log_start),
+        evict_below: evict_below(input, new_log_start),
     }
 }
 
+/// Returns true if the active segment holds records and is to be sealed: its first batch is older than `segment.ms`,
+/// its records have expired, or a write waits for its upload.
 fn is_roll_due(input: &RetentionInput<'_>) -> bool {
     let Some(age) = input.active_age else { return false };
-    let old_enough = age >= input.config.segment_age;
-    let expired =
-        input.config.retention.is_some_and(|limit| expired(input, input.active.counts_from(input.now_ms), limit));
-    old_enough || expired || (input.urgent && input.uploads)
+    let is_old = age >= input.config.segment_age;
+    let has_expired =
+        input.config.retention.is_some_and(|limit| is_expired(input, input.active.counts_from(input.now_ms), limit));
+    is_old || has_expired || (input.urgent && input.uploads)
 }
 
-/// Returns the segments that only the disk has. A segment that reaches into the object store is one of them, with 0
-/// bytes. The object store's bytes count for a part of it, and the size of the rest is unknown.
-fn only_local<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = RetentionSegment> + use<'a> {
+/// Returns the sealed segments with records that only the disk has. A segment across the tiered end gets 0 bytes: the
+/// object store's bytes include its first part, and the size of the rest is unknown.
+fn local_only_segments<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = RetentionSegment> + use<'a> {
     let tiered_end = input.tiered_end;
-    let held_from = tiered_end.max(input.log_start);
-    let held = input.local.iter().filter(move |segment| segment.end > held_from);
-    held.map(move |segment| RetentionSegment {
+    let first_local_only = tiered_end.max(input.log_start);
+    let segments = input.local.iter().filter(move |segment| segment.end > first_local_only);
+    segments.map(move |segment| RetentionSegment {
         bytes: if segment.base < tiered_end { 0 } else { segment.bytes },
         ..*segment
     })
 }
 
-/// Returns the number of the given segments with timestamps in the future. A segment that is given in both tiers counts
+/// Returns the number of segments of the input with timestamps in the future. A segment that both tiers have counts
 /// once.
-pub fn in_future(input: &RetentionInput<'_>) -> u64 {
+pub fn count_future_segments(input: &RetentionInput<'_>) -> u64 {
     let tiered = input.tiered.iter().filter(|segment| segment.end > input.log_start);
-    let given_end = input.tiered.last().map_or(input.log_start, |last| last.end.max(input.log_start));
-    let local = input.local.iter().filter(|segment| segment.end > given_end);
-    let all = tiered.chain(local).chain([&input.active]);
-    all.filter(|segment| segment.is_in_future(input.now_ms)).count() as u64
+    let tiered_input_end = input.tiered.last().map_or(input.log_start, |last| last.end.max(input.log_start));
+    let local = input.local.iter().filter(|segment| segment.end > tiered_input_end);
+    let segments = tiered.chain(local).chain([&input.active]);
+    segments.filter(|segment| segment.is_in_future(input.now_ms)).count() as u64
 }
 
-/// Returns the oldest segments of the log: those in the object store, then, if all of those are given, the segments
-/// that only the disk has.
-fn oldest<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = RetentionSegment> + use<'a> {
+/// Returns the oldest segments of the log without a gap: those in the object store, then the segments that only the
+/// disk has. The latter are left out if the input has only the first segments of the object store.
+fn oldest_segments<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = RetentionSegment> + use<'a> {
     let log_start = input.log_start;
-    let unnamed = unnamed(input);
-    let all_named = input.tiered.last().map_or(log_start, |last| last.end) >= input.tiered_end || unnamed.is_some();
+    let unread = unread_tiered_segments(input);
+    let has_all_tiered = input.tiered.last().map_or(log_start, |last| last.end) >= input.tiered_end || unread.is_some();
     let tiered = input.tiered.iter().filter(move |segment| segment.end > log_start);
-    tiered.copied().chain(unnamed).chain(only_local(input).filter(move |_| all_named))
+    tiered.copied().chain(unread).chain(local_only_segments(input).filter(move |_| has_all_tiered))
 }
 
-/// Returns all segments in the object store as one, if they cannot be read. They were written before the segments that
-/// only the disk has, and no record in them may be further ahead of those than the topic allows.
-fn unnamed(input: &RetentionInput<'_>) -> Option<RetentionSegment> {
+/// Returns all segments in the object store as one segment, if the object store could not be read; otherwise `None`.
+/// The segment gets the latest time that its records can have: they were written before the first segment that only
+/// the disk has, and the topic limits how far a timestamp may be ahead of the clock.
+fn unread_tiered_segments(input: &RetentionInput<'_>) -> Option<RetentionSegment> {
     if !input.tiered.is_empty() || input.tiered_end <= input.log_start {
         return None;
     }
-    let first = only_local(input).next();
+    let first_local = local_only_segments(input).next();
     let ahead_ms = input.config.timestamp_after.map(|ahead| i64::try_from(ahead.as_millis()).unwrap_or(i64::MAX));
-    let latest_ms = first.zip(ahead_ms).map_or(i64::MAX, |(first, ahead_ms)| first.written_ms.saturating_add(ahead_ms));
+    let latest_ms =
+        first_local.zip(ahead_ms).map_or(i64::MAX, |(first, ahead_ms)| first.written_ms.saturating_add(ahead_ms));
     Some(RetentionSegment {
         base: input.log_start,
         end: input.tiered_end,
@@ -163,18 +167,21 @@ fn unnamed(input: &RetentionInput<'_>) -> Option<RetentionSegment> {
 
 /// Returns the bytes of the object store's segments that lie wholly below `start`.
 pub fn removed_bytes(input: &RetentionInput<'_>, start: Offset) -> u64 {
-    let tiered = input.tiered.iter().copied().chain(unnamed(input));
+    let tiered = input.tiered.iter().copied().chain(unread_tiered_segments(input));
     tiered.filter(|segment| segment.end <= start).map(|segment| segment.bytes).sum()
 }
 
+/// Returns the new log start; `None` if it does not move. Passes the oldest segments, one after the other, while they
+/// are older than `retention.ms`, or while the remaining log has at least `retention.bytes`. Uncommitted records and
+/// the active segment stay.
 fn log_start(input: &RetentionInput<'_>) -> Option<Offset> {
     let tiered_bytes = if input.tiered_end > input.log_start { input.tiered_bytes } else { 0 };
-    let local_bytes: u64 = only_local(input).map(|segment| segment.bytes).sum();
+    let local_bytes: u64 = local_only_segments(input).map(|segment| segment.bytes).sum();
     let mut total = tiered_bytes.saturating_add(local_bytes).saturating_add(input.active.bytes);
     let mut start = None;
-    for segment in oldest(input) {
+    for segment in oldest_segments(input) {
         let too_old =
-            input.config.retention.is_some_and(|limit| expired(input, segment.counts_from(input.now_ms), limit));
+            input.config.retention.is_some_and(|limit| is_expired(input, segment.counts_from(input.now_ms), limit));
         let too_much = input.config.retention_bytes.is_some_and(|limit| total.saturating_sub(segment.bytes) >= limit);
         if !(too_old || too_much) || segment.end > input.high_watermark {
             break;
@@ -185,41 +192,44 @@ fn log_start(input: &RetentionInput<'_>) -> Option<Offset> {
     start.filter(|start| *start > input.log_start)
 }
 
-fn upload(input: &RetentionInput<'_>, kept_from: Offset) -> Option<Range<Offset>> {
+/// Returns the base offsets of the sealed segments for the next tier commit; `None` if there is nothing to upload.
+fn upload(input: &RetentionInput<'_>, new_log_start: Offset) -> Option<Range<Offset>> {
     if !input.uploads {
         return None;
     }
-    let missing = input.local.iter().filter(|segment| segment.end > input.tiered_end.max(kept_from));
-    let mut committed = missing.take_while(|segment| segment.end <= input.high_watermark).take(MAX_SEGMENTS_PER_COMMIT);
+    let not_uploaded = input.local.iter().filter(|segment| segment.end > input.tiered_end.max(new_log_start));
+    let mut committed =
+        not_uploaded.take_while(|segment| segment.end <= input.high_watermark).take(MAX_SEGMENTS_PER_COMMIT);
     let first = committed.next()?;
-    let mut bytes = first.bytes;
-    let small = committed.take_while(|segment| {
-        bytes = bytes.saturating_add(segment.bytes);
-        bytes <= COMMIT_BYTES
+    let mut commit_bytes = first.bytes;
+    let further = committed.take_while(|segment| {
+        commit_bytes = commit_bytes.saturating_add(segment.bytes);
+        commit_bytes <= COMMIT_BYTES
     });
-    let last = small.last().unwrap_or(first);
+    let last = further.last().unwrap_or(first);
     Some(first.base..last.end)
 }
 
-/// Returns the offset at which the local log may start. Segments wholly below the log start are evicted, uploaded or
-/// not, and uploaded segments that exceed the local limits.
-fn evict_below(input: &RetentionInput<'_>, kept_from: Offset) -> Option<Offset> {
-    let mut local: u64 = input.local.iter().map(|segment| segment.bytes).sum::<u64>() + input.active.bytes;
+/// Returns the offset below which sealed segments are evicted; `None` if all segments stay. Segments wholly below the
+/// log start are evicted, uploaded or not. Of the others, uploaded segments beyond the local limits are evicted.
+fn evict_below(input: &RetentionInput<'_>, new_log_start: Offset) -> Option<Offset> {
+    let mut local_bytes: u64 = input.local.iter().map(|segment| segment.bytes).sum::<u64>() + input.active.bytes;
     let mut below = None;
     for segment in input.local {
-        let deleted = segment.end <= kept_from;
-        let too_old = input.config.local_retention.is_some_and(|limit| expired(input, segment.written_ms, limit));
-        let too_much = input.config.local_retention_bytes.is_some_and(|limit| local - segment.bytes >= limit);
-        if !(deleted || (segment.end <= input.tiered_end && (too_old || too_much))) {
+        let is_deleted = segment.end <= new_log_start;
+        let too_old = input.config.local_retention.is_some_and(|limit| is_expired(input, segment.written_ms, limit));
+        let too_much = input.config.local_retention_bytes.is_some_and(|limit| local_bytes - segment.bytes >= limit);
+        if !(is_deleted || (segment.end <= input.tiered_end && (too_old || too_much))) {
             break;
         }
-        local -= segment.bytes;
+        local_bytes -= segment.bytes;
         below = Some(segment.end);
     }
     below
 }
 
-fn expired(input: &RetentionInput<'_>, since_ms: i64, limit: Duration) -> bool {
+/// Returns true if more than `limit` has passed since `since_ms`.
+fn is_expired(input: &RetentionInput<'_>, since_ms: i64, limit: Duration) -> bool {
     age_ms(input.now_ms, since_ms) > u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)
 }
 

@@ -92,7 +92,7 @@ impl Actor {
             }
             RoleState::Following(follower) => ReplicaRole::Follower {
                 leader: follower.leader(),
-                in_sync: follower.is_following() && self.metadata.has_in_sync(self.broker),
+                in_sync: follower.is_following() && self.metadata.isr_contains(self.broker),
             },
             RoleState::Idle => ReplicaRole::Idle,
         };

@@ -2,21 +2,26 @@
 //!
 //! # Overview
 //!
-//! The log start moves in the metadata store first, which needs no object store. Then the segments below it are
-//! evicted, and the manifest follows. Uploads come last, and a step that cannot upload ends. So an unavailable object
-//! store keeps no deleted records on the disk.
+//! The actions of a step, in order:
 //!
-//! An upload may take long, and a failing one continues until its retries are used up. So a step may leave out uploads:
-//! workers of their own apply the retention of all partitions and never wait for an upload.
+//! 1. The active segment is rolled if it is due.
+//! 2. The log start moves in the metadata store, which needs no object store.
+//! 3. Segments below the log start, and uploaded segments beyond the local retention, are evicted.
+//! 4. Sealed segments are uploaded, or the manifest drops the segments below the log start.
 //!
-//! Only the leader uploads and moves the log start. A follower seals by age, and evicts what its leader committed to
-//! the object store.
+//! So deleted records do not stay on the disk while the object store is unavailable.
+//!
+//! An upload may take long, and a failing upload continues until its retries are used up. So there are steps without
+//! uploads. Separate workers run them for all partitions, and never wait for an upload.
+//!
+//! Only the leader uploads and moves the log start. A follower rolls by age, and evicts the segments that its leader
+//! committed to the object store.
 //!
 //! # Crash
 //!
-//! The order makes a crash harmless: object, manifest, commit in the metadata store, and only then local files. A crash
-//! between any two leaves an orphan object, or files below the log start. The next attempt starts again: every step is
-//! planned from the state that it finds.
+//! The order of writes makes a crash harmless: object, manifest, commit in the metadata store, eviction of local files.
+//! A crash between two of them leaves an orphan object, or files below the log start. The next step is planned from the
+//! state of both tiers, so it completes the work.
 
 mod plan;
 mod rebuild;
@@ -29,7 +34,7 @@ use crate::{
     tier::{BindingError, TierReadError, TierStoreError, UploadError},
 };
 
-/// Error of a step. Every one is tried again.
+/// Error of a step. The step is tried again after every error.
 #[derive(Debug, thiserror::Error)]
 pub enum MaintenanceError {
     /// The partition's task has ended.
@@ -58,7 +63,7 @@ pub enum MaintenanceError {
         object: String,
         /// The partition, as `topic/number`.
         partition: String,
-        /// Reason against a rebuild.
+        /// Why the broker did not rebuild the manifest.
         reason: String,
     },
     /// The metadata store did not accept the commit.
@@ -70,44 +75,47 @@ impl MaintenanceError {
     /// Returns true if the object store or the metadata store is unavailable. Such an outage is logged once for all
     /// partitions, by its detector.
     pub fn is_outage(&self) -> bool {
-        let away = |error: &TierStoreError| {
+        let is_unavailable = |error: &TierStoreError| {
             matches!(error, TierStoreError::Unavailable { .. } | TierStoreError::Denied { .. })
         };
         match self {
-            Self::Upload(UploadError::Store(error) | UploadError::Binding(BindingError::Store(error))) => away(error),
+            Self::Upload(UploadError::Store(error) | UploadError::Binding(BindingError::Store(error))) => {
+                is_unavailable(error)
+            }
             Self::Upload(UploadError::Manifest(TierReadError::Store(error)))
-            | Self::Manifest(TierReadError::Store(error)) => away(error),
+            | Self::Manifest(TierReadError::Store(error)) => is_unavailable(error),
             Self::Commit(TierCommitError::Store(error)) => error.retryable(),
             _ => false,
         }
     }
 }
 
-/// Work of a step.
+/// Actions that a step may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum StepScope {
     All,
+    /// All actions but writes to the object store.
     WithoutUploads,
 }
 
 /// Result of one step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MaintenanceResult {
-    /// True if there may be more to do at once.
+    /// True if the next step should follow at once.
     pub more: bool,
-    /// True if only the first part of the work was done: an action that failed before may not have been tried.
+    /// True if only the first actions of the step ran: an action that failed in an earlier step may not have run again.
     pub is_partial: bool,
-    /// True if an upload was left out.
+    /// True if an upload is due that this step was not allowed to make.
     pub is_upload_due: bool,
     /// Segments that were uploaded and committed.
     pub uploaded: UploadStats,
 }
 
 impl MaintenanceResult {
-    /// The first part of the work is done, and the rest follows at once.
-    const BEGUN: Self = Self { more: true, is_partial: true, is_upload_due: false, uploaded: UploadStats::NONE };
-    /// All work but uploads is done.
-    const UPLOAD_DUE: Self = Self { more: false, is_upload_due: true, ..Self::BEGUN };
+    /// The first actions ran, and another step with the remaining actions follows at once.
+    const PARTIAL: Self = Self { more: true, is_partial: true, is_upload_due: false, uploaded: UploadStats::NONE };
+    /// All actions but uploads ran.
+    const UPLOAD_DUE: Self = Self { more: false, is_upload_due: true, ..Self::PARTIAL };
 }
 
 /// Segments that were uploaded and committed.

@@ -16,32 +16,33 @@ use crate::{
 /// Maximum number of segments in the object store that one plan reads.
 const MAX_TIERED_SEGMENTS_PER_PLAN: usize = 256;
 
-/// A plan, with the parts of the manifest that belong to it.
+/// A retention plan, and the work on the manifest that belongs to it.
 pub(super) struct MaintenancePlan {
-    pub(super) plan: RetentionPlan,
-    /// Bytes of the object store's segments that lie wholly below the new log start.
+    pub(super) retention: RetentionPlan,
+    /// Bytes of the object store's segments that lie wholly below the planned log start; 0 if the log start stays.
     pub(super) removed_bytes: u64,
-    /// True if the manifest has yet to follow the log start. An error if the manifest could not be read: then the plan
-    /// was made without it.
-    pub(super) manifest: Result<bool, MaintenanceError>,
+    /// True if the manifest still lists segments below the log start. An error if the manifest could not be read: the
+    /// plan was then made without the object store's segments.
+    pub(super) manifest_lags: Result<bool, MaintenanceError>,
 }
 
-/// Plans a step from the state of both tiers.
-pub(super) async fn plan(partition: &Partition, local: &LocalSegments, scope: StepScope) -> MaintenancePlan {
+/// Plans a step from the state of both tiers. Also publishes the number of segments with timestamps in the future.
+pub(super) async fn plan_step(partition: &Partition, local: &LocalSegments, scope: StepScope) -> MaintenancePlan {
     let watermarks = partition.watermarks();
     let config = partition.config();
     let now_ms = clock::wall_ms();
-    let read = match &partition.tier {
-        Some(tier) if local.leads.is_some() && wants_tiered(&config) => {
-            tiered(tier, watermarks.log_start, now_ms).await
+    let manifest = match &partition.tier {
+        Some(tier) if local.leads.is_some() && needs_tiered_segments(&config) => {
+            read_manifest(tier, watermarks.log_start, now_ms).await
         }
+        // A follower plans no deletion, and without retention limits no segment of the object store is deleted.
         _ => Ok((Vec::new(), false)),
     };
-    let (tiered, manifest) = match read {
+    let (tiered, manifest_lags) = match manifest {
         Ok((segments, lags)) => (segments, Ok(lags)),
         Err(error) => (Vec::new(), Err(error.into())),
     };
-    let sealed: Vec<RetentionSegment> = local.sealed.iter().map(segment).collect();
+    let sealed: Vec<RetentionSegment> = local.sealed.iter().map(retention_segment).collect();
     let input = retention::RetentionInput {
         config: &config,
         now_ms,
@@ -49,7 +50,7 @@ pub(super) async fn plan(partition: &Partition, local: &LocalSegments, scope: St
         tiered_end: watermarks.tiered_end,
         high_watermark: watermarks.high_watermark,
         local: &sealed,
-        active: segment(&local.active),
+        active: retention_segment(&local.active),
         active_age: local.active_age,
         tiered: &tiered,
         tiered_bytes: partition.tiered_bytes(),
@@ -57,17 +58,19 @@ pub(super) async fn plan(partition: &Partition, local: &LocalSegments, scope: St
             && partition.tier.is_some()
             && local.leads.is_some_and(|(_, epoch_committed)| epoch_committed),
         leads: local.leads.is_some(),
-        // A segment that is sealed but not uploaded at once would hold no more than one waiting append.
+        // A step without uploads does not roll for a waiting append. Otherwise each append that waits for the object
+        // store would get a segment of its own.
         urgent: local.awaits_tier && scope == StepScope::All,
     };
-    partition.published.set_future_segments(if input.leads { retention::in_future(&input) } else { 0 });
-    let plan = retention::plan(&input);
-    let removed_bytes = plan.log_start.map_or(0, |start| retention::removed_bytes(&input, start));
-    MaintenancePlan { removed_bytes, plan, manifest }
+    partition.published.set_future_segments(if input.leads { retention::count_future_segments(&input) } else { 0 });
+    let retention = retention::plan(&input);
+    let removed_bytes = retention.log_start.map_or(0, |start| retention::removed_bytes(&input, start));
+    MaintenancePlan { retention, removed_bytes, manifest_lags }
 }
 
-/// Returns the object store's first segments from `log_start` on, and true if the manifest lists others before them.
-async fn tiered(
+/// Returns the first segments that the manifest lists from `log_start` on, and true if it still lists segments below
+/// `log_start`.
+async fn read_manifest(
     tier: &PartitionTier,
     log_start: Offset,
     now_ms: i64,
@@ -84,8 +87,8 @@ async fn tiered(
             written_ms: if (1..=now_ms).contains(&entry.created_ms) { entry.created_ms } else { i64::MAX },
         })
         .collect();
-    // If the manifest has no time of a segment's creation, or one in the future, the object has one. Only the first
-    // segment is looked up: retention stops there until that segment is deleted.
+    // If the manifest has no creation time of a segment, or a time in the future, the modification time of the object
+    // is used. Only the first segment is looked up: retention stops at that segment until it is deleted.
     if let (Some(first), Some(entry)) = (segments.first_mut(), entries.first())
         && first.written_ms == i64::MAX
         && !(0..=now_ms).contains(&first.max_timestamp_ms)
@@ -105,12 +108,12 @@ async fn tiered(
     Ok((segments, lags))
 }
 
-/// Returns true if the plan depends on the object store's segments: without limits on the whole log it does not.
-fn wants_tiered(config: &TopicConfig) -> bool {
+/// Returns true if the plan depends on the object store's segments: only limits on the whole log do.
+fn needs_tiered_segments(config: &TopicConfig) -> bool {
     config.retention.is_some() || config.retention_bytes.is_some()
 }
 
-fn segment(info: &SegmentInfo) -> RetentionSegment {
+fn retention_segment(info: &SegmentInfo) -> RetentionSegment {
     RetentionSegment {
         base: info.base,
         end: info.end,

@@ -13,7 +13,7 @@ use crate::model::PartitionId;
 /// Pause before another attempt to rebuild a manifest.
 const RETRY_INTERVAL: Duration = Duration::from_secs(600);
 
-/// Failed attempts.
+/// Last failed attempt of each partition. Clones share the attempts.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Rebuilds {
     failed: Arc<Mutex<BTreeMap<PartitionId, Failure>>>,
@@ -29,16 +29,17 @@ struct Failure {
 }
 
 impl Rebuilds {
-    /// Returns the error of the last attempt for this version, if it is too early for another.
-    pub(super) fn pending(&self, id: PartitionId, version: u64, now: Instant) -> Option<String> {
+    /// Returns the error of the last failed attempt for this version of the manifest, if it was made less than
+    /// [`RETRY_INTERVAL`] ago: the caller must not try again yet.
+    pub(super) fn recent_failure(&self, id: PartitionId, version: u64, now: Instant) -> Option<String> {
         let failed = self.failed.lock();
         let failure = failed.get(&id)?;
         let is_recent = failure.version == version && now.duration_since(failure.at) < RETRY_INTERVAL;
         is_recent.then(|| failure.reason.clone())
     }
 
-    /// Records a failed attempt for this version of the manifest.
-    pub(super) fn record_failure(&self, id: PartitionId, version: u64, at: Instant, reason: String) {
+    /// Stores a failed attempt for this version of the manifest, in place of an earlier one.
+    pub(super) fn add_failure(&self, id: PartitionId, version: u64, at: Instant, reason: String) {
         self.failed.lock().insert(id, Failure { version, at, reason });
     }
 

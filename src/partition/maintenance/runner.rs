@@ -6,7 +6,7 @@ use tokio::sync::oneshot;
 
 use super::{
     MaintenanceError, MaintenanceResult, StepScope, UploadStats,
-    plan::{MaintenancePlan, plan},
+    plan::{MaintenancePlan, plan_step},
     rebuild::Rebuilds,
 };
 use crate::{
@@ -22,7 +22,8 @@ use crate::{
 /// commit.
 const MAX_COMMIT_DELAY: Duration = Duration::from_secs(1);
 
-/// Maximum time of an upload once the object store is known to be unavailable, before the partition is planned again.
+/// Maximum time of an upload while the object store is known to be unavailable. The step then fails, and a later step
+/// is planned again.
 const MAX_UPLOAD_RETRY_DELAY: Duration = Duration::from_secs(2);
 
 /// Runs maintenance, for all partitions of a broker.
@@ -30,93 +31,103 @@ const MAX_UPLOAD_RETRY_DELAY: Duration = Duration::from_secs(2);
 pub struct MaintenanceRunner {
     commits: TierCommits,
     rebuilds: Rebuilds,
-    retry: Duration,
+    /// Delay before the first retry of a failed step, without jitter.
+    first_retry_delay: Duration,
 }
 
 impl MaintenanceRunner {
     /// Creates a runner that commits through `commits`.
     pub fn new(commits: TierCommits) -> Self {
-        Self { commits, rebuilds: Rebuilds::default(), retry: Duration::from_millis(500) }
+        Self { commits, rebuilds: Rebuilds::default(), first_retry_delay: Duration::from_millis(500) }
     }
 
-    /// Returns the delay before the attempt after `failures` consecutive failures.
+    /// Returns the delay, with jitter, before the retry after `failures` consecutive failures.
     pub fn delay(&self, failures: u32) -> Duration {
         // At most 8 s: after an outage of the object store, `acks=tiered` and a full disk wait for the next attempt.
-        let doubled = self.retry * 2u32.saturating_pow(failures.min(4));
+        let doubled = self.first_retry_delay * 2u32.saturating_pow(failures.min(4));
         doubled.mul_f64(random::in_range(0.5..1.0))
     }
 
-    /// Plans and applies one step without uploads. If another step of this partition is under way, that one does the
-    /// work.
+    /// Plans and applies one step without uploads. If another step of this partition is in progress, nothing happens,
+    /// and the result is that an upload is due.
     pub async fn step_without_uploads(&self, partition: &Partition) -> Result<MaintenanceResult, MaintenanceError> {
-        match partition.maintenance.try_lock() {
-            Ok(_turn) => self.step_of(partition, StepScope::WithoutUploads).await,
+        match partition.maintenance_lock.try_lock() {
+            Ok(_guard) => self.locked_step(partition, StepScope::WithoutUploads).await,
             Err(_busy) => Ok(MaintenanceResult::UPLOAD_DUE),
         }
     }
 
     /// Plans and applies one step. A manifest that this step or a reader found to be lost is rebuilt.
     pub async fn step(&self, partition: &Partition) -> Result<MaintenanceResult, MaintenanceError> {
-        let _turn = partition.maintenance.lock().await;
-        self.step_of(partition, StepScope::All).await
+        let _guard = partition.maintenance_lock.lock().await;
+        self.locked_step(partition, StepScope::All).await
     }
 
-    async fn step_of(&self, partition: &Partition, scope: StepScope) -> Result<MaintenanceResult, MaintenanceError> {
-        let outcome = self.planned_step(partition, scope).await;
+    /// Runs the planned step, then rebuilds the manifest if it is lost. The caller holds the partition's maintenance
+    /// lock.
+    async fn locked_step(
+        &self,
+        partition: &Partition,
+        scope: StepScope,
+    ) -> Result<MaintenanceResult, MaintenanceError> {
+        let result = self.planned_step(partition, scope).await;
         let lost = partition.tier.as_ref().and_then(|tier| Some((tier, tier.lost_manifest()?)));
-        let Some((tier, object)) = lost else { return outcome };
+        let Some((tier, object)) = lost else { return result };
         if scope == StepScope::WithoutUploads {
+            // A rebuild writes to the object store, so a step with uploads makes it.
             return Ok(MaintenanceResult::UPLOAD_DUE);
         }
-        // The work that does not need the manifest was done.
         self.rebuild(partition, tier, &object).await?;
-        match outcome {
+        match result {
+            // The manifest was lost; the next step finds the rebuilt one.
             Err(MaintenanceError::Manifest(_) | MaintenanceError::Upload(UploadError::Manifest(_))) => {
-                Ok(MaintenanceResult::BEGUN)
+                Ok(MaintenanceResult::PARTIAL)
             }
-            other => other,
+            result => result,
         }
     }
 
+    /// Plans one step and applies the plan: roll, move the log start, evict, then upload or trim the manifest. The step
+    /// ends after a moved log start, so that the next step is planned with it.
     async fn planned_step(
         &self,
         partition: &Partition,
         scope: StepScope,
     ) -> Result<MaintenanceResult, MaintenanceError> {
-        let mut local = local(partition).await?;
-        let mut planned = plan(partition, &local, scope).await;
-        let sealed = planned.plan.roll;
-        if sealed {
+        let mut local = describe_segments(partition).await?;
+        let mut plan = plan_step(partition, &local, scope).await;
+        let rolled = plan.retention.roll;
+        if rolled {
             partition.command(ActorCommand::Roll).await;
             if partition.error().is_some() {
                 // If nothing can be written the segment stays active, and a later step checks it again.
-                return Ok(MaintenanceResult { more: false, ..MaintenanceResult::BEGUN });
+                return Ok(MaintenanceResult { more: false, ..MaintenanceResult::PARTIAL });
             }
-            // Under load the next segment may be due already: the step continues with the sealed ones all the same.
-            local = self::local(partition).await?;
-            planned = plan(partition, &local, scope).await;
+            local = describe_segments(partition).await?;
+            // The new plan may name a roll again under load. This step ignores that, and processes the sealed segments.
+            plan = plan_step(partition, &local, scope).await;
         }
-        let MaintenancePlan { plan, removed_bytes, manifest } = planned;
+        let MaintenancePlan { retention, removed_bytes, manifest_lags } = plan;
         // Commits belong to the epoch of the plan: a leader that is deposed meanwhile is refused.
         let epoch = local.leads.map(|(epoch, _)| epoch).unwrap_or_default();
-        let moved = match plan.log_start {
+        let moved = match retention.log_start {
             Some(start) => self.move_log_start(partition, start, removed_bytes, epoch).await,
             None => Ok(()),
         };
-        if let Some(below) = plan.evict_below {
+        if let Some(below) = retention.evict_below {
             let watermarks = partition.watermarks();
-            // If the log start could not move, segments below the committed one are evicted all the same.
+            // If the log start could not move, only segments below the committed log start or tiered end are evicted.
             let below = if moved.is_ok() { below } else { below.min(watermarks.tiered_end.max(watermarks.log_start)) };
             partition.command(ActorCommand::Evict(below)).await;
         }
         moved?;
-        if plan.log_start.is_some() {
-            return Ok(MaintenanceResult::BEGUN);
+        if retention.log_start.is_some() {
+            return Ok(MaintenanceResult::PARTIAL);
         }
-        let lags = manifest?;
-        match (&plan.upload, &partition.tier) {
+        let manifest_lags = manifest_lags?;
+        match (&retention.upload, &partition.tier) {
             (upload, Some(_))
-                if scope == StepScope::WithoutUploads && (upload.is_some() || lags || local.awaits_tier) =>
+                if scope == StepScope::WithoutUploads && (upload.is_some() || manifest_lags || local.awaits_tier) =>
             {
                 Ok(MaintenanceResult::UPLOAD_DUE)
             }
@@ -125,17 +136,18 @@ impl MaintenanceRunner {
                 let uploaded = self.upload(partition, tier, bases, &local, epoch).await?;
                 Ok(MaintenanceResult { more: true, uploaded, ..MaintenanceResult::default() })
             }
-            (None, Some(tier)) if lags => {
-                let staged = unless_away(tier, async { Ok(tier.stage_trim(epoch).await?) }).await?;
+            (None, Some(tier)) if manifest_lags => {
+                let staged = unless_unavailable(tier, async { Ok(tier.stage_trim(epoch).await?) }).await?;
                 self.commit(partition, tier, staged, epoch).await?;
                 Ok(MaintenanceResult { more: true, ..MaintenanceResult::default() })
             }
-            _ => Ok(MaintenanceResult { more: sealed, is_partial: sealed, ..MaintenanceResult::default() }),
+            // Nothing is left to do, except after a roll: the next segment may be due already.
+            _ => Ok(MaintenanceResult { more: rolled, is_partial: rolled, ..MaintenanceResult::default() }),
         }
     }
 
-    /// Moves the log start in the metadata store. `removed_bytes` are those of the object store's segments that lie
-    /// wholly below it.
+    /// Moves the log start in the metadata store. `removed_bytes` is the size of the object store's segments that lie
+    /// wholly below the new log start.
     async fn move_log_start(
         &self,
         partition: &Partition,
@@ -151,15 +163,15 @@ impl MaintenanceRunner {
             None => {
                 let before = partition.committed().unwrap_or_default();
                 let after = TierState { log_start: start, epoch, ..before };
-                self.commit_state(partition, &after, epoch).await?;
+                self.replace_state(partition, partition.committed().as_ref(), &after, epoch).await?;
             }
         }
         tracing::info!(partition = %partition.id(), log_start = %start, "retention moved the log start");
         Ok(())
     }
 
-    /// Uploads the segments that begin in `bases` and commits them together. It commits fewer of them if the uploads
-    /// take long, or if one after the first fails; the next step then starts with the failed one.
+    /// Uploads the segments that begin in `bases` and commits them together. Commits fewer segments if the uploads take
+    /// long, or if an upload after the first fails. The next step then continues after the committed segments.
     async fn upload(
         &self,
         partition: &Partition,
@@ -168,7 +180,8 @@ impl MaintenanceRunner {
         local: &LocalSegments,
         epoch: LeaderEpoch,
     ) -> Result<UploadStats, MaintenanceError> {
-        let (staged, uploaded) = unless_away(tier, stage(partition, tier, bases, local, epoch)).await?;
+        let uploads = upload_segments(partition, tier, bases, local, epoch);
+        let (staged, uploaded) = unless_unavailable(tier, uploads).await?;
         let end = staged.state().tiered_end;
         self.commit(partition, tier, staged, epoch).await?;
         tracing::debug!(
@@ -178,6 +191,7 @@ impl MaintenanceRunner {
         Ok(uploaded)
     }
 
+    /// Commits a manifest in the metadata store, and makes it the current manifest of this broker.
     async fn commit(
         &self,
         partition: &Partition,
@@ -186,24 +200,25 @@ impl MaintenanceRunner {
         epoch: LeaderEpoch,
     ) -> Result<(), MaintenanceError> {
         let state = staged.state().clone();
-        // Not the newest known state: a commit made meanwhile is not in the manifest that was staged.
-        self.commit_after(partition, Some(staged.replaces()), &state, epoch).await?;
+        // The compare-and-set expects the state from which the manifest was made. A later commit is not in the
+        // manifest, so this commit must then fail.
+        self.replace_state(partition, Some(staged.replaces()), &state, epoch).await?;
         tier.install(staged);
         Ok(())
     }
 
-    /// Rebuilds the partition's lost manifest. Only a leader whose epoch is committed does so; on other replicas
-    /// nothing happens.
+    /// Rebuilds the partition's lost manifest, unless an attempt failed a short time ago. Does nothing on a replica
+    /// that does not lead in a committed epoch.
     async fn rebuild(&self, partition: &Partition, tier: &PartitionTier, object: &str) -> Result<(), MaintenanceError> {
-        let Some((epoch, true)) = local(partition).await?.leads else { return Ok(()) };
+        let Some((epoch, true)) = describe_segments(partition).await?.leads else { return Ok(()) };
         let (version, now) = (tier.state().version(), clock::monotonic());
-        let lost = |reason: String| MaintenanceError::ManifestLost {
+        let manifest_lost = |reason: String| MaintenanceError::ManifestLost {
             object: object.to_owned(),
             partition: format!("{}/{}", partition.topic(), partition.id().number),
             reason,
         };
-        if let Some(reason) = self.rebuilds.pending(partition.id(), version, now) {
-            return Err(lost(reason));
+        if let Some(reason) = self.rebuilds.recent_failure(partition.id(), version, now) {
+            return Err(manifest_lost(reason));
         }
         match self.rebuild_now(partition, tier, epoch).await? {
             None => {
@@ -211,13 +226,14 @@ impl MaintenanceRunner {
                 Ok(())
             }
             Some(reason) => {
-                self.rebuilds.record_failure(partition.id(), version, now, reason.clone());
-                Err(lost(reason))
+                self.rebuilds.add_failure(partition.id(), version, now, reason.clone());
+                Err(manifest_lost(reason))
             }
         }
     }
 
-    /// Returns the reason why the rebuild is left to an operator; `None` after the commit.
+    /// Rebuilds the manifest from the segment footers and commits it, if its segments are exactly the committed ones.
+    /// Otherwise returns the reason why the rebuild is left to an operator; `None` after the commit.
     async fn rebuild_now(
         &self,
         partition: &Partition,
@@ -239,38 +255,31 @@ impl MaintenanceRunner {
         Ok(None)
     }
 
-    async fn commit_state(
-        &self,
-        partition: &Partition,
-        after: &TierState,
-        epoch: LeaderEpoch,
-    ) -> Result<(), MaintenanceError> {
-        self.commit_after(partition, partition.committed().as_ref(), after, epoch).await
-    }
-
-    async fn commit_after(
+    /// Replaces the tier state `before` with `after` in the metadata store, and applies the new state to the partition.
+    /// If the store has another state than `before`, that state is applied to the partition, and the commit fails.
+    async fn replace_state(
         &self,
         partition: &Partition,
         before: Option<&TierState>,
         after: &TierState,
         epoch: LeaderEpoch,
     ) -> Result<(), MaintenanceError> {
-        let done = self.commits.commit(partition.id(), epoch, before, after).await;
-        if let Err(TierCommitError::Changed { .. }) = done
+        let committed = self.commits.commit(partition.id(), epoch, before, after).await;
+        if let Err(TierCommitError::Changed { .. }) = committed
             && let Ok(Some(current)) = self.commits.current(partition.id()).await
         {
-            // Most likely an earlier attempt whose response was lost: the next attempt continues from there.
+            // Most likely an earlier commit whose response was lost: the next step continues from its state.
             partition.apply_tier_state(current).await;
         }
-        done?;
+        committed?;
         partition.apply_tier_state(after.clone()).await;
         Ok(())
     }
 }
 
-/// Waits for an upload. Fails if the object store is known to be unavailable, or becomes unavailable and stays so for a
-/// while.
-async fn unless_away<T>(
+/// Waits for `upload`. Fails, and drops `upload`, once the object store has been unavailable for
+/// [`MAX_UPLOAD_RETRY_DELAY`].
+async fn unless_unavailable<T>(
     tier: &PartitionTier,
     upload: impl Future<Output = Result<T, MaintenanceError>>,
 ) -> Result<T, MaintenanceError> {
@@ -278,12 +287,13 @@ async fn unless_away<T>(
         biased;
         // Polled first: nothing is exported during a known outage.
         error = tier.until_away_for(MAX_UPLOAD_RETRY_DELAY) => Err(MaintenanceError::Upload(error.into())),
-        done = upload => done,
+        result = upload => result,
     }
 }
 
-/// Uploads the segments that begin in `bases`, for one commit.
-async fn stage(
+/// Uploads the segments that begin in `bases`, for one commit. Stops early after [`MAX_COMMIT_DELAY`], or if an upload
+/// after the first fails. Returns the manifest with the uploaded segments, which is not committed yet.
+async fn upload_segments(
     partition: &Partition,
     tier: &PartitionTier,
     bases: &Range<Offset>,
@@ -291,13 +301,13 @@ async fn stage(
     epoch: LeaderEpoch,
 ) -> Result<(StagedManifest, UploadStats), MaintenanceError> {
     let began = clock::monotonic();
-    let mut staging = tier.start_upload_batch(epoch).await?;
+    let mut upload_batch = tier.start_upload_batch(epoch).await?;
     let mut uploaded = UploadStats::default();
     for info in local.sealed.iter().filter(|info| bases.contains(&info.base)) {
         if uploaded.segments > 0 && began.elapsed() > MAX_COMMIT_DELAY {
             break;
         }
-        match add(partition, &mut staging, info).await {
+        match upload_segment(partition, &mut upload_batch, info).await {
             Err(error) if uploaded.segments > 0 => {
                 tracing::debug!(
                     partition = %partition.id(), base = %info.base, %error,
@@ -305,28 +315,33 @@ async fn stage(
                 );
                 break;
             }
-            added => added?,
+            result => result?,
         }
         uploaded.segments += 1;
         uploaded.bytes += info.bytes;
     }
-    Ok((staging.finish().await?, uploaded))
+    Ok((upload_batch.finish().await?, uploaded))
 }
 
-async fn local(partition: &Partition) -> Result<LocalSegments, MaintenanceError> {
+async fn describe_segments(partition: &Partition) -> Result<LocalSegments, MaintenanceError> {
     partition.describe_segments().await.ok_or(MaintenanceError::Closed)
 }
 
-/// Uploads a segment, to be committed with the segments that were added before.
-async fn add(partition: &Partition, staging: &mut UploadBatch<'_>, info: &SegmentInfo) -> Result<(), MaintenanceError> {
-    let source = source(partition, info).await?;
+/// Uploads a segment and adds it to the batch, which commits its segments together.
+async fn upload_segment(
+    partition: &Partition,
+    upload_batch: &mut UploadBatch<'_>,
+    info: &SegmentInfo,
+) -> Result<(), MaintenanceError> {
+    let source = open_source(partition, info).await?;
     if mutant!(EvictBeforeCommit) {
         partition.command(ActorCommand::Evict(source.end())).await;
     }
-    Ok(staging.add(&source).await?)
+    Ok(upload_batch.add(&source).await?)
 }
 
-async fn source(partition: &Partition, info: &SegmentInfo) -> Result<SegmentSource, MaintenanceError> {
+/// Opens a sealed segment for its upload.
+async fn open_source(partition: &Partition, info: &SegmentInfo) -> Result<SegmentSource, MaintenanceError> {
     let (responder, export) = oneshot::channel();
     partition.command(ActorCommand::ExportSegment(info.base, responder)).await;
     let export = export.await.map_err(|_| MaintenanceError::Closed)?;

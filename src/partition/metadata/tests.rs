@@ -1,4 +1,4 @@
-//! Decisions of one broker about values of a partition: examples, and any order of values, reports and role ends.
+//! Decisions of one broker about partition values: examples, and random orders of values, reports and role ends.
 
 use std::collections::BTreeSet;
 
@@ -40,7 +40,7 @@ fn leader_keeps_its_role_while_its_epoch_lasts() {
     assert_eq!(apply(&mut metadata, 10, value(4, Some(ME))), Transition::Same);
     let shrunk = PartitionValue { isr: vec![ME], ..value(4, Some(ME)) };
     assert_eq!(apply(&mut metadata, 11, shrunk), Transition::SetsChanged);
-    assert!(metadata.has_in_sync(ME) && !metadata.has_in_sync(OTHER) && !metadata.is_late(ME));
+    assert!(metadata.isr_contains(ME) && !metadata.isr_contains(OTHER) && !metadata.is_late(ME));
     assert_eq!(apply(&mut metadata, 12, value(6, Some(ME))), Transition::Lead);
 }
 
@@ -128,10 +128,10 @@ fn stored_value_confirms_or_disproves_a_reported_epoch() {
 
 #[derive(Clone, Debug)]
 enum Input {
-    /// A value with this revision, this many epochs after the newest one, and with this leader.
+    /// A value with this revision and leader. Its epoch is that of the newest value plus `epochs_later`.
     Value {
         revision: u64,
-        turns: u32,
+        epochs_later: u32,
         leader: Option<u32>,
         is_replica: bool,
         removals: u64,
@@ -139,8 +139,8 @@ enum Input {
     /// The last value again.
     Repeat,
     Report(u32),
-    /// The last value, or the value of this epoch and leader at the next revision, was read from the store. It is
-    /// applied as the task applies it.
+    /// A value was read from the store: the last value if `None`. Otherwise a value of the next revision, so many
+    /// epochs after the newest value, and with this leader. The value is applied as the task applies it.
     ReadBack(Option<(u32, u32)>),
     RefuseLeadership,
     EndRole,
@@ -149,9 +149,9 @@ enum Input {
 fn inputs() -> impl Strategy<Value = Vec<Input>> {
     let leader = prop_oneof![Just(None), (1u32..4).prop_map(Some)];
     let some_value = (0u64..40, 0u32..3, leader, prop::bool::weighted(0.9), 0u64..3).prop_map(
-        |(revision, turns, leader, is_replica, removals)| Input::Value {
+        |(revision, epochs_later, leader, is_replica, removals)| Input::Value {
             revision,
-            turns,
+            epochs_later,
             leader,
             is_replica,
             removals,
@@ -197,8 +197,8 @@ proptest! {
                 (Input::ReadBack(read), Some((value, revision))) => {
                     let (stored, revision) = match read {
                         None => (value.clone(), *revision),
-                        Some((turns, leader)) => {
-                            let epoch = LeaderEpoch(newest + turns);
+                        Some((epochs_later, leader)) => {
+                            let epoch = LeaderEpoch(newest + epochs_later);
                             let stored = PartitionValue { leader: Some(BrokerId(leader)), leader_epoch: epoch, ..value.clone() };
                             (stored, revision.max(&metadata.revision()).next())
                         }
@@ -222,8 +222,8 @@ proptest! {
                 }
                 (Input::Repeat, None) => continue,
                 (Input::Repeat, Some(last)) => last.clone(),
-                (Input::Value { revision, turns, leader, is_replica, removals }, _) => {
-                    let epoch = newest + turns;
+                (Input::Value { revision, epochs_later, leader, is_replica, removals }, _) => {
+                    let epoch = newest + epochs_later;
                     let replicas = if is_replica { vec![ME, OTHER, BrokerId(3)] } else { vec![OTHER, BrokerId(3)] };
                     let adding = if removals > 0 && is_replica { vec![ME] } else { Vec::new() };
                     let leader = leader.map(BrokerId);

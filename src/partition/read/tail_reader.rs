@@ -41,8 +41,8 @@ impl TailReader {
     /// log end. Reads memory or disk, never the object store.
     ///
     /// # Errors
-    /// [`ReadError::Closed`] if this broker no longer leads in the reader's epoch. [`ReadError::OutOfRange`] if `from` is
-    /// not on this disk: the follower has to subscribe again.
+    /// [`ReadError::Closed`] if this broker no longer leads in the reader's epoch. [`ReadError::OutOfRange`] if `from`
+    /// is not on this disk: the follower has to subscribe again.
     pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Option<FetchedBatches>, ReadError> {
         self.check_leading()?;
         let bound = self.published.progress().log_end;

@@ -1,4 +1,4 @@
-//! Segments that retention seals, uploads, evicts and deletes, case by case and for any input.
+//! Segments that retention rolls, uploads, evicts and deletes: single cases, and properties for any input.
 
 use proptest::prelude::*;
 
@@ -9,7 +9,7 @@ fn at(offset: u64) -> Offset {
     Offset::new(offset).unwrap()
 }
 
-/// Returns a segment that was written at the time of its youngest record.
+/// Returns a segment that was written at the time of its newest record.
 fn segment(base: u64, end: u64, bytes: u64, youngest_ms: i64) -> RetentionSegment {
     RetentionSegment { base: at(base), end: at(end), bytes, max_timestamp_ms: youngest_ms, written_ms: youngest_ms }
 }
@@ -176,9 +176,10 @@ fn time_retention_stops_at_the_first_young_segment() {
 fn future_timestamp_neither_blocks_nor_expires() {
     let config = config(&[("retention.ms", "1000")]);
     for max_timestamp_ms in [-1, 10_001, 1 << 62, i64::MAX] {
-        let odd = |base, end, written_ms| RetentionSegment { max_timestamp_ms, written_ms, ..segment(base, end, 1, 0) };
+        let with_odd_timestamp =
+            |base, end, written_ms| RetentionSegment { max_timestamp_ms, written_ms, ..segment(base, end, 1, 0) };
         let start = |written_ms| {
-            let both = [odd(0, 10, written_ms), segment(10, 20, 1, 8_000)];
+            let both = [with_odd_timestamp(0, 10, written_ms), segment(10, 20, 1, 8_000)];
             let in_object_store = plan(&input(&config, &both, &both)).log_start;
             let mut on_disk = input(&config, &both, &[]);
             on_disk.uploads = false;
@@ -190,7 +191,7 @@ fn future_timestamp_neither_blocks_nor_expires() {
             assert_eq!(start(young), None, "{max_timestamp_ms} written at {young}");
         }
         let mut open = input(&config, &[], &[]);
-        (open.active, open.active_age) = (odd(0, 5, 8_999), Some(Duration::from_millis(1)));
+        (open.active, open.active_age) = (with_odd_timestamp(0, 5, 8_999), Some(Duration::from_millis(1)));
         assert!(plan(&open).roll, "{max_timestamp_ms}");
         open.active.written_ms = 9_000;
         assert!(!plan(&open).roll, "{max_timestamp_ms}");
@@ -203,13 +204,13 @@ fn segments_with_timestamps_in_the_future_are_counted_once() {
     let (old, future) = (|base, end| segment(base, end, 1, 10_000), |base, end| segment(base, end, 1, 10_001));
     let both = [old(0, 10), future(10, 20), old(20, 30)];
     let mut input = input(&config, &both, &both[..2]);
-    assert_eq!(in_future(&input), 1);
+    assert_eq!(count_future_segments(&input), 1);
     input.tiered = &[];
-    assert_eq!(in_future(&input), 1, "a segment that only the disk lists counts once");
+    assert_eq!(count_future_segments(&input), 1, "a segment that only the disk lists counts once");
     input.active = future(30, 40);
-    assert_eq!(in_future(&input), 2);
+    assert_eq!(count_future_segments(&input), 2);
     input.log_start = at(20);
-    assert_eq!(in_future(&input), 1);
+    assert_eq!(count_future_segments(&input), 1);
 }
 
 #[test]
@@ -338,7 +339,7 @@ fn limit() -> impl Strategy<Value = Option<u64>> {
 
 prop_compose! {
     /// One log in two tiers, whose segments may have different boundaries.
-    fn worlds()(
+    fn retention_states()(
         local in prop::collection::vec((1u64..20, 0u64..200, times(), 0i64..20_000), 0..12),
         tiered in prop::collection::vec((1u64..20, 0u64..200, times(), 0i64..20_000), 0..12),
         evicted in 0usize..4,
@@ -382,9 +383,9 @@ proptest! {
 
     /// One applied plan leaves no work, and no local file lies wholly below the log start.
     #[test]
-    fn applied_plan_leaves_no_work(world in worlds()) {
-        let mut after = world.clone();
-        after.apply(&world.plan());
+    fn applied_plan_leaves_no_work(state in retention_states()) {
+        let mut after = state.clone();
+        after.apply(&state.plan());
         prop_assert_eq!(after.plan(), RetentionPlan::default());
         prop_assert!(after.local.iter().all(|segment| segment.end > after.log_start));
     }
@@ -392,15 +393,15 @@ proptest! {
     /// By size alone: the readable bytes are at least the limit, or all that were readable before. The oldest whole
     /// segment is needed for that.
     #[test]
-    fn size_retention_keeps_no_surplus_segment(world in worlds()) {
-        let mut world = world;
-        world.config.retention = None;
-        let before = world.readable();
-        let mut after = world.clone();
-        after.apply(&world.plan());
-        let limit = world.config.retention_bytes.unwrap_or(u64::MAX);
+    fn size_retention_keeps_no_surplus_segment(state in retention_states()) {
+        let mut state = state;
+        state.config.retention = None;
+        let before = state.readable();
+        let mut after = state.clone();
+        after.apply(&state.plan());
+        let limit = state.config.retention_bytes.unwrap_or(u64::MAX);
         prop_assert!(after.readable() >= limit.min(before), "{} of {before} in {after:?}", after.readable());
-        let first = after.tiered.first().or(after.local.iter().find(|one| one.base >= after.tiered_end));
+        let first = after.tiered.first().or(after.local.iter().find(|segment| segment.base >= after.tiered_end));
         if let Some(first) = first.filter(|first| first.base >= after.log_start && first.end <= after.high_watermark) {
             prop_assert!(after.readable() - first.bytes < limit, "{first:?} could be deleted in {after:?}");
         }
@@ -418,12 +419,12 @@ proptest! {
         limits in (any::<Option<u16>>(), any::<Option<u16>>(), any::<Option<u16>>(), any::<Option<u16>>()),
     ) {
         let mut next = 0;
-        let all: Vec<RetentionSegment> = sizes.iter().map(|&(records, bytes, youngest)| {
+        let segments: Vec<RetentionSegment> = sizes.iter().map(|&(records, bytes, youngest)| {
             let base = next;
             next += records;
             segment(base, next, bytes, youngest)
         }).collect();
-        let tiered = &all[..tiered_count.min(all.len())];
+        let tiered = &segments[..tiered_count.min(segments.len())];
         let tiered_end = tiered.last().map_or(0, |last| last.end.get());
         let time = |ms: Option<u16>| ms.map(|ms| std::time::Duration::from_millis(ms.into()));
         let config = TopicConfig {
@@ -433,7 +434,7 @@ proptest! {
             local_retention_bytes: limits.3.map(u64::from),
             ..TopicConfig::default()
         };
-        let mut input = input(&config, &all, tiered);
+        let mut input = input(&config, &segments, tiered);
         input.high_watermark = at(committed.max(tiered_end));
         let plan = plan(&input);
         if let Some(start) = plan.log_start {
@@ -443,7 +444,7 @@ proptest! {
             prop_assert!(below <= input.tiered_end.max(plan.log_start.unwrap_or(input.log_start)));
         }
         if let Some(upload) = plan.upload {
-            let chosen: Vec<_> = all.iter().filter(|segment| upload.contains(&segment.base)).collect();
+            let chosen: Vec<_> = segments.iter().filter(|segment| upload.contains(&segment.base)).collect();
             prop_assert_eq!(chosen.first().map(|first| first.base), Some(upload.start));
             prop_assert_eq!(chosen.last().map(|last| last.end), Some(upload.end));
             prop_assert!(upload.end <= input.high_watermark && upload.start >= input.tiered_end);
