@@ -1,4 +1,4 @@
-//! One task, driven by the test: links and ISR updates only record their requests.
+//! The task of one partition, driven by the test. Its links and ISR updates are replaced by a list of its requests.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ use crate::{
     },
 };
 
-/// Request of a partition's task, in order.
+/// Request of a partition's task to its links or to the ISR updates.
 #[derive(Clone, Debug, PartialEq)]
 enum TaskRequest {
     Follow(BrokerId),
@@ -87,7 +87,7 @@ impl IsrUpdater for RequestLog {
     }
 }
 
-/// Opens broker 1's replica of three. The log is to be kept as long as it is written to.
+/// Opens broker 1's replica of three. The caller must keep the data directory as long as the replica is written to.
 fn open() -> (Arc<Partition>, Arc<RequestLog>, DataDir) {
     open_on(SimDisk::new())
 }
@@ -130,8 +130,8 @@ fn peer(number: u32) -> PeerId {
     PeerId { broker: broker(number), epoch: Revision(100 + u64::from(number)) }
 }
 
-/// Returns a batch as a leader of that epoch sends it.
-fn sent(base: u64, epoch: u32) -> Batch {
+/// Returns the batch at offset `base` that a leader appended in `epoch`.
+fn leader_batch(base: u64, epoch: u32) -> Batch {
     let mut batch = batch(b"x", None);
     batch.set_offset_and_epoch(at(base), LeaderEpoch(epoch));
     batch
@@ -155,7 +155,7 @@ async fn deliver(partition: &Partition, events: impl IntoIterator<Item = LinkEve
     assign_again(partition).await;
 }
 
-/// Sends outdated metadata, and returns when everything before it was handled.
+/// Sends stale metadata, and returns when the task has handled all earlier messages.
 async fn assign_again(partition: &Partition) {
     assign(partition, value(None, 0), 0).await;
 }
@@ -172,11 +172,14 @@ async fn follower_copies_and_rejects_batches_that_do_not_fit() {
     deliver(&partition, [LinkEvent::Connected]).await;
     assert_eq!(requests.take(), [TaskRequest::Follow(broker(2)), subscribed(4, None, 0)]);
 
-    // Before the response nothing is accepted, and that is no reason to subscribe again.
-    deliver(&partition, [batches_event(4, 0, vec![sent(0, 4)])]).await;
+    // Batches before the response are ignored, and the follower does not subscribe again.
+    deliver(&partition, [batches_event(4, 0, vec![leader_batch(0, 4)])]).await;
     deliver(
         &partition,
-        [response_event(4, SubscribeOutcome::Accepted(at(0))), batches_event(4, 1, vec![sent(0, 3), sent(1, 4)])],
+        [
+            response_event(4, SubscribeOutcome::Accepted(at(0))),
+            batches_event(4, 1, vec![leader_batch(0, 3), leader_batch(1, 4)]),
+        ],
     )
     .await;
     assert_eq!((partition.watermarks().log_end, partition.watermarks().high_watermark), (at(2), at(1)));
@@ -184,25 +187,25 @@ async fn follower_copies_and_rejects_batches_that_do_not_fit() {
     assert_eq!(partition.status().role, ReplicaRole::Follower { leader: broker(2), in_sync: true });
     assert_eq!(requests.take(), []);
 
-    // Late, of an earlier epoch: the batch changes nothing.
-    deliver(&partition, [batches_event(3, 2, vec![sent(2, 3)])]).await;
+    // A late batch of an earlier epoch changes nothing.
+    deliver(&partition, [batches_event(3, 2, vec![leader_batch(2, 3)])]).await;
     assert_eq!(requests.take(), []);
     let bad = [
-        ("a gap", vec![sent(3, 4)]),
-        ("an overlap", vec![sent(1, 4)]),
-        ("an epoch that decreases", vec![sent(2, 3)]),
-        ("an epoch above its leader's", vec![sent(2, 5)]),
-        ("a valid batch before a gap", vec![sent(2, 4), sent(4, 4)]),
+        ("a gap", vec![leader_batch(3, 4)]),
+        ("an overlap", vec![leader_batch(1, 4)]),
+        ("an epoch that decreases", vec![leader_batch(2, 3)]),
+        ("an epoch above its leader's", vec![leader_batch(2, 5)]),
+        ("a valid batch before a gap", vec![leader_batch(2, 4), leader_batch(4, 4)]),
     ];
     for (case, batches) in bad {
-        deliver(&partition, [batches_event(4, 9, batches), batches_event(4, 9, vec![sent(2, 4)])]).await;
+        deliver(&partition, [batches_event(4, 9, batches), batches_event(4, 9, vec![leader_batch(2, 4)])]).await;
         assert_eq!(requests.take(), [TaskRequest::RetryLater], "{case}");
         assert_eq!((partition.watermarks().log_end, partition.watermarks().high_watermark), (at(2), at(1)), "{case}");
         assert_eq!(partition.status().role, ReplicaRole::Follower { leader: broker(2), in_sync: false }, "{case}");
         deliver(&partition, [LinkEvent::Connected, response_event(4, SubscribeOutcome::Accepted(at(2)))]).await;
         assert_eq!(requests.take(), [subscribed(4, Some(4), 2)], "{case}");
     }
-    deliver(&partition, [batches_event(4, 3, vec![sent(2, 4)])]).await;
+    deliver(&partition, [batches_event(4, 3, vec![leader_batch(2, 4)])]).await;
     assert_eq!(partition.watermarks().high_watermark, at(3));
 }
 
@@ -210,20 +213,20 @@ async fn follower_copies_and_rejects_batches_that_do_not_fit() {
 /// further on another replica.
 #[tokio::test]
 async fn in_sync_follower_serves_only_committed_records() {
-    let (partition, _notes, _log) = open();
+    let (partition, _requests, _log) = open();
     let reader = partition.reader().clone();
     let serves = || (partition.status().role.serves(false), partition.status().role.serves(true));
     let next = async |from| reader.read(at(from), (1 << 20).into()).await.unwrap().map(|fetched| fetched.next);
     assign(&partition, value(Some(2), 4), 10).await;
     deliver(&partition, [LinkEvent::Connected]).await;
     assert_eq!(serves(), (false, false), "the leader has not responded");
-    let four = (0..4).map(|n| sent(n, 4)).collect();
-    deliver(&partition, [response_event(4, SubscribeOutcome::Accepted(at(0))), batches_event(4, 2, four)]).await;
+    let batches = (0..4).map(|n| leader_batch(n, 4)).collect();
+    deliver(&partition, [response_event(4, SubscribeOutcome::Accepted(at(0))), batches_event(4, 2, batches)]).await;
     assert_eq!(serves(), (false, true));
     assert_eq!((next(0).await, next(1).await), (Some(at(2)), Some(at(2))));
-    let ready = Arc::new(WakeSet::default());
-    reader.add_listener(&ready, 7);
-    assert_eq!((ready.take(), ready.take()), (Some(7), None));
+    let wake_set = Arc::new(WakeSet::default());
+    reader.add_listener(&wake_set, 7);
+    assert_eq!((wake_set.take(), wake_set.take()), (Some(7), None));
     assert_eq!(
         (next(2).await, next(3).await, next(9).await),
         (None, None, None),
@@ -232,7 +235,7 @@ async fn in_sync_follower_serves_only_committed_records() {
     let broken = mutation::with_mutation(Some(Mutation::FollowerServesUncommitted), || next(2).now_or_never());
     assert_eq!(broken, Some(Some(at(4))), "the follower has the uncommitted records");
     deliver(&partition, [batches_event(4, 3, vec![])]).await;
-    assert_eq!((ready.take(), next(2).await), (Some(7), Some(at(3))), "the high watermark moved");
+    assert_eq!((wake_set.take(), next(2).await), (Some(7), Some(at(3))), "the high watermark moved");
 
     // Removed from the ISR, and admitted again.
     let without = PartitionValue { isr: vec![broker(2), broker(3)], ..value(Some(2), 4) };
@@ -243,13 +246,13 @@ async fn in_sync_follower_serves_only_committed_records() {
     // The link is lost: later commits of the leader do not arrive.
     deliver(&partition, [LinkEvent::Disconnected]).await;
     assert_eq!(serves(), (false, false));
-    // Another broker leads: no reads before it has found the two logs to agree.
+    // Another broker leads: the follower serves no reads before the leader has accepted its log.
     assign(&partition, value(Some(3), 5), 13).await;
     deliver(&partition, [LinkEvent::Connected]).await;
     assert_eq!(serves(), (false, false));
     deliver(&partition, [response_event(5, SubscribeOutcome::Accepted(at(4)))]).await;
     assert_eq!((serves(), next(3).await), ((false, true), None));
-    // The broker leads, and follows again.
+    // The broker leads, and then follows again.
     assign(&partition, value(Some(1), 6), 14).await;
     assert_eq!(serves(), (true, true));
     assign(&partition, value(Some(2), 7), 15).await;
@@ -260,12 +263,12 @@ async fn in_sync_follower_serves_only_committed_records() {
 async fn follower_truncates_bootstraps_and_retries_by_response() {
     let (partition, requests, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
-    let copied = batches_event(4, 1, (0..6).map(|n| sent(n, if n < 3 { 1 } else { 2 })).collect());
+    let copied = batches_event(4, 1, (0..6).map(|n| leader_batch(n, if n < 3 { 1 } else { 2 })).collect());
     deliver(&partition, [LinkEvent::Connected, response_event(4, SubscribeOutcome::Accepted(at(0))), copied]).await;
     wait_until("the batches are durable", || partition.progress().persisted_end == at(6)).await;
     requests.take();
 
-    // Another broker leads, which has only some of the records.
+    // Another broker leads, and has only some of the records.
     assign(&partition, value(Some(3), 5), 11).await;
     deliver(&partition, [LinkEvent::Connected]).await;
     assert_eq!(
@@ -276,7 +279,7 @@ async fn follower_truncates_bootstraps_and_retries_by_response() {
     assert_eq!(
         requests.take(),
         [subscribed(5, Some(1), 3)],
-        "the log is truncated at the end of its own part of that epoch"
+        "the log is truncated where its own records of that epoch end"
     );
     assert_eq!(partition.watermarks().log_end, at(3));
 
@@ -318,7 +321,7 @@ async fn follower_truncates_bootstraps_and_retries_by_response() {
     let tables = BootstrapTables { start: at(9), from_object_store: false, epochs, producers: bytes::Bytes::new() };
     deliver(&partition, [response_event(5, SubscribeOutcome::Bootstrap(Box::new(tables.clone())))]).await;
     assert_eq!(requests.take(), [subscribed(5, Some(1), 3), subscribed(5, Some(3), 9)]);
-    // A leader that repeats its response does not get requests at the rate of its responses.
+    // If a leader repeats its response, the follower waits before it subscribes again.
     deliver(&partition, [response_event(5, SubscribeOutcome::Bootstrap(Box::new(tables)))]).await;
     wait_until("the task requests a retry", || requests.0.lock().contains(&TaskRequest::RetryLater)).await;
     assert_eq!(requests.take(), [TaskRequest::RetryLater]);
@@ -328,8 +331,8 @@ async fn follower_truncates_bootstraps_and_retries_by_response() {
     assert_eq!(requests.take(), [TaskRequest::Unsubscribe(LeaderEpoch(5), true)]);
 }
 
-/// A leader has one request at a time. The outcome of a request in an earlier epoch is no outcome of the current
-/// request. Applied as such, it would drop a member from the maximal ISR whose admission may still come true.
+/// A leader has one request at a time. The outcome of a request of an earlier epoch must not be applied to the current
+/// request. It would remove a member from the maximal ISR whose admission may still be written.
 #[tokio::test]
 async fn late_outcome_does_not_count_for_another_proposal() {
     let (partition, requests, _log) = open();
@@ -355,7 +358,7 @@ async fn late_outcome_does_not_count_for_another_proposal() {
     partition.on_follower_disconnected(peer(2), DisconnectCause::ProcessGone).await;
     assign_again(&partition).await;
     assert_eq!(requests.take(), [TaskRequest::ReadBack]);
-    // The metadata is faster: the value that is read later is known by then.
+    // The metadata arrives before the value that is read back.
     assign(&partition, second.value.clone(), 22).await;
     assert_eq!(requests.take(), []);
     partition.on_isr_outcome(ProposalOutcome::CurrentValue(second.value.clone(), Revision(22))).await;
@@ -391,8 +394,8 @@ async fn broker_leads_at_most_once_in_an_epoch() {
     assert_eq!(result, Err(AppendError::NotLeader { leader: Some(broker(2)), epoch: LeaderEpoch(7) }));
 }
 
-/// A follower's report of a newer epoch ends a leadership at once. Regression: a wrong report, by a broken follower or
-/// broken metadata, stopped the partition. The metadata kept naming a leader that waited for newer metadata.
+/// A follower's report of a newer epoch ends a leadership at once. Regression: a wrong report stopped the partition.
+/// The metadata still named the broker as leader, and the broker waited for newer metadata.
 #[tokio::test]
 async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     let (partition, requests, _log) = open();
@@ -422,7 +425,7 @@ async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     assert_eq!((requests.take(), partition.wants_ticks()), (vec![], false));
     assign(&partition, value(Some(1), 6), 12).await;
     assert!(partition.status().role.leads(), "the follower's report no longer counts");
-    // The report does not keep this broker from following another one.
+    // After a wrong report, this broker follows another leader once the store was read.
     partition.deposed(LeaderEpoch(2_000_000)).await;
     assign(&partition, value(Some(3), 7), 13).await;
     assert_eq!((partition.status().role, requests.take()), (ReplicaRole::Idle, vec![]));
@@ -440,8 +443,8 @@ async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     assert_eq!(requests.take(), [TaskRequest::Follow(broker(2))]);
 }
 
-/// Regression: the second for the metadata was counted from the wait before, if that wait had ended before the next
-/// tick.
+/// Regression: the wait for metadata, of a second, counted from the start of an earlier wait, if that wait had ended
+/// before the next tick.
 #[tokio::test]
 async fn metadata_wait_counts_from_the_end_of_leadership() {
     let (partition, requests, _log) = open();
@@ -457,10 +460,10 @@ async fn metadata_wait_counts_from_the_end_of_leadership() {
     assert_eq!(requests.take(), [TaskRequest::ReadBack]);
 }
 
-/// Regression: one clock serves all partitions of a broker. A task that was blocked at its disk for minutes had its
-/// queue filled with ticks, and then blocked the clock of all other partitions.
+/// Regression: one clock sends ticks to all partitions of a broker. Ticks filled the queue of a task that was blocked
+/// by its disk for minutes. The clock then waited for this task, and all other partitions got no ticks.
 #[tokio::test]
-async fn blocked_task_delays_no_clock_and_keeps_queue_space() {
+async fn ticks_never_wait_and_take_no_queue_space() {
     let (partition, requests, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
     (0..2 * COMMAND_QUEUE_LEN as u64).for_each(|now_ms| partition.tick(now_ms));
@@ -474,9 +477,9 @@ async fn blocked_task_delays_no_clock_and_keeps_queue_space() {
 async fn full_control_queue_rejects_link_events() {
     let (partition, requests, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
-    let all: Vec<_> = (0..2 * COMMAND_QUEUE_LEN).map(|_| partition.on_link_event(LinkEvent::Connected)).collect();
-    assert_eq!(all.iter().filter(|taken| taken.is_err()).count(), COMMAND_QUEUE_LEN);
-    assert!(all[..COMMAND_QUEUE_LEN].iter().all(Result::is_ok));
+    let results: Vec<_> = (0..2 * COMMAND_QUEUE_LEN).map(|_| partition.on_link_event(LinkEvent::Connected)).collect();
+    assert_eq!(results.iter().filter(|result| result.is_err()).count(), COMMAND_QUEUE_LEN);
+    assert!(results[..COMMAND_QUEUE_LEN].iter().all(Result::is_ok));
     deliver(&partition, []).await;
     assert_eq!(requests.take().len(), 1 + COMMAND_QUEUE_LEN, "accepted events are handled");
 }
@@ -484,15 +487,16 @@ async fn full_control_queue_rejects_link_events() {
 /// A subscription in an epoch that this broker has not received yet waits for that epoch, for a limited time.
 #[tokio::test(start_paused = true)]
 async fn subscription_waits_for_its_epoch_to_begin() {
-    let (partition, _notes, _log) = open();
+    let (partition, _requests, _log) = open();
     assign(&partition, value(Some(2), 4), 10).await;
     let position = LogPosition { last_epoch: None, log_end: at(0), removal_count: None };
     let early = partition.subscribe(peer(2), LeaderEpoch(5), position, ReplicaProgress::default());
-    let signals = async {
+    // The time of this test is paused, so the sleep takes no real time.
+    let metadata = async {
         tokio::time::sleep(Duration::from_millis(900)).await;
         assign(&partition, value(Some(1), 5), 11).await;
     };
-    let (response, ()) = tokio::join!(early, signals);
+    let (response, ()) = tokio::join!(early, metadata);
     assert!(
         matches!(response, SubscribeResponse { epoch: LeaderEpoch(5), outcome: SubscribeOutcome::Accepted(_), .. }),
         "{response:?}"
@@ -506,8 +510,8 @@ async fn subscription_waits_for_its_epoch_to_begin() {
     assert_eq!(began.elapsed().as_millis(), 1000);
 }
 
-/// Regression: an etcd that was restored from a backup names epochs again, and the first append of such a leader
-/// panicked.
+/// Regression: after a restore of etcd from a backup, earlier epochs are assigned again. The first append of a leader
+/// in such an epoch panicked.
 #[tokio::test]
 async fn broker_does_not_lead_in_an_epoch_before_its_log() {
     let (partition, requests, _log) = open();
@@ -517,7 +521,7 @@ async fn broker_does_not_lead_in_an_epoch_before_its_log() {
         [
             LinkEvent::Connected,
             response_event(7, SubscribeOutcome::Accepted(at(0))),
-            batches_event(7, 1, vec![sent(0, 7)]),
+            batches_event(7, 1, vec![leader_batch(0, 7)]),
         ],
     )
     .await;
@@ -528,7 +532,7 @@ async fn broker_does_not_lead_in_an_epoch_before_its_log() {
     assert!(matches!(result, Err(AppendError::NotLeader { .. })), "{result:?}");
     assert_eq!((partition.status().role, partition.wants_ticks()), (ReplicaRole::Idle, true));
 
-    // That epoch ends here, and an election in the next one follows.
+    // The broker ends that epoch, and an election in the next epoch follows.
     for ms in [0, 1000] {
         tick(&partition, ms).await;
     }
@@ -555,8 +559,8 @@ async fn failed_leader_resigns_when_a_successor_enters_isr() {
     assert_eq!(requests.take(), [TaskRequest::Resign(LeaderEpoch(4))]);
 }
 
-/// The outcome of a proposal names this broker id as the leader of a newer epoch: that may be another process, on a
-/// copy of the data directory.
+/// The outcome of a proposal names this broker id as the leader of a newer epoch. The id may then belong to another
+/// process, on a copy of the data directory.
 #[tokio::test]
 async fn only_the_metadata_cache_starts_a_leader() {
     let (partition, requests, _log) = open();

@@ -1,11 +1,11 @@
-//! Several replicas of one partition, over a network and a metadata store that the test controls: leaders, followers,
-//! results of writes.
+//! Several replicas of one partition, over a network and a metadata store that the test controls: leader changes,
+//! replication, and results of writes.
 
 mod driven;
 mod net;
 mod retries;
 
-use net::{Net, append, at, batch, broker, bytes_of, equal, in_sync, send, tick};
+use net::{Net, append, assert_equal_logs, at, batch, broker, bytes_of, send, tick, wait_until_in_sync};
 use std::sync::Arc;
 
 use crate::{
@@ -18,13 +18,13 @@ use crate::{
 
 const PLAIN: &[(&str, &str)] = &[("remote.storage.enable", "false"), ("retention.ms", "-1")];
 
-/// Starts three replicas, all in sync; the first one leads.
+/// Starts the replicas of brokers 1 to 3, all in sync. Broker 1 leads.
 async fn trio() -> (Arc<Net>, [Arc<Partition>; 3]) {
     let net = Net::new(3, 3, 2, false).await;
     let one = net.start(1, PLAIN, false).await;
     let (two, three) = (net.start(2, PLAIN, false).await, net.start(3, PLAIN, false).await);
-    in_sync(&two).await;
-    in_sync(&three).await;
+    wait_until_in_sync(&two).await;
+    wait_until_in_sync(&three).await;
     (net, [one, two, three])
 }
 
@@ -43,8 +43,8 @@ async fn consumed(partition: &Partition) -> Vec<Vec<u8>> {
     values
 }
 
-fn values(of: impl IntoIterator<Item = u8>) -> Vec<Vec<u8>> {
-    of.into_iter().map(|n| vec![n]).collect()
+fn values(bytes: impl IntoIterator<Item = u8>) -> Vec<Vec<u8>> {
+    bytes.into_iter().map(|n| vec![n]).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -62,7 +62,7 @@ async fn records_acknowledged_by_all_are_readable_everywhere() {
     for follower in [&two, &three] {
         wait_until("the high watermark arrives", || follower.watermarks().high_watermark == at(20)).await;
         assert_eq!(consumed(follower).await, values(0..20));
-        equal(&one, follower, 0).await;
+        assert_equal_logs(&one, follower, 0).await;
         let refused = append(follower, b"x", Acks::Leader).await;
         assert_eq!(refused, Err(AppendError::NotLeader { leader: Some(broker(1)), epoch: LeaderEpoch(1) }));
     }
@@ -73,17 +73,17 @@ async fn records_acknowledged_by_all_are_readable_everywhere() {
     assert_eq!(net.proposals(), [], "no ISR change was proposed");
 }
 
-/// A leader writes records that no replica copies, and another broker is elected. When the first one returns, it
-/// truncates these records by epochs; their writers never got an acknowledgement of all replicas.
+/// A leader writes records that no replica copies, and another broker is elected. When the old leader is connected
+/// again, it truncates these records by epochs. Their writers never got an acknowledgement of all replicas.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn deposed_leader_truncates_uncopied_records_and_follows() {
     let (net, [one, two, three]) = trio().await;
     append(&one, &[0], Acks::All).await.unwrap();
     let reader = one.reader().clone();
 
-    net.cut(1, 2);
-    net.cut(1, 3);
-    net.set_blind(1, true).await;
+    net.disconnect(1, 2);
+    net.disconnect(1, 3);
+    net.pause_metadata(1).await;
     assert_eq!(append(&one, &[100], Acks::Leader).await.unwrap().base.get(), 1);
     let waiting = send(&one, batch(&[101], None), Acks::All).await;
     wait_until("the batches are durable", || one.progress().persisted_end == at(3)).await;
@@ -91,39 +91,39 @@ async fn deposed_leader_truncates_uncopied_records_and_follows() {
     net.elect(2, &[1]).await;
     assert_eq!(net.value().await.0.isr, [broker(2), broker(3)]);
     wait_until("broker 3 has the metadata of epoch 2", || three.status().epoch == LeaderEpoch(2)).await;
-    in_sync(&three).await;
+    wait_until_in_sync(&three).await;
     let acked = append(&two, &[1], Acks::All).await.unwrap();
     assert_eq!((acked.base, acked.epoch, acked.durability), (at(1), LeaderEpoch(2), AckDurability::Persisted(2)));
     assert_eq!(one.watermarks().high_watermark, at(1), "the old leader commits nothing");
 
     // The old leader receives the metadata, and follows.
-    net.set_blind(1, false).await;
+    net.resume_metadata(1).await;
     assert_eq!(waiting.await.unwrap(), Err(AppendError::Deposed));
     let not_leader = AppendError::NotLeader { leader: Some(broker(2)), epoch: LeaderEpoch(2) };
     assert_eq!(append(&one, &[102], Acks::All).await, Err(not_leader));
-    net.heal(1, 2);
-    in_sync(&one).await;
-    equal(&two, &one, 0).await;
+    net.reconnect(1, 2);
+    wait_until_in_sync(&one).await;
+    assert_equal_logs(&two, &one, 0).await;
     append(&two, &[2], Acks::All).await.unwrap();
     for partition in [&one, &two, &three] {
         wait_until("the high watermark arrives", || partition.watermarks().high_watermark == at(3)).await;
         assert_eq!(consumed(partition).await, values(0..3));
     }
-    // A reader from before the change reads on.
+    // A reader that was opened before the leader change still works.
     assert!(reader.read(at(1), 100.into()).await.unwrap().is_some());
 }
 
-/// The first message of a successor to a deposed leader may be a tier state. The deposed leader's own log may reach as
-/// far, with other records.
+/// A deposed leader may receive its successor's tier state first. The log of the deposed leader may end above the
+/// tiered end, with other records.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn newer_tier_state_commits_nothing_on_deposed_leader() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
     let net = Net::new(2, 2, 1, true).await;
     let (one, two) = (net.start(1, TIERED, false).await, net.start(2, TIERED, false).await);
-    in_sync(&two).await;
+    wait_until_in_sync(&two).await;
     append(&one, &[0; 4000], Acks::All).await.unwrap();
-    net.cut(1, 2);
-    net.set_blind(1, true).await;
+    net.disconnect(1, 2);
+    net.pause_metadata(1).await;
     for _ in 1..20 {
         append(&one, &[100; 4000], Acks::Leader).await.unwrap();
     }
@@ -132,17 +132,17 @@ async fn newer_tier_state_commits_nothing_on_deposed_leader() {
     for n in 1..20u8 {
         append(&two, &[n; 4000], Acks::All).await.unwrap();
     }
-    net.settle(2).await;
+    net.run_maintenance(2).await;
     assert!(two.watermarks().tiered_end > at(5));
 
     one.apply_tier_state(net.committed().await.unwrap()).await;
     assert_eq!(waiting.await.unwrap(), Err(AppendError::Deposed));
     assert_eq!(one.watermarks().high_watermark, at(1), "the deposed leader commits no record");
     assert_eq!(consumed(&one).await, [vec![0; 4000]]);
-    net.set_blind(1, false).await;
-    net.heal(1, 2);
-    in_sync(&one).await;
-    equal(&two, &one, 0).await;
+    net.resume_metadata(1).await;
+    net.reconnect(1, 2);
+    wait_until_in_sync(&one).await;
+    assert_equal_logs(&two, &one, 0).await;
 }
 
 /// A leader without metadata is deposed only by the reports of its followers.
@@ -151,7 +151,7 @@ async fn leader_with_report_of_newer_epoch_admits_nothing() {
     let (net, [one, _two, _three]) = trio().await;
     let tail = one.tail();
     assert!(tail.read(at(0), 100).await.unwrap().is_none());
-    net.set_blind(1, true).await;
+    net.pause_metadata(1).await;
     net.elect(2, &[]).await;
     wait_until("the leader is deposed", || one.status().role == ReplicaRole::Idle).await;
     assert_eq!(one.status().leader, None, "the deposed leader has no newer metadata");
@@ -159,15 +159,15 @@ async fn leader_with_report_of_newer_epoch_admits_nothing() {
     assert_eq!(refused, Err(AppendError::NotLeader { leader: None, epoch: LeaderEpoch(1) }));
     assert_eq!(tail.read(at(0), 100).await.unwrap_err(), ReadError::Closed, "a tail reader ends with its epoch");
     // Metadata of the epoch before, received again, does not make it lead.
-    net.set_blind(1, false).await;
-    in_sync(&one).await;
+    net.resume_metadata(1).await;
+    wait_until_in_sync(&one).await;
     assert_eq!(one.epoch(), LeaderEpoch(2));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lost_follower_leaves_the_isr_and_returns() {
     let (net, [one, two, three]) = trio().await;
-    net.cut(1, 3);
+    net.disconnect(1, 3);
     let waiting = send(&one, batch(&[0], None), Acks::All).await;
     wait_until("broker 2 has the record", || two.progress().persisted_end == at(1)).await;
     assert_eq!(one.watermarks().high_watermark, at(0), "commits wait for an ISR member");
@@ -176,81 +176,81 @@ async fn lost_follower_leaves_the_isr_and_returns() {
     one.on_follower_disconnected(peer, DisconnectCause::ProcessGone).await;
     assert_eq!(waiting.await.unwrap().unwrap().durability, AckDurability::Persisted(2));
     assert_eq!(net.value().await.0.isr, [broker(1), broker(2)]);
-    wait_until("no member is behind", || !one.wants_ticks()).await;
+    wait_until("no ISR member is behind", || !one.wants_ticks()).await;
 
     append(&one, &[1], Acks::All).await.unwrap();
-    net.heal(1, 3);
-    in_sync(&three).await;
-    equal(&one, &three, 0).await;
+    net.reconnect(1, 3);
+    wait_until_in_sync(&three).await;
+    assert_equal_logs(&one, &three, 0).await;
     assert_eq!(append(&one, &[2], Acks::All).await.unwrap().durability, AckDurability::Persisted(3));
     let isrs: Vec<usize> = net.proposals().iter().map(|proposal| proposal.value.isr.len()).collect();
     assert_eq!(isrs, [2, 3]);
 }
 
 /// An operator cancels a reassignment and starts it again, and neither the leader nor the new replica receives the
-/// values in between. The leader drops the acknowledgements of before. So the replica subscribes again by itself,
+/// values in between. The leader drops the earlier acknowledgements of the replica. So the replica subscribes again,
 /// although its link stays connected and nothing is written.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replica_added_again_subscribes_again() {
     let net = Net::new(3, 2, 1, false).await;
     let one = net.start(1, PLAIN, false).await;
     let two = net.start(2, PLAIN, false).await;
-    in_sync(&two).await;
+    wait_until_in_sync(&two).await;
     append(&one, &[0], Acks::All).await.unwrap();
     let three = net.start(3, PLAIN, false).await;
-    // The replica copies, and its leader is not to admit it yet: the leader receives neither the first reassignment nor
-    // its end.
+    // The replica copies, and its leader must not admit it yet. So the leader receives neither the first reassignment
+    // nor its end.
     let target = [broker(1), broker(2), broker(3)];
-    net.set_blind(1, true).await;
+    net.pause_metadata(1).await;
     net.change(|value| value.start_reassignment(&target).unwrap()).await;
     wait_until("broker 3 follows", || matches!(three.status().role, ReplicaRole::Follower { in_sync: false, .. }))
         .await;
-    net.set_blind(3, true).await;
+    net.pause_metadata(3).await;
     net.change(|value| value.cancel_reassignment().unwrap()).await;
     net.change(|value| value.start_reassignment(&target).unwrap()).await;
-    net.set_blind(1, false).await;
+    net.resume_metadata(1).await;
     // The leader rejects an addition that it has not received; the new replica receives the second addition last.
     assert_eq!(net.value().await.0.isr, target[..2]);
-    net.set_blind(3, false).await;
-    in_sync(&three).await;
-    equal(&one, &three, 0).await;
+    net.resume_metadata(3).await;
+    wait_until_in_sync(&three).await;
+    assert_equal_logs(&one, &three, 0).await;
     assert_eq!(net.value().await.0.removal_count, 1);
 }
 
-/// The same for a replica that followed already when it was removed: its link stays connected, and acknowledgements on
-/// the old subscription do not count.
+/// A replica that already follows is removed and added again, while its link stays connected. Acknowledgements on its
+/// old subscription do not count.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn repeated_addition_ends_the_old_subscription() {
     let net = Net::new(3, 2, 2, false).await;
     let one = net.start(1, PLAIN, false).await;
     let two = net.start(2, PLAIN, false).await;
-    in_sync(&two).await;
+    wait_until_in_sync(&two).await;
     let three = net.start(3, PLAIN, false).await;
     let target = [broker(1), broker(2), broker(3)];
     net.refuse_admissions(true);
     net.change(|value| value.start_reassignment(&target).unwrap()).await;
     wait_until("the leader proposes the admission", || !net.proposals().is_empty()).await;
-    net.set_blind(1, true).await;
-    net.set_blind(3, true).await;
+    net.pause_metadata(1).await;
+    net.pause_metadata(3).await;
     net.change(|value| value.cancel_reassignment().unwrap()).await;
     let second = net.change(|value| value.start_reassignment(&target).unwrap()).await;
     net.refuse_admissions(false);
-    net.set_blind(1, false).await;
-    net.set_blind(3, false).await;
-    in_sync(&three).await;
+    net.resume_metadata(1).await;
+    net.resume_metadata(3).await;
+    wait_until_in_sync(&three).await;
     assert_eq!(second.isr, target[..2]);
     append(&one, &[1], Acks::All).await.unwrap();
-    equal(&one, &three, 0).await;
+    assert_equal_logs(&one, &three, 0).await;
 }
 
-/// The process runs and its link is connected: the replica only makes no progress.
+/// The process of the follower runs, and the leader received no end of its link: only the lack of progress shows.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lagging_follower_is_removed_by_ticks_alone() {
     let net = Net::new(2, 2, 1, false).await;
     let one = net.start(1, PLAIN, false).await;
     let two = net.start(2, PLAIN, false).await;
-    in_sync(&two).await;
-    net.cut(1, 2);
+    wait_until_in_sync(&two).await;
+    net.disconnect(1, 2);
     let waiting = send(&one, batch(&[0], None), Acks::All).await;
     wait_until("broker 2 is behind", || one.progress().persisted_end == at(1) && one.wants_ticks()).await;
     tick(&one, 1000).await;
@@ -261,13 +261,14 @@ async fn lagging_follower_is_removed_by_ticks_alone() {
     assert_eq!(net.value().await.0.isr, [broker(1)]);
 }
 
-/// The outcome of a proposal that was written is lost. Nothing is committed by it before the key was read.
+/// The outcome of a proposal is lost after the proposal was written. The leader commits by the new ISR only after it
+/// has read the key.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unknown_outcome_is_read_back() {
     let net = Net::new(3, 3, 1, false).await;
     let one = net.start(1, PLAIN, false).await;
     let two = net.start(2, PLAIN, false).await;
-    in_sync(&two).await;
+    wait_until_in_sync(&two).await;
     net.lose_outcomes(1);
     let waiting = send(&one, batch(&[0], None), Acks::All).await;
     let peer = net.node(3, |node| leader::member::PeerId { broker: broker(3), epoch: node.epoch });
@@ -275,7 +276,7 @@ async fn unknown_outcome_is_read_back() {
     assert_eq!(waiting.await.unwrap().unwrap().durability, AckDurability::Persisted(2));
     assert_eq!(net.value().await.0.isr, [broker(1), broker(2)]);
     let three = net.start(3, PLAIN, false).await;
-    in_sync(&three).await;
+    wait_until_in_sync(&three).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -283,27 +284,27 @@ async fn below_min_isr_commits_wait_for_the_eligible_replica() {
     let net = Net::new(2, 2, 2, false).await;
     let one = net.start(1, PLAIN, false).await;
     let two = net.start(2, PLAIN, false).await;
-    in_sync(&two).await;
+    wait_until_in_sync(&two).await;
     append(&one, &[0], Acks::All).await.unwrap();
-    net.cut(1, 2);
+    net.disconnect(1, 2);
     let peer = net.node(2, |node| leader::member::PeerId { broker: broker(2), epoch: node.epoch });
     one.on_follower_disconnected(peer, DisconnectCause::ProcessGone).await;
     while net.value().await.0.elr.is_empty() {
         tokio::task::yield_now().await;
     }
-    net.spread().await;
+    net.deliver_metadata().await;
     let refused = append(&one, &[1], Acks::All).await.unwrap_err();
     assert_eq!(refused, AppendError::Refused(AdmitError::NotEnoughReplicas { in_sync: 1, needed: 2 }));
     assert_eq!(append(&one, &[1], Acks::Leader).await.unwrap().base, at(1));
     assert_eq!(one.watermarks().high_watermark, at(1));
-    net.heal(1, 2);
-    in_sync(&two).await;
+    net.reconnect(1, 2);
+    wait_until_in_sync(&two).await;
     wait_until("all records are committed", || one.watermarks().high_watermark == at(2)).await;
     assert_eq!(net.value().await.0.elr, []);
 }
 
-/// The older records are in the object store; a bootstrapping replica copies the tail alone, and gets the producer
-/// state from the footer.
+/// The older records are in the object store. A bootstrapping replica copies only the records after them, and gets the
+/// producer state from a segment footer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_replica_bootstraps_at_tiered_end_with_producers() {
     const TIERED: &[(&str, &str)] =
@@ -315,17 +316,17 @@ async fn new_replica_bootstraps_at_tiered_end_with_producers() {
         let written = send(&one, batch(&[7; 4000], stamp(n)), Acks::All).await;
         written.await.unwrap().unwrap();
     }
-    net.settle(1).await;
+    net.run_maintenance(1).await;
     let tiered_end = one.watermarks().tiered_end;
     assert!(tiered_end > at(10) && tiered_end < at(20), "{tiered_end}");
 
     net.change(|value| value.start_reassignment(&[broker(1), broker(2)]).unwrap()).await;
     assert!(matches!(net.open(2, TIERED, false).await, Err(PartitionError::Lost { .. })));
     let two = net.start(2, TIERED, true).await;
-    in_sync(&two).await;
+    wait_until_in_sync(&two).await;
     let watermarks = two.watermarks();
     assert_eq!((watermarks.log_start, watermarks.local_start, watermarks.tiered_end), (at(0), tiered_end, tiered_end));
-    equal(&one, &two, tiered_end.get()).await;
+    assert_equal_logs(&one, &two, tiered_end.get()).await;
     wait_until("the high watermark arrives", || two.watermarks().high_watermark == at(20)).await;
     assert_eq!(consumed(&two).await.len(), 20, "readers of the new replica get the records before its start");
 
@@ -345,7 +346,7 @@ async fn new_replica_bootstraps_at_tiered_end_with_producers() {
     for n in 21..40 {
         send(&two, batch(&[7; 4000], stamp(n)), Acks::All).await.await.unwrap().unwrap();
     }
-    net.settle(2).await;
+    net.run_maintenance(2).await;
     assert!(two.watermarks().tiered_end > tiered_end);
 }
 
@@ -365,13 +366,13 @@ async fn new_replica_bootstraps_with_the_leaders_tables() {
     for n in 0..30 {
         send(&one, batch(&[1; 4000], stamp(6, n)), Acks::All).await.await.unwrap().unwrap();
     }
-    net.settle(1).await;
+    net.run_maintenance(1).await;
     let start = one.watermarks().log_start;
     assert!(start > at(4) && one.watermarks().local_start == start, "{:?}", one.watermarks());
     net.change(|value| value.start_reassignment(&[broker(2), broker(1)]).unwrap()).await;
     let two = net.start(2, SHORT, true).await;
-    in_sync(&two).await;
-    equal(&one, &two, start.get()).await;
+    wait_until_in_sync(&two).await;
+    assert_equal_logs(&one, &two, start.get()).await;
     assert_eq!((two.watermarks().log_start, two.watermarks().local_start), (start, start));
     net.elect(2, &[]).await;
     wait_until("broker 2 leads", || two.status().role.leads()).await;
@@ -390,7 +391,7 @@ async fn leader_with_failed_disk_resigns_and_serves_reads() {
     wait_until("the partition has no leader", || two.status().epoch == LeaderEpoch(2)).await;
     assert_eq!(net.value().await.0.isr, [broker(2), broker(3)]);
     net.elect(2, &[]).await;
-    in_sync(&three).await;
+    wait_until_in_sync(&three).await;
     assert_eq!(one.status().role, ReplicaRole::Idle, "a replica with a failed disk does not follow");
     append(&two, &[1], Acks::All).await.unwrap();
     assert_eq!(consumed(&one).await, values([0]));
@@ -416,16 +417,16 @@ async fn unclean_leader_is_reset_to_the_tiered_end() {
     let net = Net::new(2, 2, 1, true).await;
     let one = net.start(1, TIERED, false).await;
     let two = net.start(2, TIERED, false).await;
-    in_sync(&two).await;
+    wait_until_in_sync(&two).await;
     append(&one, &[0; 4000], Acks::All).await.unwrap();
-    // Broker 2 falls behind; broker 1 writes on alone and uploads.
-    net.cut(1, 2);
+    // Broker 2 falls behind; broker 1 continues alone and uploads.
+    net.disconnect(1, 2);
     let peer = net.node(2, |node| leader::member::PeerId { broker: broker(2), epoch: node.epoch });
     one.on_follower_disconnected(peer, DisconnectCause::ProcessGone).await;
     for n in 1..20u8 {
         append(&one, &[n; 4000], Acks::All).await.unwrap();
     }
-    net.settle(1).await;
+    net.run_maintenance(1).await;
     let tiered_end = one.watermarks().tiered_end;
     assert!(tiered_end > at(5));
     net.stop(1).await;
@@ -439,26 +440,26 @@ async fn unclean_leader_is_reset_to_the_tiered_end() {
     assert_eq!(append(&two, b"x", Acks::Leader).await.unwrap().base, tiered_end);
     assert_eq!(consumed(&two).await.len() as u64, tiered_end.get() + 1);
 
-    // The old leader returns with more records. It truncates them, although they once counted as committed.
-    net.heal(1, 2);
+    // The old leader starts again, with more records. It truncates them, although they were committed before.
+    net.reconnect(1, 2);
     let one = net.start(1, TIERED, false).await;
-    in_sync(&one).await;
-    equal(&two, &one, tiered_end.get()).await;
+    wait_until_in_sync(&one).await;
+    assert_equal_logs(&two, &one, tiered_end.get()).await;
 }
 
-/// Regression: the elected replica held the object store's records, and more that no other replica may have. It was
-/// reset, because the last footer has the epochs of its own segment only.
+/// Regression: the elected replica held the object store's records, and later records that no other replica may have.
+/// It was reset, because the last footer has only the epochs of its own segment.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unclean_leader_keeps_records_after_the_tiered_end() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
     let net = Net::new(2, 2, 1, true).await;
     let one = net.start(1, TIERED, false).await;
     let two = net.start(2, TIERED, false).await;
-    in_sync(&two).await;
+    wait_until_in_sync(&two).await;
     for n in 0..20u8 {
         append(&one, &[n; 4000], Acks::All).await.unwrap();
     }
-    net.settle(1).await;
+    net.run_maintenance(1).await;
     let tiered_end = one.watermarks().tiered_end;
     assert!(tiered_end > at(5) && tiered_end < at(20));
     net.stop(1).await;
@@ -469,19 +470,19 @@ async fn unclean_leader_keeps_records_after_the_tiered_end() {
     assert_eq!(firsts, (0..20u8).collect::<Vec<_>>());
 }
 
-/// The replica copied records that were never committed, and was away while another leader filled those offsets, up to
-/// the tiered end. The committed records at those offsets are not those of the replica.
+/// A replica copied records that were never committed, and was stopped while another leader wrote other records at
+/// those offsets. The tiered end of that leader does not make the replica's own records committed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn abandoned_tail_does_not_count_as_committed() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
     let net = Net::new(3, 3, 1, true).await;
     let one = net.start(1, TIERED, false).await;
     let (two, three) = (net.start(2, TIERED, false).await, net.start(3, TIERED, false).await);
-    in_sync(&two).await;
-    in_sync(&three).await;
+    wait_until_in_sync(&two).await;
+    wait_until_in_sync(&three).await;
     append(&one, &[0; 4000], Acks::All).await.unwrap();
-    net.cut(1, 2);
-    net.set_blind(2, true).await;
+    net.disconnect(1, 2);
+    net.pause_metadata(2).await;
     for _ in 1..20 {
         append(&one, &[100; 4000], Acks::Leader).await.unwrap();
     }
@@ -489,38 +490,38 @@ async fn abandoned_tail_does_not_count_as_committed() {
     net.stop(3).await;
     net.stop(1).await;
     net.elect(2, &[1, 3]).await;
-    net.set_blind(2, false).await;
+    net.resume_metadata(2).await;
     wait_until("broker 2 leads", || two.status().role == (ReplicaRole::Leader { epoch_committed: true })).await;
     for n in 1..20u8 {
         append(&two, &[n; 4000], Acks::All).await.unwrap();
     }
-    net.settle(2).await;
+    net.run_maintenance(2).await;
     assert!(two.watermarks().tiered_end > at(5));
 
-    net.cut(2, 3);
+    net.disconnect(2, 3);
     let three = net.start(3, TIERED, false).await;
     assert_eq!((three.watermarks().log_end, three.watermarks().high_watermark), (at(20), at(0)));
     assert!(three.reader().read(at(0), 100.into()).await.unwrap().is_none());
-    net.heal(2, 3);
-    in_sync(&three).await;
-    equal(&two, &three, 0).await;
+    net.reconnect(2, 3);
+    wait_until_in_sync(&three).await;
+    assert_equal_logs(&two, &three, 0).await;
 }
 
-/// A clean leader has all committed records. A replica rejects a truncation of committed records.
+/// A cleanly elected leader has all committed records. If a leader lacks some nevertheless, a follower does not
+/// truncate its committed records.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replica_does_not_truncate_committed_records() {
     let net = Net::new(2, 2, 1, false).await;
     let one = net.start(1, PLAIN, false).await;
     let two = net.start(2, PLAIN, false).await;
-    in_sync(&two).await;
+    wait_until_in_sync(&two).await;
     for n in 0..5u8 {
         append(&one, &[n], Acks::All).await.unwrap();
     }
     wait_until("the high watermark arrives", || two.watermarks().high_watermark == at(5)).await;
     let before = bytes_of(&two, at(0));
     net.stop(1).await;
-    // The first broker's disk was emptied, and the broker leads all the same: an inconsistency that no protocol step
-    // allows.
+    // The replica of broker 1 is deleted, and the broker leads nevertheless: no protocol step allows that.
     let log = net.node(1, |node| node.log.clone());
     log.delete_replica(net.id).unwrap();
     let one = net.start(1, PLAIN, false).await;
@@ -533,7 +534,7 @@ async fn replica_does_not_truncate_committed_records() {
         )
     })
     .await;
-    net.heal(1, 2);
+    net.reconnect(1, 2);
     for _ in 0..100 {
         tokio::task::yield_now().await;
         assert!(!matches!(two.status().role, ReplicaRole::Follower { in_sync: true, .. }));
@@ -542,13 +543,13 @@ async fn replica_does_not_truncate_committed_records() {
     assert!(bytes_of(&two, at(0)) == before, "the log is unchanged");
 }
 
-/// A follower that was away copies the records that it missed, and a restarted follower continues at its end.
+/// A restarted follower copies the records that were written while it was stopped.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn restarted_replica_copies_missed_records() {
     let net = Net::new(2, 2, 1, false).await;
     let one = net.start(1, PLAIN, false).await;
     let two = net.start(2, PLAIN, false).await;
-    in_sync(&two).await;
+    wait_until_in_sync(&two).await;
     append(&one, &[0; 3000], Acks::All).await.unwrap();
     net.stop(2).await;
     // The leader was notified of the stop, so no commit waits.
@@ -557,12 +558,12 @@ async fn restarted_replica_copies_missed_records() {
     }
     drop(two);
     let two = net.start(2, PLAIN, false).await;
-    in_sync(&two).await;
-    equal(&one, &two, 0).await;
+    wait_until_in_sync(&two).await;
+    assert_equal_logs(&one, &two, 0).await;
     assert_eq!(append(&one, &[60; 3000], Acks::All).await.unwrap().durability, AckDurability::Persisted(2));
 }
 
-/// Brokers lead in turn while an idempotent producer retries everything until it is acknowledged.
+/// Brokers lead one after the other, while an idempotent producer retries each batch until it is acknowledged.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sequence_is_stored_once_across_leader_changes() {
     let net = Net::new(3, 3, 2, false).await;
@@ -589,8 +590,8 @@ async fn sequence_is_stored_once_across_leader_changes() {
             }
         }
     };
-    let turns = async {
-        for turn in 0..30u32 {
+    let elections = async {
+        for election in 0..30u32 {
             wait_until("all replicas are in sync", || {
                 let followers = partitions
                     .iter()
@@ -598,14 +599,14 @@ async fn sequence_is_stored_once_across_leader_changes() {
                 followers.count() == 2
             })
             .await;
-            net.elect((turn + 1) % 3 + 1, &[]).await;
+            net.elect((election + 1) % 3 + 1, &[]).await;
         }
     };
-    tokio::join!(produce, turns);
+    tokio::join!(produce, elections);
     let leader = partitions.iter().find(|partition| partition.status().role.leads()).unwrap();
     let expected: Vec<Vec<u8>> = (0..120i32).map(|n| n.to_be_bytes().to_vec()).collect();
     assert_eq!(consumed(leader).await, expected);
     for partition in &partitions {
-        equal(leader, partition, 0).await;
+        assert_equal_logs(leader, partition, 0).await;
     }
 }

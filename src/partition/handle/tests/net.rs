@@ -1,5 +1,5 @@
-//! Brokers of one partition in one process: each has its own disk, the metadata store is a real one, and the network
-//! between the brokers can be cut. This file makes no decision: links carry messages, and ISR updates are
+//! Brokers of one partition in one process. Each broker has its own disk, the metadata store is a real one, and tests
+//! can disconnect brokers from each other and from the metadata. Links only carry messages, and ISR updates are
 //! compare-and-sets.
 
 use std::{
@@ -34,6 +34,15 @@ use crate::{
     tier::{ChunkCache, ChunkCacheOptions, ObjectStoreOptions, PartitionTier, TierState, TierStore},
 };
 
+/// Index of a subscription's wake set: the leader's log end or high watermark moved.
+const LEADER_MOVED: usize = 0;
+
+/// Index of a subscription's wake set: the follower's log end or persisted end moved.
+const FOLLOWER_MOVED: usize = 1;
+
+/// Index of a subscription's wake set: the subscription may have ended.
+const CONNECTION_CHANGED: usize = 2;
+
 /// The brokers and the network between them.
 pub(super) struct Net {
     state: Mutex<NetState>,
@@ -49,15 +58,16 @@ pub(super) struct Net {
 struct NetState {
     nodes: BTreeMap<BrokerId, Node>,
     /// Pairs of brokers without a connection, in either direction.
-    cut: BTreeSet<(BrokerId, BrokerId)>,
+    disconnected: BTreeSet<(BrokerId, BrokerId)>,
     /// Brokers that receive no metadata.
-    blind: BTreeSet<BrokerId>,
-    /// Number of outcomes of proposals that are still to be lost.
-    lost_outcomes: usize,
+    without_metadata: BTreeSet<BrokerId>,
+    /// Number of further proposals whose outcomes are lost.
+    outcomes_to_lose: usize,
     /// True if proposals that admit a member are refused.
     refuse_admissions: bool,
-    /// Proposals that were made.
+    /// All proposals so far.
     proposals: Vec<IsrProposal>,
+    /// All resignations so far, with the epoch that the leader ended.
     resigned: Vec<(BrokerId, LeaderEpoch)>,
 }
 
@@ -68,10 +78,12 @@ pub(super) struct Node {
     pub(super) queue: MaintenanceQueue,
     pub(super) tasks: Tasks,
     partition: Option<Arc<Partition>>,
+    /// Leader that the replica follows, if any.
     follows: Option<BrokerId>,
-    /// Number of its link's last subscription, and the wake set of the task that serves it.
+    /// Number of the replica's last subscription. A task that serves an earlier subscription ends.
     subscription: u64,
-    ready: Arc<WakeSet>,
+    /// Wakes the task that serves the subscription.
+    wake_set: Arc<WakeSet>,
 }
 
 /// One broker's side of the links and of the ISR updates.
@@ -111,16 +123,16 @@ impl Net {
                 partition: None,
                 follows: None,
                 subscription: 0,
-                ready: Arc::default(),
+                wake_set: Arc::default(),
             };
             net.state.lock().nodes.insert(BrokerId(number), node);
         }
         Arc::new(net)
     }
 
-    /// Reads, or changes, one broker's state.
-    pub(super) fn node<T>(&self, of: u32, look: impl FnOnce(&mut Node) -> T) -> T {
-        look(self.state.lock().nodes.get_mut(&BrokerId(of)).unwrap())
+    /// Calls `access` with one broker's state, and returns the result.
+    pub(super) fn node<T>(&self, of: u32, access: impl FnOnce(&mut Node) -> T) -> T {
+        access(self.state.lock().nodes.get_mut(&BrokerId(of)).unwrap())
     }
 
     /// Opens the replica of a broker, and assigns the stored value.
@@ -131,10 +143,11 @@ impl Net {
         discard_local: bool,
     ) -> Arc<Partition> {
         let partition = self.open(of, config, discard_local).await.unwrap();
-        self.spread().await;
+        self.deliver_metadata().await;
         partition
     }
 
+    /// Opens the replica of a broker, which gets no assignment yet.
     pub(super) async fn open(
         self: &Arc<Self>,
         of: u32,
@@ -142,7 +155,7 @@ impl Net {
         discard_local: bool,
     ) -> Result<Arc<Partition>, PartitionError> {
         let overrides: ConfigMap = config.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        let minimum: ConfigMap = [("min.insync.replicas".to_owned(), self.min_insync.to_string())].into();
+        let defaults: ConfigMap = [("min.insync.replicas".to_owned(), self.min_insync.to_string())].into();
         let committed = self.committed().await;
         let tier = self.object_store.clone().map(|store| {
             let cache = ChunkCache::open(&ChunkCacheOptions::default(), &Metrics::new()).unwrap();
@@ -151,7 +164,7 @@ impl Net {
         let spec = ReplicaSpec {
             id: self.id,
             topic: TopicName::new("events").unwrap(),
-            config: Arc::new(TopicConfig::resolve(&minimum, &overrides).unwrap()),
+            config: Arc::new(TopicConfig::resolve(&defaults, &overrides).unwrap()),
             committed,
             tier,
             standalone: false,
@@ -166,50 +179,53 @@ impl Net {
         Ok(partition)
     }
 
-    /// Stops the replica of a broker. Its followers find their links ended.
+    /// Stops the replica of a broker, and ends all its subscriptions.
     pub(super) async fn stop(&self, of: u32) {
-        let (partition, followers) = {
-            let mut world = self.state.lock();
-            let node = world.nodes.get_mut(&BrokerId(of)).unwrap();
+        let (partition, wake_sets) = {
+            let mut state = self.state.lock();
+            let node = state.nodes.get_mut(&BrokerId(of)).unwrap();
             node.subscription += 1;
             let partition = node.partition.take();
-            (partition, world.nodes.values().map(|node| Arc::clone(&node.ready)).collect::<Vec<_>>())
+            (partition, state.nodes.values().map(|node| Arc::clone(&node.wake_set)).collect::<Vec<_>>())
         };
         if let Some(partition) = partition {
             partition.stop().await;
         }
-        followers.iter().for_each(|ready| ready.mark(2));
+        wake_sets.iter().for_each(|wake_set| wake_set.mark(CONNECTION_CHANGED));
     }
 
     fn partition(&self, of: BrokerId) -> Option<Arc<Partition>> {
         self.state.lock().nodes[&of].partition.clone()
     }
 
-    /// Returns the stored value.
+    /// Returns the partition value in the metadata store, and its revision.
     pub(super) async fn value(&self) -> (PartitionValue, Revision) {
         let key = self.keys.partition(self.id);
         let entry = self.store.get(&key).await.unwrap().entry.unwrap();
         (PartitionValue::decode(&key, &entry.value).unwrap(), entry.mod_revision)
     }
 
+    /// Returns the tier state in the metadata store.
     pub(super) async fn committed(&self) -> Option<TierState> {
         let key = self.keys.tier(self.id);
         let entry = self.store.get(&key).await.unwrap().entry?;
         Some(TierState::decode(&key, &entry.value).unwrap())
     }
 
-    /// Writes any value, as an election or an operator does, and assigns it to all brokers that receive metadata.
+    /// Writes the value that `change` makes of the stored one, as an election or an operator does. Assigns the value to
+    /// all brokers that receive metadata, and returns it.
     pub(super) async fn change(&self, change: impl Fn(&PartitionValue) -> PartitionValue) -> PartitionValue {
         loop {
             let (value, revision) = self.value().await;
             let new = change(&value);
             if self.set(revision, &new).await.is_ok() {
-                self.spread().await;
+                self.deliver_metadata().await;
                 return new;
             }
         }
     }
 
+    /// Writes a value if the stored one has revision `expect`; `Err` otherwise.
     async fn set(&self, expect: Revision, value: &PartitionValue) -> Result<Revision, ()> {
         let key = self.keys.partition(self.id);
         let when = Compare::ModRevision(key.clone(), expect);
@@ -219,29 +235,29 @@ impl Net {
         }
     }
 
-    /// Elects a leader cleanly; the brokers of `dead` are offline.
-    pub(super) async fn elect(&self, to: u32, dead: &[u32]) {
-        let dead: BTreeSet<BrokerId> = dead.iter().map(|id| BrokerId(*id)).collect();
+    /// Elects a leader cleanly. The election treats the brokers of `offline` as offline.
+    pub(super) async fn elect(&self, leader: u32, offline: &[u32]) {
+        let offline: BTreeSet<BrokerId> = offline.iter().map(|id| BrokerId(*id)).collect();
         let min_insync = self.min_insync;
         self.change(move |value| {
-            value.elect(BrokerId(to), |id| !dead.contains(&id), min_insync).expect("the broker can be elected")
+            value.elect(BrokerId(leader), |id| !offline.contains(&id), min_insync).expect("the broker can be elected")
         })
         .await;
     }
 
     /// Assigns the stored value to all brokers that receive metadata.
-    pub(super) async fn spread(&self) {
+    pub(super) async fn deliver_metadata(&self) {
         let (value, revision) = self.value().await;
         let committed = self.committed().await;
         let (value, mut receivers) = (Arc::new(value), Vec::new());
         let registered = {
-            let world = self.state.lock();
-            for (id, node) in &world.nodes {
-                if let Some(partition) = node.partition.as_ref().filter(|_| !world.blind.contains(id)) {
+            let state = self.state.lock();
+            for (id, node) in &state.nodes {
+                if let Some(partition) = node.partition.as_ref().filter(|_| !state.without_metadata.contains(id)) {
                     receivers.push(Arc::clone(partition));
                 }
             }
-            world.nodes.iter().map(|(id, node)| (*id, BrokerStatus::Registered(node.epoch))).collect::<BTreeMap<_, _>>()
+            state.nodes.iter().map(|(id, node)| (*id, BrokerStatus::Registered(node.epoch))).collect::<BTreeMap<_, _>>()
         };
         for partition in receivers {
             let (value, committed, registered) = (Arc::clone(&value), committed.clone(), registered.clone());
@@ -249,37 +265,36 @@ impl Net {
         }
     }
 
-    /// Stops the metadata of this broker, or resumes it.
-    pub(super) async fn set_blind(&self, of: u32, blind: bool) {
-        {
-            let mut world = self.state.lock();
-            if blind {
-                world.blind.insert(BrokerId(of))
-            } else {
-                world.blind.remove(&BrokerId(of))
-            };
-        }
-        self.spread().await;
+    /// Delivers no metadata to this broker from now on.
+    pub(super) async fn pause_metadata(&self, of: u32) {
+        self.state.lock().without_metadata.insert(BrokerId(of));
+        self.deliver_metadata().await;
     }
 
-    /// Cuts the connection between two brokers.
-    pub(super) fn cut(&self, one: u32, other: u32) {
-        let mut world = self.state.lock();
-        world.cut.insert(pair(BrokerId(one), BrokerId(other)));
-        world.nodes.values().for_each(|node| node.ready.mark(2));
+    /// Delivers metadata to this broker again, first the stored value.
+    pub(super) async fn resume_metadata(&self, of: u32) {
+        self.state.lock().without_metadata.remove(&BrokerId(of));
+        self.deliver_metadata().await;
+    }
+
+    /// Ends the connection between two brokers. Both processes stay alive.
+    pub(super) fn disconnect(&self, first: u32, second: u32) {
+        let mut state = self.state.lock();
+        state.disconnected.insert(pair(BrokerId(first), BrokerId(second)));
+        state.nodes.values().for_each(|node| node.wake_set.mark(CONNECTION_CHANGED));
     }
 
     /// Restores the connection between two brokers; their links connect again.
-    pub(super) fn heal(self: &Arc<Self>, one: u32, other: u32) {
-        self.state.lock().cut.remove(&pair(BrokerId(one), BrokerId(other)));
-        for me in [one, other] {
+    pub(super) fn reconnect(self: &Arc<Self>, first: u32, second: u32) {
+        self.state.lock().disconnected.remove(&pair(BrokerId(first), BrokerId(second)));
+        for me in [first, second] {
             self.notify_connected(BrokerId(me), Duration::ZERO);
         }
     }
 
-    /// Loses the outcomes of the next proposals, which are written all the same.
+    /// Loses the outcomes of the next `count` proposals, which are written all the same.
     pub(super) fn lose_outcomes(&self, count: usize) {
-        self.state.lock().lost_outcomes = count;
+        self.state.lock().outcomes_to_lose = count;
     }
 
     /// Refuses proposals that admit a member from now on, or accepts such proposals again.
@@ -296,26 +311,28 @@ impl Net {
     }
 
     /// Runs maintenance of one replica until no work is left, then assigns the stored value to all brokers.
-    pub(super) async fn settle(&self, of: u32) {
+    pub(super) async fn run_maintenance(&self, of: u32) {
         let partition = self.partition(BrokerId(of)).unwrap();
         let maintenance = MaintenanceRunner::new(TierCommits::new(Arc::new(self.store.clone()), self.keys.clone()));
         while maintenance.step(&partition).await.unwrap().more {}
         partition.describe_segments().await.unwrap();
-        self.spread().await;
+        self.deliver_metadata().await;
     }
 
-    fn reach(&self, me: BrokerId, other: BrokerId) -> bool {
-        let world = self.state.lock();
-        !world.cut.contains(&pair(me, other)) && world.nodes[&other].partition.is_some()
+    /// Returns true if broker `me` is connected to a broker whose replica is open.
+    fn can_reach(&self, me: BrokerId, peer: BrokerId) -> bool {
+        let state = self.state.lock();
+        !state.disconnected.contains(&pair(me, peer)) && state.nodes[&peer].partition.is_some()
     }
 
+    /// Notifies the replica of `me` after a delay that its link is connected, if the leader can then be reached.
     fn notify_connected(self: &Arc<Self>, me: BrokerId, after: Duration) {
         let net = Arc::clone(self);
-        self.tasks.spawn("up", async move {
+        self.tasks.spawn("connect", async move {
             tokio::time::sleep(after).await;
             let (follows, partition) = net.node(me.0, |node| (node.follows, node.partition.clone()));
             if let (Some(leader), Some(partition)) = (follows, partition)
-                && net.reach(me, leader)
+                && net.can_reach(me, leader)
             {
                 partition.on_link_event(LinkEvent::Connected).unwrap();
             }
@@ -328,20 +345,20 @@ impl Net {
         self: Arc<Self>,
         me: BrokerId,
         subscription: u64,
-        ready: Arc<WakeSet>,
+        wake_set: Arc<WakeSet>,
         request: (LeaderEpoch, LogPosition, ReplicaProgress),
     ) {
         let (epoch, position, progress) = request;
         let (leader, follower, broker_epoch) =
             self.node(me.0, |node| (node.follows, node.partition.clone(), node.epoch));
         let (Some(leader), Some(follower)) = (leader, follower) else { return };
-        let Some(leading) = self.partition(leader).filter(|_| self.reach(me, leader)) else { return };
+        let Some(leading) = self.partition(leader).filter(|_| self.can_reach(me, leader)) else { return };
         let peer = PeerId { broker: me, epoch: broker_epoch };
         let response = leading.subscribe(peer, epoch, position, progress).await;
-        let is_current = || self.node(me.0, |node| node.subscription == subscription) && self.reach(me, leader);
+        let is_current = || self.node(me.0, |node| node.subscription == subscription) && self.can_reach(me, leader);
         if !is_current() {
-            // A broker that stopped meanwhile reported that before this request arrived: the subscription must not be
-            // the last event.
+            // If `me` stopped, the leader may have received the end of the link before this subscription, so it is
+            // reported again.
             if self.partition(me).is_none() {
                 leading.on_follower_disconnected(peer, DisconnectCause::ShuttingDown).await;
             }
@@ -350,16 +367,16 @@ impl Net {
         follower.on_link_event(LinkEvent::Response(response.clone())).unwrap();
         let SubscribeOutcome::Accepted(mut from) = response.outcome else { return };
         let (tail, mut sent_high_watermark) = (leading.tail(), response.high_watermark);
-        leading.add_listener(&ready, 0, WatermarkKind::LogEnd);
-        leading.add_listener(&ready, 0, WatermarkKind::HighWatermark);
-        follower.add_listener(&ready, 1, WatermarkKind::AnyEnd);
+        leading.add_listener(&wake_set, LEADER_MOVED, WatermarkKind::LogEnd);
+        leading.add_listener(&wake_set, LEADER_MOVED, WatermarkKind::HighWatermark);
+        follower.add_listener(&wake_set, FOLLOWER_MOVED, WatermarkKind::AnyEnd);
         while is_current() && tail.epoch() == response.epoch {
-            ready.wait_for_index().await;
-            let index = ready.take();
+            wake_set.wait_for_index().await;
+            let index = wake_set.take();
             if !is_current() {
                 break;
             }
-            if index == Some(1) {
+            if index == Some(FOLLOWER_MOVED) {
                 leading.acknowledged(peer, epoch, follower.progress());
                 continue;
             }
@@ -370,7 +387,7 @@ impl Net {
                 follower.on_link_event(LinkEvent::Batches { epoch: response.epoch, high_watermark, batches }).unwrap();
             }
         }
-        // A replaced subscription was ended by its follower's own request.
+        // If the follower has replaced or ended the subscription itself, neither side is notified.
         if self.node(me.0, |node| node.subscription == subscription) {
             leading.on_follower_disconnected(peer, DisconnectCause::LinkLost).await;
             follower.on_link_event(LinkEvent::Disconnected).unwrap();
@@ -379,7 +396,7 @@ impl Net {
     }
 }
 
-/// Reads all batches from `from` to the leader's log end.
+/// Reads all batches from `from` to the leader's log end, and moves `from` there.
 async fn read(tail: &TailReader, from: &mut Offset) -> Result<Vec<Batch>, ReadError> {
     let mut batches = Vec::new();
     while let Some(fetched) = tail.read(*from, 64 << 10).await? {
@@ -392,8 +409,9 @@ async fn read(tail: &TailReader, from: &mut Offset) -> Result<Vec<Batch>, ReadEr
     Ok(batches)
 }
 
-fn pair(one: BrokerId, other: BrokerId) -> (BrokerId, BrokerId) {
-    (one.min(other), one.max(other))
+/// Returns the two brokers in the order of their ids.
+fn pair(first: BrokerId, second: BrokerId) -> (BrokerId, BrokerId) {
+    (first.min(second), first.max(second))
 }
 
 fn open_log(disk: &SimDisk, broker: BrokerId) -> DataDir {
@@ -410,16 +428,16 @@ impl ReplicationLinks for BrokerContext {
     }
 
     fn subscribe(&self, _: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress) {
-        let (subscription, ready) = self.net.node(self.me.0, |node| {
+        let (subscription, wake_set) = self.net.node(self.me.0, |node| {
             node.subscription += 1;
             // Ends the task of the subscription before.
-            node.ready.mark(2);
-            node.ready = Arc::default();
-            (node.subscription, Arc::clone(&node.ready))
+            node.wake_set.mark(CONNECTION_CHANGED);
+            node.wake_set = Arc::default();
+            (node.subscription, Arc::clone(&node.wake_set))
         });
         self.net
             .tasks
-            .spawn("link", Arc::clone(&self.net).serve(self.me, subscription, ready, (epoch, position, progress)));
+            .spawn("link", Arc::clone(&self.net).serve(self.me, subscription, wake_set, (epoch, position, progress)));
     }
 
     fn retry_later(&self, _: PartitionId) {
@@ -429,12 +447,12 @@ impl ReplicationLinks for BrokerContext {
     fn unsubscribe(&self, _: PartitionId, known: LeaderEpoch, stopping: bool) {
         let (followed, epoch) = self.net.node(self.me.0, |node| {
             node.subscription += 1;
-            node.ready.mark(2);
+            node.wake_set.mark(CONNECTION_CHANGED);
             (node.follows.take(), node.epoch)
         });
-        let Some(leader) = followed.filter(|leader| self.net.reach(self.me, *leader)) else { return };
+        let Some(leader) = followed.filter(|leader| self.net.can_reach(self.me, *leader)) else { return };
         let (net, peer) = (Arc::clone(&self.net), PeerId { broker: self.me, epoch });
-        self.net.tasks.spawn("leave", async move {
+        self.net.tasks.spawn("unsubscribe", async move {
             let Some(leading) = net.partition(leader) else { return };
             if known > leading.epoch() {
                 leading.deposed(known).await;
@@ -456,16 +474,16 @@ impl IsrUpdater for BrokerContext {
         self.net.tasks.spawn("propose", async move {
             let is_current = |peer: &PeerId| net.node(peer.broker.0, |node| node.epoch == peer.epoch);
             let is_refused = net.state.lock().refuse_admissions && !proposal.added.is_empty();
-            let admitted = !is_refused && proposal.added.iter().all(is_current);
-            let done = if admitted { net.set(proposal.expect, &proposal.value).await } else { Err(()) };
-            let lost = {
-                let mut world = net.state.lock();
-                let lost = world.lost_outcomes > 0;
-                world.lost_outcomes = world.lost_outcomes.saturating_sub(1);
-                lost
+            let is_allowed = !is_refused && proposal.added.iter().all(is_current);
+            let written = if is_allowed { net.set(proposal.expect, &proposal.value).await } else { Err(()) };
+            let is_lost = {
+                let mut state = net.state.lock();
+                let is_lost = state.outcomes_to_lose > 0;
+                state.outcomes_to_lose = state.outcomes_to_lose.saturating_sub(1);
+                is_lost
             };
-            let outcome = match done {
-                _ if lost => ProposalOutcome::Unknown,
+            let outcome = match written {
+                _ if is_lost => ProposalOutcome::Unknown,
                 Ok(revision) => ProposalOutcome::Committed(revision),
                 Err(()) => {
                     let (value, revision) = net.value().await;
@@ -475,8 +493,8 @@ impl IsrUpdater for BrokerContext {
             if let Some(partition) = net.partition(me) {
                 partition.on_isr_outcome(outcome).await;
             }
-            if !lost {
-                net.spread().await;
+            if !is_lost {
+                net.deliver_metadata().await;
             }
         });
     }
@@ -531,16 +549,17 @@ pub(super) async fn send_as(
 
 /// Sends the time when everything before it was handled, and returns when the task has handled it.
 pub(super) async fn tick(partition: &Partition, now_ms: u64) {
-    // Older than every known value.
-    let nothing = || {
+    // Older than every applied value: the task drops it.
+    let stale_assignment = || {
         let (value, revision) = (Arc::new(PartitionValue::new(vec![broker(1)], LeaderEpoch(0))), Revision::ZERO);
         PartitionAssignment { value, revision, committed: None, registered: BTreeMap::new() }
     };
-    partition.assign(nothing()).await;
+    partition.assign(stale_assignment()).await;
     partition.tick(now_ms);
-    partition.assign(nothing()).await;
+    partition.assign(stale_assignment()).await;
 }
 
+/// Appends a batch of one record, and waits for the result.
 pub(super) async fn append(partition: &Partition, value: &[u8], acks: Acks) -> AppendResult {
     let receiver = send(partition, batch(value, None), acks).await;
     tokio::time::timeout(Duration::from_secs(20), receiver).await.expect("the write gets a result in time").unwrap()
@@ -558,13 +577,13 @@ pub(super) fn bytes_of(partition: &Partition, from: Offset) -> Vec<u8> {
 }
 
 /// Waits until both logs end at the same offset, and checks that they hold the same bytes from `from` on.
-pub(super) async fn equal(one: &Partition, other: &Partition, from: u64) {
-    wait_until("equal ends", || one.watermarks().log_end == other.watermarks().log_end).await;
-    assert!(bytes_of(one, at(from)) == bytes_of(other, at(from)), "the logs differ");
+pub(super) async fn assert_equal_logs(first: &Partition, second: &Partition, from: u64) {
+    wait_until("equal ends", || first.watermarks().log_end == second.watermarks().log_end).await;
+    assert!(bytes_of(first, at(from)) == bytes_of(second, at(from)), "the logs differ");
 }
 
 /// Waits until the replica follows and is in sync.
-pub(super) async fn in_sync(partition: &Partition) {
+pub(super) async fn wait_until_in_sync(partition: &Partition) {
     wait_until("the replica is in sync", || {
         matches!(partition.status().role, ReplicaRole::Follower { in_sync: true, .. })
     })

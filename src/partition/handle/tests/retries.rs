@@ -18,8 +18,8 @@ enum Form {
     OfRecords,
 }
 
-/// Sends the batch of one record with this sequence.
-async fn offer(to: &Partition, form: Form, value: &[u8], sequence: i32) -> AppendResult {
+/// Writes a batch of one record with this sequence, in this form, and returns the result.
+async fn write_as(to: &Partition, form: Form, value: &[u8], sequence: i32) -> AppendResult {
     // A request that holds records gets the time of its arrival.
     let time = if form == Form::OfRecords { crate::task::clock::wall_ms() } else { 5 };
     let mut builder = BatchBuilder::new(Compression::Gzip);
@@ -38,35 +38,36 @@ async fn retry_is_a_duplicate_after_failover_and_alter() {
         let one = net.start(1, before, false).await;
         // The follower has the configuration to which the topic is altered.
         let two = net.start(2, after, false).await;
-        in_sync(&two).await;
+        wait_until_in_sync(&two).await;
         for (sequence, form) in (0..).zip(FORMS) {
-            let stored = offer(&one, form, b"own", sequence).await.unwrap();
-            let again = offer(&one, form, b"own", sequence).await.unwrap();
+            let stored = write_as(&one, form, b"own", sequence).await.unwrap();
+            let again = write_as(&one, form, b"own", sequence).await.unwrap();
             assert_eq!((again.base, again.duplicate), (stored.base, true), "{form:?}, {before:?}");
         }
         net.elect(2, &[]).await;
         wait_until("broker 2 leads", || two.status().role.leads()).await;
-        in_sync(&one).await;
+        wait_until_in_sync(&one).await;
         for (sequence, stored) in (0..).zip(FORMS) {
             let base = at(u64::try_from(sequence).unwrap());
             // The topic may have gained a codec meanwhile, or lost it.
             let retries: &[Form] =
                 if stored == Form::OfRecords { &[stored] } else { &[Form::AsSent, Form::Recompressed] };
             for retry in retries {
-                let again = offer(&two, *retry, b"own", sequence).await.unwrap();
+                let again = write_as(&two, *retry, b"own", sequence).await.unwrap();
                 assert_eq!(
                     (again.base, again.duplicate),
                     (base, true),
                     "{stored:?}, {retry:?}, {before:?} to {after:?}"
                 );
             }
-            let other = offer(&two, retries[0], b"other", sequence).await;
+            // The same sequence with another value.
+            let conflicting = write_as(&two, retries[0], b"other", sequence).await;
             if stored == Form::AsSent && before == PLAIN {
                 let conflict = AdmitError::SequenceConflict { producer: 9, sent: sequence, base };
-                assert_eq!(other, Err(AppendError::Refused(conflict)), "{before:?} to {after:?}");
+                assert_eq!(conflicting, Err(AppendError::Refused(conflict)), "{before:?} to {after:?}");
             } else {
                 // Neither broker has the batch that the client sent.
-                assert!(other.unwrap().duplicate, "{stored:?}, {before:?} to {after:?}");
+                assert!(conflicting.unwrap().duplicate, "{stored:?}, {before:?} to {after:?}");
             }
         }
         net.stop(2).await;
