@@ -90,13 +90,13 @@ impl Bench {
     }
 
     /// Runs maintenance until no work is left.
-    async fn settle(&self, partition: &Partition) {
+    async fn run_maintenance(&self, partition: &Partition) {
         while self.maintenance.step(partition).await.unwrap().more {}
-        // The last command was only queued: a request behind it returns after it.
+        // The last command may still be queued. The response to a later command arrives after it.
         partition.describe_segments().await.unwrap();
     }
 
-    /// Serves the queue as a broker's worker does, until `result` is ready.
+    /// Runs maintenance steps for the queue, as a broker's worker does, until `result` is ready.
     async fn serve_until<T>(&self, partition: &Partition, result: impl Future<Output = T>) -> T {
         let serve = async {
             loop {
@@ -124,10 +124,11 @@ fn resolve(config: &[(&str, &str)]) -> Arc<TopicConfig> {
 }
 
 fn batch(value: &[u8]) -> Batch {
-    batch_of(crate::task::clock::wall_ms(), value)
+    batch_at(crate::task::clock::wall_ms(), value)
 }
 
-fn batch_of(timestamp_ms: i64, value: &[u8]) -> Batch {
+/// Returns a batch of one record with this timestamp.
+fn batch_at(timestamp_ms: i64, value: &[u8]) -> Batch {
     let mut builder = BatchBuilder::new(Compression::None);
     builder.push(timestamp_ms, None, Some(value), &[]).unwrap();
     builder.finish(None).unwrap()
@@ -183,14 +184,13 @@ async fn acknowledged_records_are_readable_after_reopen() {
     assert_eq!(read_all(&again, 0).await.0.len(), 10);
 }
 
-/// Regression: a group was written to one segment without a size limit, and a fast producer's batches form large
-/// groups.
+/// Regression: all batches that were queued together were written to one segment without a size limit.
 #[tokio::test]
 async fn queued_batches_do_not_exceed_segment_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
     let partition = bench.open(&[("segment.bytes", "16384")]).await;
-    // On one thread: all writes are queued before the partition's task runs.
+    // The test has one thread, so all writes are queued before the partition's task runs.
     let mut receivers = Vec::new();
     for n in 0..40_u8 {
         let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
@@ -218,7 +218,7 @@ async fn reader_crosses_object_store_disk_and_memory() {
     for n in 0..60 {
         append(&partition, &value(n), Acks::All).await.unwrap();
     }
-    bench.settle(&partition).await;
+    bench.run_maintenance(&partition).await;
     let watermarks = partition.watermarks();
     assert!(watermarks.local_start > Offset::ZERO, "segments were evicted: {watermarks:?}");
     assert!(watermarks.local_start <= watermarks.tiered_end && watermarks.tiered_end <= watermarks.high_watermark);
@@ -229,8 +229,8 @@ async fn reader_crosses_object_store_disk_and_memory() {
     }
 }
 
-/// Regression: a follower gets a new log start with the metadata before its task applies it, and reads blamed the
-/// object store meanwhile.
+/// Regression: a follower receives a new log start with the metadata before its task applies it. Meanwhile, reads below
+/// that log start failed with an object store error.
 #[tokio::test(flavor = "multi_thread")]
 async fn read_below_a_log_start_that_has_just_moved_is_out_of_range() {
     let dir = tempfile::tempdir().unwrap();
@@ -239,7 +239,7 @@ async fn read_below_a_log_start_that_has_just_moved_is_out_of_range() {
     for _ in 0..30 {
         append(&partition, &[7; 4000], Acks::All).await.unwrap();
     }
-    bench.settle(&partition).await;
+    bench.run_maintenance(&partition).await;
     let tier = bench.tier.as_ref().unwrap();
     let start = Offset::new(7).unwrap();
     tier.apply_state(TierState { log_start: start, ..tier.state() });
@@ -258,7 +258,7 @@ async fn retention_moves_log_start_in_both_tiers() {
     for n in 0..40u8 {
         append(&partition, &[n; 4000], Acks::All).await.unwrap();
     }
-    bench.settle(&partition).await;
+    bench.run_maintenance(&partition).await;
     let start = partition.watermarks().log_start;
     assert!(start > Offset::ZERO);
     let error = partition.reader().read(Offset::ZERO, 1.into()).await.unwrap_err();
@@ -267,8 +267,8 @@ async fn retention_moves_log_start_in_both_tiers() {
     assert_eq!(read_all(&partition, start.get()).await.0.len() as u64, end.since(start));
 }
 
-/// Regression, found by review: in the object store such records counted as older than any other, and were deleted
-/// right after their upload.
+/// Regression: in the object store, records without timestamp counted as older than all others. They were deleted right
+/// after their upload.
 #[tokio::test(flavor = "multi_thread")]
 async fn records_without_timestamp_expire_by_time_of_append() {
     let dir = tempfile::tempdir().unwrap();
@@ -276,16 +276,16 @@ async fn records_without_timestamp_expire_by_time_of_append() {
     let config = [("segment.bytes", "16384"), ("retention.ms", "3600000")];
     let partition = bench.open(&config).await;
     for n in 0..20u8 {
-        append_batch(&partition, batch_of(-1, &[n; 4000]), Acks::All).await.unwrap();
+        append_batch(&partition, batch_at(-1, &[n; 4000]), Acks::All).await.unwrap();
     }
-    bench.settle(&partition).await;
+    bench.run_maintenance(&partition).await;
     let watermarks = partition.watermarks();
     assert!(watermarks.tiered_end > Offset::ZERO, "{watermarks:?}");
     assert_eq!(watermarks.log_start, Offset::ZERO, "no record is an hour old");
     partition.update_config(resolve(&[("segment.bytes", "16384"), ("retention.ms", "1")])).await;
     let all_removed = async {
         while partition.watermarks().log_start < partition.watermarks().high_watermark {
-            bench.settle(&partition).await;
+            bench.run_maintenance(&partition).await;
         }
     };
     tokio::time::timeout(Duration::from_secs(60), all_removed).await.expect("all records expire after a millisecond");
@@ -307,9 +307,9 @@ async fn local_copies_age_from_time_of_append() {
         };
         let partition = bench.open(&config("3600000")).await;
         for n in 0..20u8 {
-            append_batch(&partition, batch_of(timestamp_ms, &[n; 4000]), Acks::All).await.unwrap();
+            append_batch(&partition, batch_at(timestamp_ms, &[n; 4000]), Acks::All).await.unwrap();
         }
-        bench.settle(&partition).await;
+        bench.run_maintenance(&partition).await;
         let watermarks = partition.watermarks();
         assert!(
             watermarks.tiered_end > Offset::ZERO && watermarks.local_start == Offset::ZERO,
@@ -318,7 +318,7 @@ async fn local_copies_age_from_time_of_append() {
         partition.update_config(resolve(&config("1"))).await;
         let all_removed = async {
             while partition.watermarks().local_start < watermarks.tiered_end {
-                bench.settle(&partition).await;
+                bench.run_maintenance(&partition).await;
             }
         };
         tokio::time::timeout(Duration::from_secs(60), all_removed)
@@ -345,15 +345,15 @@ async fn durability_change_applies_to_open_partition() {
     assert_eq!(append(&partition, b"c", Acks::Leader).await.unwrap().durability, AckDurability::PageCache(1));
 }
 
-/// Regression: requests were checked against the configuration of before until the partition's task ran. A batch was
-/// not opened although the topic's new codec requires that.
+/// Regression: requests were checked against the previous configuration until the partition's task ran. A batch was not
+/// recompressed although the topic's new codec required that.
 #[tokio::test]
 async fn changed_configuration_applies_before_the_task_runs() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
     let partition = bench.open(&[]).await;
     let changed = resolve(&[("compression.type", "zstd")]);
-    // One thread: the task does not run in between.
+    // The test has one thread, so the partition's task does not run in between.
     partition.update_config(Arc::clone(&changed)).await;
     assert_eq!(partition.config(), changed);
 }
@@ -372,10 +372,12 @@ fn bytes_on_disk(dir: &Path) -> u64 {
     bytes
 }
 
+/// Topic configuration without uploads and without retention limits.
 const LOCAL: &[(&str, &str)] =
     &[("segment.bytes", "16384"), ("remote.storage.enable", "false"), ("retention.ms", "-1")];
 
-fn with(limit: &'static str) -> Vec<(&'static str, &'static str)> {
+/// Returns [`LOCAL`] with this limit of `retention.bytes`.
+fn local_with_limit(limit: &'static str) -> Vec<(&'static str, &'static str)> {
     LOCAL.iter().copied().chain([("retention.bytes", limit)]).collect()
 }
 
@@ -390,12 +392,12 @@ async fn size_retention_without_uploads_frees_disk_to_the_limit() {
         for n in 0..100u8 {
             append(&partition, &[n; 4000], Acks::All).await.unwrap();
         }
-        bench.settle(&partition).await;
+        bench.run_maintenance(&partition).await;
         assert_eq!(partition.watermarks().log_start, Offset::ZERO);
         let before = bytes_on_disk(dir.path());
 
-        partition.update_config(resolve(&with("100000"))).await;
-        bench.settle(&partition).await;
+        partition.update_config(resolve(&local_with_limit("100000"))).await;
+        bench.run_maintenance(&partition).await;
         let watermarks = partition.watermarks();
         let on_disk = bytes_on_disk(dir.path());
         assert!(
@@ -419,22 +421,22 @@ async fn size_retention_without_uploads_frees_disk_to_the_limit() {
         }
         partition.stop().await;
         drop(partition);
-        let again = bench.reopen(&with("100000")).await;
-        bench.settle(&again).await;
+        let again = bench.reopen(&local_with_limit("100000")).await;
+        bench.run_maintenance(&again).await;
         assert_eq!(again.watermarks(), watermarks, "after a restart, object store: {object_store}");
         assert_eq!(bytes_on_disk(dir.path()), on_disk);
         again.stop().await;
     }
 }
 
-/// Regression: the leader did not apply its own commit whose response was lost. Every later attempt met an unknown
-/// state, and nothing was uploaded until another broker led.
+/// Regression: the leader did not apply its own commit if the response was lost. Every later commit then failed,
+/// because the metadata store had a state that the leader did not expect.
 #[tokio::test(flavor = "multi_thread")]
 async fn uploads_continue_after_lost_commit_response() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), true).await;
     let partition = bench.open(&[("segment.bytes", "16384"), ("retention.ms", "-1")]).await;
-    // Two segments and more, each time.
+    // Writes more than two segments.
     let write = async || {
         for n in 0..10u8 {
             append(&partition, &[n; 4000], Acks::All).await.unwrap();
@@ -447,9 +449,9 @@ async fn uploads_continue_after_lost_commit_response() {
     let lost = bench.maintenance.step(&partition).await.unwrap_err();
     assert!(matches!(lost, MaintenanceError::Commit(TierCommitError::Store(_))), "{lost}");
     write().await;
-    let unknown = bench.maintenance.step(&partition).await.unwrap_err();
-    assert!(matches!(unknown, MaintenanceError::Commit(TierCommitError::Changed { .. })), "{unknown}");
-    bench.settle(&partition).await;
+    let changed = bench.maintenance.step(&partition).await.unwrap_err();
+    assert!(matches!(changed, MaintenanceError::Commit(TierCommitError::Changed { .. })), "{changed}");
+    bench.run_maintenance(&partition).await;
     let (watermarks, state) = (partition.watermarks(), bench.commits.current(bench.id).await.unwrap().unwrap());
     assert!(watermarks.tiered_end.get() > 20, "all sealed segments are in the object store: {watermarks:?}");
     assert_eq!(state.tiered_end, watermarks.tiered_end);
@@ -461,7 +463,7 @@ async fn uploads_continue_after_lost_commit_response() {
     partition.stop().await;
 }
 
-/// The commit is in the metadata store, and the broker exited before it changed the disk.
+/// The broker exited after the log start was committed, and before it evicted segments.
 #[tokio::test(flavor = "multi_thread")]
 async fn files_below_log_start_after_crash_are_evicted() {
     let dir = tempfile::tempdir().unwrap();
@@ -476,7 +478,7 @@ async fn files_below_log_start_after_crash_are_evicted() {
     drop(partition);
     let again = bench.reopen(LOCAL).await;
     assert_eq!(again.watermarks().log_start.get(), 9);
-    bench.settle(&again).await;
+    bench.run_maintenance(&again).await;
     let watermarks = again.watermarks();
     assert!(
         watermarks.local_start > Offset::ZERO && watermarks.local_start.get() <= 9,
@@ -505,8 +507,8 @@ async fn lost_log_without_object_store_restarts_at_log_start() {
     partition.stop().await;
 }
 
-/// The object store has records; uploads are turned off, deletion overtakes the tiered end, and uploads are turned on
-/// again.
+/// The object store has records. Uploads are disabled, the log start moves above the tiered end, and uploads are
+/// enabled again.
 #[tokio::test(flavor = "multi_thread")]
 async fn reenabled_uploads_continue_after_deleted_records() {
     let dir = tempfile::tempdir().unwrap();
@@ -516,7 +518,7 @@ async fn reenabled_uploads_continue_after_deleted_records() {
     for n in 0..40u8 {
         append(&partition, &[n; 4000], Acks::All).await.unwrap();
     }
-    bench.settle(&partition).await;
+    bench.run_maintenance(&partition).await;
     let tiered_end = partition.watermarks().tiered_end;
     assert!(tiered_end > Offset::ZERO);
 
@@ -524,8 +526,8 @@ async fn reenabled_uploads_continue_after_deleted_records() {
     for n in 40..100u8 {
         append(&partition, &[n; 4000], Acks::All).await.unwrap();
     }
-    partition.update_config(resolve(&with("100000"))).await;
-    bench.settle(&partition).await;
+    partition.update_config(resolve(&local_with_limit("100000"))).await;
+    bench.run_maintenance(&partition).await;
     let watermarks = partition.watermarks();
     assert!(watermarks.log_start > tiered_end, "{watermarks:?}");
     assert_eq!((watermarks.tiered_end, partition.tiered_bytes()), (tiered_end, 0));
@@ -534,11 +536,11 @@ async fn reenabled_uploads_continue_after_deleted_records() {
     partition.stop().await;
     drop(partition);
 
-    let again = bench.reopen(&with("100000")).await;
-    bench.settle(&again).await;
+    let again = bench.reopen(&local_with_limit("100000")).await;
+    bench.run_maintenance(&again).await;
     assert_eq!(again.watermarks(), watermarks, "a restart changes nothing");
     again.update_config(resolve(&on)).await;
-    bench.settle(&again).await;
+    bench.run_maintenance(&again).await;
     let caught_up = again.watermarks();
     assert!(caught_up.tiered_end > caught_up.log_start && caught_up.log_start == watermarks.log_start, "{caught_up:?}");
     let (values, _) = read_all(&again, watermarks.log_start.get()).await;
@@ -547,14 +549,14 @@ async fn reenabled_uploads_continue_after_deleted_records() {
     again.stop().await;
 }
 
-/// A reader at the front during deletions gets intact batches, or the log start of that time.
+/// A reader at the log start, while segments are deleted, gets intact batches or an error with the new log start.
 #[tokio::test(flavor = "multi_thread")]
-async fn reader_at_front_gets_log_start_during_deletion() {
+async fn reader_at_log_start_gets_new_one_during_deletion() {
     let dir = tempfile::tempdir().unwrap();
     let bench = Bench::new(dir.path(), false).await;
     let partition = bench.open(LOCAL).await;
     let reader = partition.reader().clone();
-    let front = async move {
+    let read_loop = async move {
         let (mut at, mut errors) = (Offset::ZERO, 0);
         loop {
             match reader.read(at, 1.into()).await {
@@ -570,13 +572,13 @@ async fn reader_at_front_gets_log_start_during_deletion() {
         }
     };
     let writer = async {
-        partition.update_config(resolve(&with("60000"))).await;
+        partition.update_config(resolve(&local_with_limit("60000"))).await;
         for n in 0..200u8 {
             append(&partition, &[n; 4000], Acks::All).await.unwrap();
-            bench.settle(&partition).await;
+            bench.run_maintenance(&partition).await;
         }
         partition.stop().await;
     };
-    let (errors, ()) = tokio::join!(front, writer);
+    let (errors, ()) = tokio::join!(read_loop, writer);
     assert!(errors > 0);
 }

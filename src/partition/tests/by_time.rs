@@ -19,7 +19,7 @@ async fn search_by_time_finds_the_record_in_every_tier() {
     let decompressor = Decompressor::new(64 << 20);
     for tiered in [false, true] {
         if tiered {
-            bench.settle(&partition).await;
+            bench.run_maintenance(&partition).await;
             assert!(partition.watermarks().tiered_end > Offset::ZERO);
         }
         for (time, offset) in [(0, 0), (1000, 0), (1001, 1), (1115, 12), (1230, 23)] {
@@ -45,8 +45,9 @@ async fn time_without_a_record_in_the_batch_is_not_found() {
         .open(&[("segment.bytes", "16384"), ("retention.ms", "-1"), ("message.timestamp.after.max.ms", "-1")])
         .await;
     let decompressor = Decompressor::new(64 << 20);
-    // The headers of the second and the third batch claim the end of time, and the third batch cannot be decoded.
-    for (time, claim, garbage) in [(1000, 1000, false), (2000, 1 << 62, false), (0, 1 << 62, true), (3000, 3000, false)]
+    // The second and the third batch have a header time far in the future, and the third batch cannot be decoded.
+    for (time, header_time, is_corrupt) in
+        [(1000, 1000, false), (2000, 1 << 62, false), (0, 1 << 62, true), (3000, 3000, false)]
     {
         let mut builder = BatchBuilder::new(Compression::Gzip);
         let mut state = 1_u64;
@@ -59,8 +60,8 @@ async fn time_without_a_record_in_the_batch_is_not_found() {
         builder.push(time, None, Some(&noise), &[]).unwrap();
         let batch = builder.finish(None).unwrap();
         let mut bytes = bytes::BytesMut::from(&batch.to_bytes()[..]);
-        bytes[35..43].copy_from_slice(&i64::to_be_bytes(claim));
-        if garbage {
+        bytes[35..43].copy_from_slice(&i64::to_be_bytes(header_time));
+        if is_corrupt {
             bytes[70..90].fill(7);
         }
         let crc = crc32c::crc32c(&bytes[21..]);
@@ -71,7 +72,7 @@ async fn time_without_a_record_in_the_batch_is_not_found() {
     }
     for tiered in [false, true] {
         if tiered {
-            bench.settle(&partition).await;
+            bench.run_maintenance(&partition).await;
             assert!(partition.watermarks().tiered_end > Offset::ZERO);
         }
         for (time, found) in [(0, Some((0, 1000))), (1001, Some((1, 2000))), (2001, Some((3, 3000))), (3001, None)] {
