@@ -248,6 +248,7 @@ impl PublishedState {
         }
     }
 
+    /// Returns true if the task needs ticks at intervals.
     pub(super) fn wants_ticks(&self) -> bool {
         self.wants_ticks.load(Ordering::Relaxed)
     }

@@ -36,12 +36,13 @@ const MIN_SWEEP: usize = 64;
 /// chooses the index of each partition.
 #[derive(Debug, Default)]
 pub struct WakeSet {
-    marked: Mutex<WokenIndexes>,
+    state: Mutex<WakeSetState>,
     notify: Notify,
 }
 
+/// Content of a [`WakeSet`].
 #[derive(Debug, Default)]
-struct WokenIndexes {
+struct WakeSetState {
     /// Marked indexes, each once, in the order in which they are taken.
     order: VecDeque<usize>,
     /// The same indexes, for a fast check.
@@ -51,40 +52,40 @@ struct WokenIndexes {
 }
 
 impl WakeSet {
-    /// Marks a partition; a second mark changes nothing.
+    /// Marks a partition and wakes the reader. A partition that is marked already stays where it is in the order.
     pub fn mark(&self, index: usize) {
-        let mut marked = self.marked.lock();
-        if marked.members.insert(index) {
-            marked.order.push_back(index);
-            drop(marked);
+        let mut state = self.state.lock();
+        if state.members.insert(index) {
+            state.order.push_back(index);
+            drop(state);
             self.notify.notify_one();
         }
     }
 
     /// Marks a partition whose mark was taken without a completed read. It is taken next.
     pub fn put_back(&self, index: usize) {
-        let mut marked = self.marked.lock();
-        if !marked.members.insert(index) {
-            marked.order.retain(|marked_index| *marked_index != index);
+        let mut state = self.state.lock();
+        if !state.members.insert(index) {
+            state.order.retain(|marked_index| *marked_index != index);
         }
-        marked.order.push_front(index);
-        drop(marked);
+        state.order.push_front(index);
+        drop(state);
         self.notify.notify_one();
     }
 
     /// Adds a listener. It enters the list of its partition at the next [`Self::take`] of this index.
     fn add_listener(&self, index: usize, listener: Listener) {
-        self.marked.lock().listeners.entry(index).or_default().push(Arc::new(listener));
+        self.state.lock().listeners.entry(index).or_default().push(Arc::new(listener));
     }
 
     /// Takes the partition that was marked first, and lists its listeners again. The caller reads the state of the
     /// partition after this call: a later change marks the partition again.
     pub fn take(&self) -> Option<usize> {
         let (index, listeners) = {
-            let mut marked = self.marked.lock();
-            let index = marked.order.pop_front()?;
-            marked.members.remove(&index);
-            (index, marked.listeners.get(&index).cloned().unwrap_or_default())
+            let mut state = self.state.lock();
+            let index = state.order.pop_front()?;
+            state.members.remove(&index);
+            (index, state.listeners.get(&index).cloned().unwrap_or_default())
         };
         listeners.iter().for_each(Listener::enlist);
         Some(index)
@@ -92,14 +93,14 @@ impl WakeSet {
 
     /// Returns true if some partition is marked.
     pub fn is_marked(&self) -> bool {
-        !self.marked.lock().order.is_empty()
+        !self.state.lock().order.is_empty()
     }
 
     /// Waits until some partition is marked.
     pub async fn wait_for_index(&self) {
         loop {
             let notified = self.notify.notified();
-            if !self.marked.lock().order.is_empty() {
+            if !self.state.lock().order.is_empty() {
                 return;
             }
             notified.await;
@@ -134,6 +135,7 @@ impl PartitionListeners {
         self.of(watermark).wake(tasks);
     }
 
+    /// Wakes the listeners of all watermarks.
     pub(super) fn wake_all(&self, tasks: &Tasks) {
         [&self.high_watermark, &self.log_end, &self.any_end].into_iter().for_each(|listeners| listeners.wake(tasks));
     }
@@ -201,6 +203,7 @@ struct ListenerList {
 }
 
 impl WatermarkListeners {
+    /// Adds a listener to the list. From time to time, first removes listeners whose readers were dropped.
     fn add(&self, listener: Arc<Listener>) {
         let mut list = self.list.lock();
         if list.waiting.len() >= list.sweep_at.max(MIN_SWEEP) {
