@@ -179,9 +179,9 @@ async fn acknowledged_records_are_readable_after_reopen() {
     assert_eq!(append(&partition, b"late", Acks::All).await, Err(AppendError::Closing));
     assert_eq!(partition.reader().read(Offset::ZERO, 1.into()).await.unwrap_err(), ReadError::Closed);
     drop(partition);
-    let again = bench.open(&[]).await;
-    assert_eq!(again.watermarks().high_watermark.get(), 10);
-    assert_eq!(read_all(&again, 0).await.0.len(), 10);
+    let reopened = bench.open(&[]).await;
+    assert_eq!(reopened.watermarks().high_watermark.get(), 10);
+    assert_eq!(read_all(&reopened, 0).await.0.len(), 10);
 }
 
 /// Regression: all batches that were queued together were written to one segment without a size limit.
@@ -421,11 +421,11 @@ async fn size_retention_without_uploads_frees_disk_to_the_limit() {
         }
         partition.stop().await;
         drop(partition);
-        let again = bench.reopen(&local_with_limit("100000")).await;
-        bench.run_maintenance(&again).await;
-        assert_eq!(again.watermarks(), watermarks, "after a restart, object store: {object_store}");
+        let reopened = bench.reopen(&local_with_limit("100000")).await;
+        bench.run_maintenance(&reopened).await;
+        assert_eq!(reopened.watermarks(), watermarks, "after a restart, object store: {object_store}");
         assert_eq!(bytes_on_disk(dir.path()), on_disk);
-        again.stop().await;
+        reopened.stop().await;
     }
 }
 
@@ -476,17 +476,17 @@ async fn files_below_log_start_after_crash_are_evicted() {
     let state = TierState { log_start: Offset::new(9).unwrap(), epoch: LeaderEpoch(4), ..TierState::default() };
     bench.commits.commit(bench.id, LeaderEpoch(4), None, &state).await.unwrap();
     drop(partition);
-    let again = bench.reopen(LOCAL).await;
-    assert_eq!(again.watermarks().log_start.get(), 9);
-    bench.run_maintenance(&again).await;
-    let watermarks = again.watermarks();
+    let reopened = bench.reopen(LOCAL).await;
+    assert_eq!(reopened.watermarks().log_start.get(), 9);
+    bench.run_maintenance(&reopened).await;
+    let watermarks = reopened.watermarks();
     assert!(
         watermarks.local_start > Offset::ZERO && watermarks.local_start.get() <= 9,
         "the segment with offset 9 stays: {watermarks:?}"
     );
-    assert_eq!(bytes_on_disk(dir.path()), again.local_bytes());
-    assert_eq!(read_all(&again, 9).await.0.len(), 31);
-    again.stop().await;
+    assert_eq!(bytes_on_disk(dir.path()), reopened.local_bytes());
+    assert_eq!(read_all(&reopened, 9).await.0.len(), 31);
+    reopened.stop().await;
 }
 
 /// An offset is never assigned twice, even if only the metadata store shows that it was assigned once.
@@ -536,17 +536,17 @@ async fn reenabled_uploads_continue_after_deleted_records() {
     partition.stop().await;
     drop(partition);
 
-    let again = bench.reopen(&local_with_limit("100000")).await;
-    bench.run_maintenance(&again).await;
-    assert_eq!(again.watermarks(), watermarks, "a restart changes nothing");
-    again.update_config(resolve(&on)).await;
-    bench.run_maintenance(&again).await;
-    let caught_up = again.watermarks();
+    let reopened = bench.reopen(&local_with_limit("100000")).await;
+    bench.run_maintenance(&reopened).await;
+    assert_eq!(reopened.watermarks(), watermarks, "a restart changes nothing");
+    reopened.update_config(resolve(&on)).await;
+    bench.run_maintenance(&reopened).await;
+    let caught_up = reopened.watermarks();
     assert!(caught_up.tiered_end > caught_up.log_start && caught_up.log_start == watermarks.log_start, "{caught_up:?}");
-    let (values, _) = read_all(&again, watermarks.log_start.get()).await;
+    let (values, _) = read_all(&reopened, watermarks.log_start.get()).await;
     let first = u8::try_from(watermarks.log_start.get()).unwrap();
     assert_eq!(values, (first..100).map(|n| vec![n; 4000]).collect::<Vec<_>>());
-    again.stop().await;
+    reopened.stop().await;
 }
 
 /// A reader at the log start, while segments are deleted, gets intact batches or an error with the new log start.

@@ -3,14 +3,14 @@
 //!
 //! # Overview
 //!
-//! Memory is taken from a common budget before anything is decompressed. It is not taken for the worst case, which
-//! would admit one batch at a time. A batch first takes the size that it declares, or a usual one. If that is too
-//! little, the batch releases it and takes four times as much. So an honest batch is opened once, and a bomb costs a
-//! third more than its limit. A batch that declares too large a size costs nothing.
+//! Memory is taken from a common budget before a batch is decompressed. To take it for the worst case would admit only
+//! one batch at a time. So a batch first takes memory for the size that it declares, or for an estimate. If the records
+//! are larger, the batch releases that memory and takes four times as much. Most batches are opened once. A
+//! decompression bomb costs a third more work than its limit, and nothing if it declares too large a size.
 //!
 //! ```text
-//! guess ─ take ─► decompress within it ─► done
-//!                          └ too small ─► release ─ take × 4 ─► … up to the limit: rejected
+//! estimate ─ take ─► decompress within it ─► done
+//!                             └ too small ─► release ─ take × 4 ─► … up to the limit: rejected
 //! ```
 
 use std::{collections::VecDeque, num::NonZero, sync::Arc, thread};
@@ -112,8 +112,8 @@ impl Decompressor {
         Self { caller_permits: Some(permits), ..self.clone() }
     }
 
-    /// Returns a decompressor for a caller that holds this memory for batches: work on other threads holds it until the
-    /// work has ended.
+    /// Returns a decompressor for a caller that has taken memory for its batches. Work on other threads keeps `charge`
+    /// until the work ends, also if the caller is dropped before.
     pub fn charged(&self, charge: Charge) -> Self {
         Self { _charge: Some(charge), ..self.clone() }
     }

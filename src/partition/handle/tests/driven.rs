@@ -35,12 +35,14 @@ enum TaskRequest {
     Follow(BrokerId),
     Subscribe(LeaderEpoch, LogPosition, ReplicaProgress),
     RetryLater,
+    /// Newest known epoch, and true if the partition is being stopped.
     Unsubscribe(LeaderEpoch, bool),
     Propose(IsrProposal),
     ReadBack,
     Resign(LeaderEpoch),
 }
 
+/// Requests of the task that the test has not taken yet, in order.
 #[derive(Default)]
 struct RequestLog(Mutex<Vec<TaskRequest>>);
 
@@ -92,6 +94,7 @@ fn open() -> (Arc<Partition>, Arc<RequestLog>, DataDir) {
     open_on(SimDisk::new())
 }
 
+/// Opens the replica as [`open`] does, on this disk.
 fn open_on(disk: SimDisk) -> (Arc<Partition>, Arc<RequestLog>, DataDir) {
     let identity = DataDirIdentity { cluster: "test".to_owned(), broker: broker(1) };
     let options = LogOptions { journal_bytes: 1 << 20, reserve_bytes: 0, ..LogOptions::default() };
@@ -113,11 +116,13 @@ fn open_on(disk: SimDisk) -> (Arc<Partition>, Arc<RequestLog>, DataDir) {
     (Partition::open(broker(1), &log, spec, ctx, &queue, &Tasks::new()).unwrap(), requests, log)
 }
 
+/// Returns the value of a partition with replicas on brokers 1 to 3, all in the ISR.
 fn value(leader: Option<u32>, epoch: u32) -> PartitionValue {
     let value = PartitionValue::new([1, 2, 3].map(broker).to_vec(), LeaderEpoch(epoch));
     PartitionValue { leader: leader.map(broker), ..value }
 }
 
+/// Assigns a value to broker 1. Brokers 2 and 3 are registered.
 async fn assign(partition: &Partition, value: PartitionValue, revision: u64) {
     let running = |number| (broker(number), BrokerStatus::Registered(Revision(100 + u64::from(number))));
     let registered = [running(2), running(3)].into();
@@ -126,6 +131,7 @@ async fn assign(partition: &Partition, value: PartitionValue, revision: u64) {
     partition.assign(assignment).await;
 }
 
+/// Returns the broker id and broker epoch of a follower.
 fn peer(number: u32) -> PeerId {
     PeerId { broker: broker(number), epoch: Revision(100 + u64::from(number)) }
 }
@@ -160,6 +166,7 @@ async fn assign_again(partition: &Partition) {
     assign(partition, value(None, 0), 0).await;
 }
 
+/// Returns the request to subscribe in `epoch` with a log that ends at `end`, durably, with a batch of epoch `last`.
 fn subscribed(epoch: u32, last: Option<u32>, end: u64) -> TaskRequest {
     let position = LogPosition { last_epoch: last.map(LeaderEpoch), log_end: at(end), removal_count: None };
     TaskRequest::Subscribe(LeaderEpoch(epoch), position, ReplicaProgress { log_end: at(end), persisted_end: at(end) })

@@ -158,7 +158,7 @@ async fn leader_with_report_of_newer_epoch_admits_nothing() {
     let refused = append(&one, &[7], Acks::Leader).await;
     assert_eq!(refused, Err(AppendError::NotLeader { leader: None, epoch: LeaderEpoch(1) }));
     assert_eq!(tail.read(at(0), 100).await.unwrap_err(), ReadError::Closed, "a tail reader ends with its epoch");
-    // Metadata of the epoch before, received again, does not make it lead.
+    // The broker receives the metadata of epoch 2, and follows.
     net.resume_metadata(1).await;
     wait_until_in_sync(&one).await;
     assert_eq!(one.epoch(), LeaderEpoch(2));
@@ -334,12 +334,12 @@ async fn new_replica_bootstraps_at_tiered_end_with_producers() {
     net.elect(2, &[1]).await;
     net.stop(1).await;
     wait_until("broker 2 leads", || two.status().role.leads()).await;
-    let again = send(&two, batch(&[7; 4000], stamp(i32::try_from(tiered_end.get()).unwrap() - 1)), Acks::Leader)
+    let retried = send(&two, batch(&[7; 4000], stamp(i32::try_from(tiered_end.get()).unwrap() - 1)), Acks::Leader)
         .await
         .await
         .unwrap()
         .unwrap();
-    assert!(again.duplicate);
+    assert!(retried.duplicate);
     let next = send(&two, batch(&[7; 4000], stamp(20)), Acks::Leader).await.await.unwrap().unwrap();
     assert_eq!((next.base, next.duplicate), (at(20), false));
     // Uploads continue where the other broker stopped.
@@ -376,8 +376,8 @@ async fn new_replica_bootstraps_with_the_leaders_tables() {
     assert_eq!((two.watermarks().log_start, two.watermarks().local_start), (start, start));
     net.elect(2, &[]).await;
     wait_until("broker 2 leads", || two.status().role.leads()).await;
-    let again = send(&two, batch(&[1; 4000], stamp(5, 0)), Acks::Leader).await.await.unwrap().unwrap();
-    assert_eq!((again.base, again.duplicate), (at(0), true), "the producer state of deleted records is kept");
+    let retried = send(&two, batch(&[1; 4000], stamp(5, 0)), Acks::Leader).await.await.unwrap().unwrap();
+    assert_eq!((retried.base, retried.duplicate), (at(0), true), "the producer state of deleted records is kept");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

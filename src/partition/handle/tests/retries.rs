@@ -41,8 +41,8 @@ async fn retry_is_a_duplicate_after_failover_and_alter() {
         wait_until_in_sync(&two).await;
         for (sequence, form) in (0..).zip(FORMS) {
             let stored = write_as(&one, form, b"own", sequence).await.unwrap();
-            let again = write_as(&one, form, b"own", sequence).await.unwrap();
-            assert_eq!((again.base, again.duplicate), (stored.base, true), "{form:?}, {before:?}");
+            let retried = write_as(&one, form, b"own", sequence).await.unwrap();
+            assert_eq!((retried.base, retried.duplicate), (stored.base, true), "{form:?}, {before:?}");
         }
         net.elect(2, &[]).await;
         wait_until("broker 2 leads", || two.status().role.leads()).await;
@@ -53,9 +53,9 @@ async fn retry_is_a_duplicate_after_failover_and_alter() {
             let retries: &[Form] =
                 if stored == Form::OfRecords { &[stored] } else { &[Form::AsSent, Form::Recompressed] };
             for retry in retries {
-                let again = write_as(&two, *retry, b"own", sequence).await.unwrap();
+                let retried = write_as(&two, *retry, b"own", sequence).await.unwrap();
                 assert_eq!(
-                    (again.base, again.duplicate),
+                    (retried.base, retried.duplicate),
                     (base, true),
                     "{stored:?}, {retry:?}, {before:?} to {after:?}"
                 );
