@@ -117,8 +117,8 @@ impl PartitionReader {
         Self { id, published, log, tier, charge: None }
     }
 
-    /// Returns a reader for a caller that has taken memory for the results. Each disk read keeps `charge` until it ends,
-    /// also if the caller is dropped before.
+    /// Returns a reader for a caller that has taken memory for the results. Each disk read keeps `charge` until it
+    /// ends, also if the caller is dropped before.
     pub fn charged(&self, charge: Charge) -> Self {
         Self { charge: Some(charge), ..self.clone() }
     }
@@ -132,10 +132,10 @@ impl PartitionReader {
         self.published.add_listener(wake_set, index, WatermarkKind::HighWatermark);
     }
 
-    /// Reads committed records from `from` on: at least one batch if there is one, and further batches within the limits.
-    /// Batches in memory are shared and take no memory of the caller, so the first one may have any size. Returns `None`
-    /// if there is nothing to read yet: `from` is the high watermark, or lies above it on a replica that does not lead
-    /// in a committed epoch.
+    /// Reads committed records from `from` on: at least one batch if there is one, and further batches within the
+    /// limits. Batches in memory are shared and take no memory of the caller, so the first one may have any size.
+    /// Returns `None` if there is nothing to read yet: `from` is the high watermark, or lies above it on a replica that
+    /// does not lead in a committed epoch.
     pub async fn read(&self, from: Offset, limits: ReadLimits) -> Result<Option<FetchedBatches>, ReadError> {
         let read = self.read_tiers(from, limits).await;
         #[cfg(feature = "sim")]
