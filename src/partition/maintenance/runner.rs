@@ -137,7 +137,7 @@ impl MaintenanceRunner {
                 Ok(MaintenanceResult { more: true, uploaded, ..MaintenanceResult::default() })
             }
             (None, Some(tier)) if manifest_lags => {
-                let staged = unless_unavailable(tier, async { Ok(tier.stage_trim(epoch).await?) }).await?;
+                let staged = while_available(tier, async { Ok(tier.stage_trim(epoch).await?) }).await?;
                 self.commit(partition, tier, staged, epoch).await?;
                 Ok(MaintenanceResult { more: true, ..MaintenanceResult::default() })
             }
@@ -181,7 +181,7 @@ impl MaintenanceRunner {
         epoch: LeaderEpoch,
     ) -> Result<UploadStats, MaintenanceError> {
         let uploads = upload_segments(partition, tier, bases, local, epoch);
-        let (staged, uploaded) = unless_unavailable(tier, uploads).await?;
+        let (staged, uploaded) = while_available(tier, uploads).await?;
         let end = staged.state().tiered_end;
         self.commit(partition, tier, staged, epoch).await?;
         tracing::debug!(
@@ -279,7 +279,7 @@ impl MaintenanceRunner {
 
 /// Waits for `upload`. Fails, and drops `upload`, once the object store has been unavailable for
 /// [`MAX_UPLOAD_RETRY_DELAY`].
-async fn unless_unavailable<T>(
+async fn while_available<T>(
     tier: &PartitionTier,
     upload: impl Future<Output = Result<T, MaintenanceError>>,
 ) -> Result<T, MaintenanceError> {
