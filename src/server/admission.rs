@@ -42,7 +42,7 @@ const REPORT_AFTER: Duration = Duration::from_secs(1);
 /// Interval at which the reason for a wait is logged again.
 const REMIND_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Error of a start that ended because the process was asked to stop.
+/// Error of a start that ended because a stop of the process was requested.
 #[derive(Debug, thiserror::Error)]
 #[error("stopped while the broker waited for the metadata store")]
 pub(super) struct StartCancelled;
@@ -74,14 +74,14 @@ impl KnownCluster {
         self.directories.is_empty() && self.topics.is_empty() && !self.unreadable
     }
 
-    /// Returns true if a directory with these topics may belong to one of the cluster's brokers. A restored older
-    /// directory contains at least one of the topics.
-    fn is_of(&self, directory: &str, held: &BTreeSet<TopicId>) -> bool {
-        self.unreadable || self.directories.contains(directory) || !self.topics.is_disjoint(held)
+    /// Returns true if a directory with these local topics may belong to one of the cluster's brokers. A restored older
+    /// directory contains at least one of the cluster's topics.
+    fn may_contain(&self, directory: &str, local_topics: &BTreeSet<TopicId>) -> bool {
+        self.unreadable || self.directories.contains(directory) || !self.topics.is_disjoint(local_topics)
     }
 }
 
-/// Incarnations of a start, for the local inventory. The replicas follow after they were opened.
+/// Start of a process that the data directory records and the metadata store does not contain yet.
 pub(super) struct PendingStart {
     /// Incarnation of this process.
     pub(super) incarnation: Uuid,
@@ -96,9 +96,10 @@ impl ClusterAdmission<'_> {
         let prefix = self.keys.prefix();
         let known = report_long_wait(self.retry_until_reply(async || Ok(self.known_cluster().await?))).await?;
         let log = self.log.clone();
-        let took_part = !task::run_blocking(move || log.incarnations()).await?.is_empty();
-        let held: BTreeSet<TopicId> = self.log.partitions().into_iter().map(|id| id.topic).collect();
-        if !took_part || held.is_empty() || known.is_of(&self.log.directory_id().to_string(), &held) {
+        let was_in_cluster = !task::run_blocking(move || log.incarnations()).await?.is_empty();
+        let local_topics: BTreeSet<TopicId> = self.log.partitions().into_iter().map(|id| id.topic).collect();
+        let directory = self.log.directory_id().to_string();
+        if !was_in_cluster || local_topics.is_empty() || known.may_contain(&directory, &local_topics) {
             return Ok(());
         }
         anyhow::ensure!(
@@ -208,16 +209,17 @@ impl ClusterAdmission<'_> {
         Ok(admitted)
     }
 
-    /// Repeats a request until it succeeds, or fails with an error that no retry corrects.
+    /// Repeats a request until it succeeds, or fails with an error that no retry corrects. Fails with [`StartCancelled`]
+    /// when the start is cancelled. Logs why the start waits.
     async fn retry_until_reply<T>(&self, request: impl AsyncFn() -> Result<T, RegisterError>) -> anyhow::Result<T> {
-        let (mut last_error, mut at): (String, Option<Instant>) = (String::new(), None);
+        let (mut last_error, mut logged_at): (String, Option<Instant>) = (String::new(), None);
         loop {
             let Some(result) = self.stop.run_until_cancelled(request()).await else {
                 return Err(StartCancelled.into());
             };
             let error = match result {
                 Ok(value) => {
-                    if at.is_some() {
+                    if logged_at.is_some() {
                         tracing::info!("the metadata store responds: the start continues");
                     }
                     return Ok(value);
@@ -227,9 +229,9 @@ impl ClusterAdmission<'_> {
                 }
                 Err(error) => error.to_string(),
             };
-            if error != last_error || at.is_none_or(|at| at.elapsed() >= REMIND_INTERVAL) {
+            if error != last_error || logged_at.is_none_or(|at| at.elapsed() >= REMIND_INTERVAL) {
                 tracing::warn!(error, "waiting for the metadata store: the start continues when the store responds");
-                (last_error, at) = (error, Some(clock::monotonic()));
+                (last_error, logged_at) = (error, Some(clock::monotonic()));
             }
             if self.stop.sleep_until_cancelled(RETRY_INTERVAL).await.is_none() {
                 return Err(StartCancelled.into());
@@ -238,7 +240,7 @@ impl ClusterAdmission<'_> {
     }
 }
 
-/// Waits for a response, and logs a wait that a person may notice.
+/// Waits for a response, and logs the wait once if it exceeds [`REPORT_AFTER`].
 async fn report_long_wait<T>(response: impl Future<Output = T>) -> T {
     let mut response = std::pin::pin!(response);
     match tokio::time::timeout(REPORT_AFTER, &mut response).await {

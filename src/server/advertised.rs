@@ -12,18 +12,18 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) fn check(address: &str, remedy: &'static str, tasks: &Tasks) {
     let (address, stop) = (address.to_owned(), tasks.clone());
     tasks.spawn("advertised address", async move {
-        let Some(found) = stop.run_until_cancelled(resolve(&address)).await else {
+        let Some(resolved) = stop.run_until_cancelled(resolve(&address)).await else {
             return;
         };
-        if let Err(problem) = found {
-            tracing::warn!(address, problem, "cannot resolve an advertised address on this machine: {remedy}");
+        if let Err(error) = resolved {
+            tracing::warn!(address, error, "cannot resolve an advertised address on this machine: {remedy}");
         }
     });
 }
 
 async fn resolve(address: &str) -> Result<(), String> {
     match tokio::time::timeout(LOOKUP_TIMEOUT, tokio::net::lookup_host(address)).await {
-        Ok(Ok(mut found)) => found.next().map(drop).ok_or_else(|| "the name has no address".to_owned()),
+        Ok(Ok(mut addresses)) => addresses.next().map(drop).ok_or_else(|| "the name has no address".to_owned()),
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err(format!("no response within {LOOKUP_TIMEOUT:?}")),
     }

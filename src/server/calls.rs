@@ -18,15 +18,16 @@ use tonic::{Status, codegen::http::HeaderMap};
 use super::connection::OpenCall;
 use crate::broker::{CallMemory, SendingResponse};
 
-/// Keeps the call open until the response has been sent. `memory` is the memory of a client's call, and `permit` the
-/// permit of a call whose response is built from metadata.
-pub(super) fn until_sent(
+/// Keeps the call open until HTTP/2 has sent the response. `call` is `None` for a request that arrived on no connection,
+/// as in a simulation. `memory` is the memory of a client's call; calls of other brokers have none. `metadata_permit` is
+/// the permit of a call whose response is built from metadata.
+pub(super) fn hold_until_sent(
     response: Response,
     call: Option<OpenCall>,
     memory: Option<CallMemory>,
-    permit: Option<OwnedSemaphorePermit>,
+    metadata_permit: Option<OwnedSemaphorePermit>,
 ) -> Response {
-    let open = Arc::new(OpenResponse { memory, _call: call, _permit: permit });
+    let open = Arc::new(OpenResponse { memory, _call: call, _metadata_permit: metadata_permit });
     response.map(|body| Body::new(CountedBody { body, rest: Bytes::new(), open }))
 }
 
@@ -44,27 +45,28 @@ pub(super) fn trailers(status: &Status) -> Frame<Bytes> {
     Frame::trailers(trailers)
 }
 
-/// A response that has not been sent. Its body and each unsent frame hold a reference.
+/// Resources of a call until its response has been sent. The body and each unsent frame of the response hold a reference.
 struct OpenResponse {
     memory: Option<CallMemory>,
     _call: Option<OpenCall>,
-    _permit: Option<OwnedSemaphorePermit>,
+    _metadata_permit: Option<OwnedSemaphorePermit>,
 }
 
 /// A frame that was passed to HTTP/2. HTTP/2 drops the bytes after it has written the last of them or closed the
 /// stream. Long before that, HTTP/2 polls for the next frame and takes the end of the body.
-struct HandedFrame {
+struct SendingFrame {
     data: Bytes,
     _memory: Option<SendingResponse>,
     _open: Arc<OpenResponse>,
 }
 
-impl AsRef<[u8]> for HandedFrame {
+impl AsRef<[u8]> for SendingFrame {
     fn as_ref(&self) -> &[u8] {
         &self.data
     }
 }
 
+/// Body of a response that is passed to HTTP/2 in pieces, and is charged to the memory of its call.
 struct CountedBody {
     body: Body,
     /// Bytes of the last frame that have not been passed on.
@@ -73,9 +75,10 @@ struct CountedBody {
 }
 
 impl CountedBody {
+    /// Splits the next piece from the rest of the last frame. Only a client's response is split.
     fn next_piece(&mut self) -> Frame<Bytes> {
-        let most = if self.open.memory.is_some() { PIECE_BYTES } else { usize::MAX };
-        Frame::data(self.rest.split_to(self.rest.len().min(most)))
+        let max_bytes = if self.open.memory.is_some() { PIECE_BYTES } else { usize::MAX };
+        Frame::data(self.rest.split_to(self.rest.len().min(max_bytes)))
     }
 }
 
@@ -96,8 +99,8 @@ impl HttpBody for CountedBody {
         let Some(frame) = ready!(Pin::new(&mut self.body).poll_frame(cx)?) else { return Poll::Ready(None) };
         Poll::Ready(Some(Ok(match frame.into_data() {
             Ok(data) => match self.open.memory.as_ref().map(|memory| memory.begin_sending(data.len())).transpose() {
-                Ok(handed) => {
-                    let frame = HandedFrame { data, _memory: handed, _open: Arc::clone(&self.open) };
+                Ok(charge) => {
+                    let frame = SendingFrame { data, _memory: charge, _open: Arc::clone(&self.open) };
                     self.rest = Bytes::from_owner(frame);
                     self.next_piece()
                 }
@@ -148,7 +151,7 @@ mod tests {
         memory.reserve_more(100_000).expect("the memory is available");
         let permits = Arc::new(Semaphore::new(1));
         let permit = Arc::clone(&permits).try_acquire_owned().ok();
-        let mut body = Box::pin(until_sent(Response::new(body), None, Some(memory), permit).into_body());
+        let mut body = Box::pin(hold_until_sent(Response::new(body), None, Some(memory), permit).into_body());
         let mut pieces = Vec::new();
         for bytes in [PIECE_BYTES, PIECE_BYTES, PIECE_BYTES - 1, 10] {
             let piece = poll_fn(|cx| body.as_mut().poll_frame(cx)).await.expect("no end").expect("no error");
@@ -158,12 +161,12 @@ mod tests {
         }
         assert!(poll_fn(|cx| body.as_mut().poll_frame(cx)).await.is_none());
         drop(body);
-        let held = |_: &[Bytes]| (budgets.taken().1 > 0, permits.available_permits());
-        assert_eq!(held(&pieces), (true, 0), "HTTP/2 holds the pieces");
+        let charged_and_permits = |_: &[Bytes]| (budgets.taken().1 > 0, permits.available_permits());
+        assert_eq!(charged_and_permits(&pieces), (true, 0), "HTTP/2 holds the pieces");
         pieces.drain(..2);
-        assert_eq!(held(&pieces), (true, 0), "one piece of the large frame is left");
+        assert_eq!(charged_and_permits(&pieces), (true, 0), "one piece of the large frame is left");
         pieces.drain(..1);
-        assert_eq!(held(&pieces), (false, 0), "the small frame is not charged");
+        assert_eq!(charged_and_permits(&pieces), (false, 0), "the small frame is not charged");
         drop(pieces);
         assert_eq!(permits.available_permits(), 1);
     }
@@ -177,7 +180,7 @@ mod tests {
         let refused = loop {
             let memory = CallMemory::new(budgets.clone(), connection.clone());
             let body = Body::from(vec![7; 50_000]);
-            let mut body = Box::pin(until_sent(Response::new(body), None, Some(memory), None).into_body());
+            let mut body = Box::pin(hold_until_sent(Response::new(body), None, Some(memory), None).into_body());
             let frame = poll_fn(|cx| body.as_mut().poll_frame(cx)).await.expect("no end").expect("no error");
             match frame.into_trailers() {
                 Ok(trailers) => break trailers,

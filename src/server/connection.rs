@@ -64,14 +64,17 @@ pub(super) enum ListenerKind {
 pub(super) struct ConnectionLimiter(Arc<LimiterState>);
 
 struct LimiterState {
-    port: ListenerKind,
+    kind: ListenerKind,
     capacity: Capacity,
+    /// Maximum number of connections with common places from one address.
     per_address: usize,
     /// Setting or system limit that raises `per_address`.
     address_raised_by: &'static str,
+    /// Number of open calls from which a connection may begin a call only below its share.
     max_calls: usize,
     places: Mutex<Places<Arc<CloseSignal>>>,
     throttles: Throttles,
+    /// Gauge of open connections; `None` for a listener without this metric.
     open: Option<GaugeU64>,
     refused: Counter,
     evicted: Counter,
@@ -90,9 +93,9 @@ struct Throttles {
 
 impl ConnectionLimiter {
     /// Creates a limiter with the places of `capacity`. One address gets at most `per_address` of them, or half if that
-    /// is not set. `memory_bytes` limits the number of open calls. `open` counts the open connections.
+    /// is not set. `memory_bytes` limits the number of open calls.
     pub(super) fn new(
-        port: ListenerKind,
+        kind: ListenerKind,
         capacity: Capacity,
         per_address: Option<usize>,
         memory_bytes: u64,
@@ -101,12 +104,12 @@ impl ConnectionLimiter {
     ) -> Self {
         let max_calls = usize::try_from(memory_bytes / BYTES_PER_CALL).unwrap_or(usize::MAX);
         let per_address = per_address.unwrap_or(capacity.places / 2).clamp(1, capacity.places);
-        let address_raised_by = match port {
+        let address_raised_by = match kind {
             ListenerKind::Grpc | ListenerKind::Http => "limits.connections_per_address",
             ListenerKind::Peer => capacity.raised_by,
         };
         Self(Arc::new(LimiterState {
-            port,
+            kind,
             capacity,
             per_address,
             address_raised_by,
@@ -124,7 +127,7 @@ impl ConnectionLimiter {
     /// serves only probes.
     fn admit(&self, stream: TcpStream, peer: Option<SocketAddr>) -> CountedConnection {
         let peer = peer.map_or(IpAddr::from(Ipv4Addr::UNSPECIFIED), |peer| peer.ip());
-        let origin = Origin::of(peer, stream.local_addr().ok().map(|own| own.ip()));
+        let origin = Origin::of(peer, stream.local_addr().ok().map(|local| local.ip()));
         let signal = Arc::new(CloseSignal::default());
         let admitted = self.0.places.lock().admit(origin, Arc::clone(&signal));
         if let Some(idle) = admitted.evicted {
@@ -139,11 +142,12 @@ impl ConnectionLimiter {
         if let Some(open) = &self.0.open {
             open.inc();
         }
-        let (left, idle) = match self.0.port {
+        let (remaining_bytes, idle_timeout) = match self.0.kind {
             ListenerKind::Grpc | ListenerKind::Peer => (PREFACE_BYTES, None),
             ListenerKind::Http => (REQUEST_BYTES, Some(IDLE_TIMEOUT)),
         };
-        let read_deadline = ReadDeadline { left, until: Box::pin(tokio::time::sleep(FIRST_BYTES_TIMEOUT)), idle };
+        let deadline = Box::pin(tokio::time::sleep(FIRST_BYTES_TIMEOUT));
+        let read_deadline = ReadDeadline { remaining_bytes, deadline, idle_timeout };
         let (producer_ids, memory) = (ProducerIdQuota::default(), Arc::default());
         let caller =
             Caller { limiter: self.clone(), signal: Arc::clone(&signal), id: admitted.id, peer, producer_ids, memory };
@@ -158,6 +162,7 @@ impl ConnectionLimiter {
         }
     }
 
+    /// Counts and logs a new connection that serves only probes.
     fn report_refusal(&self, bound: Bound, peer: IpAddr) {
         self.0.refused.inc();
         let throttle = match bound {
@@ -165,7 +170,7 @@ impl ConnectionLimiter {
             Bound::Address => &self.0.throttles.full_for_address,
         };
         let Some(count) = occur(throttle) else { return };
-        let (listener, places, raised_by) = (self.0.port, self.0.capacity.places, self.0.capacity.raised_by);
+        let (listener, places, raised_by) = (self.0.kind, self.0.capacity.places, self.0.capacity.raised_by);
         let (per_address, address_raised_by) = (self.0.per_address, self.0.address_raised_by);
         match bound {
             Bound::Places => tracing::warn!(
@@ -188,11 +193,12 @@ impl ConnectionLimiter {
         }
     }
 
+    /// Counts and logs an idle connection that is closed for a new one.
     fn report_eviction(&self) {
         self.0.evicted.inc();
         let Some(count) = occur(&self.0.throttles.evictions) else { return };
         tracing::warn!(
-            listener = ?self.0.port,
+            listener = ?self.0.kind,
             places = self.0.capacity.places,
             raised_by = self.0.capacity.raised_by,
             per_address = self.0.per_address,
@@ -210,7 +216,7 @@ impl ConnectionLimiter {
         self.0.unread_closed.inc();
         let Some(count) = occur(&self.0.throttles.unread) else { return };
         tracing::warn!(
-            listener = ?self.0.port,
+            listener = ?self.0.kind,
             closed = count,
             raised_by = "limits.memory_bytes",
             "closing connections of clients that do not read their responses, because other calls wait for the memory"
@@ -222,7 +228,7 @@ impl ConnectionLimiter {
         let max = self.0.max_calls;
         if let Some(count) = occur(&self.0.throttles.calls) {
             tracing::warn!(
-                listener = ?self.0.port,
+                listener = ?self.0.kind,
                 calls = max,
                 raised_by = "limits.memory_bytes",
                 refused = count,
@@ -238,10 +244,10 @@ impl ConnectionLimiter {
 
     /// Returns the error for a call on a connection without a common place.
     fn refusal(&self, bound: Bound) -> RefusedConnection {
-        let LimiterState { port, capacity, per_address, address_raised_by, .. } = &*self.0;
+        let LimiterState { kind, capacity, per_address, address_raised_by, .. } = &*self.0;
         RefusedConnection(match bound {
             Bound::Places => format!(
-                "no capacity for another connection: all {} of this broker's {port:?} listener have open calls: raise \
+                "no capacity for another connection: all {} of this broker's {kind:?} listener have open calls: raise \
                  {}",
                 capacity.places, capacity.raised_by
             ),
@@ -257,7 +263,7 @@ impl ConnectionLimiter {
 #[derive(Debug)]
 pub(super) struct RefusedConnection(pub(super) String);
 
-/// Counts an occurrence now. Returns the number of occurrences to log, if a log line is due.
+/// Counts an occurrence now. Returns the number of occurrences since the last log line, if a log line is due.
 fn occur(throttle: &Mutex<LogThrottle>) -> Option<u64> {
     throttle.lock().occur(clock::monotonic())
 }
@@ -298,16 +304,16 @@ pub(super) struct Caller {
 impl Caller {
     /// Returns the connection's share of these budgets.
     pub(super) fn memory(&self, budgets: &Budgets) -> ConnectionMemory {
-        let open = || {
+        let create = || {
             let (signal, limiter) = (Arc::clone(&self.signal), self.limiter.clone());
             budgets.connection(move || limiter.close_unread(&signal))
         };
-        self.memory.get_or_init(open).clone()
+        self.memory.get_or_init(create).clone()
     }
 
-    /// Returns the listener of the connection.
-    pub(super) fn port(&self) -> ListenerKind {
-        self.limiter.0.port
+    /// Returns the kind of the listener that accepted the connection.
+    pub(super) fn listener_kind(&self) -> ListenerKind {
+        self.limiter.0.kind
     }
 
     /// Returns the connection's quota of new producers.
@@ -362,23 +368,24 @@ pub(super) struct CountedConnection {
     signal: Arc<CloseSignal>,
     /// Deadline for the next bytes from the client; `None` once the client may stay idle.
     read_deadline: Option<ReadDeadline>,
-    /// True while the client does not take sent data and the socket has no space. Then each write that finds space
-    /// again permits one read. With more reads, HTTP/2 would respond on and on and buffer the heads of the responses,
-    /// which flow control does not limit.
+    /// True if the last write to a client found no space in the socket, because the client does not read. Then each
+    /// successful write permits one read. With more reads, HTTP/2 would continue to serve requests and would buffer the
+    /// heads of the responses, which flow control does not limit. Always false for connections from other brokers.
     is_full: bool,
-    /// True if bytes were written since this flag last permitted a read.
+    /// True if a write succeeded since the last read that it permitted.
     has_written: bool,
-    /// Waker of a read that waits for that.
+    /// Waker of a read that waits for the next successful write.
     reader: Option<Waker>,
     caller: Caller,
 }
 
+/// Time by which a connection must receive bytes from its client. Otherwise reads fail with `TimedOut`.
 struct ReadDeadline {
-    /// Remaining bytes of the first request that must arrive by `until`.
-    left: usize,
-    until: Pin<Box<Sleep>>,
+    /// Remaining bytes of the first request that must arrive by `deadline`.
+    remaining_bytes: usize,
+    deadline: Pin<Box<Sleep>>,
     /// Maximum idle time after those bytes; `None` for no limit.
-    idle: Option<Duration>,
+    idle_timeout: Option<Duration>,
 }
 
 /// Returns the admitted connections of a listener.
@@ -430,9 +437,10 @@ impl CountedConnection {
         self.caller.clone()
     }
 
-    /// Records the result of a write. A connection from another broker is read regardless of its writes.
-    fn note_room(&mut self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        self.is_full = written.is_pending() && self.caller.port() == ListenerKind::Grpc;
+    /// Updates the flags that permit reads after a write, and wakes a waiting read if the write succeeded. Returns the
+    /// result of the write unchanged.
+    fn on_write(&mut self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        self.is_full = written.is_pending() && self.caller.listener_kind() == ListenerKind::Grpc;
         if written.is_ready() {
             self.has_written = true;
             self.reader.take().into_iter().for_each(Waker::wake);
@@ -461,16 +469,19 @@ impl AsyncRead for CountedConnection {
         } else {
             Pin::new(&mut self.stream).poll_read(cx, buffer)
         };
-        let Some(deadline) = &mut self.read_deadline else { return read };
+        let Some(ReadDeadline { remaining_bytes, deadline, idle_timeout }) = &mut self.read_deadline else {
+            return read;
+        };
         if read.is_pending() {
-            ready!(deadline.until.as_mut().poll(cx));
+            ready!(deadline.as_mut().poll(cx));
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
-        deadline.left = deadline.left.saturating_sub(buffer.filled().len() - before);
-        match deadline.idle {
-            _ if deadline.left > 0 => {}
-            Some(idle) => deadline.until.as_mut().reset(clock::monotonic() + idle),
-            None => self.read_deadline = None,
+        *remaining_bytes = remaining_bytes.saturating_sub(buffer.filled().len() - before);
+        if *remaining_bytes == 0 {
+            match *idle_timeout {
+                Some(idle) => deadline.as_mut().reset(clock::monotonic() + idle),
+                None => self.read_deadline = None,
+            }
         }
         read
     }
@@ -480,7 +491,7 @@ impl AsyncWrite for CountedConnection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.signal.check(cx)?;
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.note_room(written)
+        self.on_write(written)
     }
 
     fn poll_write_vectored(
@@ -490,7 +501,7 @@ impl AsyncWrite for CountedConnection {
     ) -> Poll<io::Result<usize>> {
         self.signal.check(cx)?;
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
-        self.note_room(written)
+        self.on_write(written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -517,11 +528,11 @@ mod tests {
     use super::*;
 
     /// Returns a client's socket and the broker's end of the connection.
-    async fn connected(port: ListenerKind) -> (TcpStream, CountedConnection) {
+    async fn connected(kind: ListenerKind) -> (TcpStream, CountedConnection) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let capacity = Capacity { places: 4, raised_by: "" };
-        let limiter = ConnectionLimiter::new(port, capacity, None, 1 << 30, None, &Metrics::new());
+        let limiter = ConnectionLimiter::new(kind, capacity, None, 1 << 30, None, &Metrics::new());
         let (client, accepted) =
             tokio::join!(TcpStream::connect(address), async { pin!(accept(listener, limiter)).next().await });
         (client.expect("connected"), accepted.expect("one").expect("no error"))
@@ -534,9 +545,9 @@ mod tests {
     #[tokio::test]
     async fn client_that_reads_nothing_is_not_read_from() {
         let tasks = Tasks::new();
-        for (port, reads_on) in [(ListenerKind::Grpc, false), (ListenerKind::Peer, true)] {
-            let (mut client, own) = connected(port).await;
-            let (mut incoming, mut outgoing) = tokio::io::split(own);
+        for (kind, continues) in [(ListenerKind::Grpc, false), (ListenerKind::Peer, true)] {
+            let (mut client, connection) = connected(kind).await;
+            let (mut incoming, mut outgoing) = tokio::io::split(connection);
             while timeout(A_MOMENT, outgoing.write(&[7; 1 << 16])).await.is_ok() {}
             // The last successful write permits one read.
             client.write_all(b"1").await.expect("there is room");
@@ -544,19 +555,19 @@ mod tests {
             client.write_all(b"2").await.expect("there is room");
             // The read runs in a separate task, so that only the write wakes it.
             let mut reading = tasks.spawn("reading", async move { incoming.read_u8().await });
-            assert_eq!(timeout(A_MOMENT, &mut reading).await.is_ok(), reads_on, "{port:?}");
-            if !reads_on {
+            assert_eq!(timeout(A_MOMENT, &mut reading).await.is_ok(), continues, "{kind:?}");
+            if !continues {
                 // The client takes some of the data, and the writes continue. Its bytes arrive too, although the socket
                 // is full.
                 let writing = async { while outgoing.write(&[7; 1 << 16]).await.is_ok() {} };
-                let mut taken = vec![0; 8 << 20];
-                let taking = client.read_exact(&mut taken);
-                let both = async { tokio::join!(reading, taking) };
-                let came = tokio::select! {
+                let mut buffer = vec![0; 8 << 20];
+                let client_reading = client.read_exact(&mut buffer);
+                let both = async { tokio::join!(reading, client_reading) };
+                let (byte, _) = tokio::select! {
                     () = writing => panic!("the connection is open"),
-                    came = timeout(Duration::from_secs(10), both) => came.expect("reads continue"),
+                    read = timeout(Duration::from_secs(10), both) => read.expect("reads continue"),
                 };
-                assert_eq!(came.0.expect("no panic").expect("no error"), b'2');
+                assert_eq!(byte.expect("no panic").expect("no error"), b'2');
             }
         }
     }

@@ -73,37 +73,39 @@ impl ConnectionLimits {
     /// standalone broker has no peer listener.
     pub(super) fn of(brokers: usize, standalone: bool, memory_bytes: u64) -> Self {
         let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
-        let room = Self::with(files, RealDisk::default().open_files() as u64, brokers, standalone);
-        room.within(memory_bytes, min_peer(Minimum::of(files, standalone), brokers))
+        let by_files = Self::for_files(files, RealDisk::default().open_files() as u64, brokers, standalone);
+        by_files.limit_to_memory(memory_bytes, min_peer(Minimum::of(files, standalone), brokers))
     }
 
     /// Limits the places to the available memory, with at least `min_peer` places for other brokers.
-    fn within(self, memory_bytes: u64, min_peer: usize) -> Self {
-        let bounded = |capacity: Capacity, places: u64| {
+    fn limit_to_memory(self, memory_bytes: u64, min_peer: usize) -> Self {
+        let limit = |capacity: Capacity, places: u64| {
             let places = usize::try_from(places).unwrap_or(usize::MAX);
             if capacity.places <= places { capacity } else { Capacity { places, raised_by: "limits.memory_bytes" } }
         };
-        let peers = (memory_bytes / PEER_SHARE / BYTES_PER_PEER).max(min_peer as u64);
+        let max_peers = (memory_bytes / PEER_SHARE / BYTES_PER_PEER).max(min_peer as u64);
         Self {
-            grpc: bounded(self.grpc, memory_bytes / BYTES_PER_CONNECTION),
-            peer: self.peer.map(|peer| bounded(peer, peers)),
+            grpc: limit(self.grpc, memory_bytes / BYTES_PER_CONNECTION),
+            peer: self.peer.map(|peer| limit(peer, max_peers)),
             ..self
         }
     }
 
-    /// Returns the places for which the limit of open files leaves descriptors, beside the segments of each broker and
-    /// the reserves of its listeners.
-    fn with(files: u64, segments: u64, brokers: usize, standalone: bool) -> Self {
+    /// Returns the places for which a limit of `files` open files leaves descriptors, beside the `segments` open segments
+    /// of each broker and the reserves of its listeners. An eighth of the places is for the HTTP listener and an eighth
+    /// for peers, within their bounds.
+    fn for_files(files: u64, segments: u64, brokers: usize, standalone: bool) -> Self {
         let (brokers, listeners) = (brokers.max(1) as u64, if standalone { 2 } else { 3 });
-        let taken = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES.max(files / 8);
-        let each = usize::try_from((files.saturating_sub(taken) / brokers).min(MAX_PLACES)).unwrap_or(usize::MAX);
+        let reserved = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES.max(files / 8);
+        let per_broker = (files.saturating_sub(reserved) / brokers).min(MAX_PLACES);
+        let per_broker = usize::try_from(per_broker).unwrap_or(usize::MAX);
         let min = Minimum::of(files, standalone);
-        let http = (each / 8).clamp(min.http, MAX_HTTP);
+        let http = (per_broker / 8).clamp(min.http, MAX_HTTP);
         let min_peer = min_peer(min, usize::try_from(brokers).unwrap_or(MAX_PEER));
-        let peer = (!standalone).then(|| (each / 8).min(MAX_PEER).max(min_peer));
-        let grpc = each.saturating_sub(http + peer.unwrap_or(0)).max(min.grpc);
-        let bound = |places| Capacity { places, raised_by: "the limit of open files (ulimit -n, LimitNOFILE)" };
-        Self { grpc: bound(grpc), http: bound(http), peer: peer.map(bound) }
+        let peer = (!standalone).then(|| (per_broker / 8).min(MAX_PEER).max(min_peer));
+        let grpc = per_broker.saturating_sub(http + peer.unwrap_or(0)).max(min.grpc);
+        let by_files = |places| Capacity { places, raised_by: "the limit of open files (ulimit -n, LimitNOFILE)" };
+        Self { grpc: by_files(grpc), http: by_files(http), peer: peer.map(by_files) }
     }
 }
 
@@ -113,6 +115,7 @@ fn min_peer(min: Minimum, brokers: usize) -> usize {
 }
 
 impl Minimum {
+    /// Returns the minimum for a broker with this limit of open files.
     const fn of(files: u64, standalone: bool) -> Self {
         if files < SMALL_FILE_LIMIT && !standalone { MIN_PLACES_FEW_FILES } else { MIN_PLACES }
     }
@@ -138,7 +141,8 @@ mod tests {
             (64, 64, 1, true),
             (64, 64, 1, false),
         ] {
-            let ConnectionLimits { grpc, http, peer } = ConnectionLimits::with(files, segments, brokers, standalone);
+            let ConnectionLimits { grpc, http, peer } =
+                ConnectionLimits::for_files(files, segments, brokers, standalone);
             let (grpc, http, peer) = (grpc.places, http.places, peer.map_or(0, |peer| peer.places));
             let min = Minimum::of(files, standalone);
             assert!(grpc >= min.grpc && http >= min.http, "{files}: the minimum is always served");
@@ -154,7 +158,7 @@ mod tests {
             assert!(taken <= bound, "{files} files for {brokers}: {grpc}, {http} and {peer}");
         }
         let places = |files, segments, standalone| {
-            let ConnectionLimits { grpc, http, peer } = ConnectionLimits::with(files, segments, 1, standalone);
+            let ConnectionLimits { grpc, http, peer } = ConnectionLimits::for_files(files, segments, 1, standalone);
             (grpc.places, http.places, peer.map(|peer| peer.places))
         };
         assert_eq!(places(1024, 512, true), (315, 45, None));
@@ -167,18 +171,20 @@ mod tests {
     /// Regression: 20,000 connections without a call took 400 MB, with 900,000 places available.
     #[test]
     fn client_connections_are_bounded_by_memory() {
-        let grpc = |files, memory_bytes| ConnectionLimits::with(files, 128, 1, true).within(memory_bytes, 32).grpc;
+        let grpc = |files, memory_bytes| {
+            ConnectionLimits::for_files(files, 128, 1, true).limit_to_memory(memory_bytes, 32).grpc
+        };
         assert_eq!(grpc(1 << 20, 512 << 20), Capacity { places: 2048, raised_by: "limits.memory_bytes" });
         assert_eq!(grpc(1 << 20, 64 << 20).places, 256);
-        assert_eq!(grpc(1024, 512 << 20), ConnectionLimits::with(1024, 128, 1, true).grpc, "files are fewer");
+        assert_eq!(grpc(1024, 512 << 20), ConnectionLimits::for_files(1024, 128, 1, true).grpc, "files are fewer");
     }
 
     /// Regression: 1,024 connections whose callers had not been identified could hold 1.3 GB.
     #[test]
     fn peer_connections_are_bounded_by_memory() {
         let peer = |memory_bytes| {
-            ConnectionLimits::with(1 << 20, 128, 1, false)
-                .within(memory_bytes, 32)
+            ConnectionLimits::for_files(1 << 20, 128, 1, false)
+                .limit_to_memory(memory_bytes, 32)
                 .peer
                 .expect("there are several brokers")
         };
@@ -191,7 +197,7 @@ mod tests {
     /// links were rejected forever.
     #[test]
     fn brokers_of_one_process_have_enough_peer_places() {
-        let peer = ConnectionLimits::with(65_536, 8192, 32, false).peer.expect("there are several brokers").places;
+        let peer = ConnectionLimits::for_files(65_536, 8192, 32, false).peer.expect("there are several brokers").places;
         assert!(peer >= 62, "two connections of 31 other brokers each: {peer}");
     }
 }

@@ -41,10 +41,10 @@ pub struct Raised {
 /// A store does not respond, the object store belongs to another cluster, or brokers are registered.
 pub async fn raise_generation(config: &Config, above: u64) -> anyhow::Result<Raised> {
     let keys = Keys::new(&config.cluster)?;
-    let meta = metadata(config).await?;
+    let meta = open_metadata(config).await?;
     // A running standalone broker keeps the file of its store locked, so no broker runs here.
     if !config.metadata.etcd.is_empty() {
-        without_brokers(&*meta, &keys, config.metadata.session_timeout + LEASE_GRACE).await?;
+        wait_for_no_brokers(&*meta, &keys, config.metadata.session_timeout + LEASE_GRACE).await?;
     }
     let objects = config.object_store.url.as_deref().map(|url| open_objects(config, url)).transpose()?;
     let bucket = match &objects {
@@ -61,12 +61,14 @@ pub async fn raise_generation(config: &Config, above: u64) -> anyhow::Result<Rai
     Ok(Raised { before, bucket, generation, bucket_behind })
 }
 
+/// Raises the generation in the object store. The owner has no store binding: only the cluster marker changes.
 async fn raise_bucket(objects: &TierStore, generation: u64) -> Result<(), String> {
     let owner = StoreOwner { generation, ..StoreOwner::default() };
     objects.clone().owned_by(owner).bind().await.map_err(|error| error.to_string())
 }
 
-async fn metadata(config: &Config) -> anyhow::Result<Arc<dyn MetaStore>> {
+/// Opens the metadata store of the configuration. The store of a standalone broker must exist.
+async fn open_metadata(config: &Config) -> anyhow::Result<Arc<dyn MetaStore>> {
     if let Some(options) = config.etcd()? {
         return Ok(Arc::new(EtcdStore::open(options).await?));
     }
@@ -79,26 +81,27 @@ async fn metadata(config: &Config) -> anyhow::Result<Arc<dyn MetaStore>> {
     Ok(Arc::new(EmbeddedStore::open(&config.broker.data_dir).await?))
 }
 
-/// Waits until no broker is registered. A restored etcd contains the registrations of its backup, and restarts their
+/// Waits until no broker is registered, for at most `timeout`. A restored etcd contains the registrations of its backup, and restarts their
 /// leases.
-async fn without_brokers(meta: &dyn MetaStore, keys: &Keys, within: Duration) -> anyhow::Result<()> {
-    let until = clock::monotonic() + within;
+async fn wait_for_no_brokers(meta: &dyn MetaStore, keys: &Keys, timeout: Duration) -> anyhow::Result<()> {
+    let deadline = clock::monotonic() + timeout;
     loop {
         let listing = meta.list(&format!("{}brokers/", keys.prefix())).await?;
         let address = |value: BrokerValue| value.listeners.client().to_owned();
-        let named = listing
+        // The address of each registered broker; its key if the registration cannot be read.
+        let registered = listing
             .entries
             .iter()
             .map(|entry| BrokerValue::decode(&entry.key, &entry.value).map_or(entry.key.clone(), address));
-        let named: Vec<String> = named.collect();
-        if named.is_empty() {
+        let registered: Vec<String> = registered.collect();
+        if registered.is_empty() {
             return Ok(());
         }
         ensure!(
-            clock::monotonic() < until,
+            clock::monotonic() < deadline,
             "brokers are registered at {}: stop all brokers first, because a running broker does not detect a new \
              generation",
-            named.join(", ")
+            registered.join(", ")
         );
         tokio::time::sleep(RETRY_INTERVAL).await;
     }

@@ -60,7 +60,7 @@ impl HttpState {
 /// Serves connections until the tasks are stopped. Then each connection ends after its current response. The listener
 /// supports only HTTP/1, so that a connection holds one response at a time.
 pub(super) async fn serve(
-    pages: Arc<HttpState>,
+    state: Arc<HttpState>,
     connections: impl Stream<Item = io::Result<CountedConnection>> + Send,
     tasks: Tasks,
 ) {
@@ -68,7 +68,7 @@ pub(super) async fn serve(
         .route("/metrics", get(metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
-        .with_state(pages)
+        .with_state(state)
         .layer(middleware::from_fn(count));
     let serve = |connection| serve_connection(connection, router.clone(), tasks.clone());
     connection::serve_each(connections, &tasks, serve).await;
@@ -99,18 +99,19 @@ async fn serve_connection(connection: CountedConnection, router: Router, tasks: 
 /// Counts the request as an open call of its connection until the response has been sent.
 async fn count(Extension(caller): Extension<Caller>, request: Request, next: Next) -> Response {
     match caller.begin_call(PROBE_PATHS.contains(&request.uri().path())) {
-        Ok(call) => calls::until_sent(next.run(request).await, Some(call), None, None),
+        Ok(call) => calls::hold_until_sent(next.run(request).await, Some(call), None, None),
         Err(refused) => (StatusCode::SERVICE_UNAVAILABLE, [(header::CONNECTION, "close")], format!("{}\n", refused.0))
             .into_response(),
     }
 }
 
-async fn metrics(State(pages): State<Arc<HttpState>>, headers: HeaderMap) -> impl IntoResponse {
+/// Renders the metrics of the process; during the start, without those of the broker.
+async fn metrics(State(state): State<Arc<HttpState>>, headers: HeaderMap) -> impl IntoResponse {
     let accepted = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
     let format = MetricsFormat::accepted(accepted);
-    let permit = Arc::clone(&pages.rendering).acquire_owned().await;
-    let (broker, metrics) = (pages.broker.get().cloned(), pages.metrics.clone());
-    let figures = task::run_blocking(move || {
+    let permit = Arc::clone(&state.rendering).acquire_owned().await;
+    let (broker, metrics) = (state.broker.get().cloned(), state.metrics.clone());
+    let rendered = task::run_blocking(move || {
         // The permit is held until the page is complete, even if the client has disconnected.
         let _permit = permit;
         if let Some(broker) = &broker {
@@ -118,21 +119,21 @@ async fn metrics(State(pages): State<Arc<HttpState>>, headers: HeaderMap) -> imp
         }
         metrics.render(format)
     });
-    ([(header::CONTENT_TYPE, format.content_type()), (header::VARY, "accept")], figures.await)
+    ([(header::CONTENT_TYPE, format.content_type()), (header::VARY, "accept")], rendered.await)
 }
 
-/// Responds with 200 if the storage of the process works. After a failure, a restart may help.
-async fn healthz(State(pages): State<Arc<HttpState>>) -> impl IntoResponse {
-    match pages.broker.get().map_or(Ok(()), |broker| broker.health()) {
+/// Responds with 200 if the storage of the process works, and during the start. After a failure, a restart may help.
+async fn healthz(State(state): State<Arc<HttpState>>) -> impl IntoResponse {
+    match state.broker.get().map_or(Ok(()), |broker| broker.health()) {
         Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
         Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
     }
 }
 
 /// Responds with 200 if the broker serves requests, and lists its impairments.
-async fn readyz(State(pages): State<Arc<HttpState>>) -> impl IntoResponse {
+async fn readyz(State(state): State<Arc<HttpState>>) -> impl IntoResponse {
     let starting = || Readiness::NotReady("starting".to_owned());
-    match pages.broker.get().map_or_else(starting, |broker| broker.readiness()) {
+    match state.broker.get().map_or_else(starting, |broker| broker.readiness()) {
         Readiness::NotReady(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n")),
         Readiness::Ready(impaired) if impaired.is_empty() => (StatusCode::OK, "ok\n".to_owned()),
         Readiness::Ready(impaired) => {

@@ -14,7 +14,7 @@ pub(super) struct ListenError {
     remedy: String,
 }
 
-/// Listens on `address`. `purpose` and `flag` appear in the error message.
+/// Binds `address`. `purpose` names the listener in the error message, and `flag` the flag or setting of its address.
 pub(super) async fn listen(address: SocketAddr, purpose: &'static str, flag: &str) -> Result<TcpListener, ListenError> {
     TcpListener::bind(address).await.map_err(|error| {
         let (reason, remedy) = match error.kind() {

@@ -110,7 +110,8 @@ impl ServingAddresses {
 /// Maximum time that a stop waits for a data directory that is being opened.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Runs a broker until `shutdown` resolves or the broker must stop. Returns when everything has stopped.
+/// Runs a broker until `shutdown` resolves or the broker must stop. Returns when everything has stopped. `ready` is
+/// called once the broker serves.
 pub async fn run(
     config: Config,
     shutdown: impl Future<Output = ()>,
@@ -126,19 +127,19 @@ pub async fn run(
     config.prepare_data_dir()?;
 
     let metrics = Metrics::new();
-    let time = Tasks::new();
-    let deps = broker_deps(&config, &time);
+    let background = Tasks::new();
+    let deps = broker_deps(&config, &background);
     let mut shutdown = pin!(shutdown);
-    let http_at = http.local_addr()?;
-    let pages = Arc::new(HttpState::new(metrics.clone()));
-    let room = ConnectionLimits::of(1, standalone, config.limits.memory_bytes);
-    let listeners = Listeners::begin(Arc::clone(&pages), http, room, &config, &metrics);
+    let http_address = http.local_addr()?;
+    let http_state = Arc::new(HttpState::new(metrics.clone()));
+    let limits = ConnectionLimits::of(1, standalone, config.limits.memory_bytes);
+    let listeners = Listeners::begin(Arc::clone(&http_state), http, limits, &config, &metrics);
     let opened = open_unless(node::open_log(&config, &deps, metrics.clone()), shutdown.as_mut()).await;
     let log = match opened {
         Ok(Some(log)) => log,
-        ended => {
+        stopped_or_failed => {
             listeners.stop(config.broker.shutdown_timeout).await;
-            return ended.map(drop);
+            return stopped_or_failed.map(drop);
         }
     };
     let stop = Tasks::new();
@@ -148,20 +149,20 @@ pub async fn run(
         stop.cancel();
         log.begin_shutdown();
     };
-    let (node, stop_requested) = match start_unless(starting, cancel_start, shutdown.as_mut()).await {
+    let StartedNode { node, stop_requested } = match start_unless(starting, cancel_start, shutdown.as_mut()).await {
         Ok(Some(started)) => started,
-        ended => {
+        stopped_or_failed => {
             listeners.stop(config.broker.shutdown_timeout).await;
-            return ended.map(drop);
+            return stopped_or_failed.map(drop);
         }
     };
-    pages.set_broker(node.broker());
-    let state = ServingAddresses::new(&config, grpc.local_addr()?, http_at, &node, began);
-    listeners.serve(&node, grpc);
-    check_advertised(&config, &client_address, peer_address.as_deref(), &time);
+    http_state.set_broker(node.broker());
+    let addresses = ServingAddresses::new(&config, grpc.local_addr()?, http_address, &node, began);
+    listeners.serve_clients(&node, grpc);
+    check_advertised(&config, &client_address, peer_address.as_deref(), &background);
     let mut outcome = Ok(());
     if !stop_requested {
-        ready(&state);
+        ready(&addresses);
         tokio::select! {
             biased;
             () = &mut shutdown => {}
@@ -172,7 +173,7 @@ pub async fn run(
     node.begin_stop(config.broker.shutdown_timeout).await;
     listeners.stop(config.broker.shutdown_timeout).await;
     node.close().await?;
-    time.stop().await;
+    background.stop().await;
     tracing::info!("stopped");
     outcome
 }
@@ -190,7 +191,8 @@ fn check_advertised(config: &Config, client_address: &str, peer_address: Option<
     }
 }
 
-/// Waits for a data directory that is being opened. Returns `None` if a stop of the process was requested meanwhile.
+/// Waits for a data directory that is being opened. Returns `None` if `shutdown` resolved first; the directory is then
+/// closed again if it opens within [`OPEN_TIMEOUT`].
 async fn open_unless(
     opening: impl Future<Output = anyhow::Result<DataDir>>,
     shutdown: Pin<&mut impl Future<Output = ()>>,
@@ -203,23 +205,30 @@ async fn open_unless(
     }
 }
 
-/// Waits for a node. Also returns true if a stop of the process was requested meanwhile. Returns `None` if that request
-/// ended the start.
+/// A node whose start is complete.
+struct StartedNode {
+    node: Node,
+    /// True if a stop of the process was requested during the start. The caller then stops the node without serving.
+    stop_requested: bool,
+}
+
+/// Waits for a node that is being started. If `shutdown` resolves first, calls `cancel_start` and still waits for the
+/// end of the start. Returns `None` if the cancellation ended the start.
 async fn start_unless(
     starting: impl Future<Output = anyhow::Result<Node>>,
     cancel_start: impl FnOnce(),
     shutdown: Pin<&mut impl Future<Output = ()>>,
-) -> anyhow::Result<Option<(Node, bool)>> {
+) -> anyhow::Result<Option<StartedNode>> {
     let mut starting = pin!(starting);
     tokio::select! {
         biased;
-        node = &mut starting => return Ok(Some((node?, false))),
+        node = &mut starting => return Ok(Some(StartedNode { node: node?, stop_requested: false })),
         () = shutdown => {}
     }
     tracing::info!("stopping before the broker has started");
     cancel_start();
     match starting.await {
-        Ok(node) => Ok(Some((node, true))),
+        Ok(node) => Ok(Some(StartedNode { node, stop_requested: true })),
         Err(error) if error.is::<admission::StartCancelled>() => Ok(None),
         Err(error) => Err(error),
     }
@@ -238,48 +247,52 @@ async fn stop_opening(opening: impl Future<Output = anyhow::Result<DataDir>>) ->
 /// Listeners of one broker that serve connections.
 struct Listeners {
     tasks: Tasks,
-    room: ConnectionLimits,
+    limits: ConnectionLimits,
+    /// Maximum number of connections from one address; `None` for half of a listener's connections.
     connections_per_address: Option<usize>,
     /// Maximum memory that clients can make the broker hold, in bytes.
     memory_bytes: u64,
 }
 
 impl Listeners {
-    /// Starts the HTTP listener. It runs during the start, so that it reports a start that reads a long journal or
-    /// waits for other brokers.
+    /// Starts the HTTP listener. The listener already serves during the start, so that probes see a start that reads a
+    /// long journal or waits for other brokers.
     fn begin(
-        pages: Arc<HttpState>,
+        http_state: Arc<HttpState>,
         http: TcpListener,
-        room: ConnectionLimits,
+        limits: ConnectionLimits,
         config: &Config,
         metrics: &Metrics,
     ) -> Self {
         let tasks = Tasks::new();
         let connections_per_address = config.limits.connections_per_address;
         let limiter =
-            ConnectionLimiter::new(ListenerKind::Http, room.http, connections_per_address, u64::MAX, None, metrics);
-        tasks.spawn("http", http::serve(pages, connection::accept(http, limiter), tasks.clone()));
-        Self { tasks, room, connections_per_address, memory_bytes: config.limits.memory_bytes }
+            ConnectionLimiter::new(ListenerKind::Http, limits.http, connections_per_address, u64::MAX, None, metrics);
+        tasks.spawn("http", http::serve(http_state, connection::accept(http, limiter), tasks.clone()));
+        Self { tasks, limits, connections_per_address, memory_bytes: config.limits.memory_bytes }
     }
 
-    fn serve(&self, node: &Node, grpc: TcpListener) {
+    /// Starts the gRPC listener for clients.
+    fn serve_clients(&self, node: &Node, grpc: TcpListener) {
         let (metrics, per_address) = (node.metrics(), self.connections_per_address);
         let open = Some(metrics.connections.clone());
         let limiter =
-            ConnectionLimiter::new(ListenerKind::Grpc, self.room.grpc, per_address, self.memory_bytes, open, metrics);
-        self.carry("grpc", node.routes(), grpc, limiter, grpc::Windows::of_clients(self.memory_bytes));
+            ConnectionLimiter::new(ListenerKind::Grpc, self.limits.grpc, per_address, self.memory_bytes, open, metrics);
+        self.spawn_grpc("grpc", node.routes(), grpc, limiter, grpc::Windows::of_clients(self.memory_bytes));
     }
 
+    /// Starts the gRPC listener for other brokers. A standalone broker has none.
     fn serve_peers(&self, routes: Routes, peer: Option<TcpListener>, metrics: &Metrics) {
-        if let (Some(peer), Some(capacity)) = (peer, self.room.peer) {
-            // Without a limit per address: brokers on one host, in one /64 or behind one NAT share an address.
+        if let (Some(peer), Some(capacity)) = (peer, self.limits.peer) {
+            // One address may use all places: brokers on one host, in one /64 or behind one NAT share an address.
             let limiter =
                 ConnectionLimiter::new(ListenerKind::Peer, capacity, Some(capacity.places), u64::MAX, None, metrics);
-            self.carry("peer", routes, peer, limiter, grpc::Windows::of_brokers());
+            self.spawn_grpc("peer", routes, peer, limiter, grpc::Windows::of_brokers());
         }
     }
 
-    fn carry(
+    /// Serves a gRPC listener in a task called `name`.
+    fn spawn_grpc(
         &self,
         name: &'static str,
         routes: Routes,
@@ -300,35 +313,37 @@ impl Listeners {
 }
 
 /// Returns the dependencies of a broker: the disk of this machine, the configured object store, and the metadata store
-/// beside the log or in etcd.
-fn broker_deps(config: &Config, time: &Tasks) -> NodeDeps {
-    let (of, time) = (config.clone(), time.clone());
+/// beside the log or in etcd. A task of `background` expires the leases of a metadata store beside the log.
+fn broker_deps(config: &Config, background: &Tasks) -> NodeDeps {
+    let (config, background) = (config.clone(), background.clone());
+    let standalone = config.metadata.etcd.is_empty();
     NodeDeps {
         disk: Arc::new(RealDisk::default()),
         stores: Box::pin(async move {
-            let objects = of.object_store.url.as_deref().map(|url| open_objects(&of, url)).transpose()?;
-            let meta: Arc<dyn MetaStore> = match of.etcd()? {
+            let objects = config.object_store.url.as_deref().map(|url| open_objects(&config, url)).transpose()?;
+            let meta: Arc<dyn MetaStore> = match config.etcd()? {
                 Some(options) => Arc::new(EtcdStore::open(options).await?),
                 None => {
-                    let meta = EmbeddedStore::open(&of.broker.data_dir).await?;
-                    meta.spawn_lease_expiry(&time);
+                    let meta = EmbeddedStore::open(&config.broker.data_dir).await?;
+                    meta.spawn_lease_expiry(&background);
                     Arc::new(meta)
                 }
             };
             Ok(StoreHandles { meta, objects })
         }),
         connect: Arc::new(TcpConnector::between_brokers(client::ClientOptions::default().connect_timeout)),
-        standalone: config.metadata.etcd.is_empty(),
+        standalone,
         sim_hook: None,
     }
 }
 
+/// Opens the object store at `url` with the credentials and region of the configuration. Sends no request.
 pub(super) fn open_objects(config: &Config, url: &str) -> anyhow::Result<TierStore> {
-    let from = &config.object_store;
+    let settings = &config.object_store;
     let options = ObjectStoreOptions {
-        endpoint: from.endpoint.clone(),
-        region: from.region.clone(),
-        path_style: from.path_style,
+        endpoint: settings.endpoint.clone(),
+        region: settings.region.clone(),
+        path_style: settings.path_style,
         ..ObjectStoreOptions::new(url)
     };
     Ok(TierStore::open(&options, &config.cluster)?)
@@ -364,10 +379,10 @@ mod tests {
     /// clients received the address of the listener.
     #[tokio::test]
     async fn advertised_port_0_becomes_bound_port() {
-        let any = || async { TcpListener::bind("127.0.0.1:0").await.expect("a free port") };
-        let (grpc, http, peer) = (any().await, any().await, any().await);
+        let bind_any = || async { TcpListener::bind("127.0.0.1:0").await.expect("a free port") };
+        let (grpc, http, peer) = (bind_any().await, bind_any().await, bind_any().await);
         let port = |listener: &TcpListener| listener.local_addr().expect("the listener is bound").port();
-        for (text, client, others) in [
+        for (text, client_address, peer_address) in [
             ("", format!("127.0.0.1:{}", port(&grpc)), format!("127.0.0.1:{}", port(&peer))),
             (
                 "[grpc]\nlisten = \"0.0.0.0:0\"\nadvertise = \"b:0\"",
@@ -381,7 +396,11 @@ mod tests {
         ] {
             let config = ConfigSources::new().file(Path::new("s.toml"), text).load().expect("valid").config;
             let endpoints = endpoints(&config, &grpc, &http, Some(&peer)).expect("all are bound");
-            assert_eq!((endpoints.client(), endpoints.peer()), (client.as_str(), Some(others.as_str())), "{text}");
+            assert_eq!(
+                (endpoints.client(), endpoints.peer()),
+                (client_address.as_str(), Some(peer_address.as_str())),
+                "{text}"
+            );
         }
     }
 }

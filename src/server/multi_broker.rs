@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Maximum time that started brokers wait until the metadata cache of each contains all of them.
-const MEETING_TIMEOUT: Duration = Duration::from_secs(10);
+const VISIBLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Bound listeners of a broker that does not serve yet.
 struct BoundPorts {
@@ -36,23 +36,22 @@ struct BoundPorts {
 struct RunningBroker {
     node: Node,
     listeners: Listeners,
-    state: ServingAddresses,
+    addresses: ServingAddresses,
     /// Span of the broker's log lines.
     span: Span,
-    /// Timeout of the stop.
-    within: Duration,
+    shutdown_timeout: Duration,
 }
 
 /// State that brokers share during their start.
 struct SharedDeps {
     /// Metadata store; `None` if each broker uses the etcd of its settings.
     meta: Option<Arc<dyn MetaStore>>,
-    /// Tasks that expire leases.
-    time: Tasks,
+    /// Tasks that expire the leases of an embedded metadata store.
+    background: Tasks,
     /// Cancelled to end the waits of a start.
     stop: Tasks,
     /// Connection limits of each broker.
-    room: ConnectionLimits,
+    limits: ConnectionLimits,
 }
 
 /// Runs brokers until `shutdown` resolves or one of them must stop. Returns when all have stopped. `metadata` is the
@@ -64,35 +63,36 @@ pub async fn run_several(
     shutdown: impl Future<Output = ()>,
     ready: impl FnOnce(&[ServingAddresses]),
 ) -> anyhow::Result<()> {
-    let ports = take_ports(&configs).await?;
+    let ports = bind_ports(&configs).await?;
     for config in &configs {
         config.prepare_data_dir()?;
     }
     let memory_bytes = configs.iter().map(|config| config.limits.memory_bytes).min().unwrap_or_default();
-    let room = ConnectionLimits::of(configs.len(), false, memory_bytes);
-    let mut shared = SharedDeps { meta: None, time: Tasks::new(), stop: Tasks::new(), room };
+    let limits = ConnectionLimits::of(configs.len(), false, memory_bytes);
+    let mut shared = SharedDeps { meta: None, background: Tasks::new(), stop: Tasks::new(), limits };
     if let Some(folder) = &metadata {
         let store = EmbeddedStore::open(folder).await?;
-        store.spawn_lease_expiry(&shared.time);
+        store.spawn_lease_expiry(&shared.background);
         shared.meta = Some(Arc::new(store));
     }
     let mut shutdown = pin!(shutdown);
-    let (members, failed, mut stop_requested) = start_all(&configs, ports, &shared, shutdown.as_mut()).await;
-    let mut outcome = failed.map_or(Ok(()), Err);
+    let StartedBrokers { brokers, error, mut stop_requested } =
+        start_all(&configs, ports, &shared, shutdown.as_mut()).await;
+    let mut outcome = error.map_or(Ok(()), Err);
     if outcome.is_ok() && !stop_requested {
         // A client that creates a topic now must not get an error about too few brokers.
-        let meeting =
-            future::join_all(members.iter().map(|member| member.node.broker().wait_for_brokers(members.len())));
+        let waits = brokers.iter().map(|broker| broker.node.broker().wait_for_brokers(brokers.len()));
+        let all_visible = future::join_all(waits);
         tokio::select! {
             biased;
             () = &mut shutdown => stop_requested = true,
-            _all_or_late = tokio::time::timeout(MEETING_TIMEOUT, meeting) => {}
+            _visible_or_timeout = tokio::time::timeout(VISIBLE_TIMEOUT, all_visible) => {}
         }
     }
     if outcome.is_ok() && !stop_requested {
-        let states: Vec<ServingAddresses> = members.iter().map(|member| member.state.clone()).collect();
-        ready(&states);
-        let must_stop = future::select_all(members.iter().map(|member| Box::pin(member.node.must_stop())));
+        let addresses: Vec<ServingAddresses> = brokers.iter().map(|broker| broker.addresses.clone()).collect();
+        ready(&addresses);
+        let must_stop = future::select_all(brokers.iter().map(|broker| Box::pin(broker.node.must_stop())));
         tokio::select! {
             biased;
             () = &mut shutdown => {}
@@ -100,23 +100,22 @@ pub async fn run_several(
         }
     }
     tracing::info!("stopping");
-    let stopped: anyhow::Result<Vec<()>> = future::join_all(members.into_iter().map(stop)).await.into_iter().collect();
-    shared.time.stop().await;
+    let stopped: anyhow::Result<Vec<()>> = future::join_all(brokers.into_iter().map(stop)).await.into_iter().collect();
+    shared.background.stop().await;
     tracing::info!("stopped");
     outcome.and(stopped.map(|_| ()))
 }
 
 /// Binds the ports of all brokers. A port conflict is the most likely error, and is found before any data is touched.
-async fn take_ports(configs: &[Config]) -> anyhow::Result<Vec<BoundPorts>> {
-    let mut fixed = Vec::with_capacity(configs.len());
+async fn bind_ports(configs: &[Config]) -> anyhow::Result<Vec<BoundPorts>> {
+    let mut client_ports = Vec::with_capacity(configs.len());
     for config in configs {
         let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
-        fixed.push((grpc, listen::listen(config.http.listen, "HTTP", "--http").await?));
+        client_ports.push((grpc, listen::listen(config.http.listen, "HTTP", "--http").await?));
     }
-    // The system may choose these ports. They are bound after the fixed ports, so that the system chooses none of
-    // those.
+    // The system may choose the peer ports. They are bound last, so that the system chooses none of the client ports.
     let mut ports = Vec::with_capacity(configs.len());
-    for (config, (grpc, http)) in configs.iter().zip(fixed) {
+    for (config, (grpc, http)) in configs.iter().zip(client_ports) {
         let peer = listen_for_peers(config).await?;
         let endpoints = endpoints(config, &grpc, &http, Some(&peer))?;
         ports.push(BoundPorts { grpc, http, peer, endpoints });
@@ -124,14 +123,22 @@ async fn take_ports(configs: &[Config]) -> anyhow::Result<Vec<BoundPorts>> {
     Ok(ports)
 }
 
-/// Starts all brokers concurrently. Returns the started brokers, the error of a broker that failed, and true if a stop
-/// of the process was requested meanwhile.
+/// Result of starting all brokers.
+struct StartedBrokers {
+    brokers: Vec<RunningBroker>,
+    /// Error of the first broker that failed to start.
+    error: Option<anyhow::Error>,
+    /// True if a stop of the process was requested during the start.
+    stop_requested: bool,
+}
+
+/// Starts all brokers concurrently. The failure of one broker, or `shutdown`, cancels the waits of the others.
 async fn start_all(
     configs: &[Config],
     ports: Vec<BoundPorts>,
     shared: &SharedDeps,
     shutdown: impl Future<Output = ()>,
-) -> (Vec<RunningBroker>, Option<anyhow::Error>, bool) {
+) -> StartedBrokers {
     let starting = configs.iter().zip(ports).map(async |(config, ports)| {
         // Every task that a broker starts inherits this span.
         let span = tracing::info_span!("broker", id = %config.broker.id);
@@ -154,27 +161,28 @@ async fn start_all(
             starting.await
         }
     };
-    let (mut members, mut failed) = (Vec::with_capacity(configs.len()), None);
+    let (mut brokers, mut first_error) = (Vec::with_capacity(configs.len()), None);
     for outcome in started {
         match outcome {
-            Ok(member) => members.push(member),
+            Ok(broker) => brokers.push(broker),
             Err((_, error)) if error.is::<admission::StartCancelled>() => {}
-            Err((id, error)) => failed = failed.or(Some(error.context(format!("broker {id} cannot start")))),
+            Err((id, error)) => first_error = first_error.or(Some(error.context(format!("broker {id} cannot start")))),
         }
     }
-    (members, failed, stop_requested)
+    StartedBrokers { brokers, error: first_error, stop_requested }
 }
 
+/// Starts one broker and its listeners. On failure, its listeners are stopped.
 async fn start(config: &Config, ports: BoundPorts, shared: &SharedDeps, span: Span) -> anyhow::Result<RunningBroker> {
     let began = clock::monotonic();
     let metrics = Metrics::new();
     let deps = match &shared.meta {
-        None => broker_deps(config, &shared.time),
-        Some(meta) => member_deps(config, Arc::clone(meta)),
+        None => broker_deps(config, &shared.background),
+        Some(meta) => deps_with_shared_metadata(config, Arc::clone(meta)),
     };
-    let (within, http) = (config.broker.shutdown_timeout, ports.http.local_addr()?);
-    let pages = Arc::new(HttpState::new(metrics.clone()));
-    let listeners = Listeners::begin(Arc::clone(&pages), ports.http, shared.room, config, &metrics);
+    let (shutdown_timeout, http_address) = (config.broker.shutdown_timeout, ports.http.local_addr()?);
+    let http_state = Arc::new(HttpState::new(metrics.clone()));
+    let listeners = Listeners::begin(Arc::clone(&http_state), ports.http, shared.limits, config, &metrics);
     let node = async {
         let log = node::open_log(config, &deps, metrics.clone()).await?;
         let serve_peers = |routes| listeners.serve_peers(routes, Some(ports.peer), &metrics);
@@ -183,24 +191,24 @@ async fn start(config: &Config, ports: BoundPorts, shared: &SharedDeps, span: Sp
     let node = match node.await {
         Ok(node) => node,
         Err(error) => {
-            listeners.stop(within).await;
+            listeners.stop(shutdown_timeout).await;
             return Err(error);
         }
     };
-    pages.set_broker(node.broker());
-    let state = ServingAddresses::new(config, ports.grpc.local_addr()?, http, &node, began);
-    listeners.serve(&node, ports.grpc);
-    Ok(RunningBroker { node, listeners, state, span, within })
+    http_state.set_broker(node.broker());
+    let addresses = ServingAddresses::new(config, ports.grpc.local_addr()?, http_address, &node, began);
+    listeners.serve_clients(&node, ports.grpc);
+    Ok(RunningBroker { node, listeners, addresses, span, shutdown_timeout })
 }
 
 /// Returns the dependencies of a broker with a shared metadata store. That store is not part of the broker's data
 /// directory, so the startup verification is needed.
-fn member_deps(config: &Config, meta: Arc<dyn MetaStore>) -> NodeDeps {
-    let of = config.clone();
+fn deps_with_shared_metadata(config: &Config, meta: Arc<dyn MetaStore>) -> NodeDeps {
+    let config = config.clone();
     NodeDeps {
         disk: Arc::new(RealDisk::default()),
         stores: Box::pin(async move {
-            let objects = of.object_store.url.as_deref().map(|url| open_objects(&of, url)).transpose()?;
+            let objects = config.object_store.url.as_deref().map(|url| open_objects(&config, url)).transpose()?;
             Ok(StoreHandles { meta, objects })
         }),
         connect: Arc::new(TcpConnector::between_brokers(client::ClientOptions::default().connect_timeout)),
@@ -209,12 +217,13 @@ fn member_deps(config: &Config, meta: Arc<dyn MetaStore>) -> NodeDeps {
     }
 }
 
-async fn stop(member: RunningBroker) -> anyhow::Result<()> {
-    let RunningBroker { node, listeners, span, within, .. } = member;
+/// Stops one broker and its listeners.
+async fn stop(broker: RunningBroker) -> anyhow::Result<()> {
+    let RunningBroker { node, listeners, span, shutdown_timeout, .. } = broker;
     let id = node.broker().id();
     let stopped = async {
-        node.begin_stop(within).await;
-        listeners.stop(within).await;
+        node.begin_stop(shutdown_timeout).await;
+        listeners.stop(shutdown_timeout).await;
         node.close().await.with_context(|| format!("broker {id}"))
     };
     stopped.instrument(span).await

@@ -32,8 +32,8 @@ use crate::{
     tier::{BindingError, ChunkCache, ChunkCacheOptions, StoreOwner, TierStore},
 };
 
-/// Default maximum time that a stop waits for the transfer of leadership.
-const TRANSFER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Timeout of a stop without listeners. The transfer of leadership takes at most half of it.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Maximum time that a start waits for the owner of the object store, and pause before the object store is queried
 /// again.
@@ -85,7 +85,7 @@ impl Node {
     /// Opens the data directory and its replicas, registers the broker with these endpoints, and activates it. From
     /// then on its routes serve requests. Waits for a metadata store that does not respond.
     ///
-    /// `opened` is called with the open log first. From then on the driver of the log's steps must run them, because
+    /// `opened` is called with the open log. From then on the driver of the log's steps must run them, because
     /// replicas may be closed before the node is complete. `serve_peers` is called with the services for other brokers,
     /// if there are any, before the registration. Through these services, peers see that an earlier process of this
     /// broker is gone.
@@ -153,7 +153,7 @@ impl Node {
     /// object store is another cluster's or of a later generation. A wrong object store is found here only if it did
     /// not respond at the start.
     pub async fn must_stop(&self) -> anyhow::Error {
-        let refused = async {
+        let refused_by_store = async {
             match &self.tier {
                 Some(tier) => tier.store.until_refused().await,
                 None => std::future::pending().await,
@@ -162,10 +162,11 @@ impl Node {
         tokio::select! {
             biased;
             error = self.superseded() => error,
-            reason = refused => anyhow::anyhow!("this broker must stop: {reason}"),
+            reason = refused_by_store => anyhow::anyhow!("this broker must stop: {reason}"),
         }
     }
 
+    /// Resolves when another process has superseded this broker.
     async fn superseded(&self) -> anyhow::Error {
         let mut state = self.session.state();
         let last = state.wait_for(|state| matches!(state, SessionState::Superseded { .. })).await;
@@ -180,11 +181,11 @@ impl Node {
 
     /// Runs the first half of a stop. No new clients connect, other brokers take over the leaderships, written data is
     /// acknowledged, and the streams of readers and maintenance end. The transfer of leadership takes at most half of
-    /// `within`.
-    pub async fn begin_stop(&self, within: Duration) {
+    /// `timeout`.
+    pub async fn begin_stop(&self, timeout: Duration) {
         grpc::report(&self.health, ServingStatus::NotServing).await;
         if !self.standalone {
-            self.broker.transfer_leadership(within / 2).await;
+            self.broker.transfer_leadership(timeout / 2).await;
         }
         self.broker.stop().await;
         if !self.standalone {
@@ -214,7 +215,7 @@ impl Node {
     /// # Errors
     /// As for [`Node::close`].
     pub async fn stop(self) -> anyhow::Result<()> {
-        self.begin_stop(TRANSFER_TIMEOUT).await;
+        self.begin_stop(STOP_TIMEOUT).await;
         self.close().await
     }
 }
@@ -232,6 +233,8 @@ struct NodeStart<'a> {
 }
 
 impl NodeStart<'_> {
+    /// Runs steps 3 to 7 of the start (module documentation of `server`). Serving begins with the listeners, which the
+    /// caller starts.
     async fn run(self, deps: NodeDeps, serve_peers: impl FnOnce(Routes)) -> anyhow::Result<Node> {
         let (config, standalone) = (self.config, deps.standalone);
         let StoreHandles { meta, objects } = deps.stores.await?;
@@ -259,7 +262,7 @@ impl NodeStart<'_> {
             &self.tasks,
             self.metrics.metadata_lists.clone(),
         );
-        self.waited(metadata.wait_for_revision(Revision::ZERO)).await?;
+        self.run_until_stopped(metadata.wait_for_revision(Revision::ZERO)).await?;
         if let Some(tier) = &mut tier {
             let bindings = MetaBindingStore::new(Arc::clone(&meta), keys.clone(), metadata.clone(), standalone);
             let has_data = metadata.state().has_tiered_data();
@@ -310,7 +313,8 @@ impl NodeStart<'_> {
     }
 
     /// Registers the broker, and waits until its metadata cache contains the registration. The cache then also contains
-    /// everything that was released before. Also returns the partitions whose values could not be read.
+    /// everything that was released before. Also returns the partitions whose values could not be read. `pending_start` is
+    /// `None` for a standalone broker.
     async fn register(
         &self,
         admission: &ClusterAdmission<'_>,
@@ -321,7 +325,7 @@ impl NodeStart<'_> {
     ) -> anyhow::Result<(Session, BTreeMap<PartitionId, Revision>)> {
         let (log, percent) = (self.log.clone(), self.config.broker.disk_pressure_percent);
         // A standalone broker has no peer that could get new replicas instead.
-        let disk_full =
+        let disk_pressure =
             pending_start.is_some() && task::run_blocking(move || broker::starts_under_pressure(&log, percent)).await;
         let registration = RegistrationRequest {
             store: Arc::clone(admission.store),
@@ -333,7 +337,7 @@ impl NodeStart<'_> {
                 directory_id: self.log.directory_id().to_string(),
                 incarnation: incarnation.to_string(),
                 state: BrokerState::Running,
-                disk_pressure: disk_full,
+                disk_pressure,
                 disk_full: false,
                 max_replicas: Some(self.config.broker.max_replicas),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -351,18 +355,20 @@ impl NodeStart<'_> {
                 (registered.context("cannot register the broker in the metadata store")?, BTreeMap::new())
             }
         };
-        let inventory = session.epoch().unwrap_or(Revision::ZERO);
-        match self.waited(metadata.wait_for_revision(inventory)).await {
+        // The epoch is the revision of the registration.
+        let registered_at = session.epoch().unwrap_or(Revision::ZERO);
+        match self.run_until_stopped(metadata.wait_for_revision(registered_at)).await {
             Ok(()) => Ok((session, unverified)),
-            Err(stopped) => {
+            Err(cancelled) => {
                 session.leave().await;
-                Err(stopped)
+                Err(cancelled)
             }
         }
     }
 
-    async fn waited(&self, until: impl Future<Output = ()>) -> anyhow::Result<()> {
-        self.stop.run_until_cancelled(until).await.ok_or_else(|| StartCancelled.into())
+    /// Runs a wait of the start. Fails with [`StartCancelled`] if the start is cancelled first.
+    async fn run_until_stopped(&self, wait: impl Future<Output = ()>) -> anyhow::Result<()> {
+        self.stop.run_until_cancelled(wait).await.ok_or_else(|| StartCancelled.into())
     }
 }
 
@@ -411,25 +417,26 @@ async fn register_standalone(
     tasks: &Tasks,
 ) -> Result<Session, RegisterError> {
     registration.clear().await?;
-    let record = registration.store.get(&registration.keys.directory(registration.id)).await?.entry;
-    registration.register(record.map(|entry| entry.mod_revision), metadata, tasks).await
+    let directory = registration.store.get(&registration.keys.directory(registration.id)).await?.entry;
+    registration.register(directory.map(|entry| entry.mod_revision), metadata, tasks).await
 }
 
-/// Verifies that the object store belongs to this cluster. Waits only for a moment: an object store that does not
-/// respond is queried again until it does, and a rejection then stops the broker.
+/// Verifies that the object store belongs to this cluster. Waits at most [`BINDING_TIMEOUT`] for the first attempt, and
+/// fails only if that attempt finds a fatal error. Otherwise the attempts continue in the background until one succeeds
+/// or finds a fatal error. A fatal error found later stops the broker ([`Node::must_stop`]).
 async fn bind_store(store: &TierStore, tasks: &Tasks) -> Result<(), BindingError> {
     let (store, stop) = (store.clone(), tasks.clone());
-    let (first, first_result) = oneshot::channel();
+    let (first_sender, first_result) = oneshot::channel();
     let attempts = async move {
-        let mut first = Some(first);
+        let mut first_sender = Some(first_sender);
         loop {
             let bound = store.bind().await;
-            let is_over = bound.as_ref().map_or_else(BindingError::is_fatal_at_start, |()| true);
-            if let Some(first) = first.take() {
+            let is_final = bound.as_ref().map_or_else(BindingError::is_fatal_at_start, |()| true);
+            if let Some(sender) = first_sender.take() {
                 // After `BINDING_TIMEOUT`, the receiver is dropped.
-                let _late = first.send(bound);
+                let _late = sender.send(bound);
             }
-            if is_over {
+            if is_final {
                 return;
             }
             tokio::time::sleep(BINDING_RETRY_INTERVAL).await;

@@ -94,19 +94,24 @@ pub(super) struct Places<T> {
     calls: usize,
     /// Number of connections with an open call.
     active: usize,
-    next: u64,
+    /// Last number that was given to a connection, or to its position among the idle ones.
+    last_number: u64,
     connections: BTreeMap<u64, Occupant<T>>,
     /// Connections in the common pool by address: their number, and the idle ones.
-    origins: BTreeMap<IpAddr, Share>,
+    origins: BTreeMap<IpAddr, AddressShare>,
+    /// Number of connections in the common pool.
     common: usize,
     /// Idle connections of the common pool, in the order in which they became idle.
     idle: BTreeMap<u64, u64>,
+    /// Number of connections in the loopback pool.
     loopback: usize,
+    /// Idle connections of the loopback pool, in the order in which they became idle.
     loopback_idle: BTreeMap<u64, u64>,
     /// Connections of the probe pool, in the order of their arrival.
     probes: BTreeMap<u64, u64>,
 }
 
+/// A connection that has a place.
 #[derive(Debug)]
 struct Occupant<T> {
     handle: T,
@@ -117,9 +122,11 @@ struct Occupant<T> {
     order: u64,
 }
 
+/// Connections in the common pool from one address.
 #[derive(Debug, Default)]
-struct Share {
+struct AddressShare {
     connections: usize,
+    /// The idle ones by order.
     idle: BTreeMap<u64, u64>,
 }
 
@@ -131,7 +138,7 @@ impl<T> Places<T> {
             max_calls,
             calls: 0,
             active: 0,
-            next: 0,
+            last_number: 0,
             connections: BTreeMap::new(),
             origins: BTreeMap::new(),
             common: 0,
@@ -144,32 +151,34 @@ impl<T> Places<T> {
 
     /// Gives a new connection a place. The connection is idle until a call opens.
     pub(super) fn admit(&mut self, origin: Origin, handle: T) -> Admitted<T> {
-        let (pool, bound, evicted) = match self.room_in_common(origin) {
+        let (pool, bound, evicted) = match self.find_common_place(origin) {
             Ok(idle) => (Pool::Common, None, idle),
             Err(bound) => {
-                let longest = self.loopback_idle.first_key_value().map(|(_, id)| *id);
-                if origin.local && (self.loopback < LOOPBACK_PLACES || longest.is_some()) {
-                    (Pool::Loopback, Some(bound), longest.filter(|_| self.loopback >= LOOPBACK_PLACES))
+                let longest_idle = self.loopback_idle.first_key_value().map(|(_, id)| *id);
+                let has_free_place = self.loopback < LOOPBACK_PLACES;
+                if origin.local && (has_free_place || longest_idle.is_some()) {
+                    (Pool::Loopback, Some(bound), longest_idle.filter(|_| !has_free_place))
                 } else {
-                    (Pool::Probe, Some(bound), self.room_among_probes(origin))
+                    (Pool::Probe, Some(bound), self.find_probe_to_evict(origin))
                 }
             }
         };
         let evicted = evicted.and_then(|id| self.remove(id));
-        let id = self.stamp();
+        let id = self.next_number();
         self.connections.insert(id, Occupant { handle, origin, pool, calls: 0, order: 0 });
-        self.count_in(id);
+        self.add_to_pool(id);
         Admitted { id, bound, pool, evicted }
     }
 
-    /// Returns true if this connection may begin one more call.
+    /// Returns true if this connection may begin one more call: fewer than `max_calls` are open, or the connection is
+    /// below its share.
     pub(super) fn has_room_for_call(&self, id: u64) -> bool {
         let calls = self.connections.get(&id).map_or(0, |occupant| occupant.calls);
         self.calls < self.max_calls
             || calls < MIN_CALLS.max(self.max_calls / (self.active + usize::from(calls == 0)).max(1))
     }
 
-    /// Counts a call that begins. Returns the pool of its connection.
+    /// Counts a call that begins. Returns the pool of its connection; `None` if the connection was removed.
     pub(super) fn begin_call(&mut self, id: u64) -> Option<Pool> {
         let occupant = self.connections.get_mut(&id)?;
         occupant.calls += 1;
@@ -194,25 +203,26 @@ impl<T> Places<T> {
         }
     }
 
-    /// Moves a connection from the probe pool to the common pool, if the common pool has space by now. Returns the
-    /// connection that was evicted for it, or the limit that prevents the move.
+    /// Moves a connection from the probe pool to the common pool, if the common pool has a free place or an idle
+    /// connection by now. Returns the handle of the idle connection that was evicted, if any. Fails with the limit that
+    /// prevents the move.
     pub(super) fn promote(&mut self, id: u64) -> Result<Option<T>, Bound> {
         let Some(occupant) = self.connections.get(&id).filter(|occupant| occupant.pool == Pool::Probe) else {
             return Ok(None);
         };
-        let idle = self.room_in_common(occupant.origin)?;
+        let idle = self.find_common_place(occupant.origin)?;
         let evicted = idle.and_then(|idle| self.remove(idle));
-        self.count_out(id);
+        self.remove_from_pool(id);
         if let Some(occupant) = self.connections.get_mut(&id) {
             occupant.pool = Pool::Common;
         }
-        self.count_in(id);
+        self.add_to_pool(id);
         Ok(evicted)
     }
 
     /// Removes a connection. Returns its handle.
     pub(super) fn remove(&mut self, id: u64) -> Option<T> {
-        self.count_out(id);
+        self.remove_from_pool(id);
         let occupant = self.connections.remove(&id)?;
         self.calls -= occupant.calls;
         self.active -= usize::from(occupant.calls > 0);
@@ -221,7 +231,7 @@ impl<T> Places<T> {
 
     /// Returns the idle connection that one more connection from this origin evicts from the common pool; `None` if a
     /// place is free. Fails with the limit if no connection can be evicted.
-    fn room_in_common(&self, origin: Origin) -> Result<Option<u64>, Bound> {
+    fn find_common_place(&self, origin: Origin) -> Result<Option<u64>, Bound> {
         if let Some(share) = self.origins.get(&origin.address).filter(|share| share.connections >= self.per_address) {
             return share.idle.first_key_value().map(|(_, id)| Some(*id)).ok_or(Bound::Address);
         }
@@ -233,25 +243,27 @@ impl<T> Places<T> {
 
     /// Returns the connection that one more connection from this origin evicts from the probe pool; `None` if a place
     /// is free.
-    fn room_among_probes(&self, origin: Origin) -> Option<u64> {
+    fn find_probe_to_evict(&self, origin: Origin) -> Option<u64> {
         if self.probes.len() < PROBE_PLACES {
             return None;
         }
         let addresses = || self.probes.values().filter_map(|id| Some((id, self.connections.get(id)?.origin.address)));
-        let held = |address: IpAddr| addresses().filter(|(_, other)| *other == address).count();
+        let count_of = |address: IpAddr| addresses().filter(|(_, other)| *other == address).count();
         // Among addresses with equally many connections, the new connection's own address ranks first. Among equals,
         // `max_by_key` returns the last, which is the oldest because the order is reversed.
-        let ranked = addresses().map(|(id, address)| ((held(address), address == origin.address), *id));
+        let ranked = addresses().map(|(id, address)| ((count_of(address), address == origin.address), *id));
         ranked.rev().max_by_key(|(rank, _)| *rank).map(|(_, id)| id)
     }
 
-    fn stamp(&mut self) -> u64 {
-        self.next += 1;
-        self.next
+    /// Returns a number above all earlier ones.
+    fn next_number(&mut self) -> u64 {
+        self.last_number += 1;
+        self.last_number
     }
 
-    fn count_in(&mut self, id: u64) {
-        let order = self.stamp();
+    /// Adds a connection to the counts and lists of its pool.
+    fn add_to_pool(&mut self, id: u64) {
+        let order = self.next_number();
         let Some(occupant) = self.connections.get_mut(&id) else { return };
         match occupant.pool {
             Pool::Common => {
@@ -270,7 +282,8 @@ impl<T> Places<T> {
         }
     }
 
-    fn count_out(&mut self, id: u64) {
+    /// Removes a connection from the counts and lists of its pool.
+    fn remove_from_pool(&mut self, id: u64) {
         let Some(occupant) = self.connections.get(&id) else { return };
         let (pool, order, address) = (occupant.pool, occupant.order, occupant.origin.address);
         match pool {
@@ -292,23 +305,25 @@ impl<T> Places<T> {
         }
     }
 
+    /// Adds a connection to the idle ones of its pool, as the one that became idle last, or removes it from them. The
+    /// probe pool has no such list.
     fn set_idle(&mut self, id: u64, idle: bool) {
-        let order = self.stamp();
+        let order = self.next_number();
         let Some(occupant) = self.connections.get_mut(&id) else { return };
-        let before = std::mem::replace(&mut occupant.order, order);
-        let put = |list: &mut BTreeMap<u64, u64>| {
+        let previous_order = std::mem::replace(&mut occupant.order, order);
+        let update = |list: &mut BTreeMap<u64, u64>| {
             if idle {
                 list.insert(order, id);
             } else {
-                list.remove(&before);
+                list.remove(&previous_order);
             }
         };
         match occupant.pool {
             Pool::Common => {
-                put(&mut self.idle);
-                put(&mut self.origins.entry(occupant.origin.address).or_default().idle);
+                update(&mut self.idle);
+                update(&mut self.origins.entry(occupant.origin.address).or_default().idle);
             }
-            Pool::Loopback => put(&mut self.loopback_idle),
+            Pool::Loopback => update(&mut self.loopback_idle),
             Pool::Probe => {}
         }
     }

@@ -67,8 +67,11 @@ type GrantFuture = Pin<Box<dyn Future<Output = Result<Grant, ApiError>> + Send>>
 pub(super) struct RequestBody {
     inner: Body,
     memory: CallMemory,
+    /// Maximum size of one message.
     max_bytes: usize,
+    /// True if the body is a stream of messages, and false if it is one message.
     is_stream: bool,
+    /// Counter of the parts of a message; `None` for a call whose requests are not counted.
     counter: Option<PartCounter>,
     /// Received bytes that have not been processed.
     rest: Bytes,
@@ -81,23 +84,28 @@ pub(super) struct RequestBody {
     out: VecDeque<Bytes>,
     /// True once the only message of a unary call has arrived. Bytes after that message are ignored.
     is_over: bool,
+    /// True once an error was passed on. The body then ends.
     failed: bool,
 }
 
 /// The message that is being read.
 struct Message {
+    /// Length from the prefix.
     bytes: usize,
-    /// Number of bytes that have not arrived, including those of the prefix.
-    left: usize,
+    /// Number of bytes that have not been processed, including those of the prefix.
+    remaining: usize,
     state: State,
-    /// Received bytes that have not been passed on.
-    held: BytesMut,
+    /// Processed bytes that have not been passed on.
+    buffered: BytesMut,
+    /// Memory of the message, or only of its beginning. `None` while the message waits for memory of its beginning.
     grant: Option<Grant>,
     /// Memory of the bytes that arrived before the message had its own memory.
     waiting: Option<Grant>,
+    /// Number of parts that have arrived.
     parts: usize,
     /// Time since which the message has its current memory.
     since: Instant,
+    /// Set while the message waits for its sender. The guard ends a message that arrives too slowly.
     incomplete: Option<IncompleteGuard>,
 }
 
@@ -113,7 +121,7 @@ enum State {
 }
 
 impl State {
-    /// Returns a state that waits, and then fails.
+    /// Returns the state of a rejected message: it waits for [`REFUSAL_DELAY`], and then fails with `error`.
     fn refused(error: ApiError) -> Self {
         Self::Waiting(Box::pin(async {
             tokio::time::sleep(REFUSAL_DELAY).await;
@@ -126,9 +134,9 @@ impl Message {
     fn new(bytes: usize, state: State) -> Self {
         Self {
             bytes,
-            left: PREFIX_BYTES + bytes,
+            remaining: PREFIX_BYTES + bytes,
             state,
-            held: BytesMut::new(),
+            buffered: BytesMut::new(),
             grant: None,
             waiting: None,
             parts: 0,
@@ -169,7 +177,8 @@ impl RequestBody {
         }
     }
 
-    /// Begins the next message, whose prefix has arrived.
+    /// Begins the next message, whose prefix has arrived. Takes memory for its beginning, or lets the message wait. Fails
+    /// only if the message is too large; any other rejection is a state of the message.
     fn begin(&mut self) -> Result<(), ApiError> {
         let bytes = (&self.rest[1..PREFIX_BYTES]).get_u32() as usize;
         if bytes > self.max_bytes {
@@ -182,8 +191,8 @@ impl RequestBody {
             self.refuse(error);
             return Ok(());
         }
-        let is_whole = bytes <= SMALL_BYTES && self.rest.len() >= PREFIX_BYTES + bytes;
-        let grant = if is_whole {
+        let is_small_and_complete = bytes <= SMALL_BYTES && self.rest.len() >= PREFIX_BYTES + bytes;
+        let grant = if is_small_and_complete {
             self.memory.try_complete_request(bytes)
         } else {
             self.memory.try_request(bytes.min(SMALL_BYTES))
@@ -212,7 +221,7 @@ impl RequestBody {
         self.is_large_frame = data.len() > WAITING_BYTES;
         (self.rest, self.ahead) = (data, None);
         if let Some(message) = &self.message
-            && let Err(error) = self.charge_ahead(self.rest.len().saturating_sub(message.left))
+            && let Err(error) = self.charge_ahead(self.rest.len().saturating_sub(message.remaining))
         {
             self.refuse(error);
         }
@@ -249,7 +258,8 @@ impl RequestBody {
         self.memory.try_waiting(self.rest.len()).map(Some).inspect_err(|_| self.rest = Bytes::new())
     }
 
-    /// Processes the received bytes of the message, as far as there is memory for them.
+    /// Processes the received bytes of the message, as far as there is memory for them: counts their parts, takes memory,
+    /// and puts them into `out`. Pending while the message waits for memory. Fails if the message is rejected.
     fn advance(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ApiError>> {
         let Some(message) = &mut self.message else { return Poll::Ready(Ok(())) };
         if let State::WaitingForParts(waiting) = &mut message.state {
@@ -261,36 +271,38 @@ impl RequestBody {
             let Poll::Ready(granted) = waiting.as_mut().poll(cx) else {
                 // While a message waits for all of its memory, it yields to requests that need the memory that it has.
                 if message.grant.is_some() {
-                    note_incomplete(&self.memory, message, cx)?;
+                    check_incomplete(&self.memory, message, cx)?;
                 }
                 return Poll::Pending;
             };
-            let first = message.grant.replace(granted?).is_none();
+            let is_for_beginning = message.grant.replace(granted?).is_none();
             message.waiting = None;
-            message.state = if first && message.bytes > SMALL_BYTES { State::Beginning } else { State::Admitted };
+            message.state =
+                if is_for_beginning && message.bytes > SMALL_BYTES { State::Beginning } else { State::Admitted };
             (message.since, message.incomplete) = (clock::monotonic(), None);
         }
-        let piece = self.rest.split_to(message.left.min(self.rest.len()));
+        let piece = self.rest.split_to(message.remaining.min(self.rest.len()));
         if !piece.is_empty() {
-            let prefix = PREFIX_BYTES.saturating_sub(PREFIX_BYTES + message.bytes - message.left);
-            message.left -= piece.len();
+            let processed = PREFIX_BYTES + message.bytes - message.remaining;
+            let prefix_bytes = PREFIX_BYTES.saturating_sub(processed).min(piece.len());
+            message.remaining -= piece.len();
             if let Some(counter) = &mut self.counter {
-                message.parts += counter.count(&piece[prefix.min(piece.len())..]);
+                message.parts += counter.count(&piece[prefix_bytes..]);
                 if message.parts > limits::MAX_REQUEST_PARTS {
                     return Poll::Ready(Err(too_many_parts(message.parts)));
                 }
             }
             if matches!(message.state, State::Admitted) {
                 self.out.push_back(piece);
-            } else if message.held.is_empty() && piece.len() > SMALL_BYTES {
+            } else if message.buffered.is_empty() && piece.len() > SMALL_BYTES {
                 // The whole beginning arrived in one piece.
                 self.out.push_back(piece);
             } else {
-                message.held.extend_from_slice(&piece);
+                message.buffered.extend_from_slice(&piece);
             }
         }
-        let begun = self.out.back().map_or(message.held.len(), Bytes::len) > SMALL_BYTES;
-        if matches!(message.state, State::Beginning) && begun {
+        let beginning_arrived = self.out.back().map_or(message.buffered.len(), Bytes::len) > SMALL_BYTES;
+        if matches!(message.state, State::Beginning) && beginning_arrived {
             match self.memory.try_request(message.bytes) {
                 Some(grant) => {
                     message.grant = Some(grant);
@@ -300,10 +312,10 @@ impl RequestBody {
                 None => message.state = State::Waiting(Box::pin(self.memory.clone().request(message.bytes))),
             }
         }
-        if matches!(message.state, State::Admitted) && !message.held.is_empty() {
-            self.out.push_front(message.held.split().freeze());
+        if matches!(message.state, State::Admitted) && !message.buffered.is_empty() {
+            self.out.push_front(message.buffered.split().freeze());
         }
-        if message.left == 0 && matches!(message.state, State::Admitted) {
+        if message.remaining == 0 && matches!(message.state, State::Admitted) {
             let parts = message.parts;
             let granted = if parts == 0 { None } else { self.memory.try_parts(parts) };
             if parts > 0 && granted.is_none() {
@@ -332,6 +344,7 @@ impl RequestBody {
         }
     }
 
+    /// Returns the next bytes to pass on: reads frames and processes them until there are some.
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         loop {
             let is_admitted = self.message.as_ref().is_none_or(|message| matches!(message.state, State::Admitted));
@@ -359,7 +372,7 @@ impl RequestBody {
             }
             let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) else {
                 if let Some(message) = &mut self.message {
-                    note_incomplete(&self.memory, message, cx).map_err(status)?;
+                    check_incomplete(&self.memory, message, cx).map_err(status)?;
                 }
                 return Poll::Pending;
             };
@@ -377,8 +390,8 @@ impl RequestBody {
                     return Poll::Ready(Some(Ok(Frame::data(std::mem::take(&mut self.rest)))));
                 }
                 None => match self.message.take() {
-                    Some(mut message) if !message.held.is_empty() => {
-                        return Poll::Ready(Some(Ok(Frame::data(message.held.split().freeze()))));
+                    Some(mut message) if !message.buffered.is_empty() => {
+                        return Poll::Ready(Some(Ok(Frame::data(message.buffered.split().freeze()))));
                     }
                     _ => return Poll::Ready(None),
                 },
@@ -387,7 +400,9 @@ impl RequestBody {
     }
 }
 
-fn note_incomplete(memory: &CallMemory, message: &mut Message, cx: &Context<'_>) -> Result<(), ApiError> {
+/// Checks a message whose sender is slow. Fails if other requests wait for the memory that the message holds; otherwise
+/// the task is woken when that changes.
+fn check_incomplete(memory: &CallMemory, message: &mut Message, cx: &Context<'_>) -> Result<(), ApiError> {
     let (charged, since) = (message.charged(), message.since);
     message.incomplete.get_or_insert_with(|| memory.incomplete(charged, since)).check(cx.waker())
 }

@@ -32,20 +32,20 @@ use super::{
 };
 use crate::broker::{LogService, Requests};
 
-/// Size from which a frame takes no more of the responses that are ready together, in bytes.
+/// Size from which a frame takes no further responses, in bytes. Responses that are ready together share a frame.
 const FRAME_BYTES: usize = 32 << 10;
 
 /// Returns the routes of `Produce` and `Fetch`.
 pub(super) fn routes(log: &LogService) -> Router {
-    let (producing, fetching) = (log.clone(), log.clone());
+    let (produce_service, fetch_service) = (log.clone(), log.clone());
     Router::new()
         .route(
             PRODUCE_PATH,
-            routing::post(async move |request| serve(request, |requests| producing.serve_produce(requests))),
+            routing::post(async move |request| serve(request, |requests| produce_service.serve_produce(requests))),
         )
         .route(
             FETCH_PATH,
-            routing::post(async move |request| serve(request, |requests| fetching.serve_fetch(requests))),
+            routing::post(async move |request| serve(request, |requests| fetch_service.serve_fetch(requests))),
         )
 }
 
@@ -58,7 +58,7 @@ where
 {
     let (head, body) = request.into_parts();
     if let Some(encoding) = head.headers.get("grpc-encoding").filter(|encoding| *encoding != "identity") {
-        return compressed(format_args!("grpc-encoding is {encoding:?}")).into_http();
+        return compressed_error(format_args!("grpc-encoding is {encoding:?}")).into_http();
     }
     let requests = tonic::Request::from_parts(MetadataMap::new(), head.extensions, requests(body));
     let body = ResponseBody { responses: Box::pin(call(requests)), end: None, is_over: false };
@@ -89,6 +89,7 @@ impl MessageReader {
         }
     }
 
+    /// Reads one message: the prefix, and then as many bytes as it announces.
     async fn read_message<T: Message + Default>(&mut self) -> Result<Option<T>, Status> {
         if self.rest.is_empty() && !self.read_frame().await? {
             return Ok(None);
@@ -97,7 +98,7 @@ impl MessageReader {
         self.read(&mut prefix[..]).await?;
         match prefix[0] {
             0 => {}
-            1 => return Err(compressed("the compressed flag of a message is set")),
+            1 => return Err(compressed_error("the compressed flag of a message is set")),
             flag => {
                 return Err(Status::internal(format!("the compressed flag of a message is {flag} instead of 0 or 1")));
             }
@@ -109,13 +110,13 @@ impl MessageReader {
         T::decode(message.freeze()).map(Some).map_err(|error| Status::internal(error.to_string()))
     }
 
-    /// Reads until `into` is full.
-    async fn read(&mut self, mut into: impl BufMut) -> Result<(), Status> {
-        while into.has_remaining_mut() {
+    /// Reads until `buffer` is full. Fails if the body ends before.
+    async fn read(&mut self, mut buffer: impl BufMut) -> Result<(), Status> {
+        while buffer.has_remaining_mut() {
             if self.rest.is_empty() && !self.read_frame().await? {
                 return Err(Status::internal("the body ends within a message"));
             }
-            into.put(self.rest.split_to(self.rest.len().min(into.remaining_mut())));
+            buffer.put(self.rest.split_to(self.rest.len().min(buffer.remaining_mut())));
         }
         Ok(())
     }
@@ -134,8 +135,8 @@ impl MessageReader {
 }
 
 /// Returns the error for a compressed message. Bodies of requests are never decompressed.
-fn compressed(how: impl fmt::Display) -> Status {
-    Status::unimplemented(format!("messages are compressed: {how}"))
+fn compressed_error(reason: impl fmt::Display) -> Status {
+    Status::unimplemented(format!("messages are compressed: {reason}"))
 }
 
 /// Body of a response: one message per item of a stream, then the trailers.
@@ -143,6 +144,7 @@ struct ResponseBody<S> {
     responses: Pin<Box<S>>,
     /// Status that ends the response, set once the stream of messages has ended. The trailers follow the last message.
     end: Option<Status>,
+    /// True once the trailers were passed on.
     is_over: bool,
 }
 
@@ -178,6 +180,7 @@ impl<U: Message, S: Stream<Item = Result<U, Status>>> HttpBody for ResponseBody<
     }
 }
 
+/// Appends a message with its prefix, uncompressed.
 fn put_message(message: &impl Message, out: &mut BytesMut) {
     let len = message.encoded_len();
     out.reserve(PREFIX_BYTES + len);

@@ -30,17 +30,17 @@ fn log() -> DataDir {
 async fn start(store: &Arc<dyn MetaStore>, keys: &Keys, log: &DataDir, tasks: &Tasks) -> Session {
     let (defaults, stop) = (ConfigMap::new(), Tasks::new());
     let admission = ClusterAdmission { store, keys, log, defaults: &defaults, stop: &stop };
-    let noted = admission.record_start().await.unwrap();
+    let pending_start = admission.record_start().await.unwrap();
     let value = BrokerValue {
         directory_id: log.directory_id().to_string(),
-        incarnation: noted.incarnation.to_string(),
+        incarnation: pending_start.incarnation.to_string(),
         ..BrokerValue::running_at("here:1".to_owned())
     };
     let session_timeout = Duration::from_secs(2);
     let registration =
         RegistrationRequest { store: Arc::clone(store), keys: keys.clone(), id: ME, value, session_timeout };
     let metadata = MetadataCache::start(Arc::clone(store), keys.clone(), tasks);
-    admission.admit(&registration, noted, BTreeSet::from([partition()]), &metadata, tasks).await.unwrap().0
+    admission.admit(&registration, pending_start, BTreeSet::from([partition()]), &metadata, tasks).await.unwrap().0
 }
 
 /// In another cluster of the same name, a directory that took part in its own cluster would be bootstrapped again. From
@@ -49,7 +49,7 @@ async fn start(store: &Arc<dyn MetaStore>, keys: &Keys, log: &DataDir, tasks: &T
 async fn other_cluster_with_same_name_is_rejected() {
     let (keys, tasks) = (Keys::new("test").unwrap(), Tasks::new());
     let fresh = || -> Arc<dyn MetaStore> { Arc::new(EmbeddedStore::in_memory()) };
-    let (home, other, log) = (fresh(), fresh(), log());
+    let (own, other, log) = (fresh(), fresh(), log());
     let reach = async |store: &Arc<dyn MetaStore>| {
         let (defaults, stop) = (ConfigMap::new(), Tasks::new());
         let admission = ClusterAdmission { store, keys: &keys, log: &log, defaults: &defaults, stop: &stop };
@@ -66,14 +66,14 @@ async fn other_cluster_with_same_name_is_rejected() {
     put(&other, path.clone(), topic(8).encode()).await;
     reach(&other).await.expect("a directory of no cluster fits any cluster");
 
-    start(&home, &keys, &log, &tasks).await.leave().await;
+    start(&own, &keys, &log, &tasks).await.leave().await;
     reach(&other).await.expect("a directory without replicas fits any cluster");
     let _replica = log.open_replica(partition(), Offset::ZERO).unwrap();
     let reason = reach(&other).await.expect_err("another cluster");
     assert!(reason.contains("has neither this data directory nor any of its topics"), "{reason}");
     let reason = reach(&fresh()).await.expect_err("an empty store");
     assert!(reason.contains("has no keys below /strandline/test/"), "{reason}");
-    reach(&home).await.expect("the directory belongs to the cluster");
+    reach(&own).await.expect("the directory belongs to the cluster");
 
     // The directory was restored after another disk had the broker id. An existing or deleted topic identifies the
     // cluster, and an unreadable one may.

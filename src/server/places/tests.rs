@@ -10,7 +10,7 @@ fn from(number: u8) -> Origin {
     Origin::of(IpAddr::from([10, 0, 0, number]), Some(IpAddr::from([10, 0, 0, 254])))
 }
 
-fn here() -> Origin {
+fn loopback() -> Origin {
     Origin::of(IpAddr::from([127, 0, 0, 1]), None)
 }
 
@@ -66,18 +66,18 @@ fn loopback_has_eight_additional_places() {
         admitted
     };
     for _ in 0..2 {
-        assert_eq!(busy(&mut places, here()).pool, Pool::Common);
+        assert_eq!(busy(&mut places, loopback()).pool, Pool::Common);
     }
     for _ in 0..LOOPBACK_PLACES {
-        let admitted = busy(&mut places, here());
+        let admitted = busy(&mut places, loopback());
         assert_eq!((admitted.pool, admitted.bound), (Pool::Loopback, Some(Bound::Address)));
     }
-    let ninth = places.admit(here(), 7);
+    let ninth = places.admit(loopback(), 7);
     assert_eq!(ninth.pool, Pool::Probe);
     // An idle connection of these eight is evicted for the next one.
     let idle = places.connections.iter().find(|(_, occupant)| occupant.pool == Pool::Loopback).map(|(id, _)| *id);
     places.end_call(idle.expect("one of eight"));
-    let tenth = places.admit(here(), 8);
+    let tenth = places.admit(loopback(), 8);
     assert_eq!((tenth.pool, tenth.evicted), (Pool::Loopback, Some(0)));
 }
 
@@ -160,20 +160,20 @@ fn ipv6_network_and_mapped_address_are_one_origin() {
 
 #[derive(Clone, Debug)]
 enum Event {
-    Come(u8),
+    Admit(u8),
     Begin(usize),
     End(usize),
     Promote(usize),
-    Go(usize),
+    Remove(usize),
 }
 
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
-        4 => (0..4_u8).prop_map(Event::Come),
+        4 => (0..4_u8).prop_map(Event::Admit),
         3 => any::<usize>().prop_map(Event::Begin),
         2 => any::<usize>().prop_map(Event::End),
         1 => any::<usize>().prop_map(Event::Promote),
-        2 => any::<usize>().prop_map(Event::Go),
+        2 => any::<usize>().prop_map(Event::Remove),
     ]
 }
 
@@ -188,8 +188,8 @@ proptest! {
         for event in events {
             let pick = |n: usize| (!ids.is_empty()).then(|| ids[n % ids.len()]);
             match event {
-                Event::Come(address) => {
-                    let origin = if address == 0 { here() } else { from(address) };
+                Event::Admit(address) => {
+                    let origin = if address == 0 { loopback() } else { from(address) };
                     number += 1;
                     let busy: BTreeSet<u64> =
                         all.connections.values().filter(|o| o.calls > 0 && o.pool != Pool::Probe).map(|o| o.handle).collect();
@@ -202,7 +202,7 @@ proptest! {
                 Event::Begin(n) => if let Some(id) = pick(n) { all.begin_call(id); },
                 Event::End(n) => if let Some(id) = pick(n) { all.end_call(id); },
                 Event::Promote(n) => if let Some(id) = pick(n) { let _bound = all.promote(id); },
-                Event::Go(n) => if let Some(id) = pick(n) { all.remove(id); },
+                Event::Remove(n) => if let Some(id) = pick(n) { all.remove(id); },
             }
             prop_assert_eq!(all.active, all.connections.values().filter(|o| o.calls > 0).count());
             prop_assert_eq!(all.calls, all.connections.values().map(|o| o.calls).sum::<usize>());

@@ -61,11 +61,11 @@ async fn messages_are_unchanged_by_fragmentation() {
 
 /// Returns all bytes that are passed on.
 async fn all_of(body: &mut RequestBody) -> Vec<u8> {
-    let mut came = Vec::new();
+    let mut received = Vec::new();
     while let Some(piece) = frame(body).await {
-        came.extend_from_slice(&piece.expect("a valid body"));
+        received.extend_from_slice(&piece.expect("a valid body"));
     }
-    came
+    received
 }
 
 fn prost_len(bytes: usize) -> Vec<u8> {
@@ -99,7 +99,7 @@ async fn announced_bytes_are_charged_on_arrival_and_yield() {
         .await
         .expect("a task ends")
         .expect("no panic")
-        .expect("an answer")
+        .expect("a response")
         .expect_err("the request is refused");
     assert_eq!((ended.code, ended.retryable), (ErrorCode::Overloaded, true));
     assert!(ended.message.contains("limits.request_memory_bytes"), "{ended}");
@@ -110,7 +110,7 @@ async fn size_and_parts_of_requests_are_limited() {
     let budgets = Budgets::new(512 << 20, 1 << 20);
     let large = [&[0][..], &(5_u32 << 20).to_be_bytes()].concat();
     let refused = frame(&mut body(vec![large.clone()], true, READ, &memory(&budgets))).await;
-    let refused = refused.expect("an answer").expect_err("too large");
+    let refused = refused.expect("a response").expect_err("too large");
     assert_eq!(refused.code, ErrorCode::RequestTooLarge);
     assert!(refused.message.contains("5242880") && refused.message.contains("4194304"), "{refused}");
     // Regression: 33 million empty records of two bytes each took 4.7 GB.
@@ -122,7 +122,7 @@ async fn size_and_parts_of_requests_are_limited() {
         match frame(&mut many).await {
             Some(Ok(_)) => {}
             Some(Err(error)) => break error,
-            None => panic!("it was taken"),
+            None => panic!("the request was accepted"),
         }
     };
     assert_eq!(refused.code, ErrorCode::InvalidRequest);
@@ -145,8 +145,8 @@ fn append(records: usize, bytes: usize) -> v1::AppendRequest {
 }
 
 fn fetch(partitions: usize) -> v1::FetchRequest {
-    let place = v1::FetchPartition { topic: "orders".to_owned(), ..Default::default() };
-    v1::FetchRequest { partitions: vec![place; partitions], ..Default::default() }
+    let partition = v1::FetchPartition { topic: "orders".to_owned(), ..Default::default() };
+    v1::FetchRequest { partitions: vec![partition; partitions], ..Default::default() }
 }
 
 /// Reads a body to its end. Returns the number of bytes.
@@ -212,8 +212,8 @@ async fn small_requests_pass_while_large_ones_wait() {
 #[tokio::test(start_paused = true)]
 async fn last_bytes_wait_for_memory_of_parts() {
     let budgets = Budgets::new(REQUEST_BYTES[0], 1 << 20);
-    let holder = memory(&budgets);
-    let held = holder.try_parts(limits::MAX_REQUEST_PARTS).expect("capacity");
+    let other_call = memory(&budgets);
+    let held = other_call.try_parts(limits::MAX_REQUEST_PARTS).expect("capacity");
     let sent = pieces(&append(100_000, 3));
     let mut refused = body(sent.clone(), false, APPEND, &memory(&budgets));
     let (mut passed, began) = (0, clock::monotonic());
@@ -237,11 +237,11 @@ async fn streams_hold_memory_for_one_message() {
     let sent = vec![framed(&fetch(30).encode_to_vec()); 5];
     let memory = memory(&budgets);
     let mut stream = body(sent, true, FETCH, &memory);
-    let mut most = 0;
+    let mut max_taken = 0;
     for _ in 0..5 {
         frame(&mut stream).await.expect("a message").expect("the message is accepted");
-        most = most.max(budgets.taken().0);
-        assert_eq!(budgets.taken().0, most, "the charge is that of one message");
+        max_taken = max_taken.max(budgets.taken().0);
+        assert_eq!(budgets.taken().0, max_taken, "the charge is that of one message");
     }
     let pending = poll_fn(|cx| Poll::Ready(Pin::new(&mut stream).poll_frame(cx).is_pending())).await;
     assert!(pending && budgets.taken().0 == 0, "all messages are handled");
@@ -342,7 +342,7 @@ async fn trailers_end_a_body_and_requests_for_names_are_small() {
     let path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
     for (bytes, is_taken) in [(MAX_NAMES_BYTES, true), (MAX_NAMES_BYTES + 1, false)] {
         let taken = frame(&mut body(vec![framed(&vec![7; bytes])], true, path, &memory(&budgets))).await;
-        let reason = taken.expect("an answer").err().map(|error| error.code);
+        let reason = taken.expect("a response").err().map(|error| error.code);
         assert_eq!(reason, (!is_taken).then_some(ErrorCode::RequestTooLarge), "{bytes}");
     }
 }

@@ -27,22 +27,23 @@ fn numbered(correlation_id: u64) -> ProduceRequest {
 
 /// Returns a response in which each message has the number of its request.
 fn response_to(request: Request) -> Response {
-    let answer = |request: ProduceRequest| ProduceResponse { correlation_id: request.correlation_id, result: None };
-    serve(request, move |requests| requests.into_inner().map(move |request| Ok(answer(request?))))
+    let to_response =
+        |request: ProduceRequest| ProduceResponse { correlation_id: request.correlation_id, result: None };
+    serve(request, move |requests| requests.into_inner().map(move |request| Ok(to_response(request?))))
 }
 
 /// Returns the bytes of a response and its final status.
 async fn all_of(mut response: Response) -> (Vec<u8>, Status) {
-    let mut came = Vec::new();
+    let mut received = Vec::new();
     loop {
         let frame =
             poll_fn(|cx| Pin::new(response.body_mut()).poll_frame(cx)).await.expect("the body ends with trailers");
         match frame.expect("never an error").into_data() {
-            Ok(data) => came.extend_from_slice(&data),
+            Ok(data) => received.extend_from_slice(&data),
             Err(end) => {
                 let trailers = end.into_trailers().expect("data or trailers");
                 assert!(poll_fn(|cx| Pin::new(response.body_mut()).poll_frame(cx)).await.is_none());
-                return (came, Status::from_header_map(&trailers).expect("a status"));
+                return (received, Status::from_header_map(&trailers).expect("a status"));
             }
         }
     }
@@ -57,14 +58,15 @@ async fn messages_are_unchanged_by_fragmentation() {
     for size in 1..=sent.len() {
         let response = response_to(Request::new(body(&sent, size, false)));
         assert_eq!(response.headers()[CONTENT_TYPE], "application/grpc");
-        let (came, end) = all_of(response).await;
-        assert_eq!((came, end.code()), (expected.clone(), Code::Ok), "in pieces of {size}");
+        let (received, end) = all_of(response).await;
+        assert_eq!((received, end.code()), (expected.clone(), Code::Ok), "in pieces of {size}");
     }
 }
 
 #[tokio::test]
 async fn unreadable_stream_ends_with_error_after_responses() {
-    let (good, answer) = (framed(&numbered(7)), framed(&ProduceResponse { correlation_id: 7, result: None }));
+    let (valid_request, response) =
+        (framed(&numbered(7)), framed(&ProduceResponse { correlation_id: 7, result: None }));
     let cases: [(&[u8], Code, &str); 5] = [
         (&[0, 0, 0], Code::Internal, "the body ends within a message"),
         (&[0, 0, 0, 0, 2, 8], Code::Internal, "the body ends within a message"),
@@ -73,11 +75,12 @@ async fn unreadable_stream_ends_with_error_after_responses() {
         (&[0, 0, 0, 0, 2, 0xff, 0xff], Code::Internal, "varint"),
     ];
     for (bytes, code, text) in cases {
-        let (came, end) = all_of(response_to(Request::new(body(&[&good[..], bytes].concat(), 4, false)))).await;
-        assert_eq!((came, end.code()), (answer.clone(), code), "{bytes:?}");
+        let (received, end) =
+            all_of(response_to(Request::new(body(&[&valid_request[..], bytes].concat(), 4, false)))).await;
+        assert_eq!((received, end.code()), (response.clone(), code), "{bytes:?}");
         assert!(end.message().contains(text), "{bytes:?}: {}", end.message());
     }
-    let mut request = Request::new(body(&good, 10, false));
+    let mut request = Request::new(body(&valid_request, 10, false));
     request.headers_mut().insert("grpc-encoding", HeaderValue::from_static("gzip"));
     let refused = Status::from_header_map(response_to(request).headers()).expect("a status");
     assert_eq!(refused.code(), Code::Unimplemented);
