@@ -360,7 +360,7 @@ impl ChunkCache {
     ) -> InFlightFetch {
         let (store, object) = (store.clone(), object.to_owned());
         let range = indexes.start * CHUNK_BYTES..entry.object_bytes().min(indexes.end * CHUNK_BYTES);
-        let request = async move { store.unless_away(&object, store.get_range(&object, range)).await };
+        let request = async move { store.while_available(&object, store.get_range(&object, range)).await };
         request.map(|outcome| outcome.map_err(TierReadError::from)).boxed().shared()
     }
 
@@ -423,7 +423,7 @@ impl ChunkCacheInner {
             if self.chunk_flights.is_abandoned(key) {
                 return Err(TierStoreError::Stopped.into());
             }
-            store.unless_away(object, store.get_range(object, start..end)).await?
+            store.while_available(object, store.get_range(object, start..end)).await?
         };
         self.record_fetch(store, key, &chunk).await;
         Ok(chunk)

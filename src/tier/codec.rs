@@ -56,6 +56,7 @@ pub enum InvalidObject {
 pub(super) struct FieldReader<'a>(pub(super) &'a [u8]);
 
 impl<'a> FieldReader<'a> {
+    /// Fails if fewer than `bytes` bytes are left.
     fn need(&self, bytes: usize, field: &'static str) -> Result<(), InvalidObject> {
         match bytes.checked_sub(self.0.len()) {
             None | Some(0) => Ok(()),
@@ -81,9 +82,9 @@ impl<'a> FieldReader<'a> {
 
     pub(super) fn bytes(&mut self, len: usize, field: &'static str) -> Result<&'a [u8], InvalidObject> {
         self.need(len, field)?;
-        let (taken, rest) = self.0.split_at(len);
+        let (field, rest) = self.0.split_at(len);
         self.0 = rest;
-        Ok(taken)
+        Ok(field)
     }
 
     pub(super) fn array<const N: usize>(&mut self, field: &'static str) -> Result<[u8; N], InvalidObject> {
@@ -105,6 +106,7 @@ impl<'a> FieldReader<'a> {
         Ok(PartitionId::new(topic, self.u32("partition")?))
     }
 
+    /// Reads the name of a segment or page object. Rejects an empty or reversed range of offsets.
     pub(super) fn stamp(&mut self) -> Result<ObjectId, InvalidObject> {
         let (base, end) = (self.offset("base")?, self.offset("end")?);
         let (epoch, attempt) = (self.epoch("epoch")?, Uuid::from_bytes(self.array("attempt")?));
@@ -121,6 +123,7 @@ impl<'a> FieldReader<'a> {
         Ok(count)
     }
 
+    /// Fails if bytes follow the last field.
     pub(super) fn done(&self) -> Result<(), InvalidObject> {
         if self.0.is_empty() {
             Ok(())
@@ -148,15 +151,15 @@ pub(super) fn put_count(out: &mut BytesMut, count: usize) {
 }
 
 /// Completes an object with the CRC-32C of its content.
-pub(super) fn seal(mut out: BytesMut) -> Bytes {
+pub(super) fn append_crc(mut out: BytesMut) -> Bytes {
     let crc = crc32c::crc32c(&out);
     out.put_u32(crc);
     out.freeze()
 }
 
-/// Checks the checksum, magic bytes and version of an object that [`seal`] completed. Returns a reader of the other
-/// fields.
-pub(super) fn unseal<'a>(
+/// Checks the magic bytes, the CRC that [`append_crc`] appended, and the version of an object. Returns a reader of the
+/// fields after these. `known` is the version that this release reads.
+pub(super) fn check_envelope<'a>(
     bytes: &'a [u8],
     magic: &[u8; 4],
     kind: &'static str,

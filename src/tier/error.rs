@@ -42,6 +42,7 @@ impl TierStoreError {
         matches!(self, Self::Unavailable { .. })
     }
 
+    /// Converts the error of a request for `object`. An error of no other kind counts as `Unavailable`, which is retried.
     pub(super) fn new(object: &str, error: &object_store::Error) -> Self {
         use object_store::Error as E;
         let (object, reason) = (object.to_owned(), reason(error));
@@ -119,7 +120,7 @@ impl BindingError {
         }
     }
 
-    /// Returns true if this is not the cluster's store, or has a later generation: a broker does not start with it.
+    /// Returns true if no later attempt can find the store to be the cluster's: a broker must not run with it.
     pub fn is_fatal_at_start(&self) -> bool {
         matches!(self, Self::Foreign { .. } | Self::OtherStore { .. } | Self::Generation { .. })
     }
@@ -171,7 +172,7 @@ impl From<TierStoreError> for TierReadError {
     fn from(error: TierStoreError) -> Self {
         match error {
             TierStoreError::NotFound { object } => Self::Missing { object },
-            other => Self::Store(other),
+            error => Self::Store(error),
         }
     }
 }
@@ -226,7 +227,7 @@ mod tests {
         assert_eq!(missing(manifest.to_string()).lost_manifest(), Some(&*object(manifest.to_string())));
         assert!(missing(stamp.page()).lost_manifest().is_some());
         assert!(missing(stamp.segment()).lost_manifest().is_none());
-        let away = TierStoreError::Unavailable { object: object(manifest.to_string()), reason: "away".to_owned() };
-        assert!(TierReadError::Store(away).lost_manifest().is_none());
+        let outage = TierStoreError::Unavailable { object: object(manifest.to_string()), reason: "down".to_owned() };
+        assert!(TierReadError::Store(outage).lost_manifest().is_none());
     }
 }

@@ -139,27 +139,27 @@ impl Footer {
             out.put_u64(start.get());
         }
         put_count(&mut out, self.index.len());
-        for stretch in &self.index {
-            out.put_u64(stretch.offset.get());
-            out.put_u64(stretch.position);
-            out.put_i64(stretch.max_timestamp_ms);
+        for entry in &self.index {
+            out.put_u64(entry.offset.get());
+            out.put_u64(entry.position);
+            out.put_i64(entry.max_timestamp_ms);
         }
         put_count(&mut out, self.producers.len());
         out.put_slice(&self.producers);
 
         let body_crc = crc32c::crc32c(&out);
-        let body = out.len();
+        let body_bytes = out.len();
         out.put_u64(self.data_bytes);
-        put_count(&mut out, body);
+        put_count(&mut out, body_bytes);
         out.put_u32(self.data_crc);
         out.put_u32(body_crc);
         out.put_u16(VERSION);
         out.put_bytes(0, 6);
         out.put_u32(0);
-        let crc = crc32c::crc32c(&out[body..]);
+        let crc = crc32c::crc32c(&out[body_bytes..]);
         out.put_u32(crc);
         out.put_slice(MAGIC);
-        debug_assert_eq!(out.len() - body, TRAILER_BYTES);
+        debug_assert_eq!(out.len() - body_bytes, TRAILER_BYTES);
         out.freeze()
     }
 
@@ -170,12 +170,13 @@ impl Footer {
     /// needed.
     pub fn parse(tail: &[u8]) -> Result<Self, InvalidObject> {
         let trailer = Trailer::parse(tail)?;
-        let before = &tail[..tail.len() - TRAILER_BYTES];
-        let start = before.len().checked_sub(trailer.body_bytes as usize).ok_or_else(|| InvalidObject::Truncated {
-            field: "body",
-            missing: trailer.body_bytes as usize - before.len(),
-        })?;
-        let body = &before[start..];
+        let before_trailer = &tail[..tail.len() - TRAILER_BYTES];
+        let body_bytes = trailer.body_bytes as usize;
+        let start = before_trailer
+            .len()
+            .checked_sub(body_bytes)
+            .ok_or_else(|| InvalidObject::Truncated { field: "body", missing: body_bytes - before_trailer.len() })?;
+        let body = &before_trailer[start..];
         let actual = crc32c::crc32c(body);
         if actual != trailer.body_crc {
             return Err(InvalidObject::Crc { what: "footer", stored: trailer.body_crc, actual });
@@ -185,6 +186,7 @@ impl Footer {
         Ok(footer)
     }
 
+    /// Parses the body. The CRC of the data is in the trailer, not in the body.
     fn parse_body(body: &mut FieldReader<'_>, trailer: &Trailer) -> Result<Self, InvalidObject> {
         let partition = body.partition()?;
         let (base, end) = (body.offset("base")?, body.offset("end")?);
@@ -223,7 +225,8 @@ impl Footer {
         })
     }
 
-    /// Checks what reads rely on, regardless of the writer.
+    /// Checks the invariants on which reads rely: a non-empty range, an ascending index from the base, and ascending leader
+    /// epochs that cover the segment.
     fn check(&self) -> Result<(), InvalidObject> {
         let refuse = |reason| Err(InvalidObject::Contradiction { reason });
         if self.base >= self.end {
@@ -250,13 +253,13 @@ impl Footer {
 
     /// Returns the index interval that contains `offset`, and the position of its end.
     pub fn interval_of(&self, offset: Offset) -> (SegmentIndexEntry, u64) {
-        let at = self.index.partition_point(|stretch| stretch.offset <= offset).saturating_sub(1);
-        (self.index[at], self.index.get(at + 1).map_or(self.data_bytes, |next| next.position))
+        let index = self.index.partition_point(|entry| entry.offset <= offset).saturating_sub(1);
+        (self.index[index], self.index.get(index + 1).map_or(self.data_bytes, |next| next.position))
     }
 
     /// Returns the first index interval with a timestamp at or after `timestamp_ms`.
     pub fn interval_at_time(&self, timestamp_ms: i64) -> Option<SegmentIndexEntry> {
-        self.index.iter().find(|stretch| stretch.max_timestamp_ms >= timestamp_ms).copied()
+        self.index.iter().find(|entry| entry.max_timestamp_ms >= timestamp_ms).copied()
     }
 
     /// Returns the leader epoch that wrote `offset`.
@@ -268,14 +271,15 @@ impl Footer {
 /// Returns the leader epoch that wrote `offset`, from a list of (epoch, start offset).
 pub fn epoch_of(epochs: &[(LeaderEpoch, Offset)], offset: Offset) -> Option<LeaderEpoch> {
     let after = epochs.partition_point(|(_, start)| *start <= offset);
-    after.checked_sub(1).map(|at| epochs[at].0)
+    after.checked_sub(1).map(|index| epochs[index].0)
 }
 
 /// Builds a footer from the batches of a segment.
 #[derive(Clone, Debug)]
 pub struct FooterBuilder {
     footer: Footer,
-    stretch_bytes: u64,
+    /// Minimum size of an index interval.
+    interval_bytes: u64,
 }
 
 impl FooterBuilder {
@@ -300,7 +304,7 @@ impl FooterBuilder {
                 index: Vec::new(),
                 producers: Bytes::new(),
             },
-            stretch_bytes: MIN_INDEX_INTERVAL_BYTES.max(data_bytes.div_ceil(MAX_ENTRIES)),
+            interval_bytes: MIN_INDEX_INTERVAL_BYTES.max(data_bytes.div_ceil(MAX_ENTRIES)),
         }
     }
 
@@ -321,7 +325,7 @@ impl FooterBuilder {
         let max_timestamp_ms = batch.max_timestamp();
         let position = footer.data_bytes;
         match footer.index.last_mut() {
-            Some(last) if position - last.position < self.stretch_bytes => {
+            Some(last) if position - last.position < self.interval_bytes => {
                 last.max_timestamp_ms = last.max_timestamp_ms.max(max_timestamp_ms);
             }
             _ => footer.index.push(SegmentIndexEntry { offset: batch.base_offset(), position, max_timestamp_ms }),

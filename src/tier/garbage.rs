@@ -60,7 +60,7 @@ pub struct GarbageReport {
 /// Result of one run of [`abort_abandoned_uploads`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UploadsReport {
-    pub ended: u64,
+    pub aborted: u64,
     /// Number of segment uploads that are younger than the grace period, or whose age the store does not return.
     pub young: u64,
     /// Number of uploads below the prefix that are not of segments. They are never aborted.
@@ -254,7 +254,7 @@ async fn sweep(store: &TierStore, oldest_young_ms: i64) -> Result<UploadsReport,
             UploadVerdict::Abandoned => match s3.abort_upload(&upload).await {
                 Ok(()) => {
                     tracing::debug!(object = upload.object, "aborted an incomplete upload");
-                    report.ended += 1;
+                    report.aborted += 1;
                 }
                 Err(reason) => report.failed.push((upload.object, reason)),
             },

@@ -51,7 +51,7 @@ pub const PAGE_SEGMENTS: usize = 512;
 
 /// First version that is rejected when a manifest is read. So every accepted version has a next version, which can be
 /// written.
-const VERSIONS: u64 = 1 << 63;
+const VERSION_END: u64 = 1 << 63;
 
 const FORMAT: u16 = 1;
 const ENTRY_BYTES: usize = codec::OBJECT_ID_BYTES + 8 + 4 + 4 + 8 + 12;
@@ -156,7 +156,7 @@ impl ManifestPage {
 
     /// Parses a page object without its entry.
     pub fn read(bytes: &[u8]) -> Result<Self, InvalidObject> {
-        let mut fields = codec::unseal(bytes, b"STMP", PAGE, FORMAT)?;
+        let mut fields = codec::check_envelope(bytes, b"STMP", PAGE, FORMAT)?;
         let partition = fields.partition()?;
         let segments = read_entries(&mut fields, SegmentEntry::read)?;
         fields.done()?;
@@ -188,7 +188,7 @@ impl ManifestPage {
         for entry in &self.segments {
             entry.write(&mut out);
         }
-        codec::seal(out)
+        codec::append_crc(out)
     }
 }
 
@@ -274,8 +274,8 @@ impl ManifestRoot {
         let page = self.pages.iter().find(|entry| entry.stamp.end > from && entry.max_timestamp_ms >= timestamp_ms);
         let page = page.copied().map(ManifestLookup::Page);
         page.or_else(|| {
-            let late = |entry: &&SegmentEntry| entry.stamp.end > from && entry.max_timestamp_ms >= timestamp_ms;
-            self.segments.iter().find(late).copied().map(ManifestLookup::Segment)
+            let matches = |entry: &&SegmentEntry| entry.stamp.end > from && entry.max_timestamp_ms >= timestamp_ms;
+            self.segments.iter().find(matches).copied().map(ManifestLookup::Segment)
         })
     }
 
@@ -301,13 +301,13 @@ impl ManifestRoot {
     /// As [`ManifestRoot::extend`].
     pub(super) fn push(&mut self, segment: SegmentEntry, page_attempt: uuid::Uuid) -> Option<NewManifestPage> {
         let stamp = &segment.stamp;
-        let inside = self.is_empty() && stamp.base <= self.end && self.end < stamp.end;
-        assert!(stamp.base == self.end || inside, "a manifest has no gap and no overlap: {} {stamp}", self.end);
+        let contains_end = self.is_empty() && stamp.base <= self.end && self.end < stamp.end;
+        assert!(stamp.base == self.end || contains_end, "a manifest has no gap and no overlap: {} {stamp}", self.end);
         self.end = stamp.end;
         self.bytes = self.bytes.saturating_add(segment.data_bytes);
         self.segments.push(segment);
         let page = (self.segments.len() >= 2 * PAGE_SEGMENTS).then(|| self.move_page_out(page_attempt));
-        self.assert();
+        self.assert_valid();
         page
     }
 
@@ -345,7 +345,7 @@ impl ManifestRoot {
             let below = page.segments.iter().filter(|entry| entry.stamp.end <= log_start);
             next.bytes = next.bytes.saturating_sub(total(below.map(|entry| entry.data_bytes)));
         }
-        next.assert();
+        next.assert_valid();
         next
     }
 
@@ -361,6 +361,7 @@ impl ManifestRoot {
         Self { version: self.version + 1, epoch, ..self.clone() }
     }
 
+    /// Moves the oldest [`PAGE_SEGMENTS`] single segments to a page, and adds the page's entry to the root.
     fn move_page_out(&mut self, attempt: uuid::Uuid) -> NewManifestPage {
         let segments: Vec<_> = self.segments.drain(..PAGE_SEGMENTS).collect();
         let (first, last) = (segments[0].stamp, segments[PAGE_SEGMENTS - 1].stamp);
@@ -397,12 +398,12 @@ impl ManifestRoot {
         for entry in &self.segments {
             entry.write(&mut out);
         }
-        codec::seal(out)
+        codec::append_crc(out)
     }
 
     /// Parses a root object.
     pub fn parse(bytes: &[u8]) -> Result<Self, InvalidObject> {
-        let mut fields = codec::unseal(bytes, b"STMR", ROOT, FORMAT)?;
+        let mut fields = codec::check_envelope(bytes, b"STMR", ROOT, FORMAT)?;
         let root = Self {
             partition: fields.partition()?,
             version: fields.u64("manifest version")?,
@@ -414,13 +415,14 @@ impl ManifestRoot {
             segments: read_entries(&mut fields, SegmentEntry::read)?,
         };
         fields.done()?;
-        if root.version >= VERSIONS {
+        if root.version >= VERSION_END {
             return Err(InvalidObject::Contradiction { reason: "the version is 2^63 or more" });
         }
         root.check()?;
         Ok(root)
     }
 
+    /// Checks the invariants of a manifest (module documentation).
     fn check(&self) -> Result<(), InvalidObject> {
         let refuse = |reason| Err(InvalidObject::Contradiction { reason });
         let pages = || self.pages.iter().map(|entry| &entry.stamp);
@@ -441,7 +443,8 @@ impl ManifestRoot {
         Ok(())
     }
 
-    fn assert(&self) {
+    /// Panics if a manifest that this process made violates an invariant.
+    fn assert_valid(&self) {
         assert_eq!(self.check(), Ok(()), "manifest {} of {}", self.version, self.partition);
     }
 }
@@ -494,6 +497,7 @@ impl PageEntry {
     }
 }
 
+/// Reads a number of entries, and that many entries with `read`.
 fn read_entries<T>(
     fields: &mut FieldReader<'_>,
     read: impl Fn(&mut FieldReader<'_>) -> Result<T, InvalidObject>,
@@ -507,6 +511,7 @@ fn total(bytes: impl Iterator<Item = u64>) -> u64 {
     bytes.fold(0, u64::saturating_add)
 }
 
+/// Fails unless each object starts at the end of the one before it.
 fn check_contiguous<'a>(mut stamps: impl Iterator<Item = &'a ObjectId>) -> Result<(), InvalidObject> {
     let Some(first) = stamps.next() else { return Ok(()) };
     let mut end = first.end;
@@ -519,6 +524,7 @@ fn check_contiguous<'a>(mut stamps: impl Iterator<Item = &'a ObjectId>) -> Resul
     Ok(())
 }
 
+/// Returns the entry whose range contains `offset`. The entries are ascending and contiguous.
 fn find<T: Copy>(entries: &[T], offset: Offset, stamp: impl Fn(&T) -> &ObjectId) -> Option<T> {
     let at = entries.partition_point(|entry| stamp(entry).end <= offset);
     entries.get(at).filter(|entry| stamp(entry).base <= offset).copied()

@@ -2,8 +2,8 @@
 //! at a time is sent.
 //!
 //! A failed or unanswered request only raises the suspicion: the store may refuse one object, or one kind of request,
-//! for other reasons. A failed probe then confirms the outage: the store is *away* until the next success. During a
-//! confirmed outage, reads fail at once, and uploads continue to retry. The log reports an outage once, for all
+//! for other reasons. A failed probe then confirms the outage: the store is *unavailable* until the next success. During
+//! a confirmed outage, reads fail at once, and uploads continue to retry. The log reports an outage once, for all
 //! affected partitions together.
 
 use std::{fmt, time::Duration};
@@ -15,7 +15,7 @@ use crate::task::clock;
 
 /// Time of failures without a success, after which a failed probe confirms the outage. Occasional failures are retried
 /// without a log line.
-const AWAY_AFTER: Duration = Duration::from_millis(300);
+const CONFIRM_AFTER: Duration = Duration::from_millis(300);
 
 /// Time of failures without a success, after which the outage is logged.
 const LOG_AFTER: Duration = Duration::from_secs(5);
@@ -26,7 +26,7 @@ pub(super) const SUSPECT_AFTER: Duration = Duration::from_secs(2);
 /// Time limit of a probe. With [`SUSPECT_AFTER`], the outage of a store that never responds is confirmed within 5 s.
 pub(super) const PROBE_TIMEOUT: Duration = Duration::from_millis(2500);
 
-/// Pauses before the first probes. The third probe is sent after [`AWAY_AFTER`], so the outage of a store that refuses
+/// Pauses before the first probes. The third probe is sent after [`CONFIRM_AFTER`], so the outage of a store that refuses
 /// requests is confirmed within a second.
 const FIRST_PAUSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(250)];
 
@@ -37,9 +37,10 @@ const PROBE_INTERVAL: Duration = Duration::from_millis(500);
 /// Outage state of one store.
 #[derive(Debug)]
 pub(super) struct OutageTracker {
-    failing: Mutex<Option<SuspectedOutage>>,
-    /// The confirmed outage. `None` if there is none.
-    away: watch::Sender<Option<ConfirmedOutage>>,
+    /// The suspected outage; `None` after a success.
+    suspected: Mutex<Option<SuspectedOutage>>,
+    /// The confirmed outage; `None` if there is none. Changes only while `suspected` is locked.
+    confirmed: watch::Sender<Option<ConfirmedOutage>>,
 }
 
 /// A suspected outage: requests fail, and none has succeeded since the first failure.
@@ -47,13 +48,17 @@ pub(super) struct OutageTracker {
 struct SuspectedOutage {
     /// Time when the first failed request was sent.
     since: Instant,
+    /// Error of the last failed request.
     reason: String,
     logged: bool,
+    /// Number of probes that were sent or are due.
     probes: usize,
 }
 
+/// An outage that a failed probe has confirmed.
 #[derive(Clone, Debug)]
 struct ConfirmedOutage {
+    /// Time when the first failed request was sent.
     since: Instant,
     /// Time when the outage was confirmed.
     confirmed_at: Instant,
@@ -77,7 +82,7 @@ impl fmt::Display for Outage {
 
 impl Default for OutageTracker {
     fn default() -> Self {
-        Self { failing: Mutex::default(), away: watch::Sender::new(None) }
+        Self { suspected: Mutex::default(), confirmed: watch::Sender::new(None) }
     }
 }
 
@@ -86,9 +91,9 @@ impl OutageTracker {
     /// long. Returns true for the first failure: the caller then starts the probes.
     #[must_use]
     pub(super) fn on_failure(&self, url: &str, sent: Instant, reason: &str) -> bool {
-        let mut failing = self.failing.lock();
-        let first = failing.is_none();
-        let suspected = failing.get_or_insert_with(|| SuspectedOutage {
+        let mut guard = self.suspected.lock();
+        let is_first = guard.is_none();
+        let suspected = guard.get_or_insert_with(|| SuspectedOutage {
             since: sent,
             reason: String::new(),
             logged: false,
@@ -104,97 +109,100 @@ impl OutageTracker {
                  cannot be read"
             );
         }
-        first
+        is_first
     }
 
-    /// Records a failed probe. Confirms the outage after [`AWAY_AFTER`].
+    /// Records a failed probe. Confirms the outage after [`CONFIRM_AFTER`].
     pub(super) fn on_probe_failure(&self, url: &str, sent: Instant, reason: &str) {
-        let _probing_already = self.on_failure(url, sent, reason);
-        let failing = self.failing.lock();
-        let is_lasting = |suspected: &&SuspectedOutage| suspected.since.elapsed() >= AWAY_AFTER;
-        let Some(suspected) = failing.as_ref().filter(is_lasting) else { return };
+        // A probe failed, so a task is sending probes already.
+        let _is_first = self.on_failure(url, sent, reason);
+        let guard = self.suspected.lock();
+        let is_lasting = |suspected: &&SuspectedOutage| suspected.since.elapsed() >= CONFIRM_AFTER;
+        let Some(suspected) = guard.as_ref().filter(is_lasting) else { return };
         // The lock is held, so that a success in the meantime cannot be overwritten.
-        self.away.send_if_modified(|away| {
-            let is_new = away.is_none();
-            let confirmed_at = away.as_ref().map_or_else(clock::monotonic, |away| away.confirmed_at);
-            *away = Some(ConfirmedOutage { since: suspected.since, confirmed_at, reason: suspected.reason.clone() });
+        self.confirmed.send_if_modified(|confirmed| {
+            let is_new = confirmed.is_none();
+            let confirmed_at = confirmed.as_ref().map_or_else(clock::monotonic, |outage| outage.confirmed_at);
+            *confirmed =
+                Some(ConfirmedOutage { since: suspected.since, confirmed_at, reason: suspected.reason.clone() });
             is_new
         });
     }
 
     /// Records that a request succeeded, or failed for its own content, such as a missing object. Ends the outage.
     pub(super) fn on_reply(&self, url: &str) {
-        let mut failing = self.failing.lock();
-        let Some(ended) = failing.take() else { return };
-        self.away.send_if_modified(|away| away.take().is_some());
+        let mut suspected = self.suspected.lock();
+        let Some(ended) = suspected.take() else { return };
+        self.confirmed.send_if_modified(|confirmed| confirmed.take().is_some());
         if ended.logged {
             let seconds = ended.since.elapsed().as_secs();
             tracing::info!(url, seconds, "the object store has recovered");
         }
     }
 
-    /// Returns the pause before the next probe. Returns `None` if no outage is suspected.
+    /// Counts one more probe, and returns the pause before it. Returns `None` if no outage is suspected: the caller stops
+    /// probing.
     pub(super) fn next_probe(&self) -> Option<Duration> {
-        let mut failing = self.failing.lock();
-        let suspected = failing.as_mut()?;
+        let mut guard = self.suspected.lock();
+        let suspected = guard.as_mut()?;
         suspected.probes += 1;
         Some(FIRST_PAUSES.get(suspected.probes - 1).copied().unwrap_or(PROBE_INTERVAL))
     }
 
     /// Returns the outage that was logged and has not ended.
     pub(super) fn outage(&self) -> Option<Outage> {
-        let failing = self.failing.lock().clone().filter(|failing| failing.logged)?;
-        Some(Outage { lasted: clock::monotonic().duration_since(failing.since), reason: failing.reason })
+        let suspected = self.suspected.lock().clone().filter(|suspected| suspected.logged)?;
+        Some(Outage { lasted: clock::monotonic().duration_since(suspected.since), reason: suspected.reason })
     }
 
     /// Returns the outage if it is confirmed and has not ended.
-    pub(super) fn away(&self) -> Option<Outage> {
-        let away = self.away.borrow().clone()?;
-        Some(Outage { lasted: clock::monotonic().duration_since(away.since), reason: away.reason })
+    pub(super) fn confirmed(&self) -> Option<Outage> {
+        let outage = self.confirmed.borrow().clone()?;
+        Some(Outage { lasted: clock::monotonic().duration_since(outage.since), reason: outage.reason })
     }
 
     /// Waits until an outage is confirmed.
-    pub(super) async fn until_away(&self) -> Outage {
-        let mut away = self.away.subscribe();
-        let outage = away.wait_for(Option::is_some).await.expect("the sender is in self").clone();
+    pub(super) async fn wait_until_unavailable(&self) -> Outage {
+        let mut confirmed = self.confirmed.subscribe();
+        let outage = confirmed.wait_for(Option::is_some).await.expect("the sender is in self").clone();
         let ConfirmedOutage { since, reason, .. } = outage.expect("`wait_for` returned an outage");
         Outage { lasted: clock::monotonic().duration_since(since), reason }
     }
 
     /// Waits until an outage has been confirmed for `time`. Returns at once if that holds already.
-    pub(super) async fn until_away_for(&self, time: Duration) -> Outage {
+    pub(super) async fn wait_until_unavailable_for(&self, time: Duration) -> Outage {
         loop {
-            let outage = self.until_away().await;
-            let confirmed_for = self.away.borrow().as_ref().map(|away| away.confirmed_at.elapsed());
+            let outage = self.wait_until_unavailable().await;
+            let confirmed_for = self.confirmed.borrow().as_ref().map(|outage| outage.confirmed_at.elapsed());
             // If the outage has ended meanwhile, this waits for the next one.
-            let left = confirmed_for.map_or(Duration::ZERO, |confirmed_for| time.saturating_sub(confirmed_for));
-            if left.is_zero() && confirmed_for.is_some() {
+            let remaining = confirmed_for.map_or(Duration::ZERO, |confirmed_for| time.saturating_sub(confirmed_for));
+            if remaining.is_zero() && confirmed_for.is_some() {
                 return outage;
             }
             tokio::select! {
                 biased;
-                () = self.until_back() => {}
-                () = tokio::time::sleep(left) => {}
+                () = self.wait_until_available() => {}
+                () = tokio::time::sleep(remaining) => {}
             }
         }
     }
 
     /// Waits until there is no confirmed outage.
-    pub(super) async fn until_back(&self) {
-        let mut away = self.away.subscribe();
-        away.wait_for(Option::is_none).await.expect("the sender is in self");
+    pub(super) async fn wait_until_available(&self) {
+        let mut confirmed = self.confirmed.subscribe();
+        confirmed.wait_for(Option::is_none).await.expect("the sender is in self");
     }
 
     /// Sleeps for `pause`. During a confirmed outage, returns as soon as the outage ends, so that waiting operations
     /// continue at once.
     pub(super) async fn pause(&self, pause: Duration) {
         let sleep = tokio::time::sleep(pause);
-        if self.away.borrow().is_none() {
+        if self.confirmed.borrow().is_none() {
             return sleep.await;
         }
         tokio::select! {
             biased;
-            () = self.until_back() => {}
+            () = self.wait_until_available() => {}
             () = sleep => {}
         }
     }
@@ -207,9 +215,9 @@ mod tests {
     const URL: &str = "s3://bucket";
 
     /// Sends probes as the store does, each with an immediate error. Returns the time until the outage is confirmed.
-    async fn probe_until_away(tracker: &OutageTracker) -> Duration {
+    async fn probe_until_confirmed(tracker: &OutageTracker) -> Duration {
         let begin = clock::monotonic();
-        while tracker.away().is_none() {
+        while tracker.confirmed().is_none() {
             tokio::time::advance(tracker.next_probe().expect("an outage is suspected")).await;
             tracker.on_probe_failure(URL, clock::monotonic(), "refused");
         }
@@ -221,24 +229,24 @@ mod tests {
         let tracker = OutageTracker::default();
         assert!(tracker.on_failure(URL, clock::monotonic(), "refused"), "the first failure starts the probes");
         assert!(!tracker.on_failure(URL, clock::monotonic(), "refused"), "one probe at a time");
-        assert_eq!(tracker.away(), None, "one failure confirms no outage");
+        assert_eq!(tracker.confirmed(), None, "one failure confirms no outage");
         tracker.on_reply(URL);
         assert_eq!(tracker.next_probe(), None, "no outage is suspected");
 
         assert!(tracker.on_failure(URL, clock::monotonic(), "refused"));
-        tokio::time::advance(AWAY_AFTER * 3).await;
+        tokio::time::advance(CONFIRM_AFTER * 3).await;
         assert!(!tracker.on_failure(URL, clock::monotonic(), "refused"));
-        assert_eq!(tracker.away(), None, "requests of one kind may fail while probes succeed");
+        assert_eq!(tracker.confirmed(), None, "requests of one kind may fail while probes succeed");
         tracker.on_reply(URL);
 
         assert!(tracker.on_failure(URL, clock::monotonic(), "refused"));
-        let took = probe_until_away(&tracker).await;
+        let took = probe_until_confirmed(&tracker).await;
         assert!(took < Duration::from_secs(1), "{took:?}");
-        assert_eq!(tracker.away().map(|outage| outage.reason).as_deref(), Some("refused"));
+        assert_eq!(tracker.confirmed().map(|outage| outage.reason).as_deref(), Some("refused"));
         let begin = clock::monotonic();
         tokio::join!(tracker.pause(Duration::from_secs(60)), async { tracker.on_reply(URL) });
         assert_eq!(begin.elapsed(), Duration::ZERO, "pauses end with the outage");
-        assert_eq!(tracker.away(), None);
+        assert_eq!(tracker.confirmed(), None);
     }
 
     #[tokio::test(start_paused = true)]
@@ -249,7 +257,7 @@ mod tests {
         let pause = tracker.next_probe().expect("an outage is suspected");
         tokio::time::advance(pause + PROBE_TIMEOUT).await;
         tracker.on_probe_failure(URL, clock::monotonic() - PROBE_TIMEOUT, "no response within 2.5 s");
-        assert!(tracker.away().is_some_and(|outage| outage.lasted < Duration::from_secs(5)));
+        assert!(tracker.confirmed().is_some_and(|outage| outage.lasted < Duration::from_secs(5)));
     }
 
     #[tokio::test(start_paused = true)]

@@ -41,10 +41,10 @@ struct PartitionTierInner {
     store: TierStore,
     cache: ChunkCache,
     id: PartitionId,
-    view: Mutex<ManifestView>,
+    view: Mutex<PartitionTierState>,
 }
 
-struct ManifestView {
+struct PartitionTierState {
     /// Newest committed state that this broker has received. Its version and its log start never decrease.
     state: TierState,
     readers: ReadAheadTracker,
@@ -114,7 +114,7 @@ impl UploadBatch<'_> {
 impl PartitionTier {
     /// Creates the history of partition `id` in this state. Sends no request.
     pub fn new(store: TierStore, cache: ChunkCache, id: PartitionId, state: TierState) -> Self {
-        let view = Mutex::new(ManifestView {
+        let view = Mutex::new(PartitionTierState {
             state,
             readers: ReadAheadTracker::default(),
             lost: None,
@@ -220,13 +220,13 @@ impl PartitionTier {
     /// Returns the modification time of a segment's object by the store's clock, in milliseconds since 1970.
     pub async fn modified_ms(&self, entry: &SegmentEntry) -> Result<i64, TierReadError> {
         let (store, object) = (&self.inner.store, self.object(&entry.stamp.segment()));
-        Ok(store.unless_away(&object, store.modified_ms(&object)).await?)
+        Ok(store.while_available(&object, store.modified_ms(&object)).await?)
     }
 
     /// Waits until an outage of the store has been confirmed for `time`, and returns the outage as an error. Returns at
     /// once if that holds already.
-    pub async fn until_away_for(&self, time: Duration) -> TierStoreError {
-        let outage = self.inner.store.until_away_for(time).await;
+    pub async fn wait_until_unavailable_for(&self, time: Duration) -> TierStoreError {
+        let outage = self.inner.store.wait_until_unavailable_for(time).await;
         let reason = format!("the object store has been unavailable {outage}");
         TierStoreError::Unavailable { object: partition_folder(self.inner.id), reason }
     }
@@ -470,8 +470,8 @@ impl PartitionTier {
         let (store, mut tries) = (&self.inner.store, 0);
         loop {
             let bytes = match range.clone() {
-                Some(range) => store.unless_away(object, store.get_range(object, range)).await?,
-                None => store.unless_away(object, store.get(object)).await?,
+                Some(range) => store.while_available(object, store.get_range(object, range)).await?,
+                None => store.while_available(object, store.get(object)).await?,
             };
             match parse(&bytes) {
                 Ok(parsed) => return Ok(parsed),

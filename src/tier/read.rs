@@ -20,7 +20,7 @@ use super::{
 use crate::{limits, log::ReadLimits, model::Offset, record::Batch};
 
 /// Maximum number of chunks that one read fetches at the same time.
-const CHUNKS_AT_ONCE: usize = 8;
+const MAX_CONCURRENT_CHUNKS: usize = 8;
 
 /// Result of one read.
 #[derive(Clone, Debug)]
@@ -37,8 +37,9 @@ pub struct TierRead {
 struct ReadCursor {
     /// Position after the last batch.
     position: u64,
-    /// First chunk that was neither in memory nor in flight.
-    fetched: Option<u64>,
+    /// First chunk that was neither in memory nor in flight, so that the read waited for its fetch; `None` if there was
+    /// none.
+    first_miss: Option<u64>,
 }
 
 /// A failed check, and the chunks that it concerns.
@@ -78,13 +79,14 @@ impl PartitionTier {
             reader.window /= 2;
             self.with_readers(|readers| readers.leave(reader, from));
         }
-        let (read, at) = read?;
-        if at.fetched.is_some_and(|first| (entry.stamp.base, first + 1) <= reader.requested_before) {
-            reader.shrink_window((entry.stamp.base, at.position.div_ceil(CHUNK_BYTES)));
+        let (read, cursor) = read?;
+        // A chunk that was requested in advance was not there when the reader needed it.
+        if cursor.first_miss.is_some_and(|chunk| (entry.stamp.base, chunk + 1) <= reader.requested_before) {
+            reader.shrink_window((entry.stamp.base, cursor.position.div_ceil(CHUNK_BYTES)));
         }
         reader.requested_before = reader.requested;
         if reader.window > 0 {
-            reader.requested = self.fetch_ahead(&root, entry, at.position, &reader).await;
+            reader.requested = self.fetch_ahead(&root, entry, cursor.position, &reader).await;
         }
         self.with_readers(|readers| readers.leave(reader, read.next));
         Ok(read)
@@ -106,11 +108,11 @@ impl PartitionTier {
         let mut from = from.max(state.log_start);
         while let Some(entry) = self.segment_at_time(&root, timestamp_ms, from).await? {
             let footer = self.footer(&entry).await?;
-            if let Some(stretch) = footer.interval_at_time(timestamp_ms) {
-                let mut at = stretch.offset.max(from);
-                while at < entry.stamp.end {
-                    let (read, _) = self.read_segment(&entry, &footer, at, limits).await?;
-                    at = read.next;
+            if let Some(interval) = footer.interval_at_time(timestamp_ms) {
+                let mut next = interval.offset.max(from);
+                while next < entry.stamp.end {
+                    let (read, _) = self.read_segment(&entry, &footer, next, limits).await?;
+                    next = read.next;
                     if let Some(batch) = first_at(&read, timestamp_ms, from) {
                         return Ok(Some(batch));
                     }
@@ -165,10 +167,10 @@ impl PartitionTier {
         reader: &read_ahead::SequentialReader,
     ) -> read_ahead::ReadPosition {
         let mut requested = reader.requested;
-        let (mut entry, mut index, mut left) = (entry, position.div_ceil(CHUNK_BYTES), reader.window);
-        // Half of the window is in flight while the reader reads the other half.
+        let (mut entry, mut index, mut remaining) = (entry, position.div_ceil(CHUNK_BYTES), reader.window);
+        // Chunks per request. Half of the window is in flight while the reader reads the other half.
         let run = (reader.window / 2).clamp(1, self.cache().run_chunks());
-        while left > 0 {
+        while remaining > 0 {
             let chunks = entry.data_bytes.div_ceil(CHUNK_BYTES);
             if index >= chunks {
                 // An error of the page or the store is returned by the read that needs the chunk.
@@ -179,7 +181,7 @@ impl PartitionTier {
             let mut end = index + 1;
             if (entry.stamp.base, end) > requested {
                 // Runs end at the same positions for all readers, so that two readers request the same runs.
-                end = chunks.min((index / run + 1) * run).min(index + left);
+                end = chunks.min((index / run + 1) * run).min(index + remaining);
                 let is_full_run = end % run == 0 || end == chunks;
                 let object = self.object(&entry.stamp.segment());
                 // A shorter run waits until the window has space for a complete one.
@@ -188,7 +190,7 @@ impl PartitionTier {
                 }
                 requested = (entry.stamp.base, end);
             }
-            (index, left) = (end, left - (end - index));
+            (index, remaining) = (end, remaining - (end - index));
         }
         requested
     }
@@ -204,10 +206,12 @@ struct SegmentScan<'a> {
     /// Position of the next batch; `next` is its offset.
     position: u64,
     next: Offset,
+    /// Fetched chunks by index.
     chunks: BTreeMap<u64, Bytes>,
     /// First of `chunks` that was neither in memory nor in flight.
-    fetched: Option<u64>,
-    found: Vec<Bytes>,
+    first_miss: Option<u64>,
+    /// Result of the scan: pieces of complete batches, and their bytes in total.
+    pieces: Vec<Bytes>,
     bytes: usize,
     /// Range of consecutive batches in one chunk, which are returned as one piece.
     run: Option<Range<u64>>,
@@ -215,23 +219,25 @@ struct SegmentScan<'a> {
 
 impl<'a> SegmentScan<'a> {
     fn new(tier: &'a PartitionTier, entry: &'a SegmentEntry, footer: &'a Footer, from: Offset) -> Self {
-        let (stretch, _) = footer.interval_of(from);
+        let (interval, _) = footer.interval_of(from);
         Self {
             tier,
             entry,
             footer,
             object: tier.object(&entry.stamp.segment()),
             from,
-            position: stretch.position,
-            next: stretch.offset,
+            position: interval.position,
+            next: interval.offset,
             chunks: BTreeMap::new(),
-            fetched: None,
-            found: Vec::new(),
+            first_miss: None,
+            pieces: Vec::new(),
             bytes: 0,
             run: None,
         }
     }
 
+    /// Reads batches until the limits or the end of the segment. The first batch that ends above `from` may exceed
+    /// `max_bytes`.
     async fn run(&mut self, ReadLimits { max_bytes, max_batch_bytes }: ReadLimits) -> Result<(), ReadFailure> {
         let max_bytes = max_bytes.min(limits::MAX_FETCH_BYTES);
         let head = limits::BATCH_HEADER_BYTES as u64;
@@ -240,8 +246,8 @@ impl<'a> SegmentScan<'a> {
             self.fetch(self.position + head).await?;
             let length = Batch::framed_len(&self.slice(self.position..self.position + head));
             let length = length.map_err(|error| self.corrupt(head, &error.to_string()))?;
-            let skipped = self.bytes == 0;
-            if !skipped && self.bytes + length > max_bytes {
+            let has_batch = self.bytes > 0;
+            if has_batch && self.bytes + length > max_bytes {
                 break;
             }
             let end = self.position + length as u64;
@@ -252,7 +258,7 @@ impl<'a> SegmentScan<'a> {
                 return Err(TierReadError::BatchTooLarge { bytes: length }.into());
             }
             self.fetch(end).await?;
-            self.take(self.position..end)?;
+            self.check_batch(self.position..end)?;
         }
         if self.position == self.entry.data_bytes && self.next != self.entry.stamp.end {
             return Err(self.corrupt(0, "the batches end before the end of the segment"));
@@ -261,8 +267,8 @@ impl<'a> SegmentScan<'a> {
         Ok(())
     }
 
-    /// Checks the batch at `range`, and keeps the batch if it ends above the requested offset.
-    fn take(&mut self, range: Range<u64>) -> Result<(), ReadFailure> {
+    /// Checks the batch at `range`, moves behind it, and adds it to the result if it ends above the requested offset.
+    fn check_batch(&mut self, range: Range<u64>) -> Result<(), ReadFailure> {
         let length = range.end - range.start;
         let batch =
             Batch::parse(self.slice(range.clone())).map_err(|error| self.corrupt(length, &error.to_string()))?;
@@ -278,13 +284,13 @@ impl<'a> SegmentScan<'a> {
             return Ok(());
         }
         self.bytes += batch.encoded_len();
-        let crosses = range.start / CHUNK_BYTES != (range.end - 1) / CHUNK_BYTES;
+        let crosses_chunks = range.start / CHUNK_BYTES != (range.end - 1) / CHUNK_BYTES;
         match &mut self.run {
-            Some(run) if !crosses && run.start / CHUNK_BYTES == range.start / CHUNK_BYTES => run.end = range.end,
+            Some(run) if !crosses_chunks && run.start / CHUNK_BYTES == range.start / CHUNK_BYTES => run.end = range.end,
             _ => {
                 self.end_run();
                 self.run = Some(range);
-                if crosses {
+                if crosses_chunks {
                     self.end_run();
                 }
             }
@@ -292,9 +298,10 @@ impl<'a> SegmentScan<'a> {
         Ok(())
     }
 
+    /// Adds the collected range of batches to the result as one piece.
     fn end_run(&mut self) {
         if let Some(run) = self.run.take() {
-            self.found.push(self.slice(run));
+            self.pieces.push(self.slice(run));
         }
     }
 
@@ -312,12 +319,12 @@ impl<'a> SegmentScan<'a> {
             .map(|index| async move {
                 tier.cache().chunk(tier.store(), object, entry, index).await.map(|chunk| (index, chunk))
             })
-            .buffered(CHUNKS_AT_ONCE)
+            .buffered(MAX_CONCURRENT_CHUNKS)
             .try_collect()
             .await?;
         for (index, (chunk, was_cached)) in fetched {
             if !was_cached {
-                self.fetched = self.fetched.or(Some(index));
+                self.first_miss = self.first_miss.or(Some(index));
             }
             self.chunks.insert(index, chunk);
         }
@@ -329,7 +336,8 @@ impl<'a> SegmentScan<'a> {
     fn slice(&self, range: Range<u64>) -> Bytes {
         let end = range.end.min(self.entry.data_bytes);
         let first = range.start / CHUNK_BYTES;
-        let within = |index: u64, at: u64| usize::try_from(at - index * CHUNK_BYTES).expect("inside a chunk");
+        let within =
+            |index: u64, position: u64| usize::try_from(position - index * CHUNK_BYTES).expect("inside a chunk");
         if end <= (first + 1) * CHUNK_BYTES {
             return self.chunks[&first].slice(within(first, range.start)..within(first, end));
         }
@@ -342,14 +350,15 @@ impl<'a> SegmentScan<'a> {
         bytes.freeze()
     }
 
+    /// Returns the failure of a check on `length` bytes at the current position.
     fn corrupt(&self, length: u64, reason: &str) -> ReadFailure {
         let chunks = self.position / CHUNK_BYTES..(self.position + length.max(1)).div_ceil(CHUNK_BYTES);
         ReadFailure::Corrupt(Corruption { chunks, reason: format!("at byte {}: {reason}", self.position) })
     }
 
     fn finish(self) -> (TierRead, ReadCursor) {
-        let at = ReadCursor { position: self.position, fetched: self.fetched };
-        (TierRead { chunks: self.found, next: self.next, bytes: self.bytes }, at)
+        let cursor = ReadCursor { position: self.position, first_miss: self.first_miss };
+        (TierRead { chunks: self.pieces, next: self.next, bytes: self.bytes }, cursor)
     }
 }
 

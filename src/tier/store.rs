@@ -44,6 +44,7 @@ pub(super) struct TierStoreInner {
     options: ObjectStoreOptions,
     /// True if the store is a folder of this machine, which may disappear or change while the broker runs.
     pub(super) folder: bool,
+    /// Permits for parts of multipart uploads in flight.
     parts: Arc<Semaphore>,
     outages: OutageTracker,
     tasks: Tasks,
@@ -107,24 +108,24 @@ impl TierStore {
         self.inner.folder
     }
 
-    /// Returns the outage that was logged and has not ended.
+    /// Returns the outage if it was logged and has not ended.
     pub fn outage(&self) -> Option<Outage> {
         self.inner.outages.outage()
     }
 
     /// Returns the outage if it is confirmed. Reads of history then fail at once until the store responds.
-    pub fn away(&self) -> Option<Outage> {
-        self.inner.outages.away()
+    pub fn confirmed_outage(&self) -> Option<Outage> {
+        self.inner.outages.confirmed()
     }
 
     /// Waits until an outage is confirmed.
-    pub async fn until_away(&self) -> Outage {
-        self.inner.outages.until_away().await
+    pub async fn wait_until_unavailable(&self) -> Outage {
+        self.inner.outages.wait_until_unavailable().await
     }
 
     /// Waits until an outage has been confirmed for `time`. Returns at once if that holds already.
-    pub(super) async fn until_away_for(&self, time: Duration) -> Outage {
-        self.inner.outages.until_away_for(time).await
+    pub(super) async fn wait_until_unavailable_for(&self, time: Duration) -> Outage {
+        self.inner.outages.wait_until_unavailable_for(time).await
     }
 
     /// Sleeps for `pause`. During a confirmed outage, returns as soon as the outage ends.
@@ -133,19 +134,19 @@ impl TierStore {
     }
 
     /// Waits until there is no confirmed outage.
-    pub async fn until_back(&self) {
-        self.inner.outages.until_back().await;
+    pub async fn wait_until_available(&self) {
+        self.inner.outages.wait_until_available().await;
     }
 
-    /// Sends a request for a reader. Fails at once during a confirmed outage, so that the reader does not wait.
-    pub(super) async fn unless_away<T>(
+    /// Runs the request of a reader. Fails at once if an outage is or becomes confirmed, so that the reader does not wait.
+    pub(super) async fn while_available<T>(
         &self,
         object: &str,
         request: impl Future<Output = Result<T, TierStoreError>>,
     ) -> Result<T, TierStoreError> {
         tokio::select! {
             biased;
-            outage = self.until_away() => {
+            outage = self.wait_until_unavailable() => {
                 let reason = format!("the object store has been unavailable {outage}");
                 Err(TierStoreError::Unavailable { object: object.to_owned(), reason })
             }
@@ -186,6 +187,7 @@ impl TierStore {
         &self.inner.tasks
     }
 
+    /// Returns the complete path of an object below the prefix.
     pub(super) fn path(&self, object: &str) -> Path {
         object.split('/').fold(self.inner.prefix.clone(), |path, part| path.join(part))
     }
@@ -193,19 +195,21 @@ impl TierStore {
     /// Returns the content of a small object.
     pub async fn get(&self, object: &str) -> Result<Bytes, TierStoreError> {
         match self.fetch(object).await {
-            Err(missing @ TierStoreError::NotFound { .. }) => Err(self.missing(missing, object).await),
+            Err(missing @ TierStoreError::NotFound { .. }) => Err(self.missing_error(missing, object).await),
             response => response,
         }
     }
 
+    /// Returns the content of an object like [`get`](Self::get). A missing object is `NotFound` even if the complete
+    /// store is missing.
     pub(super) async fn fetch(&self, object: &str) -> Result<Bytes, TierStoreError> {
         let path = self.path(object);
         self.retry(object, || async { self.inner.objects.get(&path).await?.bytes().await }).await
     }
 
-    /// Returns the error for a missing object. An object is missing only if the rest of the store exists. Otherwise the
-    /// complete store is unavailable, and may return.
-    async fn missing(&self, missing: TierStoreError, object: &str) -> TierStoreError {
+    /// Returns the error for an object that the store does not contain. The error stays `NotFound` only if the cluster
+    /// marker exists. Otherwise the complete store is missing, as after an unmount, and the error is `Unavailable`.
+    async fn missing_error(&self, missing: TierStoreError, object: &str) -> TierStoreError {
         if !self.is_expected() {
             return missing;
         }
@@ -230,15 +234,15 @@ impl TierStore {
 
     async fn get_with(&self, object: &str, range: Range<u64>, options: GetOptions) -> Result<Bytes, TierStoreError> {
         let path = self.path(object);
-        let wanted = range.end.saturating_sub(range.start);
+        let expected = range.end.saturating_sub(range.start);
         let options = options.with_range(Some(range.clone()));
         let response = self.retry(object, || async {
             let bytes = self.inner.objects.get_opts(&path, options.clone()).await?.bytes().await?;
-            let got = bytes.len() as u64;
-            if got == wanted { Ok(bytes) } else { Err(short_response(&range, got)) }
+            let received = bytes.len() as u64;
+            if received == expected { Ok(bytes) } else { Err(wrong_length(&range, received)) }
         });
         match response.await {
-            Err(missing @ TierStoreError::NotFound { .. }) => Err(self.missing(missing, object).await),
+            Err(missing @ TierStoreError::NotFound { .. }) => Err(self.missing_error(missing, object).await),
             response => response,
         }
     }
@@ -298,7 +302,7 @@ impl TierStore {
         let deleted = self.retry(object, || self.inner.objects.delete(&path)).await;
         match deleted {
             Err(TierStoreError::NotFound { .. }) => Ok(()),
-            other => other,
+            result => result,
         }
     }
 
@@ -335,12 +339,14 @@ impl TierStore {
         Ok(found)
     }
 
+    /// Returns a path without the prefix.
     fn relative(&self, path: &Path) -> String {
         let (path, prefix) = (path.as_ref(), self.inner.prefix.as_ref());
         path.strip_prefix(prefix).unwrap_or(path).trim_start_matches('/').to_owned()
     }
 
-    /// Sends a request until it succeeds, fails permanently, or the time for retries is over.
+    /// Sends a request until it succeeds, fails permanently, or the time for retries is over. Each attempt has a time
+    /// limit and reports its outcome to the outage tracker.
     pub(super) async fn retry<T, F, Fut>(&self, object: &str, mut request: F) -> Result<T, TierStoreError>
     where
         F: FnMut() -> Fut,
@@ -400,7 +406,8 @@ impl TierStore {
         }
     }
 
-    /// Requests a small object until the store responds.
+    /// Sends probes until the store responds: requests for the small cluster marker, one at a time. Reports each outcome
+    /// to the outage tracker.
     async fn probe(&self) {
         let path = self.path(name::CLUSTER);
         while let Some(pause) = self.inner.outages.next_probe() {
@@ -444,8 +451,9 @@ fn outage_reason<T>(response: &Result<T, TierStoreError>) -> Option<String> {
     }
 }
 
-fn short_response(range: &Range<u64>, got: u64) -> object_store::Error {
-    let text = format!("bytes {}..{} were requested, and {got} bytes were returned", range.start, range.end);
+/// Returns the error for a response with another number of bytes than the requested range.
+fn wrong_length(range: &Range<u64>, received: u64) -> object_store::Error {
+    let text = format!("bytes {}..{} were requested, and {received} bytes were returned", range.start, range.end);
     object_store::Error::Generic { store: "range", source: text.into() }
 }
 

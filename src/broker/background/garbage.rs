@@ -98,8 +98,8 @@ impl GarbageRun {
                 for (object, reason) in &report.failed {
                     tracing::warn!(object, reason, "could not abort an abandoned upload: retrying in the next run");
                 }
-                if report.ended > 0 {
-                    tracing::info!(uploads = report.ended, "aborted abandoned uploads of killed brokers");
+                if report.aborted > 0 {
+                    tracing::info!(uploads = report.aborted, "aborted abandoned uploads of killed brokers");
                 }
             }
             Err(error) => {

@@ -133,8 +133,8 @@ impl Maintenance {
     /// Retries failed steps as soon as an outage of the object store is over.
     async fn resume_after_outages(&self, store: &TierStore) {
         loop {
-            store.until_away().await;
-            store.until_back().await;
+            store.wait_until_unavailable().await;
+            store.wait_until_available().await;
             self.queue.retry_now();
             self.upload_queue.retry_now();
         }

@@ -286,7 +286,7 @@ async fn while_available<T>(
     tokio::select! {
         biased;
         // Polled first: nothing is exported during a known outage.
-        error = tier.until_away_for(MAX_UPLOAD_RETRY_DELAY) => Err(MaintenanceError::Upload(error.into())),
+        error = tier.wait_until_unavailable_for(MAX_UPLOAD_RETRY_DELAY) => Err(MaintenanceError::Upload(error.into())),
         result = upload => result,
     }
 }

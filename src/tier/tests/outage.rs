@@ -20,8 +20,8 @@ async fn step_waits_only_at_the_start_of_an_outage() {
     let tier = open(&options);
     assert!(tier.store().get("object").await.is_err());
     let wait = Duration::from_secs(1);
-    assert!(tier.until_away_for(wait).now_or_never().is_none(), "the outage may be short");
-    tier.until_away_for(wait).await;
-    assert!(tier.until_away_for(wait).now_or_never().is_some());
+    assert!(tier.wait_until_unavailable_for(wait).now_or_never().is_none(), "the outage may be short");
+    tier.wait_until_unavailable_for(wait).await;
+    assert!(tier.wait_until_unavailable_for(wait).now_or_never().is_some());
     tier.store().stop().await;
 }

@@ -66,9 +66,9 @@ async fn old_uploads_of_our_segments_are_aborted_and_no_others() {
 
     let patient = UploadsReport { young: 6, foreign: 2, ..UploadsReport::default() };
     assert_eq!(sweep(&store, DAY).await, patient, "all objects are younger than the grace period");
-    let ended = UploadsReport { ended: 5, young: 1, foreign: 2, ..UploadsReport::default() };
-    assert_eq!(sweep(&store, HOUR).await, ended);
-    assert_eq!(sweep(&store, HOUR).await, UploadsReport { ended: 0, ..ended });
+    let aborted = UploadsReport { aborted: 5, young: 1, foreign: 2, ..UploadsReport::default() };
+    assert_eq!(sweep(&store, HOUR).await, aborted);
+    assert_eq!(sweep(&store, HOUR).await, UploadsReport { aborted: 0, ..aborted });
     young.complete().await.unwrap();
     for mut upload in others {
         upload.complete().await.unwrap();
@@ -88,13 +88,13 @@ async fn failed_abort_is_reported_and_retried_the_next_time() {
     let file = stubborn.rsplit('/').next().unwrap();
     s3.faults().inject_at(Op::AbortUpload, file, 0, Fault::Status(403), usize::MAX);
     let report = sweep(&store, HOUR).await;
-    assert_eq!((report.ended, report.failed.len()), (1, 1), "{report:?}");
+    assert_eq!((report.aborted, report.failed.len()), (1, 1), "{report:?}");
     assert!(report.failed[0].0 == stubborn && report.failed[0].1.contains("403"), "{report:?}");
     s3.faults().clear();
     // The upload is aborted and the response is lost. The repeated request finds no upload, which is a success.
     s3.faults().inject(Op::AbortUpload, Fault::LostResponse, 1);
     let report = sweep(&store, HOUR).await;
-    assert_eq!((report.ended, report.failed.len()), (1, 0), "{report:?}");
+    assert_eq!((report.aborted, report.failed.len()), (1, 0), "{report:?}");
     s3.faults().clear();
 
     s3.faults().inject(Op::ListUploads, Fault::Status(501), usize::MAX);
@@ -158,8 +158,8 @@ async fn real_store_aborts_abandoned_uploads() {
     let young = UploadsReport { young: 3, foreign: 1, ..UploadsReport::default() };
     assert_eq!(sweep(&store, DAY).await, young);
     let later = clock::wall_ms() + 2 * i64::try_from(DAY.as_millis()).unwrap();
-    let ended = UploadsReport { ended: 3, foreign: 1, ..UploadsReport::default() };
-    assert_eq!(abort_abandoned_uploads(&store, DAY, later).await.unwrap(), ended);
+    let aborted = UploadsReport { aborted: 3, foreign: 1, ..UploadsReport::default() };
+    assert_eq!(abort_abandoned_uploads(&store, DAY, later).await.unwrap(), aborted);
     assert_eq!(sweep(&store, DAY).await, UploadsReport { foreign: 1, ..UploadsReport::default() });
     foreign.abort().await.unwrap();
     store.delete(name::CLUSTER).await.unwrap();

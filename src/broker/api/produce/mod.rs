@@ -260,13 +260,13 @@ impl Produce {
 
     /// Returns the outage of the object store, if there is one.
     fn store_outage(&self) -> Option<Outage> {
-        self.ctx.tier.as_ref()?.store.away()
+        self.ctx.tier.as_ref()?.store.confirmed_outage()
     }
 
     /// Waits until the object store is unavailable; for ever on a broker without an object store.
     async fn until_store_outage(&self) -> Outage {
         match &self.ctx.tier {
-            Some(tier) => tier.store.until_away().await,
+            Some(tier) => tier.store.wait_until_unavailable().await,
             None => std::future::pending().await,
         }
     }
