@@ -209,8 +209,8 @@ impl ClusterAdmission<'_> {
         Ok(admitted)
     }
 
-    /// Repeats a request until it succeeds, or fails with an error that no retry corrects. Fails with [`StartCancelled`]
-    /// when the start is cancelled. Logs why the start waits.
+    /// Repeats a request until it succeeds, or fails with an error that no retry corrects. Fails with
+    /// [`StartCancelled`] when the start is cancelled. Logs why the start waits.
     async fn retry_until_reply<T>(&self, request: impl AsyncFn() -> Result<T, RegisterError>) -> anyhow::Result<T> {
         let (mut last_error, mut logged_at): (String, Option<Instant>) = (String::new(), None);
         loop {

@@ -18,9 +18,9 @@ use tonic::{Status, codegen::http::HeaderMap};
 use super::connection::OpenCall;
 use crate::broker::{CallMemory, SendingResponse};
 
-/// Keeps the call open until HTTP/2 has sent the response. `call` is `None` for a request that arrived on no connection,
-/// as in a simulation. `memory` is the memory of a client's call; calls of other brokers have none. `metadata_permit` is
-/// the permit of a call whose response is built from metadata.
+/// Keeps the call open until HTTP/2 has sent the response. `call` is `None` for a request that arrived on no
+/// connection, as in a simulation. `memory` is the memory of a client's call; calls of other brokers have none.
+/// `metadata_permit` is the permit of a call whose response is built from metadata.
 pub(super) fn hold_until_sent(
     response: Response,
     call: Option<OpenCall>,
@@ -45,7 +45,8 @@ pub(super) fn trailers(status: &Status) -> Frame<Bytes> {
     Frame::trailers(trailers)
 }
 
-/// Resources of a call until its response has been sent. The body and each unsent frame of the response hold a reference.
+/// Resources of a call until its response has been sent. The body and each unsent frame of the response hold a
+/// reference.
 struct OpenResponse {
     memory: Option<CallMemory>,
     _call: Option<OpenCall>,

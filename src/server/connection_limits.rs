@@ -91,9 +91,9 @@ impl ConnectionLimits {
         }
     }
 
-    /// Returns the places for which a limit of `files` open files leaves descriptors, beside the `segments` open segments
-    /// of each broker and the reserves of its listeners. An eighth of the places is for the HTTP listener and an eighth
-    /// for peers, within their bounds.
+    /// Returns the places for which a limit of `files` open files leaves descriptors, beside the `segments` open
+    /// segments of each broker and the reserves of its listeners. An eighth of the places is for the HTTP listener and
+    /// an eighth for peers, within their bounds.
     fn for_files(files: u64, segments: u64, brokers: usize, standalone: bool) -> Self {
         let (brokers, listeners) = (brokers.max(1) as u64, if standalone { 2 } else { 3 });
         let reserved = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES.max(files / 8);

@@ -81,8 +81,8 @@ async fn open_metadata(config: &Config) -> anyhow::Result<Arc<dyn MetaStore>> {
     Ok(Arc::new(EmbeddedStore::open(&config.broker.data_dir).await?))
 }
 
-/// Waits until no broker is registered, for at most `timeout`. A restored etcd contains the registrations of its backup, and restarts their
-/// leases.
+/// Waits until no broker is registered, for at most `timeout`. A restored etcd contains the registrations of its
+/// backup, and restarts their leases.
 async fn wait_for_no_brokers(meta: &dyn MetaStore, keys: &Keys, timeout: Duration) -> anyhow::Result<()> {
     let deadline = clock::monotonic() + timeout;
     loop {

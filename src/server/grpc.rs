@@ -131,8 +131,8 @@ impl Windows {
     pub(super) fn of_clients(memory_bytes: u64) -> Self {
         Self {
             streams: limits::MAX_STREAMS_PER_CONNECTION,
-            // A small maximum bounds what an incomplete request can hold: a partial frame, and a head. h2 buffers a head
-            // of up to five frames (HEADERS and CONTINUATION) before it checks the head's size.
+            // A small maximum bounds what an incomplete request can hold: a partial frame, and a head. h2 buffers a
+            // head of up to five frames (HEADERS and CONTINUATION) before it checks the head's size.
             frame_bytes: 32 << 10,
             send_buffer_bytes: 16 << 10,
             connection_bytes: connection_window(memory_bytes),
@@ -310,8 +310,8 @@ const HEADERS: [HeaderName; 4] =
     [CONTENT_TYPE, TE, HeaderName::from_static("grpc-encoding"), HeaderName::from_static("grpc-accept-encoding")];
 const MAX_HEADER_BYTES: usize = 256;
 
-/// Replaces the head of a request by copies of the parts that this server reads. A call keeps its head while it is open,
-/// and each original value is a slice that would keep its whole frame in memory.
+/// Replaces the head of a request by copies of the parts that this server reads. A call keeps its head while it is
+/// open, and each original value is a slice that would keep its whole frame in memory.
 fn trim_head<B>(request: &mut hyper::Request<B>) {
     let mut headers = HeaderMap::with_capacity(HEADERS.len());
     for name in HEADERS {

@@ -313,8 +313,8 @@ impl NodeStart<'_> {
     }
 
     /// Registers the broker, and waits until its metadata cache contains the registration. The cache then also contains
-    /// everything that was released before. Also returns the partitions whose values could not be read. `pending_start` is
-    /// `None` for a standalone broker.
+    /// everything that was released before. Also returns the partitions whose values could not be read. `pending_start`
+    /// is `None` for a standalone broker.
     async fn register(
         &self,
         admission: &ClusterAdmission<'_>,

@@ -177,8 +177,8 @@ impl RequestBody {
         }
     }
 
-    /// Begins the next message, whose prefix has arrived. Takes memory for its beginning, or lets the message wait. Fails
-    /// only if the message is too large; any other rejection is a state of the message.
+    /// Begins the next message, whose prefix has arrived. Takes memory for its beginning, or lets the message wait.
+    /// Fails only if the message is too large; any other rejection is a state of the message.
     fn begin(&mut self) -> Result<(), ApiError> {
         let bytes = (&self.rest[1..PREFIX_BYTES]).get_u32() as usize;
         if bytes > self.max_bytes {
@@ -258,8 +258,8 @@ impl RequestBody {
         self.memory.try_waiting(self.rest.len()).map(Some).inspect_err(|_| self.rest = Bytes::new())
     }
 
-    /// Processes the received bytes of the message, as far as there is memory for them: counts their parts, takes memory,
-    /// and puts them into `out`. Pending while the message waits for memory. Fails if the message is rejected.
+    /// Processes the received bytes of the message, as far as there is memory for them: counts their parts, takes
+    /// memory, and puts them into `out`. Pending while the message waits for memory. Fails if the message is rejected.
     fn advance(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ApiError>> {
         let Some(message) = &mut self.message else { return Poll::Ready(Ok(())) };
         if let State::WaitingForParts(waiting) = &mut message.state {

@@ -47,22 +47,22 @@ use crate::{
 /// Size of a chunk. An object's last chunk is shorter.
 pub(super) const CHUNK_BYTES: u64 = 1 << 20;
 
-/// Divisor of the memory: this share of it is for manifests, pages and footers.
-const PARSED_SHARE: u64 = 4;
+/// Manifests, pages and footers get the memory of the cache divided by this number.
+const PARSED_DIVISOR: u64 = 4;
 
 /// Maximum number of concurrent fetches of single chunks. No budget counts their memory.
 const MAX_CONCURRENT_FETCHES: usize = 32;
 
 /// Maximum number of concurrent fetches of manifests, pages and footers. They have permits of their own, so that
 /// uploads and retention continue while reads of a slow object store hold all permits for chunks.
-const PARSES: usize = 16;
+const MAX_CONCURRENT_PARSES: usize = 16;
 
 /// Maximum number of chunks that one read-ahead request fetches. Each request costs the store, and its bill, more than
 /// its bytes do.
 const MAX_RUN_CHUNKS: u64 = 4;
 
-/// Maximum number of concurrent reads from the folder. A read that has started continues when its caller leaves.
-const FOLDER_READS: usize = 32;
+/// Maximum number of concurrent reads from the folder. A started read continues even if its caller no longer waits.
+const MAX_CONCURRENT_DISK_READS: usize = 32;
 
 /// Maximum number of concurrent writes to the folder. No reader waits for them: if the object store is faster than the
 /// disk, some chunks are not kept.
@@ -103,7 +103,7 @@ impl ChunkKey {
     }
 }
 
-/// A request that fetches several chunks.
+/// A request for several adjacent chunks, which the fetches of these chunks share.
 type InFlightFetch = Shared<BoxFuture<'static, Result<Bytes, TierReadError>>>;
 
 /// The parsed form of an object.
@@ -115,6 +115,7 @@ pub(super) enum CachedMetadata {
 }
 
 impl CachedMetadata {
+    /// Returns the approximate memory of the parsed form.
     fn bytes(&self) -> usize {
         64 + match self {
             Self::Root(root) => (root.pages().len() + root.segments().len()) * size_of::<SegmentEntry>(),
@@ -138,17 +139,23 @@ struct ChunkCacheInner {
     disk: Option<Arc<DiskCache>>,
     hits: Counter,
     misses: Counter,
+    /// Permits to fetch single chunks.
     fetches: Semaphore,
+    /// Permits to fetch manifests, pages and footers.
     parses: Semaphore,
-    ahead: Arc<Semaphore>,
-    run: u64,
+    /// Permits for chunks that are fetched ahead of readers, one each.
+    read_ahead: Arc<Semaphore>,
+    /// Maximum number of chunks that one read-ahead request fetches.
+    run_chunks: u64,
 }
 
+/// Chunks in a folder on disk.
 struct DiskCache {
     folder: Arc<CacheFolder>,
-    keeps: Arc<Semaphore>,
-    /// Permits to read a file. No budget counts the memory of chunks whose callers have left.
-    reads: Arc<Semaphore>,
+    /// Permits to write a file.
+    write_permits: Arc<Semaphore>,
+    /// Permits to read a file. No budget counts the memory of chunks whose callers no longer wait.
+    read_permits: Arc<Semaphore>,
     /// Chunks that exist as files, with their sizes in bytes.
     files: Moka<ChunkKey, u32>,
     /// Chunks that were fetched before.
@@ -161,9 +168,9 @@ impl ChunkCache {
     /// # Errors
     /// The folder cannot be created, or its chunks cannot be deleted.
     pub fn open(options: &ChunkCacheOptions, metrics: &Metrics) -> io::Result<Self> {
-        let parsed_bytes = options.memory_bytes / PARSED_SHARE;
+        let parsed_bytes = options.memory_bytes / PARSED_DIVISOR;
         // Without memory a prefetched chunk would be evicted before its reader needs it, and be fetched twice.
-        let ahead = if options.memory_bytes == 0 { 0 } else { options.read_ahead_bytes / CHUNK_BYTES };
+        let read_ahead_chunks = if options.memory_bytes == 0 { 0 } else { options.read_ahead_bytes / CHUNK_BYTES };
         let inner = ChunkCacheInner {
             // Least recently used, not frequency: a prefetched chunk is new, and must remain until its reader needs it.
             chunks: Moka::builder()
@@ -186,9 +193,9 @@ impl ChunkCache {
             hits: metrics.cache_hits.clone(),
             misses: metrics.cache_misses.clone(),
             fetches: Semaphore::new(MAX_CONCURRENT_FETCHES),
-            parses: Semaphore::new(PARSES),
-            ahead: Arc::new(Semaphore::new(usize::try_from(ahead).unwrap_or(0))),
-            run: ahead.clamp(1, MAX_RUN_CHUNKS),
+            parses: Semaphore::new(MAX_CONCURRENT_PARSES),
+            read_ahead: Arc::new(Semaphore::new(usize::try_from(read_ahead_chunks).unwrap_or(0))),
+            run_chunks: read_ahead_chunks.clamp(1, MAX_RUN_CHUNKS),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -228,7 +235,8 @@ impl ChunkCache {
         self.inner.parsed.insert(attempt, parsed).await;
     }
 
-    /// Returns chunk `index` of a segment object, and true if the chunk was in memory or in flight.
+    /// Returns chunk `index` of a segment object, and true if the chunk was in memory or in flight. False means that
+    /// the caller waited for a fetch that it started.
     pub(super) async fn chunk(
         &self,
         store: &TierStore,
@@ -241,7 +249,7 @@ impl ChunkCache {
             self.inner.hits.inc();
             return Ok((chunk, true));
         }
-        let (chunk, joined) = self.piece(store, object, *entry, index, None).await;
+        let (chunk, joined) = self.fetch_once_from(store, object, *entry, index, None).await;
         let chunk = chunk?;
         if joined {
             self.inner.hits.inc();
@@ -249,7 +257,8 @@ impl ChunkCache {
         Ok((chunk, joined))
     }
 
-    /// Fetches a chunk that is not in memory, or waits for the fetch in flight.
+    /// Runs `fetch` for a chunk that is not in memory and stores the result in memory, or waits for the fetch in
+    /// flight. Also returns true if a fetch was in flight already.
     fn fetch_once<F>(
         &self,
         store: &TierStore,
@@ -274,8 +283,8 @@ impl ChunkCache {
     /// Evicts corrupt chunks.
     pub(super) async fn evict(&self, entry: &SegmentEntry, indexes: Range<u64>) {
         // A write in progress would store its chunk after the eviction, so this waits for all writes first.
-        let _nothing_on_its_way = match &self.inner.disk {
-            Some(disk) => disk.keeps.acquire_many(MAX_CONCURRENT_DISK_WRITES).await.ok(),
+        let _all_writes = match &self.inner.disk {
+            Some(disk) => disk.write_permits.acquire_many(MAX_CONCURRENT_DISK_WRITES).await.ok(),
             None => None,
         };
         for index in indexes {
@@ -291,26 +300,26 @@ impl ChunkCache {
     #[cfg(test)]
     pub(super) async fn wait_for_writes(&self) {
         let Some(disk) = &self.inner.disk else { return };
-        drop(disk.keeps.acquire_many(MAX_CONCURRENT_DISK_WRITES).await.unwrap());
+        drop(disk.write_permits.acquire_many(MAX_CONCURRENT_DISK_WRITES).await.unwrap());
     }
 
     /// Acquires all permits to read from the folder.
     #[cfg(test)]
     pub(super) async fn folder_permits(&self) -> OwnedSemaphorePermit {
         let disk = self.inner.disk.as_ref().unwrap();
-        let permits = u32::try_from(FOLDER_READS).unwrap();
-        Arc::clone(&disk.reads).acquire_many_owned(permits).await.unwrap()
+        let permits = u32::try_from(MAX_CONCURRENT_DISK_READS).unwrap();
+        Arc::clone(&disk.read_permits).acquire_many_owned(permits).await.unwrap()
     }
 
     /// Acquires all permits to fetch manifests, pages and footers.
     #[cfg(test)]
     pub(super) async fn parse_permits(&self) -> tokio::sync::SemaphorePermit<'_> {
-        self.inner.parses.acquire_many(u32::try_from(PARSES).unwrap()).await.unwrap()
+        self.inner.parses.acquire_many(u32::try_from(MAX_CONCURRENT_PARSES).unwrap()).await.unwrap()
     }
 
     /// Returns the maximum number of chunks that one read-ahead request fetches.
     pub(super) fn run_chunks(&self) -> u64 {
-        self.inner.run
+        self.inner.run_chunks
     }
 
     /// Fetches the chunks that are not in memory before a reader needs them. Adjacent chunks share one request. Returns
@@ -323,7 +332,7 @@ impl ChunkCache {
             return true;
         }
         let permits = u32::try_from(absent.len()).unwrap_or(u32::MAX);
-        let Ok(mut permits) = Arc::clone(&self.inner.ahead).try_acquire_many_owned(permits) else { return false };
+        let Ok(mut permits) = Arc::clone(&self.inner.read_ahead).try_acquire_many_owned(permits) else { return false };
         let tasks = store.tasks().clone();
         if tasks.is_cancelled() {
             return false;
@@ -336,7 +345,7 @@ impl ChunkCache {
                 let (permit, flight) = (permits.split(1), (run.len() > 1).then(|| (flight.clone(), position)));
                 // The fetch is in flight before its reader arrives, so the reader waits for it instead of fetching the
                 // chunk again.
-                let fetched = self.piece(store, object, entry, index, flight);
+                let fetched = self.fetch_once_from(store, object, entry, index, flight);
                 let object = object.to_owned();
                 tasks.spawn("tier read-ahead", async move {
                     // A reader that needs the chunk repeats the fetch and receives the error.
@@ -364,10 +373,10 @@ impl ChunkCache {
         request.map(|outcome| outcome.map_err(TierReadError::from)).boxed().shared()
     }
 
-    /// Fetches a chunk, from a shared request that contains the chunk at this place, or with a request of its own. If
-    /// the shared request fails, perhaps because of another chunk, the chunk is fetched with a request of its own as
-    /// well.
-    fn piece(
+    /// Fetches a chunk once, and joins a fetch in flight. `flight` is a shared request for several chunks, and the
+    /// index of this chunk among them. Without `flight`, or if the shared request fails, perhaps because of another
+    /// chunk, the chunk gets a request of its own. Also returns true if a fetch was in flight already.
+    fn fetch_once_from(
         &self,
         store: &TierStore,
         object: &str,
@@ -376,20 +385,20 @@ impl ChunkCache {
         flight: Option<(InFlightFetch, usize)>,
     ) -> impl Future<Output = (Result<Bytes, TierReadError>, bool)> + Send + use<> {
         let key = ChunkKey { attempt: entry.stamp.attempt, index };
-        let (inner, its_store, object) = (Arc::clone(&self.inner), store.clone(), object.to_owned());
+        let (inner, task_store, object) = (Arc::clone(&self.inner), store.clone(), object.to_owned());
         let load = async move {
             let response = match flight {
                 Some((flight, position)) => flight.await.ok().map(|response| (response, position)),
                 None => None,
             };
             let Some((response, position)) = response else {
-                return inner.fetch(&its_store, &object, &entry, key).await;
+                return inner.fetch_alone(&task_store, &object, &entry, key).await;
             };
-            let chunk = usize::try_from(CHUNK_BYTES).expect("a usize holds 32 bits");
-            let start = response.len().min(position * chunk);
+            let chunk_bytes = usize::try_from(CHUNK_BYTES).expect("a usize holds 32 bits");
+            let start = response.len().min(position * chunk_bytes);
             // The copy has memory of its own: a slice would keep the complete response in memory.
-            let chunk = Bytes::copy_from_slice(&response[start..response.len().min(start + chunk)]);
-            inner.record_fetch(&its_store, key, &chunk).await;
+            let chunk = Bytes::copy_from_slice(&response[start..response.len().min(start + chunk_bytes)]);
+            inner.record_fetch(&task_store, key, &chunk).await;
             Ok(chunk)
         };
         self.fetch_once(store, key, load)
@@ -397,7 +406,8 @@ impl ChunkCache {
 }
 
 impl ChunkCacheInner {
-    async fn fetch(
+    /// Returns one chunk from the folder, else from the object store.
+    async fn fetch_alone(
         &self,
         store: &TierStore,
         object: &str,
@@ -405,7 +415,7 @@ impl ChunkCacheInner {
         key: ChunkKey,
     ) -> Result<Bytes, TierReadError> {
         if let Some(disk) = self.disk.as_ref().filter(|disk| disk.files.contains_key(&key)) {
-            let permit = Arc::clone(&disk.reads).acquire_owned().await.expect("the semaphore is never closed");
+            let permit = Arc::clone(&disk.read_permits).acquire_owned().await.expect("the semaphore is never closed");
             // All callers may have left while this fetch waited for its permit.
             if self.chunk_flights.is_abandoned(key) {
                 return Err(TierStoreError::Stopped.into());
@@ -447,15 +457,16 @@ impl ChunkCacheInner {
 }
 
 impl DiskCache {
+    /// Opens the folder, with at most `bytes` bytes of chunks. The file of an evicted chunk is deleted.
     fn open(folder: &Path, data_dir: Option<&Path>, bytes: u64) -> io::Result<Self> {
         let folder = Arc::new(CacheFolder::open(folder, data_dir)?);
-        let of_evicted = Arc::clone(&folder);
+        let listener_folder = Arc::clone(&folder);
         let files = Moka::builder()
             .eviction_policy(EvictionPolicy::lru())
             .max_capacity(bytes)
             .weigher(|_, bytes: &u32| *bytes)
             .async_eviction_listener(move |key: Arc<ChunkKey>, _, cause| {
-                let folder = Arc::clone(&of_evicted);
+                let folder = Arc::clone(&listener_folder);
                 Box::pin(async move {
                     if cause != RemovalCause::Replaced {
                         task::run_blocking(move || folder.delete(&key.file()).ok()).await;
@@ -464,9 +475,9 @@ impl DiskCache {
             })
             .build();
         let fetched = Moka::builder().eviction_policy(EvictionPolicy::lru()).max_capacity(MAX_TRACKED_CHUNKS).build();
-        let [keeps, reads] =
-            [MAX_CONCURRENT_DISK_WRITES as usize, FOLDER_READS].map(|permits| Arc::new(Semaphore::new(permits)));
-        Ok(Self { folder, keeps, reads, files, fetched })
+        let [write_permits, read_permits] = [MAX_CONCURRENT_DISK_WRITES as usize, MAX_CONCURRENT_DISK_READS]
+            .map(|permits| Arc::new(Semaphore::new(permits)));
+        Ok(Self { folder, write_permits, read_permits, files, fetched })
     }
 
     /// Returns a chunk from its file. If the file is missing or fails its checksum, removes it and returns `None`.
@@ -486,7 +497,7 @@ impl DiskCache {
 
     /// Starts to write a chunk to the folder, unless too many writes are in progress.
     fn spawn_put(self: Arc<Self>, key: ChunkKey, chunk: Bytes, tasks: &Tasks) {
-        let Ok(permit) = Arc::clone(&self.keeps).try_acquire_owned() else { return };
+        let Ok(permit) = Arc::clone(&self.write_permits).try_acquire_owned() else { return };
         if tasks.is_cancelled() {
             return;
         }
@@ -515,6 +526,7 @@ impl DiskCache {
     }
 }
 
+/// Returns a size as the weight of a cache entry.
 fn weight(bytes: usize) -> u32 {
     u32::try_from(bytes).unwrap_or(u32::MAX)
 }

@@ -75,8 +75,9 @@ impl TierStore {
         reason.expect("`wait_for` returned a reason")
     }
 
-    /// Returns true if the cluster has objects in its store, by what this process has read.
-    pub(super) fn is_expected(&self) -> bool {
+    /// Returns true if the prefix must have a cluster marker: this process has verified the owner before, or the
+    /// metadata references objects.
+    pub(super) fn must_have_marker(&self) -> bool {
         self.owner.bound.initialized() || self.owner.expected.has_data
     }
 
@@ -100,7 +101,7 @@ impl TierStore {
 
     /// Takes a prefix without marker, unless the cluster's store is another one.
     async fn take_prefix(&self) -> Result<ClusterMarker, BindingError> {
-        let binding = match self.is_expected() {
+        let binding = match self.must_have_marker() {
             // The objects are in another store, so this one must not become the bound store.
             true => self.complete_binding().await?.ok_or_else(|| self.missing_store())?,
             false => self.binding(None).await?,
@@ -134,6 +135,7 @@ impl TierStore {
     /// Rejects a marker of a later generation than the metadata store's. Replaces a marker of an earlier generation.
     /// All brokers write the same content, so the order of their writes does not matter.
     async fn check_generation(&self, marker: ClusterMarker) -> Result<(), BindingError> {
+        // 0 means that this process does not know the cluster's generation.
         let (ours, theirs) = (self.owner.expected.generation, marker.generation);
         if ours == 0 || ours == theirs {
             return Ok(());

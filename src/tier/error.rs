@@ -42,7 +42,8 @@ impl TierStoreError {
         matches!(self, Self::Unavailable { .. })
     }
 
-    /// Converts the error of a request for `object`. An error of no other kind counts as `Unavailable`, which is retried.
+    /// Converts the error of a request for `object`. An error of no other kind counts as `Unavailable`, which is
+    /// retried.
     pub(super) fn new(object: &str, error: &object_store::Error) -> Self {
         use object_store::Error as E;
         let (object, reason) = (object.to_owned(), reason(error));
@@ -191,10 +192,10 @@ pub(super) fn reason(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
+        let cause_text = error.to_string();
+        if !text.contains(&cause_text) {
             text.push_str(": ");
-            text.push_str(&more);
+            text.push_str(&cause_text);
         }
         cause = error.source();
     }

@@ -51,17 +51,17 @@ impl PieceWriter {
         let (mut parts, mut part, mut at) = (parts.into_iter(), [].as_slice(), at);
         loop {
             let _guard = self.piece_lock.lock();
-            let (start, mut left) = (at, PIECE_BYTES);
-            while left > 0 {
+            let (start, mut remaining) = (at, PIECE_BYTES);
+            while remaining > 0 {
                 if part.is_empty() {
                     match parts.next() {
                         Some(next) => part = next,
                         None => break,
                     }
                 }
-                let (now, later) = part.split_at(part.len().min(left));
+                let (now, later) = part.split_at(part.len().min(remaining));
                 file.write_all_at(now, at)?;
-                (part, left, at) = (later, left - now.len(), at + now.len() as u64);
+                (part, remaining, at) = (later, remaining - now.len(), at + now.len() as u64);
             }
             if at == start {
                 return Ok(());
@@ -161,10 +161,12 @@ impl RemovedFile {
     }
 }
 
+/// Returns the folder that contains a file.
 fn folder_of(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new("/"))
 }
 
+/// Makes the names in a folder durable.
 fn sync_folder(folder: &Path) -> io::Result<()> {
     fs::File::open(folder)?.sync_all()
 }
@@ -253,8 +255,8 @@ mod tests {
             fs::write(parent.path().join(name), "content").unwrap();
         }
         let folder = CacheFolder::open(parent.path(), None).unwrap();
-        let left: Vec<_> = fs::read_dir(parent.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        assert_eq!(left, ["photo.jpg"]);
+        let remaining: Vec<_> = fs::read_dir(parent.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(remaining, ["photo.jpg"]);
         folder.write_whole("3.chunk", &[b"a", b"b"]).unwrap();
         assert_eq!(folder.read_whole("3.chunk").unwrap().as_ref(), b"ab");
         folder.delete("3.chunk").unwrap();
@@ -277,8 +279,9 @@ mod tests {
         staged.publish().unwrap();
         drop((staged, other));
         assert!(fs::read(&target).unwrap() == content);
-        let left: Vec<_> = fs::read_dir(target.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert_eq!(left, ["object"], "unfinished files are removed");
+        let remaining: Vec<_> =
+            fs::read_dir(target.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(remaining, ["object"], "unfinished files are removed");
     }
 
     #[test]

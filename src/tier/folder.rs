@@ -43,6 +43,7 @@ impl Folder {
         Self { files, writer: Arc::default() }
     }
 
+    /// Starts a write in pieces.
     async fn upload(&self, location: &Path) -> Result<FolderUpload> {
         let target = self.files.path_to_filesystem(location)?;
         let staged = task::run_blocking(move || StagedFile::create(&target)).await.map_err(folder_error)?;
@@ -101,9 +102,9 @@ impl ObjectStore for Folder {
             async move {
                 let location = location?;
                 let path = files.path_to_filesystem(&location)?;
-                let leaving = task::run_blocking(move || RemovedFile::open(&path)).await;
+                let removed = task::run_blocking(move || RemovedFile::open(&path)).await;
                 files.delete(&location).await?;
-                task::run_blocking(move || leaving.map(RemovedFile::free_in_steps)).await;
+                task::run_blocking(move || removed.map(RemovedFile::free_in_steps)).await;
                 Ok(location)
             }
         };
@@ -172,6 +173,7 @@ fn folder_error(error: io::Error) -> Error {
     Error::Generic { store: "folder", source: error.into() }
 }
 
+/// Returns the error of a call after the end of its upload.
 fn upload_ended() -> Error {
     folder_error(io::Error::other("the upload was already completed or aborted"))
 }
@@ -212,8 +214,8 @@ mod tests {
         assert!(parts.put_part(content(1).into()).await.is_err() && parts.complete().await.is_err());
         other.abort().await.unwrap();
         assert!(folder.get_range(&path, 7..large.len() as u64).await.unwrap() == large[7..]);
-        let left: Vec<_> = std::fs::read_dir(parent.path().join("topics/a")).unwrap().collect();
-        assert_eq!(left.len(), 1, "{left:?}");
+        let remaining: Vec<_> = std::fs::read_dir(parent.path().join("topics/a")).unwrap().collect();
+        assert_eq!(remaining.len(), 1, "{remaining:?}");
     }
 
     #[tokio::test]

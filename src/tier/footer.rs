@@ -225,8 +225,8 @@ impl Footer {
         })
     }
 
-    /// Checks the invariants on which reads rely: a non-empty range, an ascending index from the base, and ascending leader
-    /// epochs that cover the segment.
+    /// Checks the invariants on which reads rely: a non-empty range, an ascending index from the base, and ascending
+    /// leader epochs that cover the segment.
     fn check(&self) -> Result<(), InvalidObject> {
         let refuse = |reason| Err(InvalidObject::Contradiction { reason });
         if self.base >= self.end {

@@ -15,6 +15,7 @@ pub fn topic(content: &[u8]) -> Option<Vec<u8>> {
     reencode::<TopicRecord>(content)
 }
 
+/// Decodes a JSON value and encodes it again.
 fn reencode<T: Serialize + DeserializeOwned>(content: &[u8]) -> Option<Vec<u8>> {
     let value: T = serde_json::from_slice(content).ok()?;
     Some(serde_json::to_vec(&value).expect("a plain struct is valid JSON"))

@@ -109,6 +109,7 @@ where
     Ok(collection.report)
 }
 
+/// One garbage collection.
 struct GarbageCollector<'a> {
     store: &'a TierStore,
     /// Start of the grace period: an object written at or after this time is young.
@@ -117,6 +118,7 @@ struct GarbageCollector<'a> {
 }
 
 impl GarbageCollector<'_> {
+    /// Deletes the garbage of each partition of a topic. Deletes the description of a deleted topic last.
     async fn topic<F, Fut>(&mut self, topic: TopicId, live: &F) -> Result<(), TierStoreError>
     where
         F: Fn(PartitionId) -> Fut,
@@ -155,9 +157,9 @@ impl GarbageCollector<'_> {
 
     /// Deletes the description of a deleted topic, if no other object of the topic is left.
     async fn topic_object(&mut self, topic: TopicId) -> Result<(), TierStoreError> {
-        let left = self.store.list(&name::topic_folder(topic)).await?;
+        let remaining = self.store.list(&name::topic_folder(topic)).await?;
         let description = name::topic_object(topic);
-        if let [only] = left.as_slice()
+        if let [only] = remaining.as_slice()
             && only.object == description
         {
             if only.modified_ms >= self.oldest_young_ms {
@@ -184,19 +186,21 @@ impl GarbageCollector<'_> {
             return Err(format!("{object} is not the committed manifest"));
         }
         referenced.insert(manifest.to_string());
-        let above = |stamp: &ObjectId| stamp.end > state.log_start;
+        let is_readable = |stamp: &ObjectId| stamp.end > state.log_start;
         for entry in root.pages() {
             let object = format!("{folder}/{}", entry.stamp.page());
             referenced.insert(entry.stamp.page());
             let bytes = self.store.get(&object).await.map_err(|error| error.to_string())?;
             let page = ManifestPage::parse(&bytes, partition, entry).map_err(|error| format!("{object}: {error}"))?;
-            let segments = page.segments().iter().filter(|entry| above(&entry.stamp));
+            let segments = page.segments().iter().filter(|entry| is_readable(&entry.stamp));
             referenced.extend(segments.map(|entry| entry.stamp.segment()));
         }
         referenced.extend(root.segments().iter().map(|entry| entry.stamp.segment()));
         Ok(referenced)
     }
 
+    /// Deletes the old objects of a partition that are not in `referenced`, and counts all others in the report. The
+    /// first failed deletion ends this for the partition.
     async fn partition(&mut self, id: PartitionId, folder: &str, listed: &[ObjectInfo], referenced: &BTreeSet<String>) {
         for object in listed {
             let name = object.object.strip_prefix(folder).unwrap_or_default().trim_start_matches('/');
@@ -239,11 +243,12 @@ pub async fn abort_abandoned_uploads(
     }
     store.bind().await?;
     let grace_ms = i64::try_from(grace.as_millis()).unwrap_or(i64::MAX);
-    sweep(store, now_ms.saturating_sub(grace_ms)).await
+    abort_uploads(store, now_ms.saturating_sub(grace_ms)).await
 }
 
+/// Aborts all abandoned segment uploads. An upload counts as abandoned if it was started before `oldest_young_ms`.
 #[cfg(feature = "s3-admin")]
-async fn sweep(store: &TierStore, oldest_young_ms: i64) -> Result<UploadsReport, UploadsError> {
+async fn abort_uploads(store: &TierStore, oldest_young_ms: i64) -> Result<UploadsReport, UploadsError> {
     let refuse = |reason: String| UploadsError::List { url: store.url().to_owned(), reason };
     let s3 = super::s3_admin::S3Admin::connect(store.options()).await.map_err(|error| refuse(error.to_string()))?;
     let mut report = UploadsReport::default();
@@ -266,7 +271,7 @@ async fn sweep(store: &TierStore, oldest_young_ms: i64) -> Result<UploadsReport,
 /// Does nothing. Without the vendor's client uploads cannot be listed, so a life-cycle rule of the bucket must abort
 /// them.
 #[cfg(not(feature = "s3-admin"))]
-async fn sweep(_: &TierStore, _: i64) -> Result<UploadsReport, UploadsError> {
+async fn abort_uploads(_: &TierStore, _: i64) -> Result<UploadsReport, UploadsError> {
     Ok(UploadsReport::default())
 }
 
@@ -274,8 +279,11 @@ async fn sweep(_: &TierStore, _: i64) -> Result<UploadsReport, UploadsError> {
 #[cfg(any(test, feature = "s3-admin"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum UploadVerdict {
+    /// Not an upload of a segment.
     Foreign,
+    /// Started within the grace period, or at an unknown time.
     Young,
+    /// Started before the grace period.
     Abandoned,
 }
 

@@ -82,15 +82,16 @@ impl ObjectId {
 
     /// Parses the file name of a segment object.
     pub fn from_segment(name: &str) -> Result<Self, InvalidName> {
-        Self::strip(name, ".segment", "segment object")
+        Self::parse_with_suffix(name, ".segment", "segment object")
     }
 
     /// Parses the file name of a manifest page.
     pub fn from_page(name: &str) -> Result<Self, InvalidName> {
-        Self::strip(name, ".page", "manifest page")
+        Self::parse_with_suffix(name, ".page", "manifest page")
     }
 
-    fn strip(name: &str, suffix: &str, kind: &'static str) -> Result<Self, InvalidName> {
+    /// Parses the file name of an object of this kind, which ends in `suffix`.
+    fn parse_with_suffix(name: &str, suffix: &str, kind: &'static str) -> Result<Self, InvalidName> {
         let stamp = name.strip_suffix(suffix).and_then(|text| {
             let mut parts = text.splitn(4, '-');
             let base = Offset::new(digits(parts.next()?, 20)?)?;
@@ -197,11 +198,12 @@ fn digits(text: &str, width: usize) -> Option<u64> {
     (text.len() == width && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse().ok())?
 }
 
+/// Parses a leader epoch of ten digits.
 fn epoch(text: &str) -> Option<LeaderEpoch> {
     u32::try_from(digits(text, 10)?).ok().map(LeaderEpoch)
 }
 
-/// Parses a UUID in the one form that is written.
+/// Parses a UUID. Accepts only the spelling that names have: lower case, with hyphens.
 fn attempt(text: &str) -> Option<Uuid> {
     let attempt = Uuid::try_parse(text).ok()?;
     (attempt.hyphenated().to_string() == text).then_some(attempt)

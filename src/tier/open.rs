@@ -140,16 +140,17 @@ pub(super) fn open(options: &ObjectStoreOptions) -> Result<(Arc<dyn ObjectStore>
     Ok((objects, prefix))
 }
 
+/// Returns the builder of an S3 client for a bucket.
 fn s3(options: &ObjectStoreOptions, bucket: &str) -> AmazonS3Builder {
     let endpoint = options.named_endpoint();
-    let plain = endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://"));
+    let is_http = endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://"));
     let in_path = options.in_path(endpoint.as_deref());
     let mut builder = AmazonS3Builder::from_env()
         .with_bucket_name(bucket)
         .with_virtual_hosted_style_request(!in_path)
         .with_retry(no_retry())
-        .with_client_options(client_options(options, plain))
-        .with_allow_http(plain);
+        .with_client_options(client_options(options, is_http))
+        .with_allow_http(is_http);
     if let Some(endpoint) = endpoint {
         // In virtual-hosted style, the client expects the bucket name in the endpoint's host and does not add the name
         // itself.
@@ -174,6 +175,7 @@ fn host(endpoint: &str) -> &str {
     }
 }
 
+/// Returns true if the host of an endpoint is an IP address.
 fn is_address(endpoint: &str) -> bool {
     host(endpoint).parse::<std::net::IpAddr>().is_ok()
 }
@@ -206,9 +208,10 @@ fn no_retry() -> RetryConfig {
     RetryConfig { backoff, max_retries: 2, retry_timeout: Duration::from_secs(10) }
 }
 
-fn client_options(options: &ObjectStoreOptions, plain: bool) -> ClientOptions {
+/// Returns the options of the HTTP client. `allow_http` permits requests without TLS.
+fn client_options(options: &ObjectStoreOptions, allow_http: bool) -> ClientOptions {
     ClientOptions::new()
-        .with_allow_http(plain)
+        .with_allow_http(allow_http)
         .with_timeout(options.request_timeout)
         .with_connect_timeout(Duration::from_secs(5).min(options.request_timeout))
         .with_pool_max_idle_per_host(64)

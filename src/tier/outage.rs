@@ -2,9 +2,9 @@
 //! at a time is sent.
 //!
 //! A failed or unanswered request only raises the suspicion: the store may refuse one object, or one kind of request,
-//! for other reasons. A failed probe then confirms the outage: the store is *unavailable* until the next success. During
-//! a confirmed outage, reads fail at once, and uploads continue to retry. The log reports an outage once, for all
-//! affected partitions together.
+//! for other reasons. A failed probe then confirms the outage: the store is *unavailable* until the next success.
+//! During a confirmed outage, reads fail at once, and uploads continue to retry. The log reports an outage once, for
+//! all affected partitions together.
 
 use std::{fmt, time::Duration};
 
@@ -26,8 +26,8 @@ pub(super) const SUSPECT_AFTER: Duration = Duration::from_secs(2);
 /// Time limit of a probe. With [`SUSPECT_AFTER`], the outage of a store that never responds is confirmed within 5 s.
 pub(super) const PROBE_TIMEOUT: Duration = Duration::from_millis(2500);
 
-/// Pauses before the first probes. The third probe is sent after [`CONFIRM_AFTER`], so the outage of a store that refuses
-/// requests is confirmed within a second.
+/// Pauses before the first probes. The third probe is sent after [`CONFIRM_AFTER`], so the outage of a store that
+/// refuses requests is confirmed within a second.
 const FIRST_PAUSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(250)];
 
 /// Pause before each later probe. After the outage, operations that wait for the store continue at most this long
@@ -114,7 +114,7 @@ impl OutageTracker {
 
     /// Records a failed probe. Confirms the outage after [`CONFIRM_AFTER`].
     pub(super) fn on_probe_failure(&self, url: &str, sent: Instant, reason: &str) {
-        // A probe failed, so a task is sending probes already.
+        // The task that sent this probe sends the next one, so the returned value is not needed.
         let _is_first = self.on_failure(url, sent, reason);
         let guard = self.suspected.lock();
         let is_lasting = |suspected: &&SuspectedOutage| suspected.since.elapsed() >= CONFIRM_AFTER;
@@ -140,8 +140,8 @@ impl OutageTracker {
         }
     }
 
-    /// Counts one more probe, and returns the pause before it. Returns `None` if no outage is suspected: the caller stops
-    /// probing.
+    /// Counts one more probe, and returns the pause before it. Returns `None` if no outage is suspected: the caller
+    /// stops probing.
     pub(super) fn next_probe(&self) -> Option<Duration> {
         let mut guard = self.suspected.lock();
         let suspected = guard.as_mut()?;

@@ -41,14 +41,15 @@ struct PartitionTierInner {
     store: TierStore,
     cache: ChunkCache,
     id: PartitionId,
-    view: Mutex<PartitionTierState>,
+    state: Mutex<PartitionTierState>,
 }
 
+/// State that all clones share.
 struct PartitionTierState {
     /// Newest committed state that this broker has received. Its version and its log start never decrease.
-    state: TierState,
+    committed: TierState,
     readers: ReadAheadTracker,
-    /// Manifest or page that was found missing or corrupt.
+    /// Manifest or page that a read found missing or corrupt since the last commit.
     lost: Option<String>,
     /// Throttle of the log lines about reads of corrupt data.
     corruption_log: LogThrottle,
@@ -95,9 +96,9 @@ impl UploadBatch<'_> {
             // Retention deleted the records between the tiered end and the log start before they were uploaded.
             next = next.beginning_at(self.replaces.log_start.max(source.base()));
         }
-        let from =
+        let skipped =
             SkippedPrefix { offset: next.end(), inside: next.is_empty(), partition: *id, writer_epoch: next.epoch() };
-        let entry = Box::pin(upload::segment(store, source, from)).await?;
+        let entry = Box::pin(upload::segment(store, source, skipped)).await?;
         if let Some(page) = next.push(entry, random::uuid()) {
             upload::small(store, &self.tier.object(&page.stamp.page()), page.bytes).await?;
         }
@@ -114,23 +115,23 @@ impl UploadBatch<'_> {
 impl PartitionTier {
     /// Creates the history of partition `id` in this state. Sends no request.
     pub fn new(store: TierStore, cache: ChunkCache, id: PartitionId, state: TierState) -> Self {
-        let view = Mutex::new(PartitionTierState {
-            state,
+        let state = Mutex::new(PartitionTierState {
+            committed: state,
             readers: ReadAheadTracker::default(),
             lost: None,
             corruption_log: LogThrottle::default(),
         });
-        Self { inner: Arc::new(PartitionTierInner { store, cache, id, view }) }
+        Self { inner: Arc::new(PartitionTierInner { store, cache, id, state }) }
     }
 
     /// Returns the newest committed state that this broker has received.
     pub fn state(&self) -> TierState {
-        self.inner.view.lock().state.clone()
+        self.inner.state.lock().committed.clone()
     }
 
     /// Returns the bytes of batches in the object store.
     pub fn bytes(&self) -> u64 {
-        self.inner.view.lock().state.bytes
+        self.inner.state.lock().committed.bytes
     }
 
     /// Returns the partition's id.
@@ -140,13 +141,13 @@ impl PartitionTier {
 
     /// Applies a state that was read from the metadata store, unless the current state is newer.
     pub fn apply_state(&self, state: TierState) {
-        let mut view = self.inner.view.lock();
-        let age = |state: &TierState| (state.version(), state.log_start, state.epoch);
-        if age(&state) > age(&view.state) {
-            if state.manifest != view.state.manifest {
-                view.lost = None;
+        let mut shared = self.inner.state.lock();
+        let order = |state: &TierState| (state.version(), state.log_start, state.epoch);
+        if order(&state) > order(&shared.committed) {
+            if state.manifest != shared.committed.manifest {
+                shared.lost = None;
             }
-            view.state = state;
+            shared.committed = state;
         }
     }
 
@@ -195,8 +196,8 @@ impl PartitionTier {
             return Err(UploadError::Deposed { epoch, current: replaces.epoch });
         }
         let log_start = log_start.max(replaces.log_start);
-        let left = if log_start < replaces.tiered_end { replaces.bytes.saturating_sub(removed_bytes) } else { 0 };
-        Ok(StagedManifest { state: TierState { log_start, epoch, bytes: left, ..replaces.clone() }, replaces })
+        let bytes = if log_start < replaces.tiered_end { replaces.bytes.saturating_sub(removed_bytes) } else { 0 };
+        Ok(StagedManifest { state: TierState { log_start, epoch, bytes, ..replaces.clone() }, replaces })
     }
 
     /// Writes a manifest without the segments that lie completely below the log start. These segments become garbage
@@ -231,6 +232,8 @@ impl PartitionTier {
         TierStoreError::Unavailable { object: partition_folder(self.inner.id), reason }
     }
 
+    /// Returns the current state and its manifest, for a change by the leader of `epoch`. Fails if a newer leader has
+    /// committed, or if the prefix does not belong to this cluster.
     async fn load_for_epoch(&self, epoch: LeaderEpoch) -> Result<(TierState, Arc<ManifestRoot>), UploadError> {
         self.inner.store.bind().await?;
         let state = self.state();
@@ -241,6 +244,7 @@ impl PartitionTier {
         Ok((state, root))
     }
 
+    /// Writes and verifies the manifest `next`. The returned state is not committed.
     async fn write(&self, replaces: TierState, next: ManifestRoot) -> Result<StagedManifest, UploadError> {
         let name = ManifestName::draw(next.version(), next.epoch());
         upload::small(&self.inner.store, &self.object(&name.to_string()), next.encode()).await?;
@@ -292,16 +296,18 @@ impl PartitionTier {
         &self.inner.cache
     }
 
-    pub(super) fn with_readers<T>(&self, act: impl FnOnce(&mut ReadAheadTracker) -> T) -> T {
-        act(&mut self.inner.view.lock().readers)
+    /// Runs `update` on the tracked readers, under the lock.
+    pub(super) fn with_readers<T>(&self, update: impl FnOnce(&mut ReadAheadTracker) -> T) -> T {
+        update(&mut self.inner.state.lock().readers)
     }
 
     /// Counts a read of corrupt data. Returns `Some` if the caller must log it, with the number of such reads since the
     /// last line.
     pub(super) fn count_corruption(&self) -> Option<u64> {
-        self.inner.view.lock().corruption_log.occur(clock::monotonic())
+        self.inner.state.lock().corruption_log.occur(clock::monotonic())
     }
 
+    /// Returns the object name of a file in the partition's folder.
     pub(super) fn object(&self, name: &str) -> String {
         format!("{}/{name}", partition_folder(self.inner.id))
     }
@@ -320,9 +326,10 @@ impl PartitionTier {
         }
     }
 
+    /// Returns a page of the manifest, from the cache if possible.
     async fn page(&self, entry: &PageEntry) -> Result<Arc<ManifestPage>, TierReadError> {
-        let (tier, wanted) = (self.clone(), *entry);
-        let load = Box::pin(async move { tier.load_page(&wanted).await.map(CachedMetadata::Page) });
+        let (tier, entry) = (self.clone(), *entry);
+        let load = Box::pin(async move { tier.load_page(&entry).await.map(CachedMetadata::Page) });
         let parsed = self.inner.cache.get_parsed(&self.inner.store, entry.stamp.attempt, load);
         match parsed.await.inspect_err(|error| self.record_lost_manifest(error))? {
             CachedMetadata::Page(page) => Ok(page),
@@ -352,6 +359,7 @@ impl PartitionTier {
         self.load(&self.object(&entry.stamp.page()), None, parse).await
     }
 
+    /// Returns the error for an attempt whose cached object is of another kind: two objects have the same UUID.
     fn misnamed(&self, name: &str) -> TierReadError {
         TierReadError::Corrupt { object: self.object(name), reason: "the name belongs to another object".to_owned() }
     }
@@ -360,13 +368,13 @@ impl PartitionTier {
     /// rebuilds the manifest.
     fn record_lost_manifest(&self, error: &TierReadError) {
         if let Some(object) = error.lost_manifest() {
-            self.inner.view.lock().lost = Some(object.to_owned());
+            self.inner.state.lock().lost = Some(object.to_owned());
         }
     }
 
     /// Returns the manifest or page that was found missing or corrupt since the last commit.
     pub fn lost_manifest(&self) -> Option<String> {
-        self.inner.view.lock().lost.clone()
+        self.inner.state.lock().lost.clone()
     }
 
     /// Writes a manifest of these segments in place of a lost one. The segments have no gap: the first one contains
@@ -399,9 +407,10 @@ impl PartitionTier {
         Ok(staged)
     }
 
+    /// Returns the footer of a segment, from the cache if possible.
     pub(super) async fn footer(&self, entry: &SegmentEntry) -> Result<Arc<Footer>, TierReadError> {
-        let (tier, wanted) = (self.clone(), *entry);
-        let load = Box::pin(async move { tier.load_footer(&wanted).await.map(CachedMetadata::Footer) });
+        let (tier, entry) = (self.clone(), *entry);
+        let load = Box::pin(async move { tier.load_footer(&entry).await.map(CachedMetadata::Footer) });
         match self.inner.cache.get_parsed(&self.inner.store, entry.stamp.attempt, load).await? {
             CachedMetadata::Footer(footer) => Ok(footer),
             _ => Err(self.misnamed(&entry.stamp.segment())),
@@ -412,10 +421,10 @@ impl PartitionTier {
     async fn load_footer(&self, entry: &SegmentEntry) -> Result<Arc<Footer>, TierReadError> {
         let parse = |bytes: &[u8]| {
             let footer = Footer::parse(bytes)?;
-            let same = footer.partition == self.inner.id
+            let is_expected = footer.partition == self.inner.id
                 && (footer.base, footer.end, footer.data_bytes)
                     == (entry.stamp.base, entry.stamp.end, entry.data_bytes);
-            if same {
+            if is_expected {
                 Ok(Arc::new(footer))
             } else {
                 Err(InvalidObject::Contradiction { reason: "the footer belongs to another segment" })
@@ -424,7 +433,7 @@ impl PartitionTier {
         self.load(&self.object(&entry.stamp.segment()), Some(entry.data_bytes..entry.object_bytes()), parse).await
     }
 
-    /// Returns the segment that contains `offset`, according to a manifest.
+    /// Returns the segment that contains `offset`, according to a manifest. Returns `None` outside of its range.
     pub(super) async fn segment_of(
         &self,
         root: &ManifestRoot,
@@ -451,8 +460,8 @@ impl PartitionTier {
                 None => return Ok(None),
             };
             let page = self.page(&entry).await?;
-            let late = |entry: &&SegmentEntry| entry.stamp.end > from && entry.max_timestamp_ms >= timestamp_ms;
-            if let Some(entry) = page.segments().iter().find(late) {
+            let matches = |entry: &&SegmentEntry| entry.stamp.end > from && entry.max_timestamp_ms >= timestamp_ms;
+            if let Some(entry) = page.segments().iter().find(matches) {
                 return Ok(Some(*entry));
             }
             // The page's largest timestamp is that of a segment below `from`.

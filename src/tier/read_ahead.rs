@@ -47,8 +47,8 @@ impl ReadAheadTracker {
     /// Removes and returns the reader that reads at `from` now: a sequential one with a wider window, or a new one with
     /// an empty window.
     pub(super) fn arrive(&mut self, from: Offset) -> SequentialReader {
-        let at = self.recent.iter().position(|reader| reader.next == from);
-        match at.and_then(|at| self.recent.remove(at)) {
+        let index = self.recent.iter().position(|reader| reader.next == from);
+        match index.and_then(|index| self.recent.remove(index)) {
             Some(reader) => SequentialReader { window: (reader.window * 2).clamp(1, MAX_CHUNKS), ..reader },
             None => SequentialReader { next: from, window: 0, requested: NO_POSITION, requested_before: NO_POSITION },
         }

@@ -37,7 +37,7 @@ use super::{
 use crate::model::{LeaderEpoch, Offset};
 
 /// Maximum number of footers that are read at the same time.
-const READS_AT_ONCE: usize = 8;
+const MAX_CONCURRENT_READS: usize = 8;
 
 /// Size of the first read at an object's end. Most footers are shorter.
 const TAIL_BYTES: u64 = 64 << 10;
@@ -149,12 +149,12 @@ impl PartitionTier {
             Some((stamp, object))
         });
         let (log_start, tiered_end) = (state.log_start, state.tiered_end);
-        let wanted = named.filter(|(stamp, _)| stamp.end > log_start && stamp.end <= tiered_end);
-        let reads = wanted.map(|(stamp, object)| async move {
+        let in_range = named.filter(|(stamp, _)| stamp.end > log_start && stamp.end <= tiered_end);
+        let reads = in_range.map(|(stamp, object)| async move {
             let name = object.object.clone();
             (name, self.candidate(stamp, object).await)
         });
-        let mut reads = stream::iter(reads).buffer_unordered(READS_AT_ONCE);
+        let mut reads = stream::iter(reads).buffer_unordered(MAX_CONCURRENT_READS);
         let (mut candidates, mut unusable) = (Vec::new(), Vec::new());
         while let Some((name, read)) = reads.next().await {
             match read {
@@ -179,9 +179,9 @@ impl PartitionTier {
         let start = usize::try_from(footer_bytes).ok().and_then(|bytes| tail.len().checked_sub(bytes));
         let start = start.ok_or_else(|| corrupt("the object is shorter than its footer".to_owned()))?;
         let footer = Footer::parse(&tail).map_err(|error| corrupt(error.to_string()))?;
-        let same = (footer.partition, footer.base, footer.end, footer.writer_epoch)
+        let matches_name = (footer.partition, footer.base, footer.end, footer.writer_epoch)
             == (self.id(), stamp.base, stamp.end, stamp.epoch);
-        if !same || footer.data_bytes + footer_bytes != object.bytes {
+        if !matches_name || footer.data_bytes + footer_bytes != object.bytes {
             return Err(corrupt("the footer does not match the name and the length of the object".to_owned()));
         }
         let entry = SegmentEntry {
@@ -197,6 +197,8 @@ impl PartitionTier {
         Ok(SegmentCandidate { entry, data_crc: footer.data_crc, epochs: footer.epochs })
     }
 
+    /// Returns the last `bytes` bytes of an object, or all of a shorter one. Returns no bytes if not even a trailer
+    /// fits.
     async fn tail(&self, object: &ObjectInfo, bytes: u64) -> Result<Bytes, TierStoreError> {
         if object.bytes < TRAILER_BYTES as u64 {
             return Ok(Bytes::new());
@@ -215,10 +217,12 @@ fn choose(state: TierState, candidates: Vec<SegmentCandidate>, unusable: Vec<(St
     let complete: Vec<&Chain> = if start == end {
         chains.get(&end).into_iter().flatten().collect()
     } else {
-        let holds = |chain: &&Chain| chain.first.is_some_and(|first| candidates[first].entry.stamp.end > start);
-        chains.range(..=start).flat_map(|(_, chains)| chains).filter(holds).collect()
+        let contains_start =
+            |chain: &&Chain| chain.first.is_some_and(|first| candidates[first].entry.stamp.end > start);
+        chains.range(..=start).flat_map(|(_, chains)| chains).filter(contains_start).collect()
     };
     let exact: Vec<&Chain> = complete.iter().copied().filter(|chain| chain.bytes == state.bytes).collect();
+    // With too many chains, one that differs may have been left out.
     let is_truncated = chains.values().any(|chains| chains.len() >= MAX_CHAINS);
     let (verdict, chain) = match (exact.as_slice(), complete.as_slice()) {
         ([only], _) if !is_truncated => (SurveyVerdict::Committed, Some(*only)),
@@ -236,17 +240,20 @@ fn choose(state: TierState, candidates: Vec<SegmentCandidate>, unusable: Vec<(St
 /// rest among the chains that start at the end of `first`.
 #[derive(Clone, Copy)]
 struct Chain {
+    /// `None` for the empty chain at the tiered end.
     first: Option<usize>,
     next: usize,
+    /// Bytes of batches in the chain.
     bytes: u64,
 }
 
 impl Chain {
+    /// Returns the segments of the chain, oldest first.
     fn entries(&self, chains: &BTreeMap<Offset, Vec<Self>>, candidates: &[SegmentCandidate]) -> Vec<SegmentEntry> {
-        let (mut entries, mut at) = (Vec::new(), *self);
-        while let Some(first) = at.first {
+        let (mut entries, mut chain) = (Vec::new(), *self);
+        while let Some(first) = chain.first {
             entries.push(candidates[first].entry);
-            at = chains[&candidates[first].entry.stamp.end][at.next];
+            chain = chains[&candidates[first].entry.stamp.end][chain.next];
         }
         entries
     }
@@ -256,26 +263,28 @@ impl Chain {
 /// first.
 fn find_chains(end: Offset, candidates: &[SegmentCandidate]) -> BTreeMap<Offset, Vec<Chain>> {
     let mut order: Vec<usize> = (0..candidates.len()).collect();
-    let key = |at: &usize| {
-        let stamp = candidates[*at].entry.stamp;
+    let key = |index: &usize| {
+        let stamp = candidates[*index].entry.stamp;
         (std::cmp::Reverse(stamp.base), std::cmp::Reverse(stamp.epoch), stamp.attempt)
     };
     order.sort_by_key(key);
     let mut chains = BTreeMap::from([(end, vec![Chain { first: None, next: 0, bytes: 0 }])]);
-    for at in order {
-        let one = &candidates[at];
-        let Some(following) = chains.get(&one.entry.stamp.end) else { continue };
-        let fits =
-            |(_, chain): &(usize, &Chain)| chain.first.is_none_or(|first| have_same_epochs(one, &candidates[first]));
-        let longer = following.iter().enumerate().filter(fits).map(|(next, chain)| Chain {
-            first: Some(at),
+    // Later offsets come first, so the chains that start at the end of a candidate are complete.
+    for index in order {
+        let candidate = &candidates[index];
+        let Some(following) = chains.get(&candidate.entry.stamp.end) else { continue };
+        let fits = |(_, chain): &(usize, &Chain)| {
+            chain.first.is_none_or(|first| have_same_epochs(candidate, &candidates[first]))
+        };
+        let extended = following.iter().enumerate().filter(fits).map(|(next, chain)| Chain {
+            first: Some(index),
             next,
-            bytes: chain.bytes.saturating_add(one.entry.data_bytes),
+            bytes: chain.bytes.saturating_add(candidate.entry.data_bytes),
         });
-        let longer: Vec<Chain> = longer.collect();
-        let here = chains.entry(one.entry.stamp.base).or_default();
-        here.extend(longer);
-        here.truncate(MAX_CHAINS);
+        let extended: Vec<Chain> = extended.collect();
+        let same_start = chains.entry(candidate.entry.stamp.base).or_default();
+        same_start.extend(extended);
+        same_start.truncate(MAX_CHAINS);
     }
     chains.retain(|_, chains| !chains.is_empty());
     chains
@@ -292,18 +301,19 @@ fn remove_duplicates(candidates: Vec<SegmentCandidate>, committed: LeaderEpoch) 
     });
     for candidate in sorted.into_iter().filter(|candidate| candidate.entry.stamp.epoch <= committed) {
         let base = candidate.entry.stamp.base;
-        let mut other = distinct.iter().rev().take_while(|other| other.entry.stamp.base == base);
-        if !other.any(|other| is_same(other, &candidate)) {
+        let mut same_base = distinct.iter().rev().take_while(|other| other.entry.stamp.base == base);
+        if !same_base.any(|other| has_same_records(other, &candidate)) {
             distinct.push(candidate);
         }
     }
     distinct
 }
 
-fn is_same(one: &SegmentCandidate, other: &SegmentCandidate) -> bool {
-    one.entry.stamp.end == other.entry.stamp.end
-        && (one.entry.data_bytes, one.data_crc) == (other.entry.data_bytes, other.data_crc)
-        && one.epochs == other.epochs
+/// Returns true if two objects with the same base hold the same records.
+fn has_same_records(a: &SegmentCandidate, b: &SegmentCandidate) -> bool {
+    a.entry.stamp.end == b.entry.stamp.end
+        && (a.entry.data_bytes, a.data_crc) == (b.entry.data_bytes, b.data_crc)
+        && a.epochs == b.epochs
 }
 
 /// Returns true if both footers contain the same leader epochs for the offsets of `before` that the epochs of `after`
@@ -314,24 +324,25 @@ fn have_same_epochs(before: &SegmentCandidate, after: &SegmentCandidate) -> bool
     if known_from >= end {
         return true;
     }
-    let changes = before.epochs.iter().chain(&after.epochs).map(|(_, first)| *first);
-    let mut offsets = changes.filter(|offset| (known_from..end).contains(offset)).chain([known_from]);
+    // The epoch is constant between two epoch starts, so a comparison at these offsets is sufficient.
+    let starts = before.epochs.iter().chain(&after.epochs).map(|(_, first)| *first);
+    let mut offsets = starts.filter(|offset| (known_from..end).contains(offset)).chain([known_from]);
     offsets.all(|offset| epoch_of(&before.epochs, offset) == epoch_of(&after.epochs, offset))
 }
 
 /// Returns the parts of a range that no object covers.
 fn find_gaps(start: Offset, end: Offset, candidates: &[SegmentCandidate]) -> Vec<(Offset, Offset)> {
-    let mut stamps: Vec<&ObjectId> = candidates.iter().map(|one| &one.entry.stamp).collect();
+    let mut stamps: Vec<&ObjectId> = candidates.iter().map(|candidate| &candidate.entry.stamp).collect();
     stamps.sort_by_key(|stamp| stamp.base);
-    let (mut missing, mut reached) = (Vec::new(), start);
+    let (mut missing, mut covered_end) = (Vec::new(), start);
     for stamp in stamps {
-        if stamp.base > reached {
-            missing.push((reached, stamp.base.min(end)));
+        if stamp.base > covered_end {
+            missing.push((covered_end, stamp.base.min(end)));
         }
-        reached = reached.max(stamp.end);
+        covered_end = covered_end.max(stamp.end);
     }
-    if reached < end {
-        missing.push((reached, end));
+    if covered_end < end {
+        missing.push((covered_end, end));
     }
     missing
 }

@@ -50,6 +50,7 @@ pub(super) struct IncompleteUpload {
 }
 
 impl S3Admin {
+    /// Creates the client for the bucket and prefix of the options. Sends no request to the bucket.
     pub(super) async fn connect(options: &ObjectStoreOptions) -> Result<Self, ObjectStoreOptionsError> {
         let Some(rest) = options.url.strip_prefix("s3://").or_else(|| options.url.strip_prefix("s3a://")) else {
             return Err(ObjectStoreOptionsError::Url { url: options.url.clone() });
@@ -98,8 +99,8 @@ impl S3Admin {
         Box::pin(async move {
             match response.await {
                 Ok(response) => response.map_err(|error| match error.raw_response() {
-                    Some(_) => text(&error),
-                    None => self.at_endpoint(&text(&error)),
+                    Some(_) => error_text(&error),
+                    None => self.at_endpoint(&error_text(&error)),
                 }),
                 Err(_) => Err(self.at_endpoint(&format!("no response within {:?}", self.timeout))),
             }
@@ -116,14 +117,14 @@ impl S3Admin {
     /// The request lists the complete bucket: for a prefix, MinIO returns only uploads of exactly that key. (After a
     /// restart, MinIO also omits the uploads from before it, but aborts an upload that is a day old by itself.)
     pub(super) async fn uploads(&self) -> Result<Vec<IncompleteUpload>, String> {
-        let below = self.key("");
+        let prefix = self.key("");
         let (mut uploads, mut key, mut id) = (Vec::new(), None::<String>, None::<String>);
         for _ in 0..UPLOAD_PAGES {
             let list = self.client.list_multipart_uploads().bucket(&self.bucket);
             let page = self.request(list.set_key_marker(key.take()).set_upload_id_marker(id.take()).send()).await?;
             uploads.extend(page.uploads().iter().filter_map(|upload| {
                 Some(IncompleteUpload {
-                    object: upload.key()?.strip_prefix(&below)?.to_owned(),
+                    object: upload.key()?.strip_prefix(&prefix)?.to_owned(),
                     id: upload.upload_id()?.to_owned(),
                     started_ms: upload.initiated().and_then(|time| time.to_millis().ok()),
                 })
@@ -143,7 +144,7 @@ impl S3Admin {
         let abort = abort.key(self.key(&upload.object)).upload_id(&upload.id).send();
         match Box::pin(tokio::time::timeout(self.timeout, abort)).await {
             Ok(Err(error)) if error.code() == Some("NoSuchUpload") => Ok(()),
-            Ok(response) => response.map(drop).map_err(|error| text(&error)),
+            Ok(response) => response.map(drop).map_err(|error| error_text(&error)),
             Err(_) => Err(format!("no response within {:?}", self.timeout)),
         }
     }
@@ -172,11 +173,11 @@ impl StoreProbe for S3Admin {
         let response = Box::pin(tokio::time::timeout(self.timeout, put.if_none_match("*").send())).await;
         let Ok(response) = response else { return Err(format!("no response within {:?}", self.timeout)) };
         match response {
-            Ok(_) => Ok(ConditionalPutResult::Yes),
+            Ok(_) => Ok(ConditionalPutResult::Written),
             Err(error) => match error.raw_response().map(|response| response.status().as_u16()) {
                 Some(409 | 412) => Ok(ConditionalPutResult::Exists),
-                Some(400 | 501) => Ok(ConditionalPutResult::NotKnown(text(&error))),
-                _ => Err(text(&error)),
+                Some(400 | 501) => Ok(ConditionalPutResult::Unsupported(error_text(&error))),
+                _ => Err(error_text(&error)),
             },
         }
     }
@@ -210,16 +211,16 @@ impl StoreProbe for S3Admin {
         let (bucket, key) = (&self.bucket, self.key(key));
         let created = self.request(self.client.create_multipart_upload().bucket(bucket).key(&key).send()).await?;
         let id = created.upload_id().ok_or("the store returned no upload id")?;
-        let mut done = CompletedMultipartUpload::builder();
+        let mut completed = CompletedMultipartUpload::builder();
         for (number, part) in (1..).zip(parts) {
             let put = self.client.upload_part().bucket(bucket).key(&key).upload_id(id).part_number(number);
             let sent = self.request(put.body(ByteStream::from(part)).send()).await?;
             let part = CompletedPart::builder().part_number(number).set_e_tag(sent.e_tag().map(str::to_owned));
             let part = part.set_checksum_crc32(sent.checksum_crc32().map(str::to_owned));
-            done = done.parts(part.build());
+            completed = completed.parts(part.build());
         }
         let complete = self.client.complete_multipart_upload().bucket(bucket).key(&key).upload_id(id);
-        self.request(complete.multipart_upload(done.build()).send()).await.map(drop)
+        self.request(complete.multipart_upload(completed.build()).send()).await.map(drop)
     }
 }
 
@@ -236,7 +237,7 @@ fn describe_causes(error: &dyn std::error::Error) -> String {
 }
 
 /// Returns the service's error message, or the cause if there was no response.
-fn text<E>(error: &SdkError<E>) -> String
+fn error_text<E>(error: &SdkError<E>) -> String
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,
 {

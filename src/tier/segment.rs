@@ -105,15 +105,18 @@ pub(super) struct SegmentBatches {
     source: SegmentSource,
     epochs: Vec<(LeaderEpoch, Offset)>,
     /// True after a read has reached the end of the file.
-    read_whole: bool,
+    at_file_end: bool,
     /// Bytes that were read from the file and not yet split into batches.
     unchecked: Bytes,
     /// Position of `unchecked` in the file.
     position: u64,
+    /// Expected base offset of the next batch.
     next: Offset,
+    /// Leader epoch of the last batch.
     epoch: LeaderEpoch,
+    /// Builder of the footer; `None` before the first kept batch.
     builder: Option<FooterBuilder>,
-    from: SkippedPrefix,
+    skipped: SkippedPrefix,
 }
 
 /// The front part of a segment that is left out.
@@ -128,21 +131,22 @@ pub(super) struct SkippedPrefix {
 }
 
 impl SegmentBatches {
-    pub(super) fn of(source: &SegmentSource, from: SkippedPrefix) -> Result<Self, SegmentSourceError> {
-        let (expected, base, end) = (from.offset, source.base(), source.end());
+    /// Creates a reader. Fails if the segment does not contain the offset at which the history continues.
+    pub(super) fn of(source: &SegmentSource, skipped: SkippedPrefix) -> Result<Self, SegmentSourceError> {
+        let (expected, base, end) = (skipped.offset, source.base(), source.end());
         if base > expected || end <= expected {
             return Err(SegmentSourceError::NotContiguous { expected, base, end });
         }
         Ok(Self {
             source: source.clone(),
             epochs: source.epochs(),
-            read_whole: false,
+            at_file_end: false,
             unchecked: Bytes::new(),
             position: 0,
             next: base,
             epoch: LeaderEpoch(0),
             builder: None,
-            from,
+            skipped,
         })
     }
 
@@ -150,12 +154,12 @@ impl SegmentBatches {
     /// complete segment has passed the checks.
     pub(super) async fn next(&mut self) -> Result<Option<VecDeque<Bytes>>, SegmentSourceError> {
         loop {
-            let before = self.unchecked.clone();
+            let unchecked_bytes = self.unchecked.len();
             let kept = self.take_batches()?;
             if !kept.is_empty() {
                 return Ok(Some(kept));
             }
-            if before.len() == self.unchecked.len() && !self.read().await? {
+            if unchecked_bytes == self.unchecked.len() && !self.read().await? {
                 return self.finish().map(|()| None);
             }
         }
@@ -173,30 +177,30 @@ impl SegmentBatches {
 
     /// Reads the next piece of the file. Returns false at the end of the file.
     async fn read(&mut self) -> Result<bool, SegmentSourceError> {
-        if self.read_whole {
+        if self.at_file_end {
             return Ok(false);
         }
         let needed = Batch::framed_len(&self.unchecked).unwrap_or(0);
         let rest = std::mem::take(&mut self.unchecked);
-        let at = self.position + rest.len() as u64;
+        let position = self.position + rest.len() as u64;
         // Reads one byte more than the log recorded, to detect a file that is too long. A corrupt batch length
         // allocates no more than that.
-        let left = self.source.bytes().saturating_sub(at).saturating_add(1);
-        let left = usize::try_from(left).unwrap_or(usize::MAX);
-        let max_bytes = PIECE_BYTES.max(needed.saturating_sub(rest.len())).min(left);
+        let remaining = self.source.bytes().saturating_sub(position).saturating_add(1);
+        let remaining = usize::try_from(remaining).unwrap_or(usize::MAX);
+        let max_bytes = PIECE_BYTES.max(needed.saturating_sub(rest.len())).min(remaining);
         let segment = Arc::clone(&self.source.segment);
         let (buffer, read) = task::run_blocking(move || {
             let mut buffer = BytesMut::with_capacity(rest.len() + max_bytes);
             buffer.extend_from_slice(&rest);
             buffer.resize(rest.len() + max_bytes, 0);
-            let read = segment.read_at(&mut buffer[rest.len()..], at);
+            let read = segment.read_at(&mut buffer[rest.len()..], position);
             buffer.truncate(rest.len() + *read.as_ref().unwrap_or(&0));
             (buffer, read)
         })
         .await;
         let read = read.map_err(|error| SegmentSourceError::Io { path: self.source.path().to_owned(), error })?;
         self.unchecked = buffer.freeze();
-        self.read_whole = read == 0;
+        self.at_file_end = read == 0;
         Ok(read > 0)
     }
 
@@ -241,14 +245,16 @@ impl SegmentBatches {
         Ok(())
     }
 
+    /// Adds a batch to the footer. Returns false for a batch of the skipped prefix, which is left out. Fails if the
+    /// first kept batch leaves a gap or, unless `SkippedPrefix::inside` is set, overlaps the history.
     fn keep(&mut self, batch: &Batch) -> Result<bool, SegmentSourceError> {
-        if batch.end_offset() <= self.from.offset {
+        if batch.end_offset() <= self.skipped.offset {
             return Ok(false);
         }
         if self.builder.is_none() {
             let base = batch.base_offset();
-            if base != self.from.offset && !self.from.inside {
-                let (expected, end) = (self.from.offset, self.source.end());
+            if base != self.skipped.offset && !self.skipped.inside {
+                let (expected, end) = (self.skipped.offset, self.source.end());
                 return Err(SegmentSourceError::NotContiguous { expected, base, end });
             }
             let (from, bytes, epochs) = (&self.from, self.source.bytes(), self.epochs.clone());
@@ -258,6 +264,8 @@ impl SegmentBatches {
         Ok(true)
     }
 
+    /// Checks at the end of the file that no bytes are left, and that offset and length are those that the log
+    /// recorded.
     fn finish(&self) -> Result<(), SegmentSourceError> {
         if !self.unchecked.is_empty() {
             let (needed, available) = (Batch::framed_len(&self.unchecked).unwrap_or(61), self.unchecked.len());

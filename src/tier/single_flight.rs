@@ -11,7 +11,7 @@ use crate::task::Tasks;
 
 type Outcome<V> = Option<Result<V, TierReadError>>;
 
-/// In-flight requests by the key of the fetched object.
+/// In-flight requests by the key of the fetched object. The callers of a request wait for its outcome on a channel.
 #[derive(Debug)]
 pub(super) struct SingleFlight<K, V> {
     in_flight: Mutex<BTreeMap<K, Arc<watch::Sender<Outcome<V>>>>>,
@@ -65,6 +65,7 @@ where
         }
     }
 
+    /// Runs `load` as a task, and sends its result to all callers.
     fn spawn<F>(self: &Arc<Self>, tasks: &Tasks, key: K, sender: Arc<watch::Sender<Outcome<V>>>, load: F)
     where
         F: Future<Output = Result<V, TierReadError>> + Send + 'static,
@@ -77,7 +78,8 @@ where
         });
     }
 
-    /// Returns true if every caller has left. The request is then removed, so the next caller starts another one.
+    /// Returns true if no caller waits for the request. The request is then removed, so the next caller starts another
+    /// one.
     pub(super) fn is_abandoned(&self, key: K) -> bool {
         let mut in_flight = self.in_flight.lock();
         let abandoned = in_flight.get(&key).is_none_or(|sender| sender.receiver_count() == 0);
@@ -87,6 +89,7 @@ where
         abandoned
     }
 
+    /// Removes the request of `sender`. A later request for the same key stays.
     fn remove(&self, key: K, sender: &Arc<watch::Sender<Outcome<V>>>) {
         let mut in_flight = self.in_flight.lock();
         if in_flight.get(&key).is_some_and(|current| Arc::ptr_eq(current, sender)) {
@@ -105,12 +108,12 @@ mod tests {
     #[tokio::test]
     async fn request_continues_without_caller_and_next_one_joins() {
         let (flights, tasks) = (Arc::new(SingleFlight::<u32, u32>::default()), Tasks::new());
-        let (land, landing) = oneshot::channel();
-        let load = || async move { Ok(landing.await.expect("the request completes")) };
+        let (finish, finished) = oneshot::channel();
+        let load = || async move { Ok(finished.await.expect("the request completes")) };
         assert!(flights.join(&tasks, 1, load).now_or_never().is_none(), "the caller leaves");
-        let again = flights.join(&tasks, 1, || async { unreachable!("a request is in flight") });
-        let (joined, ()) = tokio::join!(again, async {
-            land.send(7).expect("the request continues");
+        let second_call = flights.join(&tasks, 1, || async { unreachable!("a request is in flight") });
+        let (joined, ()) = tokio::join!(second_call, async {
+            finish.send(7).expect("the request continues");
         });
         assert!(matches!(joined, (Ok(7), true)));
         assert!(flights.in_flight.lock().is_empty());
@@ -121,15 +124,15 @@ mod tests {
     #[tokio::test]
     async fn abandoned_request_does_not_end_the_one_after_it() {
         let (flights, tasks) = (Arc::new(SingleFlight::<u32, u32>::default()), Tasks::new());
-        let (land, landing) = oneshot::channel::<u32>();
-        let first = || async move { Ok(landing.await.expect("the request completes")) };
+        let (finish, finished) = oneshot::channel::<u32>();
+        let first = || async move { Ok(finished.await.expect("the request completes")) };
         assert!(flights.join(&tasks, 1, first).now_or_never().is_none());
         assert!(flights.is_abandoned(1));
         let (second, pending) = oneshot::channel::<u32>();
         let load = || async move { Ok(pending.await.expect("the request completes")) };
         let mut waiting = Box::pin(flights.join(&tasks, 1, load));
         assert!(waiting.as_mut().now_or_never().is_none());
-        land.send(1).expect("the request continues");
+        finish.send(1).expect("the request continues");
         tokio::task::yield_now().await;
         assert!(!flights.is_abandoned(1), "the second request is in flight");
         second.send(2).expect("the request continues");

@@ -37,6 +37,7 @@ impl TierState {
         if self.manifest.is_some() { self.tiered_end } else { Offset::ZERO }
     }
 
+    /// Returns the state that makes `root`, with this name, the current manifest.
     pub(super) fn of(root: &ManifestRoot, name: ManifestName) -> Self {
         Self {
             manifest: Some(name),
@@ -51,13 +52,13 @@ impl TierState {
     /// written.
     pub(super) fn agrees(&self, root: &ManifestRoot) -> bool {
         self.manifest.is_some_and(|name| {
-            let of_root = (root.version(), root.epoch(), root.end());
+            let identity = (root.version(), root.epoch(), root.end());
             let is_consistent = if self.is_ahead_of(root) {
                 root.bytes() >= self.bytes
             } else {
                 root.log_start() == self.log_start.min(self.tiered_end) && root.bytes() == self.bytes
             };
-            of_root == (name.version, name.epoch, self.tiered_end) && is_consistent
+            identity == (name.version, name.epoch, self.tiered_end) && is_consistent
         })
     }
 

@@ -138,7 +138,8 @@ impl TierStore {
         self.inner.outages.wait_until_available().await;
     }
 
-    /// Runs the request of a reader. Fails at once if an outage is or becomes confirmed, so that the reader does not wait.
+    /// Runs the request of a reader. Fails at once if an outage is or becomes confirmed, so that the reader does not
+    /// wait.
     pub(super) async fn while_available<T>(
         &self,
         object: &str,
@@ -210,7 +211,7 @@ impl TierStore {
     /// Returns the error for an object that the store does not contain. The error stays `NotFound` only if the cluster
     /// marker exists. Otherwise the complete store is missing, as after an unmount, and the error is `Unavailable`.
     async fn missing_error(&self, missing: TierStoreError, object: &str) -> TierStoreError {
-        if !self.is_expected() {
+        if !self.must_have_marker() {
             return missing;
         }
         match self.bind().await {
@@ -406,8 +407,8 @@ impl TierStore {
         }
     }
 
-    /// Sends probes until the store responds: requests for the small cluster marker, one at a time. Reports each outcome
-    /// to the outage tracker.
+    /// Sends probes until the store responds: requests for the small cluster marker, one at a time. Reports each
+    /// outcome to the outage tracker.
     async fn probe(&self) {
         let path = self.path(name::CLUSTER);
         while let Some(pause) = self.inner.outages.next_probe() {

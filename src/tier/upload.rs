@@ -35,10 +35,10 @@ use crate::{
 const PART_BYTES: usize = 8 << 20;
 
 /// Maximum bytes of batches that are uploaded with one request.
-const SINGLE_BYTES: u64 = 2 * PART_BYTES as u64;
+const MAX_SINGLE_PUT_BYTES: u64 = 2 * PART_BYTES as u64;
 
 /// Maximum number of parts of one segment in flight.
-const PARTS_AT_ONCE: usize = 4;
+const MAX_SEGMENT_PARTS_IN_FLIGHT: usize = 4;
 
 /// Maximum size of one read of the verification.
 const READ_BACK_BYTES: u64 = 8 << 20;
@@ -87,19 +87,20 @@ impl UploadError {
     }
 }
 
-/// Uploads the part of `source` that is not in the object store yet, and verifies it.
+/// Uploads the part of `source` that is not in the object store yet, and verifies it. Failed attempts are repeated
+/// until `ObjectStoreOptions::retry_for` has passed.
 pub(super) async fn segment(
     store: &TierStore,
     source: &SegmentSource,
-    from: SkippedPrefix,
+    skipped: SkippedPrefix,
 ) -> Result<SegmentEntry, UploadError> {
-    let mut last_try: Option<SegmentEntry> = None;
-    let mut attempt = UploadAttempt::new(store, source, from);
+    let mut last_sent: Option<SegmentEntry> = None;
+    let mut upload = SegmentUpload::new(store, source, skipped);
     let mut pauses = backon::BackoffBuilder::build(store.pauses());
     let (began, retry_for) = (clock::monotonic(), store.options().retry_for);
     loop {
-        let tried = store.tasks().run_until_cancelled(attempt.run(&mut last_try)).await;
-        let error = match tried.ok_or(TierStoreError::Stopped)? {
+        let result = store.tasks().run_until_cancelled(upload.try_once(&mut last_sent)).await;
+        let error = match result.ok_or(TierStoreError::Stopped)? {
             Ok(entry) => return Ok(entry),
             Err(error) => error,
         };
@@ -113,32 +114,35 @@ pub(super) async fn segment(
 }
 
 /// One upload with all its attempts.
-struct UploadAttempt<'a> {
+struct SegmentUpload<'a> {
     store: &'a TierStore,
     source: &'a SegmentSource,
-    from: SkippedPrefix,
-    name: uuid::Uuid,
+    skipped: SkippedPrefix,
+    /// UUID in the name of the object, which all attempts share.
+    uuid: uuid::Uuid,
 }
 
-/// The object that one attempt sent.
-struct UploadedObject {
+/// The object that one attempt sent. After an error the object may exist, because only the response may be lost.
+struct SentObject {
     entry: SegmentEntry,
     outcome: Result<(), TierStoreError>,
 }
 
-impl<'a> UploadAttempt<'a> {
-    fn new(store: &'a TierStore, source: &'a SegmentSource, from: SkippedPrefix) -> Self {
-        Self { store, source, from, name: random::uuid() }
+impl<'a> SegmentUpload<'a> {
+    fn new(store: &'a TierStore, source: &'a SegmentSource, skipped: SkippedPrefix) -> Self {
+        Self { store, source, skipped, uuid: random::uuid() }
     }
 
-    async fn run(&mut self, last_try: &mut Option<SegmentEntry>) -> Result<SegmentEntry, UploadError> {
-        if let Some(entry) = last_try.take()
+    /// Makes one attempt: sends the object and verifies it. `last_sent` is the object of the last attempt: if that
+    /// object passes the verification now, nothing is sent.
+    async fn try_once(&mut self, last_sent: &mut Option<SegmentEntry>) -> Result<SegmentEntry, UploadError> {
+        if let Some(entry) = last_sent.take()
             && self.verify(&entry).await.is_ok()
         {
             return Ok(entry);
         }
         let sent = self.send().await?;
-        *last_try = Some(sent.entry);
+        *last_sent = Some(sent.entry);
         if mutant!(TreatFailedPutAsDone) {
             return Ok(sent.entry);
         }
@@ -149,11 +153,11 @@ impl<'a> UploadAttempt<'a> {
         Ok(sent.entry)
     }
 
-    /// Streams the segment to the store.
-    async fn send(&self) -> Result<UploadedObject, UploadError> {
-        let mut batches = SegmentBatches::of(self.source, self.from)?;
+    /// Sends the segment to the store: a small one with one request, a large one in parts.
+    async fn send(&self) -> Result<SentObject, UploadError> {
+        let mut batches = SegmentBatches::of(self.source, self.skipped)?;
         let mut parts = PartBuffer::default();
-        while parts.len() as u64 <= SINGLE_BYTES {
+        while parts.len() as u64 <= MAX_SINGLE_PUT_BYTES {
             match batches.next().await? {
                 Some(pieces) => parts.extend(pieces),
                 None => return self.send_whole(batches, parts).await,
@@ -168,7 +172,7 @@ impl<'a> UploadAttempt<'a> {
         match self.send_parts(&mut multipart, batches, parts).await {
             Ok(entry) => {
                 let outcome = multipart.complete().await;
-                Ok(UploadedObject { entry, outcome })
+                Ok(SentObject { entry, outcome })
             }
             Err(error) => {
                 multipart.abort().await;
@@ -177,7 +181,8 @@ impl<'a> UploadAttempt<'a> {
         }
     }
 
-    async fn send_whole(&self, batches: SegmentBatches, mut parts: PartBuffer) -> Result<UploadedObject, UploadError> {
+    /// Sends a segment that `parts` holds completely, with one request.
+    async fn send_whole(&self, batches: SegmentBatches, mut parts: PartBuffer) -> Result<SentObject, UploadError> {
         let entry = self.append_footer(batches, &mut parts);
         let object = self.object(&entry.stamp);
         let path = self.store.path(&object);
@@ -188,9 +193,11 @@ impl<'a> UploadAttempt<'a> {
             if mutant!(TreatFailedPutAsDone) { Ok(()) } else { result }
         };
         let outcome = self.store.retry(&object, put).await;
-        Ok(UploadedObject { entry, outcome })
+        Ok(SentObject { entry, outcome })
     }
 
+    /// Sends `parts`, the rest of the batches and the footer as parts of a multipart upload. Does not complete the
+    /// upload.
     async fn send_parts(
         &self,
         multipart: &mut MultipartUpload<'_>,
@@ -214,6 +221,8 @@ impl<'a> UploadAttempt<'a> {
         Ok(entry)
     }
 
+    /// Appends the footer of a segment whose batches are all in `parts` or sent. Returns the manifest entry of the
+    /// object.
     fn append_footer(&self, batches: SegmentBatches, parts: &mut PartBuffer) -> SegmentEntry {
         let footer = batches.into_footer().finish(self.source.producers());
         let encoded = footer.encode();
@@ -230,14 +239,14 @@ impl<'a> UploadAttempt<'a> {
     }
 
     fn stamp(&self, base: crate::model::Offset) -> ObjectId {
-        ObjectId { base, end: self.source.end(), epoch: self.from.writer_epoch, attempt: self.name }
+        ObjectId { base, end: self.source.end(), epoch: self.skipped.writer_epoch, attempt: self.uuid }
     }
 
     fn object(&self, stamp: &ObjectId) -> String {
-        format!("{}/{}", partition_folder(self.from.partition), stamp.segment())
+        format!("{}/{}", partition_folder(self.skipped.partition), stamp.segment())
     }
 
-    /// Checks that the object exists and has every byte that was sent.
+    /// Checks that the object exists and has every byte that was sent: reads all of it and compares length and CRC-32C.
     async fn verify(&self, entry: &SegmentEntry) -> Result<(), UploadError> {
         let object = self.object(&entry.stamp);
         let mismatch = |reason: String| UploadError::Mismatch { object: object.clone(), reason };
@@ -245,19 +254,21 @@ impl<'a> UploadAttempt<'a> {
             Err(TierStoreError::NotFound { .. }) => {
                 return Err(mismatch("the object is missing after its write".to_owned()));
             }
-            found => found?,
+            length => length?,
         };
         if bytes != entry.object_bytes() {
             return Err(mismatch(format!("the object has {bytes} bytes instead of {}", entry.object_bytes())));
         }
-        let (mut at, mut crc, mut tail) = (0, 0, Bytes::new());
-        while at < bytes {
-            let end = if at < entry.data_bytes { entry.data_bytes.min(at + READ_BACK_BYTES) } else { bytes };
-            tail = self.store.read_back(&object, at..end).await?;
-            crc = crc32c::crc32c_append(crc, &tail);
-            at = end;
+        // The last piece is exactly the footer.
+        let (mut position, mut crc, mut piece) = (0, 0, Bytes::new());
+        while position < bytes {
+            let end =
+                if position < entry.data_bytes { entry.data_bytes.min(position + READ_BACK_BYTES) } else { bytes };
+            piece = self.store.read_back(&object, position..end).await?;
+            crc = crc32c::crc32c_append(crc, &piece);
+            position = end;
         }
-        super::footer::Footer::parse(&tail).map_err(|error| mismatch(error.to_string()))?;
+        super::footer::Footer::parse(&piece).map_err(|error| mismatch(error.to_string()))?;
         if crc != entry.crc {
             return Err(mismatch(format!("the CRC-32C is {crc:#010x} instead of {:#010x}", entry.crc)));
         }
@@ -284,17 +295,17 @@ impl PartBuffer {
         }
     }
 
-    /// Removes and returns the first `most` bytes.
+    /// Removes and returns the first `max_bytes` bytes, or all if there are fewer.
     fn take(&mut self, max_bytes: usize) -> PutPayload {
-        let (mut taken, mut left) = (Vec::new(), max_bytes.min(self.bytes));
-        self.bytes -= left;
-        while left > 0 {
+        let (mut taken, mut remaining) = (Vec::new(), max_bytes.min(self.bytes));
+        self.bytes -= remaining;
+        while remaining > 0 {
             let piece = self.pieces.front_mut().expect("the pieces have `bytes` bytes");
-            if piece.len() > left {
-                taken.push(piece.split_to(left));
+            if piece.len() > remaining {
+                taken.push(piece.split_to(remaining));
                 break;
             }
-            left -= piece.len();
+            remaining -= piece.len();
             taken.extend(self.pieces.pop_front());
         }
         taken.into_iter().collect()
@@ -303,6 +314,7 @@ impl PartBuffer {
 
 type PartFuture = futures::future::BoxFuture<'static, object_store::Result<()>>;
 
+/// A multipart upload of one segment object.
 struct MultipartUpload<'a> {
     store: &'a TierStore,
     object: &'a str,
@@ -311,8 +323,10 @@ struct MultipartUpload<'a> {
 }
 
 impl MultipartUpload<'_> {
+    /// Starts to send the next part. Waits first while too many parts are in flight. Fails if an earlier part has
+    /// failed.
     async fn put(&mut self, payload: PutPayload) -> Result<(), UploadError> {
-        while self.in_flight.len() >= PARTS_AT_ONCE {
+        while self.in_flight.len() >= MAX_SEGMENT_PARTS_IN_FLIGHT {
             self.wait_for_part().await?;
         }
         // Parts of this upload must complete while it waits for permits that other uploads hold.
@@ -333,6 +347,7 @@ impl MultipartUpload<'_> {
         Ok(())
     }
 
+    /// Waits until one part in flight has been sent. Fails if that part failed, or after twice the request timeout.
     async fn wait_for_part(&mut self) -> Result<(), UploadError> {
         let sent = tokio::time::timeout(self.store.options().request_timeout * 2, self.in_flight.next()).await;
         match sent {
@@ -344,6 +359,7 @@ impl MultipartUpload<'_> {
         }
     }
 
+    /// Converts the result of a part; `None` if no part was in flight.
     fn on_part_sent(&self, sent: Option<object_store::Result<()>>) -> Result<(), UploadError> {
         match sent {
             Some(Err(error)) => Err(TierStoreError::new(self.object, &error).into()),
@@ -351,6 +367,7 @@ impl MultipartUpload<'_> {
         }
     }
 
+    /// Waits until all parts have been sent.
     async fn drain(&mut self) -> Result<(), UploadError> {
         while !self.in_flight.is_empty() {
             self.wait_for_part().await?;
@@ -358,9 +375,10 @@ impl MultipartUpload<'_> {
         Ok(())
     }
 
+    /// Completes the upload, so that the object exists. After an error, the outcome is unknown.
     async fn complete(&mut self) -> Result<(), TierStoreError> {
-        let done = tokio::time::timeout(self.store.options().request_timeout * 2, self.upload.complete()).await;
-        match done {
+        let response = tokio::time::timeout(self.store.options().request_timeout * 2, self.upload.complete()).await;
+        match response {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) => Err(as_unknown(TierStoreError::new(self.object, &error))),
             Err(_) => {
@@ -370,7 +388,8 @@ impl MultipartUpload<'_> {
         }
     }
 
-    /// Aborts a failed upload, so that the store frees its parts. If the abort fails, `uploads` repeats it later.
+    /// Aborts a failed upload, so that the store frees its parts. If the abort fails, garbage collection repeats it
+    /// later.
     async fn abort(&mut self) {
         self.in_flight.clear();
         let aborted = tokio::time::timeout(self.store.options().request_timeout, self.upload.abort()).await;
@@ -391,7 +410,7 @@ fn as_unknown(error: TierStoreError) -> TierStoreError {
         TierStoreError::Denied { object, reason } | TierStoreError::Unsupported { object, reason } => {
             TierStoreError::Unavailable { object, reason }
         }
-        other => other,
+        error => error,
     }
 }
 

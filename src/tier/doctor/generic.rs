@@ -46,10 +46,10 @@ impl StoreProbe for GenericProbe {
         let path = self.path(key);
         let put = async {
             match self.objects.put_opts(&path, PutPayload::from_bytes(body), PutMode::Create.into()).await {
-                Ok(_) => Ok(ConditionalPutResult::Yes),
+                Ok(_) => Ok(ConditionalPutResult::Written),
                 Err(E::AlreadyExists { .. } | E::Precondition { .. }) => Ok(ConditionalPutResult::Exists),
                 Err(error @ (E::NotImplemented { .. } | E::NotSupported { .. })) => {
-                    Ok(ConditionalPutResult::NotKnown(reason(&error)))
+                    Ok(ConditionalPutResult::Unsupported(reason(&error)))
                 }
                 Err(error) => Err(error),
             }

@@ -75,6 +75,7 @@ pub async fn examine(options: &ObjectStoreOptions) -> Result<Vec<StoreCheck>, Ob
     Ok(checks)
 }
 
+/// Returns a check of a capability that a broker needs. The result is the observation or the failure.
 fn check(name: &'static str, result: Result<String, String>, meaning: &'static str) -> StoreCheck {
     let (outcome, detail) = match result {
         Ok(detail) => (CheckOutcome::Pass, detail),
@@ -101,6 +102,7 @@ const NEEDED: [(&str, &str); 5] = [
     ("delete", "Without deletes, retention frees no space in the object store."),
 ];
 
+/// Runs the checks that every kind of store has. If the put fails, the other checks are skipped.
 async fn run(probe: &impl StoreProbe, folder: &str) -> Vec<StoreCheck> {
     let written = put(probe, folder).await;
     let reachable = written.is_ok();
@@ -132,11 +134,12 @@ async fn put(probe: &impl StoreProbe, folder: &str) -> Result<String, String> {
 async fn ranged_get(probe: &impl StoreProbe, folder: &str) -> Result<String, String> {
     let content = pattern(4096);
     for range in [0..4096, 0..1, 100..1100, 4000..4096] {
-        let got = probe.get(&format!("{folder}/small"), range.clone()).await?;
-        if Some(&got[..])
+        let received = probe.get(&format!("{folder}/small"), range.clone()).await?;
+        if Some(&received[..])
             != content.get(usize::try_from(range.start).unwrap_or(0)..usize::try_from(range.end).unwrap_or(0))
         {
-            return Err(format!("bytes {}..{} were returned as {} different bytes", range.start, range.end, got.len()));
+            let (start, end) = (range.start, range.end);
+            return Err(format!("bytes {start}..{end} were returned as {} different bytes", received.len()));
         }
     }
     Ok("four ranges were returned as written".to_owned())
@@ -172,12 +175,12 @@ async fn multipart(probe: &impl StoreProbe, folder: &str) -> Result<String, Stri
     let (first, last) = (pattern(PART_BYTES), pattern(1000));
     probe.multipart(&key, vec![first.clone(), last.clone()]).await?;
     let bytes = probe.head(&key).await?.0;
-    let edge = PART_BYTES as u64;
-    if bytes != edge + 1000 {
+    let boundary = PART_BYTES as u64;
+    if bytes != boundary + 1000 {
         return Err(format!("parts of {PART_BYTES} and 1000 bytes became an object of {bytes} bytes"));
     }
-    let got = probe.get(&key, edge - 10..edge + 10).await?;
-    if got[..] != [&first[PART_BYTES - 10..], &last[..10]].concat() {
+    let received = probe.get(&key, boundary - 10..boundary + 10).await?;
+    if received[..] != [&first[PART_BYTES - 10..], &last[..10]].concat() {
         return Err("the bytes at the boundary of two parts differ from what was written".to_owned());
     }
     Ok("two parts became one object".to_owned())
@@ -195,23 +198,25 @@ async fn delete(probe: &impl StoreProbe, folder: &str) -> Result<String, String>
 const CONDITIONAL: &str =
     "Strandline uses conditional puts if the store supports them, and is equally safe without them.";
 
+/// Checks conditional puts: one on an existing object, and several concurrent ones on a new object. A broker works
+/// without them, so these checks never fail.
 async fn check_conditional_puts(probe: &impl StoreProbe, folder: &str) -> (StoreCheck, StoreCheck) {
     let sequential = match probe.put_new(&format!("{folder}/small"), pattern(10)).await {
         Ok(ConditionalPutResult::Exists) => {
             (CheckOutcome::Pass, "a put with If-None-Match on an existing object was refused".to_owned())
         }
-        Ok(ConditionalPutResult::Yes) => {
+        Ok(ConditionalPutResult::Written) => {
             let detail = "the condition is silently ignored: an existing object was overwritten";
             (CheckOutcome::Unsupported, detail.to_owned())
         }
-        Ok(ConditionalPutResult::NotKnown(reason)) | Err(reason) => (CheckOutcome::Unsupported, reason),
+        Ok(ConditionalPutResult::Unsupported(reason)) | Err(reason) => (CheckOutcome::Unsupported, reason),
     };
     let works = sequential.0 == CheckOutcome::Pass;
     let concurrent = if works {
         let key = format!("{folder}/race");
         let puts = (0..MAX_CONCURRENT_REQUESTS).map(|_| probe.put_new(&key, pattern(10)));
         let responses = futures::future::join_all(puts).await;
-        let created = responses.iter().filter(|response| **response == Ok(ConditionalPutResult::Yes)).count();
+        let created = responses.iter().filter(|response| **response == Ok(ConditionalPutResult::Written)).count();
         let detail =
             format!("{created} of {MAX_CONCURRENT_REQUESTS} concurrent conditional puts succeeded; exactly one should");
         (if created == 1 { CheckOutcome::Pass } else { CheckOutcome::Unsupported }, detail)
