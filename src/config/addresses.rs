@@ -24,13 +24,13 @@ impl PeerListenerConfig {
         if let Some(advertise) = &self.advertise {
             return with_port_of(advertise, bound);
         }
-        let everywhere = bound.ip().is_unspecified();
+        let is_all_addresses = bound.ip().is_unspecified();
         // A port that the system chose cannot be configured outside this machine. Such a listener is as local as its
         // address, so `grpc.advertise` applies only if the listener is bound to all addresses.
-        let clients = grpc.advertise.as_deref().filter(|_| everywhere || self.listen.port() != 0);
-        match clients.and_then(host_port) {
+        let client_address = grpc.advertise.as_deref().filter(|_| is_all_addresses || self.listen.port() != 0);
+        match client_address.and_then(host_port) {
             Some((host, _)) => format!("{host}:{}", bound.port()),
-            None if everywhere => {
+            None if is_all_addresses => {
                 // The copy keeps the scope id of an IPv6 address.
                 let mut address = grpc.listen;
                 address.set_port(bound.port());
@@ -51,9 +51,10 @@ impl ResolvedValues {
         }
     }
 
+    /// Checks that listeners do not conflict, and that every advertised address can be connected to.
     pub(super) fn check_addresses(&mut self, config: &Config) {
         self.check_ports(config);
-        if let Some(advertise) = config.peer.advertise.as_ref().filter(|advertise| is_everywhere(advertise)) {
+        if let Some(advertise) = config.peer.advertise.as_ref().filter(|advertise| is_unspecified_host(advertise)) {
             let reason =
                 format!("peer.advertise {advertise} is not an address that brokers can connect to: name a host");
             self.reject("peer.advertise", reason);
@@ -70,7 +71,7 @@ impl ResolvedValues {
                 );
                 self.reject("grpc.listen", reason);
             }
-            Some(advertise) if is_everywhere(advertise) => {
+            Some(advertise) if is_unspecified_host(advertise) => {
                 let reason =
                     format!("grpc.advertise {advertise} is not an address that clients can connect to: name a host");
                 self.reject("grpc.advertise", reason);
@@ -85,36 +86,38 @@ impl ResolvedValues {
         let peer = ("peer.listen", config.peer.listen);
         let pairs = [(grpc, http), (grpc, peer), (http, peer)];
         let opened = if config.metadata.etcd.is_empty() { &pairs[..1] } else { &pairs[..] };
-        for &((one, at), (other, other_at)) in opened {
-            let meet = at.ip() == other_at.ip() || at.ip().is_unspecified() || other_at.ip().is_unspecified();
-            if meet && at.port() == other_at.port() && at.port() != 0 {
-                let reason = format!("{one} {at} and {other} {other_at} are the same port: choose two ports");
-                self.reject(if self.source(other) == ValueSource::Default { one } else { other }, reason);
+        for &((key_a, a), (key_b, b)) in opened {
+            let overlap = a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified();
+            if overlap && a.port() == b.port() && a.port() != 0 {
+                let reason = format!("{key_a} {a} and {key_b} {b} are the same port: choose two ports");
+                self.reject(if self.source(key_b) == ValueSource::Default { key_a } else { key_b }, reason);
             }
         }
     }
 
-    /// Checks a peer address that no setting names: the peer listener must be reachable at the derived address.
+    /// Checks the peer address that is derived from the client address: a listener on loopback, or on one IP version,
+    /// must not be advertised at an address outside of it.
     fn check_derived_peer_address(&mut self, config: &Config) {
         let listen = config.peer.listen;
         let advertised = config.peer.advertised(listen, &config.grpc);
         let Some((host, _)) = host_port(&advertised) else { return };
         let ip = advertised.parse::<SocketAddr>().ok().map(|address| address.ip());
         let is_loopback = ip.map_or(host == "localhost", |ip| ip.is_loopback());
-        let is_missed = match (listen.ip(), ip) {
+        let is_other_family = match (listen.ip(), ip) {
             (IpAddr::V4(_), Some(IpAddr::V6(_))) => true,
             // `[::]` accepts IPv4 as well.
-            (IpAddr::V6(own), Some(IpAddr::V4(_))) => !own.is_unspecified(),
+            (IpAddr::V6(listen), Some(IpAddr::V4(_))) => !listen.is_unspecified(),
             _ => false,
         };
-        let what = match listen.ip() {
-            own if own.is_loopback() && !is_loopback => "loopback",
-            IpAddr::V4(_) if is_missed => "IPv4",
-            IpAddr::V6(_) if is_missed => "IPv6",
+        let limitation = match listen.ip() {
+            listen if listen.is_loopback() && !is_loopback => "loopback",
+            IpAddr::V4(_) if is_other_family => "IPv4",
+            IpAddr::V6(_) if is_other_family => "IPv6",
             _ => return,
         };
-        let reason =
-            format!("peer.listen {listen} is {what}, but brokers would connect to {advertised}: set peer.advertise");
+        let reason = format!(
+            "peer.listen {listen} is {limitation}, but brokers would connect to {advertised}: set peer.advertise"
+        );
         let is_default = self.source("peer.listen") == ValueSource::Default;
         self.reject(if is_default { "grpc.listen" } else { "peer.listen" }, reason);
     }
@@ -129,6 +132,6 @@ fn with_port_of(advertise: &str, bound: SocketAddr) -> String {
 }
 
 /// Returns true if the host stands for all addresses of a machine.
-fn is_everywhere(advertise: &str) -> bool {
+fn is_unspecified_host(advertise: &str) -> bool {
     host_port(advertise).is_some_and(|(host, _)| matches!(host, "0.0.0.0" | "[::]"))
 }

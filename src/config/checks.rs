@@ -25,6 +25,7 @@ const ETCD_SETTINGS: [&str; 5] = [
 ];
 
 impl ResolvedValues {
+    /// Checks the values against each other, and adds an error for each conflict.
     pub(super) fn check(&mut self, config: &Config) {
         self.check_addresses(config);
         self.check_metadata(&config.metadata);
@@ -37,13 +38,14 @@ impl ResolvedValues {
         }
     }
 
+    /// Checks that settings of etcd are complete and used, and that its URLs are valid.
     fn check_metadata(&mut self, metadata: &MetadataConfig) {
-        for (one, other) in
+        for (first, second) in
             [("metadata.etcd_cert", "metadata.etcd_key"), ("metadata.etcd_user", "metadata.etcd_password_file")]
         {
-            match (self.text(one), self.text(other)) {
-                (Some(_), None) => self.reject(one, format!("{one} requires {other}: set both")),
-                (None, Some(_)) => self.reject(other, format!("{other} requires {one}: set both")),
+            match (self.text(first), self.text(second)) {
+                (Some(_), None) => self.reject(first, format!("{first} requires {second}: set both")),
+                (None, Some(_)) => self.reject(second, format!("{second} requires {first}: set both")),
                 _ => {}
             }
         }
@@ -67,6 +69,7 @@ impl ResolvedValues {
         }
     }
 
+    /// Checks the URLs of the object store.
     fn check_object_store(&mut self, store: &ObjectStoreConfig) {
         let key = "object_store.url";
         if let Some(url) = &store.url {
@@ -99,18 +102,19 @@ impl ResolvedValues {
         }
     }
 
+    /// Adds the error of a topic default, with the source of that default.
     fn reject_topic(&mut self, error: InvalidConfig) {
         let key = match &error {
             InvalidConfig::UnknownKey { key } | InvalidConfig::Value { key, .. } => key.as_str(),
             InvalidConfig::LocalAboveWhole { local, .. } => local,
         };
-        let place = self.topic.get(key).map_or(ValueSource::Default, |value| value.source.clone());
+        let origin = self.topic.get(key).map_or(ValueSource::Default, |value| value.source.clone());
         self.errors.push(match error {
             InvalidConfig::Value { key, value, allowed } => {
-                ConfigError::Value { place, key: format!("{TOPIC_DEFAULTS}.{key}"), value, allowed }
+                ConfigError::Value { origin, key: format!("{TOPIC_DEFAULTS}.{key}"), value, allowed }
             }
-            other @ (InvalidConfig::UnknownKey { .. } | InvalidConfig::LocalAboveWhole { .. }) => {
-                ConfigError::Wrong { place, reason: other.to_string() }
+            error @ (InvalidConfig::UnknownKey { .. } | InvalidConfig::LocalAboveWhole { .. }) => {
+                ConfigError::Invalid { origin, reason: error.to_string() }
             }
         });
     }

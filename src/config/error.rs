@@ -1,8 +1,8 @@
-//! Errors of a configuration, each with its place.
+//! Errors of a configuration, each with the source of the value.
 
 use std::{fmt, io, path::PathBuf};
 
-/// Source of a value.
+/// Source of a value, for messages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ValueSource {
     Default,
@@ -37,25 +37,25 @@ pub enum ConfigError {
     /// The file cannot be read.
     #[error("configuration file {} cannot be read: {source}", path.display())]
     Unreadable { path: PathBuf, source: io::Error },
-    #[error("{place}: there is no setting {key:?}{}", suggestion(near.as_deref()))]
+    #[error("{origin}: there is no setting {key:?}{}", suggestion(near.as_deref()))]
     Unknown {
-        place: ValueSource,
+        origin: ValueSource,
         key: String,
         /// Most similar existing key; `None` if no key is similar.
         near: Option<String>,
     },
-    #[error("{place}: {key} = {value:?} is not valid: use {allowed}")]
+    #[error("{origin}: {key} = {value:?} is not valid: use {allowed}")]
     Value {
-        place: ValueSource,
+        origin: ValueSource,
         key: String,
         /// Given value, without passwords.
         value: String,
         allowed: String,
     },
     /// The file is not valid TOML, or a value conflicts with other values.
-    #[error("{place}: {reason}")]
-    Wrong {
-        place: ValueSource,
+    #[error("{origin}: {reason}")]
+    Invalid {
+        origin: ValueSource,
         /// Description of the error and its remedy.
         reason: String,
     },

@@ -16,11 +16,11 @@ impl Config {
             return Ok(None);
         }
         let mut options = metadata.endpoints();
-        let ca = metadata.etcd_ca.as_deref().map(|path| read("metadata.etcd_ca", path)).transpose()?;
+        let ca = metadata.etcd_ca.as_deref().map(|path| read_file("metadata.etcd_ca", path)).transpose()?;
         let identity = match (&metadata.etcd_cert, &metadata.etcd_key) {
             (Some(certificate), Some(key)) => Some(EtcdIdentity {
-                certificate: read("metadata.etcd_cert", certificate)?,
-                key: read("metadata.etcd_key", key)?,
+                certificate: read_file("metadata.etcd_cert", certificate)?,
+                key: read_file("metadata.etcd_key", key)?,
             }),
             _ => None,
         };
@@ -29,7 +29,7 @@ impl Config {
         }
         if let (Some(user), Some(path)) = (&metadata.etcd_user, &metadata.etcd_password_file) {
             let key = "metadata.etcd_password_file";
-            let password = String::from_utf8(read(key, path)?).map_err(|_| ConfigError::Unusable {
+            let password = String::from_utf8(read_file(key, path)?).map_err(|_| ConfigError::Unusable {
                 key,
                 path: path.clone(),
                 reason: "the password is not UTF-8".to_owned(),
@@ -49,7 +49,8 @@ impl MetadataConfig {
     }
 }
 
-fn read(key: &'static str, path: &Path) -> Result<Vec<u8>, ConfigError> {
+/// Returns the content of the file that a setting names. Fails if the file is empty.
+fn read_file(key: &'static str, path: &Path) -> Result<Vec<u8>, ConfigError> {
     let unusable = |reason: String| ConfigError::Unusable { key, path: path.to_owned(), reason };
     let bytes = fs::read(path).map_err(|error| unusable(error.to_string()))?;
     if bytes.is_empty() { Err(unusable("the file is empty".to_owned())) } else { Ok(bytes) }

@@ -18,7 +18,9 @@ const LEGACY: &str = "sys/fs/cgroup/memory";
 /// A setting whose default is a share of [`MEMORY`].
 struct Share {
     setting: &'static Setting,
+    /// Size of the share in sixteenths of the total.
     sixteenths: u64,
+    /// Maximum of the default.
     max_bytes: u64,
 }
 
@@ -45,27 +47,29 @@ impl ResolvedValues {
         }
         let configured: Vec<(&str, u64)> =
             shares().filter_map(|share| Some((share.setting.key, self.bytes(share.setting.key)?))).collect();
-        let others: Vec<Share> = shares().filter(|share| self.bytes(share.setting.key).is_none()).collect();
-        let taken = configured.iter().fold(0_u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
-        let mut conflict = (taken > total).then(|| {
+        let unset: Vec<Share> = shares().filter(|share| self.bytes(share.setting.key).is_none()).collect();
+        let configured_bytes = configured.iter().fold(0_u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
+        let mut conflict = (configured_bytes > total).then(|| {
             let keys: Vec<_> =
                 configured.iter().map(|(key, bytes)| format!("{key} {}", format_bytes(*bytes))).collect();
-            let (keys, taken, total) = (keys.join(", "), format_bytes(taken), format_bytes(total));
-            format!("{keys} together are {taken}, more than {MEMORY}, which is {total}: lower them, or raise {MEMORY}")
+            let (keys, sum, total) = (keys.join(", "), format_bytes(configured_bytes), format_bytes(total));
+            format!("{keys} together are {sum}, more than {MEMORY}, which is {total}: lower them, or raise {MEMORY}")
         });
-        let left = total.saturating_sub(taken);
-        let parts: u64 = others.iter().map(|share| share.sixteenths).sum();
-        for Share { setting, sixteenths, max_bytes } in others {
-            let bytes = (total / 16 * sixteenths).min(left / parts * sixteenths).min(max_bytes);
+        // An unset share gets its sixteenths of the total, or less if the configured shares leave less.
+        let remaining = total.saturating_sub(configured_bytes);
+        let unset_sixteenths: u64 = unset.iter().map(|share| share.sixteenths).sum();
+        for Share { setting, sixteenths, max_bytes } in unset {
+            let bytes = (total / 16 * sixteenths).min(remaining / unset_sixteenths * sixteenths).min(max_bytes);
             // Memory permits count whole KiB.
             let bytes = bytes >> 10 << 10;
             if let ValueKind::Bytes(range) = &setting.kind
                 && bytes < *range.start()
             {
                 conflict.get_or_insert_with(|| {
-                    let (left, total, min) = (format_bytes(left), format_bytes(total), format_bytes(*range.start()));
+                    let (remaining, total) = (format_bytes(remaining), format_bytes(total));
+                    let min = format_bytes(*range.start());
                     format!(
-                        "the configured parts leave {left} of {MEMORY}, which is {total}, and {} would be less than \
+                        "the configured parts leave {remaining} of {MEMORY}, which is {total}, and {} would be less than \
                          {min}: lower these parts, or raise {MEMORY}",
                         setting.key
                     )
@@ -78,6 +82,7 @@ impl ResolvedValues {
         }
     }
 
+    /// Returns the value of a setting in bytes; `None` if it is unset.
     fn bytes(&self, key: &str) -> Option<u64> {
         self.text(key).and_then(parse_bytes)
     }
@@ -148,10 +153,14 @@ mod tests {
         let v2 = ("proc/self/cgroup", "0::/system.slice/s.service\n");
         let max = ("sys/fs/cgroup/system.slice/s.service/memory.max", "max\n");
         assert_eq!(memory_with(&[machine, v2, max]), Some(16 * GIB), "no limit");
-        let own = ("sys/fs/cgroup/system.slice/s.service/memory.max", "4294967296\n");
-        assert_eq!(memory_with(&[machine, v2, own]), Some(4 * GIB));
-        let above = ("sys/fs/cgroup/system.slice/memory.max", "2147483648\n");
-        assert_eq!(memory_with(&[machine, v2, own, above]), Some(2 * GIB), "the group above it is smaller");
+        let group = ("sys/fs/cgroup/system.slice/s.service/memory.max", "4294967296\n");
+        assert_eq!(memory_with(&[machine, v2, group]), Some(4 * GIB));
+        let parent = ("sys/fs/cgroup/system.slice/memory.max", "2147483648\n");
+        assert_eq!(
+            memory_with(&[machine, v2, group, parent]),
+            Some(2 * GIB),
+            "the limit of the parent group is smaller"
+        );
         let container = ("sys/fs/cgroup/memory.max", "1073741824\n");
         assert_eq!(memory_with(&[machine, v2, container]), Some(GIB), "the path is the host's");
         let v1 = ("proc/self/cgroup", "9:cpu:/a\n4:memory:/pods/one\n0::/\n");

@@ -67,16 +67,16 @@ impl Config {
     /// Creates the data directory if it does not exist, and verifies that it is writable.
     pub fn prepare_data_dir(&self) -> Result<(), ConfigError> {
         let path = &self.broker.data_dir;
-        let prove = || -> io::Result<()> {
+        let check_writable = || -> io::Result<()> {
             let probe = Path::new(".writable");
             let dir = PrivateDir::make(path)?;
             dir.open_file(probe, OFlags::WRONLY | OFlags::CREATE)?;
             dir.remove(probe)
         };
-        if let Some(file) = path.ancestors().find(|above| above.exists() && !above.is_dir()) {
+        if let Some(file) = path.ancestors().find(|ancestor| ancestor.exists() && !ancestor.is_dir()) {
             return Err(ConfigError::DataDirIsFile { path: path.clone(), file: file.to_owned() });
         }
-        prove().map_err(|source| ConfigError::DataDir { path: path.clone(), source })
+        check_writable().map_err(|source| ConfigError::DataDir { path: path.clone(), source })
     }
 }
 

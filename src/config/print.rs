@@ -22,9 +22,10 @@ impl LoadedConfig {
             };
             for setting in section.settings {
                 let (line, source) = match self.values.get(setting.key) {
-                    Some(value) => {
-                        (format!("{} = {}", setting.name(), setting.kind.to_toml(&value.text)), short(&value.source))
-                    }
+                    Some(value) => (
+                        format!("{} = {}", setting.name(), setting.kind.to_toml(&value.text)),
+                        source_comment(&value.source),
+                    ),
                     None => (format!("# {} =", setting.name()), "unset".to_owned()),
                 };
                 let _ = writeln!(out, "{line:<50} # {source}");
@@ -33,7 +34,7 @@ impl LoadedConfig {
         let _ = writeln!(out, "\n# Topic configuration of topics that do not set it themselves.\n[{TOPIC_DEFAULTS}]");
         for key in TOPIC_CONFIG_KEYS {
             let (text, source) = match self.values.topic.get(key.name) {
-                Some(value) => (value.text.as_str(), short(&value.source)),
+                Some(value) => (value.text.as_str(), source_comment(&value.source)),
                 None => (key.default, "default".to_owned()),
             };
             let line = format!("{} = {}", quote(key.name), quote(text));
@@ -43,7 +44,8 @@ impl LoadedConfig {
     }
 }
 
-fn short(source: &ValueSource) -> String {
+/// Returns a source as the comment of a printed line.
+fn source_comment(source: &ValueSource) -> String {
     match source {
         ValueSource::Default => "default".to_owned(),
         ValueSource::File { .. } => format!("file {source}"),
@@ -79,6 +81,7 @@ pub fn docs() -> String {
     out
 }
 
+/// Returns the line of a setting in the table of its section.
 fn row(setting: &Setting) -> String {
     let doc = format!("{} Takes {}.", setting.doc, setting.kind.describe()).replace('|', "\\|");
     format!("| `{}` | {} | `{}` | {doc} |", setting.name(), setting.default.describe(), setting.variable())

@@ -117,7 +117,7 @@ impl DefaultValue {
                     1 => "a sixteenth".to_owned(),
                     2 => "an eighth".to_owned(),
                     4 => "a quarter".to_owned(),
-                    other => format!("{other} sixteenths"),
+                    count => format!("{count} sixteenths"),
                 };
                 let max = max_bytes.map(|max| format!(", at most {}", format_bytes(max))).unwrap_or_default();
                 format!("{share} of `limits.memory_bytes`{max}")
@@ -199,6 +199,7 @@ macro_rules! settings {
     };
 }
 
+/// Converts a checked text to the type of its field.
 fn typed<T: SettingValue>(text: Option<&str>) -> T {
     T::from_text(text).expect("each text was checked, and a required setting has a default")
 }

@@ -34,6 +34,7 @@ pub struct ConfigSources {
     file: Option<(PathBuf, String)>,
     environment: Vec<(String, String)>,
     flags: Vec<(String, String)>,
+    /// Replaced built-in defaults.
     defaults: Vec<(String, String)>,
 }
 
@@ -162,24 +163,26 @@ impl ResolvedValues {
         self.settings.entry(setting.key).or_insert_with(default);
     }
 
-    /// Adds an error about the value of a setting, at the place of the value.
+    /// Adds an error about the value of a setting, with the source of the value.
     pub(super) fn reject(&mut self, key: &str, reason: String) {
-        self.errors.push(ConfigError::Wrong { place: self.source(key), reason });
+        self.errors.push(ConfigError::Invalid { origin: self.source(key), reason });
     }
 
     /// Adds the error that a setting does not accept its value.
     pub(super) fn reject_value(&mut self, key: &str, allowed: impl Into<String>) {
-        let (text, place) = (self.text(key).unwrap_or_default().to_owned(), self.source(key));
-        self.reject_text(key, &text, allowed, place);
+        let (text, origin) = (self.text(key).unwrap_or_default().to_owned(), self.source(key));
+        self.reject_text(key, &text, allowed, origin);
     }
 
-    fn reject_text(&mut self, key: &str, text: &str, allowed: impl Into<String>, place: ValueSource) {
+    /// Adds the error that a key does not accept a text. The message masks passwords and is truncated.
+    fn reject_text(&mut self, key: &str, text: &str, allowed: impl Into<String>, origin: ValueSource) {
         let value = mask_passwords(text).chars().take(MAX_SHOWN_CHARS).collect();
-        self.errors.push(ConfigError::Value { place, key: key.to_owned(), value, allowed: allowed.into() });
+        self.errors.push(ConfigError::Value { origin, key: key.to_owned(), value, allowed: allowed.into() });
     }
 
-    fn reject_key(&mut self, key: &str, near: Option<String>, place: ValueSource) {
-        self.errors.push(ConfigError::Unknown { place, key: key.to_owned(), near });
+    /// Adds the error that a key does not exist. `near` is the key to suggest.
+    fn reject_key(&mut self, key: &str, near: Option<String>, origin: ValueSource) {
+        self.errors.push(ConfigError::Unknown { origin, key: key.to_owned(), near });
     }
 
     /// Adds the error that a variable is no setting, unless the client commands or Kubernetes use it.
@@ -188,7 +191,7 @@ impl ResolvedValues {
             return;
         }
         let known = settings::all().map(Setting::variable).chain([variable(TOPIC_DEFAULTS)]);
-        let known = known.chain(CLIENT_VARIABLES.iter().map(|other| (*other).to_owned()));
+        let known = known.chain(CLIENT_VARIABLES.iter().map(|name| (*name).to_owned()));
         // The common prefix would make all names similar.
         let without_prefix = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
         let near = closest_suggestion(&without_prefix(name), known.map(|name| (without_prefix(&name), name)));
@@ -211,6 +214,7 @@ impl ResolvedValues {
         }
     }
 
+    /// Sets one topic configuration key. Its value is checked later, together with the others.
     fn set_topic(&mut self, key: &str, text: String, source: ValueSource) {
         if TOPIC_CONFIG_KEYS.iter().any(|known| known.name == key) {
             self.topic.insert(key.to_owned(), ProvidedValue { text, source });
@@ -223,6 +227,7 @@ impl ResolvedValues {
         }
     }
 
+    /// Sets topic configuration from a list `key=value,key=value`.
     fn set_topic_list(&mut self, text: &str, source: &ValueSource) {
         for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
             match pair.split_once('=') {
@@ -235,35 +240,37 @@ impl ResolvedValues {
         }
     }
 
+    /// Sets the values of a file. A table is a section, and any other value is a setting at the top of the file.
     fn read_file(&mut self, path: &Path, text: &str) {
-        let place = |offset: usize| file_place(path, text, offset);
+        let source_at = |offset: usize| file_source(path, text, offset);
         let table = match DeTable::parse(text) {
             Ok(table) => table.into_inner(),
             Err(error) => {
-                let place = place(error.span().map_or(0, |span| span.start));
-                return self.errors.push(ConfigError::Wrong { place, reason: error.message().to_owned() });
+                let origin = source_at(error.span().map_or(0, |span| span.start));
+                return self.errors.push(ConfigError::Invalid { origin, reason: error.message().to_owned() });
             }
         };
         for (name, value) in &table {
-            let (section, at) = (name.get_ref().as_ref(), place(name.span().start));
+            let (section, source) = (name.get_ref().as_ref(), source_at(name.span().start));
             match value.get_ref() {
-                DeValue::Table(entries) if section == TOPIC_DEFAULTS => self.read_topics("", entries, &place),
+                DeValue::Table(entries) if section == TOPIC_DEFAULTS => self.read_topics("", entries, &source_at),
                 DeValue::Table(entries) if SECTIONS.iter().any(|known| known.name == section) => {
                     for (name, value) in entries {
                         let key = format!("{section}.{}", name.get_ref());
-                        self.read_entry(&key, value.get_ref(), place(name.span().start));
+                        self.read_entry(&key, value.get_ref(), source_at(name.span().start));
                     }
                 }
                 DeValue::Table(_) => {
                     let known = SECTIONS.iter().map(|known| known.name).chain([TOPIC_DEFAULTS]);
                     let near = closest_suggestion(section, known.map(|known| (known.to_owned(), format!("[{known}]"))));
-                    self.reject_key(&format!("[{section}]"), near, at);
+                    self.reject_key(&format!("[{section}]"), near, source);
                 }
-                value => self.read_entry(section, value, at),
+                value => self.read_entry(section, value, source),
             }
         }
     }
 
+    /// Sets the value of one entry of a file.
     fn read_entry(&mut self, key: &str, value: &DeValue<'_>, source: ValueSource) {
         let Some(setting) = Setting::find(key) else { return self.reject_key(key, closest_setting(key), source) };
         match setting.kind.text_of(value) {
@@ -272,28 +279,29 @@ impl ResolvedValues {
         }
     }
 
-    /// Reads topic configuration. Its keys contain dots: in TOML, a quoted key is one key, and a bare key means nested
-    /// tables.
-    fn read_topics(&mut self, prefix: &str, entries: &DeTable<'_>, place: &impl Fn(usize) -> ValueSource) {
+    /// Sets topic configuration from a table. Its keys contain dots: in TOML, a quoted key is one key, and a bare key
+    /// means nested tables. `prefix` is the key of the table, with a dot at its end. `source_at` returns the source of
+    /// a byte.
+    fn read_topics(&mut self, prefix: &str, entries: &DeTable<'_>, source_at: &impl Fn(usize) -> ValueSource) {
         for (name, value) in entries {
             let key = format!("{prefix}{}", name.get_ref());
-            let source = place(name.span().start);
+            let source = source_at(name.span().start);
             match value.get_ref() {
-                DeValue::Table(inner) => self.read_topics(&format!("{key}."), inner, place),
+                DeValue::Table(inner) => self.read_topics(&format!("{key}."), inner, source_at),
                 value @ (DeValue::String(_) | DeValue::Integer(_) | DeValue::Boolean(_)) => {
                     self.set_topic(&key, format_toml(value), source);
                 }
-                other => {
+                value => {
                     let key = format!("{TOPIC_DEFAULTS}.{key}");
-                    self.reject_text(&key, &format_toml(other), "a text, a number, true or false", source);
+                    self.reject_text(&key, &format_toml(value), "a text, a number, true or false", source);
                 }
             }
         }
     }
 }
 
-/// Returns the place of a byte in a file.
-fn file_place(path: &Path, text: &str, offset: usize) -> ValueSource {
+/// Returns the source of a value that starts at a byte of a file.
+fn file_source(path: &Path, text: &str, offset: usize) -> ValueSource {
     let before = &text[..text.floor_char_boundary(offset)];
     let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
     let line = before.bytes().filter(|byte| *byte == b'\n').count() + 1;
@@ -305,12 +313,12 @@ fn file_place(path: &Path, text: &str, offset: usize) -> ValueSource {
 fn closest_setting(key: &str) -> Option<String> {
     let (section, name) = key.rsplit_once('.').unwrap_or(("", key));
     let near = closest_names(name, settings::all(), |setting| setting.name(), usize::MAX);
-    // Of the settings with the most similar name, the one in the given section is returned, else the first declared
-    // one. The sort is stable.
+    // Several sections may have a setting of the most similar name. The given section takes precedence, then the first
+    // declared setting.
     let best = near.first()?.name();
-    let alike = || near.iter().filter(|setting| setting.name() == best);
-    let in_section = alike().find(|setting| setting.section() == section);
-    in_section.or_else(|| alike().next()).map(|setting| setting.key.to_owned())
+    let same_name = || near.iter().filter(|setting| setting.name() == best);
+    let in_section = same_name().find(|setting| setting.section() == section);
+    in_section.or_else(|| same_name().next()).map(|setting| setting.key.to_owned())
 }
 
 /// Returns the name to suggest for a misspelled text; `None` if no name is similar. Each candidate is the text to
@@ -326,9 +334,9 @@ fn setting_of_variable(name: &str) -> Option<&'static str> {
 
 /// Returns true if Kubernetes sets the variable, for a service whose name begins with `strandline`.
 fn is_from_kubernetes(name: &str, text: &str) -> bool {
-    let port = name.ends_with("_PORT") && text.contains("://");
-    name.ends_with("_SERVICE_HOST") || name.contains("_SERVICE_PORT") || port || {
-        let port = name.split_once("_PORT_").map(|(_, rest)| rest);
-        port.is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
-    }
+    let is_port_url = name.ends_with("_PORT") && text.contains("://");
+    // For example `STRANDLINE_PORT_9460_TCP_ADDR`.
+    let is_port_detail =
+        name.split_once("_PORT_").is_some_and(|(_, number)| number.starts_with(|c: char| c.is_ascii_digit()));
+    name.ends_with("_SERVICE_HOST") || name.contains("_SERVICE_PORT") || is_port_url || is_port_detail
 }

@@ -94,7 +94,7 @@ fn flag_overrides_environment_file_and_default() {
 }
 
 #[test]
-fn unknown_key_error_names_place_and_similar_key() {
+fn unknown_key_error_names_source_and_similar_key() {
     for (text, expected) in [
         (
             "[grpc]\nlisten = \"127.0.0.1:1\"\n  advertize = \"a:1\"",
@@ -172,7 +172,7 @@ fn variables_of_clients_and_kubernetes_are_ignored() {
 }
 
 #[test]
-fn invalid_value_error_names_place_and_allowed_values() {
+fn invalid_value_error_names_source_and_allowed_values() {
     for (text, parts) in [
         ("[grpc]\nlisten = \"localhost\"", ["s.toml:2:1", "grpc.listen", "\"localhost\"", "an IP address and a port"]),
         ("[grpc]\nlisten = 5", ["s.toml:2:1", "grpc.listen", "\"5\"", "an IP address and a port"]),
@@ -354,8 +354,8 @@ fn passwords_are_masked_in_errors() {
 #[test]
 fn every_setting_declaration_is_valid() {
     for setting in settings::all() {
-        let same = settings::all().filter(|other| other.variable() == setting.variable()).count();
-        assert_eq!(same, 1, "{}", setting.key);
+        let count = settings::all().filter(|other| other.variable() == setting.variable()).count();
+        assert_eq!(count, 1, "{}", setting.key);
         assert!(setting.doc.ends_with('.'), "{}", setting.key);
         match setting.default {
             DefaultValue::Fixed(default) => assert!(setting.kind.accepts(default), "{}", setting.key),

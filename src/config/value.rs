@@ -82,7 +82,9 @@ impl ValueKind {
     /// Returns the text of a TOML value; `None` if the setting takes another TOML type.
     pub(super) fn text_of(&self, value: &DeValue<'_>) -> Option<String> {
         match (self, value) {
-            (Self::Number(_) | Self::Bytes(_), DeValue::Integer(number)) => parse_i64(number.as_str(), number.radix()),
+            (Self::Number(_) | Self::Bytes(_), DeValue::Integer(number)) => {
+                decimal_text(number.as_str(), number.radix())
+            }
             (Self::Flag, DeValue::Boolean(flag)) => Some(flag.to_string()),
             (Self::Urls, DeValue::Array(urls)) => {
                 let url = |value: &DeValue<'_>| value.as_str().filter(|url| !url.contains(',')).map(str::to_owned);
@@ -181,6 +183,7 @@ pub(super) fn format_bytes(bytes: u64) -> String {
     format_in_unit(bytes, &[(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "")])
 }
 
+/// Formats a number of milliseconds in the largest unit that divides it.
 fn format_ms(ms: u64) -> String {
     match ms {
         0 => "0s".to_owned(),
@@ -203,10 +206,11 @@ fn parse_duration(text: &str) -> Option<Duration> {
 /// Splits an address into host and port. An IPv6 address must be in brackets.
 pub(super) fn host_port(text: &str) -> Option<(&str, u16)> {
     let (host, port) = text.rsplit_once(':')?;
-    let bracketed = host.starts_with('[') && host.ends_with(']') && host.len() > 2;
-    let plain = !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
-    let legal = if bracketed { text.parse::<SocketAddr>().is_ok() } else { plain };
-    if legal { Some((host, port.parse().ok()?)) } else { None }
+    let is_bracketed = host.starts_with('[') && host.ends_with(']') && host.len() > 2;
+    let is_name =
+        !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
+    let is_valid = if is_bracketed { text.parse::<SocketAddr>().is_ok() } else { is_name };
+    if is_valid { Some((host, port.parse().ok()?)) } else { None }
 }
 
 /// Splits a comma-separated list of URLs.
@@ -222,17 +226,17 @@ pub(super) fn is_web_url(text: &str) -> bool {
 
 /// Masks the user and password of each URL in a comma-separated text, for everything that is printed.
 pub(super) fn mask_passwords(text: &str) -> String {
-    let one = |part: &str| match part.split_once("://") {
+    let mask = |url: &str| match url.split_once("://") {
         Some((scheme, rest)) => {
             let end = rest.find('/').unwrap_or(rest.len());
             match rest[..end].rfind('@') {
                 Some(at) => format!("{scheme}://***@{}", &rest[at + 1..]),
-                None => part.to_owned(),
+                None => url.to_owned(),
             }
         }
-        None => part.to_owned(),
+        None => url.to_owned(),
     };
-    text.split(',').map(one).collect::<Vec<_>>().join(",")
+    text.split(',').map(mask).collect::<Vec<_>>().join(",")
 }
 
 /// Returns true if a URL contains a user or a password.
@@ -250,7 +254,7 @@ pub(super) fn format_toml(value: &DeValue<'_>) -> String {
     match value {
         DeValue::String(text) => text.to_string(),
         DeValue::Integer(number) => {
-            parse_i64(number.as_str(), number.radix()).unwrap_or_else(|| number.as_str().to_owned())
+            decimal_text(number.as_str(), number.radix()).unwrap_or_else(|| number.as_str().to_owned())
         }
         DeValue::Float(number) => number.as_str().to_owned(),
         DeValue::Boolean(flag) => flag.to_string(),
@@ -263,7 +267,8 @@ pub(super) fn format_toml(value: &DeValue<'_>) -> String {
     }
 }
 
-fn parse_i64(digits: &str, radix: u32) -> Option<String> {
+/// Returns an integer of TOML, such as `0x10`, as decimal text.
+fn decimal_text(digits: &str, radix: u32) -> Option<String> {
     i64::from_str_radix(digits, radix).ok().map(|number| number.to_string())
 }
 

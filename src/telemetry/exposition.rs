@@ -12,20 +12,21 @@ pub enum MetricsFormat {
 }
 
 impl MetricsFormat {
-    /// Returns the format that the values of `Accept` prefer.
+    /// Returns the format that the values of `Accept` prefer. Prometheus text if they name neither format.
     pub fn accepted<'a>(values: impl IntoIterator<Item = &'a str>) -> Self {
-        let (mut open, mut text) = (0.0, 0.0);
+        // Largest quality of each format; 0 means not acceptable.
+        let (mut open_metrics, mut prometheus) = (0.0, 0.0);
         for range in values.into_iter().flat_map(|value| value.split(',')) {
             let mut parts = range.split(';').map(str::trim);
             let media = parts.next().unwrap_or_default().to_ascii_lowercase();
             let quality = parts.find_map(|part| part.strip_prefix("q=")).map_or(Ok(1.0), str::parse).unwrap_or(0.0);
             match media.as_str() {
-                "application/openmetrics-text" => open = f64::max(open, quality),
-                "text/plain" | "text/*" | "*/*" => text = f64::max(text, quality),
+                "application/openmetrics-text" => open_metrics = f64::max(open_metrics, quality),
+                "text/plain" | "text/*" | "*/*" => prometheus = f64::max(prometheus, quality),
                 _ => {}
             }
         }
-        if open > 0.0 && open >= text { Self::OpenMetrics } else { Self::Prometheus }
+        if open_metrics > 0.0 && open_metrics >= prometheus { Self::OpenMetrics } else { Self::Prometheus }
     }
 
     pub const fn content_type(self) -> &'static str {
@@ -40,6 +41,7 @@ impl MetricsFormat {
 /// its samples, and there is no end marker.
 pub(super) fn to_prometheus(open_metrics: &str) -> String {
     let mut out = String::with_capacity(open_metrics.len());
+    // Name and text of the last HELP line. The type, and so the name, of the metric is only in the next line.
     let mut help: Option<(&str, &str)> = None;
     for line in open_metrics.lines() {
         if let Some(described) = line.strip_prefix("# HELP ") {

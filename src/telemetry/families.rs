@@ -20,6 +20,7 @@ pub type GaugeU64 = Gauge<u64, AtomicU64>;
 /// A gauge with a floating-point value.
 pub type GaugeF64 = Gauge<f64, AtomicU64>;
 
+/// Declares a counter family with one label. The counters of the listed names exist from the start.
 macro_rules! labelled_counters {
     ($(#[$doc:meta])* $kind:ident, $label:ident { $field:ident }, [$($name:literal),*]) => {
         /// Label of a counter family, with a name of a fixed set.
@@ -86,9 +87,9 @@ pub struct PeerGauges(Family<PeerLabel, GaugeU64>);
 
 impl PeerGauges {
     /// Sets the values of these brokers and removes all others.
-    pub fn set_all(&self, all: impl IntoIterator<Item = (u32, u64)>) {
+    pub fn set_all(&self, values: impl IntoIterator<Item = (u32, u64)>) {
         self.0.clear();
-        for (peer, value) in all {
+        for (peer, value) in values {
             self.0.get_or_create(&PeerLabel { peer }).set(value);
         }
     }
@@ -100,9 +101,9 @@ pub struct PeerGaugesF64(Family<PeerLabel, GaugeF64>);
 
 impl PeerGaugesF64 {
     /// Sets the values of these brokers and removes all others.
-    pub fn set_all(&self, all: impl IntoIterator<Item = (u32, Duration)>) {
+    pub fn set_all(&self, values: impl IntoIterator<Item = (u32, Duration)>) {
         self.0.clear();
-        for (peer, time) in all {
+        for (peer, time) in values {
             self.0.get_or_create(&PeerLabel { peer }).set(time.as_secs_f64());
         }
     }
@@ -204,7 +205,9 @@ fn latency_histogram() -> Histogram {
 
 /// Requirements of the `metrics!` macro on a metric type.
 pub(super) trait MetricKind {
+    /// Type in the documentation: counter, gauge or histogram.
     const KIND: &'static str;
+    /// Names of the labels, separated by commas.
     const LABELS: &'static str = "";
     /// Suffix that the text format adds to the name.
     const SUFFIX: &'static str = "";
@@ -212,8 +215,9 @@ pub(super) trait MetricKind {
     fn register(&self, registry: &mut Registry, name: &str, help: &str);
 }
 
+/// Implements [`MetricKind`]. `$create` creates the metric, and `$collector` returns the part that the registry reads.
 macro_rules! metric_kind {
-    ($kind:ty, $name:literal, $suffix:literal, $labels:literal, $create:expr, $part:expr) => {
+    ($kind:ty, $name:literal, $suffix:literal, $labels:literal, $create:expr, $collector:expr) => {
         impl MetricKind for $kind {
             const KIND: &'static str = $name;
             const LABELS: &'static str = $labels;
@@ -222,9 +226,9 @@ macro_rules! metric_kind {
                 $create
             }
             fn register(&self, registry: &mut Registry, name: &str, help: &str) {
-                let part = $part;
+                let to_collector = $collector;
                 // The registry adds a full stop to every help text.
-                registry.register(name, help.trim_end_matches('.'), part(self));
+                registry.register(name, help.trim_end_matches('.'), to_collector(self));
             }
         }
     };

@@ -72,9 +72,9 @@ pub fn check_level(level: &str) -> Result<(), InvalidLogLevel> {
     parse_filter(level).map(|_| ())
 }
 
+/// Parses a log level. The level must contain one for all modules, and not only levels by module.
 fn parse_filter(level: &str) -> Result<EnvFilter, InvalidLogLevel> {
-    let value = level;
-    let invalid = |reason: String| InvalidLogLevel { level: value.to_owned(), reason };
+    let invalid = |reason: String| InvalidLogLevel { level: level.to_owned(), reason };
     // `EnvFilter` would take an unknown level for a module name, and log nothing else.
     let levels = ["off", "error", "warn", "info", "debug", "trace"];
     let is_level = |part: &str| levels.iter().any(|level| level.eq_ignore_ascii_case(part.trim()));
@@ -87,18 +87,19 @@ fn parse_filter(level: &str) -> Result<EnvFilter, InvalidLogLevel> {
     }
     // The object_store crate logs each of its retries, which would fill the log during an outage. This project logs the
     // outage once.
-    let level = if level.contains("object_store") { level.to_owned() } else { format!("object_store=warn,{level}") };
-    EnvFilter::try_new(&level).map_err(|error| invalid(error.to_string()))
+    let directives =
+        if level.contains("object_store") { level.to_owned() } else { format!("object_store=warn,{level}") };
+    EnvFilter::try_new(&directives).map_err(|error| invalid(error.to_string()))
 }
 
 /// Starts logging to standard error for the whole process. Colours are used on a terminal, unless NO_COLOR is set.
 pub fn start(level: &str, format: LogFormat) -> Result<(), LoggingError> {
     let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    let lines =
+    let subscriber =
         tracing_subscriber::fmt().with_env_filter(parse_filter(level)?).with_writer(io::stderr).with_ansi(colour);
     let started = match format {
-        LogFormat::Text => lines.try_init(),
-        LogFormat::Json => lines.json().flatten_event(true).try_init(),
+        LogFormat::Text => subscriber.try_init(),
+        LogFormat::Json => subscriber.json().flatten_event(true).try_init(),
     };
     started.map_err(|_| LoggingError::Started)
 }

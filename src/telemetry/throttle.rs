@@ -42,7 +42,7 @@ impl LogThrottle {
         std::mem::take(&mut self.announced).then(|| std::mem::take(&mut self.unlogged))
     }
 
-    /// Returns true if the next occurrence would be logged. Such a throttle holds no more state than a new one.
+    /// Returns true if the next occurrence would be logged, so that the throttle can be dropped without an effect.
     pub fn is_quiet(&self, now: Instant) -> bool {
         self.logged.is_none_or(|logged| now.saturating_duration_since(logged) >= REMINDER_INTERVAL)
     }
@@ -66,12 +66,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn flapping_condition_is_logged_twice_per_interval() {
         let (mut throttle, begin) = (LogThrottle::default(), clock::monotonic());
-        let (mut begun, mut ended) = (Vec::new(), Vec::new());
+        let (mut start_lines, mut end_lines) = (Vec::new(), Vec::new());
         for step in 0..29 * 120 {
-            begun.extend(throttle.occur(begin + Duration::from_secs(1) * step / 29));
-            ended.extend(throttle.recover());
+            start_lines.extend(throttle.occur(begin + Duration::from_secs(1) * step / 29));
+            end_lines.extend(throttle.recover());
         }
-        assert_eq!((begun, ended), (vec![1, 29 * 60], vec![0, 0]));
+        assert_eq!((start_lines, end_lines), (vec![1, 29 * 60], vec![0, 0]));
         assert!(throttle.is_quiet(begin + Duration::from_secs(180)));
     }
 }
