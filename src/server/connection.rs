@@ -372,7 +372,7 @@ pub(super) struct CountedConnection {
     /// successful write permits one read. With more reads, HTTP/2 would continue to serve requests and would buffer the
     /// heads of the responses, which flow control does not limit. Always false for connections from other brokers.
     is_full: bool,
-    /// True if a write succeeded since the last read that it permitted.
+    /// True if a write succeeded since this flag last permitted a read.
     has_written: bool,
     /// Waker of a read that waits for the next successful write.
     reader: Option<Waker>,

@@ -337,7 +337,7 @@ fn broker_deps(config: &Config, background: &Tasks) -> NodeDeps {
     }
 }
 
-/// Opens the object store at `url` with the credentials and region of the configuration. Sends no request.
+/// Opens the object store at `url` with the endpoint and region of the configuration. Sends no request.
 pub(super) fn open_objects(config: &Config, url: &str) -> anyhow::Result<TierStore> {
     let settings = &config.object_store;
     let options = ObjectStoreOptions {

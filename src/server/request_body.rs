@@ -105,7 +105,7 @@ struct Message {
     parts: usize,
     /// Time since which the message has its current memory.
     since: Instant,
-    /// Set while the message waits for its sender. The guard ends a message that arrives too slowly.
+    /// Registration while the message waits for its sender: if other requests need its memory, the message is rejected.
     incomplete: Option<IncompleteGuard>,
 }
 

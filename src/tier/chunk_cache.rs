@@ -4,9 +4,9 @@
 //! # Overview
 //!
 //! Chunks are cached in memory and then in a folder. All readers that wait for a chunk share one fetch, which continues
-//! when they leave. A chunk is written to the folder when it is fetched for the second time. So a reader that reads
-//! history once does not write all of it to the disk that appends wait for. Nor does such a reader evict chunks that
-//! are read repeatedly.
+//! even if they stop waiting. A chunk is written to the folder when it is fetched for the second time. So a reader that
+//! reads history once does not write all of it to the disk that appends wait for. Nor does such a reader evict chunks
+//! that are read repeatedly.
 //!
 //! # Invariants
 //!
@@ -216,7 +216,7 @@ impl ChunkCache {
         let inner = Arc::clone(&self.inner);
         let load = || async move {
             let _permit = inner.parses.acquire().await.expect("the semaphore is never closed");
-            // All callers may have left while this fetch waited for its permit.
+            // While this fetch waited for its permit, all callers may have stopped waiting.
             if inner.parsed_flights.is_abandoned(attempt) {
                 return Err(TierStoreError::Stopped.into());
             }
@@ -416,7 +416,7 @@ impl ChunkCacheInner {
     ) -> Result<Bytes, TierReadError> {
         if let Some(disk) = self.disk.as_ref().filter(|disk| disk.files.contains_key(&key)) {
             let permit = Arc::clone(&disk.read_permits).acquire_owned().await.expect("the semaphore is never closed");
-            // All callers may have left while this fetch waited for its permit.
+            // While this fetch waited for its permit, all callers may have stopped waiting.
             if self.chunk_flights.is_abandoned(key) {
                 return Err(TierStoreError::Stopped.into());
             }
@@ -429,7 +429,7 @@ impl ChunkCacheInner {
         let end = entry.object_bytes().min(start + CHUNK_BYTES);
         let chunk = {
             let _permit = self.fetches.acquire().await.expect("the semaphore is never closed");
-            // All callers may have left while this fetch waited for its permit.
+            // While this fetch waited for its permit, all callers may have stopped waiting.
             if self.chunk_flights.is_abandoned(key) {
                 return Err(TierStoreError::Stopped.into());
             }

@@ -1,5 +1,5 @@
-//! In-flight requests that several callers wait for. A request that has started continues when its callers leave. Its
-//! result is cached, and the next caller finds it, even if the time limits of all callers are short.
+//! In-flight requests that several callers wait for. A started request continues even if no caller waits for it. Its
+//! result is cached for the next caller, so callers with short time limits make progress too.
 
 use std::{collections::BTreeMap, sync::Arc};
 
