@@ -90,8 +90,8 @@ pub(super) struct PendingStart {
 }
 
 impl ClusterAdmission<'_> {
-    /// Waits until the store responds, and rejects another cluster's store. A directory that took part in a cluster
-    /// before must be in the store, or one of its topics must be. A directory without replicas fits any store.
+    /// Waits until the store responds, and rejects another cluster's store. The store must contain a directory that was
+    /// in a cluster before, or one of its topics. A directory without replicas fits any store.
     pub(super) async fn reach(&self) -> anyhow::Result<()> {
         let prefix = self.keys.prefix();
         let known = report_long_wait(self.retry_until_reply(async || Ok(self.known_cluster().await?))).await?;

@@ -92,6 +92,7 @@ impl HttpBody for CountedBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
         if !self.rest.is_empty() {
+            // HTTP/2 polls again after the client took most of the previous piece.
             if let Some(memory) = &self.open.memory {
                 memory.on_piece_taken();
             }
@@ -105,6 +106,7 @@ impl HttpBody for CountedBody {
                     self.rest = Bytes::from_owner(frame);
                     self.next_piece()
                 }
+                // There is no memory for the response: it ends with the error.
                 Err(error) => {
                     self.body = Body::empty();
                     trailers(&error.into())

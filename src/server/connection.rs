@@ -463,6 +463,7 @@ impl AsyncRead for CountedConnection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.signal.check(cx)?;
         let before = buffer.filled().len();
+        // See `is_full`: without a write since the last read, the client is not read from.
         let read = if self.is_full && !std::mem::take(&mut self.has_written) {
             self.reader = Some(cx.waker().clone());
             Poll::Pending

@@ -74,6 +74,7 @@ pub(super) async fn serve(
     connection::serve_each(connections, &tasks, serve).await;
 }
 
+/// Serves one connection until it ends. When the tasks are stopped, it ends after its current response.
 async fn serve_connection(connection: CountedConnection, router: Router, tasks: Tasks) {
     let caller = connection.caller();
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {

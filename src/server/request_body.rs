@@ -281,6 +281,7 @@ impl RequestBody {
                 if is_for_beginning && message.bytes > SMALL_BYTES { State::Beginning } else { State::Admitted };
             (message.since, message.incomplete) = (clock::monotonic(), None);
         }
+        // The message has memory for at least its beginning.
         let piece = self.rest.split_to(message.remaining.min(self.rest.len()));
         if !piece.is_empty() {
             let processed = PREFIX_BYTES + message.bytes - message.remaining;
@@ -302,6 +303,7 @@ impl RequestBody {
             }
         }
         let beginning_arrived = self.out.back().map_or(message.buffered.len(), Bytes::len) > SMALL_BYTES;
+        // The sender of a large message has sent its beginning, so the message gets memory for all of it.
         if matches!(message.state, State::Beginning) && beginning_arrived {
             match self.memory.try_request(message.bytes) {
                 Some(grant) => {
@@ -315,6 +317,7 @@ impl RequestBody {
         if matches!(message.state, State::Admitted) && !message.buffered.is_empty() {
             self.out.push_front(message.buffered.split().freeze());
         }
+        // The codec builds the parts after the last byte, so `poll_next` passes it on only after `finish`.
         if message.remaining == 0 && matches!(message.state, State::Admitted) {
             let parts = message.parts;
             let granted = if parts == 0 { None } else { self.memory.try_parts(parts) };

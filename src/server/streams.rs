@@ -156,6 +156,7 @@ impl<U: Message, S: Stream<Item = Result<U, Status>>> HttpBody for ResponseBody<
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        // A frame takes all responses that are ready, up to `FRAME_BYTES`.
         let mut frame = BytesMut::new();
         while self.end.is_none() && frame.len() < FRAME_BYTES {
             match self.responses.as_mut().poll_next(cx) {

@@ -95,6 +95,7 @@ impl ObjectStore for Folder {
         self.files.get_ranges(location, ranges).await
     }
 
+    /// Deletes the objects, and frees the space of each in steps after its name is removed.
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
         let files = self.files.clone();
         let delete = move |location: Result<Path>| {
@@ -102,6 +103,7 @@ impl ObjectStore for Folder {
             async move {
                 let location = location?;
                 let path = files.path_to_filesystem(&location)?;
+                // The open file keeps the space until it is freed in steps.
                 let removed = task::run_blocking(move || RemovedFile::open(&path)).await;
                 files.delete(&location).await?;
                 task::run_blocking(move || removed.map(RemovedFile::free_in_steps)).await;

@@ -233,6 +233,7 @@ impl TierStore {
         self.get_with(object, range, folder::read_back_options()).await
     }
 
+    /// Reads exactly `range` of an object. A response of another length counts as a failed attempt.
     async fn get_with(&self, object: &str, range: Range<u64>, options: GetOptions) -> Result<Bytes, TierStoreError> {
         let path = self.path(object);
         let expected = range.end.saturating_sub(range.start);

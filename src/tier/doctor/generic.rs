@@ -12,6 +12,7 @@ use crate::tier::{
     open::{self, ObjectStoreOptions, ObjectStoreOptionsError},
 };
 
+/// Probe of a store through `object_store`.
 pub(super) struct GenericProbe {
     objects: Arc<dyn ObjectStore>,
     prefix: Path,
@@ -28,6 +29,7 @@ impl GenericProbe {
         key.split('/').fold(self.prefix.clone(), |path, part| path.join(part))
     }
 
+    /// Sends one request with the time limit.
     async fn request<T>(&self, request: impl Future<Output = object_store::Result<T>>) -> Result<T, String> {
         match tokio::time::timeout(self.timeout, request).await {
             Ok(response) => response.map_err(|error| reason(&error)),

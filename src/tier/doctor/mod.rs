@@ -126,11 +126,13 @@ async fn run(probe: &impl StoreProbe, folder: &str) -> Vec<StoreCheck> {
     checks
 }
 
+/// Checks that a small object can be written. The other checks use this object.
 async fn put(probe: &impl StoreProbe, folder: &str) -> Result<String, String> {
     probe.put(&format!("{folder}/small"), pattern(4096)).await?;
     Ok("an object of 4 KiB was written".to_owned())
 }
 
+/// Checks that ranges of the small object are returned as written.
 async fn ranged_get(probe: &impl StoreProbe, folder: &str) -> Result<String, String> {
     let content = pattern(4096);
     for range in [0..4096, 0..1, 100..1100, 4000..4096] {
@@ -145,6 +147,7 @@ async fn ranged_get(probe: &impl StoreProbe, folder: &str) -> Result<String, Str
     Ok("four ranges were returned as written".to_owned())
 }
 
+/// Checks the length that the store reports, and the difference of its clock from this machine's.
 async fn clock_skew(probe: &impl StoreProbe, folder: &str) -> Result<String, String> {
     let key = format!("{folder}/clock");
     let before = clock::wall_ms();
@@ -161,6 +164,7 @@ async fn clock_skew(probe: &impl StoreProbe, folder: &str) -> Result<String, Str
     Ok("the length is correct, and the clocks differ by at most a minute".to_owned())
 }
 
+/// Checks that a new object is listed.
 async fn list(probe: &impl StoreProbe, folder: &str) -> Result<String, String> {
     let keys = probe.list(folder).await?;
     if keys.iter().any(|key| key.ends_with("/small")) {
@@ -170,6 +174,7 @@ async fn list(probe: &impl StoreProbe, folder: &str) -> Result<String, String> {
     }
 }
 
+/// Checks that an object can be uploaded in two parts.
 async fn multipart(probe: &impl StoreProbe, folder: &str) -> Result<String, String> {
     let key = format!("{folder}/parts");
     let (first, last) = (pattern(PART_BYTES), pattern(1000));
@@ -186,6 +191,7 @@ async fn multipart(probe: &impl StoreProbe, folder: &str) -> Result<String, Stri
     Ok("two parts became one object".to_owned())
 }
 
+/// Checks that a deleted object no longer exists.
 async fn delete(probe: &impl StoreProbe, folder: &str) -> Result<String, String> {
     let key = format!("{folder}/clock");
     probe.delete(&key).await?;

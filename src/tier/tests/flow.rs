@@ -19,7 +19,7 @@ use crate::log::ReadLimits;
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// Returns a tier with three segments of epochs 0, 0 and 2, and all their bytes.
-async fn three(options: &ObjectStoreOptions, size: usize) -> (PartitionTier, Segments, Bytes) {
+async fn three_segments(options: &ObjectStoreOptions, size: usize) -> (PartitionTier, Segments, Bytes) {
     let segments = Segments::new();
     let tier = open(options);
     let mut all = BytesMut::new();
@@ -35,7 +35,7 @@ async fn three(options: &ObjectStoreOptions, size: usize) -> (PartitionTier, Seg
 
 #[tokio::test]
 async fn installed_segments_read_back_bit_exact() {
-    let (tier, _segments, all) = three(&ObjectStoreOptions::new("memory://"), 3000).await;
+    let (tier, _segments, all) = three_segments(&ObjectStoreOptions::new("memory://"), 3000).await;
     assert_eq!((tier.state().version(), tier.state().tiered_end), (3, at(900)));
     assert_eq!(tier.bytes(), all.len() as u64);
     for max in [1, 10_000, 1 << 20, 100 << 20] {
@@ -105,14 +105,14 @@ async fn staged_manifest_changes_nothing_before_install() {
     assert_eq!(tier.state(), TierState::default());
     assert!(tier.read(at(0), 10.into()).await.is_err());
     // The commit fails. The same segment is staged again under other names, and that state is committed.
-    let again = stage(&tier, &source, LeaderEpoch(0)).await.unwrap();
-    assert_ne!(staged.state().manifest, again.state().manifest);
-    tier.install(again.clone());
-    let json = serde_json::to_string(again.state()).unwrap();
-    assert_eq!(&serde_json::from_str::<TierState>(&json).unwrap(), again.state());
+    let second = stage(&tier, &source, LeaderEpoch(0)).await.unwrap();
+    assert_ne!(staged.state().manifest, second.state().manifest);
+    tier.install(second.clone());
+    let json = serde_json::to_string(second.state()).unwrap();
+    assert_eq!(&serde_json::from_str::<TierState>(&json).unwrap(), second.state());
     // A late watch event with an older state changes nothing.
     tier.apply_state(TierState::default());
-    assert_eq!(&tier.state(), again.state());
+    assert_eq!(&tier.state(), second.state());
 }
 
 #[tokio::test]
@@ -251,7 +251,7 @@ async fn flipped_bit_in_segment_object_is_detected() {
 
 #[tokio::test]
 async fn time_lookup_finds_first_batch_at_or_after_time() {
-    let (tier, _segments, _all) = three(&ObjectStoreOptions::new("memory://"), 500).await;
+    let (tier, _segments, _all) = three_segments(&ObjectStoreOptions::new("memory://"), 500).await;
     for (time, expected) in [(-5, 0), (0, 0), (1, 1), (3000, 300), (3001, 301), (5995, 600), (8990, 899)] {
         let batch = tier.batch_for_time(time, at(0), usize::MAX).await.unwrap().unwrap();
         assert_eq!(batch.base_offset(), at(expected / 3 * 3), "time {time}");
@@ -271,7 +271,7 @@ async fn time_lookup_finds_first_batch_at_or_after_time() {
 /// Regression: a reader reserved memory for a batch only after reading it.
 #[tokio::test]
 async fn batch_above_the_limit_is_not_read() {
-    let (tier, _segments, _all) = three(&ObjectStoreOptions::new("memory://"), 3000).await;
+    let (tier, _segments, _all) = three_segments(&ObjectStoreOptions::new("memory://"), 3000).await;
     let bytes = tier.read(at(0), 1.into()).await.unwrap().bytes;
     let limits = |max_batch_bytes| ReadLimits { max_bytes: 1, max_batch_bytes };
     let read = tier.read(at(0), limits(bytes - 1)).await;
@@ -285,13 +285,13 @@ async fn batch_above_the_limit_is_not_read() {
 /// second ago and not committed yet.
 #[tokio::test]
 async fn clock_is_read_from_the_store() {
-    let (tier, _, _) = three(&ObjectStoreOptions::new("memory://"), 100).await;
+    let (tier, _, _) = three_segments(&ObjectStoreOptions::new("memory://"), 100).await;
     let store = tier.store();
     let now = store.clock_ms().await.unwrap();
     let listed = store.list("").await.unwrap();
-    let clock = listed.iter().find(|one| one.object == crate::tier::name::CLOCK).unwrap();
+    let clock = listed.iter().find(|entry| entry.object == crate::tier::name::CLOCK).unwrap();
     assert_eq!(clock.modified_ms, now);
-    assert!(listed.iter().all(|one| one.modified_ms <= now), "all objects are older: {listed:?}");
+    assert!(listed.iter().all(|entry| entry.modified_ms <= now), "all objects are older: {listed:?}");
     let later = store.clock_ms().await.unwrap();
     assert!(later >= now);
 }
@@ -314,7 +314,7 @@ async fn trim(tier: &PartitionTier, to: Offset) {
 
 #[tokio::test]
 async fn log_start_moves_without_store_and_manifest_follows() {
-    let (tier, segments, all) = three(&ObjectStoreOptions::new("memory://"), 100).await;
+    let (tier, segments, all) = three_segments(&ObjectStoreOptions::new("memory://"), 100).await;
     let store = tier.store().clone();
     let before = tier.state();
     let entries = tier.segments(at(0), 9).await.unwrap();
@@ -337,22 +337,22 @@ async fn log_start_moves_without_store_and_manifest_follows() {
     let collected = collect_garbage(&store, live, Duration::from_secs(3600), later).await.unwrap();
     assert_eq!((collected.deleted, collected.skipped.len()), (2, 0), "the two earlier manifests");
     // The manifest of the next upload leaves out the segments below the log start, even if all segments are below it.
-    for (to, base, left) in [(450, 900, 3), (920, 915, 1)] {
+    for (to, base, count) in [(450, 900, 3), (920, 915, 1)] {
         let removed = bytes_below(&fresh, at(to)).await;
         fresh.install(fresh.stage_log_start(at(to), removed, LeaderEpoch(2)).unwrap());
         assert!(fresh.manifest_lags().await.unwrap());
         fresh.install(stage(&fresh, &segments.source(base, 5, 10, 2).0, LeaderEpoch(2)).await.unwrap());
         assert!(!fresh.manifest_lags().await.unwrap());
-        let again = tier_over(store.clone(), fresh.state());
-        let found = again.segments(at(0), 9).await.unwrap();
-        assert_eq!((found.len(), again.state().log_start), (left, at(to)), "{found:?}");
-        assert_eq!(found.iter().map(|entry| entry.data_bytes).sum::<u64>(), again.state().bytes);
+        let reopened = tier_over(store.clone(), fresh.state());
+        let found = reopened.segments(at(0), 9).await.unwrap();
+        assert_eq!((found.len(), reopened.state().log_start), (count, at(to)), "{found:?}");
+        assert_eq!(found.iter().map(|entry| entry.data_bytes).sum::<u64>(), reopened.state().bytes);
     }
 }
 
 #[tokio::test]
 async fn trim_moves_log_start_and_its_garbage_is_collected() {
-    let (tier, segments, all) = three(&ObjectStoreOptions::new("memory://"), 100).await;
+    let (tier, segments, all) = three_segments(&ObjectStoreOptions::new("memory://"), 100).await;
     let store = tier.store().clone();
     trim(&tier, at(450)).await;
     let state = tier.state();
@@ -394,7 +394,7 @@ async fn trim_moves_log_start_and_its_garbage_is_collected() {
 
 #[tokio::test]
 async fn collection_deletes_topics_and_skips_unreadable_manifests() {
-    let (tier, _segments, _all) = three(&ObjectStoreOptions::new("memory://"), 10).await;
+    let (tier, _segments, _all) = three_segments(&ObjectStoreOptions::new("memory://"), 10).await;
     let store = tier.store().clone();
     let topic = TopicRecord {
         name: crate::model::TopicName::new("t").unwrap(),
@@ -521,7 +521,7 @@ fn url_without_store_is_rejected() {
 
 #[tokio::test]
 async fn older_leader_cannot_stage() {
-    let (tier, segments, _all) = three(&ObjectStoreOptions::new("memory://"), 10).await;
+    let (tier, segments, _all) = three_segments(&ObjectStoreOptions::new("memory://"), 10).await;
     let (source, _) = segments.source(900, 1, 10, 1);
     assert!(matches!(stage(&tier, &source, LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
     assert!(matches!(tier.stage_trim(LeaderEpoch(1)).await, Err(UploadError::Deposed { .. })));
@@ -531,7 +531,7 @@ async fn older_leader_cannot_stage() {
 #[tokio::test]
 async fn disk_cache_serves_evicted_chunks_but_no_corrupt_bytes() {
     let folder = tempfile::tempdir().unwrap();
-    let (tier, _segments, all) = three(&ObjectStoreOptions::new("memory://"), 3000).await;
+    let (tier, _segments, all) = three_segments(&ObjectStoreOptions::new("memory://"), 3000).await;
     let chunks = folder.path().join("chunks");
     let options = ChunkCacheOptions {
         memory_bytes: 0,
@@ -570,7 +570,7 @@ async fn disk_cache_serves_evicted_chunks_but_no_corrupt_bytes() {
 #[tokio::test]
 async fn folder_reads_are_bounded_and_skip_callers_that_left() {
     let folder = tempfile::tempdir().unwrap();
-    let (tier, _segments, _) = three(&ObjectStoreOptions::new("memory://"), 3000).await;
+    let (tier, _segments, _) = three_segments(&ObjectStoreOptions::new("memory://"), 3000).await;
     let disk = Some((folder.path().join("chunks"), 64 << 20));
     let options = ChunkCacheOptions { memory_bytes: 0, disk, ..ChunkCacheOptions::default() };
     let metrics = Metrics::new();
@@ -597,7 +597,7 @@ async fn folder_reads_are_bounded_and_skip_callers_that_left() {
 /// Regression: manifests, pages and footers were fetched for callers that had left, all of them at the same time.
 #[tokio::test]
 async fn metadata_fetches_are_bounded_and_skip_callers_that_left() {
-    let (tier, _segments, _) = three(&ObjectStoreOptions::new("memory://"), 3000).await;
+    let (tier, _segments, _) = three_segments(&ObjectStoreOptions::new("memory://"), 3000).await;
     let cache = ChunkCache::open(&ChunkCacheOptions::default(), &Metrics::new()).unwrap();
     let (root, loads) = (tier.root(&tier.state()).await.unwrap(), Arc::new(AtomicUsize::new(0)));
     let load = || {

@@ -30,8 +30,8 @@ fn entry(base: u64, end: u64, epoch: u32) -> SegmentEntry {
 /// time.
 #[test]
 fn segment_entry_keeps_creation_time() {
-    let made = SegmentEntry { created_ms: 1_790_000_000_123, max_timestamp_ms: -1, ..entry(0, 10, 1) };
-    let root = ManifestRoot::empty(partition(), at(0)).extend(made, LeaderEpoch(1), Uuid::from_u128(1)).0;
+    let without_timestamps = SegmentEntry { created_ms: 1_790_000_000_123, max_timestamp_ms: -1, ..entry(0, 10, 1) };
+    let root = ManifestRoot::empty(partition(), at(0)).extend(without_timestamps, LeaderEpoch(1), Uuid::from_u128(1)).0;
     let parsed = ManifestRoot::parse(&root.encode()).unwrap();
     assert_eq!(parsed, root);
     assert_ne!(
@@ -41,15 +41,13 @@ fn segment_entry_keeps_creation_time() {
 }
 
 /// Returns a manifest of `count` segments of ten offsets each, and the pages that moved out.
-fn grown(count: u64) -> (ManifestRoot, Vec<manifest::NewManifestPage>) {
+fn manifest_of(count: u64) -> (ManifestRoot, Vec<manifest::NewManifestPage>) {
     let (mut root, mut pages) = (ManifestRoot::empty(partition(), at(0)), Vec::new());
     for number in 0..count {
-        let (next, page) =
-            root.extend(entry(number * 10, number * 10 + 10, 1), LeaderEpoch(1), Uuid::from_u128(number.into()));
-        (root, pages) = (next, {
-            pages.extend(page);
-            pages
-        });
+        let segment = entry(number * 10, number * 10 + 10, 1);
+        let (next, page) = root.extend(segment, LeaderEpoch(1), Uuid::from_u128(number.into()));
+        root = next;
+        pages.extend(page);
     }
     (root, pages)
 }
@@ -78,7 +76,7 @@ fn golden(name: &str, bytes: &[u8]) -> Vec<u8> {
 
 #[test]
 fn golden_objects_are_read_and_written_identically() {
-    let (root, pages) = grown(2 * PAGE_SEGMENTS as u64 + 2);
+    let (root, pages) = manifest_of(2 * PAGE_SEGMENTS as u64 + 2);
     let root = root.trim(at(15), Some(&ManifestPage::read(&pages[0].bytes).unwrap()), LeaderEpoch(2));
     assert_eq!(ManifestRoot::parse(&golden("manifest-v1", &root.encode())).unwrap(), root);
     let page = golden("page-v1", &pages[0].bytes);
@@ -89,8 +87,8 @@ fn golden_objects_are_read_and_written_identically() {
 
 #[test]
 fn flipped_bit_in_footer_manifest_or_page_is_detected() {
-    let (root, pages) = grown(2 * PAGE_SEGMENTS as u64);
-    let small = grown(3).0.encode();
+    let (root, pages) = manifest_of(2 * PAGE_SEGMENTS as u64);
+    let small = manifest_of(3).0.encode();
     let flipped = |bytes: &[u8], bit: usize| {
         let mut bytes = bytes.to_vec();
         bytes[bit / 8] ^= 1 << (bit % 8);
@@ -116,7 +114,7 @@ fn flipped_bit_in_footer_manifest_or_page_is_detected() {
 /// Regression: a manifest of the largest version ended the broker that computed the next version.
 #[test]
 fn manifest_of_excessive_version_or_epoch_is_rejected() {
-    let content = grown(3).0.encode();
+    let content = manifest_of(3).0.encode();
     let changed = |at: usize, bytes: &[u8]| {
         let mut content = content[..content.len() - 4].to_vec();
         content[at..at + bytes.len()].copy_from_slice(bytes);
@@ -149,7 +147,7 @@ fn footer_is_parsed_from_the_end_of_an_object() {
 #[test]
 fn root_stays_small_and_finds_every_offset() {
     let segments = 5 * PAGE_SEGMENTS as u64 + 17;
-    let (root, pages) = grown(segments);
+    let (root, pages) = manifest_of(segments);
     assert_eq!((root.pages().len(), root.segments().len()), (4, PAGE_SEGMENTS + 17));
     assert_eq!(root.version(), segments);
     for number in 0..segments {
@@ -174,7 +172,7 @@ proptest! {
     fn trim_keeps_exactly_the_segments_above_log_start(
         count in 1..1600u64, steps in prop::collection::vec(0..1650u64, 1..5),
     ) {
-        let (mut root, pages) = grown(count);
+        let (mut root, pages) = manifest_of(count);
         let mut steps = steps;
         steps.sort_unstable();
         for step in steps {
@@ -198,8 +196,8 @@ proptest! {
     #[test]
     fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0..3usize) {
         // The magic bytes and checksums are correct, so that the parsers reach the fields after them.
-        let marks: [&[u8]; 3] = [b"STMR\x00\x01", b"STMP\x00\x01", b""];
-        let mut content = [marks[kind], &bytes].concat();
+        let magics: [&[u8]; 3] = [b"STMR\x00\x01", b"STMP\x00\x01", b""];
+        let mut content = [magics[kind], &bytes].concat();
         content.extend(crc32c::crc32c(&content).to_be_bytes());
         let _root = ManifestRoot::parse(&content);
         let _page = ManifestPage::read(&content);

@@ -89,9 +89,9 @@ impl Segments {
 fn producers() -> ProducerTable {
     let mut builder = BatchBuilder::new(Compression::None);
     builder.push(0, None, None, &[]).unwrap();
-    let mut table = ProducerTable::new();
-    table.record_batch(&builder.finish(Some(ProducerSequence { id: 9, epoch: 1, base_sequence: 0 })).unwrap());
-    table
+    let mut producers = ProducerTable::new();
+    producers.record_batch(&builder.finish(Some(ProducerSequence { id: 9, epoch: 1, base_sequence: 0 })).unwrap());
+    producers
 }
 
 fn open(options: &ObjectStoreOptions) -> PartitionTier {
