@@ -16,7 +16,7 @@ pub(super) fn check(address: &str, remedy: &'static str, tasks: &Tasks) {
             return;
         };
         if let Err(error) = resolved {
-            tracing::warn!(address, error, "cannot resolve an advertised address on this machine: {remedy}");
+            tracing::warn!(address, problem = error, "cannot resolve an advertised address on this machine: {remedy}");
         }
     });
 }

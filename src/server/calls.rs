@@ -92,7 +92,7 @@ impl HttpBody for CountedBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
         if !self.rest.is_empty() {
-            // HTTP/2 polls again after the client took most of the previous piece.
+            // The poll for this piece shows that HTTP/2 has sent data of the previous one.
             if let Some(memory) = &self.open.memory {
                 memory.on_piece_taken();
             }

@@ -66,7 +66,7 @@ pub(super) struct ConnectionLimiter(Arc<LimiterState>);
 struct LimiterState {
     kind: ListenerKind,
     capacity: Capacity,
-    /// Maximum number of connections with common places from one address.
+    /// Maximum number of connections of one address in the common pool.
     per_address: usize,
     /// Setting or system limit that raises `per_address`.
     address_raised_by: &'static str,
@@ -242,7 +242,7 @@ impl ConnectionLimiter {
         ))
     }
 
-    /// Returns the error for a call on a connection without a common place.
+    /// Returns the error for a call on a connection that serves only probes.
     fn refusal(&self, bound: Bound) -> RefusedConnection {
         let LimiterState { kind, capacity, per_address, address_raised_by, .. } = &*self.0;
         RefusedConnection(match bound {
@@ -259,7 +259,7 @@ impl ConnectionLimiter {
     }
 }
 
-/// Reason why a call is rejected: its connection has no common place, or there is no memory for the call.
+/// Reason why a call is rejected: its connection serves only probes, or there is no memory for the call.
 #[derive(Debug)]
 pub(super) struct RefusedConnection(pub(super) String);
 
@@ -321,7 +321,7 @@ impl Caller {
         self.producer_ids.clone()
     }
 
-    /// Counts a call as open until the returned value is dropped. On a connection without a common place, the call is
+    /// Counts a call as open until the returned value is dropped. On a connection that serves only probes, the call is
     /// rejected unless it is a probe or the common pool has space by now. A call without memory is rejected too.
     pub(super) fn begin_call(&self, is_probe: bool) -> Result<OpenCall, RefusedConnection> {
         let mut places = self.limiter.0.places.lock();
@@ -551,9 +551,9 @@ mod tests {
             let (mut incoming, mut outgoing) = tokio::io::split(connection);
             while timeout(A_MOMENT, outgoing.write(&[7; 1 << 16])).await.is_ok() {}
             // The last successful write permits one read.
-            client.write_all(b"1").await.expect("there is room");
+            client.write_all(b"1").await.expect("the socket has space");
             assert_eq!(incoming.read_u8().await.expect("the byte arrives"), b'1');
-            client.write_all(b"2").await.expect("there is room");
+            client.write_all(b"2").await.expect("the socket has space");
             // The read runs in a separate task, so that only the write wakes it.
             let mut reading = tasks.spawn("reading", async move { incoming.read_u8().await });
             assert_eq!(timeout(A_MOMENT, &mut reading).await.is_ok(), continues, "{kind:?}");

@@ -13,7 +13,7 @@ use crate::{
 /// the object store.
 const MIN_OTHER_FILES: u64 = 64;
 
-/// Number of places of each listener in addition to the common ones.
+/// Number of places of each listener in addition to its common pool.
 const RESERVED_CONNECTIONS: u64 = (LOOPBACK_PLACES + PROBE_PLACES) as u64;
 
 /// Maximum number of places of the HTTP listener and of the peer listener.
@@ -51,7 +51,7 @@ const BYTES_PER_CONNECTION: u64 = 256 << 10;
 const PEER_SHARE: u64 = 8;
 const BYTES_PER_PEER: u64 = limits::MAX_PEER_REQUEST_BYTES as u64 * limits::MAX_STREAMS_PER_PEER as u64 + (256 << 10);
 
-/// Number of common places of one listener, and the limit that determines it. A smaller limit replaces both.
+/// Size of the common pool of one listener, and the limit that determines it. A smaller limit replaces both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Capacity {
     pub(super) places: usize,
@@ -150,11 +150,11 @@ mod tests {
             assert_eq!(peer == 0, standalone);
             assert!(standalone || peer >= 2 * (brokers - 1), "{brokers} brokers: two connections of each other broker");
             let brokers = brokers as u64;
-            let own = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES;
-            let taken = (grpc + http + peer) as u64 * brokers + own;
-            let least = own + (min.grpc + min.http + min_peer) as u64 * brokers;
+            let reserved = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES;
+            let taken = (grpc + http + peer) as u64 * brokers + reserved;
+            let min_total = reserved + (min.grpc + min.http + min_peer) as u64 * brokers;
             // A single broker fits from 256 file descriptors on. The brokers of `dev --brokers` share the limit.
-            let bound = if brokers == 1 && files >= 256 { files } else { files.max(least) };
+            let bound = if brokers == 1 && files >= 256 { files } else { files.max(min_total) };
             assert!(taken <= bound, "{files} files for {brokers}: {grpc}, {http} and {peer}");
         }
         let places = |files, segments, standalone| {

@@ -34,7 +34,7 @@ use crate::{
 /// Maximum size of a request's head, in bytes.
 const MAX_HEAD_BYTES: usize = 16 << 10;
 
-/// Paths that are also served on connections without a common place.
+/// Paths of probes, which are also served on connections above the connection limit.
 const PROBE_PATHS: [&str; 2] = ["/healthz", "/readyz"];
 
 /// State of the request handlers. The listener also serves during a start, before there is a broker.

@@ -54,7 +54,7 @@ impl Origin {
 /// Limit that keeps a connection out of the common pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Bound {
-    /// Each connection with a common place has an open call.
+    /// Each connection in the common pool has an open call.
     Places,
     /// The address has the maximum number of connections, each with an open call.
     Address,
@@ -76,7 +76,7 @@ pub(super) enum Pool {
 pub(super) struct Admitted<T> {
     /// Number of the connection.
     pub(super) id: u64,
-    /// Reason why the connection has no common place; `None` if it has one.
+    /// Limit that keeps the connection out of the common pool; `None` if the connection is in it.
     pub(super) bound: Option<Bound>,
     pub(super) pool: Pool,
     /// Handle of the connection that was evicted for this one. The caller closes that connection.

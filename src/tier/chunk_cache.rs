@@ -59,7 +59,7 @@ const MAX_CONCURRENT_PARSES: usize = 16;
 
 /// Maximum number of chunks that one read-ahead request fetches. Each request costs the store, and its bill, more than
 /// its bytes do.
-const MAX_RUN_CHUNKS: u64 = 4;
+const MAX_REQUEST_CHUNKS: u64 = 4;
 
 /// Maximum number of concurrent reads from the folder. A started read continues even if its caller no longer waits.
 const MAX_CONCURRENT_DISK_READS: usize = 32;
@@ -146,7 +146,7 @@ struct ChunkCacheInner {
     /// Permits for chunks that are fetched ahead of readers, one each.
     read_ahead: Arc<Semaphore>,
     /// Maximum number of chunks that one read-ahead request fetches.
-    run_chunks: u64,
+    max_request_chunks: u64,
 }
 
 /// Chunks in a folder on disk.
@@ -195,7 +195,7 @@ impl ChunkCache {
             fetches: Semaphore::new(MAX_CONCURRENT_FETCHES),
             parses: Semaphore::new(MAX_CONCURRENT_PARSES),
             read_ahead: Arc::new(Semaphore::new(usize::try_from(read_ahead_chunks).unwrap_or(0))),
-            run_chunks: read_ahead_chunks.clamp(1, MAX_RUN_CHUNKS),
+            max_request_chunks: read_ahead_chunks.clamp(1, MAX_REQUEST_CHUNKS),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -318,8 +318,8 @@ impl ChunkCache {
     }
 
     /// Returns the maximum number of chunks that one read-ahead request fetches.
-    pub(super) fn run_chunks(&self) -> u64 {
-        self.inner.run_chunks
+    pub(super) fn max_request_chunks(&self) -> u64 {
+        self.inner.max_request_chunks
     }
 
     /// Fetches the chunks that are not in memory before a reader needs them. Adjacent chunks share one request. Returns
@@ -339,10 +339,10 @@ impl ChunkCache {
         }
         let is_adjacent =
             |a: &u64, b: &u64| a + 1 == *b && !self.inner.is_on_disk(key(*a)) && !self.inner.is_on_disk(key(*b));
-        for run in absent.chunk_by(is_adjacent) {
-            let flight = self.fetch_request(store, object, &entry, run[0]..run[0] + run.len() as u64);
-            for (position, index) in run.iter().copied().enumerate() {
-                let (permit, flight) = (permits.split(1), (run.len() > 1).then(|| (flight.clone(), position)));
+        for adjacent in absent.chunk_by(is_adjacent) {
+            let flight = self.fetch_request(store, object, &entry, adjacent[0]..adjacent[0] + adjacent.len() as u64);
+            for (position, index) in adjacent.iter().copied().enumerate() {
+                let (permit, flight) = (permits.split(1), (adjacent.len() > 1).then(|| (flight.clone(), position)));
                 // The fetch is in flight before its reader arrives, so the reader waits for it instead of fetching the
                 // chunk again.
                 let fetched = self.fetch_once_from(store, object, entry, index, flight);

@@ -134,7 +134,7 @@ impl PartitionTier {
         let mut tries = 0;
         loop {
             let mut scan = SegmentScan::new(self, entry, footer, from);
-            match scan.run(limits).await {
+            match scan.scan_batches(limits).await {
                 Ok(()) => return Ok(scan.finish()),
                 Err(ReadFailure::Read(error)) => return Err(error),
                 Err(ReadFailure::Corrupt(corruption)) => {
@@ -169,7 +169,7 @@ impl PartitionTier {
         let mut requested = reader.requested;
         let (mut entry, mut index, mut remaining) = (entry, position.div_ceil(CHUNK_BYTES), reader.window);
         // Chunks per request. Half of the window is in flight while the reader reads the other half.
-        let run = (reader.window / 2).clamp(1, self.cache().run_chunks());
+        let request_chunks = (reader.window / 2).clamp(1, self.cache().max_request_chunks());
         while remaining > 0 {
             let chunks = entry.data_bytes.div_ceil(CHUNK_BYTES);
             if index >= chunks {
@@ -180,12 +180,12 @@ impl PartitionTier {
             }
             let mut end = index + 1;
             if (entry.stamp.base, end) > requested {
-                // Runs end at the same positions for all readers, so that two readers request the same runs.
-                end = chunks.min((index / run + 1) * run).min(index + remaining);
-                let is_full_run = end % run == 0 || end == chunks;
+                // Requests end at the same positions for all readers, so that two readers send the same requests.
+                end = chunks.min((index / request_chunks + 1) * request_chunks).min(index + remaining);
+                let is_full_request = end % request_chunks == 0 || end == chunks;
                 let object = self.object(&entry.stamp.segment());
-                // A shorter run waits until the window has space for a complete one.
-                if !is_full_run || !self.cache().read_ahead(self.store(), &object, entry, index..end) {
+                // A shorter request waits until the window has space for a complete one.
+                if !is_full_request || !self.cache().read_ahead(self.store(), &object, entry, index..end) {
                     break;
                 }
                 requested = (entry.stamp.base, end);
@@ -214,7 +214,7 @@ struct SegmentScan<'a> {
     pieces: Vec<Bytes>,
     bytes: usize,
     /// Range of consecutive batches in one chunk, which are returned as one piece.
-    run: Option<Range<u64>>,
+    piece: Option<Range<u64>>,
 }
 
 impl<'a> SegmentScan<'a> {
@@ -232,27 +232,27 @@ impl<'a> SegmentScan<'a> {
             first_miss: None,
             pieces: Vec::new(),
             bytes: 0,
-            run: None,
+            piece: None,
         }
     }
 
     /// Reads batches until the limits or the end of the segment. The first batch that ends above `from` may exceed
     /// `max_bytes`.
-    async fn run(&mut self, ReadLimits { max_bytes, max_batch_bytes }: ReadLimits) -> Result<(), ReadFailure> {
+    async fn scan_batches(&mut self, ReadLimits { max_bytes, max_batch_bytes }: ReadLimits) -> Result<(), ReadFailure> {
         let max_bytes = max_bytes.min(limits::MAX_FETCH_BYTES);
-        let head = limits::BATCH_HEADER_BYTES as u64;
-        self.fetch(self.position + (max_bytes as u64).max(head)).await?;
+        let header_bytes = limits::BATCH_HEADER_BYTES as u64;
+        self.fetch(self.position + (max_bytes as u64).max(header_bytes)).await?;
         while self.position < self.entry.data_bytes {
-            self.fetch(self.position + head).await?;
-            let length = Batch::framed_len(&self.slice(self.position..self.position + head));
-            let length = length.map_err(|error| self.corrupt(head, &error.to_string()))?;
+            self.fetch(self.position + header_bytes).await?;
+            let length = Batch::framed_len(&self.slice(self.position..self.position + header_bytes));
+            let length = length.map_err(|error| self.corrupt(header_bytes, &error.to_string()))?;
             let has_batch = self.bytes > 0;
             if has_batch && self.bytes + length > max_bytes {
                 break;
             }
             let end = self.position + length as u64;
             if end > self.entry.data_bytes {
-                return Err(self.corrupt(head, "a batch extends beyond the data"));
+                return Err(self.corrupt(header_bytes, "a batch extends beyond the data"));
             }
             if length > max_batch_bytes.max(max_bytes) {
                 return Err(TierReadError::BatchTooLarge { bytes: length }.into());
@@ -263,7 +263,7 @@ impl<'a> SegmentScan<'a> {
         if self.position == self.entry.data_bytes && self.next != self.entry.stamp.end {
             return Err(self.corrupt(0, "the batches end before the end of the segment"));
         }
-        self.end_run();
+        self.end_piece();
         Ok(())
     }
 
@@ -285,13 +285,15 @@ impl<'a> SegmentScan<'a> {
         }
         self.bytes += batch.encoded_len();
         let crosses_chunks = range.start / CHUNK_BYTES != (range.end - 1) / CHUNK_BYTES;
-        match &mut self.run {
-            Some(run) if !crosses_chunks && run.start / CHUNK_BYTES == range.start / CHUNK_BYTES => run.end = range.end,
+        match &mut self.piece {
+            Some(piece) if !crosses_chunks && piece.start / CHUNK_BYTES == range.start / CHUNK_BYTES => {
+                piece.end = range.end;
+            }
             _ => {
-                self.end_run();
-                self.run = Some(range);
+                self.end_piece();
+                self.piece = Some(range);
                 if crosses_chunks {
-                    self.end_run();
+                    self.end_piece();
                 }
             }
         }
@@ -299,9 +301,9 @@ impl<'a> SegmentScan<'a> {
     }
 
     /// Adds the collected range of batches to the result as one piece.
-    fn end_run(&mut self) {
-        if let Some(run) = self.run.take() {
-            self.pieces.push(self.slice(run));
+    fn end_piece(&mut self) {
+        if let Some(piece) = self.piece.take() {
+            self.pieces.push(self.slice(piece));
         }
     }
 

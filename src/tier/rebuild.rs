@@ -373,9 +373,9 @@ mod tests {
         SegmentCandidate { entry, data_crc: crc, epochs: vec![(LeaderEpoch(0), at(0))] }
     }
 
-    fn with_epochs(mut one: SegmentCandidate, epochs: &[(u32, u64)]) -> SegmentCandidate {
-        one.epochs = epochs.iter().map(|(epoch, first)| (LeaderEpoch(*epoch), at(*first))).collect();
-        one
+    fn with_epochs(mut candidate: SegmentCandidate, epochs: &[(u32, u64)]) -> SegmentCandidate {
+        candidate.epochs = epochs.iter().map(|(epoch, first)| (LeaderEpoch(*epoch), at(*first))).collect();
+        candidate
     }
 
     fn state(log_start: u64, end: u64, bytes: u64) -> TierState {

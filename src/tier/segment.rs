@@ -207,7 +207,8 @@ impl SegmentBatches {
     /// Checks and removes the complete batches at the front of `unchecked`. Returns the batches to keep.
     fn take_batches(&mut self) -> Result<VecDeque<Bytes>, SegmentSourceError> {
         let mut kept = VecDeque::new();
-        let (mut run, mut run_bytes) = (self.unchecked.clone(), 0);
+        // The kept batches are consecutive, because only the front of the segment is skipped.
+        let (mut from_first_kept, mut kept_bytes) = (self.unchecked.clone(), 0);
         while self.unchecked.len() >= limits::BATCH_HEADER_BYTES {
             match Batch::framed_len(&self.unchecked) {
                 Ok(needed) if needed > self.unchecked.len() => break,
@@ -217,13 +218,13 @@ impl SegmentBatches {
             self.check(&batch)?;
             self.position += batch.encoded_len() as u64;
             if self.keep(&batch)? {
-                run_bytes += batch.encoded_len();
+                kept_bytes += batch.encoded_len();
             } else {
-                run = self.unchecked.clone();
+                from_first_kept = self.unchecked.clone();
             }
         }
-        if run_bytes > 0 {
-            kept.push_back(run.split_to(run_bytes));
+        if kept_bytes > 0 {
+            kept.push_back(from_first_kept.split_to(kept_bytes));
         }
         Ok(kept)
     }
