@@ -69,8 +69,8 @@ impl ResolvedValues {
                     let (remaining, total) = (format_bytes(remaining), format_bytes(total));
                     let min = format_bytes(*range.start());
                     format!(
-                        "the configured parts leave {remaining} of {MEMORY}, which is {total}, and {} would be less than \
-                         {min}: lower these parts, or raise {MEMORY}",
+                        "the configured parts leave {remaining} of {MEMORY}, which is {total}, and {} would be less \
+                         than {min}: lower these parts, or raise {MEMORY}",
                         setting.key
                     )
                 });

@@ -135,7 +135,7 @@ impl TierStore {
     /// Rejects a marker of a later generation than the metadata store's. Replaces a marker of an earlier generation.
     /// All brokers write the same content, so the order of their writes does not matter.
     async fn check_generation(&self, marker: ClusterMarker) -> Result<(), BindingError> {
-        // 0 means that this process does not know the cluster's generation.
+        // 0 means that the cluster's generation is not known.
         let (ours, theirs) = (self.owner.expected.generation, marker.generation);
         if ours == 0 || ours == theirs {
             return Ok(());
