@@ -11,12 +11,12 @@ use crate::{
 
 /// Replication links over which this broker follows other brokers.
 pub trait ReplicationLinks: Send + Sync + 'static {
-    /// Starts to follow `leader`, instead of any earlier leader. The link sends
-    /// [`LinkEvent::Connected`](super::LinkEvent::Connected) when it is connected, also if it is connected already.
+    /// Starts to follow `leader`, instead of any earlier leader. The partition receives
+    /// [`LinkEvent::Connected`](super::LinkEvent::Connected) when the link is connected, or at once if it already is.
     fn start_following(&self, partition: PartitionId, leader: BrokerId);
 
-    /// Subscribes over the link over which the partition follows, with this log position. The subscription replaces an
-    /// earlier one, whose responses and batches are dropped.
+    /// Subscribes with this log position, over the link to the followed leader. Responses and batches of an earlier
+    /// subscription are dropped.
     fn subscribe(&self, partition: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress);
 
     /// Sends [`LinkEvent::Connected`](super::LinkEvent::Connected) again after a pause. The pause grows with each call
@@ -24,10 +24,10 @@ pub trait ReplicationLinks: Send + Sync + 'static {
     /// time.
     fn retry_later(&self, partition: PartitionId);
 
-    /// Unsubscribes the partition. The leader receives `known`, the newest epoch known here, which may be newer than
-    /// the leader's own. `stopping` is true if this replica will not return soon. After this has returned, nothing is
-    /// acknowledged on that link.
-    fn unsubscribe(&self, partition: PartitionId, known: LeaderEpoch, stopping: bool);
+    /// Unsubscribes the partition. The leader receives `newest_epoch`, the epoch of the value that this replica applied;
+    /// it may be newer than the leader's own. `stopping` is true if this replica will not return soon. After the return,
+    /// nothing is acknowledged on that link.
+    fn unsubscribe(&self, partition: PartitionId, newest_epoch: LeaderEpoch, stopping: bool);
 }
 
 /// Requests of leaders to the metadata store. Each request has exactly one outcome, sent through
@@ -68,14 +68,14 @@ impl PartitionCounters {
         }
     }
 
-    /// Counts an ISR change of a partition that is led here.
-    pub(super) fn isr_changed(&self, before: &[BrokerId], after: &[BrokerId]) {
+    /// Counts the members that left and entered the ISR of a partition that is led here.
+    pub(super) fn count_isr_change(&self, before: &[BrokerId], after: &[BrokerId]) {
         self.isr_shrinks.inc_by(before.iter().filter(|id| !after.contains(id)).count() as u64);
         self.isr_expands.inc_by(after.iter().filter(|id| !before.contains(id)).count() as u64);
     }
 }
 
-/// Interfaces of a partition's task to its broker.
+/// Interfaces of its broker that a partition's task calls.
 #[derive(Clone)]
 pub struct PartitionContext {
     pub links: Arc<dyn ReplicationLinks>,
@@ -84,7 +84,8 @@ pub struct PartitionContext {
 }
 
 impl PartitionContext {
-    /// Returns the interfaces of a standalone broker: it has no other leader to follow, and its ISR never changes.
+    /// Returns the interfaces of a standalone broker. There is no other leader to follow, and the ISR never changes, so
+    /// a call of `start_following` or `propose` is logged as an error.
     pub fn standalone() -> Self {
         Self {
             links: Arc::new(StandaloneContext),
@@ -94,6 +95,7 @@ impl PartitionContext {
     }
 }
 
+/// Links and ISR updater of a standalone broker.
 struct StandaloneContext;
 
 impl ReplicationLinks for StandaloneContext {

@@ -2,7 +2,7 @@
 //!
 //! # Overview
 //!
-//! One [`Follower`] is one replica under one leader in one epoch. The actor drives it:
+//! One [`Follower`] is one replica under one leader in one epoch. The actor calls it:
 //!
 //! ```text
 //!           subscribe              response: Accepted            batches ─▶ append ─▶ appended
@@ -15,13 +15,13 @@
 //! # Rules
 //!
 //! - The follower truncates only where the leader's epoch history and its own diverge, and never to a high watermark.
-//! - The follower never truncates below its high watermark. Every clean leader has the records below it. So a response
-//!   that requires such a truncation is wrong, and the replica keeps its log and reports the error. Only an unclean
-//!   election in an epoch above the last epoch of the log may remove committed records.
-//! - The follower appends only batches that continue its log without gap, overlap or decreasing epoch, and no batch of
-//!   another epoch's link.
+//! - The follower never truncates below its high watermark. A cleanly elected leader has all records below
+//!   it, so a response that requires such a truncation is wrong. The replica then keeps its log and reports the error.
+//!   Only an unclean election in an epoch above the last epoch of the log may remove committed records.
+//! - The follower appends only batches of its current epoch that continue its log without gap, overlap or decreasing
+//!   batch epoch.
 //! - Its high watermark is the minimum of the leader's high watermark and its own log end. It moves only after the
-//!   leader has found this log to be a prefix of its own.
+//!   leader has accepted the subscription: this log is then a prefix of the leader's.
 //!
 //! Messages of a leader are input. A message that does not fit is a [`ProtocolViolation`]: nothing changes, except that
 //! the follower may have to subscribe again.
@@ -119,7 +119,7 @@ pub enum ProtocolViolation {
         /// Followed epoch.
         follows: LeaderEpoch,
     },
-    /// The response does not shorten the log that it calls diverged, or accepts another end than the reported one.
+    /// The response requires a truncation that removes nothing, or accepts another log end than the reported one.
     #[error("the leader's response names offset {got}, and the log of this replica ends at {log_end}")]
     InvalidResponse {
         /// Offset in the response.
@@ -152,13 +152,15 @@ pub enum ProtocolViolation {
     },
 }
 
+/// Stage of the subscription.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum FollowerStage {
     /// No subscription is pending: the log is being changed, or there is no link.
     Idle,
     /// A response is due. The value is the log end that the subscription reported.
     Subscribing(Offset),
-    /// `next` is the next offset that the leader sends; all records below `appended_end` are in the log.
+    /// The leader accepted the subscription. `next` is the next offset that it sends, and `last` the epoch of the batch
+    /// before. All records below `appended_end` are in the log.
     Following { next: Offset, appended_end: Offset, last: Option<LeaderEpoch> },
 }
 
@@ -169,8 +171,9 @@ pub struct Follower {
     epoch: LeaderEpoch,
     /// Newest epoch whose election may have lost committed records.
     unclean: Option<LeaderEpoch>,
-    /// True if the log's last epoch, at the first subscription of this epoch, was older than `unclean`.
-    may_lose: Option<bool>,
+    /// True if committed records may be truncated: the log's last epoch, at the first subscription, was older than
+    /// `unclean`. `None` before the first subscription.
+    may_lose_committed: Option<bool>,
     stage: FollowerStage,
     /// Newest high watermark that the leader sent.
     leader_high_watermark: Offset,
@@ -186,7 +189,7 @@ impl Follower {
             leader,
             epoch,
             unclean,
-            may_lose: None,
+            may_lose_committed: None,
             stage: FollowerStage::Idle,
             leader_high_watermark: Offset::ZERO,
             high_watermark,
@@ -201,7 +204,7 @@ impl Follower {
         self.epoch
     }
 
-    /// Returns the high watermark: all records of this log below it are known as committed.
+    /// Returns the high watermark of the replica: all records of this log below it are committed.
     pub fn high_watermark(&self) -> Offset {
         self.high_watermark
     }
@@ -220,9 +223,9 @@ impl Follower {
     /// truncation or reset.
     pub fn subscribe(&mut self, history: &EpochHistory, log_end: Offset) -> LogPosition {
         let last = history.last().map(|(epoch, _)| epoch);
-        // The log counts as it was at the first subscription of this epoch: a truncation makes its last epoch look
-        // older.
-        self.may_lose.get_or_insert(self.unclean.is_some_and(|unclean| last.is_none_or(|last| unclean > last)));
+        // Decided once, at the first subscription of this epoch: a truncation removes the last epochs of the log.
+        self.may_lose_committed
+            .get_or_insert(self.unclean.is_some_and(|unclean| last.is_none_or(|last| unclean > last)));
         self.stage = FollowerStage::Subscribing(log_end);
         LogPosition { last_epoch: last, log_end, removal_count: None }
     }
@@ -244,7 +247,7 @@ impl Follower {
         high_watermark: Offset,
         history: &EpochHistory,
     ) -> Result<FollowerAction, ProtocolViolation> {
-        self.is_current(epoch)?;
+        self.check_epoch(epoch)?;
         let FollowerStage::Subscribing(log_end) = self.stage else { return Err(ProtocolViolation::Unexpected) };
         self.stage = FollowerStage::Idle;
         match outcome {
@@ -277,7 +280,7 @@ impl Follower {
         }
     }
 
-    /// Records a reset of the log to `at`. All records before `at` are in the object store or deleted, so they were
+    /// Applies a reset of the log to `at`. All records before `at` are in the object store or deleted, so they were
     /// committed.
     pub fn on_reset(&mut self, at: Offset) {
         self.high_watermark = self.high_watermark.max(at);
@@ -288,7 +291,7 @@ impl Follower {
     fn check_truncation(&mut self, to: Offset) -> Result<(), ProtocolViolation> {
         let high_watermark = self.high_watermark;
         if to < high_watermark {
-            if self.may_lose != Some(true) {
+            if self.may_lose_committed != Some(true) {
                 return Err(ProtocolViolation::TruncateBelowCommitted { to, high_watermark });
             }
             self.high_watermark = to;
@@ -306,8 +309,8 @@ impl Follower {
         headers: &[BatchHeader],
         high_watermark: Offset,
     ) -> Result<FollowerAction, ProtocolViolation> {
-        self.is_current(epoch)?;
-        match self.continues(headers) {
+        self.check_epoch(epoch)?;
+        match self.check_batches(headers) {
             Ok(stage) => self.stage = stage,
             Err(violation) => {
                 // Unrequested batches do not cancel a subscription whose response is due.
@@ -321,7 +324,8 @@ impl Follower {
         Ok(if headers.is_empty() { FollowerAction::Ignore } else { FollowerAction::Append })
     }
 
-    fn is_current(&self, got: LeaderEpoch) -> Result<(), ProtocolViolation> {
+    /// Checks that a message is of the followed epoch.
+    fn check_epoch(&self, got: LeaderEpoch) -> Result<(), ProtocolViolation> {
         let follows = self.epoch;
         if mutant!(ObeyOlderLeaderEpoch) && got < follows {
             return Ok(());
@@ -333,7 +337,8 @@ impl Follower {
         }
     }
 
-    fn continues(&self, headers: &[BatchHeader]) -> Result<FollowerStage, ProtocolViolation> {
+    /// Checks that batches continue the log. Returns the stage after them.
+    fn check_batches(&self, headers: &[BatchHeader]) -> Result<FollowerStage, ProtocolViolation> {
         let FollowerStage::Following { mut next, appended_end, mut last } = self.stage else {
             return Err(ProtocolViolation::Unexpected);
         };
@@ -356,7 +361,7 @@ impl Follower {
         Ok(FollowerStage::Following { next, appended_end, last })
     }
 
-    /// Records an append: the log reaches `log_end`.
+    /// Applies an append: the log ends at `log_end` now.
     pub fn on_appended(&mut self, log_end: Offset) {
         if let FollowerStage::Following { appended_end, .. } = &mut self.stage {
             *appended_end = log_end.max(*appended_end);
@@ -364,21 +369,22 @@ impl Follower {
         self.advance_high_watermark(self.leader_high_watermark);
     }
 
-    fn advance_high_watermark(&mut self, sent: Offset) {
-        self.leader_high_watermark = self.leader_high_watermark.max(sent);
+    /// Applies a high watermark that the leader sent. The follower's own moves at most to the appended end.
+    fn advance_high_watermark(&mut self, leader_high_watermark: Offset) {
+        self.leader_high_watermark = self.leader_high_watermark.max(leader_high_watermark);
         if let FollowerStage::Following { appended_end, .. } = self.stage {
             self.high_watermark = self.high_watermark.max(self.leader_high_watermark.min(appended_end));
         }
     }
 }
 
-/// Returns the offset at which to truncate. In the leader's log, `epoch` is the newest epoch not above this log's last
-/// one, and ends at `end`. The result is the lower of `end` and the end of this log's own batches up to that epoch. It
-/// is the log's own start if the log has no such batches.
+/// Returns the offset at which to truncate this log, which has the epochs `history`. In the leader's log, `epoch` is the
+/// newest epoch not above this log's last one, and ends at `end`. The result is the lower of `end` and the end of this
+/// log's batches up to that epoch. It is the start of this log if the log has no such batches.
 fn common_end(epoch: LeaderEpoch, end: Offset, history: &EpochHistory, log_end: Offset) -> Offset {
-    let first = history.iter().next().map_or(log_end, |(_, start)| start);
-    let own_end = history.end_of(epoch, log_end).map_or(first, |(_, end)| end);
-    end.min(own_end).max(first)
+    let start = history.iter().next().map_or(log_end, |(_, start)| start);
+    let end_here = history.end_of(epoch, log_end).map_or(start, |(_, end)| end);
+    end.min(end_here).max(start)
 }
 
 #[cfg(test)]

@@ -347,11 +347,10 @@ impl Partition {
         response.await.unwrap_or_else(closing)
     }
 
-    /// Handles an acknowledgement of a follower. Never waits; replaces an earlier acknowledgement that the task has not
-    /// handled.
-    pub fn acknowledged(&self, peer: PeerId, epoch: LeaderEpoch, progress: ReplicaProgress) {
+    /// Handles an acknowledgement of a follower. Never waits; replaces an earlier one that the task has not taken.
+    pub fn on_acknowledged(&self, peer: PeerId, epoch: LeaderEpoch, progress: ReplicaProgress) {
         self.published.acknowledged(peer.broker, progress.log_end);
-        self.signals.acknowledged(peer, epoch, progress);
+        self.signals.on_acknowledged(peer, epoch, progress);
     }
 
     /// Calls `report` with the lag of each of these replicas; makes no call while this broker does not lead.
@@ -364,9 +363,10 @@ impl Partition {
         self.send_control(ControlMessage::FollowerDisconnected(peer, cause)).await;
     }
 
-    /// Reports a newer epoch. A leader of an older epoch then accepts no more writes, and waits for newer metadata.
-    pub async fn deposed(&self, newer_epoch: LeaderEpoch) {
-        self.send_control(ControlMessage::Deposed(newer_epoch)).await;
+    /// Reports a newer leader epoch: a leader of an older epoch admits no more writes until its metadata contains the
+    /// newer epoch.
+    pub async fn report_newer_epoch(&self, reported: LeaderEpoch) {
+        self.send_control(ControlMessage::NewerEpoch(reported)).await;
     }
 
     /// Returns a reader of the log up to its end, in the epoch in which this broker leads now. Compare

@@ -19,8 +19,7 @@
 //! ```
 //!
 //! [`Partition`] is the handle of one replica; it exists as long as this broker holds the replica. Its task (`actor`)
-//! owns the log. By its [role](ReplicaRole) the task applies the decisions of [`leader`], applies those of
-//! [`follower`], or is idle. Only the metadata sets the role ([`Partition::assign`], [`metadata`]). The task sends its
+//! owns the log. In its [role](ReplicaRole) the task applies the decisions of [`leader`] or of [`follower`], or is idle. Only the metadata sets the role ([`Partition::assign`], [`metadata`]). The task sends its
 //! requests to links and to the metadata store through [`PartitionContext`] and never waits for an outcome. Readers
 //! send no request to the task: they read the watermarks that the task publishes. Maintenance (`maintenance`) uploads
 //! sealed segments and removes old ones, by the plan of [`retention`]. Its order makes a crash harmless: object,
@@ -40,10 +39,10 @@
 //! - A task appends writes only while it leads, and leads at most once in an epoch. It never applies the metadata
 //!   store's response to a request of one epoch as the response to a request of another epoch.
 //! - A follower's high watermark comes from a leader that found the two logs to agree; a leader's comes from its own
-//!   commits. A commit by other replicas up to an offset does not show that the records of this log below that offset
-//!   are committed.
-//! - Before the log is truncated, the task publishes its role and ends its subscription. So a reader of a leader's log
-//!   finds its epoch ended, and nothing is acknowledged in an epoch whose records are being removed.
+//!   commits. If other replicas commit up to an offset, this log may still hold different records below that
+//!   offset.
+//! - Before the log is truncated, the task publishes its role and ends its subscription. So reads of a
+//!   leader's log fail with the end of its epoch, and nothing is acknowledged in an epoch whose records are being removed.
 //!
 //! # Change of role
 //!

@@ -1,5 +1,4 @@
-//! Assignment, role, link events and segments of a replica. Plain values: the task decides by them and publishes its
-//! role.
+//! Assignment, role, link events and segments of a replica. Plain values, which the task and its callers exchange.
 //!
 //! ```text
 //!   assign ─▶ Idle ◀──────────▶ Follower { leader } ◀──────────▶ Leader { epoch_committed }
@@ -38,7 +37,7 @@ pub struct PartitionAssignment {
 /// Role of this broker in a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplicaRole {
-    /// Idle: no leader is known, this broker is no replica, or it cannot follow.
+    /// Neither leads nor follows: the leader is unknown, this broker is no replica, or its disk failed.
     Idle,
     /// Orders the writes.
     Leader {
@@ -59,8 +58,8 @@ impl ReplicaRole {
         matches!(self, Self::Leader { .. })
     }
 
-    /// Returns true if this role serves reads. A leader serves all readers. An in-sync follower serves readers that
-    /// accept any replica.
+    /// Returns true if a replica in this role serves a read. A leader serves every read. An in-sync follower serves it
+    /// if the reader accepts `any_replica`.
     pub fn serves(self, any_replica: bool) -> bool {
         self.leads() || any_replica && matches!(self, Self::Follower { in_sync: true, .. })
     }
@@ -89,7 +88,7 @@ pub struct SubscribeResponse {
     pub high_watermark: Offset,
     /// Outcome of the subscription.
     pub outcome: SubscribeOutcome,
-    /// True if the committed ISR contains the follower. For the leader's side of the link only: it is not sent.
+    /// True if the committed ISR contains the follower. Used by the leader's side of the link, and not sent.
     pub in_sync: bool,
 }
 
@@ -137,13 +136,14 @@ pub enum WatermarkKind {
     AnyEnd,
 }
 
-/// Segments of a replica on this broker's disk, as its task sees them.
+/// Segments of a replica on this broker's disk, and the state of its task that maintenance needs.
 pub(super) struct LocalSegments {
     pub(super) sealed: Vec<SegmentInfo>,
     pub(super) active: SegmentInfo,
     /// Time since the first batch in the active segment; `None` while the segment is empty.
     pub(super) active_age: Option<Duration>,
+    /// True if a writer waits for the object store.
     pub(super) awaits_tier: bool,
-    /// Epoch in which this broker leads, and true if that epoch is committed; `None` while it does not lead.
+    /// `None` while this broker does not lead; otherwise its leader epoch, and true if that epoch is committed.
     pub(super) leads: Option<(LeaderEpoch, bool)>,
 }

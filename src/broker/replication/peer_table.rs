@@ -47,36 +47,36 @@ pub(super) struct PeerTable {
     pub(super) clocks: ClockComparison,
 }
 
-/// Reason for rejecting a broker whose claimed broker epoch is not confirmed.
+/// Reason for rejecting a broker whose reported broker epoch is not confirmed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Unconfirmed {
     /// The broker has registered again since.
     #[error(
-        "broker {broker} has broker epoch {claimed}, and is registered with the later epoch {registered}: reconnect"
+        "broker {broker} has broker epoch {reported}, and is registered with the later epoch {registered}: reconnect"
     )]
     Older {
         broker: BrokerId,
-        /// Claimed broker epoch.
-        claimed: Revision,
+        /// Broker epoch that the peer reported.
+        reported: Revision,
         /// Registered broker epoch.
         registered: Revision,
     },
     /// The metadata store has no such registration.
-    #[error("broker {broker} is not registered with broker epoch {claimed}")]
+    #[error("broker {broker} is not registered with broker epoch {reported}")]
     Unknown {
         broker: BrokerId,
-        /// Claimed broker epoch.
-        claimed: Revision,
+        /// Broker epoch that the peer reported.
+        reported: Revision,
     },
     /// The metadata cache has no such registration, and the metadata store could not be read.
     #[error(
-        "broker {broker} is not registered with broker epoch {claimed} in the metadata cache, and could not be \
+        "broker {broker} is not registered with broker epoch {reported} in the metadata cache, and could not be \
          verified: {reason}"
     )]
     Unsure {
         broker: BrokerId,
-        /// Claimed broker epoch.
-        claimed: Revision,
+        /// Broker epoch that the peer reported.
+        reported: Revision,
         /// Reason why the store could not be read.
         reason: String,
     },
@@ -164,19 +164,21 @@ impl PeerTable {
         self.state.borrow().peers.get(&broker).cloned()
     }
 
-    /// Verifies that a broker is registered under the broker epoch that it claims. Reads the metadata store if the
-    /// metadata cache contains no such epoch or an older one.
-    pub(super) async fn confirm(&self, broker: BrokerId, claimed: Revision) -> Result<(), Unconfirmed> {
+    /// Verifies that a broker is registered under the broker epoch that it reports. Reads the metadata store if the
+    /// metadata cache is older than the reported epoch.
+    pub(super) async fn confirm(&self, broker: BrokerId, reported: Revision) -> Result<(), Unconfirmed> {
         match self.get(broker).map(|peer| peer.epoch) {
-            Some(registered) if registered == claimed => return Ok(()),
-            Some(registered) if registered > claimed => return Err(Unconfirmed::Older { broker, claimed, registered }),
+            Some(registered) if registered == reported => return Ok(()),
+            Some(registered) if registered > reported => {
+                return Err(Unconfirmed::Older { broker, reported, registered });
+            }
             Some(_) | None => {}
         }
-        let unsure = |reason: String| Unconfirmed::Unsure { broker, claimed, reason };
+        let unsure = |reason: String| Unconfirmed::Unsure { broker, reported, reason };
         match self.verifier.broker_epoch(broker).await.map_err(|error| unsure(error.message))? {
-            Some(registered) if registered == claimed => Ok(()),
-            Some(registered) if registered > claimed => Err(Unconfirmed::Older { broker, claimed, registered }),
-            Some(_) | None => Err(Unconfirmed::Unknown { broker, claimed }),
+            Some(registered) if registered == reported => Ok(()),
+            Some(registered) if registered > reported => Err(Unconfirmed::Older { broker, reported, registered }),
+            Some(_) | None => Err(Unconfirmed::Unknown { broker, reported }),
         }
     }
 

@@ -1,9 +1,9 @@
-//! Bootstrap of an empty or useless replica, with the tables (epoch history, producer state) of the log before its
-//! start.
+//! Bootstrap of an empty or useless replica. The replica starts with the *tables* of its leader's log before that start:
+//! the epoch history and the producer state.
 //!
-//! The records before the start are in the object store, whose last footer has the tables; the replica copies only the
-//! tail. Without an object store those records were deleted, and the leader sends its own tables. Without the epochs
-//! the log could not be compared with another leader's; without the producers a retry would be appended twice.
+//! If the object store holds the records before the start, the footer of its last segment has the tables, and the
+//! replica copies only the tail. Otherwise those records were deleted, and the leader sends its own tables. Without the
+//! epochs, the log could not be compared with another leader's. Without the producers, a retry would be appended twice.
 
 use std::time::Duration;
 
@@ -24,13 +24,14 @@ const MIN_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// Longest pause before another read of the tables.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
 
-/// Last request for the tables at the end of the object store.
+/// Request for the tables at the end of the object store: the pending one, or the last one.
 #[derive(Debug, Default)]
 pub(super) struct BootstrapRequest {
-    /// Number of the request; a response to another one is dropped. It grows with each request, change of role,
-    /// subscription and disconnect.
+    /// Number of the request; a response with another number is dropped. The number grows with each request, change of
+    /// role, subscription and disconnect.
     id: u64,
-    /// `Some` if this broker leads after the response: the pauses before further requests.
+    /// `Some` if this broker starts to lead with the tables: the pauses between repeated requests. `None` if a follower
+    /// requested the tables.
     pending_leadership: Option<Box<Backoff>>,
 }
 
@@ -40,7 +41,7 @@ impl BootstrapRequest {
         self.id
     }
 
-    /// Returns true if this broker leads after the response.
+    /// Returns true if this broker waits for the tables to start to lead.
     pub(super) fn is_for_leadership(&self) -> bool {
         self.pending_leadership.is_some()
     }
@@ -52,8 +53,9 @@ impl BootstrapRequest {
     }
 }
 
-/// Parsed tables of a log at the start of a replica.
+/// Parsed tables of a log before an offset.
 pub(in crate::partition) struct ParsedTables {
+    /// Start of the replica that has these tables.
     pub(super) start: Offset,
     pub(super) epochs: EpochHistory,
     pub(super) producers: ProducerTable,
@@ -67,20 +69,20 @@ pub(in crate::partition) enum BootstrapError {
     ObjectStore(#[from] tier::TierReadError),
     /// By this broker's metadata, the object store ends before the start.
     #[error(
-        "the object store ends at {end} by this broker's metadata, below the start {at} of the replica: newer \
+        "the object store ends at {tiered_end} by this broker's metadata, below the start {start} of the replica: newer \
          metadata has not arrived yet"
     )]
     Behind {
         /// Tiered end.
-        end: Offset,
+        tiered_end: Offset,
         /// Start of the replica.
-        at: Offset,
+        start: Offset,
     },
     /// The tables are malformed.
-    #[error("the epoch history or producer state before offset {at} is malformed")]
+    #[error("the epoch history or producer state before offset {start} is malformed")]
     Malformed {
         /// Start of the replica.
-        at: Offset,
+        start: Offset,
     },
     /// This broker has no object store.
     #[error(
@@ -90,59 +92,61 @@ pub(in crate::partition) enum BootstrapError {
 }
 
 impl ParsedTables {
-    /// Returns the tables of an empty log that starts at `at`.
-    fn empty(at: Offset) -> Self {
-        Self { start: at, epochs: EpochHistory::new(), producers: ProducerTable::new() }
+    /// Returns empty tables, for a log that starts at `start`.
+    fn empty(start: Offset) -> Self {
+        Self { start, epochs: EpochHistory::new(), producers: ProducerTable::new() }
     }
 
-    /// Returns the tables that the leader sent.
-    pub(super) fn sent(tables: &BootstrapTables) -> Result<Self, BootstrapError> {
-        Self::checked(tables.start, &tables.epochs, &tables.producers)
+    /// Parses the tables that the leader sent.
+    pub(super) fn from_leader(tables: &BootstrapTables) -> Result<Self, BootstrapError> {
+        Self::parse(tables.start, &tables.epochs, &tables.producers)
     }
 
-    fn checked(at: Offset, epochs: &[(LeaderEpoch, Offset)], producers: &[u8]) -> Result<Self, BootstrapError> {
-        let malformed = || BootstrapError::Malformed { at };
+    /// Parses the epochs and the encoded producer state before `start`. Epochs and their first offsets must ascend, and
+    /// lie below `start`. No bytes stand for an empty producer state.
+    fn parse(start: Offset, epochs: &[(LeaderEpoch, Offset)], producers: &[u8]) -> Result<Self, BootstrapError> {
+        let malformed = || BootstrapError::Malformed { start };
         let epochs = EpochHistory::from_starts(epochs.iter().copied()).ok_or_else(malformed)?;
-        if epochs.last().is_some_and(|(_, start)| start >= at) {
+        if epochs.last().is_some_and(|(_, epoch_start)| epoch_start >= start) {
             return Err(malformed());
         }
         let producers =
             if producers.is_empty() { Some(ProducerTable::new()) } else { ProducerTable::from_bytes(producers) };
-        Ok(Self { start: at, epochs, producers: producers.ok_or_else(malformed)? })
+        Ok(Self { start, epochs, producers: producers.ok_or_else(malformed)? })
     }
 
-    /// Returns true if a log with these epochs, valid from `start` on, equals the object store's up to the lower of
-    /// both ends. A footer has the epochs of its own segment only. That is enough: logs that share an offset and its
-    /// epoch are equal up to that offset.
-    fn agree(&self, history: &EpochHistory, start: Offset, log_end: Offset) -> bool {
+    /// Returns true if a log does not differ from the object store, whose end has these tables. The log has the epochs
+    /// `history`, and holds the records `log_start..log_end`. Only the offsets below both ends are compared. A footer has
+    /// the epochs of its own segment only, and these suffice: logs that share an offset and its epoch are equal below it.
+    fn agree_with(&self, history: &EpochHistory, log_start: Offset, log_end: Offset) -> bool {
         let end = self.start.min(log_end);
-        let start = self.epochs.iter().next().map_or(start, |(_, first)| start.max(first));
+        let start = self.epochs.iter().next().map_or(log_start, |(_, epoch_start)| log_start.max(epoch_start));
         start >= end || self.epochs.between(start, end) == history.between(start, end)
     }
 }
 
-/// Returns the tables at the end of the object store, which must be at `at` or later.
-async fn read_from_object_store(tier: Option<&PartitionTier>, at: Offset) -> Result<ParsedTables, BootstrapError> {
+/// Reads the tables at the end of the object store, which must not end below `start`.
+async fn read_from_object_store(tier: Option<&PartitionTier>, start: Offset) -> Result<ParsedTables, BootstrapError> {
     let tier = tier.ok_or(BootstrapError::NoObjectStore)?;
-    let end = tier.state().tiered_end();
+    let tiered_end = tier.state().tiered_end();
     match tier.last_footer().await? {
-        Some(footer) if footer.end >= at => {
+        Some(footer) if footer.end >= start => {
             let producers: &[u8] = if mutant!(BootstrapWithoutProducers) { &[] } else { &footer.producers };
-            ParsedTables::checked(footer.end, &footer.epochs, producers)
+            ParsedTables::parse(footer.end, &footer.epochs, producers)
         }
-        Some(footer) => Err(BootstrapError::Behind { end: footer.end, at }),
-        None => Err(BootstrapError::Behind { end, at }),
+        Some(footer) => Err(BootstrapError::Behind { tiered_end: footer.end, start }),
+        None => Err(BootstrapError::Behind { tiered_end, start }),
     }
 }
 
 impl Actor {
-    /// Returns true if the object store must be read before this log can lead: only after an election that may have
-    /// lost records.
+    /// Returns true if the tables in the object store must be read before this broker can lead: its log ends below the
+    /// committed records, or the election of this epoch was unclean. Both happen only after an election that may have lost records.
     pub(super) fn needs_object_store(&self, value: &PartitionValue) -> bool {
-        let committed = self.tiered_end.max(self.log_start);
-        let reaches = self.log.log_end() >= committed;
-        let unclean = value.unclean_epoch == Some(value.leader_epoch) && self.has_tiered_tables();
-        !reaches || unclean
+        let committed_end = self.tiered_end.max(self.log_start);
+        let lacks_committed = self.log.log_end() < committed_end;
+        let is_unclean = value.unclean_epoch == Some(value.leader_epoch) && self.has_tiered_tables();
+        lacks_committed || is_unclean
     }
 
     /// Returns true if the object store has a segment whose footer holds the tables of the tiered end.
@@ -150,21 +154,22 @@ impl Actor {
         self.tiered_end > self.log_start
     }
 
-    /// Requests the epoch history and the producer state at the tiered end. This replica cannot lead without them.
+    /// Requests the tables at the tiered end; this broker starts to lead when they have arrived.
     pub(super) fn request_tables_to_lead(&mut self) {
         self.bootstrap_request.pending_leadership = Some(Box::new(Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY)));
         self.request_tables(self.tiered_end, Duration::ZERO);
     }
 
-    /// Requests, after a pause, the tables at the end of the object store, which must not be before `at`.
-    pub(super) fn request_tables(&mut self, at: Offset, pause: Duration) {
+    /// Starts a task that reads the tables at the end of the object store after a pause. The end must not be below
+    /// `start`. The result arrives as [`ControlMessage::BootstrapReady`].
+    pub(super) fn request_tables(&mut self, start: Offset, pause: Duration) {
         self.bootstrap_request.id += 1;
         let request_id = self.bootstrap_request.id;
         let (tier, control, tasks) = (self.tier.clone(), self.control.clone(), self.tasks.clone());
         self.tasks.spawn("bootstrap", async move {
             let request = async {
                 tokio::time::sleep(pause).await;
-                read_from_object_store(tier.as_ref(), at).await
+                read_from_object_store(tier.as_ref(), start).await
             };
             let Some(tables) = tasks.run_until_cancelled(request).await else {
                 return;
@@ -176,12 +181,14 @@ impl Actor {
         });
     }
 
-    pub(super) async fn on_tables(&mut self, request_id: u64, tables: Result<Box<ParsedTables>, BootstrapError>) {
+    /// Handles the result of [`Self::request_tables`]: starts to lead, or bootstraps the follower. Drops the result of
+    /// an earlier request.
+    pub(super) async fn on_tables_read(&mut self, request_id: u64, tables: Result<Box<ParsedTables>, BootstrapError>) {
         if request_id != self.bootstrap_request.id {
             return;
         }
         if let Ok(tables) = &tables {
-            // A committed manifest has this end, perhaps before the metadata arrived at this task.
+            // The manifest with this end is committed, although the metadata may not have reached this task.
             self.tiered_end = self.tiered_end.max(tables.start);
         }
         let tables = tables.map(|tables| *tables);
@@ -192,16 +199,16 @@ impl Actor {
         }
     }
 
-    /// Continues the start of a leader after an election that may have lost records. The tables show which records
-    /// certainly were committed.
+    /// Starts to lead after an election that may have lost records. If the log lacks records that the object store holds,
+    /// or differs from them, the log is reset to the end of the object store first.
     async fn start_leading_with_tables(&mut self, tables: Result<ParsedTables, BootstrapError>) {
-        let committed = self.tiered_end.max(self.log_start);
+        let committed_end = self.tiered_end.max(self.log_start);
         let tables = match tables {
-            // Deletion overtook the object store, or the topic no longer has one: there are no tables of the records
-            // before.
-            Err(BootstrapError::NoObjectStore) => ParsedTables::empty(committed),
-            Err(_) if !self.has_tiered_tables() => ParsedTables::empty(committed),
-            Ok(tables) if tables.start < committed => ParsedTables::empty(committed),
+            // No footer holds tables for the committed end: this broker has no object store, or the records at the end of
+            // the object store were deleted.
+            Err(BootstrapError::NoObjectStore) => ParsedTables::empty(committed_end),
+            Err(_) if !self.has_tiered_tables() => ParsedTables::empty(committed_end),
+            Ok(tables) if tables.start < committed_end => ParsedTables::empty(committed_end),
             Ok(tables) => tables,
             Err(error) => {
                 if let Some(count) = self.warnings.occur(Condition::CannotLead) {
@@ -210,12 +217,12 @@ impl Actor {
                         "cannot lead before the object store is read; retrying"
                     );
                 }
-                return self.lead_later();
+                return self.retry_request_to_lead();
             }
         };
         let (start, log_end) = (self.log.local_start().max(self.log.log_start()), self.log.log_end());
-        let agrees = tables.agree(&self.log.epochs(), start, log_end);
-        if log_end < committed || !agrees {
+        let agrees = tables.agree_with(&self.log.epochs(), start, log_end);
+        if log_end < committed_end || !agrees {
             tracing::warn!(
                 topic = %self.topic, partition = %self.id, %log_end, at = %tables.start,
                 "the log of the unclean leader differs from the object store: resetting the log to the end of the \
@@ -223,16 +230,18 @@ impl Actor {
             );
             if !self.reset(tables).await {
                 return match self.published.error() {
+                    // The disk failed: another replica has to lead.
                     Some(_) => self.ctx.isr_updater.resign(self.id, self.metadata.epoch()),
-                    None => self.lead_later(),
+                    // The disk is full.
+                    None => self.retry_request_to_lead(),
                 };
             }
         }
         self.start_leading();
     }
 
-    /// Repeats the request to the object store, after a longer pause.
-    fn lead_later(&mut self) {
+    /// Repeats [`Self::request_tables_to_lead`] after a longer pause.
+    fn retry_request_to_lead(&mut self) {
         if let Some(backoff) = &mut self.bootstrap_request.pending_leadership {
             let pause = backoff.next_pause();
             self.request_tables(self.tiered_end, pause);
@@ -241,44 +250,45 @@ impl Actor {
 
     /// Resets the log with these tables. Returns false if the disk failed or is full.
     pub(super) async fn reset(&mut self, tables: ParsedTables) -> bool {
-        let ParsedTables { start: at, epochs, producers } = tables;
+        let ParsedTables { start, epochs, producers } = tables;
         #[cfg(feature = "sim")]
         let contents = (epochs.iter().collect::<Vec<_>>(), producers.ids().collect::<Vec<_>>());
-        let done = self.change_log(move |replica| replica.reset_with(at, epochs, producers)).await;
+        let is_reset = self.change_log(move |replica| replica.reset_with(start, epochs, producers)).await;
         #[cfg(feature = "sim")]
-        if done {
-            sim_event!(LogReset { partition: self.id, at, epochs: &contents.0, producers: &contents.1 });
+        if is_reset {
+            sim_event!(LogReset { partition: self.id, at: start, epochs: &contents.0, producers: &contents.1 });
         }
-        done
+        is_reset
     }
 
-    /// Resets the log to offset 0, without tables.
-    pub(super) async fn empty(&mut self) -> bool {
+    /// Resets the log to offset 0, without tables. Returns false if the disk failed or is full.
+    pub(super) async fn reset_to_zero(&mut self) -> bool {
         self.reset(ParsedTables::empty(Offset::ZERO)).await
     }
 
-    /// Bootstraps with these tables.
+    /// Bootstraps a follower: resets its log to the start of these tables, and subscribes there. Without tables, or if
+    /// the reset fails, the follower subscribes again after a pause.
     pub(super) async fn bootstrap_with(&mut self, tables: Result<ParsedTables, BootstrapError>) {
         if !matches!(self.role, RoleState::Following(_)) {
             return;
         }
         match tables {
             Ok(tables) => {
-                let at = tables.start;
+                let start = tables.start;
                 let old_end = self.log.log_end();
-                // The reset would change nothing, so the subscription is retried after a pause.
-                let is_same = old_end == at && self.log.local_start() == at;
-                let done = self.reset(tables).await;
+                // The log is empty and starts there already: the leader would respond again with the same bootstrap.
+                let is_same = old_end == start && self.log.local_start() == start;
+                let is_reset = self.reset(tables).await;
                 if let RoleState::Following(follower) = &mut self.role
-                    && done
+                    && is_reset
                 {
                     tracing::info!(
-                        topic = %self.topic, partition = %self.id, %at, log_end = %old_end,
+                        topic = %self.topic, partition = %self.id, at = %start, log_end = %old_end,
                         "reset the log for a bootstrap; copying from its new start"
                     );
-                    follower.on_reset(at);
+                    follower.on_reset(start);
                 }
-                self.subscribe_or_retry(done && !is_same);
+                self.subscribe_or_retry(is_reset && !is_same);
             }
             Err(error) => {
                 if let Some(count) = self.warnings.occur(Condition::CannotBootstrap) {
@@ -301,45 +311,46 @@ mod tests {
         Offset::new(offset).unwrap()
     }
 
-    fn pairs(of: &[(u32, u64)]) -> Vec<(LeaderEpoch, Offset)> {
-        of.iter().map(|(epoch, start)| (LeaderEpoch(*epoch), at(*start))).collect()
+    fn epoch_starts(starts: &[(u32, u64)]) -> Vec<(LeaderEpoch, Offset)> {
+        starts.iter().map(|(epoch, start)| (LeaderEpoch(*epoch), at(*start))).collect()
     }
 
-    fn sent(epochs: &[(u32, u64)], producers: &'static [u8]) -> Result<ParsedTables, BootstrapError> {
+    /// Parses tables for a log that starts at offset 10.
+    fn parse(epochs: &[(u32, u64)], producers: &'static [u8]) -> Result<ParsedTables, BootstrapError> {
         let producers = bytes::Bytes::from_static(producers);
-        ParsedTables::sent(&BootstrapTables {
+        ParsedTables::from_leader(&BootstrapTables {
             start: at(10),
             from_object_store: false,
-            epochs: pairs(epochs),
+            epochs: epoch_starts(epochs),
             producers,
         })
     }
 
     #[test]
     fn malformed_tables_are_rejected() {
-        assert_eq!(sent(&[(1, 0), (3, 4)], b"").unwrap().epochs.last(), Some((LeaderEpoch(3), at(4))));
+        assert_eq!(parse(&[(1, 0), (3, 4)], b"").unwrap().epochs.last(), Some((LeaderEpoch(3), at(4))));
         let bad: [&[(u32, u64)]; 4] = [&[(3, 0), (1, 4)], &[(1, 4), (2, 4)], &[(1, 5), (2, 4)], &[(1, 0), (2, 10)]];
         for epochs in bad {
-            assert!(matches!(sent(epochs, b""), Err(BootstrapError::Malformed { .. })), "{epochs:?}");
+            assert!(matches!(parse(epochs, b""), Err(BootstrapError::Malformed { .. })), "{epochs:?}");
         }
-        assert!(matches!(sent(&[(1, 0)], b"nonsense"), Err(BootstrapError::Malformed { .. })));
+        assert!(matches!(parse(&[(1, 0)], b"nonsense"), Err(BootstrapError::Malformed { .. })));
     }
 
     #[test]
     fn log_agrees_with_footer_of_equal_epochs() {
-        let tables = sent(&[(1, 0), (3, 4)], b"").unwrap();
+        let tables = parse(&[(1, 0), (3, 4)], b"").unwrap();
         let agrees = |history: &[(u32, u64)], local_start, log_end| {
-            let history = EpochHistory::from_starts(pairs(history)).unwrap();
-            tables.agree(&history, at(local_start), at(log_end))
+            let history = EpochHistory::from_starts(epoch_starts(history)).unwrap();
+            tables.agree_with(&history, at(local_start), at(log_end))
         };
         assert!(agrees(&[(1, 0), (3, 4)], 0, 10));
         assert!(agrees(&[(1, 0), (3, 4), (5, 10)], 0, 20), "records after the footer are not compared");
         assert!(agrees(&[(1, 0)], 0, 3), "the log ends before the footer");
         assert!(agrees(&[(7, 12)], 12, 20), "the log starts after the footer");
         // The footer of a segment that is not the first one on the disk.
-        let last = sent(&[(3, 6)], b"").unwrap();
-        let history = EpochHistory::from_starts(pairs(&[(1, 0), (3, 4)])).unwrap();
-        assert!(last.agree(&history, at(0), at(20)));
+        let last = parse(&[(3, 6)], b"").unwrap();
+        let history = EpochHistory::from_starts(epoch_starts(&[(1, 0), (3, 4)])).unwrap();
+        assert!(last.agree_with(&history, at(0), at(20)));
         assert!(!agrees(&[(1, 0), (5, 4)], 0, 10));
         assert!(!agrees(&[(1, 0), (3, 5)], 0, 10));
         assert!(!agrees(&[(1, 2), (5, 8)], 2, 20));

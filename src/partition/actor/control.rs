@@ -1,4 +1,4 @@
-//! Role changes of the task by the metadata: idle, following or leading.
+//! Control messages of the task, and its role changes: idle, following or leading.
 //!
 //! # Transitions
 //!
@@ -6,11 +6,11 @@
 //! | --- | --- | --- | --- |
 //! | this broker leads in e' > e | leads | unsubscribes, leads | leads again, writers of e get results |
 //! | another broker leads in e' > e | follows | follows the other broker | follows, writers get results |
-//! | no broker leads in e' > e, or this is no replica | | unsubscribes | writers get results |
+//! | no broker leads in e' > e, or this broker is no replica | | unsubscribes | writers get results |
 //! | other ISR or ELR in e | | | adopts them |
 //! | another addition of this replica in e | | unsubscribes, follows again | |
-//! | a follower or the tier state names e' > e | does not begin to lead in e | | admits nothing more; a second later it reads the key from the metadata store |
-//! | the disk fails | | unsubscribes for good | resigns |
+//! | a follower or the tier state names e' > e | does not start to lead in e | | becomes idle; a second later it reads the key from the metadata store |
+//! | the disk fails | | unsubscribes, becomes idle | resigns |
 //! | an older revision | | | |
 //!
 //! # Invariants
@@ -19,16 +19,15 @@
 //! the epoch ends gets `AppendError::Deposed`: the outcome is unknown. A writer whose records were never appended gets
 //! `AppendError::NotLeader`.
 //!
-//! A new leader must have all committed records. Elections ensure that, except an unclean one: then the log may end
-//! before the object store does, or hold other records than the object store. The object store is right in that case,
-//! and the log is reset to its end.
+//! A new leader must have all committed records. Every clean election ensures that. After an unclean election, the
+//! log may end below the tiered end, or hold other records than the object store. Then the object store decides: the log
+//! is reset to the tiered end.
 
 use std::sync::Arc;
 
 use super::{
-    Actor, ControlMessage, MAX_CONTROL_BATCH, RoleState, SubscribeMessage,
+    Actor, ControlMessage, MAX_CONTROL_BATCH, RoleState, SubscribeMessage, isr_rules,
     leading::{AppendError, LeaderRole},
-    rule,
 };
 use crate::{
     cluster::{PartitionValue, Revision},
@@ -52,22 +51,24 @@ impl Actor {
         }
     }
 
+    /// Handles one control message.
     async fn handle_control_message(&mut self, message: ControlMessage) {
-        if let ControlMessage::Assign(..) | ControlMessage::IsrOutcome(_) | ControlMessage::Deposed(_) = message {
-            // Barrier: commits of earlier control messages belong to the role and the value that may end now.
+        if let ControlMessage::Assign(..) | ControlMessage::IsrOutcome(_) | ControlMessage::NewerEpoch(_) = message {
+            // Barrier: commits of earlier messages of this turn belong to the role and the value that this message may
+            // end.
             self.publish();
         }
         match message {
-            ControlMessage::Assign(assignment, done) => {
+            ControlMessage::Assign(assignment, responder) => {
                 self.assign(*assignment);
-                // The caller finds the new role.
+                // The caller reads the published role after the response.
                 self.finish_turn();
-                let _gone = done.send(());
+                let _dropped_receiver = responder.send(());
             }
             ControlMessage::Subscribe(subscribe) => {
                 let SubscribeMessage { peer, epoch, position, progress, responder } = *subscribe;
                 let response = self.on_subscribe(peer, epoch, position, progress).await;
-                let _gone = responder.send(response);
+                let _dropped_receiver = responder.send(response);
             }
             ControlMessage::FollowerDisconnected(peer, cause) => {
                 self.update_isr_tracker(|tracker| tracker.on_disconnected(peer, cause))
@@ -77,9 +78,9 @@ impl Actor {
                 self.update_isr_tracker(|tracker| tracker.on_broker_status(broker, status));
             }
             ControlMessage::IsrOutcome(outcome) => self.on_isr_outcome(*outcome),
-            ControlMessage::Deposed(epoch) => self.on_deposed(epoch),
+            ControlMessage::NewerEpoch(epoch) => self.on_newer_epoch(epoch),
             ControlMessage::Link(event) => self.on_link_event(event).await,
-            ControlMessage::BootstrapReady(request_id, tables) => self.on_tables(request_id, tables).await,
+            ControlMessage::BootstrapReady(request_id, tables) => self.on_tables_read(request_id, tables).await,
         }
     }
 
@@ -96,11 +97,12 @@ impl Actor {
             },
             RoleState::Idle => ReplicaRole::Idle,
         };
-        // Another broker leads by now, but this task has no metadata that names it.
-        let deposed = role == ReplicaRole::Idle && leader == Some(self.broker);
-        ReplicaStatus { role, epoch, leader: leader.filter(|_| !deposed) }
+        // The metadata may name this broker although it is idle: it was deposed, or does not lead yet.
+        let leader = leader.filter(|leader| role != ReplicaRole::Idle || *leader != self.broker);
+        ReplicaStatus { role, epoch, leader }
     }
 
+    /// Applies an assignment, unless its revision is older than the applied one.
     fn assign(&mut self, assignment: PartitionAssignment) {
         let PartitionAssignment { value, revision, committed, registered } = assignment;
         if self.metadata.is_stale(revision) {
@@ -131,13 +133,14 @@ impl Actor {
     /// Applies a newer value of the epoch in which this broker leads.
     fn adopt_sets(&mut self, value: &PartitionValue, revision: Revision) {
         let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role else { return };
-        let before = leader.in_sync().value().isr.clone();
+        let old_isr = leader.in_sync().value().isr.clone();
         leader.in_sync_mut().on_value(value, revision);
-        self.ctx.counters.isr_changed(&before, &leader.in_sync().value().isr);
+        self.ctx.counters.count_isr_change(&old_isr, &leader.in_sync().value().isr);
         self.apply_broker_statuses();
     }
 
-    /// Leaves the current role, in the epoch of that role.
+    /// Ends the current role. A follower unsubscribes; the writers of a leader get their results. The high watermark of
+    /// the role remains as `committed_end`.
     fn leave_role(&mut self) {
         self.committed_end = self.high_watermark();
         self.bootstrap_request.cancel();
@@ -155,25 +158,29 @@ impl Actor {
         }
     }
 
+    /// Ends the role without a new one, in the task and in its metadata. A later value can give the same role again.
     pub(super) fn become_idle(&mut self) {
         self.metadata.end_role();
         self.leave_role();
     }
 
-    fn become_follower(&mut self, leader: BrokerId, epoch: LeaderEpoch, unclean: Option<LeaderEpoch>) {
+    /// Follows `leader` in `epoch`. The task subscribes when the link is connected.
+    fn become_follower(&mut self, leader: BrokerId, epoch: LeaderEpoch, unclean_epoch: Option<LeaderEpoch>) {
         self.leave_role();
         if self.published.has_failed() {
-            // The replica cannot copy: no leader may wait for it.
+            // The disk failed, so the replica cannot copy. Without a subscription, no leader waits for it.
             return self.metadata.end_role();
         }
         tracing::debug!(partition = %self.id, %leader, %epoch, "became a follower");
-        self.role = RoleState::Following(Follower::new(leader, epoch, self.high_watermark(), unclean));
+        self.role = RoleState::Following(Follower::new(leader, epoch, self.high_watermark(), unclean_epoch));
         self.ctx.links.start_following(self.id, leader);
     }
 
+    /// Starts to lead in the epoch of this value, or first requests the tables in the object store. Refuses the
+    /// leadership if the log has batches of a newer epoch.
     fn become_leader(&mut self, value: &PartitionValue) {
-        let (epoch, last) = (value.leader_epoch, self.log.epochs().last().map(|(last, _)| last));
-        if let Some(last) = last.filter(|last| *last > epoch) {
+        let (epoch, last_epoch) = (value.leader_epoch, self.log.epochs().last().map(|(last, _)| last));
+        if let Some(last) = last_epoch.filter(|last| *last > epoch) {
             tracing::error!(
                 topic = %self.topic, partition = %self.id, %epoch, %last,
                 "the metadata is older than this log: its leader epoch is below the epoch of the log's last records; \
@@ -190,12 +197,14 @@ impl Actor {
         }
     }
 
+    /// Starts to lead in the epoch of the applied value. The log holds all records that this broker can show to be
+    /// committed.
     pub(super) fn start_leading(&mut self) {
         let Some(value) = self.metadata.value().cloned() else { return };
         let progress = ReplicaProgress { log_end: self.log.log_end(), persisted_end: self.log.persisted_end() };
         let committed_end = self.committed_end.max(self.tiered_end).max(self.log_start).min(progress.log_end);
         let (epoch, in_sync) = (value.leader_epoch, value.isr.len());
-        let rules = rule(&self.config, self.lag_ms);
+        let rules = isr_rules(&self.config, self.lag_ms);
         let start = LeaderStart {
             me: self.broker,
             value: PartitionValue::clone(&value),
@@ -215,11 +224,11 @@ impl Actor {
             "became the leader"
         );
         self.apply_broker_statuses();
-        // Segments may be due that could not be uploaded while another broker led.
+        // Only a leader uploads: segments that were sealed before may be due.
         self.maintenance.push(self.id);
     }
 
-    /// Applies the status of every replica's broker to the leader. A proposal that was refused may then be repeated.
+    /// Applies the status of every replica's broker to the leader. The leader may then repeat a refused proposal.
     fn apply_broker_statuses(&mut self) {
         let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role else { return };
         let replicas = leader.in_sync().value().replicas.clone();
@@ -228,27 +237,27 @@ impl Actor {
         }
     }
 
-    /// Handles a report of a newer epoch. A leader of an older epoch admits nothing more until the metadata contains
-    /// the newer one. A leadership of an older epoch that waits for the object store does not begin.
-    pub(super) fn on_deposed(&mut self, known: LeaderEpoch) {
-        self.metadata.on_reported_epoch(known);
+    /// Handles a report of a leader epoch. If it is newer than the applied value's, the task stops to lead, or does not
+    /// start to. It is idle until the metadata contains the newer epoch.
+    pub(super) fn on_newer_epoch(&mut self, reported: LeaderEpoch) {
+        self.metadata.on_reported_epoch(reported);
         let epoch = self.metadata.epoch();
         let leads = matches!(self.role, RoleState::Leading(_)) || self.bootstrap_request.is_for_leadership();
-        if leads && epoch < known {
+        if leads && epoch < reported {
             tracing::info!(
-                topic = %self.topic, partition = %self.id, %epoch, %known,
+                topic = %self.topic, partition = %self.id, %epoch, known = %reported,
                 "deposed by a newer leader epoch"
             );
             self.become_idle();
         }
     }
 
-    /// Applies the tiered end and the log start of the metadata. All records below both were committed, by a leader of
-    /// the state's epoch or an earlier one. If that epoch is newer than the one in which this broker leads, this log
-    /// may hold other records there.
+    /// Applies the tiered end and the log start of the metadata. A leader of the state's epoch, or of an earlier one,
+    /// committed all records below both. If the state's epoch is newer than this leader's, this log may hold other
+    /// records there.
     pub(super) fn apply_tier_state(&mut self, state: &TierState) {
         if !mutant!(AdoptNewerTieredEnd) {
-            self.on_deposed(state.epoch);
+            self.on_newer_epoch(state.epoch);
         }
         self.tiered_end = self.tiered_end.max(state.tiered_end());
         self.log_start = self.log_start.max(state.log_start);
@@ -258,6 +267,6 @@ impl Actor {
         }
         // Barrier: readers must see the new log start before the files are removed.
         self.publish();
-        self.keep_log_start();
+        self.advance_log_start();
     }
 }

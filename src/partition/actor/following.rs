@@ -1,9 +1,9 @@
-//! Following: messages of the leader are checked, copied and submitted to the journal. The link acknowledges the
-//! published progress.
+//! Following: the task checks batches of the leader and appends them to its log. The link acknowledges the progress that
+//! the task publishes.
 
 use std::time::Duration;
 
-use super::{Actor, MAX_GROUP_BYTES, RoleState, bootstrap::ParsedTables, leading::AppendError, warnings::Condition};
+use super::{Actor, RoleState, bootstrap::ParsedTables, leading::AppendError, warnings::Condition};
 use crate::{
     model::{LeaderEpoch, Offset},
     partition::{
@@ -18,14 +18,15 @@ use crate::{
 };
 
 impl Actor {
-    /// Handles an event of the link. Events in another role are late: they belong to an earlier subscription.
+    /// Handles an event of the link to the leader. In another role, events are dropped: they belong to an earlier
+    /// subscription.
     pub(super) async fn on_link_event(&mut self, event: LinkEvent) {
         let RoleState::Following(follower) = &mut self.role else { return };
         match event {
             LinkEvent::Connected => self.subscribe(),
             LinkEvent::Disconnected => {
                 follower.on_disconnected();
-                // The object store's response is no longer needed: the next subscription may have another outcome.
+                // The next subscription may have another outcome than a bootstrap.
                 self.bootstrap_request.cancel();
             }
             LinkEvent::Response(response) => self.on_subscribe_response(response).await,
@@ -35,20 +36,20 @@ impl Actor {
         }
     }
 
-    /// Subscribes with the position of this log.
+    /// Subscribes over the link, with the position of this log.
     fn subscribe(&mut self) {
         let RoleState::Following(follower) = &mut self.role else { return };
         self.bootstrap_request.cancel();
         let log_end = self.log.log_end();
-        let added = self.metadata.added_after(self.broker);
-        let position = LogPosition { removal_count: added, ..follower.subscribe(&self.log.epochs(), log_end) };
+        let removal_count = self.metadata.added_after(self.broker);
+        let position = LogPosition { removal_count, ..follower.subscribe(&self.log.epochs(), log_end) };
         let epoch = follower.epoch();
         sim_event!(LogPositionSent { partition: self.id, epoch, persisted: self.log.persisted_end() });
         let progress = ReplicaProgress { log_end, persisted_end: self.log.persisted_end() };
         self.ctx.links.subscribe(self.id, epoch, position, progress);
     }
 
-    /// Requests from the link another [`LinkEvent::Connected`] after a pause.
+    /// Ends the subscription, and requests another [`LinkEvent::Connected`] from the link after a pause.
     pub(super) fn resubscribe_later(&mut self) {
         if let RoleState::Following(follower) = &mut self.role {
             follower.on_disconnected();
@@ -56,6 +57,8 @@ impl Actor {
         }
     }
 
+    /// Handles the leader's response to the subscription: starts to copy, changes the log and subscribes again, or
+    /// retries after a pause.
     async fn on_subscribe_response(&mut self, response: SubscribeResponse) {
         let RoleState::Following(follower) = &mut self.role else { return };
         let SubscribeResponse { epoch, high_watermark, outcome, in_sync: _ } = response;
@@ -72,17 +75,17 @@ impl Actor {
                 sim_event!(LeaderMessageApplied { partition: self.id, epoch });
                 self.truncate_diverged(to).await;
             }
-            Ok(FollowerAction::Bootstrap(at)) => match outcome {
+            Ok(FollowerAction::Bootstrap(start)) => match outcome {
                 SubscribeOutcome::Bootstrap(tables) if !tables.from_object_store => {
-                    // No tier has the records before.
-                    self.log_start = self.log_start.max(at);
-                    self.bootstrap_with(ParsedTables::sent(&tables)).await;
+                    // The records before `start` were deleted: the object store does not hold them.
+                    self.log_start = self.log_start.max(start);
+                    self.bootstrap_with(ParsedTables::from_leader(&tables)).await;
                 }
-                _ => self.request_tables(at, Duration::ZERO),
+                _ => self.request_tables(start, Duration::ZERO),
             },
             Ok(FollowerAction::Follow(_)) => {
                 // The link acknowledges the published progress, although nothing moved. Appends of this turn are not
-                // published yet, so that progress is low and never high. The end of the turn wakes the link again.
+                // published yet, so that progress may be too low. The end of the turn wakes the link again.
                 self.published.wake(WatermarkKind::AnyEnd);
             }
             Ok(FollowerAction::Append | FollowerAction::Ignore | FollowerAction::RetryLater) => {}
@@ -90,28 +93,28 @@ impl Actor {
         }
     }
 
-    /// Truncates where this log and the leader's diverge.
+    /// Truncates the log at `to`, where it diverges from the leader's, and subscribes again.
     async fn truncate_diverged(&mut self, to: Offset) {
         tracing::info!(
             topic = %self.topic, partition = %self.id, %to, log_end = %self.log.log_end(),
             "truncating records that the leader lacks"
         );
-        // Below the start of this disk there are no tables of the records before: then the log is emptied.
-        let done = if to < self.log.local_start().max(self.log.log_start()) {
-            self.empty().await
+        // The log has no epochs and producers below its start on this disk, so it is emptied and bootstraps.
+        let is_truncated = if to < self.log.local_start().max(self.log.log_start()) {
+            self.reset_to_zero().await
         } else {
             self.change_log(move |replica| replica.truncate(to).map(drop)).await
         };
         sim_event!(Truncated { partition: self.id, epoch: self.metadata.epoch(), to: self.log.log_end() });
-        self.subscribe_or_retry(done);
+        self.subscribe_or_retry(is_truncated);
     }
 
     /// Subscribes at once if the log changed, otherwise after a pause.
-    pub(super) fn subscribe_or_retry(&mut self, changed: bool) {
-        if changed { self.subscribe() } else { self.resubscribe_later() }
+    pub(super) fn subscribe_or_retry(&mut self, log_changed: bool) {
+        if log_changed { self.subscribe() } else { self.resubscribe_later() }
     }
 
-    /// Handles batches from the leader.
+    /// Handles batches from the leader: appends them, or subscribes again after invalid ones.
     fn on_batches_received(&mut self, epoch: LeaderEpoch, high_watermark: Offset, batches: &[Batch]) {
         let RoleState::Following(follower) = &mut self.role else { return };
         let headers: Option<Vec<BatchHeader>> = batches.iter().map(header).collect();
@@ -132,10 +135,10 @@ impl Actor {
         }
     }
 
-    /// Appends batches that were checked.
+    /// Appends checked batches in groups. If an append fails because the disk is full, the rest is dropped, and the
+    /// follower subscribes again after a pause.
     fn copy(&mut self, mut batches: &[Batch]) {
-        let max_bytes =
-            usize::try_from(self.config.segment_bytes).map_or(MAX_GROUP_BYTES, |bytes| bytes.min(MAX_GROUP_BYTES));
+        let max_bytes = self.max_group_bytes();
         while !batches.is_empty() {
             let (mut count, mut bytes) = (0, 0);
             for batch in batches {
@@ -161,13 +164,13 @@ impl Actor {
         }
     }
 
-    /// Handles a wrong or late message of the leader, as the follower classified it. If the replica no longer follows,
-    /// it subscribes again, unless the outcome would never change.
+    /// Handles an invalid or late message of the leader. A late message is ignored. After an invalid one, the replica
+    /// subscribes again after a pause, unless the leader's response would stay the same.
     fn on_violation(&mut self, violation: ProtocolViolation) {
         let RoleState::Following(follower) = &mut self.role else { return };
         let (leader, epoch) = (follower.leader(), follower.epoch());
         match violation {
-            // From an earlier link or epoch: the response to the current subscription is still due.
+            // The message is of an earlier link or epoch; the current subscription continues.
             ProtocolViolation::OldEpoch { .. } | ProtocolViolation::Unexpected => {
                 tracing::trace!(
                     partition = %self.id, %leader, %epoch, error = %violation,
@@ -203,6 +206,7 @@ impl Actor {
     }
 }
 
+/// Returns the fields of a batch that the follower checks; `None` if the batch has no leader epoch.
 fn header(batch: &Batch) -> Option<BatchHeader> {
     Some(BatchHeader { base: batch.base_offset(), end: batch.end_offset(), epoch: batch.leader_epoch()? })
 }

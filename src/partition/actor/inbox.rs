@@ -4,7 +4,7 @@
 //! | --- | --- | --- |
 //! | signals | journal, followers, clock | a later signal replaces the earlier one, and no sender waits |
 //! | control | metadata, links, ISR updates | control messages never wait behind writes |
-//! | commands | writers, maintenance | writers wait for space; one turn takes many commands |
+//! | commands | writers, maintenance | writers wait for space in the queue; the task takes many commands at once |
 
 use std::sync::Arc;
 
@@ -16,8 +16,8 @@ use super::{
 };
 use crate::task::Tasks;
 
-/// Maximum number of commands that one turn takes from the queue.
-const MAX_COMMANDS_PER_TURN: usize = 512;
+/// Maximum number of commands that the task takes from the queue at once.
+const MAX_TAKEN_COMMANDS: usize = 512;
 
 /// Input of the task.
 pub(super) enum Input {
@@ -30,9 +30,9 @@ pub(super) enum Input {
     Commands,
 }
 
-/// Queue that is polled next while commands of a turn are left.
+/// Queue from which the next input comes while taken commands remain.
 #[derive(Clone, Copy, Debug, Default)]
-enum TurnStep {
+enum NextQueue {
     #[default]
     Signals,
     Control,
@@ -44,9 +44,9 @@ pub(in crate::partition) struct Inbox {
     signals: Arc<ActorSignals>,
     control: mpsc::Receiver<ControlMessage>,
     commands: mpsc::Receiver<ActorCommand>,
-    /// Commands of the current turn, in reverse order: the next command is the last element.
-    turn: Vec<ActorCommand>,
-    step: TurnStep,
+    /// Commands that were taken from the queue, in reverse order: the next command is the last element.
+    taken: Vec<ActorCommand>,
+    next_queue: NextQueue,
     tasks: Tasks,
 }
 
@@ -57,56 +57,58 @@ impl Inbox {
         commands: mpsc::Receiver<ActorCommand>,
         tasks: Tasks,
     ) -> Self {
-        Self { signals, control, commands, turn: Vec::new(), step: TurnStep::default(), tasks }
+        Self { signals, control, commands, taken: Vec::new(), next_queue: NextQueue::default(), tasks }
     }
 
-    /// Waits for the next input. Between any two groups of commands it returns pending signals and control messages,
-    /// once each. So neither a flood of writes nor a flood of batches from a leader delays the other inputs for long.
+    /// Waits for the next input. While taken commands remain, the inputs alternate: signals, control messages, a
+    /// group of commands. So neither many writes nor many batches from a leader delay the other inputs for long.
     pub(super) async fn next_input(&mut self) -> Input {
-        if self.turn.is_empty() {
-            self.turn.shrink_to(SPARE_COMMANDS);
+        if self.taken.is_empty() {
+            self.taken.shrink_to(SPARE_COMMANDS);
             return self.wait_for_input().await;
         }
         loop {
-            match self.step {
-                TurnStep::Signals => {
-                    // The woken writers run first.
+            match self.next_queue {
+                NextQueue::Signals => {
+                    // Writers that the last group woke run first.
                     tokio::task::yield_now().await;
-                    self.step = TurnStep::Control;
+                    self.next_queue = NextQueue::Control;
                     if let Some(pending) = self.signals.take() {
                         return Input::Signals(pending);
                     }
                 }
-                TurnStep::Control => {
-                    self.step = TurnStep::Commands;
+                NextQueue::Control => {
+                    self.next_queue = NextQueue::Commands;
                     if let Some(message) = self.next_control() {
                         return Input::Control(message);
                     }
                 }
-                TurnStep::Commands => {
-                    self.step = TurnStep::Signals;
+                NextQueue::Commands => {
+                    self.next_queue = NextQueue::Signals;
                     return Input::Commands;
                 }
             }
         }
     }
 
+    /// Waits for an input of any queue. Takes queued commands into `taken`.
     async fn wait_for_input(&mut self) -> Input {
         tokio::select! {
             biased;
             () = self.tasks.cancelled() => Input::Stop,
             pending = self.signals.next() => Input::Signals(pending),
             Some(message) = self.control.recv() => {
-                // A stream of control messages does not block the command queue.
-                while self.turn.len() < MAX_COMMANDS_PER_TURN && let Ok(command) = self.commands.try_recv() {
-                    self.turn.push(command);
+                // Commands are taken too, so that a stream of control messages does not delay them.
+                while self.taken.len() < MAX_TAKEN_COMMANDS && let Ok(command) = self.commands.try_recv() {
+                    self.taken.push(command);
                 }
-                self.turn.reverse();
+                self.taken.reverse();
                 Input::Control(message)
             }
-            taken = self.commands.recv_many(&mut self.turn, MAX_COMMANDS_PER_TURN) => {
-                self.turn.reverse();
-                if taken == 0 { Input::Stop } else { Input::Commands }
+            count = self.commands.recv_many(&mut self.taken, MAX_TAKEN_COMMANDS) => {
+                self.taken.reverse();
+                // The queue returns no command only when all its senders are dropped.
+                if count == 0 { Input::Stop } else { Input::Commands }
             }
         }
     }
@@ -116,12 +118,12 @@ impl Inbox {
         self.control.try_recv().ok()
     }
 
-    /// Returns the next command of the turn.
+    /// Returns the next taken command; `None` if none remains.
     pub(super) fn next_command(&mut self) -> Option<ActorCommand> {
-        self.turn.pop()
+        self.taken.pop()
     }
 
-    /// Waits for signals after [`Self::close`]. Drops each control message whose sender had its slot before the close.
+    /// Waits for signals after [`Self::close`]. Drops control messages of senders that reserved space before the close.
     pub(super) async fn next_signals(&mut self) -> PendingSignals {
         loop {
             tokio::select! {
@@ -132,8 +134,8 @@ impl Inbox {
         }
     }
 
-    /// Closes the queues and drops the queued control messages, so that their senders do not wait. Returns the queued
-    /// commands.
+    /// Closes the queues and drops the queued control messages, so that their senders do not wait. Returns the commands
+    /// in the queue. Called only while no taken command remains.
     pub(super) fn close(&mut self) -> impl Iterator<Item = ActorCommand> + '_ {
         self.control.close();
         while self.next_control().is_some() {}
@@ -156,14 +158,14 @@ mod tests {
         },
     };
 
-    /// Takes the next input and returns its kind; one command of a turn is taken.
+    /// Takes the next input and returns its kind. Of commands, takes one.
     async fn next(inbox: &mut Inbox) -> &'static str {
         match inbox.next_input().await {
             Input::Stop => "stop",
             Input::Signals(_) => "signals",
             Input::Control(_) => "control",
             Input::Commands => {
-                assert!(inbox.next_command().is_some(), "a turn has commands");
+                assert!(inbox.next_command().is_some(), "taken commands remain");
                 "command"
             }
         }
@@ -176,7 +178,7 @@ mod tests {
         let (commands, queued) = mpsc::channel(8);
         let mut inbox = Inbox::new(Arc::clone(&signals), control_messages, queued, tasks.clone());
         for _ in 0..3 {
-            control.try_send(ControlMessage::Deposed(LeaderEpoch(1))).expect("the queue has space");
+            control.try_send(ControlMessage::NewerEpoch(LeaderEpoch(1))).expect("the queue has space");
             commands.try_send(ActorCommand::Roll).expect("the queue has space");
         }
         signals.tick(1);
@@ -195,15 +197,15 @@ mod tests {
         assert!(commands.try_send(ActorCommand::Roll).is_err() && control.is_closed());
     }
 
-    /// The sender of a control message has its slot before the close, and stores the message after it.
+    /// The sender of a control message reserves space before the close, and stores the message after it.
     #[tokio::test(start_paused = true)]
     async fn control_message_stored_after_close_is_dropped() {
         let (control, control_messages) = mpsc::channel(1);
         let mut inbox = Inbox::new(Arc::default(), control_messages, mpsc::channel(1).1, Tasks::new());
-        let slot = control.try_reserve().expect("the queue has space");
+        let permit = control.try_reserve().expect("the queue has space");
         assert_eq!(inbox.close().count(), 0);
         let (responder, response) = tokio::sync::oneshot::channel();
-        slot.send(ControlMessage::Subscribe(Box::new(SubscribeMessage {
+        permit.send(ControlMessage::Subscribe(Box::new(SubscribeMessage {
             peer: PeerId { broker: BrokerId(2), epoch: Revision(1) },
             epoch: LeaderEpoch(1),
             position: LogPosition { last_epoch: None, log_end: Offset::ZERO, removal_count: None },
@@ -212,7 +214,7 @@ mod tests {
         })));
         tokio::select! {
             biased;
-            _pending = inbox.next_signals() => panic!("nothing was signalled"),
+            _pending = inbox.next_signals() => panic!("no signal is pending"),
             dropped = response => assert!(dropped.is_err()),
             () = tokio::time::sleep(Duration::from_secs(1)) => panic!("the sender still waits"),
         }

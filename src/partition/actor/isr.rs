@@ -17,32 +17,34 @@ use crate::{
     telemetry::LogThrottle,
 };
 
-/// Request to the metadata store that has no outcome yet.
+/// Request of this task to the metadata store that has no outcome yet.
 #[derive(Clone, Copy)]
 pub(super) struct PendingStoreRequest {
-    /// Epoch of the leader that sent the request.
+    /// Epoch of the applied value when the task sent the request.
     epoch: LeaderEpoch,
     kind: StoreRequestKind,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum StoreRequestKind {
-    /// Outcome of a proposal.
+    /// Write of a proposed value.
     Proposal,
-    /// Value of the key, because the outcome of a proposal is unknown.
+    /// Read of the key by a leader, because the outcome of its proposal is unknown.
     ReadBack,
-    /// Value of the key, because the metadata does not show how a leadership that ended here continues.
-    Stale,
+    /// Read of the key by an idle replica, because its metadata is late ([`Actor::awaits_metadata`]).
+    LateMetadata,
 }
 
-/// ISR that was proposed last. While the metadata store accepts no change, the proposal is repeated every 250 ms.
+/// ISR that was proposed last, with the throttle of its log lines. While the metadata store refuses the proposal, the
+/// leader repeats it every 250 ms.
 pub(super) struct LastProposal {
     isr: Vec<BrokerId>,
     log: LogThrottle,
 }
 
 impl LastProposal {
-    /// Counts a proposal of this ISR. Returns the number of proposals since the last line if a line is due.
+    /// Counts a proposal of this ISR; a different ISR starts a new count. Returns the number of proposals since the last
+    /// log line, or `None` if no line is due yet.
     fn occur(last: &mut Option<Box<Self>>, isr: &[BrokerId]) -> Option<u64> {
         if last.as_ref().is_none_or(|proposed| proposed.isr != isr) {
             *last = Some(Box::new(Self { isr: isr.to_vec(), log: LogThrottle::default() }));
@@ -52,14 +54,15 @@ impl LastProposal {
 }
 
 impl Actor {
-    /// Applies a report about followers to the leader, if this task leads.
+    /// Applies `update` to the leader's ISR state. Does nothing in another role: only a leader has that state.
     pub(super) fn update_isr_tracker(&mut self, update: impl FnOnce(&mut IsrTracker)) {
         if let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role {
             update(leader.in_sync_mut());
         }
     }
 
-    /// Handles a subscription of a follower.
+    /// Handles a subscription of a follower, and returns the response. An accepted subscription also counts as an
+    /// acknowledgement of the reported progress, up to the accepted offset.
     pub(super) async fn on_subscribe(
         &mut self,
         peer: PeerId,
@@ -98,7 +101,7 @@ impl Actor {
                     log_end: progress.log_end.min(*at),
                     persisted_end: progress.persisted_end.min(*at),
                 };
-                count(self.id, leader.in_sync_mut(), FollowerAck { peer, epoch, progress });
+                apply_ack(self.id, leader.in_sync_mut(), FollowerAck { peer, epoch, progress });
                 self.published.acknowledged(peer.broker, progress.log_end);
                 tracing::debug!(partition = %self.id, broker = %peer.broker, %epoch, %at, "follower subscribed");
             }
@@ -114,9 +117,10 @@ impl Actor {
         SubscribeResponse { epoch, high_watermark, outcome, in_sync }
     }
 
-    /// Returns the tables of the log before its start on this disk, for a replica that bootstraps there.
+    /// Reads the epoch history and the producer state of the log before its start on this disk, for a replica that
+    /// bootstraps there. The error is the reason that the follower receives.
     async fn tables_at_start(&mut self) -> Result<BootstrapTables, String> {
-        // The read may take long: earlier ISR changes and results do not wait for it.
+        // The read may take long. Earlier ISR changes and results must not wait for it.
         self.finish_turn();
         match self.log.run_blocking(|replica| replica.tables_at_start()).await {
             Ok((start, epochs, producers)) => Ok(BootstrapTables {
@@ -141,12 +145,12 @@ impl Actor {
     pub(super) fn on_acknowledged(&mut self, acks: Vec<FollowerAck>) {
         let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role else { return };
         for ack in acks {
-            count(self.id, leader.in_sync_mut(), ack);
+            apply_ack(self.id, leader.in_sync_mut(), ack);
         }
     }
 
-    /// Sends the ISR change that is due to the metadata store, or a read after an unknown outcome. One request at a
-    /// time, so that an outcome is never applied to another request.
+    /// Sends the ISR change that is due, or a read after an unknown outcome, to the metadata store. Only one request is
+    /// pending at a time, so that an outcome is never applied to another request. A leader with a failed disk resigns.
     pub(super) fn propose(&mut self) {
         if self.published.has_failed() {
             return self.resign();
@@ -181,25 +185,25 @@ impl Actor {
         }
     }
 
-    /// Returns true if this broker waits for metadata: a follower reported a newer epoch, or the key was missing for a
-    /// moment while this broker led. If the report was true, newer metadata arrives soon.
+    /// Returns true if this replica is idle because its metadata is late. A follower reported a newer epoch, or the
+    /// leadership ended here although the value still names this broker.
     pub(super) fn awaits_metadata(&self) -> bool {
         matches!(self.role, RoleState::Idle) && self.metadata.is_late(self.broker)
     }
 
-    /// Checks whether the metadata takes too long; called at intervals while [`Self::awaits_metadata`]. If so, reads
-    /// the key from the store.
+    /// Reads the key from the store if the metadata has been late for too long. Called at each tick.
     pub(super) fn check_stale_metadata(&mut self, now_ms: u64) {
-        let waits = self.awaits_metadata() && self.pending_request.is_none();
-        if self.metadata.is_read_due(waits, now_ms) {
+        let may_read = self.awaits_metadata() && self.pending_request.is_none();
+        if self.metadata.is_read_due(may_read, now_ms) {
             self.pending_request =
-                Some(PendingStoreRequest { epoch: self.metadata.epoch(), kind: StoreRequestKind::Stale });
+                Some(PendingStoreRequest { epoch: self.metadata.epoch(), kind: StoreRequestKind::LateMetadata });
             self.ctx.isr_updater.read_back(self.id);
         }
     }
 
-    /// Applies the value that was read from the store. If the value still names this broker as leader of an epoch that
-    /// it already led, no election would follow. The broker clears the leader, which starts one.
+    /// Applies the value that was read from the store because the metadata was late. If the value still names this
+    /// broker as leader of an epoch that it already led, no election would follow. The broker then proposes the value
+    /// without a leader, which starts an election.
     fn on_read_back(&mut self, value: PartitionValue, revision: Revision) {
         if !self.awaits_metadata() {
             return;
@@ -212,51 +216,52 @@ impl Actor {
                 "ignoring a report of a leader epoch that the metadata store does not have"
             ),
         }
-        let free = value.leaderless();
+        let leaderless = value.leaderless();
         self.apply_partition_value(value.into(), revision);
         if self.awaits_metadata() {
             self.pending_request =
                 Some(PendingStoreRequest { epoch: self.metadata.epoch(), kind: StoreRequestKind::Proposal });
-            let proposal = IsrProposal { expect: revision, value: free, added: Vec::new() };
+            let proposal = IsrProposal { expect: revision, value: leaderless, added: Vec::new() };
             self.ctx.isr_updater.propose(self.id, proposal);
         }
     }
 
-    /// Applies an outcome of the metadata store.
+    /// Handles the outcome of the pending request. The role may have changed since the request: then only the value of
+    /// the outcome counts.
     pub(super) fn on_isr_outcome(&mut self, outcome: ProposalOutcome) {
         let request = self.pending_request.take();
         let current = match &outcome {
             ProposalOutcome::CurrentValue(value, revision) => Some((value.clone(), *revision)),
-            _ => None,
+            ProposalOutcome::Committed(_) | ProposalOutcome::Deleted | ProposalOutcome::Unknown => None,
         };
-        if request.is_some_and(|request| request.kind == StoreRequestKind::Stale)
+        if request.is_some_and(|request| request.kind == StoreRequestKind::LateMetadata)
             && let Some((value, revision)) = current.clone()
         {
             self.on_read_back(value, revision);
         }
         let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role else { return };
-        let (epoch, reading) = (leader.epoch(), leader.in_sync().needs_read_back());
-        let before = leader.in_sync().value().isr.clone();
-        let kind = if reading { StoreRequestKind::ReadBack } else { StoreRequestKind::Proposal };
-        let is_due = request.is_some_and(|request| request.epoch == epoch && request.kind == kind);
-        let observed = if is_due {
+        let (epoch, needs_read_back) = (leader.epoch(), leader.in_sync().needs_read_back());
+        let old_isr = leader.in_sync().value().isr.clone();
+        let kind = if needs_read_back { StoreRequestKind::ReadBack } else { StoreRequestKind::Proposal };
+        let is_expected = request.is_some_and(|request| request.epoch == epoch && request.kind == kind);
+        let update = if is_expected {
             leader.in_sync_mut().on_outcome(outcome)
         } else {
-            // The request is of an earlier epoch, or the metadata was faster. The outcome counts for nothing, but its
-            // value may be new.
+            // The request belongs to an earlier epoch, or the metadata has replaced it. Only its value may be new.
             current
                 .as_ref()
                 .map_or(ValueUpdate::Unchanged, |(value, revision)| leader.in_sync_mut().on_value(value, *revision))
         };
-        match observed {
+        match update {
             ValueUpdate::Unchanged => {}
             ValueUpdate::Adopted => {
-                self.ctx.counters.isr_changed(&before, &leader.in_sync().value().isr);
+                self.ctx.counters.count_isr_change(&old_isr, &leader.in_sync().value().isr);
                 let (value, revision) = (leader.in_sync().value().clone(), leader.in_sync().revision());
                 self.apply_partition_value(value.into(), revision);
             }
             ValueUpdate::Deposed { .. } => match current {
-                Some((value, _)) if value.leader == Some(self.broker) => self.on_deposed(value.leader_epoch),
+                // This broker leads in a newer epoch when the metadata cache delivers the value, and is idle until then.
+                Some((value, _)) if value.leader == Some(self.broker) => self.on_newer_epoch(value.leader_epoch),
                 Some((value, revision)) => self.apply_partition_value(value.into(), revision),
                 None => {}
             },
@@ -271,8 +276,8 @@ impl Actor {
     }
 }
 
-/// Counts one acknowledgement, if it is valid.
-fn count(partition: PartitionId, in_sync: &mut IsrTracker, FollowerAck { peer, epoch, progress }: FollowerAck) {
+/// Applies one acknowledgement; an invalid one is only logged.
+fn apply_ack(partition: PartitionId, in_sync: &mut IsrTracker, FollowerAck { peer, epoch, progress }: FollowerAck) {
     match in_sync.on_acknowledged(peer, epoch, progress) {
         Ok(()) => {
             sim_event!(AckCounted {

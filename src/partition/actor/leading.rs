@@ -1,10 +1,10 @@
-//! Leading: writes are admitted, appended in groups, submitted to the journal, and acknowledged.
+//! Leading: the task admits writes, appends them in groups, submits them to the journal, and acknowledges them.
 
 use std::{ops::Range, sync::Arc};
 
 use tokio::sync::{OwnedSemaphorePermit, SetOnce, oneshot};
 
-use super::{Actor, MAX_GROUP_BYTES, RoleState, SPARE_COMMANDS, timestamps};
+use super::{Actor, RoleState, SPARE_COMMANDS, timestamps};
 use crate::{
     cluster::Revision,
     log::{self, PersistError},
@@ -65,9 +65,9 @@ pub type AppendResult = Result<WriteAck, AppendError>;
 pub struct BatchOrigin {
     /// Fingerprint of the batch that the client sent; `None` if it sent records.
     pub fingerprint: Option<Fingerprint>,
-    /// Timestamps of all records if the broker decoded them, otherwise those of the batch header.
+    /// Range of the records' timestamps if the broker decoded the records, otherwise of those in the batch header.
     pub timestamps: TimestampRange,
-    /// Reason against the append. A retry of a stored batch gets its result all the same.
+    /// Reason to refuse the append. A retry of a stored batch still gets the result of that batch.
     pub refusal: Option<AdmitError>,
 }
 
@@ -76,11 +76,12 @@ pub(in crate::partition) struct Append {
     pub(in crate::partition) batch: Batch,
     pub(in crate::partition) origin: BatchOrigin,
     pub(in crate::partition) acks: Acks,
-    /// Memory of the batch. It is released with the result, or when the write is safe here and its receiver was
-    /// dropped.
+    /// Memory of the batch. It is released with the result, or when the write has the topic's durability here and its
+    /// receiver was dropped.
     pub(in crate::partition) permit: OwnedSemaphorePermit,
     pub(in crate::partition) responder: oneshot::Sender<AppendResult>,
-    /// With `acks=tiered`: shows the caller that the write is stored here and waits for the object store.
+    /// With `acks=tiered`: set when the write is stored here and waits for the object store. `None` if the caller does
+    /// not need that signal.
     pub(in crate::partition) stored: Option<Stored>,
 }
 
@@ -95,27 +96,27 @@ pub(super) struct PendingWriter {
 }
 
 impl PendingWriter {
-    /// Records that the write is stored here and waits for the object store: its memory is released.
+    /// Releases the memory of a write that is stored here and waits for the object store, and signals that to the caller.
     fn on_stored(&mut self, acked: &WriteAck) {
         self.permit = None;
         if let Some(stored) = &self.stored {
-            let _known = stored.set(acked.base..acked.end);
+            let _already_set = stored.set(acked.base..acked.end);
         }
     }
 
     /// Sends the result. A write stays written even if its receiver was dropped.
     pub(super) fn respond(self, result: AppendResult) {
-        let _gone = self.responder.send(result);
+        let _dropped_receiver = self.responder.send(result);
     }
 
-    fn is_gone(&self) -> bool {
+    fn has_dropped_receiver(&self) -> bool {
         self.responder.is_closed()
     }
 
-    /// Returns true if the receiver was dropped before other replicas or the object store were involved. Writes without
-    /// acks never have a receiver and do not count.
-    fn left_early(&self, acks: Acks) -> bool {
-        matches!(acks, Acks::All | Acks::Tiered) && self.is_gone()
+    /// Returns true if this writer would wait for other replicas or the object store although its receiver was dropped.
+    /// Writes with other acks do not wait for them, so it is no matter whether they have a receiver.
+    fn waits_without_receiver(&self, acks: Acks) -> bool {
+        matches!(acks, Acks::All | Acks::Tiered) && self.has_dropped_receiver()
     }
 }
 
@@ -124,12 +125,15 @@ pub(super) struct LeaderRole {
     pub(super) leader: Box<Leader<PendingWriter>>,
     /// Admitted batches that are not appended yet. Empty between two turns.
     group: Vec<Batch>,
+    /// Encoded size of `group`.
     pub(super) group_bytes: usize,
+    /// Writers of `group`, in the same order.
     group_writers: Vec<(Acks, WriteAck, PendingWriter)>,
-    /// True if writers that wait for other replicas or the object store may have dropped their receivers.
+    /// True if a writer that waits for other replicas or the object store may have no receiver: its memory is to be
+    /// released.
     pub(super) has_dropped_waiters: bool,
-    /// Revision of the value with which this broker resigned last. With a newer value, a member that can take over may
-    /// have entered the ISR.
+    /// Revision of the value when this broker resigned last. It resigns again with a newer value: that value may have
+    /// an ISR member that can lead.
     resigned_at: Option<Revision>,
 }
 
@@ -147,22 +151,20 @@ impl LeaderRole {
 }
 
 impl Actor {
-    /// Admits one write into the group, or sends its result.
+    /// Admits one write into the group, or sends its error. A retry of a stored batch waits for the result of that batch.
     pub(super) fn append(&mut self, append: Append, now_ms: i64) {
         let Append { mut batch, origin, acks, permit, responder, stored } = append;
         let RoleState::Leading(role) = &self.role else {
             let ReplicaStatus { leader, epoch, .. } = self.status;
-            let _gone = responder.send(Err(AppendError::NotLeader { leader, epoch }));
+            let _dropped_receiver = responder.send(Err(AppendError::NotLeader { leader, epoch }));
             return;
         };
         if let Some(reason) = self.published.error() {
-            let _gone = responder.send(Err(AppendError::StorageFailed { reason }));
+            let _dropped_receiver = responder.send(Err(AppendError::StorageFailed { reason }));
             return;
         }
-        // A group lies in one segment, so it must not be larger than a segment may be.
-        let max_bytes =
-            usize::try_from(self.config.segment_bytes).map_or(MAX_GROUP_BYTES, |bytes| bytes.min(MAX_GROUP_BYTES));
-        if role.leader.must_flush_before(&batch) || role.group_bytes + batch.encoded_len() > max_bytes {
+        let exceeds_group = role.group_bytes + batch.encoded_len() > self.max_group_bytes();
+        if exceeds_group || role.leader.must_flush_before(&batch) {
             self.finish_group();
         }
         let writer = PendingWriter { responder, permit: Some(permit), stored };
@@ -194,20 +196,21 @@ impl Actor {
             }
             Ok(Admission::Duplicate(base, end)) => {
                 (acked.base, acked.end, acked.duplicate) = (base, end, true);
-                role.has_dropped_waiters |= writer.left_early(acks);
+                role.has_dropped_waiters |= writer.waits_without_receiver(acks);
                 role.leader.add_waiter(acks, acked, writer);
                 if acks == Acks::Tiered && end > self.tiered_end {
-                    // The first attempt requested no upload, if it had fewer acks or its receiver was dropped.
+                    // The first attempt requested no upload if it had other acks or its receiver was dropped.
                     self.maintenance.push(self.id);
                 }
             }
-            Err(refused) => {
-                writer.respond(Err(refused.into()));
+            Err(error) => {
+                writer.respond(Err(error.into()));
             }
         }
     }
 
-    /// Appends the group. In every case the group is empty afterwards, and its writers wait or have their results.
+    /// Appends the group to the log. Afterwards the group is empty: its writers wait for their acks rule, or have received
+    /// the error of the append.
     pub(super) fn flush(&mut self) {
         let RoleState::Leading(role) = &mut self.role else { return };
         if role.group.is_empty() {
@@ -223,7 +226,7 @@ impl Actor {
             Ok(()) => {
                 role.leader.on_appended();
                 for (acks, acked, writer) in role.group_writers.drain(..) {
-                    role.has_dropped_waiters |= writer.left_early(acks);
+                    role.has_dropped_waiters |= writer.waits_without_receiver(acks);
                     role.leader.add_waiter(acks, acked, writer);
                 }
                 if role.leader.awaits_tier() {
@@ -243,7 +246,7 @@ impl Actor {
         role.group_writers.shrink_to(SPARE_COMMANDS);
     }
 
-    /// Appends batches of `bytes` in total, in a new segment if the active one is full or old.
+    /// Appends batches of `bytes` in total to the log. Rolls before if the active segment is full or old.
     pub(super) fn write(&mut self, batches: &[Batch], bytes: usize) -> Result<(), AppendError> {
         let now = clock::monotonic();
         let is_old = self.active_since.is_some_and(|since| now.duration_since(since) >= self.config.segment_age);
@@ -274,16 +277,16 @@ impl Actor {
         });
     }
 
-    /// Submits all appended records to the journal, if the topic requires that.
+    /// Submits all appended records to the journal, if the topic's durability requires that.
     pub(super) fn submit_to_journal(&mut self) {
-        if self.syncs() && self.persisted_submit_end < self.log.log_end() {
+        if self.needs_journal() && self.persisted_submit_end < self.log.log_end() {
             let signals = Arc::clone(&self.signals);
             self.persisted_submit_end = self.log.log_end();
-            self.log.persist(Box::new(move |outcome| signals.persisted(outcome)));
+            self.log.persist(Box::new(move |outcome| signals.on_persisted(outcome)));
         }
     }
 
-    /// Applies a result of the journal.
+    /// Applies a result of the journal. After an error, the replica fails and all waiting writers receive the error.
     pub(super) fn on_persisted(&mut self, outcome: Result<(), PersistError>) {
         match outcome {
             Ok(()) => {
@@ -304,8 +307,8 @@ impl Actor {
         }
     }
 
-    /// Handles a disk that no longer accepts writes. A leader resigns if it may, a follower unsubscribes; committed
-    /// records stay readable.
+    /// Handles a disk that no longer accepts writes: a leader resigns, and a follower unsubscribes. Committed records stay
+    /// readable. Only the first call has an effect.
     pub(super) fn fail(&mut self, reason: &str) {
         if self.published.has_failed() {
             return;
@@ -327,7 +330,8 @@ impl Actor {
         }
     }
 
-    /// Resigns because the disk accepts no writes, once for each value.
+    /// Requests that this broker resigns, because its disk accepts no writes. Sends one request for each revision of the
+    /// value.
     pub(super) fn resign(&mut self) {
         let RoleState::Leading(role) = &mut self.role else { return };
         let revision = role.leader.in_sync().revision();
@@ -336,11 +340,11 @@ impl Actor {
         }
     }
 
-    /// Sends results to the writers whose rule holds now, and releases the memory of writers whose receivers were
+    /// Sends results to the writers whose acks rule holds now, and releases the memory of writers whose receivers were
     /// dropped.
     pub(super) fn respond_due(&mut self) {
         if let RoleState::Leading(LeaderRole { leader, has_dropped_waiters, .. }) = &mut self.role {
-            let due = |writer: PendingWriter, acked: WriteAck| {
+            let respond = |writer: PendingWriter, acked: WriteAck| {
                 sim_event!(WriteAcked {
                     partition: self.id,
                     end: acked.end,
@@ -352,16 +356,17 @@ impl Actor {
                 writer.respond(Ok(acked));
             };
             leader.take_stored(PendingWriter::on_stored);
-            leader.take_due(due);
-            // The other replicas or the object store may never respond, and a retry has its own batch.
-            *has_dropped_waiters = *has_dropped_waiters && leader.release_dropped(PendingWriter::is_gone);
+            leader.take_due(respond);
+            // The acks rule of such a write may never hold, and a retry has its own batch.
+            *has_dropped_waiters = *has_dropped_waiters && leader.release_dropped(PendingWriter::has_dropped_receiver);
         }
     }
 }
 
+/// Returns the error that a writer receives for a failed append to the log.
 pub(super) fn append_error(error: log::LogAppendError) -> AppendError {
     match error {
         log::LogAppendError::DiskFull => AppendError::DiskFull,
-        other => AppendError::StorageFailed { reason: other.to_string().into() },
+        failed => AppendError::StorageFailed { reason: failed.to_string().into() },
     }
 }

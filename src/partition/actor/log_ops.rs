@@ -1,8 +1,7 @@
-//! Segments of a partition in its task: rolling, export for uploads, the log start, eviction.
+//! Changes of the log other than appends: rolling, export for uploads, truncation, the log start, eviction.
 //!
-//! Work that waits for journal frames or reads segments runs outside the async threads. The task lends its replica to a
-//! thread that may block, and continues when the replica is back. Meanwhile the command queue fills, and nothing else
-//! happens to the log.
+//! Work that waits for journal frames or reads segments runs outside the async threads. The task moves its replica to a
+//! thread that may block, and waits until that thread returns the replica. Meanwhile the task handles no input.
 
 use std::{
     io,
@@ -33,7 +32,7 @@ impl ReplicaCell {
         Self(Some(replica))
     }
 
-    /// Runs work on the replica that may block, on a thread that may block.
+    /// Runs blocking work on the replica, on a thread that may block, and waits for it.
     pub(super) async fn run_blocking<T: Send + 'static>(
         &mut self,
         work: impl FnOnce(&mut ReplicaLog) -> T + Send + 'static,
@@ -63,9 +62,9 @@ impl DerefMut for ReplicaCell {
     }
 }
 
-/// Returns the time of a segment's first batch by the monotonic clock; `None` while the segment is empty. The wall
-/// clock gives the age, only at an open and after a truncation. If the wall clock went back meanwhile, the age counts
-/// from now.
+/// Returns the time of the first batch of an active segment, by the monotonic clock; `None` while the segment is empty.
+/// Called at an open and after a truncation: then only the wall clock shows the age. If the wall clock went back since
+/// that batch, the segment counts as new.
 pub(super) fn active_since(info: &SegmentInfo) -> Option<Instant> {
     let age = u64::try_from(clock::wall_ms().saturating_sub(info.created_ms)).unwrap_or(0);
     let now = clock::monotonic();
@@ -73,7 +72,7 @@ pub(super) fn active_since(info: &SegmentInfo) -> Option<Instant> {
 }
 
 impl Actor {
-    /// Seals the active segment and starts the next one. Written records stay where they are.
+    /// Seals the active segment and starts the next one. Then the sealed segment may be uploaded.
     pub(super) fn roll(&mut self) -> Result<(), AppendError> {
         self.log.roll().map_err(append_error)?;
         self.active_since = None;
@@ -81,7 +80,8 @@ impl Actor {
         Ok(())
     }
 
-    /// Seals a segment that maintenance found old enough. After a failure, maintenance tries again.
+    /// Seals the active segment for maintenance, because of its age; an empty segment is not sealed. After a failure,
+    /// maintenance requests it again.
     pub(super) fn roll_now(&mut self) {
         if self.active_since.is_some()
             && let Err(error) = self.roll()
@@ -99,26 +99,25 @@ impl Actor {
         self.log.run_blocking(move |replica| replica.export(base)).await
     }
 
-    /// Truncates or resets the log, and drops the state of the removed part. Returns false if the disk failed, which is
-    /// final, or if it is full: then nothing changed, and the change is to be tried again.
+    /// Truncates or resets the log by `change`, and publishes the state before and after. Returns false if the disk
+    /// failed, which is final, or if it is full: then nothing changed, and the caller retries later.
     pub(super) async fn change_log(
         &mut self,
         change: impl FnOnce(&mut ReplicaLog) -> Result<(), ChangeError> + Send + 'static,
     ) -> bool {
-        // Barrier: readers of a leader's log must see the end of its epoch before the change, and other readers a high
-        // watermark that falls.
+        // Barrier: readers must see the new role and high watermark before the records are removed.
         self.publish();
         let active = self.log.active();
         match self.log.run_blocking(change).await {
             Ok(()) => {
-                // The truncation synced the remaining records. The result of an earlier submission does not cover them.
+                // The change synced the remaining records. The journal's result for an earlier submission does not count.
                 self.persisted_submit_end = self.log.persisted_end();
                 let remaining = self.log.active();
                 if remaining.base != active.base || remaining.bytes == 0 {
                     self.active_since = active_since(&remaining);
                 }
-                // Barrier: the next subscription acknowledges the published ends. The task never leads here, and all
-                // records are durable, so nothing else is due.
+                // Barrier: the next subscription acknowledges the published ends. A follower with a durable log has
+                // nothing else to finish.
                 self.publish();
                 true
             }
@@ -130,9 +129,9 @@ impl Actor {
         }
     }
 
-    /// Moves the log's start, but never above the high watermark: records that may have to be truncated are not deleted
-    /// at the front.
-    pub(super) fn keep_log_start(&mut self) {
+    /// Moves the start of the replica to the log start, but not above the high watermark: records above it may still
+    /// have to be truncated, so they are not deleted at the front.
+    pub(super) fn advance_log_start(&mut self) {
         let start = self.log_start.min(self.high_watermark());
         self.log.advance_log_start(start);
     }
@@ -142,15 +141,15 @@ impl Actor {
         let evictable_end = self.tiered_end.max(self.log_start);
         let is_allowed = below <= evictable_end || mutant!(EvictBeforeCommit);
         assert!(is_allowed, "only records in the object store or below the log start are evicted");
-        self.keep_log_start();
-        let has_failed = self.log.write_error().is_some();
+        self.advance_log_start();
+        let had_failed = self.log.write_error().is_some();
         match self.log.run_blocking(move |replica| replica.evict(below)).await {
             Ok(bytes) => {
                 tracing::debug!(partition = %self.id, %below, bytes, "evicted segments");
                 sim_event!(Evicted { partition: self.id, start: self.log.local_start() });
             }
-            // The full disk was logged once for all partitions, and the error that stopped writes was logged too.
-            Err(error) if has_failed || error == ChangeError::DiskFull => {
+            // Logged elsewhere: a full disk once for all partitions, and a failed disk when its writes stopped.
+            Err(error) if had_failed || error == ChangeError::DiskFull => {
                 tracing::debug!(topic = %self.topic, partition = %self.id, %error, "cannot evict segments; retrying");
             }
             Err(error) => {

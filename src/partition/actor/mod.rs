@@ -1,11 +1,11 @@
-//! The one task that owns a partition: it appends queued writes in groups, syncs them and responds, or it copies from
-//! its leader.
+//! The one task that owns a partition. As leader it appends queued writes in groups, syncs them and responds; as follower
+//! it copies from the leader.
 //!
 //! # Overview
 //!
 //! [`AppliedMetadata`] decides about the role, [`Leader`](super::leader::Leader) and [`Follower`] about all else; the
-//! task applies their decisions. While one group waits for the journal, the next is being written. Batching results
-//! from the queue; there is no timer.
+//! task applies their decisions. While one group waits for the journal, the task appends the next one. A group contains
+//! the writes that are queued by then; there is no timer.
 //!
 //! | module | work |
 //! | --- | --- |
@@ -19,10 +19,10 @@
 //!
 //! # Turn
 //!
-//! The task takes one [`Input`] after the other (`inbox`). Each handler changes only the state of the task; then
-//! [`Actor::finish_turn`] lets the effects leave the task: it submits records to the journal, publishes, proposes an
-//! ISR change, and sends due results. A handler finishes the turn itself before it waits for a blocking read. Three
-//! events publish earlier:
+//! The task takes one [`Input`] after the other (`inbox`); handling one is a turn. Each handler changes only the state of
+//! the task. Then [`Actor::finish_turn`] makes the effects visible: it submits records to the journal, publishes,
+//! proposes an ISR change, and sends due results. A handler finishes the turn itself before it waits for a blocking read.
+//! Some events publish earlier:
 //!
 //! | event | reason |
 //! | --- | --- |
@@ -82,37 +82,43 @@ use crate::{
     tier::{PartitionTier, TierState},
 };
 
-/// Number of commands whose memory a partition keeps between its turns. A broker has many partitions, so the number is
-/// small.
+/// Number of commands for which an idle partition keeps memory. A broker has many partitions, so the number is small.
 pub(super) const SPARE_COMMANDS: usize = 64;
 
-/// Maximum bytes of batches in one group. A larger write gains nothing, and in a larger group batches would wait for
-/// each other. While one group is made durable, the next one is written and the one after that arrives.
+/// Maximum bytes of batches in one group. A larger group adds latency but no throughput: while one group is synced, the
+/// next one is appended.
 const MAX_GROUP_BYTES: usize = 512 << 10;
 
 /// Maximum number of control messages that are handled before their effects are submitted to the journal and published.
 const MAX_CONTROL_BATCH: usize = 64;
 
-/// Command for the task.
+/// Command of a writer or of maintenance. Commands are handled in their order.
 pub(super) enum ActorCommand {
     Append(Box<Append>),
     UpdateConfig(Arc<TopicConfig>),
     DescribeSegments(oneshot::Sender<LocalSegments>),
+    /// Export the sealed segment at this offset.
     ExportSegment(Offset, oneshot::Sender<io::Result<SegmentExport>>),
+    /// Seal the active segment.
     Roll,
     /// Value of the tier key.
     ApplyTierState(Box<TierState>),
+    /// Evict the segments below this offset.
     Evict(Offset),
 }
 
 /// Control message of the metadata, the links or the metadata store. It never waits behind writes.
 pub(super) enum ControlMessage {
+    /// Metadata of the partition. The task responds when it has taken and published the role.
     Assign(Box<PartitionAssignment>, oneshot::Sender<()>),
     Subscribe(Box<SubscribeMessage>),
     FollowerDisconnected(PeerId, DisconnectCause),
     BrokerStatusChanged(BrokerId, BrokerStatus),
+    /// Outcome of the pending request to the metadata store.
     IsrOutcome(Box<ProposalOutcome>),
-    Deposed(LeaderEpoch),
+    /// Leader epoch that a follower reported and the metadata store confirmed.
+    NewerEpoch(LeaderEpoch),
+    /// Event of the link to the leader.
     Link(LinkEvent),
     /// Parsed tables that the task requested from the object store, with the number of that request.
     BootstrapReady(u64, Result<Box<ParsedTables>, BootstrapError>),
@@ -140,7 +146,7 @@ pub(super) struct ActorConfig {
     pub(super) tier: Option<PartitionTier>,
     pub(super) log_start: Offset,
     pub(super) tiered_end: Offset,
-    /// All records below are known as committed, and are in this log.
+    /// High watermark at the start: all records below are committed, and are in this log.
     pub(super) committed_end: Offset,
     /// `replication.max_lag_time`, in milliseconds.
     pub(super) lag_ms: u64,
@@ -239,12 +245,12 @@ impl Actor {
         };
         #[cfg(feature = "sim")]
         actor.report_opened();
-        // The handle's readers find the state of the disk.
+        // Readers may exist before the first turn.
         actor.publish();
         actor
     }
 
-    /// Runs until the task is stopped, then finishes what can be finished.
+    /// Handles inputs until the task is stopped, then closes the partition.
     pub(super) async fn run(mut self) {
         loop {
             match self.inbox.next_input().await {
@@ -255,6 +261,7 @@ impl Actor {
         self.stop().await;
     }
 
+    /// Handles one input as one turn.
     async fn handle(&mut self, input: Input) {
         match input {
             Input::Stop => {}
@@ -274,17 +281,18 @@ impl Actor {
         self.respond_due();
     }
 
-    /// Waits until written records are durable and completes their writes; rejects queued writes.
+    /// Closes the partition: rejects queued writes, unsubscribes a follower, and waits until appended records are durable.
+    /// Writes whose acks rule holds by then are acknowledged; the others fail.
     async fn stop(&mut self) {
         for command in self.inbox.close() {
             if let ActorCommand::Append(append) = command {
-                let _gone = append.responder.send(Err(AppendError::Closing));
+                let _dropped_receiver = append.responder.send(Err(AppendError::Closing));
             }
         }
         if let RoleState::Following(_) = self.role {
             self.ctx.links.unsubscribe(self.id, self.metadata.epoch(), true);
         }
-        // A replica without an assignment since its start has not yet submitted the records that a crash left in it.
+        // A crash may have left records that are not durable. A replica without an assignment has not submitted them.
         self.submit_to_journal();
         while self.awaits_journal() {
             let pending = self.inbox.next_signals().await;
@@ -298,16 +306,17 @@ impl Actor {
         self.published.close();
     }
 
+    /// Returns true if the journal has to make appended records durable.
     fn awaits_journal(&self) -> bool {
-        !self.published.has_failed() && self.syncs() && self.log.persisted_end() < self.log.log_end()
+        !self.published.has_failed() && self.needs_journal() && self.log.persisted_end() < self.log.log_end()
     }
 
     /// Returns true if the topic's durability requires that appends are submitted to the journal.
-    fn syncs(&self) -> bool {
+    fn needs_journal(&self) -> bool {
         self.config.durability == Durability::Persisted
     }
 
-    /// Processes commands until a group is full, and appends the group.
+    /// Handles taken commands until none remains or a group is full. Writes are appended as one group.
     async fn process_commands(&mut self) {
         let mut now_ms = clock::wall_ms();
         while self.group_bytes() < MAX_GROUP_BYTES
@@ -315,11 +324,11 @@ impl Actor {
         {
             match command {
                 ActorCommand::Append(append) => self.append(*append, now_ms),
-                other => {
-                    // The command may take long: earlier writes do not wait for it. `DescribeSegments` requires that
+                command => {
+                    // The command may take long, and earlier writes must not wait for it. `DescribeSegments` requires that
                     // all earlier changes are published: maintenance compares its result with the watermarks.
                     self.finish_group();
-                    self.administer(other).await;
+                    self.handle_admin_command(command).await;
                     now_ms = clock::wall_ms();
                 }
             }
@@ -327,6 +336,7 @@ impl Actor {
         self.flush();
     }
 
+    /// Returns the encoded size of the group; 0 while this broker does not lead.
     fn group_bytes(&self) -> usize {
         match &self.role {
             RoleState::Leading(role) => role.group_bytes,
@@ -334,23 +344,29 @@ impl Actor {
         }
     }
 
-    /// Appends the group in the middle of a turn, and lets its effects leave the task.
+    /// Returns the maximum bytes of a group. A group lies in one segment, so a smaller segment limits it.
+    fn max_group_bytes(&self) -> usize {
+        usize::try_from(self.config.segment_bytes).map_or(MAX_GROUP_BYTES, |bytes| bytes.min(MAX_GROUP_BYTES))
+    }
+
+    /// Appends the group and ends the turn, in the middle of an input.
     fn finish_group(&mut self) {
         self.flush();
         self.finish_turn();
     }
 
-    async fn administer(&mut self, command: ActorCommand) {
+    /// Handles a command other than an append.
+    async fn handle_admin_command(&mut self, command: ActorCommand) {
         match command {
             ActorCommand::Append(_) => unreachable!("process_commands handles appends"),
             ActorCommand::UpdateConfig(config) => self.configure(config),
             ActorCommand::DescribeSegments(responder) => {
-                // Without writes, nothing else reports a segment sync that failed after the journal write.
+                // Without writes, only this command detects a segment sync that failed after the journal write.
                 if let Some(reason) = self.log.write_error() {
                     self.fail(&reason);
                 }
                 self.log.correct_written_times(clock::wall_ms());
-                let _gone = responder.send(LocalSegments {
+                let _dropped_receiver = responder.send(LocalSegments {
                     sealed: self.log.sealed(),
                     active: self.log.active(),
                     active_age: self.active_since.map(|since| since.elapsed()),
@@ -364,7 +380,7 @@ impl Actor {
                 });
             }
             ActorCommand::ExportSegment(base, responder) => {
-                let _gone = responder.send(self.export(base).await);
+                let _dropped_receiver = responder.send(self.export(base).await);
             }
             ActorCommand::Roll => self.roll_now(),
             ActorCommand::ApplyTierState(state) => self.apply_tier_state(&state),
@@ -372,11 +388,12 @@ impl Actor {
         }
     }
 
+    /// Applies a changed topic configuration.
     fn configure(&mut self, config: Arc<TopicConfig>) {
         self.log.set_journaled(config.durability == Durability::Persisted);
         self.log.set_producer_expiration(config.producer_expiration);
         if let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role {
-            leader.configure(rule(&config, self.lag_ms));
+            leader.configure(isr_rules(&config, self.lag_ms));
         }
         self.config = config;
         self.maintenance.push(self.id);
@@ -387,7 +404,7 @@ impl Actor {
         matches!(&self.role, RoleState::Leading(LeaderRole { leader, .. }) if leader.awaits_tier())
     }
 
-    /// Returns the end of the records that are known as committed and are in this log.
+    /// Returns the high watermark: all records of this log below it are committed.
     fn high_watermark(&self) -> Offset {
         match &self.role {
             RoleState::Leading(LeaderRole { leader, .. }) => leader.high_watermark(),
@@ -410,19 +427,18 @@ impl Actor {
             log_end: self.log.log_end(),
         };
         sim_event!(WatermarksPublished { partition: self.id, watermarks, role: self.sim_role() });
-        let (before, sealed_end) = (self.published.watermarks().high_watermark, self.log.active().base);
-        let has_moved = before < watermarks.high_watermark && before < sealed_end;
-        if has_moved && (sealed_end <= watermarks.high_watermark || self.awaits_tier()) {
-            // A sealed segment has just become uploadable: the last segment, or perhaps a segment that a writer waits
-            // for.
+        let (published_end, sealed_end) = (self.published.watermarks().high_watermark, self.log.active().base);
+        let commits_sealed = published_end < watermarks.high_watermark && published_end < sealed_end;
+        if commits_sealed && (sealed_end <= watermarks.high_watermark || self.awaits_tier()) {
+            // The last sealed segment has just become uploadable, or perhaps one that a writer waits for.
             self.maintenance.push(self.id);
         }
         self.published.publish(watermarks, self.log.bytes());
         self.published.set_active_since(self.active_since);
-        let behind =
+        let has_lagging =
             matches!(&self.role, RoleState::Leading(LeaderRole { leader, .. }) if leader.in_sync().wants_ticks());
         let awaits_metadata = self.awaits_metadata();
-        self.published.set_wants_ticks(behind || awaits_metadata);
+        self.published.set_wants_ticks(has_lagging || awaits_metadata);
         if !awaits_metadata {
             self.metadata.stop_waiting();
         }
@@ -431,7 +447,7 @@ impl Actor {
             self.status = status;
             self.published.publish_status(status);
             if status.role == (ReplicaRole::Leader { epoch_committed: true }) {
-                // Before its epoch is committed, a leader uploads nothing, even if a writer waits for the object store.
+                // Uploads may start now: a leader uploads nothing before its epoch is committed.
                 self.maintenance.push(self.id);
             }
         }
@@ -451,7 +467,7 @@ impl Actor {
             RoleState::Idle => SimRole::Waiting,
             RoleState::Following(follower) => SimRole::Following(follower.epoch()),
             RoleState::Leading(LeaderRole { leader, .. }) => {
-                let (revision, min_insync) = (leader.in_sync().revision().0, leader.in_sync().rule().min_insync);
+                let (revision, min_insync) = (leader.in_sync().revision().0, leader.in_sync().rules().min_insync);
                 SimRole::Leading { epoch: leader.epoch(), revision, min_insync }
             }
         }
@@ -476,7 +492,7 @@ impl Actor {
 }
 
 /// Returns the requirements of a topic and this broker on a leader.
-fn rule(config: &TopicConfig, lag_ms: u64) -> IsrRules {
+fn isr_rules(config: &TopicConfig, lag_ms: u64) -> IsrRules {
     IsrRules { durability: config.durability, min_insync: config.min_insync_replicas, lag_ms }
 }
 

@@ -10,18 +10,19 @@ use crate::{
     partition::leader::member::{PeerId, ReplicaProgress},
 };
 
-/// Latest signals. A sender overwrites and wakes: neither the journal, nor a link, nor the clock ever waits for a
-/// partition.
+/// Latest signals. A sender replaces its pending signal and wakes the task, so the journal, the links and the clock
+/// never wait for a partition.
 #[derive(Default)]
 pub(in crate::partition) struct ActorSignals {
     pending: Mutex<PendingSignals>,
     notify: Notify,
 }
 
-/// Signals that the task has not taken. The journal's result has no offset: the replica has the persisted end, and an
-/// end from before a truncation would count removed records.
+/// Signals that the task has not taken. The journal's result has no offset: the task reads the persisted end from the
+/// replica, because an end from before a truncation would count removed records.
 #[derive(Default)]
 pub(super) struct PendingSignals {
+    /// Last result of the journal, or its first failure.
     pub(super) persisted: Option<Result<(), PersistError>>,
     /// At most one for each follower.
     pub(super) acks: Vec<FollowerAck>,
@@ -39,9 +40,10 @@ pub(super) struct FollowerAck {
 }
 
 impl ActorSignals {
-    pub(super) fn persisted(&self, outcome: Result<Offset, PersistError>) {
+    /// Stores a result of the journal; a failure is kept until the task takes it.
+    pub(super) fn on_persisted(&self, outcome: Result<Offset, PersistError>) {
         let outcome = match outcome {
-            // This very task truncated the submitted records: the disk did not fail.
+            // The task itself truncated the submitted records: the disk did not fail.
             Ok(_) | Err(PersistError::Truncated) => Ok(()),
             Err(error) => Err(error),
         };
@@ -54,7 +56,8 @@ impl ActorSignals {
         self.notify.notify_one();
     }
 
-    pub(in crate::partition) fn acknowledged(&self, peer: PeerId, epoch: LeaderEpoch, progress: ReplicaProgress) {
+    /// Stores a follower's acknowledgement, in place of its pending one.
+    pub(in crate::partition) fn on_acknowledged(&self, peer: PeerId, epoch: LeaderEpoch, progress: ReplicaProgress) {
         let ack = FollowerAck { peer, epoch, progress };
         let mut pending = self.pending.lock();
         match pending.acks.iter_mut().find(|queued| queued.peer.broker == peer.broker) {
@@ -65,11 +68,13 @@ impl ActorSignals {
         self.notify.notify_one();
     }
 
+    /// Stores the time of a tick, in milliseconds of a monotonic clock.
     pub(in crate::partition) fn tick(&self, now_ms: u64) {
         self.pending.lock().now_ms = Some(now_ms);
         self.notify.notify_one();
     }
 
+    /// Signals that a writer dropped its receiver before the result.
     pub(in crate::partition) fn on_waiter_dropped(&self) {
         self.pending.lock().has_dropped_waiters = true;
         self.notify.notify_one();
@@ -81,6 +86,7 @@ impl ActorSignals {
         self.pending.lock().acks.retain(|ack| ack.peer.broker != broker);
     }
 
+    /// Takes the pending signals; `None` if there are none.
     pub(super) fn take(&self) -> Option<PendingSignals> {
         let mut pending = self.pending.lock();
         let is_pending = pending.persisted.is_some()
@@ -90,6 +96,7 @@ impl ActorSignals {
         is_pending.then(|| std::mem::take(&mut *pending))
     }
 
+    /// Waits for signals and takes them.
     pub(super) async fn next(&self) -> PendingSignals {
         loop {
             let notified = self.notify.notified();

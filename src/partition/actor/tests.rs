@@ -1,6 +1,6 @@
-//! The task's state without the task: journal results arrive in an order that the test chooses.
+//! The actor without its task: the test calls the handlers, and chooses the order of journal results.
 
-use std::{path::Path, time::Duration};
+use std::path::Path;
 
 use futures::FutureExt as _;
 use tokio::sync::{Semaphore, oneshot::Receiver};
@@ -16,7 +16,7 @@ use crate::{
     record::BatchBuilder,
 };
 
-/// Opens a log without threads: the test starts each journal write.
+/// Opens a log in step mode, without threads: the test starts each journal write.
 fn open_log() -> DataDir {
     open_log_on(SimDisk::new())
 }
@@ -32,6 +32,7 @@ fn open_log_with(disk: SimDisk, sim_hook: Option<SimHook>) -> DataDir {
     DataDir::open(Arc::new(disk), Path::new("/data"), &identity, options).unwrap()
 }
 
+/// Opens an actor that leads in epoch 4.
 fn open(log: &DataDir) -> Actor {
     let mut actor = open_unassigned(log);
     start_leading(&mut actor, 4);
@@ -75,7 +76,7 @@ fn start_leading(actor: &mut Actor, epoch: u32) {
     actor.finish_turn();
 }
 
-/// Appends one record and submits it to the journal.
+/// Appends one record with `acks=all` and submits it to the journal.
 fn write(actor: &mut Actor) -> Receiver<AppendResult> {
     write_with(actor, Acks::All)
 }
@@ -112,7 +113,7 @@ fn connect_control(actor: &mut Actor) -> mpsc::Sender<ControlMessage> {
     control
 }
 
-/// Truncates the log, as a replica with records that its leader lacks does, and then leads.
+/// Truncates the log, as after a divergence from a leader, and then leads in epoch 5.
 fn truncate_and_lead(actor: &mut Actor, to: u64) {
     let log_end = actor.log.truncate(Offset::new(to).unwrap()).unwrap();
     actor.persisted_submit_end = log_end;
@@ -162,7 +163,8 @@ async fn maintenance_is_queued_when_awaited_segment_is_committed() {
     assert!(is_queued(&actor));
 }
 
-/// Regression: the broker led until the next write, and records that it could not read were read from no other replica.
+/// Regression: after a failed segment sync, the broker led until the next write. Its consumers could read the records
+/// from no other replica.
 #[tokio::test]
 async fn failed_segment_sync_is_detected_without_writes() {
     let disk = SimDisk::new();
@@ -172,9 +174,10 @@ async fn failed_segment_sync_is_detected_without_writes() {
     assert!(log.journal_step());
     take_signals(&mut actor);
     written.await.unwrap().unwrap();
+    // Returns the error of the replica after a request of maintenance.
     let describe = async |actor: &mut Actor| {
         let (responder, local) = oneshot::channel();
-        actor.administer(ActorCommand::DescribeSegments(responder)).await;
+        actor.handle_admin_command(ActorCommand::DescribeSegments(responder)).await;
         local.await.unwrap();
         actor.published.error()
     };
@@ -185,33 +188,34 @@ async fn failed_segment_sync_is_detected_without_writes() {
     assert!(reason.contains("segment"), "{reason}");
 }
 
-/// Regression: a crash left records that the journal had not taken, and the replica was assigned elsewhere at the next
-/// start. Its close waited for a journal result that was never requested, and the broker never became active.
-#[tokio::test(start_paused = true)]
+/// Regression: a crash left records that were not in the journal, and the next assignment did not name the replica. Its
+/// close waited for a journal result that was never requested, and the broker never became active.
+#[tokio::test]
 async fn unassigned_replica_with_unsynced_records_closes() {
     let disk = SimDisk::new();
     let log = open_log_on(disk.clone());
     let mut actor = open(&log);
-    let _kept = write(&mut actor);
+    let _durable = write(&mut actor);
     assert!(log.journal_step());
-    let _unknown = write(&mut actor);
+    let _pending = write(&mut actor);
     drop((actor, log));
     disk.kill();
     let log = open_log_on(disk);
     let mut actor = open_unassigned(&log);
     assert!(actor.log.persisted_end() < actor.log.log_end());
-    let steps = async {
-        for _ in 0..100 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-            log.sync_step();
-            log.journal_step();
+    let mut stop = Box::pin(actor.stop());
+    let mut is_stopped = false;
+    // One sync and one journal write suffice for the submission of the stop.
+    for _ in 0..10 {
+        if futures::poll!(stop.as_mut()).is_ready() {
+            is_stopped = true;
+            break;
         }
-    };
-    tokio::select! {
-        biased;
-        () = actor.stop() => {}
-        () = steps => panic!("the task did not stop"),
+        log.sync_step();
+        log.journal_step();
     }
+    drop(stop);
+    assert!(is_stopped, "the task did not stop");
     assert_eq!(actor.log.persisted_end(), actor.log.log_end());
 }
 
@@ -220,15 +224,15 @@ async fn unassigned_replica_with_unsynced_records_closes() {
 fn truncation_during_journal_write_keeps_log_writable() {
     let log = open_log();
     let mut actor = open(&log);
-    let kept = write(&mut actor);
+    let first = write(&mut actor);
     assert!(log.journal_step());
     take_signals(&mut actor);
-    assert_eq!(kept.blocking_recv().unwrap().unwrap().end.get(), 1);
+    assert_eq!(first.blocking_recv().unwrap().unwrap().end.get(), 1);
 
-    let lost = write(&mut actor);
+    let truncated = write(&mut actor);
     truncate_and_lead(&mut actor, 1);
     take_signals(&mut actor);
-    let result = lost.blocking_recv().unwrap();
+    let result = truncated.blocking_recv().unwrap();
     assert_eq!(result, Err(AppendError::Deposed), "a truncated write is not acknowledged");
     assert_eq!(actor.published.error(), None);
 
@@ -239,13 +243,13 @@ fn truncation_during_journal_write_keeps_log_writable() {
     assert_eq!((acked.base.get(), acked.durability), (1, AckDurability::Persisted(1)));
 }
 
-/// The journal has a result, and before the task applies it, the task truncates the records of that result.
+/// The journal has written records, and the task truncates these records before it applies the result.
 #[test]
 fn journal_result_from_before_truncation_does_not_count() {
     let log = open_log();
     let mut actor = open(&log);
-    let _kept = write(&mut actor);
-    let _lost = write(&mut actor);
+    let _first = write(&mut actor);
+    let _truncated = write(&mut actor);
     assert!(log.journal_step());
     truncate_and_lead(&mut actor, 1);
     let mut written = write(&mut actor);
@@ -257,7 +261,7 @@ fn journal_result_from_before_truncation_does_not_count() {
     assert_eq!(written.try_recv().unwrap().unwrap().end.get(), 2);
 }
 
-/// Regression: after the wall clock went back a day, nothing was sealed by age for a day.
+/// Regression: after the wall clock went back by a day, no segment was sealed by age for a day.
 #[tokio::test(start_paused = true)]
 async fn open_segment_ages_by_the_monotonic_clock() {
     let log = open_log();
@@ -275,22 +279,22 @@ async fn open_segment_ages_by_the_monotonic_clock() {
     assert_eq!((actor.log.sealed().len(), is_due(&actor)), (1, false), "the next append started another segment");
 }
 
-/// Regression: the task, which waited for the object store, led in epoch 4 after a follower had reported epoch 6.
+/// Regression: a leadership of epoch 4 waited for the object store, and started after a follower had reported epoch 6.
 #[tokio::test]
-async fn leadership_below_reported_epoch_never_begins() {
+async fn leadership_below_reported_epoch_never_starts() {
     let log = open_log();
     let mut actor = open_unassigned(&log);
     actor.tiered_end = Offset::new(5).unwrap();
     start_leading(&mut actor, 4);
     let request_id = actor.bootstrap_request.id();
-    actor.handle(Input::Control(ControlMessage::Deposed(LeaderEpoch(6)))).await;
+    actor.handle(Input::Control(ControlMessage::NewerEpoch(LeaderEpoch(6)))).await;
     let tables = Err(BootstrapError::NoObjectStore);
     actor.handle(Input::Control(ControlMessage::BootstrapReady(request_id, tables))).await;
     assert_eq!((actor.status.role, actor.log.log_end()), (ReplicaRole::Idle, Offset::ZERO));
     assert!(actor.awaits_metadata());
 }
 
-/// A replica that cannot copy has no role, and neither has its metadata: the same value gives the role again.
+/// A replica with a failed disk becomes idle, also in its metadata. So the same value would give the role again.
 #[tokio::test]
 async fn replica_with_failed_disk_has_no_role() {
     let log = open_log();
@@ -300,6 +304,7 @@ async fn replica_with_failed_disk_has_no_role() {
         actor.apply_partition_value(Arc::clone(&value), Revision(u64::from(epoch)));
         value
     };
+    // Returns true if the applied value would give the role of a follower again.
     let gives_role = |actor: &Actor, value| {
         let transition = actor.metadata.clone().apply(value, actor.metadata.revision(), BrokerId(1));
         transition == Transition::Follow(BrokerId(2))

@@ -1,4 +1,4 @@
-//! A follower under correct and wrong leaders.
+//! A follower whose leader sends valid or invalid messages.
 
 use proptest::prelude::*;
 
@@ -63,7 +63,7 @@ fn batches_that_continue_the_log_are_appended() {
     );
 }
 
-/// Every way not to continue the log, with its violation. After it, nothing is accepted before the next subscription.
+/// Each violation of the order of batches. After a violation, no batch is accepted before the next subscription.
 #[test]
 fn batches_that_do_not_continue_the_log_are_rejected() {
     for (headers, violation) in [
@@ -122,10 +122,10 @@ fn high_watermark_is_minimum_of_leaders_and_log_end() {
     follower.on_disconnected();
     assert_eq!(follower.high_watermark(), at(8));
     // Before the logs are compared, records here may differ from those that the leader committed.
-    let mut unsure = Follower::new(BrokerId(1), EPOCH, at(2), None);
-    unsure.subscribe(&two_epochs(), at(6));
-    unsure.on_response(EPOCH, &diverged(1, 4), at(9), &two_epochs()).unwrap();
-    assert_eq!(unsure.high_watermark(), at(2));
+    let mut subscribing = Follower::new(BrokerId(1), EPOCH, at(2), None);
+    subscribing.subscribe(&two_epochs(), at(6));
+    subscribing.on_response(EPOCH, &diverged(1, 4), at(9), &two_epochs()).unwrap();
+    assert_eq!(subscribing.high_watermark(), at(2));
 }
 
 #[test]
@@ -166,10 +166,10 @@ fn wrong_response_leaves_the_log_unchanged() {
     }
 }
 
-/// Committed records stay, unless an unclean election after the last of them explains why the leader lacks them.
+/// The leader may lack committed records only after an unclean election that is newer than the log.
 #[test]
 fn committed_records_are_lost_only_by_unclean_election() {
-    for (unclean, may) in [(None, false), (Some(3), false), (Some(4), true), (Some(5), true)] {
+    for (unclean, may_lose) in [(None, false), (Some(3), false), (Some(4), true), (Some(5), true)] {
         let high_watermark = at(5);
         let truncation = ProtocolViolation::TruncateBelowCommitted { to: at(3), high_watermark };
         let below_committed = ProtocolViolation::BootstrapBelowCommitted { at: at(1), high_watermark };
@@ -177,16 +177,16 @@ fn committed_records_are_lost_only_by_unclean_election() {
             let mut follower = Follower::new(BrokerId(1), EPOCH, at(5), unclean.map(LeaderEpoch));
             follower.subscribe(&two_epochs(), at(6));
             let result = follower.on_response(EPOCH, &decision, at(1), &two_epochs());
-            assert_eq!(result.is_ok(), may, "{unclean:?} {decision:?}: {result:?}");
-            assert!(may || result == Err(error));
-            assert_eq!(follower.high_watermark(), at(if may { to } else { 5 }));
+            assert_eq!(result.is_ok(), may_lose, "{unclean:?} {decision:?}: {result:?}");
+            assert!(may_lose || result == Err(error));
+            assert_eq!(follower.high_watermark(), at(if may_lose { to } else { 5 }));
         }
     }
 }
 
 /// Regression: if retention has deleted all records of the object store, a leader responds with its local start. That
-/// lies below its log start until the segments there are removed. A replica that had just bootstrapped at the tiered
-/// end then stopped following for ever.
+/// offset lies below its log start until the segments there are removed. A replica that had just bootstrapped at the
+/// tiered end then never followed again.
 #[test]
 fn bootstrap_below_the_high_watermark_is_retried() {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
@@ -205,7 +205,8 @@ fn bootstrap_below_the_high_watermark_is_retried() {
     assert_eq!(later, Ok(FollowerAction::Bootstrap(at(406))));
 }
 
-/// After the first truncation the log looks older than it was; that alone makes no record less committed.
+/// The first truncation removes the last epoch of the log. The unclean election is then newer than the log, and may
+/// still not remove committed records.
 #[test]
 fn allowed_loss_is_decided_at_the_first_subscription() {
     let mut follower = Follower::new(BrokerId(1), LeaderEpoch(6), at(3), Some(LeaderEpoch(3)));

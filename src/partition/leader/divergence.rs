@@ -1,5 +1,5 @@
-//! Start of a follower: its log is compared with the leader's by epoch history and nothing else (KIP-101, KIP-279).
-//! Pure.
+//! Start of a follower: the leader compares the follower's log with its own by epoch history and nothing else (KIP-101,
+//! KIP-279). Pure.
 //!
 //! # Overview
 //!
@@ -29,8 +29,8 @@ pub struct LogPosition {
     pub last_epoch: Option<LeaderEpoch>,
     /// Log end.
     pub log_end: Offset,
-    /// Addition of the replica while it is being added ([`PartitionValue::added_after`]), by the value that its broker
-    /// applied.
+    /// Number of removals before the addition of this replica ([`PartitionValue::added_after`]), by the value that its
+    /// broker applied. `None` if the replica is not being added.
     ///
     /// [`PartitionValue::added_after`]: crate::cluster::PartitionValue::added_after
     pub removal_count: Option<u64>,
@@ -65,14 +65,15 @@ pub enum SubscribeOutcome {
         /// First offset after the records of that epoch.
         end: Offset,
     },
-    /// The follower's log is useless: reset it to the start of these tables, and subscribe again. The decision has the
-    /// start only; the actor adds the tables that are not in the object store.
+    /// The follower's log is useless: reset it to the start of these tables, and subscribe again. [`resolve_divergence`]
+    /// sets the start only; the actor adds the tables that are not in the object store.
     Bootstrap(Box<BootstrapTables>),
     /// The follower may not subscribe now. It subscribes again after a pause.
     Rejected(SubscribeError),
 }
 
 impl SubscribeOutcome {
+    /// Returns a bootstrap at [`LocalLogBounds::bootstrap_start`], without tables.
     fn bootstrap(local: LocalLogBounds) -> Self {
         let start = local.bootstrap_start();
         let from_object_store = local.tiered_end == Some(start);
@@ -98,25 +99,25 @@ pub struct BootstrapTables {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum SubscribeError {
     /// This broker does not lead in that epoch: one side has not received the newer epoch yet.
-    #[error("this broker leads in epoch {leads}, not in {asked}: wait for the newer of both epochs")]
+    #[error("this broker leads in epoch {leader_epoch}, not in {requested}: wait for the newer of both epochs")]
     OtherEpoch {
         /// Epoch that the follower named.
-        asked: LeaderEpoch,
+        requested: LeaderEpoch,
         /// Epoch in which this broker leads.
-        leads: LeaderEpoch,
+        leader_epoch: LeaderEpoch,
     },
     /// The broker is no replica by this leader's metadata.
     #[error("this broker is no replica of the partition by its leader's metadata")]
     NoReplica,
-    /// One side has received an addition of this replica, and the other side has not. The replica may have deleted the
-    /// records that it held before.
+    /// Either the replica or its leader has not received the last addition of the replica. The replica may have deleted
+    /// the records that it held before that addition.
     #[error(
         "the replica has {}, and its leader's metadata has {}: wait for the newer of both",
-        addition(*.claimed), addition(*.known)
+        format_addition(*.reported), format_addition(*.known)
     )]
     OtherAddition {
         /// Addition that the follower named: the number of removals before it.
-        claimed: Option<u64>,
+        reported: Option<u64>,
         /// Addition in the leader's metadata.
         known: Option<u64>,
     },
@@ -125,33 +126,34 @@ pub enum SubscribeError {
     OlderBroker,
     /// The follower's log has batches of a newer epoch than the leader's.
     #[error(
-        "the follower's log has epoch {claimed}, newer than the leader's {leads}: check whether the metadata was \
+        "the follower's log has epoch {last_epoch}, newer than the leader's {leader_epoch}: check whether the metadata was \
          restored from a backup"
     )]
     NewerLog {
         /// Epoch of the follower's last batch.
-        claimed: LeaderEpoch,
+        last_epoch: LeaderEpoch,
         /// Epoch in which this broker leads.
-        leads: LeaderEpoch,
+        leader_epoch: LeaderEpoch,
     },
     /// The broker cannot serve the follower now; also every reason that a follower receives.
     #[error("{reason}")]
     Unavailable { reason: String },
 }
 
-/// Formats an addition.
-fn addition(after: Option<u64>) -> String {
-    after.map_or_else(|| "no addition".to_owned(), |after| format!("an addition after {after} removals"))
+/// Formats the addition of a replica by the number of removals before it; `None` if the replica is not being added.
+fn format_addition(removal_count: Option<u64>) -> String {
+    removal_count.map_or_else(|| "no addition".to_owned(), |count| format!("an addition after {count} removals"))
 }
 
-/// Compares a log position with the leader's log, which has the epochs `history` and ends at `log_end`.
+/// Compares a follower's log position with the leader's log, which has the epochs `history` and ends at `log_end`.
+/// Never returns [`SubscribeOutcome::Rejected`].
 pub fn resolve_divergence(
     position: LogPosition,
     history: &EpochHistory,
     log_end: Offset,
     local: LocalLogBounds,
 ) -> SubscribeOutcome {
-    let Some(last) = position.last_epoch else {
+    let Some(last_epoch) = position.last_epoch else {
         // An empty log has no epochs: it continues only at the bootstrap offset, for which it has the tables.
         return if position.log_end == local.bootstrap_start() {
             SubscribeOutcome::Accepted(position.log_end)
@@ -159,12 +161,14 @@ pub fn resolve_divergence(
             SubscribeOutcome::bootstrap(local)
         };
     };
-    match history.end_of(last, log_end) {
+    match history.end_of(last_epoch, log_end) {
         // Every record of the follower's log is older than the leader's first epoch.
         None => SubscribeOutcome::bootstrap(local),
         // After a truncation the follower's log would end below the start of this disk.
         Some((_, end)) if position.log_end.min(end) < local.local_start => SubscribeOutcome::bootstrap(local),
-        Some((epoch, end)) if epoch == last && position.log_end <= end => SubscribeOutcome::Accepted(position.log_end),
+        Some((epoch, end)) if epoch == last_epoch && position.log_end <= end => {
+            SubscribeOutcome::Accepted(position.log_end)
+        }
         Some((epoch, end)) => SubscribeOutcome::Diverged { epoch, end },
     }
 }

@@ -16,23 +16,24 @@
 //! - An acknowledgement counts only in this leader epoch and for the broker epoch of the link on which that replica
 //!   subscribed. It has both ends; the topic's durability decides here, and only here, which end counts.
 //! - The *maximal* ISR is the committed ISR and every ISR that was proposed since and may still come true. The high
-//!   watermark is the minimum acknowledged end over the maximal ISR: whichever of these sets is the current one, all
-//!   its members hold the records below.
+//!   watermark is the minimum acknowledged end over the maximal ISR. So all members of the current ISR hold the records
+//!   below, for each of these sets that may be current.
 //! - The high watermark moves only while the *committed* ISR has the minimum size and the committed ELR is empty. A
 //!   larger ISR that is only proposed may never come true; then an eligible replica, for which no commit waits, may be
 //!   elected.
 //! - A proposal with an unknown outcome may come true until the key has another revision. The old value, read back,
-//!   does not show that the proposal failed. So its members stay in the maximal ISR until another revision is seen.
+//!   does not show that the proposal failed. So its members stay in the maximal ISR until this broker reads another
+//!   revision.
 //! - A replica is admitted when it has acknowledged, in this epoch, all committed records and all records below the
 //!   epoch start. Before the high watermark reaches the epoch start, records above it may be committed. The admission
-//!   does not wait for the high watermark to get there: below the min ISR, it moves only after an admission.
+//!   does not wait for the high watermark to reach the epoch start: below the min ISR, only an admission moves it.
 //! - A replica that is being added subscribes with the addition of this leader's value
 //!   (`PartitionValue::removal_count`), and its acknowledgements count only for that addition. A removed replica
 //!   deletes its log. Added again it is another replica, although its link is the same.
 //!
 //! Other brokers change the value as well: a broker that fails its startup verification removes itself, and the
 //! controller completes reassignments. These changes only remove members, or change the leader and with it the epoch.
-//! So the ISR that is known here may be too large, and is never too small.
+//! So the ISR that this leader has may be too large, and is never too small.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -49,7 +50,7 @@ use crate::{
 /// Requirements of the topic and the broker on a leader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct IsrRules {
-    /// Durability that a replica's acknowledgement stands for.
+    /// Durability of the topic: selects the end of an acknowledgement that counts.
     pub durability: Durability,
     /// `min.insync.replicas`.
     pub min_insync: usize,
@@ -65,10 +66,10 @@ pub struct LeaderStart {
     pub value: PartitionValue,
     /// Revision of `value`.
     pub revision: Revision,
-    /// Progress of its own log.
+    /// Progress of this broker's log.
     pub progress: ReplicaProgress,
-    /// All records below are known as committed: by this broker as a follower, or because they are in the object store
-    /// or deleted.
+    /// High watermark at the start: this broker had it as a follower, or the records below are in the object store or
+    /// deleted.
     pub committed_end: Offset,
     pub rules: IsrRules,
 }
@@ -117,7 +118,7 @@ pub enum ProposalOutcome {
 /// Effect of a partition's value on its leader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ValueUpdate {
-    /// No effect: the value is known, or older than the known value.
+    /// No effect: the value is not newer than the committed value that this leader has.
     Unchanged,
     /// The value is now the committed value.
     Adopted,
@@ -129,10 +130,11 @@ pub enum ValueUpdate {
 
 /// Change of a replica's membership in the ISR.
 enum MemberChange {
-    /// The replica leaves ISR and ELR, because it lost committed records.
-    Lost,
-    Leaves,
-    Enters,
+    /// The replica is removed from ISR and ELR, because it lost committed records.
+    RemovedAsIncomplete,
+    /// The replica is removed from the ISR; below the min ISR it becomes eligible.
+    Removed,
+    Admitted,
 }
 
 /// State of a partition's replicas at their leader, in one epoch.
@@ -142,7 +144,7 @@ pub struct IsrTracker {
     rules: IsrRules,
     /// Log end when the epoch began.
     epoch_start: Offset,
-    /// Committed value that is known here, and its revision.
+    /// Newest committed value that this broker has received, and its revision.
     value: PartitionValue,
     revision: Revision,
     /// Proposal at this revision that has no outcome yet.
@@ -150,13 +152,14 @@ pub struct IsrTracker {
     /// Members of ISRs that were proposed at this revision with an unknown outcome, and may come true until the
     /// revision moves on.
     maybe_committed: BTreeSet<BrokerId>,
-    /// True if the outcome of the last proposal is unknown: nothing is proposed before the key was read.
+    /// True if the outcome of the last proposal is unknown: the leader reads the key before the next proposal.
     needs_read_back: bool,
-    /// True if the last proposal was refused at this very revision. The metadata cache lags, so the next proposal waits
-    /// for a newer value or a tick.
+    /// True if the last proposal was refused although the value is still this one, as when the metadata cache lags. The
+    /// next proposal waits for a newer value, a broker status or a tick.
     awaits_metadata: bool,
     /// True if another epoch has begun, or the partition is deleted: the leader proposes nothing.
     epoch_ended: bool,
+    /// Progress of this broker's log.
     progress: ReplicaProgress,
     members: BTreeMap<BrokerId, MemberState>,
     /// First uncommitted offset. Never falls. It never passes an end that a member of the maximal ISR has not
@@ -185,7 +188,7 @@ impl IsrTracker {
             members: BTreeMap::new(),
             high_watermark: committed_end,
         };
-        tracker.advance();
+        tracker.advance_high_watermark();
         tracker
     }
 
@@ -193,7 +196,7 @@ impl IsrTracker {
         self.value.leader_epoch
     }
 
-    /// Returns the committed value that is known here.
+    /// Returns the newest committed value that this broker has received.
     pub fn value(&self) -> &PartitionValue {
         &self.value
     }
@@ -203,7 +206,7 @@ impl IsrTracker {
         self.revision
     }
 
-    pub fn rule(&self) -> IsrRules {
+    pub fn rules(&self) -> IsrRules {
         self.rules
     }
 
@@ -217,9 +220,8 @@ impl IsrTracker {
         self.progress.acked_for(self.rules.durability)
     }
 
-    /// Returns true if all records that the log held when the epoch began are committed. Before that,
-    /// earlier leaders may have committed records above this high watermark, so the leader serves no latest offset and
-    /// uploads nothing.
+    /// Returns true if all records that the log held when the epoch began are committed. Before that, earlier leaders
+    /// may have committed records above this high watermark, so the leader serves no latest offset and uploads nothing.
     pub fn is_epoch_committed(&self) -> bool {
         self.high_watermark >= self.epoch_start
     }
@@ -230,16 +232,17 @@ impl IsrTracker {
         self.is_epoch_committed().then_some(self.high_watermark)
     }
 
-    /// Checks that the committed ISR has the minimum size. The error is the size that it has.
-    pub fn has_minimum(&self) -> Result<(), usize> {
+    /// Checks that the committed ISR has `min.insync.replicas` members. The error is its size.
+    pub fn check_min_isr(&self) -> Result<(), usize> {
         let in_sync = self.value.isr.len();
         if in_sync >= self.rules.min_insync { Ok(()) } else { Err(in_sync) }
     }
 
-    /// Returns true if [`Self::tick`] has work: a member is behind, or a proposal waits.
+    /// Returns true if [`Self::tick`] has work: a member has not acknowledged all records, or a proposal waits.
     pub fn wants_ticks(&self) -> bool {
-        let mut others = self.value.isr.iter().filter(|id| **id != self.me);
-        self.awaits_metadata || others.any(|id| self.members.get(id).is_none_or(|member| !self.has_all(member)))
+        let mut followers = self.value.isr.iter().filter(|id| **id != self.me);
+        let is_behind = |id: &BrokerId| self.members.get(id).is_none_or(|member| !self.has_caught_up(member));
+        self.awaits_metadata || followers.any(is_behind)
     }
 
     /// Returns true if the key has to be read because the outcome of a proposal is unknown.
@@ -259,15 +262,15 @@ impl IsrTracker {
         self.members.get(&broker)?.acked
     }
 
-    /// Updates the progress of the own log after an append or a sync. It only grows within an epoch.
+    /// Updates the progress of this broker's log after an append or a sync. Within an epoch the progress only grows.
     pub fn update_local(&mut self, progress: ReplicaProgress) {
         self.progress.log_end = self.progress.log_end.max(progress.log_end);
         self.progress.persisted_end = self.progress.persisted_end.max(progress.persisted_end);
-        self.advance();
+        self.advance_high_watermark();
     }
 
-    /// Records that by the metadata all records below `end` are in the object store or deleted. This leader or an
-    /// earlier one committed them, so this log holds them.
+    /// Moves the high watermark to `end`, at most to the log end. By the metadata, all records below `end` are in the
+    /// object store or deleted. So this leader or an earlier one committed them.
     pub fn on_committed(&mut self, end: Offset) {
         self.high_watermark = self.high_watermark.max(end.min(self.progress.log_end));
     }
@@ -275,7 +278,7 @@ impl IsrTracker {
     /// Applies a changed configuration.
     pub fn configure(&mut self, rules: IsrRules) {
         self.rules = rules;
-        self.advance();
+        self.advance_high_watermark();
     }
 
     /// Processes a subscription: compares the follower's log with the leader's. After `SubscribeOutcome::Accepted`,
@@ -292,12 +295,13 @@ impl IsrTracker {
             return SubscribeOutcome::Rejected(error);
         }
         let outcome = divergence::resolve_divergence(position, history, self.progress.log_end, local);
-        let kept = match &outcome {
+        // Log end of the follower after it has applied the outcome; not yet shortened if the logs diverge.
+        let remaining_end = match &outcome {
             SubscribeOutcome::Accepted(end) => *end,
             SubscribeOutcome::Bootstrap(tables) => tables.start.min(position.log_end),
             SubscribeOutcome::Diverged { .. } | SubscribeOutcome::Rejected(_) => position.log_end,
         };
-        let has_lost = kept < self.high_watermark && self.value.isr.contains(&peer.broker);
+        let has_lost = remaining_end < self.high_watermark && self.value.isr.contains(&peer.broker);
         let member = self.members.entry(peer.broker).or_default();
         // The earlier acknowledgement may be of another incarnation.
         member.acked = None;
@@ -307,33 +311,35 @@ impl IsrTracker {
         outcome
     }
 
+    /// Checks that the follower may subscribe now: in this epoch, as a replica by the same addition, in its newest
+    /// incarnation, and without batches of a newer epoch.
     fn check_subscription(
         &self,
         peer: PeerId,
         epoch: LeaderEpoch,
         position: LogPosition,
     ) -> Result<(), SubscribeError> {
-        let leads = self.epoch();
-        if epoch != leads {
-            return Err(SubscribeError::OtherEpoch { asked: epoch, leads });
+        let leader_epoch = self.epoch();
+        if epoch != leader_epoch {
+            return Err(SubscribeError::OtherEpoch { requested: epoch, leader_epoch });
         }
         if peer.broker == self.me || !self.value.replicas.contains(&peer.broker) {
             return Err(SubscribeError::NoReplica);
         }
-        let (claimed, known) = (position.removal_count, self.value.added_after(peer.broker));
+        let (reported, known) = (position.removal_count, self.value.added_after(peer.broker));
         // An ISR member has subscribed since it was added. It may receive the end of the reassignment before its leader
         // does.
-        let earlier = known.is_some() && claimed != known && !self.value.isr.contains(&peer.broker);
-        let later = claimed.is_some_and(|claimed| claimed > self.value.removal_count);
-        if earlier || later {
-            return Err(SubscribeError::OtherAddition { claimed, known });
+        let follower_is_late = known.is_some() && reported != known && !self.value.isr.contains(&peer.broker);
+        let leader_is_late = reported.is_some_and(|removals| removals > self.value.removal_count);
+        if follower_is_late || leader_is_late {
+            return Err(SubscribeError::OtherAddition { reported, known });
         }
-        let known = self.members.get(&peer.broker).and_then(|member| member.link.max(member.registered()));
-        if known.is_some_and(|known| known > peer.epoch) {
+        let newest_epoch = self.members.get(&peer.broker).and_then(|member| member.link.max(member.registered()));
+        if newest_epoch.is_some_and(|newest| newest > peer.epoch) {
             return Err(SubscribeError::OlderBroker);
         }
         match position.last_epoch {
-            Some(claimed) if claimed > leads => Err(SubscribeError::NewerLog { claimed, leads }),
+            Some(last_epoch) if last_epoch > leader_epoch => Err(SubscribeError::NewerLog { last_epoch, leader_epoch }),
             _ => Ok(()),
         }
     }
@@ -348,29 +354,29 @@ impl IsrTracker {
         epoch: LeaderEpoch,
         progress: ReplicaProgress,
     ) -> Result<(), AckError> {
-        let (leads, log_end) = (self.epoch(), self.progress.log_end);
-        let passes = epoch == leads || mutant!(AcceptOlderLeaderEpochAck);
-        if !passes && !mutant!(CountOlderEpochAcks) {
-            return Err(AckError::OtherEpoch { acknowledged: epoch, leads });
+        let (leader_epoch, log_end) = (self.epoch(), self.progress.log_end);
+        let is_current = epoch == leader_epoch || mutant!(AcceptOlderLeaderEpochAck);
+        if !is_current && !mutant!(CountOlderEpochAcks) {
+            return Err(AckError::OtherEpoch { acknowledged_epoch: epoch, leader_epoch });
         }
         let is_subscribed = |member: &&mut MemberState| {
             member.link == Some(peer.epoch)
                 || mutant!(AcceptOlderBrokerEpochAck) && member.link.is_some()
-                || mutant!(CountOlderEpochAcks) && epoch < leads
+                || mutant!(CountOlderEpochAcks) && epoch < leader_epoch
         };
         let Some(member) = self.members.get_mut(&peer.broker).filter(is_subscribed) else {
             return Err(AckError::NotSubscribed { broker: peer.broker, epoch: peer.epoch });
         };
-        let ReplicaProgress { log_end: written, persisted_end: persisted } = progress;
-        if persisted > written || written > log_end {
-            return Err(AckError::Impossible { written, persisted, log_end });
+        let ReplicaProgress { log_end: acked_log_end, persisted_end: acked_persisted_end } = progress;
+        if acked_persisted_end > acked_log_end || acked_log_end > log_end {
+            return Err(AckError::Impossible { acked_log_end, acked_persisted_end, log_end });
         }
         let acked = member.acked.get_or_insert_default();
-        acked.log_end = acked.log_end.max(written);
-        acked.persisted_end = acked.persisted_end.max(persisted);
-        let caught_up = acked.acked_for(self.rules.durability) >= self.progress.log_end;
-        member.is_lagging &= !caught_up;
-        self.advance();
+        acked.log_end = acked.log_end.max(acked_log_end);
+        acked.persisted_end = acked.persisted_end.max(acked_persisted_end);
+        let has_caught_up = acked.acked_for(self.rules.durability) >= self.progress.log_end;
+        member.is_lagging &= !has_caught_up;
+        self.advance_high_watermark();
         Ok(())
     }
 
@@ -412,36 +418,40 @@ impl IsrTracker {
         let (log_end, lag_ms, durability) = (self.progress.log_end, self.rules.lag_ms, self.rules.durability);
         for id in self.value.isr.iter().filter(|id| **id != self.me) {
             let member = self.members.entry(*id).or_default();
-            let reached = member.acked.map_or(Offset::ZERO, |progress| progress.acked_for(durability));
+            let acked_end = member.acked.map_or(Offset::ZERO, |progress| progress.acked_for(durability));
             let has_acked = member.acked.is_some();
             member.target = match member.target {
-                _ if has_acked && reached >= log_end => None,
-                Some((target, since)) if !has_acked || reached < target => {
-                    member.is_lagging |= now_ms.saturating_sub(since) >= lag_ms;
-                    Some((target, since))
+                // The member has all records: no target.
+                _ if has_acked && acked_end >= log_end => None,
+                // The member has not reached its target.
+                Some((target, since_ms)) if !has_acked || acked_end < target => {
+                    member.is_lagging |= now_ms.saturating_sub(since_ms) >= lag_ms;
+                    Some((target, since_ms))
                 }
+                // The member has reached its target, or had none: the current log end is the next one.
                 _ => Some((log_end, now_ms)),
             };
         }
     }
 
-    /// Returns the next ISR change to propose. Only one proposal is pending: the next one follows [`Self::on_outcome`].
-    /// The leader calls this after every turn, so nothing is allocated while no replica's membership changes.
+    /// Returns the next ISR change to propose, and marks it as pending. Returns `None` while a proposal is pending, until
+    /// [`Self::on_outcome`], and if no change is due. The actor calls this after every turn, so nothing is allocated
+    /// while no replica's membership changes.
     pub fn proposal(&mut self) -> Option<IsrProposal> {
         if self.in_flight.is_some() || self.needs_read_back || self.awaits_metadata || self.epoch_ended {
             return None;
         }
-        let may_empty_elr = !self.value.elr.is_empty() && self.has_minimum().is_ok();
-        if !may_empty_elr && !self.members.iter().any(|(id, member)| self.change_of(*id, member).is_some()) {
+        let may_empty_elr = !self.value.elr.is_empty() && self.check_min_isr().is_ok();
+        if !may_empty_elr && !self.members.iter().any(|(id, member)| self.membership_change(*id, member).is_some()) {
             return None;
         }
         let value = self.target_value();
         if value == self.value {
             return None;
         }
-        let new = value.isr.iter().filter(|id| !self.value.isr.contains(id));
-        let link = |id: &BrokerId| Some(PeerId { broker: *id, epoch: self.members.get(id)?.link? });
-        let added = new.filter_map(link).collect();
+        let new_members = value.isr.iter().filter(|id| !self.value.isr.contains(id));
+        let peer_id = |id: &BrokerId| Some(PeerId { broker: *id, epoch: self.members.get(id)?.link? });
+        let added = new_members.filter_map(peer_id).collect();
         let proposal = IsrProposal { expect: self.revision, value, added };
         self.in_flight = Some(proposal.clone());
         Some(proposal)
@@ -449,37 +459,42 @@ impl IsrTracker {
 
     /// Returns the value with the ISR and ELR that follow from the current state.
     fn target_value(&self) -> PartitionValue {
-        let (mut lost, mut out, mut add) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        let (mut incomplete, mut removed, mut admitted) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
         for (id, member) in &self.members {
-            match self.change_of(*id, member) {
-                Some(MemberChange::Lost) => lost.insert(*id),
-                Some(MemberChange::Leaves) => out.insert(*id),
-                Some(MemberChange::Enters) => add.insert(*id),
+            match self.membership_change(*id, member) {
+                Some(MemberChange::RemovedAsIncomplete) => incomplete.insert(*id),
+                Some(MemberChange::Removed) => removed.insert(*id),
+                Some(MemberChange::Admitted) => admitted.insert(*id),
                 None => continue,
             };
         }
-        let kept = lost.into_iter().fold(self.value.clone(), |value, id| value.remove_from_sets(id));
+        let value = incomplete.into_iter().fold(self.value.clone(), |value, id| value.remove_from_sets(id));
         // Without a member to add, `expand` still empties an ELR that a lowered min ISR no longer requires.
-        kept.shrink(&out, self.rules.min_insync).expand(&add, self.rules.min_insync)
+        value.shrink(&removed, self.rules.min_insync).expand(&admitted, self.rules.min_insync)
     }
 
-    /// Returns the change of a replica's membership that follows from its state.
-    fn change_of(&self, id: BrokerId, member: &MemberState) -> Option<MemberChange> {
+    /// Returns the change of a replica's ISR membership that follows from its state; `None` if nothing changes.
+    fn membership_change(&self, id: BrokerId, member: &MemberState) -> Option<MemberChange> {
         match self.value.isr.contains(&id) {
             _ if !self.value.replicas.contains(&id) => None,
-            true if member.lost_data => Some(MemberChange::Lost),
-            true => (member.is_leaving() || member.is_lagging).then_some(MemberChange::Leaves),
-            false => self.may_be_admitted(id, member).then_some(MemberChange::Enters),
+            true if member.lost_data => Some(MemberChange::RemovedAsIncomplete),
+            true => (member.is_leaving() || member.is_lagging).then_some(MemberChange::Removed),
+            false => self.may_be_admitted(id, member).then_some(MemberChange::Admitted),
         }
     }
 
+    /// Returns true if a replica outside the ISR may enter it. Its link must have the registered broker epoch, and it must
+    /// have acknowledged all records below the high watermark and below the epoch start.
     fn may_be_admitted(&self, id: BrokerId, member: &MemberState) -> bool {
-        let is_here = member.link.is_some() && member.link == member.registered() && !member.departed;
-        let reached = member.acked.map(|progress| progress.acked_for(self.rules.durability));
-        let required =
+        let is_connected = member.link.is_some() && member.link == member.registered() && !member.departed;
+        let acked_end = member.acked.map(|progress| progress.acked_for(self.rules.durability));
+        let required_end =
             if mutant!(AdmitBelowEpochStart) { self.high_watermark } else { self.high_watermark.max(self.epoch_start) };
         let epoch_committed = self.is_epoch_committed() || !mutant!(AdmitAfterEpochCommitted);
-        epoch_committed && is_here && !self.value.removing.contains(&id) && reached.is_some_and(|end| end >= required)
+        epoch_committed
+            && is_connected
+            && !self.value.removing.contains(&id)
+            && acked_end.is_some_and(|end| end >= required_end)
     }
 
     /// Applies the outcome of the last proposal, or a value that was read back.
@@ -492,9 +507,9 @@ impl IsrTracker {
             },
             ProposalOutcome::CurrentValue(value, revision) => {
                 self.needs_read_back = false;
-                let observed = self.on_value(&value, revision);
-                self.awaits_metadata = observed == ValueUpdate::Unchanged;
-                observed
+                let update = self.on_value(&value, revision);
+                self.awaits_metadata = update == ValueUpdate::Unchanged;
+                update
             }
             ProposalOutcome::Deleted => {
                 self.epoch_ended = true;
@@ -504,7 +519,7 @@ impl IsrTracker {
                 if let Some(proposal) = proposal.filter(|proposal| proposal.expect == self.revision) {
                     if mutant!(TreatUnknownAsDone) {
                         self.value = proposal.value;
-                        self.advance();
+                        self.advance_high_watermark();
                         return ValueUpdate::Adopted;
                     }
                     self.maybe_committed.extend(&proposal.value.isr);
@@ -515,8 +530,8 @@ impl IsrTracker {
         }
     }
 
-    /// Applies a value of the partition from the metadata cache or from a read. Values older than the known one are
-    /// dropped.
+    /// Applies a value of the partition from the metadata cache or from a read. A value that is not newer
+    /// than the committed value here changes nothing.
     pub fn on_value(&mut self, value: &PartitionValue, revision: Revision) -> ValueUpdate {
         if revision <= self.revision {
             return ValueUpdate::Unchanged;
@@ -531,8 +546,8 @@ impl IsrTracker {
         self.maybe_committed.clear();
         (self.needs_read_back, self.awaits_metadata) = (false, false);
         for (id, member) in &mut self.members {
-            // A removed replica deletes its log. A replica with another addition was removed before it, even if no
-            // value here showed that.
+            // A removed replica deletes its log. A replica with a new addition was removed before, even if this leader
+            // received no value without the replica.
             let addition = self.value.added_after(*id);
             let is_new_addition = addition.is_some() && addition != before.added_after(*id);
             if is_new_addition || !self.value.replicas.contains(id) {
@@ -543,11 +558,12 @@ impl IsrTracker {
                 (member.target, member.is_lagging) = (None, false);
             }
         }
-        self.advance();
+        self.advance_high_watermark();
         ValueUpdate::Adopted
     }
 
-    fn has_all(&self, member: &MemberState) -> bool {
+    /// Returns true if the member has acknowledged all records of this log.
+    fn has_caught_up(&self, member: &MemberState) -> bool {
         member.acked.is_some_and(|progress| progress.acked_for(self.rules.durability) >= self.progress.log_end)
     }
 
@@ -558,28 +574,29 @@ impl IsrTracker {
         self.value.isr.iter().chain(proposed).copied()
     }
 
+    /// Returns true if the high watermark may move: the committed ISR has the minimum size, and the committed ELR is
+    /// empty.
     fn may_commit(&self) -> bool {
         if mutant!(MinIsrOverMaximalIsr) {
             return self.maximal_isr().collect::<BTreeSet<_>>().len() >= self.rules.min_insync;
         }
-        self.has_minimum().is_ok() && (self.value.elr.is_empty() || mutant!(IgnoreElr))
+        self.check_min_isr().is_ok() && (self.value.elr.is_empty() || mutant!(IgnoreElr))
     }
 
-    fn advance(&mut self) {
+    /// Moves the high watermark to the minimum acknowledged end over the maximal ISR, if commits are allowed.
+    fn advance_high_watermark(&mut self) {
         if !self.may_commit() {
             return;
         }
-        let acknowledged = |id: BrokerId| {
+        let acked_end = |id: BrokerId| {
             if id == self.me {
                 return Some(self.local_acked());
             }
             self.members.get(&id)?.acked.map(|progress| progress.acked_for(self.rules.durability))
         };
         // A member without an acknowledgement holds the high watermark back.
-        let min_acked = self
-            .maximal_isr()
-            .map(acknowledged)
-            .try_fold(self.local_acked(), |min_acked, end| Some(min_acked.min(end?)));
+        let min_acked =
+            self.maximal_isr().map(acked_end).try_fold(self.local_acked(), |min_acked, end| Some(min_acked.min(end?)));
         if let Some(min_acked) = min_acked {
             self.high_watermark = self.high_watermark.max(min_acked);
         }

@@ -58,12 +58,12 @@ pub enum BrokerStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum AckError {
     /// The acknowledgement is of another leader epoch.
-    #[error("the acknowledgement has epoch {acknowledged}, and this broker leads in epoch {leads}")]
+    #[error("the acknowledgement has epoch {acknowledged_epoch}, and this broker leads in epoch {leader_epoch}")]
     OtherEpoch {
         /// Leader epoch of the acknowledgement.
-        acknowledged: LeaderEpoch,
+        acknowledged_epoch: LeaderEpoch,
         /// Leader epoch of this leader.
-        leads: LeaderEpoch,
+        leader_epoch: LeaderEpoch,
     },
     /// The replica has not subscribed in this epoch over that link: an older incarnation's link, or the link of an
     /// unknown broker.
@@ -76,21 +76,21 @@ pub enum AckError {
     },
     /// The acknowledged ends are impossible.
     #[error(
-        "the acknowledged log end {written} and persisted end {persisted} are impossible: the leader's log ends at \
+        "the acknowledged log end {acked_log_end} and persisted end {acked_persisted_end} are impossible: the leader's log ends at \
          {log_end}"
     )]
     Impossible {
         /// Acknowledged log end.
-        written: Offset,
+        acked_log_end: Offset,
         /// Acknowledged persisted end.
-        persisted: Offset,
+        acked_persisted_end: Offset,
         /// The leader's log end.
         log_end: Offset,
     },
 }
 
-/// State of one other replica. An entry exists for each broker that the metadata cache or a link reported. Only the
-/// replicas of the partition's value count.
+/// State of one other replica, as far as the metadata cache and links reported it. A leader ignores the state of a broker
+/// that is no replica by the partition's value.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct MemberState {
     /// Broker epoch of the link on which the replica is subscribed; `None` while it is not.
@@ -110,7 +110,8 @@ pub(super) struct MemberState {
 }
 
 impl MemberState {
-    /// Returns the broker epoch with which the replica may be admitted.
+    /// Returns the broker epoch with which the replica may be admitted; `None` if its broker is not registered, or shuts
+    /// down.
     pub(super) fn registered(&self) -> Option<Revision> {
         match self.registration {
             Some(BrokerStatus::Registered(epoch)) => Some(epoch),
@@ -118,8 +119,7 @@ impl MemberState {
         }
     }
 
-    /// Returns true if the replica must leave the ISR at once: it cannot be elected, or its process is known to have
-    /// exited.
+    /// Returns true if the replica must leave the ISR at once: it cannot be elected, or its process has exited.
     pub(super) fn is_leaving(&self) -> bool {
         self.departed || matches!(self.registration, Some(BrokerStatus::ShuttingDown | BrokerStatus::Unregistered))
     }

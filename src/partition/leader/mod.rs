@@ -1,7 +1,7 @@
 //! The leader's decisions: which writes are admitted, when they are committed, and which writers get their result.
 //!
-//! A plain struct. The actor appends and syncs, and reports the outcome to the leader; the leader returns the writers
-//! whose result is due. `W` is the actor's state of a writer, which the leader only stores. [`isr`] decides about the
+//! [`Leader`] is a plain struct. The actor appends and syncs, and reports the outcome to it; it returns the writers whose
+//! result is due. `W` is the actor's state of a writer, which the leader only stores. [`isr`] decides about the
 //! ISR and about commits, from the states of other replicas ([`member`]); [`divergence`] decides where a follower
 //! starts.
 //!
@@ -169,15 +169,16 @@ pub enum AdmitError {
 /// Outcome of an admission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admission {
-    /// The write is appended at this offset.
+    /// The write is to be appended at this offset.
     Append(Offset),
-    /// The log already holds the write, at these offsets.
+    /// The log already holds the write, from the first offset to the second, which is excluded.
     Duplicate(Offset, Offset),
 }
 
 /// Number of writers whose memory an empty queue keeps.
 const SPARE_WRITERS: usize = 64;
 
+/// Writer whose acks rule does not hold yet, with the result that it gets then.
 struct WaitingWriter<W> {
     acked: WriteAck,
     writer: W,
@@ -186,6 +187,7 @@ struct WaitingWriter<W> {
 /// One leader of one partition in one epoch.
 pub struct Leader<W> {
     in_sync: IsrTracker,
+    /// Log end without the group that is being admitted.
     log_end: Offset,
     persisted_end: Offset,
     tiered_end: Offset,
@@ -197,9 +199,10 @@ pub struct Leader<W> {
     /// object store.
     for_tier_here: VecDeque<WaitingWriter<W>>,
     for_tier: VecDeque<WaitingWriter<W>>,
-    /// Producers with batches in the group that is being admitted, because the producer table lacks that group. By id,
-    /// with the next epoch and sequence.
+    /// Expected producer epoch and sequence, by producer id, of the producers with batches in the group that is being
+    /// admitted. The producer table does not contain that group yet.
     in_group: BTreeMap<i64, (i16, i32)>,
+    /// Offset of the next admitted batch: the log end after the group.
     next_base: Offset,
 }
 
@@ -262,12 +265,13 @@ impl<W> Leader<W> {
         producers: &ProducerTable,
         refusal: Option<AdmitError>,
     ) -> Result<Admission, AdmitError> {
-        let strict = matches!(acks, Acks::All | Acks::Tiered);
-        if strict && let Err(in_sync) = self.in_sync.has_minimum() {
-            return Err(AdmitError::NotEnoughReplicas { in_sync, needed: self.in_sync.rule().min_insync });
+        let needs_min_isr = matches!(acks, Acks::All | Acks::Tiered);
+        if needs_min_isr && let Err(in_sync) = self.in_sync.check_min_isr() {
+            return Err(AdmitError::NotEnoughReplicas { in_sync, needed: self.in_sync.rules().min_insync });
         }
-        let (count, stamp) = (batch.count(), batch.producer());
-        let checked = stamp.map(|stamp| self.check(stamp, count, sent, producers));
+        let (count, sequence) = (batch.count(), batch.producer());
+        // `None` if the producer is not idempotent: its batch has no sequence.
+        let checked = sequence.map(|sequence| self.check_sequence(sequence, count, sent, producers));
         match (checked, refusal) {
             (Some(Ok(duplicate @ Admission::Duplicate(..))), _) => return Ok(duplicate),
             (Some(Err(refused @ (AdmitError::Fenced { .. } | AdmitError::SequenceConflict { .. }))), _)
@@ -275,8 +279,8 @@ impl<W> Leader<W> {
             | (Some(Err(refused)), None) => return Err(refused),
             (Some(Ok(Admission::Append(_))) | None, None) => {}
         }
-        if let Some(stamp) = stamp {
-            self.track_write(stamp, count);
+        if let Some(sequence) = sequence {
+            self.track_write(sequence, count);
         }
         let base = self.next_base;
         self.next_base = base.plus(u64::from(count));
@@ -286,29 +290,31 @@ impl<W> Leader<W> {
     /// Returns true if `batch` can be checked only after the pending group is in the log. Its producer has batches in
     /// the group, whose sequence it does not continue, and the producer table lacks the group.
     pub fn must_flush_before(&self, batch: &Batch) -> bool {
-        let Some(stamp) = batch.producer() else { return false };
-        self.in_group.get(&stamp.id).is_some_and(|next| *next != (stamp.epoch, stamp.base_sequence))
+        let Some(sequence) = batch.producer() else { return false };
+        self.in_group.get(&sequence.id).is_some_and(|next| *next != (sequence.epoch, sequence.base_sequence))
     }
 
-    fn check(
+    /// Checks a producer's sequence of `count` records against the group that is being admitted, or else against the
+    /// producer table.
+    fn check_sequence(
         &self,
-        stamp: ProducerSequence,
+        sequence: ProducerSequence,
         count: u32,
         fingerprint: Option<Fingerprint>,
         producers: &ProducerTable,
     ) -> Result<Admission, AdmitError> {
-        if let Some(next) = self.in_group.get(&stamp.id) {
-            let continues = *next == (stamp.epoch, stamp.base_sequence);
+        if let Some(next) = self.in_group.get(&sequence.id) {
+            let continues = *next == (sequence.epoch, sequence.base_sequence);
             assert!(continues, "the actor flushes before a batch that does not continue the group");
             return Ok(Admission::Append(self.next_base));
         }
-        let (producer, sent) = (stamp.id, stamp.base_sequence);
-        match producers.check(stamp, count, fingerprint) {
+        let (producer, sent) = (sequence.id, sequence.base_sequence);
+        match producers.check(sequence, count, fingerprint) {
             SequenceCheck::New => Ok(Admission::Append(self.next_base)),
             SequenceCheck::Duplicate { base, end } => Ok(Admission::Duplicate(base, end)),
             SequenceCheck::OutOfOrder { expected } => Err(AdmitError::OutOfOrder { producer, sent, expected }),
             SequenceCheck::Conflict { base } => Err(AdmitError::SequenceConflict { producer, sent, base }),
-            SequenceCheck::Fenced { current } => Err(AdmitError::Fenced { producer, epoch: stamp.epoch, current }),
+            SequenceCheck::Fenced { current } => Err(AdmitError::Fenced { producer, epoch: sequence.epoch, current }),
             SequenceCheck::Unknown => Err(AdmitError::UnknownProducer { producer, sent }),
             SequenceCheck::Full { max_bytes } => {
                 Err(AdmitError::TooManyProducers { known: producers.len(), max_bytes })
@@ -316,19 +322,20 @@ impl<W> Leader<W> {
         }
     }
 
-    fn track_write(&mut self, stamp: ProducerSequence, count: u32) {
-        let next = next_sequence(stamp.base_sequence, count);
-        self.in_group.insert(stamp.id, (stamp.epoch, next));
+    /// Stores which sequence continues an admitted batch of `count` records.
+    fn track_write(&mut self, sequence: ProducerSequence, count: u32) {
+        let next = next_sequence(sequence.base_sequence, count);
+        self.in_group.insert(sequence.id, (sequence.epoch, next));
     }
 
-    /// Records that the group admitted since the last call is in the log.
+    /// Ends the admitted group, which the actor has appended: its records are in the log.
     pub fn on_appended(&mut self) {
         self.log_end = self.next_base;
         self.in_group.clear();
         self.in_sync.update_local(self.local_progress());
     }
 
-    /// Records that the group admitted since the last call is not in the log. Its offsets are free again.
+    /// Ends the admitted group, whose append failed: its records are not in the log, and its offsets are used again.
     pub fn on_append_failed(&mut self) {
         self.next_base = self.log_end;
         self.in_group.clear();
@@ -344,73 +351,76 @@ impl<W> Leader<W> {
         }
     }
 
-    /// Records that everything below `end` is on this broker's stable storage.
+    /// Applies a sync: all records below `end` are on this broker's stable storage.
     pub fn on_persisted(&mut self, end: Offset) {
         self.persisted_end = self.persisted_end.max(end);
         self.in_sync.update_local(self.local_progress());
     }
 
     fn local_progress(&self) -> ReplicaProgress {
-        let persisted = if mutant!(AcknowledgeBeforeSync) { self.log_end } else { self.persisted_end };
-        ReplicaProgress { log_end: self.log_end, persisted_end: persisted }
+        let persisted_end = if mutant!(AcknowledgeBeforeSync) { self.log_end } else { self.persisted_end };
+        ReplicaProgress { log_end: self.log_end, persisted_end }
     }
 
-    /// Records that everything below `end` is committed to the object store.
+    /// Applies a tier commit: all records below `end` are in the object store.
     pub fn on_tiered(&mut self, end: Offset) {
         self.tiered_end = self.tiered_end.max(end);
     }
 
-    /// Calls `stored` for each writer with `acks=tiered` whose write has just reached the topic's durability on this
-    /// broker. The caller can release the memory of the write: only the object store is outstanding.
-    pub fn take_stored(&mut self, mut stored: impl FnMut(&mut W, &WriteAck)) {
+    /// Calls `on_stored` once for each writer with `acks=tiered` when its write has the topic's durability on this
+    /// broker. The write then waits for the object store only, so the caller can release its memory.
+    pub fn take_stored(&mut self, mut on_stored: impl FnMut(&mut W, &WriteAck)) {
         let local_acked = self.in_sync.local_acked();
         while let Some(mut waiting) = self.for_tier_here.pop_front_if(|waiting| waiting.acked.end <= local_acked) {
-            stored(&mut waiting.writer, &waiting.acked);
+            on_stored(&mut waiting.writer, &waiting.acked);
             self.for_tier.push_back(waiting);
         }
     }
 
-    /// Removes the writers whose rule holds now, and passes them to `respond` with their results.
+    /// Removes the writers whose acks rule holds now, and passes them to `respond` with their results.
     pub fn take_due(&mut self, mut respond: impl FnMut(W, WriteAck)) {
         self.take_stored(|_, _| {});
         let replicas = u32::try_from(self.in_sync.value().isr.len()).unwrap_or(u32::MAX);
-        let durability = |replicas| match self.in_sync.rule().durability {
+        let durability = |replicas| match self.in_sync.rules().durability {
             Durability::Persisted => AckDurability::Persisted(replicas),
             Durability::Replicated => AckDurability::PageCache(replicas),
         };
         let (local_acked, high_watermark) = (self.in_sync.local_acked(), self.high_watermark());
-        let tiered = self.tiered_end.min(high_watermark);
+        let tiered_end = self.tiered_end.min(high_watermark);
+        // Each queue with the end below which its rule holds, and the durability of its writes then.
         let queues = [
             (&mut self.for_leader, local_acked, durability(1)),
             (&mut self.for_all, high_watermark, durability(replicas)),
-            (&mut self.for_tier, tiered, AckDurability::Tiered(replicas)),
+            (&mut self.for_tier, tiered_end, AckDurability::Tiered(replicas)),
         ];
-        for (queue, reached, durability) in queues {
-            while let Some(waiting) = queue.pop_front_if(|waiting| waiting.acked.end <= reached) {
+        for (queue, safe_end, durability) in queues {
+            while let Some(waiting) = queue.pop_front_if(|waiting| waiting.acked.end <= safe_end) {
                 respond(waiting.writer, WriteAck { durability, ..waiting.acked });
             }
         }
         self.shrink_queues();
     }
 
-    /// Drops the writers whose receivers were dropped and whose writes have the topic's durability on this broker.
-    /// Returns true while such a write does not have that durability yet.
-    pub fn release_dropped(&mut self, is_gone: impl Fn(&W) -> bool) -> bool {
+    /// Drops the writers that `is_dropped` names, if their writes have the topic's durability on this broker. Returns
+    /// true if the write of another such writer does not have that durability yet: call again after the next sync.
+    pub fn release_dropped(&mut self, is_dropped: impl Fn(&W) -> bool) -> bool {
         let local_acked = self.in_sync.local_acked();
-        let mut has_unsafe = false;
+        let mut has_pending = false;
         for queue in [&mut self.for_all, &mut self.for_tier_here, &mut self.for_tier] {
             queue.retain(|waiting| {
-                let gone = is_gone(&waiting.writer);
-                let safe = waiting.acked.end <= local_acked;
-                has_unsafe |= gone && !safe;
-                !(gone && safe)
+                if !is_dropped(&waiting.writer) {
+                    return true;
+                }
+                let is_durable = waiting.acked.end <= local_acked;
+                has_pending |= !is_durable;
+                !is_durable
             });
         }
         self.shrink_queues();
-        has_unsafe
+        has_pending
     }
 
-    /// Frees the unused memory of queues. No budget counts it, and a broker has many partitions.
+    /// Frees the unused memory of the writer queues. No memory budget counts it, and a broker has many partitions.
     fn shrink_queues(&mut self) {
         for queue in self.queues() {
             if queue.capacity() > SPARE_WRITERS && queue.len() < queue.capacity() / 4 {

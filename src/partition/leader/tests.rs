@@ -1,4 +1,4 @@
-//! The leader's guarantees, by example and by property test.
+//! Admission and acknowledgement of writes: single cases and a property test.
 
 use proptest::prelude::*;
 
@@ -29,7 +29,7 @@ fn leader(durability: Durability, min_insync: usize) -> Leader<u32> {
     Leader::new(LeaderStart::standalone(BrokerId(1), LeaderEpoch(3), rules, ReplicaProgress::default(), at(0)), at(0))
 }
 
-/// A log that does what the actor does: admitted batches are stamped and applied to the producer table.
+/// Leader with the part of the actor: sets offsets on admitted batches, and applies them to the producer table.
 struct Log {
     leader: Leader<u32>,
     table: ProducerTable,
@@ -81,7 +81,7 @@ impl Log {
     }
 }
 
-fn stamp(base_sequence: i32) -> ProducerSequence {
+fn sequence(base_sequence: i32) -> ProducerSequence {
     ProducerSequence { id: 7, epoch: 0, base_sequence }
 }
 
@@ -106,20 +106,20 @@ fn replicated_write_is_acknowledged_from_the_page_cache() {
     assert_eq!(log.due(), [(1, AckDurability::PageCache(1))]);
 }
 
-/// Other writes need the memory of the batch, and the upload of the batch may never happen.
+/// Other writes need the memory of the batch, and the batch may never be uploaded.
 #[test]
-fn gone_writer_is_dropped_once_its_write_is_safe() {
+fn dropped_writer_is_released_once_its_write_is_durable() {
     let mut log = Log::new(Durability::Persisted);
     for (acks, writer) in [(Acks::Tiered, 1), (Acks::Tiered, 2), (Acks::Leader, 3), (Acks::Tiered, 4)] {
         log.admit(batch(1, None), acks, writer).unwrap();
     }
     log.flush();
     log.leader.on_persisted(at(3));
-    let gone = |writer: &u32| *writer != 2;
+    let is_dropped = |writer: &u32| *writer != 2;
     assert_eq!(log.due(), [(3, AckDurability::Persisted(1))]);
-    assert!(log.leader.release_dropped(gone), "the fourth write is not durable yet");
+    assert!(log.leader.release_dropped(is_dropped), "the fourth write is not durable yet");
     log.leader.on_persisted(at(4));
-    assert!(!log.leader.release_dropped(gone));
+    assert!(!log.leader.release_dropped(is_dropped));
     log.leader.on_tiered(at(4));
     assert_eq!(log.due(), [(2, AckDurability::Tiered(1))]);
 }
@@ -136,8 +136,8 @@ fn writer_queues_release_memory() {
     assert_eq!(log.due().len(), 2_500);
     assert!(!log.leader.release_dropped(|writer| *writer > 4_000));
     assert!(!log.leader.release_dropped(|writer| *writer > 3));
-    let kept = log.leader.queues().map(|queue| queue.capacity()).into_iter().sum::<usize>();
-    assert!(kept <= 4 * SPARE_WRITERS, "capacity for {kept} writers");
+    let capacity = log.leader.queues().map(|queue| queue.capacity()).into_iter().sum::<usize>();
+    assert!(capacity <= 4 * SPARE_WRITERS, "capacity for {capacity} writers");
     log.leader.on_tiered(at(5_000));
     assert_eq!(log.due().into_iter().map(|(writer, _)| writer).collect::<Vec<_>>(), [1, 3]);
 }
@@ -187,18 +187,18 @@ fn small_isr_rejects_acks_all_but_not_acks_leader() {
 #[test]
 fn rejected_batch_takes_no_offset_and_its_retry_succeeds() {
     let mut log = Log::new(Durability::Persisted);
-    log.admit(batch(1, Some(stamp(0))), Acks::All, 1).unwrap();
+    log.admit(batch(1, Some(sequence(0))), Acks::All, 1).unwrap();
     log.flush();
     let error = AdmitError::StoreUnavailable { outage: "for 5 s".to_owned() };
     let mut admit =
         |batch: Batch| log.leader.admit(&batch, Some(batch.fingerprint()), Acks::All, &log.table, Some(error.clone()));
-    assert_eq!(admit(batch(1, Some(stamp(1)))), Err(error.clone()));
-    assert_eq!(admit(batch(1, Some(stamp(2)))), Err(error.clone()), "the refusal replaces the gap error");
+    assert_eq!(admit(batch(1, Some(sequence(1)))), Err(error.clone()));
+    assert_eq!(admit(batch(1, Some(sequence(2)))), Err(error.clone()), "the refusal replaces the gap error");
     assert_eq!(admit(batch(1, None)), Err(error.clone()));
-    let fenced = ProducerSequence { epoch: -1, ..stamp(1) };
+    let fenced = ProducerSequence { epoch: -1, ..sequence(1) };
     assert!(matches!(admit(batch(1, Some(fenced))), Err(AdmitError::Fenced { .. })), "a fenced producer must stop");
-    assert_eq!(admit(batch(1, Some(stamp(0)))), Ok(Admission::Duplicate(at(0), at(1))));
-    assert_eq!(log.admit(batch(1, Some(stamp(1))), Acks::All, 2), Ok(Admission::Append(at(1))));
+    assert_eq!(admit(batch(1, Some(sequence(0)))), Ok(Admission::Duplicate(at(0), at(1))));
+    assert_eq!(log.admit(batch(1, Some(sequence(1))), Acks::All, 2), Ok(Admission::Append(at(1))));
 }
 
 #[test]
@@ -213,22 +213,22 @@ fn offsets_of_a_failed_group_are_used_again() {
 #[test]
 fn producer_sequences_continue_within_one_group() {
     let mut log = Log::new(Durability::Persisted);
-    assert_eq!(log.admit(batch(2, Some(stamp(0))), Acks::All, 1), Ok(Admission::Append(at(0))));
-    assert_eq!(log.admit(batch(2, Some(stamp(2))), Acks::All, 2), Ok(Admission::Append(at(2))));
+    assert_eq!(log.admit(batch(2, Some(sequence(0))), Acks::All, 1), Ok(Admission::Append(at(0))));
+    assert_eq!(log.admit(batch(2, Some(sequence(2))), Acks::All, 2), Ok(Admission::Append(at(2))));
     // The same batch again, in the same group: the group is appended first, so that the table contains it.
-    assert_eq!(log.admit(batch(2, Some(stamp(2))), Acks::All, 3), Ok(Admission::Duplicate(at(2), at(4))));
-    let other = log.admit(batch_of(b"other", 2, Some(stamp(2))), Acks::All, 4);
+    assert_eq!(log.admit(batch(2, Some(sequence(2))), Acks::All, 3), Ok(Admission::Duplicate(at(2), at(4))));
+    let other = log.admit(batch_of(b"other", 2, Some(sequence(2))), Acks::All, 4);
     assert_eq!(other, Err(AdmitError::SequenceConflict { producer: 7, sent: 2, base: at(2) }));
-    let gap = log.admit(batch(1, Some(stamp(9))), Acks::All, 5);
+    let gap = log.admit(batch(1, Some(sequence(9))), Acks::All, 5);
     assert_eq!(gap, Err(AdmitError::OutOfOrder { producer: 7, sent: 9, expected: 4 }));
 }
 
 #[test]
 fn duplicate_is_acknowledged_when_the_first_is_safe() {
     let mut log = Log::new(Durability::Persisted);
-    log.admit(batch(1, Some(stamp(0))), Acks::All, 1).unwrap();
+    log.admit(batch(1, Some(sequence(0))), Acks::All, 1).unwrap();
     log.flush();
-    log.admit(batch(1, Some(stamp(0))), Acks::All, 2).unwrap();
+    log.admit(batch(1, Some(sequence(0))), Acks::All, 2).unwrap();
     assert!(log.due().is_empty());
     log.leader.on_persisted(at(1));
     assert_eq!(log.due().len(), 2);
@@ -250,18 +250,18 @@ proptest! {
     ) {
         let mut log = Log::new(if durable { Durability::Persisted } else { Durability::Replicated });
         let mut waiting = std::collections::BTreeMap::new();
-        let (mut end, mut appended, mut persisted, mut tiered, mut high) = (0u64, 0, 0, 0, at(0));
+        let (mut end, mut appended, mut persisted, mut tiered, mut last_high_watermark) = (0u64, 0, 0, 0, at(0));
         let mut writer = 0;
         let check = |log: &mut Log, waiting: &mut std::collections::BTreeMap<u32, (Acks, u64)>, appended, persisted, tiered| {
             for (writer, _) in log.due() {
                 let (acks, end) = waiting.remove(&writer).expect("each writer gets one result");
-                let safe = if durable { persisted } else { appended };
-                let reached = if acks == Acks::Tiered { std::cmp::min(tiered, safe) } else { safe };
-                assert!(end <= reached, "acks={acks} acknowledged at {end} before the log reached it ({reached})");
+                let local_end = if durable { persisted } else { appended };
+                let safe_end = if acks == Acks::Tiered { std::cmp::min(tiered, local_end) } else { local_end };
+                assert!(end <= safe_end, "acks={acks} acknowledged at {end}, and only {safe_end} records are safe");
             }
         };
-        for (what, acks, records) in steps {
-            match what {
+        for (step, acks, records) in steps {
+            match step {
                 0 => {
                     let acks = [Acks::None, Acks::Leader, Acks::All, Acks::Tiered][usize::from(acks)];
                     writer += 1;
@@ -274,8 +274,8 @@ proptest! {
                 _ => { tiered = log.leader.high_watermark().get(); log.leader.on_tiered(at(tiered)); }
             }
             check(&mut log, &mut waiting, appended, persisted, tiered);
-            prop_assert!(log.leader.high_watermark() >= high);
-            high = log.leader.high_watermark();
+            prop_assert!(log.leader.high_watermark() >= last_high_watermark);
+            last_high_watermark = log.leader.high_watermark();
         }
         log.flush();
         log.leader.on_persisted(at(end));

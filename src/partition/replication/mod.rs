@@ -6,7 +6,7 @@
 //!     follower's broker                                              leader's broker
 //!
 //!   partition ─ subscribe ─▶ LinkRequests ─▶╮  Subscribe, Unsubscribe  ╭─▶ Partition::subscribe
-//!   partition ◀─────── on_link_event ───────┤ ─────── Progress ──────▶ ├─▶ Partition::acknowledged
+//!   partition ◀─────── on_link_event ───────┤ ─────── Progress ──────▶ ├─▶ Partition::on_acknowledged
 //!   partition ────────── progress ─────────▶┤                          │
 //!                             run_receiver ◀── SubscribeResponse, ──── run_sender ◀── TailReader::read
 //!                                              Batches

@@ -433,7 +433,7 @@ impl ReplicationSender {
                 return self.refuse(index, error);
             }
         };
-        subscription.partition.acknowledged(self.config.peer, subscription.epoch, progress);
+        subscription.partition.on_acknowledged(self.config.peer, subscription.epoch, progress);
         if std::mem::take(&mut subscription.blocked) {
             self.written.mark(index);
         }
@@ -582,7 +582,7 @@ impl ReplicationSender {
 /// Deposes a partition if the metadata store has a newer epoch.
 async fn depose(partition: &Partition, stored: impl Future<Output = Option<LeaderEpoch>>) {
     if let Some(newer) = stored.await.filter(|stored| *stored > partition.epoch()) {
-        partition.deposed(newer).await;
+        partition.report_newer_epoch(newer).await;
     }
 }
 

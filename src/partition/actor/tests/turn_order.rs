@@ -1,5 +1,5 @@
-//! Order of the effects of a turn. A recorder stands for the links, the metadata store and the driver of the journal,
-//! and records the published state at each effect.
+//! Order of the effects of a turn. A recorder replaces the links and the ISR updater, and is called at each submission to
+//! the journal. At each effect it stores the state that was published before.
 
 use std::sync::OnceLock;
 
@@ -21,18 +21,21 @@ struct Effect {
     epoch: u32,
     log_end: u64,
     high_watermark: u64,
-    /// True if the watched write had its result.
+    /// True if the watched write had its result before the effect.
     has_result: bool,
 }
 
+/// Stores the effects of an actor in their order.
 struct Recorder {
     published: Arc<PublishedState>,
+    /// Receiver of the write whose result is observed at each effect.
     watched: Mutex<Option<Receiver<AppendResult>>>,
     effects: Mutex<Vec<Effect>>,
 }
 
 impl Recorder {
-    fn record(&self, name: &'static str) {
+    /// Stores an effect with the published state.
+    fn add_effect(&self, name: &'static str) {
         let (status, watermarks) = (self.published.status(), self.published.watermarks());
         self.effects.lock().push(Effect {
             name,
@@ -43,7 +46,7 @@ impl Recorder {
         });
     }
 
-    /// Records from now on, with the result of this write.
+    /// Drops the effects so far, and observes the result of this write.
     fn watch(&self, written: Receiver<AppendResult>) {
         *self.watched.lock() = Some(written);
         self.effects.lock().clear();
@@ -58,11 +61,11 @@ impl Recorder {
 
 impl ReplicationLinks for Recorder {
     fn start_following(&self, _: PartitionId, _: BrokerId) {
-        self.record("follow");
+        self.add_effect("follow");
     }
 
     fn subscribe(&self, _: PartitionId, _: LeaderEpoch, _: LogPosition, _: ReplicaProgress) {
-        self.record("subscribe");
+        self.add_effect("subscribe");
     }
 
     fn retry_later(&self, _: PartitionId) {}
@@ -72,7 +75,7 @@ impl ReplicationLinks for Recorder {
 
 impl IsrUpdater for Recorder {
     fn propose(&self, _: PartitionId, _: IsrProposal) {
-        self.record("propose");
+        self.add_effect("propose");
     }
 
     fn read_back(&self, _: PartitionId) {}
@@ -82,11 +85,12 @@ impl IsrUpdater for Recorder {
 
 /// Returns an actor that leads in epoch 4, with the ISR 1 and 2 among the replicas 1 to 3, and its recorder.
 fn open_recorded(start: Offset) -> (DataDir, Actor, Arc<Recorder>) {
+    // The hook exists before the actor whose published state the recorder reads.
     let recorder = Arc::new(OnceLock::<Arc<Recorder>>::new());
-    let submitted = Arc::clone(&recorder);
+    let recorder_in_hook = Arc::clone(&recorder);
     let hook = SimHook::new(move || {
-        if let Some(recorder) = submitted.get() {
-            recorder.record("submit");
+        if let Some(recorder) = recorder_in_hook.get() {
+            recorder.add_effect("submit");
         }
     });
     let log = open_log_with(SimDisk::new(), Some(hook));
@@ -135,6 +139,7 @@ fn subscribe(broker: u32, end: u64) -> ControlMessage {
     }))
 }
 
+/// Returns the report that a follower's process exited.
 fn exit(broker: u32) -> ControlMessage {
     ControlMessage::FollowerDisconnected(peer(broker), DisconnectCause::ProcessGone)
 }
@@ -174,7 +179,7 @@ async fn commit_before_role_change_is_published_in_its_epoch() {
     };
     let changes = [
         (ControlMessage::Assign(Box::new(assignment()), oneshot::channel().0), Some("follow")),
-        (ControlMessage::Deposed(LeaderEpoch(5)), None),
+        (ControlMessage::NewerEpoch(LeaderEpoch(5)), None),
     ];
     for (change, effect) in changes {
         let (log, mut actor, recorder) = open_recorded(Offset::ZERO);
@@ -199,18 +204,18 @@ async fn truncation_is_published_before_and_after() {
     take_signals(&mut actor);
     actor.apply_partition_value(Arc::new(value(5, 2)), Revision(5));
     recorder.watch(written);
-    let changing = Arc::clone(&recorder);
+    let recorder_in_change = Arc::clone(&recorder);
     let change = move |replica: &mut ReplicaLog| {
-        changing.record("truncate");
+        recorder_in_change.add_effect("truncate");
         replica.truncate(Offset::ZERO).map(drop)
     };
     assert!(actor.change_log(change).await);
     actor.subscribe_or_retry(true);
     let (effects, _) = recorder.take();
-    let named = |name| effects.iter().find(|effect| effect.name == name).copied();
+    let find = |name| effects.iter().find(|effect| effect.name == name).copied();
     let truncated = Effect { name: "truncate", epoch: 5, log_end: 1, high_watermark: 0, has_result: true };
-    assert_eq!(named("truncate"), Some(truncated));
-    assert_eq!(named("subscribe"), Some(Effect { name: "subscribe", log_end: 0, ..truncated }));
+    assert_eq!(find("truncate"), Some(truncated));
+    assert_eq!(find("subscribe"), Some(Effect { name: "subscribe", log_end: 0, ..truncated }));
 }
 
 #[tokio::test]
@@ -221,7 +226,7 @@ async fn log_start_is_published_before_the_turn_ends() {
     take_signals(&mut actor);
     handle_in_one_turn(&mut actor, [subscribe(2, 1), exit(3)]).await;
     let state = TierState { log_start: Offset::new(1).unwrap(), epoch: LeaderEpoch(4), ..TierState::default() };
-    actor.administer(ActorCommand::ApplyTierState(Box::new(state))).await;
+    actor.handle_admin_command(ActorCommand::ApplyTierState(Box::new(state))).await;
     assert_eq!(recorder.published.watermarks().log_start.get(), 1);
 }
 

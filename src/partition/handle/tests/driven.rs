@@ -407,7 +407,7 @@ async fn broker_leads_at_most_once_in_an_epoch() {
 async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     let (partition, requests, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
-    partition.deposed(LeaderEpoch(1_000_000)).await;
+    partition.report_newer_epoch(LeaderEpoch(1_000_000)).await;
     assign_again(&partition).await;
     assert_eq!((partition.status().role, partition.wants_ticks()), (ReplicaRole::Idle, true));
     let ticks = async |from_ms: u64| {
@@ -432,8 +432,8 @@ async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     assert_eq!((requests.take(), partition.wants_ticks()), (vec![], false));
     assign(&partition, value(Some(1), 6), 12).await;
     assert!(partition.status().role.leads(), "the follower's report no longer counts");
-    // After a wrong report, this broker follows another leader once the store was read.
-    partition.deposed(LeaderEpoch(2_000_000)).await;
+    // The report does not keep this broker from following another one.
+    partition.report_newer_epoch(LeaderEpoch(2_000_000)).await;
     assign(&partition, value(Some(3), 7), 13).await;
     assert_eq!((partition.status().role, requests.take()), (ReplicaRole::Idle, vec![]));
     ticks(15_000).await;
@@ -443,7 +443,7 @@ async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     assign(&partition, value(Some(1), 8), 14).await;
     assert_eq!(requests.take(), [TaskRequest::Unsubscribe(LeaderEpoch(8), false)]);
     // If the report was true, the store names the new leader.
-    partition.deposed(LeaderEpoch(9)).await;
+    partition.report_newer_epoch(LeaderEpoch(9)).await;
     ticks(20_000).await;
     partition.on_isr_outcome(ProposalOutcome::CurrentValue(value(Some(2), 9), Revision(15))).await;
     assign_again(&partition).await;
@@ -456,11 +456,11 @@ async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
 async fn metadata_wait_counts_from_the_end_of_leadership() {
     let (partition, requests, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
-    partition.deposed(LeaderEpoch(5)).await;
+    partition.report_newer_epoch(LeaderEpoch(5)).await;
     tick(&partition, 5000).await;
     // The metadata arrives.
     assign(&partition, value(Some(1), 6), 11).await;
-    partition.deposed(LeaderEpoch(7)).await;
+    partition.report_newer_epoch(LeaderEpoch(7)).await;
     tick(&partition, 60_000).await;
     assert_eq!(requests.take(), [], "newer metadata may still arrive");
     tick(&partition, 61_000).await;

@@ -377,7 +377,7 @@ impl Net {
                 break;
             }
             if index == Some(FOLLOWER_MOVED) {
-                leading.acknowledged(peer, epoch, follower.progress());
+                leading.on_acknowledged(peer, epoch, follower.progress());
                 continue;
             }
             let Ok(batches) = read(&tail, &mut from).await else { break };
@@ -455,7 +455,7 @@ impl ReplicationLinks for BrokerContext {
         self.net.tasks.spawn("unsubscribe", async move {
             let Some(leading) = net.partition(leader) else { return };
             if known > leading.epoch() {
-                leading.deposed(known).await;
+                leading.report_newer_epoch(known).await;
             }
             leading
                 .on_follower_disconnected(

@@ -1,4 +1,4 @@
-//! Starts of followers: by table, and for any two logs.
+//! Outcomes of subscriptions: for listed logs, and for any two logs.
 
 use proptest::prelude::*;
 

@@ -1,4 +1,4 @@
-//! In-sync replicas and the commits that follow: by example, by table, and by property test.
+//! In-sync replicas, and the commits that follow from them: single cases, lists of cases, and a property test.
 
 use proptest::prelude::*;
 
@@ -130,7 +130,7 @@ fn readded_replica_is_admitted_by_new_acknowledgements() {
             leader.on_acknowledged(peer(2), EPOCH, both(5)).is_err(),
             "the acknowledgement is of the earlier addition"
         );
-        let refused = SubscribeError::OtherAddition { claimed: None, known: Some(1) };
+        let refused = SubscribeError::OtherAddition { reported: None, known: Some(1) };
         assert_eq!(
             subscribe(&mut leader, peer(2), 5),
             SubscribeOutcome::Rejected(refused),
@@ -156,7 +156,7 @@ fn repeated_addition_resets_acknowledgements() {
     leader.on_value(&moving, Revision(21));
     start_following(&mut leader, 3, 5);
     assert_eq!(subscribe_added(&mut leader, 2, 5, Some(0)), SubscribeOutcome::Accepted(at(5)));
-    let refused = SubscribeError::OtherAddition { claimed: Some(1), known: Some(0) };
+    let refused = SubscribeError::OtherAddition { reported: Some(1), known: Some(0) };
     assert_eq!(
         subscribe_added(&mut leader, 2, 0, Some(1)),
         SubscribeOutcome::Rejected(refused),
@@ -169,7 +169,7 @@ fn repeated_addition_resets_acknowledgements() {
         "the acknowledgement is of the earlier subscription"
     );
     assert_eq!(isr(leader.proposal()), None);
-    let refused = SubscribeError::OtherAddition { claimed: Some(0), known: Some(1) };
+    let refused = SubscribeError::OtherAddition { reported: Some(0), known: Some(1) };
     assert_eq!(
         subscribe_added(&mut leader, 2, 5, Some(0)),
         SubscribeOutcome::Rejected(refused),
@@ -186,15 +186,15 @@ fn repeated_addition_resets_acknowledgements() {
 fn isr_member_subscribes_around_end_of_reassignment() {
     let moving = PartitionValue { adding: brokers(&[2]), removing: brokers(&[3]), ..value(&[1, 2, 3], &[]) };
     let ended = moving.complete_reassignment().unwrap();
-    for (known, claimed) in [(&moving, None), (&moving, Some(0)), (&ended, None), (&ended, Some(0))] {
+    for (known, reported) in [(&moving, None), (&moving, Some(0)), (&ended, None), (&ended, Some(0))] {
         let mut leader = leader(&[1, 2, 3], &[], 1);
         leader.on_value(known, Revision(21));
-        assert_eq!(subscribe_added(&mut leader, 2, 5, claimed), SubscribeOutcome::Accepted(at(5)), "{claimed:?}");
+        assert_eq!(subscribe_added(&mut leader, 2, 5, reported), SubscribeOutcome::Accepted(at(5)), "{reported:?}");
     }
     // The replica was removed and added again after that end, which this leader has received.
     let mut leader = leader(&[1, 2, 3], &[], 1);
     leader.on_value(&ended, Revision(21));
-    let refused = SubscribeError::OtherAddition { claimed: Some(2), known: None };
+    let refused = SubscribeError::OtherAddition { reported: Some(2), known: None };
     assert_eq!(subscribe_added(&mut leader, 2, 0, Some(2)), SubscribeOutcome::Rejected(refused));
 }
 
@@ -286,7 +286,7 @@ fn metadata_may_arrive_before_the_outcome() {
 #[test]
 fn commits_need_the_committed_isr_and_an_empty_elr() {
     let mut short = leader(&[1], &[2], 2);
-    assert_eq!(short.has_minimum(), Err(1));
+    assert_eq!(short.check_min_isr(), Err(1));
     start_following(&mut short, 3, 4);
     assert_eq!(isr(short.proposal()), None, "broker 3 lacks records that may be committed");
     assert_eq!(short.high_watermark(), at(3));
@@ -436,41 +436,43 @@ fn subscription_is_rejected_with_the_reason() {
             &history(),
         )
     };
-    let rejected = |asked| SubscribeOutcome::Rejected(SubscribeError::OtherEpoch { asked, leads: EPOCH });
+    let rejected =
+        |requested| SubscribeOutcome::Rejected(SubscribeError::OtherEpoch { requested, leader_epoch: EPOCH });
     assert_eq!(subscribe(peer(2), LeaderEpoch(3), None), rejected(LeaderEpoch(3)));
     assert_eq!(subscribe(peer(2), LeaderEpoch(5), None), rejected(LeaderEpoch(5)));
     for broker in [1, 9] {
         assert_eq!(subscribe(peer(broker), EPOCH, None), SubscribeOutcome::Rejected(SubscribeError::NoReplica));
     }
-    let newer = SubscribeError::NewerLog { claimed: LeaderEpoch(7), leads: EPOCH };
+    let newer = SubscribeError::NewerLog { last_epoch: LeaderEpoch(7), leader_epoch: EPOCH };
     assert_eq!(subscribe(peer(2), EPOCH, Some(LeaderEpoch(7))), SubscribeOutcome::Rejected(newer));
 }
 
+/// Input of a tracker. Brokers come before their broker epochs, log ends before persisted ends.
 #[derive(Clone, Debug)]
 enum Event {
-    Own(u64, u64),
+    Local(u64, u64),
     Subscribe(u32, u64, u64),
     Ack(u32, u64, u32, u64, u64),
-    Left(u32, u64, u8),
-    Seen(u32, u64),
+    Disconnected(u32, u64, u8),
+    Registered(u32, u64),
     Tick(u64),
     Propose,
-    Agreed(u8),
+    Outcome(u8),
     Configure(bool, usize),
 }
 
 fn event() -> impl Strategy<Value = Event> {
     let (broker, epoch) = (1u32..5, 9u64..12);
     prop_oneof![
-        (0u64..12, 0u64..12).prop_map(|(a, b)| Event::Own(a.max(b), a.min(b))),
+        (0u64..12, 0u64..12).prop_map(|(a, b)| Event::Local(a.max(b), a.min(b))),
         (broker.clone(), epoch.clone(), 0u64..12).prop_map(|(id, epoch, end)| Event::Subscribe(id, epoch, end)),
         (broker.clone(), epoch.clone(), 3u32..6, 0u64..12, 0u64..12)
             .prop_map(|(id, epoch, leader, a, b)| Event::Ack(id, epoch, leader, a, b)),
-        (broker.clone(), epoch, 0u8..3).prop_map(|(id, epoch, reason)| Event::Left(id, epoch, reason)),
-        (broker, 8u64..12).prop_map(|(id, epoch)| Event::Seen(id, epoch)),
+        (broker.clone(), epoch, 0u8..3).prop_map(|(id, epoch, reason)| Event::Disconnected(id, epoch, reason)),
+        (broker, 8u64..12).prop_map(|(id, epoch)| Event::Registered(id, epoch)),
         (0u64..500).prop_map(Event::Tick),
         Just(Event::Propose),
-        (0u8..4).prop_map(Event::Agreed),
+        (0u8..4).prop_map(Event::Outcome),
         (any::<bool>(), 1usize..4).prop_map(|(persisted, min)| Event::Configure(persisted, min)),
     ]
 }
@@ -478,7 +480,7 @@ fn event() -> impl Strategy<Value = Event> {
 fn apply(leader: &mut IsrTracker, event: Event) {
     let peer = |broker, epoch| PeerId { broker: BrokerId(broker), epoch: Revision(epoch) };
     match event {
-        Event::Own(written, persisted) => {
+        Event::Local(written, persisted) => {
             leader.update_local(ReplicaProgress { log_end: at(written), persisted_end: at(persisted) })
         }
         Event::Subscribe(id, epoch, end) => drop(subscribe(leader, peer(id, epoch), end)),
@@ -486,15 +488,18 @@ fn apply(leader: &mut IsrTracker, event: Event) {
             let progress = ReplicaProgress { log_end: at(written), persisted_end: at(persisted) };
             let _stale = leader.on_acknowledged(peer(id, epoch), LeaderEpoch(of), progress);
         }
-        Event::Left(id, epoch, cause) => {
+        Event::Disconnected(id, epoch, cause) => {
             let causes = [DisconnectCause::LinkLost, DisconnectCause::ProcessGone, DisconnectCause::ShuttingDown];
             leader.on_disconnected(peer(id, epoch), causes[usize::from(cause)]);
         }
-        Event::Seen(id, 8) => leader.on_broker_status(BrokerId(id), BrokerStatus::Unregistered),
-        Event::Seen(id, epoch) => leader.on_broker_status(BrokerId(id), BrokerStatus::Registered(Revision(epoch))),
+        // Epoch 8 stands for no registration.
+        Event::Registered(id, 8) => leader.on_broker_status(BrokerId(id), BrokerStatus::Unregistered),
+        Event::Registered(id, epoch) => {
+            leader.on_broker_status(BrokerId(id), BrokerStatus::Registered(Revision(epoch)))
+        }
         Event::Tick(now_ms) => leader.tick(now_ms),
         Event::Propose => drop(leader.proposal()),
-        Event::Agreed(outcome) => {
+        Event::Outcome(outcome) => {
             let next = leader.revision().next();
             let same = (leader.value().clone(), leader.revision());
             let outcome = match outcome {
@@ -513,9 +518,8 @@ fn apply(leader: &mut IsrTracker, event: Event) {
 }
 
 proptest! {
-    /// For any reports in any order, right or wrong: nothing panics, and the high watermark only moves forward. It
-    /// moves never past the own log nor past the acknowledgement of a committed member, and only with the min ISR and
-    /// without ELR.
+    /// For any events in any order, valid or not: nothing panics, and the high watermark never falls. It never passes the
+    /// leader's own log or the acknowledgement of a committed member. It moves only with the min ISR and an empty ELR.
     #[test]
     fn high_watermark_keeps_its_rules(events in prop::collection::vec(event(), 1..60)) {
         use crate::cluster::Value as _;
@@ -531,9 +535,9 @@ proptest! {
             if after == before {
                 continue;
             }
-            let durability = leader.rule().durability;
+            let durability = leader.rules().durability;
             prop_assert!(after <= leader.local_acked(), "{}", text);
-            prop_assert!(leader.has_minimum().is_ok() && leader.value().elr.is_empty(), "{}", text);
+            prop_assert!(leader.check_min_isr().is_ok() && leader.value().elr.is_empty(), "{}", text);
             for id in leader.value().isr.iter().filter(|id| id.0 != 1) {
                 let acked = leader.acknowledged_by(*id).map(|progress| progress.acked_for(durability));
                 prop_assert!(acked >= Some(after), "{}: {} has {:?}", text, id, acked);
