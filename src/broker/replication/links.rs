@@ -179,7 +179,7 @@ impl OutboundLink {
         let mut pause: Option<Duration> = None;
         loop {
             let ready = async {
-                self.requests.followed().await;
+                self.requests.wait_until_followed().await;
                 self.peer_table.wait_for_registrations(self.leader).await
             };
             let Some((own_epoch, peer)) = self.tasks.run_until_cancelled(ready).await else {

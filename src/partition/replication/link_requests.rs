@@ -1,7 +1,7 @@
-//! Requests of partitions to one link. Partitions call from their own tasks and never wait; the link's task takes
-//! requests when it can.
+//! Requests of partitions to the follower's side of one link. Partitions call from their own tasks and never wait. The
+//! link's task takes the requests, and exists only while the link is connected.
 //!
-//! A later request of a partition replaces the requests that were not taken yet. So there is one entry for each
+//! A later request of a partition replaces its requests that were not taken yet. So there is one entry for each
 //! partition that follows, however often its requests change.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -18,36 +18,42 @@ use crate::{
     },
 };
 
-/// Number of a subscription request, among all of one link.
+/// Number of a subscription request, among all requests to one link.
 pub(super) type RequestId = u64;
 
 /// Pending requests of partitions to one link.
 #[derive(Debug, Default)]
 pub struct LinkRequests {
     state: Mutex<LinkRequestState>,
-    changed: Notify,
+    /// Notified when a request is queued.
+    queued: Notify,
+    /// Notified when a partition starts to follow.
     followed: Notify,
 }
 
 #[derive(Debug, Default)]
 struct LinkRequestState {
     entries: BTreeMap<PartitionId, PartitionRequests>,
-    /// Partitions with pending work, each once.
-    order: VecDeque<PartitionId>,
+    /// Partitions with pending work, each once, in the order of their oldest request.
+    queue: VecDeque<PartitionId>,
+    /// Number of the newest subscription request.
     last_request: RequestId,
 }
 
+/// Requests of one partition.
 #[derive(Debug, Default)]
 struct PartitionRequests {
     /// True if the partition follows on this link.
     follows: bool,
-    /// Current subscription request; results of earlier requests are dropped.
+    /// Current subscription request; `None` while the partition is not subscribed. Results of earlier requests are
+    /// dropped.
     subscription: Option<RequestId>,
     pending: PendingLinkWork,
+    /// True while the partition is in the queue.
     queued: bool,
 }
 
-/// Pending work for a partition, in this order.
+/// Pending work of the link's task for a partition, in the order of the fields.
 #[derive(Debug, Default)]
 pub(super) struct PendingLinkWork {
     /// End the partition's subscription.
@@ -63,24 +69,25 @@ pub(super) struct PendingLinkWork {
 /// Parameters of an unsubscription.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct UnsubscribeRequest {
-    /// Newest epoch of the partition's metadata.
-    pub(super) known: LeaderEpoch,
+    /// Leader epoch of the value that the partition applied.
+    pub(super) known_epoch: LeaderEpoch,
     /// True if the partition will not return soon.
     pub(super) stopping: bool,
 }
 
 impl LinkRequests {
-    /// Starts to follow on this link. Any earlier subscription ends: the leader may be the same and its epoch another.
+    /// Starts to follow on this link. An earlier subscription ends, because it may be of an earlier epoch of the same
+    /// leader.
     pub fn start_following(&self, partition: PartitionId) {
-        self.change(partition, |entry, _| {
+        self.update_entry(partition, |entry, _| {
             (entry.follows, entry.subscription, entry.pending.subscribe) = (true, None, None);
             entry.pending.connected = true;
         });
         self.followed.notify_one();
     }
 
-    /// Requests a subscription. Once this has returned, nothing of an earlier subscription is acknowledged, or
-    /// delivered to the partition.
+    /// Requests a subscription; ignored if the partition does not follow on this link. After the return, nothing of an
+    /// earlier subscription is acknowledged, or delivered to the partition.
     pub fn subscribe(
         &self,
         partition: PartitionId,
@@ -88,7 +95,7 @@ impl LinkRequests {
         position: LogPosition,
         progress: ReplicaProgress,
     ) {
-        self.change(partition, |entry, last_request| {
+        self.update_entry(partition, |entry, last_request| {
             if !entry.follows {
                 return;
             }
@@ -101,24 +108,24 @@ impl LinkRequests {
 
     /// Requests a notification, after a pause, that the link is connected.
     pub fn retry_later(&self, partition: PartitionId) {
-        self.change(partition, |entry, _| entry.pending.resubscribe = entry.follows);
+        self.update_entry(partition, |entry, _| entry.pending.resubscribe = entry.follows);
     }
 
-    /// Ends following on this link. Once this has returned, nothing is acknowledged, or delivered to the partition.
-    pub fn unsubscribe(&self, partition: PartitionId, known: LeaderEpoch, stopping: bool) {
-        self.change(partition, |entry, _| {
+    /// Ends following on this link. After the return, nothing is acknowledged, or delivered to the partition.
+    pub fn unsubscribe(&self, partition: PartitionId, known_epoch: LeaderEpoch, stopping: bool) {
+        self.update_entry(partition, |entry, _| {
             if entry.follows {
                 (entry.follows, entry.subscription) = (false, None);
                 entry.pending = PendingLinkWork {
-                    unsubscribe: Some(UnsubscribeRequest { known, stopping }),
+                    unsubscribe: Some(UnsubscribeRequest { known_epoch, stopping }),
                     ..PendingLinkWork::default()
                 };
             }
         });
     }
 
-    /// Waits until some partition follows on this link.
-    pub async fn followed(&self) {
+    /// Waits until a partition follows on this link.
+    pub async fn wait_until_followed(&self) {
         loop {
             let followed = self.followed.notified();
             if self.state.lock().entries.values().any(|entry| entry.follows) {
@@ -128,34 +135,36 @@ impl LinkRequests {
         }
     }
 
-    /// Waits until some request is pending.
-    pub(super) async fn changed(&self) {
+    /// Waits until a request is pending.
+    pub(super) async fn wait_for_request(&self) {
         loop {
-            let changed = self.changed.notified();
-            if !self.state.lock().order.is_empty() {
+            let queued = self.queued.notified();
+            if !self.state.lock().queue.is_empty() {
                 return;
             }
-            changed.await;
+            queued.await;
         }
     }
 
-    fn change(&self, partition: PartitionId, change: impl FnOnce(&mut PartitionRequests, &mut RequestId)) {
+    /// Changes the requests of a partition, and queues the partition. `update` also gets the number of the newest
+    /// subscription request.
+    fn update_entry(&self, partition: PartitionId, update: impl FnOnce(&mut PartitionRequests, &mut RequestId)) {
         let mut state = self.state.lock();
-        let LinkRequestState { entries, order, last_request } = &mut *state;
+        let LinkRequestState { entries, queue, last_request } = &mut *state;
         let entry = entries.entry(partition).or_default();
-        change(entry, last_request);
+        update(entry, last_request);
         if !std::mem::replace(&mut entry.queued, true) {
-            order.push_back(partition);
+            queue.push_back(partition);
             drop(state);
-            self.changed.notify_one();
+            self.queued.notify_one();
         }
     }
 
-    /// Begins a link: every partition that follows is to be notified, and none is subscribed.
-    pub(super) fn begin(&self) {
+    /// Starts a link: every partition that follows is to be notified, and none is subscribed. Drops all other requests.
+    pub(super) fn begin_link(&self) {
         let mut state = self.state.lock();
-        state.order.clear();
-        let LinkRequestState { entries, order, .. } = &mut *state;
+        state.queue.clear();
+        let LinkRequestState { entries, queue, .. } = &mut *state;
         entries.retain(|_, entry| entry.follows);
         for (partition, entry) in entries.iter_mut() {
             *entry = PartitionRequests {
@@ -164,14 +173,14 @@ impl LinkRequests {
                 pending: PendingLinkWork { connected: true, ..PendingLinkWork::default() },
                 subscription: None,
             };
-            order.push_back(*partition);
+            queue.push_back(*partition);
         }
     }
 
-    /// Ends the link: no partition stays subscribed. Returns the partitions that follow.
-    pub(super) fn end(&self) -> Vec<PartitionId> {
+    /// Ends the link: drops all requests and subscriptions. Returns the partitions that follow.
+    pub(super) fn end_link(&self) -> Vec<PartitionId> {
         let mut state = self.state.lock();
-        state.order.clear();
+        state.queue.clear();
         state.entries.retain(|_, entry| entry.follows);
         for entry in state.entries.values_mut() {
             *entry = PartitionRequests { follows: true, ..PartitionRequests::default() };
@@ -179,10 +188,10 @@ impl LinkRequests {
         state.entries.keys().copied().collect()
     }
 
-    /// Takes the pending work of the partition whose request is the oldest.
+    /// Takes the pending work of the partition with the oldest request; `None` if no request is pending.
     pub(super) fn take(&self) -> Option<(PartitionId, PendingLinkWork)> {
         let mut state = self.state.lock();
-        let partition = state.order.pop_front()?;
+        let partition = state.queue.pop_front()?;
         let entry = state.entries.get_mut(&partition)?;
         entry.queued = false;
         let work = std::mem::take(&mut entry.pending);
@@ -197,7 +206,8 @@ impl LinkRequests {
         self.state.lock().entries.get(&partition).is_some_and(|entry| entry.follows)
     }
 
-    /// Runs `work` with a partition if that subscription holds. `work` must not wait, nor send a request to this link.
+    /// Calls `work` with the partition if `request` is still its current subscription; returns `None` if not. The partition
+    /// cannot unsubscribe meanwhile. `work` must not wait, nor send a request to this link.
     pub(super) fn while_subscribed<T>(
         &self,
         partition: &Partition,
@@ -205,11 +215,11 @@ impl LinkRequests {
         work: impl FnOnce(&Partition) -> T,
     ) -> Option<T> {
         let state = self.state.lock();
-        let holds = state.entries.get(&partition.id()).is_some_and(|entry| entry.subscription == Some(request));
-        holds.then(|| work(partition))
+        let is_current = state.entries.get(&partition.id()).is_some_and(|entry| entry.subscription == Some(request));
+        is_current.then(|| work(partition))
     }
 
-    /// Ends that subscription, if it holds.
+    /// Ends a subscription, if `request` is still the partition's current one.
     pub(super) fn end_subscription(&self, partition: PartitionId, request: RequestId) {
         if let Some(entry) = self.state.lock().entries.get_mut(&partition)
             && entry.subscription == Some(request)
@@ -250,17 +260,17 @@ mod tests {
         let (partition, work) = requests.take().expect("a request is pending");
         assert_eq!(
             (partition, work.unsubscribe),
-            (id, Some(UnsubscribeRequest { known: LeaderEpoch(3), stopping: false }))
+            (id, Some(UnsubscribeRequest { known_epoch: LeaderEpoch(3), stopping: false }))
         );
         assert!(!work.connected && work.resubscribe && work.subscribe.is_some());
         assert!(requests.take().is_none(), "a partition is queued once");
         // A link begins with all partitions that follow, and with nothing else.
-        requests.begin();
+        requests.begin_link();
         let work = requests.take().expect("a new link notifies the partition").1;
         assert!(work.connected && work.subscribe.is_none() && work.unsubscribe.is_none());
         requests.unsubscribe(id, LeaderEpoch(3), true);
-        assert_eq!(requests.end(), []);
-        requests.begin();
+        assert_eq!(requests.end_link(), []);
+        requests.begin_link();
         assert!(requests.take().is_none());
     }
 }

@@ -1,4 +1,4 @@
-//! Messages of a link, checked, and their wire form (`proto/strandline/v1/peer.proto`).
+//! Messages of a link: checked types, and the conversion from and to the protocol (`proto/strandline/v1/peer.proto`).
 //!
 //! Batches stay in the chunks of memory in which they were read, and go into the message unchanged. Messages are input:
 //! an invalid number is rejected with its name and value. An error in one subscription ends only that subscription; an
@@ -41,14 +41,14 @@ pub(super) enum InvalidMessage {
     #[error("topic id {0:?} is no UUID")]
     TopicId(String),
     /// Lists of different lengths.
-    #[error("the lists of a progress message have {subscriptions}, {written} and {persisted} entries")]
+    #[error("the lists of a progress message have {subscriptions}, {log_ends} and {persisted_ends} entries")]
     Lengths {
         /// Number of subscriptions.
         subscriptions: usize,
         /// Number of log ends.
-        written: usize,
+        log_ends: usize,
         /// Number of persisted ends.
-        persisted: usize,
+        persisted_ends: usize,
     },
     /// Malformed batches.
     #[error("the batches at offset {base} are malformed: {reason}")]
@@ -84,10 +84,10 @@ impl From<InvalidMessage> for ApiError {
 /// Message of a follower's broker, about one subscription or many.
 #[derive(Debug)]
 pub(super) enum FollowerMessage {
-    /// Start of a subscription.
+    /// Start of a subscription; an invalid request ends only that subscription.
     Subscribe { subscription_id: u32, request: Result<SubscribeRequest, InvalidMessage> },
-    /// End of a subscription.
-    Unsubscribe { subscription_id: u32, known: Option<LeaderEpoch>, stopping: bool },
+    /// End of a subscription, with the follower's newest leader epoch; `None` if that epoch is invalid.
+    Unsubscribe { subscription_id: u32, known_epoch: Option<LeaderEpoch>, stopping: bool },
     /// Progress of these subscriptions.
     Progress(Vec<(u32, ReplicaProgress)>),
     /// Response to a ping.
@@ -122,21 +122,21 @@ pub(super) struct PartitionBatches {
     pub(super) batches: Vec<Batch>,
 }
 
-fn offset(field: &'static str, value: i64) -> Result<Offset, InvalidMessage> {
+fn parse_offset(field: &'static str, value: i64) -> Result<Offset, InvalidMessage> {
     Offset::from_i64(value).ok_or(InvalidMessage::Number { field, value })
 }
 
-fn epoch(field: &'static str, value: i32) -> Result<LeaderEpoch, InvalidMessage> {
+fn parse_epoch(field: &'static str, value: i32) -> Result<LeaderEpoch, InvalidMessage> {
     LeaderEpoch::from_i32(value).ok_or(InvalidMessage::Number { field, value: value.into() })
 }
 
-fn parse_progress(written: i64, persisted: i64) -> Result<ReplicaProgress, InvalidMessage> {
+fn parse_progress(log_end: i64, persisted_end: i64) -> Result<ReplicaProgress, InvalidMessage> {
     let progress = ReplicaProgress {
-        log_end: offset("a log end", written)?,
-        persisted_end: offset("a persisted end", persisted)?,
+        log_end: parse_offset("a log end", log_end)?,
+        persisted_end: parse_offset("a persisted end", persisted_end)?,
     };
     if progress.persisted_end > progress.log_end {
-        return Err(InvalidMessage::Number { field: "a persisted end above the log end", value: persisted });
+        return Err(InvalidMessage::Number { field: "a persisted end above the log end", value: persisted_end });
     }
     Ok(progress)
 }
@@ -151,19 +151,20 @@ impl TryFrom<v1::ReplicateRequest> for FollowerMessage {
             }
             Some(replicate_request::Message::Unsubscribe(unsubscribe)) => Ok(Self::Unsubscribe {
                 subscription_id: unsubscribe.subscription_id,
-                known: LeaderEpoch::from_i32(unsubscribe.known_epoch),
+                known_epoch: LeaderEpoch::from_i32(unsubscribe.known_epoch),
                 stopping: unsubscribe.stopping,
             }),
             Some(replicate_request::Message::Progress(progress)) => {
-                let (subscriptions, written, persisted) =
+                let (subscriptions, log_ends, persisted_ends) =
                     (progress.subscription_id.len(), progress.log_end.len(), progress.persisted_end.len());
-                if subscriptions != written || subscriptions != persisted {
-                    return Err(InvalidMessage::Lengths { subscriptions, written, persisted });
+                if subscriptions != log_ends || subscriptions != persisted_ends {
+                    return Err(InvalidMessage::Lengths { subscriptions, log_ends, persisted_ends });
                 }
                 let ends = progress.log_end.into_iter().zip(progress.persisted_end);
-                let all = progress.subscription_id.into_iter().zip(ends);
-                let all = all.map(|(id, (written, persisted))| Ok((id, parse_progress(written, persisted)?)));
-                Ok(Self::Progress(all.collect::<Result<_, InvalidMessage>>()?))
+                let entries = progress.subscription_id.into_iter().zip(ends);
+                let parsed =
+                    entries.map(|(id, (log_end, persisted_end))| Ok((id, parse_progress(log_end, persisted_end)?)));
+                Ok(Self::Progress(parsed.collect::<Result<_, InvalidMessage>>()?))
             }
             Some(replicate_request::Message::Pong(pong)) => Ok(Self::Pong(pong.number)),
             Some(replicate_request::Message::Hello(_)) | None => Err(InvalidMessage::Kind),
@@ -181,16 +182,13 @@ impl TryFrom<v1::Subscribe> for SubscribeRequest {
             .map_err(|_| InvalidMessage::TopicId(subscribe.topic_id.chars().take(64).collect()))?;
         let number = u32::try_from(subscribe.partition)
             .map_err(|_| InvalidMessage::Number { field: "a partition number", value: subscribe.partition.into() })?;
-        let last = subscribe.last_epoch.map(|value| epoch("the epoch of a last batch", value)).transpose()?;
+        let last_epoch =
+            subscribe.last_epoch.map(|value| parse_epoch("the epoch of a last batch", value)).transpose()?;
         let progress = parse_progress(subscribe.log_end, subscribe.persisted_end)?;
         Ok(Self {
             partition: PartitionId::new(topic, number),
-            epoch: epoch("a leader epoch", subscribe.leader_epoch)?,
-            position: LogPosition {
-                last_epoch: last,
-                log_end: progress.log_end,
-                removal_count: subscribe.removal_count,
-            },
+            epoch: parse_epoch("a leader epoch", subscribe.leader_epoch)?,
+            position: LogPosition { last_epoch, log_end: progress.log_end, removal_count: subscribe.removal_count },
             progress,
         })
     }
@@ -211,12 +209,15 @@ impl TryFrom<v1::ReplicateResponse> for LeaderMessage {
     }
 }
 
+/// Converts a response, which must have an outcome. Each error of the leader becomes [`SubscribeError::Unavailable`].
 fn parse_response(response: v1::SubscribeResponse) -> Result<SubscribeResponse, InvalidMessage> {
     let outcome = match response.outcome.ok_or(InvalidMessage::Kind)? {
-        subscribe_response::Outcome::AcceptedAt(at) => SubscribeOutcome::Accepted(offset("the accepted offset", at)?),
+        subscribe_response::Outcome::AcceptedAt(at) => {
+            SubscribeOutcome::Accepted(parse_offset("the accepted offset", at)?)
+        }
         subscribe_response::Outcome::Diverged(diverged) => SubscribeOutcome::Diverged {
-            epoch: epoch("the epoch of a divergence", diverged.epoch)?,
-            end: offset("the end of a divergence", diverged.end)?,
+            epoch: parse_epoch("the epoch of a divergence", diverged.epoch)?,
+            end: parse_offset("the end of a divergence", diverged.end)?,
         },
         subscribe_response::Outcome::Bootstrap(tables) => SubscribeOutcome::Bootstrap(Box::new(parse_tables(tables)?)),
         subscribe_response::Outcome::Error(error) => {
@@ -224,30 +225,36 @@ fn parse_response(response: v1::SubscribeResponse) -> Result<SubscribeResponse, 
         }
     };
     Ok(SubscribeResponse {
-        epoch: epoch("a leader epoch", response.leader_epoch)?,
-        high_watermark: offset("a high watermark", response.high_watermark)?,
+        epoch: parse_epoch("a leader epoch", response.leader_epoch)?,
+        high_watermark: parse_offset("a high watermark", response.high_watermark)?,
         outcome,
         in_sync: false,
     })
 }
 
 fn parse_tables(tables: v1::Bootstrap) -> Result<BootstrapTables, InvalidMessage> {
-    let at = offset("the bootstrap offset", tables.start_offset)?;
-    let start =
-        |start: &v1::EpochStart| Ok((epoch("an epoch", start.epoch)?, offset("the start of an epoch", start.start)?));
-    let epochs = tables.epochs.iter().map(start).collect::<Result<_, InvalidMessage>>()?;
-    Ok(BootstrapTables { start: at, from_object_store: tables.from_object_store, epochs, producers: tables.producers })
+    let bootstrap_start = parse_offset("the bootstrap offset", tables.start_offset)?;
+    let parse_epoch_start = |start: &v1::EpochStart| {
+        Ok((parse_epoch("an epoch", start.epoch)?, parse_offset("the start of an epoch", start.start)?))
+    };
+    let epochs = tables.epochs.iter().map(parse_epoch_start).collect::<Result<_, InvalidMessage>>()?;
+    Ok(BootstrapTables {
+        start: bootstrap_start,
+        from_object_store: tables.from_object_store,
+        epochs,
+        producers: tables.producers,
+    })
 }
 
 impl TryFrom<v1::PartitionBatches> for PartitionBatches {
     type Error = InvalidMessage;
 
     fn try_from(message: v1::PartitionBatches) -> Result<Self, InvalidMessage> {
-        let base = offset("the base offset of batches", message.base)?;
+        let base = parse_offset("the base offset of batches", message.base)?;
         let batches = ChunkedBatches::new(message.chunks).collect::<Result<Vec<_>, _>>();
         Ok(Self {
-            epoch: epoch("a leader epoch", message.leader_epoch)?,
-            high_watermark: offset("a high watermark", message.high_watermark)?,
+            epoch: parse_epoch("a leader epoch", message.leader_epoch)?,
+            high_watermark: parse_offset("a high watermark", message.high_watermark)?,
             batches: batches.map_err(|reason| InvalidMessage::Batches { base, reason })?,
         })
     }
@@ -268,10 +275,10 @@ pub(super) fn subscribe(subscription_id: u32, request: &SubscribeRequest) -> v1:
 }
 
 /// Encodes the end of a subscription.
-pub(super) fn unsubscribe(subscription_id: u32, known: LeaderEpoch, stopping: bool) -> v1::ReplicateRequest {
+pub(super) fn unsubscribe(subscription_id: u32, known_epoch: LeaderEpoch, stopping: bool) -> v1::ReplicateRequest {
     replicate_request(replicate_request::Message::Unsubscribe(v1::Unsubscribe {
         subscription_id,
-        known_epoch: known.as_i32(),
+        known_epoch: known_epoch.as_i32(),
         stopping,
     }))
 }
@@ -281,19 +288,20 @@ pub(super) fn ping(number: u64) -> v1::ReplicateResponse {
     replicate_response(replicate_response::Message::Ping(v1::Ping { number }))
 }
 
+/// Encodes the response to a ping.
 pub(super) fn pong(number: u64) -> v1::ReplicateRequest {
     replicate_request(replicate_request::Message::Pong(v1::Pong { number }))
 }
 
-/// Encodes the follower's progress.
-pub(super) fn progress(all: impl IntoIterator<Item = (u32, ReplicaProgress)>) -> v1::ReplicateRequest {
-    let mut progress = v1::Progress::default();
-    for (subscription_id, replica) in all {
-        progress.subscription_id.push(subscription_id);
-        progress.log_end.push(replica.log_end.as_i64());
-        progress.persisted_end.push(replica.persisted_end.as_i64());
+/// Encodes the follower's progress in these subscriptions.
+pub(super) fn progress(entries: impl IntoIterator<Item = (u32, ReplicaProgress)>) -> v1::ReplicateRequest {
+    let mut message = v1::Progress::default();
+    for (subscription_id, progress) in entries {
+        message.subscription_id.push(subscription_id);
+        message.log_end.push(progress.log_end.as_i64());
+        message.persisted_end.push(progress.persisted_end.as_i64());
     }
-    replicate_request(replicate_request::Message::Progress(progress))
+    replicate_request(replicate_request::Message::Progress(message))
 }
 
 /// Encodes the response to a subscription.
@@ -327,7 +335,7 @@ fn epoch_start(epoch: LeaderEpoch, start: Offset) -> v1::EpochStart {
 }
 
 /// Encodes the error that ends a subscription.
-pub(super) fn refused(subscription_id: u32, epoch: LeaderEpoch, error: ApiError) -> v1::ReplicateResponse {
+pub(super) fn subscription_error(subscription_id: u32, epoch: LeaderEpoch, error: ApiError) -> v1::ReplicateResponse {
     let response = v1::SubscribeResponse {
         subscription_id,
         leader_epoch: epoch.as_i32(),
@@ -350,14 +358,14 @@ fn replicate_response(message: replicate_response::Message) -> v1::ReplicateResp
     v1::ReplicateResponse { message: Some(message), padding: Bytes::new() }
 }
 
-/// Size in bytes from which on the transport counts a message by its bytes alone. With some hundred smaller messages
-/// that wait to be read, the transport ends the connection, for any size of the window (`ENHANCE_YOUR_CALM`, h2 from
-/// 0.4.16 on). A new link has one for each partition.
+/// Minimum size of a message. If some hundred smaller messages wait to be read, the transport ends the connection,
+/// whatever its window (`ENHANCE_YOUR_CALM`, h2 from 0.4.16 on). A new link sends one subscription for each partition,
+/// which would be too many small messages.
 const MIN_MESSAGE_BYTES: usize = 256;
 
-/// A message with the size that the transport needs.
+/// A message that can be padded to [`MIN_MESSAGE_BYTES`].
 pub(super) trait Padded: Message {
-    /// Returns the message, with zeros if it is too small.
+    /// Returns the message, padded with zeros if it is smaller than the minimum.
     fn padded(self) -> Self;
 }
 
@@ -373,6 +381,7 @@ impl Padded for v1::ReplicateResponse {
     }
 }
 
+/// Returns the padding of a message of `bytes`.
 fn padding(bytes: usize) -> Bytes {
     Bytes::from_static(&[0; MIN_MESSAGE_BYTES][..MIN_MESSAGE_BYTES.saturating_sub(bytes)])
 }
@@ -384,8 +393,8 @@ mod tests {
     use super::*;
     use crate::model::TopicId;
 
-    /// Returns numbers, some of them invalid.
-    fn numbers() -> impl Strategy<Value = i64> {
+    /// Returns offsets, some of them invalid.
+    fn offsets() -> impl Strategy<Value = i64> {
         prop_oneof![-2..3i64, any::<i64>()]
     }
 
@@ -394,13 +403,13 @@ mod tests {
     }
 
     fn responses() -> impl Strategy<Value = v1::SubscribeResponse> {
-        let start = (epochs(), numbers()).prop_map(|(epoch, start)| v1::EpochStart { epoch, start });
+        let start = (epochs(), offsets()).prop_map(|(epoch, start)| v1::EpochStart { epoch, start });
         let starts = prop::collection::vec(start, 0..4);
         let outcome = prop_oneof![
-            numbers().prop_map(subscribe_response::Outcome::AcceptedAt),
-            (epochs(), numbers())
+            offsets().prop_map(subscribe_response::Outcome::AcceptedAt),
+            (epochs(), offsets())
                 .prop_map(|(epoch, end)| subscribe_response::Outcome::Diverged(v1::Diverged { epoch, end })),
-            (numbers(), starts, any::<bool>()).prop_map(|(start_offset, epochs, from_object_store)| {
+            (offsets(), starts, any::<bool>()).prop_map(|(start_offset, epochs, from_object_store)| {
                 subscribe_response::Outcome::Bootstrap(v1::Bootstrap {
                     start_offset,
                     epochs,
@@ -409,7 +418,7 @@ mod tests {
                 })
             }),
         ];
-        (any::<u32>(), epochs(), numbers(), prop::option::of(outcome)).prop_map(
+        (any::<u32>(), epochs(), offsets(), prop::option::of(outcome)).prop_map(
             |(subscription_id, leader_epoch, high_watermark, outcome)| v1::SubscribeResponse {
                 subscription_id,
                 leader_epoch,
@@ -455,13 +464,13 @@ mod tests {
         #[test]
         fn subscription_is_rejected_or_encoded_as_received(
             subscription_id: u32, partition in epochs(), leader_epoch in epochs(), last in prop::option::of(epochs()),
-            end in numbers(), persisted in numbers(), added_after: Option<u64>, id in "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+            end in offsets(), persisted in offsets(), added_after: Option<u64>, id in "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
         ) {
             let message =
                 v1::Subscribe { subscription_id, topic_id: id, partition, leader_epoch, last_epoch: last, log_end: end, persisted_end: persisted, removal_count: added_after };
-            let can_be = partition >= 0 && leader_epoch >= 0 && last.is_none_or(|last| last >= 0) && 0 <= persisted && persisted <= end;
+            let is_valid = partition >= 0 && leader_epoch >= 0 && last.is_none_or(|last| last >= 0) && 0 <= persisted && persisted <= end;
             let parsed = SubscribeRequest::try_from(message.clone());
-            prop_assert_eq!(parsed.is_ok(), can_be);
+            prop_assert_eq!(parsed.is_ok(), is_valid);
             if let Ok(parsed) = parsed {
                 prop_assert_eq!(subscribe(subscription_id, &parsed).message, Some(replicate_request::Message::Subscribe(message)));
             }
@@ -473,10 +482,10 @@ mod tests {
                 let _ = FollowerMessage::try_from(message);
             }
             if let Ok(message) = v1::ReplicateResponse::decode(&bytes[..])
-                && let Ok(LeaderMessage::Batches(pieces)) = message.try_into()
+                && let Ok(LeaderMessage::Batches(messages)) = message.try_into()
             {
-                for piece in pieces {
-                    let _ = PartitionBatches::try_from(piece);
+                for message in messages {
+                    let _ = PartitionBatches::try_from(message);
                 }
             }
         }

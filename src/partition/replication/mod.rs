@@ -13,14 +13,14 @@
 //! ```
 //!
 //! [`run_receiver`] is the follower's side of a link and [`run_sender`] the leader's. Each is one task that owns its
-//! state, between a stream and a channel of messages; this module does not depend on the transport. On a link a
-//! partition has a *subscription* with a number that the follower chose. Each new subscription takes a new number, so
-//! messages for an earlier one are recognised and dropped.
+//! state, and exchanges messages over a stream and a channel; this module does not depend on the transport. On a link a
+//! partition has a *subscription* with a number that the follower chose. Each new subscription has a new number, so
+//! messages for an earlier subscription are recognised and dropped.
 //!
 //! Catch-up and tail are one loop. A subscription with new records and space in its window is read up to the log end,
 //! from memory or from the disk. The result goes into the next message. A message is sent when it is full, or when
-//! nothing else can be read at once: batching results from the queue and not from a timer. The follower's side
-//! acknowledges all subscriptions that moved in one message, whenever the link can send.
+//! nothing else can be read at once; no timer delays it. Whenever the link can send, the follower's side acknowledges
+//! in one message all subscriptions whose progress changed.
 //!
 //! # Invariants
 //!
@@ -32,7 +32,7 @@
 //! - No subscription waits for another. Windows limit the bytes in flight of each to what the follower's partition can
 //!   queue. Subscribing and unsubscribing wait for a partition's task outside the loop. Disk reads run in parallel.
 //! - A follower's report of a newer leader epoch has no effect by itself: it causes a read of the metadata store, and
-//!   only the stored epoch deposes.
+//!   only the stored epoch ends a leadership.
 //! - Messages are input. An error in one subscription ends that subscription; the follower subscribes again with
 //!   growing pauses. Only other errors end the link: a malformed message, a number in use, or the response to a ping
 //!   that was never sent.

@@ -1,9 +1,9 @@
-//! Checks over a link that its follower responds, for callers outside the link's task.
+//! Pings over a link: callers outside the link's task check that the follower's process runs.
 
 use tokio::sync::watch;
 
-/// Pings of one link. A caller that arrives while a ping is pending waits for the response to that ping: any number of
-/// callers costs one ping.
+/// Pings of one link, by number. While a ping is pending, all callers wait for its response, so any number of callers
+/// costs one ping.
 #[derive(Debug, Default)]
 pub struct LinkProbe {
     /// Newest requested ping.
@@ -17,7 +17,7 @@ pub struct LinkProbe {
 pub(super) struct UnsentPing;
 
 impl LinkProbe {
-    /// Returns once the follower has responded to a ping. Pending for as long as it does not.
+    /// Waits until the follower has responded to a ping; without end if the follower never responds.
     pub async fn ping_and_wait(&self) {
         let mut number = 0;
         self.requested.send_modify(|requested| {
@@ -30,10 +30,10 @@ impl LinkProbe {
         responded.wait_for(|responded| *responded >= number).await.expect("this probe owns the sender");
     }
 
-    /// Returns the pings to send.
+    /// Returns a channel that changes when a ping is to be sent, to the number of that ping.
     pub(super) fn pings(&self) -> watch::Receiver<u64> {
         let mut pings = self.requested.subscribe();
-        // A ping may have been requested before the link's task began.
+        // A caller may have requested a ping before the link's task started.
         if *pings.borrow() > 0 {
             pings.mark_changed();
         }
@@ -65,12 +65,12 @@ mod tests {
         let probe = LinkProbe::default();
         let mut pings = probe.pings();
         assert_eq!(probe.on_pong(1), Err(UnsentPing));
-        let (mut one, mut other) = (Box::pin(probe.ping_and_wait()), Box::pin(probe.ping_and_wait()));
-        assert!((&mut one).now_or_never().is_none() && (&mut other).now_or_never().is_none());
+        let (mut first, mut second) = (Box::pin(probe.ping_and_wait()), Box::pin(probe.ping_and_wait()));
+        assert!((&mut first).now_or_never().is_none() && (&mut second).now_or_never().is_none());
         assert_eq!(*pings.borrow_and_update(), 1);
         assert!(!pings.has_changed().expect("open"), "one ping serves both callers");
         assert_eq!((probe.on_pong(0), probe.on_pong(1)), (Ok(()), Ok(())));
-        assert!(one.now_or_never().is_some() && other.now_or_never().is_some());
+        assert!(first.now_or_never().is_some() && second.now_or_never().is_some());
         assert!(probe.ping_and_wait().now_or_never().is_none(), "a response serves no later caller");
         assert_eq!(*pings.borrow_and_update(), 2);
     }

@@ -1,4 +1,5 @@
-//! The follower's side of a link: it sends subscriptions, receives batches, and acknowledges records in the log.
+//! The follower's side of a link: it sends subscriptions, delivers received batches to partitions, and acknowledges their
+//! progress.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -28,41 +29,41 @@ use crate::{
     telemetry::{Counter, LogThrottle},
 };
 
-/// First pause before a partition subscribes again. It doubles each time, until a leader has served the partition for
-/// [`MAX_RETRY_DELAY`].
+/// First pause before a partition subscribes again. The pause doubles each time, and starts again after a subscription
+/// that lasted [`MAX_RETRY_DELAY`].
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(20);
 
-/// Longest such pause.
+/// Longest pause before a partition subscribes again.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// Maximum time that the end of a link waits for the last message of the other side, or for the delivery of this
-/// side's.
-const UNSUBSCRIBE_TIMEOUT: Duration = Duration::from_millis(500);
+/// Maximum time at the end of a link to deliver unsubscriptions, or to receive the error with which the other side ended
+/// the link.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Serves the partitions that send their requests to `requests` over one link, until the link ends. Each of these
-/// partitions is notified when the link is connected, and when the link ends. `received` counts the bytes of the
-/// received batches.
+/// Runs the follower's side of one link until the link ends, for the partitions that send their requests to `requests`.
+/// Notifies each of these partitions when the link is connected, and when it ends. `received_bytes` counts the bytes of
+/// the received batches.
 pub async fn run_receiver<S>(
     requests: &LinkRequests,
     find: &PartitionLookup,
     mut incoming: S,
     outgoing: mpsc::Sender<v1::ReplicateRequest>,
-    received: &Counter,
+    received_bytes: &Counter,
     tasks: &Tasks,
 ) -> LinkEnd
 where
     S: Stream<Item = Result<v1::ReplicateResponse, Status>> + Unpin + Send,
 {
-    requests.begin();
-    let mut receiver = ReplicationReceiver::new(requests, find, received);
-    let ended = receiver.run(&mut incoming, &outgoing, tasks).await;
-    if matches!(ended, LinkEnd::Stopped) {
-        let unsubscribed = receiver.send_unsubscribes(incoming, outgoing);
-        if tokio::time::timeout(UNSUBSCRIBE_TIMEOUT, unsubscribed).await.is_err() {
+    requests.begin_link();
+    let mut receiver = ReplicationReceiver::new(requests, find, received_bytes);
+    let link_end = receiver.run(&mut incoming, &outgoing, tasks).await;
+    if matches!(link_end, LinkEnd::Stopped) {
+        let send_unsubscribes = receiver.send_unsubscribes(incoming, outgoing);
+        if tokio::time::timeout(CLOSE_TIMEOUT, send_unsubscribes).await.is_err() {
             tracing::debug!("timed out sending unsubscriptions at the end of a link");
         }
     }
-    for partition in requests.end() {
+    for partition in requests.end_link() {
         if let Some(partition) = find(partition)
             && partition.on_link_event(LinkEvent::Disconnected).is_err()
         {
@@ -73,61 +74,67 @@ where
             );
         }
     }
-    ended
+    link_end
 }
 
-/// One partition on this link.
+/// Partition that subscribed on this link, with its current subscription.
 struct ReceiverSlot {
     id: PartitionId,
     /// The partition may have been deleted since.
     partition: Weak<Partition>,
     subscription: Option<ReceiverSubscription>,
-    /// Throttle log lines about subscriptions that ended with an error here (`failed`) or by the leader (`dismissed`).
-    failed: LogThrottle,
-    dismissed: LogThrottle,
+    /// Throttle of log lines about subscriptions that ended with an error of this broker.
+    failure_log: LogThrottle,
+    /// Throttle of log lines about subscriptions that the leader ended.
+    end_log: LogThrottle,
 }
 
-/// A subscription.
+/// A subscription that was sent to the leader.
 struct ReceiverSubscription {
     partition: Arc<Partition>,
+    /// Number of the subscription on this link.
     number: u32,
+    /// The partition's request for this subscription.
     request: RequestId,
     params: SubscribeRequest,
-    /// Time at which the leader accepted the reported log end.
+    /// Time at which the leader accepted the subscription; `None` before.
     accepted_at: Option<Instant>,
-    /// Progress that was acknowledged last.
+    /// Progress that was acknowledged last; `None` before the first acknowledgement.
     acknowledged: Option<ReplicaProgress>,
 }
 
+/// State of the follower's side of a link.
 struct ReplicationReceiver<'a> {
     requests: &'a LinkRequests,
     find: &'a PartitionLookup,
-    received: &'a Counter,
-    /// One slot for each partition that ever subscribed on this link, by the index under which it marks `ready`.
+    received_bytes: &'a Counter,
+    /// One slot for each partition that ever subscribed on this link. A partition marks the index of its slot in `ready`.
     slots: Vec<ReceiverSlot>,
     slot_of: BTreeMap<PartitionId, usize>,
+    /// Index of the slot of each current subscription, by its number.
     subscriptions: BTreeMap<u32, usize>,
     next_subscription: u32,
-    /// Partitions with progress to acknowledge.
+    /// Slots of partitions with progress to acknowledge.
     ready: Arc<WakeSet>,
-    /// Messages that are sent before any new progress: subscriptions and unsubscriptions.
+    /// Messages to send. New progress is added only when all are sent.
     messages: VecDeque<v1::ReplicateRequest>,
     /// Newest ping without a response.
     ping: Option<u64>,
-    /// Partitions that are to be notified that the link is connected, by time.
-    later: BTreeSet<(Instant, PartitionId)>,
-    /// The same by partition.
-    waiting: BTreeMap<PartitionId, Instant>,
-    /// Pauses of each partition that has waited.
+    /// Partitions that subscribe again after a pause, by the end of the pause. They are then notified that the link is
+    /// connected.
+    retry_queue: BTreeSet<(Instant, PartitionId)>,
+    /// The entries of `retry_queue` by partition.
+    retry_at: BTreeMap<PartitionId, Instant>,
+    /// Pauses of each partition that had to subscribe again.
     backoffs: BTreeMap<PartitionId, Backoff>,
 }
 
 impl<'a> ReplicationReceiver<'a> {
-    fn new(requests: &'a LinkRequests, find: &'a PartitionLookup, received: &'a Counter) -> Self {
+    fn new(requests: &'a LinkRequests, find: &'a PartitionLookup, received_bytes: &'a Counter) -> Self {
         Self {
             requests,
             find,
-            received,
+            received_bytes,
             slots: Vec::new(),
             slot_of: BTreeMap::new(),
             subscriptions: BTreeMap::new(),
@@ -135,12 +142,14 @@ impl<'a> ReplicationReceiver<'a> {
             ready: Arc::default(),
             messages: VecDeque::new(),
             ping: None,
-            later: BTreeSet::new(),
-            waiting: BTreeMap::new(),
+            retry_queue: BTreeSet::new(),
+            retry_at: BTreeMap::new(),
             backoffs: BTreeMap::new(),
         }
     }
 
+    /// Receives and sends messages until the link ends. Requests of partitions come before progress, and messages to send
+    /// before messages to receive.
     async fn run<S>(
         &mut self,
         incoming: &mut S,
@@ -155,32 +164,34 @@ impl<'a> ReplicationReceiver<'a> {
                 self.process_requests(partition, work);
             }
             let ready = Arc::clone(&self.ready);
-            let first = self.later.first().map(|(due, _)| *due);
-            let due = async {
-                match first {
-                    Some(due) => tokio::time::sleep_until(due).await,
+            let next_retry_at = self.retry_queue.first().map(|(retry_at, _)| *retry_at);
+            let retry_due = async {
+                match next_retry_at {
+                    Some(retry_at) => tokio::time::sleep_until(retry_at).await,
                     None => std::future::pending().await,
                 }
             };
             tokio::select! {
                 biased;
                 () = tasks.cancelled() => return LinkEnd::Stopped,
-                permit = outgoing.reserve(), if self.has_message() => match (permit, self.message()) {
+                permit = outgoing.reserve(), if self.has_message() => match (permit, self.next_message()) {
                     (Ok(permit), Some(message)) => permit.send(message.padded()),
+                    // The channel is closed: a message exists, since `has_message` was true.
                     _ => return end_of_closed_link(incoming).await,
                 },
-                () = self.requests.changed() => {}
+                // The next pass of the loop takes the requests.
+                () = self.requests.wait_for_request() => {}
                 () = ready.wait_for_index(), if self.messages.is_empty() => self.gather_progress(limits::MAX_PEER_REPLICAS),
                 message = incoming.next() => match message {
                     Some(Ok(message)) => {
-                        if let Err(bad) = self.received(message) {
-                            return LinkEnd::Bad(bad.into());
+                        if let Err(error) = self.on_message(message) {
+                            return LinkEnd::Bad(error.into());
                         }
                     }
                     Some(Err(status)) => return LinkEnd::Broken(status),
                     None => return LinkEnd::Closed,
                 },
-                () = due => self.notify_due(),
+                () = retry_due => self.notify_due(),
             }
         }
     }
@@ -189,12 +200,13 @@ impl<'a> ReplicationReceiver<'a> {
         self.ping.is_some() || !self.messages.is_empty()
     }
 
-    /// Returns the next message: the response to a ping first.
-    fn message(&mut self) -> Option<v1::ReplicateRequest> {
+    /// Takes the next message to send, the response to a ping first; `None` if there is none.
+    fn next_message(&mut self) -> Option<v1::ReplicateRequest> {
         self.ping.take().map(messages::pong).or_else(|| self.messages.pop_front())
     }
 
-    /// Sends the pending unsubscriptions, and waits until the other side has received them: it ends the stream then.
+    /// Sends the pending messages and unsubscriptions, and waits until the other side has received them and ends the
+    /// stream.
     async fn send_unsubscribes<S>(&mut self, mut incoming: S, outgoing: mpsc::Sender<v1::ReplicateRequest>)
     where
         S: Stream<Item = Result<v1::ReplicateResponse, Status>> + Unpin + Send,
@@ -214,16 +226,17 @@ impl<'a> ReplicationReceiver<'a> {
         while incoming.next().await.is_some() {}
     }
 
+    /// Carries the pending work of a partition out, in the order of its fields.
     fn process_requests(&mut self, id: PartitionId, work: PendingLinkWork) {
         if let Some(unsubscribe) = work.unsubscribe {
             self.backoffs.remove(&id);
-            if let Some(due) = self.waiting.remove(&id) {
-                self.later.remove(&(due, id));
+            if let Some(retry_at) = self.retry_at.remove(&id) {
+                self.retry_queue.remove(&(retry_at, id));
             }
             if let Some(subscription) = self.end_subscription(id) {
                 self.messages.push_back(messages::unsubscribe(
                     subscription.number,
-                    unsubscribe.known,
+                    unsubscribe.known_epoch,
                     unsubscribe.stopping,
                 ));
             }
@@ -239,7 +252,8 @@ impl<'a> ReplicationReceiver<'a> {
         }
     }
 
-    /// Notifies a partition that the link is connected, or schedules the notification if it cannot be delivered now.
+    /// Notifies a partition that the link is connected. If the partition is not open, or its queue is full, the
+    /// notification is repeated after a pause.
     fn notify_connected(&mut self, id: PartitionId) {
         let is_delivered =
             (self.find)(id).is_some_and(|partition| partition.on_link_event(LinkEvent::Connected).is_ok());
@@ -248,36 +262,38 @@ impl<'a> ReplicationReceiver<'a> {
         }
     }
 
-    /// Schedules the notification that the link is connected for the end of the partition's pause.
+    /// Schedules a notification that the link is connected, after the partition's pause. Does nothing if one is scheduled.
     fn schedule_retry(&mut self, id: PartitionId) {
-        if self.waiting.contains_key(&id) {
+        if self.retry_at.contains_key(&id) {
             return;
         }
         self.reset_pause(id);
         let backoff = self.backoffs.entry(id).or_insert_with(|| Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY));
-        let due = clock::monotonic() + backoff.next_pause();
-        self.later.insert((due, id));
-        self.waiting.insert(id, due);
+        let retry_at = clock::monotonic() + backoff.next_pause();
+        self.retry_queue.insert((retry_at, id));
+        self.retry_at.insert(id, retry_at);
     }
 
     /// Notifies the partitions whose pause is over.
     fn notify_due(&mut self) {
         let now = clock::monotonic();
-        while let Some((due, id)) = self.later.first().copied()
-            && due <= now
+        while let Some((retry_at, id)) = self.retry_queue.first().copied()
+            && retry_at <= now
         {
-            self.later.pop_first();
-            self.waiting.remove(&id);
+            self.retry_queue.pop_first();
+            self.retry_at.remove(&id);
             if self.requests.follows(id) {
                 self.notify_connected(id);
             }
         }
     }
 
+    /// Replaces a partition's subscription by a new one, and queues the message. If the partition is not open, it is
+    /// notified again after a pause.
     fn subscribe(&mut self, request: RequestId, params: SubscribeRequest) {
         let id = params.partition;
         self.end_subscription(id);
-        let Some((index, partition)) = self.slot(id) else {
+        let Some((index, partition)) = self.open_slot(id) else {
             // The partition is being opened, or closed.
             self.requests.end_subscription(id, request);
             return self.schedule_retry(id);
@@ -290,8 +306,9 @@ impl<'a> ReplicationReceiver<'a> {
         self.messages.push_back(messages::subscribe(number, &params));
     }
 
-    /// Returns the slot of a partition as it is open now.
-    fn slot(&mut self, id: PartitionId) -> Option<(usize, Arc<Partition>)> {
+    /// Returns the index of a partition's slot and the open partition; `None` if it is not open. Creates the slot at first,
+    /// and listens to the partition again if it was opened again since.
+    fn open_slot(&mut self, id: PartitionId) -> Option<(usize, Arc<Partition>)> {
         let partition = (self.find)(id)?;
         let index = *self.slot_of.entry(id).or_insert(self.slots.len());
         if index == self.slots.len() {
@@ -299,8 +316,8 @@ impl<'a> ReplicationReceiver<'a> {
                 id,
                 partition: Weak::new(),
                 subscription: None,
-                failed: LogThrottle::default(),
-                dismissed: LogThrottle::default(),
+                failure_log: LogThrottle::default(),
+                end_log: LogThrottle::default(),
             });
         }
         let (slot, weak) = (&mut self.slots[index], Arc::downgrade(&partition));
@@ -311,18 +328,18 @@ impl<'a> ReplicationReceiver<'a> {
         Some((index, partition))
     }
 
-    /// Resets the pause if the subscription lasted. A subscription that ended at once may do so again: its pauses keep
-    /// growing.
+    /// Resets the partition's pause if the leader accepted its subscription at least [`MAX_RETRY_DELAY`] ago. After a
+    /// shorter subscription, the pauses keep growing.
     fn reset_pause(&mut self, id: PartitionId) {
         let subscription = self.slot_of.get(&id).and_then(|index| self.slots[*index].subscription.as_ref());
         let accepted_at = subscription.and_then(|subscription| subscription.accepted_at);
-        if accepted_at
-            .is_some_and(|accepted_at| clock::monotonic().saturating_duration_since(accepted_at) >= MAX_RETRY_DELAY)
-        {
+        let has_lasted = |since: Instant| clock::monotonic().saturating_duration_since(since) >= MAX_RETRY_DELAY;
+        if accepted_at.is_some_and(has_lasted) {
             self.backoffs.remove(&id);
         }
     }
 
+    /// Removes the current subscription of a partition, and returns it; `None` if the partition has none. Sends nothing.
     fn end_subscription(&mut self, id: PartitionId) -> Option<ReceiverSubscription> {
         self.reset_pause(id);
         let index = *self.slot_of.get(&id)?;
@@ -331,10 +348,10 @@ impl<'a> ReplicationReceiver<'a> {
         Some(subscription)
     }
 
-    /// Ends a subscription after an error; the partition subscribes again after a pause.
-    fn fail(&mut self, index: usize, reason: &dyn std::fmt::Display) {
-        let Some(subscription) = self.end_and_wait(index) else { return };
-        let Some(count) = self.slots[index].failed.occur(clock::monotonic()) else {
+    /// Ends a subscription after an invalid message or a full queue; the partition subscribes again after a pause.
+    fn fail_subscription(&mut self, index: usize, reason: &dyn std::fmt::Display) {
+        let Some(subscription) = self.end_and_retry(index) else { return };
+        let Some(count) = self.slots[index].failure_log.occur(clock::monotonic()) else {
             return tracing::debug!(
                 partition = %subscription.partition.id(), %reason,
                 "rejected a message from the leader again"
@@ -346,11 +363,11 @@ impl<'a> ReplicationReceiver<'a> {
         );
     }
 
-    /// Ends a subscription that the leader ended, as at each change of leader; the partition subscribes again after a
-    /// pause.
+    /// Handles a subscription that the leader ended after it had accepted it, as at each change of leader. The partition
+    /// subscribes again after a pause.
     fn on_subscription_ended(&mut self, index: usize, reason: &dyn std::fmt::Display) {
-        let Some(subscription) = self.end_and_wait(index) else { return };
-        let Some(count) = self.slots[index].dismissed.occur(clock::monotonic()) else {
+        let Some(subscription) = self.end_and_retry(index) else { return };
+        let Some(count) = self.slots[index].end_log.occur(clock::monotonic()) else {
             return tracing::debug!(
                 partition = %subscription.partition.id(), %reason,
                 "the leader ended the subscription again"
@@ -362,7 +379,9 @@ impl<'a> ReplicationReceiver<'a> {
         );
     }
 
-    fn end_and_wait(&mut self, index: usize) -> Option<ReceiverSubscription> {
+    /// Ends the subscription of a slot, sends an unsubscription, and schedules the next subscription. Returns the ended
+    /// subscription; `None` if the slot has none.
+    fn end_and_retry(&mut self, index: usize) -> Option<ReceiverSubscription> {
         let id = self.slots[index].id;
         let subscription = self.end_subscription(id)?;
         self.requests.end_subscription(id, subscription.request);
@@ -371,10 +390,11 @@ impl<'a> ReplicationReceiver<'a> {
         Some(subscription)
     }
 
-    /// Queues one message with the progress of subscriptions that moved, at most `max_subscriptions` of them.
+    /// Queues one message with the progress of the subscriptions whose progress changed, at most `max_subscriptions` of
+    /// them.
     fn gather_progress(&mut self, max_subscriptions: usize) {
         let mut moved = Vec::new();
-        // The rest is gathered when this message has been sent.
+        // The other marks stay in `ready` until this message has been sent.
         while moved.len() < max_subscriptions
             && let Some(index) = self.ready.take()
         {
@@ -382,8 +402,8 @@ impl<'a> ReplicationReceiver<'a> {
             if subscription.accepted_at.is_none() {
                 continue;
             }
-            // Read while the subscription holds: a partition that unsubscribes, or subscribes again, changes its log
-            // only after that.
+            // The progress is read only while the subscription is current: a partition changes its log only after it has
+            // unsubscribed or subscribed again.
             let progress =
                 self.requests.while_subscribed(&subscription.partition, subscription.request, Partition::progress);
             if let Some(progress) = progress.filter(|progress| subscription.acknowledged != Some(*progress)) {
@@ -396,13 +416,17 @@ impl<'a> ReplicationReceiver<'a> {
         }
     }
 
-    fn received(&mut self, message: v1::ReplicateResponse) -> Result<(), InvalidMessage> {
+    /// Handles a message of the leader's broker. Messages for earlier subscriptions are dropped.
+    ///
+    /// # Errors
+    /// The message is invalid and names no subscription: the link has to end.
+    fn on_message(&mut self, message: v1::ReplicateResponse) -> Result<(), InvalidMessage> {
         match message.try_into()? {
             LeaderMessage::Response { subscription_id: number, response } => {
                 if let Some(index) = self.subscriptions.get(&number).copied() {
                     match response {
                         Ok(response) => self.on_response(index, response),
-                        Err(error) => self.fail(index, &error),
+                        Err(error) => self.fail_subscription(index, &error),
                     }
                 }
             }
@@ -410,9 +434,9 @@ impl<'a> ReplicationReceiver<'a> {
             LeaderMessage::Batches(partitions) => {
                 for message in partitions {
                     if let Some(index) = self.subscriptions.get(&message.subscription_id).copied()
-                        && let Err(reason) = self.take(index, message)
+                        && let Err(reason) = self.deliver_batches(index, message)
                     {
-                        self.fail(index, &reason);
+                        self.fail_subscription(index, &reason);
                     }
                 }
             }
@@ -420,6 +444,8 @@ impl<'a> ReplicationReceiver<'a> {
         Ok(())
     }
 
+    /// Delivers the leader's response to the partition, and checks it first. Only an accepted subscription continues. A
+    /// later error response means that the leader ended the subscription.
     fn on_response(&mut self, index: usize, response: SubscribeResponse) {
         let ReceiverSlot { id, subscription: Some(subscription), .. } = &mut self.slots[index] else { return };
         let id = *id;
@@ -428,33 +454,39 @@ impl<'a> ReplicationReceiver<'a> {
                 let reason = reason.clone();
                 return self.on_subscription_ended(index, &reason);
             }
-            _ if subscription.accepted_at.is_some() => return self.fail(index, &"second response to one subscription"),
+            _ if subscription.accepted_at.is_some() => {
+                return self.fail_subscription(index, &"second response to one subscription");
+            }
             SubscribeOutcome::Accepted(at) if *at != subscription.params.position.log_end => {
                 let reason = not_requested("the accepted offset", *at, subscription.params.position.log_end);
-                return self.fail(index, &reason);
+                return self.fail_subscription(index, &reason);
             }
             SubscribeOutcome::Accepted(_) => subscription.accepted_at = Some(clock::monotonic()),
-            _ => {}
+            SubscribeOutcome::Diverged { .. } | SubscribeOutcome::Bootstrap(_) | SubscribeOutcome::Rejected(_) => {}
         }
-        let is_over = subscription.accepted_at.is_none();
+        let is_accepted = subscription.accepted_at.is_some();
         let event = LinkEvent::Response(response);
         let delivered = self.requests.while_subscribed(&subscription.partition, subscription.request, |partition| {
             partition.on_link_event(event)
         });
         if let Some(Err(full)) = delivered {
-            return self.fail(index, &full);
+            return self.fail_subscription(index, &full);
         }
-        if is_over {
+        if !is_accepted {
             self.end_subscription(id);
         }
     }
 
-    fn take(&mut self, index: usize, message: v1::PartitionBatches) -> Result<(), BatchRejection> {
+    /// Checks batches and delivers them to the partition.
+    ///
+    /// # Errors
+    /// The batches are invalid, or the partition's queue is full: the subscription has to end.
+    fn deliver_batches(&mut self, index: usize, message: v1::PartitionBatches) -> Result<(), BatchRejection> {
         let Some(subscription) = &mut self.slots[index].subscription else { return Ok(()) };
         if subscription.accepted_at.is_none() {
-            return Err(BatchRejection::Early);
+            return Err(BatchRejection::BeforeResponse);
         }
-        self.received.inc_by(message.chunks.iter().map(|chunk| chunk.len() as u64).sum());
+        self.received_bytes.inc_by(message.chunks.iter().map(|chunk| chunk.len() as u64).sum());
         let PartitionBatches { epoch, high_watermark, batches } = message.try_into()?;
         if epoch != subscription.params.epoch {
             return Err(BatchRejection::Epoch { got: epoch, subscribed: subscription.params.epoch });
@@ -467,13 +499,14 @@ impl<'a> ReplicationReceiver<'a> {
     }
 }
 
-/// Returns the end of a link whose other side takes no more messages: it has sent the reason, or is about to.
+/// Returns the end of a link whose other side takes no more messages. Waits for the error with which the other side ended
+/// the link.
 async fn end_of_closed_link<S>(incoming: &mut S) -> LinkEnd
 where
     S: Stream<Item = Result<v1::ReplicateResponse, Status>> + Unpin + Send,
 {
-    let reason = incoming.filter_map(async |message| message.err());
-    match tokio::time::timeout(UNSUBSCRIBE_TIMEOUT, std::pin::pin!(reason).next()).await {
+    let errors = incoming.filter_map(async |message| message.err());
+    match tokio::time::timeout(CLOSE_TIMEOUT, std::pin::pin!(errors).next()).await {
         Ok(Some(status)) => LinkEnd::Broken(status),
         Ok(None) | Err(_) => LinkEnd::Closed,
     }
@@ -483,15 +516,16 @@ where
 #[derive(Debug, thiserror::Error)]
 enum BatchRejection {
     #[error(transparent)]
-    Bad(#[from] InvalidMessage),
+    Invalid(#[from] InvalidMessage),
     #[error(transparent)]
-    Overrun(#[from] QueueFull),
+    QueueFull(#[from] QueueFull),
     #[error("batches arrived before the response to the subscription")]
-    Early,
+    BeforeResponse,
     #[error("batches have epoch {got}, and the subscription has epoch {subscribed}")]
     Epoch { got: LeaderEpoch, subscribed: LeaderEpoch },
 }
 
+/// Returns the error of a message that names another offset than the requested one.
 fn not_requested(field: &'static str, got: Offset, expected: Offset) -> InvalidMessage {
     InvalidMessage::NotRequested { field, got: got.as_i64(), expected: expected.as_i64() }
 }
@@ -516,34 +550,40 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn subscription_that_ends_at_once_waits_longer_each_time() {
         let side = Side::new(BrokerId(2));
-        let (find, received) = (side.find(), Counter::default());
-        side.asked.begin();
+        let (find, received_bytes) = (side.find(), Counter::default());
+        side.requests.begin_link();
         side.open(0, &[BrokerId(1)]).await;
-        let mut receiver = ReplicationReceiver::new(&side.asked, &find, &received);
+        let mut receiver = ReplicationReceiver::new(&side.requests, &find, &received_bytes);
         // Each pause is twice the pause before.
-        for (lasts, times) in [(false, 1), (false, 2), (false, 4), (true, 1)] {
+        for (has_lasted, factor) in [(false, 1), (false, 2), (false, 4), (true, 1)] {
             let subscribed = async {
                 while receiver.subscriptions.is_empty() {
                     receiver.notify_due();
-                    while let Some((partition, work)) = side.asked.take() {
+                    while let Some((partition, work)) = side.requests.take() {
                         receiver.process_requests(partition, work);
                     }
-                    tokio::time::sleep(Duration::from_millis(1)).await;
+                    if !receiver.subscriptions.is_empty() {
+                        break;
+                    }
+                    match receiver.retry_queue.first().map(|(retry_at, _)| *retry_at) {
+                        Some(retry_at) => tokio::time::sleep_until(retry_at).await,
+                        None => side.requests.wait_for_request().await,
+                    }
                 }
             };
             tokio::time::timeout(Duration::from_secs(20), subscribed).await.expect("the partition subscribes again");
-            let since = clock::monotonic() - if lasts { MAX_RETRY_DELAY } else { Duration::ZERO };
+            let since = clock::monotonic() - if has_lasted { MAX_RETRY_DELAY } else { Duration::ZERO };
             receiver.slots[0].subscription.as_mut().expect("a subscription exists").accepted_at = Some(since);
-            let pause = MIN_RETRY_DELAY * times;
+            let pause = MIN_RETRY_DELAY * factor;
             let earliest = clock::monotonic() + pause;
             receiver.on_subscription_ended(0, &"its disk is corrupt");
-            let due = *receiver.waiting.values().next().expect("the partition waits");
-            assert!((earliest..=clock::monotonic() + pause).contains(&due), "a pause of {pause:?}");
+            let retry_at = *receiver.retry_at.values().next().expect("the partition waits");
+            assert!((earliest..=clock::monotonic() + pause).contains(&retry_at), "a pause of {pause:?}");
         }
         let slot = &mut receiver.slots[0];
         let now = clock::monotonic();
         assert_eq!(
-            (slot.dismissed.occur(now), slot.failed.occur(now)),
+            (slot.end_log.occur(now), slot.failure_log.occur(now)),
             (None, Some(1)),
             "an error is logged in spite of the other throttle"
         );
@@ -554,21 +594,21 @@ mod tests {
     async fn progress_beyond_one_message_stays_marked() {
         const SUBSCRIPTIONS: usize = 5;
         let side = Side::new(BrokerId(2));
-        let (find, received) = (side.find(), Counter::default());
-        side.asked.begin();
+        let (find, received_bytes) = (side.find(), Counter::default());
+        side.requests.begin_link();
         for number in 0..SUBSCRIPTIONS {
             side.open(u32::try_from(number).expect("few"), &[BrokerId(1)]).await;
         }
-        let mut receiver = ReplicationReceiver::new(&side.asked, &find, &received);
+        let mut receiver = ReplicationReceiver::new(&side.requests, &find, &received_bytes);
         let subscribed = async {
             loop {
-                while let Some((partition, work)) = side.asked.take() {
+                while let Some((partition, work)) = side.requests.take() {
                     receiver.process_requests(partition, work);
                 }
                 if receiver.subscriptions.len() == SUBSCRIPTIONS {
                     break;
                 }
-                side.asked.changed().await;
+                side.requests.wait_for_request().await;
             }
         };
         tokio::time::timeout(Duration::from_secs(20), subscribed).await.expect("every partition subscribes");

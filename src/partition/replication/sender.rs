@@ -19,7 +19,9 @@ use super::{
     flow_control::CatchUpThrottle,
     messages::{self, FollowerMessage, InvalidMessage, Padded as _, SubscribeRequest},
     probe::{LinkProbe, UnsentPing},
-    subscription::{NotificationResult, PendingNotifications, SenderSlot, SenderSubscription, not_here, unreadable},
+    subscription::{
+        NotificationResult, PendingNotifications, SenderSlot, SenderSubscription, no_replica_error, read_failure,
+    },
 };
 use crate::{
     model::{LeaderEpoch, PartitionId},
@@ -42,31 +44,31 @@ use crate::{
     telemetry::Counter,
 };
 
-/// Bytes of batches from which on a message is full.
+/// Target bytes of batches in one message.
 const MESSAGE_BYTES: usize = 1 << 20;
 
 /// Maximum reads of one link at the same time.
 const MAX_CONCURRENT_READS: usize = 8;
 
-/// Number of queued responses from which on no message is received until some are sent: a follower that reads no
-/// responses must not fill the memory.
+/// Maximum number of queued responses. At this number no message is received until some are sent, so that a follower
+/// that reads no responses cannot fill the memory.
 pub(super) const MAX_QUEUED_RESPONSES: usize = 1024;
 
 /// Maximum time that a moved high watermark waits for batches that carry it.
 const WATERMARK_DELAY: Duration = Duration::from_millis(5);
 
-/// Number of queued partition batches from which on no high watermark is sent without records. A follower that reads
-/// nothing would otherwise fill the memory.
+/// Number of queued partition batches above which no high watermark is sent without records. Otherwise a follower that
+/// reads nothing could fill the memory.
 const MAX_QUEUED_WATERMARKS: usize = 4096;
 
-/// Maximum time that the end of a link waits for its partitions to be notified. A partition whose queue stays full gets
-/// the next subscription instead.
+/// Maximum time at the end of a link to notify its partitions. A partition whose queue stays full is not notified; the
+/// follower's next subscription replaces the old one.
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Maximum number of partitions that are notified of a lost follower at the same time.
+/// Maximum number of partitions that are notified at the same time at the end of a link.
 const MAX_CONCURRENT_DISCONNECTS: usize = 64;
 
-/// Configuration of a leader's side.
+/// Input of the leader's side of a link.
 pub struct SenderConfig {
     /// The follower's broker, in one incarnation.
     pub peer: PeerId,
@@ -82,7 +84,7 @@ pub struct SenderConfig {
     pub sent: Counter,
 }
 
-/// Serves one follower's broker over one link, until the link ends. Then it notifies every partition that was followed.
+/// Runs the leader's side of one link until the link ends. Then notifies every partition that the follower subscribed.
 pub async fn run_sender<S>(config: SenderConfig, incoming: S, outgoing: ResponseSender, tasks: &Tasks) -> LinkEnd
 where
     S: Stream<Item = Result<v1::ReplicateRequest, Status>> + Unpin + Send,
@@ -94,8 +96,8 @@ where
         subscriptions: BTreeMap::new(),
         written: Arc::default(),
         committed: Arc::default(),
-        reading: FuturesUnordered::new(),
-        notifying: FuturesUnordered::new(),
+        reads: FuturesUnordered::new(),
+        notifications: FuturesUnordered::new(),
         catch_up_queue: VecDeque::new(),
         window_blocked: Vec::new(),
         bytes_in_flight: 0,
@@ -105,76 +107,97 @@ where
         watermarks_due: None,
         throttled_until: None,
     };
-    let ended = sender.run(incoming, &outgoing, tasks).await;
+    let link_end = sender.run(incoming, &outgoing, tasks).await;
     sender.notify_disconnected().await;
-    ended
+    link_end
 }
 
+/// Delivery of a notification to the partition of a slot, with the index of that slot.
 type NotifyFuture = Pin<Box<dyn Future<Output = (usize, NotificationResult)> + Send>>;
-type ReadFuture = Pin<Box<dyn Future<Output = (usize, u32, Result<Option<FetchedBatches>, ReadError>)> + Send>>;
+type ReadFuture = Pin<Box<dyn Future<Output = FinishedRead> + Send>>;
 
+/// Result of a read for a subscription, which may have ended since.
+struct FinishedRead {
+    /// Index of the slot.
+    index: usize,
+    /// Number of the subscription.
+    number: u32,
+    /// `None` if there was nothing to read.
+    result: Result<Option<FetchedBatches>, ReadError>,
+}
+
+/// State of the leader's side of a link.
 struct ReplicationSender {
     config: SenderConfig,
-    /// By the index under which each partition marks `written` and `committed`.
+    /// One slot for each partition that was ever subscribed. A partition marks the index of its slot in `written` and
+    /// `committed`.
     slots: Vec<SenderSlot>,
     slot_of: BTreeMap<PartitionId, usize>,
+    /// Index of the slot of each current subscription, by its number.
     subscriptions: BTreeMap<u32, usize>,
     /// Partitions whose log end moved.
     written: Arc<WakeSet>,
     /// Partitions whose high watermark moved.
     committed: Arc<WakeSet>,
-    reading: FuturesUnordered<ReadFuture>,
-    notifying: FuturesUnordered<NotifyFuture>,
-    /// Catching-up subscriptions with new records: they are read when no other subscription is due.
+    /// Reads in progress.
+    reads: FuturesUnordered<ReadFuture>,
+    /// Notifications that are being delivered, at most one for each slot.
+    notifications: FuturesUnordered<NotifyFuture>,
+    /// Catching-up subscriptions with new records. They are read when no other subscription is due.
     catch_up_queue: VecDeque<usize>,
     /// Subscriptions with new records that wait for space on the link.
     window_blocked: Vec<usize>,
     /// Bytes in flight of all subscriptions.
     bytes_in_flight: usize,
+    /// Messages without batches that are not sent yet.
     responses: VecDeque<v1::ReplicateResponse>,
     /// Partition batches of the next messages, with the bytes of each.
     batches: VecDeque<(usize, v1::PartitionBatches)>,
+    /// Sum of the bytes of `batches`.
     batch_bytes: usize,
-    /// Time at which moved high watermarks are sent without batches.
+    /// Time at which moved high watermarks are sent without batches; `None` if none moved.
     watermarks_due: Option<Instant>,
+    /// Time until which no catching-up subscription is read; `None` if such reads are allowed.
     throttled_until: Option<Instant>,
 }
 
 impl ReplicationSender {
+    /// Receives and sends messages until the link ends. Each pass of the loop first starts the reads that are possible.
     async fn run<S>(&mut self, mut incoming: S, outgoing: &ResponseSender, tasks: &Tasks) -> LinkEnd
     where
         S: Stream<Item = Result<v1::ReplicateRequest, Status>> + Unpin + Send,
     {
         let mut pings = self.config.probe.pings();
         loop {
-            self.fill();
+            self.start_reads();
             let (written, committed) = (Arc::clone(&self.written), Arc::clone(&self.committed));
-            let may_read = self.batch_bytes < MESSAGE_BYTES && self.reading.len() < MAX_CONCURRENT_READS;
+            let may_read = self.batch_bytes < MESSAGE_BYTES && self.reads.len() < MAX_CONCURRENT_READS;
             tokio::select! {
                 biased;
                 () = tasks.cancelled() => return LinkEnd::Stopped,
                 message = incoming.next(), if self.responses.len() < MAX_QUEUED_RESPONSES => match message {
                     Some(Ok(message)) => {
-                        if let Err(bad) = self.received(message) {
-                            return LinkEnd::Bad(bad);
+                        if let Err(error) = self.on_message(message) {
+                            return LinkEnd::Bad(error);
                         }
                     }
                     Some(Err(status)) => return LinkEnd::Broken(status),
                     None => return LinkEnd::Closed,
                 },
                 permit = outgoing.reserve(), if self.has_message() => match permit {
-                    Ok(permit) => permit.send(Ok(self.message().padded())),
+                    Ok(permit) => permit.send(Ok(self.next_message().padded())),
                     Err(_) => return LinkEnd::Closed,
                 },
                 Ok(()) = pings.changed() => self.responses.push_front(messages::ping(*pings.borrow_and_update())),
-                Some((index, result)) = self.notifying.next(), if !self.notifying.is_empty() => self.on_notified(index, result),
-                Some(read) = self.reading.next(), if !self.reading.is_empty() => self.on_read(read),
+                Some((index, result)) = self.notifications.next(), if !self.notifications.is_empty() => self.on_notified(index, result),
+                Some(read) = self.reads.next(), if !self.reads.is_empty() => self.on_read(read),
+                // The next pass of the loop starts the reads.
                 () = written.wait_for_index(), if may_read => {}
-                () = until(self.throttled_until), if may_read => self.throttled_until = None,
+                () = sleep_until_time(self.throttled_until), if may_read => self.throttled_until = None,
                 () = committed.wait_for_index(), if self.watermarks_due.is_none() && self.batches.len() < MAX_QUEUED_WATERMARKS => {
                     self.watermarks_due = Some(clock::monotonic() + WATERMARK_DELAY);
                 }
-                () = until(self.watermarks_due), if self.batches.len() < MAX_QUEUED_WATERMARKS => self.send_watermarks(),
+                () = sleep_until_time(self.watermarks_due), if self.batches.len() < MAX_QUEUED_WATERMARKS => self.send_watermarks(),
                 () = outgoing.closed() => return LinkEnd::Closed,
             }
         }
@@ -184,8 +207,9 @@ impl ReplicationSender {
         !self.responses.is_empty() || !self.batches.is_empty()
     }
 
-    /// Returns the next message: responses first, since batches follow them.
-    fn message(&mut self) -> v1::ReplicateResponse {
+    /// Takes the next message to send: a response, or batches if there are no responses. The batches of a subscription
+    /// follow its response. Called only if [`Self::has_message`].
+    fn next_message(&mut self) -> v1::ReplicateResponse {
         if let Some(response) = self.responses.pop_front() {
             return response;
         }
@@ -202,20 +226,20 @@ impl ReplicationSender {
         messages::batches(batches)
     }
 
-    /// Reads what is available at once, until the message is full.
-    fn fill(&mut self) {
-        while self.batch_bytes < MESSAGE_BYTES && self.reading.len() < MAX_CONCURRENT_READS {
-            let Some(index) = self.next_to_read() else { return };
-            self.begin_read(index);
-            while let Some(Some(read)) = self.reading.next().now_or_never() {
+    /// Starts reads, and adds those that finish at once to the next message, until the message is full.
+    fn start_reads(&mut self) {
+        while self.batch_bytes < MESSAGE_BYTES && self.reads.len() < MAX_CONCURRENT_READS {
+            let Some(index) = self.next_slot_to_read() else { return };
+            self.start_read(index);
+            while let Some(Some(read)) = self.reads.next().now_or_never() {
                 self.on_read(read);
             }
         }
     }
 
-    /// Returns the next subscription to read: current subscriptions before catching-up ones, each in the order of
-    /// signals.
-    fn next_to_read(&mut self) -> Option<usize> {
+    /// Takes the slot of the next subscription to read; `None` if none is due. Subscriptions that catch up come after all
+    /// others, and only if the throttle allows.
+    fn next_slot_to_read(&mut self) -> Option<usize> {
         while let Some(index) = self.written.take() {
             let Some(subscription) = &mut self.slots[index].subscription else { continue };
             if subscription.reading {
@@ -240,12 +264,14 @@ impl ReplicationSender {
         Some(index)
     }
 
-    fn begin_read(&mut self, index: usize) {
+    /// Starts a read for the subscription of a slot, if there are new records and space in its window. Ends the
+    /// subscription if this broker no longer leads in its epoch.
+    fn start_read(&mut self, index: usize) {
         let SenderSlot { number: Some(number), subscription: Some(subscription), .. } = &mut self.slots[index] else {
             return;
         };
         if subscription.reading {
-            // The signal was queued for an earlier subscription.
+            // The slot was queued for an earlier subscription.
             subscription.moved_during_read = true;
             return;
         }
@@ -253,34 +279,40 @@ impl ReplicationSender {
             if mutant!(CountOlderEpochAcks) {
                 return;
             }
-            return self.refuse(index, unreadable(&error));
+            return self.end_with_error(index, read_failure(&error));
         }
-        let from = subscription.window.sent();
+        let from = subscription.window.sent_end();
         if subscription.tail.progress().0 <= from {
             subscription.catches_up = false;
             return;
         }
-        let Some(max_bytes) = subscription.window.room(self.bytes_in_flight) else {
+        let Some(max_bytes) = subscription.window.max_read_bytes(self.bytes_in_flight) else {
             subscription.blocked = true;
-            if subscription.window.room(0).is_some() {
+            // If its own window has space, the link is full: an acknowledgement of any subscription unblocks it.
+            if subscription.window.max_read_bytes(0).is_some() {
                 self.window_blocked.push(index);
             }
             return;
         };
         subscription.reading = true;
         let (tail, number) = (subscription.tail.clone(), *number);
-        self.reading.push(Box::pin(async move { (index, number, tail.read(from, max_bytes).await) }));
+        self.reads.push(Box::pin(async move {
+            let result = tail.read(from, max_bytes).await;
+            FinishedRead { index, number, result }
+        }));
     }
 
-    /// Adds the result of a read to the next message.
-    fn on_read(&mut self, (index, read_for, read): (usize, u32, Result<Option<FetchedBatches>, ReadError>)) {
-        let SenderSlot { number, subscription: Some(subscription), .. } = &mut self.slots[index] else { return };
-        if *number != Some(read_for) {
+    /// Adds the result of a read to the next message. Drops it if the subscription has ended.
+    fn on_read(&mut self, read: FinishedRead) {
+        let FinishedRead { index, number, result } = read;
+        let slot = &mut self.slots[index];
+        let SenderSlot { number: current, subscription: Some(subscription), .. } = slot else { return };
+        if *current != Some(number) {
             return;
         }
         subscription.reading = false;
         let has_moved = std::mem::take(&mut subscription.moved_during_read);
-        let fetched = match read {
+        let fetched = match result {
             Ok(Some(fetched)) => fetched,
             Ok(None) => {
                 if has_moved {
@@ -289,11 +321,11 @@ impl ReplicationSender {
                 return;
             }
             Err(_) if mutant!(CountOlderEpochAcks) => return,
-            Err(error) => return self.refuse(index, unreadable(&error)),
+            Err(error) => return self.end_with_error(index, read_failure(&error)),
         };
-        let base = subscription.window.sent();
+        let base = subscription.window.sent_end();
         let (log_end, high_watermark) = subscription.tail.progress();
-        subscription.window.send(fetched.next, fetched.bytes);
+        subscription.window.add_read(fetched.next, fetched.bytes);
         subscription.sent_high_watermark = high_watermark;
         self.bytes_in_flight += fetched.bytes;
         if subscription.catches_up {
@@ -305,7 +337,7 @@ impl ReplicationSender {
             subscription.catches_up = false;
         }
         let batches = v1::PartitionBatches {
-            subscription_id: read_for,
+            subscription_id: number,
             leader_epoch: subscription.epoch.as_i32(),
             base: base.as_i64(),
             high_watermark: high_watermark.as_i64(),
@@ -315,7 +347,7 @@ impl ReplicationSender {
         self.batches.push_back((fetched.bytes, batches));
     }
 
-    /// Sends the high watermarks that moved and that no batch carried.
+    /// Queues the high watermarks that moved, without records, unless batches have sent them since.
     fn send_watermarks(&mut self) {
         self.watermarks_due = None;
         while let Some(index) = self.committed.take() {
@@ -329,7 +361,7 @@ impl ReplicationSender {
                 let batches = v1::PartitionBatches {
                     subscription_id: *number,
                     leader_epoch: subscription.epoch.as_i32(),
-                    base: subscription.window.sent().as_i64(),
+                    base: subscription.window.sent_end().as_i64(),
                     high_watermark: high_watermark.as_i64(),
                     chunks: Vec::new(),
                 };
@@ -338,36 +370,49 @@ impl ReplicationSender {
         }
     }
 
-    fn received(&mut self, message: v1::ReplicateRequest) -> Result<(), ApiError> {
+    /// Handles a message of the follower's broker. Messages for earlier subscriptions are dropped.
+    ///
+    /// # Errors
+    /// The message is invalid and names no subscription: the link has to end.
+    fn on_message(&mut self, message: v1::ReplicateRequest) -> Result<(), ApiError> {
         match message.try_into()? {
             FollowerMessage::Subscribe { subscription_id: number, request: Ok(request) } => {
                 self.subscribe(number, request)?
             }
             FollowerMessage::Subscribe { subscription_id: number, request: Err(error) } => {
-                self.responses.push_back(messages::refused(number, LeaderEpoch::default(), error.into()));
+                self.responses.push_back(messages::subscription_error(number, LeaderEpoch::default(), error.into()));
             }
-            FollowerMessage::Unsubscribe { subscription_id: number, known, stopping } => {
-                self.unsubscribe(number, known, stopping)
+            FollowerMessage::Unsubscribe { subscription_id: number, known_epoch, stopping } => {
+                self.unsubscribe(number, known_epoch, stopping)
             }
             FollowerMessage::Pong(number) => self.config.probe.on_pong(number).map_err(|UnsentPing| {
                 let value = number.try_into().unwrap_or(i64::MAX);
                 InvalidMessage::Number { field: "a ping that was never sent", value }
             })?,
-            FollowerMessage::Progress(all) => {
-                for (number, progress) in all {
-                    self.acknowledged(number, progress);
+            FollowerMessage::Progress(entries) => {
+                for (number, progress) in entries {
+                    self.on_progress(number, progress);
                 }
             }
         }
         Ok(())
     }
 
+    /// Replaces the partition's subscription by a new one, and passes the request to the partition. The response follows
+    /// in [`Self::on_notified`]. If the partition is not open, the follower is sent an error.
+    ///
+    /// # Errors
+    /// The number is in use: the link has to end.
     fn subscribe(&mut self, number: u32, request: SubscribeRequest) -> Result<(), ApiError> {
         if self.subscriptions.contains_key(&number) {
             return Err(InvalidMessage::Number { field: "a subscription id in use", value: number.into() }.into());
         }
-        let Some(index) = self.slot(request.partition) else {
-            self.responses.push_back(messages::refused(number, request.epoch, not_here(request.partition)));
+        let Some(index) = self.open_slot(request.partition) else {
+            self.responses.push_back(messages::subscription_error(
+                number,
+                request.epoch,
+                no_replica_error(request.partition),
+            ));
             return Ok(());
         };
         self.end_subscription(index);
@@ -379,8 +424,9 @@ impl ReplicationSender {
         Ok(())
     }
 
-    /// Returns the slot of a partition as it is open now.
-    fn slot(&mut self, id: PartitionId) -> Option<usize> {
+    /// Returns the index of the slot of an open partition; `None` if the partition is not open. Creates the slot at first,
+    /// and ends its subscription if the partition was opened again since.
+    fn open_slot(&mut self, id: PartitionId) -> Option<usize> {
         let partition = (self.config.find)(id)?;
         let index = match self.slot_of.get(&id).copied() {
             Some(index) if Weak::ptr_eq(&self.slots[index].partition, &Arc::downgrade(&partition)) => {
@@ -412,56 +458,60 @@ impl ReplicationSender {
         Some(index)
     }
 
-    fn unsubscribe(&mut self, number: u32, known: Option<LeaderEpoch>, stopping: bool) {
+    /// Ends a subscription at the follower's request, and notifies the partition of the end and of the reported epoch.
+    fn unsubscribe(&mut self, number: u32, reported_epoch: Option<LeaderEpoch>, stopping: bool) {
         let Some(index) = self.subscriptions.get(&number).copied() else { return };
         let slot = &mut self.slots[index];
-        slot.notifications.deposed = slot.notifications.deposed.max(known);
-        slot.notifications.left =
+        slot.notifications.reported_epoch = slot.notifications.reported_epoch.max(reported_epoch);
+        slot.notifications.disconnected =
             Some(if stopping { DisconnectCause::ShuttingDown } else { DisconnectCause::LinkLost });
         slot.is_shutting_down |= stopping;
         self.end_subscription(index);
         self.notify_partition(index);
     }
 
-    fn acknowledged(&mut self, number: u32, progress: ReplicaProgress) {
+    /// Passes an acknowledgement to the partition, and frees the window. An acknowledgement of unsent records ends the
+    /// subscription.
+    fn on_progress(&mut self, number: u32, progress: ReplicaProgress) {
         let Some(index) = self.subscriptions.get(&number).copied() else { return };
         let SenderSlot { subscription: Some(subscription), .. } = &mut self.slots[index] else { return };
-        let freed = match subscription.window.acknowledge(progress.log_end) {
-            Ok(freed) => freed,
+        let freed_bytes = match subscription.window.acknowledge(progress.log_end) {
+            Ok(freed_bytes) => freed_bytes,
             Err(error) => {
                 let error = ApiError::new(ErrorCode::InvalidRequest, error.to_string());
-                return self.refuse(index, error);
+                return self.end_with_error(index, error);
             }
         };
         subscription.partition.on_acknowledged(self.config.peer, subscription.epoch, progress);
         if std::mem::take(&mut subscription.blocked) {
             self.written.mark(index);
         }
-        self.free(freed);
+        self.release_bytes(freed_bytes);
     }
 
-    /// Releases bytes that are no longer in flight.
-    fn free(&mut self, bytes: usize) {
+    /// Releases bytes that are no longer in flight, so that subscriptions that wait for space on the link are read again.
+    fn release_bytes(&mut self, bytes: usize) {
         self.bytes_in_flight -= bytes;
         if bytes > 0 {
             self.window_blocked.drain(..).for_each(|index| self.written.mark(index));
         }
     }
 
-    /// Ends a subscription. The follower is sent the error, and may subscribe again.
-    fn refuse(&mut self, index: usize, error: ApiError) {
+    /// Ends the subscription of a slot, and sends the error to the follower, which may subscribe again.
+    fn end_with_error(&mut self, index: usize, error: ApiError) {
         let slot = &mut self.slots[index];
         let (Some(number), Some(subscription)) = (slot.number, &slot.subscription) else { return };
         tracing::debug!(
             partition = %subscription.partition.id(), follower = %self.config.peer.broker, reason = %error,
             "subscription ended"
         );
-        self.responses.push_back(messages::refused(number, subscription.epoch, error));
-        slot.notifications.left = Some(DisconnectCause::LinkLost);
+        self.responses.push_back(messages::subscription_error(number, subscription.epoch, error));
+        slot.notifications.disconnected = Some(DisconnectCause::LinkLost);
         self.end_subscription(index);
         self.notify_partition(index);
     }
 
+    /// Ends the subscription of a slot, and releases its bytes in flight. Does not notify the partition.
     fn end_subscription(&mut self, index: usize) {
         let slot = &mut self.slots[index];
         slot.notifications.subscribe = None;
@@ -469,11 +519,12 @@ impl ReplicationSender {
             self.subscriptions.remove(&number);
         }
         if let Some(subscription) = slot.subscription.take() {
-            self.free(subscription.window.bytes());
+            self.release_bytes(subscription.window.bytes());
         }
     }
 
-    /// Starts the next notification of a partition, outside the loop: the partition's task may be busy.
+    /// Starts the next pending notification of a partition, unless one is being delivered. The loop does not wait for it,
+    /// because the partition's task may be busy.
     fn notify_partition(&mut self, index: usize) {
         let slot = &mut self.slots[index];
         if slot.notifying {
@@ -481,21 +532,26 @@ impl ReplicationSender {
         }
         let Some(partition) = slot.partition.upgrade() else {
             if let Some((number, request)) = std::mem::take(&mut slot.notifications).subscribe {
-                self.responses.push_back(messages::refused(number, request.epoch, not_here(request.partition)));
+                self.responses.push_back(messages::subscription_error(
+                    number,
+                    request.epoch,
+                    no_replica_error(request.partition),
+                ));
             }
             return self.end_subscription(index);
         };
         let peer = self.config.peer;
         let epoch = partition.epoch();
-        let notify: NotifyFuture = if slot.notifications.deposed.take().is_some_and(|reported| reported > epoch) {
+        let notify: NotifyFuture = if slot.notifications.reported_epoch.take().is_some_and(|reported| reported > epoch)
+        {
             let stored = (self.config.stored_epoch)(partition.id());
             Box::pin(async move {
-                depose(&partition, stored).await;
+                report_stored_epoch(&partition, stored).await;
                 (index, NotificationResult::Delivered)
             })
-        } else if let Some(reason) = slot.notifications.left.take() {
+        } else if let Some(cause) = slot.notifications.disconnected.take() {
             Box::pin(async move {
-                partition.on_follower_disconnected(peer, reason).await;
+                partition.on_follower_disconnected(peer, cause).await;
                 (index, NotificationResult::Delivered)
             })
         } else if let Some((number, request)) = slot.notifications.subscribe.take() {
@@ -507,21 +563,20 @@ impl ReplicationSender {
             return;
         };
         slot.notifying = true;
-        self.notifying.push(notify);
+        self.notifications.push(notify);
     }
 
-    /// Handles the end of a notification, which may be the response to a subscription.
+    /// Handles a delivered notification, and starts the next one. If it was a subscription, sends its response.
     fn on_notified(&mut self, index: usize, result: NotificationResult) {
         let slot = &mut self.slots[index];
         slot.notifying = false;
         if let NotificationResult::Subscribed { partition, number, epoch, response } = result {
             if slot.number != Some(number) {
-                // The subscription ended or was replaced meanwhile: its effect on the partition is to end first.
-                slot.notifications.left = slot.notifications.left.or(Some(DisconnectCause::LinkLost));
+                // The subscription ended or was replaced meanwhile. The partition must end it before the next one.
+                slot.notifications.disconnected = slot.notifications.disconnected.or(Some(DisconnectCause::LinkLost));
             } else {
                 let tail = partition.tail();
                 match response.outcome {
-                    // Otherwise another epoch has begun since: the first batches would be of that epoch.
                     SubscribeOutcome::Accepted(at) if tail.epoch() == epoch => {
                         slot.subscription = Some(SenderSubscription::new(
                             partition,
@@ -534,13 +589,16 @@ impl ReplicationSender {
                         self.committed.mark(index);
                         self.responses.push_back(messages::subscribe_response(number, response));
                     }
+                    // This broker has begun another epoch since, or no longer leads: the reader belongs to that epoch.
                     SubscribeOutcome::Accepted(_) => {
-                        slot.notifications.left = Some(DisconnectCause::LinkLost);
+                        slot.notifications.disconnected = Some(DisconnectCause::LinkLost);
                         self.end_subscription(index);
-                        let error = unreadable(&ReadError::Closed);
-                        self.responses.push_back(messages::refused(number, epoch, error));
+                        let error = read_failure(&ReadError::Closed);
+                        self.responses.push_back(messages::subscription_error(number, epoch, error));
                     }
-                    _ => {
+                    SubscribeOutcome::Diverged { .. }
+                    | SubscribeOutcome::Bootstrap(_)
+                    | SubscribeOutcome::Rejected(_) => {
                         self.end_subscription(index);
                         self.responses.push_back(messages::subscribe_response(number, response));
                     }
@@ -550,21 +608,24 @@ impl ReplicationSender {
         self.notify_partition(index);
     }
 
-    /// Notifies every partition that is still followed of the end of the link.
+    /// Notifies the partitions of the end of the link: those with a subscription or an undelivered end of one, and of a
+    /// newer epoch that the follower reported.
     async fn notify_disconnected(&mut self) {
-        self.notifying.clear();
+        // A cancelled notification is replaced by that of the end.
+        self.notifications.clear();
         let peer = self.config.peer;
-        let followed = |slot: &SenderSlot| slot.number.is_some() || slot.notifying || slot.notifications.left.is_some();
+        let is_concerned =
+            |slot: &SenderSlot| slot.number.is_some() || slot.notifying || slot.notifications.disconnected.is_some();
         let stored_epoch = &self.config.stored_epoch;
-        let notifications = self.slots.iter_mut().filter(|slot| followed(slot)).filter_map(|slot| {
-            let (partition, reported) = (slot.partition.upgrade()?, slot.notifications.deposed.take());
+        let notifications = self.slots.iter_mut().filter(|slot| is_concerned(slot)).filter_map(|slot| {
+            let (partition, reported) = (slot.partition.upgrade()?, slot.notifications.reported_epoch.take());
             let stored =
                 reported.filter(|reported| *reported > partition.epoch()).map(|_| stored_epoch(partition.id()));
             let cause = if slot.is_shutting_down { DisconnectCause::ShuttingDown } else { DisconnectCause::LinkLost };
             Some(async move {
                 partition.on_follower_disconnected(peer, cause).await;
                 if let Some(stored) = stored {
-                    depose(&partition, stored).await;
+                    report_stored_epoch(&partition, stored).await;
                 }
             })
         });
@@ -579,16 +640,18 @@ impl ReplicationSender {
     }
 }
 
-/// Deposes a partition if the metadata store has a newer epoch.
-async fn depose(partition: &Partition, stored: impl Future<Output = Option<LeaderEpoch>>) {
-    if let Some(newer) = stored.await.filter(|stored| *stored > partition.epoch()) {
+/// Reports the stored leader epoch to a partition if it is newer than the partition's. `stored_epoch` reads the metadata
+/// store: a follower's own report is not sufficient.
+async fn report_stored_epoch(partition: &Partition, stored_epoch: impl Future<Output = Option<LeaderEpoch>>) {
+    if let Some(newer) = stored_epoch.await.filter(|stored| *stored > partition.epoch()) {
         partition.report_newer_epoch(newer).await;
     }
 }
 
-async fn until(moment: Option<Instant>) {
-    match moment {
-        Some(moment) => tokio::time::sleep_until(moment).await,
+/// Waits until this time; without end for `None`.
+async fn sleep_until_time(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
         None => std::future::pending().await,
     }
 }

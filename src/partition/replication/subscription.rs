@@ -14,27 +14,30 @@ use crate::{
     proto::error::{ApiError, ErrorCode},
 };
 
-/// One partition that was ever subscribed on this link.
+/// Partition that a follower ever subscribed on this link, with its current subscription.
 pub(super) struct SenderSlot {
     /// The partition may have been deleted since.
     pub(super) partition: Weak<Partition>,
-    /// Number and state of the follower's current subscription. The number is set from the request until the end.
+    /// Number of the follower's current subscription, from its request until its end.
     pub(super) number: Option<u32>,
+    /// State of that subscription, from its acceptance until its end.
     pub(super) subscription: Option<SenderSubscription>,
-    /// Pending notifications for the partition, sent one after the other.
+    /// Notifications for the partition that are not sent yet.
     pub(super) notifications: PendingNotifications,
-    /// True while a notification is under way.
+    /// True while a notification is being delivered: only one at a time.
     pub(super) notifying: bool,
     /// True if the follower reported its shutdown.
     pub(super) is_shutting_down: bool,
 }
 
-/// Pending notifications for a partition, in this order.
+/// Pending notifications for a partition, in the order in which they are sent.
 #[derive(Default)]
 pub(super) struct PendingNotifications {
-    /// Newer leader epoch, by the follower's report.
-    pub(super) deposed: Option<LeaderEpoch>,
-    pub(super) left: Option<DisconnectCause>,
+    /// Newest leader epoch that the follower reported.
+    pub(super) reported_epoch: Option<LeaderEpoch>,
+    /// End of the follower's subscription.
+    pub(super) disconnected: Option<DisconnectCause>,
+    /// Requested subscription, with its number.
     pub(super) subscribe: Option<(u32, SubscribeRequest)>,
 }
 
@@ -46,30 +49,33 @@ pub(super) struct SenderSubscription {
     pub(super) window: SendWindow,
     /// High watermark that the follower was sent last.
     pub(super) sent_high_watermark: Offset,
-    /// True if the follower is not in sync, and has not reached the log end since it subscribed.
+    /// True if the follower is not in sync, and was not sent all records since it subscribed: its reads are throttled.
     pub(super) catches_up: bool,
+    /// True while a read is in progress.
     pub(super) reading: bool,
-    /// True if the log end moved during that read.
+    /// True if the log end moved during the read.
     pub(super) moved_during_read: bool,
     /// True while the subscription waits in `catch_up_queue`.
     pub(super) queued: bool,
-    /// True if there are new records and no space in the window.
+    /// True if new records wait for space in the window of the subscription or the link.
     pub(super) blocked: bool,
 }
 
 /// Result of a notification.
 pub(super) enum NotificationResult {
+    /// The notification has no response.
     Delivered,
+    /// The partition's response to the subscription `number` in `epoch`.
     Subscribed { partition: Arc<Partition>, number: u32, epoch: LeaderEpoch, response: SubscribeResponse },
 }
 
 impl SenderSubscription {
-    /// Creates the subscription of a follower that has all records below `at` and was sent `high_watermark`. Every
-    /// commit waits for a follower that is in sync, so its reads are not throttled.
+    /// Creates the subscription of a follower that has all records below `start` and is sent `high_watermark` with the
+    /// response. Every commit waits for a follower that is in sync, so its reads are not throttled.
     pub(super) fn new(
         partition: Arc<Partition>,
         tail: TailReader,
-        at: Offset,
+        start: Offset,
         high_watermark: Offset,
         in_sync: bool,
     ) -> Self {
@@ -77,7 +83,7 @@ impl SenderSubscription {
             partition,
             epoch: tail.epoch(),
             tail,
-            window: SendWindow::new(at),
+            window: SendWindow::new(start),
             sent_high_watermark: high_watermark,
             catches_up: !in_sync,
             reading: false,
@@ -88,13 +94,14 @@ impl SenderSubscription {
     }
 }
 
-pub(super) fn not_here(partition: PartitionId) -> ApiError {
+/// Returns the error for a subscription of a partition that is not open on this broker.
+pub(super) fn no_replica_error(partition: PartitionId) -> ApiError {
     ApiError::new(ErrorCode::NotLeader, format!("this broker has no open replica of partition {partition}"))
 }
 
-/// Returns the error that a follower is sent for a read that failed.
-pub(super) fn unreadable(error: &ReadError) -> ApiError {
-    let reason = match error {
+/// Returns the error that a follower receives for a failed read.
+pub(super) fn read_failure(error: &ReadError) -> ApiError {
+    let code = match error {
         ReadError::OutOfRange { .. } => ErrorCode::OffsetOutOfRange,
         ReadError::Closed => ErrorCode::NotLeader,
         ReadError::Corrupt { .. } => ErrorCode::DataCorrupt,
@@ -105,5 +112,5 @@ pub(super) fn unreadable(error: &ReadError) -> ApiError {
         ReadError::Closed => "this broker no longer leads in that epoch".to_owned(),
         other => other.to_string(),
     };
-    ApiError::new(reason, message)
+    ApiError::new(code, message)
 }

@@ -1,4 +1,5 @@
-//! Both sides of a link over channels: connected to each other, and each to a scripted peer that violates the protocol.
+//! Both sides of a link over channels: connected to each other, or one side to a scripted peer that may violate the
+//! protocol.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
@@ -37,12 +38,12 @@ const EPOCH: LeaderEpoch = LeaderEpoch(3);
 const LEADER: BrokerId = BrokerId(1);
 const FOLLOWER: PeerId = PeerId { broker: BrokerId(2), epoch: Revision(20) };
 
-/// A broker's partitions and one of its links.
+/// One broker's partitions, and its side of one link.
 pub(super) struct Side {
     me: BrokerId,
     log: DataDir,
     partitions: Arc<Mutex<BTreeMap<PartitionId, Arc<Partition>>>>,
-    pub(super) asked: Arc<LinkRequests>,
+    pub(super) requests: Arc<LinkRequests>,
     /// Pings the followers of its links.
     probe: Arc<LinkProbe>,
     /// Leader epoch of every partition in the metadata store.
@@ -89,8 +90,8 @@ impl Side {
         let identity = DataDirIdentity { cluster: "test".to_owned(), broker: me };
         let options = LogOptions { journal_bytes: 8 << 20, ..LogOptions::default() };
         let log = DataDir::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap();
-        let (asked, probe) = (Arc::default(), Arc::default());
-        Self { me, log, partitions: Arc::default(), asked, probe, stored: Arc::default(), tasks: Tasks::new() }
+        let (requests, probe) = (Arc::default(), Arc::default());
+        Self { me, log, partitions: Arc::default(), requests, probe, stored: Arc::default(), tasks: Tasks::new() }
     }
 
     /// Opens a partition whose leader is broker 1.
@@ -106,7 +107,7 @@ impl Side {
             discard_local: false,
             max_lag_time: Duration::MAX,
         };
-        let links = Arc::new(TestLinks(Arc::clone(&self.asked)));
+        let links = Arc::new(TestLinks(Arc::clone(&self.requests)));
         let ctx = PartitionContext { links, ..PartitionContext::standalone() };
         let queue = MaintenanceQueue::default();
         let partition = Partition::open(self.me, &self.log, spec, ctx, &queue, &self.tasks).unwrap();
@@ -130,21 +131,24 @@ impl Side {
 
     /// Runs the leader's side against a scripted peer.
     fn start_leading(&self) -> ScriptedPeer<v1::ReplicateRequest, v1::ReplicateResponse> {
-        self.lead_at(CatchUpThrottle::new(None))
+        self.start_throttled_leading(CatchUpThrottle::new(None))
     }
 
     /// Runs the leader's side against a scripted peer, with a limit on catching up.
-    fn lead_at(&self, catch_up: CatchUpThrottle) -> ScriptedPeer<v1::ReplicateRequest, v1::ReplicateResponse> {
+    fn start_throttled_leading(
+        &self,
+        catch_up: CatchUpThrottle,
+    ) -> ScriptedPeer<v1::ReplicateRequest, v1::ReplicateResponse> {
         let ((to, incoming), (outgoing, from)) = (mpsc::channel(1), mpsc::channel(1));
-        let led = self.led(catch_up);
+        let config = self.sender_config(catch_up);
         let tasks = self.tasks.clone();
         let ended = self
             .tasks
-            .spawn("lead", async move { run_sender(led, ReceiverStream::new(incoming), outgoing, &tasks).await });
+            .spawn("lead", async move { run_sender(config, ReceiverStream::new(incoming), outgoing, &tasks).await });
         ScriptedPeer { to, from: ReceiverStream::new(from).boxed(), ended }
     }
 
-    fn led(&self, catch_up: CatchUpThrottle) -> SenderConfig {
+    fn sender_config(&self, catch_up: CatchUpThrottle) -> SenderConfig {
         let (catch_up, probe, sent) = (Arc::new(catch_up), Arc::clone(&self.probe), Counter::default());
         let stored = Arc::clone(&self.stored);
         let stored_epoch: StoredEpoch = Arc::new(move |_| {
@@ -157,9 +161,9 @@ impl Side {
     /// Runs the follower's side against a scripted peer.
     fn start_following(&self) -> ScriptedPeer<v1::ReplicateResponse, v1::ReplicateRequest> {
         let ((to, incoming), (outgoing, from)) = (mpsc::channel(1), mpsc::channel(1));
-        let (asked, find, tasks) = (Arc::clone(&self.asked), self.find(), self.tasks.clone());
+        let (requests, find, tasks) = (Arc::clone(&self.requests), self.find(), self.tasks.clone());
         let ended = self.tasks.spawn("follow", async move {
-            run_receiver(&asked, &find, ReceiverStream::new(incoming), outgoing, &Counter::default(), &tasks).await
+            run_receiver(&requests, &find, ReceiverStream::new(incoming), outgoing, &Counter::default(), &tasks).await
         });
         ScriptedPeer { to, from: ReceiverStream::new(from).map(Ok).boxed(), ended }
     }
@@ -198,7 +202,8 @@ impl ScriptedPeer<v1::ReplicateRequest, v1::ReplicateResponse> {
         }
     }
 
-    async fn pieces(&mut self) -> Vec<v1::PartitionBatches> {
+    /// Receives the next message, which must have batches.
+    async fn receive_batches(&mut self) -> Vec<v1::PartitionBatches> {
         match self.receive().await.message {
             Some(replicate_response::Message::Batches(batches)) => batches.partitions,
             other => panic!("batches are due: {other:?}"),
@@ -207,7 +212,8 @@ impl ScriptedPeer<v1::ReplicateRequest, v1::ReplicateResponse> {
 }
 
 impl ScriptedPeer<v1::ReplicateResponse, v1::ReplicateRequest> {
-    async fn asked(&mut self) -> v1::Subscribe {
+    /// Returns the next subscription of the follower.
+    async fn next_subscribe(&mut self) -> v1::Subscribe {
         loop {
             if let Some(replicate_request::Message::Subscribe(subscribe)) = self.receive().await.message {
                 return subscribe;
@@ -245,15 +251,15 @@ impl ScriptedPeer<v1::ReplicateResponse, v1::ReplicateRequest> {
 fn connect(leader: &Side, follower: &Side) -> Tasks {
     let tasks = Tasks::new();
     let ((replicate_request, at_leader), (replicate_response, at_follower)) = (mpsc::channel(1), mpsc::channel(1));
-    let led = leader.led(CatchUpThrottle::new(None));
+    let config = leader.sender_config(CatchUpThrottle::new(None));
     let link = tasks.clone();
     tasks.spawn("lead", async move {
         let incoming = ReceiverStream::new(at_leader).map(Ok);
-        run_sender(led, incoming, replicate_response, &link).await
+        run_sender(config, incoming, replicate_response, &link).await
     });
-    let (asked, find, link) = (Arc::clone(&follower.asked), follower.find(), tasks.clone());
+    let (requests, find, link) = (Arc::clone(&follower.requests), follower.find(), tasks.clone());
     tasks.spawn("follow", async move {
-        run_receiver(&asked, &find, ReceiverStream::new(at_follower), replicate_request, &Counter::default(), &link)
+        run_receiver(&requests, &find, ReceiverStream::new(at_follower), replicate_request, &Counter::default(), &link)
             .await
     });
     tasks
@@ -332,7 +338,7 @@ async fn blocked_subscription_keeps_its_window_and_delays_no_other() {
         }
         let mut ends = BTreeMap::new();
         while ends.values().filter(|end| **end == at(round)).count() < 9 {
-            for batches_message in link.pieces().await {
+            for batches_message in link.receive_batches().await {
                 let batches: Vec<_> = ChunkedBatches::new(batches_message.chunks).collect::<Result<_, _>>().unwrap();
                 let Some(last) = batches.last() else { continue };
                 if batches_message.subscription_id == 100 {
@@ -353,11 +359,11 @@ async fn blocked_subscription_keeps_its_window_and_delays_no_other() {
         "{blocked_bytes}"
     );
     // An acknowledgement makes space again.
-    let few = ReplicaProgress { log_end: at(8), persisted_end: at(0) };
-    link.send(messages::progress([(100, few)])).await;
+    let progress = ReplicaProgress { log_end: at(8), persisted_end: at(0) };
+    link.send(messages::progress([(100, progress)])).await;
     let batches_message = loop {
         if let Some(batches_message) =
-            link.pieces().await.into_iter().find(|batches_message| !batches_message.chunks.is_empty())
+            link.receive_batches().await.into_iter().find(|batches_message| !batches_message.chunks.is_empty())
         {
             break batches_message;
         }
@@ -435,8 +441,8 @@ async fn invalid_follower_message_gets_an_error() {
     }
 }
 
-/// Returns a batch as the leader of the epoch sends it.
-fn piece(subscription_id: u32, base: u64) -> v1::PartitionBatches {
+/// Returns a message with one batch of the current epoch, at offset `base`.
+fn partition_batches(subscription_id: u32, base: u64) -> v1::PartitionBatches {
     let mut batch = batch(10);
     batch.set_offset_and_epoch(at(base), EPOCH);
     let chunks = vec![batch.header().to_vec().into(), batch.records_bytes().clone()];
@@ -451,51 +457,65 @@ fn piece(subscription_id: u32, base: u64) -> v1::PartitionBatches {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn invalid_leader_message_causes_a_new_subscription() {
-    let corrupt = |mut piece: v1::PartitionBatches| {
-        let mut records = piece.chunks[1].to_vec();
+    let corrupt = |mut message: v1::PartitionBatches| {
+        let mut records = message.chunks[1].to_vec();
         records[3] ^= 1;
-        piece.chunks[1] = records.into();
-        piece
+        message.chunks[1] = records.into();
+        message
     };
-    type Bad = Box<dyn Fn(u32) -> v1::PartitionBatches>;
-    let bad: [(&str, Bad); 5] = [
-        ("corrupt", Box::new(move |subscription_id| corrupt(piece(subscription_id, 1)))),
+    type MakeBatches = Box<dyn Fn(u32) -> v1::PartitionBatches>;
+    let cases: [(&str, MakeBatches); 5] = [
+        ("corrupt", Box::new(move |subscription_id| corrupt(partition_batches(subscription_id, 1)))),
         (
             "truncated",
             Box::new(|subscription_id| v1::PartitionBatches {
-                chunks: piece(subscription_id, 1).chunks[..1].to_vec(),
-                ..piece(subscription_id, 1)
+                chunks: partition_batches(subscription_id, 1).chunks[..1].to_vec(),
+                ..partition_batches(subscription_id, 1)
             }),
         ),
         (
             "another epoch",
-            Box::new(|subscription_id| v1::PartitionBatches { leader_epoch: 4, ..piece(subscription_id, 1) }),
+            Box::new(|subscription_id| v1::PartitionBatches {
+                leader_epoch: 4,
+                ..partition_batches(subscription_id, 1)
+            }),
         ),
         (
             "an invalid high watermark",
-            Box::new(|subscription_id| v1::PartitionBatches { high_watermark: -1, ..piece(subscription_id, 1) }),
+            Box::new(|subscription_id| v1::PartitionBatches {
+                high_watermark: -1,
+                ..partition_batches(subscription_id, 1)
+            }),
         ),
         // Detected by the partition, not by the link.
-        ("a gap", Box::new(|subscription_id| piece(subscription_id, 5))),
+        ("a gap", Box::new(|subscription_id| partition_batches(subscription_id, 5))),
     ];
-    for (case, bad) in bad {
+    for (case, make_invalid) in cases {
         let side = Side::new(FOLLOWER.broker);
         let [copy, other] = [side.open(0, &[LEADER]).await, side.open(1, &[LEADER]).await];
         let mut link = side.start_following();
-        let mut subscriptions = [link.asked().await, link.asked().await];
+        let mut subscriptions = [link.next_subscribe().await, link.next_subscribe().await];
         // Each partition subscribes from its own task.
         subscriptions.sort_by_key(|subscription| subscription.partition);
         let [first, second] = subscriptions;
         link.accept(&first).await;
         link.accept(&second).await;
-        link.send(messages::batches(vec![piece(first.subscription_id, 0), piece(second.subscription_id, 0)])).await;
+        link.send(messages::batches(vec![
+            partition_batches(first.subscription_id, 0),
+            partition_batches(second.subscription_id, 0),
+        ]))
+        .await;
         wait_until("both replicas have the batch", || {
             copy.watermarks().log_end == at(1) && other.watermarks().log_end == at(1)
         })
         .await;
 
-        link.send(messages::batches(vec![bad(first.subscription_id), piece(second.subscription_id, 1)])).await;
-        let next = link.asked().await;
+        link.send(messages::batches(vec![
+            make_invalid(first.subscription_id),
+            partition_batches(second.subscription_id, 1),
+        ]))
+        .await;
+        let next = link.next_subscribe().await;
         assert_eq!((next.partition, next.log_end), (first.partition, 1), "{case}");
         assert!(
             next.subscription_id > first.subscription_id.max(second.subscription_id),
@@ -504,9 +524,9 @@ async fn invalid_leader_message_causes_a_new_subscription() {
         link.accept(&next).await;
         // Late messages for the earlier subscription are dropped.
         link.send(messages::batches(vec![
-            piece(first.subscription_id, 0),
-            piece(next.subscription_id, 1),
-            piece(second.subscription_id, 2),
+            partition_batches(first.subscription_id, 0),
+            partition_batches(next.subscription_id, 1),
+            partition_batches(second.subscription_id, 2),
         ]))
         .await;
         wait_until("both replicas have the batch", || {
@@ -523,7 +543,7 @@ async fn unexpected_responses_change_nothing() {
     let side = Side::new(FOLLOWER.broker);
     let copy = side.open(0, &[LEADER]).await;
     let mut link = side.start_following();
-    let mut subscribe = link.asked().await;
+    let mut subscribe = link.next_subscribe().await;
     let rejected = || v1::Error { message: "not now".to_owned(), ..v1::Error::default() };
     for outcome in [
         // The reported log end is 0.
@@ -542,14 +562,14 @@ async fn unexpected_responses_change_nothing() {
         let case = format!("{outcome:?}");
         link.respond(subscribe.subscription_id, outcome).await;
         // Batches without a response that allows them.
-        link.send(messages::batches(vec![piece(subscribe.subscription_id, 0)])).await;
-        let next = link.asked().await;
+        link.send(messages::batches(vec![partition_batches(subscribe.subscription_id, 0)])).await;
+        let next = link.next_subscribe().await;
         assert_eq!((next.log_end, copy.watermarks().log_end), (0, at(0)), "{case}");
         subscribe = next;
     }
     link.accept(&subscribe).await;
     link.respond(subscribe.subscription_id, subscribe_response::Outcome::Error(rejected())).await;
-    let next = link.asked().await;
+    let next = link.next_subscribe().await;
     assert!(next.subscription_id > subscribe.subscription_id, "a leader may end a subscription that it accepted");
     // Only a message that names no subscription ends the link.
     link.send(v1::ReplicateResponse::default()).await;
@@ -564,16 +584,16 @@ async fn unsubscribed_partition_acknowledges_nothing() {
     let side = Side::new(FOLLOWER.broker);
     let copy = side.open(0, &[LEADER]).await;
     let mut link = side.start_following();
-    let subscribe = link.asked().await;
+    let subscribe = link.next_subscribe().await;
     link.accept(&subscribe).await;
     assert_eq!(link.progress().await.log_end, [0], "the progress is acknowledged at once");
-    link.send(messages::batches(vec![piece(subscribe.subscription_id, 0)])).await;
+    link.send(messages::batches(vec![partition_batches(subscribe.subscription_id, 0)])).await;
     while link.progress().await.persisted_end != [1] {}
 
     let next = LeaderEpoch(EPOCH.0 + 1);
-    side.asked.unsubscribe(id(0), next, false);
+    side.requests.unsubscribe(id(0), next, false);
     // Late batches would move its progress.
-    link.send(messages::batches(vec![piece(subscribe.subscription_id, 1)])).await;
+    link.send(messages::batches(vec![partition_batches(subscribe.subscription_id, 1)])).await;
     let Some(replicate_request::Message::Unsubscribe(unsubscribe)) = link.receive().await.message else {
         panic!("an unsubscription is due")
     };
@@ -581,11 +601,11 @@ async fn unsubscribed_partition_acknowledges_nothing() {
         (unsubscribe.subscription_id, unsubscribe.known_epoch, unsubscribe.stopping),
         (subscribe.subscription_id, next.as_i32(), false)
     );
-    side.asked.start_following(id(0));
-    let subscribe = link.asked().await;
+    side.requests.start_following(id(0));
+    let subscribe = link.next_subscribe().await;
     assert_eq!((subscribe.log_end, copy.watermarks().log_end), (1, at(1)), "late batches are dropped");
     // An unsubscription while the broker stops is delivered.
-    side.asked.unsubscribe(id(0), next, true);
+    side.requests.unsubscribe(id(0), next, true);
     side.tasks.cancel();
     let Some(replicate_request::Message::Unsubscribe(unsubscribe)) = link.receive().await.message else {
         panic!("an unsubscription is due")
@@ -605,30 +625,29 @@ async fn moved_high_watermark_is_sent_without_batches() {
     assert_eq!(link.next_response().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
     link.send(messages::progress([(1, ReplicaProgress::default())])).await;
     let acked = append(&partition, 10, Acks::All).await;
-    let sent = link.pieces().await;
+    let sent = link.receive_batches().await;
     assert_eq!((sent.len(), sent[0].high_watermark), (1, 0));
     link.send(messages::progress([(1, ReplicaProgress { log_end: at(1), persisted_end: at(1) })])).await;
     acked.await.unwrap().unwrap();
-    let sent = link.pieces().await;
+    let sent = link.receive_batches().await;
     assert_eq!((sent.len(), sent[0].high_watermark, sent[0].chunks.len()), (1, 1, 0));
     side.tasks.stop().await;
 }
 
-/// After a change of leader all replicas subscribe again, beside replicas that copy a history: writers wait for none
-/// but those in sync.
+/// Every commit waits for the in-sync followers, so the limit applies only to the others.
 #[tokio::test(start_paused = true)]
 async fn in_sync_follower_is_not_throttled_by_catch_up_limit() {
-    for (isr, waits) in [(&[LEADER, FOLLOWER.broker][..], false), (&[LEADER], true)] {
+    for (isr, is_throttled) in [(&[LEADER, FOLLOWER.broker][..], false), (&[LEADER], true)] {
         let side = Side::new(LEADER);
         let partition = side.open(0, isr).await;
-        let _unanswered = append(&partition, 10, Acks::All).await;
+        let _pending = append(&partition, 10, Acks::All).await;
         let overdrawn = CatchUpThrottle::new(Some(1));
         overdrawn.take(1 << 20);
-        let mut link = side.lead_at(overdrawn);
+        let mut link = side.start_throttled_leading(overdrawn);
         link.subscribe(1, id(0), EPOCH).await;
         assert_eq!(link.next_response().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
-        let batches = tokio::time::timeout(Duration::from_secs(5), link.pieces()).await;
-        assert_eq!(batches.is_err(), waits, "{isr:?}");
+        let batches = tokio::time::timeout(Duration::from_secs(5), link.receive_batches()).await;
+        assert_eq!(batches.is_err(), is_throttled, "{isr:?}");
         side.tasks.stop().await;
     }
 }
@@ -639,13 +658,13 @@ async fn follower_that_reads_no_responses_is_blocked() {
     let mut link = side.start_leading();
     let mut sent = 0;
     // The paused clock moves only when no task has work.
-    let many = async {
+    let send_all = async {
         while sent < 100_000 {
             link.subscribe(sent, id(99), EPOCH).await;
             sent += 1;
         }
     };
-    tokio::time::timeout(Duration::from_secs(1), many).await.expect_err("the leader's side is blocked");
+    tokio::time::timeout(Duration::from_secs(1), send_all).await.expect_err("the leader's side is blocked");
     let max = u32::try_from(sender::MAX_QUEUED_RESPONSES).unwrap() + 4;
     assert!((max - 4..=max).contains(&sent), "{sent} subscriptions were received");
     // The link continues when its responses are read.

@@ -1,4 +1,4 @@
-//! A follower's reports of newer leader epochs, and its responses to pings.
+//! Ends of subscriptions by a newer leader epoch, also by a follower's report, and responses to pings.
 
 use super::*;
 
@@ -15,12 +15,12 @@ async fn deposed_leader_ends_its_subscriptions() {
         panic!("the subscription ends")
     };
     assert!(error.message.contains("no longer leads"), "{}", error.message);
-    // A subscription in an epoch that this broker has not received yet waits for a while.
+    // A subscription in an epoch that this broker has not received yet waits for the metadata for a while.
     side.assign(0, value(LeaderEpoch(next.0 + 1), LEADER, &[LEADER]), Revision(3)).await;
     link.subscribe(2, id(0), LeaderEpoch(next.0 + 2)).await;
     side.assign(0, value(LeaderEpoch(next.0 + 2), LEADER, &[LEADER]), Revision(4)).await;
     assert_eq!(link.next_response().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)));
-    // The follower reports a newer epoch. Only the stored epoch deposes.
+    // The follower reports a newer epoch. Only the stored epoch ends the leadership.
     for (number, stored) in (2..).zip([None, Some(LeaderEpoch(next.0 + 2)), Some(LeaderEpoch(next.0 + 3))]) {
         *side.stored.lock() = stored;
         link.send(messages::unsubscribe(number, LeaderEpoch(i32::MAX.cast_unsigned()), false)).await;
