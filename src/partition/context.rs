@@ -24,9 +24,9 @@ pub trait ReplicationLinks: Send + Sync + 'static {
     /// time.
     fn retry_later(&self, partition: PartitionId);
 
-    /// Unsubscribes the partition. The leader receives `newest_epoch`, the epoch of the value that this replica applied;
-    /// it may be newer than the leader's own. `stopping` is true if this replica will not return soon. After the return,
-    /// nothing is acknowledged on that link.
+    /// Unsubscribes the partition. The leader receives `newest_epoch`, the epoch of the value that this replica
+    /// applied; it may be newer than the leader's own. `stopping` is true if this replica will not return soon. After
+    /// the return, nothing is acknowledged on that link.
     fn unsubscribe(&self, partition: PartitionId, newest_epoch: LeaderEpoch, stopping: bool);
 }
 

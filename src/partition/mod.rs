@@ -19,11 +19,12 @@
 //! ```
 //!
 //! [`Partition`] is the handle of one replica; it exists as long as this broker holds the replica. Its task (`actor`)
-//! owns the log. In its [role](ReplicaRole) the task applies the decisions of [`leader`] or of [`follower`], or is idle. Only the metadata sets the role ([`Partition::assign`], [`metadata`]). The task sends its
-//! requests to links and to the metadata store through [`PartitionContext`] and never waits for an outcome. Readers
-//! send no request to the task: they read the watermarks that the task publishes. Maintenance (`maintenance`) uploads
-//! sealed segments and removes old ones, by the plan of [`retention`]. Its order makes a crash harmless: object,
-//! manifest, commit in the metadata store, and only then local files.
+//! owns the log. In its [role](ReplicaRole) the task applies the decisions of [`leader`] or of [`follower`], or is
+//! idle. Only the metadata sets the role ([`Partition::assign`], [`metadata`]). The task sends its requests to links
+//! and to the metadata store through [`PartitionContext`] and never waits for an outcome. Readers send no request to
+//! the task: they read the watermarks that the task publishes. Maintenance (`maintenance`) uploads sealed segments and
+//! removes old ones, by the plan of [`retention`]. Its order makes a crash harmless: object, manifest, commit in the
+//! metadata store, and only then local files.
 //!
 //! # Invariants
 //!
@@ -42,7 +43,8 @@
 //!   commits. If other replicas commit up to an offset, this log may still hold different records below that
 //!   offset.
 //! - Before the log is truncated, the task publishes its role and ends its subscription. So reads of a
-//!   leader's log fail with the end of its epoch, and nothing is acknowledged in an epoch whose records are being removed.
+//!   leader's log fail with the end of its epoch, and nothing is acknowledged in an epoch whose records are being
+//!   removed.
 //!
 //! # Change of role
 //!

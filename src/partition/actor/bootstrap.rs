@@ -1,5 +1,5 @@
-//! Bootstrap of an empty or useless replica. The replica starts with the *tables* of its leader's log before that start:
-//! the epoch history and the producer state.
+//! Bootstrap of an empty or useless replica. The replica starts with the *tables* of its leader's log before that
+//! start: the epoch history and the producer state.
 //!
 //! If the object store holds the records before the start, the footer of its last segment has the tables, and the
 //! replica copies only the tail. Otherwise those records were deleted, and the leader sends its own tables. Without the
@@ -116,8 +116,9 @@ impl ParsedTables {
     }
 
     /// Returns true if a log does not differ from the object store, whose end has these tables. The log has the epochs
-    /// `history`, and holds the records `log_start..log_end`. Only the offsets below both ends are compared. A footer has
-    /// the epochs of its own segment only, and these suffice: logs that share an offset and its epoch are equal below it.
+    /// `history`, and holds the records `log_start..log_end`. Only the offsets below both ends are compared. A footer
+    /// has the epochs of its own segment only, and these suffice: logs that share an offset and its epoch are equal
+    /// below it.
     fn agree_with(&self, history: &EpochHistory, log_start: Offset, log_end: Offset) -> bool {
         let end = self.start.min(log_end);
         let start = self.epochs.iter().next().map_or(log_start, |(_, epoch_start)| log_start.max(epoch_start));
@@ -141,7 +142,8 @@ async fn read_from_object_store(tier: Option<&PartitionTier>, start: Offset) -> 
 
 impl Actor {
     /// Returns true if the tables in the object store must be read before this broker can lead: its log ends below the
-    /// committed records, or the election of this epoch was unclean. Both happen only after an election that may have lost records.
+    /// committed records, or the election of this epoch was unclean. Both happen only after an election that may have
+    /// lost records.
     pub(super) fn needs_object_store(&self, value: &PartitionValue) -> bool {
         let committed_end = self.tiered_end.max(self.log_start);
         let lacks_committed = self.log.log_end() < committed_end;
@@ -199,13 +201,13 @@ impl Actor {
         }
     }
 
-    /// Starts to lead after an election that may have lost records. If the log lacks records that the object store holds,
-    /// or differs from them, the log is reset to the end of the object store first.
+    /// Starts to lead after an election that may have lost records. If the log lacks records that the object store
+    /// holds, or differs from them, the log is reset to the end of the object store first.
     async fn start_leading_with_tables(&mut self, tables: Result<ParsedTables, BootstrapError>) {
         let committed_end = self.tiered_end.max(self.log_start);
         let tables = match tables {
-            // No footer holds tables for the committed end: this broker has no object store, or the records at the end of
-            // the object store were deleted.
+            // No footer holds tables for the committed end: this broker has no object store, or the records at the end
+            // of the object store were deleted.
             Err(BootstrapError::NoObjectStore) => ParsedTables::empty(committed_end),
             Err(_) if !self.has_tiered_tables() => ParsedTables::empty(committed_end),
             Ok(tables) if tables.start < committed_end => ParsedTables::empty(committed_end),

@@ -20,8 +20,8 @@
 //! `AppendError::NotLeader`.
 //!
 //! A new leader must have all committed records. Every clean election ensures that. After an unclean election, the
-//! log may end below the tiered end, or hold other records than the object store. Then the object store decides: the log
-//! is reset to the tiered end.
+//! log may end below the tiered end, or hold other records than the object store. Then the object store decides: the
+//! log is reset to the tiered end.
 
 use std::sync::Arc;
 

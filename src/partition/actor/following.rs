@@ -1,5 +1,5 @@
-//! Following: the task checks batches of the leader and appends them to its log. The link acknowledges the progress that
-//! the task publishes.
+//! Following: the task checks batches of the leader and appends them to its log. The link acknowledges the progress
+//! that the task publishes.
 
 use std::time::Duration;
 

@@ -43,8 +43,8 @@ pub(super) struct LastProposal {
 }
 
 impl LastProposal {
-    /// Counts a proposal of this ISR; a different ISR starts a new count. Returns the number of proposals since the last
-    /// log line, or `None` if no line is due yet.
+    /// Counts a proposal of this ISR; a different ISR starts a new count. Returns the number of proposals since the
+    /// last log line, or `None` if no line is due yet.
     fn occur(last: &mut Option<Box<Self>>, isr: &[BrokerId]) -> Option<u64> {
         if last.as_ref().is_none_or(|proposed| proposed.isr != isr) {
             *last = Some(Box::new(Self { isr: isr.to_vec(), log: LogThrottle::default() }));
@@ -260,7 +260,8 @@ impl Actor {
                 self.apply_partition_value(value.into(), revision);
             }
             ValueUpdate::Deposed { .. } => match current {
-                // This broker leads in a newer epoch when the metadata cache delivers the value, and is idle until then.
+                // This broker leads in a newer epoch when the metadata cache delivers the value, and is idle until
+                // then.
                 Some((value, _)) if value.leader == Some(self.broker) => self.on_newer_epoch(value.leader_epoch),
                 Some((value, revision)) => self.apply_partition_value(value.into(), revision),
                 None => {}

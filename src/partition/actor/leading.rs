@@ -96,7 +96,8 @@ pub(super) struct PendingWriter {
 }
 
 impl PendingWriter {
-    /// Releases the memory of a write that is stored here and waits for the object store, and signals that to the caller.
+    /// Releases the memory of a write that is stored here and waits for the object store, and signals that to the
+    /// caller.
     fn on_stored(&mut self, acked: &WriteAck) {
         self.permit = None;
         if let Some(stored) = &self.stored {
@@ -151,7 +152,8 @@ impl LeaderRole {
 }
 
 impl Actor {
-    /// Admits one write into the group, or sends its error. A retry of a stored batch waits for the result of that batch.
+    /// Admits one write into the group, or sends its error. A retry of a stored batch waits for the result of that
+    /// batch.
     pub(super) fn append(&mut self, append: Append, now_ms: i64) {
         let Append { mut batch, origin, acks, permit, responder, stored } = append;
         let RoleState::Leading(role) = &self.role else {
@@ -209,8 +211,8 @@ impl Actor {
         }
     }
 
-    /// Appends the group to the log. Afterwards the group is empty: its writers wait for their acks rule, or have received
-    /// the error of the append.
+    /// Appends the group to the log. Afterwards the group is empty: its writers wait for their acks rule, or have
+    /// received the error of the append.
     pub(super) fn flush(&mut self) {
         let RoleState::Leading(role) = &mut self.role else { return };
         if role.group.is_empty() {
@@ -307,8 +309,8 @@ impl Actor {
         }
     }
 
-    /// Handles a disk that no longer accepts writes: a leader resigns, and a follower unsubscribes. Committed records stay
-    /// readable. Only the first call has an effect.
+    /// Handles a disk that no longer accepts writes: a leader resigns, and a follower unsubscribes. Committed records
+    /// stay readable. Only the first call has an effect.
     pub(super) fn fail(&mut self, reason: &str) {
         if self.published.has_failed() {
             return;
@@ -330,8 +332,8 @@ impl Actor {
         }
     }
 
-    /// Requests that this broker resigns, because its disk accepts no writes. Sends one request for each revision of the
-    /// value.
+    /// Requests that this broker resigns, because its disk accepts no writes. Sends one request for each revision of
+    /// the value.
     pub(super) fn resign(&mut self) {
         let RoleState::Leading(role) = &mut self.role else { return };
         let revision = role.leader.in_sync().revision();

@@ -110,7 +110,8 @@ impl Actor {
         let active = self.log.active();
         match self.log.run_blocking(change).await {
             Ok(()) => {
-                // The change synced the remaining records. The journal's result for an earlier submission does not count.
+                // The change synced the remaining records. The journal's result for an earlier submission does not
+                // count.
                 self.persisted_submit_end = self.log.persisted_end();
                 let remaining = self.log.active();
                 if remaining.base != active.base || remaining.bytes == 0 {

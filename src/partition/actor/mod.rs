@@ -1,5 +1,5 @@
-//! The one task that owns a partition. As leader it appends queued writes in groups, syncs them and responds; as follower
-//! it copies from the leader.
+//! The one task that owns a partition. As leader it appends queued writes in groups, syncs them and responds; as
+//! follower it copies from the leader.
 //!
 //! # Overview
 //!
@@ -19,10 +19,10 @@
 //!
 //! # Turn
 //!
-//! The task takes one [`Input`] after the other (`inbox`); handling one is a turn. Each handler changes only the state of
-//! the task. Then [`Actor::finish_turn`] makes the effects visible: it submits records to the journal, publishes,
-//! proposes an ISR change, and sends due results. A handler finishes the turn itself before it waits for a blocking read.
-//! Some events publish earlier:
+//! The task takes one [`Input`] after the other (`inbox`); handling one is a turn. Each handler changes only the state
+//! of the task. Then [`Actor::finish_turn`] makes the effects visible: it submits records to the journal, publishes,
+//! proposes an ISR change, and sends due results. A handler finishes the turn itself before it waits for a blocking
+//! read. Some events publish earlier:
 //!
 //! | event | reason |
 //! | --- | --- |
@@ -281,8 +281,8 @@ impl Actor {
         self.respond_due();
     }
 
-    /// Closes the partition: rejects queued writes, unsubscribes a follower, and waits until appended records are durable.
-    /// Writes whose acks rule holds by then are acknowledged; the others fail.
+    /// Closes the partition: rejects queued writes, unsubscribes a follower, and waits until appended records are
+    /// durable. Writes whose acks rule holds by then are acknowledged; the others fail.
     async fn stop(&mut self) {
         for command in self.inbox.close() {
             if let ActorCommand::Append(append) = command {
@@ -325,8 +325,8 @@ impl Actor {
             match command {
                 ActorCommand::Append(append) => self.append(*append, now_ms),
                 command => {
-                    // The command may take long, and earlier writes must not wait for it. `DescribeSegments` requires that
-                    // all earlier changes are published: maintenance compares its result with the watermarks.
+                    // The command may take long, and earlier writes must not wait for it. `DescribeSegments` requires
+                    // that all earlier changes are published: maintenance compares its result with the watermarks.
                     self.finish_group();
                     self.handle_admin_command(command).await;
                     now_ms = clock::wall_ms();

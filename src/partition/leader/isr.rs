@@ -434,7 +434,8 @@ impl IsrTracker {
         }
     }
 
-    /// Returns the next ISR change to propose, and marks it as pending. Returns `None` while a proposal is pending, until
+    /// Returns the next ISR change to propose, and marks it as pending. Returns `None` while a proposal is pending,
+    /// until
     /// [`Self::on_outcome`], and if no change is due. The actor calls this after every turn, so nothing is allocated
     /// while no replica's membership changes.
     pub fn proposal(&mut self) -> Option<IsrProposal> {
@@ -483,8 +484,8 @@ impl IsrTracker {
         }
     }
 
-    /// Returns true if a replica outside the ISR may enter it. Its link must have the registered broker epoch, and it must
-    /// have acknowledged all records below the high watermark and below the epoch start.
+    /// Returns true if a replica outside the ISR may enter it. Its link must have the registered broker epoch, and it
+    /// must have acknowledged all records below the high watermark and below the epoch start.
     fn may_be_admitted(&self, id: BrokerId, member: &MemberState) -> bool {
         let is_connected = member.link.is_some() && member.link == member.registered() && !member.departed;
         let acked_end = member.acked.map(|progress| progress.acked_for(self.rules.durability));

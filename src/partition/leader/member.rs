@@ -89,8 +89,8 @@ pub enum AckError {
     },
 }
 
-/// State of one other replica, as far as the metadata cache and links reported it. A leader ignores the state of a broker
-/// that is no replica by the partition's value.
+/// State of one other replica, as far as the metadata cache and links reported it. A leader ignores the state of a
+/// broker that is no replica by the partition's value.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct MemberState {
     /// Broker epoch of the link on which the replica is subscribed; `None` while it is not.
@@ -110,8 +110,8 @@ pub(super) struct MemberState {
 }
 
 impl MemberState {
-    /// Returns the broker epoch with which the replica may be admitted; `None` if its broker is not registered, or shuts
-    /// down.
+    /// Returns the broker epoch with which the replica may be admitted; `None` if its broker is not registered, or
+    /// shuts down.
     pub(super) fn registered(&self) -> Option<Revision> {
         match self.registration {
             Some(BrokerStatus::Registered(epoch)) => Some(epoch),

@@ -1,7 +1,7 @@
 //! The leader's decisions: which writes are admitted, when they are committed, and which writers get their result.
 //!
-//! [`Leader`] is a plain struct. The actor appends and syncs, and reports the outcome to it; it returns the writers whose
-//! result is due. `W` is the actor's state of a writer, which the leader only stores. [`isr`] decides about the
+//! [`Leader`] is a plain struct. The actor appends and syncs, and reports the outcome to it; it returns the writers
+//! whose result is due. `W` is the actor's state of a writer, which the leader only stores. [`isr`] decides about the
 //! ISR and about commits, from the states of other replicas ([`member`]); [`divergence`] decides where a follower
 //! starts.
 //!

@@ -1,4 +1,5 @@
-//! Continuation of a state without further faults: all brokers restart, receive every message, and do what they can.
+//! Liveness: from a state without further faults, all brokers restart, every message arrives, and the partition must
+//! recover.
 
 use super::{
     rules::RuleViolation,
@@ -6,66 +7,72 @@ use super::{
     world::{BROKERS, Budget, ModelState, Role, at, id, index},
 };
 
-/// Maximum number of steps; more than any state needs.
+/// Maximum number of steps, more than the recovery from any state needs.
 const MAX_STEPS: usize = 400;
 
 /// No faults, but elections for a partition without a leader.
-const CALM: Budget = Budget { epochs: 20, ..Budget::NOTHING };
+const ELECTIONS_ONLY: Budget = Budget { epochs: 20, ..Budget::NOTHING };
 
-/// Follows the state until the state stops changing. Then every replica must be in sync and every record committed.
-pub(super) fn comes_to_rest(mut world: ModelState) -> Result<(), RuleViolation> {
-    world.budget = CALM;
+/// Continues a state without further faults until no step changes it. Each time, the first possible step that changes
+/// the state is taken. In the last state every replica must be in sync and every record committed.
+pub(super) fn check_liveness(mut state: ModelState) -> Result<(), RuleViolation> {
+    state.budget = ELECTIONS_ONLY;
     for _ in 0..MAX_STEPS {
-        reconnect(&mut world);
-        let mut next = None;
-        for step in world.steps() {
-            // An election is better than a value without a leader.
-            if step == Step::Leaderless || next.is_some() {
-                continue;
-            }
-            let after = world.after(step)?;
-            next = (after != world).then_some(after);
-        }
-        match next {
-            Some(after) => world = after,
-            None => return check_recovered(&world),
+        reconnect(&mut state);
+        match next_state(&state)? {
+            Some(next) => state = next,
+            None => return check_recovered(&state),
         }
     }
-    Err(RuleViolation::NeverInSync(format!("no rest within the maximum number of steps: {world:?}")))
+    Err(RuleViolation::NeverInSync(format!("no rest within the maximum number of steps: {state:?}")))
 }
 
-/// Ends the subscription of a follower whose link is lost, so that it subscribes again.
-fn reconnect(world: &mut ModelState) {
+/// Returns the state after the first possible step that changes the state; `None` if no step does.
+fn next_state(state: &ModelState) -> Result<Option<ModelState>, RuleViolation> {
+    // The controller prefers an election to a value without a leader.
+    for step in state.steps().into_iter().filter(|step| *step != Step::ClearLeader) {
+        let next = state.after(step)?;
+        if next != *state {
+            return Ok(Some(next));
+        }
+    }
+    Ok(None)
+}
+
+/// Ends the subscription of each follower whose link was lost, so that the follower subscribes again. No message is in
+/// flight there, and either the response is missing or the leader has no such subscription.
+fn reconnect(state: &mut ModelState) {
     for me in 0..BROKERS {
-        let Role::Following(follower) = &world.brokers[me].role else { continue };
+        let Role::Following(follower) = &state.brokers[me].role else { continue };
         let leader = index(follower.leader());
-        let follows = match &world.brokers[leader].role {
-            Role::Leading(leader) => leader.follows(id(me)) == Some(world.brokers[me].epoch),
+        let is_served = match &state.brokers[leader].role {
+            Role::Leading(leader) => leader.follows(id(me)) == Some(state.brokers[me].epoch),
             _ => false,
         };
-        let link = &world.wires[leader][me];
-        let is_quiet = link.replicate_request.is_empty() && link.replicate_response.is_empty();
-        if let Role::Following(follower) = &mut world.brokers[me].role
-            && is_quiet
-            && (follower.is_subscribing() || follower.is_following() && !follows)
+        let link = &state.links[leader][me];
+        let has_no_messages = link.replicate_request.is_empty() && link.replicate_response.is_empty();
+        if let Role::Following(follower) = &mut state.brokers[me].role
+            && has_no_messages
+            && (follower.is_subscribing() || follower.is_following() && !is_served)
         {
             follower.on_disconnected();
         }
     }
 }
 
-fn check_recovered(world: &ModelState) -> Result<(), RuleViolation> {
-    // No replica is known to hold all committed records: the partition waits for an operator.
-    if world.value.isr.is_empty() && world.value.elr.is_empty() {
+/// Checks that every replica is in sync and every record is committed.
+fn check_recovered(state: &ModelState) -> Result<(), RuleViolation> {
+    // No replica certainly holds all committed records: only an operator can elect a leader.
+    if state.value.isr.is_empty() && state.value.elr.is_empty() {
         return Ok(());
     }
-    let end = world.brokers.iter().map(|broker| at(broker.log.len())).max();
-    let epoch_committed = world.brokers.iter().any(|broker| match &broker.role {
-        Role::Leading(leader) => leader.epoch() == world.value.leader_epoch && leader.latest() == end,
+    let end = state.brokers.iter().map(|broker| at(broker.log.len())).max();
+    let epoch_committed = state.brokers.iter().any(|broker| match &broker.role {
+        Role::Leading(leader) => leader.epoch() == state.value.leader_epoch && leader.latest() == end,
         _ => false,
     });
-    if epoch_committed && world.value.isr.len() == BROKERS && world.value.elr.is_empty() {
+    if epoch_committed && state.value.isr.len() == BROKERS && state.value.elr.is_empty() {
         return Ok(());
     }
-    Err(RuleViolation::NeverInSync(format!("at rest: {world:?}")))
+    Err(RuleViolation::NeverInSync(format!("at rest: {state:?}")))
 }

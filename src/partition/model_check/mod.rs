@@ -1,4 +1,4 @@
-//! Replication, model-checked: every order of events within bounds, over the real decisions.
+//! Model check of replication: every order of events within bounds, over the decisions of the broker.
 //!
 //! # Overview
 //!
@@ -6,19 +6,19 @@
 //! [`Follower`], the partition's value in the metadata store, and the messages between them. `steps` lists the possible
 //! next events: appends, syncs, late and reordered messages, broken links, process exits with or without loss, expired
 //! leases, elections, transactions with a lost outcome. `rules` checks the state after each step. [`explore`] visits
-//! every state that can be reached, nearest first, so that a counterexample is a shortest one.
+//! every state that can be reached, in the order of its distance, so that a counterexample is a shortest one.
 //!
-//! There is no second description of the protocol: the explored structs are those that brokers run, and the same
-//! functions make the values in the store.
+//! The check has no description of the protocol of its own: it runs the structs of the broker, and makes the values in
+//! the store by the broker's functions.
 //!
-//! From one state in [`CALM`] no further fault follows (`liveness`). Then a leader must commit its epoch, every replica
-//! must be in sync again, and all records in the log must be committed.
+//! From one state in [`LIVENESS_SAMPLING`] the model also continues without further faults (`liveness`). A leader must
+//! then commit its epoch, every replica must be in sync again, and all records must be committed.
 //!
-//! The [`Budget`](world::Budget) limits the search: how often each event may happen on the way to a state. A hash of
+//! The [`Budget`](world::Budget) limits the search: how often each event may happen on the path to a state. A hash of
 //! 128 bits identifies a state.
 //!
-//! Mutations (`task::mutation`) show that the search finds violations: each rule that is broken on purpose gives a
-//! counterexample.
+//! Mutations (`task::mutation`) show that the search finds violations: each mutation breaks one rule of the broker, and
+//! gives a counterexample.
 //!
 //! [`IsrTracker`]: super::leader::isr::IsrTracker
 //! [`Follower`]: super::follower::Follower
@@ -41,8 +41,8 @@ use self::{
     world::{BROKERS, ModelState, Setup},
 };
 
-/// One state in this many is continued without faults until nothing changes.
-const CALM: u128 = 64;
+/// One state in this many is continued without faults, to check liveness.
+const LIVENESS_SAMPLING: u128 = 64;
 
 /// Result of a search.
 #[derive(Debug)]
@@ -51,60 +51,61 @@ struct CheckResult {
     states: usize,
     /// Number of steps tried.
     steps: usize,
-    /// Maximum length of the shortest ways to the states.
+    /// Maximum distance of a state from the first state, in steps.
     depth: usize,
     /// True if every state within the bounds was visited.
     complete: bool,
-    /// A shortest way to a state that violates a rule, and the violation.
+    /// Shortest sequence of steps to a state that violates a rule, and the violation; `None` if no state does.
     error: Option<(Vec<Step>, RuleViolation)>,
 }
 
-/// Returns the state from which a search begins: every broker has the value, and the followers are subscribed.
-fn beginning(setup: Setup) -> ModelState {
-    let mut world = ModelState::new(setup);
+/// Returns the first state of a search: every broker has the value, and the followers are subscribed and have
+/// acknowledged.
+fn initial_state(setup: Setup) -> ModelState {
+    let mut state = ModelState::new(setup);
     for me in 0..BROKERS {
-        apply_value(&mut world, me);
+        apply_value(&mut state, me);
     }
     let mut step_without_fault =
-        |step: Step| world = world.after(step).expect("no step before a fault violates a rule");
+        |step: Step| state = state.after(step).expect("no step before a fault violates a rule");
     step_without_fault(Step::ApplyMetadata(0));
     for follower in 1..BROKERS {
         step_without_fault(Step::Subscribe { follower, request: DeliveryTime::Now, response: DeliveryTime::Now });
         step_without_fault(Step::Acknowledge { follower, arrives: DeliveryTime::Now });
     }
-    world
+    state
 }
 
-/// Returns the identity of a state: two hashes, so that two states of a search of millions do not share it by chance.
-fn state_hash(world: &ModelState) -> u128 {
+/// Returns a 128-bit hash that identifies a state. With 64 bits, two of millions of states might share a hash.
+fn state_hash(state: &ModelState) -> u128 {
     let half = |salt: u8| {
         let mut hasher = DefaultHasher::new();
-        (salt, world).hash(&mut hasher);
+        (salt, state).hash(&mut hasher);
         u128::from(hasher.finish())
     };
     half(0) << 64 | half(1)
 }
 
-/// Visits every state within the bounds, or as many as `max_states`.
+/// Visits every state within the bounds, at most about `max_states`. Stops at the first violation.
 fn explore(setup: Setup, max_states: usize) -> CheckResult {
-    let first = beginning(setup);
+    let first = initial_state(setup);
     let mut visited = HashSet::from([state_hash(&first)]);
     // For each state: the state before it, and the step from there.
     let mut reached: Vec<Option<(usize, Step)>> = vec![None];
     let mut queue = VecDeque::from([(0, 0, first)]);
     let mut result = CheckResult { states: 1, steps: 0, depth: 0, complete: false, error: None };
-    while let Some((index, depth, world)) = queue.pop_front() {
+    while let Some((index, depth, state)) = queue.pop_front() {
         result.depth = depth;
-        for step in world.steps() {
+        for step in state.steps() {
             result.steps += 1;
-            match world.after(step) {
+            match state.after(step) {
                 Ok(next) => {
                     let hash = state_hash(&next);
                     if visited.insert(hash) {
-                        if hash.is_multiple_of(CALM)
-                            && let Err(error) = liveness::comes_to_rest(next.clone())
+                        if hash.is_multiple_of(LIVENESS_SAMPLING)
+                            && let Err(error) = liveness::check_liveness(next.clone())
                         {
-                            result.error = Some((way(&reached, index, step), error));
+                            result.error = Some((path_to(&reached, index, step), error));
                             result.states = reached.len();
                             return result;
                         }
@@ -113,7 +114,7 @@ fn explore(setup: Setup, max_states: usize) -> CheckResult {
                     }
                 }
                 Err(error) => {
-                    result.error = Some((way(&reached, index, step), error));
+                    result.error = Some((path_to(&reached, index, step), error));
                     result.states = reached.len();
                     return result;
                 }
@@ -127,12 +128,13 @@ fn explore(setup: Setup, max_states: usize) -> CheckResult {
     CheckResult { states: reached.len(), complete: true, ..result }
 }
 
-/// Returns the steps from the beginning to a state, and one more.
-fn way(reached: &[Option<(usize, Step)>], mut index: usize, last: Step) -> Vec<Step> {
+/// Returns the steps from the first state to the state with this index, and then `last`. `reached` has the state before
+/// each state, with the step from there.
+fn path_to(reached: &[Option<(usize, Step)>], mut index: usize, last: Step) -> Vec<Step> {
     let mut steps = vec![last];
-    while let Some((before, step)) = reached[index] {
+    while let Some((previous, step)) = reached[index] {
         steps.push(step);
-        index = before;
+        index = previous;
     }
     steps.reverse();
     steps

@@ -1,4 +1,5 @@
-//! Rules that must hold after every step: design.md section 13, as far as one partition's replication can show them.
+//! Rules that must hold after every step, as far as they concern the replication of one partition (design.md section
+//! 13).
 
 use std::sync::Arc;
 
@@ -14,57 +15,57 @@ pub(super) enum RuleViolation {
     /// Two processes lead in one epoch.
     TwoLeaders(LeaderEpoch),
     /// The epochs in a log decrease.
-    EpochFalls(BrokerId),
+    EpochDecreases(BrokerId),
     /// Two logs share an offset and its epoch, and differ before.
     LogsDiffer(BrokerId, BrokerId),
     /// A broker's high watermark covers records that are not the committed ones.
     NotCommitted { broker: BrokerId, high_watermark: Offset },
     /// Fewer replicas than the min ISR held the records that were just committed.
-    TooFewHold { held_by: usize, committed: usize },
+    TooFewReplicas { replicas: usize, committed: usize },
     /// A member of ISR or ELR lacks committed records.
     MemberLacks { broker: BrokerId, committed: usize },
-    /// The leader of the newest epoch, after committing it, serves an older end than was served before.
+    /// The leader of the newest epoch has committed its epoch, and serves a lower latest offset than an earlier leader.
     LatestGoesBack { latest: Offset, committed: usize },
     /// A member truncates committed records.
-    CutsCommitted { broker: BrokerId, to: Offset },
+    TruncatesCommitted { broker: BrokerId, to: Offset },
     /// A leader's response requires a truncation below the follower's high watermark.
-    AskedToCutCommitted { broker: BrokerId, to: Offset },
+    TruncationBelowHighWatermark { broker: BrokerId, to: Offset },
     /// The stored value contradicts itself.
     Contradiction(String),
     /// The epoch does not grow with a change of the leader, or grows without one.
     EpochAndLeader(LeaderEpoch),
-    /// A high watermark fell.
-    Falls(BrokerId),
+    /// The high watermark of a running broker fell.
+    HighWatermarkFalls(BrokerId),
     /// Without further faults the partition does not reach a state with every replica in sync and every record
     /// committed.
     NeverInSync(String),
 }
 
-/// Applies the current value to a broker, which may take another role. A new leader is recorded, to check that it is
-/// the only one of its epoch, ever.
-pub(super) fn apply_value(world: &mut ModelState, me: usize) {
-    let transition = world.brokers[me].metadata.apply(Arc::new(world.value.clone()), world.revision, id(me));
-    let Some(role) = world.role_after(me, transition) else { return };
-    let broker = &mut world.brokers[me];
+/// Applies the current value to a broker, which may change its role. Adds a new leader to `leaders`: an epoch must have
+/// only one leader, ever.
+pub(super) fn apply_value(state: &mut ModelState, me: usize) {
+    let transition = state.brokers[me].metadata.apply(Arc::new(state.value.clone()), state.revision, id(me));
+    let Some(role) = state.role_after(me, transition) else { return };
+    let broker = &mut state.brokers[me];
     broker.high_watermark = broker.committed_end();
     if let Role::Leading(leader) = &role {
         broker.metadata.start_leading();
-        world.led.push((leader.epoch(), id(me), broker.epoch));
+        state.leaders.push((leader.epoch(), id(me), broker.epoch));
     }
     broker.role = role;
 }
 
 impl ModelState {
-    /// Checks that a member truncates no committed record.
-    pub(super) fn may_cut(&self, me: usize, to: Offset) -> Result<(), RuleViolation> {
+    /// Checks that a member of ISR or ELR truncates no committed record.
+    pub(super) fn check_truncation(&self, me: usize, to: Offset) -> Result<(), RuleViolation> {
         let is_member = self.value.isr.contains(&id(me)) || self.value.elr.contains(&id(me));
         if is_member && count(to) < self.committed.len() {
-            return Err(RuleViolation::CutsCommitted { broker: id(me), to });
+            return Err(RuleViolation::TruncatesCommitted { broker: id(me), to });
         }
         Ok(())
     }
 
-    /// Checks this state, which followed `before`, and records its commits.
+    /// Checks all rules for this state, which a step made of `before`. Adds the records that the step committed.
     pub(super) fn check(&mut self, before: &Self) -> Result<(), RuleViolation> {
         self.check_value(before)?;
         self.check_leaders()?;
@@ -73,42 +74,46 @@ impl ModelState {
         self.check_committed(before)
     }
 
+    /// Checks that the stored value is valid, and that its epoch grows by one with each change of the leader.
     fn check_value(&self, before: &Self) -> Result<(), RuleViolation> {
         if let Some(reason) = self.value.contradiction() {
             return Err(RuleViolation::Contradiction(reason));
         }
-        let turns = u32::from(self.value.leader != before.value.leader);
-        if self.value.leader_epoch.0 != before.value.leader_epoch.0 + turns {
+        let leader_changes = u32::from(self.value.leader != before.value.leader);
+        if self.value.leader_epoch.0 != before.value.leader_epoch.0 + leader_changes {
             return Err(RuleViolation::EpochAndLeader(self.value.leader_epoch));
         }
         Ok(())
     }
 
+    /// Checks that no epoch had two leaders.
     fn check_leaders(&self) -> Result<(), RuleViolation> {
-        for (index, (epoch, _, _)) in self.led.iter().enumerate() {
-            if self.led[..index].iter().any(|(other, _, _)| other == epoch) {
+        for (index, (epoch, _, _)) in self.leaders.iter().enumerate() {
+            if self.leaders[..index].iter().any(|(earlier, _, _)| earlier == epoch) {
                 return Err(RuleViolation::TwoLeaders(*epoch));
             }
         }
         Ok(())
     }
 
+    /// Checks that epochs ascend in each log, and that logs that share a record are equal before it.
     fn check_logs(&self) -> Result<(), RuleViolation> {
         for (me, broker) in self.brokers.iter().enumerate() {
             if !broker.log.is_sorted() {
-                return Err(RuleViolation::EpochFalls(id(me)));
+                return Err(RuleViolation::EpochDecreases(id(me)));
             }
-            for (other, other_broker) in self.brokers.iter().enumerate().take(me) {
-                let last_equal = broker.log.iter().zip(&other_broker.log).rposition(|(a, b)| a == b);
-                if last_equal.is_some_and(|last| broker.log[..last] != other_broker.log[..last]) {
-                    return Err(RuleViolation::LogsDiffer(id(me), id(other)));
+            for (peer, peer_broker) in self.brokers.iter().enumerate().take(me) {
+                let last_equal = broker.log.iter().zip(&peer_broker.log).rposition(|(a, b)| a == b);
+                if last_equal.is_some_and(|last| broker.log[..last] != peer_broker.log[..last]) {
+                    return Err(RuleViolation::LogsDiffer(id(me), id(peer)));
                 }
             }
         }
         Ok(())
     }
 
-    /// Commits the records below each leader's high watermark.
+    /// Adds the records below each leader's high watermark to the committed records, and checks that enough replicas
+    /// held them.
     fn commit(&mut self) -> Result<(), RuleViolation> {
         for me in 0..BROKERS {
             let Role::Leading(leader) = &self.brokers[me].role else { continue };
@@ -121,27 +126,30 @@ impl ModelState {
                 return Err(RuleViolation::NotCommitted { broker: id(me), high_watermark: at(end) });
             }
             self.committed = log[..end].to_vec();
-            // A broker that lost the records since may have held them when it acknowledged.
-            let held = self.brokers.iter().filter(|broker| broker.has_lost || broker.log.starts_with(&self.committed));
-            let held_by = held.count();
-            if held_by < leader.rule().min_insync {
-                return Err(RuleViolation::TooFewHold { held_by, committed: end });
+            // A broker that has lost records may have held these when it acknowledged them.
+            let holders =
+                self.brokers.iter().filter(|broker| broker.has_lost || broker.log.starts_with(&self.committed));
+            let replicas = holders.count();
+            if replicas < leader.rules().min_insync {
+                return Err(RuleViolation::TooFewReplicas { replicas, committed: end });
             }
         }
         Ok(())
     }
 
+    /// Checks that members of ISR and ELR hold all committed records, that high watermarks cover only these and never
+    /// fall, and that the newest leader serves all of them.
     fn check_committed(&self, before: &Self) -> Result<(), RuleViolation> {
         let committed = self.committed.len();
         for member in self.value.isr.iter().chain(&self.value.elr) {
             let broker = &self.brokers[index(*member)];
             // An exited broker that cannot verify its records removes itself before it takes part again.
-            let counts = matches!(broker.role, Role::Exited(ReplicaIntegrity::Intact)) || broker.is_alive();
-            if counts && !broker.log.starts_with(&self.committed) {
+            let must_hold = matches!(broker.role, Role::Exited(ReplicaIntegrity::Intact)) || broker.is_alive();
+            if must_hold && !broker.log.starts_with(&self.committed) {
                 return Err(RuleViolation::MemberLacks { broker: *member, committed });
             }
         }
-        let newest = self.led.iter().map(|(epoch, _, _)| *epoch).max();
+        let newest_epoch = self.leaders.iter().map(|(epoch, _, _)| *epoch).max();
         for (me, broker) in self.brokers.iter().enumerate() {
             let high_watermark = broker.committed_end();
             let end = count(high_watermark);
@@ -150,10 +158,10 @@ impl ModelState {
             }
             if broker.is_alive() && before.brokers[me].is_alive() && high_watermark < before.brokers[me].committed_end()
             {
-                return Err(RuleViolation::Falls(id(me)));
+                return Err(RuleViolation::HighWatermarkFalls(id(me)));
             }
             if let Role::Leading(leader) = &broker.role
-                && Some(leader.epoch()) == newest
+                && Some(leader.epoch()) == newest_epoch
                 && let Some(latest) = leader.latest()
                 && count(latest) < committed
             {

@@ -1,5 +1,5 @@
-//! Possible next events of a state, and their effects. The brokers' decisions are the real ones; this file has only the
-//! actor's part, and the faults.
+//! Possible next events of a state, and their effects. The decisions are those of the broker's structs; this file has
+//! only the part of the actor, and the faults.
 
 use super::{
     rules::{RuleViolation, apply_value},
@@ -21,50 +21,69 @@ use crate::{
     },
 };
 
-/// Time of an arrival. Most messages arrive at once. The number of later arrivals is limited, and each may happen at
-/// any time.
+/// Arrival of a message: with its sending, or as a later step of its own. The budget limits the late messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DeliveryTime {
     Now,
     Later,
 }
 
-/// End of a transaction, for the leader that requested it.
+/// Outcome of a transaction for the leader that requested it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StoreReply {
     /// The leader receives the outcome at once.
     Delivered,
-    /// The outcome arrives later, and the leader waits for it.
+    /// The transaction reaches the store later, and the leader waits for the outcome.
     DeliveredLater,
-    /// The transaction was applied or refused, and the leader does not receive the outcome.
-    Lost,
-    /// The leader receives nothing, and the transaction may still be applied.
-    Open,
+    /// The transaction reaches the store at once, and the outcome is lost.
+    OutcomeLost,
+    /// The transaction reaches the store later, and the leader no longer waits for the outcome.
+    TimedOut,
 }
 
-/// One event. Numbers are of brokers, from 0, or of messages.
+/// One event. Numbers are indexes of brokers, late messages or transactions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
+    /// A leader appends a batch.
     Append(usize),
+    /// A broker syncs its log.
     Persist(usize),
+    /// A follower subscribes.
     Subscribe { follower: usize, request: DeliveryTime, response: DeliveryTime },
+    /// A follower acknowledges its progress.
     Acknowledge { follower: usize, arrives: DeliveryTime },
-    Push { leader: usize, follower: usize, arrives: DeliveryTime },
+    /// A leader sends the next batch, or only its high watermark.
+    SendBatches { leader: usize, follower: usize, arrives: DeliveryTime },
+    /// A late message arrives at a leader, in any order.
     LeaderReceives { leader: usize, follower: usize, message: usize },
+    /// The oldest late message arrives at a follower.
     FollowerReceives { leader: usize, follower: usize },
-    Break { leader: usize, follower: usize },
-    Lag(usize),
+    /// A link breaks.
+    BreakLink { leader: usize, follower: usize },
+    /// A leader finds that its followers have lagged for too long.
+    FindLagging(usize),
+    /// A leader proposes an ISR change.
     Propose { leader: usize, outcome: StoreReply },
-    StoreDoes(usize),
+    /// A late transaction reaches the store.
+    ApplyTransaction(usize),
+    /// A leader reads the key after an unknown outcome.
     ReadBack(usize),
+    /// A broker receives the current value and registrations.
     ApplyMetadata(usize),
-    Exit { broker: usize, holds: ReplicaIntegrity, left: usize },
+    /// A process exits. `remaining` is the number of records in its log at the next start, which finds this integrity.
+    Exit { broker: usize, integrity: ReplicaIntegrity, remaining: usize },
+    /// A process starts again and registers.
     Restart(usize),
+    /// The lease of a registration expires.
     Expire(usize),
+    /// A running broker registers again after its lease has expired.
     Register(usize),
+    /// The controller elects a broker as leader.
     Elect(usize),
-    Leaderless,
-    LowerMinimum,
+    /// The controller writes a value without a leader.
+    ClearLeader,
+    /// `min.insync.replicas` is lowered by one.
+    LowerMinIsr,
 }
 
 impl ModelState {
@@ -72,30 +91,31 @@ impl ModelState {
     pub(super) fn steps(&self) -> Vec<Step> {
         let mut steps = Vec::with_capacity(32);
         for broker in 0..BROKERS {
-            self.steps_of_process(broker, &mut steps);
-            self.steps_of_fate(broker, &mut steps);
+            self.push_process_steps(broker, &mut steps);
+            self.push_fault_steps(broker, &mut steps);
         }
         for leader in 0..BROKERS {
             for follower in 0..BROKERS {
-                self.steps_of_wire(leader, follower, &mut steps);
+                self.push_link_steps(leader, follower, &mut steps);
             }
         }
-        steps.extend((0..self.calls.len()).map(Step::StoreDoes));
-        self.steps_of_controller(&mut steps);
+        steps.extend((0..self.calls.len()).map(Step::ApplyTransaction));
+        self.push_controller_steps(&mut steps);
         steps
     }
 
-    fn steps_of_process(&self, me: usize, steps: &mut Vec<Step>) {
+    /// Adds the steps of a running broker.
+    fn push_process_steps(&self, me: usize, steps: &mut Vec<Step>) {
         let broker = &self.brokers[me];
         match &broker.role {
             Role::Exited(_) => return,
-            Role::Waiting => {}
+            Role::Idle => {}
             Role::Leading(leader) => {
                 if self.budget.appends > 0 {
                     steps.push(Step::Append(me));
                 }
                 if self.budget.lags > 0 && leader.wants_ticks() {
-                    steps.push(Step::Lag(me));
+                    steps.push(Step::FindLagging(me));
                 }
                 if leader.needs_read_back() {
                     steps.push(Step::ReadBack(me));
@@ -106,12 +126,12 @@ impl ModelState {
                         steps.push(Step::Propose { leader: me, outcome: StoreReply::DeliveredLater });
                     }
                     if self.budget.unknowns > 0 {
-                        steps.push(Step::Propose { leader: me, outcome: StoreReply::Lost });
-                        steps.push(Step::Propose { leader: me, outcome: StoreReply::Open });
+                        steps.push(Step::Propose { leader: me, outcome: StoreReply::OutcomeLost });
+                        steps.push(Step::Propose { leader: me, outcome: StoreReply::TimedOut });
                     }
                 }
             }
-            Role::Following(follower) => self.steps_of_follower(me, follower, steps),
+            Role::Following(follower) => self.push_follower_steps(me, follower, steps),
         }
         if broker.persisted < broker.log.len() {
             steps.push(Step::Persist(me));
@@ -121,10 +141,11 @@ impl ModelState {
         }
     }
 
-    fn steps_of_follower(&self, me: usize, follower: &Follower, steps: &mut Vec<Step>) {
+    /// Adds the steps of a follower, and of the leader that sends to it.
+    fn push_follower_steps(&self, me: usize, follower: &Follower, steps: &mut Vec<Step>) {
         let leader = index(follower.leader());
         let Role::Leading(leading) = &self.brokers[leader].role else { return };
-        let link = &self.wires[leader][me];
+        let link = &self.links[leader][me];
         let may_be_late = self.budget.late > 0;
         if !follower.is_following() && !follower.is_subscribing() {
             steps.push(Step::Subscribe { follower: me, request: DeliveryTime::Now, response: DeliveryTime::Now });
@@ -134,11 +155,11 @@ impl ModelState {
             }
         }
         if follower.is_following() {
-            // An acknowledgement that the leader has already, or that is on its way, is not sent again.
+            // An acknowledgement that the leader has, or that is in flight, is not sent again.
             let progress = self.brokers[me].progress();
-            let is_known = leading.acknowledged_by(id(me)) == Some(progress) || leading.follows(id(me)).is_none();
-            if !is_known
-                && !link.replicate_request.iter().any(|message| message.content == FollowerSends::Holds(progress))
+            let is_useless = leading.acknowledged_by(id(me)) == Some(progress) || leading.follows(id(me)).is_none();
+            if !is_useless
+                && !link.replicate_request.iter().any(|message| message.content == FollowerSends::Progress(progress))
             {
                 steps.push(Step::Acknowledge { follower: me, arrives: DeliveryTime::Now });
                 if may_be_late {
@@ -146,22 +167,23 @@ impl ModelState {
                 }
             }
         }
-        // A leader sends nothing after a late message before that one has arrived.
-        let lacks = self.brokers[me].log.len() < self.brokers[leader].log.len();
+        // A leader sends nothing while a late message is in flight: messages to a follower keep their order.
+        let lacks_batches = self.brokers[me].log.len() < self.brokers[leader].log.len();
         if leading.follows(id(me)).is_some()
             && link.replicate_response.is_empty()
-            && (lacks || follower.high_watermark() < leading.high_watermark())
+            && (lacks_batches || follower.high_watermark() < leading.high_watermark())
         {
-            steps.push(Step::Push { leader, follower: me, arrives: DeliveryTime::Now });
-            if may_be_late && lacks {
-                steps.push(Step::Push { leader, follower: me, arrives: DeliveryTime::Later });
+            steps.push(Step::SendBatches { leader, follower: me, arrives: DeliveryTime::Now });
+            if may_be_late && lacks_batches {
+                steps.push(Step::SendBatches { leader, follower: me, arrives: DeliveryTime::Later });
             }
         }
     }
 
-    fn steps_of_fate(&self, me: usize, steps: &mut Vec<Step>) {
+    /// Adds the exits, restarts, expiries and registrations of a broker.
+    fn push_fault_steps(&self, me: usize, steps: &mut Vec<Step>) {
         let (broker, budget) = (&self.brokers[me], &self.budget);
-        let written = broker.log.len();
+        let log_len = broker.log.len();
         if let Role::Exited(_) = broker.role {
             steps.push(Step::Restart(me));
             if self.registered[me].is_some() {
@@ -169,20 +191,21 @@ impl ModelState {
             }
             return;
         }
-        let unmarked = if self.durability == Durability::Persisted {
+        // A start finds the log of a killed process or machine intact only if the topic's records are synced.
+        let integrity = if self.durability == Durability::Persisted {
             ReplicaIntegrity::Intact
         } else {
             ReplicaIntegrity::UncleanShutdown
         };
         if budget.kills > 0 {
-            steps.push(Step::Exit { broker: me, holds: unmarked, left: written });
+            steps.push(Step::Exit { broker: me, integrity, remaining: log_len });
         }
         if budget.losses > 0 {
-            let kept = if self.durability == Durability::Persisted { broker.persisted } else { 0 };
-            steps.extend((kept..written).map(|left| Step::Exit { broker: me, holds: unmarked, left }));
+            let synced = if self.durability == Durability::Persisted { broker.persisted } else { 0 };
+            steps.extend((synced..log_len).map(|remaining| Step::Exit { broker: me, integrity, remaining }));
         }
         if budget.wipes > 0 {
-            steps.push(Step::Exit { broker: me, holds: ReplicaIntegrity::Unverified, left: 0 });
+            steps.push(Step::Exit { broker: me, integrity: ReplicaIntegrity::Unverified, remaining: 0 });
         }
         match self.registered[me] {
             Some(_) if budget.expiries > 0 => steps.push(Step::Expire(me)),
@@ -191,8 +214,9 @@ impl ModelState {
         }
     }
 
-    fn steps_of_wire(&self, leader: usize, follower: usize, steps: &mut Vec<Step>) {
-        let link = &self.wires[leader][follower];
+    /// Adds the arrivals of late messages, and the break of a link.
+    fn push_link_steps(&self, leader: usize, follower: usize, steps: &mut Vec<Step>) {
+        let link = &self.links[leader][follower];
         steps.extend((0..link.replicate_request.len()).map(|message| Step::LeaderReceives {
             leader,
             follower,
@@ -206,90 +230,93 @@ impl ModelState {
             && (following.is_following() || following.is_subscribing())
             && self.budget.breaks > 0
         {
-            steps.push(Step::Break { leader, follower });
+            steps.push(Step::BreakLink { leader, follower });
         }
     }
 
-    fn steps_of_controller(&self, steps: &mut Vec<Step>) {
+    /// Adds the elections of the controller, and the change of the min ISR.
+    fn push_controller_steps(&self, steps: &mut Vec<Step>) {
         if self.budget.epochs > 0 {
-            let leads = self.value.leader.is_some_and(|leader| self.is_live(leader));
+            let leads = self.value.leader.is_some_and(|leader| self.is_registered(leader));
             if !leads || self.budget.handovers > 0 {
-                let may = |to: &usize| self.value.elect(id(*to), |id| self.is_live(id), self.min_insync).is_some();
-                steps.extend((0..BROKERS).filter(may).map(Step::Elect));
+                let can_elect =
+                    |to: &usize| self.value.elect(id(*to), |id| self.is_registered(id), self.min_insync).is_some();
+                steps.extend((0..BROKERS).filter(can_elect).map(Step::Elect));
             }
             if !leads && self.value.leader.is_some() {
-                steps.push(Step::Leaderless);
+                steps.push(Step::ClearLeader);
             }
         }
         if self.budget.lowerings > 0 && self.min_insync > 1 {
-            steps.push(Step::LowerMinimum);
+            steps.push(Step::LowerMinIsr);
         }
     }
 
-    /// Returns the state after this step.
+    /// Returns the state after this step, or the rule that the step violates.
     pub(super) fn after(&self, step: Step) -> Result<Self, RuleViolation> {
-        let mut world = self.clone();
+        let mut state = self.clone();
         match step {
-            Step::Append(me) => world.append(me),
+            Step::Append(me) => state.append(me),
             Step::Persist(me) => {
-                world.brokers[me].persisted = world.brokers[me].log.len();
-                world.own_moved(me);
+                state.brokers[me].persisted = state.brokers[me].log.len();
+                state.update_leader_progress(me);
             }
-            Step::Subscribe { follower, request, response } => world.subscribe(follower, request, response)?,
-            Step::Acknowledge { follower, arrives } => world.acknowledge(follower, arrives)?,
-            Step::Push { leader, follower, arrives } => world.push(leader, follower, arrives)?,
+            Step::Subscribe { follower, request, response } => state.subscribe(follower, request, response)?,
+            Step::Acknowledge { follower, arrives } => state.acknowledge(follower, arrives)?,
+            Step::SendBatches { leader, follower, arrives } => state.send_batches(leader, follower, arrives)?,
             Step::LeaderReceives { leader, follower, message } => {
-                let message = world.wires[leader][follower].replicate_request.remove(message);
-                world.leader_receives(leader, follower, message, DeliveryTime::Now)?;
+                let message = state.links[leader][follower].replicate_request.remove(message);
+                state.leader_receives(leader, follower, message, DeliveryTime::Now)?;
             }
             Step::FollowerReceives { leader, follower } => {
-                let message = world.wires[leader][follower].replicate_response.remove(0);
-                world.follower_receives(follower, message)?;
+                let message = state.links[leader][follower].replicate_response.remove(0);
+                state.follower_receives(follower, message)?;
             }
-            Step::Break { leader, follower } => world.break_link(leader, follower),
-            Step::Lag(me) => {
-                world.budget.lags -= 1;
-                if let Role::Leading(leader) = &mut world.brokers[me].role {
+            Step::BreakLink { leader, follower } => state.break_link(leader, follower),
+            Step::FindLagging(me) => {
+                state.budget.lags -= 1;
+                if let Role::Leading(leader) = &mut state.brokers[me].role {
                     leader.tick(0);
                     leader.tick(1);
                 }
             }
-            Step::Propose { leader, outcome } => world.propose(leader, outcome),
-            Step::StoreDoes(call) => {
-                let call = world.calls.remove(call);
-                world.store_does(call);
+            Step::Propose { leader, outcome } => state.propose(leader, outcome),
+            Step::ApplyTransaction(call) => {
+                let call = state.calls.remove(call);
+                state.apply_transaction(call);
             }
             Step::ReadBack(me) => {
-                world.on_proposal_outcome(me, ProposalOutcome::CurrentValue(world.value.clone(), world.revision))
+                state.on_proposal_outcome(me, ProposalOutcome::CurrentValue(state.value.clone(), state.revision))
             }
-            Step::ApplyMetadata(me) => world.apply_metadata(me),
-            Step::Exit { broker, holds, left } => world.exit(broker, holds, left),
-            Step::Restart(me) => world.restart(me),
+            Step::ApplyMetadata(me) => state.apply_metadata(me),
+            Step::Exit { broker, integrity, remaining } => state.exit(broker, integrity, remaining),
+            Step::Restart(me) => state.restart(me),
             Step::Expire(me) => {
-                world.budget.expiries -= u8::from(world.brokers[me].is_alive());
-                world.registered[me] = None;
+                state.budget.expiries -= u8::from(state.brokers[me].is_alive());
+                state.registered[me] = None;
             }
-            Step::Register(me) => world.register(me),
+            Step::Register(me) => state.register(me),
             Step::Elect(to) => {
-                world.budget.handovers -= u8::from(world.value.leader.is_some_and(|leader| world.is_live(leader)));
-                let elected = world.value.elect(id(to), |id| world.is_live(id), world.min_insync);
-                world.write(elected.expect("the step is offered only if the broker can be elected"));
+                state.budget.handovers -=
+                    u8::from(state.value.leader.is_some_and(|leader| state.is_registered(leader)));
+                let elected = state.value.elect(id(to), |id| state.is_registered(id), state.min_insync);
+                state.write(elected.expect("the step is offered only if the broker can be elected"));
             }
-            Step::Leaderless => world.write(world.value.leaderless()),
-            Step::LowerMinimum => {
-                world.budget.lowerings -= 1;
-                world.min_insync -= 1;
+            Step::ClearLeader => state.write(state.value.leaderless()),
+            Step::LowerMinIsr => {
+                state.budget.lowerings -= 1;
+                state.min_insync -= 1;
             }
         }
-        world.check(self)?;
-        Ok(world)
+        state.check(self)?;
+        Ok(state)
     }
 
-    /// Replaces the stored value.
+    /// Replaces the stored value, at the next revision.
     fn write(&mut self, value: crate::cluster::PartitionValue) {
-        let turns = value.leader_epoch.0 - self.value.leader_epoch.0;
+        let new_epochs = value.leader_epoch.0 - self.value.leader_epoch.0;
         self.budget.epochs =
-            self.budget.epochs.saturating_sub(u8::try_from(turns).expect("the epoch grows by at most one"));
+            self.budget.epochs.saturating_sub(u8::try_from(new_epochs).expect("the epoch grows by at most one"));
         self.value = value;
         self.revision = self.revision.next();
     }
@@ -300,18 +327,19 @@ impl ModelState {
         if let Role::Leading(leader) = &broker.role {
             broker.log.push(leader.epoch());
         }
-        self.log_grew(me);
+        self.on_log_grown(me);
     }
 
-    fn log_grew(&mut self, me: usize) {
-        // If no unsynced record can be lost, syncs make no difference.
+    fn on_log_grown(&mut self, me: usize) {
+        // If no unsynced record can be lost, an append is synced at once: the search needs no step for it.
         if self.durability == Durability::Replicated || self.budget.losses == 0 {
             self.brokers[me].persisted = self.brokers[me].log.len();
         }
-        self.own_moved(me);
+        self.update_leader_progress(me);
     }
 
-    fn own_moved(&mut self, me: usize) {
+    /// Passes the progress of a leader's own log to the leader.
+    fn update_leader_progress(&mut self, me: usize) {
         let progress = self.brokers[me].progress();
         if let Role::Leading(leader) = &mut self.brokers[me].role {
             leader.update_local(progress);
@@ -327,7 +355,7 @@ impl ModelState {
     }
 
     fn acknowledge(&mut self, me: usize, arrives: DeliveryTime) -> Result<(), RuleViolation> {
-        let (from, content) = (self.peer(me), FollowerSends::Holds(self.brokers[me].progress()));
+        let (from, content) = (self.peer(me), FollowerSends::Progress(self.brokers[me].progress()));
         let Role::Following(follower) = &self.brokers[me].role else { return Ok(()) };
         let message = ToLeader { from, epoch: follower.epoch(), content };
         self.send_to_leader(index(follower.leader()), me, message, arrives, DeliveryTime::Now)
@@ -345,12 +373,12 @@ impl ModelState {
             return self.leader_receives(leader, follower, message, response);
         }
         self.budget.late -= 1;
-        self.wires[leader][follower].replicate_request.push(message);
+        self.links[leader][follower].replicate_request.push(message);
         Ok(())
     }
 
     /// Sends the next batch that the follower lacks, or only the leader's high watermark.
-    fn push(&mut self, leader: usize, follower: usize, arrives: DeliveryTime) -> Result<(), RuleViolation> {
+    fn send_batches(&mut self, leader: usize, follower: usize, arrives: DeliveryTime) -> Result<(), RuleViolation> {
         let from = self.brokers[follower].log.len();
         let Role::Leading(leading) = &self.brokers[leader].role else { return Ok(()) };
         let batch = self.brokers[leader].log.get(from);
@@ -358,7 +386,7 @@ impl ModelState {
         let message = ToFollower {
             epoch: leading.epoch(),
             high_watermark: leading.high_watermark(),
-            brings: LeaderSends::Batches(headers.into_iter().collect()),
+            content: LeaderSends::Batches(headers.into_iter().collect()),
         };
         self.send_to_follower(leader, follower, message, arrives)
     }
@@ -374,7 +402,7 @@ impl ModelState {
             return self.follower_receives(follower, message);
         }
         self.budget.late -= 1;
-        self.wires[leader][follower].replicate_response.push(message);
+        self.links[leader][follower].replicate_response.push(message);
         Ok(())
     }
 
@@ -395,14 +423,14 @@ impl ModelState {
                 let message = ToFollower {
                     epoch,
                     high_watermark: leading.high_watermark(),
-                    brings: LeaderSends::Response(decision),
+                    content: LeaderSends::Response(decision),
                 };
                 // A response is sent on the link of its request, and is lost with that link.
                 if self.brokers[follower].epoch == from.epoch && self.brokers[follower].is_alive() {
                     return self.send_to_follower(leader, follower, message, arrives);
                 }
             }
-            FollowerSends::Holds(progress) => {
+            FollowerSends::Progress(progress) => {
                 // An acknowledgement that does not count changes nothing: this rule is checked.
                 let _stale = leading.on_acknowledged(from, epoch, progress);
             }
@@ -411,39 +439,39 @@ impl ModelState {
     }
 
     fn follower_receives(&mut self, me: usize, message: ToFollower) -> Result<(), RuleViolation> {
-        let ToFollower { epoch, high_watermark, brings } = message;
+        let ToFollower { epoch, high_watermark, content } = message;
         let history = self.brokers[me].history();
         let Role::Following(follower) = &mut self.brokers[me].role else { return Ok(()) };
-        let result = match &brings {
+        let result = match &content {
             LeaderSends::Response(decision) => follower.on_response(epoch, decision, high_watermark, &history),
             LeaderSends::Batches(headers) => follower.on_batches(epoch, headers, high_watermark),
         };
         match result {
             Ok(FollowerAction::Truncate(to) | FollowerAction::Bootstrap(to)) => {
-                self.may_cut(me, to)?;
+                self.check_truncation(me, to)?;
                 let broker = &mut self.brokers[me];
                 broker.log.truncate(count(to));
                 broker.persisted = broker.persisted.min(count(to));
             }
             Ok(FollowerAction::Append) => {
-                if let LeaderSends::Batches(headers) = brings {
+                if let LeaderSends::Batches(headers) = content {
                     self.brokers[me].log.extend(headers.iter().map(|header| header.epoch));
                 }
                 let end = at(self.brokers[me].log.len());
                 if let Role::Following(follower) = &mut self.brokers[me].role {
                     follower.on_appended(end);
                 }
-                self.log_grew(me);
+                self.on_log_grown(me);
             }
             Ok(FollowerAction::Follow(_) | FollowerAction::Ignore | FollowerAction::RetryLater) => {}
-            // No record is ever deleted here.
+            // In this model no record is deleted, so these truncations would lose committed records.
             Err(
                 ProtocolViolation::TruncateBelowCommitted { to, .. }
                 | ProtocolViolation::BootstrapBelowCommitted { at: to, .. },
             ) => {
-                return Err(RuleViolation::AskedToCutCommitted { broker: id(me), to });
+                return Err(RuleViolation::TruncationBelowHighWatermark { broker: id(me), to });
             }
-            // Late or out of order: the message changed nothing.
+            // The message was late or out of order, and changed nothing.
             Err(_) => {}
         }
         Ok(())
@@ -451,7 +479,7 @@ impl ModelState {
 
     fn break_link(&mut self, leader: usize, me: usize) {
         self.budget.breaks -= 1;
-        self.wires[leader][me].replicate_response.clear();
+        self.links[leader][me].replicate_response.clear();
         if let Role::Following(follower) = &mut self.brokers[me].role {
             follower.on_disconnected();
         }
@@ -467,16 +495,16 @@ impl ModelState {
         let awaited = Some(leader.epoch());
         let call = StoreCall { proposal, owner: id(me), awaited };
         match outcome {
-            StoreReply::Delivered => self.store_does(call),
+            StoreReply::Delivered => self.apply_transaction(call),
             StoreReply::DeliveredLater => {
                 self.budget.late -= 1;
                 self.calls.push(call);
             }
-            StoreReply::Lost | StoreReply::Open => {
+            StoreReply::OutcomeLost | StoreReply::TimedOut => {
                 self.budget.unknowns -= 1;
                 let call = StoreCall { awaited: None, ..call };
                 match outcome {
-                    StoreReply::Lost => self.store_does(call),
+                    StoreReply::OutcomeLost => self.apply_transaction(call),
                     _ => self.calls.push(call),
                 }
                 self.on_proposal_outcome(me, ProposalOutcome::Unknown);
@@ -484,16 +512,15 @@ impl ModelState {
         }
     }
 
-    /// Applies a transaction in the store: all its compares hold, or nothing changes. A leader that waits for the
-    /// outcome receives it.
-    fn store_does(&mut self, call: StoreCall) {
+    /// Applies a transaction in the store if all its compares hold. The owner receives the outcome if it still waits.
+    fn apply_transaction(&mut self, call: StoreCall) {
         let StoreCall { proposal, owner, awaited } = call;
-        let holds = proposal.expect == self.revision
+        let compares_hold = proposal.expect == self.revision
             && proposal.added.iter().all(|peer| self.registered[index(peer.broker)] == Some(peer.epoch));
-        if holds {
+        if compares_hold {
             self.write(proposal.value);
         }
-        let outcome = if holds {
+        let outcome = if compares_hold {
             ProposalOutcome::Committed(self.revision)
         } else {
             ProposalOutcome::CurrentValue(self.value.clone(), self.revision)
@@ -512,8 +539,8 @@ impl ModelState {
             ValueUpdate::Deposed { .. } => self.apply_metadata(me),
             ValueUpdate::Adopted => {
                 let transition = broker.metadata.apply(leader.value().clone().into(), leader.revision(), id(me));
-                let stays = matches!(transition, Transition::SetsChanged | Transition::Same);
-                assert!(stays, "a value of the leader's epoch keeps the role");
+                let keeps_role = matches!(transition, Transition::SetsChanged | Transition::Same);
+                assert!(keeps_role, "a value of the leader's epoch keeps the role");
             }
             ValueUpdate::Unchanged | ValueUpdate::Deleted => {}
         }
@@ -521,37 +548,39 @@ impl ModelState {
 
     /// Gives a broker the current value and registrations.
     fn apply_metadata(&mut self, me: usize) {
-        let (value, revision, rule) = (self.value.clone(), self.revision, self.rule());
-        let seen: Vec<_> = (0..BROKERS).map(|other| (id(other), self.registration(other))).collect();
+        let (value, revision, rules) = (self.value.clone(), self.revision, self.isr_rules());
+        let statuses: Vec<_> = (0..BROKERS).map(|broker| (id(broker), self.broker_status(broker))).collect();
         apply_value(self, me);
         if let Role::Leading(leader) = &mut self.brokers[me].role {
             leader.on_value(&value, revision);
-            leader.configure(rule);
-            for (other, registration) in seen {
-                leader.on_broker_status(other, registration);
+            leader.configure(rules);
+            for (broker, status) in statuses {
+                leader.on_broker_status(broker, status);
             }
         }
     }
 
-    fn exit(&mut self, me: usize, holds: ReplicaIntegrity, left: usize) {
+    fn exit(&mut self, me: usize, integrity: ReplicaIntegrity, remaining: usize) {
         let budget = &mut self.budget;
-        match holds {
+        match integrity {
             ReplicaIntegrity::Unverified => budget.wipes -= 1,
-            _ if left < self.brokers[me].log.len() => budget.losses -= 1,
+            _ if remaining < self.brokers[me].log.len() => budget.losses -= 1,
             _ => budget.kills -= 1,
         }
         let broker = &mut self.brokers[me];
-        broker.has_lost |= holds == ReplicaIntegrity::Unverified
-            || holds == ReplicaIntegrity::UncleanShutdown && left < broker.log.len();
-        broker.log.truncate(left);
-        (broker.persisted, broker.high_watermark) = (left, Offset::ZERO);
+        // A loss of unsynced records counts only if an acknowledgement does not wait for the sync.
+        broker.has_lost |= integrity == ReplicaIntegrity::Unverified
+            || integrity == ReplicaIntegrity::UncleanShutdown && remaining < broker.log.len();
+        broker.log.truncate(remaining);
+        (broker.persisted, broker.high_watermark) = (remaining, Offset::ZERO);
         broker.metadata = AppliedMetadata::default();
-        broker.role = Role::Exited(holds);
-        for other in 0..BROKERS {
-            // Messages to the broker are lost; messages from it to a leader may still arrive.
-            self.wires[other][me].replicate_response.clear();
-            self.wires[me][other].replicate_request.clear();
-            self.wires[me][other].replicate_response.clear();
+        broker.role = Role::Exited(integrity);
+        for peer in 0..BROKERS {
+            // Messages to the broker are lost, and its batches and responses with its links. Its messages to a leader
+            // may still arrive.
+            self.links[peer][me].replicate_response.clear();
+            self.links[me][peer].replicate_request.clear();
+            self.links[me][peer].replicate_response.clear();
         }
         for call in &mut self.calls {
             if call.owner == id(me) {
@@ -560,26 +589,26 @@ impl ModelState {
         }
     }
 
-    /// Starts a process. It ends the older registration, removes itself from the sets that it cannot verify, releases
-    /// its leadership, and registers.
+    /// Starts a process. The broker ends its older registration, removes itself from ISR and ELR if its log is not
+    /// intact, gives its leadership up, and registers.
     fn restart(&mut self, me: usize) {
-        let Role::Exited(holds) = self.brokers[me].role else { return };
+        let Role::Exited(integrity) = self.brokers[me].role else { return };
         self.registered[me] = None;
-        if let Some(value) = self.value.after_restart(id(me), holds) {
+        if let Some(value) = self.value.after_restart(id(me), integrity) {
             self.write(value);
         }
-        self.brokers[me].role = Role::Waiting;
+        self.brokers[me].role = Role::Idle;
         self.register(me);
     }
 
-    /// Registers with a new broker epoch, and connects again with that.
+    /// Registers a broker with a new broker epoch. A follower connects again with that epoch.
     fn register(&mut self, me: usize) {
         let broker = &mut self.brokers[me];
         broker.epoch = broker.epoch.next();
         self.registered[me] = Some(broker.epoch);
         if let Role::Following(follower) = &mut broker.role {
             follower.on_disconnected();
-            self.wires[index(follower.leader())][me].replicate_response.clear();
+            self.links[index(follower.leader())][me].replicate_response.clear();
         }
     }
 }

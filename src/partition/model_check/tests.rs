@@ -1,5 +1,4 @@
-//! The searches: small ones in every test run, large ones by `make model`, and one for each rule that is broken on
-//! purpose.
+//! The searches: small ones in every test run, large ones by `make model`, and one for each mutation.
 
 use super::{
     CheckResult, explore,
@@ -12,12 +11,12 @@ use crate::{
 
 const NOTHING: Budget = Budget::NOTHING;
 
-/// Returns a setup with two brokers in sync; the third follows, and may be admitted at any time.
+/// Returns a setup with two brokers in the ISR. The third follows, and may be admitted at any time.
 const fn setup(durability: Durability, min_insync: usize, budget: Budget) -> Setup {
     Setup { durability, min_insync, in_sync: 2, budget }
 }
 
-/// Searches of every test run, in full.
+/// Searches of every test run, without a limit of states.
 const SMALL: &[(&str, Setup)] = &[
     ("a leader exits", setup(Persisted, 2, Budget { appends: 1, epochs: 1, kills: 1, ..NOTHING })),
     ("a machine loses power", setup(Persisted, 1, Budget { appends: 1, epochs: 1, losses: 1, ..NOTHING })),
@@ -49,7 +48,7 @@ const LARGE: &[(&str, Budget)] = &[
     ("power is lost, late messages", Budget { appends: 1, epochs: 1, losses: 1, late: 1, ..NOTHING }),
 ];
 
-/// Smallest known setup that shows each broken rule.
+/// Smallest known setup that shows the violation of each mutation.
 const BROKEN: &[(Mutation, Setup)] = &[
     (
         Mutation::AcceptOlderLeaderEpochAck,
@@ -75,8 +74,8 @@ const BROKEN: &[(Mutation, Setup)] = &[
 ];
 
 fn assert_sound(name: &str, result: &CheckResult) {
-    if let Some((way, error)) = &result.error {
-        let steps: Vec<String> = way.iter().map(|step| format!("  {step:?}")).collect();
+    if let Some((path, error)) = &result.error {
+        let steps: Vec<String> = path.iter().map(|step| format!("  {step:?}")).collect();
         panic!("{name}: {error:?} after\n{}", steps.join("\n"));
     }
 }
@@ -90,17 +89,17 @@ fn few_faults_in_any_order_violate_no_rule() {
     }
 }
 
-/// A search without a finding proves something only if it finds a broken rule.
+/// That a search finds no violation means something only if it finds one where a rule is broken.
 #[test]
 fn each_mutation_gives_a_counterexample() {
     for (mutation, setup) in BROKEN {
         let result = mutation::with_mutation(Some(*mutation), || explore(*setup, 100_000));
-        println!("| {mutation:?} | {} | {} |", result.error.as_ref().map_or(0, |(way, _)| way.len()), result.states);
+        println!("| {mutation:?} | {} | {} |", result.error.as_ref().map_or(0, |(path, _)| path.len()), result.states);
         assert!(result.error.is_some(), "the search did not find {mutation:?}: {result:?}");
     }
 }
 
-/// The same bounds without the mutation are sound: only the broken rule is found.
+/// Without the mutation, the same bounds show no violation: the mutation alone caused it.
 #[test]
 fn bounds_of_each_mutation_are_sound_without_it() {
     for (mutation, setup) in BROKEN {
@@ -122,10 +121,10 @@ fn a_large_search_finds_nothing() {
     );
     for (name, budget) in LARGE.iter().filter(|(name, _)| name.contains(&only)) {
         for (durability, min) in [(Persisted, 1), (Persisted, 2), (Replicated, 1), (Replicated, 2)] {
-            // Without an exit or a loss both durabilities are the same. With a min ISR of 1, the topic's own rule
-            // allows the loss of a page cache.
-            let deaths = budget.kills + budget.losses + budget.wipes;
-            if durability == Replicated && (deaths == 0 || budget.losses > 0 && min == 1) {
+            // Without exits both durabilities are the same. With a min ISR of 1, a replicated topic may lose records
+            // with a page cache.
+            let exits = budget.kills + budget.losses + budget.wipes;
+            if durability == Replicated && (exits == 0 || budget.losses > 0 && min == 1) {
                 continue;
             }
             let result = explore(setup(durability, min, *budget), max_states);

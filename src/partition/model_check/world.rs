@@ -18,16 +18,16 @@ use crate::{
 /// Number of brokers.
 pub(super) const BROKERS: usize = 3;
 
-/// Maximum number of each event on the way from the beginning to a state: the bounds of the search.
+/// Maximum number of each event on the path from the first state to a state: the bounds of the search.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Budget {
     /// Batches that leaders append.
     pub(super) appends: u8,
-    /// Leader epochs that begin, those without a leader included.
+    /// Leader epochs that begin, with or without a leader.
     pub(super) epochs: u8,
     /// Processes that exit and leave their page cache.
     pub(super) kills: u8,
-    /// Machines that lose their power: unpersisted records are lost, or any part of them.
+    /// Machines that lose their power: any number of the last unpersisted records is lost.
     pub(super) losses: u8,
     /// Disks that are replaced by empty ones.
     pub(super) wipes: u8,
@@ -70,7 +70,7 @@ impl Budget {
 pub(super) struct Setup {
     pub(super) durability: Durability,
     pub(super) min_insync: usize,
-    /// Number of brokers that are in sync at first; all follow.
+    /// Number of brokers in the ISR at first. The others follow as well.
     pub(super) in_sync: usize,
     pub(super) budget: Budget,
 }
@@ -78,24 +78,28 @@ pub(super) struct Setup {
 /// Role of a broker's replica.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Role {
+    /// The process has exited; the integrity that its next start will find.
     Exited(ReplicaIntegrity),
-    Waiting,
+    /// Neither leads nor follows.
+    Idle,
     Leading(Box<IsrTracker>),
     Following(Follower),
 }
 
+/// One broker and its replica.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct ModelBroker {
     pub(super) role: Role,
     /// Broker epoch of its last registration.
     pub(super) epoch: Revision,
-    /// Values of the partition that the broker has applied.
+    /// Metadata that the broker has applied.
     pub(super) metadata: AppliedMetadata,
-    /// Epochs of its batches, one record each. An epoch has one appender, so epoch and offset identify a record.
+    /// Epochs of its batches, one record each. Only the leader of an epoch appends records of that epoch, so epoch and
+    /// offset identify a record.
     pub(super) log: Vec<LeaderEpoch>,
-    /// Number of these on stable storage; all of them if syncs make no difference.
+    /// Number of records on stable storage; always all if unsynced records cannot be lost.
     pub(super) persisted: usize,
-    /// True if the broker ever lost acknowledged records.
+    /// True if the broker may have lost acknowledged records.
     pub(super) has_lost: bool,
     /// High watermark of the roles before this one.
     pub(super) high_watermark: Offset,
@@ -109,10 +113,13 @@ pub(super) struct ToLeader {
     pub(super) content: FollowerSends,
 }
 
+/// Content of a message to a leader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum FollowerSends {
+    /// Subscription.
     Position(LogPosition),
-    Holds(ReplicaProgress),
+    /// Acknowledgement.
+    Progress(ReplicaProgress),
 }
 
 /// A message to a follower.
@@ -120,12 +127,15 @@ pub(super) enum FollowerSends {
 pub(super) struct ToFollower {
     pub(super) epoch: LeaderEpoch,
     pub(super) high_watermark: Offset,
-    pub(super) brings: LeaderSends,
+    pub(super) content: LeaderSends,
 }
 
+/// Content of a message to a follower.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum LeaderSends {
+    /// Response to a subscription.
     Response(SubscribeOutcome),
+    /// The next batch, or none with a high watermark alone.
     Batches(Vec<BatchHeader>),
 }
 
@@ -134,7 +144,7 @@ pub(super) enum LeaderSends {
 pub(super) struct StoreCall {
     pub(super) proposal: IsrProposal,
     pub(super) owner: BrokerId,
-    /// Leader epoch of the owner that waits for the outcome; `None` if no leader waits.
+    /// Leader epoch in which the owner waits for the outcome; `None` if no leader waits.
     pub(super) awaited: Option<LeaderEpoch>,
 }
 
@@ -153,29 +163,35 @@ pub(super) struct ModelState {
     pub(super) min_insync: usize,
     pub(super) value: PartitionValue,
     pub(super) revision: Revision,
-    /// Broker epochs of the registrations.
+    /// Broker epoch of each broker's registration; `None` if the broker is not registered.
     pub(super) registered: [Option<Revision>; BROKERS],
     pub(super) brokers: [ModelBroker; BROKERS],
-    /// `wires[leader][follower]`
-    pub(super) wires: [[LinkQueue; BROKERS]; BROKERS],
+    /// Messages between a leader and a follower: `links[leader][follower]`.
+    pub(super) links: [[LinkQueue; BROKERS]; BROKERS],
+    /// Transactions on their way to the store.
     pub(super) calls: Vec<StoreCall>,
-    /// All records that were ever committed, and the leader of each epoch: state of the checker only.
+    /// Epochs of all records that were ever committed, for the rules only.
     pub(super) committed: Vec<LeaderEpoch>,
-    pub(super) led: Vec<(LeaderEpoch, BrokerId, Revision)>,
+    /// All leaders so far with their epochs and broker epochs, for the rules only.
+    pub(super) leaders: Vec<(LeaderEpoch, BrokerId, Revision)>,
 }
 
+/// Returns the id of the broker with this index.
 pub(super) fn id(index: usize) -> BrokerId {
     BrokerId(u32::try_from(index).expect("broker numbers are small") + 1)
 }
 
+/// Returns the index of a broker.
 pub(super) fn index(id: BrokerId) -> usize {
     usize::try_from(id.0).expect("broker numbers are small") - 1
 }
 
+/// Returns the end offset of a log with this number of records.
 pub(super) fn at(records: usize) -> Offset {
     Offset::ZERO.plus(u64::try_from(records).expect("logs are short"))
 }
 
+/// Returns the number of records below an offset.
 pub(super) fn count(offset: Offset) -> usize {
     usize::try_from(offset.get()).expect("logs are short")
 }
@@ -201,7 +217,7 @@ impl ModelBroker {
     pub(super) fn committed_end(&self) -> Offset {
         match &self.role {
             Role::Exited(_) => Offset::ZERO,
-            Role::Waiting => self.high_watermark,
+            Role::Idle => self.high_watermark,
             Role::Leading(leader) => leader.high_watermark(),
             Role::Following(follower) => follower.high_watermark(),
         }
@@ -209,13 +225,14 @@ impl ModelBroker {
 }
 
 impl ModelState {
-    /// Returns a state in which broker 1 leads in epoch 1, nothing is written yet, and no broker has the value.
+    /// Returns the state in which the value names broker 1 as leader of epoch 1, no broker has applied it, and all logs
+    /// are empty.
     pub(super) fn new(setup: Setup) -> Self {
         let brokers: Vec<BrokerId> = (0..BROKERS).map(id).collect();
         let isr = brokers[..setup.in_sync].to_vec();
         let value = PartitionValue { isr, ..PartitionValue::new(brokers, LeaderEpoch(1)) };
         let broker = || ModelBroker {
-            role: Role::Waiting,
+            role: Role::Idle,
             epoch: Revision(1),
             metadata: AppliedMetadata::default(),
             log: Vec::new(),
@@ -231,14 +248,14 @@ impl ModelState {
             revision: Revision(1),
             registered: [Some(Revision(1)); BROKERS],
             brokers: std::array::from_fn(|_| broker()),
-            wires: Default::default(),
+            links: Default::default(),
             calls: Vec::new(),
             committed: Vec::new(),
-            led: Vec::new(),
+            leaders: Vec::new(),
         }
     }
 
-    pub(super) fn rule(&self) -> IsrRules {
+    pub(super) fn isr_rules(&self) -> IsrRules {
         IsrRules { durability: self.durability, min_insync: self.min_insync, lag_ms: 1 }
     }
 
@@ -246,15 +263,17 @@ impl ModelState {
         PeerId { broker: id(broker), epoch: self.brokers[broker].epoch }
     }
 
-    pub(super) fn is_live(&self, broker: BrokerId) -> bool {
+    /// Returns true if the broker is registered.
+    pub(super) fn is_registered(&self, broker: BrokerId) -> bool {
         self.registered[index(broker)].is_some()
     }
 
-    pub(super) fn registration(&self, broker: usize) -> BrokerStatus {
+    /// Returns the broker's status as the metadata cache shows it.
+    pub(super) fn broker_status(&self, broker: usize) -> BrokerStatus {
         self.registered[broker].map_or(BrokerStatus::Unregistered, BrokerStatus::Registered)
     }
 
-    /// Returns the role of a broker that receives the current value; `None` if it keeps its role.
+    /// Returns the new role of a broker after this transition to the current value; `None` if it keeps its role.
     pub(super) fn role_after(&self, me: usize, transition: Transition) -> Option<Role> {
         let broker = &self.brokers[me];
         match transition {
@@ -266,7 +285,7 @@ impl ModelState {
                     revision: self.revision,
                     progress: broker.progress(),
                     committed_end: broker.committed_end(),
-                    rules: self.rule(),
+                    rules: self.isr_rules(),
                 };
                 Some(Role::Leading(Box::new(IsrTracker::new(start))))
             }
@@ -274,7 +293,7 @@ impl ModelState {
                 let (epoch, unclean) = (self.value.leader_epoch, self.value.unclean_epoch);
                 Some(Role::Following(Follower::new(leader, epoch, broker.committed_end(), unclean)))
             }
-            Transition::Idle | Transition::EndedEpoch => Some(Role::Waiting),
+            Transition::Idle | Transition::EndedEpoch => Some(Role::Idle),
         }
     }
 }

@@ -5,8 +5,8 @@
 //!           ╰──────────────── in flight ─────────────────────────────╯
 //! ```
 //! Bytes are in flight from their read until the follower has acknowledged them as written. The bytes in flight of one
-//! subscription fit into the queue of the follower's partition. So the follower's broker receives without waiting, and a
-//! slow partition delays no other partition.
+//! subscription fit into the queue of the follower's partition. So the follower's broker receives without waiting, and
+//! a slow partition delays no other partition.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -67,8 +67,8 @@ impl SendWindow {
         self.bytes
     }
 
-    /// Returns the maximum bytes of the next read; `None` if the window is full. `link_bytes` are the bytes in flight of
-    /// the link. A read returns one batch at least, so a batch that is larger than any window is sent too.
+    /// Returns the maximum bytes of the next read; `None` if the window is full. `link_bytes` are the bytes in flight
+    /// of the link. A read returns one batch at least, so a batch that is larger than any window is sent too.
     pub(super) fn max_read_bytes(&self, link_bytes: usize) -> Option<usize> {
         if self.in_flight.is_empty() {
             return Some(MAX_LINK_BYTES.saturating_sub(link_bytes).clamp(MIN_SEND_BYTES, READ_BYTES));
@@ -122,7 +122,8 @@ impl RateLimiter {
         Self { bytes_per_second, available, filled_ms: 0 }
     }
 
-    /// Returns the time at which the next read may begin, by the monotonic clock of `now_ms`; `None` if it may begin now.
+    /// Returns the time at which the next read may begin, by the monotonic clock of `now_ms`; `None` if it may begin
+    /// now.
     pub(super) fn next_send_at(&mut self, now_ms: u64) -> Option<u64> {
         let rate = self.bytes_per_second?.max(1);
         let passed_ms = now_ms.saturating_sub(self.filled_ms).min(60_000);

@@ -206,8 +206,8 @@ impl LinkRequests {
         self.state.lock().entries.get(&partition).is_some_and(|entry| entry.follows)
     }
 
-    /// Calls `work` with the partition if `request` is still its current subscription; returns `None` if not. The partition
-    /// cannot unsubscribe meanwhile. `work` must not wait, nor send a request to this link.
+    /// Calls `work` with the partition if `request` is still its current subscription; returns `None` if not. The
+    /// partition cannot unsubscribe meanwhile. `work` must not wait, nor send a request to this link.
     pub(super) fn while_subscribed<T>(
         &self,
         partition: &Partition,

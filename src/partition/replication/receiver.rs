@@ -1,5 +1,5 @@
-//! The follower's side of a link: it sends subscriptions, delivers received batches to partitions, and acknowledges their
-//! progress.
+//! The follower's side of a link: it sends subscriptions, delivers received batches to partitions, and acknowledges
+//! their progress.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -36,8 +36,8 @@ const MIN_RETRY_DELAY: Duration = Duration::from_millis(20);
 /// Longest pause before a partition subscribes again.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// Maximum time at the end of a link to deliver unsubscriptions, or to receive the error with which the other side ended
-/// the link.
+/// Maximum time at the end of a link to deliver unsubscriptions, or to receive the error with which the other side
+/// ended the link.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Runs the follower's side of one link until the link ends, for the partitions that send their requests to `requests`.
@@ -108,7 +108,8 @@ struct ReplicationReceiver<'a> {
     requests: &'a LinkRequests,
     find: &'a PartitionLookup,
     received_bytes: &'a Counter,
-    /// One slot for each partition that ever subscribed on this link. A partition marks the index of its slot in `ready`.
+    /// One slot for each partition that ever subscribed on this link. A partition marks the index of its slot in
+    /// `ready`.
     slots: Vec<ReceiverSlot>,
     slot_of: BTreeMap<PartitionId, usize>,
     /// Index of the slot of each current subscription, by its number.
@@ -148,8 +149,8 @@ impl<'a> ReplicationReceiver<'a> {
         }
     }
 
-    /// Receives and sends messages until the link ends. Requests of partitions come before progress, and messages to send
-    /// before messages to receive.
+    /// Receives and sends messages until the link ends. Requests of partitions come before progress, and messages to
+    /// send before messages to receive.
     async fn run<S>(
         &mut self,
         incoming: &mut S,
@@ -262,7 +263,8 @@ impl<'a> ReplicationReceiver<'a> {
         }
     }
 
-    /// Schedules a notification that the link is connected, after the partition's pause. Does nothing if one is scheduled.
+    /// Schedules a notification that the link is connected, after the partition's pause. Does nothing if one is
+    /// scheduled.
     fn schedule_retry(&mut self, id: PartitionId) {
         if self.retry_at.contains_key(&id) {
             return;
@@ -306,8 +308,8 @@ impl<'a> ReplicationReceiver<'a> {
         self.messages.push_back(messages::subscribe(number, &params));
     }
 
-    /// Returns the index of a partition's slot and the open partition; `None` if it is not open. Creates the slot at first,
-    /// and listens to the partition again if it was opened again since.
+    /// Returns the index of a partition's slot and the open partition; `None` if it is not open. Creates the slot at
+    /// first, and listens to the partition again if it was opened again since.
     fn open_slot(&mut self, id: PartitionId) -> Option<(usize, Arc<Partition>)> {
         let partition = (self.find)(id)?;
         let index = *self.slot_of.entry(id).or_insert(self.slots.len());
@@ -339,7 +341,8 @@ impl<'a> ReplicationReceiver<'a> {
         }
     }
 
-    /// Removes the current subscription of a partition, and returns it; `None` if the partition has none. Sends nothing.
+    /// Removes the current subscription of a partition, and returns it; `None` if the partition has none. Sends
+    /// nothing.
     fn end_subscription(&mut self, id: PartitionId) -> Option<ReceiverSubscription> {
         self.reset_pause(id);
         let index = *self.slot_of.get(&id)?;
@@ -363,8 +366,8 @@ impl<'a> ReplicationReceiver<'a> {
         );
     }
 
-    /// Handles a subscription that the leader ended after it had accepted it, as at each change of leader. The partition
-    /// subscribes again after a pause.
+    /// Handles a subscription that the leader ended after it had accepted it, as at each change of leader. The
+    /// partition subscribes again after a pause.
     fn on_subscription_ended(&mut self, index: usize, reason: &dyn std::fmt::Display) {
         let Some(subscription) = self.end_and_retry(index) else { return };
         let Some(count) = self.slots[index].end_log.occur(clock::monotonic()) else {
@@ -402,8 +405,8 @@ impl<'a> ReplicationReceiver<'a> {
             if subscription.accepted_at.is_none() {
                 continue;
             }
-            // The progress is read only while the subscription is current: a partition changes its log only after it has
-            // unsubscribed or subscribed again.
+            // The progress is read only while the subscription is current: a partition changes its log only after it
+            // has unsubscribed or subscribed again.
             let progress =
                 self.requests.while_subscribed(&subscription.partition, subscription.request, Partition::progress);
             if let Some(progress) = progress.filter(|progress| subscription.acknowledged != Some(*progress)) {
@@ -499,8 +502,8 @@ impl<'a> ReplicationReceiver<'a> {
     }
 }
 
-/// Returns the end of a link whose other side takes no more messages. Waits for the error with which the other side ended
-/// the link.
+/// Returns the end of a link whose other side takes no more messages. Waits for the error with which the other side
+/// ended the link.
 async fn end_of_closed_link<S>(incoming: &mut S) -> LinkEnd
 where
     S: Stream<Item = Result<v1::ReplicateResponse, Status>> + Unpin + Send,

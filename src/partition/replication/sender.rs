@@ -237,8 +237,8 @@ impl ReplicationSender {
         }
     }
 
-    /// Takes the slot of the next subscription to read; `None` if none is due. Subscriptions that catch up come after all
-    /// others, and only if the throttle allows.
+    /// Takes the slot of the next subscription to read; `None` if none is due. Subscriptions that catch up come after
+    /// all others, and only if the throttle allows.
     fn next_slot_to_read(&mut self) -> Option<usize> {
         while let Some(index) = self.written.take() {
             let Some(subscription) = &mut self.slots[index].subscription else { continue };
@@ -398,8 +398,8 @@ impl ReplicationSender {
         Ok(())
     }
 
-    /// Replaces the partition's subscription by a new one, and passes the request to the partition. The response follows
-    /// in [`Self::on_notified`]. If the partition is not open, the follower is sent an error.
+    /// Replaces the partition's subscription by a new one, and passes the request to the partition. The response
+    /// follows in [`Self::on_notified`]. If the partition is not open, the follower is sent an error.
     ///
     /// # Errors
     /// The number is in use: the link has to end.
@@ -424,8 +424,8 @@ impl ReplicationSender {
         Ok(())
     }
 
-    /// Returns the index of the slot of an open partition; `None` if the partition is not open. Creates the slot at first,
-    /// and ends its subscription if the partition was opened again since.
+    /// Returns the index of the slot of an open partition; `None` if the partition is not open. Creates the slot at
+    /// first, and ends its subscription if the partition was opened again since.
     fn open_slot(&mut self, id: PartitionId) -> Option<usize> {
         let partition = (self.config.find)(id)?;
         let index = match self.slot_of.get(&id).copied() {
@@ -489,7 +489,8 @@ impl ReplicationSender {
         self.release_bytes(freed_bytes);
     }
 
-    /// Releases bytes that are no longer in flight, so that subscriptions that wait for space on the link are read again.
+    /// Releases bytes that are no longer in flight, so that subscriptions that wait for space on the link are read
+    /// again.
     fn release_bytes(&mut self, bytes: usize) {
         self.bytes_in_flight -= bytes;
         if bytes > 0 {
@@ -523,8 +524,8 @@ impl ReplicationSender {
         }
     }
 
-    /// Starts the next pending notification of a partition, unless one is being delivered. The loop does not wait for it,
-    /// because the partition's task may be busy.
+    /// Starts the next pending notification of a partition, unless one is being delivered. The loop does not wait for
+    /// it, because the partition's task may be busy.
     fn notify_partition(&mut self, index: usize) {
         let slot = &mut self.slots[index];
         if slot.notifying {
@@ -640,8 +641,8 @@ impl ReplicationSender {
     }
 }
 
-/// Reports the stored leader epoch to a partition if it is newer than the partition's. `stored_epoch` reads the metadata
-/// store: a follower's own report is not sufficient.
+/// Reports the stored leader epoch to a partition if it is newer than the partition's. `stored_epoch` reads the
+/// metadata store: a follower's own report is not sufficient.
 async fn report_stored_epoch(partition: &Partition, stored_epoch: impl Future<Output = Option<LeaderEpoch>>) {
     if let Some(newer) = stored_epoch.await.filter(|stored| *stored > partition.epoch()) {
         partition.report_newer_epoch(newer).await;

@@ -1,5 +1,5 @@
-//! Order of the effects of a turn. A recorder replaces the links and the ISR updater, and is called at each submission to
-//! the journal. At each effect it stores the state that was published before.
+//! Order of the effects of a turn. A recorder replaces the links and the ISR updater, and is called at each submission
+//! to the journal. At each effect it stores the state that was published before.
 
 use std::sync::OnceLock;
 

@@ -518,8 +518,9 @@ fn apply(leader: &mut IsrTracker, event: Event) {
 }
 
 proptest! {
-    /// For any events in any order, valid or not: nothing panics, and the high watermark never falls. It never passes the
-    /// leader's own log or the acknowledgement of a committed member. It moves only with the min ISR and an empty ELR.
+    /// For any events in any order, valid or not: nothing panics, and the high watermark never falls. It never passes
+    /// the leader's own log or the acknowledgement of a committed member. It moves only with the min ISR and an empty
+    /// ELR.
     #[test]
     fn high_watermark_keeps_its_rules(events in prop::collection::vec(event(), 1..60)) {
         use crate::cluster::Value as _;
