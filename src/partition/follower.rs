@@ -15,9 +15,9 @@
 //! # Rules
 //!
 //! - The follower truncates only where the leader's epoch history and its own diverge, and never to a high watermark.
-//! - The follower never truncates below its high watermark. A cleanly elected leader has all records below
-//!   it, so a response that requires such a truncation is wrong. The replica then keeps its log and reports the error.
-//!   Only an unclean election in an epoch above the last epoch of the log may remove committed records.
+//! - The follower never truncates below its high watermark. A cleanly elected leader has all records below it, so a
+//!   response that requires such a truncation is wrong. The replica then keeps its log and reports the error. Only an
+//!   unclean election in an epoch above the last epoch of the log may remove committed records.
 //! - The follower appends only batches of its current epoch that continue its log without gap, overlap or decreasing
 //!   batch epoch.
 //! - Its high watermark is the minimum of the leader's high watermark and its own log end. It moves only after the

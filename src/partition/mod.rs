@@ -40,11 +40,9 @@
 //! - A task appends writes only while it leads, and leads at most once in an epoch. It never applies the metadata
 //!   store's response to a request of one epoch as the response to a request of another epoch.
 //! - A follower's high watermark comes from a leader that found the two logs to agree; a leader's comes from its own
-//!   commits. If other replicas commit up to an offset, this log may still hold different records below that
-//!   offset.
-//! - Before the log is truncated, the task publishes its role and ends its subscription. So reads of a
-//!   leader's log fail with the end of its epoch, and nothing is acknowledged in an epoch whose records are being
-//!   removed.
+//!   commits. If other replicas commit up to an offset, this log may still hold different records below that offset.
+//! - Before the log is truncated, the task publishes its role and ends its subscription. So reads of a leader's log
+//!   fail with the end of its epoch, and nothing is acknowledged in an epoch whose records are being removed.
 //!
 //! # Change of role
 //!

@@ -19,9 +19,9 @@
 //! the epoch ends gets `AppendError::Deposed`: the outcome is unknown. A writer whose records were never appended gets
 //! `AppendError::NotLeader`.
 //!
-//! A new leader must have all committed records. Every clean election ensures that. After an unclean election, the
-//! log may end below the tiered end, or hold other records than the object store. Then the object store decides: the
-//! log is reset to the tiered end.
+//! A new leader must have all committed records. Every clean election ensures that. After an unclean election, the log
+//! may end below the tiered end, or hold other records than the object store. Then the object store decides: the log is
+//! reset to the tiered end.
 
 use std::sync::Arc;
 

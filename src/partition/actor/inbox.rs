@@ -60,8 +60,8 @@ impl Inbox {
         Self { signals, control, commands, taken: Vec::new(), next_queue: NextQueue::default(), tasks }
     }
 
-    /// Waits for the next input. While taken commands remain, the inputs alternate: signals, control messages, a
-    /// group of commands. So neither many writes nor many batches from a leader delay the other inputs for long.
+    /// Waits for the next input. While taken commands remain, the inputs alternate: signals, control messages, a group
+    /// of commands. So neither many writes nor many batches from a leader delay the other inputs for long.
     pub(super) async fn next_input(&mut self) -> Input {
         if self.taken.is_empty() {
             self.taken.shrink_to(SPARE_COMMANDS);

@@ -114,8 +114,8 @@ impl PendingWriter {
         self.responder.is_closed()
     }
 
-    /// Returns true if this writer would wait for other replicas or the object store although its receiver was dropped.
-    /// Writes with other acks do not wait for them, so it is no matter whether they have a receiver.
+    /// Returns true if this write waits for other replicas or the object store, and its receiver was dropped. With other
+    /// acks it waits for neither, so a missing receiver does not count.
     fn waits_without_receiver(&self, acks: Acks) -> bool {
         matches!(acks, Acks::All | Acks::Tiered) && self.has_dropped_receiver()
     }

@@ -435,9 +435,8 @@ impl IsrTracker {
     }
 
     /// Returns the next ISR change to propose, and marks it as pending. Returns `None` while a proposal is pending,
-    /// until
-    /// [`Self::on_outcome`], and if no change is due. The actor calls this after every turn, so nothing is allocated
-    /// while no replica's membership changes.
+    /// until [`Self::on_outcome`], and if no change is due. The actor calls this after every turn, so nothing is
+    /// allocated while no replica's membership changes.
     pub fn proposal(&mut self) -> Option<IsrProposal> {
         if self.in_flight.is_some() || self.needs_read_back || self.awaits_metadata || self.epoch_ended {
             return None;
@@ -531,8 +530,8 @@ impl IsrTracker {
         }
     }
 
-    /// Applies a value of the partition from the metadata cache or from a read. A value that is not newer
-    /// than the committed value here changes nothing.
+    /// Applies a value of the partition from the metadata cache or from a read. A value that is not newer than the
+    /// committed value here changes nothing.
     pub fn on_value(&mut self, value: &PartitionValue, revision: Revision) -> ValueUpdate {
         if revision <= self.revision {
             return ValueUpdate::Unchanged;
@@ -541,7 +540,7 @@ impl IsrTracker {
             self.epoch_ended = true;
             return ValueUpdate::Deposed { epoch: value.leader_epoch };
         }
-        let before = std::mem::replace(&mut self.value, value.clone());
+        let old_value = std::mem::replace(&mut self.value, value.clone());
         self.revision = revision;
         // A proposal at an older revision can no longer come true.
         self.maybe_committed.clear();
@@ -550,7 +549,7 @@ impl IsrTracker {
             // A removed replica deletes its log. A replica with a new addition was removed before, even if this leader
             // received no value without the replica.
             let addition = self.value.added_after(*id);
-            let is_new_addition = addition.is_some() && addition != before.added_after(*id);
+            let is_new_addition = addition.is_some() && addition != old_value.added_after(*id);
             if is_new_addition || !self.value.replicas.contains(id) {
                 (member.link, member.acked) = (None, None);
             }

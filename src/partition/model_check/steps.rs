@@ -590,7 +590,7 @@ impl ModelState {
     }
 
     /// Starts a process. The broker ends its older registration, removes itself from ISR and ELR if its log is not
-    /// intact, gives its leadership up, and registers.
+    /// intact, releases its leadership, and registers.
     fn restart(&mut self, me: usize) {
         let Role::Exited(integrity) = self.brokers[me].role else { return };
         self.registered[me] = None;

@@ -227,7 +227,7 @@ impl<'a> ReplicationReceiver<'a> {
         while incoming.next().await.is_some() {}
     }
 
-    /// Carries the pending work of a partition out, in the order of its fields.
+    /// Applies the pending work of a partition, in the order of its fields.
     fn process_requests(&mut self, id: PartitionId, work: PendingLinkWork) {
         if let Some(unsubscribe) = work.unsubscribe {
             self.backoffs.remove(&id);
