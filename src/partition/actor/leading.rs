@@ -105,7 +105,7 @@ impl PendingWriter {
         }
     }
 
-    /// Sends the result. A write stays written even if its receiver was dropped.
+    /// Sends the result. If its receiver was dropped, the write stays written all the same.
     pub(super) fn respond(self, result: AppendResult) {
         let _dropped_receiver = self.responder.send(result);
     }

@@ -357,6 +357,7 @@ impl<W> Leader<W> {
         self.in_sync.update_local(self.local_progress());
     }
 
+    /// Returns the progress of this broker's log without the admitted group.
     fn local_progress(&self) -> ReplicaProgress {
         let persisted_end = if mutant!(AcknowledgeBeforeSync) { self.log_end } else { self.persisted_end };
         ReplicaProgress { log_end: self.log_end, persisted_end }

@@ -24,6 +24,7 @@ fn batch_of(value: &[u8], records: u32, producer: Option<ProducerSequence>) -> B
     builder.finish(producer).unwrap()
 }
 
+/// Returns the leader of epoch 3 of an empty log without other replicas.
 fn leader(durability: Durability, min_insync: usize) -> Leader<u32> {
     let rules = IsrRules { durability, min_insync, lag_ms: 0 };
     Leader::new(LeaderStart::standalone(BrokerId(1), LeaderEpoch(3), rules, ReplicaProgress::default(), at(0)), at(0))
@@ -41,6 +42,7 @@ impl Log {
         Self { leader: leader(durability, 1), table: ProducerTable::default(), group: Vec::new() }
     }
 
+    /// Admits a batch as the actor does, and lets the writer wait for its acks rule.
     fn admit(&mut self, mut batch: Batch, acks: Acks, writer: u32) -> Result<Admission, AdmitError> {
         if self.leader.must_flush_before(&batch) {
             self.flush();
@@ -67,6 +69,7 @@ impl Log {
         Ok(admission)
     }
 
+    /// Appends the admitted group.
     fn flush(&mut self) {
         for batch in self.group.drain(..) {
             self.table.record_batch(&batch);
@@ -74,6 +77,7 @@ impl Log {
         self.leader.on_appended();
     }
 
+    /// Takes the writers whose result is due.
     fn due(&mut self) -> Vec<(u32, AckDurability)> {
         let mut due = Vec::new();
         self.leader.take_due(|writer, acked| due.push((writer, acked.durability)));
@@ -81,6 +85,7 @@ impl Log {
     }
 }
 
+/// Returns a sequence of producer 7.
 fn sequence(base_sequence: i32) -> ProducerSequence {
     ProducerSequence { id: 7, epoch: 0, base_sequence }
 }

@@ -144,7 +144,7 @@ impl ModelState {
         for member in self.value.isr.iter().chain(&self.value.elr) {
             let broker = &self.brokers[index(*member)];
             // An exited broker that cannot verify its records removes itself before it takes part again.
-            let must_hold = matches!(broker.role, Role::Exited(ReplicaIntegrity::Intact)) || broker.is_alive();
+            let must_hold = matches!(broker.role, Role::Exited(ReplicaIntegrity::Intact)) || broker.is_running();
             if must_hold && !broker.log.starts_with(&self.committed) {
                 return Err(RuleViolation::MemberLacks { broker: *member, committed });
             }
@@ -156,7 +156,9 @@ impl ModelState {
             if end > committed || !broker.log.starts_with(&self.committed[..end]) {
                 return Err(RuleViolation::NotCommitted { broker: id(me), high_watermark });
             }
-            if broker.is_alive() && before.brokers[me].is_alive() && high_watermark < before.brokers[me].committed_end()
+            if broker.is_running()
+                && before.brokers[me].is_running()
+                && high_watermark < before.brokers[me].committed_end()
             {
                 return Err(RuleViolation::HighWatermarkFalls(id(me)));
             }

@@ -292,7 +292,7 @@ impl ModelState {
             Step::Exit { broker, integrity, remaining } => state.exit(broker, integrity, remaining),
             Step::Restart(me) => state.restart(me),
             Step::Expire(me) => {
-                state.budget.expiries -= u8::from(state.brokers[me].is_alive());
+                state.budget.expiries -= u8::from(state.brokers[me].is_running());
                 state.registered[me] = None;
             }
             Step::Register(me) => state.register(me),
@@ -321,6 +321,7 @@ impl ModelState {
         self.revision = self.revision.next();
     }
 
+    /// Appends one batch of one record to a leader's log.
     fn append(&mut self, me: usize) {
         self.budget.appends -= 1;
         let broker = &mut self.brokers[me];
@@ -330,6 +331,7 @@ impl ModelState {
         self.on_log_grown(me);
     }
 
+    /// Handles an append to a leader's or a follower's log.
     fn on_log_grown(&mut self, me: usize) {
         // If no unsynced record can be lost, an append is synced at once: the search needs no step for it.
         if self.durability == Durability::Replicated || self.budget.losses == 0 {
@@ -346,6 +348,8 @@ impl ModelState {
         }
     }
 
+    /// Sends a follower's subscription to its leader. `response` is the arrival of the leader's response, if the request
+    /// arrives at once.
     fn subscribe(&mut self, me: usize, request: DeliveryTime, response: DeliveryTime) -> Result<(), RuleViolation> {
         let (history, end, from) = (self.brokers[me].history(), at(self.brokers[me].log.len()), self.peer(me));
         let Role::Following(follower) = &mut self.brokers[me].role else { return Ok(()) };
@@ -354,6 +358,7 @@ impl ModelState {
         self.send_to_leader(leader, me, ToLeader { from, epoch, content }, request, response)
     }
 
+    /// Sends a follower's progress to its leader.
     fn acknowledge(&mut self, me: usize, arrives: DeliveryTime) -> Result<(), RuleViolation> {
         let (from, content) = (self.peer(me), FollowerSends::Progress(self.brokers[me].progress()));
         let Role::Following(follower) = &self.brokers[me].role else { return Ok(()) };
@@ -361,6 +366,7 @@ impl ModelState {
         self.send_to_leader(index(follower.leader()), me, message, arrives, DeliveryTime::Now)
     }
 
+    /// Delivers a message to a leader, or queues it on the link as a late one.
     fn send_to_leader(
         &mut self,
         leader: usize,
@@ -391,6 +397,7 @@ impl ModelState {
         self.send_to_follower(leader, follower, message, arrives)
     }
 
+    /// Delivers a message to a follower, or queues it on the link as a late one.
     fn send_to_follower(
         &mut self,
         leader: usize,
@@ -406,6 +413,7 @@ impl ModelState {
         Ok(())
     }
 
+    /// Handles a message at a leader; dropped if the broker no longer leads. `arrives` is the arrival of its response.
     fn leader_receives(
         &mut self,
         leader: usize,
@@ -426,7 +434,7 @@ impl ModelState {
                     content: LeaderSends::Response(decision),
                 };
                 // A response is sent on the link of its request, and is lost with that link.
-                if self.brokers[follower].epoch == from.epoch && self.brokers[follower].is_alive() {
+                if self.brokers[follower].epoch == from.epoch && self.brokers[follower].is_running() {
                     return self.send_to_follower(leader, follower, message, arrives);
                 }
             }
@@ -438,6 +446,8 @@ impl ModelState {
         Ok(())
     }
 
+    /// Handles a message at a follower: truncates its log, appends batches or does nothing. Dropped if the broker no longer
+    /// follows.
     fn follower_receives(&mut self, me: usize, message: ToFollower) -> Result<(), RuleViolation> {
         let ToFollower { epoch, high_watermark, content } = message;
         let history = self.brokers[me].history();
@@ -477,6 +487,7 @@ impl ModelState {
         Ok(())
     }
 
+    /// Breaks a link: messages to the follower are lost, and both sides are notified.
     fn break_link(&mut self, leader: usize, me: usize) {
         self.budget.breaks -= 1;
         self.links[leader][me].replicate_response.clear();
@@ -489,6 +500,7 @@ impl ModelState {
         }
     }
 
+    /// Proposes the leader's next ISR change to the store, with this outcome.
     fn propose(&mut self, me: usize, outcome: StoreReply) {
         let Role::Leading(leader) = &mut self.brokers[me].role else { return };
         let Some(proposal) = leader.proposal() else { return };
@@ -532,6 +544,7 @@ impl ModelState {
         }
     }
 
+    /// Passes an outcome to a leader, and the adopted value to its metadata.
     fn on_proposal_outcome(&mut self, me: usize, outcome: ProposalOutcome) {
         let broker = &mut self.brokers[me];
         let Role::Leading(leader) = &mut broker.role else { return };
@@ -560,6 +573,7 @@ impl ModelState {
         }
     }
 
+    /// Ends a process. Its log keeps the first `remaining` records.
     fn exit(&mut self, me: usize, integrity: ReplicaIntegrity, remaining: usize) {
         let budget = &mut self.budget;
         match integrity {

@@ -73,6 +73,7 @@ const BROKEN: &[(Mutation, Setup)] = &[
     (Mutation::TreatUnknownAsDone, setup(Persisted, 1, Budget { appends: 1, lags: 1, unknowns: 1, ..NOTHING })),
 ];
 
+/// Panics with the steps to the violation if the search found one.
 fn assert_sound(name: &str, result: &CheckResult) {
     if let Some((path, error)) = &result.error {
         let steps: Vec<String> = path.iter().map(|step| format!("  {step:?}")).collect();

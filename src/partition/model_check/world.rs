@@ -201,6 +201,7 @@ impl ModelBroker {
         ReplicaProgress { log_end: at(self.log.len()), persisted_end: at(self.persisted) }
     }
 
+    /// Returns the epoch history of the log.
     pub(super) fn history(&self) -> EpochHistory {
         let mut history = EpochHistory::new();
         for (offset, epoch) in self.log.iter().enumerate() {
@@ -209,7 +210,8 @@ impl ModelBroker {
         history
     }
 
-    pub(super) fn is_alive(&self) -> bool {
+    /// Returns true if the process has not exited.
+    pub(super) fn is_running(&self) -> bool {
         !matches!(self.role, Role::Exited(_))
     }
 
@@ -259,6 +261,7 @@ impl ModelState {
         IsrRules { durability: self.durability, min_insync: self.min_insync, lag_ms: 1 }
     }
 
+    /// Returns the broker with the broker epoch of its last registration.
     pub(super) fn peer(&self, broker: usize) -> PeerId {
         PeerId { broker: id(broker), epoch: self.brokers[broker].epoch }
     }

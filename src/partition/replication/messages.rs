@@ -122,14 +122,17 @@ pub(super) struct PartitionBatches {
     pub(super) batches: Vec<Batch>,
 }
 
+/// Converts an offset; `field` names the field for the error.
 fn parse_offset(field: &'static str, value: i64) -> Result<Offset, InvalidMessage> {
     Offset::from_i64(value).ok_or(InvalidMessage::Number { field, value })
 }
 
+/// Converts a leader epoch; `field` names the field for the error.
 fn parse_epoch(field: &'static str, value: i32) -> Result<LeaderEpoch, InvalidMessage> {
     LeaderEpoch::from_i32(value).ok_or(InvalidMessage::Number { field, value: value.into() })
 }
 
+/// Converts a follower's progress. The persisted end must not be above the log end.
 fn parse_progress(log_end: i64, persisted_end: i64) -> Result<ReplicaProgress, InvalidMessage> {
     let progress = ReplicaProgress {
         log_end: parse_offset("a log end", log_end)?,

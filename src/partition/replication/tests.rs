@@ -80,6 +80,7 @@ fn at(offset: u64) -> Offset {
     Offset::new(offset).unwrap()
 }
 
+/// Returns a value with the replicas 1 and 2.
 fn value(epoch: LeaderEpoch, leader: BrokerId, isr: &[BrokerId]) -> PartitionValue {
     let value = PartitionValue::new(vec![LEADER, FOLLOWER.broker], epoch);
     PartitionValue { leader: Some(leader), isr: isr.to_vec(), ..value }
@@ -116,6 +117,7 @@ impl Side {
         partition
     }
 
+    /// Assigns this value to a partition; both brokers are registered.
     async fn assign(&self, number: u32, value: PartitionValue, revision: Revision) {
         let registered = [(LEADER, Revision(10)), (FOLLOWER.broker, FOLLOWER.epoch)];
         let registered = registered.map(|(id, epoch)| (id, BrokerStatus::Registered(epoch)));
@@ -173,6 +175,7 @@ impl Side {
 struct ScriptedPeer<T, F> {
     to: mpsc::Sender<Result<T, Status>>,
     from: BoxStream<'static, Result<F, Status>>,
+    /// End of the side under test.
     ended: JoinHandle<LinkEnd>,
 }
 
@@ -181,6 +184,7 @@ impl<T, F> ScriptedPeer<T, F> {
         assert!(self.to.send(Ok(message)).await.is_ok(), "the peer receives");
     }
 
+    /// Receives the next message of the side under test.
     async fn receive(&mut self) -> F {
         let received = tokio::time::timeout(Duration::from_secs(20), self.from.next()).await;
         received.expect("a message arrives in time").expect("the link continues").expect("the message is no error")
@@ -188,6 +192,7 @@ impl<T, F> ScriptedPeer<T, F> {
 }
 
 impl ScriptedPeer<v1::ReplicateRequest, v1::ReplicateResponse> {
+    /// Sends the subscription of a follower with an empty log.
     async fn subscribe(&self, subscription_id: u32, partition: PartitionId, epoch: LeaderEpoch) {
         let (position, progress) =
             (LogPosition { last_epoch: None, log_end: Offset::ZERO, removal_count: None }, ReplicaProgress::default());
@@ -195,6 +200,7 @@ impl ScriptedPeer<v1::ReplicateRequest, v1::ReplicateResponse> {
             .await;
     }
 
+    /// Receives the next message, which must be a response.
     async fn next_response(&mut self) -> v1::SubscribeResponse {
         match self.receive().await.message {
             Some(replicate_response::Message::SubscribeResponse(response)) => response,
@@ -221,6 +227,7 @@ impl ScriptedPeer<v1::ReplicateResponse, v1::ReplicateRequest> {
         }
     }
 
+    /// Accepts a subscription at its log end.
     async fn accept(&self, subscribe: &v1::Subscribe) {
         self.respond(subscribe.subscription_id, subscribe_response::Outcome::AcceptedAt(subscribe.log_end)).await;
     }
@@ -239,6 +246,7 @@ impl ScriptedPeer<v1::ReplicateResponse, v1::ReplicateRequest> {
         .await;
     }
 
+    /// Receives the next message, which must be an acknowledgement.
     async fn progress(&mut self) -> v1::Progress {
         match self.receive().await.message {
             Some(replicate_request::Message::Progress(progress)) => progress,

@@ -12,6 +12,7 @@ fn at(offset: usize) -> Offset {
     Offset::new(offset.try_into().unwrap()).unwrap()
 }
 
+/// Returns the history of a log with one record of each of these epochs.
 fn history(log: &[u32]) -> EpochHistory {
     let mut history = EpochHistory::new();
     for (offset, epoch) in log.iter().enumerate() {
@@ -20,7 +21,8 @@ fn history(log: &[u32]) -> EpochHistory {
     history
 }
 
-fn decide(leader: &[u32], local: LocalLogBounds, last: Option<u32>, end: usize) -> SubscribeOutcome {
+/// Returns the leader's outcome for a follower whose log ends at `end` with a batch of epoch `last`.
+fn resolve(leader: &[u32], local: LocalLogBounds, last: Option<u32>, end: usize) -> SubscribeOutcome {
     resolve_divergence(
         LogPosition { last_epoch: last.map(LeaderEpoch), log_end: at(end), removal_count: None },
         &history(leader),
@@ -50,10 +52,10 @@ fn follower_continues_if_its_log_is_a_prefix() {
         (None, 0, SubscribeOutcome::Accepted(at(0))),
         (None, 4, bootstrap(0, false)),
     ] {
-        assert_eq!(decide(&leader, COMPLETE, last, end), expected, "{last:?} {end}");
+        assert_eq!(resolve(&leader, COMPLETE, last, end), expected, "{last:?} {end}");
     }
-    assert_eq!(decide(&[3, 3], COMPLETE, Some(2), 1), bootstrap(0, false), "the leader has no epoch that old");
-    assert_eq!(decide(&[], COMPLETE, None, 0), SubscribeOutcome::Accepted(at(0)));
+    assert_eq!(resolve(&[3, 3], COMPLETE, Some(2), 1), bootstrap(0, false), "the leader has no epoch that old");
+    assert_eq!(resolve(&[], COMPLETE, None, 0), SubscribeOutcome::Accepted(at(0)));
 }
 
 #[test]
@@ -67,26 +69,26 @@ fn log_below_local_start_bootstraps_at_tiered_end() {
         (None, 0, bootstrap(6, true)),
         (None, 6, SubscribeOutcome::Accepted(at(6))),
     ] {
-        assert_eq!(decide(&leader, tiered, last, end), expected, "{last:?} {end}");
+        assert_eq!(resolve(&leader, tiered, last, end), expected, "{last:?} {end}");
     }
     // Deletion overtook the uploads.
     let overtaken = LocalLogBounds { local_start: at(7), tiered_end: Some(at(6)) };
-    assert_eq!(decide(&leader, overtaken, None, 0), bootstrap(7, false));
+    assert_eq!(resolve(&leader, overtaken, None, 0), bootstrap(7, false));
 }
 
 /// Returns two logs as replication makes them: leaders of growing epochs append, one after the other.
 fn logs() -> impl Strategy<Value = (Vec<u32>, Vec<u32>)> {
     let common = prop::collection::vec(1u32..4, 0..6);
     let tail = || prop::collection::vec(any::<bool>(), 0..6);
-    (common, tail(), tail()).prop_map(|(mut common, mine, theirs)| {
+    (common, tail(), tail()).prop_map(|(mut common, first_tail, second_tail)| {
         common.sort_unstable();
         // An epoch has one leader: after the common part the logs share no epoch.
-        let grow = |kinds: &[bool], epochs: [u32; 2]| {
-            let mut tail: Vec<u32> = kinds.iter().map(|late| epochs[usize::from(*late)]).collect();
+        let grow = |is_later_epoch: &[bool], epochs: [u32; 2]| {
+            let mut tail: Vec<u32> = is_later_epoch.iter().map(|is_later| epochs[usize::from(*is_later)]).collect();
             tail.sort_unstable();
             common.iter().copied().chain(tail).collect()
         };
-        (grow(&mine, [4, 7]), grow(&theirs, [5, 6]))
+        (grow(&first_tail, [4, 7]), grow(&second_tail, [5, 6]))
     })
 }
 
@@ -109,7 +111,7 @@ proptest! {
                     prop_assert!(to >= at(common) && to < at(follower.len()), "truncated at {}", to);
                     follower.truncate(usize::try_from(to.get()).unwrap());
                 }
-                other => prop_assert!(false, "{:?}", other),
+                unexpected => prop_assert!(false, "{:?}", unexpected),
             }
         }
         prop_assert!(false, "the logs do not agree after 8 exchanges");

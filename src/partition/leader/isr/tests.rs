@@ -10,10 +10,12 @@ fn at(offset: u64) -> Offset {
     Offset::new(offset).unwrap()
 }
 
-fn both(end: u64) -> ReplicaProgress {
+/// Returns the progress of a log whose records below `end` are all durable.
+fn synced_to(end: u64) -> ReplicaProgress {
     ReplicaProgress { log_end: at(end), persisted_end: at(end) }
 }
 
+/// Returns a broker with broker epoch 10.
 fn peer(broker: u32) -> PeerId {
     PeerId { broker: BrokerId(broker), epoch: Revision(10) }
 }
@@ -22,11 +24,12 @@ fn brokers(ids: &[u32]) -> Vec<BrokerId> {
     ids.iter().copied().map(BrokerId).collect()
 }
 
+/// Returns a value of epoch 4 with the replicas 1 to 3, led by broker 1.
 fn value(isr: &[u32], elr: &[u32]) -> PartitionValue {
     PartitionValue { isr: brokers(isr), elr: brokers(elr), ..PartitionValue::new(brokers(&[1, 2, 3]), EPOCH) }
 }
 
-fn rule(min_insync: usize) -> IsrRules {
+fn rules_with(min_insync: usize) -> IsrRules {
     IsrRules { durability: Durability::Persisted, min_insync, lag_ms: 100 }
 }
 
@@ -37,9 +40,9 @@ fn leader(isr: &[u32], elr: &[u32], min: usize) -> IsrTracker {
         me: BrokerId(1),
         value: value(isr, elr),
         revision: Revision(20),
-        progress: both(5),
+        progress: synced_to(5),
         committed_end: at(3),
-        rules: rule(min),
+        rules: rules_with(min),
     };
     let mut leader = IsrTracker::new(start);
     for broker in [2, 3] {
@@ -48,12 +51,14 @@ fn leader(isr: &[u32], elr: &[u32], min: usize) -> IsrTracker {
     leader
 }
 
+/// Returns the history of a log with records of epoch 3 only.
 fn history() -> EpochHistory {
     let mut history = EpochHistory::new();
     assert!(history.record(LeaderEpoch(3), at(0)));
     history
 }
 
+/// Subscribes a replica whose log has records of epoch 3 up to `end`.
 fn subscribe(leader: &mut IsrTracker, peer: PeerId, end: u64) -> SubscribeOutcome {
     let local = LocalLogBounds { local_start: at(0), tiered_end: None };
     leader.on_subscribe(
@@ -65,7 +70,7 @@ fn subscribe(leader: &mut IsrTracker, peer: PeerId, end: u64) -> SubscribeOutcom
     )
 }
 
-/// Subscribes a replica that is being added.
+/// Subscribes a replica that reports this removal count for its addition.
 fn subscribe_added(leader: &mut IsrTracker, broker: u32, end: u64, added: Option<u64>) -> SubscribeOutcome {
     let local = LocalLogBounds { local_start: at(0), tiered_end: None };
     let position =
@@ -73,13 +78,14 @@ fn subscribe_added(leader: &mut IsrTracker, broker: u32, end: u64, added: Option
     leader.on_subscribe(peer(broker), EPOCH, position, local, &history())
 }
 
-/// Subscribes a replica and acknowledges.
+/// Subscribes a replica, and acknowledges the records below `end`.
 fn start_following(leader: &mut IsrTracker, broker: u32, end: u64) {
     assert_eq!(subscribe(leader, peer(broker), end.min(5)), SubscribeOutcome::Accepted(at(end.min(5))));
-    leader.on_acknowledged(peer(broker), EPOCH, both(end)).unwrap();
+    leader.on_acknowledged(peer(broker), EPOCH, synced_to(end)).unwrap();
 }
 
-fn isr(proposal: Option<IsrProposal>) -> Option<(Vec<u32>, Vec<u32>)> {
+/// Returns the ISR and the ELR of a proposal.
+fn proposed_isr_elr(proposal: Option<IsrProposal>) -> Option<(Vec<u32>, Vec<u32>)> {
     let ids = |set: &[BrokerId]| set.iter().map(|id| id.0).collect();
     proposal.map(|proposal| (ids(&proposal.value.isr), ids(&proposal.value.elr)))
 }
@@ -92,9 +98,9 @@ fn high_watermark_is_the_minimum_end_of_the_isr() {
     assert_eq!(leader.high_watermark(), at(3), "broker 3 is in sync too");
     start_following(&mut leader, 3, 4);
     assert_eq!((leader.high_watermark(), leader.is_epoch_committed()), (at(4), false));
-    leader.on_acknowledged(peer(3), EPOCH, both(5)).unwrap();
+    leader.on_acknowledged(peer(3), EPOCH, synced_to(5)).unwrap();
     assert_eq!(leader.latest(), Some(at(5)));
-    leader.update_local(both(9));
+    leader.update_local(synced_to(9));
     assert_eq!(leader.high_watermark(), at(5));
 }
 
@@ -105,9 +111,9 @@ fn durability_selects_the_acknowledged_end() {
     leader.update_local(ReplicaProgress { log_end: at(8), persisted_end: at(6) });
     leader.on_acknowledged(peer(2), EPOCH, ReplicaProgress { log_end: at(8), persisted_end: at(7) }).unwrap();
     assert_eq!(leader.high_watermark(), at(6));
-    leader.configure(IsrRules { durability: Durability::Replicated, ..rule(2) });
+    leader.configure(IsrRules { durability: Durability::Replicated, ..rules_with(2) });
     assert_eq!(leader.high_watermark(), at(8));
-    leader.configure(rule(2));
+    leader.configure(rules_with(2));
     assert_eq!(leader.high_watermark(), at(8), "committed records stay committed");
 }
 
@@ -125,9 +131,9 @@ fn readded_replica_is_admitted_by_new_acknowledgements() {
         for (value, revision) in &values {
             assert_eq!(leader.on_value(value, *revision), ValueUpdate::Adopted);
         }
-        assert_eq!(isr(leader.proposal()), None, "the removed replica has no records");
+        assert_eq!(proposed_isr_elr(leader.proposal()), None, "the removed replica has no records");
         assert!(
-            leader.on_acknowledged(peer(2), EPOCH, both(5)).is_err(),
+            leader.on_acknowledged(peer(2), EPOCH, synced_to(5)).is_err(),
             "the acknowledgement is of the earlier addition"
         );
         let refused = SubscribeError::OtherAddition { reported: None, known: Some(1) };
@@ -137,10 +143,10 @@ fn readded_replica_is_admitted_by_new_acknowledgements() {
             "the request was sent before the removal"
         );
         assert_eq!(subscribe_added(&mut leader, 2, 0, Some(1)), SubscribeOutcome::Accepted(at(0)));
-        leader.on_acknowledged(peer(2), EPOCH, both(4)).unwrap();
-        assert_eq!(isr(leader.proposal()), None, "the replica lacks committed records");
-        leader.on_acknowledged(peer(2), EPOCH, both(5)).unwrap();
-        assert_eq!(isr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
+        leader.on_acknowledged(peer(2), EPOCH, synced_to(4)).unwrap();
+        assert_eq!(proposed_isr_elr(leader.proposal()), None, "the replica lacks committed records");
+        leader.on_acknowledged(peer(2), EPOCH, synced_to(5)).unwrap();
+        assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
     }
 }
 
@@ -162,23 +168,23 @@ fn repeated_addition_resets_acknowledgements() {
         SubscribeOutcome::Rejected(refused),
         "the leader has not received the addition"
     );
-    leader.on_acknowledged(peer(2), EPOCH, both(4)).unwrap();
+    leader.on_acknowledged(peer(2), EPOCH, synced_to(4)).unwrap();
     assert_eq!(leader.on_value(&again, Revision(24)), ValueUpdate::Adopted);
     assert!(
-        leader.on_acknowledged(peer(2), EPOCH, both(5)).is_err(),
+        leader.on_acknowledged(peer(2), EPOCH, synced_to(5)).is_err(),
         "the acknowledgement is of the earlier subscription"
     );
-    assert_eq!(isr(leader.proposal()), None);
+    assert_eq!(proposed_isr_elr(leader.proposal()), None);
     let refused = SubscribeError::OtherAddition { reported: Some(0), known: Some(1) };
     assert_eq!(
         subscribe_added(&mut leader, 2, 5, Some(0)),
         SubscribeOutcome::Rejected(refused),
         "the request was sent before the removal"
     );
-    assert_eq!(isr(leader.proposal()), None);
+    assert_eq!(proposed_isr_elr(leader.proposal()), None);
     assert_eq!(subscribe_added(&mut leader, 2, 0, Some(1)), SubscribeOutcome::Accepted(at(0)));
-    leader.on_acknowledged(peer(2), EPOCH, both(5)).unwrap();
-    assert_eq!(isr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
+    leader.on_acknowledged(peer(2), EPOCH, synced_to(5)).unwrap();
+    assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
 }
 
 /// The end of a reassignment blocks no ISR member: the member may receive it before its leader, or after.
@@ -202,16 +208,16 @@ fn isr_member_subscribes_around_end_of_reassignment() {
 fn acknowledgement_counts_for_its_epoch_and_link_only() {
     let mut leader = leader(&[1, 2], &[], 1);
     let not_subscribed = AckError::NotSubscribed { broker: BrokerId(2), epoch: Revision(10) };
-    assert_eq!(leader.on_acknowledged(peer(2), EPOCH, both(5)), Err(not_subscribed));
+    assert_eq!(leader.on_acknowledged(peer(2), EPOCH, synced_to(5)), Err(not_subscribed));
     subscribe(&mut leader, peer(2), 5);
     for (from, epoch, progress) in [
-        (peer(2), LeaderEpoch(3), both(5)),
-        (peer(2), LeaderEpoch(5), both(5)),
-        (PeerId { epoch: Revision(9), ..peer(2) }, EPOCH, both(5)),
-        (PeerId { epoch: Revision(11), ..peer(2) }, EPOCH, both(5)),
-        (peer(3), EPOCH, both(5)),
-        (peer(1), EPOCH, both(5)),
-        (peer(2), EPOCH, both(6)),
+        (peer(2), LeaderEpoch(3), synced_to(5)),
+        (peer(2), LeaderEpoch(5), synced_to(5)),
+        (PeerId { epoch: Revision(9), ..peer(2) }, EPOCH, synced_to(5)),
+        (PeerId { epoch: Revision(11), ..peer(2) }, EPOCH, synced_to(5)),
+        (peer(3), EPOCH, synced_to(5)),
+        (peer(1), EPOCH, synced_to(5)),
+        (peer(2), EPOCH, synced_to(6)),
         (peer(2), EPOCH, ReplicaProgress { log_end: at(4), persisted_end: at(5) }),
     ] {
         let before = leader.clone();
@@ -220,7 +226,7 @@ fn acknowledgement_counts_for_its_epoch_and_link_only() {
     }
     // A newer incarnation is known: messages on the old link may be of a process that has exited.
     leader.on_broker_status(BrokerId(2), BrokerStatus::Registered(Revision(12)));
-    assert_eq!(leader.on_acknowledged(peer(2), EPOCH, both(5)), Err(not_subscribed));
+    assert_eq!(leader.on_acknowledged(peer(2), EPOCH, synced_to(5)), Err(not_subscribed));
     assert_eq!(subscribe(&mut leader, peer(2), 5), SubscribeOutcome::Rejected(SubscribeError::OlderBroker));
 }
 
@@ -230,7 +236,7 @@ fn proposed_member_holds_the_high_watermark_back() {
     start_following(&mut leader, 2, 5);
     let proposal = leader.proposal().unwrap();
     assert_eq!((proposal.expect, &proposal.added), (Revision(20), &vec![peer(2)]));
-    leader.update_local(both(9));
+    leader.update_local(synced_to(9));
     assert_eq!(leader.high_watermark(), at(5), "the proposed member may be in the ISR already");
     assert_eq!(leader.proposal(), None, "one proposal is pending at a time");
 
@@ -241,12 +247,12 @@ fn proposed_member_holds_the_high_watermark_back() {
         leader.on_outcome(ProposalOutcome::CurrentValue(value(&[1], &[]), Revision(20))),
         ValueUpdate::Unchanged
     );
-    leader.update_local(both(10));
+    leader.update_local(synced_to(10));
     assert_eq!(leader.high_watermark(), at(5));
 
     // Another value was written: the proposal can no longer come true.
     assert_eq!(leader.on_value(&value(&[1], &[]), Revision(21)), ValueUpdate::Adopted);
-    leader.update_local(both(11));
+    leader.update_local(synced_to(11));
     assert_eq!(leader.high_watermark(), at(11));
 }
 
@@ -257,11 +263,11 @@ fn refused_proposal_waits_for_metadata_or_tick() {
     assert!(leader.proposal().is_some());
     leader.on_outcome(ProposalOutcome::CurrentValue(value(&[1], &[]), Revision(20)));
     assert!(leader.proposal().is_none() && leader.wants_ticks());
-    leader.update_local(both(6));
+    leader.update_local(synced_to(6));
     assert_eq!(leader.high_watermark(), at(6), "the refused proposal can no longer come true");
-    leader.on_acknowledged(peer(2), EPOCH, both(6)).unwrap();
+    leader.on_acknowledged(peer(2), EPOCH, synced_to(6)).unwrap();
     leader.tick(0);
-    assert_eq!(isr(leader.proposal()), Some((vec![1, 2], vec![])));
+    assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1, 2], vec![])));
     assert_eq!(leader.on_outcome(ProposalOutcome::Committed(Revision(21))), ValueUpdate::Adopted);
     assert_eq!((leader.revision(), leader.value().isr.len()), (Revision(21), 2));
 }
@@ -280,7 +286,7 @@ fn metadata_may_arrive_before_the_outcome() {
     assert_eq!(leader.proposal(), None, "the outcome is still pending");
     assert_eq!(leader.on_outcome(ProposalOutcome::Committed(Revision(21))), ValueUpdate::Unchanged);
     leader.on_disconnected(peer(2), DisconnectCause::ProcessGone);
-    assert_eq!(isr(leader.proposal()), Some((vec![1], vec![])));
+    assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1], vec![])));
 }
 
 #[test]
@@ -288,13 +294,13 @@ fn commits_need_the_committed_isr_and_an_empty_elr() {
     let mut short = leader(&[1], &[2], 2);
     assert_eq!(short.check_min_isr(), Err(1));
     start_following(&mut short, 3, 4);
-    assert_eq!(isr(short.proposal()), None, "broker 3 lacks records that may be committed");
+    assert_eq!(proposed_isr_elr(short.proposal()), None, "broker 3 lacks records that may be committed");
     assert_eq!(short.high_watermark(), at(3));
 
     // The min ISR was lowered: the ELR must be emptied before anything is committed without it.
-    short.configure(rule(1));
+    short.configure(rules_with(1));
     assert_eq!(short.high_watermark(), at(3));
-    assert_eq!(isr(short.proposal()), Some((vec![1], vec![])));
+    assert_eq!(proposed_isr_elr(short.proposal()), Some((vec![1], vec![])));
     short.on_outcome(ProposalOutcome::Committed(Revision(21)));
     assert_eq!(short.high_watermark(), at(5));
 }
@@ -306,9 +312,9 @@ fn leader_below_min_isr_admits_a_complete_replica() {
     let mut short = leader(&[1], &[], 2);
     assert!(!short.is_epoch_committed());
     start_following(&mut short, 2, 4);
-    assert_eq!(isr(short.proposal()), None, "the replica lacks records that may be committed");
-    short.on_acknowledged(peer(2), EPOCH, both(5)).unwrap();
-    assert_eq!(isr(short.proposal()), Some((vec![1, 2], vec![])));
+    assert_eq!(proposed_isr_elr(short.proposal()), None, "the replica lacks records that may be committed");
+    short.on_acknowledged(peer(2), EPOCH, synced_to(5)).unwrap();
+    assert_eq!(proposed_isr_elr(short.proposal()), Some((vec![1, 2], vec![])));
     short.on_outcome(ProposalOutcome::Committed(Revision(21)));
     assert_eq!(short.latest(), Some(at(5)));
 }
@@ -353,7 +359,7 @@ fn exited_member_is_removed_and_lost_link_is_not() {
     leader.on_broker_status(BrokerId(2), BrokerStatus::Unregistered);
     leader.on_broker_status(BrokerId(3), BrokerStatus::ShuttingDown);
     assert_eq!(
-        isr(leader.proposal()),
+        proposed_isr_elr(leader.proposal()),
         Some((vec![1], vec![2, 3])),
         "one proposal removes several members, which stay eligible below the min ISR"
     );
@@ -367,20 +373,20 @@ fn member_may_be_behind_by_a_constant_distance() {
     assert!(!leader.wants_ticks());
     // At each tick the member has the log end of the tick before.
     for round in 1..5 {
-        leader.update_local(both(5 + round));
+        leader.update_local(synced_to(5 + round));
         leader.tick(round * 90);
-        leader.on_acknowledged(peer(2), EPOCH, both(4 + round)).unwrap();
+        leader.on_acknowledged(peer(2), EPOCH, synced_to(4 + round)).unwrap();
         assert_eq!(leader.proposal(), None, "round {round}");
     }
     // The member stops; a broken link and a new subscription give it no more time.
-    leader.update_local(both(20));
+    leader.update_local(synced_to(20));
     leader.tick(1000);
     leader.on_disconnected(peer(2), DisconnectCause::LinkLost);
     assert_eq!(subscribe(&mut leader, peer(2), 8), SubscribeOutcome::Accepted(at(8)));
     leader.tick(1099);
     assert_eq!(leader.proposal(), None);
     leader.tick(1100);
-    assert_eq!(isr(leader.proposal()), Some((vec![1], vec![])));
+    assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1], vec![])));
 }
 
 #[test]
@@ -396,11 +402,11 @@ fn member_that_lost_records_is_removed_and_not_eligible() {
         SubscribeOutcome::Accepted(at(4)),
         "the replica may copy the lost records"
     );
-    assert_eq!(isr(leader.proposal()), Some((vec![1, 3], vec![])));
+    assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1, 3], vec![])));
     assert_eq!(leader.on_outcome(ProposalOutcome::Committed(Revision(21))), ValueUpdate::Adopted);
     assert_eq!(leader.proposal(), None, "the replica lacks committed records");
-    leader.on_acknowledged(peer(2), EPOCH, both(5)).unwrap();
-    assert_eq!(isr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
+    leader.on_acknowledged(peer(2), EPOCH, synced_to(5)).unwrap();
+    assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
 }
 
 #[test]
