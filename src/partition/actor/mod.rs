@@ -427,8 +427,10 @@ impl Actor {
             log_end: self.log.log_end(),
         };
         sim_event!(WatermarksPublished { partition: self.id, watermarks, role: self.sim_role() });
-        let (published_end, sealed_end) = (self.published.watermarks().high_watermark, self.log.active().base);
-        let commits_sealed = published_end < watermarks.high_watermark && published_end < sealed_end;
+        let (published_high_watermark, sealed_end) =
+            (self.published.watermarks().high_watermark, self.log.active().base);
+        let commits_sealed =
+            published_high_watermark < watermarks.high_watermark && published_high_watermark < sealed_end;
         if commits_sealed && (sealed_end <= watermarks.high_watermark || self.awaits_tier()) {
             // The last sealed segment has just become uploadable, or perhaps one that a writer waits for.
             self.maintenance.push(self.id);
