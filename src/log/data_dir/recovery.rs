@@ -154,8 +154,8 @@ impl ReplicaRecovery<'_> {
             let len = self.files.get(&info.base).copied();
             if info.bytes > len.unwrap_or(0) {
                 let path = self.dir.join(name(info.base, "log"));
-                let found = len.map_or("is missing".to_owned(), |len| format!("has {len} of {} bytes", info.bytes));
-                return Some(format!("{} {found}", path.display()));
+                let error = len.map_or("is missing".to_owned(), |len| format!("has {len} of {} bytes", info.bytes));
+                return Some(format!("{} {error}", path.display()));
             }
         }
         None

@@ -290,8 +290,8 @@ fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
         listed => listed?,
     };
     let has_reset_file = entries.iter().any(|entry| entry.name == reset_name);
-    let kept = if has_reset_file { &reset_name } else { &snapshot };
-    for entry in entries.iter().rev().filter(|entry| entry.name != *kept) {
+    let kept_name = if has_reset_file { &reset_name } else { &snapshot };
+    for entry in entries.iter().rev().filter(|entry| entry.name != *kept_name) {
         disk.remove(&dir.join(&entry.name))?;
     }
     if has_reset_file {

@@ -38,7 +38,7 @@ pub(super) struct StrayReplicas {
 impl StrayReplicas {
     /// Finds the stray replicas, which are those on the disk and not in `replicas`, and logs each at WARN.
     pub(super) fn find(disk: &dyn Disk, dir: &Path, replicas: &BTreeMap<PartitionId, UnopenedReplica>) -> Self {
-        let mut found = BTreeMap::new();
+        let mut strays = BTreeMap::new();
         for topic in subdirectories(disk, dir) {
             let Ok(topic_id) = topic.parse::<TopicId>() else { continue };
             for partition in subdirectories(disk, &dir.join(&topic)) {
@@ -51,11 +51,11 @@ impl StrayReplicas {
                          interrupted; they are not served, and are deleted when the metadata shows that their topic \
                          was deleted or that the partition is assigned to other brokers"
                     );
-                    found.insert(id, StrayState::Found);
+                    strays.insert(id, StrayState::Found);
                 }
             }
         }
-        Self { dir: dir.to_owned(), entries: Mutex::new(found) }
+        Self { dir: dir.to_owned(), entries: Mutex::new(strays) }
     }
 
     pub(super) fn ids(&self) -> Vec<PartitionId> {

@@ -1,5 +1,5 @@
 //! Epoch history: the start offset of each leader epoch. A follower compares it with its leader's before it copies
-//! (KIP-101, KIP-279). Pure.
+//! (KIP-101, KIP-279). Pure code: no I/O, lock or clock.
 
 use bytes::{Buf, BufMut};
 

@@ -1,5 +1,5 @@
-//! Byte formats and tables of the log: entries, checkpoints, snapshots, indexes, segments, epoch history and producer
-//! state. Nothing here holds a lock or starts a thread; a function that accesses files receives the disk.
+//! Byte formats of the log: entries, checkpoints, snapshots, indexes and segments, and the epoch history and producer
+//! state in them. Nothing here holds a lock or starts a thread; a function that accesses files receives the disk.
 
 mod checkpoint;
 pub(super) mod entry;

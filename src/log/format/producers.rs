@@ -1,5 +1,5 @@
 //! Producer state: the last batches of each idempotent producer, to recognise a retry and to refuse a gap (KIP-98).
-//! Pure.
+//! Pure code: no I/O, lock or clock.
 //!
 //! # Overview
 //!
@@ -41,7 +41,7 @@ const CROWDED_PRODUCERS: usize = 16;
 /// at most 5.
 const SHORT_WINDOW_BATCHES: usize = 16;
 
-/// The producers of one partition, with the last batches of each.
+/// Producer state of one partition: the known producers, with the last batches of each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProducerTable {
     producers: BTreeMap<i64, ProducerState>,

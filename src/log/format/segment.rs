@@ -187,47 +187,47 @@ pub(in crate::log) fn scan(
     mut on_batch: impl FnMut(u64, &Batch),
 ) -> io::Result<ScanEnd> {
     const WINDOW_BYTES: usize = 1 << 20;
-    let mut end = ScanEnd { end: from, position, corruption: None };
+    let mut scanned = ScanEnd { end: from, position, corruption: None };
     let mut window = Bytes::new();
-    while end.position < len {
-        let remaining = usize::try_from(len - end.position).unwrap_or(usize::MAX);
+    while scanned.position < len {
+        let remaining = usize::try_from(len - scanned.position).unwrap_or(usize::MAX);
         let needed = match Batch::framed_len(&window) {
             Ok(needed) => needed,
             Err(_) if window.len() < HEADER_BYTES => HEADER_BYTES,
             Err(error) => {
-                end.corruption = Some(error.to_string());
+                scanned.corruption = Some(error.to_string());
                 break;
             }
         };
         if needed > remaining {
-            end.corruption = Some(format!("{needed} bytes are needed and the file has {remaining}"));
+            scanned.corruption = Some(format!("{needed} bytes are needed and the file has {remaining}"));
             break;
         }
         if window.len() < needed {
             let mut buffer = vec![0; needed.max(WINDOW_BYTES).min(remaining)];
-            let read = file.read_at(&mut buffer, end.position)?;
+            let read = file.read_at(&mut buffer, scanned.position)?;
             buffer.truncate(read);
             if read < needed {
-                end.corruption = Some("the file became shorter during the read".to_owned());
+                scanned.corruption = Some("the file became shorter during the read".to_owned());
                 break;
             }
             window = buffer.into();
             continue;
         }
-        match next(&mut window, end.end, epoch) {
+        match next(&mut window, scanned.end, epoch) {
             Ok(batch) => {
-                on_batch(end.position, &batch);
-                end.position += batch.encoded_len() as u64;
-                end.end = batch.end_offset();
+                on_batch(scanned.position, &batch);
+                scanned.position += batch.encoded_len() as u64;
+                scanned.end = batch.end_offset();
                 epoch = batch.leader_epoch();
             }
             Err(reason) => {
-                end.corruption = Some(reason);
+                scanned.corruption = Some(reason);
                 break;
             }
         }
     }
-    Ok(end)
+    Ok(scanned)
 }
 
 /// Splits the next batch off `window`. The batch must start at the offset `expected`, with an epoch not below `epoch`;

@@ -264,7 +264,7 @@ impl Journal {
     }
 
     /// Returns true if an entry is queued.
-    pub(super) fn pending(&self) -> bool {
+    pub(super) fn has_queued_entries(&self) -> bool {
         !self.queue.lock().entries.is_empty()
     }
 

@@ -106,13 +106,13 @@ impl Ring {
         self.dir.join(format!("{slot:05}.journal"))
     }
 
-    /// Returns the path and number of an unused slot, if the ring may still grow.
+    /// Returns the path and number of a slot without a file, if the ring may still grow.
     pub(super) fn next_slot(&self) -> Option<(PathBuf, usize)> {
         if self.file_count >= self.max_files {
             return None;
         }
-        let taken = |slot: &usize| self.free.contains(slot) || self.used.iter().any(|used| used.slot == *slot);
-        (0..self.max_files).find(|slot| !taken(slot)).map(|slot| (self.path(slot), slot))
+        let exists = |slot: &usize| self.free.contains(slot) || self.used.iter().any(|used| used.slot == *slot);
+        (0..self.max_files).find(|slot| !exists(slot)).map(|slot| (self.path(slot), slot))
     }
 
     /// Adds a file that [`create_zeroed`] created, as a free one.

@@ -51,7 +51,7 @@ impl Journal {
     /// Writes one frame after making space for it, in step mode. Returns false if nothing is queued, or if the journal
     /// has no space. Returns true as well if the journal fails, because the failure completes all queued entries.
     pub(in crate::log) fn write_next_frame(&self, host: &dyn JournalHost) -> bool {
-        if !self.pending() {
+        if !self.has_queued_entries() {
             return false;
         }
         for _ in 0..MAX_SYNC_PASSES {
@@ -73,7 +73,7 @@ impl Journal {
     /// Writes the queued entries and makes space for the two frames of a change, in step mode. Returns false if there
     /// is no space.
     pub(in crate::log) fn ensure_change_space(&self, host: &dyn JournalHost) -> bool {
-        while self.pending() {
+        while self.has_queued_entries() {
             if !self.write_next_frame(host) {
                 return false;
             }

@@ -169,7 +169,7 @@ impl LogContext {
         let failed = |reason: &str| Err(ChangeError::Failed { reason: reason.to_owned() });
         // With threads, the wait below ends when the writer thread has completed the entry.
         let has_space = self.step_driver().is_none_or(|driver| {
-            while self.journal.pending() {
+            while self.journal.has_queued_entries() {
                 if !driver.write_frame() {
                     return false;
                 }

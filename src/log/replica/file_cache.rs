@@ -45,7 +45,7 @@ impl FileCache {
 
     /// Returns a number for one file that exists or will exist. A file that is created again at the same path has
     /// another number.
-    pub(super) fn serial(&self) -> u64 {
+    pub(super) fn new_serial(&self) -> u64 {
         self.next_serial.fetch_add(1, Ordering::Relaxed)
     }
 
@@ -97,7 +97,7 @@ mod tests {
         disk.create_dir_all(Path::new("/d")).expect("the disk works");
         let files = FileCache::new(Arc::new(disk));
         let capacity = u64::try_from(files.capacity).expect("few");
-        let serials: Vec<u64> = (0..=capacity).map(|_| files.serial()).collect();
+        let serials: Vec<u64> = (0..=capacity).map(|_| files.new_serial()).collect();
         let get = |serial: u64| files.get(serial, &path(serial), OpenMode::Write).expect("the file opens");
         let first = get(serials[0]);
         for serial in &serials[1..serials.len() - 1] {
@@ -112,6 +112,9 @@ mod tests {
         assert!(Arc::ptr_eq(&get(serials[1]), &second));
         files.remove(serials[0]);
         assert!(!Arc::ptr_eq(&get(serials[0]), &first), "a removed file is opened again");
-        assert!(files.get(files.serial(), Path::new("/d/none"), OpenMode::Read).is_err(), "a reader creates no file");
+        assert!(
+            files.get(files.new_serial(), Path::new("/d/none"), OpenMode::Read).is_err(),
+            "a reader creates no file"
+        );
     }
 }

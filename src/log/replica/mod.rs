@@ -115,7 +115,7 @@ struct LogState {
     /// old files are removed and the new ones are synced.
     pre_reset_record: Option<Box<ReplicaCheckpoint>>,
     /// Number of persist calls that wait for a sync of the segments. Later calls queue behind them.
-    syncing: u32,
+    queued_sync_jobs: u32,
 }
 
 /// Recovery point: all earlier data is synced. Includes the epoch history and producer state at that offset.
@@ -175,7 +175,7 @@ impl ReplicaInner {
     /// Creates a replica from its record. The recovery point is the end of the record's last segment.
     pub(super) fn new(ctx: &Arc<LogContext>, dir: PathBuf, record: ReplicaCheckpoint) -> Arc<Self> {
         let segments = record.segments.iter().map(|info| {
-            let file = SegmentFile::new(ctx.files.serial(), &dir, info.base);
+            let file = SegmentFile::new(ctx.files.new_serial(), &dir, info.base);
             // The bytes of the record are synced, or are synced completely next. So a write-out starts after them.
             file.written_out.store(info.bytes, Ordering::Relaxed);
             Segment { info: *info, file: Arc::new(file) }
@@ -208,7 +208,7 @@ impl ReplicaInner {
                 journal_pins: VecDeque::new(),
                 names_changed: false,
                 pre_reset_record: None,
-                syncing: 0,
+                queued_sync_jobs: 0,
             }),
         })
     }

@@ -113,7 +113,7 @@ impl SyncJob {
             Err(error) => done(Err(error)),
         }
         let mut state = replica.state();
-        state.syncing = state.syncing.saturating_sub(1);
+        state.queued_sync_jobs = state.queued_sync_jobs.saturating_sub(1);
     }
 }
 

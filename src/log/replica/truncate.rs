@@ -140,7 +140,7 @@ impl ReplicaLog {
         let info = SegmentInfo::empty(at, clock::wall_ms());
         let removed = {
             let mut state = inner.state();
-            let file = Arc::new(SegmentFile::new(inner.ctx.files.serial(), &inner.dir, at));
+            let file = Arc::new(SegmentFile::new(inner.ctx.files.new_serial(), &inner.dir, at));
             let removed = std::mem::replace(&mut state.segments, vec![Segment { info, file }]);
             state.pre_reset_record = Some(old_record);
             (state.generation, state.persisted_end, state.log_start) = (generation, at, at);

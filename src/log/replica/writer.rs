@@ -35,7 +35,7 @@ pub struct ReplicaLog {
     /// Batches that were appended and not submitted to the journal.
     pending: UnpersistedBatches,
     /// Serial of the segment file whose length was verified; `None` if the next append must verify it.
-    checked: Option<u64>,
+    verified_file: Option<u64>,
     /// True if appended batches are kept until a persist call submits them to the journal.
     journaled: bool,
 }
@@ -91,7 +91,7 @@ impl ReplicaLog {
         Some(Self {
             inner,
             pending: UnpersistedBatches { exceeds_journal, ..UnpersistedBatches::default() },
-            checked: None,
+            verified_file: None,
             journaled: true,
         })
     }
@@ -232,7 +232,7 @@ impl ReplicaLog {
                 slices.push(IoSlice::new(batch.header()));
                 slices.push(IoSlice::new(batch.records_bytes()));
             }
-            let written = open.file.write_at(&slices, info.bytes).inspect_err(|_| self.checked = None);
+            let written = open.file.write_at(&slices, info.bytes).inspect_err(|_| self.verified_file = None);
             // The flag is set after the write and before `publish`. So a sync that includes the batches also finds the
             // flag.
             file.dirty.store(true, Ordering::Release);
@@ -264,12 +264,12 @@ impl ReplicaLog {
     /// Opens the file of the active segment for an append. On the first use, and after a failed write, it also
     /// truncates surplus bytes, fails if bytes are missing, and loads the index.
     fn prepare(&mut self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Arc<OpenFile>> {
-        if info.bytes == 0 && self.checked != Some(file.serial) {
+        if info.bytes == 0 && self.verified_file != Some(file.serial) {
             // The open below may create the file.
             self.inner.state().names_changed = true;
         }
         let open = self.inner.ctx.files.get(file.serial, &file.path, OpenMode::Write)?;
-        if self.checked == Some(file.serial) {
+        if self.verified_file == Some(file.serial) {
             return Ok(open);
         }
         let len = open.file.size()?;
@@ -283,7 +283,7 @@ impl ReplicaLog {
             let index = if info.bytes == 0 { Index::default() } else { self.reader().active_index(info, file)? };
             self.inner.state().index = Some(index);
         }
-        self.checked = Some(file.serial);
+        self.verified_file = Some(file.serial);
         Ok(open)
     }
 
@@ -327,8 +327,8 @@ impl ReplicaLog {
         let needs_sync =
             pending.exceeds_journal || pending.payloads.iter().any(|payload| payload.bytes > max_frame_bytes);
         // A call behind one that waits for a sync waits for a sync as well, which keeps the order.
-        if needs_sync || state.syncing > 0 {
-            state.syncing += 1;
+        if needs_sync || state.queued_sync_jobs > 0 {
+            state.queued_sync_jobs += 1;
             drop(state);
             ctx.sync_queue.push_job(SyncJob { replica: self.inner.clone(), header: marker, done });
             return;
@@ -341,9 +341,9 @@ impl ReplicaLog {
             (header.segment, header.position) = (payload.segment, payload.position);
             header.epoch = payload.batches.last().and_then(Batch::leader_epoch);
             // The last entry reports the result of all, because the journal completes entries in order.
-            let done = if i == last { done.take() } else { None };
+            let entry_done = if i == last { done.take() } else { None };
             let EntryPayload { bytes, batches, .. } = payload;
-            ctx.journal.submit(JournalEntry { header, batches, bytes, client: self.inner.clone(), done });
+            ctx.journal.submit(JournalEntry { header, batches, bytes, client: self.inner.clone(), done: entry_done });
         }
         // Without payloads, an entry without data reports that all earlier entries are durable.
         if let Some(done) = done {
@@ -375,7 +375,7 @@ impl ReplicaLog {
             return Ok(());
         }
         self.inner.write_caches();
-        let file = SegmentFile::new(self.inner.ctx.files.serial(), &self.inner.dir, info.end);
+        let file = SegmentFile::new(self.inner.ctx.files.new_serial(), &self.inner.dir, info.end);
         let mut state = self.inner.state();
         let segment = Segment { info: SegmentInfo::empty(info.end, clock::wall_ms()), file: Arc::new(file) };
         state.segments.push(segment);
@@ -402,7 +402,7 @@ impl ReplicaLog {
     /// the length of its file.
     pub(super) fn clear_unpersisted(&mut self) {
         self.pending = UnpersistedBatches::default();
-        self.checked = None;
+        self.verified_file = None;
     }
 }
 
