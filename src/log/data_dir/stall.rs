@@ -11,11 +11,11 @@ const STOP_WAIT: Duration = Duration::from_secs(5);
 /// Maximum time that writers wait for space in the journal while checkpoints fail.
 const CHECKPOINT_WAIT: Duration = Duration::from_secs(10);
 
-/// Maximum time that writers wait while sync passes release no file. A longer wait, with more than
+/// Maximum time that writers wait while sync passes release no file. A longer wait, during at least
 /// [`STALL_SYNC_PASSES`] passes, indicates an error in this code.
 const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Maximum number of sync passes that release no file. Both limits must be reached.
+/// Number of sync passes without a released file that is required for a stall, in addition to [`STALL_TIMEOUT`].
 const STALL_SYNC_PASSES: u32 = 5;
 
 impl DataDirInner {

@@ -55,8 +55,8 @@ struct SimDiskState {
     operations: u64,
 }
 
-/// Content of a file. The durable content is `bytes` after applying `undo`: a second copy would cost time in every
-/// sync.
+/// Content of a file. The durable content follows from `bytes`, `durable_len` and `undo`. A second copy of it would
+/// have to be updated by every sync.
 #[derive(Default)]
 struct SimFileContent {
     bytes: Vec<u8>,

@@ -110,7 +110,7 @@ fn files(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Vec<PathBuf>>> {
 }
 
 /// Reads the journal in `dir` from the frame `first_frame` on. A torn last frame is dropped. The result describes
-/// earlier frames that are missing or corrupt, and is no error then.
+/// earlier frames that are missing or corrupt; they are not an error of this function.
 pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_frame: u64) -> io::Result<ReplayResult> {
     let mut journaled = ReplayResult::nothing(first_frame);
     let mut corrupt_frames: Vec<u64> = Vec::new();

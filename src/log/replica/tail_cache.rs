@@ -116,8 +116,8 @@ impl TailBatches {
 }
 
 impl ReplicaTail {
-    /// Returns the batches of `from..bound`: up to `max_bytes` of them, and at least the first. Returns `None` if the
-    /// first one is not cached.
+    /// Returns the batches of `from..bound`: up to `max_bytes` of them, and at least one. The result is empty if the
+    /// first batch ends above `bound`. Returns `None` if the first batch is not cached.
     pub(super) fn read(&self, from: Offset, bound: Offset, max_bytes: usize) -> Option<ReadBatches> {
         let tail = self.0.lock();
         let first = tail.batches.partition_point(|cached| cached.end <= from);
