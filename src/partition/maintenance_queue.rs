@@ -122,7 +122,7 @@ impl MaintenanceQueue {
         state.entries.insert(id, QueueEntryState::RetryAt(retry_at));
         state.retries.insert((retry_at, id));
         drop(state);
-        // Workers that wait for a later retry must wait for this one instead.
+        // A worker that waits for a later retry must wait for this retry instead.
         self.inner.notify.notify_one();
     }
 

@@ -323,6 +323,7 @@ async fn upload_segments(
     Ok((upload_batch.finish().await?, uploaded))
 }
 
+/// Returns the segments on this broker's disk. Fails if the partition's task has ended.
 async fn describe_segments(partition: &Partition) -> Result<LocalSegments, MaintenanceError> {
     partition.describe_segments().await.ok_or(MaintenanceError::Closed)
 }

@@ -229,6 +229,7 @@ impl UndecodableBatches {
         self.0.lock().iter().find(|(listed, _)| *listed == identity).map(|(_, error)| error.clone())
     }
 
+    /// Adds a batch with its error. Drops the oldest entry if the list is full.
     fn add(&self, id: PartitionId, batch: &Batch, error: MalformedBatch) {
         let mut batches = self.0.lock();
         if batches.len() >= MAX_UNDECODABLE_BATCHES {

@@ -10,8 +10,8 @@ fn at(offset: u64) -> Offset {
 }
 
 /// Returns a segment that was written at the time of its newest record.
-fn segment(base: u64, end: u64, bytes: u64, youngest_ms: i64) -> RetentionSegment {
-    RetentionSegment { base: at(base), end: at(end), bytes, max_timestamp_ms: youngest_ms, written_ms: youngest_ms }
+fn segment(base: u64, end: u64, bytes: u64, newest_ms: i64) -> RetentionSegment {
+    RetentionSegment { base: at(base), end: at(end), bytes, max_timestamp_ms: newest_ms, written_ms: newest_ms }
 }
 
 fn config(pairs: &[(&str, &str)]) -> TopicConfig {
@@ -333,6 +333,7 @@ fn times() -> impl Strategy<Value = i64> {
     prop_oneof![8 => 0i64..20_000, 1 => Just(-1), 1 => 20_001i64..=i64::MAX]
 }
 
+/// Returns size limits: none, and small ones.
 fn limit() -> impl Strategy<Value = Option<u64>> {
     prop_oneof![Just(None), (0u64..1500).prop_map(Some)]
 }
@@ -351,9 +352,9 @@ prop_compose! {
     ) -> RetentionState {
         let chain = |sizes: &[(u64, u64, i64, i64)]| {
             let mut next = 0;
-            let segments = sizes.iter().map(|&(records, bytes, youngest, written_ms)| {
+            let segments = sizes.iter().map(|&(records, bytes, newest, written_ms)| {
                 next += records;
-                RetentionSegment { written_ms, ..segment(next - records, next, bytes, youngest) }
+                RetentionSegment { written_ms, ..segment(next - records, next, bytes, newest) }
             });
             segments.collect::<Vec<_>>()
         };
@@ -419,10 +420,10 @@ proptest! {
         limits in (any::<Option<u16>>(), any::<Option<u16>>(), any::<Option<u16>>(), any::<Option<u16>>()),
     ) {
         let mut next = 0;
-        let segments: Vec<RetentionSegment> = sizes.iter().map(|&(records, bytes, youngest)| {
+        let segments: Vec<RetentionSegment> = sizes.iter().map(|&(records, bytes, newest)| {
             let base = next;
             next += records;
-            segment(base, next, bytes, youngest)
+            segment(base, next, bytes, newest)
         }).collect();
         let tiered = &segments[..tiered_count.min(segments.len())];
         let tiered_end = tiered.last().map_or(0, |last| last.end.get());

@@ -292,7 +292,7 @@ impl Net {
         }
     }
 
-    /// Loses the outcomes of the next `count` proposals, which are written all the same.
+    /// Loses the outcomes of the next `count` proposals. The store still writes these proposals.
     pub(super) fn lose_outcomes(&self, count: usize) {
         self.state.lock().outcomes_to_lose = count;
     }
