@@ -258,8 +258,8 @@ impl SegmentBatches {
                 let (expected, end) = (self.skipped.offset, self.source.end());
                 return Err(SegmentSourceError::NotContiguous { expected, base, end });
             }
-            let (from, bytes, epochs) = (&self.from, self.source.bytes(), self.epochs.clone());
-            self.builder = Some(FooterBuilder::new(from.partition, base, bytes, from.writer_epoch, epochs));
+            let (skipped, bytes, epochs) = (&self.skipped, self.source.bytes(), self.epochs.clone());
+            self.builder = Some(FooterBuilder::new(skipped.partition, base, bytes, skipped.writer_epoch, epochs));
         }
         self.builder.as_mut().expect("the builder exists").push(batch);
         Ok(true)

@@ -586,7 +586,7 @@ async fn stats_count_partitions_that_need_attention() {
     assert_eq!(leader_stats(1, false), led, "each leader counts its partitions");
     assert_eq!(
         leader_stats(1, true),
-        LeaderStats { leaderless: 2, moving: 1, ..led },
+        LeaderStats { leaderless: 2, reassigning: 1, ..led },
         "the controller counts the rest"
     );
     assert_eq!(leader_stats(4, false).led, 1, "the leader by its own cache");

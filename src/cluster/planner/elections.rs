@@ -69,7 +69,7 @@ pub(super) fn successor(
 
 /// Elects preferred leaders that may lead and do not: a limited number per plan, and only brokers that have been online
 /// for a while. Skips partitions that this plan changes or that are under reassignment.
-pub(super) fn prefer(
+pub(super) fn return_to_preferred_leaders(
     input: &PlannerInput<'_>,
     cases: &[PartitionCase<'_>],
     changed: &BTreeSet<PartitionId>,

@@ -10,6 +10,7 @@ use crate::{
         faulty::{Fault, FaultyStore},
         keys::{BrokerValue, Key},
         metadata::PartitionEntry,
+        placement::ReplicaBound,
     },
     limits,
     model::{BrokerId, TopicId},

@@ -89,7 +89,8 @@ impl Produce {
         };
         // A connection recompresses one batch at a time. An append waits for that permit before it takes memory that
         // other appends need.
-        let permitted = tokio::time::timeout_at(deadline, memory.rewriter(&self.decompressor).with_caller_permit()).await;
+        let permitted =
+            tokio::time::timeout_at(deadline, memory.rewriter(&self.decompressor).with_caller_permit()).await;
         let decompressor = permitted.map_err(|_| deadline_passed())?;
         // The size is known after recompression, so memory for the largest batch is taken before.
         let max_bytes = config.max_message_bytes;
