@@ -1,4 +1,4 @@
-//! Checks of values against each other, and of values against the rules of the rooms that use them.
+//! Checks of values against each other, and of values against the rules of the modules that use them.
 
 use super::{
     error::{ConfigError, ValueSource},

@@ -1,7 +1,7 @@
-//! Tests of the architecture: which room may import which, no import cycles between files, unique names of types, and
+//! Tests of the architecture: which module may import which, no import cycles between files, unique names of types, and
 //! which files may use external interfaces.
 //!
-//! `docs/architecture.md` has the reasons and the same rules. A new room needs an entry in [`ROOMS`] first.
+//! `docs/architecture.md` has the reasons and the same rules. A new module needs an entry in [`MODULES`] first.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -11,8 +11,8 @@ use std::{
 
 use crate::source::{Definition, Kind, SourceFile, Sources, Use, read_folder};
 
-/// The rooms in import order. Each room may import only earlier rooms.
-const ROOMS: &[&str] = &[
+/// The modules in import order. Each module may import only earlier modules.
+const MODULES: &[&str] = &[
     "model",
     "limits",
     "task",
@@ -98,9 +98,12 @@ fn violations(sources: &Sources) -> Vec<String> {
         if !file.text.starts_with("//!") {
             found.push(format!("{}: opens without `//!`: state what the file owns and what it never does", file.name));
         }
-        let Some(place) = ROOMS.iter().position(|known| *known == room(file)) else {
+        let Some(place) = MODULES.iter().position(|known| *known == top_module(file)) else {
             if file.name != "lib.rs" {
-                found.push(format!("{}: no room has this name; give it a place in ROOMS and in the design", file.name));
+                found.push(format!(
+                    "{}: no module has this name: add the module to MODULES and to docs/architecture.md",
+                    file.name
+                ));
             }
             continue;
         };
@@ -112,7 +115,7 @@ fn violations(sources: &Sources) -> Vec<String> {
     found
 }
 
-fn room(file: &SourceFile) -> &str {
+fn top_module(file: &SourceFile) -> &str {
     file.name.split('/').next().expect("a path has a first part").trim_end_matches(".rs")
 }
 
@@ -128,13 +131,18 @@ fn check_order(file: &SourceFile, place: usize, found: &mut Vec<String>) {
         let root = match path.segments.first().map(String::as_str) {
             Some("crate") => 1,
             // In the main file, the library has its crate name.
-            Some("strandline") if room(file) == "main" => 1,
+            Some("strandline") if top_module(file) == "main" => 1,
             Some("super") if supers >= depth => supers,
             _ => continue,
         };
         let Some(target) = path.segments.get(root) else { continue };
-        if ROOMS.iter().position(|room| room == target).is_some_and(|theirs| theirs > place) {
-            found.push(format!("{}:{}: `{}` imports the later room `{target}`", file.name, path.line, room(file)));
+        if MODULES.iter().position(|module| module == target).is_some_and(|theirs| theirs > place) {
+            found.push(format!(
+                "{}:{}: `{}` imports the later module `{target}`",
+                file.name,
+                path.line,
+                top_module(file)
+            ));
         }
     }
 }
@@ -199,7 +207,7 @@ fn shortest_cycle(graph: &Graph, start: usize) -> Option<Vec<usize>> {
     None
 }
 
-/// Reports for every file in a cycle the shortest one through it, each once.
+/// Reports the shortest import cycle through each file that is part of a cycle. Each cycle is reported once.
 fn check_cycles(sources: &Sources, found: &mut Vec<String>) {
     let graph = import_graph(sources);
     let mut reported = BTreeSet::new();
@@ -239,12 +247,12 @@ fn check_type_names(sources: &Sources, found: &mut Vec<String>) {
     }
 }
 
-/// Returns the first pair of rooms that the library lists out of order.
+/// Returns the first pair of modules that the library lists out of order.
 fn listed_out_of_order(lib: &str) -> Option<String> {
     let places: Vec<(usize, String)> = lib
         .lines()
         .filter_map(|line| line.trim().strip_prefix("pub mod ")?.strip_suffix(';').map(str::to_owned))
-        .map(|room| (ROOMS.iter().position(|known| *known == room).unwrap_or(usize::MAX), room))
+        .map(|module| (MODULES.iter().position(|known| *known == module).unwrap_or(usize::MAX), module))
         .collect();
     places
         .windows(2)
@@ -252,11 +260,11 @@ fn listed_out_of_order(lib: &str) -> Option<String> {
         .map(|pair| format!("`{}` stands after `{}`", pair[1].1, pair[0].1))
 }
 
-/// Reads the sources of all packages, each file under the name that it has among the rooms: `model/offset.rs` for
+/// Reads the sources of all packages, each file under the name that it has among the modules: `model/offset.rs` for
 /// `src/core/model/offset.rs`.
 fn sources() -> Sources {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let room_file = |name: &str| match name {
+    let module_file = |name: &str| match name {
         "core/lib.rs" => None,
         "client/lib.rs" | "proto/lib.rs" => Some(name.replace("lib.rs", "mod.rs")),
         _ => Some(name.trim_start_matches("core/").to_owned()),
@@ -264,7 +272,7 @@ fn sources() -> Sources {
     let own = read_folder(&root.join("src"), &["rs"]).into_iter();
     let proto = read_folder(&root.join("proto/src"), &["rs"]).into_iter();
     let all = own.chain(proto.map(|(name, text)| (format!("proto/{name}"), text)));
-    Sources::parse(all.filter_map(|(name, text)| Some((room_file(&name)?, text))).collect())
+    Sources::parse(all.filter_map(|(name, text)| Some((module_file(&name)?, text))).collect())
 }
 
 fn sources_in(folder: &str) -> Sources {
@@ -277,9 +285,9 @@ fn sources_follow_the_architecture() {
     assert!(sources.files.len() > 10, "sources exist");
     let mut found = violations(&sources);
     let has = |name: String| sources.files.iter().any(|file| file.name == name);
-    for name in ROOMS.iter().filter(|name| sources.files.iter().any(|file| room(file) == **name)) {
+    for name in MODULES.iter().filter(|name| sources.files.iter().any(|file| top_module(file) == **name)) {
         if !has(format!("{name}.rs")) && !has(format!("{name}/mod.rs")) {
-            found.push(format!("{name}: a room has one face, {name}.rs or {name}/mod.rs"));
+            found.push(format!("{name}: a module has one root file, {name}.rs or {name}/mod.rs"));
         }
     }
     let places = RESTRICTED.iter().flat_map(|rule| rule.allowed).chain(PURE);
@@ -291,7 +299,7 @@ fn sources_follow_the_architecture() {
     assert!(found.is_empty(), "{} violations:\n{}\n", found.len(), found.join("\n"));
 }
 
-/// Test packages have no rooms.
+/// Test packages have no modules.
 #[test]
 fn public_type_names_of_test_packages_are_unique() {
     let mut found = Vec::new();
@@ -301,17 +309,18 @@ fn public_type_names_of_test_packages_are_unique() {
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
-/// The documented map has the existing rooms, in their order.
+/// The documented map has the existing modules, in their order.
 #[test]
-fn documented_map_of_rooms_matches_the_import_order() {
+fn documented_map_of_modules_matches_the_import_order() {
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/architecture.md");
     let page = fs::read_to_string(page).expect("the page");
-    let rooms = page.split("## The rooms").nth(1).expect("the map").split("\n## ").next().expect("the map");
-    let mapped: Vec<&str> = rooms.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
-    let places: Vec<Option<usize>> = mapped.iter().map(|name| ROOMS.iter().position(|room| room == name)).collect();
+    let modules = page.split("## The modules").nth(1).expect("the map").split("\n## ").next().expect("the map");
+    let mapped: Vec<&str> = modules.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
+    let places: Vec<Option<usize>> =
+        mapped.iter().map(|name| MODULES.iter().position(|module| module == name)).collect();
     assert!(places.iter().all(Option::is_some) && places.is_sorted(), "{mapped:?}");
     for file in sources().files.iter().filter(|file| file.name != "lib.rs" && file.name != "main.rs") {
-        assert!(mapped.contains(&room(file)), "docs/architecture.md has no row for `{}`", room(file));
+        assert!(mapped.contains(&top_module(file)), "docs/architecture.md has no row for `{}`", top_module(file));
     }
 }
 
@@ -322,7 +331,7 @@ fn planted(files: &[(&str, &str)]) -> Vec<String> {
 }
 
 #[test]
-fn import_of_a_later_room_is_found_in_every_form() {
+fn import_of_a_later_module_is_found_in_every_form() {
     for code in [
         "use crate::broker::Node;",
         "use crate::{limits, model::{Offset}, broker::Node};",
@@ -334,7 +343,7 @@ fn import_of_a_later_room_is_found_in_every_form() {
     ] {
         let found = planted(&[("log/segment.rs", code)]);
         assert_eq!(found.len(), 1, "{code}: {found:?}");
-        assert!(found[0].contains("`log` imports the later room `broker`"), "{found:?}");
+        assert!(found[0].contains("`log` imports the later module `broker`"), "{found:?}");
     }
     assert_eq!(planted(&[("limits.rs", "use super::log::Segment;")]).len(), 1);
 }
@@ -442,7 +451,7 @@ fn repeated_type_name_is_found() {
 fn file_without_module_doc_is_found() {
     let bare = Sources::parse(vec![("log/mod.rs".to_owned(), "fn f() {}\n".to_owned())]);
     assert!(violations(&bare)[0].contains("opens without"));
-    assert!(planted(&[("utils.rs", "")])[0].contains("no room has this name"));
+    assert!(planted(&[("utils.rs", "")])[0].contains("no module has this name"));
     assert_eq!(
         listed_out_of_order("pub mod model;\n\npub mod log;\npub mod record;"),
         Some("`record` stands after `log`".to_owned())

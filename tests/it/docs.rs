@@ -107,7 +107,7 @@ fn every_decision_is_listed() {
     }
 }
 
-/// Returns the code that a page names as `room/file::function`: the file below a source folder, and the function.
+/// Returns the code that a page names as `module/file::function`: the file below a source folder, and the function.
 fn named(page: &str) -> Vec<(&str, &str)> {
     let quoted = page.split('`').skip(1).step_by(2);
     let code = quoted.filter(|text| text.chars().all(|c| c.is_ascii_lowercase() || "_/:".contains(c)));

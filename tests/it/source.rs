@@ -194,7 +194,7 @@ fn module_of(name: &str) -> String {
     path.trim_end_matches("/mod").replace('/', "::")
 }
 
-/// Returns the module that `crate` names in `module`: the rooms `client` and `proto` are packages of their own.
+/// Returns the module that `crate` names in `module`: the modules `client` and `proto` are packages of their own.
 fn crate_root(module: &str) -> &str {
     ["client", "proto"].into_iter().find(|package| is_within(module, package)).unwrap_or_default()
 }

@@ -196,7 +196,8 @@ impl PartitionReader {
         let role = self.published.status().role;
         let watermarks = self.published.watermarks();
         let hides_uncommitted = role.leads() || !mutant!(FollowerServesUncommitted);
-        let end = if hides_uncommitted && !mutant!(ReadUncommitted) { watermarks.high_watermark } else { watermarks.log_end };
+        let end =
+            if hides_uncommitted && !mutant!(ReadUncommitted) { watermarks.high_watermark } else { watermarks.log_end };
         let start = watermarks.log_start;
         if from < start || from > end && role == (ReplicaRole::Leader { epoch_committed: true }) {
             return Err(ReadError::OutOfRange { offset: from, start, end });
