@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use super::Topics;
+use super::{MAX_OPS_PER_TXN, Topics};
 use crate::{
     cluster::{
         metadata::PartitionEntry,
-        store::{Compare, MetaStoreError, TxnOp},
+        outcome::known_outcome,
+        store::{Compare, MetaStoreError, Transaction, TxnOutcome},
     },
     model::{PartitionId, TopicId},
 };
@@ -55,13 +56,32 @@ impl Topics {
             None => Compare::Absent(self.keys.partition(PartitionId::new(id, 0))),
         };
         drop(state);
-        let mut ops = Vec::new();
+        self.delete_stale_keys(id, strays, &unchanged).await
+    }
+
+    /// Deletes the keys of `strays`, each only at the revision that `strays` contains: a repeated addition of partitions
+    /// may have written a key again. Returns false, with some keys deleted, if a key or `condition` has changed.
+    pub(super) async fn delete_stale_keys(
+        &self,
+        id: TopicId,
+        strays: &[(u32, PartitionEntry)],
+        condition: &Compare,
+    ) -> Result<bool, MetaStoreError> {
+        let mut keys = Vec::new();
         for (number, entry) in strays {
             let id = PartitionId::new(id, *number);
-            let partition_key = entry.partition.as_ref().map(|_| self.keys.partition(id));
-            let tier_key = entry.tier.as_ref().map(|_| self.keys.tier(id));
-            ops.extend(partition_key.into_iter().chain(tier_key).map(|key| TxnOp::Delete { key }));
+            keys.extend(entry.partition.as_ref().map(|value| (self.keys.partition(id), value.mod_revision)));
+            keys.extend(entry.tier.as_ref().map(|value| (self.keys.tier(id), value.mod_revision)));
         }
-        self.transact_in_chunks(&[unchanged], ops).await
+        for chunk in keys.chunks(MAX_OPS_PER_TXN) {
+            let mut transaction = Transaction::new().when(condition.clone());
+            for (key, revision) in chunk {
+                transaction = transaction.when(Compare::ModRevision(key.clone(), *revision)).delete(key.as_str());
+            }
+            if let TxnOutcome::CompareFailed { .. } = known_outcome(&*self.store, &transaction).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 }

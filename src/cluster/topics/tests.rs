@@ -436,6 +436,29 @@ async fn sweep_keeps_partitions_that_count_meanwhile() {
     assert_eq!(cluster.paths("partitions/").await.len(), 3);
 }
 
+/// Regression: a repeated addition wrote the keys again between two transactions of a sweep, and the second transaction
+/// deleted some of the new keys.
+#[tokio::test]
+async fn sweep_keeps_keys_that_a_repeated_addition_wrote() {
+    let cluster = TestCluster::of(1).await;
+    let id = cluster.create("a", 2, 1).await.expect("created").value.id;
+    let (puts, _reservation) = cluster.topics.place_partitions(id, 2..350, 1).await.expect("enough brokers");
+    assert_eq!(cluster.topics.transact_in_chunks(&[], puts.clone()).await, Ok(true));
+    cluster.catch_up().await;
+    let state = cluster.metadata.state();
+    let strays = state.stale_partitions().remove(&id).expect("the addition is incomplete");
+    let topic =
+        Compare::ModRevision(cluster.keys.topic(&name("a")), state.topic(&name("a")).expect("created").mod_revision);
+    let rewritten = puts.into_iter().skip(250);
+    assert_eq!(cluster.topics.transact_in_chunks(&[], rewritten).await, Ok(true));
+    assert_eq!(cluster.topics.delete_stale_keys(id, &strays, &topic).await, Ok(false));
+    assert_eq!(
+        cluster.paths("partitions/").await.len(),
+        2 + 148,
+        "200 unchanged keys were deleted, in two transactions"
+    );
+}
+
 #[tokio::test]
 async fn producer_ids_are_issued_once() {
     let cluster = TestCluster::of(0).await;
