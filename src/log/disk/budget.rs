@@ -39,7 +39,7 @@ const RESERVE_BYTES: u64 = 8 << 20;
 /// Bytes of zeros per write to the reserve.
 const ZERO_FILL_BYTES: usize = 1 << 20;
 
-/// Bytes that may be appended before the free space of the file system is queried again.
+/// Maximum number of bytes that may be appended between two queries of the file system's free space.
 const APPEND_ALLOWANCE_BYTES: u64 = 4 << 20;
 
 /// Free space of the disk that holds a data directory.
@@ -48,9 +48,10 @@ pub(in crate::log) struct DiskBudget {
     dir: PathBuf,
     /// Bytes that appends and journal files leave free. With 0 there is no reserve, and appends are not limited.
     kept_bytes: u64,
-    /// True if the last append found the disk full.
+    /// True after an append, truncation or reset found the disk full, until the next successful append.
     is_full: AtomicBool,
-    /// True if the reserve exists or none is configured. A missing reserve is created when there is space.
+    /// True once `create_reserve` has found or created the complete reserve, or if none is configured. While false,
+    /// each call of `create_reserve` tries again.
     has_reserve: AtomicBool,
     /// Bytes that may be appended without a query of the free space.
     append_allowance: AtomicU64,
@@ -68,9 +69,12 @@ impl DiskBudget {
         }
     }
 
-    /// Checks, before anything is written, that the disk has space for the configured journal. Only a large ring of
-    /// which no file exists is checked, so that the lack of space does not appear under load. An existing ring works
-    /// with fewer files.
+    /// Checks, before anything is written, that the disk has space for a new journal of `bytes`. Only a journal above
+    /// `limits::JOURNAL_SPACE_CHECK_BYTES` without any file is checked, so that the lack of space does not appear under
+    /// load. An existing ring works with fewer files.
+    ///
+    /// # Errors
+    /// `JournalTooLarge`: the free space of the disk is less than `bytes`.
     pub(in crate::log) fn check_journal_space(&self, journal_dir: &Path, bytes: u64) -> Result<(), DataDirError> {
         let entries = self.disk.list(journal_dir);
         let has_files = entries.is_ok_and(|entries| entries.iter().any(|entry| entry.name.ends_with(".journal")));
@@ -84,7 +88,8 @@ impl DiskBudget {
         }
     }
 
-    /// Removes the reserve before a start if the disk has less free space than its size.
+    /// Removes the reserve before a start, and logs a warning, if the disk has less free space than the size of the
+    /// reserve.
     pub(in crate::log) fn release_reserve_for_start(&self) {
         if self.kept_bytes > 0 && self.release_reserve() {
             tracing::warn!(
@@ -95,7 +100,8 @@ impl DiskBudget {
         }
     }
 
-    /// Removes the reserve if the disk has less free space than its size. Returns true if a file was removed.
+    /// Removes the reserve if the disk has less free space than the size of the reserve. Returns true if a file was
+    /// removed.
     pub(in crate::log) fn release_reserve(&self) -> bool {
         let is_low = self.disk.free_bytes(&self.dir).is_ok_and(|free| free < RESERVE_BYTES);
         let released = is_low && self.disk.remove(&self.dir.join(RESERVE_NAME)).is_ok();
@@ -105,8 +111,8 @@ impl DiskBudget {
         released
     }
 
-    /// Creates the reserve if it does not exist and its size is free beyond the kept bytes. A failure is only logged,
-    /// and the next call tries again.
+    /// Creates the reserve if it does not exist, and if the disk has space for it beyond the kept bytes. A failure is
+    /// only logged, and the next call tries again.
     pub(in crate::log) fn create_reserve(&self) {
         if self.has_reserve.load(Ordering::Acquire) {
             return;
@@ -118,8 +124,8 @@ impl DiskBudget {
         }
     }
 
-    /// Writes the missing part of the reserve. Returns true if the file is complete, and false if the disk has no
-    /// space.
+    /// Writes the missing part of the reserve. Returns true if the file is complete, and false if the disk has less
+    /// free space than the kept bytes and the reserve need.
     fn write_reserve(&self) -> io::Result<bool> {
         let (disk, path) = (&self.disk, self.dir.join(RESERVE_NAME));
         let existing = match disk.open(&path, OpenMode::Read) {
@@ -162,7 +168,7 @@ impl DiskBudget {
         true
     }
 
-    /// Returns true if a truncation or a reset may write `bytes`.
+    /// Returns true if a truncation or a reset may write `bytes`. Unlike an append, it may use the kept bytes.
     pub(in crate::log) fn has_change_space(&self, bytes: u64) -> bool {
         // A file system that does not report its free space is used until a write fails.
         self.disk.free_bytes(&self.dir).map_or(true, |free| free >= bytes)
@@ -174,12 +180,13 @@ impl DiskBudget {
         self.disk.free_bytes(dir).map_or(true, |free| free >= bytes + self.kept_bytes)
     }
 
-    /// Returns true if the last append found the disk full.
+    /// Returns true if an append, truncation or reset found the disk full, and no append has succeeded since.
     pub(in crate::log) fn is_full(&self) -> bool {
         self.is_full.load(Ordering::Relaxed)
     }
 
-    /// Called when a write found the disk full. Logs the error once, until an append finds space again.
+    /// Called when an append, truncation or reset found the disk full. Logs the error if no earlier call has done so
+    /// since the last successful append.
     pub(in crate::log) fn on_full(&self) {
         if !self.is_full.swap(true, Ordering::Relaxed) {
             tracing::error!(
@@ -190,7 +197,7 @@ impl DiskBudget {
         }
     }
 
-    /// Called when an append was written. Logs that the disk has space again, if it was full.
+    /// Called after a successful append. Logs that the disk has space again, if it was full.
     pub(in crate::log) fn on_append(&self) {
         if self.is_full() && self.is_full.swap(false, Ordering::Relaxed) {
             tracing::info!(path = %self.dir.display(), "the disk has space for appends again");

@@ -26,19 +26,20 @@ pub(super) use sim::SimRng;
 pub use sim::{SimDisk, SyncStamp};
 pub use writeback::{STEP_BYTES, free_in_steps, write_out};
 
-/// Size and alignment of every write to the journal, in bytes.
+/// Block of a journal write in bytes: the position and the length of every write to the journal are multiples of it.
 pub const BLOCK: usize = 4096;
 
-/// Bytes per background write to the device. The journal's next write waits for no more than that.
+/// Bytes per background write to the device. A write to the journal waits for at most one such piece.
 pub const PIECE_BYTES: usize = 256 << 10;
 
-/// Bytes per background write while nothing is written to the journal: fewer calls for the same number of bytes.
+/// Bytes per background write after some time without a write to the journal. The same number of bytes needs fewer
+/// calls.
 pub const LARGE_PIECE_BYTES: usize = 2 << 20;
 
 /// A file system.
 pub trait Disk: Send + Sync + 'static {
-    /// Admits a configured directory, which must exist. Its path may contain symbolic links, the paths below it may
-    /// not.
+    /// Opens `dir` as a configured directory. The directory must exist. Its own path may contain symbolic links, the
+    /// paths below it may not.
     fn enter(&self, dir: &Path) -> io::Result<()>;
 
     /// Creates a directory and its parents. An existing directory is no error.
@@ -69,12 +70,13 @@ pub trait Disk: Send + Sync + 'static {
     /// Returns the bytes that can still be written in the file system of `dir`.
     fn free_bytes(&self, dir: &Path) -> io::Result<u64>;
 
-    /// Returns the used and free bytes of the file system of `dir`, as this process may use them.
+    /// Returns the sum of the used and the free bytes in the file system of `dir`. Blocks that are reserved for the
+    /// superuser are not included.
     fn total_bytes(&self, dir: &Path) -> io::Result<u64>;
 
     /// Writes out a range of a file in pieces, so that a later sync has less to write. Nothing is durable before that
-    /// sync. An error is final, as for a sync. If the file cannot be opened, nothing is written out, and the sync does
-    /// all the work.
+    /// sync. A write error is final, as for a sync. If the file cannot be opened, nothing is written out, and the sync
+    /// does all the work: this is no error.
     fn write_out(&self, path: &Path, range: Range<u64>, piece_bytes: usize) -> io::Result<()>;
 
     /// Returns the maximum number of files that the log may hold open.
@@ -90,7 +92,7 @@ pub trait Disk: Send + Sync + 'static {
         Ok(bytes)
     }
 
-    /// Writes a complete file, unsynced.
+    /// Replaces the content of a file, which is created if absent, and returns the open file. Nothing is synced.
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<Arc<dyn File>> {
         let file = self.open(path, OpenMode::Write)?;
         file.truncate(0)?;
@@ -99,7 +101,7 @@ pub trait Disk: Send + Sync + 'static {
     }
 
     /// Replaces a file atomically and durably: a crash leaves the old or the new content. A large file is written out
-    /// in pieces before the sync. An error contains the path that was refused.
+    /// in pieces before the sync. The message of an error starts with the path of the failed operation.
     fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let temporary = path.with_extension("tmp");
         let parent = path.parent().unwrap_or(Path::new("."));
@@ -115,7 +117,7 @@ pub trait Disk: Send + Sync + 'static {
     }
 }
 
-/// Returns an error of the same kind that contains the path.
+/// Returns an error of the same kind whose message starts with the path.
 fn with_path(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
@@ -161,12 +163,12 @@ pub trait File: Send + Sync {
     /// must be multiples of [`BLOCK`].
     fn write_durable(&self, bytes: &[u8], at: u64) -> io::Result<()>;
 
-    /// Truncates the file, or extends it with zeros.
+    /// Sets the length of the file: removes the bytes above `len`, or extends the file with zeros.
     fn truncate(&self, len: u64) -> io::Result<()>;
 
     /// Frees part of the disk space of a removed file without readers, and pauses briefly. `urgent` frees a larger
-    /// part, because space is needed soon. Returns false if the remaining space may be freed at once, by closing the
-    /// file. Blocks.
+    /// part, because space is needed soon. Returns false if no step is needed: the file still has a name, or its
+    /// remaining space may be freed at once by closing the file. Blocks.
     fn free_step(&self, urgent: bool) -> io::Result<bool>;
 
     /// Makes content and length durable.

@@ -7,9 +7,9 @@
 //! - Below it no component of a name is followed if it is a symbolic link. Each component is opened relative to the
 //!   handle of the previous one. So no process can exchange a component between its check and its use.
 //! - A file or directory below it that belongs to another user is refused before a byte is read, written or truncated.
-//! - Created entries are for this user alone: directories 0700, files 0600, regardless of the umask. Wider modes of
-//!   this user's entries are corrected: for a directory and its direct entries at its admission, for all others when
-//!   they are opened.
+//! - Created entries are for this user alone: directories 0700, files 0600, regardless of the umask. Other modes of
+//!   this user's entries are corrected: for a configured directory and its direct entries when it is admitted, for all
+//!   entries further below when they are opened.
 //!
 //! A removal and a rename check the directory only: they act on the name, never on the target of a link. A hard link
 //! equals any other file and is not refused.
@@ -38,7 +38,8 @@ const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 /// volume.
 const PERMISSION_BITS: u32 = 0o777;
 
-/// Directories of the system that may be configured by mistake, or because there is no other directory.
+/// Directories of the system. One of them may be configured by mistake, or because there is no other directory. Its
+/// mode is not corrected, because other programs use it.
 const SYSTEM_DIRS: &[&str] = &[
     "/",
     "/bin",
@@ -68,7 +69,8 @@ const DIR_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::
 pub struct PrivateDir {
     path: PathBuf,
     handle: OwnedFd,
-    /// Owner and mode of a directory whose mode is not corrected; `None` if the mode is private.
+    /// Owner and mode of a directory that keeps its mode (see [`Self::from_handle`]); `None` if the directory is for
+    /// this user alone.
     uncorrected: Option<(u32, u32)>,
 }
 
@@ -91,7 +93,7 @@ impl PrivateDir {
         Self::open(path)
     }
 
-    /// Opens a directory below this one as [`PrivateDir::make`] does.
+    /// Creates a directory below this one if it is absent, and opens it.
     ///
     /// # Errors
     /// Those of [`PrivateDir::make_dir`].
@@ -100,8 +102,8 @@ impl PrivateDir {
         Self::from_handle(&self.path.join(name), self.walk(name)?)
     }
 
-    /// Checks the owner of an opened directory, and corrects its mode. The mode stays if the directory belongs to root,
-    /// or if other programs use it.
+    /// Checks the owner of an opened directory, and corrects its mode. The mode stays if the directory belongs to root
+    /// and this process runs as another user, or if other programs use the directory.
     fn from_handle(path: &Path, handle: OwnedFd) -> io::Result<Self> {
         let stat = sys::fstat(&handle)?;
         let (owner, user) = (stat.st_uid, geteuid().as_raw());
@@ -139,7 +141,7 @@ impl PrivateDir {
     pub fn open_file(&self, name: &Path, flags: OFlags) -> io::Result<fs::File> {
         debug_assert!(!flags.contains(OFlags::TRUNC), "the owner is checked first");
         let (dir, last) = self.parent(name)?;
-        // Without NONBLOCK a pipe of that name would block the open. Regular files ignore the flag.
+        // Without NONBLOCK the open would block on a named pipe. Regular files ignore the flag.
         let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
         let path = || self.path.join(name);
         let opened = retry_if_interrupted(|| sys::openat(&dir, last, flags, FILE_MODE));
@@ -183,7 +185,7 @@ impl PrivateDir {
             if name == "." || name == ".." {
                 continue;
             }
-            // A file may disappear between the two calls. It is then absent from the result.
+            // A file may disappear after the directory was listed. It is then absent from the result.
             let Ok(stat) = sys::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
             let is_dir = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
             let len = u64::try_from(stat.st_size).unwrap_or(0);
@@ -298,8 +300,8 @@ fn components_of(name: &Path) -> io::Result<Vec<&OsStr>> {
     name.components().filter(|component| *component != Component::CurDir).map(to_name).collect()
 }
 
-/// Opens the directory `name` in the directory `parent`, without following a link, and checks it. `path` is its full
-/// path for errors.
+/// Opens the directory `name` in the directory `parent`, without following a link. Checks its owner and corrects its
+/// mode. `path` is the full path of the directory, for errors.
 fn open_component(parent: BorrowedFd<'_>, name: &OsStr, path: &Path) -> io::Result<OwnedFd> {
     let opened = retry_if_interrupted(|| sys::openat(parent, name, DIR_FLAGS | OFlags::NOFOLLOW, Mode::empty()));
     let handle = opened.map_err(|error| open_error(parent, name, path, error))?;

@@ -23,8 +23,9 @@ use super::{DirEntry, Disk, File, OpenMode, PrivateDir, writeback};
 
 /// The file system of the machine.
 ///
-/// Files are opened only below a configured directory ([`PrivateDir`]). A directory that is created or admitted counts
-/// as configured, and so does one that is read first, unless it lies below a configured directory.
+/// Files are opened only below a configured directory ([`PrivateDir`]). [`Disk::enter`] makes a directory configured.
+/// For a path outside of all configured directories, the created or listed directory becomes one, and so does the
+/// parent directory of a file that is accessed.
 #[derive(Debug, Default)]
 pub struct RealDisk {
     roots: RwLock<Vec<Arc<PrivateDir>>>,
@@ -88,7 +89,7 @@ impl Disk for RealDisk {
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         match self.root_of(dir) {
             Some((root, name)) => root.sync(&name),
-            // The path is that of a configured directory's parent.
+            // `dir` is the parent of a configured directory, whose name becomes durable.
             None => fs::File::open(dir)?.sync_all(),
         }
     }
@@ -153,8 +154,8 @@ impl Disk for RealDisk {
 
     fn write_out(&self, path: &Path, range: Range<u64>, piece_bytes: usize) -> io::Result<()> {
         let (root, name) = self.root_of_file(path)?;
-        // The write-out uses a handle of its own. Its wait consumes an error for that handle, which the sync's handle
-        // must report as well.
+        // The write-out uses a handle of its own. The kernel reports a write error once per handle, and the later sync
+        // must report the error as well.
         match root.open_file(&name, OFlags::RDONLY) {
             Ok(file) => writeback::write_out(&file, range, piece_bytes),
             Err(error) => {
@@ -174,7 +175,8 @@ impl Disk for RealDisk {
 /// An open file of the machine.
 struct RealFile {
     file: fs::File,
-    /// True if a durable write is one call (`RWF_DSYNC`); cleared permanently if the file system refuses the flag.
+    /// True if [`File::write_durable`] is one call with `RWF_DSYNC`. False without direct I/O, and permanently after
+    /// the file system has refused the flag.
     dsync: AtomicBool,
 }
 
@@ -207,7 +209,8 @@ impl File for RealFile {
         for group in slices.chunks(1024) {
             let mut group = group.to_vec();
             let mut remaining = group.as_mut_slice();
-            // Removes empty slices at the front, for which the kernel would report that nothing was written.
+            // Removes empty slices at the front: the kernel writes nothing for them, and 0 written bytes count as an
+            // error below.
             IoSlice::advance_slices(&mut remaining, 0);
             while !remaining.is_empty() {
                 match rustix::io::pwritev(&self.file, remaining, at) {
@@ -228,7 +231,7 @@ impl File for RealFile {
         if self.dsync.load(Ordering::Relaxed) {
             match rustix::io::pwritev2(&self.file, &[IoSlice::new(bytes)], at, ReadWriteFlags::DSYNC) {
                 Ok(written) if written == bytes.len() => return Ok(()),
-                // Only a part was written. All bytes are written again below, which is harmless.
+                // Only a part was written, or nothing. All bytes are written again below, which is harmless.
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => self.dsync.store(false, Ordering::Relaxed),
                 Err(error) => return Err(error.into()),

@@ -47,11 +47,12 @@ struct SimDiskState {
     process: u64,
     /// Bytes of files at which the disk is full; `None` is unlimited.
     capacity: Option<u64>,
-    /// Number of changes until all further ones fail; `None` if none fails.
+    /// Number of operations that still succeed before all later ones fail; `None` if none fails. An operation is a
+    /// write, a sync, or a change of a name.
     operations_left: Option<u64>,
-    /// Part of the paths whose syncs fail; `None` if none fails.
+    /// Text that selects files: the sync of a file whose path contains the text fails. `None` if no sync fails.
     failing_syncs: Option<String>,
-    /// Number of changes so far.
+    /// Number of operations so far, failed ones included.
     operations: u64,
 }
 
@@ -113,7 +114,7 @@ impl SyncStamp {
 pub(in crate::log) struct SimRng(pub(in crate::log) u64);
 
 impl SimRng {
-    /// Returns a number below `below`; 0 if that is 0.
+    /// Returns a number below `below`; 0 if `below` is 0.
     pub(in crate::log) fn roll(&mut self, below: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -159,7 +160,8 @@ impl SimDisk {
         }
     }
 
-    /// Ends every process that uses the disk, but not the machine: no data is lost (kill -9).
+    /// Ends every process that uses the disk, but not the machine: no data is lost (kill -9). Locks and handles end,
+    /// and faults are cleared.
     pub fn kill(&self) {
         let mut state = self.0.lock();
         state.process += 1;
@@ -168,7 +170,8 @@ impl SimDisk {
         state.failing_syncs = None;
     }
 
-    /// Makes every change fail with an I/O error after `operations` further ones; `None` clears the fault.
+    /// Makes every write, sync and change of a name fail with an I/O error after `operations` further ones; `None`
+    /// clears the fault.
     pub fn fail_writes_after(&self, operations: Option<u64>) {
         self.0.lock().operations_left = operations;
     }
@@ -202,7 +205,8 @@ impl SimDisk {
         true
     }
 
-    /// Returns the number of changes so far. Tests use it to choose the change at which writes begin to fail.
+    /// Returns the number of writes, syncs and changes of names so far. Tests use it to choose the operation at which
+    /// all begin to fail.
     pub fn operations(&self) -> u64 {
         self.0.lock().operations
     }
@@ -229,7 +233,7 @@ impl SimDisk {
         state.names.get(path).map(|id| state.files[id].write_outs.clone()).unwrap_or_default()
     }
 
-    /// Returns every file with its length.
+    /// Returns every file that has a name, with its length.
     pub fn files(&self) -> Vec<(PathBuf, u64)> {
         let state = self.0.lock();
         state.names.iter().map(|(path, id)| (path.clone(), state.files[id].bytes.len() as u64)).collect()
@@ -237,7 +241,7 @@ impl SimDisk {
 }
 
 impl SimFileContent {
-    /// Saves the durable bytes of a range that is about to change.
+    /// Saves the durable bytes of a range that is about to change, for a crash. Counts a change of existing bytes.
     fn save_undo(&mut self, range: Range<usize>) {
         if range.start < self.bytes.len() {
             self.rewrites += 1;
@@ -280,7 +284,8 @@ impl SimFileContent {
         durable
     }
 
-    /// Simulates a power failure. Each unit of the content, and the length, is the new or the durable one at random.
+    /// Simulates a power failure. Each unit of the content (a sector, a page, or the whole file) has its current or its
+    /// durable bytes, at random. The length is random between the current and the durable one.
     fn tear(&mut self, rng: &mut SimRng) {
         if self.undo.is_empty() && self.bytes.len() == self.durable_len {
             return;
@@ -292,7 +297,7 @@ impl SimFileContent {
             len = if rng.roll(2) == 0 { durable.len() } else { self.bytes.len() };
         }
         let mut torn = vec![0; len];
-        // Some crashes tear by sector, some by page, and some lose or keep everything.
+        // The unit of this file in this crash: a sector, a page, or the whole file.
         let unit = [SECTOR, PAGE, usize::MAX][usize::try_from(rng.roll(3)).unwrap_or(0)];
         let mut at = 0;
         while at < len {
@@ -334,7 +339,8 @@ impl NameChange {
 }
 
 impl SimDiskState {
-    /// Counts a change that is about to happen. Fails if [`SimDisk::fail_writes_after`] has requested that.
+    /// Counts a write, sync or change of a name that is about to happen. Fails after as many as
+    /// [`SimDisk::fail_writes_after`] has permitted.
     fn begin_change(&mut self) -> io::Result<()> {
         self.operations += 1;
         match &mut self.operations_left {
@@ -551,7 +557,7 @@ struct SimFile {
     id: u64,
     /// Number of the process that opened the file. The handle fails once that process has ended.
     process: u64,
-    /// Path at the opening, by which sync failures are selected.
+    /// Path under which the file was opened; `fail_syncs` selects files by it.
     path: PathBuf,
 }
 

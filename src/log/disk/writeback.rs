@@ -19,7 +19,7 @@ use crate::task::clock;
 /// possibly into its cache. Does nothing if the file system does not support the call.
 ///
 /// # Errors
-/// Bytes of the file could not be written. A later sync through the same handle may not report that again.
+/// The device could not write bytes of the file. A later sync through the same handle may not report that error again.
 pub fn write_out(file: &fs::File, range: Range<u64>, piece_bytes: usize) -> io::Result<()> {
     for start in range.clone().step_by(piece_bytes) {
         let piece = start..range.end.min(start.saturating_add(piece_bytes as u64));
@@ -36,30 +36,32 @@ pub fn write_out(file: &fs::File, range: Range<u64>, piece_bytes: usize) -> io::
     Ok(())
 }
 
-/// Bytes of a file without a name that are freed at once. Some file systems report freed bytes to the device
-/// (`discard`): that takes 2 to 4 ms per MiB, and the journal's write waits.
+/// Maximum number of bytes of a removed file that one step frees. A file of at most this length needs no step: closing
+/// it frees its space. Some file systems report freed bytes to the device (`discard`). That takes 2 to 4 ms per MiB,
+/// and the journal's write waits meanwhile.
 pub const STEP_BYTES: u64 = 1 << 20;
 
-/// Bytes that are freed at once when space is needed soon.
+/// Maximum number of bytes that one step frees when space is needed soon.
 const URGENT_STEP_BYTES: u64 = 4 << 20;
 
 /// Pause after a step, as a multiple of the duration of the step: other I/O has two thirds of the device's time.
 const PAUSE_FACTOR: u32 = 2;
 
-/// Minimum pause after a step: at most 800 MB/s are freed.
+/// Minimum pause after a step: at most 800 MiB per second are freed.
 const MIN_PAUSE: Duration = Duration::from_micros(1250);
 
-/// Maximum pause after a step, because a stop waits for it.
+/// Maximum pause after a step, because a stop of the log waits for a pause that has begun.
 const MAX_PAUSE: Duration = Duration::from_millis(100);
 
 /// Pause after a step when space is needed soon.
 const URGENT_PAUSE: Duration = Duration::from_millis(5);
 
-/// Divisor of a file system's size. Space is needed soon if less than that share of it is free.
+/// Divisor of a file system's size: space is needed soon if less than a fifth of the file system is free.
 const FREE_SHARE: u64 = 5;
 
-/// Frees the disk space of a removed file without readers, in steps. Freeing all of it at once would delay the
-/// journal's write. A file that still has a name, such as the hard link of a backup, stays unchanged.
+/// Frees the disk space of a removed file without readers, in steps, until at most [`STEP_BYTES`] remain, which closing
+/// the file frees. Freeing all space at once would delay the journal's write. A file that still has a name, such as the
+/// hard link of a backup, stays unchanged.
 pub fn free_in_steps(file: &fs::File) -> io::Result<()> {
     while free_step(file, false)? {}
     Ok(())

@@ -9,7 +9,8 @@ use super::*;
 
 const NOBODY: u32 = 65_534;
 
-/// Creates a configured directory, and a directory beside it that is not configured.
+/// Creates a configured directory and a directory beside it that is not configured. Returns their parent and both
+/// paths, the configured directory first.
 fn test_dirs() -> (tempfile::TempDir, PathBuf, PathBuf) {
     let parent = tempfile::tempdir().unwrap();
     let (inside, outside) = (parent.path().join("inside"), parent.path().join("outside"));
@@ -128,7 +129,8 @@ fn shared_directory_keeps_its_mode() {
     assert!(!is_shared(&inside, &sys::stat("/var/lib").unwrap()));
 }
 
-/// Only root can change the owner of a file. A test of the binary covers a broker of another user.
+/// Runs as root only, because only root can change the owner of a file. A test of the binary covers a broker that runs
+/// as another user.
 #[test]
 fn files_of_another_user_are_refused_and_unchanged() {
     if !geteuid().is_root() {
