@@ -1,5 +1,5 @@
 //! The checkpoint: a description of every replica of a data directory, in one file that is replaced atomically. With it
-//! a start need not read the replicas.
+//! a start need not read the segments.
 
 use std::{io, path::Path, sync::Arc};
 
@@ -22,16 +22,16 @@ pub(in crate::log) struct Checkpoint {
     pub(in crate::log) first_frame: u64,
     /// Largest generation assigned so far.
     pub(in crate::log) generation: u64,
-    /// Work that a start must do before the records describe the files.
+    /// Work that a start must do before `replicas` describes the files.
     pub(in crate::log) kind: CheckpointKind,
     pub(in crate::log) replicas: Vec<ReplicaCheckpoint>,
 }
 
-/// Work that a start must do before the records of a checkpoint describe the files.
+/// Work that a start must do before the replicas of a checkpoint describe the files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::log) enum CheckpointKind {
-    /// Replay starts at the first frame, which is certainly in the journal. A journal without that frame is another
-    /// one, or was lost.
+    /// Replay starts at the first frame, which was written before the checkpoint. A journal without that frame belongs
+    /// to another directory, or was lost.
     #[default]
     Running = 0,
     /// Written by the last step of a clean shutdown: no work remains, and the journal may be removed.
@@ -47,7 +47,7 @@ impl CheckpointKind {
     }
 }
 
-/// Record of one replica.
+/// Description of one replica, as of its recovery point.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::log) struct ReplicaCheckpoint {
     pub(in crate::log) id: PartitionId,
@@ -69,7 +69,7 @@ pub(in crate::log) struct ReplicaCheckpoint {
 }
 
 impl ReplicaCheckpoint {
-    /// Returns the record of an empty replica.
+    /// Returns the description of an empty replica that starts at `start`.
     pub(in crate::log) fn empty(id: PartitionId, generation: u64, start: Offset, now_ms: i64) -> Self {
         Self {
             id,
@@ -106,7 +106,7 @@ impl ReplicaCheckpoint {
         out.put_slice(refusal.as_bytes());
     }
 
-    /// Decodes the output of [`Self::encode`]; `None` for a record that no replica has.
+    /// Decodes the output of [`Self::encode`]; `None` if no replica can have this description.
     fn decode(from: &mut impl Buf) -> Option<Self> {
         let mut topic = [0; 16];
         from.try_copy_to_slice(&mut topic).ok()?;
@@ -152,7 +152,8 @@ impl Checkpoint {
         out
     }
 
-    /// Decodes the file of the data directory `directory`; `None` if it is corrupt, or that of another directory.
+    /// Decodes the checkpoint file of the data directory `directory`; `None` if the file is corrupt or belongs to
+    /// another directory.
     pub(in crate::log) fn decode(file: &[u8], directory: Uuid) -> Option<Self> {
         let (mut content, crc) = file.split_at_checked(file.len().checked_sub(4)?)?;
         if crc32c::crc32c(content).to_be_bytes() != crc || content.get(..8)? != MAGIC {
@@ -183,7 +184,8 @@ impl Checkpoint {
         Self::decode(&file, id).map(|_| id)
     }
 
-    /// Reads the checkpoint of a data directory; `None` if it is missing or corrupt.
+    /// Reads the checkpoint of the data directory `directory`; `None` if it is missing, corrupt, or that of another
+    /// directory.
     pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid) -> io::Result<Option<Self>> {
         match disk.read(&dir.join(NAME)) {
             Ok(file) => Ok(Self::decode(&file, directory)),

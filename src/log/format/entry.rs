@@ -68,13 +68,14 @@ impl EntryKind {
 pub(in crate::log) struct EntryHeader {
     pub(in crate::log) kind: EntryKind,
     pub(in crate::log) id: PartitionId,
-    /// Generation of the replica. An entry of an older generation describes data that was removed since.
+    /// Generation of the replica when the entry was created. A truncation, reset or deletion with a higher generation
+    /// may have removed the data of the entry.
     pub(in crate::log) generation: u64,
     pub(in crate::log) base: Offset,
     pub(in crate::log) end: Offset,
-    /// Base offset of the segment.
+    /// Base offset of the segment that receives the batches; 0 without batches.
     pub(in crate::log) segment: Offset,
-    /// Position in the file of the segment.
+    /// Position of the first batch in the file of the segment; 0 without batches.
     pub(in crate::log) position: u64,
     /// Epoch of the last batch; `None` without batches.
     pub(in crate::log) epoch: Option<LeaderEpoch>,
@@ -85,7 +86,7 @@ pub(in crate::log) struct EntryHeader {
 pub(in crate::log) struct DecodedEntry {
     pub(in crate::log) header: EntryHeader,
     pub(in crate::log) payload: std::ops::Range<usize>,
-    /// Checksum of the headers of the batches.
+    /// Checksum of the headers of the batches, as stored in the entry header.
     headers_crc: u32,
 }
 
@@ -93,7 +94,7 @@ pub(in crate::log) struct DecodedEntry {
 #[derive(Clone, Debug)]
 pub(in crate::log) struct DecodedFrame {
     pub(in crate::log) sequence: u64,
-    /// Length of the frame.
+    /// Length of the frame in bytes, padding included.
     pub(in crate::log) bytes: usize,
     pub(in crate::log) entries: Vec<DecodedEntry>,
 }
@@ -148,7 +149,8 @@ pub(in crate::log) fn encode<'a>(
     front[8..CRC_FROM].copy_from_slice(&crc.to_be_bytes());
 }
 
-/// Returns the data directory that wrote the frame at the front of `bytes`, if the headers of the frame are intact.
+/// Returns the id of the data directory that wrote the frame at the start of `bytes`; `None` if the headers are not
+/// intact.
 pub(in crate::log) fn owner(bytes: &[u8]) -> Option<Uuid> {
     let mut frame_header = bytes.strip_prefix(MAGIC)?.get(..FRAME_HEADER_BYTES - MAGIC.len())?;
     let crc = frame_header.get_u32();
@@ -161,7 +163,7 @@ pub(in crate::log) fn owner(bytes: &[u8]) -> Option<Uuid> {
     (crc32c::crc32c(bytes.get(CRC_FROM..end)?) == crc).then_some(id)
 }
 
-/// Decodes the frame at the front of `bytes`. Returns `None` if its headers are not intact, name another data
+/// Decodes the frame at the start of `bytes`. Returns `None` if the headers are not intact, name another data
 /// directory, or contain a value that is never written. The payloads are not read.
 pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<DecodedFrame> {
     let mut frame_header = bytes.get(..FRAME_HEADER_BYTES)?;
@@ -209,8 +211,8 @@ pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<DecodedFra
 }
 
 impl DecodedEntry {
-    /// Returns true if the payload is intact: complete, contiguous batches whose headers match the checksum. Only an
-    /// append has a payload.
+    /// Returns true if the payload is intact: complete, contiguous batches whose headers match the checksum. An entry
+    /// of another kind than an append is intact if its payload is empty. `frame` holds the complete frame.
     pub(in crate::log) fn is_intact(&self, frame: &Bytes) -> bool {
         if self.header.kind != EntryKind::Append {
             return self.payload.is_empty();

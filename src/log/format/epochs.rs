@@ -1,5 +1,5 @@
-//! Epoch history: the start offset of each leader epoch. A follower compares it with its leader's before it copies
-//! (KIP-101, KIP-279). Pure code: no I/O, lock or clock.
+//! Epoch history: the start offset of each leader epoch. A follower compares its history with the leader's before it
+//! copies (KIP-101, KIP-279). Pure code: no I/O, lock or clock.
 
 use bytes::{Buf, BufMut};
 
@@ -17,7 +17,8 @@ impl EpochHistory {
         Self::default()
     }
 
-    /// Returns the history of these epochs, each with its first offset; `None` if either does not grow strictly.
+    /// Returns the history of these epochs, each with its first offset; `None` if the epochs or the offsets do not grow
+    /// strictly.
     pub fn from_starts(starts: impl IntoIterator<Item = (LeaderEpoch, Offset)>) -> Option<Self> {
         let mut history = Self::new();
         for (epoch, start) in starts {
@@ -39,14 +40,14 @@ impl EpochHistory {
         self.starts.last().copied()
     }
 
-    /// Returns the epoch of `offset`, which must lie in the log.
+    /// Returns the epoch of `offset`, which must lie in the log; `None` if the history starts above `offset`.
     pub fn at(&self, offset: Offset) -> Option<LeaderEpoch> {
         let after = self.starts.partition_point(|(_, start)| *start <= offset);
         after.checked_sub(1).map(|i| self.starts[i].0)
     }
 
-    /// Records that a batch at `start` has this epoch. Returns false if the epoch or the offset decreases, which no log
-    /// may contain.
+    /// Adds the epoch of a batch at `start`, unless it is the last epoch already. Returns false, without a change, if
+    /// the epoch is lower than the last one or a new epoch starts below the last one.
     #[must_use]
     pub fn record(&mut self, epoch: LeaderEpoch, start: Offset) -> bool {
         match self.starts.last() {
@@ -76,7 +77,8 @@ impl EpochHistory {
         self.starts.retain(|(_, start)| *start < end);
     }
 
-    /// Removes the epochs that end at or below `start`. The epoch that contains `start` starts there from now on.
+    /// Removes the epochs that end at or below `start`. The last epoch has no end and stays. The epoch that contains
+    /// `start` begins there from now on.
     pub fn truncate_front(&mut self, start: Offset) {
         let first_kept = self.starts.partition_point(|(_, epoch_start)| *epoch_start <= start).saturating_sub(1);
         self.starts.drain(..first_kept);
@@ -85,7 +87,7 @@ impl EpochHistory {
         }
     }
 
-    /// Returns the part in `start..end`.
+    /// Returns the history of the offsets `start..end`.
     #[must_use]
     pub fn between(&self, start: Offset, end: Offset) -> Self {
         let mut part = self.clone();

@@ -8,7 +8,7 @@ use crate::model::Offset;
 /// Minimum distance between two index entries, in bytes of the segment.
 pub(in crate::log) const MIN_INTERVAL_BYTES: u64 = 4096;
 
-/// Magic bytes of the two files.
+/// Magic bytes of the offset index file and of the time index file.
 const OFFSETS: &[u8; 8] = b"STRLOIX1";
 const TIMES: &[u8; 8] = b"STRLTIX1";
 /// Bytes of the header: magic 8, base 8, segment bytes 8, count 4.
@@ -27,14 +27,15 @@ pub struct IndexEntry {
     pub max_before: i64,
 }
 
-/// Entries of one segment, the first batch first. Positions, offsets and times never decrease.
+/// Entries of one segment, beginning with its first batch. Positions, offsets and times never decrease.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(in crate::log) struct Index {
     entries: Vec<IndexEntry>,
 }
 
 impl Index {
-    /// Adds a batch. The first batch gets an entry, and so does one at least an interval after the last entry.
+    /// Adds an entry for a batch if it is the first one, or starts at least [`MIN_INTERVAL_BYTES`] after the last
+    /// entry. `max_before` is the largest timestamp of the batches before it.
     pub(in crate::log) fn add_batch(&mut self, offset: Offset, position: u64, max_before: i64) {
         let due = self.entries.last().is_none_or(|last| position >= u64::from(last.position) + MIN_INTERVAL_BYTES);
         if let (true, Ok(position)) = (due, u32::try_from(position)) {
@@ -52,7 +53,7 @@ impl Index {
         after.checked_sub(1).map(|i| self.entries[i])
     }
 
-    /// Returns the last entry before which every timestamp is below `timestamp`.
+    /// Returns the last entry before which every timestamp of the segment is below `timestamp`.
     pub(in crate::log) fn before_time(&self, timestamp: i64) -> Option<IndexEntry> {
         let after = self.entries.partition_point(|entry| entry.max_before < timestamp);
         after.checked_sub(1).map(|i| self.entries[i])

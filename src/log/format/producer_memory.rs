@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-/// Memory of all producer tables of a log. Clones share it.
+/// Memory of all producer tables of a log. Clones share one counter.
 #[derive(Clone, Debug)]
 pub(in crate::log) struct ProducerMemory(Arc<Inner>);
 
@@ -16,7 +16,7 @@ struct Inner {
 }
 
 impl ProducerMemory {
-    /// Returns a counter for tables that should use at most `max_bytes` together.
+    /// Returns a counter for the tables of a log, which together should use at most `max_bytes`.
     pub(in crate::log) fn new(max_bytes: usize) -> Self {
         Self(Arc::new(Inner { max_bytes, used: AtomicUsize::new(0) }))
     }

@@ -33,8 +33,8 @@ use crate::{
 /// Bytes of a producer besides its batches: its entries in two trees, and the overhead of the allocator.
 const PRODUCER_BYTES: usize = 140;
 
-/// Minimum number of producers at which a table refuses new ones and shortens windows, while all tables exceed their
-/// limit.
+/// Limit while all tables exceed their memory: a table with this number of producers refuses new ones, and at most this
+/// number of producers keep long windows.
 const CROWDED_PRODUCERS: usize = 16;
 
 /// Batches per producer that a table always keeps. The Rust client has that many in flight by default, Kafka's clients
@@ -77,7 +77,7 @@ struct BatchMetadata {
 /// Result of checking the sequence of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SequenceCheck {
-    /// The next batch of its producer, to be appended.
+    /// The first batch of a producer or producer epoch, or the next batch of its producer. It may be appended.
     New,
     /// A batch that was appended before at `base..end`. The response returns that range.
     Duplicate {
@@ -86,12 +86,13 @@ pub enum SequenceCheck {
         /// Offset after the last record of the appended batch.
         end: Offset,
     },
-    /// A batch before this one is missing.
+    /// The sequence is not the next one, and no stored batch has it. A batch before this one is missing, or this is a
+    /// retry of a batch that is no longer stored.
     OutOfOrder {
-        /// Sequence number of the next batch.
+        /// Sequence number of the producer's next batch.
         expected: i32,
     },
-    /// Another batch with the same sequence and number of records was appended.
+    /// A different batch with the same sequence and number of records was appended.
     Conflict {
         /// Base offset of the appended batch.
         base: Offset,
@@ -103,7 +104,8 @@ pub enum SequenceCheck {
     },
     /// The producer is not known, and this is not its first batch: its state has expired or was truncated.
     Unknown,
-    /// The producer would be a new one, and the producer state of all replicas exceeds its limit.
+    /// The producer would be a new one. The producer state of all replicas exceeds its limit, and this table has many
+    /// producers.
     Full {
         /// Limit of the producer state, in bytes.
         max_bytes: usize,
@@ -156,8 +158,9 @@ impl ProducerTable {
         self.producers.is_empty()
     }
 
-    /// Checks a batch of `count` records with this stamp. `sent` is the fingerprint of the batch as the client sent it;
-    /// `None` if the broker built the batch from records in the request.
+    /// Checks whether a leader may append a batch of `count` records with the producer sequence `stamp`. `sent` is the
+    /// fingerprint of the batch as the client sent it; `None` if the broker built the batch from records in the
+    /// request.
     pub fn check(&self, stamp: ProducerSequence, count: u32, sent: Option<Fingerprint>) -> SequenceCheck {
         let Some(producer) = self.producers.get(&stamp.id) else {
             if stamp.base_sequence != 0 {
@@ -344,8 +347,8 @@ impl BatchMetadata {
         out.put_u8(self.fingerprint.compression as u8 | time);
     }
 
-    /// Decodes the output of [`Self::encode`]. Returns `None` if the count is impossible, or if the end is no offset:
-    /// the response to a retry contains the end.
+    /// Decodes the output of [`Self::encode`]. Returns `None` if no batch can have the number of records, or if the end
+    /// exceeds the maximum offset: the response to a retry contains the end.
     fn decode(from: &mut impl Buf) -> Option<Self> {
         let (sequence, count) = (from.try_get_i32().ok()?, from.try_get_u32().ok()?);
         let base = Offset::new(from.try_get_u64().ok()?)?;

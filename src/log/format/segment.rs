@@ -119,7 +119,7 @@ pub(in crate::log) struct SegmentFile {
     /// Key of the file in the cache of open files.
     pub(in crate::log) serial: u64,
     pub(in crate::log) path: PathBuf,
-    /// True if bytes were written since the last sync.
+    /// True if the file was changed since its last sync.
     pub(in crate::log) dirty: AtomicBool,
     /// Number of bytes from the start that were written out, possibly unsynced. A write-out advances it; a truncation
     /// lowers it.
@@ -177,7 +177,7 @@ pub(in crate::log) struct ScanEnd {
 
 /// Reads the batches of a file from `position` to `len`, and calls `on_batch` with the position and content of each.
 /// The first batch must start at the offset `from`, and each later one at the end of the previous one. Epochs must
-/// never decrease, from `epoch` on. The scan stops at the first bytes that are no such batch.
+/// never decrease, from `epoch` on. The scan stops at the first bytes that are not such a batch.
 pub(in crate::log) fn scan(
     file: &dyn File,
     len: u64,

@@ -1,6 +1,6 @@
 //! `{base}.snapshot`: epoch history and producer state at the start of a segment. With it a truncation or an upload
-//! reads no earlier segment. A snapshot is a cache like the indexes, except that of the first segment. That snapshot is
-//! durable, because no other file holds the state before it.
+//! reads no earlier segment. A snapshot is a cache like the indexes, except the one at the base of the first segment.
+//! That snapshot is durable, because no other file holds the state before the local start.
 
 use std::{io, path::Path};
 
