@@ -2,8 +2,8 @@
 //!
 //! A caller that needs durable data [`submit`](Journal::submit)s an entry. One writer takes the queued entries as one
 //! frame ([`Journal::write_frame`]). It writes the frame with one direct write to a preallocated file, and completes
-//! every entry, in order. Batching comes from the queue: while one frame is being written, the entries of the next one
-//! gather.
+//! every entry, in order. Batching comes from the queue: while one frame is being written, the entries of the next
+//! frame wait in the queue.
 //!
 //! # Invariants
 //!
@@ -17,7 +17,8 @@
 //! # Crash
 //!
 //! The last frame may be torn. None of its entries was completed, and replay drops the frame. An invalid frame before a
-//! valid one is corruption, not a torn end: replay reports the replicas whose data it held.
+//! valid one is corruption, not a torn end. Replay reports the replicas whose data the frame held, or a loss of unknown
+//! replicas if the headers of the frame are invalid too.
 
 mod preallocate;
 pub(super) mod replay;
@@ -70,7 +71,7 @@ pub(super) struct JournalEntry {
     /// Encoded length of `batches`.
     pub(super) bytes: usize,
     pub(super) client: Arc<dyn JournalClient>,
-    /// Receives the result; `None` if no caller waits for it.
+    /// Callback that receives the result; `None` if no caller waits for it.
     pub(super) done: Option<PersistCallback>,
 }
 
@@ -102,7 +103,8 @@ pub(super) trait StepDriver: Send + Sync {
     /// Writes one frame. Returns false if nothing is queued, or if the journal has no space.
     fn write_frame(&self) -> bool;
 
-    /// Writes the queued entries and makes space for the two frames of a change. Returns false if there is no space.
+    /// Writes the queued entries and makes space for the two frames of a change: its first entry and its completion.
+    /// Returns false if there is no space.
     fn ensure_change_space(&self) -> bool;
 }
 
@@ -193,7 +195,8 @@ impl Journal {
         self.next_frame.load(Ordering::Acquire)
     }
 
-    /// Queues an entry. The writer calls its `done`. If the journal has failed or is closed, `done` is called at once.
+    /// Queues an entry. The writer calls the entry's `done` later. If the journal has failed or is closed, `done`
+    /// receives the error at once.
     pub(super) fn submit(&self, entry: JournalEntry) {
         let mut queue = self.queue.lock();
         if !queue.closed && self.failed.get().is_none() {
@@ -244,7 +247,8 @@ impl Journal {
         entries.into_iter().for_each(|entry| entry.complete(Err(self.refusal())));
     }
 
-    /// Announces that the journal will be closed soon. Later calls change nothing.
+    /// Announces that the journal will be closed soon. [`Self::closing_wait`] counts from the first call; later calls
+    /// change nothing.
     pub(super) fn begin_shutdown(&self) {
         self.closing.get_or_init(clock::monotonic);
     }
@@ -254,7 +258,8 @@ impl Journal {
         self.writer.lock().no_space_since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
-    /// Returns the time for which a close has waited for a free journal file; zero if no close has begun.
+    /// Returns the time for which a close has waited for a free journal file; zero if no close has begun or the next
+    /// frame has space.
     pub(super) fn closing_wait(&self) -> Duration {
         self.closing.get().map_or(Duration::ZERO, Instant::elapsed).min(self.space_wait())
     }
@@ -277,7 +282,7 @@ impl Journal {
         self.ring.lock().unallocated_bytes()
     }
 
-    /// Returns true if few files are free, so that segments should be synced now.
+    /// Returns true if less than half of the ring is free or not yet created, so that segments should be synced now.
     pub(super) fn is_low(&self) -> bool {
         self.ring.lock().is_low()
     }
@@ -297,7 +302,7 @@ impl Journal {
         self.ring.lock().start_after(keep, self.next_frame())
     }
 
-    /// Releases the files that hold only frames below `first_frame`.
+    /// Releases the files that hold only frames below `first_frame`, except the active one.
     pub(super) fn release(&self, first_frame: u64) {
         self.ring.lock().release(first_frame);
         self.released.notify_all();
@@ -308,7 +313,7 @@ impl Journal {
     }
 
     /// Returns the number of queued entries that the next frame takes, and the bytes of their payloads. A frame takes
-    /// at least one entry, whatever its size.
+    /// at least one entry, even one above the target size.
     fn next_frame_entries(&self, queue: &EntryQueue) -> (usize, usize) {
         let (mut entries, mut bytes) = (0, 0);
         for entry in &queue.entries {
@@ -349,7 +354,8 @@ impl Journal {
         Ok(())
     }
 
-    /// Writes one frame of queued entries and completes them. [`Self::ensure_space`] must just have made the space.
+    /// Writes queued entries as one frame, and completes these entries. A failed write fails the journal. The caller
+    /// has just made the space with [`Self::ensure_space`]. An empty queue writes nothing.
     fn write_frame(&self) {
         let mut writer = self.writer.lock();
         let entries: Vec<JournalEntry> = {

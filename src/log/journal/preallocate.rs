@@ -19,7 +19,8 @@ const YIELD_INTERVAL: Duration = Duration::from_millis(20);
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Journal {
-    /// Creates another file whenever the last free one is entered, until the journal is closed or fails.
+    /// Creates another file whenever the ring may grow and no file is free, until the journal is closed or fails. Runs
+    /// on a thread of its own.
     pub(in crate::log) fn run_preallocation(&self) {
         let mut throttle = LogThrottle::default();
         while self.wait_until_file_wanted() {
@@ -36,7 +37,8 @@ impl Journal {
         }
     }
 
-    /// Creates a file now, because the journal has no free one. Returns false if the ring may not grow.
+    /// Creates a file without pauses, unless one is free. Called when the journal needs a file at once. Returns false
+    /// if no file is free and the ring may not grow.
     pub(in crate::log) fn preallocate_now(&self) -> io::Result<bool> {
         self.set_writer_waiting(true);
         let result = self.grow(&mut |_| Ok(()));
@@ -44,8 +46,8 @@ impl Journal {
         result
     }
 
-    /// Creates a file at a pace that lets appends go first. Returns false if the ring may not grow. Fails with
-    /// `Interrupted` if the file is no longer needed.
+    /// Creates a file as [`Self::preallocate_now`] does, at a pace that lets appends go first. Fails with `Interrupted`
+    /// if the file is no longer needed.
     fn preallocate_ahead(&self) -> io::Result<bool> {
         self.grow(&mut |written| {
             self.yield_to_appends(written);
@@ -66,7 +68,7 @@ impl Journal {
         };
         let Some((path, slot)) = next_slot else { return Ok(false) };
         let dir = path.parent().unwrap_or(Path::new("."));
-        // The files that the ring requires are created even if that leaves less space than is kept free.
+        // The minimum number of files is created even if that uses space that appends leave free.
         let check_space = |bytes: u64| {
             let is_full = self.unallocated_bytes() == 0 && !self.budget.has_journal_space(dir, bytes);
             if is_full { Err(io::Error::from(io::ErrorKind::StorageFull)) } else { Ok(()) }

@@ -18,7 +18,8 @@ use crate::{
     model::{Offset, PartitionId},
 };
 
-/// Bytes at the front of a file that are read to identify its owner: the entry headers of all but the longest frames.
+/// Bytes at the start of a file that are read to identify its owner. They include all headers of the first frame,
+/// unless that frame has more than 800 entries.
 const OWNER_SCAN_BYTES: usize = 64 << 10;
 
 /// Result of reading the journal.
@@ -50,7 +51,7 @@ struct JournaledFrame {
 pub(in crate::log) struct ReplicaReplayState {
     /// Creation of the replica, at the start offset `base`.
     pub(in crate::log) created: Option<EntryHeader>,
-    /// Generation of the replica's deletion.
+    /// Generation of the replica's last deletion; `None` if it was not deleted.
     pub(in crate::log) deleted: Option<u64>,
     /// Change that was started and not completed; replay repeats it.
     pub(in crate::log) incomplete_change: Option<EntryHeader>,
@@ -68,7 +69,7 @@ pub(in crate::log) struct ReplicaReplayState {
     barrier: u64,
 }
 
-/// Returns the id of another data directory whose journal is in `dir`, if any.
+/// Returns the id of another data directory whose journal is in `dir`; `None` if no file there names another directory.
 pub(in crate::log) fn other_owner(disk: &dyn Disk, dir: &Path, directory: Uuid) -> io::Result<Option<Uuid>> {
     for path in files(disk, dir)?.unwrap_or_default() {
         let owner = entry::owner(&read_front(disk, &path, OWNER_SCAN_BYTES)?);
@@ -79,7 +80,7 @@ pub(in crate::log) fn other_owner(disk: &dyn Disk, dir: &Path, directory: Uuid) 
     Ok(None)
 }
 
-/// Returns true if a journal in `dir` was ever written. Until then its files are zeros.
+/// Returns true if a frame was ever written to a journal file in `dir`. The files of an unused journal hold only zeros.
 pub(in crate::log) fn was_written(disk: &dyn Disk, dir: &Path) -> io::Result<bool> {
     for path in files(disk, dir)?.unwrap_or_default() {
         if read_front(disk, &path, BLOCK)?.iter().any(|byte| *byte != 0) {
@@ -109,8 +110,8 @@ fn files(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Vec<PathBuf>>> {
     }
 }
 
-/// Reads the journal in `dir` from the frame `first_frame` on. A torn last frame is dropped. The result describes
-/// earlier frames that are missing or corrupt; they are not an error of this function.
+/// Reads the journal in `dir` from the frame `first_frame` on. A torn last frame is dropped. Earlier frames that are
+/// missing or corrupt are part of the result. Only an error of the disk fails the call.
 pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_frame: u64) -> io::Result<ReplayResult> {
     let mut journaled = ReplayResult::nothing(first_frame);
     let mut corrupt_frames: Vec<u64> = Vec::new();
@@ -153,7 +154,7 @@ pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_f
             }
         });
     }
-    // The first frame was durable when the checkpoint named it, so its corruption is no torn end.
+    // The first frame was durable when the checkpoint named it, so a corrupt first frame is not a torn one.
     let is_torn = |last: &u64| corrupt_frames.contains(last) || mutant!(DropLastFrame);
     if let Some(last) = last.filter(|last| is_torn(last) && *last > first_frame) {
         // No caller received a result for a frame that was being written.

@@ -14,10 +14,10 @@ use crate::log::disk::{BLOCK, Disk, File, OpenMode};
 /// supports direct I/O.
 const ZERO_FILL_BYTES: usize = 256 << 10;
 
-/// Minimum number of files with which a ring can reuse one.
+/// Minimum number of files of a ring. A single file could never be reused, because it stays active.
 const MIN_FILES: usize = 2;
 
-/// Number of files of a ring, unless they would exceed [`MAX_FILE_BYTES`]. A larger ring has more files.
+/// Number of files of a ring, or more if a file would otherwise exceed [`MAX_FILE_BYTES`].
 const RING_FILES: u64 = 16;
 
 /// Maximum size of a file: it is filled with zeros before its first use, which must not take long.
@@ -45,7 +45,7 @@ pub(in crate::log) struct Ring {
     used: VecDeque<RingFile>,
     /// Number of files that exist, free or in use.
     file_count: usize,
-    /// Serial of the file entered last.
+    /// Serial of the file that became active last.
     last_serial: u64,
 }
 
@@ -53,7 +53,7 @@ pub(in crate::log) struct Ring {
 struct RingFile {
     /// Number in the file's name.
     slot: usize,
-    /// Number of this use of the file. A file that is reused has a larger one.
+    /// Number of this use of the file. The next use of the same file has a larger one.
     serial: u64,
     /// Sequence of the first frame in the file.
     first_frame: u64,
@@ -68,8 +68,8 @@ pub(super) struct ActiveFile {
 }
 
 impl Ring {
-    /// Opens the ring in `dir`, after replay: no content is needed. Journal files of the right length become free, all
-    /// other journal files are removed.
+    /// Opens the ring in `dir`. Called after replay, when the content of the files is not needed. Journal files of this
+    /// ring's size and slots become free, all other journal files are removed.
     pub(in crate::log) fn open(disk: Arc<dyn Disk>, dir: &Path, file_bytes: u64, max_files: usize) -> io::Result<Self> {
         disk.create_dir_all(dir)?;
         // The content of a directory is durable only if the directory's own name is.
@@ -121,8 +121,8 @@ impl Ring {
         self.free.push(slot);
     }
 
-    /// Makes the next free file the active one. `sequence` is that of the first frame in the file. Returns `None` if no
-    /// file is free.
+    /// Makes the next free file the active one. `sequence` is that of the next frame, the first in the file. Returns
+    /// `None` if no file is free.
     pub(super) fn advance(&mut self, sequence: u64) -> io::Result<Option<ActiveFile>> {
         let Some(slot) = self.free.pop() else { return Ok(None) };
         let file = match self.disk.open(&self.path(slot), OpenMode::Direct) {
@@ -227,13 +227,13 @@ pub(super) struct AlignedBuffer {
 }
 
 impl AlignedBuffer {
-    /// Returns `len` bytes at a block boundary, with their previous content.
+    /// Returns `len` bytes at a block boundary, with arbitrary content.
     pub(super) fn slice(&mut self, len: usize) -> &mut [u8] {
         if self.memory.len() < len + BLOCK {
             self.memory = vec![0; len.next_power_of_two() + BLOCK];
         }
         let start = self.memory.as_ptr().align_offset(BLOCK);
-        // In theory `align_offset` may return `usize::MAX`. The slice then starts off the boundary.
+        // In theory `align_offset` may return `usize::MAX`. The slice then does not start at a block boundary.
         let start = if start < BLOCK { start } else { 0 };
         &mut self.memory[start..start + len]
     }

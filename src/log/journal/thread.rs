@@ -12,7 +12,7 @@ use crate::{
 /// Interval between two checks of a writer that waits for a free file.
 const FILE_WAIT_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Number of sync passes after which a step reports that the journal has no space.
+/// Maximum number of attempts of a step to get journal space. Each attempt without space ends with a sync pass.
 const MAX_SYNC_PASSES: usize = 3;
 
 /// Space for the next frame.
@@ -27,7 +27,7 @@ pub(super) enum FrameSpace {
 
 impl Journal {
     /// Writes the queued entries until the journal is closed and the queue is empty. A failure empties the queue, and
-    /// then this function only waits for the close.
+    /// then this function only waits for the close. Runs on the writer's thread.
     pub(in crate::log) fn run(&self, host: &dyn JournalHost) {
         while self.wait_for_entries() {
             let Some(space) = self.space_or_fail() else { continue };
@@ -70,8 +70,8 @@ impl Journal {
         false
     }
 
-    /// Writes the queued entries and makes space for the two frames of a change, in step mode. Returns false if there
-    /// is no space.
+    /// Writes the queued entries and makes space for the two frames of a change (its first entry and its completion),
+    /// in step mode. Returns false if there is no space.
     pub(in crate::log) fn ensure_change_space(&self, host: &dyn JournalHost) -> bool {
         while self.has_queued_entries() {
             if !self.write_next_frame(host) {
