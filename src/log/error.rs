@@ -70,7 +70,7 @@ pub enum DataDirError {
         dir: PathBuf,
         /// Directory that was searched for the journal.
         journal_dir: PathBuf,
-        /// Content of that directory.
+        /// Reason why `journal_dir` does not hold the journal.
         reason: String,
     },
     /// Another data directory uses the journal's directory.
@@ -85,7 +85,7 @@ pub enum DataDirError {
         /// Id of the other data directory.
         owner: uuid::Uuid,
     },
-    /// The disk has no space for the journal.
+    /// The disk has less free space than a new journal of the configured size needs.
     #[error("log.journal_bytes = {bytes} does not fit into {}, where {free} bytes are free: set a lower value, or a \
         directory on a larger device (log.journal_dir)", journal_dir.display())]
     JournalTooLarge {
@@ -158,10 +158,10 @@ pub enum ReplicaError {
     },
 }
 
-/// Error of an append. None of its batches is in the log.
+/// Error of an append call. None of the batches of the call is in the log.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LogAppendError {
-    /// The disk has no space. Appends work again when it has space.
+    /// The disk has no space. A later append succeeds once there is space.
     #[error("the disk is full")]
     DiskFull,
     /// The replica no longer accepts writes.

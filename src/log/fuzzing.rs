@@ -1,8 +1,9 @@
 //! Entry points of the fuzzers (`fuzz/entries`) to the private decoders of this module.
 //!
-//! Each function decodes the bytes of a file and encodes the result again; `None` means that the bytes are invalid. A
-//! data directory compares a file with its id, or with the base and length of a segment. Here those values come from
-//! the file itself: otherwise no input would be accepted.
+//! Each function decodes the bytes of a file and encodes the result again; `None` means that the bytes are invalid.
+//! Outside these functions, the id of the data directory, and the base and length of a segment, are known to the caller
+//! of a decoder, which compares them with the file. Here these values are read from the file itself: otherwise no input
+//! would be accepted.
 
 use bytes::{Buf, Bytes};
 use uuid::Uuid;
@@ -10,7 +11,8 @@ use uuid::Uuid;
 use super::format::{Checkpoint, Index, Snapshot, entry};
 use crate::{model::Offset, record::Batch};
 
-/// Decodes the journal frame at the front of `bytes`. A payload that does not match its entry is refused as well.
+/// Decodes the journal frame at the start of `bytes` with the batches of its entries, and encodes it again. Returns
+/// `None` also if the batches of an entry do not match the entry's checksum.
 pub fn frame(bytes: &Bytes) -> Option<Vec<u8>> {
     let directory = Uuid::from_slice(bytes.get(12..28)?).ok()?;
     let frame = entry::decode(bytes, directory)?;
@@ -34,13 +36,13 @@ pub fn frame(bytes: &Bytes) -> Option<Vec<u8>> {
     Some(out)
 }
 
-/// Decodes a checkpoint.
+/// Decodes a checkpoint and encodes it again.
 pub fn checkpoint(file: &[u8]) -> Option<Vec<u8>> {
     let directory = Uuid::from_slice(file.get(8..24)?).ok()?;
     Some(Checkpoint::decode(file, directory)?.encode(directory).to_vec())
 }
 
-/// Decodes the offset index and the time index of a segment.
+/// Decodes the offset index and the time index of a segment, and encodes both again.
 pub fn index(offsets: &[u8], times: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     let mut header = offsets.get(8..24)?;
     let (base, segment_bytes) = (Offset::new(header.get_u64())?, header.get_u64());
@@ -48,7 +50,7 @@ pub fn index(offsets: &[u8], times: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     Some((offsets.to_vec(), times.to_vec()))
 }
 
-/// Decodes the snapshot of a segment.
+/// Decodes the snapshot of a segment and encodes it again.
 pub fn snapshot(file: &[u8]) -> Option<Vec<u8>> {
     let at = Offset::new(file.get(8..16)?.get_u64())?;
     let Snapshot { epochs, producers } = Snapshot::decode(file, at)?;

@@ -10,7 +10,7 @@
 //! {data}/producer-ids.json                                  end of this broker's newest block of producer ids
 //! {data}/reserve                                            disk space for a start on a full disk
 //! {data}/checkpoint                                         description of every replica; a start reads no segments
-//! {data}/journal/{slot:05}.journal                          the ring
+//! {data}/journal/{slot:05}.journal                          one file of the journal's ring
 //! {data}/{topic-id}/{partition}/{base:020}.log              a segment: complete batches and nothing else
 //!                                        .log.quarantined-{n}  a segment found at a replica's creation; never read
 //!                                        .index .timeindex     caches: file position at which a read starts
@@ -20,11 +20,12 @@
 //!
 //! Every snapshot is a cache, except the one at the local start.
 //!
-//! A [`ReplicaLog`] is the single writer of a partition. [`ReplicaLog::append`] writes batches to the active segment
+//! A [`ReplicaLog`] is the single writer of a replica. [`ReplicaLog::append`] writes batches to the active segment
 //! through the page cache, and readers see them at once. [`ReplicaLog::persist`] submits the same bytes to the journal.
-//! One writer thread collects the entries of all replicas, writes them as one frame with one direct write to
-//! preallocated blocks, and completes them. Another thread syncs the segments in the background. A [`LogReader`] reads
-//! from the tail cache, else from a file. A read from a file checks every batch before it returns the batch.
+//! The journal's writer thread collects the entries of all replicas and writes them as one frame: one direct write to
+//! preallocated blocks. It then calls the callback of each entry. Another thread syncs the segments in the background.
+//! A [`LogReader`] reads from the tail cache, else from a file. A read from a file checks every batch before it returns
+//! the batch.
 //!
 //! # Layers
 //!
@@ -89,9 +90,9 @@
 //! # Failures
 //!
 //! A full disk fails only the append, which is undone. A start or a checkpoint on a full disk uses the space of the
-//! reserve. A failed write or sync of a segment ends writing to that replica, one of the journal ends writing to all
+//! reserve. A failed write or sync of a segment ends writing to its replica, one of the journal ends writing to all
 //! replicas. The kernel may have dropped the pages, and a second sync would not report that. Reads continue. Entries of
-//! such a replica that are only in the journal stay there for the next start. When the ring needs the file that holds
+//! a failed replica that are only in the journal stay there for the next start. When the ring needs the file that holds
 //! them, the journal has no space for any replica and fails.
 //!
 //! # Shutdown

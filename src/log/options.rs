@@ -19,7 +19,7 @@ pub struct LogOptions {
     /// True to open a directory whose journal is missing after an unclean stop. Data that was only in that journal is
     /// lost.
     pub accept_journal_loss: bool,
-    /// Maximum size of a frame in bytes: one write and one sync.
+    /// Maximum size of a journal frame in bytes. Each frame takes one write and one sync.
     pub max_frame_bytes: usize,
     /// Maximum bytes of one persist call that go to the journal. Above the limit the segments are synced instead, which
     /// avoids writing the bytes twice.
@@ -29,8 +29,9 @@ pub struct LogOptions {
     /// Intended maximum of the producer state of all replicas, in bytes.
     pub producer_bytes: usize,
     /// Unsynced bytes of all segments after which a background sync starts; at most an eighth of the journal's ring.
-    /// The value is large because each sync is a commit of the file system, for which the journal's write waits. The
-    /// bytes themselves are written out earlier, in pieces.
+    /// Many replicas with unsynced data raise the threshold, to at most a quarter of the ring. The value is large
+    /// because each sync is a commit of the file system, for which the journal's write waits. The bytes themselves are
+    /// written out earlier, in pieces.
     pub sync_bytes: u64,
     /// Approximate maximum time that a segment stays unsynced.
     pub sync_after: Duration,
@@ -39,10 +40,11 @@ pub struct LogOptions {
     pub reserve_bytes: u64,
     /// Metrics that count the journal's frames.
     pub metrics: Metrics,
-    /// True to run without threads: [`DataDir::journal_step`](super::DataDir::journal_step) and
-    /// [`DataDir::sync_step`](super::DataDir::sync_step) do their work. Used by the simulator.
+    /// True to run without threads. The caller does their work by
+    /// [`DataDir::journal_step`](super::DataDir::journal_step) and [`DataDir::sync_step`](super::DataDir::sync_step).
+    /// Used by the simulator.
     pub step_mode: bool,
-    /// With `step_mode`: callback that signals possible work.
+    /// In step mode: callback that signals possible work for a step. `None` if nothing has to be signalled.
     pub sim_hook: Option<SimHook>,
 }
 
