@@ -33,7 +33,6 @@ pub(in crate::log) struct LogContext {
     pub(super) files: FileCache,
     /// Removed segment files whose disk space is freed in steps.
     pub(in crate::log) removed: RemovedFiles,
-    /// Tail cache.
     pub(super) tail: TailCache,
     pub(super) producer_memory: ProducerMemory,
     pub(in crate::log) journal: Journal,
@@ -50,7 +49,7 @@ pub(in crate::log) struct LogContext {
 }
 
 impl LogContext {
-    /// Returns the context of an opened data directory. `generation` is the largest one assigned so far.
+    /// Returns the context of an opened data directory. `generation` is the largest generation assigned so far.
     pub(in crate::log) fn new(
         disk: Arc<dyn Disk>,
         dir: &Path,
@@ -82,7 +81,7 @@ impl LogContext {
         drop(self.step_driver.set(driver));
     }
 
-    /// Refuses appends from now on. Returns false if the log was closed already.
+    /// Refuses appends and all other writes from now on. Returns false if the log was closed already.
     pub(in crate::log) fn close(&self) -> bool {
         !self.closed.swap(true, Ordering::AcqRel)
     }
@@ -102,7 +101,7 @@ impl LogContext {
         self.generation.load(Ordering::Acquire)
     }
 
-    /// Returns a generation larger than every earlier one of this data directory.
+    /// Assigns a generation that is larger than every earlier one of this data directory, and returns it.
     pub(in crate::log) fn next_generation(&self) -> u64 {
         self.generation.fetch_add(1, Ordering::AcqRel) + 1
     }
@@ -115,7 +114,7 @@ impl LogContext {
         self.closed.load(Ordering::Acquire).then(|| "the log is closed".to_owned())
     }
 
-    /// Submits an entry to the journal without waiting for the result.
+    /// Submits an entry without batches to the journal, and does not wait for the result.
     pub(in crate::log) fn submit_unacked(&self, replica: &Arc<ReplicaInner>, header: EntryHeader) {
         self.journal.submit(JournalEntry {
             header,
@@ -126,8 +125,9 @@ impl LogContext {
         });
     }
 
-    /// Checks that a change of a replica has space for `bytes` of files and for its two frames of the journal. The
-    /// check precedes every modification, because a partial change cannot be undone.
+    /// Checks that a change of a replica has space for `bytes` of files and for the two frames of its first entry and
+    /// its completion. The check precedes every modification, because a partial change cannot be undone. Without space,
+    /// marks the disk as full and fails with `DiskFull`.
     pub(super) fn check_change_space(&self, bytes: u64) -> Result<(), ChangeError> {
         if self.budget.has_change_space(bytes) && self.has_space_for_two_frames() {
             return Ok(());
@@ -152,8 +152,8 @@ impl LogContext {
         self.commit_all([(replica, header)]).pop().expect("one entry has one outcome")
     }
 
-    /// Submits entries to the journal and waits until each of them is durable or failed. The journal takes many entries
-    /// in one frame.
+    /// Submits entries to the journal and waits until each of them is durable or failed. Returns one result per entry,
+    /// in order. The journal writes many entries in one frame.
     pub(in crate::log) fn commit_all<'a>(
         &self,
         entries: impl IntoIterator<Item = (&'a Arc<ReplicaInner>, EntryHeader)>,

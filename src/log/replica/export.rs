@@ -11,13 +11,13 @@ use crate::{
     model::Offset,
 };
 
-/// A sealed segment with its metadata. It can be read to its end, even during an eviction.
+/// A sealed segment with its metadata. Its bytes can be read even after an eviction has removed the segment.
 pub struct SegmentExport {
     /// Description of the segment.
     pub info: SegmentInfo,
     /// Path of the file, for messages.
     pub path: PathBuf,
-    /// Batches that can be found without reading the batches before them; also the time index.
+    /// Entries of the offset index and of the time index.
     pub index: Vec<IndexEntry>,
     /// Epoch history of the batches.
     pub epochs: EpochHistory,
@@ -36,8 +36,9 @@ impl SegmentExport {
 
 impl ReplicaLog {
     /// Exports the sealed segment at `base`; fails with `NotFound` if there is none. The segment is made durable on
-    /// this disk first. Otherwise the log could end below the tiered end after a power failure, and could then not
-    /// lead. Blocks. If the index or the snapshot is missing, the segment is read, and possibly earlier ones.
+    /// this disk first. Otherwise a power failure could leave this replica's log end below the tiered end, and the
+    /// replica could not lead. Blocks. If the index or the snapshot is missing, the segment is read, and possibly
+    /// earlier ones.
     pub fn export(&self, base: Offset) -> io::Result<SegmentExport> {
         let inner = &self.inner;
         let (info, file, epochs, segments) = {
@@ -74,8 +75,8 @@ impl ReplicaLog {
             let start = state.local_start();
             (start, state.epochs.between(Offset::ZERO, start))
         };
-        // An eviction or a reset writes the snapshot before the local start moves to its offset. Only a log without
-        // earlier data has none.
+        // An eviction or a reset writes a snapshot at the new local start before the local start moves. Only a log
+        // without earlier data has no snapshot there.
         match Snapshot::read(&*inner.ctx.disk, &inner.dir, start)? {
             Some(Snapshot { epochs, producers }) => Ok((start, epochs, producers)),
             None if earlier_epochs.last().is_none() => Ok((start, EpochHistory::new(), ProducerTable::new())),

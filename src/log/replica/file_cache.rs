@@ -17,7 +17,7 @@ use crate::log::{
     format::Index,
 };
 
-/// Divisor of the log's open files. At most that share of them are removed files that are still open.
+/// Divisor of the maximum number of open files: at most a quarter of them are removed files that are still open.
 pub(super) const REMOVED_FILES_SHARE: usize = 4;
 
 /// Open files, with the indexes that were read for them.
@@ -43,8 +43,8 @@ impl FileCache {
         Self { disk, capacity, open: Mutex::new(LruCache::unbounded()), next_serial: AtomicU64::new(0) }
     }
 
-    /// Returns a number for one file that exists or will exist. A file that is created again at the same path has
-    /// another number.
+    /// Assigns the serial of a file that exists or will be created. A file that is created again at the same path gets
+    /// another serial.
     pub(super) fn new_serial(&self) -> u64 {
         self.next_serial.fetch_add(1, Ordering::Relaxed)
     }

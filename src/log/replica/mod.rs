@@ -1,5 +1,5 @@
-//! The replicas of a data directory: their state, single writers, readers and syncs. A replica names the journal and
-//! the disk, and neither the registry nor the threads.
+//! The replicas of a data directory: their state, single writers, readers and syncs. This module calls the journal and
+//! the disk, but neither the registry nor the threads of the data directory.
 //!
 //! [`ReplicaInner`] is shared by a replica's writer, its readers, the journal and the sync thread. The lock of its
 //! [`LogState`] is held briefly, never across a call to the disk.
@@ -74,7 +74,8 @@ pub(super) struct ReplicaInner {
     /// Source of an `Arc` of this replica for calls from the journal, which holds the replica as a trait object.
     weak_self: Weak<Self>,
     tail: Arc<ReplicaTail>,
-    /// Reason why this replica accepts no writes.
+    /// Reason why this replica accepts no writes: a failed write or sync, or its deletion. Unset while it accepts
+    /// writes.
     failed: OnceLock<String>,
     /// True if a writer holds the replica.
     writer_open: AtomicBool,
@@ -93,12 +94,13 @@ struct LogState {
     segments: Vec<Segment>,
     /// First offset that can be read from any tier. The leader of the partition advances it.
     log_start: Offset,
-    /// First offset that may not be durable. The journal and the sync thread advance it; a truncation lowers it.
+    /// First offset that may not be durable. The journal and the sync thread advance it; a truncation or reset moves it
+    /// back.
     persisted_end: Offset,
     epochs: Arc<EpochHistory>,
     producers: Arc<ProducerTable>,
-    /// Partition time after which an idle producer is removed, in milliseconds; `None` until the topic's configuration
-    /// is known.
+    /// Partition time after which an idle producer is removed, in milliseconds. `None` until the topic's configuration
+    /// is known, and for a topic without an expiration.
     producer_expiration_ms: Option<i64>,
     /// Index of the active segment; `None` until it is needed.
     index: Option<Index>,
@@ -107,7 +109,7 @@ struct LogState {
     /// Start of the scan after a crash: all earlier data is synced in the segments.
     recovery: RecoveryPoint,
     /// Journal files that hold unsynced entries of this replica, by serial, oldest first. Each is paired with the end
-    /// of the replica's last entry in the file, whose sync releases the file.
+    /// of the replica's last entry in the file. A sync of the segments up to that end releases the file.
     journal_pins: VecDeque<(u64, Offset)>,
     /// True if files were created or removed since the last sync of the directory.
     names_changed: bool,
@@ -233,17 +235,18 @@ impl ReplicaInner {
         self.ctx.sync_queue.push_dirty(self, bytes);
     }
 
-    /// Returns an entry of the current generation that has no data.
+    /// Returns the header of an entry without data, at the offset `at` and with the current generation.
     pub(super) fn marker(&self, kind: EntryKind, at: Offset) -> EntryHeader {
         self.entry_header(kind, self.state().generation, at, at)
     }
 
-    /// Returns the header of an entry without a position in a segment.
+    /// Returns the header of an entry that names no segment.
     fn entry_header(&self, kind: EntryKind, generation: u64, base: Offset, end: Offset) -> EntryHeader {
         EntryHeader { kind, id: self.id, generation, base, end, segment: Offset::ZERO, position: 0, epoch: None }
     }
 
-    /// Returns the record of the replica for a checkpoint, as of its recovery point.
+    /// Returns the record of the replica for a checkpoint, as of its recovery point. During a reset this is the record
+    /// from before the reset.
     pub(super) fn checkpoint_record(&self) -> ReplicaCheckpoint {
         let state = self.state();
         if let Some(record) = &state.pre_reset_record {
@@ -269,7 +272,8 @@ impl ReplicaInner {
         self.id
     }
 
-    /// Returns the reason of a failed write or sync of this replica, if any.
+    /// Returns the reason why this replica accepts no writes (a failed write or sync, or its deletion), if any.
+    /// Failures of the whole directory are not included.
     pub(super) fn failure(&self) -> Option<&str> {
         self.failed.get().map(String::as_str)
     }
@@ -284,18 +288,19 @@ impl ReplicaInner {
         self.state().bytes()
     }
 
-    /// Returns true if all data is synced in the segments.
+    /// Returns true if the replica has not failed, and all its data is synced in the segments.
     pub(super) fn is_synced(&self) -> bool {
         let state = self.state();
         self.failed.get().is_none() && state.recovery.segment.end == state.log_end()
     }
 
-    /// Returns the oldest journal file that this replica needs, and the offset whose sync releases the file.
+    /// Returns the oldest journal file that this replica needs, and the offset up to which a sync releases the file;
+    /// `None` if the replica needs no journal file.
     pub(super) fn oldest_pin(&self) -> Option<(u64, Offset)> {
         self.state().journal_pins.front().copied()
     }
 
-    /// Creates the file of the first segment.
+    /// Creates the file of the active segment, unsynced. Called when the replica is created.
     pub(super) fn create_file(&self) -> io::Result<()> {
         let file = self.state().active().file.clone();
         self.ctx.disk.open(&file.path, OpenMode::Write)?;
@@ -366,7 +371,7 @@ impl JournalClient for ReplicaInner {
                 state.persisted_end = state.persisted_end.max(header.end);
             }
             EntryKind::Synced => state.persisted_end = state.persisted_end.max(header.end),
-            // Only the completion of the reset releases this file. No sync reaches `Offset::MAX`.
+            // Only the completion of the reset releases this file: no sync covers `Offset::MAX`.
             EntryKind::Reset => state.journal_pins.push_back((file, Offset::MAX)),
             // The other kinds make no data durable and need no sync of segments.
             _ => {}

@@ -18,7 +18,7 @@ use crate::{
     record::{Batch, HEADER_BYTES},
 };
 
-/// Maximum number of times that a read is repeated because the log was truncated during the read.
+/// Maximum number of times that a read is repeated because the log was truncated or a file was removed meanwhile.
 const MAX_RETRIES: usize = 8;
 
 /// Limits of one read, in bytes.
@@ -37,8 +37,8 @@ impl From<usize> for ReadLimits {
     }
 }
 
-/// Reader of one replica, concurrent with its writer. Each read ends at a bound that the caller gives, which is never
-/// above the log end.
+/// Reader of one replica, concurrent with its writer. The caller of each read gives a bound, which must not exceed the
+/// log end. Batches that end above the bound are not returned.
 #[derive(Clone)]
 pub struct LogReader {
     inner: Arc<ReplicaInner>,
@@ -60,8 +60,8 @@ impl LogReader {
         Self { inner }
     }
 
-    /// Waits for a permit to read from the disk; dropping the permit returns it. Internal reads, such as those of
-    /// recovery, need none.
+    /// Waits for one of the permits that bound concurrent reads from the disk; dropping the permit returns it. Internal
+    /// reads, such as those of recovery, need no permit.
     pub async fn acquire_disk_permit(&self) -> OwnedSemaphorePermit {
         let permit = Arc::clone(&self.inner.ctx.disk_reads).acquire_owned().await;
         permit.expect("the semaphore is never closed")
@@ -92,8 +92,8 @@ impl LogReader {
         self.inner.state().epochs.last().map(|(epoch, _)| epoch)
     }
 
-    /// Returns the cached batches of `from..bound`: about `max_bytes` of them, and at least one. Returns `None` if the
-    /// first one is not cached. Never blocks.
+    /// Returns the cached batches of `from..bound`: up to `max_bytes` of them, and at least one. The result is empty if
+    /// the first batch ends above `bound`. Returns `None` if the first batch is not cached. Never blocks.
     pub fn read_memory(&self, from: Offset, bound: Offset, max_bytes: usize) -> Option<ReadBatches> {
         if from >= bound {
             return Some(ReadBatches::empty(from));
@@ -102,7 +102,8 @@ impl LogReader {
     }
 
     /// Returns the batches of `from..bound` in the segment of `from`: as many as the limits allow, and at least one.
-    /// Blocks. A batch with a wrong checksum, offset or epoch is never returned.
+    /// The result is empty if the first batch ends above `bound`. Blocks. A batch with a wrong checksum, offset or
+    /// epoch is never returned.
     pub fn read_disk(
         &self,
         from: Offset,
@@ -122,8 +123,8 @@ impl LogReader {
 
     /// Returns the first batch below `bound` whose largest timestamp reaches `timestamp_ms`, among those that end above
     /// `from`. The caller searches the batch for the record. If the batch has no such record, because its header is
-    /// wrong, the caller repeats the search from the end of the batch. Fails with
-    /// `BatchTooLarge` at a batch that is larger than both `max_batch_bytes` and one read of the search. Blocks.
+    /// wrong, the caller repeats the search from the end of the batch. Fails with `BatchTooLarge` at a batch that is
+    /// larger than both `max_batch_bytes` and one read of the search. Blocks.
     pub fn batch_for_time(
         &self,
         timestamp_ms: i64,
@@ -165,8 +166,8 @@ impl LogReader {
         })
     }
 
-    /// Runs a read, and repeats it if the log was truncated or its file was removed during the read. A failure then
-    /// need not mean corruption.
+    /// Runs a read, and repeats it if the log was truncated or reset, or a file was removed, during the read. An error
+    /// of such a read does not prove corruption. After `MAX_RETRIES` the result of the last read is returned.
     fn retry_if_truncated<T>(&self, mut read: impl FnMut() -> Result<T, LogReadError>) -> Result<T, LogReadError> {
         for _ in 0..MAX_RETRIES {
             let generation = self.inner.state().generation;
@@ -183,7 +184,8 @@ impl LogReader {
         read()
     }
 
-    /// Returns the segment that contains `offset`. An empty active segment contains the log end.
+    /// Returns the segment that contains `offset`. An empty active segment contains the log end. Fails with
+    /// `OutOfRange` if no segment does.
     fn segment_view(&self, offset: Offset) -> Result<SegmentView, LogReadError> {
         let state = self.inner.state();
         let after = state.segments.partition_point(|segment| segment.info.base <= offset);
@@ -213,14 +215,14 @@ impl LogReader {
                 drop(state);
                 let index = self.active_index(&view.info, &view.file).map_err(|error| io_error(view, error))?;
                 state = self.inner.state();
-                // Without the lock, the writer may have loaded an index itself, or appended batches that this index
-                // lacks.
+                // While the lock was released, the writer may have loaded an index itself, or appended batches that
+                // this index lacks.
                 let is_current = state.active().info.bytes == view.info.bytes && state.generation == view.generation;
                 if state.index.is_none() && is_current {
                     state.index = Some(index);
                 }
             }
-            // Otherwise the segment was sealed since.
+            // Otherwise the segment has been sealed or replaced since `view` was created.
             if state.active().info.base == view.info.base {
                 return Ok(state.index.as_ref().and_then(&pick).unwrap_or(first));
             }
@@ -340,7 +342,8 @@ impl LogReader {
             if expected >= bound {
                 return Ok(ReadBatches::empty(from));
             }
-            // The batch is longer than the buffer. Its length was just read and is possible.
+            // The buffer ends inside a batch, or before the batch of `from`. The next buffer starts at the first
+            // incomplete batch. It has space for that batch if the batch's header is in this buffer.
             position += (data.len() - rest.len()) as u64;
             let bytes = if rest.len() >= HEADER_BYTES { Batch::framed_len(&rest).unwrap_or(0) } else { 0 };
             if bytes > max_batch_bytes {

@@ -29,7 +29,8 @@ impl RemovedFiles {
         Self { max: open_files / REMOVED_FILES_SHARE, state: Mutex::default(), wake: Condvar::new() }
     }
 
-    /// Keeps a file without a name open until its disk space is freed. Above the limit the file is closed at once.
+    /// Keeps a file without a name open until its disk space is freed. A file beyond the maximum number, or after a
+    /// stop, is closed at once.
     pub(super) fn keep(&self, file: Arc<OpenFile>) {
         let mut state = self.state.lock();
         if state.files.len() < self.max && !state.is_stopped {
@@ -43,7 +44,7 @@ impl RemovedFiles {
         self.keep(Arc::new(OpenFile { file, index: Mutex::default() }));
     }
 
-    /// Frees disk space until [`Self::stop`].
+    /// Frees the disk space of the queued files, oldest first, until [`Self::stop`]. Runs on a thread of its own.
     pub(in crate::log) fn run(&self) {
         while let Some(file) = self.next() {
             // A file that another thread still reads is freed when its last reader closes it.
@@ -86,7 +87,8 @@ impl RemovedFiles {
         self.wake.notify_one();
     }
 
-    /// Closes the remaining files. The file system then frees the space of each, which takes 0.5 to 4 ms per MiB.
+    /// Closes the remaining files. The file system then frees the space of each file at once, which takes 0.5 to 4 ms
+    /// per MiB.
     pub(in crate::log) fn close(&self) {
         let files = std::mem::take(&mut self.state.lock().files);
         drop(files);
@@ -111,8 +113,8 @@ mod tests {
         task,
     };
 
-    /// Regression: a stop closed the remaining files before the log was clean. For a deleted topic of 100 GB that took
-    /// a minute, and then the process was killed.
+    /// Regression: a stop closed the remaining files before the checkpoint of a clean shutdown was written. For a
+    /// deleted topic of 100 GB that took a minute, and then the process was killed.
     #[test]
     fn remaining_files_stay_open_from_stop_to_close() {
         const BYTES: u64 = 64 << 30;

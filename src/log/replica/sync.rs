@@ -12,7 +12,8 @@ use crate::log::{
 };
 
 impl ReplicaInner {
-    /// Syncs a replica that was taken out of the sync queue. An error was logged and has failed the replica.
+    /// Syncs a replica that was taken out of the sync queue. The result is not returned: an error is logged and fails
+    /// the replica.
     pub(in crate::log) fn sync_queued(&self) {
         self.dirty.store(false, Ordering::Release);
         drop(self.sync());
@@ -25,7 +26,8 @@ impl ReplicaInner {
         if let Some(reason) = self.failed.get() {
             return Err(PersistError::Failed { reason: reason.clone() });
         }
-        // A concurrent sync would find the files clean, and rely on this sync before its end.
+        // Without this lock, a concurrent sync would find the files clean and report their data as synced before this
+        // sync has ended.
         let _one_at_a_time = self.syncing.lock();
         let (point, generation, names_changed, files) = {
             let mut state = self.state();
@@ -85,7 +87,7 @@ impl ReplicaInner {
                 if start < end {
                     ranges.push((segment.file.clone(), start..end));
                 } else if number < active {
-                    // Earlier segments were written out no later than this one.
+                    // This sealed segment is written out completely, and so are all earlier ones.
                     break;
                 }
             }

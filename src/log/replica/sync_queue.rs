@@ -1,5 +1,5 @@
-//! The queue of the sync thread: dirty replicas, full pieces and persist calls that need a sync. The queue decides when
-//! work is due and runs none of it. A thread that holds its lock takes no other lock.
+//! The queue of the sync thread: dirty replicas, replicas with a full piece to write out, and persist calls that need a
+//! sync. The queue decides when work is due and runs none of it. A thread that holds its lock takes no other lock.
 
 use std::{
     collections::VecDeque,
@@ -24,11 +24,11 @@ use crate::{
     task::clock,
 };
 
-/// Minimum unsynced bytes of a replica that justify a sync of its own.
+/// Unsynced bytes per dirty replica below which a sync pass is not due yet: many small syncs cost more than they free.
 const MIN_SYNC_BYTES_PER_REPLICA: u64 = 512 << 10;
 
-/// Divisor of the journal's ring size. A sync pass is due after that many unsynced bytes, so that unsynced data pins
-/// few ring files.
+/// Divisor of the journal's ring size. A sync pass is due after at most that share of the ring is unsynced, so that
+/// unsynced data pins few ring files. With many dirty replicas the share is larger.
 const RING_SHARE: u64 = 8;
 
 /// Minimum interval between two passes. Under load each pass covers more data for the same number of file system
@@ -51,7 +51,8 @@ pub(in crate::log) struct SyncQueue {
     sync_after: Duration,
     step_mode: bool,
     sim_hook: Option<SimHook>,
-    /// Size of one write-out of a segment, in bytes.
+    /// Bytes per write to the device while segments are written out: `PIECE_BYTES`, or `LARGE_PIECE_BYTES` while the
+    /// journal is idle.
     piece_bytes: AtomicUsize,
     state: Mutex<SyncQueueState>,
     wake: Condvar,
@@ -69,7 +70,7 @@ struct SyncQueueState {
     pieces: Vec<Arc<ReplicaInner>>,
     /// Persist calls that need a sync, in order.
     jobs: VecDeque<SyncJob>,
-    /// True if a pass must run now, because the ring has few free files.
+    /// True if a pass must run now, because the ring has few free files or the last checkpoint failed.
     urgent: bool,
     /// Start of the last sync pass.
     last_pass: Option<Instant>,
@@ -95,7 +96,7 @@ pub(in crate::log) enum SyncAction {
     Pass,
     /// A write-out of the queued pieces.
     WriteOut,
-    /// The end, because the log stops.
+    /// Exit of the thread, because the log stops.
     Stop,
 }
 
@@ -137,7 +138,8 @@ impl SyncQueue {
         let is_queued = replica.dirty.swap(true, Ordering::AcqRel);
         let unwritten_bytes = replica.unwritten_bytes.fetch_add(bytes, Ordering::AcqRel);
         let (piece_bytes, new_unwritten_bytes) = (self.piece_bytes() as u64, unwritten_bytes + bytes);
-        // The size of a piece changes over time. So each small piece beyond that size requests a write-out again.
+        // The size of a piece may change after this call. So above the current size, each further small piece requests
+        // a write-out.
         let small_pieces = |bytes: u64| bytes / PIECE_BYTES as u64;
         let is_piece =
             new_unwritten_bytes >= piece_bytes && small_pieces(unwritten_bytes) != small_pieces(new_unwritten_bytes);

@@ -31,7 +31,7 @@ const BATCH_OVERHEAD_BYTES: usize = 2 * 48 + 2 * size_of::<(Weak<ReplicaTail>, u
 /// Minimum number of groups in the eviction order at which removed groups are purged.
 const MIN_PURGE_GROUPS: usize = 1024;
 
-/// The budget, and the eviction order.
+/// Memory budget and eviction order of the cached batches of all partitions.
 pub(in crate::log) struct TailCache {
     budget: usize,
     used: AtomicUsize,
@@ -102,12 +102,12 @@ fn detach_from_buffer(batch: &Batch) -> (Bytes, Batch) {
 }
 
 impl TailBatches {
-    /// Returns the memory of the queue's entries, used or not.
+    /// Returns the memory of the entries in the deque of batches, used or not.
     fn entry_bytes(&self) -> usize {
         self.batches.capacity() * size_of::<CachedBatch>()
     }
 
-    /// Frees most of the unused entries, if they are more than three quarters.
+    /// Frees most of the unused entries of the deque, if more than three quarters of all entries are unused.
     fn shrink(&mut self) {
         if self.batches.len() < self.batches.capacity() / 4 {
             self.batches.shrink_to(self.batches.len() * 2);
@@ -244,7 +244,7 @@ mod tests {
     fn removed_batches_leave_the_eviction_order() {
         let tail = TailCache::new(1 << 20);
         let (idle, busy) = (Arc::<ReplicaTail>::default(), Arc::<ReplicaTail>::default());
-        // This partition keeps its only batch, which is the oldest of all.
+        // This partition has one batch. It is the oldest of the cache and is never evicted.
         tail.push(&idle, &[batch(0)]);
         for offset in 0..20_000 {
             tail.push(&busy, &[batch(offset)]);
@@ -263,8 +263,8 @@ mod tests {
         );
     }
 
-    /// Regression, found by an attack with small batches: the entries of a partition that once had many stayed, outside
-    /// the budget.
+    /// Regression, found by an attack with small batches: a partition that had many cached batches kept their deque
+    /// entries after the eviction, outside of the budget.
     #[test]
     fn queue_entries_are_counted_and_freed() {
         let tail = TailCache::new(1 << 20);

@@ -33,9 +33,9 @@ use crate::{
 const NAMES_BYTES: u64 = 8192;
 
 impl ReplicaLog {
-    /// Truncates the log at `to`, or at the base of the batch that contains `to`, and returns the new log end. Waits
-    /// for two frames of the journal, and is durable on return. Persist calls for truncated batches fail with
-    /// [`PersistError::Truncated`](crate::log::PersistError::Truncated).
+    /// Truncates the log at `to`, or at the base of the batch that contains `to`, and returns the new log end. A `to`
+    /// below the local start resets the log at `to`. Waits for two frames of the journal, and is durable on return.
+    /// Persist calls for truncated batches fail with [`PersistError::Truncated`](crate::log::PersistError::Truncated).
     pub fn truncate(&mut self, to: Offset) -> Result<Offset, ChangeError> {
         self.check_writable()?;
         let (segments, end) = {
@@ -72,7 +72,7 @@ impl ReplicaLog {
             if state.recovery.segment.end > last.end {
                 state.recovery = state.recovery_point();
             }
-            // Truncated batches are never synced, so their journal files must not wait for a sync above the new end.
+            // Truncated batches are never synced. So their journal files must not wait for a sync above the new end.
             for (_, end) in &mut state.journal_pins {
                 *end = (*end).min(last.end);
             }
@@ -210,8 +210,8 @@ impl ReplicaLog {
     }
 
     /// Removes the sealed segments that end at or below `below`, and returns their bytes. Waits for one frame of the
-    /// journal. Current readers of a removed segment continue. On a full disk the call may remove fewer segments, which
-    /// makes space for the next call. The disk space of large files is freed a little later, in steps.
+    /// journal. Current readers of a removed segment continue. On a full disk the call may remove only some of these
+    /// segments, which makes space for the next call. The disk space of large files is freed a little later, in steps.
     pub fn evict(&mut self, below: Offset) -> Result<u64, ChangeError> {
         self.check_writable()?;
         let inner = self.inner.clone();
@@ -280,9 +280,9 @@ impl ReplicaLog {
         Ok(())
     }
 
-    /// Chooses the new local start for an eviction of the segments below `below`, makes the snapshot there durable, and
-    /// returns that offset. After the eviction no file holds the earlier state. On a disk without space for a snapshot,
-    /// the start of an earlier segment that has one is chosen.
+    /// Chooses the new local start for an eviction of the segments below `below`, makes the snapshot at this offset
+    /// durable, and returns the offset. After the eviction only this snapshot holds the state before the local start.
+    /// On a disk without space for a snapshot, the start of an earlier segment that has a snapshot is chosen.
     fn write_start_snapshot(&self, below: Offset) -> io::Result<Offset> {
         let segments: Vec<SegmentInfo> = self.inner.state().segments.iter().map(|segment| segment.info).collect();
         let removed = segments[..segments.len() - 1].partition_point(|info| info.end <= below);
@@ -295,8 +295,8 @@ impl ReplicaLog {
         }
     }
 
-    /// Makes a snapshot at `start` durable: the existing one, or a new one if none can be read. An existing file may
-    /// not have been synced.
+    /// Makes the snapshot at `start` durable. An intact file is synced, because it may not have been synced before.
+    /// Otherwise the snapshot is computed from the segments.
     fn ensure_durable_snapshot(&self, segments: &[SegmentInfo], start: Offset) -> io::Result<()> {
         let inner = &self.inner;
         let path = inner.path(start, "snapshot");
@@ -319,7 +319,8 @@ impl ReplicaLog {
     }
 
     /// Fails the replica after an error in the middle of a change, and returns the error of the change. The files may
-    /// be in a state between the old and the new log. Nothing more is written, and a restart completes the change.
+    /// be in a state between the old and the new log, and nothing more is written. A restart repeats the change if its
+    /// first entry is in the journal.
     fn failed_change(&self, error: &io::Error) -> ChangeError {
         let reason = format!("cannot truncate or reset the log: {error}");
         self.inner.fail(reason.clone());

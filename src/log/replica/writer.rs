@@ -22,7 +22,7 @@ use crate::{
     task::clock,
 };
 
-/// Maximum payload of a journal entry that holds the batches of several appends.
+/// Maximum payload in bytes of a journal entry to which the batches of a further append are added.
 const MAX_ENTRY_BYTES: usize = 1 << 20;
 
 /// Maximum size of a segment in bytes: positions in it are 32 bits wide.
@@ -126,8 +126,8 @@ impl ReplicaLog {
         self.inner.state().log_end()
     }
 
-    /// Returns the reason why nothing can be made durable from now on, if any. The reason is a failed write or sync,
-    /// also of a background sync, whose error no call has returned.
+    /// Returns the reason why nothing can be made durable from now on, if any. The reason is a failed write or sync. It
+    /// may be that of a background sync, whose error no call returns.
     pub fn write_error(&self) -> Option<String> {
         let inner = &self.inner;
         inner.failed.get().cloned().or_else(|| inner.ctx.journal.failed().map(str::to_owned))
@@ -164,8 +164,8 @@ impl ReplicaLog {
         state.segments[..state.segments.len() - 1].iter().map(|segment| segment.info).collect()
     }
 
-    /// Sets write times that lie after `now_ms` to `now_ms`. The clock was ahead when such a segment was written, and
-    /// its age counts from now.
+    /// Sets write times after `now_ms` to `now_ms`. A segment has such a time if it was written while the clock was
+    /// ahead. Its age counts from now on.
     pub fn correct_written_times(&self, now_ms: i64) {
         for segment in &mut self.inner.state().segments {
             segment.info.written_ms = segment.info.written_ms.min(now_ms);
@@ -177,8 +177,8 @@ impl ReplicaLog {
         self.inner.state().active().info
     }
 
-    /// Appends stamped batches with one write to the page cache. They can be read at once, and are durable when
-    /// [`Self::persist`] reports it. After an error none of them is in the log.
+    /// Appends batches with offsets and leader epochs, with one write to the page cache. They can be read at once, and
+    /// are durable when [`Self::persist`] reports it. After an error none of them is in the log.
     ///
     /// # Panics
     /// The batches do not start at the log end, are not contiguous, or their epoch decreases.
@@ -222,9 +222,9 @@ impl ReplicaLog {
         }
     }
 
-    /// Writes batches at the end of the active segment. After an error the file is truncated back. A full disk is no
-    /// failure of the replica. Any other error is, and so is a full disk if the truncation of a segment with content
-    /// fails.
+    /// Writes batches at the end of the active segment. After an error the file is truncated to its previous length. A
+    /// full disk does not fail the replica, unless the segment has content and that truncation fails. Any other error
+    /// fails the replica.
     fn write(&mut self, info: &SegmentInfo, file: &SegmentFile, batches: &[Batch]) -> Result<(), LogAppendError> {
         let written = self.prepare(info, file).and_then(|open| {
             let mut slices = Vec::with_capacity(batches.len() * 2);
@@ -340,12 +340,13 @@ impl ReplicaLog {
             let mut header = self.inner.entry_header(EntryKind::Append, generation, payload.base(), payload.end());
             (header.segment, header.position) = (payload.segment, payload.position);
             header.epoch = payload.batches.last().and_then(Batch::leader_epoch);
-            // The last entry reports the result of all, because the journal completes entries in order.
+            // The last entry reports the result of the persist call, because the journal completes entries in order.
             let entry_done = if i == last { done.take() } else { None };
             let EntryPayload { bytes, batches, .. } = payload;
             ctx.journal.submit(JournalEntry { header, batches, bytes, client: self.inner.clone(), done: entry_done });
         }
-        // Without payloads, an entry without data reports that all earlier entries are durable.
+        // Without payloads, an entry without data is submitted. Its completion shows that all earlier entries are
+        // durable.
         if let Some(done) = done {
             let client = self.inner.clone();
             ctx.journal.submit(JournalEntry {
@@ -384,7 +385,7 @@ impl ReplicaLog {
     }
 
     /// Sets whether appended batches are kept until [`Self::persist`] submits them to the journal; initially true.
-    /// False suits a topic that does not persist: a later persist call then syncs the segments.
+    /// False suits a topic with `replicated` durability. A later persist call then syncs the segments instead.
     pub fn set_journaled(&mut self, journaled: bool) {
         self.journaled = journaled;
     }
