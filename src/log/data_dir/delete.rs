@@ -3,8 +3,8 @@
 //!
 //! # Crash
 //!
-//! The journal records the deletion of a replica before its first file is removed, and its completion when the removal
-//! of the directory is durable. A crash between the two leaves the first entry, and the next start continues the
+//! The journal holds an entry for the deletion of a replica before its first file is removed, and a completion entry
+//! when the removal of its directory is durable. After a crash between the two entries, the next start continues the
 //! deletion.
 
 use std::sync::Arc;
@@ -25,8 +25,9 @@ impl DataDir {
     }
 
     /// Deletes replicas and their files, or the files that an earlier attempt of this process left. An unknown replica
-    /// is ignored. The [`ReplicaLog`](crate::log::ReplicaLog)s must have been dropped before. Waits for two frames of
-    /// the journal. A replica without an error in the result never reappears.
+    /// is ignored. A replica with an open [`ReplicaLog`](crate::log::ReplicaLog) is not deleted and fails with
+    /// [`ReplicaError::Open`]. Waits for two frames of the journal. Returns the replicas that could not be deleted,
+    /// each with the error. All others never reappear.
     pub fn delete_replicas(&self, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let inner = &self.inner;
         // `with_files` also names replicas whose earlier deletion is durable and has left files.
@@ -58,8 +59,8 @@ impl DataDir {
         failures
     }
 
-    /// Deletes the files of replicas that are not registered. Only metadata that proves them unnecessary permits this
-    /// call. A registered replica is ignored.
+    /// Deletes the files of stray replicas. The caller must have metadata that proves these files unnecessary. A
+    /// registered replica is ignored. Returns the replicas that still have files, each with the error.
     pub fn delete_stray(&self, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let ids: Vec<_> = ids.iter().copied().filter(|id| !self.holds(*id)).collect();
         self.inner.strays.delete(&self.inner.ctx, &ids)

@@ -60,7 +60,8 @@ impl IdentityFile {
     }
 }
 
-/// Creates the directory if it is absent, and locks it for this process until the returned value is dropped.
+/// Creates the directory if it is absent, and locks it for this process until the returned value is dropped. Fails with
+/// `InUse` if another process has locked it.
 pub(super) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, DataDirError> {
     disk.create_dir_all(dir).map_err(io_error(dir, "create the directory"))?;
     let path = dir.join("lock");
@@ -74,11 +75,12 @@ pub(super) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, 
     }
 }
 
-/// Returns the directory's id after comparing its identity file with `identity`. A new directory gets an identity file.
-/// A directory that holds data and no identity file is not new and is refused.
+/// Compares the identity file of a directory with `identity`, and returns the id of the directory. A new directory gets
+/// an identity file with a random id. A directory that holds data and no identity file is not new and is refused.
 pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &DataDirIdentity) -> Result<Uuid, DataDirError> {
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        // The directory may be new. A process that may not read the parent did not create the directory.
+        // The name of a new directory must be durable. A process that may not read the parent did not create the
+        // directory.
         match disk.sync_dir(parent) {
             Err(error) if error.kind() != io::ErrorKind::PermissionDenied => {
                 return Err(io_error(parent, "sync the directory")(error));
@@ -121,12 +123,12 @@ pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &DataDirIdentity) -> 
     Uuid::try_parse(&file.directory_id).map_err(|error| corrupt(format!("directory_id: {error}")))
 }
 
-/// Returns the highest cluster generation that the directory records; 0 if it records none.
+/// Returns the highest cluster generation in the identity file; 0 if the directory took part in none.
 pub(super) fn generation(disk: &dyn Disk, dir: &Path) -> Result<u64, DataDirError> {
     Ok(read(disk, dir)?.generation)
 }
 
-/// Records a cluster generation durably if it is higher than the recorded one.
+/// Writes a cluster generation to the identity file, durably, if it is higher than the stored one.
 pub(super) fn record_generation(disk: &dyn Disk, dir: &Path, generation: u64) -> Result<(), DataDirError> {
     let file = read(disk, dir)?;
     if file.generation >= generation {
@@ -144,8 +146,8 @@ fn read(disk: &dyn Disk, dir: &Path) -> Result<IdentityFile, DataDirError> {
     serde_json::from_slice(&text).map_err(|error| DataDirError::Corrupt { file: path, reason: error.to_string() })
 }
 
-/// Returns descriptions of the data in a directory without an identity file. An interrupted first start leaves no data,
-/// because the identity file is written first.
+/// Returns descriptions of the data in a directory without an identity file; none if the directory is new. An
+/// interrupted first start leaves no data, because the identity file is written first.
 fn existing_data(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in disk.list(dir)? {

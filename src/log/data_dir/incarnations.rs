@@ -64,12 +64,12 @@ pub(super) fn read(disk: &dyn Disk, dir: &Path) -> Result<Vec<Uuid>, DataDirErro
     incarnations.or_else(|error: uuid::Error| ignore_corrupt(error.to_string()))
 }
 
-/// Writes an incarnation durably. The id is added to the file. Once the metadata holds the id (`confirmed`), it
-/// replaces all ids in the file.
+/// Writes an incarnation durably. With `confirmed`, the metadata holds the id, which then replaces all ids in the file.
+/// Otherwise the id is added to the file.
 pub(super) fn record(disk: &dyn Disk, dir: &Path, incarnation: Uuid, confirmed: bool) -> Result<(), DataDirError> {
     let mut incarnations = if confirmed { Vec::new() } else { read(disk, dir)? };
     if !incarnations.contains(&incarnation) {
-        // The first id always stays: it was confirmed, so the metadata most likely names it.
+        // The first id stays: it is the confirmed one, if any was confirmed, so the metadata most likely names it.
         while incarnations.len() >= MAX_INCARNATIONS {
             incarnations.remove(1);
         }

@@ -74,7 +74,8 @@ struct LogThreads {
 }
 
 impl DataDir {
-    /// Opens a data directory, or creates it. Reads the journal after a crash, and never the segments. Blocks.
+    /// Opens a data directory, or creates it. After a crash this replays the journal. The segments are scanned later,
+    /// when each replica is opened. Blocks.
     pub fn open(
         disk: Arc<dyn Disk>,
         dir: &Path,
@@ -127,13 +128,14 @@ impl DataDir {
         Ok(Self { inner, threads })
     }
 
-    /// Returns the random id that the directory received at its creation. A directory without that id is another one.
+    /// Returns the random id that the directory received at its creation. It distinguishes the directory from a later
+    /// one at the same path.
     pub fn directory_id(&self) -> Uuid {
         self.inner.directory_id
     }
 
-    /// Returns true if the directory was closed cleanly before: all written data is present, also that of `replicated`
-    /// topics.
+    /// Returns true if the last process closed the directory cleanly. All written data is then present, also that of
+    /// `replicated` topics.
     pub fn was_clean_shutdown(&self) -> bool {
         self.inner.was_clean_shutdown
     }
@@ -145,8 +147,9 @@ impl DataDir {
         incarnations::read(&*self.inner.ctx.disk, &self.inner.ctx.dir)
     }
 
-    /// Writes an incarnation to the incarnations file, durably. The id is added to the file before the metadata
-    /// receives it. Once the metadata holds the id (`confirmed`), it replaces all ids in the file. Blocks.
+    /// Writes an incarnation to the incarnations file, durably. The broker first calls this with `confirmed` false,
+    /// which adds the id, and then registers. Once the metadata holds the id, it calls this with `confirmed` true: the
+    /// id then replaces all ids in the file. Blocks.
     pub fn record_incarnation(&self, incarnation: Uuid, confirmed: bool) -> Result<(), DataDirError> {
         incarnations::record(&*self.inner.ctx.disk, &self.inner.ctx.dir, incarnation, confirmed)
     }
@@ -172,8 +175,8 @@ impl DataDir {
         identity::record_generation(&*self.inner.ctx.disk, &self.inner.ctx.dir, generation)
     }
 
-    /// Returns the stray replicas, in order: replicas that have segments on the disk and are not registered. A failed
-    /// or interrupted deletion leaves them.
+    /// Returns the stray replicas, in order: replicas that have segments on the disk and are not registered. Their
+    /// deletion failed or was interrupted, or their creation never became durable.
     pub fn stray_partitions(&self) -> Vec<PartitionId> {
         self.inner.strays.ids()
     }
@@ -185,8 +188,8 @@ impl DataDir {
         self.inner.ctx.journal.begin_shutdown();
     }
 
-    /// Syncs everything, writes the last checkpoint and stops the threads. Appends are refused from now on. After an
-    /// error, the next start scans for unsynced data.
+    /// Syncs everything, stops the threads and writes the last checkpoint. Appends are refused from now on. After an
+    /// error, the next start scans for unsynced data. A second call does nothing.
     pub fn close(&self) -> Result<(), PersistError> {
         if !self.inner.ctx.close() {
             return Ok(());
@@ -224,7 +227,7 @@ impl DataDir {
         written.or_else(|error| failed(format!("cannot write the checkpoint: {error}")))
     }
 
-    /// Writes one frame of the journal, with `step_mode`. Returns false if nothing is queued, or if the journal has no
+    /// In step mode: writes one frame of the journal. Returns false if nothing is queued, or if the journal has no
     /// space.
     pub fn journal_step(&self) -> bool {
         self.inner.write_frame()
@@ -245,14 +248,14 @@ impl DataDir {
         self.inner.registry.lock().remove(id);
     }
 
-    /// Syncs all unsynced data and releases the journal files that are not needed, with `step_mode`.
+    /// In step mode: syncs all unsynced data, and releases journal files if few are free.
     pub fn sync_step(&self) {
         self.inner.sync_pass();
     }
 }
 
 impl DataDirInner {
-    /// Writes the frame at which replay would start, and then the checkpoint that names it.
+    /// Writes the first frame of this process to the journal, and then the checkpoint that starts replay at this frame.
     fn write_first_frame(&self, first_frame: u64) -> io::Result<()> {
         self.ctx.journal.begin()?;
         self.write_checkpoint(&self.checkpoint(first_frame, CheckpointKind::Running))

@@ -35,7 +35,7 @@ pub(super) fn recover(
     }
     let io = |source| ReplicaError::Io { id, path: dir.to_owned(), source };
     let persisted = record.persisted;
-    let files = list(disk, dir, record.segments[0].base).map_err(io)?;
+    let files = clean_and_list(disk, dir, record.segments[0].base).map_err(io)?;
     let recovery = ReplicaRecovery { disk, dir, record, files, unverified };
     match recovery.run() {
         Ok(Ok(record)) => Ok(record),
@@ -44,9 +44,9 @@ pub(super) fn recover(
     }
 }
 
-/// Returns the lengths of a replica's segment files from `start` on, by base offset. Files below `start` were evicted
-/// and are removed.
-fn list(disk: &dyn Disk, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offset, u64>> {
+/// Returns the lengths of a replica's segment files from `start` on, by base offset. Removes the files below `start`,
+/// which were evicted, and the snapshot of a reset that did not reach the journal.
+fn clean_and_list(disk: &dyn Disk, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offset, u64>> {
     let entries = match disk.list(dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
@@ -57,7 +57,7 @@ fn list(disk: &dyn Disk, dir: &Path, start: Offset) -> io::Result<BTreeMap<Offse
         match base_of(&entry.name) {
             Some(base) if base < start => remove_segment(disk, dir, base)?,
             Some(base) => drop(files.insert(base, entry.len)),
-            // A reset wrote this file and crashed before its journal entry.
+            // The process crashed after a reset wrote this file, and before the journal entry of the reset.
             None if entry.name.ends_with(snapshot::RESET_EXTENSION) => disk.remove(&dir.join(&entry.name))?,
             None => {}
         }
@@ -161,8 +161,8 @@ impl ReplicaRecovery<'_> {
         None
     }
 
-    /// Reads a segment from the end of `info` on, and extends `info`. Returns the error in the first invalid bytes, if
-    /// any.
+    /// Reads a segment from the end of `info` on. Adds the batches to `info` and to the epoch history and producer
+    /// state of the record. Returns the error in the first invalid bytes, if any.
     fn scan(&mut self, info: &mut SegmentInfo, len: u64) -> io::Result<Option<String>> {
         if len <= info.bytes {
             return Ok(None);
@@ -171,8 +171,8 @@ impl ReplicaRecovery<'_> {
         let ReplicaCheckpoint { epochs, producers, .. } = &mut self.record;
         let producers = Arc::make_mut(producers);
         let epoch = epochs.last().map(|(epoch, _)| epoch);
-        // The write times of these appends were lost. The file's time replaces them: it is that of the last append or
-        // later, because a replay of the journal writes only missing bytes.
+        // The write times of the scanned batches were lost. The file's time replaces them. It is the time of the last
+        // append or a later one, because a replay of the journal writes only missing bytes.
         let modified_ms = file.modified_ms()?.min(clock::wall_ms());
         let end = segment::scan(&*file, len, info.bytes, info.end, epoch, |_, batch| {
             info.record_write(modified_ms);

@@ -50,7 +50,7 @@ impl ReplicaRegistry {
         self.open.values().cloned().collect()
     }
 
-    /// Returns true if a replica was not opened since a crash: its record does not describe its files.
+    /// Returns true if a replica was not opened since a crash. Its record may not describe its files.
     pub(super) fn has_unscanned(&self) -> bool {
         self.unopened.values().any(|unopened| !unopened.clean)
     }
@@ -95,7 +95,8 @@ impl DataDir {
     }
 
     /// Opens a replica. A replica that does not exist is created, empty, at `start`. Blocks. The first opening after a
-    /// crash scans the unsynced part of the segments.
+    /// crash scans the unsynced part of the segments. Fails with `Open` if the replica has a writer, and with `Lost` if
+    /// acknowledged data is missing.
     pub fn open_replica(&self, id: PartitionId, start: Offset) -> Result<ReplicaLog, ReplicaError> {
         let inner = &self.inner;
         if let Some(reason) = inner.ctx.refusal() {
@@ -169,7 +170,8 @@ impl DataDirInner {
         }
     }
 
-    /// Creates and registers an empty replica at `start`. Its journal entry is submitted and not awaited.
+    /// Creates and registers an empty replica at `start`. Does not wait for the journal entry of the creation. Segments
+    /// that are already in its directory are quarantined.
     fn create(&self, id: PartitionId, start: Offset) -> Result<Arc<ReplicaInner>, ReplicaError> {
         let dir = replica_dir(&self.ctx.dir, id);
         let io = |source| ReplicaError::Io { id, path: dir.clone(), source };
@@ -186,8 +188,8 @@ impl DataDirInner {
         Ok(replica)
     }
 
-    /// Removes a replica from the registry, and returns it; `None` if the directory does not hold it. Fails with
-    /// [`ReplicaError::Open`] if it has a writer.
+    /// Removes a replica from the registry, and returns it, also if it was not opened; `None` if the directory does not
+    /// hold it. Fails with [`ReplicaError::Open`] if the replica has a writer.
     pub(super) fn take_replica(&self, id: PartitionId) -> Result<Option<Arc<ReplicaInner>>, ReplicaError> {
         let mut registry = self.registry.lock();
         if registry.open.get(&id).is_some_and(|open| open.has_writer()) {

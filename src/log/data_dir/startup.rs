@@ -37,8 +37,8 @@ pub(super) struct LoadedState {
     pub(super) replicas: BTreeMap<PartitionId, UnopenedReplica>,
 }
 
-/// Reads the checkpoint and replays the journal into the segments. Afterwards nothing in the journal is needed, and a
-/// checkpoint records that, so the caller may write to the journal's files.
+/// Reads the checkpoint and replays the journal into the segments. Then writes a checkpoint that needs nothing in the
+/// journal, so that the caller may overwrite the journal's files.
 pub(super) fn load(
     disk: &Arc<dyn Disk>,
     dir: &Path,
@@ -131,15 +131,16 @@ fn recover_without_journal(
         record.generation = record.generation.max(1);
         record.persisted = record.segments.last().map_or(record.log_start, |segment| segment.end);
     }
-    // The lost journal may reappear. A large step keeps its frames distinct from those of the new journal.
+    // The lost journal may reappear. With a large gap, its frames and those of the new journal have different
+    // sequences.
     let next_frame = Some(first_frame + (1 << 32)).filter(|sequence| *sequence <= MAX_NUMBER).unwrap_or(first_frame);
     let mut journaled = ReplayResult::nothing(next_frame);
     journaled.generation = 1;
     Ok((journaled, records))
 }
 
-/// Returns all replicas: the records of the checkpoint, changed by the operations in the journal. Also completes on the
-/// disk: deletions and resets are repeated, and journaled batches are restored in the segments.
+/// Returns all replicas: the records of the checkpoint, changed by the operations in the journal. Also repeats
+/// incomplete deletions and resets on the disk, and restores journaled batches in the segments.
 fn merge(
     disk: &dyn Disk,
     dir: &Path,
@@ -300,7 +301,7 @@ fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
     disk.sync_dir(dir)
 }
 
-/// Minimum size in bytes of a file whose disk space is freed in steps, if its deletion keeps the file open.
+/// Minimum size in bytes of a file that [`remove_files`] passes to `keep`, so that its disk space is freed in steps.
 const LARGE_FILE_BYTES: u64 = STEP_BYTES;
 
 /// Removes the files in a directory, if the directory exists. `keep` receives the large files, which are still open,
@@ -320,8 +321,8 @@ fn remove_files(disk: &dyn Disk, dir: &Path, keep: &mut dyn FnMut(Arc<dyn File>)
 }
 
 /// Removes the directories of replicas, and topic directories that become empty. The removal is durable and costs one
-/// sync per topic. Returns one result per replica, in the order of `dirs`. `keep` receives large files that are still
-/// open.
+/// sync per topic. Returns one result per replica, in the order of `dirs`. `keep` receives the large files, as in
+/// [`remove_files`].
 pub(super) fn remove_replicas<'a>(
     disk: &dyn Disk,
     dirs: impl Iterator<Item = &'a Path>,
@@ -351,7 +352,7 @@ fn sync_removed(disk: &dyn Disk, topic: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Treats the absence of a file to remove as success.
+/// Treats the absence of a file or directory as the success of its removal or sync.
 fn unless_absent(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

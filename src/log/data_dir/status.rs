@@ -10,11 +10,11 @@ use crate::model::PartitionId;
 pub struct DataDirStatus {
     /// Reason why the directory accepts no writes, if any.
     pub failed: Option<String>,
-    /// True if the last append found the disk full.
+    /// True after an append, truncation or reset found the disk full, until the next successful append.
     pub disk_full: bool,
     /// Number of replicas, opened or not.
     pub replicas: usize,
-    /// Opened replicas that accept no writes, each with the reason.
+    /// Opened replicas whose own writes or syncs failed, each with the reason.
     pub failed_replicas: Vec<(PartitionId, String)>,
     /// Bytes of the segments of opened replicas.
     pub segment_bytes: u64,
@@ -70,7 +70,8 @@ impl DataDir {
         self.inner.ctx.journal.fail(&io::Error::other("a simulated failure"));
     }
 
-    /// Returns true if the last append did not fit on the disk. Accesses no file.
+    /// Returns true if an append, truncation or reset found the disk full, and no append has succeeded since. Accesses
+    /// no file.
     pub fn is_full(&self) -> bool {
         self.inner.ctx.budget.is_full()
     }

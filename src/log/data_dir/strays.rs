@@ -62,7 +62,7 @@ impl StrayReplicas {
         self.entries.lock().keys().copied().collect()
     }
 
-    /// Records that the deletion of a replica has started.
+    /// Adds a replica whose deletion has started and whose files still exist.
     pub(super) fn add(&self, id: PartitionId) {
         self.entries.lock().insert(id, StrayState::Deleted);
     }
@@ -77,8 +77,8 @@ impl StrayReplicas {
         self.entries.lock().get(&id) == Some(&StrayState::Deleted)
     }
 
-    /// Removes the files of those of `ids` that are stray replicas. Returns the replicas that still have files, each
-    /// with the error. The disk space of large files is freed later, in steps.
+    /// Removes the files of the replicas `ids`; an id that is not a stray replica is ignored. Returns the replicas that
+    /// still have files, each with the error. The disk space of large files is freed later, in steps.
     pub(super) fn delete(&self, ctx: &LogContext, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let present: Vec<_> = {
             let entries = self.entries.lock();

@@ -3,7 +3,8 @@
 //!
 //! # Invariants
 //!
-//! - A pass takes every dirty replica, records its log end, syncs its files, and only then moves its recovery point.
+//! - A pass takes every dirty replica, notes its log end, syncs its files, and only then moves its recovery point to
+//!   that end.
 //! - When ring files hold nothing but synced entries, a checkpoint is written first, and then the files are released.
 //!   In this order replay never misses an entry that it needs.
 
@@ -34,7 +35,7 @@ use crate::{
 /// commit of its own journal, which is the cost of syncing a small file.
 const MAX_SYNC_THREADS: usize = 4;
 
-/// Number of dirty replicas per sync thread.
+/// Number of dirty replicas per sync thread. At most `MAX_SYNC_THREADS` threads are used.
 const FILES_PER_SYNC_THREAD: usize = 16;
 
 /// Failures of checkpoints. A failed checkpoint is retried several times a second.
@@ -69,8 +70,9 @@ impl CheckpointFailures {
 }
 
 impl DataDirInner {
-    /// Runs one pass: first the persist calls that exceed the journal's limit, then the syncs of all dirty replicas. If
-    /// the pass was requested or few files are free, it then recycles the ring. Returns false if the recycling failed.
+    /// Runs one pass: first the queued persist calls that need a sync, then the syncs of all dirty replicas. If the
+    /// pass was requested or few journal files are free, it then recycles the ring. Returns false if the recycling
+    /// failed.
     pub(super) fn sync_pass(&self) -> bool {
         let (journal, queue) = (&self.ctx.journal, &self.ctx.sync_queue);
         self.write_out_pieces();
