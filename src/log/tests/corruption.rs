@@ -74,8 +74,8 @@ fn flipped_bit_in_journal_is_harmless_or_detected() {
     flip_everywhere(false, ".journal");
 }
 
-/// After a power failure an acknowledged frame of the journal is corrupt. The replica of its data is refused, and the
-/// other replica is served.
+/// After a power failure an acknowledged frame of the journal is corrupt. Only the replica whose data the frame held is
+/// refused; the other replica is served.
 #[test]
 fn corrupt_frame_refuses_only_the_replica_of_its_data() {
     let disk = SimDisk::new();
@@ -93,14 +93,15 @@ fn corrupt_frame_refuses_only_the_replica_of_its_data() {
     }
     drop((first, second, log));
     disk.crash(1);
-    // The first frame with a payload belongs to the first replica.
+    // The payload of the first replica is in the frame that was written first.
     let journal =
         disk.files().into_iter().find(|(path, _)| path.extension().is_some_and(|e| e == "journal")).unwrap().0;
     let bytes = disk.read(&journal).unwrap();
     let payload = batches[0].records_bytes();
     let position = bytes.windows(64).position(|window| window == &payload[..64]).unwrap();
     assert!(disk.flip(&journal, position as u64 * 8));
-    // No byte of the segment was synced. The bytes that are present are corrupted too.
+    // The crash may have kept some of the segment, which was not synced. These bytes are corrupted too, so that only
+    // the journal could restore them.
     let segment = replica_file(0);
     if disk.read(&segment).is_ok_and(|bytes| !bytes.is_empty()) {
         disk.flip(&segment, 800);
@@ -110,12 +111,13 @@ fn corrupt_frame_refuses_only_the_replica_of_its_data() {
     assert!(matches!(error, ReplicaError::Lost { .. }), "{error}");
     let second = log.open_replica(partition(1), at(0)).unwrap();
     assert_eq!(read_all(&second.reader(), at(0)).unwrap().len(), 2);
-    // The replica must be deleted before the partition is copied again.
+    // After a deletion of the lost replica, the partition can be copied again.
     log.delete_replica(partition(0)).unwrap();
     assert_eq!(log.open_replica(partition(0), at(6)).unwrap().log_end(), at(6));
 }
 
-/// Regression: a read from the start reported offset 0 as corrupt, and returned no batch.
+/// A read returns the batches before a corrupt one. Regression: a read from the start failed at offset 0 and returned
+/// no batch.
 #[test]
 fn batches_before_a_corrupt_batch_are_served() {
     for (byte, expected) in [(100, "CRC"), (8, ""), (3, "starts at offset"), (13, "its leader epoch is 65537, not 1")] {
@@ -165,8 +167,8 @@ fn short_synced_segment_is_lost_and_its_files_are_kept() {
     assert_eq!(persisted, at(12));
     assert!(reason.contains("100 of 180 bytes"), "{reason}");
     assert_eq!(disk.read(&replica_file(0)).unwrap().len(), 100);
-    // Regression: a clean shutdown wrote the record of a replica that was not read as the state of its files, and the
-    // next start served the files.
+    // A clean shutdown keeps the loss. Regression: it marked the checkpoint as exact although the replica was never
+    // scanned, and the next start served the files.
     log.close().unwrap();
     drop(log);
     let log = open(&disk);
@@ -174,8 +176,8 @@ fn short_synced_segment_is_lost_and_its_files_are_kept() {
     assert!(matches!(log.open_replica(partition(0), at(0)), Err(ReplicaError::Lost { .. })), "the replica stays lost");
 }
 
-/// A replica whose creation was never acknowledged leaves files if its journal entry is lost. Regression: the file of a
-/// new replica did not replace the old file durably. A power failure then restored the old records.
+/// A replica whose creation was never acknowledged leaves files if its journal entry is lost. A new replica of the
+/// partition must replace them durably. Regression: a power failure restored the old records.
 #[test]
 fn recreated_replica_has_no_records_of_a_lost_one() {
     for seed in 0..40 {
@@ -184,7 +186,7 @@ fn recreated_replica_has_no_records_of_a_lost_one() {
         let log = open(&disk);
         let mut replica = log.open_replica(partition(0), at(0)).unwrap();
         replica.append(&[batch(0, 7, 1, 1, 300)]).unwrap();
-        // The file is synced and the creation is not, so it is not in the journal.
+        // The segment is synced. The creation entry is still queued, so the journal does not contain it.
         replica.inner().sync().unwrap();
         drop((replica, log));
         disk.kill();

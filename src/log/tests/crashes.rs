@@ -14,22 +14,22 @@ const EXPIRATION: Duration = Duration::from_millis(40);
 /// Expected content of one replica.
 #[derive(Default)]
 struct Model {
-    /// Batches that were appended and not truncated, evicted or not.
+    /// Batches that were appended and not truncated, evicted ones included.
     batches: Vec<Batch>,
     start: u64,
-    /// End of the batches that were acknowledged as persisted.
+    /// Offset after the last batch that was acknowledged as persisted.
     acked: u64,
     local_start: u64,
     log_start: u64,
     /// Results of the persist calls since the last call of `collect_results`.
     persist_results: PersistResults,
-    /// Target of a truncation that started and did not return.
+    /// New log end of a truncation that started and did not complete; `None` if there is none.
     truncation_target: Option<u64>,
-    /// Truncated batches of a truncation that did not return. A power failure may restore them until the next write.
+    /// Batches above the target of an incomplete truncation. A power failure may restore them until the next write.
     undone: Vec<Batch>,
-    /// True if a deletion started and did not return.
+    /// True if a deletion started and did not complete: the replica may exist or not.
     maybe_deleted: bool,
-    /// Target of a reset that started and did not return.
+    /// Offset of a reset that started and did not complete; `None` if there is none.
     reset_target: Option<u64>,
     /// True if the existence of the replica was acknowledged: some of its data was persisted, or survived a crash.
     acknowledged: bool,
@@ -122,7 +122,7 @@ struct RandomHistory {
     clock: i64,
     /// True if the last incarnation ended without a power failure.
     lossless: bool,
-    /// Replicas whose deletion failed in this incarnation.
+    /// Replicas whose deletion failed in this incarnation. The next start decides whether they exist.
     undecided: BTreeSet<u32>,
 }
 
@@ -288,7 +288,7 @@ impl RandomHistory {
                 if log.delete_replica(partition(number)).is_ok() {
                     self.models.remove(&number);
                 } else {
-                    // The outcome is unknown until the next start.
+                    // The next start decides whether the replica exists.
                     self.undecided.insert(number);
                 }
             }

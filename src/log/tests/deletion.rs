@@ -31,8 +31,8 @@ fn segment_partly_below_the_log_start_is_kept() {
     assert_eq!(replica.evict(at(5)), Ok(0), "the eviction is complete");
 }
 
-/// Another leader seals segments at other offsets, so the log start may lie anywhere in a segment of this replica.
-/// Uploads and reads compare the batches before the log start with their epochs, too.
+/// Another leader seals segments at other offsets, so the log start may lie anywhere in a segment of this replica. The
+/// batches of this segment below the log start are kept. Uploads and reads compare their epochs too.
 #[test]
 fn kept_batches_below_the_log_start_have_their_epochs() {
     let disk = SimDisk::new();
@@ -51,7 +51,7 @@ fn kept_batches_below_the_log_start_have_their_epochs() {
         EpochHistory::from_starts(starts.iter().map(|(epoch, start)| (LeaderEpoch(*epoch), at(*start)))).unwrap()
     };
     assert_eq!(replica.export(at(2)).unwrap().epochs, epochs(&[(2, 2), (3, 4)]));
-    // The epochs of offsets below the local start are removed, except the last one.
+    // Of the epochs below the local start, only the last one remains.
     assert_eq!(*replica.epochs(), epochs(&[(1, 1), (2, 2), (3, 4)]));
     replica.evict(at(6)).unwrap();
     assert_eq!(*replica.epochs(), epochs(&[(3, 4)]));
@@ -89,7 +89,7 @@ fn interrupted_eviction_is_repeated_and_stays_complete() {
         let mut replica = log.open_replica(partition(0), at(0)).unwrap();
         assert!(replica.local_start() <= at(6), "after {operations} operations");
         assert_eq!(replica.log_end(), at(12), "after {operations} operations");
-        // The metadata store sends the log start again.
+        // The log start is set again, as after a restart of the broker.
         replica.advance_log_start(at(6));
         replica.evict(at(6)).unwrap();
         assert!(bases(&disk).iter().all(|base| *base >= 6), "after {operations} operations: {:?}", bases(&disk));
@@ -113,7 +113,8 @@ fn interrupted_eviction_is_repeated_and_stays_complete() {
     }
 }
 
-/// The journal still holds the records of the evicted segments. Restoring them would use disk space without a purpose.
+/// A replay restores no batch of an evicted segment that the journal still holds: it would use disk space without a
+/// purpose.
 #[test]
 fn replay_never_creates_evicted_segments() {
     let disk = SimDisk::new();
@@ -128,8 +129,8 @@ fn replay_never_creates_evicted_segments() {
     assert_eq!(log.open_replica(partition(0), at(0)).unwrap().log_end(), at(12));
 }
 
-/// A segment without a snapshot, for which the disk has no space, cannot become the first one. The segment before it
-/// stays, and all earlier ones are evicted.
+/// The start of a segment without a snapshot cannot become the local start while the disk has no space for that
+/// snapshot. The segment before it stays then, and all earlier ones are evicted.
 #[test]
 fn eviction_on_a_full_disk_makes_its_own_space() {
     let disk = SimDisk::new();
@@ -146,7 +147,8 @@ fn eviction_on_a_full_disk_makes_its_own_space() {
     assert_eq!((replica.local_start(), bases(&disk)[0]), (at(6), 6));
 }
 
-/// Starts the log after a kill, checks that the eviction is complete, and closes the log.
+/// Opens the directory after a kill, checks that the eviction up to offset 6 is complete, and closes the directory
+/// cleanly.
 fn reopen_and_close(disk: &SimDisk, operations: u64) {
     disk.kill();
     let log = open(disk);
@@ -156,8 +158,8 @@ fn reopen_and_close(disk: &SimDisk, operations: u64) {
     log.close().unwrap();
 }
 
-/// Regression: each clean shutdown left a snapshot at the log end, where no segment starts later, and nothing removed
-/// it.
+/// An eviction removes all snapshots below the local start. Regression: each clean shutdown wrote a snapshot at the log
+/// end. Where no segment started later, the snapshot was never removed.
 #[test]
 fn snapshots_of_earlier_stops_are_evicted_with_segments() {
     let disk = SimDisk::new();
@@ -186,8 +188,8 @@ fn snapshots_of_earlier_stops_are_evicted_with_segments() {
     assert_eq!(read_all(&replica.reader(), at(10)).unwrap().len(), 1);
 }
 
-/// Regression, found by review: neither the checkpoint nor the journal listed the replica any longer. Its files stayed
-/// forever, unreported.
+/// A failed deletion leaves a stray replica, which is reported and can be deleted. Regression, found by review: neither
+/// the checkpoint nor the journal contained the replica, and its files stayed forever, unreported.
 #[test]
 fn failed_deletion_leaves_a_stray_that_can_be_deleted() {
     let mut found = 0;
@@ -250,7 +252,8 @@ fn new_replica_quarantines_stray_segments() {
     assert!(found.count() > 2, "no deletion left files");
 }
 
-/// Regression: a topic of 100,000 partitions took two frames of the journal and one directory sync for each partition.
+/// Replicas that are deleted in one call share frames and directory syncs. Regression: a topic of 100,000 partitions
+/// took two frames of the journal and one directory sync for each partition.
 #[test]
 fn replicas_deleted_together_share_frames_and_syncs() {
     let (disk, options) = (SimDisk::new(), small());

@@ -69,7 +69,7 @@ fn appends_on_a_real_disk_are_durable_and_stop_is_clean() {
     }
 }
 
-/// The journal grows in the background. A stop during the growth ends it, and leaves no partial file.
+/// The journal creates its files in the background. A close ends this, and leaves no partial file.
 #[test]
 fn stop_during_journal_growth_leaves_complete_files() {
     let dir = tempfile::tempdir().unwrap();
@@ -86,8 +86,8 @@ fn stop_during_journal_growth_leaves_complete_files() {
     assert!(!sizes.is_empty() && sizes.iter().all(|size| *size == file_bytes), "{sizes:?}");
 }
 
-/// Regression: the log wrote through links, so a user who could create a link could have any file of this user
-/// overwritten.
+/// A symbolic link in the directory is refused or ignored, and its target stays unchanged. Regression: the log wrote
+/// through links. A user who could create a link there could have any file of the broker's user overwritten.
 #[test]
 fn link_in_place_of_a_log_file_is_not_written_through() {
     let theirs = tempfile::tempdir().unwrap();
@@ -100,7 +100,7 @@ fn link_in_place_of_a_log_file_is_not_written_through() {
         let options = LogOptions { journal_bytes: 1 << 20, ..LogOptions::default() };
         match DataDir::open(Arc::new(RealDisk::default()), dir.path(), &identity(), options) {
             Err(error) => assert!(error.to_string().contains("symbolic link"), "{name}: {error}"),
-            // The reserve is created later, and a failure is ignored.
+            // The start succeeds only for `reserve`: a failed creation of the reserve is ignored.
             Ok(log) => drop(log.close()),
         }
         assert_eq!(std::fs::read(&victim).unwrap(), b"theirs", "{name}");
@@ -108,7 +108,7 @@ fn link_in_place_of_a_log_file_is_not_written_through() {
     }
 }
 
-/// A configured journal directory may be a link, like any configured path.
+/// The configured journal directory itself may be a symbolic link, like any configured path.
 #[test]
 fn configured_journal_directory_may_be_a_link() {
     let (dir, device) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -127,7 +127,8 @@ fn configured_journal_directory_may_be_a_link() {
     assert!(std::fs::read_dir(device.path()).unwrap().count() > 0, "the journal is in the linked directory");
 }
 
-/// Without threads nothing writes the queued entries when the log is dropped.
+/// Without threads nothing writes the queued entries when the log is dropped. Their persist calls then fail with
+/// `Closed`, and all memory is released.
 #[test]
 fn dropped_log_completes_queued_entries_and_holds_nothing() {
     let disk: Arc<dyn Disk> = Arc::new(SimDisk::new());

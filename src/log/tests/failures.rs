@@ -10,7 +10,7 @@ fn full_disk_refuses_appends_until_there_is_space() {
     let end = write(&log, &mut replica, &[batch(0, 2, 1, 1, 5000)]);
     let used: u64 = disk.files().iter().map(|(_, len)| len).sum();
     disk.set_capacity(Some(used + 3000));
-    // The first batch alone would fit, but no batch of the group is kept.
+    // The first batch alone would fit, but the append writes both batches or none.
     let group = [batch(2, 1, 1, 2, 2000), batch(3, 1, 1, 2, 2000)];
     assert_eq!(replica.append(&group), Err(LogAppendError::DiskFull));
     assert_eq!(replica.append(&group), Err(LogAppendError::DiskFull));
@@ -58,8 +58,9 @@ fn failed_journal_sync_ends_writing_to_the_directory() {
     assert_eq!(replica.persisted_end(), at(1));
 }
 
-/// Regression: the ring could not reuse its oldest file, and every other replica of the directory waited forever. No
-/// other broker took over the partitions that they led.
+/// A replica that cannot sync keeps its journal file in use. When the ring needs this file, the journal fails.
+/// Regression: every other replica of the directory waited forever, and no other broker took over the partitions that
+/// they led.
 #[test]
 fn journal_fails_when_full_of_entries_that_cannot_sync() {
     let disk = SimDisk::new();
@@ -90,8 +91,9 @@ fn journal_fails_when_full_of_entries_that_cannot_sync() {
     assert_eq!(read_all(&log.open_replica(partition(0), at(0)).unwrap().reader(), at(0)).unwrap().len(), 1);
 }
 
-/// After an eviction only the snapshot at the local start holds the earlier producer state. Regression: a stop wrote
-/// that snapshot again, and an interrupted stop destroyed it. A retry of a producer was then accepted as a new batch.
+/// A stop does not write the snapshot at the local start again: after an eviction only this file holds the earlier
+/// producer state. Regression: an interrupted stop destroyed the file. A retry of a producer was then accepted as a new
+/// batch.
 #[test]
 fn interrupted_stop_keeps_the_producer_state() {
     for operations in 0..12 {
@@ -114,7 +116,8 @@ fn interrupted_stop_keeps_the_producer_state() {
     }
 }
 
-/// The deletion of segments needs space itself. A broker that cannot start on a full disk could never be repaired.
+/// A start on a full disk uses the space of the reserve, because even a deletion of segments needs space. The reserve
+/// is created again when the disk has space.
 #[test]
 fn full_disk_can_be_opened_and_regains_its_reserve() {
     let options = || LogOptions { reserve_bytes: 64 << 10, ..small() };
@@ -146,7 +149,8 @@ fn full_disk_can_be_opened_and_regains_its_reserve() {
     assert!(has_reserve(&disk));
 }
 
-/// On a full disk an eviction waits for the journal, and the journal waits for a checkpoint.
+/// On a full disk an eviction waits for the journal, and the journal waits for a checkpoint. So the checkpoint uses the
+/// space of the reserve.
 #[test]
 fn checkpoint_on_a_full_disk_uses_the_reserve() {
     let disk = SimDisk::new();
@@ -166,7 +170,7 @@ fn checkpoint_on_a_full_disk_uses_the_reserve() {
     assert_eq!(log.open_replica(partition(0), at(0)).unwrap().log_end(), at(2));
 }
 
-/// Appends until the journal has no space, because no checkpoint that would release its files can be written.
+/// Makes checkpoints fail, so that no journal file is released, and appends until the journal has no space.
 fn fill_journal(disk: &SimDisk, log: &DataDir, replica: &mut ReplicaLog) {
     disk.fail_syncs(Some("checkpoint"));
     for base in replica.log_end().get().. {
@@ -179,14 +183,16 @@ fn fill_journal(disk: &SimDisk, log: &DataDir, replica: &mut ReplicaLog) {
     }
 }
 
-/// Advances the time, runs the journal, and returns the reason why the log has failed, if it has.
+/// Advances the time by `seconds`, runs the journal, and returns the reason why the directory accepts no writes; `None`
+/// if it does.
 async fn failure_after(log: &DataDir, seconds: u64) -> Option<String> {
     tokio::time::advance(Duration::from_secs(seconds)).await;
     while log.journal_step() {}
     log.status().failed
 }
 
-/// Regression: all writers and the followers of this leader waited, and no other broker took over.
+/// A journal without space fails if checkpoints have failed for 10 s. Regression: all writers and the followers of this
+/// leader waited forever, and no other broker took over.
 #[tokio::test(start_paused = true)]
 async fn full_journal_fails_if_checkpoints_keep_failing() {
     let disk = SimDisk::new();
@@ -228,8 +234,8 @@ async fn full_journal_on_a_full_disk_waits_for_space() {
     assert_eq!(result.unwrap().try_recv().unwrap(), Ok(replica.log_end()));
 }
 
-/// Regression: writers waited for the journal, which waited without a limit until a checkpoint could be written. Such a
-/// broker never completed a stop.
+/// A stop waits at most 5 s for journal space. Regression: it waited until a checkpoint could be written, possibly
+/// forever.
 #[tokio::test(start_paused = true)]
 async fn stop_waits_for_journal_space_for_a_bounded_time() {
     let disk = SimDisk::new();
@@ -250,8 +256,9 @@ async fn stop_waits_for_journal_space_for_a_bounded_time() {
     assert!(log.open_replica(partition(0), at(0)).unwrap().log_end() >= persisted, "acknowledged data is kept");
 }
 
-/// Without threads nothing makes space while a change waits for its frame. Regression: the change waited forever. In a
-/// later version the change failed, and the replica with it, although the disk had space again.
+/// In step mode nothing makes journal space while a truncation or reset waits for its frame. So such a change fails
+/// before it begins, and works once there is space. Regressions: the change waited forever; later it failed and made
+/// the replica fail too.
 #[test]
 fn change_without_journal_space_fails_and_works_later() {
     let disk = SimDisk::new();
@@ -269,7 +276,7 @@ fn change_without_journal_space_fails_and_works_later() {
     assert_eq!(replica.log_end(), at(5));
 }
 
-/// A reset writes a file. On a full disk the replica stays unchanged, and the reset works when there is space.
+/// A reset writes a snapshot. On a full disk it fails and leaves the replica unchanged. It works when there is space.
 #[test]
 fn reset_works_when_the_disk_has_space_again() {
     let disk = SimDisk::new();
@@ -284,8 +291,9 @@ fn reset_works_when_the_disk_has_space_again() {
     write(&log, &mut replica, &[batch(9, 2, 1, 1, 5000)]);
 }
 
-/// Regression: the creation entry was written after the only sync that the replica ever requested. Its ring file was
-/// never released, and when the other files were full all writers waited forever.
+/// A replica without data releases the journal file of its creation. Regression: the creation entry was written after
+/// the only sync that the replica requested. The file was never released, and when all other files were full, all
+/// writers waited forever.
 #[test]
 fn replica_without_records_does_not_block_the_journal() {
     let log = open(&SimDisk::new());
@@ -300,7 +308,8 @@ fn replica_without_records_does_not_block_the_journal() {
     assert_eq!(quiet.log_end(), at(0));
 }
 
-/// Regression: truncated batches are never synced, so the ring file that held them was never released.
+/// A truncation releases the journal files of truncated batches. Regression: they waited for a sync of these batches,
+/// which never came.
 #[test]
 fn truncated_replica_does_not_block_the_journal() {
     let log = open(&SimDisk::new());
@@ -318,8 +327,8 @@ fn truncated_replica_does_not_block_the_journal() {
     assert_eq!(truncated.log_end(), at(1));
 }
 
-/// Regression: a failed eviction had already removed the segments from the state. Their files then stayed on the full
-/// disk until the next start.
+/// A failed eviction leaves the segments in the log, and can be retried. Regression: the segments were no longer in the
+/// log, and their files stayed on the full disk until the next start.
 #[test]
 fn failed_eviction_can_be_retried() {
     let disk = SimDisk::new();

@@ -56,8 +56,8 @@ fn timed_producers(time_ms: i64, entries: &[(i64, i64, u32, u64, u8)]) -> Option
     ProducerTable::from_bytes(&out)
 }
 
-/// The response to a retry contains the end of the repeated batch. Regression: a table from the object store moved that
-/// end past 2^63, and the broker crashed.
+/// The offset after a stored batch must be valid, because the response to a retry contains it. Regression: a table from
+/// the object store contained an end above 2^63, and the broker crashed.
 #[test]
 fn producers_with_impossible_batches_are_refused() {
     let last = Offset::MAX.get() - 3;
@@ -75,8 +75,8 @@ fn producers_with_impossible_batches_are_refused() {
     assert_eq!(producers(&[(1, 1, 5), (2, 1, 5)]), None, "two batches at one offset");
 }
 
-/// The times of a table determine the next producers that it removes. Two replicas that decode them differently would
-/// respond differently to a retry.
+/// A table with impossible or decreasing times is refused. The times determine which producers the table removes next.
+/// Replicas that read them differently would respond differently to a retry.
 #[test]
 fn producers_with_impossible_times_are_refused() {
     assert!(timed_producers(9, &[(1, 9, 1, 7, 0b1100), (2, 5, 1, 3, 0b0000)]).is_some());

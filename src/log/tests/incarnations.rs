@@ -28,7 +28,8 @@ fn file_has_the_confirmed_and_all_later_incarnations() {
     assert_eq!(log.incarnations().unwrap(), [incarnation(3)]);
 }
 
-/// Regression: a broker registered before the file was durable, and could not prove its incarnation at the next start.
+/// An incarnation that was written survives a power failure. Regression: a broker registered before the file was
+/// durable, and could not prove its incarnation at the next start.
 #[test]
 fn written_incarnation_survives_a_power_failure() {
     for seed in 0..50 {
@@ -74,8 +75,8 @@ fn format_of_the_incarnations_file_is_stable() {
     assert_eq!(String::from_utf8(disk.read(Path::new(FILE)).unwrap()).unwrap(), golden);
 }
 
-/// A broker that starts again and again without reaching the metadata must not fill its disk, nor drop its confirmed
-/// incarnation.
+/// The file keeps the confirmed incarnation and the last 999. A broker that starts again and again without reaching the
+/// metadata must not fill its disk.
 #[test]
 fn confirmed_and_last_incarnations_are_kept() {
     let disk = SimDisk::new();

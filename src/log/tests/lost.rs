@@ -63,7 +63,8 @@ fn end(log: &DataDir) -> Offset {
     log.open_replica(partition(0), at(0)).unwrap().log_end()
 }
 
-/// Regression: only the identity file was lost. The directory got a new identity, and every segment was emptied.
+/// A directory with data and without an identity file is refused, and its files stay unchanged. Regression: the
+/// directory got a new identity, and every segment was emptied.
 #[test]
 fn directory_without_identity_is_refused_and_unchanged() {
     for close in [true, false] {
@@ -74,7 +75,7 @@ fn directory_without_identity_is_refused_and_unchanged() {
         assert!(text.contains("strandline.json") && text.contains("checkpoint, a journal"), "{text}");
         let identity_file = &text[text.find('{').unwrap()..=text.rfind('}').unwrap()];
         assert_eq!(segments(&disk), before);
-        // The proposed identity file is correct.
+        // The identity file that the error proposes makes the directory usable again.
         disk.replace(Path::new("/data/strandline.json"), identity_file.as_bytes()).unwrap();
         assert_eq!(end(&open(&disk)), at(2));
     }
@@ -114,7 +115,7 @@ fn interrupted_first_start_can_be_repeated() {
             assert_eq!(log.partitions(), []);
         }
     }
-    // Directories that an operator prepared hold no data.
+    // Empty topic directories and a journal of zeros count as no data. An operator may have created them.
     let disk = SimDisk::new();
     disk.create_dir_all(Path::new(JOURNAL)).unwrap();
     disk.replace(&Path::new(JOURNAL).join("00000.journal"), &[0; 8192]).unwrap();
@@ -122,8 +123,8 @@ fn interrupted_first_start_can_be_repeated() {
     open(&disk);
 }
 
-/// Regression: the journal was missing, and the tail of the segment had been in the page cache alone. Acknowledged data
-/// was treated as a torn tail.
+/// A start without the journal is refused and changes no segment. When the journal is restored, no data is lost.
+/// Regression: acknowledged data that was durable only in the journal was treated as a torn tail.
 #[test]
 fn missing_journal_is_detected_and_replayed_when_restored() {
     for seed in 0..20 {
@@ -145,8 +146,8 @@ fn missing_journal_is_detected_and_replayed_when_restored() {
     }
 }
 
-/// The same holds if the process ended right after its start, and if the directory holds an earlier journal of the same
-/// data directory.
+/// An earlier journal of the same data directory is refused like a missing one, also if the process ended right after
+/// its start.
 #[test]
 fn older_journal_of_the_same_directory_is_refused() {
     let disk = disk_with_batch(true);
@@ -195,7 +196,7 @@ fn accepted_journal_loss_loses_only_the_journals_data() {
         write(&log, &mut replica, &[batch(first, 1, 2, 1, 100)]);
         drop((replica, log));
         disk.crash(seed);
-        // Later starts need no option.
+        // After the accepted loss, later starts need no `accept_journal_loss`.
         assert_eq!(end(&open(&disk)).get(), first + 1, "seed {seed}");
     }
     assert!(ends.contains(&0) && ends.iter().all(|end| *end == 0 || *end == 2), "{ends:?}");
@@ -222,13 +223,13 @@ fn directory_without_checkpoint_and_journal_is_refused() {
     assert!(matches!(refused(&disk, small()), DataDirError::JournalLost { .. }));
 }
 
-/// After the loss of a checkpoint the persisted end is unknown. Regression: the next checkpoint did not contain that
-/// fact, and the following start truncated the data that this start had refused.
+/// Without a checkpoint the persisted end is unknown, so a corrupt replica is refused at every later start. Regression:
+/// the next checkpoint did not contain that the end is unknown. The following start truncated the refused data.
 #[test]
 fn replica_refused_without_checkpoint_stays_refused() {
     let disk = disk_with_batch(true);
     remove_matching(&disk, JOURNAL);
-    // The current journal holds nothing that could repair the corruption.
+    // After this clean shutdown the journal holds no batch that could repair the corruption.
     open(&disk).close().unwrap();
     disk.kill();
     disk.remove(Path::new("/data/checkpoint")).unwrap();
@@ -248,8 +249,8 @@ fn replica_refused_without_checkpoint_stays_refused() {
     }
 }
 
-/// Regression: a clean shutdown covered replicas that were never opened. The next start used the recovery point as the
-/// log end.
+/// A clean shutdown without opening a replica keeps the replica's need for a scan. Regression: the next start used the
+/// recovery point as the log end.
 #[test]
 fn clean_stop_does_not_cover_unopened_replicas() {
     let disk = disk_with_batch(false);
@@ -276,7 +277,7 @@ fn new_replica_quarantines_files_of_its_directory() {
         assert_eq!(write(&log, &mut replica, &[batch(0, 1, 1, 1, 100)]), at(1));
         drop(replica);
         if content == b"first" {
-            // The replica is removed from the registry, as if its creation had never been written.
+            // The registry no longer contains the replica, as if its creation had never been written.
             log.unregister(partition(0));
             disk.remove(&dir.join(format!("{:020}.log", 0))).unwrap();
         }
@@ -294,7 +295,7 @@ fn journal_larger_than_the_disk_is_refused_before_writes() {
     assert!(text.contains("log.journal_bytes = 1099511627776") && text.contains("314572800 bytes are free"), "{text}");
     assert!(disk.files().iter().all(|(path, _)| path.ends_with("lock")), "{:?}", disk.files());
     open(&disk);
-    // A large journal that fits on the disk is created in parts, on demand.
+    // A large journal that fits on the disk is not created at once: its first file is.
     let disk = SimDisk::new();
     let log = open_with(&disk, LogOptions { journal_bytes: 1 << 40, ..small() }).unwrap();
     assert_eq!(log.status().journal_bytes, 64 << 20);

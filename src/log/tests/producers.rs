@@ -32,7 +32,7 @@ fn other_batch_with_the_sequence_is_no_duplicate() {
     let (original, other) = (batch_of(b"original"), batch_of(b"other"));
     let stored_as = |change: &dyn Fn(&Batch) -> Batch| {
         let (mut table, mut stored) = (ProducerTable::new(), change(&original));
-        // The comparison ignores both the offset and the epoch.
+        // The leader sets offset and epoch after the client has sent the batch. The comparison ignores both.
         stored.set_offset_and_epoch(at(3), LeaderEpoch(8));
         table.record_batch(&stored);
         let read = ProducerTable::from_bytes(&table.to_bytes()).unwrap();
@@ -47,7 +47,7 @@ fn other_batch_with_the_sequence_is_no_duplicate() {
     assert_eq!(check(&as_sent, Some(other.fingerprint())), SequenceCheck::Conflict { base: at(3) });
     assert_eq!(check(&as_sent, None), duplicate, "records that were decoded have no CRC");
 
-    // A batch that the broker changed is compared by sequence and count.
+    // A batch that the broker recompressed, or to which it gave the append time, is compared by sequence and count.
     let recompressed = stored_as(&|batch| batch.recompress(Compression::Zstd).unwrap());
     let timed = stored_as(&|batch| {
         let mut batch = batch.clone();
@@ -71,7 +71,7 @@ fn producer_is_removed_by_partition_time() {
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     replica.set_producer_expiration(Some(Duration::from_millis(100)));
     write(&log, &mut replica, &[first(1, 0, 1000)]);
-    // A producer that writes old timestamps is kept from the partition time on.
+    // For producer 2, which writes an old timestamp, the expiration counts from the partition time of its batch.
     write(&log, &mut replica, &[first(2, 1, 5), batch(2, 1, 1, 1100, 61)]);
     assert!(is_known(&replica.producers(), 1) && is_known(&replica.producers(), 2));
     // Batches without a producer advance the partition time as well.
@@ -91,8 +91,8 @@ fn producer_is_removed_by_partition_time() {
     assert!(is_known(&replica.producers(), 3));
 }
 
-/// A log may start with the table of a footer or of a leader. It then removes producers at the same time as the copied
-/// log.
+/// A log may start with the producer table of another replica. Both then remove a producer at the same offset, although
+/// the batches that set the partition time were evicted.
 #[test]
 fn partition_time_survives_the_eviction_of_its_batches() {
     let (disk, other_disk) = (SimDisk::new(), SimDisk::new());
@@ -142,7 +142,8 @@ fn next(id: i64, base: u64, sequence: i32) -> Batch {
     produced(base, 1, 1, 1, 61, (id, 0, sequence))
 }
 
-/// Regression: 1,700 producers on each of 1,000 partitions used 460 MB, and nothing refused more of them.
+/// A table with many producers refuses new ones while all tables exceed their memory. Regression: 1,700 producers on
+/// each of 1,000 partitions used 460 MB.
 #[test]
 fn producers_of_all_partitions_are_bounded_together() {
     let log = bounded(20_000);
@@ -160,12 +161,12 @@ fn producers_of_all_partitions_are_bounded_together() {
     };
     assert_eq!(refused, SequenceCheck::Full { max_bytes: 20_000 });
     assert!(log.status().producer_bytes > 20_000 && id > 50, "{id} producers");
-    // Known producers continue, and a partition with few producers accepts new ones.
+    // Known producers may continue to write, and a partition with few producers accepts new ones.
     assert_eq!(busy.producers().check(stamp(id - 1, 1), 1, None), SequenceCheck::New);
     assert_eq!(busy.producers().check(stamp(id, 1), 1, None), SequenceCheck::Unknown);
     assert_eq!(quiet.producers().check(stamp(id, 0), 1, None), SequenceCheck::New);
     write(&log, &mut quiet, &[first(id, 0, 1)]);
-    // The table after a truncation counts as before.
+    // The producer table that replaces the table at a truncation is counted too.
     busy.truncate(at(base - 1)).unwrap();
     assert!(log.status().producer_bytes > 15_000, "{}", log.status().producer_bytes);
     // A reset frees the bytes of the table.
@@ -174,7 +175,8 @@ fn producers_of_all_partitions_are_bounded_together() {
     assert_eq!(busy.producers().check(stamp(0, 0), 1, None), SequenceCheck::New);
 }
 
-/// Known producers may continue to write. A table outside a log (`free`) is not limited.
+/// While the producer tables exceed their memory, all but 16 producers of a table keep only 16 batches. All of them may
+/// continue to write. A table outside a log (`free`) is not limited.
 #[test]
 fn windows_are_short_while_producer_memory_is_exceeded() {
     let log = bounded(0);
@@ -194,7 +196,7 @@ fn windows_are_short_while_producer_memory_is_exceeded() {
         let known_count = (0..window).filter(|sequence| known(&table, id, *sequence)).count();
         assert_eq!(known_count, if id < 24 { 16 } else { limits::MAX_BATCHES_PER_PRODUCER }, "producer {id}");
         assert!((0..window).all(|sequence| known(&free, id, sequence)));
-        // A shortened window still has its end.
+        // A shortened window keeps the newest batches.
         assert!(known(&table, id, window - 1));
         assert_eq!(table.check(stamp(id, window), 1, None), SequenceCheck::New);
     }
@@ -203,8 +205,9 @@ fn windows_are_short_while_producer_memory_is_exceeded() {
 }
 
 proptest! {
-    /// A producer is known exactly while partition time is at most the expiration past that of its last batch. Encoding
-    /// the table in between makes no difference, and neither does the time at which the expiration became known.
+    /// A producer is known exactly while partition time is at most the expiration past the partition time of its last
+    /// batch. It makes no difference whether the table is encoded and decoded meanwhile (`restarts`), or when the
+    /// expiration is set (`late`).
     #[test]
     fn table_is_a_function_of_the_log(
         writes in prop::collection::vec((0i64..6, -40i64..60), 1..60),

@@ -39,8 +39,8 @@ fn memory_and_disk_give_the_same_batches_and_end_at_the_bound() {
     assert!(matches!(reader.read_disk(at(10), at(110), 1), Err(LogReadError::OutOfRange { .. })));
 }
 
-/// Regression: a read acquired memory for a batch after reading the batch. Eight batches of 64 MiB were in a broker
-/// before the first one was charged.
+/// A batch above `max_batch_bytes` is refused before it is read. Regression: memory for a batch was reserved after the
+/// read. Eight batches of 64 MiB were in memory before the first reservation.
 #[test]
 fn batch_above_the_limit_is_not_read() {
     let disk = SimDisk::new();
@@ -59,12 +59,12 @@ fn batch_above_the_limit_is_not_read() {
         );
     }
     assert_eq!(read(1, 1000, needed).unwrap().next, at(2));
-    // A search may read more at once.
+    // A search by time reads up to `limits::SEARCH_BYTES` at once, so this batch needs no larger limit.
     assert!(reader.batch_for_time(1001, at(0), at(2), 1).unwrap().is_some());
 }
 
-/// Regression, found by review: for a `replicated` topic the object store held data that a power failure removed from
-/// the disk. No replica could then lead from that disk.
+/// An export makes the segment durable on this disk. Regression, found by review: for a `replicated` topic the object
+/// store held data that a power failure removed from the disk. No replica could then lead from that disk.
 #[test]
 fn exported_segment_is_durable_on_the_local_disk_first() {
     for seed in 0..20 {
@@ -128,8 +128,9 @@ fn retry_is_recognised_after_restart_and_truncation() {
     assert_eq!(check(&replica, end - 6), SequenceCheck::Duplicate { base: at(end - 6), end: at(end - 4) });
 }
 
-/// A stop writes a snapshot at the log end. Regression: a log was truncated below it, grew to the same offset, and used
-/// that snapshot if the power failed before its own was synced. The log then had the producers of another history.
+/// A truncation removes the snapshots above the new log end, such as that of a stop. Regression: the log grew to the
+/// offset of such a snapshot, and used it if the power failed before the new snapshot was synced. The log then had
+/// producers of truncated batches.
 #[test]
 fn snapshot_of_a_truncated_log_is_not_used_again() {
     for seed in 0..60 {
@@ -151,7 +152,7 @@ fn snapshot_of_a_truncated_log_is_not_used_again() {
         disk.crash(1000 + seed);
         let log = open(&disk);
         let mut replica = log.open_replica(partition(0), at(0)).unwrap();
-        // The segment at 4 starts with its own snapshot, if that was kept.
+        // The truncation to 4 uses the snapshot there, if the crash kept it, else the batches below 4.
         replica.truncate(at(4)).unwrap();
         let stamp = |id, base_sequence| crate::record::ProducerSequence { id, epoch: 0, base_sequence };
         let check = |stamp| replica.producers().check(stamp, 2, None);

@@ -36,7 +36,7 @@ fn evicted_log_returns_the_tables_before_its_start() {
         replica.evict(at(evicted * 3)).unwrap();
         assert_eq!(replica.tables_at_start().unwrap(), (at(evicted * 3), epochs.clone(), producers.clone()));
     }
-    // The tables exclude the data above the start.
+    // The tables at the start do not change with later appends.
     write(&log, &mut replica, &[produced(9, 1, 3, 1, 1000, (7, 0, 0))]);
     assert_eq!(replica.tables_at_start().unwrap().1, tables[2].0);
     drop(replica);
@@ -46,8 +46,8 @@ fn evicted_log_returns_the_tables_before_its_start() {
     assert_eq!((start, &(epochs, producers)), (at(9), &tables[2]), "a crash loses no table");
 }
 
-/// Regression: retention deleted all data, and a new leader continued to write. Its log no longer had the last epoch
-/// before the start. A new replica that bootstrapped with these tables repeated the bootstrap forever.
+/// Without any segment below the log end, the epoch history keeps the last epoch before the start. Regression: the
+/// history began with the epoch of a new leader. A replica that bootstrapped from it repeated the bootstrap forever.
 #[test]
 fn fully_evicted_log_keeps_the_last_epoch_of_its_tables() {
     let disk = SimDisk::new();
@@ -88,7 +88,8 @@ fn corrupt_or_missing_snapshot_is_an_error() {
     assert!(replica.tables_at_start().unwrap_err().to_string().contains("at 6 is missing"));
 }
 
-/// Regression: after a completed reset, the log started with empty tables instead.
+/// A reset writes a snapshot at its offset. If that file is missing or corrupt at a start, the replica is refused,
+/// unless an eviction has removed the file. Regression: the log started with empty tables.
 #[test]
 fn start_without_the_tables_of_a_reset_is_refused() {
     for missing in [false, true] {
@@ -127,8 +128,8 @@ fn start_without_the_tables_of_a_reset_is_refused() {
     }
 }
 
-/// Regression: the snapshot at the log start was corrupt. A truncation treated it as a start without earlier data, and
-/// a retry would have been appended again.
+/// A truncation or an opening fails if the snapshot at the local start is corrupt. Regression: the truncation continued
+/// with empty tables, and a retry would have been appended again.
 #[test]
 fn corrupt_snapshot_of_the_first_segment_is_an_error() {
     let error_of = |is_open: bool| {
@@ -158,8 +159,9 @@ fn tables(replica: &ReplicaLog) -> (EpochHistory, ProducerTable) {
     (epochs, replica.producers().clone())
 }
 
-/// Regression: a crash between the journal entry and the snapshot lost the producer state below the start. A retry of a
-/// batch in the object store was then not recognised.
+/// After a crash at any operation of a reset, the log has either its old content or the complete tables of the reset.
+/// Regression: a crash between the journal entry and the snapshot lost the tables. A retry of a batch in the object
+/// store was then not recognised.
 #[test]
 fn interrupted_reset_has_the_old_or_the_new_tables() {
     let mut ends = BTreeSet::new();
@@ -171,7 +173,7 @@ fn interrupted_reset_has_the_old_or_the_new_tables() {
             let (_, expected_tables) = three_segments(&log);
             let mut replica = log.open_replica(partition(1), at(0)).unwrap();
             write(&log, &mut replica, &[produced(0, 6, 1, 1, 1000, (9, 0, 0))]);
-            // The old log has its own snapshot at the offset of the reset.
+            // The log has a snapshot at offset 6 already, to which the reset below goes.
             replica.roll().unwrap();
             write(&log, &mut replica, &[produced(6, 6, 1, 1, 1000, (9, 0, 6))]);
             let old_tables = tables(&replica);
@@ -180,7 +182,8 @@ fn interrupted_reset_has_the_old_or_the_new_tables() {
             is_complete = replica.reset_with(at(6), epochs, producers).is_ok();
             disk.fail_writes_after(None);
             if seed % 2 == 0 && log.status().failed.is_none() {
-                // A checkpoint follows and the journal continues, so the file with the reset entry would be reused.
+                // Many later entries and a checkpoint follow. They would reuse the journal file with the entry of an
+                // incomplete reset, if the reset did not keep that file.
                 let mut other = log.open_replica(partition(2), at(0)).unwrap();
                 for base in 0..20 {
                     write(&log, &mut other, &[batch(base, 1, 1, 1, 10_000)]);
@@ -190,7 +193,7 @@ fn interrupted_reset_has_the_old_or_the_new_tables() {
             }
             drop((replica, log));
             disk.crash(seed);
-            // The start that repeats the reset is interrupted too.
+            // The next start, which repeats the reset, is interrupted too.
             disk.fail_writes_after(Some(seed));
             let data = Path::new("/data");
             let _interrupted = DataDir::open(Arc::new(disk.clone()), data, &identity(), small()).map(drop);
@@ -216,7 +219,7 @@ fn interrupted_reset_has_the_old_or_the_new_tables() {
     assert_eq!(ends, BTreeSet::from([(at(0), false), (at(6), false), (at(6), true)]));
 }
 
-/// Waits until the wall clock shows a later time, and returns that time.
+/// Waits until the wall clock shows a later millisecond, and returns the time.
 fn later() -> i64 {
     let before = clock::wall_ms();
     while clock::wall_ms() <= before {
@@ -225,7 +228,8 @@ fn later() -> i64 {
     clock::wall_ms()
 }
 
-/// Regression: after a crash, a segment that no checkpoint described had the time of the restart as its write time.
+/// A restart does not move write times forward. Regression: after a crash, a segment that no checkpoint described had
+/// the time of the restart as its write time.
 #[test]
 fn written_time_of_a_segment_survives_stop_and_crash() {
     let times = |replica: &ReplicaLog| {
@@ -281,7 +285,8 @@ fn written_time_survives_truncation() {
     assert_eq!(after.end, at(1));
 }
 
-/// Regression: a broker whose clock was years ahead for an hour kept the data of that hour for these years.
+/// A write time in the future is set to the present. Regression: a broker whose clock was years ahead for an hour kept
+/// the data of that hour for these years.
 #[test]
 fn written_time_in_the_future_is_set_to_now() {
     let disk = SimDisk::new();

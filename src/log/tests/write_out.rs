@@ -17,7 +17,7 @@ fn write_outs(disk: &SimDisk, base: u64) -> Vec<(u64, u64)> {
     disk.write_outs(&path).into_iter().map(|range| (range.start, range.end)).collect()
 }
 
-/// Appends `batches` large batches of one record, and does the work of the sync thread before a sync.
+/// Appends `batches` batches of `LARGE` bytes with one record each, and writes out full pieces as the sync thread does.
 fn append(log: &DataDir, replica: &mut ReplicaLog, batches: u64) {
     for _ in 0..batches {
         let base = replica.log_end().get();
@@ -46,14 +46,14 @@ fn segment_is_written_out_in_pieces_before_its_sync() {
     assert!(durable.iter().all(|(_, bytes)| bytes.is_empty()), "a write-out is no sync");
     log.sync_step();
     assert_eq!(write_outs(&disk, 5).len(), 1, "less than a page is left for the sync");
-    // Truncated bytes that are written again are written out again.
+    // A truncation moves the start of the next write-out back, so bytes at the same positions are written out again.
     replica.truncate(at(5)).unwrap();
     append(&log, &mut replica, 3);
     assert_eq!(write_outs(&disk, 5).last(), Some(&(0, first)));
 }
 
-/// Regression: small pieces cost three replicas on one machine a tenth of their throughput, while nothing waited for
-/// the device.
+/// Pieces become large after 5 s without a write to the journal. Regression: small pieces cost three replicas on one
+/// machine a tenth of their throughput, while nothing waited for the device.
 #[tokio::test(start_paused = true)]
 async fn pieces_are_large_while_nothing_is_written_to_the_journal() {
     let disk = SimDisk::new();
@@ -96,8 +96,8 @@ fn evicted_segment_keeps_its_content_for_its_readers() {
     assert!(read == last.len() && last[100..].iter().any(|byte| *byte != 0), "{read} bytes of the last batch");
 }
 
-/// Regression: a topic of 20 GB has 300 files. All but 32 were closed at once, and the journal waited for the device
-/// for most of a second.
+/// All removed files are kept open and freed in steps, even many of them. Regression: a deleted topic of 20 GB had 300
+/// files. All but 32 were closed at once, and the journal waited for the device for most of a second.
 #[test]
 fn space_of_large_removed_files_is_freed_in_steps() {
     const SEGMENTS: u64 = 40;
