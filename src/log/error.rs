@@ -20,13 +20,13 @@ pub enum DataDirError {
         /// Id of the other process, if the lock file holds one.
         pid: Option<u32>,
     },
-    /// A newer version wrote the directory.
+    /// A newer version wrote the directory, or a file with a format number in it.
     #[error("data directory {} has format {found}, and this version reads formats up to {known}: start a newer version",
         dir.display())]
     Newer {
         /// Path of the directory.
         dir: PathBuf,
-        /// Format of the directory.
+        /// Format of the directory or file.
         found: u32,
         /// Newest format that this version reads.
         known: u32,
@@ -206,7 +206,7 @@ pub enum PersistError {
         /// Reason of the failure.
         reason: String,
     },
-    /// The log was closed.
+    /// The log was closed before the batches were durable.
     #[error("not persisted: the log is closed")]
     Closed,
 }
@@ -236,7 +236,7 @@ pub enum LogReadError {
         /// Description of the corruption.
         reason: String,
     },
-    /// The batch is larger than the memory of the reader.
+    /// The first batch of the read is larger than the caller permits (`max_batch_bytes`).
     #[error("the batch has {bytes} bytes, which exceeds the memory of the reader")]
     BatchTooLarge {
         /// Size of the batch in bytes.

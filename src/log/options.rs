@@ -26,7 +26,7 @@ pub struct LogOptions {
     pub max_journaled_bytes: usize,
     /// Size of the tail cache of all partitions, in bytes.
     pub tail_bytes: usize,
-    /// Intended maximum of the producer state of all replicas, in bytes.
+    /// Bytes of producer state of all replicas above which tables with many producers refuse new producers.
     pub producer_bytes: usize,
     /// Unsynced bytes of all segments after which a background sync starts; at most an eighth of the journal's ring.
     /// Many replicas with unsynced data raise the threshold, to at most a quarter of the ring. The value is large

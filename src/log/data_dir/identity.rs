@@ -77,7 +77,7 @@ pub(super) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, 
 
 /// Compares the identity file of a directory with `identity`, and returns the id of the directory. A new directory gets
 /// an identity file with a random id. A directory that holds data and no identity file is not new and is refused.
-pub(super) fn check(disk: &dyn Disk, dir: &Path, identity: &DataDirIdentity) -> Result<Uuid, DataDirError> {
+pub(super) fn check_or_create(disk: &dyn Disk, dir: &Path, identity: &DataDirIdentity) -> Result<Uuid, DataDirError> {
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         // The name of a new directory must be durable. A process that may not read the parent did not create the
         // directory.

@@ -3,10 +3,10 @@
 //!
 //! # Overview
 //!
-//! A broker creates a random id for each incarnation, writes the id to this file, registers with it, and then confirms
-//! in the file that the metadata holds it. Between the two writes the metadata may name either incarnation, so the file
-//! holds both. A disk that was restored to an older state holds only older ids. So the file shows that data
-//! acknowledged later is missing.
+//! A broker creates a random id for each incarnation. It adds the id to this file, registers with the id, and then
+//! removes all other ids from the file. Between these two writes the metadata may name the new or the previous
+//! incarnation, so the file holds both. A disk that was restored to an older state holds only older ids. So the file
+//! shows that data acknowledged later is missing.
 //!
 //! # Crash
 //!

@@ -95,12 +95,12 @@ impl DataDir {
         }
         let budget = Arc::new(DiskBudget::new(disk.clone(), dir, options.reserve_bytes));
         budget.check_journal_space(&journal_dir, options.journal_bytes)?;
-        let directory_id = identity::check(&*disk, dir, identity)?;
+        let directory_id = identity::check_or_create(&*disk, dir, identity)?;
         budget.release_reserve_for_start();
         let loaded = startup::load(&disk, dir, directory_id, &options)?;
         let strays = StrayReplicas::find(&*disk, dir, &loaded.replicas);
         let (file_bytes, max_files) = ring::ring_layout(options.journal_bytes);
-        // Several frames must fit into one file.
+        // At least three frames of the maximum size must fit into one file.
         let frame_bytes = options.max_frame_bytes.min(usize::try_from(file_bytes / 3).unwrap_or(usize::MAX));
         let options = LogOptions { max_frame_bytes: frame_bytes, ..options };
         let ring = Ring::open(disk.clone(), &journal_dir, file_bytes, max_files)
@@ -200,8 +200,8 @@ impl DataDir {
         closed
     }
 
-    /// Makes all data durable, stops the threads and writes the last checkpoint. Its kind is that of a clean shutdown
-    /// only if every record describes the files of its replica.
+    /// Makes all data durable, stops the threads and writes the last checkpoint. This checkpoint is that of a clean
+    /// shutdown only if it describes the files of every replica exactly.
     fn close_replicas(&self) -> Result<(), PersistError> {
         let inner = &self.inner;
         let replicas = inner.registry.lock().open_replicas();
@@ -215,7 +215,7 @@ impl DataDir {
         if let Some(reason) = inner.ctx.journal.failed() {
             return failed(reason.to_owned());
         }
-        // The record of a replica that was not opened since a crash does not describe its files.
+        // The record of a replica that was not opened since a crash may not describe its files.
         let is_unscanned = inner.registry.lock().has_unscanned();
         let is_synced = inner.registry.lock().open_replicas().iter().all(|replica| replica.is_synced());
         if !is_synced {

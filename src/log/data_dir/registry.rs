@@ -113,7 +113,7 @@ impl DataDir {
                 let UnopenedReplica { record, clean } = unopened;
                 let io = |source| ReplicaError::Io { id, path: dir.clone(), source };
                 // After a power failure the journal may hold the creation of a replica whose directory the file system
-                // has lost.
+                // has lost. The directory is created again.
                 let is_empty = record.segments.iter().all(|segment| segment.bytes == 0);
                 let is_created = is_empty && inner.ensure_dir(&dir).map_err(io)?;
                 let is_exact = clean && record.refusal.is_none();

@@ -19,7 +19,8 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 const STALL_SYNC_PASSES: u32 = 5;
 
 impl DataDirInner {
-    /// Returns the reason why no sync pass will release a file of the ring; `None` if there is none or a file is free.
+    /// Returns the reason why no sync pass will release a file of the ring. Returns `None` while a file is free, and
+    /// while a sync pass may still release one.
     ///
     /// | stall | limit |
     /// | --- | --- |
@@ -42,7 +43,8 @@ impl DataDirInner {
             return Some(format!("no journal space for {seconds} s because the checkpoint cannot be written: {error}"));
         }
         let replicas = self.registry.lock().open_replicas();
-        // Replicas that keep the oldest file from being released, each with the offset whose sync would release it.
+        // Replicas that keep the oldest file from being released, each with the offset up to which a sync would release
+        // the file.
         let pinning = replicas.iter().filter_map(|replica| {
             let (file, end) = replica.oldest_pin()?;
             (file <= oldest).then_some((replica, end))

@@ -56,7 +56,7 @@ pub(super) fn load(
     let has_checkpoint = read.is_some();
     let checkpoint = match read {
         Some(checkpoint) => checkpoint,
-        // A directory whose first checkpoint was never written has no replica either.
+        // The scan finds no replica if the first checkpoint was never written.
         None => {
             let replicas = scan_replicas(disk, dir).map_err(io_error(dir, "list"))?;
             if !replicas.is_empty() {
@@ -94,7 +94,7 @@ pub(super) fn load(
     };
     let first_frame = journaled.next_frame;
     let generation = generation.max(journaled.generation);
-    let replicas = merge(disk, dir, records, journaled).map_err(io_error(dir, "replay the journal"))?;
+    let replicas = apply_journal(disk, dir, records, journaled).map_err(io_error(dir, "replay the journal"))?;
     let mut records: Vec<_> = replicas.values().map(|unopened| unopened.record.clone()).collect();
     records.sort_by_key(|record| record.id);
     let replayed = Checkpoint { first_frame, generation, kind: CheckpointKind::Replayed, replicas: records };
@@ -141,7 +141,7 @@ fn recover_without_journal(
 
 /// Returns all replicas: the records of the checkpoint, changed by the operations in the journal. Also repeats
 /// incomplete deletions and resets on the disk, and restores journaled batches in the segments.
-fn merge(
+fn apply_journal(
     disk: &dyn Disk,
     dir: &Path,
     records: Vec<ReplicaCheckpoint>,
@@ -256,8 +256,8 @@ fn rebase(disk: &dyn Disk, dir: &Path, record: &mut ReplicaCheckpoint, base: Off
     (record.epochs, record.producers) = (snapshot.epochs, snapshot.producers.into());
 }
 
-/// Returns a record for each replica that has segment files, from the names of its files and its first snapshot. The
-/// generation 0 in these records requests a scan of all segments.
+/// Returns a record for each replica that has segment files, from the names of these files and the snapshot at the
+/// first segment. The generation 0 in these records requests a scan of all segments.
 fn scan_replicas(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<ReplicaCheckpoint>> {
     let mut records = Vec::new();
     for topic in disk.list(dir)?.into_iter().filter(|entry| entry.is_dir) {

@@ -31,8 +31,8 @@ use crate::{
     telemetry::LogThrottle,
 };
 
-/// Maximum number of replicas that are synced concurrently. The file system makes concurrent syncs durable with one
-/// commit of its own journal, which is the cost of syncing a small file.
+/// Maximum number of replicas that are synced concurrently. A sync of a small file costs one commit of the file
+/// system's own journal. Concurrent syncs share this commit.
 const MAX_SYNC_THREADS: usize = 4;
 
 /// Number of dirty replicas per sync thread. At most `MAX_SYNC_THREADS` threads are used.

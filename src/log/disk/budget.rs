@@ -32,8 +32,8 @@ use crate::{limits, log::error::DataDirError};
 /// Name of the reserve in the data directory.
 const RESERVE_NAME: &str = "reserve";
 
-/// Size of the reserve. A checkpoint of a large broker fits into it, and so does twice the free space that a metadata
-/// commit requires.
+/// Size of the reserve. The checkpoint of a large broker fits into it. It is twice the free space that a commit of the
+/// embedded metadata store requires.
 const RESERVE_BYTES: u64 = 8 << 20;
 
 /// Bytes of zeros per write to the reserve.
@@ -42,7 +42,7 @@ const ZERO_FILL_BYTES: usize = 1 << 20;
 /// Maximum number of bytes that may be appended between two queries of the file system's free space.
 const APPEND_ALLOWANCE_BYTES: u64 = 4 << 20;
 
-/// Free space of the disk that holds a data directory.
+/// Budget of disk space for a data directory, and the reserve on its disk.
 pub(in crate::log) struct DiskBudget {
     disk: Arc<dyn Disk>,
     dir: PathBuf,

@@ -47,7 +47,8 @@ pub struct ProducerTable {
     producers: BTreeMap<i64, ProducerState>,
     /// Ids of the producers, by the base offset of their last batch.
     by_last: BTreeMap<Offset, i64>,
-    /// Ids of the producers that keep more than [`SHORT_WINDOW_BATCHES`] batches, by the same offset.
+    /// Ids of the producers that keep more than [`SHORT_WINDOW_BATCHES`] batches, by the base offset of their last
+    /// batch.
     long_windows: BTreeMap<Offset, i64>,
     /// Number of batches of all producers.
     batches: usize,

@@ -78,7 +78,7 @@ pub(super) struct JournalEntry {
 /// The replica to which an entry belongs.
 pub(super) trait JournalClient: Send + Sync {
     /// Updates the replica after an entry became durable in the journal file with the serial `file`. Called with the
-    /// writer's lock held, for all entries of a frame before the first result.
+    /// lock of the journal's writer held, for all entries of a frame before any of their results is passed on.
     fn on_journaled(&self, entry: &EntryHeader, file: u64);
 
     /// Returns the result for the caller that submitted the entry. Called without a lock of the journal.
@@ -124,8 +124,8 @@ pub(super) struct Journal {
     budget: Arc<DiskBudget>,
     /// Signalled when a ring file is released or created, and at a close.
     released: Condvar,
-    /// Signalled when a ring file is entered, when the writer starts or stops waiting for one, and when the journal
-    /// is closed or fails.
+    /// Signalled when a ring file becomes active, when the writer starts or stops waiting for a new file, and when the
+    /// journal is closed or fails.
     entered: Condvar,
     /// Number of bytes written to the active file.
     position: AtomicU64,
@@ -152,7 +152,7 @@ struct WriterState {
     current: Option<ActiveFile>,
     /// Memory in which frames are encoded.
     buffer: AlignedBuffer,
-    /// Time since which the next frame has no space.
+    /// Time since which the next frame has no space; `None` if it has space.
     no_space_since: Option<Instant>,
 }
 
@@ -331,7 +331,7 @@ impl Journal {
     fn max_next_frame_bytes(&self) -> usize {
         let queue = self.queue.lock();
         let (entries, payload) = self.next_frame_entries(&queue);
-        // Entries that are queued until then lengthen the frame, at most to its limit.
+        // Entries that are queued before the frame is composed lengthen it, at most to its limit.
         entry::frame_len(entries, payload).max(entry::frame_len(1, self.max_frame_bytes))
     }
 

@@ -2,7 +2,7 @@
 //!
 //! A file is filled with zeros before its first use, so that no append waits for an allocation. Appends wait for the
 //! same device, so the zeros are written in small pieces with pauses. There is no pause while the active file fills
-//! faster than the next one, or while the journal waits for the next one.
+//! faster than the new file is written, or while the journal waits for the new file.
 
 use std::{io, path::Path, sync::atomic::Ordering, time::Duration};
 

@@ -157,7 +157,7 @@ pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_f
     // The first frame was durable when the checkpoint named it, so a corrupt first frame is not a torn one.
     let is_torn = |last: &u64| corrupt_frames.contains(last) || mutant!(DropLastFrame);
     if let Some(last) = last.filter(|last| is_torn(last) && *last > first_frame) {
-        // No caller received a result for a frame that was being written.
+        // The write of this frame did not complete, so no caller received a result for its entries.
         tracing::warn!(frame = last, "the journal's last frame is torn and is dropped");
         journaled.frames.remove(&last);
     }
@@ -301,7 +301,7 @@ impl ReplicaReplayState {
                 self.barrier = sequence;
                 self.persisted = Some(header.base);
             }
-            // Both offsets only grow, except in a reset.
+            // The log start and the local start only grow, except in a reset.
             EntryKind::LogStart => self.log_start = Some(*header),
             EntryKind::LocalStart => self.local_start = Some(*header),
         }

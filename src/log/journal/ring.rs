@@ -138,7 +138,7 @@ impl Ring {
     }
 
     /// Returns the sequence of the frame at which replay would start if all files with a serial below `keep` were
-    /// released. That frame must exist, so a file that was entered and holds no frame yet does not count.
+    /// released. That frame must exist. So an active file without a frame is not considered.
     pub(super) fn start_after(&self, keep: u64, next_frame: u64) -> u64 {
         let with_frames = self.used.iter().take_while(|used| used.first_frame < next_frame);
         let last = with_frames.clone().last();

@@ -19,7 +19,7 @@ const MAX_SYNC_PASSES: usize = 3;
 pub(super) enum FrameSpace {
     /// No free file: segments must be synced first.
     NeedsFile,
-    /// Space in the next file, which was entered.
+    /// Space in a free file, which has become the active one.
     NewFile,
     /// Space in the active file.
     Available,
@@ -129,7 +129,7 @@ impl Journal {
     }
 
     /// Returns true if the segments should be synced now, so that the ring has free files later. Called when the writer
-    /// has entered a file.
+    /// has made a file active.
     fn needs_sync(&self) -> bool {
         let ring = self.ring.lock();
         ring.is_low() || ring.wants_file()

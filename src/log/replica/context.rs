@@ -86,7 +86,7 @@ impl LogContext {
         !self.closed.swap(true, Ordering::AcqRel)
     }
 
-    /// Returns the bytes of batches in the tail cache.
+    /// Returns the memory of the tail cache in bytes, its overhead included.
     pub(in crate::log) fn tail_bytes(&self) -> usize {
         self.tail.used()
     }

@@ -24,7 +24,7 @@ struct State {
 }
 
 impl RemovedFiles {
-    /// Returns a queue for a share of `open_files`.
+    /// Returns a queue that keeps at most a quarter of `open_files` files open.
     pub(super) fn new(open_files: usize) -> Self {
         Self { max: open_files / REMOVED_FILES_SHARE, state: Mutex::default(), wake: Condvar::new() }
     }
@@ -59,7 +59,7 @@ impl RemovedFiles {
         }
     }
 
-    /// Frees the disk space of a file in steps. Returns false if [`Self::stop`] came before the end of the file.
+    /// Frees the disk space of a file in steps. Returns false if [`Self::stop`] was called before the last step.
     fn free_in_steps(&self, file: &OpenFile) -> bool {
         loop {
             let (is_stopped, queued) = {

@@ -39,7 +39,7 @@ fn remove_caches(disk: &dyn Disk, dir: &Path, is_obsolete: impl Fn(Offset) -> bo
     Ok(has_removed)
 }
 
-/// Removes a segment and its caches, as far as the files exist.
+/// Removes the file, the indexes and the snapshot of the segment at `base`. Absent files are no error.
 pub(in crate::log) fn remove_segment(disk: &dyn Disk, dir: &Path, base: Offset) -> io::Result<()> {
     for extension in ["log", "index", "timeindex", "snapshot"] {
         match disk.remove(&dir.join(name(base, extension))) {

@@ -59,7 +59,7 @@ impl ReplicaInner {
             return Err(PersistError::Failed { reason });
         }
         let mut state = self.state();
-        // A truncation during the sync has moved the log end, and with it the recovery point.
+        // A truncation or reset during the sync has moved the log end, and with it the recovery point.
         if state.generation != generation {
             return Err(PersistError::Truncated);
         }

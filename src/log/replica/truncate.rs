@@ -29,7 +29,8 @@ use crate::{
     task::clock,
 };
 
-/// Maximum disk bytes of new names and the end of a new file: two blocks.
+/// Disk space that a reset may need in addition to the content of the snapshot: one block for the new names, and one
+/// for the unused end of the file's last block.
 const NAMES_BYTES: u64 = 8192;
 
 impl ReplicaLog {
@@ -117,7 +118,7 @@ impl ReplicaLog {
     }
 
     /// Resets the log as [`Self::reset`] does, with the epoch history and producer state of the offsets below `at`.
-    /// They are durable in a snapshot before the first journal entry of the reset. That file has a temporary name,
+    /// Their snapshot is durable before the first journal entry of the reset. The snapshot first has a temporary name,
     /// because the old log may have a snapshot at `at` too.
     pub fn reset_with(
         &mut self,
@@ -273,7 +274,7 @@ impl ReplicaLog {
         // when it has no name and no reader can open it again.
         let opened = ctx.files.get(serial, &segment.file.path, OpenMode::Read).ok();
         let result = remove_segment(&*ctx.disk, &self.inner.dir, segment.info.base);
-        // The cache may have evicted the file since.
+        // The cache may have closed the file since it was opened above.
         let file = ctx.files.take(serial).or(opened);
         result?;
         file.into_iter().for_each(|file| ctx.removed.keep(file));

@@ -326,7 +326,7 @@ impl ReplicaLog {
         let marker = self.inner.entry_header(EntryKind::Synced, generation, end, end);
         let needs_sync =
             pending.exceeds_journal || pending.payloads.iter().any(|payload| payload.bytes > max_frame_bytes);
-        // A call behind one that waits for a sync waits for a sync as well, which keeps the order.
+        // A persist call behind one that waits for a sync waits for a sync too, so that both complete in order.
         if needs_sync || state.queued_sync_jobs > 0 {
             state.queued_sync_jobs += 1;
             drop(state);

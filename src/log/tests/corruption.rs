@@ -35,7 +35,8 @@ fn check_served(disk: &SimDisk, batches: &[Batch], context: &str) {
     assert!(served == original, "{context}: different data was served");
 }
 
-/// Flips one bit in each of the first bytes of every file whose path contains `part`, one at a time.
+/// Flips one bit in each of the first 600 bytes of every file whose path contains `part`. After each flip alone, the
+/// directory must serve the original data or an error.
 fn flip_everywhere(close: bool, part: &str) {
     let (disk, batches) = filled(close);
     let files: Vec<_> = disk.files().into_iter().filter(|(path, _)| path.to_string_lossy().contains(part)).collect();

@@ -136,7 +136,7 @@ impl RandomHistory {
     /// Runs one incarnation of the process, until it crashes.
     fn run_incarnation(&mut self) {
         if self.rng.roll(3) == 0 {
-            // The process ends during its start.
+            // The process ends during its start if it needs more operations than this.
             self.disk.fail_writes_after(Some(self.rng.roll(40)));
             if let Ok(log) = DataDir::open(Arc::new(self.disk.clone()), Path::new("/data"), &identity(), small()) {
                 log.partitions().iter().for_each(|id| drop(log.open_replica(*id, at(0))));
@@ -190,7 +190,7 @@ impl RandomHistory {
             model.maybe_deleted = false;
             replica.set_producer_expiration(Some(EXPIRATION));
             model.check(&replica, self.lossless, self.seed);
-            // In some incarnations the replica runs without the configuration. Then it keeps expired producers, and a
+            // In some incarnations the replica runs without the expiration. Then it keeps expired producers, and a
             // later incarnation removes them.
             if self.rng.roll(4) == 0 {
                 replica.set_producer_expiration(None);
@@ -344,7 +344,8 @@ fn run(seed: u64) {
     history.reopen(&log);
 }
 
-/// `STRANDLINE_SEEDS=N` runs that many seeds, `STRANDLINE_SEED=N` runs one seed.
+/// After random operations, kills and power failures, each replica has all acknowledged batches and none that was
+/// truncated, evicted or deleted. `STRANDLINE_SEEDS=N` runs that many seeds, `STRANDLINE_SEED=N` runs one seed.
 #[test]
 fn acknowledged_data_survives_and_truncated_data_does_not() {
     let number = |name| std::env::var(name).ok().and_then(|value| value.parse().ok());
@@ -357,8 +358,9 @@ fn acknowledged_data_survives_and_truncated_data_does_not() {
     }
 }
 
-/// Regression: the creation of a replica was in the journal just before a power failure, which removed the directory of
-/// the replica. The replica then accepted no writes, even after restarts of the broker.
+/// A start creates the lost directory of a replica again. Regression: the creation of a replica was in the journal just
+/// before a power failure, which removed the replica's directory. The replica then accepted no writes, even after
+/// restarts of the broker.
 #[test]
 fn replica_that_lost_its_directory_accepts_writes() {
     let mut lost = 0;

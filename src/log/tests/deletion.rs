@@ -271,8 +271,8 @@ fn replicas_deleted_together_share_frames_and_syncs() {
     assert!(operations < 2 * 100 + 20, "{operations} operations for a file and a directory of each replica");
 }
 
-/// The power may fail at any operation of a deletion of many replicas. Afterwards each replica is registered, or a
-/// second deletion removes everything of it.
+/// The power may fail at any operation of a deletion of many replicas. Afterwards no replica that was reported as
+/// deleted is registered, and a second deletion removes all remaining files.
 #[test]
 fn interrupted_deletion_of_many_can_be_completed() {
     for operations in 0..40 {

@@ -90,7 +90,8 @@ fn producers_with_impossible_times_are_refused() {
     }
 }
 
-/// A lookup by time is a binary search: with decreasing times it would skip records.
+/// An index with decreasing times is refused, because the binary search of a lookup by time would skip records. So is
+/// one that does not begin with the first batch.
 #[test]
 fn index_with_decreasing_times_or_wrong_start_is_refused() {
     let decode = |entries: &[(u64, u64, i64)]| {
@@ -119,7 +120,8 @@ fn header(generation: u64, position: u64) -> EntryHeader {
     }
 }
 
-/// The next frame, the next generation and the end of the write are sums that must not overflow.
+/// Frames with too large numbers are refused: the next frame, the next generation and the end of a write are sums,
+/// which must not overflow.
 #[test]
 fn frame_with_overflowing_numbers_is_refused() {
     let batches = [batch(0, 3, 1, 5, 100)];
