@@ -69,7 +69,7 @@ impl DataDir {
 
 impl DataDirInner {
     /// Submits an entry of this kind for each replica to the journal, and waits until all are durable or failed.
-    /// Returns the replicas whose entry is durable, and adds the others to `failures`.
+    /// Returns the replicas whose entry is durable. Adds the replicas whose entry failed to `failures`.
     fn commit_all(
         &self,
         replicas: Vec<Arc<ReplicaInner>>,

@@ -183,7 +183,7 @@ impl DataDir {
 
     /// Announces that the log will be closed when its writers have stopped. A writer may wait for the journal, which
     /// may wait for a free file of its ring. From now on that wait ends after some seconds, and then the journal fails.
-    /// No entry that is lost thereby was acknowledged.
+    /// The entries that the journal then drops were never acknowledged.
     pub fn begin_shutdown(&self) {
         self.inner.ctx.journal.begin_shutdown();
     }

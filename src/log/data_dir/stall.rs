@@ -55,7 +55,8 @@ impl DataDirInner {
             return Some(format!("partition {id} cannot sync the data of the oldest journal file to its segments"));
         }
         let passes = self.ctx.sync_queue.passes_without_progress();
-        // A reset pins the file up to `Offset::MAX`. The reset of a long log takes time, but it ends.
+        // A reset keeps its journal file in use until it is complete, with `Offset::MAX` as the end. The reset of a
+        // long log takes time, but it ends.
         let (replica, _) = pinning.iter().find(|(_, end)| *end != Offset::MAX)?;
         if waited < STALL_TIMEOUT || passes < STALL_SYNC_PASSES {
             return None;

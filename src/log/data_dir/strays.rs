@@ -22,7 +22,7 @@ use crate::{
 /// Origin of a stray replica.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum StrayState {
-    /// Found by a start, which cannot identify the owner of the files.
+    /// Found by a start. The start cannot determine whether the files are still needed.
     Found,
     /// Left by a deletion that has started.
     Deleted,

@@ -133,8 +133,8 @@ impl PrivateDir {
         }
     }
 
-    /// Opens a file below the directory. Without `CREATE` the file must exist. The call never truncates (`TRUNC` would
-    /// truncate before the owner is known).
+    /// Opens a file below the directory. Without `CREATE` the file must exist. The flags must not contain `TRUNC`,
+    /// which would truncate the file before its owner is checked.
     ///
     /// # Errors
     /// The file is absent, is no regular file, belongs to another user, or cannot be opened with these flags.

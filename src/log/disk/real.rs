@@ -166,7 +166,7 @@ impl Disk for RealDisk {
     }
 
     fn open_files(&self) -> usize {
-        // The other half of the limit is for connections and all other files.
+        // Half of the process's limit is for the log. The rest is for connections and all other files.
         let soft_limit = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
         usize::try_from(soft_limit / 2).unwrap_or(usize::MAX).clamp(64, 8192)
     }

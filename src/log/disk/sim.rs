@@ -491,8 +491,7 @@ impl Disk for SimDisk {
         if !state.dirs.remove(dir) {
             return Err(io::ErrorKind::NotFound.into());
         }
-        // A directory that is created later under the same name is another one. It must not receive the pending changes
-        // of this one.
+        // A later directory of the same name must not receive the pending changes of this directory.
         state.changes.retain(|change| change.dir != dir);
         state.record_change(dir, NameChange::RemoveDir(dir.to_owned()));
         Ok(())

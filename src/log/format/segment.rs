@@ -177,7 +177,7 @@ pub(in crate::log) struct ScanEnd {
 
 /// Reads the batches of a file from `position` to `len`, and calls `on_batch` with the position and content of each.
 /// The first batch must start at the offset `from`, and each later one at the end of the previous one. Epochs must
-/// never decrease, from `epoch` on. The scan stops at the first bytes that are not such a batch.
+/// never decrease, from `epoch` on. The scan stops at the first bytes that violate these rules or fail a checksum.
 pub(in crate::log) fn scan(
     file: &dyn File,
     len: u64,

@@ -42,7 +42,7 @@ pub(in crate::log) struct LogContext {
     generation: AtomicU64,
     /// True after a close: writes are refused.
     closed: AtomicBool,
-    /// Permits for reads of segments on other threads.
+    /// Permits for reads of segments, each on a thread for blocking work.
     pub(super) disk_reads: Arc<Semaphore>,
     /// In step mode: the driver that runs steps while a caller waits.
     step_driver: OnceLock<Weak<dyn StepDriver>>,

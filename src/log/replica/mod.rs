@@ -104,7 +104,8 @@ struct LogState {
     producer_expiration_ms: Option<i64>,
     /// Index of the active segment; `None` until it is needed.
     index: Option<Index>,
-    /// Number that grows with each truncation and reset, which identifies operations from before such a change.
+    /// Number that grows with each truncation and reset, and at the deletion. An entry or a read with a lower
+    /// generation began before the change.
     generation: u64,
     /// Start of the scan after a crash: all earlier data is synced in the segments.
     recovery: RecoveryPoint,
@@ -230,7 +231,7 @@ impl ReplicaInner {
         drop(self.failed.set(reason));
     }
 
-    /// Puts the replica into the sync queue, after `bytes` were appended.
+    /// Puts the replica into the sync queue. `bytes` is the number of bytes that were appended, 0 after another change.
     pub(super) fn mark_dirty(self: &Arc<Self>, bytes: u64) {
         self.ctx.sync_queue.push_dirty(self, bytes);
     }

@@ -292,7 +292,7 @@ impl LogReader {
         let gap = usize::try_from(index::MIN_INTERVAL_BYTES).unwrap_or(4096);
         let mut read_bytes = max_bytes.clamp(HEADER_BYTES, limits::MAX_FETCH_BYTES) + gap;
         let (mut expected, mut epoch) = (start.offset, None);
-        // Each iteration reads one buffer. Another one follows only if the buffer holds no batch to return.
+        // Each iteration reads one buffer. The loop continues only if the buffer holds no batch to return.
         loop {
             let remaining = usize::try_from(view.info.bytes.saturating_sub(position)).unwrap_or(usize::MAX);
             let mut buffer = vec![0; read_bytes.min(remaining)];

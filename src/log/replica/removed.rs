@@ -47,7 +47,7 @@ impl RemovedFiles {
     /// Frees the disk space of the queued files, oldest first, until [`Self::stop`]. Runs on a thread of its own.
     pub(in crate::log) fn run(&self) {
         while let Some(file) = self.next() {
-            // A file that another thread still reads is freed when its last reader closes it.
+            // The disk space of a file that another thread still reads is freed when its last reader closes it.
             let Some(mut file) = Arc::into_inner(file) else { continue };
             if Arc::get_mut(&mut file.file).is_none() {
                 continue;

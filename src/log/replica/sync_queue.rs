@@ -82,8 +82,8 @@ struct SyncQueueState {
     is_stopped: bool,
 }
 
-/// A persist call that is served by a sync of the segments. Its bytes exceed the journal's limit, or an earlier call of
-/// the replica waits for such a sync.
+/// A persist call that is served by a sync of the segments, for one of two reasons: its bytes exceed the journal's
+/// limit, or an earlier persist call of the replica is in the same queue.
 pub(in crate::log) struct SyncJob {
     pub(super) replica: Arc<ReplicaInner>,
     pub(super) header: EntryHeader,

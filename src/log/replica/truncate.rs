@@ -270,7 +270,7 @@ impl ReplicaLog {
     /// steps.
     fn remove(&self, segment: &Segment) -> io::Result<()> {
         let (ctx, serial) = (&self.inner.ctx, segment.file.serial);
-        // The file is opened through the cache, so that readers share the handle. It is taken out of the cache below,
+        // The file is opened through the cache, so that readers share the handle. It is removed from the cache below,
         // when it has no name and no reader can open it again.
         let opened = ctx.files.get(serial, &segment.file.path, OpenMode::Read).ok();
         let result = remove_segment(&*ctx.disk, &self.inner.dir, segment.info.base);

@@ -164,8 +164,8 @@ impl ReplicaLog {
         state.segments[..state.segments.len() - 1].iter().map(|segment| segment.info).collect()
     }
 
-    /// Sets write times after `now_ms` to `now_ms`. A segment has such a time if it was written while the clock was
-    /// ahead. Its age counts from now on.
+    /// Sets write times after `now_ms` to `now_ms`. A segment that was written while the clock was ahead has such a
+    /// time. Its age counts from now on.
     pub fn correct_written_times(&self, now_ms: i64) {
         for segment in &mut self.inner.state().segments {
             segment.info.written_ms = segment.info.written_ms.min(now_ms);

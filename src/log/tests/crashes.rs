@@ -318,8 +318,8 @@ fn random_batches(rng: &mut SimRng, model: &Model, epoch: u32, clock: &mut i64) 
         let stamp = if producer == 0 {
             (-1, -1, -1)
         } else {
-            // The leader expects the next sequence number of a known producer, and 0 of a removed one. A check of an
-            // impossible number returns the expected one.
+            // A leader expects the next sequence number of a producer in the table, and 0 of a removed producer. The
+            // check of an impossible number returns the expected number.
             let impossible = ProducerSequence { id: producer, epoch: 1, base_sequence: -1 };
             match table.check(impossible, count, None) {
                 SequenceCheck::OutOfOrder { expected } => (producer, 1, expected),
@@ -344,8 +344,9 @@ fn run(seed: u64) {
     history.reopen(&log);
 }
 
-/// After random operations, kills and power failures, each replica has all acknowledged batches and none that was
-/// truncated, evicted or deleted. `STRANDLINE_SEEDS=N` runs that many seeds, `STRANDLINE_SEED=N` runs one seed.
+/// After random operations, kills and power failures, each replica has all acknowledged batches, and none whose
+/// truncation, eviction or deletion has completed. `STRANDLINE_SEEDS=N` runs that many seeds, `STRANDLINE_SEED=N` runs
+/// one seed.
 #[test]
 fn acknowledged_data_survives_and_truncated_data_does_not() {
     let number = |name| std::env::var(name).ok().and_then(|value| value.parse().ok());

@@ -256,9 +256,9 @@ async fn stop_waits_for_journal_space_for_a_bounded_time() {
     assert!(log.open_replica(partition(0), at(0)).unwrap().log_end() >= persisted, "acknowledged data is kept");
 }
 
-/// In step mode nothing makes journal space while a truncation or reset waits for its frame. So such a change fails
-/// before it begins, and works once there is space. Regressions: the change waited forever; later it failed and made
-/// the replica fail too.
+/// In step mode nothing makes journal space while a truncation or reset waits for its frame. So a truncation or reset
+/// without journal space fails before it changes anything, and works once there is space. Regressions: the change
+/// waited forever; later it failed and made the replica fail too.
 #[test]
 fn change_without_journal_space_fails_and_works_later() {
     let disk = SimDisk::new();

@@ -161,7 +161,7 @@ fn producers_of_all_partitions_are_bounded_together() {
     };
     assert_eq!(refused, SequenceCheck::Full { max_bytes: 20_000 });
     assert!(log.status().producer_bytes > 20_000 && id > 50, "{id} producers");
-    // Known producers may continue to write, and a partition with few producers accepts new ones.
+    // Producers in the table may continue to write, and a partition with few producers accepts new ones.
     assert_eq!(busy.producers().check(stamp(id - 1, 1), 1, None), SequenceCheck::New);
     assert_eq!(busy.producers().check(stamp(id, 1), 1, None), SequenceCheck::Unknown);
     assert_eq!(quiet.producers().check(stamp(id, 0), 1, None), SequenceCheck::New);
