@@ -27,7 +27,7 @@ impl DataDir {
     /// Deletes replicas and their files, or the files that an earlier attempt of this process left. An unknown replica
     /// is ignored. A replica with an open [`ReplicaLog`](crate::log::ReplicaLog) is not deleted and fails with
     /// [`ReplicaError::Open`]. Waits for two frames of the journal. Returns the replicas that could not be deleted,
-    /// each with the error. All others never reappear.
+    /// each with the error. A deleted replica never reappears.
     pub fn delete_replicas(&self, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let inner = &self.inner;
         // `with_files` also names replicas whose earlier deletion is durable and has left files.

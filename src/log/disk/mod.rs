@@ -3,7 +3,7 @@
 //!
 //! # Crash
 //!
-//! Both implementations allow the same effects of a crash. Unsynced bytes may be present, missing, or partly present,
+//! The real and the simulated disk allow the same effects of a crash. Unsynced bytes may be present, missing, or partly present,
 //! by sectors. A name that was created, removed or renamed may be as before until its directory is synced.
 
 pub(super) mod budget;

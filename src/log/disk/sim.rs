@@ -4,8 +4,8 @@
 //!
 //! [`SimDisk::crash`] cuts the power. Each unsynced 512-byte sector of a file may be durable or not. The unsynced name
 //! changes of a directory become durable in order, up to a random one. Handles from before a crash fail. A failed sync
-//! loses data, as in an operating system that marks the pages clean regardless. Some of the data becomes durable, and
-//! the rest reads as the previous content. Faults are set by [`SimDisk::fail_writes_after`], [`SimDisk::set_capacity`],
+//! loses data, as in an operating system that marks the pages clean after the failure. Some of the data becomes durable,
+//! and the rest reads as the previous content. Faults are set by [`SimDisk::fail_writes_after`], [`SimDisk::set_capacity`],
 //! [`SimDisk::fail_syncs`] and [`SimDisk::flip`].
 
 use std::{

@@ -1,4 +1,4 @@
-//! Flipped bits at every position: they are detected or harmless, and never change the data that is served.
+//! Flipped bits in all files of a data directory: they are detected or harmless, and never change the data that is served.
 
 use super::*;
 
