@@ -89,11 +89,12 @@
 //!
 //! # Failures
 //!
-//! A full disk fails only the append, truncation or reset, which then changes nothing. A start or a checkpoint on a full
-//! disk uses the space of the reserve. A failed write or sync of a segment ends writing to its replica, a failed write
-//! of the journal ends writing to all replicas. The kernel may have dropped the unsynced pages, and a second sync would
-//! not report that. Reads continue. Entries of a failed replica that are only in the journal stay there for the next
-//! start. When the ring needs the file that holds these entries, the journal has no space for any replica and fails.
+//! A full disk fails only the append, truncation or reset, which then changes nothing. A start or a checkpoint on a
+//! full disk uses the space of the reserve. A failed write or sync of a segment ends writing to its replica, a failed
+//! write of the journal ends writing to all replicas. The kernel may have dropped the unsynced pages, and a second sync
+//! would not report that. Reads continue. Entries of a failed replica that are only in the journal stay there for the
+//! next start. When the ring needs the file that holds these entries, the journal has no space for any replica and
+//! fails.
 //!
 //! # Shutdown
 //!

@@ -3,8 +3,8 @@
 //!
 //! # Crash
 //!
-//! The real and the simulated disk allow the same effects of a crash. Unsynced bytes may be present, missing, or partly present,
-//! by sectors. A name that was created, removed or renamed may be as before until its directory is synced.
+//! The real and the simulated disk allow the same effects of a crash. Unsynced bytes may be present, missing, or partly
+//! present, by sectors. A name that was created, removed or renamed may be as before until its directory is synced.
 
 pub(super) mod budget;
 mod private;

@@ -4,9 +4,9 @@
 //!
 //! [`SimDisk::crash`] cuts the power. Each unsynced 512-byte sector of a file may be durable or not. The unsynced name
 //! changes of a directory become durable in order, up to a random one. Handles from before a crash fail. A failed sync
-//! loses data, as in an operating system that marks the pages clean after the failure. Some of the data becomes durable,
-//! and the rest reads as the previous content. Faults are set by [`SimDisk::fail_writes_after`], [`SimDisk::set_capacity`],
-//! [`SimDisk::fail_syncs`] and [`SimDisk::flip`].
+//! loses data, as in an operating system that marks the pages clean after the failure. Some of the data becomes
+//! durable, and the rest reads as the previous content. Faults are set by [`SimDisk::fail_writes_after`],
+//! [`SimDisk::set_capacity`], [`SimDisk::fail_syncs`] and [`SimDisk::flip`].
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -339,8 +339,8 @@ impl NameChange {
 }
 
 impl SimDiskState {
-    /// Counts a write, sync or change of a name that is about to happen. Fails after as many as
-    /// [`SimDisk::fail_writes_after`] has permitted.
+    /// Counts a write, sync or change of a name that is about to happen. Fails if [`SimDisk::fail_writes_after`]
+    /// permits no further one.
     fn begin_change(&mut self) -> io::Result<()> {
         self.operations += 1;
         match &mut self.operations_left {

@@ -47,7 +47,7 @@ impl EpochHistory {
     }
 
     /// Adds the epoch of a batch at `start`, unless it is the last epoch already. Returns false, without a change, if
-    /// the epoch is lower than the last one or a new epoch starts below the last one.
+    /// the epoch is lower than the last one, or if a new epoch starts below the start of the last one.
     #[must_use]
     pub fn record(&mut self, epoch: LeaderEpoch, start: Offset) -> bool {
         match self.starts.last() {

@@ -24,7 +24,8 @@ use crate::{
     task::clock,
 };
 
-/// Unsynced bytes per dirty replica below which a sync pass is not due yet: many small syncs cost more than they free.
+/// Average number of unsynced bytes per dirty replica below which their total makes no sync pass due. A sync costs per
+/// file, so a pass over many replicas with few bytes each is not worth its cost.
 const MIN_SYNC_BYTES_PER_REPLICA: u64 = 512 << 10;
 
 /// Divisor of the journal's ring size. A sync pass is due after at most that share of the ring is unsynced, so that

@@ -8,8 +8,8 @@
 //!
 //! A truncation writes one journal entry before it changes a file, and a completion entry after the files are truncated
 //! and synced. Between the two entries, replay repeats the truncation. After the second, replay skips all earlier
-//! entries of the replica. So truncated data does not reappear, and a replay never truncates later appends. A reset writes
-//! the same two entries. The snapshot with which the new log starts is durable before the first one.
+//! entries of the replica. So truncated data does not reappear, and a replay never truncates later appends. A reset
+//! writes the same two entries. The snapshot with which the new log starts is durable before the first one.
 
 use std::{
     io,

@@ -22,7 +22,8 @@ use crate::{
     task::clock,
 };
 
-/// Maximum payload in bytes of a journal entry to which the batches of a further append are added.
+/// Maximum payload in bytes of a journal entry that combines several appends. The batches of one append are never
+/// split.
 const MAX_ENTRY_BYTES: usize = 1 << 20;
 
 /// Maximum size of a segment in bytes: positions in it are 32 bits wide.

@@ -1,4 +1,5 @@
-//! Flipped bits in all files of a data directory: they are detected or harmless, and never change the data that is served.
+//! Flipped bits in the files of a data directory: they are detected or harmless, and never change the data that is
+//! served.
 
 use super::*;
 

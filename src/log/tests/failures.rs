@@ -213,7 +213,8 @@ async fn full_journal_fails_if_checkpoints_keep_failing() {
     assert!(matches!(result.try_recv().unwrap(), Err(PersistError::Failed { .. })));
 }
 
-/// A full disk may get space, so the journal waits. Meanwhile the broker transfers its leadership to other brokers.
+/// While the disk is full, a journal without space waits and does not fail, because the disk may get space. Meanwhile
+/// the broker transfers its leadership to other brokers.
 #[tokio::test(start_paused = true)]
 async fn full_journal_on_a_full_disk_waits_for_space() {
     let disk = SimDisk::new();
