@@ -1,8 +1,8 @@
 //! Entry points of the fuzzers (`fuzz/entries`) to the private decoders of this module.
 //!
 //! Each function decodes the bytes of a file and encodes the result again; `None` means that the bytes are invalid. A
-//! decoder compares a file with expected values: the id of the data directory, or the base and length of a segment. Here
-//! the expected values come from the file itself. Otherwise no input would be accepted.
+//! decoder compares a file with expected values: the id of the data directory, or the base and length of a segment.
+//! Here the expected values come from the file itself. Otherwise no input would be accepted.
 
 use bytes::{Buf, Bytes};
 use uuid::Uuid;
