@@ -1,4 +1,4 @@
-//! The recent changes, which all watches read: one bounded history, and for each watch a cursor in it.
+//! The recent changes of the store: one bounded history, from which each watch reads at a cursor of its own.
 
 use std::{
     collections::VecDeque,
@@ -10,13 +10,14 @@ use tokio::sync::watch;
 use super::EmbeddedInner;
 use crate::cluster::store::{MetaStoreError, Revision, WatchBatch, WatchEvent};
 
-/// Maximum number of revisions that a watch may lag. Lower in tests, which exceed it.
+/// Maximum number of revisions in the history. A watch that lags further fails. The limit is lower in tests, so that
+/// they can exceed it.
 pub(super) const MAX_REVISIONS: usize = if cfg!(test) { 500 } else { 10_000 };
 
 /// Maximum number of key and value bytes in the history.
 const MAX_BYTES: usize = 16 << 20;
 
-/// Number of events after which one result of a watch ends; the next result contains the rest.
+/// Number of events at which one result of a watch ends, with the revision that reaches it. The next result continues.
 const MAX_RESULT_EVENTS: usize = 1000;
 
 /// The changes of the last revisions, in order and without gaps.
@@ -35,7 +36,7 @@ impl ChangeHistory {
         Self { changes: VecDeque::new(), bytes: 0, oldest: revision.next() }
     }
 
-    /// Appends the next revisions and evicts the oldest beyond the limits.
+    /// Appends the next revisions, and evicts the oldest ones while a limit is exceeded.
     pub(super) fn append(&mut self, changes: Vec<Arc<WatchBatch>>) {
         for change in changes {
             assert_eq!(change.revision.0, self.oldest.0 + self.changes.len() as u64, "revisions have no gaps");
@@ -49,12 +50,13 @@ impl ChangeHistory {
         }
     }
 
-    /// Rejects a watch that starts before the oldest revision.
+    /// Returns `Compacted` if a watch from this revision would need evicted changes.
     pub(super) fn check(&self, from: Revision) -> Result<(), MetaStoreError> {
         if from < self.oldest { Err(MetaStoreError::Compacted { from, oldest: self.oldest }) } else { Ok(()) }
     }
 
-    /// Returns the changes of one revision; `None` if the revision does not exist yet.
+    /// Returns the changes of one revision; `None` if the revision does not exist yet. Fails with `Compacted` if the
+    /// changes were evicted.
     fn at(&self, revision: Revision) -> Result<Option<Arc<WatchBatch>>, MetaStoreError> {
         self.check(revision)?;
         let index = usize::try_from(revision.0 - self.oldest.0).ok();
@@ -70,9 +72,9 @@ fn key_value_bytes(changes: &WatchBatch) -> usize {
     changes.events.iter().map(event_bytes).sum()
 }
 
-/// Position of one watch.
+/// Position of one watch in the history.
 pub(super) struct WatchCursor {
-    /// Weak: a watch must not keep the file open. The watch ends with the store's last handle.
+    /// Weak, so that a watch does not keep the file open. The watch ends when the last clone of the store is dropped.
     inner: Weak<EmbeddedInner>,
     /// Newest revision in the history.
     newest: watch::Receiver<Revision>,
@@ -87,8 +89,12 @@ impl WatchCursor {
         Self { inner: Arc::downgrade(inner), newest: inner.newest.subscribe(), prefix: prefix.to_owned(), next: from }
     }
 
-    /// Returns the changes under the prefix from the cursor on, and moves the cursor. `None`: there is no new revision,
-    /// or the store is closed.
+    /// Returns the next changes under the prefix and advances the cursor. One result has at most one revision beyond
+    /// `MAX_RESULT_EVENTS` events; the next call continues. An empty list of events with a newer revision is a valid
+    /// result. Returns `None` if there is no new revision, or if the store is closed.
+    ///
+    /// # Errors
+    /// `Compacted`: the history no longer contains the next revision.
     fn read(&mut self) -> Result<Option<WatchBatch>, MetaStoreError> {
         let Some(inner) = self.inner.upgrade() else { return Ok(None) };
         let history = inner.history.lock();
@@ -111,7 +117,7 @@ pub(super) async fn step(
 ) -> Option<(Result<WatchBatch, MetaStoreError>, Option<WatchCursor>)> {
     let mut cursor = cursor?;
     loop {
-        // Before the read: a revision that is published during the read ends the wait below.
+        // Marked before the read, so that a revision that is published during the read ends the wait below.
         cursor.newest.mark_unchanged();
         match cursor.read() {
             Ok(Some(changes)) => return Some((Ok(changes), Some(cursor))),

@@ -12,8 +12,8 @@
 //! - A `Committed` result follows the sync of the commit that contains the transaction.
 //! - The history is appended after the commit, in commit order, under the writer lock: watches return only durable
 //!   changes.
-//! - A failed commit is final: the content of the file is then unknown. Every later call returns `Unavailable` until
-//!   the store is reopened.
+//! - A failed commit is final: the content of the file is then unknown. Every later request except `watch` returns
+//!   `Unavailable` until the store is reopened.
 //!
 //! # Crash
 //!
@@ -57,10 +57,10 @@ pub const FILE_NAME: &str = crate::log::METADATA;
 /// Size of redb's page cache in bytes. Metadata is small, and the metadata cache holds a copy.
 const CACHE_BYTES: usize = 16 << 20;
 
-/// Free disk space, in bytes, below which a commit is rejected. One commit writes less.
+/// Free disk space, in bytes, below which a commit is rejected. A usual commit writes less.
 const MIN_FREE_COMMIT_BYTES: u64 = 4 << 20;
 
-/// Interval of checks for expired leases.
+/// Interval between two checks for expired leases.
 const LEASE_TICK: Duration = Duration::from_millis(500);
 
 /// Error of opening the store.
@@ -108,16 +108,16 @@ struct EmbeddedInner {
     database: Database,
     /// Directory of the file; `None` for an in-memory store. Calls that may reach a disk run on blocking threads.
     folder: Option<PathBuf>,
-    /// One permit, which the caller holds that commits the queue. Further transactions queue during the commit.
+    /// One permit. The caller that holds it commits all queued transactions; further ones queue during the commit.
     commit_permit: Arc<Semaphore>,
     queue: Mutex<VecDeque<PendingTransaction>>,
     /// Newest revision in the file. Locked during a whole commit, so it is locked only within `EmbeddedStore::access`.
     writer: Mutex<Revision>,
-    /// Reason of the first failed commit. Once it is set, every call fails.
+    /// Reason of the first failed commit. Once it is set, every request except `watch` fails.
     failed: OnceLock<String>,
     leases: Mutex<LeaseTable>,
     history: Mutex<ChangeHistory>,
-    /// Newest revision in the history; watches wait for its changes.
+    /// Newest committed revision. It is sent after its changes are in the history, and wakes the watches.
     newest: watch::Sender<Revision>,
 }
 
@@ -136,7 +136,7 @@ struct LeaseTable {
 }
 
 struct LeaseState {
-    /// Time from a renewal to the deadline.
+    /// Time from the grant or a renewal to the deadline.
     duration: Duration,
     deadline: Instant,
 }
@@ -148,7 +148,8 @@ impl fmt::Debug for EmbeddedStore {
 }
 
 impl EmbeddedStore {
-    /// Opens `metadata.redb` in an existing data directory; creates the file if it is missing.
+    /// Opens `metadata.redb` in an existing data directory; creates the file if it is missing. Deletes the leased keys
+    /// of the previous process.
     pub async fn open(data_dir: &Path) -> Result<Self, EmbeddedStoreError> {
         let path = data_dir.join(FILE_NAME);
         task::run_blocking(move || {
@@ -166,15 +167,15 @@ impl EmbeddedStore {
         .await
     }
 
-    /// Returns an in-memory store that ends with its last clone. Its calls run on the caller's thread.
+    /// Returns an empty store in memory, which is dropped with its last clone. Its requests run on the caller's thread.
     pub fn in_memory() -> Self {
         let backend = redb::backends::InMemoryBackend::new();
         let database = Database::builder().create_with_backend(backend).expect("an in-memory database can be created");
         Self::load(database, None, Path::new("memory")).expect("an empty database can be loaded")
     }
 
-    /// Returns the store of an open database, after its format was checked and the leased keys of the previous process
-    /// were deleted. `folder` is `None` for an in-memory store; `path` appears in errors.
+    /// Checks the format of an open database, deletes the leased keys of the previous process, and returns the store.
+    /// `folder` is `None` for an in-memory store; `path` appears in errors.
     fn load(database: Database, folder: Option<PathBuf>, path: &Path) -> Result<Self, EmbeddedStoreError> {
         let load_error = |error: redb::Error| match error {
             redb::Error::Io(source) => EmbeddedStoreError::Io { path: path.to_owned(), source },
@@ -222,14 +223,14 @@ impl EmbeddedStore {
         });
     }
 
-    /// Runs `function`: on a blocking thread if the database is a file, on the caller's thread if it is in memory.
+    /// Runs `function` on a blocking thread if the database is a file, and on the caller's thread if it is in memory.
     async fn access<T: Send + 'static>(&self, function: impl FnOnce(&EmbeddedInner) -> T + Send + 'static) -> T {
         let inner = self.inner.clone();
         if inner.folder.is_some() { task::run_blocking(move || function(&inner)).await } else { function(&inner) }
     }
 
-    /// Ends these leases and deletes their keys in one transaction. With `expired_at`, a lease with a later deadline is
-    /// kept, because it was renewed after the caller had selected it.
+    /// Ends these leases and deletes their keys in one transaction. With `expired_at`, leases with a later deadline
+    /// continue, because they were renewed after the caller had selected them.
     async fn end_leases(&self, ids: Vec<LeaseId>, expired_at: Option<Instant>) -> Result<(), MetaStoreError> {
         self.access(move |inner| {
             let mut writer = inner.writer.lock();
@@ -332,7 +333,7 @@ impl MetaStore for EmbeddedStore {
 }
 
 impl EmbeddedInner {
-    /// Rejects every call after a failed commit.
+    /// Returns an error if a commit has failed.
     fn check_usable(&self) -> Result<(), MetaStoreError> {
         match self.failed.get() {
             Some(reason) => Err(MetaStoreError::unavailable(reason)),
@@ -348,8 +349,8 @@ impl EmbeddedInner {
         table::read(&self.database, function).map_err(MetaStoreError::unavailable)
     }
 
-    /// Applies all queued transactions in one commit and sends their results. If the commit fails, every caller gets
-    /// its error.
+    /// Applies all queued transactions in one commit and sends their results to their callers. If the commit fails,
+    /// every caller gets the error of the commit.
     fn commit_queued(&self) {
         let mut writer = self.writer.lock();
         let queued = std::mem::take(&mut *self.queue.lock());
@@ -374,8 +375,8 @@ impl EmbeddedInner {
         }
     }
 
-    /// Rejects a commit that may not fit on the disk. A started commit that fails makes the store unusable; a rejected
-    /// commit can be retried when there is space. Accepts every commit if the free space is unknown.
+    /// Returns an error if a commit may not fit on the disk. A started commit that fails makes the store unusable; a
+    /// rejected commit can be retried when there is space. Accepts every commit if the free space cannot be read.
     fn check_disk_space(&self) -> Result<(), MetaStoreError> {
         let Some(folder) = &self.folder else { return Ok(()) };
         let Ok(stat) = rustix::fs::statvfs(folder) else { return Ok(()) };
@@ -390,7 +391,7 @@ impl EmbeddedInner {
     }
 
     /// Changes the tables in one commit, publishes the changes to watches, and returns the result of `function`.
-    /// `writer` is the content of the locked field `writer`. An error of redb makes the store unusable.
+    /// `writer` is the locked content of the field `writer`. An error of redb makes the store unusable.
     fn commit<T>(
         &self,
         writer: &mut Revision,

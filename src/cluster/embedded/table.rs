@@ -23,7 +23,7 @@ const ENTRIES: TableDefinition<'_, &str, EntryRow> = TableDefinition::new("entri
 const STORE: TableDefinition<'_, &str, u64> = TableDefinition::new("store");
 const FORMAT_KEY: &str = "format";
 const REVISION_KEY: &str = "revision";
-/// Revision of an empty store, as in etcd: zero means that nothing is known yet.
+/// Revision of an empty store, as in etcd. It is greater than [`Revision::ZERO`], which stands for "nothing read yet".
 const FIRST_REVISION: Revision = Revision(1);
 
 /// Returns the format of a database; `None` for a new one.
@@ -74,7 +74,8 @@ pub(super) fn read<T>(
     function(revision, &transaction.open_table(ENTRIES)?)
 }
 
-/// Changes entries in one durable commit. Returns the result of `function` and the changes, one per new revision.
+/// Changes entries in one durable commit, or in none if `function` changes nothing. `revision` is the newest revision
+/// before it. Returns the result of `function` and the changes, one element per new revision.
 pub(super) fn write<T>(
     database: &Database,
     revision: Revision,
@@ -97,7 +98,7 @@ pub(super) fn write<T>(
     Ok((output, changes))
 }
 
-/// Transactions that are applied in one commit.
+/// An open commit to which transactions are applied one after another.
 pub(super) struct WriteBatch<'t> {
     entries: redb::Table<'t, &'static str, EntryRow>,
     revision: Revision,
@@ -135,7 +136,7 @@ impl WriteBatch<'_> {
         Ok(Ok(TxnOutcome::Committed { revision: self.revision }))
     }
 
-    /// Deletes every key with a lease for which `is_ended` returns true, as one transaction.
+    /// Deletes the keys of all leases for which `is_ended` returns true, as one transaction.
     pub(super) fn delete_leased(&mut self, is_ended: impl Fn(LeaseId) -> bool) -> Result<(), redb::Error> {
         let mut keys = Vec::new();
         for row in self.entries.iter()? {
@@ -192,7 +193,7 @@ pub(super) fn report_writes(changes: &WatchBatch) {
     }
 }
 
-/// Reads one key.
+/// Returns the entry of a key; `None` if the key does not exist.
 pub(super) fn find(
     entries: &impl ReadableTable<&'static str, EntryRow>,
     key: &str,

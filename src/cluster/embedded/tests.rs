@@ -13,7 +13,7 @@ fn subject(store: &EmbeddedStore) -> StoreUnderTest {
     let shared = store.clone();
     StoreUnderTest {
         store: Arc::new(store.clone()),
-        // Expires the leases that would end within `time` from now. The clock itself does not advance.
+        // Ends the leases whose deadline is at most `time` from now. The clock itself does not advance.
         pass_time: Box::new(move |time| {
             let store = shared.clone();
             Box::pin(async move { store.expire_leases(clock::monotonic() + time).await.expect("the store responds") })
