@@ -5,7 +5,7 @@
 //! One task lists the prefix, then watches it from the list's revision on. The task relists when the watch is compacted
 //! or breaks, and at intervals. Each change is published twice: as a whole snapshot ([`MetadataCache::state`],
 //! [`MetadataCache::watch`]) and as the changed keys ([`MetadataCache::feed`]). The cost of a change depends on the
-//! size of the change, not on the size of the metadata.
+//! size of the change, not on the size of the metadata, unless a caller holds a snapshot.
 //!
 //! # Invariants
 //!
@@ -35,16 +35,17 @@ mod snapshot;
 
 pub use snapshot::{MetadataSnapshot, PartitionEntry, Versioned};
 
-/// Interval of lists without a detected problem.
+/// Time after which the task ends a working watch and lists the prefix again, as a precaution.
 const RELIST_INTERVAL: Duration = Duration::from_secs(600);
 
-/// Shortest pause between attempts while the store does not respond or its watches end early.
+/// Pause before a list that follows a failed list or a watch. Later pauses grow until a watch has received a response.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 
-/// Longest pause between these attempts.
+/// Longest pause before a list.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
 
-/// Maximum number of changes that a feed may lag. A feed that lags further returns `Relisted` instead of them.
+/// Maximum number of published changes that wait in a feed. A feed that lags further returns `Relisted` instead of the
+/// missed changes.
 const MAX_QUEUED_CHANGES: usize = 1024;
 
 /// A handle of the metadata cache. Cheap to clone.
@@ -52,15 +53,15 @@ const MAX_QUEUED_CHANGES: usize = 1024;
 pub struct MetadataCache {
     state: Arc<watch::Sender<Arc<MetadataSnapshot>>>,
     changes: broadcast::Sender<Arc<[Key]>>,
-    /// Time of the last response or event from the store.
+    /// Time of the last response or event from the store; at first, the start of the cache.
     last_contact: Arc<Mutex<Instant>>,
 }
 
 /// One change from a feed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MetadataChange {
-    /// Anything may have changed: read the whole snapshot. Every feed starts with this value, and repeats it after it
-    /// lagged too far.
+    /// Any key may have changed: read the whole snapshot. This is the first value of every feed, and the next value of
+    /// a feed that lagged too far.
     Relisted,
     /// These keys changed. The snapshot is at least as new; look up their current values there.
     Keys(Arc<[Key]>),
@@ -70,7 +71,7 @@ pub enum MetadataChange {
 #[derive(Debug)]
 pub struct ChangeFeed {
     changes: broadcast::Receiver<Arc<[Key]>>,
-    /// True after the first `Relisted` was returned.
+    /// True after the feed has returned its first value, `Relisted`.
     started: bool,
 }
 
@@ -98,7 +99,7 @@ impl MetadataCache {
         Self::start_with_counter(store, keys, tasks, Counter::default())
     }
 
-    /// Like [`MetadataCache::start`], with a counter of lists.
+    /// Like [`MetadataCache::start`]; `lists` counts the successful lists.
     pub fn start_with_counter(store: Arc<dyn MetaStore>, keys: Keys, tasks: &Tasks, lists: Counter) -> Self {
         let metadata = Self {
             state: Arc::new(watch::Sender::default()),
@@ -144,13 +145,13 @@ impl MetadataCache {
         self.state.borrow().partition(id).cloned()
     }
 
-    /// Waits for the first list, and until the snapshot has this revision or a newer one. Does not return while the
-    /// store is unavailable: bound the wait.
+    /// Waits until the first list is applied and the snapshot has this revision or a newer one. Without a time limit:
+    /// while the store is unavailable, the revision may never arrive.
     pub async fn wait_for_revision(&self, revision: Revision) {
         self.wait_until(|state| state.revision() >= revision.max(Revision(1))).await;
     }
 
-    /// Waits until the snapshot satisfies a condition. May wait forever: bound the wait.
+    /// Waits until the snapshot satisfies a condition, without a time limit.
     pub async fn wait_until(&self, holds: impl Fn(&MetadataSnapshot) -> bool) {
         let mut states = self.state.subscribe();
         // `self` owns the sender, so the channel cannot close.
@@ -178,12 +179,12 @@ struct Reflector {
 }
 
 impl Reflector {
-    /// Never returns; the caller drops the future to stop the task.
+    /// Lists and watches in a loop. Never returns; the caller drops the future to stop the task.
     async fn run(self) {
         let (mut backoff, mut outage) = (Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY), LogThrottle::default());
         let mut watched_until = clock::monotonic();
         loop {
-            match self.list().await {
+            match self.list_and_watch().await {
                 Ok(watch) => {
                     if outage.recover().is_some() {
                         let seconds = watched_until.elapsed().as_secs();
@@ -210,8 +211,9 @@ impl Reflector {
         }
     }
 
-    /// Replaces the snapshot by a list of the prefix. Returns a watch of the changes after the list.
-    async fn list(&self) -> Result<Watch, MetaStoreError> {
+    /// Lists the prefix, replaces the content of the snapshot by the list, and opens a watch of the changes after the
+    /// list.
+    async fn list_and_watch(&self) -> Result<Watch, MetaStoreError> {
         let list = self.store.list(self.keys.prefix()).await?;
         let from = list.revision.next();
         self.lists.inc();
@@ -221,7 +223,8 @@ impl Reflector {
     }
 
     /// Applies the watch's changes until the watch ends or a relist is due. Returns false if the watch ended without a
-    /// response. Then the next watch may end the same way, so the caller pauses longer before the next full list.
+    /// response. The next watch may end in the same way, so the caller then increases the pause before the next full
+    /// list.
     async fn apply_watch(&self, mut watch: Watch) -> bool {
         let relist_at = clock::monotonic() + RELIST_INTERVAL;
         let mut received = false;

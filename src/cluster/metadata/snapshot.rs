@@ -33,9 +33,9 @@ pub struct Versioned<T> {
 /// Metadata of one partition.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PartitionEntry {
-    /// Replicas and leader of the partition.
+    /// Replicas and leader of the partition; `None` if the key does not exist or cannot be read.
     pub partition: Option<Arc<Versioned<PartitionValue>>>,
-    /// Committed tier state of the partition; `None` before the first commit.
+    /// Committed tier state of the partition; `None` before the first commit, or if the key cannot be read.
     pub tier: Option<Arc<Versioned<TierState>>>,
 }
 
@@ -51,12 +51,13 @@ pub struct MetadataSnapshot {
     controller: Option<Arc<Versioned<ControllerValue>>>,
     generation: Option<Arc<Versioned<GenerationValue>>>,
     topics: BTreeMap<TopicName, Arc<Versioned<TopicValue>>>,
-    /// Name of each topic of `topics`.
+    /// Name of each topic in `topics`, by its id.
     names: BTreeMap<TopicId, TopicName>,
     /// Entries of each topic by partition number. Includes stale partitions, and partitions of a topic that is being
     /// created.
     partitions: BTreeMap<TopicId, Arc<Vec<PartitionEntry>>>,
-    /// Created once per cluster. Kept after the key was deleted or corrupted, so that issued producer ids stay valid.
+    /// Created once per cluster. A deletion or corruption of the key does not remove it here, so that issued producer
+    /// ids stay valid.
     producer_id_key: Option<Arc<Versioned<ProducerIdKey>>>,
     /// Keys with unusable values, and the errors.
     unreadable: BTreeMap<Key, String>,
@@ -68,7 +69,7 @@ impl MetadataSnapshot {
         self.revision
     }
 
-    /// Returns the live brokers.
+    /// Returns the registered brokers whose registration can be read.
     pub const fn brokers(&self) -> &BTreeMap<BrokerId, Arc<Versioned<BrokerValue>>> {
         &self.brokers
     }
@@ -99,7 +100,7 @@ impl MetadataSnapshot {
         self.generation.as_ref().map(|versioned| versioned.value.generation)
     }
 
-    /// Returns all topics by name.
+    /// Returns the topics whose value can be read, by name.
     pub const fn topics(&self) -> &BTreeMap<TopicName, Arc<Versioned<TopicValue>>> {
         &self.topics
     }
@@ -114,8 +115,8 @@ impl MetadataSnapshot {
         self.names.get(&id)
     }
 
-    /// Returns a topic's partitions by number, `0..topic.partitions`. An entry whose key is missing or unreadable has
-    /// no `partition`. Copies nothing.
+    /// Returns the entries of all partitions of a topic, with their numbers `0..topic.partitions`. An entry whose
+    /// partition key is missing or unreadable has no `partition`. Copies nothing.
     pub fn partitions_of<'a>(
         &'a self,
         topic: &TopicValue,
@@ -200,7 +201,8 @@ impl MetadataSnapshot {
         stale_by_topic
     }
 
-    /// Applies the changes of a watch. Returns the changed keys; events older than the snapshot change nothing.
+    /// Applies the changes of a watch; events older than the snapshot change nothing. Returns the changed keys that
+    /// feeds receive (see [`is_published`]).
     pub(crate) fn apply(&mut self, keys: &Keys, changes: WatchBatch) -> Vec<Key> {
         let before = self.revision;
         let mut changed = Vec::new();
@@ -209,7 +211,8 @@ impl MetadataSnapshot {
                 continue;
             }
             self.revision = self.revision.max(event.revision());
-            // Ignore kinds of keys that are not cached (groups, offsets, kinds of a newer version).
+            // `parse` returns `None` for kinds of keys that this version does not support (groups, offsets, kinds of a
+            // newer version).
             let Some(key) = keys.parse(event.key()) else { continue };
             match event {
                 WatchEvent::Put(entry) => self.put(keys, &key, &entry),
@@ -222,7 +225,8 @@ impl MetadataSnapshot {
         changed
     }
 
-    /// Replaces the content by a list of the complete prefix. Returns the changed keys; an older list changes nothing.
+    /// Replaces the content by a list of the complete prefix; an older list changes nothing. Returns the changed keys
+    /// that feeds receive (see [`is_published`]).
     pub(crate) fn replace(&mut self, keys: &Keys, listing: ListResult) -> Vec<Key> {
         if listing.revision < self.revision {
             return Vec::new();
@@ -246,8 +250,9 @@ impl MetadataSnapshot {
         changed
     }
 
-    /// Stores the value of a key. An invalid value is listed in `unreadable` instead, and replaces a valid one. Values
-    /// that the snapshot does not contain are decoded only to detect invalid ones.
+    /// Stores the value of a key. An invalid value removes the previous value, and is listed in `unreadable`. Directory
+    /// records, producer ids and the store binding are decoded only to detect invalid values. Tombstones are not
+    /// decoded.
     fn put(&mut self, keys: &Keys, key: &Key, entry: &KeyValue) {
         let result = match key {
             Key::Broker(id) => decode(entry).map(|versioned| {
@@ -292,7 +297,7 @@ impl MetadataSnapshot {
         self.names.insert(id, name.clone());
     }
 
-    /// Removes the value of a key, and its error. The producer id key stays.
+    /// Removes the value of a key, and its error in `unreadable`. The producer id key stays.
     fn remove(&mut self, key: &Key) {
         self.unreadable.remove(key);
         match key {
@@ -315,7 +320,8 @@ impl MetadataSnapshot {
         }
     }
 
-    /// Returns the entry of a partition for a change. Adds empty entries up to its number if the entry is missing.
+    /// Returns the entry of a partition for a change. If the entry is missing, adds empty entries up to and including
+    /// the partition's number.
     fn entry_mut(&mut self, id: PartitionId) -> &mut PartitionEntry {
         let entries = Arc::make_mut(self.partitions.entry(id.topic).or_default());
         let index = index(id.number);
@@ -326,7 +332,8 @@ impl MetadataSnapshot {
         &mut entries[index]
     }
 
-    /// Calls `clear`, which clears one of the values of a partition's entry, and removes empty entries at the end.
+    /// Calls `clear`, which removes `partition` or `tier` from a partition's entry, and drops empty entries at the end
+    /// of the topic's list.
     fn clear_value(&mut self, id: PartitionId, clear: impl FnOnce(&mut PartitionEntry)) {
         let Some(entries) = self.partitions.get_mut(&id.topic) else { return };
         let entries = Arc::make_mut(entries);
@@ -341,8 +348,8 @@ impl MetadataSnapshot {
         }
     }
 
-    /// Returns the revision of a cached value. `None` for an invalid, missing or never cached value, so a list applies
-    /// such a key again.
+    /// Returns the revision of a key's last write, if the snapshot contains its value. Returns `None` for an invalid,
+    /// missing or never cached value, so that each list applies such a key again.
     fn mod_revision(&self, key: &Key) -> Option<Revision> {
         match key {
             Key::Broker(id) => self.brokers.get(id).map(|versioned| versioned.mod_revision),
@@ -363,7 +370,8 @@ impl MetadataSnapshot {
         }
     }
 
-    /// Returns the keys of all cached and all unreadable values, except the producer id key: no list removes it.
+    /// Returns the keys of all cached and all unreadable values, without the cached producer id key, because no list
+    /// removes it.
     fn keys(&self) -> BTreeSet<Key> {
         let mut keys: BTreeSet<Key> = self.unreadable.keys().cloned().collect();
         keys.extend(self.brokers.keys().map(|id| Key::Broker(*id)));
@@ -382,8 +390,8 @@ impl MetadataSnapshot {
     }
 }
 
-/// Returns true if feeds receive the changes of the key. The snapshot contains no producer ids, directory records and
-/// store binding; only their errors, while they are unreadable.
+/// Returns true if feeds receive the changes of the key. They do not receive changes of directory records, producer ids
+/// and the store binding: the snapshot contains only the errors of unreadable ones.
 fn is_published(key: &Key) -> bool {
     !matches!(key, Key::Directory(_) | Key::ProducerIds | Key::ObjectStore)
 }

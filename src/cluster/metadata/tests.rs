@@ -225,8 +225,8 @@ async fn cache_recovers_from_failing_lists_and_watches() {
     tasks.stop().await;
 }
 
-/// Every list returns all metadata. Twenty lists per second from each broker would overload a store that has just
-/// recovered.
+/// While watches end without a response, the pauses between lists grow. Each list returns all metadata: twenty lists
+/// per second from each broker would overload a store that has just recovered.
 #[tokio::test(start_paused = true)]
 async fn broken_watches_are_relisted_with_backoff() {
     let faulty = FaultyStore::new(EmbeddedStore::in_memory());
