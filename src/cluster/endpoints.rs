@@ -38,7 +38,7 @@ pub enum Protocol {
 }
 
 impl Endpoints {
-    /// Listener names.
+    // Names of the listeners in a registration.
     const CLIENT: &str = "client";
     const HTTP: &str = "http";
     const PEER: &str = "peer";
@@ -60,7 +60,7 @@ impl Endpoints {
         self.with_listener(Self::PEER, Protocol::Grpc, address)
     }
 
-    /// Returns the address for clients; empty if there is none.
+    /// Returns the gRPC address for clients; empty if there is none.
     pub fn client(&self) -> &str {
         self.address(Self::CLIENT, Protocol::Grpc).unwrap_or_default()
     }
@@ -70,7 +70,7 @@ impl Endpoints {
         self.address(Self::HTTP, Protocol::Http)
     }
 
-    /// Returns the address for other brokers; `None` for a standalone broker.
+    /// Returns the address for other brokers; `None` if none is registered, as by a standalone broker.
     pub fn peer(&self) -> Option<&str> {
         self.address(Self::PEER, Protocol::Grpc)
     }

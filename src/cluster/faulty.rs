@@ -25,18 +25,18 @@ pub(crate) enum Fault {
 
 #[derive(Debug, Default)]
 struct InjectedFaults {
-    /// Faults of the next transactions, in order.
+    /// Faults of the next transactions, in order; `None` means no fault.
     transactions: VecDeque<Option<Fault>>,
-    /// Number of the next reads that fail.
+    /// Number of the next `get` calls that fail.
     failing_gets: usize,
-    /// Number of the next lists that fail.
+    /// Number of the next `list` calls that fail.
     failing_lists: usize,
     break_watches: bool,
-    /// Number of transactions so far.
+    /// Number of `transact` calls so far, failed ones included.
     transaction_count: usize,
 }
 
-/// A store with injected faults. Clones share it.
+/// An embedded store with injected faults. Clones share the store and its faults.
 #[derive(Clone, Debug)]
 pub(crate) struct FaultyStore {
     store: EmbeddedStore,
@@ -53,22 +53,22 @@ impl FaultyStore {
         self.faults.lock().transactions.extend(faults);
     }
 
-    /// Makes this number of the next reads fail.
+    /// Makes this number of the next `get` calls fail.
     pub(crate) fn fail_gets(&self, count: usize) {
         self.faults.lock().failing_gets = count;
     }
 
-    /// Makes this number of the next lists fail.
+    /// Makes this number of the next `list` calls fail.
     pub(crate) fn fail_lists(&self, count: usize) {
         self.faults.lock().failing_lists = count;
     }
 
-    /// Makes new watches return no changes and end after a second.
+    /// Makes each new watch return no changes, and fail with `Compacted` after a second.
     pub(crate) fn break_watches(&self) {
         self.faults.lock().break_watches = true;
     }
 
-    /// Returns the number of transactions so far.
+    /// Returns the number of `transact` calls so far, failed ones included.
     pub(crate) fn transaction_count(&self) -> usize {
         self.faults.lock().transaction_count
     }

@@ -2,8 +2,8 @@
 //!
 //! A restored etcd issues the same revisions a second time. The pair (generation, create revision) stays unique, so
 //! code compares both to distinguish an old holder of a key from a new holder. The generation is stored in three
-//! places: the key `generation`, the object store's `cluster.json`, and the marker file of each data directory. It is 1
-//! in a new cluster. Only an operator raises the generation, with `strandline cluster new-generation`
+//! places: the key `generation`, the object store's `cluster.json`, and the marker file of each data directory. A new
+//! cluster has generation 1. Only an operator raises the generation, with `strandline cluster new-generation`
 //! ([`Generations::raise`]).
 //!
 //! # Invariants
@@ -27,8 +27,8 @@ use super::{
 /// Generation of a cluster that was never restored.
 pub const FIRST_GENERATION: u64 = 1;
 
-/// Number of producer id counters per generation. The counters of the next generation start above them, so an id that
-/// was issued after a backup is never issued again.
+/// Number of producer id counters per generation. The counters of the next generation start above them, so a counter
+/// that was issued after the backup is not issued again. This holds unless one generation issues more counters.
 const PRODUCER_IDS_PER_GENERATION: i64 = 1 << 28;
 
 /// Returns the first producer id counter of a generation.
@@ -49,15 +49,15 @@ impl Generations {
         Self { store, keys }
     }
 
-    /// Returns the stored number; `None` in a store that no cluster has used yet.
+    /// Returns the stored generation; `None` if the key does not exist, as in a store that no cluster has used yet.
     ///
     /// # Errors
-    /// The store does not respond, or the value cannot be read.
+    /// Those of [`MetaStore::get`]; `Unavailable` also if the value cannot be read.
     pub async fn current(&self) -> Result<Option<u64>, MetaStoreError> {
         Ok(self.read().await?.map(|(_, generation)| generation))
     }
 
-    /// Returns the stored number, and creates it if there is none.
+    /// Returns the stored generation. If the key does not exist, creates it with [`FIRST_GENERATION`].
     ///
     /// # Errors
     /// As [`Generations::current`].
@@ -73,11 +73,13 @@ impl Generations {
         }
     }
 
-    /// Raises the number above its current value and above `above`, and the producer id counter to the first counter of
-    /// the new generation. Returns the new number.
+    /// Raises the generation above its stored value and above `above`, the highest generation that the caller has found
+    /// elsewhere (0 if none). The same transaction raises the next producer id counter to at least the first one of the
+    /// new generation. Returns the new generation.
     ///
     /// # Errors
-    /// As [`Generations::current`].
+    /// As [`Generations::current`], also for the key `producer-ids`. After an unknown outcome, the generation may have
+    /// been raised.
     pub async fn raise(&self, above: u64) -> Result<u64, MetaStoreError> {
         loop {
             let current = self.read().await?;
@@ -102,7 +104,7 @@ impl Generations {
         }
     }
 
-    /// Returns the key's entry, for a compare, and the number in it; `None` if the key does not exist.
+    /// Returns the entry of the key, for a compare, and the generation in it; `None` if the key does not exist.
     async fn read(&self) -> Result<Option<(KeyValue, u64)>, MetaStoreError> {
         let Some(entry) = self.store.get(&self.keys.generation()).await?.entry else { return Ok(None) };
         let value = GenerationValue::decode(&entry.key, &entry.value).map_err(MetaStoreError::unavailable)?;
@@ -127,7 +129,8 @@ mod tests {
         assert_eq!(generations.current().await, Ok(Some(7)));
     }
 
-    /// Regression: a broker got a block of producer ids that another broker had issued after the backup.
+    /// The next counter of a new generation is above all counters that earlier generations issued. Regression: a broker
+    /// got a block of producer ids that another broker had issued after the backup.
     #[tokio::test]
     async fn producer_ids_start_above_those_of_earlier_generations() {
         let (store, keys) = (Arc::new(EmbeddedStore::in_memory()), Keys::new("test").expect("valid"));
@@ -139,7 +142,8 @@ mod tests {
         let backup = ProducerIdsValue { next: 3000 }.encode();
         generations.get_or_create().await.expect("the store responds");
         let mut expected = 0;
-        // The same backup twice: the object store has the generation of the first restore.
+        // The same backup is restored twice. At the second restore, `above` is the generation that the first one wrote
+        // to the object store.
         for above in [1, 2] {
             store.transact(Transaction::new().put(keys.producer_ids(), backup.clone())).await.expect("written");
             let generation = generations.raise(above).await.expect("the store responds");

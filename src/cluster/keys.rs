@@ -15,7 +15,7 @@ use crate::{
     tier::{StoreBinding, TierState},
 };
 
-/// Bits of the check value in a producer id.
+/// Number of bits of the check value in a producer id.
 pub(super) const PRODUCER_ID_CHECK_BITS: u32 = 25;
 
 /// First counter that does not fit into a producer id.
@@ -27,7 +27,7 @@ pub struct Keys {
     prefix: Arc<str>,
 }
 
-/// Error for a cluster name that is not 1 to 100 of `a-z A-Z 0-9 . _ -`.
+/// Error for a cluster name that does not consist of 1 to 100 characters of `a-z A-Z 0-9 . _ -`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cluster name {name:?} is not valid: use 1 to 100 of a-z, A-Z, 0-9, '.', '_' and '-'")]
 pub struct InvalidClusterName {
@@ -158,8 +158,8 @@ impl Keys {
         self.path(&Key::Generation)
     }
 
-    /// Returns the meaning of a path; `None` for a path of another cluster or of a kind that this version does not
-    /// support.
+    /// Returns the meaning of a path. Returns `None` for a path of another cluster, for a malformed path, and for a
+    /// kind of key that this version does not support.
     pub fn parse(&self, path: &str) -> Option<Key> {
         let rest = path.strip_prefix(&*self.prefix)?;
         let key = match rest.split_once('/') {
@@ -181,8 +181,8 @@ impl Keys {
     }
 }
 
-/// Parses a value; `None` unless `text` is its canonical spelling. Otherwise `01` or `+1` would be a second path of the
-/// same key.
+/// Parses a value; `None` unless `text` is its canonical spelling. If `01` or `+1` were accepted, one key would have
+/// several paths.
 fn parse_canonical<T: FromStr + fmt::Display>(text: &str) -> Option<T> {
     let value: T = text.parse().ok()?;
     (value.to_string() == text).then_some(value)
@@ -204,9 +204,9 @@ pub struct BrokerValue {
     /// Rack or zone of the broker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rack: Option<String>,
-    /// Id of the data directory. Another directory holds nothing that this directory acknowledged.
+    /// Id of the data directory. Another directory lacks the records that the broker acknowledged with this one.
     pub directory_id: String,
-    /// Incarnation: UUID of the process, drawn at each start.
+    /// Incarnation: UUID of the process, chosen at each start. Empty if the value has none.
     #[serde(default)]
     pub incarnation: String,
     /// State of the broker: running or stopping.
@@ -218,7 +218,8 @@ pub struct BrokerValue {
     /// True if the disk is full: other brokers take over the leadership of its partitions where possible.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub disk_full: bool,
-    /// Maximum number of replicas that are placed on the broker (`broker.max_replicas`); `None`: no limit is known.
+    /// Maximum number of replicas that are placed on the broker (`broker.max_replicas`); `None` if the value has no
+    /// limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_replicas: Option<u32>,
     /// Version of the server program.
@@ -254,13 +255,13 @@ pub enum BrokerState {
     Stopping,
 }
 
-/// The value of `directories/{id}`, which outlives the registration: the last directory and process with this broker
-/// id.
+/// The value of `directories/{id}`, which outlives the registration: the data directory and the process that registered
+/// last with this broker id.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectoryValue {
     /// Id of the data directory.
     pub directory_id: String,
-    /// Incarnation of the process that used the directory.
+    /// Incarnation of the process that registered with the directory.
     pub incarnation: String,
 }
 
@@ -315,7 +316,7 @@ pub struct TombstoneValue {
 /// The value of `producer-ids`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProducerIdsValue {
-    /// First counter that no producer id has used yet.
+    /// First counter that is in no assigned block of producer ids.
     pub next: i64,
 }
 
@@ -325,7 +326,7 @@ pub struct ProducerIdsValue {
 pub struct InvalidValue {
     /// Path of the value.
     pub key: String,
-    /// Description of the problem.
+    /// Reason why the value cannot be used.
     pub reason: String,
 }
 

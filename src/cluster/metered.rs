@@ -1,7 +1,7 @@
 //! A metadata store whose requests are counted and timed. The wrapper changes neither requests nor responses.
 //!
 //! One request is one call of a broker, which may take several attempts at several etcd members. The measured time is
-//! the time that the caller waits.
+//! the time that the caller waits, for a watch until it has started. A call that the caller drops is not counted.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -21,7 +21,7 @@ pub struct MeteredStore {
 }
 
 impl MeteredStore {
-    /// Returns a store that counts the requests to `store`.
+    /// Returns a store that counts and times the requests to `store`.
     pub fn new(store: Arc<dyn MetaStore>, metrics: Metrics) -> Self {
         Self { store, metrics }
     }
@@ -88,7 +88,7 @@ impl MetaStore for MeteredStore {
     fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
         self.measure("transact", self.store.transact(transaction), |outcome| match outcome {
             TxnOutcome::Committed { .. } => "committed",
-            // An expected outcome of a compare-and-set, and no error.
+            // Not an error: a compare-and-set expects this outcome.
             TxnOutcome::CompareFailed { .. } => "compare_failed",
         })
     }

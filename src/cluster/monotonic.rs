@@ -4,14 +4,14 @@
 //!
 //! An etcd that was restored from a backup or replaced by another one responds normally, but its history differs from
 //! the one that this broker acted on. [`MonotonicStore`] compares the revision of every linearizable response with the
-//! newest revision that any response had contained *before the call started*. The first older response is a regression,
-//! and so is another cluster id. From then on every call fails with [`MetaStoreError::Regressed`] until the process
-//! restarts.
+//! newest revision that any response or event had contained *before the call started*. The first older response is a
+//! regression, and so is a response of another etcd cluster. From then on every call except `keep_alive` and `revoke`
+//! fails with [`MetaStoreError::Regressed`] until the process restarts, and open watches end with this error.
 //!
 //! Reordered responses are no regression: each response is compared with the newest revision at the start of its call,
-//! so a newer response that arrives earlier does not matter. Watches, keepalives and status responses are never
-//! compared, because a lagging member may serve them. A transaction that wrote must have a newer revision, not an equal
-//! one.
+//! so a newer response that arrives earlier does not matter. Responses of watches, keepalives and status requests are
+//! never compared, because a lagging member may send them. The response to a committed transaction with a put must have
+//! a newer revision, not an equal one.
 //!
 //! # Invariants
 //!
@@ -51,7 +51,7 @@ struct MonotonicInner {
     store: Arc<dyn MetaStore>,
     /// Newest revision of any response or event; 0 before the first one.
     newest: AtomicU64,
-    /// First regression. Once it is set, every call except those for leases fails.
+    /// First regression. Once it is set, every call except `keep_alive` and `revoke` fails, and open watches end.
     regression: watch::Sender<Option<Regression>>,
 }
 
@@ -63,7 +63,7 @@ impl MonotonicStore {
     }
 
     /// Executes a request and rejects a response whose revision is too old. `revision` returns the revision of the
-    /// response, and true if the call wrote.
+    /// response, and true if the request changed the store.
     fn execute_checked<'a, T>(
         &'a self,
         request: StoreFuture<'a, T>,
@@ -92,7 +92,7 @@ impl MonotonicInner {
         Revision(self.newest.load(Ordering::Acquire))
     }
 
-    /// Raises the newest revision to `revision`, unless a newer one was returned.
+    /// Raises `newest` to `revision`, unless it is newer already.
     fn advance(&self, revision: Revision) {
         self.newest.fetch_max(revision.0, Ordering::AcqRel);
     }
@@ -133,7 +133,8 @@ struct CheckedWatch {
     watch: Watch,
 }
 
-/// Returns the next item of a checked watch, for `futures::stream::unfold`. The stream ends after the first error.
+/// Returns the next item of a checked watch, for `futures::stream::unfold`. After an error no watch remains, and the
+/// stream ends.
 async fn step(checked: Option<CheckedWatch>) -> Option<(Result<WatchBatch, MetaStoreError>, Option<CheckedWatch>)> {
     let mut checked = checked?;
     let item = {
@@ -280,8 +281,8 @@ mod tests {
         Ok(())
     }
 
-    /// Returns a store at revision 4 after three writes, its checked form, and a store after `backup_writes` writes to
-    /// restore it to.
+    /// Returns a store after three writes (revision 4), the [`MonotonicStore`] that wrote them, and a backup: a store
+    /// after `backup_writes` writes.
     async fn restorable_store(backup_writes: u64) -> (Arc<Restorable>, MonotonicStore, EmbeddedStore) {
         let older = EmbeddedStore::in_memory();
         put(&older, backup_writes).await.expect("written");
@@ -305,7 +306,7 @@ mod tests {
             Some(Err(MetaStoreError::Regressed(regression.clone()))),
             "the watch ends with the regression"
         );
-        // Another history reaches the old revision again.
+        // The restored store passes the revision that the broker had read before. The calls still fail.
         put(&older, 5).await.expect("written");
         let expected = Err(MetaStoreError::Regressed(regression));
         assert_eq!(store.transact(Transaction::new().put("/k", "x")).await.map(drop), expected);
@@ -315,7 +316,8 @@ mod tests {
         assert_eq!(older.get("/k").await.expect("readable").revision, Revision(8), "nothing was written");
     }
 
-    /// Regression: the write of this broker brings the restored store to exactly the known revision.
+    /// A write must raise the revision. Here the restored store is one revision behind, and the broker's write has
+    /// exactly the newest revision that the broker had read before. Regression: the response was accepted.
     #[tokio::test]
     async fn write_at_known_revision_is_a_regression() {
         let (restorable, store, older) = restorable_store(2).await;

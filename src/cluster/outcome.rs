@@ -6,18 +6,18 @@ use backon::{ExponentialBuilder, Retryable as _};
 
 use super::store::{MetaStore, MetaStoreError, Transaction, TxnOutcome};
 
-/// Shortest pause between two attempts.
+/// Pause before the first retry. Later pauses grow up to [`MAX_RETRY_DELAY`].
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// Longest pause between two attempts.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// Maximum number of retries. One attempt at a slow store may take a second.
+/// Maximum number of retries after the first attempt.
 const MAX_RETRIES: usize = 8;
 
-/// Sends a transaction, and repeats it while its outcome is unknown. The transaction's compares must make a second
-/// application harmless, also if the store applies it much later than the first. After `CompareFailed`, the caller
-/// reads back, because an earlier attempt may have been applied.
+/// Sends a transaction, and repeats it while its outcome is unknown, at most [`MAX_RETRIES`] times. The transaction's
+/// compares must make a second application harmless, also if the store applies it much later than the first. After
+/// `CompareFailed`, the caller reads back, because an earlier attempt may have been applied.
 ///
 /// # Errors
 /// As [`MetaStore::transact`], or the unknown outcome of the last attempt.

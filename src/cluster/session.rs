@@ -5,10 +5,10 @@
 //! 1. A starting broker deletes the registration of its earlier process ([`RegistrationRequest::clear`]). From then on
 //!    no other broker can add this broker to an ISR.
 //! 2. The broker verifies its local replicas (`startup_verification`).
-//! 3. The broker registers ([`RegistrationRequest::register`]) in one transaction with its directory record. That
-//!    record must be the one that the verification was based on.
-//! 4. A task renews the lease and watches the key in the metadata cache. If the registration was deleted, the task
-//!    registers again under a new epoch.
+//! 3. The broker registers ([`RegistrationRequest::register`]) in one transaction with its directory record. The
+//!    transaction fails if the record has changed since the verification read it.
+//! 4. A task renews the lease and watches the key in the metadata cache. If the key was deleted, the task registers the
+//!    broker again under a new epoch.
 //!
 //! # Invariants
 //!
@@ -71,7 +71,8 @@ pub enum SessionState {
 /// Error of a registration.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RegisterError {
-    /// Another broker has the broker id.
+    /// The broker id has a registration of another data directory, or one that this version cannot read, and that
+    /// registration did not expire.
     #[error(
         "broker id {id} is taken by a broker at {address} with another data directory: set broker.id to a free id, and \
          broker.data_dir to a new folder, because this folder is now recorded as that of broker {id}"
@@ -96,7 +97,7 @@ pub enum RegisterError {
 }
 
 impl RegisterError {
-    /// Returns true if the same registration may succeed later.
+    /// Returns true if the same request may succeed later.
     pub const fn retryable(&self) -> bool {
         match self {
             Self::Taken { .. } | Self::Superseded { .. } => false,
@@ -119,10 +120,11 @@ pub struct RegistrationRequest {
 impl RegistrationRequest {
     /// Deletes an earlier registration of the same data directory. A registration of another directory, or in a format
     /// that this version does not read, may belong to a running broker, or to an exited process whose disk was
-    /// replaced. This function waits for the duration of a lease until that registration expires.
+    /// replaced. This function waits up to the duration of a lease and one second for the expiry of such a
+    /// registration.
     ///
     /// # Errors
-    /// `Taken`: the registration did not expire, so a running broker renews it.
+    /// `Taken`: such a registration did not expire, so a running broker probably renews it. `Store`: a request failed.
     pub async fn clear(&self) -> Result<(), RegisterError> {
         let key = self.keys.broker(self.id);
         let deadline = clock::monotonic() + self.session_timeout + Duration::from_secs(1);
@@ -148,8 +150,12 @@ impl RegistrationRequest {
         Ok(())
     }
 
-    /// Registers the broker and keeps it registered until the session is stopped. `directory_revision` is the revision
-    /// of this broker's directory record at its startup verification; `None` if there was no record.
+    /// Registers the broker and starts a task that keeps it registered until the session is stopped.
+    /// `directory_revision` is the revision of this broker's directory record at its startup verification; `None` if
+    /// there was no record.
+    ///
+    /// # Errors
+    /// `Superseded`: the directory record has changed since the startup verification. `Store`: a request failed.
     pub async fn register(
         self,
         directory_revision: Option<Revision>,
@@ -191,7 +197,8 @@ impl RegistrationRequest {
 
     /// Writes the registration, under `lease`, and the directory record in one transaction. The transaction requires
     /// that no registration exists and that the directory record has the revision `directory_revision` (`None`: that
-    /// there is no record). Repeats until the transaction is applied, or another process has changed the record.
+    /// there is no record). Deletes an existing registration of this process and repeats. Ends when the transaction is
+    /// applied, when another process has changed the record, or with an error.
     async fn write_registration(
         &self,
         lease: LeaseId,
@@ -234,15 +241,17 @@ impl RegistrationRequest {
                 });
             }
             directory_revision = record.map(|entry| entry.mod_revision);
-            // An earlier registration of this process, or one that no broker wrote. The new registration needs its own
-            // create revision.
+            // The record shows that no other process has registered. So this process wrote the registration under an
+            // earlier lease, or no broker wrote it. It is deleted, because the new registration needs a create revision
+            // of its own.
             if let Some(entry) = registration {
                 self.delete_if_unchanged(&entry).await?;
             }
         }
     }
 
-    /// Deletes a key, unless it was changed after it was read as `entry`. The caller reads the key again in any case.
+    /// Deletes a key, unless it was changed after it was read as `entry`. Does not report whether the key was deleted:
+    /// the caller reads the key again.
     async fn delete_if_unchanged(&self, entry: &KeyValue) -> Result<(), MetaStoreError> {
         let unchanged = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
         self.store.transact(Transaction::new().when(unchanged).delete(entry.key.as_str())).await?;
@@ -275,13 +284,13 @@ pub struct Session {
     registration: Arc<RegistrationRequest>,
     state: watch::Receiver<SessionState>,
     flags: Arc<BrokerFlags>,
-    /// Start time of the last successful renewal of the lease.
+    /// Start time of the request that last granted or renewed the lease.
     last_renewal: Arc<Mutex<Instant>>,
     tasks: Tasks,
 }
 
 impl Session {
-    /// Returns the state of the registration, with its changes.
+    /// Returns a receiver of the registration's state.
     pub fn state(&self) -> watch::Receiver<SessionState> {
         self.state.clone()
     }
@@ -304,32 +313,33 @@ impl Session {
         }
     }
 
-    /// Publishes that this broker is shutting down. The broker epoch stays.
+    /// Publishes that this broker is shutting down. The broker epoch does not change.
     pub async fn publish_stopping(&self) -> Result<(), MetaStoreError> {
         self.flags.stopping.store(true, Ordering::Release);
         self.update_flags().await
     }
 
-    /// Publishes whether the broker is under disk pressure, so that it gets no new replicas. The broker epoch stays.
+    /// Publishes whether the broker is under disk pressure. Under pressure, it gets no new replicas. The broker epoch
+    /// does not change.
     pub async fn set_disk_pressure(&self, is_under_pressure: bool) -> Result<(), MetaStoreError> {
         self.flags.disk_pressure.store(is_under_pressure, Ordering::Release);
         self.update_flags().await
     }
 
-    /// Publishes whether the disk is full, so that other brokers take over its leaderships where possible. The broker
-    /// epoch stays.
+    /// Publishes whether the disk is full. If it is, other brokers take over the broker's leaderships where possible.
+    /// The broker epoch does not change.
     pub async fn set_disk_full(&self, is_full: bool) -> Result<(), MetaStoreError> {
         self.flags.disk_full.store(is_full, Ordering::Release);
         self.update_flags().await
     }
 
-    /// Returns true if the registration reports disk pressure.
+    /// Returns true if this and later registrations report disk pressure. The store may not have the last change yet.
     pub fn is_under_disk_pressure(&self) -> bool {
         self.flags.disk_pressure.load(Ordering::Acquire)
     }
 
-    /// Writes the current flags into the registration. Does nothing while the broker is not registered, because the
-    /// next registration contains them.
+    /// Writes the current flags into the registration. Does nothing while the broker is not registered: the next
+    /// registration contains them.
     async fn update_flags(&self) -> Result<(), MetaStoreError> {
         let RegistrationRequest { store, keys, id, value, .. } = &*self.registration;
         loop {
@@ -374,10 +384,10 @@ impl BrokerFlags {
 struct LeaseKeeper {
     registration: Arc<RegistrationRequest>,
     flags: Arc<BrokerFlags>,
-    /// Start time of the last successful renewal.
+    /// Start time of the request that last granted or renewed the lease.
     last_renewal: Arc<Mutex<Instant>>,
     state: watch::Sender<SessionState>,
-    /// Lease of the last registration or attempt to register.
+    /// Lease of the last attempt to register, successful or not.
     lease: LeaseId,
     /// Epoch of the last registration.
     epoch: Revision,
@@ -388,8 +398,9 @@ struct LeaseKeeper {
 }
 
 impl LeaseKeeper {
-    /// Renews the lease at a third of its duration, and registers again whenever the registration is lost. Revokes the
-    /// lease and returns when `stop` is cancelled; returns at once when the broker is superseded.
+    /// Renews the lease at intervals of a third of its duration, and registers the broker again whenever the
+    /// registration is lost. When `stop` is cancelled, revokes the lease and returns. When the broker is superseded,
+    /// returns without a revocation.
     async fn run(mut self, mut metadata: watch::Receiver<Arc<MetadataSnapshot>>, stop: Tasks) {
         let renew_interval = self.registration.session_timeout / 3;
         let mut next_renewal = clock::monotonic() + renew_interval;
@@ -420,8 +431,8 @@ impl LeaseKeeper {
         }
     }
 
-    /// Returns true if a snapshot that is as new as the registration does not contain it. Returns false in the state
-    /// `Lost`, in which only the timer triggers attempts to register.
+    /// Returns true if the registration with this epoch is missing or unreadable in a snapshot that is at least as new.
+    /// Returns false in the state `Lost`, in which only the timer triggers attempts to register.
     fn is_missing(&self, snapshot: &MetadataSnapshot) -> bool {
         if snapshot.revision() < self.epoch || matches!(*self.state.borrow(), SessionState::Lost) {
             return false;
@@ -431,7 +442,7 @@ impl LeaseKeeper {
             || snapshot.unreadable().contains_key(&Key::Broker(self.registration.id))
     }
 
-    /// Renews the lease; registers again if the lease has ended or the registration is lost. Returns false if another
+    /// Renews the lease. Registers again if the lease has ended or the state is `Lost`. Returns false if another
     /// attempt is needed soon.
     async fn keep_alive(&mut self) -> bool {
         if matches!(*self.state.borrow(), SessionState::Lost) {
@@ -489,7 +500,7 @@ impl LeaseKeeper {
     async fn retry_registration(&mut self) -> Result<RegisterResult, MetaStoreError> {
         let value = self.flags.apply_to(&self.registration.value);
         let registration = RegistrationRequest { value, ..(*self.registration).clone() };
-        // The old lease may have expired; a new lease is certain to be live.
+        // The old lease may have expired, so a new one is granted.
         let started = clock::monotonic();
         self.lease = registration.store.grant(registration.session_timeout).await?;
         *self.last_renewal.lock() = started;

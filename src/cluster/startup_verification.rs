@@ -5,15 +5,16 @@
 //!
 //! The replication protocol assumes that an in-sync replica holds all records that it acknowledged. A new process
 //! cannot assume that: its disk may have been replaced, restored from a backup, or have lost the content of the page
-//! cache. So before it registers, a broker compares its inventory with the store and removes itself from every ISR and
-//! ELR for which its replica is unverified. The broker also resigns every leadership, verified or not, because the
+//! cache. So before a broker registers, it compares its inventory with the store. It removes itself from every ISR and
+//! ELR for which its replica is unverified. One exception: after an unclean shutdown, the only member of ISR and ELR
+//! stays, and the value gets an `unclean_epoch`. The broker also resigns every leadership, verified or not, because the
 //! leader epoch began before this process.
 //!
-//! | inventory | verifies |
+//! | inventory | verified records of an intact replica |
 //! | --- | --- |
-//! | the last registered data directory, which records that incarnation | all synced records: `persisted` topics |
-//! | the same, with a clean shutdown after that incarnation | all written records: `replicated` topics too |
-//! | an intact replica | that the verification of the directory holds for this replica |
+//! | the last registered data directory, and no older copy of it | all synced records, enough for `persisted` topics |
+//! | the same directory after a clean shutdown | all written records, enough for `replicated` topics too |
+//! | any other directory | none |
 //!
 //! # Invariants
 //!
@@ -21,11 +22,11 @@
 //!   broker can add this broker to an ISR meanwhile.
 //! - The registration compares the directory record that the verification was based on, so only one of two processes
 //!   with the same directory can register.
-//! - The verification ends only when the store needs no further changes. A crash before the end leaves some unverified
-//!   replicas removed; the next start removes the rest.
-//! - A value that cannot be read cannot be compared. An operator may restore the old value, with this broker in the ISR
-//!   or ELR, or as leader in an epoch before this process. So the broker is not active in such a partition until its
-//!   next start, or until a readable value has this broker in neither set.
+//! - The verification ends only when a list shows that no value needs a change. A crash before the end leaves some
+//!   unverified replicas removed; the next start removes the rest.
+//! - A partition value that cannot be read is not changed. An operator may restore an old value, with this broker in
+//!   the ISR or ELR, or as leader in an epoch before this process. So the broker is not active in such a partition
+//!   until its next start, or until a readable value has this broker in neither ISR nor ELR.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -45,8 +46,8 @@ use crate::model::{BrokerId, ConfigMap, Durability, PartitionId, TopicConfig, To
 pub struct LocalInventory {
     /// Id of the data directory.
     pub directory_id: String,
-    /// Incarnations that the directory records, including this one. The store may hold this one already, after an
-    /// earlier attempt to register whose response was lost.
+    /// Incarnations that the directory lists, including that of this process. The store may hold this incarnation
+    /// already, if the response to an earlier attempt to register was lost.
     pub incarnations: Vec<String>,
     /// True if the previous process that used the directory shut down cleanly.
     pub clean: bool,
@@ -74,11 +75,12 @@ struct InventoryVerifier<'a> {
     is_registered_directory: bool,
 }
 
-/// Compares a broker's inventory with the store. Removes the broker from the ISR and ELR of each unverified replica,
-/// and resigns its leaderships. `defaults` are the broker's topic defaults. After an error the call may be repeated.
+/// Compares a broker's inventory with the store. Removes the broker from the ISR and ELR of each partition whose local
+/// replica is unverified, and resigns its leaderships (see [`PartitionValue::after_restart`]). `defaults` are the
+/// broker's topic defaults. After an error the call may be repeated.
 ///
 /// # Errors
-/// The store does not respond.
+/// A request to the store failed.
 pub async fn verify_inventory(
     store: &Arc<dyn MetaStore>,
     keys: &Keys,
@@ -136,7 +138,8 @@ pub async fn verify_inventory(
 
 impl InventoryVerifier<'_> {
     /// Returns the change of a partition's value, read as `entry`, that is needed before broker `id` is active in the
-    /// partition. `None` if no change is needed. `durability` is the topic's; `None` if the topic cannot be read.
+    /// partition. `None` if no change is needed. `is_intact` is true if the local replica has no detected loss.
+    /// `durability` is the topic's; `None` if the topic cannot be read.
     ///
     /// # Errors
     /// The value cannot be read.
@@ -174,9 +177,9 @@ impl InventoryVerifier<'_> {
         is_intact: bool,
         durability: Option<Durability>,
     ) -> ReplicaIntegrity {
-        // If the value never changed and the replica is not on disk, the partition was created while this broker was
-        // not running, so the replica held no records. A corrupt replica is on disk, so it is never new: a value may
-        // stay unchanged for years.
+        // If the value never changed and the replica is not on disk, the broker has not opened the replica since the
+        // partition was created, so the replica held no records. A corrupt replica is on disk, so it is never new, even
+        // if the value stays unchanged for years.
         let is_new = entry.create_revision == entry.mod_revision && !self.inventory.on_disk.contains(&id);
         if mutant!(SkipStartupVerification) {
             return ReplicaIntegrity::Intact;
@@ -195,7 +198,7 @@ impl InventoryVerifier<'_> {
 }
 
 /// Returns true if the inventory's directory is the last registered one, and not an older copy of it. An older copy
-/// does not record the incarnation that registered last.
+/// does not list the incarnation that registered last.
 fn is_last_registered(record: &KeyValue, inventory: &LocalInventory) -> bool {
     let is_last = |registered: DirectoryValue| {
         registered.directory_id == inventory.directory_id && inventory.incarnations.contains(&registered.incarnation)
@@ -203,7 +206,7 @@ fn is_last_registered(record: &KeyValue, inventory: &LocalInventory) -> bool {
     mutant!(SkipStartupVerification) || DirectoryValue::decode(&record.key, &record.value).is_ok_and(is_last)
 }
 
-/// Warns that no replica of this directory can be verified, because of the directory record.
+/// Logs that no replica of this directory can be verified, and the reason in the directory record.
 fn log_unverified_directory(id: BrokerId, record: &KeyValue, inventory: &LocalInventory) {
     match DirectoryValue::decode(&record.key, &record.value) {
         Ok(_) => tracing::warn!(

@@ -9,11 +9,11 @@ use crate::model::{BrokerId, ConfigMap, TopicConfig, TopicId, TopicName};
 /// Load of one broker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReplicaCounts {
-    /// Number of partitions that the broker leads.
+    /// Number of partitions whose value names the broker as leader, live or not.
     pub leaders: u32,
-    /// Number of partitions that the broker holds.
+    /// Number of partitions whose replica list contains the broker.
     pub replicas: u32,
-    /// Number of partitions that the broker holds in sync.
+    /// Number of these partitions whose ISR contains the broker.
     pub in_sync: u32,
 }
 
@@ -24,7 +24,7 @@ pub struct ClusterStats {
     pub brokers: BTreeMap<BrokerId, ReplicaCounts>,
     pub topics: u32,
     pub partitions: u32,
-    /// Number of partitions without a live leader.
+    /// Number of partitions without a live leader or a readable value.
     pub leaderless: u32,
     /// Number of partitions whose ISR lacks a replica that is not being removed.
     pub under_replicated: u32,
@@ -32,8 +32,8 @@ pub struct ClusterStats {
     pub under_min_isr: u32,
     /// Number of partitions under reassignment.
     pub reassigning: u32,
-    /// Topic and number of the first twenty partitions without a live leader or below the min ISR. A write with
-    /// `acks=all` to such a partition fails.
+    /// Topic and number of the first partitions that have no live leader or are below the min ISR, at most
+    /// `MAX_UNAVAILABLE_LISTED`. A write with `acks=all` to such a partition fails.
     pub unavailable: Vec<(TopicName, u32)>,
 }
 
@@ -41,7 +41,8 @@ pub struct ClusterStats {
 const MAX_UNAVAILABLE_LISTED: usize = 20;
 
 impl ClusterStats {
-    /// Counts a metadata snapshot. `defaults` are the topic configuration of the cluster.
+    /// Counts the brokers, topics and partitions of a metadata snapshot. A partition whose value is missing or
+    /// unreadable counts as leaderless only. `defaults` are the topic configuration of the cluster.
     pub fn of(state: &MetadataSnapshot, defaults: &ConfigMap) -> Self {
         let mut stats = Self::default();
         for id in state.brokers().keys().chain(state.drains().keys()) {
@@ -49,7 +50,7 @@ impl ClusterStats {
         }
         for (name, topic) in state.topics() {
             let config = TopicConfig::resolve(defaults, &topic.value.config);
-            // A topic whose configuration is invalid is counted with the lowest min ISR.
+            // For a topic whose configuration is invalid, a min ISR of 1 is assumed.
             let min_isr = config.map_or(1, |config| config.min_insync_replicas);
             stats.topics += 1;
             for (number, entry) in state.partitions_of(&topic.value) {
@@ -87,8 +88,8 @@ impl ClusterStats {
     }
 }
 
-/// Counts that one broker reports as metrics. The sum over all brokers covers the cluster: each leader counts its
-/// partitions, and the controller counts leaderless partitions and reassignments.
+/// Counts that one broker reports as metrics. In the sum over all brokers, each partition is counted once: by its
+/// leader, and as leaderless or under reassignment by the controller.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LeaderStats {
     /// Number of partitions that the broker leads.
@@ -99,15 +100,15 @@ pub struct LeaderStats {
     pub under_min_isr: u64,
     /// Number of led partitions with a non-empty ELR.
     pub with_elr: u64,
-    /// Number of partitions without a live leader. Counted by the controller only.
+    /// Number of partitions without a live leader or a readable value. Counted by the controller only.
     pub leaderless: u64,
     /// Number of partitions under reassignment. Counted by the controller only.
     pub reassigning: u64,
 }
 
 impl LeaderStats {
-    /// Counts the partitions of `me` in one pass over a metadata snapshot. `min_isr` is called once for each topic of
-    /// which `me` leads a partition.
+    /// Counts the partitions that `me` leads. On the controller, also counts the leaderless partitions and the
+    /// reassignments of the whole cluster. `min_isr` is called once for each topic of which `me` leads a partition.
     pub fn of(state: &MetadataSnapshot, me: BrokerId, is_controller: bool, min_isr: impl Fn(TopicId) -> usize) -> Self {
         let mut stats = Self::default();
         for topic in state.topics().values() {

@@ -22,10 +22,10 @@ pub type StoreFuture<'a, T> = BoxFuture<'a, Result<T, MetaStoreError>>;
 pub struct Revision(pub u64);
 
 impl Revision {
-    /// Revision before the first change. Every key and every transaction has a greater one.
+    /// Less than the revision of every store, key and transaction. An empty store has revision 1.
     pub const ZERO: Self = Self(0);
 
-    /// Returns the next revision, where a watch continues after a list.
+    /// Returns the next revision. A watch that follows a list starts at the revision after the list's.
     #[must_use]
     pub const fn next(self) -> Self {
         Self(self.0 + 1)
@@ -59,7 +59,7 @@ pub struct KeyValue {
     pub create_revision: Revision,
     /// Revision of the last write.
     pub mod_revision: Revision,
-    /// Lease of the key.
+    /// Lease whose end deletes the key; `None` if the key has no lease.
     pub lease: Option<LeaseId>,
 }
 
@@ -213,15 +213,16 @@ impl Transaction {
         self
     }
 
-    /// Rejects a transaction whose size etcd would reject. Every implementation calls this check first.
+    /// Rejects a transaction that is too large for etcd. The etcd store and the embedded store call this check first.
     ///
     /// # Errors
-    /// The transaction exceeds the limits on operations or bytes.
+    /// `TooLarge`: one of the three lists is longer than `MAX_TRANSACTION_OPS`, or keys and values together exceed
+    /// `MAX_TRANSACTION_BYTES`.
     ///
     /// # Panics
     /// Two operations name the same key: a bug in the caller.
     pub fn check(&self) -> Result<(), MetaStoreError> {
-        // etcd limits each of the three lists.
+        // The limit holds for each list alone: operations, compares and `else_get` keys.
         let ops = self.ops.len().max(self.compares.len()).max(self.else_get.len());
         let op_bytes = |op: &TxnOp| match op {
             TxnOp::Put { key, value, .. } => key.len() + value.len(),
@@ -254,7 +255,7 @@ pub enum TxnOutcome {
     },
     /// A compare did not hold; nothing changed.
     CompareFailed {
-        /// Revision of the store when the keys were read.
+        /// Revision of the store when the compares were evaluated and the keys were read.
         revision: Revision,
         /// The keys of `else_get`, in their order; `None` for a key that does not exist.
         found: Vec<Option<KeyValue>>,
@@ -311,7 +312,8 @@ impl Watch {
         Self(stream.boxed())
     }
 
-    /// Returns the next changes; `None` if the store was closed. Cancel safe: dropping the future loses no changes.
+    /// Returns the next changes; `None` after an error, or if the store was closed. Cancel safe: dropping the future
+    /// loses no changes.
     pub async fn next(&mut self) -> Option<Result<WatchBatch, MetaStoreError>> {
         self.0.next().await
     }
@@ -334,15 +336,18 @@ impl fmt::Debug for Watch {
 /// Error of a store request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MetaStoreError {
-    /// The store did not respond, or its response was unusable.
+    /// No usable result: the store did not respond in time, the response was invalid, the embedded store cannot write
+    /// its file, or a stored value that the caller needs cannot be read.
     #[error("the metadata store does not respond: {reason}")]
     Unavailable {
         /// Cause.
         reason: String,
-        /// True if a transaction may have been applied, so that the caller must read back before a retry.
+        /// True if the request may have been applied. After a transaction, the caller must then read back before a
+        /// retry.
         outcome_unknown: bool,
     },
-    /// The store rejected the request: authentication or authorization failed. Nothing was changed.
+    /// Every member would reject the request: authentication or authorization failed, or the server does not support
+    /// the request. Nothing was changed.
     #[error("the metadata store rejected the request: {reason}")]
     Refused {
         /// The store's error text.
@@ -362,12 +367,12 @@ pub enum MetaStoreError {
     /// applied to that other state.
     #[error("{0}")]
     Regressed(Regression),
-    /// The changes from this revision on were compacted: list again.
+    /// The start revision of the watch is compacted: list again.
     #[error("changes from revision {from} on are compacted: the oldest available revision is {oldest}")]
     Compacted {
         /// Requested start revision of the watch.
         from: Revision,
-        /// Oldest revision at which a watch can start.
+        /// Oldest revision at which a watch can start; only a lower bound if etcd did not report that revision.
         oldest: Revision,
     },
     /// The transaction exceeds the size limits.
@@ -379,7 +384,7 @@ pub enum MetaStoreError {
     TooLarge {
         /// Number of operations, compares or reads: the largest of the three.
         ops: usize,
-        /// Bytes of keys and values.
+        /// Bytes of the keys and values in the operations and compares.
         bytes: usize,
     },
     /// The lease has ended or never existed.
@@ -393,7 +398,7 @@ pub enum MetaStoreError {
 /// Reason to conclude that the store is another store, or an older copy of the one that this process read before.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Regression {
-    /// The revision fell.
+    /// The revision fell, or did not rise with a write.
     #[error(
         "the metadata store returned revision {returned} after revision {newest}: if etcd was restored from a backup, \
          follow \"Restoring etcd\" in docs/operations.md, and restart this broker"
@@ -404,7 +409,7 @@ pub enum Regression {
         /// Revision of the response: older than `newest`, or equal to it after a write.
         returned: Revision,
     },
-    /// The responses come from another etcd cluster.
+    /// A response came from another etcd cluster than the first response.
     #[error(
         "the metadata store responded as etcd cluster {returned:x} after cluster {known:x}: set metadata.etcd to \
          members of one cluster; if etcd was recreated from a backup, follow \"Restoring etcd\" in docs/operations.md, \
@@ -419,12 +424,12 @@ pub enum Regression {
 }
 
 impl MetaStoreError {
-    /// Returns an error of a request that changed nothing.
+    /// Returns the error `Unavailable` of a request that changed nothing.
     pub fn unavailable(reason: impl fmt::Display) -> Self {
         Self::Unavailable { reason: reason.to_string(), outcome_unknown: false }
     }
 
-    /// Returns an error of a transaction that may have been applied.
+    /// Returns the error `Unavailable` of a request that may have been applied.
     pub fn unknown(reason: impl fmt::Display) -> Self {
         Self::Unavailable { reason: reason.to_string(), outcome_unknown: true }
     }
@@ -435,7 +440,8 @@ impl MetaStoreError {
         matches!(self, Self::Unavailable { .. } | Self::Refused { .. } | Self::NoSpace { .. })
     }
 
-    /// Returns true if a transaction that ended with this error may have been applied.
+    /// Returns true if a transaction that ended with this error may have been applied, and the caller must read back.
+    /// Returns false for `Regressed`: the other state may contain the transaction, but no later read succeeds.
     pub const fn outcome_unknown(&self) -> bool {
         matches!(self, Self::Unavailable { outcome_unknown: true, .. })
     }
@@ -445,23 +451,25 @@ impl MetaStoreError {
 ///
 /// # Contract
 ///
-/// Every implementation passes `conformance`. The terms are etcd's, so etcd needs no translation layer:
+/// The etcd store and the embedded store pass the tests of `conformance`. The terms are etcd's:
 ///
 /// - **One history.** Transactions are applied one after another. A transaction that changes something gets the
 ///   previous revision plus one. A transaction that changes nothing (for example, deletes an absent key) gets no
 ///   revision of its own. Revisions never fall, also across restarts.
 /// - **Linearizable.** `get`, `list` and `transact` observe every transaction that completed before they started. A
 ///   watch may lag.
-/// - **Durable.** A transaction that returned `Committed` survives a power failure.
+/// - **Durable.** A transaction that returned `Committed` survives a power failure. The embedded store in memory is the
+///   exception.
 /// - **Unknown outcome.** After `Unavailable { outcome_unknown: true }`, or after the caller dropped the future, the
 ///   transaction was applied, was not applied, or will be applied later. The caller reads back, or makes the
 ///   transaction idempotent by its compares.
 /// - **Watches** return every change to a key under the prefix from a revision on (inclusive), in the order of
 ///   revisions, or an error. A watch never splits a transaction. `Compacted`: the start revision is compacted. The
-///   current revision is never compacted: a watch from a list's `revision.next()` can start if it is opened
-///   immediately.
+///   revision after the newest one is never compacted, so a watch from a list's `revision.next()` can start if it is
+///   opened immediately.
 /// - **Leases** end when they are revoked or not kept alive for their duration. Their keys are then deleted in one
-///   transaction, which watches receive. A lease may end late and never early. No code may depend on the delay.
+///   transaction, which watches receive. A lease may end late. It ends early only when the embedded store is reopened,
+///   after the process of its holder has exited. No code may depend on the delay.
 pub trait MetaStore: Send + Sync + fmt::Debug {
     /// Reads one key.
     fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult>;
@@ -472,23 +480,25 @@ pub trait MetaStore: Send + Sync + fmt::Debug {
     /// Applies a transaction.
     ///
     /// # Errors
-    /// `TooLarge` and `LeaseGone` change nothing; `Unavailable` carries `outcome_unknown`.
+    /// `TooLarge`, `LeaseGone`, `Refused` and `NoSpace` change nothing; `Unavailable` carries `outcome_unknown`. After
+    /// `Regressed`, the transaction may have been applied.
     fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome>;
 
     /// Watches the keys under a prefix from a revision on (inclusive). A revision in the future is allowed; the watch
-    /// waits for it.
+    /// waits for it. The error `Compacted` is returned by this call or by the watch.
     fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch>;
 
     /// Creates a lease that lasts at least this long from now. A store may round the duration up.
     fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId>;
 
-    /// Renews a lease for its duration from now. Returns `LeaseGone` if the lease has ended.
+    /// Renews a lease for its duration from now. Fails with `LeaseGone` if the lease has ended.
     fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()>;
 
     /// Ends a lease and deletes its keys. Succeeds if the lease has ended already.
     fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()>;
 
-    /// Returns the regression after which the store is no longer used, if one was detected.
+    /// Returns the regression after which this store refuses requests, if one was detected. Only `MonotonicStore`
+    /// detects regressions; a wrapper around it returns the same value.
     fn regression(&self) -> Option<Regression> {
         None
     }

@@ -31,27 +31,31 @@ impl MetaBindingStore {
         Self { store, keys, metadata, standalone }
     }
 
-    /// Returns true if a stored binding may be replaced by one to any other object store.
+    /// Returns true if any store may replace the bound one: the broker is standalone, and the metadata references no
+    /// objects.
     fn may_rebind(&self) -> bool {
         self.standalone && !self.metadata.state().has_tiered_data()
     }
 
-    /// Returns the stored binding if it stays valid; otherwise replaces it with a compare-and-set. `id` is the id in
-    /// the cluster marker at `url`; `None` if there is none yet, and then a new binding is pending.
+    /// Returns the cluster's binding for a broker whose store is at `url`, with the id `id` in its cluster marker.
+    /// Without a marker `id` is `None`, and a new binding is pending. Creates, completes or replaces the stored binding
+    /// with a compare-and-set where needed. If a complete binding names another store, the function returns it
+    /// unchanged, and the caller rejects its own store.
     async fn bind_with_compare_and_set(&self, url: &str, id: Option<Uuid>) -> Result<StoreBinding, String> {
         let key = self.keys.object_store();
         for _ in 0..MAX_ATTEMPTS {
             let entry = self.store.get(&key).await.map_err(|error| error.to_string())?.entry;
             let stored = match &entry {
                 Some(entry) if !self.may_rebind() => Some(decode(&key, &entry.value)?),
-                // No binding is stored, or the stored one may be replaced.
+                // No binding is stored, or any store may replace the bound one.
                 _ => None,
             };
             let binding = match (stored, id) {
-                // The other case, the bound id at another URL, is a moved store: its binding gets the new URL.
+                // Another store, or the bound store at its URL. The remaining case is the bound id at another URL: the
+                // store was moved, and its binding gets the new URL below.
                 (Some(bound), Some(id)) if !bound.pending && (bound.id != id || bound.url == url) => return Ok(bound),
-                // A pending binding is kept for its own URL only, so that two brokers with different URLs do not write
-                // the same id into two stores.
+                // A pending binding is returned only for its own URL, so that two brokers with different URLs do not
+                // write the same id into two stores.
                 (Some(bound), None) if !bound.pending || bound.url == url => return Ok(bound),
                 (_, Some(id)) => StoreBinding { id, url: url.to_owned(), pending: false },
                 (_, None) => StoreBinding { id: random::uuid(), url: url.to_owned(), pending: true },
@@ -117,11 +121,12 @@ mod tests {
             format!("file://{}/{path}", self.folder.path().display())
         }
 
-        /// Returns the client of a broker with this path in its URL.
+        /// Returns the object store client of a broker whose store URL ends with `path`.
         fn broker(&self, path: &str, standalone: bool) -> TierStore {
             self.broker_with_data(path, standalone, false)
         }
 
+        /// As [`Self::broker`]; with `has_data`, the metadata references objects in the cluster's store.
         fn broker_with_data(&self, path: &str, standalone: bool, has_data: bool) -> TierStore {
             let options = ObjectStoreOptions { retry_for: Duration::ZERO, ..ObjectStoreOptions::new(&self.url(path)) };
             let (meta, metadata) = (Arc::clone(&self.meta), self.metadata.clone());
@@ -161,8 +166,9 @@ mod tests {
         assert_eq!(cluster.stored_binding().await.url, cluster.url("ours"));
     }
 
-    /// A recreated cluster marker, as docs/errors.md instructs after corruption while the broker ran. Regression: the
-    /// broker took the new marker for another store's.
+    /// A bound broker accepts a cluster marker without an id that names its cluster. An operator recreates a corrupt
+    /// marker in this way (docs/errors.md). Regression: the running broker rejected the new marker as that of another
+    /// store.
     #[tokio::test]
     async fn recreated_cluster_marker_is_accepted_by_bound_broker() {
         let cluster = TestCluster::new();
@@ -194,8 +200,8 @@ mod tests {
         assert_eq!(cluster.stored_binding().await.url, cluster.url("second"));
     }
 
-    /// A broker that crashes before it has written the cluster marker leaves a binding that another broker can
-    /// complete.
+    /// A broker that crashes before it has written the cluster marker leaves a pending binding. A broker with the same
+    /// URL completes the binding and keeps its id; a broker with another URL replaces it.
     #[tokio::test]
     async fn pending_binding_is_completed_with_its_id() {
         let write_pending = async |cluster: &TestCluster, path: &str| {
@@ -209,7 +215,7 @@ mod tests {
         cluster.broker("ours", false).bind().await.expect("not bound yet");
         assert_eq!(cluster.stored_binding().await, StoreBinding { pending: false, ..reserved });
 
-        // The URL was corrected meanwhile.
+        // The pending binding has a wrong URL, which the operator has corrected since.
         let cluster = TestCluster::new();
         let wrong = write_pending(&cluster, "wrong").await;
         cluster.broker("right", false).bind().await.expect("the wrong store has no history");
@@ -217,7 +223,8 @@ mod tests {
         assert!(binding.url == cluster.url("right") && binding.id != wrong.id && !binding.pending, "{binding:?}");
     }
 
-    /// Regression: the broker wrote a pending binding before it rejected the empty store.
+    /// If the metadata references objects, a store without a cluster marker is rejected, and the binding stays as it
+    /// is. Regression: the broker wrote a pending binding before it rejected the store.
     #[tokio::test]
     async fn missing_store_with_history_changes_no_binding() {
         let cluster = TestCluster::new();

@@ -103,7 +103,7 @@ async fn lost_registration_is_recreated_with_new_epoch() {
     cluster.tasks.stop().await;
 }
 
-/// Other changes in the cluster while the store rejects the registration must not trigger further attempts.
+/// While the store rejects the registration, other changes in the cluster trigger no further attempts.
 #[tokio::test(start_paused = true)]
 async fn lost_registration_is_retried_only_by_timer() {
     let cluster = TestCluster::new();
@@ -143,7 +143,8 @@ async fn id_of_other_directory_is_awaited_for_lease_duration() {
     cluster.tasks.stop().await;
 }
 
-/// Regression: a registration in an unknown format was deleted at once, and two brokers ran with one broker id.
+/// A registration in an unknown format is not deleted: the broker waits until it expires. Regression: it was deleted at
+/// once, and two brokers ran with one broker id.
 #[tokio::test(start_paused = true)]
 async fn registration_of_unknown_format_is_awaited_and_kept() {
     let cluster = TestCluster::new();

@@ -14,7 +14,7 @@ use crate::{
 const ME: BrokerId = BrokerId(1);
 const PERSISTED: u8 = 1;
 const REPLICATED: u8 = 2;
-/// A topic that the store does not have, or no longer has.
+/// Id of a topic that the store does not contain, so its durability is unknown.
 const UNKNOWN: u8 = 3;
 
 /// A store with a topic of each durability and the directory record of broker [`ME`].
@@ -66,7 +66,7 @@ impl TestCluster {
         self.put(self.keys.directory(ME), value.encode()).await;
     }
 
-    /// Writes a partition whose value has changed since its creation.
+    /// Writes a partition value twice, so that it has changed since its creation.
     async fn partition(&self, id: PartitionId, value: &PartitionValue) {
         for _ in 0..2 {
             self.put(self.keys.partition(id), value.encode()).await;
@@ -147,13 +147,14 @@ async fn partition_created_meanwhile_needs_no_replica() {
     let empty = LocalInventory { on_disk: BTreeSet::new(), intact: BTreeSet::new(), ..inventory() };
     cluster.verify(&empty).await.unwrap();
     assert_eq!(cluster.now(id(PERSISTED, 0)).await, created);
-    // Another directory verifies nothing: this broker may have held, and lost, the records that the other brokers have.
+    // With another directory, the replica is unverified: this broker may have held, and lost, the records that the
+    // other brokers have.
     cluster.verify(&LocalInventory { directory_id: "another".to_owned(), ..empty }).await.unwrap();
     assert_eq!(cluster.now(id(PERSISTED, 0)).await, created.remove_from_sets(ME));
 }
 
-/// Regression: the value of a partition without incidents may stay unchanged for years. After a power failure of all
-/// replicas, a corrupt copy was taken for one that held nothing yet: in sync, and elected.
+/// A corrupt replica is removed from the ISR, although the partition's value was never changed. Regression: the replica
+/// counted as new, and was elected after a power failure of all replicas.
 #[tokio::test]
 async fn corrupt_replica_of_unchanged_partition_is_removed() {
     let cluster = TestCluster::new().await;
@@ -210,7 +211,7 @@ async fn verification_returns_revision_of_directory_record() {
     let key = cluster.keys.directory(ME);
     cluster.store.transact(Transaction::new().delete(key)).await.unwrap();
     assert_eq!(cluster.verify(&inventory()).await.unwrap().directory_revision, None);
-    // A value without this broker, and an unreadable value, are not changed.
+    // Neither a value without this broker nor an unreadable value is changed.
     let unreadable = id(PERSISTED, 3);
     cluster.put(cluster.keys.partition(unreadable), "{".into()).await;
     let others = PartitionValue { replicas: vec![BrokerId(2)], ..value(Some(2), &[2], &[]) };
