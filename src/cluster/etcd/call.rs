@@ -10,19 +10,20 @@ use super::{
 };
 use crate::task::{Backoff, clock};
 
-/// Maximum time for which a call tries members.
+/// Time after which a call starts no further attempt.
 pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Shortest pause after all members were tried and none responded.
+/// Pause after the first round in which no member responded. The pauses after later rounds grow.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 
-/// Longest pause after all members were tried.
+/// Longest pause between two rounds.
 const MAX_RETRY_DELAY: Duration = Duration::from_millis(800);
 
 /// Condition for another attempt after a failed one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RetryPolicy {
-    /// After every failure. For requests whose second execution does no harm.
+    /// After every failure, except one that every member would return. For requests whose second execution does no
+    /// harm.
     Always,
     /// Only if the request was certainly not executed.
     WhenNotDone,
@@ -33,8 +34,8 @@ impl Members {
     /// one attempt to one member.
     ///
     /// # Errors
-    /// An error that every member would return ends the call at once. Under [`RetryPolicy::WhenNotDone`], so does an
-    /// attempt with an unknown outcome.
+    /// An error that every member would return ends the call at once, and so does a response of another etcd cluster.
+    /// Under [`RetryPolicy::WhenNotDone`], an attempt with an unknown outcome also ends the call.
     pub(super) async fn call<T, F>(
         &self,
         policy: RetryPolicy,

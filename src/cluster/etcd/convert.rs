@@ -11,7 +11,7 @@ use etcd_client::{
 
 use crate::cluster::store::{Compare, KeyValue, LeaseId, Revision, Transaction, TxnOp, WatchEvent};
 
-/// Converts a revision of etcd, which is a signed number from 1 on. Converts smaller numbers to zero.
+/// Converts a revision of etcd, which is a signed number of at least 1. Converts smaller numbers to zero.
 pub(super) fn revision(number: i64) -> Revision {
     Revision(u64::try_from(number).unwrap_or_default())
 }
@@ -75,7 +75,8 @@ pub(super) fn page_options(prefix: &str, limit: i64, at: Option<Revision>) -> Ge
     get_options(at).with_range(prefix_end(prefix)).with_limit(limit)
 }
 
-/// Returns the first key that can have the prefix. etcd rejects an empty key.
+/// Returns the first key that can have the prefix, as the start of a range. etcd rejects an empty start, so it is a
+/// zero byte for the empty prefix.
 pub(super) fn first_key(prefix: &str) -> Vec<u8> {
     if prefix.is_empty() { vec![0] } else { prefix.as_bytes().to_vec() }
 }
@@ -85,7 +86,8 @@ pub(super) fn key_after(key: &[u8]) -> Vec<u8> {
     [key, &[0]].concat()
 }
 
-/// Returns the first key after all keys with the prefix. In etcd, a zero byte means the end of the key space.
+/// Returns the first key after all keys with the prefix, as the end of a range. As an end, a zero byte means the end of
+/// etcd's key space.
 pub(super) fn prefix_end(prefix: &str) -> Vec<u8> {
     let mut end = prefix.as_bytes().to_vec();
     while let Some(last) = end.pop() {

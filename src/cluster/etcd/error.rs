@@ -139,7 +139,8 @@ impl EtcdAttemptError {
 }
 
 impl EtcdCallError {
-    /// Converts the error of a call that changes nothing.
+    /// Converts the error of a read, a grant or the start of a watch. A grant whose outcome is unknown needs no care:
+    /// its lease expires unused.
     pub(super) fn into_read_error(self) -> MetaStoreError {
         match self {
             Self::Unavailable { reason, .. } | Self::TooLong(reason) => MetaStoreError::unavailable(reason),
@@ -182,7 +183,8 @@ impl EtcdCallError {
         }
     }
 
-    /// Converts the error of a watch that was to start at `from`.
+    /// Converts the error of a watch that was to start at `from`. etcd's error for a compacted revision does not
+    /// contain the oldest available one, so `oldest` is only a lower bound.
     pub(super) fn into_watch_error(self, from: Revision) -> MetaStoreError {
         match self {
             Self::Compacted => MetaStoreError::Compacted { from, oldest: from.next() },
@@ -191,7 +193,7 @@ impl EtcdCallError {
     }
 }
 
-/// Returns the lease under which an operation writes its key.
+/// Returns the lease under which an operation writes its key; `None` if it deletes the key or uses no lease.
 fn lease_of(op: &TxnOp) -> Option<LeaseId> {
     match op {
         TxnOp::Put { lease, .. } => *lease,
@@ -207,7 +209,7 @@ mod tests {
     fn only_certainly_unexecuted_requests_are_retried() {
         for (code, message, sent, class) in [
             (Code::Unavailable, "tcp connect error", false, ErrorClass::NotDone),
-            // A server may send the same text.
+            // A server may send the same text after it has executed the request.
             (Code::Unavailable, "tcp connect error", true, ErrorClass::Unknown),
             (Code::Unavailable, "etcdserver: no leader", true, ErrorClass::NotDone),
             (Code::Unavailable, "etcdserver: not capable", true, ErrorClass::NotDone),

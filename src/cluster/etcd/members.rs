@@ -23,21 +23,22 @@ use super::{
 };
 use crate::cluster::store::{Regression, Revision};
 
-/// Maximum size of a read response. A larger page of a list is requested again in smaller pages.
+/// Maximum size of a read response. A page of a list that exceeds it is requested again with fewer keys.
 const READ_BYTES: usize = 64 << 20;
 
 /// Maximum size of a watch message. etcd sends up to a thousand transactions at once to a watch that lags. The limit
 /// fits a thousand transactions of a quarter of the maximum size.
 const WATCH_BYTES: usize = 256 << 20;
 
-/// Minimum timeout of a login: etcd's password hash is slow on purpose.
-const LOGIN_TIMEOUT: Duration = Duration::from_secs(2);
+/// Minimum timeout of a login. etcd's password hash is slow on purpose.
+const MIN_LOGIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The members of one etcd cluster, in the order of the options.
 pub(super) struct Members {
     list: Vec<Member>,
     header_state: HeaderState,
-    /// Index of the member to call first: the one that responded last.
+    /// Index of the member to call first: the member that responded last, or the one after it if that member has failed
+    /// since.
     first: AtomicUsize,
 }
 
@@ -70,7 +71,8 @@ struct MemberConnection {
     client: Client,
     /// Set after the login of this connection. An expired token is replaced together with the connection.
     login: OnceCell<()>,
-    /// Number of responses so far; distinguishes a slow member from an unreachable one.
+    /// Number of calls on this connection that ended before their timeout, with a response or an error. If it does not
+    /// grow during a timeout, the member counts as unreachable and not only as slow.
     response_count: AtomicU64,
     header_state: HeaderState,
 }
@@ -101,7 +103,7 @@ impl Members {
         Ok(Self { list, header_state, first: AtomicUsize::new(0) })
     }
 
-    /// Returns the regression if a member of another cluster has responded to a call.
+    /// Returns the regression if a member of another etcd cluster has responded to a call.
     pub(super) fn regression(&self) -> Option<Regression> {
         self.header_state.regression.get().cloned()
     }
@@ -114,7 +116,7 @@ impl Members {
         self.list.iter()
     }
 
-    /// Returns every member once, starting with the one that responded last.
+    /// Returns every member once, starting with the one to call first.
     pub(super) fn in_call_order(&self) -> impl Iterator<Item = &Member> {
         let first = self.first.load(Relaxed);
         (0..self.list.len()).map(move |step| &self.list[(first + step) % self.list.len()])
@@ -132,7 +134,7 @@ impl Members {
         let _previous = self.first.compare_exchange(member.index, next, Relaxed, Relaxed);
     }
 
-    /// Returns the member of a connection.
+    /// Returns the member to which a connection leads.
     pub(super) fn member_of(&self, channel: &MemberChannel) -> &Member {
         &self.list[channel.0.index]
     }
@@ -143,8 +145,8 @@ impl Member {
         &self.endpoint
     }
 
-    /// Sends a request to this member: connects and logs in if needed, and waits for at most the request timeout. After
-    /// an expired token, logs in on a new connection and sends the request once more.
+    /// Sends a request to this member: connects and logs in if needed, then waits at most the request timeout for the
+    /// response. If the token has expired, logs in on a new connection and sends the request once more.
     pub(super) async fn call_member<T, F>(&self, request: &impl Fn(MemberChannel) -> F) -> Result<T, EtcdAttemptError>
     where
         F: Future<Output = Result<T, Error>>,
@@ -160,8 +162,9 @@ impl Member {
         }
     }
 
-    /// Sends a request once, on the current connection. An error comes with that connection, so that the caller can
-    /// replace it. A connection that received no response at all during the request timeout is replaced here.
+    /// Sends a request once, on the current connection. Returns that connection with an error, so that the caller can
+    /// replace it. If the request times out and no other call on the connection ended meanwhile, the connection is
+    /// replaced here.
     async fn attempt<T, F>(&self, request: &impl Fn(MemberChannel) -> F) -> Result<T, (EtcdAttemptError, MemberChannel)>
     where
         F: Future<Output = Result<T, Error>>,
@@ -231,8 +234,8 @@ impl Member {
 }
 
 impl MemberChannel {
-    /// Returns a connection that connects with its first request. `etcd_client` connects at once only if the options
-    /// contain a user, and these do not.
+    /// Returns a client of one member, which connects with its first request. `etcd_client` connects at once only if
+    /// the options contain a user, and these do not.
     async fn new(
         index: usize,
         endpoint: &str,
@@ -256,8 +259,8 @@ impl MemberChannel {
         self.0.client.watch_client().max_decoding_message_size(WATCH_BYTES)
     }
 
-    /// Returns the revision in a response. A response of another etcd cluster than the first one is an error, and sets
-    /// [`Members::regression`].
+    /// Returns the revision in a response. If the response is of another etcd cluster than the first response, sets
+    /// [`Members::regression`] and returns an error.
     pub(super) fn revision(&self, header: Option<&ResponseHeader>) -> Result<Revision, Error> {
         self.check(header)?.map_err(|regression| {
             let error = convert::invalid_response(&regression.to_string());
@@ -267,8 +270,8 @@ impl MemberChannel {
         })
     }
 
-    /// Returns the revision in a response. The inner error is a response of another etcd cluster, the outer error a
-    /// response without a header.
+    /// Returns the revision in a response. The inner error means a response of another etcd cluster, the outer error a
+    /// response without a header. Sets no regression.
     fn check(&self, header: Option<&ResponseHeader>) -> Result<Result<Revision, Regression>, Error> {
         let header = header.ok_or_else(|| convert::invalid_response("a response without a header"))?;
         let returned = header.cluster_id();
@@ -284,7 +287,7 @@ impl MemberChannel {
         let user = || Some((login.user.clone(), login.password.clone()));
         let log_in_once = || async {
             let mut client = self.0.client.clone();
-            let timeout = request_timeout.max(LOGIN_TIMEOUT);
+            let timeout = request_timeout.max(MIN_LOGIN_TIMEOUT);
             match tokio::time::timeout(timeout, client.update_user(user())).await {
                 Ok(Ok(())) => Ok(()),
                 Ok(Err(error)) => match EtcdAttemptError::from_client(&error) {
@@ -301,7 +304,7 @@ impl MemberChannel {
     }
 }
 
-/// Returns an error of `etcd_client` about options in one line.
+/// Formats an error of `etcd_client` about options, with its cause, in one line.
 fn format_options_error(error: &Error) -> String {
     use std::error::Error as _;
     match error {

@@ -24,10 +24,10 @@
 //!
 //! # Unresponsive members
 //!
-//! A member whose host disappears does not close its connections. A call that times out on a connection without any
-//! response meanwhile replaces the connection. A watch requests progress after two seconds without a message, and moves
-//! to another member after two more. After three streams in a row without a response, the watch ends with an error, and
-//! the metadata cache relists.
+//! A member whose host disappears does not close its connections. If a call times out and its connection received no
+//! response meanwhile, the connection is replaced. A watch requests progress after two seconds without a message, and
+//! moves to another member after two more. After three streams in a row without a response, the watch ends with an
+//! error, and the metadata cache relists.
 //!
 //! HTTP/2 pings are not used. etcd permits one ping per five seconds, and none without active streams, and closes the
 //! connections of clients that send more. With one ping every two seconds, etcd closed each connection after eight
@@ -37,13 +37,14 @@
 //!
 //! - All reads are linearizable. A transaction without writes includes the read of a key: without that read, a lagging
 //!   member would respond from its local state.
-//! - All members that respond belong to the etcd cluster that responded first; revisions of another cluster are
+//! - Every accepted response comes from the etcd cluster that responded first; revisions of another cluster are
 //!   unrelated.
 //! - No response of etcd causes a panic: only functions of `etcd_client` that cannot panic are used (see `convert`).
 //!
 //! # Crash
 //!
-//! Leases expire and delete their keys; watches end with their connections.
+//! When this process exits, its connections close, which ends its watches in etcd. Its leases expire, which deletes
+//! their keys.
 
 use std::{fmt, num::NonZeroI64, sync::Arc, time::Duration};
 
@@ -69,13 +70,14 @@ mod tests;
 
 pub use options::{EtcdIdentity, EtcdLogin, EtcdOptions, EtcdOptionsError, EtcdTls};
 
-/// Number of keys in one page of a list. Later pages have fewer keys if a page exceeds the size limit of a response.
+/// Maximum number of keys in one page of a list. After a page that exceeds the size limit of a response, the pages of
+/// that list have fewer keys.
 const PAGE_KEYS: i64 = 2000;
 
 /// Maximum number of attempts of a list whose revision etcd compacts between two pages.
 const MAX_LIST_ATTEMPTS: usize = 3;
 
-/// Shortest lease that etcd grants, in seconds: the duration of one of its leader elections.
+/// Shortest lease that etcd grants with its default election timeout, in seconds. etcd extends shorter leases to it.
 const MIN_LEASE_S: i64 = 2;
 
 /// An etcd cluster as the metadata store. Clones share the connections.
@@ -107,8 +109,8 @@ impl EtcdStore {
         Ok(Self { members: Arc::new(Members::new(options).await?) })
     }
 
-    /// Requests the status of every member, in the order of the options. Returns each endpoint with its status or
-    /// error.
+    /// Requests the status of every member. Returns each endpoint with its status or error, in the order of the
+    /// options.
     pub async fn status(&self) -> Vec<(String, Result<MemberStatus, String>)> {
         let requests = self.members.iter().map(|member| async move {
             let status = member.status().await;
@@ -161,7 +163,7 @@ impl EtcdStore {
         }
     }
 
-    /// Reads the `else_get` keys of a failed transaction at that transaction's revision.
+    /// Reads the `else_get` keys of a transaction whose compares failed, at the revision of its response.
     ///
     /// The reads are separate requests, because `etcd_client` panics on a transaction operation without a response.
     async fn read_all_at(&self, keys: &[String], at: Revision) -> Result<Vec<Option<KeyValue>>, EtcdCallError> {

@@ -10,13 +10,15 @@ const HTTPS_SCHEME: &str = "https://";
 /// Default timeout of one attempt of a call.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Interval of TCP keepalive probes on an idle connection, for the routers on its path. etcd does not receive them.
+/// Interval of TCP keepalive probes on an idle connection, so that routers on its path do not drop the connection. The
+/// operating systems exchange the probes, without the processes.
 const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Connection options of an etcd cluster.
 #[derive(Clone, Debug)]
 pub struct EtcdOptions {
-    /// URLs of the members, `http://host:port` or `https://host:port`. Each request is sent to one of them.
+    /// URLs of the members, `http://host:port` or `https://host:port`. Each attempt of a request is sent to one of
+    /// them.
     pub endpoints: Vec<String>,
     /// Trusted authority and client certificate, for `https`. `None`: the system's authorities and no client
     /// certificate.
@@ -117,7 +119,7 @@ impl EtcdOptions {
         }
     }
 
-    /// Validates the options as far as that needs no connection.
+    /// Validates the options, without a connection.
     pub fn check(&self) -> Result<(), EtcdOptionsError> {
         if self.endpoints.is_empty() {
             return Err(EtcdOptionsError::NoEndpoints);

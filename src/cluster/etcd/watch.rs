@@ -3,8 +3,9 @@
 //!
 //! # Overview
 //!
-//! Only changes advance the watch. The response to a progress request contains a revision too. Up to etcd 3.4.24 and
-//! 3.5.7, this response may overtake older changes (etcd issue 15220), so it only proves that the member is reachable.
+//! Only changes advance the watch, although the response to a progress request contains a revision too. Up to etcd
+//! 3.4.24 and 3.5.7, this response may overtake older changes (etcd issue 15220), so it only proves that the member is
+//! reachable.
 //!
 //! Later versions respond to a progress request only once their revision has reached the start of the watch. A watch
 //! from the next revision would get no response from an idle etcd, and its member would look unresponsive. So a watch
@@ -32,17 +33,17 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 const MAX_MISSED_INTERVALS: u32 = 2;
 
 /// Number of streams in a row without any response after which the watch ends with an error. A member may need longer
-/// than one stream lasts to reach a start revision far behind its own, and then every stream would time out. After the
-/// error, the metadata cache relists and watches from a newer revision.
+/// to send the first changes after a start revision far behind its own than a stream waits. Then every stream would
+/// time out. After the error, the metadata cache relists and watches from a newer revision.
 const MAX_TIMED_OUT_STREAMS: u32 = 3;
 
-/// Time without a working member after which the watch ends with an error.
+/// Time after the end of a stream during which the watch tries to open the next one, before it ends with an error.
 const WATCH_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Shortest pause between attempts to resume.
+/// Pause before the first attempt to resume. The pauses before later attempts grow until a response arrives.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(20);
 
-/// Longest pause between attempts to resume.
+/// Longest pause before an attempt to resume.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// A watch, which opens a new stream whenever a stream ends.
@@ -51,7 +52,7 @@ pub(super) struct ResumableWatch {
     prefix: String,
     /// All changes before this revision were returned.
     next: Revision,
-    /// Start revision of `stream`: the value of `next` when the stream was opened, or one below.
+    /// Start revision of `stream`: the value of `next` when the stream was opened, or one less.
     start: Revision,
     stream: MemberWatch,
     /// Number of streams that have timed out since the last response.
@@ -68,11 +69,11 @@ struct MemberWatch {
 
 /// Reason for the end of a stream.
 enum StreamEnd {
-    /// The stream ended with an error or a cancellation.
+    /// The member or the connection ended the stream, for this reason.
     Cancelled(String),
     /// The member did not respond in time.
     TimedOut,
-    /// The start revision is compacted, but the next needed revision is not.
+    /// The start revision is compacted, but `next` is not: the stream started one revision before it.
     StartCompacted,
 }
 
@@ -90,7 +91,7 @@ pub(super) async fn step(
 impl ResumableWatch {
     /// Starts a watch at a revision, at any member that responds.
     pub(super) async fn start(members: Arc<Members>, prefix: &str, from: Revision) -> Result<Self, MetaStoreError> {
-        // In etcd, 0 means from now on.
+        // As a start revision in etcd, 0 means from now on.
         let next = from.max(Revision(1));
         let start = one_before(next);
         let stream = open_stream(&members, prefix, start).await.map_err(|error| error.into_watch_error(from))?;
@@ -141,7 +142,8 @@ impl ResumableWatch {
         self.backoff.reset();
         self.timed_out_streams = 0;
         let kvs = response.events().iter().filter_map(etcd_client::Event::kv);
-        // Skip changes that were returned before: the stream may have started below `next`.
+        // Skip changes below `next`, where the stream may have started. They were returned before, or precede the
+        // requested start.
         let new_kvs = kvs.filter(|kv| convert::revision(kv.mod_revision()) >= self.next);
         let mut newest = None;
         let mut events: Vec<WatchEvent> = Vec::with_capacity(response.events().len());
@@ -153,14 +155,15 @@ impl ResumableWatch {
         if let Some(revision) = newest {
             self.next = revision.next();
         }
-        // Returned also without changes: the revision proves that none was missed.
+        // Returned also without changes: the revision states up to where all changes were returned.
         Ok(Ok(WatchBatch { revision: Revision(self.next.0 - 1), events }))
     }
 
     /// Opens the next stream after `end`, at another member unless only the start revision was compacted.
     ///
     /// # Errors
-    /// The watch ends: too many streams timed out, or no member opened a stream within [`WATCH_TIMEOUT`].
+    /// The watch ends if too many streams timed out in a row, if no member opened a stream within [`WATCH_TIMEOUT`], or
+    /// if the members reject the watch.
     async fn resume(&mut self, end: StreamEnd) -> Result<(), MetaStoreError> {
         let member = self.members.member_of(&self.stream.channel);
         let mut start_at = one_before(self.next);

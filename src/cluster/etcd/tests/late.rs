@@ -1,4 +1,4 @@
-//! Slow members: a relay before a real member delays its responses.
+//! Slow members: a relay between the store and a real member delays the responses of the member.
 
 use std::sync::{
     Arc,
@@ -18,7 +18,7 @@ use tokio::{
 
 use super::*;
 
-/// A relay before one member. Ends with the test's runtime.
+/// A relay to one member, at an endpoint of its own. Ends with the test's runtime.
 struct Relay {
     endpoint: String,
     delay_ms: Arc<AtomicU64>,
@@ -41,7 +41,7 @@ impl Relay {
         Self { endpoint, delay_ms }
     }
 
-    /// Delays the member's bytes from now on.
+    /// Delays the bytes that the member sends from now on.
     fn delay_by(&self, delay: Duration) {
         self.delay_ms.store(u64::try_from(delay.as_millis()).expect("a short delay"), Relaxed);
     }
@@ -113,7 +113,7 @@ async fn slow_member_within_timeout_is_kept() {
 }
 
 #[tokio::test]
-async fn calls_and_watches_leave_too_slow_member() {
+async fn calls_and_watches_move_from_too_slow_member() {
     let etcd = Etcd::start(3).await;
     let (store, relay) = store_behind_relay(&etcd).await;
     let start = put(&store, "n", "start").await.expect("etcd responds");

@@ -39,7 +39,8 @@ async fn value(store: &EtcdStore, key: &str) -> Option<String> {
     entry.map(|entry| String::from_utf8(entry.value.to_vec()).expect("text"))
 }
 
-/// Repeats a put until it succeeds. For keys of which only the last value matters: a failed put may have been applied.
+/// Repeats a put until it succeeds. For keys of which only the last value matters, because a failed put may have been
+/// applied.
 async fn put_with_retries(store: &EtcdStore, key: &str, value: &str) -> Revision {
     let end = clock::monotonic() + TEST_TIMEOUT;
     loop {
@@ -103,7 +104,7 @@ async fn three_members_conform() {
     conformance::run_all(&subject).await;
 }
 
-/// More keys than fit into one page, and values so large that fewer keys exceed a page.
+/// A list is complete if it has more keys than one page, and also if its values exceed the size limit of one response.
 #[tokio::test]
 async fn list_of_many_pages_has_one_revision() {
     let etcd = Etcd::start(1).await;
@@ -147,8 +148,8 @@ async fn killed_leader_loses_no_changes_leases_or_watches() {
     assert!(value(&store, "leased").await.is_some());
 }
 
-/// Writes `n` to the key `n` over the revision `known`, and returns the revision of the write. Retries after an unknown
-/// outcome, and recognises from the value that an earlier attempt was applied.
+/// Writes the number to the key `n`, whose last revision is `known`, and returns the revision of the write. Retries
+/// after an unknown outcome, and recognises from the value that an earlier attempt was applied.
 async fn write_number(store: &EtcdStore, n: i32, known: Revision) -> Revision {
     let end = clock::monotonic() + TEST_TIMEOUT;
     let transaction =
@@ -167,7 +168,7 @@ async fn write_number(store: &EtcdStore, n: i32, known: Revision) -> Revision {
 }
 
 #[tokio::test]
-async fn calls_and_watches_leave_frozen_member() {
+async fn calls_and_watches_move_from_frozen_member() {
     let etcd = Etcd::start(3).await;
     let (store, start, mut watch) = start_watch(&etcd).await;
     let lease = store.grant(Duration::from_secs(30)).await.expect("etcd responds");
@@ -181,7 +182,7 @@ async fn calls_and_watches_leave_frozen_member() {
     etcd.thaw(0);
     etcd.wait_until_ready(&store).await;
     put_with_retries(&store, "n", "2").await;
-    // A put with an unknown outcome may have been applied twice.
+    // The put of "1" may have been applied twice: it was repeated if its outcome was unknown.
     let mut values = values_up_to(&mut watch, "2").await;
     values.retain(|value| value != "1");
     assert_eq!(values, ["2"]);
@@ -225,7 +226,8 @@ async fn compacted_start_fails_and_present_can_be_watched() {
         timeout(TEST_TIMEOUT, from_past.next()).await.expect("ended").is_none(),
         "the watch ends after its first error"
     );
-    // A continuous watch detects the compaction when it must resume: all changes that it received are compacted.
+    // An open watch continues after the compaction of its start revision. It fails when it must resume there: no change
+    // has advanced this watch.
     etcd.kill(0);
     assert_eq!(wait_for_error(&mut behind).await, MetaStoreError::Compacted { from: first.next(), oldest: last });
     let listing = store.list("a/").await.expect("two members suffice");
@@ -268,7 +270,7 @@ async fn watch_can_start_at_compacted_revision() {
 }
 
 #[tokio::test]
-async fn closed_endpoint_is_skipped_and_silent_one_is_left() {
+async fn closed_endpoint_is_skipped_and_silent_one_times_out() {
     let etcd = Etcd::start(1).await;
     let closed = {
         let bound = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");

@@ -39,7 +39,7 @@ impl Etcd {
         EtcdOptions::new(self.endpoints())
     }
 
-    /// Returns a store of all members, which are called in their order at first.
+    /// Returns a store of all members. Its first call goes to the member 0.
     pub(super) async fn store(&self) -> EtcdStore {
         EtcdStore::open(self.options()).await.expect("valid options")
     }

@@ -145,7 +145,7 @@ impl ScriptedResponse {
     }
 }
 
-/// A member with scripted responses. The script gets the path and the number of earlier requests.
+/// A server that responds as its script does. The script gets the path of a request and the number of earlier requests.
 struct ScriptedMember {
     endpoint: String,
     requests: Arc<AtomicU32>,
@@ -260,7 +260,7 @@ async fn non_text_keys_and_unknown_change_kinds_are_skipped() {
             let kvs = vec![kv(b"\xFF", 1), kv(b"", 1), kv(b"text", 1)];
             ScriptedResponse::of(&RangeResponse { header: HEADER, kvs, more: false })
         }
-        // The first watch returns changes. Each later one is rejected, which ends the store's watch.
+        // The first watch stream returns changes. Each later one is rejected, which ends the store's watch.
         _ if before <= 1 => {
             let events = vec![
                 EventMessage { kind: 7, kv: None },
@@ -298,7 +298,8 @@ async fn non_text_keys_and_unknown_change_kinds_are_skipped() {
     member.stop().await;
 }
 
-/// Regression: every attempt to resume started the same stream, which never lasted until its first changes.
+/// A watch whose streams time out before their first response ends with a retryable error, after which the metadata
+/// cache relists. Regression: the watch opened the same stream again and again.
 #[tokio::test]
 async fn watch_without_response_in_time_ends_for_a_relist() {
     let slow = |path: &str, _: u32| match path {
