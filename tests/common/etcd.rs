@@ -25,14 +25,16 @@ pub(crate) struct Etcd {
 
 struct Member {
     host: MemberHost,
+    /// Ports for clients and for the other members.
     ports: (u16, u16),
+    /// `None` while the member is stopped.
     process: Option<Child>,
 }
 
 /// Address and network namespace of a member.
 pub(crate) struct MemberHost {
     pub(crate) ip: Ipv4Addr,
-    /// Network namespace; without one, that of the tests.
+    /// Name of the network namespace; `None` for the namespace of the test process.
     pub(crate) namespace: Option<String>,
 }
 
@@ -57,14 +59,15 @@ pub(crate) fn in_namespace(namespace: Option<&str>, program: &Path) -> Command {
 }
 
 impl Etcd {
-    /// Starts a cluster on the loopback interface. Clients use `scheme`. The cluster may not respond yet.
+    /// Starts a cluster on the loopback interface. `scheme` is `http` or `https` and applies to clients; `flags` are
+    /// further command-line flags of each member. Does not wait until the cluster responds.
     pub(crate) fn begin(members: usize, scheme: &'static str, flags: &[String]) -> Self {
         let host = || MemberHost { ip: Ipv4Addr::LOCALHOST, namespace: None };
         let members = (0..members).map(|_| Member { host: host(), ports: (free_port(), free_port()), process: None });
         Self::of(members.collect(), scheme, flags)
     }
 
-    /// Starts a cluster with one member on each of these hosts.
+    /// Starts a cluster with one member on each of these hosts. Does not wait until the cluster responds.
     pub(crate) fn on_hosts(hosts: Vec<MemberHost>) -> Self {
         let members = hosts.into_iter().map(|host| Member { host, ports: (2379, 2380), process: None });
         Self::of(members.collect(), "http", &[])
@@ -77,7 +80,7 @@ impl Etcd {
         etcd
     }
 
-    /// Starts a member with its existing data.
+    /// Starts a member with the data on its disk, or with an empty data directory.
     pub(crate) fn run(&mut self, number: usize) {
         let peer = |number: usize| {
             let Member { host, ports, .. } = &self.members[number];
@@ -124,7 +127,7 @@ impl Etcd {
         (0..self.members.len()).for_each(|number| self.kill(number));
     }
 
-    /// Copies the data of all members under a name. The members must be stopped.
+    /// Copies the data of all members to the backup `name`. The members must be stopped.
     pub(crate) fn back_up(&self, name: &str) {
         for number in 0..self.members.len() {
             let member = self.folder.path().join(format!("m{number}"));
@@ -132,7 +135,7 @@ impl Etcd {
         }
     }
 
-    /// Replaces the data of all members with a copy. The members must be stopped.
+    /// Replaces the data of all members with the backup `name`. The members must be stopped.
     pub(crate) fn restore(&self, name: &str) {
         for number in 0..self.members.len() {
             let member = self.folder.path().join(format!("m{number}"));
@@ -141,7 +144,8 @@ impl Etcd {
         }
     }
 
-    /// Replaces the cluster with an empty one that has another id. The members must be stopped.
+    /// Deletes the data of all members and changes the cluster token, so that the next start creates an empty cluster
+    /// with another id. The members must be stopped.
     pub(crate) fn replace(&mut self) {
         for number in 0..self.members.len() {
             std::fs::remove_dir_all(self.folder.path().join(format!("m{number}"))).expect("the member has data");
@@ -149,7 +153,7 @@ impl Etcd {
         self.flags.extend(["--initial-cluster-token", "another"].map(str::to_owned));
     }
 
-    /// Starts every member with its existing data.
+    /// Starts every member: see [`Self::run`].
     pub(crate) fn run_all(&mut self) {
         (0..self.members.len()).for_each(|number| self.run(number));
     }

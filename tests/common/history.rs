@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 /// One log: the index of its topic in the test's list, and its partition.
 pub(crate) type Log = (usize, i32);
 
-/// Outcome of an attempt.
+/// Outcome of an attempt, as its client received it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     /// The broker acknowledged the record at this offset.
@@ -51,7 +51,7 @@ pub(crate) struct Attempt {
     pub(crate) outcome: Outcome,
 }
 
-/// The read of a part of a log by one reader.
+/// One reader's read of the range `from..to` of a log.
 #[derive(Clone, Debug)]
 pub(crate) struct ReadPass {
     pub(crate) log: Log,
@@ -63,8 +63,8 @@ pub(crate) struct ReadPass {
     pub(crate) end: i64,
     /// End of the read, excluded: `end`, or below it if the reader reads only a part.
     pub(crate) to: i64,
-    /// True if `end` had to be the newest end. A leader that was replaced without its knowledge reports an older end.
-    /// In this case only the received records are checked.
+    /// True if `end` had to be the newest end. False if `end` may come from a leader that has not detected its
+    /// replacement. Then neither `end` nor the records from `end` on are checked.
     pub(crate) current: bool,
     /// Received records, in the order of their arrival.
     pub(crate) records: Vec<(i64, u64)>,
@@ -105,21 +105,22 @@ impl History {
         let mut passes: Vec<&ReadPass> = self.passes.iter().filter(|pass| pass.log == log).collect();
         passes.sort_by_key(|pass| pass.began);
         let mut found = Vec::new();
-        let content = content(log, &passes, &mut found);
-        ends(log, &passes, &mut found);
-        identities(log, &attempts, &content, &mut found);
+        let content = merge_passes(log, &passes, &mut found);
+        check_ends(log, &passes, &mut found);
+        check_identities(log, &attempts, &content, &mut found);
         let acknowledged = Acknowledged::of(&attempts);
         for pass in &passes {
-            acknowledged.losses(pass, &mut found);
+            acknowledged.check_losses(pass, &mut found);
         }
-        producer_order(log, &attempts, &content, &mut found);
-        time_order(log, &attempts, &mut found);
+        check_producer_order(log, &attempts, &content, &mut found);
+        check_time_order(log, &attempts, &mut found);
         found
     }
 }
 
-/// Returns the content of the log by offset, according to its readers.
-fn content(log: Log, passes: &[&ReadPass], found: &mut Vec<Violation>) -> BTreeMap<i64, u64> {
+/// Returns the records of the log by offset, as the first reader of each offset received them. Adds a violation for
+/// each offset that a reader skipped, and for each record that differs from an earlier reader's.
+fn merge_passes(log: Log, passes: &[&ReadPass], found: &mut Vec<Violation>) -> BTreeMap<i64, u64> {
     let mut content: BTreeMap<i64, u64> = BTreeMap::new();
     for pass in passes {
         let mut expected = pass.from;
@@ -140,7 +141,8 @@ fn content(log: Log, passes: &[&ReadPass], found: &mut Vec<Violation>) -> BTreeM
     content
 }
 
-fn ends(log: Log, passes: &[&ReadPass], found: &mut Vec<Violation>) {
+/// Checks that no reader got a lower end than an earlier reader. Ignores passes whose end may be an older one.
+fn check_ends(log: Log, passes: &[&ReadPass], found: &mut Vec<Violation>) {
     let mut highest = 0;
     for pass in passes.iter().filter(|pass| pass.current) {
         if pass.end < highest {
@@ -150,8 +152,9 @@ fn ends(log: Log, passes: &[&ReadPass], found: &mut Vec<Violation>) {
     }
 }
 
-/// Checks that each received record was sent to this log, is at its acknowledged offset, and is there once if required.
-fn identities(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, found: &mut Vec<Violation>) {
+/// Checks that each received record was sent to this log and not refused, is at its acknowledged offset, and is in the
+/// log once if required. A record that may be repeated must only be at its acknowledged offset too.
+fn check_identities(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, found: &mut Vec<Violation>) {
     let sent: HashMap<u64, &Attempt> = attempts.iter().map(|attempt| (attempt.payload, *attempt)).collect();
     let mut seen: HashMap<u64, i64> = HashMap::new();
     for (&offset, &payload) in content {
@@ -182,7 +185,7 @@ fn identities(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, fou
 /// scan the whole history.
 struct Acknowledged<'a> {
     attempts: Vec<(i64, &'a Attempt)>,
-    /// For each record, the earliest acknowledgement of this record and all records above it.
+    /// For each record, the time of the earliest acknowledgement among this record and all records above it.
     earliest: Vec<u64>,
 }
 
@@ -201,8 +204,9 @@ impl<'a> Acknowledged<'a> {
         Self { attempts, earliest }
     }
 
-    /// Checks that the reader received all records in its range that were acknowledged before its start.
-    fn losses(&self, pass: &ReadPass, found: &mut Vec<Violation>) {
+    /// Checks that the reader received all records of its range that were acknowledged before its start. With a current
+    /// end, a record that was acknowledged at or above this end before the start is lost too.
+    fn check_losses(&self, pass: &ReadPass, found: &mut Vec<Violation>) {
         let seen: HashSet<u64> = pass.records.iter().map(|&(_, payload)| payload).collect();
         let first = self.attempts.partition_point(|&(offset, _)| offset < pass.from);
         // From the first record whose `earliest` is not before the start of the pass, no record had to be received.
@@ -216,8 +220,8 @@ impl<'a> Acknowledged<'a> {
     }
 }
 
-/// Checks that the records of each producer are in the order of sending.
-fn producer_order(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, found: &mut Vec<Violation>) {
+/// Checks that the received records of each producer are in the order of sending.
+fn check_producer_order(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, found: &mut Vec<Violation>) {
     let sent: HashMap<u64, &Attempt> = attempts.iter().map(|attempt| (attempt.payload, *attempt)).collect();
     let mut last: HashMap<u32, &Attempt> = HashMap::new();
     for attempt in content.values().filter_map(|payload| sent.get(payload)) {
@@ -230,8 +234,8 @@ fn producer_order(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>,
     }
 }
 
-/// Checks that a record is below each record that was sent after its acknowledgement.
-fn time_order(log: Log, attempts: &[&Attempt], found: &mut Vec<Violation>) {
+/// Checks that each acknowledged record is below every other one that was sent after its acknowledgement.
+fn check_time_order(log: Log, attempts: &[&Attempt], found: &mut Vec<Violation>) {
     let acknowledged = |attempt: &&Attempt| match attempt.outcome {
         Outcome::Acknowledged { offset } => Some((offset, attempt.sent, attempt.responded, attempt.payload)),
         _ => None,
@@ -272,8 +276,8 @@ mod tests {
         ReadPass { log: LOG, began, from, end, to: end, current: true, records }
     }
 
-    /// Returns a history without violations: records in order, one stored and one missing of unknown outcome, and a
-    /// refused one.
+    /// Returns a history without violations: acknowledged records in order, a stored and a missing record with unknown
+    /// outcomes, and a refused record.
     fn valid() -> History {
         let attempts = vec![
             acknowledged(1, 0),
@@ -348,7 +352,7 @@ mod tests {
             rewritten.contains(&Violation::Rewritten { log: LOG, offset: 2, first: 3, second: 4 }),
             "{rewritten:?}"
         );
-        // A record acknowledged above the reported end is lost, wherever the read stopped.
+        // A record that was acknowledged at or above the reported end is lost, also if the reader reads only a part.
         let mut history = partial(1, 2, &[2]);
         history.attempts.push(attempt(8, 80, 85, Outcome::Acknowledged { offset: 5 }));
         assert!(history.check().contains(&Violation::Lost { log: LOG, offset: 5, payload: 8 }));
@@ -461,7 +465,7 @@ mod tests {
         assert!(history.check().contains(&Violation::Lost { log: LOG, offset: 1, payload: 2 }));
     }
 
-    /// Every single change to the records of a full read is a violation.
+    /// Each single dropped, changed or inserted record of a full read is a violation.
     #[test]
     fn single_change_to_a_full_read_is_found() {
         let attempts: Vec<Attempt> = (1..=8).map(|n| acknowledged(n, n as i64 - 1)).collect();
