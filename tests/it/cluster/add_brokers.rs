@@ -1,4 +1,4 @@
-//! A cluster gets a new broker and loses another one permanently. Replicas move to the new broker, and the lost
+//! A new broker joins a cluster, and another broker is lost permanently. Replicas move to the new broker, and the lost
 //! replicas are created again. No operator command is involved.
 
 use serde_json::Value;
@@ -9,17 +9,18 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Topics, with the replication factor and the durability of each. All have a min ISR of two.
+/// Topics, with the replication factor and the durability of each. All have min ISR 2.
 const TOPICS: [(&str, usize, &str); 2] = [("three", 3, "replicated"), ("two", 2, "persisted")];
 
 /// Number of partitions of each topic.
 const PARTITIONS: u32 = 4;
 
 /// Number of records that one call of [`send`] sends to each partition.
-const SOME: u32 = 500;
+const RECORDS_PER_SEND: u32 = 500;
 
-/// Replaces lost brokers soon. The delay is longer than the lease of a broker that merely waits for CPU time.
-fn hasty(instance: BrokerInstance) -> BrokerInstance {
+/// Shortens the delay after which the replicas of an offline broker are replaced. The delay must not be shorter: a
+/// broker that waits for CPU time may be unregistered for a moment.
+fn with_short_replacement_delay(instance: BrokerInstance) -> BrokerInstance {
     instance.setting("controller.replace_after", "\"3s\"")
 }
 
@@ -28,21 +29,23 @@ fn logs() -> impl Iterator<Item = (&'static str, u32)> {
     TOPICS.into_iter().flat_map(|(topic, ..)| (0..PARTITIONS).map(move |partition| (topic, partition)))
 }
 
-/// Returns lines that each name their partition.
+/// Returns the numbered lines `from..to` of a partition; each contains the name of the partition.
 fn lines(topic: &str, partition: u32, from: u32, to: u32) -> String {
     (from..to).map(|line| format!("{topic}/{partition} line {line}\n")).collect()
 }
 
-/// Sends more records to each partition. Returns the number of records that each partition then has.
+/// Sends more records to each partition, which has `sent` records so far. Returns the number of records that each
+/// partition then has.
 fn send(cli: &Cli, sent: u32) -> u32 {
     for (topic, partition) in logs() {
-        let text = lines(topic, partition, sent, sent + SOME);
+        let text = lines(topic, partition, sent, sent + RECORDS_PER_SEND);
         cli.ok_with(&["produce", topic, "--partition", &partition.to_string()], text.as_bytes());
     }
-    sent + SOME
+    sent + RECORDS_PER_SEND
 }
 
-/// Checks that every record is read once and in order. A new leader may not serve all committed records at once.
+/// Waits until the `sent` records of each partition are read, once and in order. Repeated: a new leader may not serve
+/// all committed records at once.
 fn is_whole(cli: &Cli, sent: u32) {
     for (topic, partition) in logs() {
         let (all, number) = (lines(topic, partition, 0, sent), partition.to_string());
@@ -79,7 +82,7 @@ fn held(holders: &[Vec<u64>], broker: u64) -> usize {
     holders.iter().filter(|replicas| replicas.contains(&broker)).count()
 }
 
-/// Returns the number of changes that these brokers have made for a reason, as controllers.
+/// Returns the number of changes that these brokers have made as controllers for this reason.
 fn steps(cluster: &Cluster, brokers: &[u32], reason: &str) -> f64 {
     let name = format!("strandline_controller_changes_total{{reason=\"{reason}\"}} ");
     let by = |id: &u32| {
@@ -91,7 +94,7 @@ fn steps(cluster: &Cluster, brokers: &[u32], reason: &str) -> f64 {
 
 #[test]
 fn replicas_move_to_new_broker_and_replace_lost_ones() {
-    let mut cluster = Cluster::with(3, hasty);
+    let mut cluster = Cluster::with(3, with_short_replacement_delay);
     for (topic, factor, durability) in TOPICS {
         let (partitions, replicas) = (PARTITIONS.to_string(), factor.to_string());
         let create = ["topic", "create", topic, "--partitions", &partitions, "--replication-factor", &replicas];
@@ -102,18 +105,18 @@ fn replicas_move_to_new_broker_and_replace_lost_ones() {
     }
     let sent = send(&cluster.cli(), 0);
 
-    let new = hasty(cluster.new_instance(4));
+    let new = with_short_replacement_delay(cluster.new_instance(4));
     cluster.add(4, new);
     cluster.ready();
-    // Broker 4 is in the rack of broker 1. It therefore replaces broker 1 among three replicas until it holds almost as
-    // many.
+    // Broker 4 is in the rack of broker 1. So in partitions with three replicas, broker 4 takes replicas only from
+    // broker 1, until both have almost the same number.
     eventually("replicas move to the new broker", || (held(&holders(&cluster)?, 4) >= 2).then_some(()));
     assert!(steps(&cluster, &[1, 2, 3, 4], "balanced") >= 1.0, "to balance the replicas of the brokers");
     let sent = send(&cluster.cli(), sent);
 
     cluster.kill(2);
-    // With three replicas, two remain, which is the min ISR. With two replicas, writes wait until two are in sync
-    // again.
+    // A partition with three replicas keeps two, which is the min ISR. Writes to a partition with two replicas wait
+    // until two are in sync again.
     let sent = send(&cluster.cli(), sent);
     eventually("no partition has a replica on the removed broker", || {
         (held(&holders(&cluster)?, 2) == 0).then_some(())

@@ -1,4 +1,4 @@
-//! Random faults on brokers and etcd members on machines of their own, with an object store over the network.
+//! Random faults on brokers and etcd members, each on a simulated machine of its own, and on an object store.
 //! Acknowledged records are kept, once and in order. The test prints how long clients waited after each kind of fault.
 //!
 //! `STRANDLINE_CHAOS_MINUTES` is the duration (`make chaos MINUTES=N`). `STRANDLINE_CHAOS_ONLY` selects faults by parts
@@ -21,8 +21,8 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Duration of a fault, longer than a lease.
-const LONG: Duration = Duration::from_secs(9);
+/// Duration of each fault that does not end a broker's process. Longer than a lease.
+const FAULT_DURATION: Duration = Duration::from_secs(9);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum InjectedFault {
@@ -71,8 +71,9 @@ impl fmt::Display for InjectedFault {
     }
 }
 
-/// Starts a fault, waits while the fault lasts, and ends it. `wait_for_clients` waits until clients are served again.
-/// Returns how long clients waited.
+/// Starts a fault at a random broker or etcd member, waits until clients are served again while the fault lasts, and
+/// ends the fault. `wait_for_clients` waits until clients are served and returns how long they waited, which is also
+/// the result.
 fn inject(
     on: &mut Machines,
     fault: InjectedFault,
@@ -95,14 +96,14 @@ fn inject(
         }
         InjectedFault::Freeze => {
             on.cluster.broker(broker).freeze(true);
-            let waited = lasting(LONG, wait_for_clients);
+            let waited = lasting(FAULT_DURATION, wait_for_clients);
             on.cluster.broker(broker).freeze(false);
             waited
         }
         InjectedFault::Isolated => {
             on.part_from_brokers(broker, true);
             on.part_from_etcd(broker, true);
-            let waited = lasting(LONG, wait_for_clients);
+            let waited = lasting(FAULT_DURATION, wait_for_clients);
             on.part_from_brokers(broker, false);
             on.part_from_etcd(broker, false);
             waited
@@ -110,45 +111,44 @@ fn inject(
         InjectedFault::ReceiveCut | InjectedFault::SendCut => {
             let (from, to) = if fault == InjectedFault::ReceiveCut { (other, broker) } else { (broker, other) };
             on.network.cut(&broker_name(from), broker_ip(to));
-            let waited = lasting(LONG, wait_for_clients);
+            let waited = lasting(FAULT_DURATION, wait_for_clients);
             on.network.mend(&broker_name(from), broker_ip(to));
             waited
         }
         InjectedFault::IsolatedFromEtcd => {
             on.part_from_etcd(broker, true);
-            let waited = lasting(LONG, wait_for_clients);
+            let waited = lasting(FAULT_DURATION, wait_for_clients);
             on.part_from_etcd(broker, false);
             waited
         }
         InjectedFault::EtcdKilled => {
             on.cluster.etcd.kill(usize::from(member));
-            let waited = lasting(LONG, wait_for_clients);
+            let waited = lasting(FAULT_DURATION, wait_for_clients);
             on.cluster.etcd.run(usize::from(member));
             waited
         }
         InjectedFault::EtcdIsolated => {
             on.part_member(member, true);
-            let waited = lasting(LONG, wait_for_clients);
+            let waited = lasting(FAULT_DURATION, wait_for_clients);
             on.part_member(member, false);
             waited
         }
         InjectedFault::ObjectStoreDown => {
             on.s3.faults().set_down(true);
-            let waited = lasting(LONG, wait_for_clients);
+            let waited = lasting(FAULT_DURATION, wait_for_clients);
             on.s3.faults().set_down(false);
             waited
         }
         InjectedFault::ObjectStoreUnreliable => {
             on.s3.faults().set_unreliable(true);
-            let waited = lasting(LONG, wait_for_clients);
+            let waited = lasting(FAULT_DURATION, wait_for_clients);
             on.s3.faults().set_unreliable(false);
             waited
         }
     }
 }
 
-/// Lets the fault last for `time`. Clients must then be served again while the fault still lasts, however long they
-/// take.
+/// Lets a fault last for `time`, and longer until clients are served again. Returns how long they waited.
 fn lasting(time: Duration, wait_for_clients: &mut dyn FnMut() -> Duration) -> Duration {
     thread::sleep(time);
     wait_for_clients()
@@ -170,22 +170,22 @@ async fn random_faults_lose_duplicate_or_reorder_no_records() {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut machines = tokio::task::block_in_place(|| {
         let machines = Machines::make();
-        // The segments are so large that uploads keep up with the load for hours. A broker with a lost disk copies all
-        // records that are not in the object store.
+        // Segments of 1 MiB, so large that uploads keep up with the load for hours. A broker with a lost disk copies
+        // all records that are not in the object store.
         create_with(&machines.cluster, 1 << 20, 2000);
         machines
     });
     let work = ClientLoad::on_topic(&machines.cluster.bootstrap(), machines.cluster.addresses(), &mut rng).await;
     let mut waits: BTreeMap<InjectedFault, Vec<Duration>> = BTreeMap::new();
     let (until, mut strikes) = (clock::monotonic() + time, 0);
-    let mut left = Vec::new();
+    let mut remaining_faults = Vec::new();
     while clock::monotonic() < until {
         work.load.moment(&mut rng).await;
-        // Each fault happens once before any happens again, so that a short run covers all faults.
-        if left.is_empty() {
-            left.clone_from(&faults);
+        // Each kind of fault happens once before any happens again, so that a short run covers all kinds.
+        if remaining_faults.is_empty() {
+            remaining_faults.clone_from(&faults);
         }
-        let fault = left.swap_remove(rng.random_range(0..left.len()));
+        let fault = remaining_faults.swap_remove(rng.random_range(0..remaining_faults.len()));
         let since = clock::monotonic();
         let mut wait_for_clients = || {
             let logs = (0..PARTITIONS).map(|partition| (0, partition));

@@ -19,14 +19,14 @@ fn dev_cluster_uses_etcd_and_logs_broker_ids() {
     assert!(!instance.data_dir().join("metadata.redb").exists(), "the brokers store their state in etcd");
     let log = instance.log();
     for id in 1..=3 {
-        // Lines of replication links, for example, which run in tasks of their own.
+        // Every task of a broker logs the broker's id, also tasks that it spawned, such as those of replication links.
         let of = format!("broker{{id={id}}}: ");
         assert!(log.lines().any(|line| line.contains(&of)), "{of}\n{log}");
     }
     let line = log
         .lines()
         .find(|line| line.contains("opened the link of a follower's broker"))
-        .expect("the offsets are consecutive");
+        .expect("the leader's broker logs the link");
     assert!(line.contains("broker{id="), "{line}");
 
     broker.kill9();

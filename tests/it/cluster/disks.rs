@@ -1,5 +1,6 @@
-//! A broker loses its disk and returns under its old id. Its replicas count as lost and are copied again, from the
-//! object store as far as that reaches. Records that retention deletes are removed from every disk.
+//! A broker loses its disk and returns under its old id. Its replicas count as lost and are copied again: records below
+//! the tiered end from the object store, the rest from peers. Records that retention deletes are removed from every
+//! disk.
 
 use strandline::proto::v1::ElectLeaderRequest;
 
@@ -16,6 +17,7 @@ use crate::{
     wire,
 };
 
+/// Number of records in the topic, one per line.
 const LINES: u32 = 60_000;
 
 /// Kills a broker, deletes its data directory, starts the broker again, and waits until it is in sync.
@@ -61,12 +63,12 @@ fn broker_with_lost_disk_copies_its_replicas_again() {
     for lost in [leader, leader % 3 + 1] {
         lose_disk(&mut cluster, lost);
     }
-    // The two brokers with new disks serve all records without the third.
+    // The third broker is killed, so that the two brokers with new disks serve all records.
     cluster.kill((leader + 1) % 3 + 1);
     check_records(&cluster);
 }
 
-/// The new replica copies no tiered records from its peers, although they have them on disk.
+/// A replica on a new disk does not copy tiered records from its peers, although its peers still have them on disk.
 #[test]
 fn new_replica_copies_no_tiered_records_from_peers() {
     let mut cluster = cluster_with_topic(&["--config", "segment.bytes=65536", "--config", "segment.ms=200"]);
@@ -81,8 +83,8 @@ fn new_replica_copies_no_tiered_records_from_peers() {
     assert!(tail * 20.0 < before, "{tail} bytes of {before} came from peers, but all were in the object store");
 }
 
-/// Uploads, the bootstrap of a new replica and reads of old records continue with an object store that serves about
-/// every second request.
+/// Uploads, the bootstrap of a new replica and reads of old records succeed although about every second request to the
+/// object store fails, is delayed or loses its response.
 #[test]
 fn unreliable_object_store_loses_no_records() {
     let s3 = S3::begin();
@@ -108,8 +110,8 @@ fn unreliable_object_store_loses_no_records() {
     assert!(s3.faults().hits() > 5 && gets > 0, "the object store had faults");
 }
 
-/// Regression: the log start moves with the leader's files. A follower whose log was empty by then was not checked
-/// again.
+/// Followers delete expired records from their disks when the leader advances the log start, also without further
+/// writes. Regression: a follower whose log was empty by then was not checked again.
 #[test]
 fn expired_records_are_deleted_on_followers_without_writes() {
     let cluster = Cluster::with(3, |instance| instance.setting("tier.check_interval", "\"1s\""));
@@ -129,9 +131,9 @@ fn expired_records_are_deleted_on_followers_without_writes() {
     }
 }
 
-/// The only remaining replica ends below the tiered end, as after a power failure. The other replicas are lost. No
-/// election may accept this replica as the log. After an operator's unclean election the log continues at the tiered
-/// end, and no offset is assigned twice.
+/// The only replica of a partition ends below the tiered end, as after a power failure. It is not elected without an
+/// operator's unclean election. After that election the log continues at the tiered end, and no offset is assigned
+/// twice.
 #[test]
 fn replica_below_tiered_end_needs_unclean_election() {
     for durability in ["replicated", "persisted"] {
@@ -149,8 +151,7 @@ fn continue_at_tiered_end(durability: &str) {
     cli.ok_with(&["produce", TOPIC], lines(0, LINES).as_bytes());
     tiered(&cluster);
     cluster.kill(1);
-    // The segments and the effect of the checkpoint are lost, as if nothing had been written since the directory was
-    // created.
+    // All segment files are deleted, so that the replica starts as an empty one.
     let segments = files(&cluster.instance(1).data_dir(), ".log");
     let replica = segments[0].parent().expect("a folder").to_owned();
     for segment in segments {
@@ -158,7 +159,7 @@ fn continue_at_tiered_end(durability: &str) {
     }
     cluster.restart(1);
     eventually("the partition has no leader", || cluster.partitions(TOPIC)[0]["leader"].is_null().then_some(()));
-    // An election without the operator's consent to the deletion of the replica is refused.
+    // An unclean election is refused if the request does not consent to the deletion of the replica.
     let address = cluster.addresses()[0];
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let elected = eventually("the broker reports its replica as unusable", || {

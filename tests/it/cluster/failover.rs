@@ -1,4 +1,4 @@
-//! Brokers are killed under load. Acknowledged records are kept, clients continue by themselves, and restarted brokers
+//! Brokers are killed. Acknowledged records are kept, clients continue without intervention, and restarted brokers
 //! catch up.
 
 use std::{net::TcpListener, thread, time::Duration};
@@ -15,7 +15,8 @@ use crate::{
     test_timeout::{eventually, poll},
 };
 
-/// Creates a topic with small segments. Every record is on two disks before it is acknowledged.
+/// Creates a topic with small segments, three replicas and min ISR 2, so that two replicas have each record before it
+/// is acknowledged.
 pub(super) fn create(cluster: &Cluster) {
     create_with(cluster, 64 << 10, 500);
 }
@@ -30,7 +31,7 @@ pub(super) fn create_with(cluster: &Cluster, bytes: u32, ms: u32) {
     cluster.in_sync(TOPIC, 3);
 }
 
-/// Starts three brokers, producers and a consumer.
+/// Starts three brokers with the topic of [`create`], producers and a consumer.
 pub(super) async fn at_work(rng: &mut StdRng) -> (Cluster, ClientLoad) {
     let cluster = tokio::task::block_in_place(|| {
         let cluster = Cluster::start(3);
@@ -41,9 +42,9 @@ pub(super) async fn at_work(rng: &mut StdRng) -> (Cluster, ClientLoad) {
     (cluster, work)
 }
 
-/// Writes and reads once through three brokers. Every replica then has the same bytes.
+/// A follower that was down during a write catches up. After the leader is killed, its successor serves all records.
 #[test]
-fn three_brokers_hold_the_same_bytes() {
+fn successor_of_killed_leader_serves_all_records() {
     let mut cluster = Cluster::start(3);
     create(&cluster);
     let cli = cluster.cli();
@@ -55,7 +56,7 @@ fn three_brokers_hold_the_same_bytes() {
     cli.ok_with(&["produce", TOPIC, "--partition", "0"], b"without one of three\n");
     cluster.restart(followed);
     cluster.in_sync(TOPIC, 3);
-    // The next leader has all records.
+    // The leader is killed, so that another replica is read.
     let leader = cluster.leader(TOPIC, 0);
     cluster.kill(leader);
     let read = eventually("another broker leads", || {
@@ -65,11 +66,12 @@ fn three_brokers_hold_the_same_bytes() {
     assert_eq!(read, format!("{text}without one of three\n"));
 }
 
-/// Maximum time to replace a broker: less than the remaining lease of [`with_long_leases`], which is at least two
-/// thirds of the lease.
-const SOON: Duration = Duration::from_secs(38);
+/// Maximum time until a killed broker is replaced. Shorter than the remaining lease in [`with_long_leases`], which is
+/// at least two thirds of the lease, 40 s.
+const REPLACEMENT_TIMEOUT: Duration = Duration::from_secs(38);
 
-/// Starts three brokers with a lease and a follower lag time of a minute.
+/// Starts three brokers with a lease (`metadata.session_timeout`) and a maximum follower lag
+/// (`replication.max_lag_time`) of a minute.
 fn with_long_leases() -> Cluster {
     let long = "\"60s\"";
     Cluster::with(3, |instance| {
@@ -77,27 +79,27 @@ fn with_long_leases() -> Cluster {
     })
 }
 
-/// Waits until peers lead the partitions that a killed broker led, and its ISR memberships are gone. The wait is
-/// shorter than a lease, so the failure must be detected earlier.
-fn replaced(cluster: &Cluster, topic: &str, gone: u32) {
+/// Waits until the killed broker `killed` leads no partition of the topic and is in no ISR. The wait is shorter than a
+/// lease, so the failure must be detected earlier.
+fn wait_until_replaced(cluster: &Cluster, topic: &str, killed: u32) {
     let without = |one: &Value| {
-        let counts = |broker: &Value| *broker != gone;
+        let counts = |broker: &Value| *broker != killed;
         one["leader"].is_u64()
             && counts(&one["leader"])
             && one["isr"].as_array().is_some_and(|isr| isr.iter().all(counts))
     };
-    let replaced = poll(SOON, || cluster.partitions(topic).iter().all(without).then_some(()));
-    assert!(replaced.is_some(), "not replaced within {SOON:?}\n{}", cluster.logs());
+    let replaced = poll(REPLACEMENT_TIMEOUT, || cluster.partitions(topic).iter().all(without).then_some(()));
+    assert!(replaced.is_some(), "not replaced within {REPLACEMENT_TIMEOUT:?}\n{}", cluster.logs());
 }
 
-/// One of the killed brokers is the controller.
+/// Peers detect that the process has exited, also when it was the controller: each of the three brokers is killed once.
 #[test]
 fn killed_broker_is_replaced_before_its_lease_expires() {
     let mut cluster = with_long_leases();
     create(&cluster);
     for broker in 1..=3 {
         cluster.kill(broker);
-        replaced(&cluster, TOPIC, broker);
+        wait_until_replaced(&cluster, TOPIC, broker);
         for partition in 0..PARTITIONS {
             cluster.cli().ok_with(&["produce", TOPIC, "--partition", &partition.to_string()], b"one\n");
         }
@@ -106,9 +108,10 @@ fn killed_broker_is_replaced_before_its_lease_expires() {
     }
 }
 
-/// Regression: the new process binds the port before the peers have probed it twice. A new process that did not respond
-/// there kept its own id from itself until the lease of the old process expired. The start may be slow, and the port
-/// unresponsive for long.
+/// A wiped broker's new process binds the peer port before its peers have probed the old process twice. It responds
+/// there with its own identity, which shows that the old process has exited. Regression: without this response, the new
+/// process had to wait until the old lease expired. In the last round, a listener that never responds holds the port
+/// for two seconds first.
 #[test]
 fn wiped_broker_gets_its_id_before_the_old_lease_expires() {
     let mut cluster = with_long_leases();
@@ -123,13 +126,14 @@ fn wiped_broker_gets_its_id_before_the_old_lease_expires() {
         cluster.wipe(broker);
         cluster.begin(broker);
         let is_ready = || http_get(cluster.instance(broker).http(), "/readyz").is_ok_and(|(code, _)| code == 200);
-        let ready = poll(SOON, || is_ready().then_some(()));
-        assert!(ready.is_some(), "not ready within {SOON:?}\n{}", cluster.logs());
+        let ready = poll(REPLACEMENT_TIMEOUT, || is_ready().then_some(()));
+        assert!(ready.is_some(), "not ready within {REPLACEMENT_TIMEOUT:?}\n{}", cluster.logs());
         cluster.in_sync(TOPIC, 3);
     }
 }
 
-/// The controller holds no replica of the topic. It has no link to the killed broker and needs a failure report.
+/// The controller holds no replica of the topic and so has no link to the killed broker. It can detect the failure only
+/// by another broker's report.
 #[test]
 fn controller_without_links_gets_a_failure_report() {
     let mut cluster = with_long_leases();
@@ -142,11 +146,11 @@ fn controller_without_links_gets_a_failure_report() {
     let leader = cluster.leader("pair", 0);
     assert_eq!(controller(), Some(drained), "the replica shares nothing with {leader}");
     cluster.kill(leader);
-    replaced(&cluster, "pair", leader);
+    wait_until_replaced(&cluster, "pair", leader);
     cli.ok_with(&["produce", "pair"], b"one\n");
 }
 
-/// Leaders and followers are killed under idempotent producers and a consumer. Each record is delivered once and in
+/// Brokers are killed at random while idempotent producers and a consumer run. Each record is delivered once and in
 /// order. The test prints how long clients waited.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn broker_kills_lose_or_duplicate_no_records() {

@@ -42,8 +42,8 @@ fn broker_under_disk_pressure_gets_no_new_replicas() {
     eventually("the replica has moved", || moved().then_some(()));
 }
 
-/// Regression, found by an operator: the leader's disk was full. Its two followers were in sync and had space, and no
-/// record could be written.
+/// A leader with a full disk transfers its leadership, and leads again when there is space. Regression, found by an
+/// operator: the leader's disk was full. Its two followers were in sync and had space, and no record could be written.
 #[test]
 fn leader_with_full_disk_transfers_leadership_until_space() {
     let mut cluster = Cluster::with(3, |instance| instance.setting("log.journal_bytes", "\"16MiB\""));
@@ -65,14 +65,14 @@ fn leader_with_full_disk_transfers_leadership_until_space() {
     assert_ne!(cluster.leader("t", 0), 1, "another broker leads");
     let described = cli.ok(&["cluster", "describe"]).text();
     assert!(described.contains("the disk of broker 1 is full: leadership moves to other brokers"), "{described}");
-    // All other places show the state too, although disk usage is below `broker.disk_pressure_percent`. The broker
-    // serves.
+    // The metric, the readiness page and the health report show the full disk too, although disk usage is below
+    // `broker.disk_pressure_percent`. The broker stays ready.
     eventually("the metric reports disk pressure", || {
         (cluster.instance(1).metric("strandline_disk_pressure") == 1.0).then_some(())
     });
     let (code, page) = http_get(cluster.instance(1).http(), "/readyz").expect("the broker responds");
     assert!(code == 200 && page.contains("impaired: disk full since "), "{code}: {page}");
-    // A broker that takes more than a second to respond is reported as not responding.
+    // Repeated: a broker that takes more than a second to respond is reported as not responding.
     eventually("another broker reports disk pressure", || {
         let health = cluster.cli_by([2]).run(&["cluster", "health"]);
         assert_eq!(health.code, 1);

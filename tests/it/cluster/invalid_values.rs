@@ -1,5 +1,5 @@
-//! Invalid values in etcd that no broker wrote. Brokers report and skip them, and no process exits because of them.
-//! Affected partitions continue when the values are restored.
+//! Values in etcd that are invalid because of an operator's mistake. Brokers report and skip them, and no process exits
+//! because of them. Affected partitions continue when the values are restored.
 
 use etcd_client::Client;
 use serde_json::Value;
@@ -13,7 +13,7 @@ use crate::{corruption::lines, test_timeout::eventually, wire};
 
 const PREFIX: &str = "/strandline/it";
 
-/// Direct access to etcd, as for an operator's mistake.
+/// Direct access to the cluster's keys in etcd.
 struct Api {
     runtime: tokio::runtime::Runtime,
     client: Client,
@@ -127,8 +127,8 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
     cluster.in_sync("new", 3);
     assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("before\nmeanwhile\n"));
 
-    // As docs/operations.md describes: the old value is restored. Its leader was restarted meanwhile, so that
-    // replica is held back, and its broker resigns.
+    // The old value is restored, as docs/operations.md describes. The broker that it names as leader was restarted
+    // meanwhile. So this broker's replica stays offline until the next restart, at which the broker resigns.
     api.put(&invalid_key, &partition);
     api.put("topics/other", &other);
     for key in ["topics/x", "brokers/9"] {
@@ -156,8 +156,8 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
     all_run(&mut cluster);
 }
 
-/// Records that only the object store has cannot be located for a while. No other records are read in their place, and
-/// appends continue. The restored value makes all records readable again.
+/// While the tier state of a partition is invalid, a restarted broker cannot locate records that only the object store
+/// has. No other records are read in their place. The restored value makes all records readable again.
 #[test]
 fn tiered_records_with_invalid_state_are_not_skipped() {
     let mut cluster = Cluster::start(3);
@@ -196,7 +196,7 @@ fn tiered_records_with_invalid_state_are_not_skipped() {
     all_run(&mut cluster);
 }
 
-/// A replica that is not known to exist does not count as held. The broker copies this replica from peers.
+/// Without a readable directory record, a starting broker cannot verify its replicas, so it copies them from its peers.
 #[test]
 fn broker_with_unreadable_directory_key_copies_its_replicas() {
     let mut cluster = Cluster::start(3);
@@ -212,15 +212,16 @@ fn broker_with_unreadable_directory_key_copies_its_replicas() {
     let log = cluster.log(2);
     assert!(log.contains("the directory record of this broker cannot be read"), "{log}");
     assert!(unusable(&cluster).is_empty(), "the broker has written its directory record again");
-    // Only the copies of broker 2 remain.
+    // Broker 2 must serve the records alone.
     for other in [1, 3] {
         cluster.stop(other);
     }
-    let led_by_it = ["consume", "orders", "--partition", "1", "--until-end", "--timeout", "20"];
-    assert_eq!(cluster.cli().ok(&led_by_it).text(), "before\n");
+    let consume = ["consume", "orders", "--partition", "1", "--until-end", "--timeout", "20"];
+    assert_eq!(cluster.cli().ok(&consume).text(), "before\n");
 }
 
-/// Producers with an id continue. New producers start while a broker has ids left.
+/// While `producer-ids` is invalid, producers with an id continue. New producers get ids from the block that the broker
+/// has reserved, until the block is used up.
 #[test]
 fn new_producers_use_up_reserve_without_producer_ids_key() {
     let cluster = Cluster::start(1);
@@ -237,7 +238,7 @@ fn new_producers_use_up_reserve_without_producer_ids_key() {
     let (mut log, mut count) = (wire::log(address), 0);
     let mut begin = || {
         count += 1;
-        // The quota of a connection is smaller than the reserve.
+        // Each connection may request fewer ids than the block contains, so further connections are opened.
         if count % 500 == 0 {
             log = wire::log(address);
         }
@@ -253,8 +254,8 @@ fn new_producers_use_up_reserve_without_producer_ids_key() {
     assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("one\ntwo\nthree\n"));
 }
 
-/// A broker that cannot verify whether an id was assigned makes the producer wait. A broker that has read the key does
-/// not need the key again.
+/// Without a readable `producer-id-key`, a restarted broker cannot verify whether a producer id was assigned, and
+/// refuses the append with a retryable error. A broker that has read the key before continues.
 #[test]
 fn producers_wait_without_the_key_of_check_values() {
     let mut cluster = Cluster::start(1);
@@ -274,7 +275,7 @@ fn producers_wait_without_the_key_of_check_values() {
     let mut batch = wire::batch(&[b"x"]);
     batch[43..57].fill(0);
     wire::renew_crc(&mut batch);
-    // The restarted broker leads the partition a moment later.
+    // Repeated: the restarted broker may not lead the partition yet.
     let error = eventually("the id is refused", || {
         let refused = runtime.block_on(wire::append(&mut log, wire::append_batch("orders", 0, batch.clone())));
         Some(refused.expect_err("the producer id is unknown")).filter(|error| error.code != ErrorCode::NotLeader)
@@ -287,7 +288,7 @@ fn producers_wait_without_the_key_of_check_values() {
     assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("one\ntwo\nthree\n"));
 }
 
-/// The controller's key belongs to a lease. A broker that finds an invalid value there deletes the key, and a
+/// A broker deletes an invalid value of the key `controller`, which would never expire without a lease. Then a
 /// controller is elected.
 #[test]
 fn cluster_replaces_invalid_controller_key() {
@@ -301,7 +302,7 @@ fn cluster_replaces_invalid_controller_key() {
     let controller = eventually("a broker is the controller", controller);
     let log: String = (1..=3).map(|id| cluster.log(id)).collect();
     assert!(log.contains(&format!("{PREFIX}/controller")), "{log}");
-    // The controller reacts to the loss of a broker.
+    // The new controller has leaders elected for the partitions of a killed broker.
     let other = u32::try_from(controller % 3 + 1).expect("the broker id is below 2^32");
     cluster.kill(other);
     eventually("other brokers lead its partitions", || {

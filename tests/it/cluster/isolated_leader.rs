@@ -1,5 +1,6 @@
-//! A leader that is isolated from its cluster, but not from its clients. The leader signals to its readers that other
-//! brokers may lead. Its writers get no response. Both continue at the new leader while the isolation lasts.
+//! A leader that is isolated from the other brokers and from etcd, but not from its clients. It signals to its readers
+//! that another broker may lead. Its writers get no response. Readers and writers continue at the new leader while the
+//! isolation lasts.
 
 use strandline::task::clock;
 
@@ -34,11 +35,12 @@ fn clients_of_isolated_leader_continue_at_its_successor() {
         (leader != u64::from(old)).then_some(())
     });
     println!("alone: another broker led {:?} after the cut", since.elapsed());
-    // No client writes to the old leader. Only its own message moves its reader to the new leader.
+    // No client writes to the old leader, so only its signal `lease_expired` makes its reader move to the new leader.
     others.ok_with(&["produce", "t"], b"behind its back\n");
     reader.wait_for_output(&reader.stdout, "behind its back\n");
     println!("alone: the reader had the records of the successor {:?} after the cut", since.elapsed());
-    // The old leader still reports its leadership and its log end, both outdated. A write to the old leader waits.
+    // The old leader still reports its outdated leadership and log end. A client that connects through it must
+    // nevertheless read from and write to the new leader.
     let by_old = cluster.cli_by([old]);
     let read = by_old.ok(&["consume", "t", "--from", "earliest", "--until-end"]);
     assert_eq!(read.text(), "before\nbehind its back\n");

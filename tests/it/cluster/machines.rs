@@ -1,5 +1,5 @@
-//! Three brokers and three etcd members on machines of their own, joined by links that can be cut, and an object store
-//! over the network.
+//! Three brokers and three etcd members, each on a simulated machine of its own ([`network`](super::network)), with
+//! links that can be cut, and an object store on the test's machine.
 
 use std::net::Ipv4Addr;
 
@@ -13,7 +13,8 @@ use crate::{
 pub(crate) const BROKERS: u32 = 3;
 pub(crate) const MEMBERS: u8 = 3;
 
-/// The machines and the processes on them. The test process reaches all machines, whatever links are cut.
+/// The machines and the processes on them. Cut links between machines do not affect the test process: it reaches all
+/// machines.
 pub(crate) struct Machines {
     pub(crate) network: Network,
     pub(crate) s3: S3,
@@ -51,28 +52,28 @@ impl Machines {
             let ip = network.add(&broker_name(id), u8::try_from(id).expect("few brokers"));
             let instance =
                 BrokerInstance::member(id, &cluster.etcd).in_namespace(&broker_name(id), ip).object_store(&s3);
-            // The default of the setting.
+            // The default of this setting instead of the short lease of other tests.
             cluster.add(id, instance.setting("metadata.session_timeout", "\"6s\""));
         }
         cluster.ready();
         Self { network, s3, cluster }
     }
 
-    /// Cuts or restores both directions between a broker and all etcd members.
+    /// Cuts both directions between a broker and all etcd members, or restores them if `cut` is false.
     pub(crate) fn part_from_etcd(&self, id: u32, cut: bool) {
         for member in 0..MEMBERS {
             self.part((&broker_name(id), broker_ip(id)), (&member_name(member), member_ip(member)), cut);
         }
     }
 
-    /// Cuts or restores both directions between a broker and the other brokers.
+    /// Cuts both directions between a broker and the other brokers, or restores them if `cut` is false.
     pub(crate) fn part_from_brokers(&self, id: u32, cut: bool) {
         for other in (1..=BROKERS).filter(|other| *other != id) {
             self.part((&broker_name(id), broker_ip(id)), (&broker_name(other), broker_ip(other)), cut);
         }
     }
 
-    /// Cuts or restores both directions between an etcd member and the other members.
+    /// Cuts both directions between an etcd member and the other members, or restores them if `cut` is false.
     pub(crate) fn part_member(&self, member: u8, cut: bool) {
         for other in (0..MEMBERS).filter(|other| *other != member) {
             self.part((&member_name(member), member_ip(member)), (&member_name(other), member_ip(other)), cut);

@@ -26,10 +26,10 @@ pub(crate) fn wait_for_leader(etcd: &Etcd) {
     eventually("etcd has a leader", || etcd.endpoints().iter().all(|url| healthy(url).is_some()).then_some(()));
 }
 
-/// A cluster of broker processes. Broker ids start at 1. Dropping the value ends all processes.
+/// A cluster of broker processes and its etcd. Broker ids start at 1. Dropping the value ends all processes.
 pub(crate) struct Cluster {
-    /// First field, and so dropped first. On a failed test, each broker prints the end of its log, which is in the
-    /// folder of its [`BrokerInstance`].
+    /// First field, so that it is dropped first: when a test fails, each dropped broker prints the end of its log,
+    /// which is in the folder of its [`BrokerInstance`].
     brokers: BTreeMap<u32, Broker>,
     pub(crate) etcd: Etcd,
     folder: tempfile::TempDir,
@@ -37,12 +37,12 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// Starts this number of brokers, spread over three racks, and waits until they are ready.
+    /// Starts three etcd members and this number of brokers, spread over three racks, and waits until they are ready.
     pub(crate) fn start(brokers: u32) -> Self {
         Self::with(brokers, |instance| instance)
     }
 
-    /// Starts a cluster as [`Cluster::start`] does, with these settings for each broker.
+    /// Starts a cluster as [`Cluster::start`] does. `settings` changes the instance of each broker first.
     pub(crate) fn with(brokers: u32, settings: impl Fn(BrokerInstance) -> BrokerInstance) -> Self {
         let mut cluster = Self::with_etcd(Etcd::begin(3, "http", &[]));
         for id in 1..=brokers {
@@ -65,12 +65,12 @@ impl Cluster {
         self.folder.path()
     }
 
-    /// Returns an instance for one more broker, with the object store of the cluster.
+    /// Returns an instance for a broker with this id and the object store of the cluster. Does not start the broker.
     pub(crate) fn new_instance(&self, id: u32) -> BrokerInstance {
         BrokerInstance::member(id, &self.etcd).bucket_of(self.folder.path())
     }
 
-    /// Starts one more broker without waiting for it.
+    /// Adds a broker and starts it. Does not wait until it is ready.
     pub(crate) fn add(&mut self, id: u32, instance: BrokerInstance) {
         self.brokers.insert(id, instance.spawn());
         self.instances.insert(id, instance);
@@ -99,6 +99,7 @@ impl Cluster {
         self.addresses().iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(",")
     }
 
+    /// Returns a command line with all brokers as bootstrap brokers.
     pub(crate) fn cli(&self) -> Cli {
         Cli::of(&self.addresses(), self.folder.path())
     }
@@ -130,7 +131,7 @@ impl Cluster {
         self.wait_stopped(id);
     }
 
-    /// Waits for the exit of a broker that is stopping.
+    /// Waits for the exit of a broker that is stopping. The exit must be successful.
     pub(crate) fn wait_stopped(&mut self, id: u32) {
         let status = self.brokers.remove(&id).expect("the broker was running").wait_for_exit();
         assert!(status.success(), "broker {id} ended with {status}\n{}", self.instances[&id].log());
@@ -141,7 +142,7 @@ impl Cluster {
         self.instances[&id].log()
     }
 
-    /// Starts a stopped broker with the data on its disk, without waiting for it.
+    /// Starts a stopped broker with the data on its disk. Does not wait until it is ready.
     pub(crate) fn begin(&mut self, id: u32) {
         self.brokers.insert(id, self.instances[&id].spawn());
     }
@@ -152,7 +153,7 @@ impl Cluster {
         self.ready();
     }
 
-    /// Starts a stopped broker with other settings, and waits until it is ready.
+    /// Starts a stopped broker with changed settings, and waits until it is ready.
     pub(crate) fn restart_with(&mut self, id: u32, settings: impl FnOnce(BrokerInstance) -> BrokerInstance) {
         let instance = self.instances.remove(&id).expect("the broker exists");
         self.instances.insert(id, settings(instance));

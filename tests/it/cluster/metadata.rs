@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::members::{Cluster, wait_for_leader};
 use crate::{etcd::Etcd, test_timeout::eventually};
 
-/// Starts a cluster of this number of brokers with an etcd of one member.
+/// Starts a cluster of this number of brokers with an etcd of one member, which gets these command-line flags.
 fn over_one_member(brokers: u32, flags: &[String]) -> Cluster {
     let mut cluster = Cluster::with_etcd(Etcd::begin(1, "http", flags));
     for id in 1..=brokers {
@@ -40,8 +40,7 @@ fn restored_etcd_blocks_operations_until_brokers_restart() {
     cli.ok(&["topic", "create", "t", "--replication-factor", "2"]);
     cluster.in_sync("t", 2);
     back_up(&mut cluster, "before");
-    // Several revisions. The brokers' own writes after the restore must stay below the revision that the brokers have
-    // seen.
+    // These writes raise the revision far enough that the brokers' own writes after the restore stay below it.
     for number in 0..8 {
         cli.create_when_possible(&format!("later-{number}"));
     }
@@ -68,7 +67,7 @@ fn restored_etcd_blocks_operations_until_brokers_restart() {
         let refused = cli.run(order);
         assert!(refused.code == 1 && refused.stderr.contains("after revision"), "{order:?}: {refused:?}");
     }
-    // A broker that takes more than a second to respond is reported as not responding.
+    // Repeated: a broker that takes more than a second to respond is reported as not responding.
     eventually("the description reports the regression", || {
         cli.ok(&["cluster", "describe"])
             .text()
@@ -155,7 +154,7 @@ fn etcd_of_an_older_generation_starts_no_broker() {
     };
     let log = ended(&mut cluster);
     assert!(log.contains("at cluster generation 1, and this data directory at generation 2"), "{log}");
-    // A new data directory, the same object store.
+    // With a new data directory, the generation in the object store prevents the start.
     cluster.wipe(1);
     let log = ended(&mut cluster);
     assert!(
@@ -168,7 +167,7 @@ fn etcd_of_an_older_generation_starts_no_broker() {
     assert_eq!((generation(&marker), generation(&directory)), (Some(3), Some(3)));
 }
 
-/// Fills etcd up to its quota, which raises the alarm.
+/// Fills etcd's database up to its quota, so that etcd raises its alarm and rejects writes.
 async fn fill(client: &mut Client) {
     let filler = vec![b'x'; 512 << 10];
     for number in 0..100 {
@@ -180,8 +179,8 @@ async fn fill(client: &mut Client) {
     panic!("etcd never reported its full database");
 }
 
-/// Frees space as the message of the broker recommends.
-async fn make_room(client: &mut Client) {
+/// Deletes the filler, and compacts, defragments and disarms the alarm as the message of the broker recommends.
+async fn free_space(client: &mut Client) {
     let options = etcd_client::DeleteOptions::new().with_prefix();
     let deleted = client.delete("/filler/", Some(options)).await.expect("deletions succeed");
     let revision = deleted.header().expect("a header").revision();
@@ -207,7 +206,7 @@ fn etcd_without_space_is_waited_for_with_few_log_lines() {
     let mut client =
         runtime.block_on(Client::connect([cluster.etcd.endpoint(0)], None)).expect("the connection succeeds");
     runtime.block_on(fill(&mut client));
-    // Segments are sealed by age throughout the outage. Their tier commits fail.
+    // While etcd rejects writes, segments are sealed by age, and their tier commits fail.
     let failures = |cluster: &Cluster| cluster.instance(1).metric("strandline_tier_upload_failures_total");
     eventually("maintenance has failed repeatedly", || {
         cli.ok_with(&["produce", "t"], b"line\n");
@@ -229,7 +228,7 @@ fn etcd_without_space_is_waited_for_with_few_log_lines() {
         cluster.log(2).contains("compact its history, defragment each member, then disarm the alarm").then_some(())
     });
     assert!(cluster.is_running(2), "the broker continues to wait");
-    runtime.block_on(make_room(&mut client));
+    runtime.block_on(free_space(&mut client));
     cluster.ready();
     eventually("the delayed uploads are committed", || {
         let state = &cluster.partitions("t")[0];

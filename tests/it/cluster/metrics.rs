@@ -11,7 +11,7 @@ fn sum(cluster: &Cluster, ids: &[u32], name: &str) -> f64 {
     ids.iter().map(|id| cluster.instance(*id).metric(name)).sum()
 }
 
-/// Waits until `wanted` accepts the sum of a metric over these brokers.
+/// Waits until `wanted` returns true for the sum of a metric over these brokers.
 fn until(cluster: &Cluster, ids: &[u32], name: &str, wanted: impl Fn(f64) -> bool) {
     eventually(name, || wanted(sum(cluster, ids, name)).then_some(()));
 }
@@ -32,7 +32,7 @@ fn killed_broker_shows_in_metrics_of_peers_until_restart() {
     until(&cluster, &all, "strandline_partitions_under_replicated", |count| count == 0.0);
     assert_eq!(sum(&cluster, &all, "strandline_partitions"), 18.0);
     assert!(sum(&cluster, &all, "strandline_leader_elections_won_total") >= 6.0);
-    // Each of the three brokers leads two partitions and sends them to both others.
+    // Each of the three brokers leads two of the six partitions, and sends their records to both other brokers.
     for (from, to) in [(1, 2), (2, 3), (3, 1)] {
         let sent = cluster.instance(from).metric(&format!("strandline_replication_sent_bytes_total{{peer=\"{to}\"}}"));
         let came = format!("strandline_replication_received_bytes_total{{peer=\"{from}\"}}");
@@ -49,7 +49,8 @@ fn killed_broker_shows_in_metrics_of_peers_until_restart() {
         );
         assert!(instance.metric("strandline_metadata_lists_total") >= 1.0);
         assert!(instance.metric("strandline_metadata_request_seconds_count{request=\"transact\"}") >= 1.0);
-        // The metadata watch requests progress from etcd after two seconds without a message.
+        // The metadata watch requests progress from etcd after two seconds without a message, so the staleness stays
+        // low without changes.
         eventually("the broker receives etcd updates", || {
             (instance.metric("strandline_metadata_staleness_seconds") < 5.0).then_some(())
         });
@@ -63,7 +64,7 @@ fn killed_broker_shows_in_metrics_of_peers_until_restart() {
     until(&cluster, &left, "strandline_partitions_led", |led| led == 6.0);
     until(&cluster, &left, "strandline_partitions_under_replicated", |count| count == 6.0);
     until(&cluster, &left, "strandline_partitions_under_min_isr", |count| count == 6.0);
-    // Below the min ISR, former ISR members may still be elected.
+    // Below the min ISR, a removed ISR member becomes a member of the ELR.
     until(&cluster, &left, "strandline_partitions_with_elr", |count| count == 6.0);
     until(&cluster, &left, "strandline_partitions_leaderless", |count| count == 0.0);
     assert!(sum(&cluster, &left, "strandline_isr_shrinks_total") >= shrinks);

@@ -1,9 +1,9 @@
-//! A network of machines within one machine: a namespace for each, joined by a bridge, with links that can be cut in
-//! one direction.
+//! A simulated network: one network namespace per machine, joined by a bridge. Links between machines can be cut in one
+//! direction.
 //!
-//! The network and the tests that use it run in a namespace of their own: [`inside`] runs the test again there. The
-//! namespace ends with the process. The network requires root and the programs `ip` and `unshare`. Without them the
-//! test is skipped with a message.
+//! The network and the test that uses it run in an outer namespace, which ends with its process: [`inside`] runs the
+//! test again there. The network requires root and the programs `ip` and `unshare`. Without them the test is skipped
+//! with a message.
 
 use std::{net::Ipv4Addr, os::fd::AsFd as _, path::Path, process::Command};
 
@@ -14,8 +14,9 @@ use crate::skipped::skipped;
 
 const INSIDE: &str = "STRANDLINE_TEST_INSIDE";
 
-/// Returns true if this process is in a network of its own. Otherwise runs the test of this name again in such a
-/// network, which must pass, and returns false. Skips the test if the machine does not support this.
+/// Returns true if this process has a network namespace of its own. Otherwise runs the test with this name in a new
+/// process with such a namespace, panics if that test fails, and returns false. If the machine does not support this,
+/// prints a message and returns false.
 pub(crate) fn inside(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return true;
@@ -36,6 +37,7 @@ pub(crate) fn inside(test: &str) -> bool {
     false
 }
 
+/// Checks that this machine supports network namespaces; the error is the reason why not.
 fn possible() -> Result<(), String> {
     if !rustix::process::geteuid().is_root() {
         return Err("network namespaces are the superuser's".to_owned());
@@ -49,7 +51,7 @@ fn possible() -> Result<(), String> {
     }
 }
 
-/// The network. The test process is at [`Network::HUB`].
+/// The network, whose machines are namespaces. The test process has the address [`Network::HUB`].
 pub(crate) struct Network(());
 
 impl Network {
@@ -84,14 +86,14 @@ impl Network {
         ip(&format!("-n {from} route replace blackhole {to}/32"));
     }
 
-    /// Ends a cut.
+    /// Restores the packets that [`Self::cut`] drops.
     pub(crate) fn mend(&self, from: &str, to: Ipv4Addr) {
         ip(&format!("-n {from} route del blackhole {to}/32"));
     }
 }
 
-/// Runs a function in the network of a machine. Sockets created by the function belong to that machine. The function
-/// has a thread of its own, because a thread does not return to its first network.
+/// Runs a function in the network namespace of a machine. Sockets that the function creates belong to that machine. The
+/// function has a thread of its own, because a thread that has entered a namespace does not leave it.
 pub(crate) fn within<T: Send + 'static>(machine: &str, act: impl FnOnce() -> T + Send + 'static) -> T {
     let namespace = std::fs::File::open(format!("/run/netns/{machine}")).expect("the namespace exists");
     let thread = task::spawn_thread("machine", move || {

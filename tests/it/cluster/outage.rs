@@ -24,6 +24,7 @@ use crate::{
 
 pub(super) const TOPIC: &str = "calm";
 
+/// Starts three brokers and creates [`TOPIC`] with three replicas, min ISR 2 and these further command-line options.
 pub(super) fn cluster_with_topic(settings: &[&str]) -> Cluster {
     let cluster = Cluster::start(3);
     let create = ["topic", "create", TOPIC, "--replication-factor", "3", "--config", "min.insync.replicas=2"];
@@ -32,11 +33,12 @@ pub(super) fn cluster_with_topic(settings: &[&str]) -> Cluster {
     cluster
 }
 
+/// Returns the numbered lines `from..to`.
 pub(super) fn lines(from: u32, to: u32) -> String {
     (from..to).map(|line| format!("line {line}\n")).collect()
 }
 
-/// The outage is longer than a lease: by the lease alone every broker would count as failed.
+/// The outage is longer than a lease, so the leases of all brokers expire. The brokers continue to serve.
 /// `STRANDLINE_ETCD_GONE_SECONDS=600` extends the outage to ten minutes, as `make outage` does.
 #[test]
 fn records_are_appended_and_read_during_an_etcd_outage() {
@@ -46,7 +48,7 @@ fn records_are_appended_and_read_during_an_etcd_outage() {
         let led: BTreeSet<_> = cluster.partitions(TOPIC).iter().filter_map(|one| one["leader"].as_u64()).collect();
         (led.len() == 3).then_some(())
     });
-    // No two partitions have a line in common.
+    // The lines of each partition differ from those of the other partitions.
     let text = |partition: u32, from: u32, to: u32| lines(partition * 1_000_000 + from, partition * 1_000_000 + to);
     let send = |from, to| {
         for partition in 0..6 {
@@ -76,7 +78,7 @@ fn records_are_appended_and_read_during_an_etcd_outage() {
         "outage: etcd was unavailable for {:?}, and each of 6 partitions accepted {sent} records",
         since.elapsed()
     );
-    // An outage that affects all brokers makes none of them unready.
+    // An outage of etcd makes no broker unready, because it affects all brokers.
     let pages = || (1..=3).map(|id| http_get(cluster.instance(id).http(), "/readyz").expect("the broker responds"));
     let lost = |(code, page): (u16, String)| {
         assert_eq!(code, 200, "{page}");
@@ -85,11 +87,10 @@ fn records_are_appended_and_read_during_an_etcd_outage() {
     eventually("every broker reports the outage", || pages().all(lost).then_some(()));
     let health = cli.run(&["cluster", "health"]);
     assert!(health.code == 1 && health.text().contains("cluster: the metadata store has not responded"), "{health:?}");
-    // The description shows the cluster as of the start of the outage. The output must state how old the description
-    // is.
+    // `cluster describe` shows the state at the start of the outage, and must report the age of this state.
     let is_old = || cli.ok(&["cluster", "describe"]).text().contains("the metadata store has not responded to broker");
     eventually("the description reports its age", || is_old().then_some(()));
-    // A new leader and a new ISR require etcd.
+    // A broker is killed and etcd runs again, so the broker's partitions get new leaders and ISRs.
     cluster.kill(victim);
     cluster.etcd.run_all();
     eventually("the description is current", || (!is_old()).then_some(()));
@@ -114,8 +115,8 @@ fn records_are_appended_and_read_during_an_etcd_outage() {
     is_whole(sent);
 }
 
-/// Readers get no other signal from a broker that peers have replaced, and another broker may be able to do operations
-/// that need etcd. The broker reports both itself while the outage lasts.
+/// During an outage of etcd, a broker sends `lease_expired` to its readers, because another broker may lead by now. It
+/// refuses to create a topic as not started, so that a client may try another broker. Both end with the outage.
 #[test]
 fn broker_without_etcd_notifies_readers_and_refuses_creates() {
     let mut cluster = cluster_with_topic(&[]);
@@ -149,18 +150,18 @@ fn broker_without_etcd_notifies_readers_and_refuses_creates() {
     eventually("a topic can be created", || create().ok());
 }
 
-/// Stops one etcd member after the other for a while, and so also the etcd leader. No client waits for a stopped
-/// member.
-fn one_after_the_other(away: impl Fn(&mut Etcd, usize), back: impl Fn(&mut Etcd, usize)) {
+/// Stops each etcd member with `stop`, one after the other and so also etcd's leader, and runs it again with `resume`.
+/// While a member is stopped, records are appended and a topic is created.
+fn with_each_member_stopped(stop: impl Fn(&mut Etcd, usize), resume: impl Fn(&mut Etcd, usize)) {
     let mut cluster = cluster_with_topic(&[]);
     let cli = cluster.cli();
     let mut sent = 0;
     for member in 0..3 {
-        away(&mut cluster.etcd, member);
+        stop(&mut cluster.etcd, member);
         cli.ok_with(&["produce", TOPIC], lines(sent, sent + 10).as_bytes());
         sent += 10;
         cli.create_when_possible(&format!("without-{member}"));
-        back(&mut cluster.etcd, member);
+        resume(&mut cluster.etcd, member);
     }
     cluster.in_sync(TOPIC, 3);
     assert_eq!(cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text(), lines(0, sent));
@@ -168,18 +169,19 @@ fn one_after_the_other(away: impl Fn(&mut Etcd, usize), back: impl Fn(&mut Etcd,
 
 #[test]
 fn frozen_etcd_member_delays_nothing() {
-    one_after_the_other(|etcd, member| etcd.freeze(member), |etcd, member| etcd.thaw(member));
+    with_each_member_stopped(|etcd, member| etcd.freeze(member), |etcd, member| etcd.thaw(member));
 }
 
 #[test]
 fn killed_etcd_members_delay_nothing() {
-    one_after_the_other(Etcd::kill, |etcd, member| {
+    with_each_member_stopped(Etcd::kill, |etcd, member| {
         etcd.run(member);
         wait_for_leader(etcd);
     });
 }
 
-/// All shared services are down at the same time. The brokers' own disks and the links between brokers are sufficient.
+/// The object store and etcd are down at the same time. The brokers' disks and the links between brokers are sufficient
+/// to append and to read new records.
 #[test]
 fn brokers_serve_without_etcd_and_object_store() {
     let s3 = S3::begin();
@@ -214,8 +216,8 @@ fn brokers_serve_without_etcd_and_object_store() {
     assert_eq!(cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text(), lines(0, sent));
 }
 
-/// A broker that was frozen while its connections to etcd broke requests revisions that etcd has compacted since. The
-/// broker then lists everything again.
+/// While a broker is frozen, its connections to etcd break, and etcd compacts the revisions that the broker has missed.
+/// The broker then lists all metadata again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn broker_that_missed_compacted_revisions_relists() {
     let mut cluster = tokio::task::block_in_place(|| Cluster::start(2));

@@ -1,7 +1,7 @@
-//! Fake brokers at the ports of real ones. Brokers refuse invalid messages of an unauthenticated or faulty peer with an
-//! error. Such messages change nothing, and the real brokers continue. In `follows` a fake broker calls a real one, in
-//! `leads` a real broker calls a fake one. This file holds their common parts, and the corruption of bytes between two
-//! real brokers.
+//! Fake brokers that speak the peer protocol with real ones. Brokers refuse invalid messages of an unauthenticated or
+//! faulty peer with an error. Such messages change nothing, and the real brokers continue. In `follows` a fake broker
+//! calls a real one, in `leads` a real broker calls a fake one. This file holds their common parts, and the corruption
+//! of bytes between two real brokers.
 
 mod follows;
 mod leads;
@@ -82,14 +82,14 @@ impl Meta {
         PartitionValue::decode(&entry.key, &entry.value).expect("a value")
     }
 
-    /// Makes the fake broker the leader of a topic's first partition, in a new epoch. The other ISR members stay in the
-    /// ISR.
+    /// Makes the fake broker the leader of a topic's first partition, in a new epoch. The fake broker becomes an
+    /// additional replica; the other ISR members stay in the ISR. Returns the new epoch.
     async fn take_leadership(&self, topic: &str) -> LeaderEpoch {
         let id = self.first_partition(topic).await;
         let topic = self.keys.topic(&TopicName::new(topic).expect("a name"));
         loop {
             let entry = self.store.get(&topic).await.expect("etcd responds").entry.expect("the topic exists");
-            // One replica more. Otherwise the controller would remove one.
+            // The replication factor grows with the replica list. Otherwise the controller would remove a replica.
             let mut larger = TopicValue::decode(&entry.key, &entry.value).expect("a topic");
             larger.replication_factor += 1;
             let key = self.keys.partition(id);
@@ -117,13 +117,13 @@ async fn broker_epoch(address: SocketAddr) -> u64 {
     identity.into_inner().broker_epoch.expect("the broker is registered")
 }
 
-/// Appends one record through the cluster. All ISR members acknowledge the record.
+/// Appends one record with the command line. Success means that all ISR members acknowledged it.
 fn append_succeeds(cli: &Cli, topic: &str) {
     cli.ok_with(&["produce", topic], b"still here\n");
 }
 
-/// Its identity shows peers that an earlier process at its address has exited. The broker has no other data to report
-/// yet.
+/// A broker that waits for its registration serves only its identity, which shows peers that an earlier process at its
+/// address has exited. It refuses all other requests of peers.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unregistered_broker_reports_only_its_identity() {
     let etcd = tokio::task::block_in_place(|| etcd(1));
@@ -158,7 +158,8 @@ async fn unregistered_broker_reports_only_its_identity() {
     tokio::task::block_in_place(|| assert!(broker.terminate().success(), "{}", instance.log()));
 }
 
-/// Bytes change between two real brokers. Every corrupt batch is sent again, and none is stored.
+/// A proxy corrupts bytes between two real brokers. The follower rejects every corrupt batch, and the leader sends it
+/// again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn batch_corrupted_between_brokers_is_sent_again() {
     let (mut cluster, mut links) =
@@ -188,7 +189,7 @@ async fn batch_corrupted_between_brokers_is_sent_again() {
         let log = cluster.log(follower);
         assert!(log.contains("rejected a message from the leader") && log.contains("are malformed"), "{log}");
         cluster.in_sync("t", 2);
-        // The follower has all acknowledged records, byte for byte.
+        // The leader is killed, so that the records are read from the follower's log.
         cluster.cli().ok(&["topic", "alter", "t", "--config", "min.insync.replicas=1"]);
         cluster.kill(leader);
         lines

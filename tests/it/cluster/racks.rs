@@ -1,5 +1,5 @@
-//! Consumers that name their rack: the replica that serves them, and the responses of that replica. No record is lost
-//! or duplicated when this replica stops, when a leader stops, and when they return.
+//! Consumers that name their rack: which replica serves them, and how a follower responds. No record is lost or
+//! duplicated when the serving replica stops, when a leader stops, and when they return.
 
 use rand::{SeedableRng as _, rngs::StdRng};
 use strandline::{
@@ -19,7 +19,7 @@ use crate::{
     wire,
 };
 
-/// Returns the bytes that a broker has sent to consumers, as leader and as follower.
+/// Returns the number of bytes that a broker has sent to consumers, as leader and as follower.
 fn served(cluster: &Cluster, broker: u32) -> [f64; 2] {
     ["leader", "follower"].map(|role| {
         let name = format!("strandline_fetch_role_bytes_total{{role=\"{role}\"}}");
@@ -27,28 +27,29 @@ fn served(cluster: &Cluster, broker: u32) -> [f64; 2] {
     })
 }
 
+/// Returns the number of bytes that a broker has sent to consumers, in both roles.
 fn total(cluster: &Cluster, broker: u32) -> f64 {
     served(cluster, broker).iter().sum()
 }
 
-/// Waits until a broker has sent more than `more` additional bytes.
+/// Waits until a broker has sent more than `more` additional bytes to consumers.
 fn wait_until_serving(cluster: &Cluster, broker: u32, more: f64) {
     let before = total(cluster, broker);
     eventually("the broker serves the consumer", || (total(cluster, broker) > before + more).then_some(()));
 }
 
-/// Waits until one of three brokers serves the consumer and the other two do not.
+/// Waits until this broker serves the consumer while the other two of three brokers do not.
 fn wait_until_sole_server(cluster: &Cluster, broker: u32) {
     let others = || (1..=3).filter(|other| *other != broker).map(|other| total(cluster, other)).sum::<f64>();
     eventually("all records are read from this broker", || {
         let before = others();
-        wait_until_serving(cluster, broker, 10.0 * SOME);
+        wait_until_serving(cluster, broker, 10.0 * MIN_SERVED_BYTES);
         (others() == before).then_some(())
     });
 }
 
-/// Bytes that a partition sends before it counts as served: several batches.
-const SOME: f64 = 10_000.0;
+/// Number of bytes, several batches, that a broker must send to consumers to count as serving.
+const MIN_SERVED_BYTES: f64 = 10_000.0;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn consumer_is_served_in_its_rack_and_loses_no_records() {
@@ -67,25 +68,25 @@ async fn consumer_is_served_in_its_rack_and_loses_no_records() {
         let leads = |broker| {
             (0..PARTITIONS).any(|n| cluster.leader(TOPIC, usize::try_from(n).expect("the number is small")) == broker)
         };
-        assert!(leads(1) && leads(2), "most of what is read is led elsewhere");
+        assert!(leads(1) && leads(2), "brokers 1 and 2 lead partitions");
         wait_until_sole_server(&cluster, 3);
-        assert!(served(&cluster, 3)[1] > 0.0, "also as a follower");
+        assert!(served(&cluster, 3)[1] > 0.0, "broker 3 serves as a follower too");
 
         cluster.kill(3);
-        wait_until_serving(&cluster, 1, SOME);
+        wait_until_serving(&cluster, 1, MIN_SERVED_BYTES);
         cluster.restart(3);
         cluster.in_sync(TOPIC, 3);
-        wait_until_serving(&cluster, 3, SOME);
+        wait_until_serving(&cluster, 3, MIN_SERVED_BYTES);
 
-        // A leader is killed. The same follower serves its partitions, or leads them.
+        // A leader is killed. Broker 3 still serves the consumer, as a follower or as the new leader.
         cluster.kill(1);
-        wait_until_serving(&cluster, 3, SOME);
+        wait_until_serving(&cluster, 3, MIN_SERVED_BYTES);
         cluster.restart(1);
         cluster.in_sync(TOPIC, 3);
 
-        // Broker 3 is stopped as an operator does, and restarted.
+        // Broker 3 stops in a controlled shutdown and restarts.
         cluster.stop(3);
-        wait_until_serving(&cluster, 2, SOME);
+        wait_until_serving(&cluster, 2, MIN_SERVED_BYTES);
         cluster.restart(3);
         cluster.in_sync(TOPIC, 3);
         wait_until_sole_server(&cluster, 3);
@@ -94,7 +95,8 @@ async fn consumer_is_served_in_its_rack_and_loses_no_records() {
     println!("racks: {total} records followed once");
 }
 
-/// Reads once. Returns the response for the one partition, if there is one.
+/// Reads partition 0 of topic `t` once at a broker. Returns the response for the partition, if there is one. `any`
+/// allows a follower to respond.
 async fn read(cluster: &Cluster, broker: u32, offset: i64, epoch: i32, any: bool) -> Option<FetchedPartition> {
     let partitions = vec![FetchPartition { topic: "t".to_owned(), offset, leader_epoch: epoch, ..Default::default() }];
     let request = ReadRequest { partitions, max_wait_ms: 300, any_replica: any, ..Default::default() };
@@ -143,14 +145,14 @@ async fn follower_serves_only_reads_of_any_replica() {
         (ErrorCode::NotLeader, Some(leader.into())),
         "the read did not allow any replica"
     );
-    // Only the object store has the records at this offset.
+    // `middle` is below the leader's local start, so only the object store has its record.
     let response = read(&cluster, follower, middle, epoch, true).await.expect("data");
     assert!(response.from_follower && response.leader_epoch == epoch && response.next_offset > middle, "{response:?}");
     let response = read(&cluster, leader, middle, epoch, true).await.expect("data");
     assert!(!response.from_follower && response.leader_epoch == epoch && response.error.is_none(), "{response:?}");
 
-    // Above the follower's high watermark the leader may have more records, so the read waits. Below the committed log
-    // start the follower decides as its leader does.
+    // Above the follower's high watermark the leader may have more records, so the follower's read waits. The leader
+    // rejects the same offset. Below the committed log start both reject the offset.
     let response = read(&cluster, follower, end + 5, 0, true).await.expect("the follower responds");
     assert!(response.error.is_none() && response.chunks.is_empty() && response.next_offset == end + 5, "{response:?}");
     assert_eq!(refused(&cluster, leader, end + 5, 0, true).await.code, ErrorCode::OffsetOutOfRange);
@@ -160,12 +162,13 @@ async fn follower_serves_only_reads_of_any_replica() {
     assert!(failure.number("start").is_some_and(|start| start > 0), "{failure:?}");
     assert_eq!(refused(&cluster, leader, 0, 0, true).await.code, ErrorCode::OffsetOutOfRange);
 
-    // A reader that has seen a newer epoch gets no records from a broker that has not.
+    // A read with a newer leader epoch than the broker's is rejected, by the leader and by the follower.
     for broker in [leader, follower] {
         assert_eq!(refused(&cluster, broker, middle, epoch + 1, true).await.code, ErrorCode::NotLeader);
     }
 
-    // The same on the command line. The follower serves the remaining records, also those in the object store.
+    // The command line reads from the follower in its rack. The follower serves all remaining records, also those that
+    // only the object store has.
     tokio::task::block_in_place(|| {
         let rack = ["zone-a", "zone-b", "zone-c"][follower as usize - 1];
         let before = served(&cluster, follower);

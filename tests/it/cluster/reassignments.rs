@@ -11,7 +11,7 @@ fn replicas(cluster: &Cluster, topic: &str) -> Vec<Value> {
 
 #[test]
 fn reassignments_are_queued_and_can_be_waited_for() {
-    // One reassignment at a time, each slow enough to be observed. One read takes 256 KiB, and then a second passes.
+    // One reassignment at a time, each slow enough to be observed: a replica that catches up copies 256 KiB per second.
     let slow = 256 << 10;
     let cluster = Cluster::with(3, |instance| {
         instance
@@ -32,7 +32,7 @@ fn reassignments_are_queued_and_can_be_waited_for() {
         cli.ok_with(&["produce", "orders", "--partition", partition], text.as_bytes());
     }
     let before = replicas(&cluster, "orders");
-    // Each partition moves to the next broker.
+    // Each partition moves to another broker, whose id is the next one.
     for (number, at) in before.iter().enumerate() {
         let (name, to) = (format!("orders/{number}"), at[0].as_u64().expect("a number") % 3 + 1);
         let ordered = cli.ok(&["partition", "reassign", &name, "--replicas", &to.to_string(), "--output", "json"]);
@@ -41,7 +41,7 @@ fn reassignments_are_queued_and_can_be_waited_for() {
     let status = cli.ok(&["partition", "reassign", "status", "--output", "json"]).json();
     let status = status.as_array().expect("a list");
     let waiting = status.iter().filter(|one| one["queued"] == true).count();
-    assert!(status.len() == 3 && waiting >= 2, "one stream at a time: {status:?}");
+    assert!(status.len() == 3 && waiting >= 2, "one reassignment at a time: {status:?}");
     let inventory = cli.ok(&["partition", "reassign", "status"]).text();
     assert!(inventory.contains("queued"), "{inventory}");
 
@@ -67,13 +67,14 @@ fn reassignments_are_queued_and_can_be_waited_for() {
         let name = "strandline_controller_changes_total{reason=\"reassignment_started\"} ";
         page.lines().find_map(|line| line.strip_prefix(name)?.parse::<f64>().ok()).unwrap_or(0.0)
     });
-    assert_eq!(steps.sum::<f64>(), 3.0, "each process started once");
+    assert_eq!(steps.sum::<f64>(), 3.0, "each reassignment started once");
 
     let drained = cli.ok(&["broker", "drain", "1", "--wait"]).text();
     assert!(drained.contains("broker 1 is empty after") && drained.contains("it can be stopped for good"), "{drained}");
     let brokers = cli.ok(&["cluster", "describe", "--output", "json"]).json();
     assert_eq!(brokers["brokers"][0]["replica_count"], 0, "{brokers}");
-    // Partitions with one replica can move to broker 3. Partitions with two replicas cannot.
+    // Partitions with one replica can move to broker 3. Partitions with two replicas cannot leave brokers 2 and 3,
+    // because broker 1 is drained.
     let some = cli.run(&["broker", "drain", "2", "--wait", "--timeout", "1"]);
     assert!(some.code == 1 && some.text().contains("cannot move"), "{some:?}");
     assert!(some.stderr.contains("timed out after 1 s") && some.stderr.contains("still on broker 2"), "{some:?}");
@@ -82,7 +83,7 @@ fn reassignments_are_queued_and_can_be_waited_for() {
         (state["replica_count"] == 2 && state["blocked"] == 2).then_some(())
     };
     eventually("all possible reassignments have completed", only_stuck);
-    // `--wait` ends after a minute in which no replica could move.
+    // Without `--wait` the command fails at once; with `--wait` after a minute in which no replica could move.
     for order in [&["broker", "drain", "2"][..], &["broker", "drain", "2", "--wait"]] {
         let blocked = cli.run(order);
         assert!(blocked.code == 1 && blocked.text().contains("2 replicas cannot move"), "{blocked:?}");

@@ -1,4 +1,5 @@
-//! Every broker is stopped and restarted under load, one after the other. No client call fails, and no call waits long.
+//! Controlled shutdowns: every broker is stopped and restarted under load, one after the other. No client call fails,
+//! and no call waits long.
 
 use std::time::Duration;
 
@@ -39,7 +40,8 @@ async fn rolling_restart_fails_no_client_call() {
     println!("rolling: {total} records delivered once across a restart of every broker");
 }
 
-/// The stopping broker continues to lead while no other broker can take over, here because etcd does not respond.
+/// A stopping broker reports that it is not ready. It continues to lead its partitions while no other broker can take
+/// over, here because etcd does not respond.
 #[test]
 fn stopping_broker_is_not_ready_and_serves_its_partitions() {
     let mut cluster = Cluster::start(2);

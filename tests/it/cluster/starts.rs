@@ -1,4 +1,4 @@
-//! Starts of brokers in a cluster: waits that are logged, and conditions that are refused.
+//! Starts of brokers in a cluster: starts that wait and log the reason, and starts that are refused.
 
 use std::fs;
 
@@ -12,7 +12,7 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Starts a broker and appends one record.
+/// Starts a broker, creates topic `t` and appends one record to it.
 fn with_a_record(instance: &mut BrokerInstance) -> Broker {
     let broker = instance.start();
     instance.cli().ok(&["topic", "create", "t"]);
@@ -37,8 +37,8 @@ fn broker_without_the_partition_names_its_leader() {
     assert_eq!(cli.ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
 }
 
-/// Starts a cluster of two with a topic. Returns the cluster, the leader, and the other broker, which is down and has
-/// missed a record.
+/// Starts a cluster of two brokers with a topic. Returns the cluster, the leader, and the follower, which was killed
+/// and has missed a record. `set` changes the settings of both brokers.
 fn with_a_late_replica(set: impl Fn(BrokerInstance) -> BrokerInstance) -> (Cluster, u32, u32) {
     // The lease is so long that a frozen leader keeps it during this test.
     let mut cluster = Cluster::with(2, |instance| set(instance.setting("metadata.session_timeout", "\"60s\"")));
@@ -53,8 +53,8 @@ fn with_a_late_replica(set: impl Fn(BrokerInstance) -> BrokerInstance) -> (Clust
     (cluster, leader, late)
 }
 
-/// A rolling restart that follows `/readyz` stops the next broker when this broker is ready. Its replicas must be in
-/// sync by then.
+/// A starting broker is ready only when its replicas are in sync. A rolling restart stops the next broker as soon as
+/// `/readyz` of the last one reports ready.
 #[test]
 fn broker_is_ready_when_its_replicas_are_in_sync() {
     let (mut cluster, leader, late) = with_a_late_replica(|instance| instance);
@@ -67,14 +67,15 @@ fn broker_is_ready_when_its_replicas_are_in_sync() {
         eventually("the start waits for replicas", || ready(&cluster).filter(|(_, page)| page.contains("replicas")));
     assert_eq!((code, page.trim_end()), (503, "not ready: starting: local replicas that have not been in sync yet: 1"));
     eventually("a subscription has failed", || (lost(&cluster) > before).then_some(()));
-    assert_eq!(ready(&cluster).expect("the broker responds").0, 503, "the broker has no current metadata");
+    assert_eq!(ready(&cluster).expect("the broker responds").0, 503, "the replica is not in sync");
     cluster.broker(leader).freeze(false);
     cluster.ready();
     let isr = cluster.partitions("t")[0]["isr"].as_array().map(Vec::len);
     assert_eq!(isr, Some(2), "the replica is in sync when the broker is ready");
 }
 
-/// Without the timeout, a rolling restart would wait forever for a leader that hangs.
+/// After `broker.catch_up_timeout` a broker is ready although its replica is not in sync. Without this timeout, a
+/// rolling restart would wait forever for a leader that does not respond.
 #[test]
 fn start_ends_after_catch_up_timeout_without_sync() {
     let (mut cluster, leader, late) =
@@ -133,7 +134,7 @@ fn data_directory_of_another_cluster_is_refused() {
     let mut instance = BrokerInstance::member(1, &etcd);
     let broker = with_a_record(&mut instance);
     assert!(broker.terminate().success());
-    // The same etcd, with the key prefix of another cluster.
+    // The broker uses the same etcd with another cluster name, and so another key prefix.
     let other = instance.of_cluster("other");
     assert!(!other.spawn().wait_for_exit().success());
     let log = other.log();
@@ -158,7 +159,7 @@ async fn broker_connects_to_etcd_with_certificate_and_password() {
     let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("a certificate");
     let key = KeyPair::generate().expect("a key");
     let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("a name");
-    // etcd would use the name in the certificate as a user name.
+    // A certificate without a name, because etcd would use the name as a user name.
     params.distinguished_name = rcgen::DistinguishedName::new();
     let signed = params.signed_by(&key, &authority).expect("a certificate");
     let (ca, certificate, key) =
@@ -202,8 +203,8 @@ async fn broker_connects_to_etcd_with_certificate_and_password() {
     });
 }
 
-/// A typing error in one broker's URL, or a bucket of that name at another service. No other broker would find the
-/// uploads there.
+/// A broker whose object store is not the cluster's exits at its start, because no other broker would find its uploads.
+/// Causes are a typing error in its URL, or a bucket of the same name at another service.
 #[test]
 fn broker_with_another_object_store_is_refused() {
     let mut cluster = Cluster::start(2);
@@ -242,8 +243,8 @@ fn copied_data_directory_makes_one_process_exit() {
     let second = BrokerInstance::member(1, &etcd).bucket_of(&first.bucket());
     copy(&first.data_dir(), &second.data_dir());
     let mut later = second.spawn();
-    // Usually the first process stays. It registers again within milliseconds, while the later process still runs its
-    // startup verification.
+    // Usually the first process stays: the second one deletes its registration, and it registers again within
+    // milliseconds, while the second one still runs its startup verification.
     let log = eventually("one of the processes exits", || match (running.is_running(), later.is_running()) {
         (false, true) => Some(first.log()),
         (true, false) => Some(second.log()),
@@ -260,7 +261,7 @@ fn copy(from: &std::path::Path, to: &std::path::Path) {
         if entry.file_type().expect("a type").is_dir() {
             copy(&entry.path(), &target);
         } else if let Err(error) = fs::copy(entry.path(), target) {
-            // The broker that uses the directory replaces files.
+            // The broker that uses the directory may replace files during the copy.
             assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{error}");
         }
     }

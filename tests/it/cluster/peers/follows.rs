@@ -27,6 +27,7 @@ struct FollowerStream {
 }
 
 impl FollowerStream {
+    /// Opens a stream and sends its first message. `None` sends a request without a message.
     async fn begin(address: SocketAddr, first: Option<replicate_request::Message>) -> Self {
         let (sender, messages) = mpsc::channel(16);
         sender
@@ -47,6 +48,7 @@ impl FollowerStream {
         next.map(|message| message.expect("the stream ends with a status"))
     }
 
+    /// Waits for `Welcome`, which must be the first response.
     async fn welcomed(&mut self) {
         let first = self.next().await.expect("the request succeeds");
         assert!(matches!(first.message, Some(replicate_response::Message::Welcome(_))), "{first:?}");
@@ -63,7 +65,7 @@ impl FollowerStream {
         }
     }
 
-    /// Returns the error that ends the stream.
+    /// Waits until the stream ends with an error, and returns its message.
     async fn refused(&mut self) -> String {
         loop {
             if let Err(status) = self.next().await {
@@ -73,6 +75,7 @@ impl FollowerStream {
     }
 }
 
+/// Returns the error message of a response that refuses a subscription.
 fn refusal(response: &v1::SubscribeResponse) -> &str {
     match &response.outcome {
         Some(subscribe_response::Outcome::Error(error)) => &error.message,
@@ -80,7 +83,8 @@ fn refusal(response: &v1::SubscribeResponse) -> &str {
     }
 }
 
-/// Two brokers with one partition in sync. Its epoch is not the first, so that an older epoch exists.
+/// Two brokers with one partition, whose replicas are in sync. The leader epoch of the partition is above 0, so that an
+/// older epoch exists.
 struct IdleCluster {
     cluster: Cluster,
     meta: Meta,
@@ -92,7 +96,7 @@ struct IdleCluster {
 
 impl IdleCluster {
     async fn begin() -> Self {
-        // Longer than a broker stays frozen.
+        // A lease that is longer than a test freezes a broker.
         let settings = |instance: BrokerInstance| instance.setting("metadata.session_timeout", "\"15s\"");
         let (cluster, leader) = block_in_place(|| {
             let cluster = Cluster::with(2, settings);
@@ -127,7 +131,7 @@ impl IdleCluster {
         v1::Hello { cluster, broker_id: broker, broker_epoch, target_broker: to, version: 1, wall_clock_ms: None }
     }
 
-    /// Returns a subscription whose log position is of its own epoch.
+    /// Returns a subscription whose log ends at `end`, with a last record of `leader_epoch`.
     fn subscription(&self, subscription_id: u32, leader_epoch: i32, end: i64) -> v1::Subscribe {
         let last_epoch = (end > 0).then_some(leader_epoch);
         let topic_id = self.id.topic.to_string();
@@ -143,8 +147,8 @@ impl IdleCluster {
         }
     }
 
-    /// Checks that the leader refuses an invalid `Hello`, a `Hello` in the name of another or of an unregistered
-    /// broker, and a stream without one.
+    /// Checks that the leader refuses an invalid `Hello`, a `Hello` with an unregistered broker or broker epoch, and
+    /// another first message.
     async fn refuses_hellos(&self) {
         let (leader, follower) = (self.leader, self.follower);
         let epoch = broker_epoch(self.cluster.instance(follower).peer()).await;
@@ -167,7 +171,7 @@ impl IdleCluster {
         }
     }
 
-    /// Checks that each port serves only its own kind of caller.
+    /// Checks that the port for clients refuses the peer protocol, and the port for peers refuses requests of clients.
     async fn refuses_wrong_port(&self) {
         let instance = self.cluster.instance(self.leader);
         let identity =
@@ -184,8 +188,8 @@ impl IdleCluster {
         }
     }
 
-    /// Checks that a broker without an address for peers is reported. A broker of another version may register in this
-    /// way.
+    /// Checks that the log and `cluster describe` report a broker that registered without an address for peers, as
+    /// another version may do.
     async fn reports_unreachable_broker(&self) {
         self.meta.register_at(Endpoints::new("127.0.0.1:9".to_owned())).await;
         let cli = self.cluster.cli();
@@ -203,7 +207,7 @@ impl IdleCluster {
             });
             assert_eq!(lines(), 1, "{}", self.cluster.log(self.leader));
         });
-        // The next registration is a new key. Its revision is the broker epoch.
+        // Deleted, so that the next registration creates the key: its create revision is the broker epoch.
         self.meta.unregister().await;
     }
 
@@ -227,7 +231,8 @@ impl IdleCluster {
         }
     }
 
-    /// Checks that a replica cannot acknowledge records that it was never sent.
+    /// Checks that the leader refuses a progress above its log end, reports divergence to a subscription above its log
+    /// end, and ends the link at a progress whose lists differ in length.
     async fn refuses_false_progress(&self, link: &mut FollowerStream) {
         let removal_count = Some(self.meta.value(self.id).await.removal_count);
         let subscription = |subscription_id, end| v1::Subscribe {
@@ -253,7 +258,8 @@ impl IdleCluster {
         link.send(Some(replicate_request::Message::Progress(progress(1_000_000)))).await;
         let response = link.subscribe_response().await;
         assert!(refusal(&response).contains("offset 1000000 is above the end"), "{response:?}");
-        // A log that is longer than the leader's gets the offset at which to truncate.
+        // To a subscription whose log is longer than the leader's, the leader responds with the offset at which to
+        // truncate.
         link.send(Some(replicate_request::Message::Subscribe(subscription(subscription_id + 1, 1_000_000)))).await;
         let response = link.subscribe_response().await;
         assert!(matches!(&response.outcome, Some(subscribe_response::Outcome::Diverged(_))), "{response:?}");
@@ -309,9 +315,10 @@ async fn fake_follower_is_refused_and_real_follower_continues() {
     assert_eq!(read.text(), "still here\n".repeat(2));
 }
 
-/// Regression: two fake brokers in the names of followers made a leader acknowledge records that only they had, or took
-/// over the followers' links and acknowledged nothing. A broker epoch of 2^63 counted as the newest, and the last
-/// caller as the real follower.
+/// A second link in a follower's name is refused while the follower's own link responds. It replaces a link that does
+/// not respond. Regression: two fake brokers in the names of followers made a leader acknowledge records that only they
+/// had, or replaced the followers' links and acknowledged nothing. A broker epoch of 2^63 counted as the newest, and
+/// the last caller as the real follower.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fake_follower_takes_over_no_responsive_link() {
     let idle = IdleCluster::begin().await;
@@ -326,7 +333,8 @@ async fn fake_follower_takes_over_no_responsive_link() {
             idle.append();
             match second.next().await {
                 Err(status) => break status.message().to_owned(),
-                // The real follower must respond within a second. The retry allows for other load on this machine.
+                // The leader accepts the second link if the real follower does not respond within a second. Other load
+                // on this machine may cause this, so the test accepts it twice.
                 Ok(_welcome) => tries += 1,
             }
             assert!(
@@ -341,9 +349,10 @@ async fn fake_follower_takes_over_no_responsive_link() {
     let value = idle.meta.value(idle.id).await;
     assert_eq!(value.isr.len(), 2, "the real follower stayed in sync: {value:?}");
 
-    // A follower that cannot respond loses its link. It takes the link back from a caller that does not respond.
+    // The frozen follower cannot respond, so a fake link replaces its link. After the freeze, its next link replaces
+    // the fake link, which does not respond.
     idle.cluster.broker(idle.follower).freeze(true);
-    // A response from before the freeze may still be under way.
+    // Repeated: a response that the follower sent before the freeze may still arrive.
     let mut silent = eventually_async("the link of the frozen follower is replaced", async || {
         let mut link = FollowerStream::begin(idle.address(), hello(epoch)).await;
         link.next().await.is_ok().then_some(link)
@@ -357,8 +366,9 @@ async fn fake_follower_takes_over_no_responsive_link() {
     assert_eq!((now.leader, now.leader_epoch), (value.leader, value.leader_epoch));
 }
 
-/// Regression: one fake broker deposed a leader 26 times in 12 s. Its failure reports in the controller's own name
-/// revoked live registrations.
+/// An epoch that the metadata does not contain deposes no leader, and reports of the failure of a running broker do not
+/// revoke its registration. Regression: one fake broker deposed a leader 26 times in 12 s, and its failure reports in
+/// the controller's own name revoked live registrations.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unconfirmed_epochs_and_failure_reports_change_nothing() {
     let idle = IdleCluster::begin().await;
@@ -382,7 +392,7 @@ async fn unconfirmed_epochs_and_failure_reports_change_nothing() {
             idle.append();
         }
     }
-    // The last message gets a response, so all earlier messages were processed.
+    // The response to this last message shows that all earlier messages were processed.
     link.send(Some(replicate_request::Message::Subscribe(v1::Subscribe {
         partition: 7,
         ..idle.subscription(100, idle.epoch, 0)
@@ -395,7 +405,8 @@ async fn unconfirmed_epochs_and_failure_reports_change_nothing() {
     let now = idle.meta.value(idle.id).await;
     assert_eq!((now.leader, now.leader_epoch, &now.isr), (before.leader, before.leader_epoch, &before.isr));
 
-    // Either broker may be the controller. Each gets failure reports about the other in its own name.
+    // Either broker may be the controller, so each gets failure reports about the other broker, with itself as the
+    // reporter.
     for (reporter, broker) in [(1, 2), (2, 1)] {
         let epoch = broker_epoch(idle.cluster.instance(broker).peer()).await;
         for _ in 0..20 {

@@ -19,7 +19,7 @@ use crate::{
     wire,
 };
 
-/// Returns the log end of a replica at a broker.
+/// Returns the log end of a broker's replica.
 async fn log_end(address: SocketAddr, id: PartitionId) -> i64 {
     let name = v1::TopicIdPartition {
         topic_id: id.topic.to_string(),
@@ -88,7 +88,7 @@ impl LeaderStream {
     }
 }
 
-/// A fake leader's broker. It passes incoming streams to the test.
+/// The peer server of the fake leader. It sends each stream whose first message is `Hello` to the test.
 #[derive(Clone)]
 struct ScriptedLeader(mpsc::Sender<LeaderStream>, Tasks);
 
@@ -103,7 +103,7 @@ impl peer_server::Peer for ScriptedLeader {
         let mut incoming = request.into_inner();
         let (outgoing, messages) = mpsc::channel(16);
         let streams = self.0.clone();
-        // The response starts before the first message arrives.
+        // A task waits for the first message, because the response must start before that message arrives.
         self.1.spawn("stream", async move {
             if let Ok(Some(v1::ReplicateRequest { message: Some(replicate_request::Message::Hello(hello)), .. })) =
                 incoming.message().await
@@ -149,7 +149,8 @@ impl peer_server::Peer for ScriptedLeader {
     }
 }
 
-/// Serves as the fake leader's broker. The server ends with `tasks`.
+/// Starts the peer server of the fake leader, until `tasks` are stopped. Returns its address and a receiver of its
+/// streams.
 async fn serve_scripted_leader(tasks: &Tasks) -> (SocketAddr, mpsc::Receiver<LeaderStream>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("the listener is bound");
@@ -182,7 +183,7 @@ fn batch_at(base: i64, epoch: i32) -> Vec<u8> {
     batch
 }
 
-/// A real broker whose partition the fake leader leads, with five records of the epoch before.
+/// A real broker that follows the fake leader in one partition. Its log holds five records of epoch 0.
 struct Follower {
     instance: BrokerInstance,
     epoch: i32,
@@ -194,11 +195,13 @@ impl Follower {
         eventually_async(text, async || (self.instance.log().matches(text).count() > count).then_some(())).await;
     }
 
+    /// Waits until the broker's log contains `text`.
     async fn wait_for_log(&self, text: &str) {
         eventually_async(text, async || self.instance.log().contains(text).then_some(())).await;
     }
 
-    /// Checks that a `Welcome` is refused unless its sender is the called broker, in its registered broker epoch.
+    /// Checks that the broker refuses a first message that is no `Welcome`, and a `Welcome` of another broker or broker
+    /// epoch than the registered one.
     async fn refuses_welcomes(&self, streams: &mut mpsc::Receiver<LeaderStream>, registered: u64) {
         let nothing = replicate_response::Message::Batches(v1::Batches::default());
         for (first, text) in [
@@ -217,7 +220,8 @@ impl Follower {
         }
     }
 
-    /// Checks that a batch is refused if it is corrupt, leaves a gap, overlaps, or is of another epoch.
+    /// Checks that the broker refuses a batch that is corrupt, leaves a gap, overlaps its log, or is of another epoch.
+    /// Then checks that it refuses an accepted offset that differs from its log end.
     async fn refuses_batches(&self, stream: &mut LeaderStream) {
         let epoch = self.epoch;
         let mut flipped = batch_at(5, epoch);
@@ -248,8 +252,8 @@ impl Follower {
         self.wait_for_log("the accepted offset is 3 instead of 5").await;
     }
 
-    /// Sends a valid batch, which is appended. Then sends a batch of an older epoch and a truncation, which are
-    /// refused.
+    /// Sends a valid batch, which is appended. Then sends a batch of an older epoch and a truncation of committed
+    /// records, which are refused.
     async fn accepts_valid_batch(&self, stream: &mut LeaderStream) {
         let epoch = self.epoch;
         let subscription = stream.subscription().await;
@@ -266,7 +270,8 @@ impl Follower {
         self.wait_for_log("decreases from").await;
         let subscription = stream.subscription().await;
         assert_eq!((subscription.log_end, subscription.last_epoch), (6, Some(epoch)));
-        // The truncation would remove committed records. The replica keeps them and follows no leader.
+        // The truncation would remove committed records. The replica keeps them and follows no leader until the next
+        // epoch.
         stream.respond(&subscription, subscribe_response::Outcome::Diverged(v1::Diverged { epoch: 0, end: 2 })).await;
         self.wait_for_log("the replica stops copying until another broker leads").await;
     }
@@ -281,7 +286,7 @@ fn welcome(broker: u32, broker_epoch: u64) -> replicate_response::Message {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn follower_copies_only_valid_batches_of_fake_leader() {
     let (etcd, tasks) = (block_in_place(|| etcd(1)), Tasks::new());
-    // Links and subscriptions that start and end are logged once a minute, and each of them at the level debug.
+    // At the level debug, the broker logs every start and end of a link or subscription, not only one per minute.
     let level = "\"info,strandline::broker=debug,strandline::partition=debug\"";
     let mut instance = BrokerInstance::member(1, &etcd).setting("telemetry.level", level);
     let broker = block_in_place(|| instance.start());
