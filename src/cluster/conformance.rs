@@ -1,7 +1,7 @@
 //! Contract of every [`MetaStore`]: one suite, run on each implementation.
 //!
-//! The suite may run on a store with earlier content: it uses a prefix of its own, and compares revisions only with
-//! each other.
+//! The suite may run on a store with earlier content: its keys have a prefix of their own, and it compares revisions
+//! only with each other.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,7 +14,7 @@ use crate::limits;
 /// A store under test, with control over the time of its leases.
 pub(super) struct StoreUnderTest {
     pub(super) store: Arc<dyn MetaStore>,
-    /// Lets at least this much of the leases' time pass.
+    /// Lets at least this much time pass for the leases of the store; real time for a real etcd.
     pub(super) pass_time: Box<dyn Fn(Duration) -> BoxFuture<'static, ()> + Send + Sync>,
     /// Prefix that is unique to this run.
     pub(super) prefix: String,

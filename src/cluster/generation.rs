@@ -60,7 +60,7 @@ impl Generations {
     /// Returns the stored generation. If the key does not exist, creates it with [`FIRST_GENERATION`].
     ///
     /// # Errors
-    /// As [`Generations::current`].
+    /// Those of [`Generations::current`] and of [`MetaStore::transact`].
     pub async fn get_or_create(&self) -> Result<u64, MetaStoreError> {
         loop {
             if let Some((_, generation)) = self.read().await? {
@@ -78,8 +78,8 @@ impl Generations {
     /// new generation. Returns the new generation.
     ///
     /// # Errors
-    /// As [`Generations::current`], also for the key `producer-ids`. After an unknown outcome, the generation may have
-    /// been raised.
+    /// Those of [`Generations::get_or_create`]; `Unavailable` also if the value of `producer-ids` cannot be read. After
+    /// an unknown outcome, the generation may have been raised.
     pub async fn raise(&self, above: u64) -> Result<u64, MetaStoreError> {
         loop {
             let current = self.read().await?;

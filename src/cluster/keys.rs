@@ -54,7 +54,7 @@ pub enum Key {
     Tier(PartitionId),
     /// `deleted/{topic-id}`: the tombstone of a deleted topic.
     Tombstone(TopicId),
-    /// `producer-ids`: the next block of producer ids.
+    /// `producer-ids`: the first counter of the next block of producer ids.
     ProducerIds,
     /// `producer-id-key`: the key that signs producer ids.
     ProducerIdKey,
@@ -138,7 +138,7 @@ impl Keys {
         self.path(&Key::Tombstone(id))
     }
 
-    /// Returns the path of the next block of producer ids.
+    /// Returns the path of the key with the next block of producer ids.
     pub fn producer_ids(&self) -> String {
         self.path(&Key::ProducerIds)
     }
@@ -188,10 +188,10 @@ fn parse_canonical<T: FromStr + fmt::Display>(text: &str) -> Option<T> {
     (value.to_string() == text).then_some(value)
 }
 
-/// Parses `{topic-id}/{n}`.
+/// Parses `{topic-id}/{n}`; `None` unless both parts are canonical and the number is below `MAX_PARTITIONS`.
 fn parse_partition_id(text: &str) -> Option<PartitionId> {
     let (topic, number) = text.split_once('/')?;
-    // Bounded, because the metadata cache allocates entries for all partition numbers up to this one.
+    // Bounded, because the metadata cache allocates an entry for each partition number of the topic up to this one.
     let number = parse_canonical(number).filter(|number| *number < limits::MAX_PARTITIONS)?;
     Some(PartitionId::new(parse_canonical(topic)?, number))
 }
@@ -307,8 +307,8 @@ pub struct TopicValue {
 pub struct TombstoneValue {
     /// Former name of the topic.
     pub name: TopicName,
-    /// Wall-clock time, in milliseconds, since when no data of the topic is known to remain. The tombstone is deleted
-    /// long after that time.
+    /// Wall-clock time, in milliseconds, since which no data of the topic is known to remain; `None` before that. The
+    /// tombstone is deleted after a retention period from this time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub purged_since_ms: Option<i64>,
 }

@@ -20,7 +20,9 @@
 //! | `planner`, `controller` | plan the changes (pure); write the planned changes |
 //! | `generation` | distinguishes a restored store from its earlier state |
 //! | `store_binding` | stores the binding to the cluster's object store |
+//! | `producer_ids`, `tier_commits` | compute and verify producer ids; write tier commits |
 //! | `stats` | counts partitions, and those that need attention |
+//! | `outcome` | repeats a transaction whose outcome is unknown |
 //!
 //! # Invariants
 //!

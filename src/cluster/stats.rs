@@ -88,8 +88,8 @@ impl ClusterStats {
     }
 }
 
-/// Counts that one broker reports as metrics. In the sum over all brokers, each partition is counted once: by its
-/// leader, and as leaderless or under reassignment by the controller.
+/// Counts that one broker reports as metrics. Each field counts a partition at most once over all brokers: the leader
+/// counts it, and the controller counts leaderless partitions and reassignments.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LeaderStats {
     /// Number of partitions that the broker leads.

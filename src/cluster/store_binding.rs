@@ -158,7 +158,7 @@ mod tests {
         assert!(text.contains(&cluster.url("ours")) && text.contains(&cluster.url("empty")), "{text}");
         assert!(!cluster.folder.path().join("empty").join(name::CLUSTER).exists(), "no marker was written");
 
-        // The store of another cluster with the same name.
+        // Another cluster with the same name has bound this store.
         let other = ObjectStoreOptions::new(&cluster.url("theirs"));
         TierStore::open(&other, "test").expect("valid options").bind().await.expect("not bound yet");
         let error = cluster.broker("theirs", false).bind().await.expect_err("another store");

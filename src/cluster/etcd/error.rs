@@ -58,8 +58,8 @@ pub(super) enum EtcdCallError {
 /// for a request that no leader accepted, and for a request whose leader failed. Source: etcd's
 /// `api/v3rpc/rpctypes/error.go`, 3.4 to 3.6.
 const ERROR_CLASSES: &[(&str, ErrorClass)] = &[
-    // Returned before the request is processed. A proposal that no leader accepted in time returns "request timed out"
-    // instead.
+    // etcd returns these four before it processes the request. For a proposal that no leader accepted in time, it
+    // returns "request timed out" instead.
     ("etcdserver: no leader", ErrorClass::NotDone),
     ("etcdserver: not capable", ErrorClass::NotDone),
     ("etcdserver: too many requests", ErrorClass::NotDone),

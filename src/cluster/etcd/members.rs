@@ -24,11 +24,11 @@ use super::{
 use crate::cluster::store::{Regression, Revision};
 
 /// Maximum size of a read response. A page of a list that exceeds it is requested again with fewer keys.
-const READ_BYTES: usize = 64 << 20;
+const MAX_READ_BYTES: usize = 64 << 20;
 
 /// Maximum size of a watch message. etcd sends up to a thousand transactions at once to a watch that lags. The limit
 /// fits a thousand transactions of a quarter of the maximum size.
-const WATCH_BYTES: usize = 256 << 20;
+const MAX_WATCH_BYTES: usize = 256 << 20;
 
 /// Minimum timeout of a login. etcd's password hash is slow on purpose.
 const MIN_LOGIN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -248,7 +248,7 @@ impl MemberChannel {
     }
 
     pub(super) fn kv(&self) -> KvClient {
-        self.0.client.kv_client().max_decoding_message_size(READ_BYTES)
+        self.0.client.kv_client().max_decoding_message_size(MAX_READ_BYTES)
     }
 
     pub(super) fn leases(&self) -> LeaseClient {
@@ -256,7 +256,7 @@ impl MemberChannel {
     }
 
     pub(super) fn watches(&self) -> WatchClient {
-        self.0.client.watch_client().max_decoding_message_size(WATCH_BYTES)
+        self.0.client.watch_client().max_decoding_message_size(MAX_WATCH_BYTES)
     }
 
     /// Returns the revision in a response. If the response is of another etcd cluster than the first response, sets

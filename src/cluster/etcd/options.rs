@@ -8,7 +8,7 @@ use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
 const HTTPS_SCHEME: &str = "https://";
 
 /// Default timeout of one attempt of a call.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
+const DEFAULT_REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Interval of TCP keepalive probes on an idle connection, so that routers on its path do not drop the connection. The
 /// operating systems exchange the probes, without the processes.
@@ -115,7 +115,7 @@ impl EtcdOptions {
             endpoints: endpoints.into_iter().map(Into::into).collect(),
             tls: None,
             login: None,
-            request_timeout: REQUEST_TIMEOUT,
+            request_timeout: DEFAULT_REQUEST_TIMEOUT,
         }
     }
 

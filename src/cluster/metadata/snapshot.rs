@@ -74,12 +74,12 @@ impl MetadataSnapshot {
         &self.brokers
     }
 
-    /// Returns the brokers that are to be drained.
+    /// Returns the brokers that an operator requested to drain, live or not.
     pub const fn drains(&self) -> &BTreeMap<BrokerId, Arc<Versioned<DrainValue>>> {
         &self.drains
     }
 
-    /// Returns the controller, if there is one.
+    /// Returns the broker in the controller key; `None` if the key does not exist or cannot be read.
     pub fn controller(&self) -> Option<BrokerId> {
         self.controller.as_ref().map(|versioned| versioned.value.broker)
     }

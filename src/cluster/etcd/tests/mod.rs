@@ -24,7 +24,7 @@ mod process;
 mod scripted;
 mod secure;
 
-/// Timeout of each wait: far above the duration of any test here.
+/// Timeout of each wait, far above the time that a wait takes when a test succeeds.
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 async fn put(store: &EtcdStore, key: &str, value: &str) -> Result<Revision, MetaStoreError> {
