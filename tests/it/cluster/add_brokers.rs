@@ -46,7 +46,7 @@ fn send(cli: &Cli, sent: u32) -> u32 {
 
 /// Waits until the `sent` records of each partition are read, once and in order. Repeated: a new leader may not serve
 /// all committed records at once.
-fn is_whole(cli: &Cli, sent: u32) {
+fn wait_for_all_records(cli: &Cli, sent: u32) {
     for (topic, partition) in logs() {
         let (all, number) = (lines(topic, partition, 0, sent), partition.to_string());
         eventually("every record is read", || {
@@ -77,13 +77,13 @@ fn holders(cluster: &Cluster) -> Option<Vec<Vec<u64>>> {
     Some(holders)
 }
 
-/// Returns the number of partitions that a broker holds.
-fn held(holders: &[Vec<u64>], broker: u64) -> usize {
+/// Returns the number of partitions with a replica on this broker.
+fn replica_count(holders: &[Vec<u64>], broker: u64) -> usize {
     holders.iter().filter(|replicas| replicas.contains(&broker)).count()
 }
 
-/// Returns the number of changes that these brokers have made as controllers for this reason.
-fn steps(cluster: &Cluster, brokers: &[u32], reason: &str) -> f64 {
+/// Returns the number of changes that these brokers made as controllers for `reason`, in total.
+fn change_count(cluster: &Cluster, brokers: &[u32], reason: &str) -> f64 {
     let name = format!("strandline_controller_changes_total{{reason=\"{reason}\"}} ");
     let by = |id: &u32| {
         let (_, page) = http_get(cluster.instance(*id).http(), "/metrics").expect("a page");
@@ -110,8 +110,8 @@ fn replicas_move_to_new_broker_and_replace_lost_ones() {
     cluster.ready();
     // Broker 4 is in the rack of broker 1. So in partitions with three replicas, broker 4 takes replicas only from
     // broker 1, until both have almost the same number.
-    eventually("replicas move to the new broker", || (held(&holders(&cluster)?, 4) >= 2).then_some(()));
-    assert!(steps(&cluster, &[1, 2, 3, 4], "balanced") >= 1.0, "to balance the replicas of the brokers");
+    eventually("replicas move to the new broker", || (replica_count(&holders(&cluster)?, 4) >= 2).then_some(()));
+    assert!(change_count(&cluster, &[1, 2, 3, 4], "balanced") >= 1.0, "to balance the replicas of the brokers");
     let sent = send(&cluster.cli(), sent);
 
     cluster.kill(2);
@@ -119,8 +119,8 @@ fn replicas_move_to_new_broker_and_replace_lost_ones() {
     // until two are in sync again.
     let sent = send(&cluster.cli(), sent);
     eventually("no partition has a replica on the removed broker", || {
-        (held(&holders(&cluster)?, 2) == 0).then_some(())
+        (replica_count(&holders(&cluster)?, 2) == 0).then_some(())
     });
-    assert!(steps(&cluster, &[1, 3, 4], "broker_replaced") >= 1.0, "the broker of these replicas was removed");
-    is_whole(&cluster.cli(), sent);
+    assert!(change_count(&cluster, &[1, 3, 4], "broker_replaced") >= 1.0, "the broker of these replicas was removed");
+    wait_for_all_records(&cluster.cli(), sent);
 }

@@ -21,7 +21,7 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Duration of each fault that does not end a broker's process. Longer than a lease.
+/// Minimum duration of every fault except the kill of a broker. Longer than a lease.
 const FAULT_DURATION: Duration = Duration::from_secs(9);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -96,14 +96,14 @@ fn inject(
         }
         InjectedFault::Freeze => {
             on.cluster.broker(broker).freeze(true);
-            let waited = lasting(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
             on.cluster.broker(broker).freeze(false);
             waited
         }
         InjectedFault::Isolated => {
             on.part_from_brokers(broker, true);
             on.part_from_etcd(broker, true);
-            let waited = lasting(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
             on.part_from_brokers(broker, false);
             on.part_from_etcd(broker, false);
             waited
@@ -111,37 +111,37 @@ fn inject(
         InjectedFault::ReceiveCut | InjectedFault::SendCut => {
             let (from, to) = if fault == InjectedFault::ReceiveCut { (other, broker) } else { (broker, other) };
             on.network.cut(&broker_name(from), broker_ip(to));
-            let waited = lasting(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
             on.network.mend(&broker_name(from), broker_ip(to));
             waited
         }
         InjectedFault::IsolatedFromEtcd => {
             on.part_from_etcd(broker, true);
-            let waited = lasting(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
             on.part_from_etcd(broker, false);
             waited
         }
         InjectedFault::EtcdKilled => {
             on.cluster.etcd.kill(usize::from(member));
-            let waited = lasting(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
             on.cluster.etcd.run(usize::from(member));
             waited
         }
         InjectedFault::EtcdIsolated => {
             on.part_member(member, true);
-            let waited = lasting(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
             on.part_member(member, false);
             waited
         }
         InjectedFault::ObjectStoreDown => {
             on.s3.faults().set_down(true);
-            let waited = lasting(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
             on.s3.faults().set_down(false);
             waited
         }
         InjectedFault::ObjectStoreUnreliable => {
             on.s3.faults().set_unreliable(true);
-            let waited = lasting(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
             on.s3.faults().set_unreliable(false);
             waited
         }
@@ -149,7 +149,7 @@ fn inject(
 }
 
 /// Lets a fault last for `time`, and longer until clients are served again. Returns how long they waited.
-fn lasting(time: Duration, wait_for_clients: &mut dyn FnMut() -> Duration) -> Duration {
+fn wait_during_fault(time: Duration, wait_for_clients: &mut dyn FnMut() -> Duration) -> Duration {
     thread::sleep(time);
     wait_for_clients()
 }

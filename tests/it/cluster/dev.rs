@@ -13,8 +13,8 @@ fn dev_cluster_uses_etcd_and_logs_broker_ids() {
     cli.ok(&["topic", "create", "orders"]);
     cli.ok_with(&["produce", "orders"], b"one\ntwo\n");
     eventually("three are in sync", || {
-        let held = cli.ok(&["topic", "describe", "orders", "--output", "json"]).json();
-        (held["partitions"][0]["isr"].as_array().map(Vec::len) == Some(3)).then_some(())
+        let described = cli.ok(&["topic", "describe", "orders", "--output", "json"]).json();
+        (described["partitions"][0]["isr"].as_array().map(Vec::len) == Some(3)).then_some(())
     });
     assert!(!instance.data_dir().join("metadata.redb").exists(), "the brokers store their state in etcd");
     let log = instance.log();

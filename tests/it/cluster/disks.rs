@@ -30,12 +30,12 @@ fn lose_disk(cluster: &mut Cluster, broker: u32) {
 }
 
 /// Waits until all records are in the object store.
-fn tiered(cluster: &Cluster) {
+fn wait_until_tiered(cluster: &Cluster) {
     let tiered = || cluster.partitions(TOPIC)[0]["tiered_end"] == LINES;
     eventually("all records are in the object store", || tiered().then_some(()));
 }
 
-/// Returns the bytes of batches that a broker has received from its peers.
+/// Returns the number of bytes of batches that a broker has received from its peers.
 fn received(cluster: &Cluster, broker: u32) -> f64 {
     let (_, page) = http_get(cluster.instance(broker).http(), "/metrics").expect("a page");
     let name = "strandline_replication_received_bytes_total{";
@@ -73,7 +73,7 @@ fn broker_with_lost_disk_copies_its_replicas_again() {
 fn new_replica_copies_no_tiered_records_from_peers() {
     let mut cluster = cluster_with_topic(&["--config", "segment.bytes=65536", "--config", "segment.ms=200"]);
     cluster.cli().ok_with(&["produce", TOPIC], lines(0, LINES).as_bytes());
-    tiered(&cluster);
+    wait_until_tiered(&cluster);
     let lost = cluster.leader(TOPIC, 0) % 3 + 1;
     let before = received(&cluster, lost);
     assert!(before > f64::from(LINES), "the complete history: {before}");
@@ -101,7 +101,7 @@ fn unreliable_object_store_loses_no_records() {
     cli.ok(&[&["topic", "create", TOPIC, "--replication-factor", "3"], &settings[..]].concat());
     cluster.in_sync(TOPIC, 3);
     cli.ok_with(&["produce", TOPIC], lines(0, LINES).as_bytes());
-    tiered(&cluster);
+    wait_until_tiered(&cluster);
     let lost = cluster.leader(TOPIC, 0);
     lose_disk(&mut cluster, lost);
     check_records(&cluster);
@@ -149,7 +149,7 @@ fn continue_at_tiered_end(durability: &str) {
     cli.ok(&[&["topic", "create", TOPIC], &settings[..]].concat());
     cluster.in_sync(TOPIC, 1);
     cli.ok_with(&["produce", TOPIC], lines(0, LINES).as_bytes());
-    tiered(&cluster);
+    wait_until_tiered(&cluster);
     cluster.kill(1);
     // All segment files are deleted, so that the replica starts as an empty one.
     let segments = files(&cluster.instance(1).data_dir(), ".log");

@@ -32,7 +32,7 @@ pub(super) fn create_with(cluster: &Cluster, bytes: u32, ms: u32) {
 }
 
 /// Starts three brokers with the topic of [`create`], producers and a consumer.
-pub(super) async fn at_work(rng: &mut StdRng) -> (Cluster, ClientLoad) {
+pub(super) async fn start_with_load(rng: &mut StdRng) -> (Cluster, ClientLoad) {
     let cluster = tokio::task::block_in_place(|| {
         let cluster = Cluster::start(3);
         create(&cluster);
@@ -158,7 +158,7 @@ async fn broker_kills_lose_or_duplicate_no_records() {
     let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
     println!("failover: {kills} kills, STRANDLINE_SEED={seed}");
     let mut rng = StdRng::seed_from_u64(seed);
-    let (mut cluster, work) = at_work(&mut rng).await;
+    let (mut cluster, work) = start_with_load(&mut rng).await;
     let mut silences: Vec<Duration> = Vec::new();
     for kill in 1..=kills {
         work.load.moment(&mut rng).await;

@@ -49,7 +49,7 @@ impl Api {
 }
 
 /// Returns the keys that `cluster describe` reports as unreadable, without their common prefix.
-fn unusable(cluster: &Cluster) -> Vec<String> {
+fn unreadable_keys(cluster: &Cluster) -> Vec<String> {
     let described = cluster.cli().ok(&["cluster", "describe", "--output", "json"]).json();
     let keys = described["unreadable"].as_array().expect("a list").iter();
     let key = |one: &Value| one["key"].as_str().expect("a path").trim_start_matches(PREFIX)[1..].to_owned();
@@ -70,7 +70,7 @@ fn read(cluster: &Cluster, topic: &str, partition: &str) -> Option<String> {
 }
 
 /// Checks that no broker has exited or panicked.
-fn all_run(cluster: &mut Cluster) {
+fn check_all_running(cluster: &mut Cluster) {
     for id in 1..=3 {
         assert!(cluster.is_running(id), "broker {id}\n{}", cluster.log(id));
         assert!(!cluster.log(id).contains("panicked"), "broker {id}\n{}", cluster.log(id));
@@ -106,7 +106,7 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
         "topics/x".into(),
     ];
     wanted.sort();
-    eventually("every invalid key is reported", || (unusable(&cluster) == wanted).then_some(()));
+    eventually("every invalid key is reported", || (unreadable_keys(&cluster) == wanted).then_some(()));
     let text = cli.ok(&["cluster", "describe"]).text();
     assert!(text.contains(&format!("the value of {PREFIX}/brokers/9 is invalid: missing field")), "{text}");
     for id in 1..=3 {
@@ -135,7 +135,7 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
         api.delete(key);
     }
     api.delete(&format!("partitions/{id}/7"));
-    eventually("no key is reported as invalid", || unusable(&cluster).is_empty().then_some(()));
+    eventually("no key is reported as invalid", || unreadable_keys(&cluster).is_empty().then_some(()));
     let held_back = "the replica stays offline until this broker is restarted";
     eventually("the replica is held back", || cluster.log(leader).contains(held_back).then_some(()));
     cluster.kill(leader);
@@ -153,7 +153,7 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
     let repaired: Value = serde_json::from_slice(&api.get(&invalid_key)).expect("JSON");
     assert!(epoch(&repaired) > epoch(&named), "the leader started after the epoch: {repaired}");
     assert_eq!(read(&cluster, "other", "0").as_deref(), Some("before\n"));
-    all_run(&mut cluster);
+    check_all_running(&mut cluster);
 }
 
 /// While the tier state of a partition is invalid, a restarted broker cannot locate records that only the object store
@@ -175,7 +175,7 @@ fn tiered_records_with_invalid_state_are_not_skipped() {
 
     let mut api = Api::of(&cluster);
     let value = api.invalidate(&key, "{\"manifest\":7}");
-    eventually("the key is reported", || (unusable(&cluster) == [key.clone()]).then_some(()));
+    eventually("the key is reported", || (unreadable_keys(&cluster) == [key.clone()]).then_some(()));
     assert!(read(&cluster, "history", "0").as_deref() == Some(&*before), "brokers have the topic from before");
     for id in 1..=3 {
         cluster.kill(id);
@@ -188,12 +188,12 @@ fn tiered_records_with_invalid_state_are_not_skipped() {
     assert!(refused.stderr.contains("offset 0 is not in the object store"), "{refused:?}");
 
     api.put(&key, &value);
-    eventually("no key is reported as invalid", || unusable(&cluster).is_empty().then_some(()));
+    eventually("no key is reported as invalid", || unreadable_keys(&cluster).is_empty().then_some(()));
     eventually("all records are read again", || read(&cluster, "history", "0").filter(|text| *text == before));
     cli.ok_with(&["produce", "history"], b"after\n");
     let whole = before + "after\n";
     eventually("all records are read again", || read(&cluster, "history", "0").filter(|text| *text == whole));
-    all_run(&mut cluster);
+    check_all_running(&mut cluster);
 }
 
 /// Without a readable directory record, a starting broker cannot verify its replicas, so it copies them from its peers.
@@ -211,7 +211,7 @@ fn broker_with_unreadable_directory_key_copies_its_replicas() {
     cluster.in_sync("orders", 3);
     let log = cluster.log(2);
     assert!(log.contains("the directory record of this broker cannot be read"), "{log}");
-    assert!(unusable(&cluster).is_empty(), "the broker has written its directory record again");
+    assert!(unreadable_keys(&cluster).is_empty(), "the broker has written its directory record again");
     // Broker 2 must serve the records alone.
     for other in [1, 3] {
         cluster.stop(other);
@@ -230,7 +230,7 @@ fn new_producers_use_up_reserve_without_producer_ids_key() {
     cli.ok_with(&["produce", "orders"], b"one\n");
     let mut api = Api::of(&cluster);
     let value = api.invalidate("producer-ids", "1000");
-    eventually("the key is reported", || (unusable(&cluster) == ["producer-ids"]).then_some(()));
+    eventually("the key is reported", || (unreadable_keys(&cluster) == ["producer-ids"]).then_some(()));
     cli.ok_with(&["produce", "orders"], b"two\n");
     let address = cluster.addresses()[0];
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -264,7 +264,7 @@ fn producers_wait_without_the_key_of_check_values() {
     cli.ok_with(&["produce", "orders"], b"one\n");
     let mut api = Api::of(&cluster);
     let value = api.invalidate("producer-id-key", "1000");
-    eventually("the key is reported", || (unusable(&cluster) == ["producer-id-key"]).then_some(()));
+    eventually("the key is reported", || (unreadable_keys(&cluster) == ["producer-id-key"]).then_some(()));
     cli.ok_with(&["produce", "orders"], b"two\n");
     cluster.kill(1);
     cluster.restart(1);
@@ -288,8 +288,7 @@ fn producers_wait_without_the_key_of_check_values() {
     assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("one\ntwo\nthree\n"));
 }
 
-/// A broker deletes an invalid value of the key `controller`, which would never expire without a lease. Then a
-/// controller is elected.
+/// An invalid controller key without a lease would never expire. A broker deletes the key, and a controller is elected.
 #[test]
 fn cluster_replaces_invalid_controller_key() {
     let mut cluster = Cluster::start(3);

@@ -125,7 +125,7 @@ impl Cluster {
         self.brokers.get_mut(&id).is_some_and(Broker::is_running)
     }
 
-    /// Stops a broker as an operator does, and waits for its exit.
+    /// Stops a broker in a controlled shutdown, and waits for its successful exit.
     pub(crate) fn stop(&mut self, id: u32) {
         self.broker(id).request_stop();
         self.wait_stopped(id);

@@ -12,7 +12,7 @@ fn sum(cluster: &Cluster, ids: &[u32], name: &str) -> f64 {
 }
 
 /// Waits until `wanted` returns true for the sum of a metric over these brokers.
-fn until(cluster: &Cluster, ids: &[u32], name: &str, wanted: impl Fn(f64) -> bool) {
+fn wait_for_sum(cluster: &Cluster, ids: &[u32], name: &str, wanted: impl Fn(f64) -> bool) {
     eventually(name, || wanted(sum(cluster, ids, name)).then_some(()));
 }
 
@@ -23,13 +23,13 @@ fn killed_broker_shows_in_metrics_of_peers_until_restart() {
     cluster.cli().ok(&[&create[..], &["--config", "min.insync.replicas=3"]].concat());
     cluster.in_sync(TOPIC, 3);
     let all = [1, 2, 3];
-    until(&cluster, &all, "strandline_partitions_led", |led| led == 6.0);
-    until(&cluster, &all, "strandline_controller", |controllers| controllers == 1.0);
+    wait_for_sum(&cluster, &all, "strandline_partitions_led", |led| led == 6.0);
+    wait_for_sum(&cluster, &all, "strandline_controller", |controllers| controllers == 1.0);
     let text: String = (0..5000).map(|line| format!("line {line}\n")).collect();
     for partition in ["0", "1", "2", "3", "4", "5"] {
         cluster.cli().ok_with(&["produce", TOPIC, "--partition", partition], text.as_bytes());
     }
-    until(&cluster, &all, "strandline_partitions_under_replicated", |count| count == 0.0);
+    wait_for_sum(&cluster, &all, "strandline_partitions_under_replicated", |count| count == 0.0);
     assert_eq!(sum(&cluster, &all, "strandline_partitions"), 18.0);
     assert!(sum(&cluster, &all, "strandline_leader_elections_won_total") >= 6.0);
     // Each of the three brokers leads two of the six partitions, and sends their records to both other brokers.
@@ -61,12 +61,12 @@ fn killed_broker_shows_in_metrics_of_peers_until_restart() {
     let left: Vec<u32> = all.into_iter().filter(|id| *id != victim).collect();
     let shrinks = sum(&cluster, &left, "strandline_isr_shrinks_total");
     cluster.kill(victim);
-    until(&cluster, &left, "strandline_partitions_led", |led| led == 6.0);
-    until(&cluster, &left, "strandline_partitions_under_replicated", |count| count == 6.0);
-    until(&cluster, &left, "strandline_partitions_under_min_isr", |count| count == 6.0);
+    wait_for_sum(&cluster, &left, "strandline_partitions_led", |led| led == 6.0);
+    wait_for_sum(&cluster, &left, "strandline_partitions_under_replicated", |count| count == 6.0);
+    wait_for_sum(&cluster, &left, "strandline_partitions_under_min_isr", |count| count == 6.0);
     // Below the min ISR, a removed ISR member becomes a member of the ELR.
-    until(&cluster, &left, "strandline_partitions_with_elr", |count| count == 6.0);
-    until(&cluster, &left, "strandline_partitions_leaderless", |count| count == 0.0);
+    wait_for_sum(&cluster, &left, "strandline_partitions_with_elr", |count| count == 6.0);
+    wait_for_sum(&cluster, &left, "strandline_partitions_leaderless", |count| count == 0.0);
     assert!(sum(&cluster, &left, "strandline_isr_shrinks_total") >= shrinks);
     let elected = cluster.instance(controller).metric("strandline_elections_total{cause=\"failed\"}");
     assert!(elected >= 2.0, "other brokers lead the partitions of the killed broker: {elected}");
@@ -75,7 +75,7 @@ fn killed_broker_shows_in_metrics_of_peers_until_restart() {
     let expands = sum(&cluster, &left, "strandline_isr_expands_total");
     cluster.restart(victim);
     for name in ["under_replicated", "under_min_isr", "with_elr"] {
-        until(&cluster, &all, &format!("strandline_partitions_{name}"), |count| count == 0.0);
+        wait_for_sum(&cluster, &all, &format!("strandline_partitions_{name}"), |count| count == 0.0);
     }
     assert!(
         sum(&cluster, &left, "strandline_isr_expands_total") >= expands + 6.0,

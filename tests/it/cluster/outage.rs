@@ -56,7 +56,7 @@ fn records_are_appended_and_read_during_an_etcd_outage() {
             cli.ok_with(&["produce", TOPIC, "--partition", &partition.to_string()], records.as_bytes());
         }
     };
-    let is_whole = |to| {
+    let check_all_records = |to| {
         for partition in 0..6 {
             let number = partition.to_string();
             let read = cli.ok(&["consume", TOPIC, "--partition", &number, "--from", "earliest", "--until-end"]);
@@ -72,7 +72,7 @@ fn records_are_appended_and_read_during_an_etcd_outage() {
     while since.elapsed() < outage {
         send(sent, sent + 10);
         sent += 10;
-        is_whole(sent);
+        check_all_records(sent);
     }
     println!(
         "outage: etcd was unavailable for {:?}, and each of 6 partitions accepted {sent} records",
@@ -97,7 +97,7 @@ fn records_are_appended_and_read_during_an_etcd_outage() {
     cluster.in_sync(TOPIC, 2);
     send(sent, sent + 10);
     sent += 10;
-    is_whole(sent);
+    check_all_records(sent);
     let health = cli.run(&["cluster", "health"]);
     assert!(
         health.code == 1 && health.text().contains(&format!("broker {victim}: offline with 6 replicas")),
@@ -112,7 +112,7 @@ fn records_are_appended_and_read_during_an_etcd_outage() {
         Some(cli.run(&["cluster", "health"])).filter(|health| health.code == 0)
     });
     assert_eq!(health.text(), "ok: 3 brokers\n");
-    is_whole(sent);
+    check_all_records(sent);
 }
 
 /// During an outage of etcd, a broker sends `lease_expired` to its readers, because another broker may lead by now. It
@@ -202,7 +202,7 @@ fn brokers_serve_without_etcd_and_object_store() {
     s3.faults().set_down(true);
     cluster.etcd.kill_all();
     let since = clock::monotonic();
-    // Longer than a lease.
+    // The loop runs longer than a lease.
     while since.elapsed() < Duration::from_secs(5) {
         cli.ok_with(&["produce", TOPIC], lines(sent, sent + 100).as_bytes());
         let read = cli.ok(&["consume", TOPIC, "--from", &sent.to_string(), "--until-end"]);

@@ -118,7 +118,7 @@ async fn broker_epoch(address: SocketAddr) -> u64 {
 }
 
 /// Appends one record with the command line. Success means that all ISR members acknowledged it.
-fn append_succeeds(cli: &Cli, topic: &str) {
+fn append_record(cli: &Cli, topic: &str) {
     cli.ok_with(&["produce", topic], b"still here\n");
 }
 
@@ -127,7 +127,7 @@ fn append_succeeds(cli: &Cli, topic: &str) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unregistered_broker_reports_only_its_identity() {
     let etcd = tokio::task::block_in_place(|| etcd(1));
-    // The broker waits for its id for as long as this timeout.
+    // The broker waits up to about this long for its id, which is registered for another directory.
     let instance = BrokerInstance::member(FAKE_BROKER, &etcd).setting("metadata.session_timeout", "\"60s\"");
     let meta = Meta::of(&etcd).await;
     meta.register(instance.peer()).await;

@@ -32,7 +32,7 @@ fn reassignments_are_queued_and_can_be_waited_for() {
         cli.ok_with(&["produce", "orders", "--partition", partition], text.as_bytes());
     }
     let before = replicas(&cluster, "orders");
-    // Each partition moves to another broker, whose id is the next one.
+    // Each partition moves from its broker to the broker with the next id (1 after 3).
     for (number, at) in before.iter().enumerate() {
         let (name, to) = (format!("orders/{number}"), at[0].as_u64().expect("a number") % 3 + 1);
         let ordered = cli.ok(&["partition", "reassign", &name, "--replicas", &to.to_string(), "--output", "json"]);

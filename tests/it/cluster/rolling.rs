@@ -6,7 +6,7 @@ use std::time::Duration;
 use rand::{SeedableRng as _, rngs::StdRng};
 use strandline::task::clock;
 
-use super::{failover::at_work, members::Cluster};
+use super::{failover::start_with_load, members::Cluster};
 use crate::{
     broker::http_get,
     crash::{PARTITIONS, setting},
@@ -19,7 +19,7 @@ async fn rolling_restart_fails_no_client_call() {
     let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
     println!("rolling: STRANDLINE_SEED={seed}");
     let mut rng = StdRng::seed_from_u64(seed);
-    let (mut cluster, work) = at_work(&mut rng).await;
+    let (mut cluster, work) = start_with_load(&mut rng).await;
     let mut longest: Vec<Duration> = Vec::new();
     for broker in 1..=3 {
         work.load.moment(&mut rng).await;

@@ -13,14 +13,14 @@ use crate::{
 };
 
 /// Starts a broker, creates topic `t` and appends one record to it.
-fn with_a_record(instance: &mut BrokerInstance) -> Broker {
+fn start_with_record(instance: &mut BrokerInstance) -> Broker {
     let broker = instance.start();
     instance.cli().ok(&["topic", "create", "t"]);
     instance.cli().ok_with(&["produce", "t"], b"one\n");
     broker
 }
 
-fn has_the_record(instance: &BrokerInstance) {
+fn check_record(instance: &BrokerInstance) {
     assert_eq!(instance.cli().ok(&["consume", "t", "--from", "earliest", "--until-end"]).stdout, b"one\n");
 }
 
@@ -116,7 +116,7 @@ fn start_without_etcd_logs_its_wait_and_can_be_stopped() {
 fn etcd_without_this_data_directory_is_refused() {
     let first = etcd(1);
     let mut instance = BrokerInstance::member(1, &first);
-    let broker = with_a_record(&mut instance);
+    let broker = start_with_record(&mut instance);
     assert!(broker.terminate().success());
     let second = etcd(1);
     instance = instance.at_etcd(&second);
@@ -124,7 +124,7 @@ fn etcd_without_this_data_directory_is_refused() {
     assert!(instance.log().contains("check that metadata.etcd names the right etcd"), "{}", instance.log());
     instance = instance.at_etcd(&first);
     let broker = instance.start();
-    has_the_record(&instance);
+    check_record(&instance);
     assert!(broker.terminate().success());
 }
 
@@ -132,7 +132,7 @@ fn etcd_without_this_data_directory_is_refused() {
 fn data_directory_of_another_cluster_is_refused() {
     let etcd = etcd(1);
     let mut instance = BrokerInstance::member(1, &etcd);
-    let broker = with_a_record(&mut instance);
+    let broker = start_with_record(&mut instance);
     assert!(broker.terminate().success());
     // The broker uses the same etcd with another cluster name, and so another key prefix.
     let other = instance.of_cluster("other");
@@ -141,7 +141,7 @@ fn data_directory_of_another_cluster_is_refused() {
     assert!(log.contains("\"it\"") && log.contains("\"other\""), "{log}");
     let mut instance = other.of_cluster("it");
     let broker = instance.start();
-    has_the_record(&instance);
+    check_record(&instance);
     assert!(broker.terminate().success());
 }
 
@@ -192,8 +192,8 @@ async fn broker_connects_to_etcd_with_certificate_and_password() {
             .setting("metadata.etcd_key", format!("{key:?}"))
             .setting("metadata.etcd_user", "\"root\"");
         let mut instance = instance.setting("metadata.etcd_password_file", format!("{password:?}"));
-        let broker = with_a_record(&mut instance);
-        has_the_record(&instance);
+        let broker = start_with_record(&mut instance);
+        check_record(&instance);
         assert!(broker.terminate().success(), "{}", instance.log());
         // A wrong password ends the start and is not printed.
         fs::write(&password, "another user's\n").expect("written");

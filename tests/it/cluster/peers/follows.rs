@@ -12,7 +12,7 @@ use tokio::{sync::mpsc, task::block_in_place};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
-use super::{FAKE_BROKER, Meta, append_succeeds, broker_epoch, peer};
+use super::{FAKE_BROKER, Meta, append_record, broker_epoch, peer};
 use crate::{
     broker::BrokerInstance,
     cluster::members::Cluster,
@@ -123,7 +123,7 @@ impl IdleCluster {
     }
 
     fn append(&self) {
-        block_in_place(|| append_succeeds(&self.cluster.cli(), "calm"));
+        block_in_place(|| append_record(&self.cluster.cli(), "calm"));
     }
 
     fn hello(&self, broker: u32, broker_epoch: u64) -> v1::Hello {
@@ -334,7 +334,7 @@ async fn fake_follower_takes_over_no_responsive_link() {
             match second.next().await {
                 Err(status) => break status.message().to_owned(),
                 // The leader accepts the second link if the real follower does not respond within a second. Other load
-                // on this machine may cause this, so the test accepts it twice.
+                // on this machine may cause this, so the test allows it twice per round.
                 Ok(_welcome) => tries += 1,
             }
             assert!(
@@ -349,8 +349,8 @@ async fn fake_follower_takes_over_no_responsive_link() {
     let value = idle.meta.value(idle.id).await;
     assert_eq!(value.isr.len(), 2, "the real follower stayed in sync: {value:?}");
 
-    // The frozen follower cannot respond, so a fake link replaces its link. After the freeze, its next link replaces
-    // the fake link, which does not respond.
+    // The frozen follower cannot respond, so the fake link replaces its link. After the freeze, the follower opens a
+    // new link, which replaces the fake one because the fake one does not respond.
     idle.cluster.broker(idle.follower).freeze(true);
     // Repeated: a response that the follower sent before the freeze may still arrive.
     let mut silent = eventually_async("the link of the frozen follower is replaced", async || {

@@ -11,7 +11,7 @@ use tokio::{net::TcpListener, sync::mpsc, task::block_in_place};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{FAKE_BROKER, Meta, append_succeeds, peer};
+use super::{FAKE_BROKER, Meta, append_record, peer};
 use crate::{
     broker::BrokerInstance,
     cluster::members::etcd,
@@ -309,10 +309,10 @@ async fn follower_copies_only_valid_batches_of_fake_leader() {
 
     follower.refuses_batches(&mut stream).await;
     assert_eq!(log_end(follower.instance.peer(), id).await, 5, "no invalid batch was appended");
-    block_in_place(|| append_succeeds(&cli, "calm"));
+    block_in_place(|| append_record(&cli, "calm"));
     follower.accepts_valid_batch(&mut stream).await;
     assert_eq!(log_end(follower.instance.peer(), id).await, 6);
-    block_in_place(|| append_succeeds(&cli, "calm"));
+    block_in_place(|| append_record(&cli, "calm"));
     drop(stream);
     tasks.stop().await;
     block_in_place(|| assert!(broker.terminate().success(), "{}", follower.instance.log()));
