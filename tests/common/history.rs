@@ -15,7 +15,7 @@
 //! | rewritten | Two readers received different records at one offset. |
 //! | regressed | A reader received a lower end than an earlier reader. |
 //!
-//! Time is a counter that each event increments, so that the order of events is exact.
+//! Times are values of one counter that each event increments, so that the order of events is exact.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 

@@ -76,7 +76,7 @@ fn key_value_bytes(changes: &WatchBatch) -> usize {
 pub(super) struct WatchCursor {
     /// Weak, so that a watch does not keep the file open. The watch ends when the last clone of the store is dropped.
     inner: Weak<EmbeddedInner>,
-    /// Newest revision in the history.
+    /// Newest committed revision. The watch waits for its next change.
     newest: watch::Receiver<Revision>,
     prefix: String,
     /// First revision that the watch has not returned.

@@ -1,4 +1,5 @@
-//! Golden values: operators and other versions read the stored values.
+//! Golden values of the key space. Their encoding must not change, because operators and other versions read the stored
+//! values.
 
 use super::*;
 use crate::model::LeaderEpoch;

@@ -90,7 +90,8 @@ async fn verified_replicas_stay_and_others_are_removed() {
     let other = |inventory: LocalInventory| LocalInventory { directory_id: "another".to_owned(), ..inventory };
     let older = |inventory: LocalInventory| LocalInventory { incarnations: vec!["p0".to_owned()], ..inventory };
     let corrupt = |inventory: LocalInventory| LocalInventory { intact: BTreeSet::new(), ..inventory };
-    // The inventory, and the result for persisted, replicated and unknown topics.
+    // For each inventory: true if the replicas of the persisted, the replicated and the unknown topic stay in ISR and
+    // ELR.
     type AlterInventory = fn(LocalInventory) -> LocalInventory;
     let cases: [(&str, AlterInventory, [bool; 3]); 5] = [
         ("everything intact", unchanged, [true, true, true]),

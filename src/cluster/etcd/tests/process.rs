@@ -30,7 +30,8 @@ impl Etcd {
         etcd
     }
 
-    /// Starts a cluster with this client scheme. The cluster may not respond yet.
+    /// Starts a cluster with this client scheme and these command-line flags of each member. Does not wait until the
+    /// cluster responds.
     pub(super) fn begin(members: usize, scheme: &'static str, flags: &[String]) -> Self {
         Self(members::Etcd::begin(members, scheme, flags))
     }

@@ -60,7 +60,7 @@ struct TxnResponse {
     header: Option<ResponseHeader>,
     #[prost(bool, tag = "2")]
     succeeded: bool,
-    /// One message per operation; here without the operation's response.
+    /// One message per operation. These messages are empty, although etcd always sets the operation's response.
     #[prost(message, repeated, tag = "3")]
     responses: Vec<EmptyMessage>,
 }
