@@ -15,10 +15,11 @@ pub enum CancelError {
     /// No reassignment is in progress or queued.
     #[error("nothing to cancel: {what}")]
     NotReassigning {
-        /// Description of the partitions without a reassignment.
+        /// Error text that names the requested partitions.
         what: String,
     },
-    /// Only replicas that the reassignment added are in sync.
+    /// No replica from before the reassignment is in the ISR. Or an added replica leads, and none of the earlier ISR
+    /// members is live, so none can be elected.
     #[error(
         "the reassignment of partition {partition} cannot be cancelled, because none of the earlier replicas is in \
          sync: let it complete, or reassign the partition"
@@ -43,8 +44,10 @@ impl CancelError {
 }
 
 impl ClusterOperations {
-    /// Restores the replicas from before the reassignment, and clears a queued reassignment: for one topic, one
-    /// partition, or all. If a replica that was being added leads, a replica from before the reassignment is elected.
+    /// Cancels the reassignments, in progress or queued, of one partition, of a whole topic, or of the cluster if
+    /// `topic` is `None`. A cancelled reassignment in progress is replaced by the replicas from before it. If a replica
+    /// that was being added leads, the same change elects an earlier replica. If the metadata cache shows one
+    /// reassignment that cannot be cancelled, none is.
     pub async fn cancel(
         &self,
         topic: Option<&TopicName>,
@@ -75,8 +78,9 @@ impl ClusterOperations {
     }
 }
 
-/// Returns the value without the reassignment in progress. If a replica that is being added leads, the same change
-/// elects the first live ISR member from before the reassignment. Returns `None` if there is no such member.
+/// Returns the value with the replicas from before the reassignment in progress. If a replica that is being added
+/// leads, the same change elects the first live ISR member from before the reassignment. Returns `None` if there is no
+/// such member, or if no ISR member would remain.
 fn without_reassignment(
     value: &PartitionValue,
     is_live: impl Fn(BrokerId) -> bool,

@@ -1,6 +1,6 @@
 //! Drains of brokers: the operation writes the key `drains/{id}`, and the controller moves the replicas.
 
-use super::{ClusterOperations, UnknownBrokers, registered_brokers};
+use super::{ClusterOperations, UnknownBrokers, known_brokers};
 use crate::{
     cluster::{
         keys::{DrainValue, Value as _},
@@ -22,26 +22,27 @@ pub enum DrainError {
 /// State of a broker's drain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BrokerDrain {
-    /// True if this operation started the drain.
+    /// True if this operation started the drain; false if the broker was drained already.
     pub changed: bool,
-    /// Wall-clock time of the request, in milliseconds.
+    /// Wall-clock time of the request that started the drain, in milliseconds.
     pub since_ms: i64,
     /// Number of partitions that the broker leads.
     pub leaders: usize,
-    /// Number of partitions that the broker holds.
+    /// Number of replicas that remain on the broker.
     pub replicas: usize,
-    /// Partitions whose replica cannot move: too few eligible brokers, or a reassignment of the partition waits for an
-    /// offline broker.
+    /// Partitions with a leader whose replica cannot move: too few eligible brokers, or a reassignment of the partition
+    /// waits for an offline broker.
     pub blocked: Vec<PartitionId>,
     /// Number of replicas that cannot move because their partition has no leader.
     pub leaderless: usize,
-    /// Number of other brokers that can take replicas.
+    /// Number of other brokers that can take at least one more replica.
     pub eligible_brokers: usize,
 }
 
 impl ClusterOperations {
-    /// Requests the drain of a broker. The broker may be offline: its replicas are then replaced without delay. If the
-    /// broker is drained already, the stored drain keeps its start time.
+    /// Stores the drain of a broker, which the controller then executes, and returns the state of the drain. The broker
+    /// may be offline: its replicas are then replaced without delay. If the broker is drained already, the stored drain
+    /// keeps its start time.
     pub async fn drain(&self, broker: BrokerId, now_ms: i64) -> Result<BrokerDrain, DrainError> {
         self.check_known(broker)?;
         let key = self.keys.drain(broker);
@@ -68,7 +69,8 @@ impl ClusterOperations {
         Ok(BrokerDrain { changed, since_ms, ..self.count_remaining(broker) })
     }
 
-    /// Cancels the drain of a broker. Returns true if there was one.
+    /// Cancels the drain of a broker. Returns false if the broker was not drained. Replicas that moved already are not
+    /// moved back.
     pub async fn undrain(&self, broker: BrokerId) -> Result<bool, DrainError> {
         self.check_known(broker)?;
         let key = self.keys.drain(broker);
@@ -82,8 +84,8 @@ impl ClusterOperations {
         }
     }
 
-    /// Returns the number of replicas of a drained broker that cannot move: too few brokers can take them, their
-    /// reassignment waits for an offline broker, or their partition has no leader.
+    /// Returns the number of replicas of a drained broker that cannot move now, according to the metadata cache: too
+    /// few brokers can take them, their reassignment waits for an offline broker, or their partition has no leader.
     pub fn count_blocked(&self, broker: BrokerId) -> usize {
         let remaining = self.count_remaining(broker);
         remaining.blocked.len() + remaining.leaderless
@@ -91,15 +93,15 @@ impl ClusterOperations {
 
     /// Fails if the metadata does not name the broker: it is not live, holds no replica, and is not drained.
     fn check_known(&self, broker: BrokerId) -> Result<(), UnknownBrokers> {
-        let known = registered_brokers(&self.metadata.state());
+        let known = known_brokers(&self.metadata.state());
         if known.contains(&broker) {
             return Ok(());
         }
         Err(UnknownBrokers { ids: vec![broker], known: known.into_iter().collect() })
     }
 
-    /// Counts the replicas that remain on a drained broker, and finds those that cannot move. Chooses brokers for them
-    /// as the controller's plan does. The caller sets `changed` and `since_ms`.
+    /// Counts the replicas that remain on a drained broker. To find replicas that cannot move, it chooses a new broker
+    /// for each one as the controller's plan does. The caller sets `changed` and `since_ms`.
     fn count_remaining(&self, broker: BrokerId) -> BrokerDrain {
         let state = self.metadata.state();
         let mut placement = Placement::of(&state);
@@ -119,13 +121,14 @@ impl ClusterOperations {
             let value = &partition.value;
             drained.replicas += 1;
             drained.leaders += usize::from(value.leader == Some(broker));
-            // Only the leader of a partition copies its data, also during a reassignment.
+            // New replicas copy from the leader. So without a leader the replica cannot move, also if a reassignment is
+            // in progress.
             if value.leader.is_none() {
                 drained.leaderless += 1;
                 continue;
             }
-            // The replica moves after the reassignment in progress, which an offline broker may block. A drained broker
-            // blocks none: the controller replaces an offline drained broker at once.
+            // A reassignment in progress must end before this replica can move. An offline broker may block that
+            // reassignment, but an offline drained broker does not: the controller replaces it at once.
             let counts_as_live =
                 |id| state.brokers().contains_key(&id) || id == broker || state.drains().contains_key(&id);
             if value.is_reassignment_blocked(self.min_insync(id.topic), counts_as_live) {

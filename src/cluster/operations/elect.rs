@@ -34,15 +34,16 @@ pub enum ElectError {
         /// Reason why the preferred leader is not eligible.
         reason: PreferredLeaderIssue,
     },
-    /// No replica that holds all committed records is live.
+    /// The partition has no live leader, and no live replica is known to hold all committed records.
     #[error("no replica can lead {partition} without loss: {}", unclean_election_hint(waited_for))]
     NoCandidate {
         /// The partition, as `topic/number`.
         partition: String,
-        /// Brokers that could lead if they were live. Empty if no replica is known to hold all committed records.
+        /// Members of the ISR and the ELR, all offline: they could lead if they were live. Empty if no replica is known
+        /// to hold all committed records.
         waited_for: Vec<BrokerId>,
     },
-    /// An unclean election of a partition that has a leader.
+    /// An unclean election was requested for a partition that has a live leader.
     #[error("broker {leader} leads {partition}: an unclean election would lose records without need")]
     HasLeader {
         /// The partition, as `topic/number`.
@@ -50,7 +51,7 @@ pub enum ElectError {
         /// Id of the leader.
         leader: BrokerId,
     },
-    /// An unclean election of a partition that can have a clean one.
+    /// An unclean election was requested for a partition that can have a clean one.
     #[error("broker {id} can lead {partition} without loss: elect without --unclean")]
     CleanPossible {
         /// The partition, as `topic/number`.
@@ -68,21 +69,21 @@ pub enum ElectError {
         /// Live replicas.
         live: Vec<BrokerId>,
     },
-    /// No replica is live, or none reports its position.
+    /// An unclean election was requested, and no broker of a live replica reported the position of its log.
     #[error("no replica of {partition} responds, so none can lead: start {}", any_of(replicas))]
     NoResponse {
         /// The partition, as `topic/number`.
         partition: String,
         replicas: Vec<BrokerId>,
     },
-    /// The partition changed since the operator confirmed the election.
+    /// The value of the partition is no longer the one for which the operator confirmed the unclean election.
     #[error("{partition} has changed since the confirmation: check it again")]
     Changed {
         /// The partition, as `topic/number`.
         partition: String,
     },
-    /// The log of the requested broker is unusable or the broker does not respond. When the operator confirmed the
-    /// election, the broker reported its log.
+    /// The broker that the operator confirmed as the leader does not respond, or its log cannot be used now. At the
+    /// confirmation it reported a usable log.
     #[error("the log of broker {id} for {partition} cannot be used now, or the broker does not respond: try again")]
     LogUnusable {
         /// The partition, as `topic/number`.
@@ -130,8 +131,7 @@ impl ElectError {
     }
 }
 
-/// Returns the part of the error message that names the operator's options if no replica may lead. `waited_for` are the
-/// brokers that could lead if they were live.
+/// Returns the end of the error message `NoCandidate`: the operator's options. `waited_for` is the field of that error.
 fn unclean_election_hint(waited_for: &[BrokerId]) -> String {
     match waited_for {
         [] => "no replica is known to hold all committed records; elect with --unclean, which loses the records that \
@@ -145,7 +145,7 @@ fn unclean_election_hint(waited_for: &[BrokerId]) -> String {
     }
 }
 
-/// Returns a choice of brokers as the object of a sentence: `broker 1`, or `one of the brokers 1 and 2`.
+/// Formats a choice of brokers as the object of a sentence: `broker 1`, or `one of the brokers 1 and 2`.
 fn any_of(replicas: &[BrokerId]) -> String {
     match replicas {
         [id] => format!("broker {id}"),
@@ -159,9 +159,7 @@ pub struct ReplicaPosition {
     pub broker: BrokerId,
     /// Epoch of the last batch; `None` for an empty log.
     pub last_epoch: Option<LeaderEpoch>,
-    /// Log end of the replica.
     pub log_end: Offset,
-    /// High watermark of the replica.
     pub high_watermark: Offset,
 }
 
@@ -169,7 +167,8 @@ pub struct ReplicaPosition {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UncleanCandidate {
     pub broker: BrokerId,
-    /// Committed offsets that would be lost, as far as the replicas report them; `None` for no loss.
+    /// Committed offsets that would be lost, according to the reported positions; `None` if no loss is known. Offline
+    /// replicas may have more committed records.
     pub loss: Option<LostOffsets>,
 }
 
@@ -183,9 +182,9 @@ pub struct LostOffsets {
 }
 
 /// Returns the best candidate of an unclean election: the replica whose last batch has the newest epoch, then the one
-/// with the longest log, then the first in `replicas`. The loss is the range from the end of its log to the highest
-/// high watermark of all positions. Records below `tiered_end` are in the object store and not lost. Returns `None` if
-/// no position is one of `replicas`.
+/// with the longest log, then the first in `replicas`. The loss is the range from the log end of the candidate, or from
+/// `tiered_end` if that is higher, to the highest high watermark of all positions: records below `tiered_end` are in
+/// the object store. Returns `None` if no position is that of a replica in `replicas`.
 pub fn successor(replicas: &[BrokerId], positions: &[ReplicaPosition], tiered_end: Offset) -> Option<UncleanCandidate> {
     let index = |id: BrokerId| replicas.iter().position(|replica| *replica == id);
     let best = positions.iter().filter(|position| index(position.broker).is_some());
@@ -198,7 +197,7 @@ pub fn successor(replicas: &[BrokerId], positions: &[ReplicaPosition], tiered_en
 
 impl ClusterOperations {
     /// Elects the preferred leader. If the partition has no live leader, elects the first replica that may lead without
-    /// loss.
+    /// loss. Changes nothing if the preferred leader leads already.
     pub async fn elect(&self, topic: &TopicName, partition: u32) -> Result<OperationResult, ElectError> {
         let (topic, ids) = self.find(topic, Some(partition))?;
         let min_insync = self.min_insync(topic.cached.value.id);
@@ -206,7 +205,7 @@ impl ClusterOperations {
             let state = self.metadata.state();
             let is_live = |id| state.brokers().contains_key(&id);
             match choose_clean_leader(&state, value) {
-                // `None` if the chosen replica leads already: the value stays.
+                // `elect` returns `None` if the chosen replica leads already: the value stays.
                 Ok(to) => Ok(value.elect(to, is_live, min_insync)),
                 Err(ElectionRefusal::PreferredNotEligible { id: preferred, leader, reason }) => {
                     Err(ElectError::PreferredNotEligible {
@@ -225,8 +224,8 @@ impl ClusterOperations {
         Ok(only_result(results.await?))
     }
 
-    /// Returns a partition that no replica can lead without loss, as input of an unclean election. Fails if it has a
-    /// live leader or can have a clean election.
+    /// Returns the value of a partition from the metadata cache, as input of an unclean election. Fails if the
+    /// partition has a live leader or a live replica that may lead without loss.
     pub fn leaderless_partition(&self, topic: &TopicName, partition: u32) -> Result<OperationResult, ElectError> {
         let (_, ids) = self.find(topic, Some(partition))?;
         let edit = self.load_partitions(&ids)?.pop().expect("one partition was requested");
@@ -234,8 +233,9 @@ impl ClusterOperations {
         Ok(OperationResult { id: edit.id, value: edit.value, revision: edit.revision, changed: false })
     }
 
-    /// Elects `to`, a replica that may lack committed records. With `expected_revision`, the election fails unless the
-    /// partition has that revision. With `discard`, the replica's log is deleted if it is unusable.
+    /// Elects `to`, a live replica that may lack committed records. Fails unless only an unclean election can give the
+    /// partition a leader, and, with `expected_revision`, unless the value has that revision. With `discard`, the
+    /// broker `to` deletes its log of the partition if the log is unusable.
     pub async fn elect_unclean(
         &self,
         topic: &TopicName,
@@ -245,12 +245,13 @@ impl ClusterOperations {
         discard: bool,
     ) -> Result<OperationResult, ElectError> {
         let (_, ids) = self.find(topic, Some(partition))?;
-        // A replica that can lead without loss may register at this moment: the compares then reject the election.
+        // An ISR or ELR member that has registered could lead without loss, and the metadata cache may not show its
+        // registration yet. These compares then reject the election.
         let guards = |value: &PartitionValue| {
             value.isr.iter().chain(&value.elr).map(|id| Compare::Absent(self.keys.broker(*id))).collect()
         };
         let results = self.edit_with_guards(&ids, guards, |id, value, revision| {
-            // An earlier attempt of this operation was applied.
+            // This election is applied already, by an earlier attempt or an earlier request.
             if value.leader == Some(to) && value.unclean_epoch == Some(value.leader_epoch) {
                 return Ok(None);
             }
@@ -284,7 +285,7 @@ impl ClusterOperations {
     }
 }
 
-/// Reason why a clean election on request changes nothing.
+/// Reason why a clean election on request has no broker to elect.
 enum ElectionRefusal {
     /// The partition has a live leader, and the preferred leader `id` cannot replace it.
     PreferredNotEligible { id: BrokerId, leader: BrokerId, reason: PreferredLeaderIssue },
@@ -292,8 +293,9 @@ enum ElectionRefusal {
     NoCandidate,
 }
 
-/// Returns the broker to elect without loss: the preferred leader if the partition has a live leader, and otherwise the
-/// first replica that may lead. The returned broker may lead already.
+/// Returns the broker that a clean election on request elects: the preferred leader if the partition has a live leader,
+/// and otherwise the first replica that may lead. The returned broker may lead already. Fails if that broker may not
+/// lead.
 fn choose_clean_leader(state: &MetadataSnapshot, value: &PartitionValue) -> Result<BrokerId, ElectionRefusal> {
     let is_live = |id: BrokerId| state.brokers().contains_key(&id);
     let preferred = value.replicas[0];
@@ -318,7 +320,7 @@ fn choose_clean_leader(state: &MetadataSnapshot, value: &PartitionValue) -> Resu
     Err(ElectionRefusal::PreferredNotEligible { id: preferred, leader, reason })
 }
 
-/// Returns the result of an operation on one partition.
+/// Returns the only result of an operation on one partition.
 fn only_result(mut results: Vec<OperationResult>) -> OperationResult {
     results.pop().expect("one partition was requested")
 }

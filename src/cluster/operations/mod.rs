@@ -2,21 +2,21 @@
 //!
 //! # Overview
 //!
-//! An operation only writes the desired state where all brokers read it: `drain` a key of its own, `reassign` and
-//! `elect` the values of partitions. The controller applies that state step by step. The progress is visible in the
-//! same values.
+//! An operation only writes to the metadata store. `drain` writes a key of its own, and the controller moves the
+//! replicas. `reassign` starts a reassignment or queues it for the controller. `cancel` and `elect` take effect by
+//! their write. The progress is visible in the values of the partitions.
 //!
 //! # Invariants
 //!
-//! - Every change is a compare-and-set of the value that it is based on. After a conflict it is decided again on the
-//!   new value.
-//! - An operation is checked completely before its first write. Writes to several partitions are not one transaction: a
-//!   failure reports the number of changed partitions, and the operation may be repeated.
+//! - Every change is a compare-and-set of the value that it is based on. After a conflict, the change is computed again
+//!   from the new value.
+//! - An operation checks all its partitions in the metadata cache before its first write. Writes to several partitions
+//!   are not one transaction: after a failure some partitions may be changed, and the operation may be repeated.
 //! - New values come from [`PartitionValue`] alone: an operation cannot create a set that the protocol does not allow.
 //!
 //! # Crash
 //!
-//! An interrupted operation has changed its first partitions. Each change is valid by itself.
+//! An interrupted operation has changed some of its partitions. Each change is valid by itself.
 
 mod cancel;
 mod drain;
@@ -47,11 +47,12 @@ use super::{
 };
 use crate::model::{BrokerId, ConfigMap, PartitionId, TopicConfig, TopicId, TopicName};
 
-/// Maximum number of attempts of a compare-and-set while other writers come first.
+/// Maximum number of rounds of one operation. A round writes again all partitions that had a conflict or an unknown
+/// outcome in the round before.
 const MAX_ATTEMPTS: usize = 10;
 
-/// Maximum number of partitions of one operation that are decided before the task yields.
-const MAX_DECISIONS_PER_BATCH: usize = 256;
+/// Number of partitions of one operation after whose decisions the task yields.
+const MAX_DECISIONS_BEFORE_YIELD: usize = 256;
 
 /// Maximum time to wait until the metadata cache shows a write.
 const CACHE_WAIT: Duration = Duration::from_secs(5);
@@ -66,7 +67,7 @@ pub struct ClusterOperations {
     updater: PartitionUpdater,
 }
 
-/// A partition after an operation.
+/// A partition after an operation, or as listed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OperationResult {
     /// Id of the partition.
@@ -75,7 +76,8 @@ pub struct OperationResult {
     pub value: PartitionValue,
     /// Revision of the value.
     pub revision: Revision,
-    /// True if the operation changed the value.
+    /// True if the operation changed the value. Also true if an attempt with an unknown outcome may have changed it,
+    /// and no further change is needed.
     pub changed: bool,
 }
 
@@ -119,19 +121,19 @@ pub enum WriteError {
         /// The partition, as `topic/number`.
         partition: String,
     },
-    /// Other writers kept changing the partition.
+    /// After `MAX_ATTEMPTS` rounds, at least one partition still had a conflict or an unknown outcome.
     #[error("other writers keep changing partition {partition}: try again{}", format_done(*.done))]
     Conflict {
-        /// The partition, as `topic/number`.
+        /// The first of these partitions, as `topic/number`.
         partition: String,
-        /// Number of partitions that were changed before.
+        /// Number of partitions that the operation has changed.
         done: usize,
     },
     #[error("{source}{}", format_done(*.done))]
     Store {
         /// The store's error.
         source: MetaStoreError,
-        /// Number of partitions that were changed before.
+        /// Number of partitions that the operation has changed.
         done: usize,
     },
 }
@@ -156,7 +158,7 @@ fn format_done(done: usize) -> String {
     }
 }
 
-/// Broker ids in a sentence: `1, 2 and 3`.
+/// Formats broker ids in a sentence: `1, 2 and 3`, or `none`.
 struct IdList<'a>(&'a [BrokerId]);
 
 impl fmt::Display for IdList<'_> {
@@ -172,7 +174,7 @@ impl fmt::Display for IdList<'_> {
     }
 }
 
-/// Broker ids with their noun: `broker 1`, or `brokers 1 and 2`.
+/// Formats broker ids with their noun: `broker 1`, or `brokers 1 and 2`.
 struct BrokerList<'a>(&'a [BrokerId]);
 
 impl fmt::Display for BrokerList<'_> {
@@ -200,22 +202,22 @@ struct PartitionEdit {
     may_be_applied: bool,
 }
 
-/// Reason why an operation ends without a decision for a partition.
+/// Reason why the write of a partition ends the whole operation.
 enum FailedWrite {
-    /// The stored value is missing or cannot be read.
+    /// The stored value is missing or unreadable after a conflict or an unknown outcome.
     Unreadable(PartitionId),
-    /// The store failed.
+    /// The store rejected the change, or the value could not be read back.
     Store(MetaStoreError),
 }
 
 impl ClusterOperations {
-    /// Returns the operations on a cluster. `defaults` are the topic configuration defaults.
+    /// Returns the operations on a cluster. `defaults` are this broker's topic configuration defaults.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys, metadata: MetadataCache, defaults: ConfigMap) -> Self {
         let updater = PartitionUpdater::new(Arc::clone(&store), keys.clone());
         Self { store, keys, metadata, defaults: Arc::new(defaults), updater }
     }
 
-    /// Waits for a bounded time until this broker's metadata cache shows the written values.
+    /// Waits at most `CACHE_WAIT` until this broker's metadata cache shows the written values.
     pub async fn wait_until_cached(&self, results: &[OperationResult]) {
         if let Some(newest) = results.iter().map(|result| result.revision).max() {
             self.wait_for_cache(newest).await;
@@ -227,18 +229,19 @@ impl ClusterOperations {
         let _late = tokio::time::timeout(CACHE_WAIT, self.metadata.wait_for_revision(revision)).await;
     }
 
-    /// Returns the counts of the cluster.
+    /// Returns the counts of brokers and partitions, from the metadata cache.
     pub fn stats(&self) -> ClusterStats {
         ClusterStats::of(&self.metadata.state(), &self.defaults)
     }
 
-    /// Returns the paths with unusable values, and the errors.
+    /// Returns the path of each key in the metadata cache whose value cannot be used, with the reason.
     pub fn unreadable(&self) -> Vec<(String, String)> {
         let state = self.metadata.state();
         state.unreadable().iter().map(|(key, reason)| (self.keys.path(key), reason.clone())).collect()
     }
 
-    /// Returns a topic with one of its partitions, or with all of them if `partition` is `None`.
+    /// Returns a topic from the metadata cache, with the ids of the requested partitions: one, or all if `partition` is
+    /// `None`.
     fn find(&self, topic: &TopicName, partition: Option<u32>) -> Result<(TargetTopic, Vec<PartitionId>), TargetError> {
         let topic = self.topic(topic)?;
         let ids = topic.partitions(partition)?;
@@ -254,7 +257,7 @@ impl ClusterOperations {
         }
     }
 
-    /// Returns the display name of a partition, as `topic/number`.
+    /// Returns the display name of a partition, as `topic/number`; its id if the topic is not in the metadata cache.
     fn display_name(&self, id: PartitionId) -> String {
         match self.metadata.state().name(id.topic) {
             Some(name) => format!("{name}/{}", id.number),
@@ -271,9 +274,9 @@ impl ClusterOperations {
         config.map_or(usize::MAX, |config| config.min_insync_replicas)
     }
 
-    /// Replaces the values of partitions by the result of `decide`; `None` leaves a value as it is. The first values
-    /// come from the metadata cache. If `decide` fails for one of them, nothing is written. After a conflict, `decide`
-    /// gets the stored value.
+    /// Replaces the values of partitions by the results of `decide`; `None` leaves a value as it is. `decide` first
+    /// gets the values in the metadata cache; if it fails for one of them, nothing is written. After a conflict or an
+    /// unknown outcome, `decide` is called again with the stored value. Returns the results ordered by partition.
     async fn edit<E: From<WriteError>>(
         &self,
         ids: &[PartitionId],
@@ -282,7 +285,8 @@ impl ClusterOperations {
         self.edit_with_guards(ids, |_| Vec::new(), decide).await
     }
 
-    /// Like [`ClusterOperations::edit`]. The compares that `guards` returns for a value must hold when it is replaced.
+    /// Like [`ClusterOperations::edit`]. `guards` gets the old value of a partition and returns further compares, which
+    /// must hold when that value is replaced.
     async fn edit_with_guards<E: From<WriteError>>(
         &self,
         ids: &[PartitionId],
@@ -294,7 +298,7 @@ impl ClusterOperations {
         for _ in 0..MAX_ATTEMPTS {
             let mut changes = Vec::new();
             for (number, PartitionEdit { id, value, revision, may_be_applied }) in (1..).zip(remaining.drain(..)) {
-                if number % MAX_DECISIONS_PER_BATCH == 0 {
+                if number % MAX_DECISIONS_BEFORE_YIELD == 0 {
                     tokio::task::yield_now().await;
                 }
                 match decide(id, &value, revision)? {
@@ -316,7 +320,7 @@ impl ClusterOperations {
         Err(WriteError::Conflict { partition: self.display_name(remaining[0].id), done: count_changed(&done) }.into())
     }
 
-    /// Returns the partitions with their values from the metadata cache.
+    /// Returns the partitions with their values from the metadata cache. Fails if a value is missing or unreadable.
     fn load_partitions(&self, ids: &[PartitionId]) -> Result<Vec<PartitionEdit>, WriteError> {
         let state = self.metadata.state();
         let edits = ids.iter().map(|id| {
@@ -334,7 +338,7 @@ impl ClusterOperations {
 
     /// Writes changes, and appends the applied ones to `done`. Returns the partitions with a conflict or an unknown
     /// outcome, with their stored values: the caller decides them again. Fails if the store rejects a change, or a
-    /// value cannot be read back; the other changes are applied then.
+    /// value cannot be read back; other changes may be applied then.
     async fn write(
         &self,
         changes: Vec<PartitionUpdate>,
@@ -355,7 +359,7 @@ impl ClusterOperations {
                 UpdateOutcome::Conflict(stored) => (Ok(stored), false),
                 UpdateOutcome::Unknown(_) => (self.updater.read_back(id).await, true),
                 UpdateOutcome::Failed(source) => (Err(source), false),
-                // Cannot occur: this outcome requires a compare that all changes share, and there is none.
+                // Cannot occur: this outcome requires shared compares, and `apply` got none.
                 UpdateOutcome::GuardFailed => (Ok(None), false),
             };
             match stored {
@@ -372,13 +376,13 @@ impl ClusterOperations {
     }
 }
 
-/// Returns the number of changed partitions.
+/// Returns the number of results whose partition was changed.
 fn count_changed(done: &[OperationResult]) -> usize {
     done.iter().filter(|result| result.changed).count()
 }
 
 impl TargetTopic {
-    /// Returns one partition of the topic, or all of them if `partition` is `None`.
+    /// Returns the id of one partition of the topic, or those of all if `partition` is `None`.
     fn partitions(&self, partition: Option<u32>) -> Result<Vec<PartitionId>, UnknownPartition> {
         let count = self.cached.value.partitions;
         let numbers = match partition {
@@ -391,7 +395,7 @@ impl TargetTopic {
 }
 
 /// Returns every broker that the metadata names: live brokers, holders of replicas, and drained brokers.
-fn registered_brokers(state: &MetadataSnapshot) -> BTreeSet<BrokerId> {
+fn known_brokers(state: &MetadataSnapshot) -> BTreeSet<BrokerId> {
     state.brokers().keys().chain(state.drains().keys()).copied().chain(state.holders()).collect()
 }
 

@@ -1,10 +1,9 @@
-//! Reassignments on request.
+//! Requests and lists reassignments.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    BrokerList, ClusterOperations, OperationResult, TargetError, TargetTopic, UnknownBrokers, WriteError,
-    registered_brokers,
+    BrokerList, ClusterOperations, OperationResult, TargetError, TargetTopic, UnknownBrokers, WriteError, known_brokers,
 };
 use crate::{
     cluster::{
@@ -47,7 +46,7 @@ pub enum ReassignError {
         BrokerList(ids)
     )]
     Offline {
-        /// Ids of these brokers.
+        /// Ids of the brokers that the error is about.
         ids: Vec<BrokerId>,
         /// The partition, as `topic/number`.
         partition: String,
@@ -58,7 +57,7 @@ pub enum ReassignError {
         BrokerList(ids)
     )]
     Draining {
-        /// Ids of these brokers.
+        /// Ids of the brokers that the error is about.
         ids: Vec<BrokerId>,
     },
     /// Some brokers hold no replica of the partition and are under disk pressure.
@@ -68,7 +67,7 @@ pub enum ReassignError {
         BrokerList(ids)
     )]
     DiskPressure {
-        /// Ids of these brokers.
+        /// Ids of the brokers that the error is about.
         ids: Vec<BrokerId>,
         /// The partition, as `topic/number`.
         partition: String,
@@ -81,7 +80,7 @@ pub enum ReassignError {
         BrokerList(ids)
     )]
     Unreachable {
-        /// Ids of these brokers.
+        /// Ids of the brokers that the error is about.
         ids: Vec<BrokerId>,
         /// The partition, as `topic/number`.
         partition: String,
@@ -106,8 +105,9 @@ impl ReassignError {
 
 impl ClusterOperations {
     /// Requests a reassignment to `replicas`, the preferred leader first, for one partition of a topic or for all. With
-    /// all partitions, partition N gets the list rotated by N, so that preferred leaders spread. A reassignment in
-    /// progress is replaced. A new reassignment is queued until the controller's limits permit it.
+    /// all partitions, partition N gets the list rotated by N, so that preferred leaders spread. The reassignment
+    /// starts at once if it copies nothing or replaces one in progress. Otherwise it is queued until the controller's
+    /// limits permit it. If one partition cannot get these replicas, nothing is written.
     pub async fn reassign(
         &self,
         topic: &TopicName,
@@ -126,7 +126,8 @@ impl ClusterOperations {
         };
         self.edit(&ids, |id, value, _| {
             let (state, target) = (self.metadata.state(), target(id));
-            // `None` is an offline broker.
+            // Returns the brokers in `target` that have no replica yet and for which `is_unfit` returns true. The
+            // argument of `is_unfit` is `None` if the broker is offline.
             let new_brokers_where = |is_unfit: &dyn Fn(Option<&BrokerValue>) -> bool| -> Vec<BrokerId> {
                 let new = target.iter().copied().filter(|id| !value.replicas.contains(id));
                 new.filter(|id| is_unfit(state.brokers().get(id).map(|broker| &broker.value))).collect()
@@ -149,7 +150,7 @@ impl ClusterOperations {
     }
 
     /// Returns the partitions with a reassignment in progress or queued, whether an operator or the controller started
-    /// it: of one topic, one partition, or all.
+    /// it: of one partition, of a topic, or of the cluster if `topic` is `None`.
     pub fn list_reassignments(
         &self,
         topic: Option<&TopicName>,
@@ -181,19 +182,19 @@ impl ClusterOperations {
     }
 }
 
-/// Returns a number of brokers with its verb: `1 broker is`.
+/// Formats a number of brokers with its verb: `1 broker is`.
 fn format_broker_count(requested: usize) -> String {
     if requested == 1 { "1 broker is".to_owned() } else { format!("{requested} brokers are") }
 }
 
-/// Checks that the requested brokers are distinct, known and not drained, and as many as the topic's replication
-/// factor.
+/// Checks that the requested brokers are distinct, named by the metadata and not drained, and as many as the topic's
+/// replication factor.
 fn check_brokers(state: &MetadataSnapshot, topic: &TargetTopic, replicas: &[BrokerId]) -> Result<(), ReassignError> {
     let mut distinct = BTreeSet::new();
     if let Some(id) = replicas.iter().find(|id| !distinct.insert(**id)) {
         return Err(ReassignError::Repeated { id: *id });
     }
-    let known = registered_brokers(state);
+    let known = known_brokers(state);
     let unknown: Vec<BrokerId> = replicas.iter().copied().filter(|id| !known.contains(id)).collect();
     if !unknown.is_empty() {
         return Err(UnknownBrokers { ids: unknown, known: known.into_iter().collect() }.into());
@@ -206,12 +207,12 @@ fn check_brokers(state: &MetadataSnapshot, topic: &TargetTopic, replicas: &[Brok
     if draining.is_empty() { Ok(()) } else { Err(ReassignError::Draining { ids: draining }) }
 }
 
-/// Checks the replica limits of the requested brokers. Present replicas, queued reassignments and the requested
-/// reassignment of the partitions `ids` count. A replica that is removed counts until its reassignment completes. A
-/// broker that gains no replica by the request is not checked.
+/// Checks that no requested broker would exceed its replica limit. A broker's count contains each partition that has a
+/// replica there, also one that is being removed, or would get one: by the request for a partition in `ids`, by the
+/// queued reassignment for any other partition. A broker that gains no replica by the request is not checked.
 fn check_bounds(state: &MetadataSnapshot, ids: &[PartitionId], replicas: &[BrokerId]) -> Result<(), ReplicaBound> {
     let ids: BTreeSet<PartitionId> = ids.iter().copied().collect();
-    // Per requested broker: the number of its replicas, and true if the request adds one.
+    // For each requested broker: the number of its replicas, and whether the request adds one.
     let mut counts: BTreeMap<BrokerId, (usize, bool)> = replicas.iter().map(|id| (*id, (0, false))).collect();
     for topic in state.topics().values() {
         for (number, entry) in state.partitions_of(&topic.value) {
@@ -236,8 +237,8 @@ fn check_bounds(state: &MetadataSnapshot, ids: &[PartitionId], replicas: &[Broke
 }
 
 /// Returns the value with a reassignment to `target`; `None` if the value would not change. A reassignment starts at
-/// once if it adds no replica or replaces a reassignment in progress, which has its slot already. Any other
-/// reassignment is queued.
+/// once if it adds no replica, or if it replaces a reassignment in progress, which the controller's limit counts
+/// already. Any other reassignment is queued.
 fn with_target(value: &PartitionValue, target: &[BrokerId]) -> Option<PartitionValue> {
     let started = value.start_reassignment(target).expect("the brokers are distinct, and there is at least one");
     let starts_at_once = started.adding.is_empty() || value.is_reassigning();

@@ -48,7 +48,8 @@ fn broker_value(broker: u32, state: BrokerState) -> BrokerValue {
 }
 
 impl TestCluster {
-    /// Returns a cluster with brokers `1..=brokers` and one topic.
+    /// Returns a cluster with brokers `1..=brokers` and one topic. The topic has one partition for each of the values,
+    /// and a min ISR of 2.
     async fn of(brokers: u32, factor: u32, values: Vec<PartitionValue>) -> Self {
         let store = EmbeddedStore::in_memory();
         let (keys, tasks) = (Keys::new("test").expect("valid"), Tasks::new());
@@ -101,17 +102,17 @@ impl TestCluster {
     }
 }
 
-/// Regression: an operation on 100,000 partitions was decided without yielding.
+/// Regression: an operation on 100,000 partitions decided all of them without yielding to other tasks.
 #[tokio::test]
 async fn large_operation_yields_to_other_tasks() {
-    let values = (0..MAX_DECISIONS_PER_BATCH).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect();
+    let values = (0..MAX_DECISIONS_BEFORE_YIELD).map(|_| value(&[1, 2], Some(1), &[1, 2])).collect();
     let cluster = TestCluster::of(2, 2, values).await;
     let (topic, reversed) = (name(), ids(&[2, 1]));
     let single = cluster.operations.reassign(&topic, Some(0), &reversed).now_or_never();
     assert!(single.is_some_and(|results| results.is_ok()), "the in-memory store never waits");
     assert!(cluster.operations.reassign(&topic, None, &reversed).now_or_never().is_none());
     let results = cluster.operations.reassign(&topic, None, &reversed).await.expect("accepted");
-    assert_eq!(results.len(), MAX_DECISIONS_PER_BATCH);
+    assert_eq!(results.len(), MAX_DECISIONS_BEFORE_YIELD);
 }
 
 #[tokio::test]
@@ -353,8 +354,7 @@ async fn drain_is_blocked_while_needed_broker_is_offline() {
     cluster.register(3, BrokerState::Running).await;
     assert_eq!(cluster.operations.count_blocked(BrokerId(1)), 0, "the broker is online again");
 
-    // Broker 3 has copied everything. Until broker 2 is in sync again, broker 1 is one of the two that the min ISR
-    // needs.
+    // Broker 3 is in sync, and broker 2 is not. Until broker 2 is in sync again, the min ISR of two needs broker 1.
     let needed = PartitionValue { adding: ids(&[3]), removing: ids(&[1]), ..value(&[1, 2, 3], Some(1), &[1, 3]) };
     let cluster = TestCluster::of(3, 2, vec![needed]).await;
     cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
@@ -363,7 +363,8 @@ async fn drain_is_blocked_while_needed_broker_is_offline() {
     assert_eq!(cluster.operations.count_blocked(BrokerId(1)), 1);
 }
 
-/// Regression: a drain was reported as blocked during the last copies because a staying replica was offline.
+/// Regression: while the last replicas were copied, an offline staying replica made a drain count as blocked, although
+/// the other replicas satisfied the min ISR.
 #[tokio::test]
 async fn drain_is_not_blocked_by_dispensable_offline_replica() {
     let reassigning =
@@ -374,7 +375,8 @@ async fn drain_is_not_blocked_by_dispensable_offline_replica() {
     assert_eq!((drained.replicas, drained.blocked), (1, vec![]), "brokers 3 and 4 satisfy the min ISR");
 }
 
-/// Regression: a drain waited without output while an earlier reassignment of the partition was blocked.
+/// Regression: `broker drain --wait` waited without output while an earlier reassignment of the partition waited for an
+/// offline broker.
 #[tokio::test]
 async fn drain_is_blocked_by_earlier_blocked_reassignment() {
     let reassigning = PartitionValue { adding: ids(&[3]), removing: ids(&[2]), ..value(&[1, 3, 2], Some(1), &[1, 2]) };
@@ -388,7 +390,8 @@ async fn drain_is_blocked_by_earlier_blocked_reassignment() {
     assert_eq!(cluster.operations.count_blocked(BrokerId(1)), 0);
 }
 
-/// Regression: the drain seemed to exist already, and no replica moved.
+/// Regression: a key with an unreadable value counted as an existing drain, so the request was ignored and no replica
+/// moved.
 #[tokio::test]
 async fn unreadable_drain_is_overwritten() {
     let cluster = TestCluster::of(2, 1, vec![value(&[1], Some(1), &[1])]).await;
@@ -460,7 +463,8 @@ async fn unclean_election_requires_need_and_unchanged_value() {
     assert_eq!((stored.unclean_epoch, elected.changed), (Some(LeaderEpoch(7)), true));
 }
 
-/// The only replica's disk was replaced: its broker left ISR and ELR, so there is no broker to wait for.
+/// The disk of the only replica was replaced, so its broker left ISR and ELR. The error then names no broker to wait
+/// for, and an unclean election can elect this replica.
 #[tokio::test]
 async fn election_without_complete_replica_names_no_broker() {
     let cluster = TestCluster::of(2, 1, vec![value(&[1], None, &[])]).await;
@@ -485,7 +489,8 @@ fn error_texts_use_singular_for_one_broker() {
     assert!(factor(3).contains("and 3 brokers are named: name 2"), "{}", factor(3));
 }
 
-/// The metadata cache may not show yet that an in-sync replica is back.
+/// An in-sync replica registers, and the metadata cache does not show it yet. The compares of the write reject the
+/// election.
 #[tokio::test]
 async fn unclean_election_fails_after_return_of_in_sync_replica() {
     let cluster = TestCluster::of(2, 2, vec![value(&[1, 2], None, &[1])]).await;
@@ -513,7 +518,7 @@ async fn conflicting_write_is_read_back() {
     let elected =
         PartitionValue { leader: Some(BrokerId(2)), leader_epoch: LeaderEpoch(6), ..cluster.stored_value(0).await };
     cluster.put(&Key::Partition(id(0)), &elected).await;
-    // The change of the old value fails and returns the stored value.
+    // This change is based on the old value, so it has a conflict, and `write` returns the stored value.
     let change = PartitionUpdate {
         id: id(0),
         expected_revision: edits[0].revision,
