@@ -1,4 +1,5 @@
-//! Changes of a topic: configuration, partition count and deletion. Each is a compare-and-set of the topic's key.
+//! Changes of a topic: configuration, replication factor, partition count and deletion. Each takes effect by a
+//! compare-and-set of the topic's key.
 
 use super::{BrokerCounts, MAX_ATTEMPTS, TopicInfo, Topics, UnknownTopic, check_config};
 use crate::{
@@ -24,26 +25,26 @@ pub enum AlterError {
     /// A key is both set and unset.
     #[error("topic configuration {key:?} is both set and unset: choose one")]
     SetAndUnset { key: String },
-    /// The replication factor exceeds the limit of any cluster.
+    /// The replication factor is 0 or exceeds `limits::MAX_REPLICAS`.
     #[error("a topic cannot have a replication factor of {requested}: 1 to {}", limits::MAX_REPLICAS)]
     Replicas {
         /// Requested replication factor.
         requested: u32,
     },
-    /// Fewer brokers than replicas.
+    /// The replication factor exceeds the number of brokers that accept replicas.
     #[error(
         "a replication factor of {requested} needs as many brokers, and {counts}: request a lower one, or start more"
     )]
     Brokers {
         /// Requested replication factor.
         requested: u32,
-        /// Available brokers.
+        /// Numbers of brokers, by availability for new replicas.
         counts: BrokerCounts,
     },
     /// A broker would exceed its replica limit.
     #[error(transparent)]
     Bound(#[from] ReplicaBound),
-    /// Other writers kept changing the topic.
+    /// Other writers changed the topic in each of `MAX_ATTEMPTS` attempts.
     #[error("other writers keep changing topic {:?}: try again", name.as_str())]
     Conflict { name: TopicName },
     #[error(transparent)]
@@ -55,7 +56,7 @@ pub enum AlterError {
 pub enum AddPartitionsError {
     #[error(transparent)]
     Unknown(#[from] UnknownTopic),
-    /// The topic already has as many partitions or more.
+    /// The topic already has at least the requested number of partitions.
     #[error(
         "topic {:?} has {} and cannot have {requested}: partitions can only be added", name.as_str(),
         format_partition_count(*.current)
@@ -67,24 +68,24 @@ pub enum AddPartitionsError {
         /// Requested number of partitions.
         requested: u32,
     },
-    /// The requested number exceeds the limit of any topic.
+    /// The requested number of partitions exceeds `limits::MAX_PARTITIONS`.
     #[error("a topic cannot have {requested} partitions: 1 to {}", limits::MAX_PARTITIONS)]
     TooMany {
         /// Requested number of partitions.
         requested: u32,
     },
-    /// Fewer brokers than replicas.
+    /// The replication factor exceeds the number of brokers that accept replicas.
     #[error("the topic's replication factor of {requested} needs as many brokers, and {counts}: start more")]
     Brokers {
         /// Replication factor of the topic.
         requested: u32,
-        /// Available brokers.
+        /// Numbers of brokers, by availability for new replicas.
         counts: BrokerCounts,
     },
     /// A broker would exceed its replica limit.
     #[error(transparent)]
     Bound(#[from] ReplicaBound),
-    /// Other writers kept changing the topic.
+    /// Other writers changed the topic in each of `MAX_ATTEMPTS` attempts.
     #[error("other writers keep changing topic {:?}: try again", name.as_str())]
     Conflict { name: TopicName },
     #[error(transparent)]
@@ -96,14 +97,14 @@ pub enum AddPartitionsError {
 pub enum DeleteError {
     #[error(transparent)]
     Unknown(#[from] UnknownTopic),
-    /// Other writers kept changing the topic.
+    /// Other writers changed the topic in each of `MAX_ATTEMPTS` attempts.
     #[error("other writers keep changing topic {:?}: try again", name.as_str())]
     Conflict { name: TopicName },
     #[error(transparent)]
     Store(#[from] MetaStoreError),
 }
 
-/// Returns a number of partitions with its noun: `1 partition`.
+/// Formats a number of partitions with its noun: `1 partition`.
 fn format_partition_count(count: u32) -> String {
     if count == 1 { "1 partition".to_owned() } else { format!("{count} partitions") }
 }
@@ -129,7 +130,8 @@ retryable!(AlterError { Self::Brokers { .. } }, AddPartitionsError { Self::Broke
 
 impl Topics {
     /// Sets the configuration keys in `set`, and resets the keys in `unset` to their defaults; all other keys stay.
-    /// With a `replication_factor`, this stores the new factor, and the controller adds or removes replicas afterwards.
+    /// With a `replication_factor`, this also stores the new factor, and the controller adds or removes replicas
+    /// afterwards.
     pub async fn alter(
         &self,
         name: &TopicName,
@@ -140,7 +142,7 @@ impl Topics {
         if let Some(key) = unset.iter().find(|key| set.contains_key(*key)) {
             return Err(AlterError::SetAndUnset { key: key.clone() });
         }
-        // `effective_values` contains every valid key, also those without a value of the topic.
+        // `effective_values` contains every valid key, also keys that the topic does not set.
         if let Some(key) =
             unset.iter().find(|key| !TopicConfig::effective_values(&ConfigMap::new(), &set).contains_key(*key))
         {
@@ -160,7 +162,8 @@ impl Topics {
             let transaction = Transaction::new()
                 .when(Compare::ModRevision(entry.key.clone(), entry.mod_revision))
                 .put(entry.key, value.encode());
-            // If an earlier attempt was applied without a response, the next iteration writes the same value again.
+            // The compare also fails if this write was applied and its response was lost. The next iteration then
+            // writes the same value again.
             if let TxnOutcome::Committed { revision } = known_outcome(&*self.store, &transaction).await? {
                 return Ok(TopicInfo { name: name.clone(), value, revision });
             }
@@ -168,8 +171,8 @@ impl Topics {
         Err(AlterError::Conflict { name: name.clone() })
     }
 
-    /// Checks that a topic may get a replication factor: the factor is within the limits, there are as many eligible
-    /// brokers, and the added replicas exceed no broker's replica limit. A factor that does not grow needs no capacity.
+    /// Checks that a topic may get a replication factor: the factor is within the limits, and if it grows, as many
+    /// brokers accept replicas, and the added replicas exceed no broker's replica limit.
     async fn check_replication_factor(&self, requested: u32, topic: &TopicValue) -> Result<(), AlterError> {
         if requested == 0 || requested > limits::MAX_REPLICAS {
             return Err(AlterError::Replicas { requested });
@@ -199,7 +202,8 @@ impl Topics {
         if requested > limits::MAX_PARTITIONS {
             return Err(AddPartitionsError::TooMany { requested });
         }
-        // The value that the last attempt wrote. Its response may have been lost.
+        // Topic value of the last attempt, which had a failed compare. The value may be stored nevertheless, by a
+        // transaction whose response was lost.
         let mut attempted = None;
         for _ in 0..MAX_ATTEMPTS {
             let Some((entry, value)) = self.read(name).await? else {
@@ -220,15 +224,15 @@ impl Topics {
                     AddPartitionsError::Brokers { requested: value.replication_factor, counts }
                 }
             })?;
-            // While the topic is unchanged, no broker uses the keys of these partitions. Keys that an interrupted
-            // addition left may be overwritten.
+            // While the topic is unchanged, no broker uses the keys of these partitions. So keys from an interrupted
+            // addition may be overwritten.
             let unchanged = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
             if !self.transact_in_chunks(std::slice::from_ref(&unchanged), puts).await? {
                 continue;
             }
             let first = self.keys.partition(PartitionId::new(value.id, value.partitions));
-            // A sweep deletes the lowest stale key first. If that key is missing, a sweep has deleted keys of this
-            // attempt.
+            // A sweep deletes the lowest stale key first, which is `first`. If that key is missing, a sweep has deleted
+            // keys of this attempt.
             let value = TopicValue { partitions: requested, ..value };
             let transaction =
                 Transaction::new().when(unchanged).when(Compare::Exists(first)).put(entry.key, value.encode());
@@ -241,10 +245,12 @@ impl Topics {
         Err(AddPartitionsError::Conflict { name: name.clone() })
     }
 
-    /// Deletes a topic. Returns when the name is free; the remaining partition keys are deleted afterwards, here or by
-    /// a sweep.
+    /// Deletes a topic and returns its id. One transaction deletes the keys of the topic and of its partition 0, which
+    /// frees the name, and writes the tombstone. The other partition and tier keys are deleted afterwards; if that
+    /// fails, a sweep deletes them.
     pub async fn delete(&self, name: &TopicName) -> Result<TopicId, DeleteError> {
-        // The topic that the last attempt deleted. Its response may have been lost.
+        // Topic of the last attempt, which had a failed compare. The topic may be deleted nevertheless, by a
+        // transaction whose response was lost.
         let mut attempted: Option<TopicValue> = None;
         for _ in 0..MAX_ATTEMPTS {
             let stored = self.read(name).await?;
@@ -273,12 +279,14 @@ impl Topics {
         Err(DeleteError::Conflict { name: name.clone() })
     }
 
-    /// Returns true if a topic was deleted on purpose. Reads the store and not the metadata cache.
+    /// Returns true if a topic was deleted on purpose and its tombstone still exists. Reads the store and not the
+    /// metadata cache.
     pub async fn was_deleted(&self, id: TopicId) -> Result<bool, MetaStoreError> {
         Ok(self.store.get(&self.keys.tombstone(id)).await?.entry.is_some())
     }
 
-    /// Deletes the partition and tier keys of a deleted topic. After an error, the sweep deletes the remaining keys.
+    /// Deletes the remaining partition and tier keys of a deleted topic. An error is only logged, because a sweep
+    /// deletes keys that remain.
     async fn delete_rest(&self, name: &TopicName, value: &TopicValue) {
         let ids = (0..value.partitions).map(|number| PartitionId::new(value.id, number));
         let ops = ids.flat_map(|id| [self.keys.partition(id), self.keys.tier(id)]).map(|key| TxnOp::Delete { key });
@@ -291,8 +299,8 @@ impl Topics {
     }
 }
 
-/// Adds the replicas to the placement that the partitions of a topic need for a replication factor, as the controller
-/// will choose them. Returns `None` if there are too few brokers for a partition.
+/// Adds to the placement the replicas that the partitions of a topic need for a replication factor, chosen as the
+/// controller will choose them. Returns `None` if there are too few brokers for a partition.
 fn place_added_replicas(
     state: &MetadataSnapshot,
     placement: &mut Placement,

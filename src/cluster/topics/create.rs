@@ -22,9 +22,10 @@ pub struct TopicSpec {
     pub name: TopicName,
     /// Number of partitions, at least 1.
     pub partitions: u32,
-    /// Number of replicas per partition: from 1 to the number of brokers that accept replicas.
+    /// Number of replicas per partition: from 1 to the number of brokers that accept replicas, and at most
+    /// `limits::MAX_REPLICAS`.
     pub replication_factor: u32,
-    /// Configuration that the topic sets.
+    /// Configuration keys that the topic sets; the others have their defaults.
     pub config: ConfigMap,
     /// If true, checks everything and creates nothing.
     pub validate_only: bool,
@@ -35,26 +36,26 @@ pub struct TopicSpec {
 pub enum CreateError {
     #[error("topic {:?} exists already", name.as_str())]
     Exists { name: TopicName },
-    /// Too few or too many partitions.
+    /// The number of partitions is 0 or exceeds `limits::MAX_PARTITIONS`.
     #[error("a topic cannot have {requested} partitions: 1 to {}", limits::MAX_PARTITIONS)]
     Partitions {
         /// Requested number of partitions.
         requested: u32,
     },
-    /// The replication factor is outside the limits of any cluster.
+    /// The replication factor is 0 or exceeds `limits::MAX_REPLICAS`.
     #[error("a topic cannot have a replication factor of {requested}: 1 to {}", limits::MAX_REPLICAS)]
     Replicas {
         /// Requested replication factor.
         requested: u32,
     },
-    /// Fewer brokers than replicas.
+    /// The replication factor exceeds the number of brokers that accept replicas.
     #[error(
         "a replication factor of {requested} needs as many brokers, and {counts}: request a lower one, or start more"
     )]
     Brokers {
         /// Requested replication factor.
         requested: u32,
-        /// Available brokers.
+        /// Numbers of brokers, by availability for new replicas.
         counts: BrokerCounts,
     },
     /// A broker would exceed its replica limit.
@@ -66,7 +67,8 @@ pub enum CreateError {
     /// A configuration key or value is not allowed.
     #[error(transparent)]
     Config(#[from] InvalidConfig),
-    /// A sweep of stale keys deleted some of the new keys meanwhile.
+    /// A sweep of stale keys deleted some of the new keys during the creation, or the new topic was deleted before its
+    /// creation was confirmed.
     #[error("topic {:?} could not be created because of a concurrent change: try again", name.as_str())]
     Conflict { name: TopicName },
     #[error(transparent)]
@@ -140,7 +142,8 @@ impl CreateError {
 }
 
 impl Topics {
-    /// Creates a topic. Returns when the topic exists in the store; the metadata caches follow.
+    /// Creates a topic, or only checks the specification with `validate_only`. Returns when the topic exists in the
+    /// store; the metadata caches follow.
     pub async fn create(&self, new: TopicSpec) -> Result<TopicInfo, CreateError> {
         self.check_spec(&new)?;
         if self.read(&new.name).await?.is_some() {
@@ -163,7 +166,8 @@ impl Topics {
         let other_puts = puts.split_off(1);
         let first_key = self.put_new(&name, other_puts).await?;
         let key = self.keys.topic(&name);
-        // If the topic is deleted again before a delayed attempt is applied, its tombstone makes that attempt fail.
+        // An earlier attempt may have created the topic, and another client may have deleted it. The tombstone then
+        // makes this attempt fail.
         let mut transaction = Transaction::new()
             .when(Compare::Absent(key.clone()))
             .when(Compare::Absent(self.keys.tombstone(id)))
@@ -171,16 +175,17 @@ impl Topics {
             .else_get(key);
         transaction.ops.extend(puts);
         if let Some((first, created)) = first_key {
-            // A sweep deletes the first key first. If that key has its original create revision, no sweep has deleted a
-            // key, and after this transaction none will.
+            // A sweep deletes `first`, the lowest key, before the others. If it has its original create revision, no
+            // sweep has deleted a key, and after this transaction none will.
             transaction = transaction.when(Compare::CreateRevision(first, created));
         }
         let revision = match known_outcome(&*self.store, &transaction).await? {
             TxnOutcome::Committed { revision } => revision,
             TxnOutcome::CompareFailed { mut found, .. } => {
-                // Without the topic's key, the compare of the tombstone or of the first key failed.
+                // If the topic's key does not exist, the compare of the tombstone or of the first partition key failed.
                 let Some(entry) = found.pop().flatten() else { return Err(CreateError::Conflict { name }) };
-                // If the id differs, another creation came first. Otherwise an earlier attempt of this one was applied.
+                // If the id differs, another creation of this name came first. Otherwise an earlier attempt of this
+                // transaction was applied.
                 if !TopicValue::decode(&entry.key, &entry.value).is_ok_and(|stored| stored.id == id) {
                     return Err(CreateError::Exists { name });
                 }
@@ -192,7 +197,8 @@ impl Topics {
     }
 
     /// Writes partition keys of a new topic id: only this creation can write them, and brokers ignore them until the
-    /// topic exists. Returns the first key and its create revision; `None` if `puts` is empty.
+    /// topic exists. Returns the first key and its create revision; `None` if `puts` is empty. Fails with a conflict if
+    /// a sweep deleted a key before its write was confirmed.
     async fn put_new(&self, name: &TopicName, puts: Vec<TxnOp>) -> Result<Option<(String, Revision)>, CreateError> {
         let mut first_key = None;
         for chunk in puts.chunks(MAX_OPS_PER_TXN) {
@@ -213,8 +219,8 @@ impl Topics {
         Ok(first_key)
     }
 
-    /// Checks that the specification is valid, that there are enough brokers, and that the metadata cache contains no
-    /// topic with this name.
+    /// Checks that the numbers and the configuration are valid, that enough brokers accept replicas, and that the
+    /// metadata cache contains neither a topic with this name nor the maximum number of topics.
     fn check_spec(&self, new: &TopicSpec) -> Result<(), CreateError> {
         let state = self.metadata.state();
         if new.partitions == 0 || new.partitions > limits::MAX_PARTITIONS {

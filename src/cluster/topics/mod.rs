@@ -5,20 +5,22 @@
 //!
 //! A topic is created in this order: first the partition keys 1, 2, … in transactions of at most 100. Then one
 //! transaction, which compares the name's absence, writes the topic's key with that of partition 0. So a topic exists
-//! completely or not at all. A deletion runs in reverse: the topic's key with partition 0's, then the rest. Added
-//! partitions get their keys first; then the topic's count grows.
+//! completely or not at all. A deletion runs in reverse: the topic's key with partition 0's, then the other keys. An
+//! addition of partitions writes their keys first, and then the topic's new count.
 //!
 //! # Invariants
 //!
 //! - The keys of the topic and of its partition 0 are created and deleted in one transaction.
-//! - No broker exceeds its replica limit, including the replicas that this broker is placing concurrently.
-//! - Brokers ignore a partition that its topic does not count. So an incomplete creation may be overwritten or deleted.
+//! - The placements of this broker together exceed no replica limit. Concurrent placements of other brokers are not
+//!   counted.
+//! - Brokers ignore a partition whose number is not below the count of its topic. So an incomplete creation may be
+//!   overwritten or deleted.
 //!
 //! # Crash
 //!
-//! A crash leaves partition keys that no topic counts. [`StaleKeySweeper`] deletes them. If it does so during a
-//! creation, the creation's last transaction fails with a retryable error. A deleted topic leaves a [`Tombstone`],
-//! until long after its last data is deleted.
+//! A crash leaves partition keys that no topic counts. [`StaleKeySweeper`] deletes them. If it deletes keys of a
+//! creation in progress, the creation's last transaction fails with a retryable error. A deleted topic leaves a
+//! [`Tombstone`], until long after its last data is deleted.
 
 use std::{ops::Range, sync::Arc};
 
@@ -45,11 +47,12 @@ pub use create::{BrokerCounts, CreateError, TopicSpec};
 pub use sweep::StaleKeySweeper;
 pub use tombstones::Tombstone;
 
-/// Maximum number of operations of one transaction of a series. Below `limits::MAX_TRANSACTION_OPS`: the compares count
-/// too.
+/// Maximum number of operations of one transaction, if a change needs several. Below `limits::MAX_TRANSACTION_OPS`,
+/// which limits operations and compares separately.
 const MAX_OPS_PER_TXN: usize = 100;
 
-/// Maximum number of attempts of a compare-and-set while other writers come first.
+/// Maximum number of attempts of a change of a topic, or of a reservation of producer ids, while other writers come
+/// first.
 const MAX_ATTEMPTS: usize = 10;
 
 /// Number of producer id counters per reserved block.
@@ -100,7 +103,8 @@ impl Topics {
         self.metadata.state().topic(name).cloned().ok_or_else(|| UnknownTopic::new(name.as_str()))
     }
 
-    /// Returns the key that signs the cluster's producer ids. If the store has none yet, creates a random key.
+    /// Returns the key that signs the cluster's producer ids, from the metadata cache or else from the store. If
+    /// neither contains a key, stores a random one.
     pub async fn producer_id_key(&self) -> Result<ProducerIdKey, MetaStoreError> {
         if let Some(key) = self.metadata.state().producer_id_key() {
             return Ok(key.clone());
@@ -123,9 +127,9 @@ impl Topics {
         }
     }
 
-    /// Reserves the next block of producer id counters, at `min_counter` or above. Counters below `min_counter` may
-    /// have been issued even if the store contains a lower counter, because it was restored to an older state. After an
-    /// error with an unknown outcome, at most one block stays unused.
+    /// Reserves the next block of producer id counters, at `min_counter` or above, and returns it. After a restore of
+    /// the store to an older state, counters below `min_counter` may have been issued even if the stored counter is
+    /// lower. After an error with an unknown outcome, at most one block stays unused.
     pub async fn producer_ids(&self, min_counter: i64) -> Result<Range<i64>, MetaStoreError> {
         let key = self.keys.producer_ids();
         let mut entry = self.store.get(&key).await?.entry;
@@ -160,9 +164,9 @@ impl Topics {
         Ok(Some((entry, value)))
     }
 
-    /// Applies operations in transactions of at most `MAX_OPS_PER_TXN`, each under these conditions. Returns false if a
-    /// condition failed; the earlier transactions are applied then. The operations must be idempotent, because a
-    /// transaction with an unknown outcome is repeated.
+    /// Applies operations in transactions of at most `MAX_OPS_PER_TXN`, each with the compares in `conditions`. Returns
+    /// false if a compare failed; the earlier transactions are applied then. The operations must be idempotent, because
+    /// a transaction with an unknown outcome is repeated.
     async fn transact_in_chunks(
         &self,
         conditions: &[Compare],
@@ -181,8 +185,8 @@ impl Topics {
         }
     }
 
-    /// Chooses the brokers of new partitions. Returns the operations that write the first values of these partitions,
-    /// and a reservation of their replicas.
+    /// Chooses the brokers of new partitions, within the replica limits. Returns the operations that write the first
+    /// values of these partitions, and a reservation of their replicas. Writes nothing.
     async fn place_partitions(
         &self,
         topic: TopicId,
@@ -203,7 +207,8 @@ impl Topics {
     }
 }
 
-/// Checks that a topic's configuration is valid over the broker's defaults and possible with this number of replicas.
+/// Checks that a topic's configuration is valid together with the broker's defaults, and that the min ISR is at most
+/// this number of replicas.
 fn check_config(defaults: &ConfigMap, config: &ConfigMap, replicas: u32) -> Result<(), InvalidConfig> {
     TopicConfig::resolve(defaults, config)?.check_replicas(replicas)
 }

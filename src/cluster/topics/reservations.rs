@@ -1,8 +1,8 @@
 //! Replicas that this broker is placing and that its metadata cache does not show yet. They count towards the replica
 //! limits, so that concurrent creations on this broker respect the limits together.
 //!
-//! Concurrent creations on several brokers are not coordinated. Together they may exceed a limit by the replicas that
-//! one of them places.
+//! Concurrent creations on several brokers are not coordinated. Together they may exceed a limit by the replicas of all
+//! creations but one.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -22,9 +22,10 @@ use crate::{
 /// The reservations of this broker. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct ReplicaReservations {
-    /// Never held during a placement, because async tasks wait for it.
+    /// The lock is never held during a placement, because async tasks wait for the lock.
     state: Arc<Mutex<State>>,
-    /// One permit: only one placement runs at a time, so each one counts the reservations of all earlier ones.
+    /// The only permit, which each placement holds. So placements run one at a time, and each counts the reservations
+    /// of all earlier ones.
     permit: Arc<Semaphore>,
 }
 
@@ -47,7 +48,7 @@ struct ReservedReplicas {
     /// Number of reserved replicas of each broker.
     replicas: BTreeMap<BrokerId, usize>,
     /// Revision that wrote the replicas; `None` before the write. Metadata snapshots from that revision on contain the
-    /// replicas, and the reservation ends.
+    /// replicas, so the reservation then ends.
     written_at: Option<Revision>,
 }
 
@@ -60,9 +61,10 @@ pub(super) struct ReplicaReservation {
 }
 
 impl ReplicaReservations {
-    /// Runs `place_replicas` on the replicas in the metadata cache and the reserved ones. Reserves the replicas that it
-    /// adds to the placement, and returns its result with the reservation. `place_replicas` returns `None` if it cannot
-    /// place all replicas.
+    /// Runs `place_replicas` on a placement that contains the replicas in the metadata cache and the reserved ones.
+    /// Reserves the replicas that `place_replicas` adds, and returns its result with the reservation. `place_replicas`
+    /// returns `None` if it cannot place all replicas; it then runs a second time, without replica limits, to find the
+    /// error.
     ///
     /// One placement runs at a time, on a blocking thread: 100,000 partitions take from 15 ms to seconds.
     pub(super) async fn reserve<T, F>(
@@ -94,7 +96,7 @@ impl ReplicaReservations {
         let mut placement = Placement::of(snapshot);
         {
             let mut state = self.state.lock();
-            // The snapshot contains the replicas that were written up to its revision.
+            // The snapshot contains the replicas that were written up to its revision, so their reservations end.
             state
                 .reserved
                 .retain(|_, reserved| reserved.written_at.is_none_or(|written_at| snapshot.revision() < written_at));
@@ -115,7 +117,7 @@ impl ReplicaReservations {
 }
 
 impl ReplicaReservation {
-    /// Records that this revision wrote the replicas. They stay reserved until the metadata cache contains that
+    /// Stores that revision `at` wrote the replicas. They stay reserved until the metadata cache contains that
     /// revision.
     pub(super) fn mark_written(self, at: Revision) {
         if let Some(reserved) = self.reservations.state.lock().reserved.get_mut(&self.number) {
@@ -149,7 +151,8 @@ mod tests {
         MetadataCache::start(Arc::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap(), tasks)
     }
 
-    /// Returns a placement that runs until the channel receives a value. Its result is false if none arrives in time.
+    /// Returns a `place_replicas` that blocks until the channel receives a value. Its result is false if none arrives
+    /// within 10 s.
     fn place_until(
         ended: mpsc::Receiver<()>,
     ) -> impl Fn(&MetadataSnapshot, &mut Placement) -> Option<bool> + Send + 'static {
@@ -157,8 +160,8 @@ mod tests {
         move |_, _| Some(ended.lock().recv_timeout(Duration::from_secs(10)).is_ok())
     }
 
-    /// Regression: a placement of 100,000 partitions held the lock, and reservations that ended waited for it on async
-    /// threads.
+    /// Regression: a placement of 100,000 partitions held the lock, so dropping another reservation blocked an async
+    /// thread.
     #[tokio::test]
     async fn reservation_ends_during_another_placement() {
         let (tasks, reservations) = (Tasks::new(), ReplicaReservations::default());

@@ -50,13 +50,13 @@ impl TestCluster {
         cluster
     }
 
-    /// Registers a broker with a replica limit.
+    /// Replaces the registration of a broker by one with a replica limit.
     async fn limit_replicas(&self, broker: u32, max: u32) {
         let value = BrokerValue { max_replicas: Some(max), ..BrokerValue::running_at(format!("b{broker}:9460")) };
         self.put(&Key::Broker(BrokerId(broker)), value.encode()).await;
     }
 
-    /// Waits until the cache has the store's revision.
+    /// Waits until the metadata cache has the store's revision.
     async fn catch_up(&self) {
         let revision = self.store.get("").await.expect("the store responds").revision;
         self.metadata.wait_for_revision(revision).await;
@@ -79,7 +79,7 @@ impl TestCluster {
         self.catch_up().await;
     }
 
-    /// Runs a sweep twice without changes in between.
+    /// Runs a sweep twice without changes in between. Returns the topics whose keys the second run deleted.
     async fn sweep(&self) -> Vec<TopicId> {
         self.catch_up().await;
         let mut sweep = StaleKeySweeper::default();
@@ -140,7 +140,8 @@ async fn invalid_creation_fails_with_numbers_and_writes_nothing() {
     assert_eq!((cluster.paths("topics/").await.len(), cluster.paths("partitions/").await.len()), (0, 0));
 }
 
-/// Regression: a topic of 100,000 partitions took 6 GB of a standalone broker, and as much again at each start.
+/// Regression: without a replica limit, a topic of 100,000 partitions took 6 GB of memory on a standalone broker, and
+/// again at each start.
 #[tokio::test]
 async fn replica_limit_rejects_creation_with_both_numbers() {
     let cluster = TestCluster::of(1).await;
@@ -166,7 +167,8 @@ async fn replica_limit_rejects_creation_with_both_numbers() {
     cluster.create("b", 1, 1).await.expect("below the limit again");
 }
 
-/// Regression: replicas on such brokers were never in sync, and `acks=all` waited forever if two of three were there.
+/// Regression: topics got replicas on brokers without a peer address, which were never in sync. If two of three
+/// replicas of a partition were on such brokers, `acks=all` waited forever.
 #[tokio::test]
 async fn brokers_without_peer_address_get_no_replicas() {
     let cluster = TestCluster::of(3).await;
@@ -199,7 +201,7 @@ async fn factor_above_replica_limits_is_rejected() {
     raise(2).await.expect("eight replicas per broker");
 }
 
-/// Regression: concurrent creations each used the cache from before all of them.
+/// Regression: concurrent creations counted only the replicas in the metadata cache, and not those of each other.
 #[tokio::test]
 async fn concurrent_creations_respect_replica_limits() {
     let cluster = TestCluster::of(1).await;
@@ -405,7 +407,7 @@ async fn sweep_keeps_topic_created_meanwhile() {
     let cluster = TestCluster::of(1).await;
     let created = cluster.create("a", 5, 1).await.expect("created").value.id;
     let state = cluster.metadata.state();
-    // The input of the sweep, from before the last transaction of the creation.
+    // The keys that a sweep finds before the last transaction of the creation: those of all partitions but 0.
     let topic = &state.topic(&name("a")).expect("the topic exists").value;
     let strays: Vec<_> = state.partitions_of(topic).skip(1).map(|(number, entry)| (number, entry.clone())).collect();
     cluster
@@ -422,7 +424,8 @@ async fn sweep_keeps_topic_created_meanwhile() {
     assert_eq!(cluster.paths("partitions/").await.len(), 5);
 }
 
-/// An interrupted addition is requested again while the sweep processes its remains.
+/// An interrupted addition is repeated between the read of a sweep and its deletion. The keys that the sweep read then
+/// belong to the topic.
 #[tokio::test]
 async fn sweep_keeps_partitions_that_count_meanwhile() {
     let cluster = TestCluster::of(1).await;
@@ -467,7 +470,7 @@ async fn producer_ids_are_issued_once() {
         blocks.into_iter().map(|block| block.expect("the store responds")).map(|ids| ids.start).collect();
     starts.sort_unstable();
     assert_eq!(starts, [0, 1000, 2000, 3000, 4000]);
-    // A broker that was issued ids above the counter of a restored store.
+    // A broker that received ids up to 7500 before the store was restored to an older counter.
     assert_eq!(cluster.topics.producer_ids(7500).await, Ok(7500..8500));
     assert_eq!(cluster.topics.producer_ids(1000).await, Ok(8500..9500));
     assert!(cluster.topics.producer_ids(PRODUCER_ID_COUNTER_END - 999).await.is_err(), "the counter exceeds an id");
@@ -481,7 +484,7 @@ async fn producer_id_key_is_created_once() {
     assert!(keys.iter().all(|key| key.as_ref() == Ok(&first)));
     cluster.catch_up().await;
     assert_eq!(cluster.metadata.state().producer_id_key(), Some(&first), "every broker caches the key");
-    // Ids stay valid if the stored key is corrupted.
+    // A broker keeps the cached key if the stored value becomes unreadable.
     cluster.put(&Key::ProducerIdKey, "invalid").await;
     cluster.catch_up().await;
     assert_eq!(cluster.topics.producer_id_key().await.as_ref(), Ok(&first));
@@ -508,7 +511,8 @@ async fn tombstone_is_deleted_only_long_after_last_remains() {
         assert!(!expire(data_remains, now_ms).await, "data remains: {data_remains}, at {now_ms}");
         assert_eq!(cluster.topics.was_deleted(id).await, Ok(true));
     }
-    // A metadata key of the topic appears, from an interrupted creation or deletion.
+    // A partition key of the deleted topic appears, as from an interrupted creation or deletion. The sweep must delete
+    // it first.
     let stray = Key::Partition(PartitionId::new(id, 2));
     let value = PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(0));
     cluster.put(&stray, value.encode()).await;
@@ -516,7 +520,7 @@ async fn tombstone_is_deleted_only_long_after_last_remains() {
     assert_eq!(cluster.sweep().await, [id]);
     assert!(!expire(false, 10_000).await, "the time restarts");
 
-    // Two brokers advance the same tombstone: one deletes it.
+    // Two brokers expire the same tombstone: the first deletes it, and the second has a failed compare.
     let tombstones = cluster.topics.tombstones().await.expect("the store responds");
     assert_eq!(cluster.topics.expire(&tombstones[0], false, 11_000, RETENTION).await, Ok(true));
     assert_eq!(cluster.topics.expire(&tombstones[0], false, 11_000, RETENTION).await, Ok(false));

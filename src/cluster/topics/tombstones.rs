@@ -4,12 +4,12 @@
 //!
 //! A tombstone permits the deletion of a topic's remaining data on disks and in the object store. Without a tombstone,
 //! such data is kept, because the topic's metadata may merely have been lost. A tombstone is deleted after no data of
-//! the topic has been found for a long time. That time starts at the first such observation, which is stored in the
-//! tombstone, so restarts do not reset it. If data appears meanwhile, the time starts again.
+//! the topic has been found for the retention time. That time starts at the first check without data, which is stored
+//! in the tombstone, so restarts do not reset it. If data appears meanwhile, the time starts again.
 //!
 //! # Invariants
 //!
-//! - The deletion of a tombstone deletes no data, and clocks affect only its time, not safety.
+//! - The deletion of a tombstone deletes no data. A wrong clock only makes this deletion late or early.
 //! - A late deletion costs only a key. After an early deletion, data that appears later (an object of a stalled broker,
 //!   the disk of an absent broker) is kept forever and not served.
 
@@ -32,11 +32,11 @@ pub struct Tombstone {
     mod_revision: Revision,
 }
 
-/// Next action for a tombstone.
+/// Action of one check of a tombstone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum TombstoneAction {
     Keep,
-    /// Stores the wall-clock time in milliseconds since which no data remains; `None` because data remains.
+    /// Stores the wall-clock time in milliseconds since which no data remains; `None` if data remains.
     SetPurged(Option<i64>),
     Delete,
 }
@@ -86,7 +86,7 @@ impl Topics {
         now_ms: i64,
         retention: Duration,
     ) -> Result<bool, MetaStoreError> {
-        // Metadata keys of the topic count as data too; the sweep deletes them first.
+        // Metadata keys of the topic that remain count as data too; a sweep deletes them first.
         let data_remains = data_remains || self.metadata.state().stale_partitions().contains_key(&tombstone.id);
         let key = self.keys.tombstone(tombstone.id);
         let action = decide(tombstone.value.purged_since_ms, data_remains, now_ms, retention);
@@ -98,11 +98,12 @@ impl Topics {
             }
             TombstoneAction::Delete => {
                 let first = self.keys.partition(PartitionId::new(tombstone.id, 0));
-                // If partition 0 exists, metadata of the topic remains, and the tombstone stays.
+                // If partition 0 exists, metadata of the topic remains, and the compare fails.
                 transaction.when(Compare::Absent(first)).delete(key)
             }
         };
-        // A failed compare means that another broker has changed the tombstone.
+        // A failed compare means that another broker has changed the tombstone, or that partition 0 exists. The next
+        // check reads the tombstone again.
         let is_applied = matches!(self.store.transact(transaction).await?, TxnOutcome::Committed { .. });
         Ok(is_applied && action == TombstoneAction::Delete)
     }
