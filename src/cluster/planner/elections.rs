@@ -9,12 +9,12 @@ use crate::model::{BrokerId, PartitionId};
 /// after each return.
 const PREFERRED_LEADER_DELAY_MS: u64 = 30_000;
 
-/// Delay of the next plan if more preferred leaders are to be elected than one plan may elect.
+/// Delay of the next plan if this plan could not elect all preferred leaders, because of its limit.
 const NEXT_PREFERRED_ELECTIONS_DELAY_MS: u64 = 1000;
 
-/// Elects a leader for a partition without a live leader; `None` if it has one, or if nothing changes. Only replicas
-/// that may lead without loss are candidates (`PartitionValue::may_elect`). Preferred is a broker that is not stopping,
-/// has disk space, is not drained, and whose replica is not being removed; then the first replica. Without a candidate,
+/// Elects a leader for a partition without a live leader; returns `None` if there is one, or if nothing changes. Only
+/// replicas that may lead without loss are candidates (`PartitionValue::may_elect`). Candidates are preferred in this
+/// order: not stopping, disk not full, not drained, replica not being removed, first in the list. Without a candidate,
 /// the partition is added to `blocked`, and its leader is cleared.
 pub(super) fn elect(
     input: &PlannerInput<'_>,
@@ -40,8 +40,8 @@ pub(super) fn elect(
     }
 }
 
-/// Transfers leadership to another ISR member if the leader is stopping, drained or has a full disk. Returns `None` if
-/// no other ISR member may lead: the leader then keeps leading.
+/// Transfers leadership to another ISR member if the leader is stopping, is drained or has a full disk. Returns `None`
+/// if that does not apply, or if no other ISR member should lead: the leader then keeps leading.
 pub(super) fn transfer_leadership(input: &PlannerInput<'_>, case: &PartitionCase<'_>) -> Option<PlannedChange> {
     let value = case.value;
     let leader = value.leader?;
@@ -67,8 +67,9 @@ pub(super) fn successor(
     value.replicas.iter().copied().find(is_eligible)
 }
 
-/// Elects preferred leaders that may lead and do not: a limited number per plan, and only brokers that have been online
-/// for a while. Skips partitions that this plan changes or that are under reassignment.
+/// Elects preferred leaders that should lead and do not: at most `max_preferred_elections` per plan, and only on
+/// brokers that have been online for `PREFERRED_LEADER_DELAY_MS`. Skips partitions that this plan changes or that are
+/// under reassignment.
 pub(super) fn return_to_preferred_leaders(
     input: &PlannerInput<'_>,
     cases: &[PartitionCase<'_>],

@@ -5,28 +5,27 @@
 //! A plan contains at most one change per partition, from the first rule that applies:
 //!
 //! 1. `elections`: a partition without a live leader gets one.
-//! 2. `elections`: leaders that are stopping, drained or have a full disk transfer leadership.
+//! 2. `elections`: a leader that is stopping, drained or has a full disk transfers leadership.
 //! 3. `reassignments`: a reassignment whose new replicas are in sync completes.
 //! 4. `retarget`: a reassignment continues without permanently offline brokers.
 //! 5. `reassignments`: a queued reassignment starts when the limits permit.
 //! 6. `reassignments`: a changed replication factor is applied.
-//! 7. `reassignments`: replicas of permanently offline or drained brokers are replaced, as far as there are
-//!    brokers.
+//! 7. `reassignments`: replicas of permanently offline or drained brokers are replaced, as many as possible.
 //! 8. `elections`: leadership returns to the preferred leader.
 //! 9. `reassignments`: a broker with many more replicas than another one moves a replica there.
 //!
 //! Every change is a compare-and-set, so a plan from a stale snapshot or a deposed controller costs only a failed
 //! compare. There is no state between plans. Reassignments are stored in the partition values, so they survive a change
-//! of the controller. The next plan contains every change again that this plan does not achieve.
+//! of the controller. If a change is not applied and still needed, the next plan contains it again.
 //!
 //! # Invariants
 //!
-//! - A change keeps the live members of the ISR; only the completion of a reassignment removes one, and only one in
-//!   `removing`.
+//! - A change keeps the live members of the ISR. The only exception is the completion of a reassignment, which removes
+//!   members that are in `removing`.
 //! - Planning terminates: changes that are applied, with replicas that catch up, lead to a state without further
 //!   changes.
-//! - No reassignment waits for a permanently offline broker.
-//! - No change assigns a replica to a broker that is at its replica limit or unreachable for other brokers.
+//! - In a partition with a leader, no reassignment waits for a new replica on a permanently offline broker.
+//! - No change adds a replica to a broker that is at its replica limit or unreachable for other brokers.
 
 mod elections;
 mod reassignments;
@@ -47,9 +46,10 @@ use crate::model::{BrokerId, ConfigMap, PartitionId, TopicConfig};
 /// Limits on concurrent changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlannerLimits {
-    /// Maximum number of partitions under reassignment in the cluster.
+    /// Maximum number of reassignments in progress in the cluster. A reassignment without a live ISR or ELR member does
+    /// not count. One that copies nothing may start above the limit.
     pub max_reassignments: usize,
-    /// Maximum number of new replicas per broker in these reassignments.
+    /// Maximum number of new replicas on one broker in the counted reassignments.
     pub max_new_replicas_per_broker: usize,
     /// Maximum number of preferred leaders that one plan elects.
     pub max_preferred_elections: usize,
@@ -89,11 +89,12 @@ pub struct PlannerInput<'a> {
 /// Reason for a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ChangeReason {
-    /// The leader is not live; another ISR or ELR member is elected.
+    /// The partition has no live leader; an ISR or ELR member is elected.
     Elected,
-    /// The leader is not live, and no other replica can lead.
+    /// The leader is not live, and no replica can lead: the leader is cleared.
     Leaderless,
-    /// The leader is stopping, drained, has a full disk, or its replica is being removed.
+    /// Leadership is transferred, because the leader is stopping, is drained, has a full disk, or its replica is being
+    /// removed.
     ControlledShutdown,
     /// The new replicas of a reassignment are in sync.
     ReassignmentCompleted,
@@ -107,9 +108,9 @@ pub enum ChangeReason {
     BrokerReplaced,
     /// A replica's broker is drained.
     Drained,
-    /// The preferred leader can lead again.
+    /// Leadership returns to the preferred leader, which can lead again.
     PreferredLeader,
-    /// The broker of the replica held more replicas than others.
+    /// A replica moves to a broker with fewer replicas.
     Balanced,
 }
 
@@ -131,7 +132,7 @@ impl ChangeReason {
         }
     }
 
-    /// Returns the label of the election's cause; `None` if the change is no election.
+    /// Returns the metrics label of the election's cause; `None` if the change is no election.
     pub const fn election(self) -> Option<&'static str> {
         match self {
             Self::Elected => Some("failed"),
@@ -156,7 +157,7 @@ pub struct PlannedChange {
 pub enum BlockedReason {
     /// No replica that may lead is live.
     NoLeader,
-    /// Too few brokers can take its replicas.
+    /// Too few brokers can take the replicas that the partition needs.
     NoBrokers,
     /// A broker of the queued reassignment is offline, unreachable for other brokers, or at its replica limit.
     QueuedTarget,
@@ -165,11 +166,12 @@ pub enum BlockedReason {
 /// The changes that the cluster needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ClusterPlan {
-    /// Changes, the most important first; at most one per partition.
+    /// Changes in the order in which they are written: elections and transfers first, preferred leaders last. At most
+    /// one per partition.
     pub changes: Vec<PlannedChange>,
     /// Partitions that are blocked, with the reason.
     pub blocked: Vec<(PartitionId, BlockedReason)>,
-    /// Milliseconds after which a new plan is needed even if the metadata does not change; `None` if it is not.
+    /// Milliseconds after which a new plan is needed even if the metadata does not change; `None` if none is.
     pub next_plan_ms: Option<u64>,
 }
 
@@ -186,7 +188,7 @@ struct PartitionCase<'a> {
 }
 
 impl PartitionCase<'_> {
-    /// Returns the change of this partition to a new value.
+    /// Returns the change that writes a new value of this partition.
     fn change_to(&self, value: PartitionValue, reason: ChangeReason) -> PlannedChange {
         PlannedChange {
             update: PartitionUpdate { id: self.id, expected_revision: self.revision, value, guards: Vec::new() },
@@ -205,8 +207,8 @@ impl PlannerInput<'_> {
         self.metadata.brokers().contains_key(&id)
     }
 
-    /// Returns true if a broker has been offline for `replace_after_ms`. If the broker is offline for less time,
-    /// requests a plan at the end of that time.
+    /// Returns true if a broker has been offline for `replace_after_ms`; always false if that is `None`. If the broker
+    /// is offline for less time, requests a plan at the end of that time.
     fn is_lost(&self, id: BrokerId, plan: &mut ClusterPlan) -> bool {
         let (Some(after_ms), false) = (self.limits.replace_after_ms, self.is_live(id)) else { return false };
         let offline_ms = self.offline_ms.get(&id).copied().unwrap_or(0);
@@ -226,7 +228,7 @@ impl PlannerInput<'_> {
         self.metadata.brokers().get(&id)?.value.rack.as_deref()
     }
 
-    /// Returns true if one of the other brokers is in the broker's rack.
+    /// Returns true if one of the brokers in `others` is in the rack of `id`.
     fn shares_rack(&self, id: BrokerId, others: &[BrokerId]) -> bool {
         self.rack(id).is_some_and(|rack| others.iter().any(|other| self.rack(*other) == Some(rack)))
     }
@@ -251,22 +253,22 @@ impl PlannerInput<'_> {
         self.metadata.brokers().get(&id).is_some_and(|broker| broker.value.disk_full)
     }
 
-    /// Returns true if the broker should lead: it is live, not stopping, not drained, and its disk is not full. Only if
-    /// no such broker can lead a partition, another live broker is elected.
+    /// Returns true if the broker should lead: it is live, not stopping, not drained, and its disk is not full. Any
+    /// other live broker is elected only for a partition without a live leader that no such broker can lead.
     fn may_lead(&self, id: BrokerId) -> bool {
         self.is_live(id) && !self.is_stopping(id) && !self.is_draining(id) && !self.is_disk_full(id)
     }
 }
 
 impl ClusterPlan {
-    /// Requests a new plan after this time. An earlier request stays.
+    /// Requests a new plan after this time, unless an earlier one is requested already.
     fn request_plan_in(&mut self, delay_ms: u64) {
         self.next_plan_ms = Some(self.next_plan_ms.map_or(delay_ms, |requested_ms| requested_ms.min(delay_ms)));
     }
 }
 
-/// Computes the changes that the cluster needs. Elections, transfers of leadership and completions are not limited. The
-/// other partitions then get reassignments within the limits, and at last preferred leaders.
+/// Computes the changes that the cluster needs. Elections, transfers of leadership and completions of reassignments are
+/// not limited. The other partitions then get reassignments within the limits, and at last preferred leaders.
 pub fn plan(input: &PlannerInput<'_>) -> ClusterPlan {
     let mut plan = ClusterPlan::default();
     let (mut remaining, mut topic_ids) = (Vec::new(), BTreeSet::new());
@@ -289,15 +291,16 @@ pub fn plan(input: &PlannerInput<'_>) -> ClusterPlan {
     // `ChangeReason` is ordered by importance.
     plan.changes.sort_by_key(|change| change.reason);
     let changed = reassignments::plan_all(input, &remaining, &mut plan);
-    // If this plan elects leaders for failed ones, leadership returns in a later plan.
+    // If this plan elects or clears a leader because a broker is offline, leadership returns to preferred leaders only
+    // in a later plan.
     if plan.changes.iter().all(|change| change.reason > ChangeReason::Leaderless) {
         elections::return_to_preferred_leaders(input, &remaining, &changed, &mut plan);
     }
     plan
 }
 
-/// Returns the min ISR of the topic. If its configuration is unreadable, the result exceeds any ISR, so every removed
-/// member enters the ELR.
+/// Returns the min ISR of the topic. If the topic's configuration is unreadable, the result exceeds any ISR, so every
+/// removed member enters the ELR.
 fn min_insync(input: &PlannerInput<'_>, topic: &TopicValue) -> usize {
     TopicConfig::resolve(input.defaults, &topic.config).map_or(usize::MAX, |config| config.min_insync_replicas)
 }

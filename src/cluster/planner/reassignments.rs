@@ -1,5 +1,6 @@
 //! Placement of replicas: completes reassignments, and starts them for operators, changed factors, lost and drained
-//! brokers, and balance. Every start is subject to the limits; a retargeted reassignment keeps its slot.
+//! brokers, and balance. The limits apply to every start that copies replicas. A retargeted reassignment counts only
+//! once.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,17 +13,20 @@ use super::{
 };
 use crate::model::{BrokerId, PartitionId};
 
-/// Difference in replicas between two brokers above which balancing may move a replica from one to the other.
+/// Difference in replicas between two brokers. Balancing may move a replica only if the difference is larger.
 const MIN_IMBALANCE: usize = 2;
 
-/// The same difference, in percent of the replicas of the broker with fewer. Both limits must be exceeded.
+/// The same difference, in percent of the replicas of the broker with fewer. Balancing requires that both values are
+/// exceeded.
 const MIN_IMBALANCE_PERCENT: usize = 10;
 
-/// Completes a reassignment whose new replicas are in sync. If the leader is being removed, this change elects another
-/// replica, and a later plan completes the reassignment. Returns `None` if the reassignment cannot complete yet.
+/// Completes a reassignment whose new replicas are in sync. If the leader is being removed, this change only elects
+/// another replica, and a later plan completes the reassignment. Returns `None` if no reassignment is in progress or it
+/// cannot complete yet.
 pub(super) fn complete(input: &PlannerInput<'_>, case: &PartitionCase<'_>) -> Option<PlannedChange> {
     let value = case.value;
-    // Without a live leader, the removed replicas may hold the only data that is left: the others may never return.
+    // Without a live leader, the removed replicas may hold the only remaining data: the brokers of the other replicas
+    // may never return.
     let has_live_leader = value.leader.is_some_and(|leader| input.is_live(leader));
     let are_new_in_sync = value.adding.iter().all(|id| value.isr.contains(id));
     if !case.is_reassigning() || !has_live_leader || !are_new_in_sync || value.needs_removed_replicas(case.min_insync) {
@@ -36,14 +40,14 @@ pub(super) fn complete(input: &PlannerInput<'_>, case: &PartitionCase<'_>) -> Op
     Some(case.change_to(value, ChangeReason::ControlledShutdown))
 }
 
-/// Returns true if a reassignment is in progress and a live ISR or ELR member remains. Without one, the reassignment
-/// copies nothing, possibly forever.
+/// Returns true if a reassignment is in progress and an ISR or ELR member is live. Without a live member, the
+/// reassignment copies nothing, possibly forever.
 fn is_progressing(input: &PlannerInput<'_>, case: &PartitionCase<'_>) -> bool {
     let value = case.value;
     case.is_reassigning() && value.isr.iter().chain(&value.elr).any(|id| input.is_live(*id))
 }
 
-/// Number of reassignments that may still start, in total and per broker.
+/// What remains of the limits: reassignments that may start, and new replicas per broker.
 struct ReassignmentBudget {
     /// Number of reassignments that may start.
     remaining: usize,
@@ -54,7 +58,7 @@ struct ReassignmentBudget {
 }
 
 impl ReassignmentBudget {
-    /// Returns the limits less the reassignments that make progress.
+    /// Returns the limits less the reassignments that are in progress and not stuck without a live ISR or ELR member.
     fn of(input: &PlannerInput<'_>, cases: &[PartitionCase<'_>]) -> Self {
         let in_progress = cases.iter().filter(|case| is_progressing(input, case));
         let mut new_replicas = BTreeMap::new();
@@ -93,8 +97,9 @@ impl ReassignmentBudget {
     }
 }
 
-/// Plans reassignments within the limits: retargets blocked ones, starts queued ones, starts those that a factor or a
-/// leaving broker requires, and balances if nothing else is in progress. Returns the partitions that were changed.
+/// Plans reassignments within the limits: retargets blocked ones, starts queued ones, starts those that a changed
+/// factor or a drained or lost broker requires, and balances if nothing else is in progress. Returns the partitions
+/// that were changed.
 pub(super) fn plan_all(
     input: &PlannerInput<'_>,
     cases: &[PartitionCase<'_>],
@@ -104,7 +109,7 @@ pub(super) fn plan_all(
     let mut changed = retarget_blocked(input, cases, &mut budget, &mut placement, plan);
     changed.append(&mut start_queued(input, cases, &mut budget, &mut placement, plan));
     for case in cases.iter().filter(|case| !case.is_reassigning() && case.value.leader.is_some()) {
-        // A queued reassignment that can start takes precedence: it waits for the budget only.
+        // If a queued reassignment could start but for the limits, the partition waits for it.
         if try_start_queued(input, case, &placement).is_some() {
             continue;
         }
@@ -127,8 +132,8 @@ pub(super) fn plan_all(
     changed
 }
 
-/// Retargets reassignments that need permanently offline brokers. They come first, because the total of the budget
-/// contains them already. Returns the partitions that were changed.
+/// Retargets reassignments that need permanently offline brokers. They come before new reassignments, because the total
+/// of the limits counts them already. Returns the partitions that were changed.
 fn retarget_blocked(
     input: &PlannerInput<'_>,
     cases: &[PartitionCase<'_>],
@@ -151,8 +156,8 @@ fn retarget_blocked(
     changed
 }
 
-/// Starts queued reassignments within the budget. They come before reassignments that no operator requested. Returns
-/// the partitions that were changed.
+/// Starts queued reassignments within the limits, before any reassignment that no operator requested. Reports a
+/// partition as blocked if its queued reassignment cannot start. Returns the partitions that were changed.
 fn start_queued(
     input: &PlannerInput<'_>,
     cases: &[PartitionCase<'_>],
@@ -168,7 +173,7 @@ fn start_queued(
                 changed.insert(case.id);
                 plan.changes.push(case.change_to(value, ChangeReason::ReassignmentStarted));
             }
-            // It starts in a later plan, when the budget permits it.
+            // The limits are reached: it starts in a later plan.
             Some(_) => {}
             None if case.value.leader.is_some() => plan.blocked.push((case.id, BlockedReason::QueuedTarget)),
             // The election rule reports a partition without a leader as blocked.
@@ -178,8 +183,9 @@ fn start_queued(
     changed
 }
 
-/// Returns the value with the queued reassignment started. Returns `None` if none is queued, there is no leader to copy
-/// from, or a new broker is offline, unreachable or at its replica limit.
+/// Returns the value with the queued reassignment started. Returns `None` if none is queued, another one is in
+/// progress, there is no leader to copy from, or a new broker is offline, unreachable or at its replica limit. Does not
+/// check the budget.
 fn try_start_queued(
     input: &PlannerInput<'_>,
     case: &PartitionCase<'_>,
@@ -192,7 +198,8 @@ fn try_start_queued(
 
 /// Returns the replicas that a partition should have, with the reason; `None` if they are the current ones or cannot be
 /// improved now. The rules are the replication factor and the replacement of replicas on drained or lost brokers. With
-/// too few brokers, some replicas that should be removed stay.
+/// too few brokers, some replicas on such brokers stay. If no replica can be added and too few stay, the partition is
+/// reported as blocked.
 fn choose_target(
     input: &PlannerInput<'_>,
     case: &PartitionCase<'_>,
@@ -214,7 +221,7 @@ fn choose_target(
     let chosen = placement.choose_up_to(id, staying.clone(), factor);
     let new = &chosen[staying.len()..];
     if new.is_empty() {
-        // If enough replicas stay, the partition only waits until they are in sync, and is not blocked.
+        // If enough replicas stay, the partition is not blocked: it only waits until they are in sync.
         if staying.len() < factor {
             plan.blocked.push((id, BlockedReason::NoBrokers));
         }
@@ -237,9 +244,9 @@ fn choose_target(
     Some((target, reason))
 }
 
-/// Selects the replicas to remove from `leaving` when `new_count` replicas are added: offline ones first, members of
-/// the ISR or ELR last. At most as many are removed as added. If the partition has more replicas than the factor, the
-/// excess is removed too, unless too few replicas would be in sync then.
+/// Selects the replicas to remove from `leaving` when `new_count` replicas are added: offline ones first, and among
+/// those of equal state members of the ISR or ELR last. At most `new_count` are removed, and with them the replicas
+/// above the factor, unless too few replicas would be in sync then.
 fn replicas_to_remove(
     input: &PlannerInput<'_>,
     case: &PartitionCase<'_>,
@@ -257,8 +264,9 @@ fn replicas_to_remove(
     leaving
 }
 
-/// Returns the replicas that stay after the factor was lowered; `None` while too few of them would be in sync. Order of
-/// preference: the leader, in sync, live, not drained, in a rack of no chosen replica, first in the list.
+/// Returns the replicas that stay after the factor was lowered, in their order; `None` while fewer of them are in sync
+/// than the min ISR or the factor requires. Preferred are: the leader, in-sync replicas, live ones, those not drained,
+/// those in a rack of no chosen replica, and the first in the list.
 fn choose_remaining(input: &PlannerInput<'_>, case: &PartitionCase<'_>, factor: usize) -> Option<Vec<BrokerId>> {
     let value = case.value;
     let mut staying: Vec<BrokerId> = Vec::new();
@@ -279,9 +287,9 @@ fn choose_remaining(input: &PlannerInput<'_>, case: &PartitionCase<'_>, factor: 
     Some(value.replicas.iter().copied().filter(|id| staying.contains(id)).collect())
 }
 
-/// Moves one replica from a broker with many replicas to one with few, if the imbalance exceeds both limits. Prefers
-/// the pair with the largest imbalance. Never reduces the number of racks of a partition. Returns `None` if the brokers
-/// are balanced or no replica can move.
+/// Moves one replica from a broker with many replicas to one with few, if the imbalance exceeds `MIN_IMBALANCE` and
+/// `MIN_IMBALANCE_PERCENT`. Prefers the pair of brokers with the largest imbalance. Never reduces the number of racks
+/// of a partition. Returns `None` if the brokers are balanced or no replica can move.
 fn balance(input: &PlannerInput<'_>, cases: &[PartitionCase<'_>], placement: &Placement) -> Option<PlannedChange> {
     let mut brokers: Vec<(usize, BrokerId)> =
         placement.accepting_brokers().map(|(id, BrokerLoad { replicas, .. })| (replicas, id)).collect();

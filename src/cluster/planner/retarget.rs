@@ -1,8 +1,8 @@
 //! New targets for reassignments that need permanently offline brokers. Starts and completes no reassignment.
 //!
 //! A new replica that never catches up blocks its reassignment forever. So does a staying replica that never returns,
-//! if the min ISR needs the removed replicas until then. The other rules for replicas skip a partition under
-//! reassignment, so this rule must unblock it.
+//! if the min ISR needs the removed replicas until the staying replica is in sync. The other reassignment rules skip a
+//! partition under reassignment, so this rule must unblock it.
 
 use super::{
     super::{partition_value::PartitionValue, placement::Placement},
@@ -10,8 +10,8 @@ use super::{
 };
 use crate::model::BrokerId;
 
-/// Returns the new target of a reassignment that needs a permanently offline broker; `None` if it continues
-/// unchanged.
+/// Returns the new target of a reassignment that needs a permanently offline broker; `None` if it continues unchanged.
+/// If it continues only because there is no better target, the partition is added to the blocked ones of the plan.
 ///
 /// Successors of the permanently offline replicas are, in this order:
 ///
@@ -19,7 +19,7 @@ use crate::model::BrokerId;
 ///    whose new replica is permanently offline is reverted.
 /// 2. Other brokers.
 /// 3. Replicas in `removing` on live brokers that are drained.
-/// 4. Offline replicas in `removing`, only in the place of new replicas.
+/// 4. Offline replicas in `removing`, and only as successors of new replicas.
 ///
 /// Without a successor, a new replica is dropped and an earlier replica keeps its position.
 pub(super) fn target(
@@ -35,7 +35,8 @@ pub(super) fn target(
     if offline.is_empty() {
         return None;
     }
-    // A new replica blocks the reassignment in any case, so it is replaced first.
+    // An offline new replica always blocks the reassignment, and an offline staying one only if the min ISR needs it.
+    // So new replicas get successors first.
     offline.sort_by_key(|id| !value.adding.contains(id));
     let successors = choose_successors(input, case, placement, &staying, &offline);
     let offline_position = |id: &BrokerId| offline.iter().position(|offline_id| offline_id == id);
@@ -53,8 +54,8 @@ pub(super) fn target(
     Some(target)
 }
 
-/// Decides about a permanently offline replica without a successor. A replica from before the reassignment keeps its
-/// position: returns its id. A new replica is dropped: returns `None`.
+/// Returns the id of a permanently offline replica without a successor if the replica is from before the reassignment
+/// and keeps its position. Returns `None` if the replica is new and is dropped.
 fn keep_unless_new(value: &PartitionValue, id: BrokerId) -> Option<BrokerId> {
     (!value.adding.contains(&id)).then_some(id)
 }
@@ -80,8 +81,9 @@ fn choose_successors(
     }
     let mut chosen = placement.choose_up_to(case.id, chosen, target_count);
     chosen.extend(drained.iter().take(target_count - chosen.len()));
-    // An offline replica in `removing` may return with its data, unlike a new replica that never caught up. It is no
-    // improvement over an offline replica that stays. New replicas come first in `offline`.
+    // An offline replica in `removing` may return with its data, so it is better than an offline new replica that never
+    // caught up. It is not better than an offline replica that stays. New replicas come first in `offline`, so only
+    // their successors are extended.
     let new_count = offline.iter().filter(|id| value.adding.contains(id)).count();
     chosen.extend(removed_offline.iter().take((staying.len() + new_count).saturating_sub(chosen.len())));
     chosen.split_off(staying.len())

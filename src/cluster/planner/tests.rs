@@ -1,4 +1,4 @@
-//! Plans of small clusters, applied by the test: each rule alone, and all together until no change remains.
+//! Plans of small clusters, which the test applies: each rule alone, and all together until no change remains.
 
 use std::collections::BTreeSet;
 
@@ -18,7 +18,7 @@ use crate::{
 mod offline;
 mod unreachable;
 
-/// A simulated cluster in which plans are applied.
+/// Metadata of a simulated cluster, and the input of its planner. Plans are applied to the metadata.
 #[derive(Clone, Debug)]
 struct World {
     keys: Keys,
@@ -47,7 +47,8 @@ fn value(replicas: &[u32], leader: Option<u32>, isr: &[u32]) -> PartitionValue {
 }
 
 impl World {
-    /// Returns a world with brokers `1..=racks.len()`, online for long, and one topic.
+    /// Returns a world with brokers `1..=racks.len()`, online for 100 s, and one topic with these partition values. A
+    /// broker with the rack `""` has none.
     fn of(racks: &[&str], factor: u32, min_insync: usize, values: Vec<PartitionValue>) -> Self {
         let mut world = Self {
             keys: Keys::new("test").unwrap(),
@@ -153,7 +154,7 @@ impl World {
         self.entries.contains_key(&self.keys.broker(id))
     }
 
-    /// Applies a plan with the checks of compare-and-set.
+    /// Applies a plan, and checks that each change has a valid value and the stored revision.
     fn apply_plan(&mut self, plan: &ClusterPlan) {
         let mut seen = BTreeSet::new();
         for PlannedChange { update, .. } in &plan.changes {
@@ -182,7 +183,7 @@ impl World {
         }
     }
 
-    /// Plans and replicates until no change remains.
+    /// Plans and replicates until no change remains. Returns the number of passes before that.
     fn plan_until_stable(&mut self, min_insync: usize) -> usize {
         for pass in 0..200 {
             let (plan, before) = (self.plan(), self.revision);
@@ -259,7 +260,7 @@ fn stopping_leader_transfers_to_running_replica() {
     assert_eq!(world.plan().changes, [], "no other broker can lead");
 }
 
-/// Found by an operator: a leader with a full disk rejected every write while two in-sync replicas had empty disks.
+/// Regression: a leader with a full disk rejected every write while two in-sync replicas had space.
 #[test]
 fn full_disk_leader_transfers_unless_no_other_can_lead() {
     let mut world = World::of(&["", "", ""], 3, 1, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
@@ -306,7 +307,8 @@ fn reassignment_copies_before_it_removes() {
     assert_eq!((value.replicas, value.leader), (ids(&[4, 2, 3]), Some(BrokerId(4))));
 }
 
-/// Both brokers crashed before completion. The removed one may return with all the data, and the other never.
+/// Both brokers crashed before the completion. The broker of the removed replica may return with all the data, and that
+/// of the new replica may not.
 #[test]
 fn reassignment_completes_only_with_a_live_leader() {
     let mut world = World::of(&["", "", ""], 1, 1, vec![value(&[1], Some(1), &[1])]);
@@ -331,8 +333,8 @@ fn topic_with_two_names_gets_one_change_per_partition() {
     assert_eq!(world.plan().changes.len(), 1);
 }
 
-/// Regression: a staying replica that had to catch up replaced an in-sync one. With a min ISR of two, one copy of
-/// records remained that two brokers had acknowledged.
+/// Regression: a reassignment completed while a staying replica was not in sync. With a min ISR of two, only one copy
+/// remained of records that two brokers had acknowledged.
 #[test]
 fn reassignment_keeps_replicas_that_min_isr_needs() {
     let mut world = World::of(&["", "", ""], 2, 2, vec![value(&[1, 2, 3], Some(1), &[1, 3])]);
@@ -459,7 +461,7 @@ fn new_broker_gets_its_share_within_racks() {
 
 #[test]
 fn broker_at_replica_limit_is_skipped_by_every_rule() {
-    // Lost replicas, up to the limit.
+    // Replacement of lost replicas, up to the limit of broker 4.
     let values = (0..4).map(|_| value(&[1, 2, 3], Some(1), &[1, 2, 3])).collect();
     let mut world = World::of(&["", "", "", ""], 3, 2, values);
     world.limit_replicas(4, 3);
@@ -472,7 +474,7 @@ fn broker_at_replica_limit_is_skipped_by_every_rule() {
     world.plan_until_stable(2);
     assert_eq!((world.replica_count(4), world.plan().blocked), (4, vec![]), "the raised limit suffices");
 
-    // A raised factor, and a drain.
+    // A raised factor, and a drain, up to the limit of broker 2.
     let mut world = World::of(&["", ""], 1, 1, (0..4).map(|_| value(&[1], Some(1), &[1])).collect());
     world.limits.balance = false;
     world.limit_replicas(2, 3);
@@ -485,7 +487,7 @@ fn broker_at_replica_limit_is_skipped_by_every_rule() {
     world.plan_until_stable(1);
     assert_eq!((world.replica_count(1), world.replica_count(2)), (3, 1));
 
-    // A queued reassignment waits for capacity; one that needs none does not.
+    // Of two queued reassignments to broker 2, which has capacity for one replica, the second waits.
     let queued = |_| value(&[1], Some(1), &[1]).queue_reassignment(&ids(&[2]));
     let mut world = World::of(&["", ""], 1, 1, (0..2).map(queued).collect());
     world.limits.balance = false;
@@ -493,7 +495,8 @@ fn broker_at_replica_limit_is_skipped_by_every_rule() {
     world.plan_until_stable(1);
     assert_eq!((world.replica_count(2), world.plan().blocked), (1, vec![(id(1), BlockedReason::QueuedTarget)]));
 
-    // Balance: the least loaded broker takes none at its limit, and a full broker gives.
+    // Balance: no replica moves to broker 2, the least loaded one, at its limit of 0. Broker 1, at its limit of 12,
+    // still gives replicas to broker 3.
     let mut world = World::of(&["", "", ""], 1, 1, (0..12).map(|_| value(&[1], Some(1), &[1])).collect());
     world.limit_replicas(1, 12);
     world.limit_replicas(2, 0);

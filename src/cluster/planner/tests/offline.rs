@@ -5,7 +5,8 @@ use super::*;
 /// The default time before the replacement of an offline broker, in milliseconds.
 const REPLACE_AFTER_MS: u64 = 30 * 60 * 1000;
 
-/// Regression: such a reassignment waited forever, kept its slot, and hid later losses of the partition.
+/// Regression: a reassignment to a permanently offline broker waited forever, counted towards the limit, and prevented
+/// the replacement of other lost replicas of the partition.
 #[test]
 fn reassignment_to_lost_broker_is_retargeted() {
     let started = value(&[1, 2, 3], Some(1), &[1, 2, 3]).start_reassignment(&ids(&[1, 2, 4])).unwrap();
@@ -15,7 +16,7 @@ fn reassignment_to_lost_broker_is_retargeted() {
     let plan = world.plan();
     assert_eq!((plan.changes.len(), plan.next_plan_ms), (0, Some(1000)), "the broker may return");
     world.unregister(4, REPLACE_AFTER_MS);
-    // The reassignment holds its slot already.
+    // The limit of one counts this reassignment already, so it does not prevent the retargeting.
     world.limits.max_reassignments = 1;
     let (reason, value) = only_change(&world);
     assert_eq!(
@@ -31,7 +32,7 @@ fn reassignment_to_lost_broker_is_retargeted() {
     assert_eq!(world.partition(0).replicas, ids(&[1, 2, 5]));
 }
 
-/// The operator's request cannot be satisfied, and the replica to remove holds everything.
+/// The operator's target is permanently offline, and the replica to remove is in sync on a live broker: it stays.
 #[test]
 fn reassignment_to_lost_broker_is_reverted_if_old_may_stay() {
     let started = value(&[1, 2, 3], Some(1), &[1, 2, 3]).start_reassignment(&ids(&[1, 2, 4])).unwrap();
@@ -56,7 +57,8 @@ fn reassignment_to_lost_broker_is_reverted_if_old_may_stay() {
     assert_eq!(only_change(&world).1.replicas, ids(&[1, 2, 3]));
 }
 
-/// Without other brokers the earlier replicas stay listed: an offline one may hold committed records.
+/// A new and a removed replica are on permanently offline brokers, and there is no other broker. The removed replica is
+/// listed again, because it may hold committed records.
 #[test]
 fn reassignment_between_lost_brokers_is_reverted_and_blocked() {
     let started = value(&[1, 2, 3], Some(1), &[1, 2]).start_reassignment(&ids(&[1, 2, 4])).unwrap();
@@ -84,7 +86,7 @@ fn reassignment_completes_without_lost_staying_replica() {
     let stable = world.partition(0);
     assert_eq!((stable.replicas, stable.isr.len()), (ids(&[4, 3]), 2));
 
-    // Without another broker the drained replica stays, so that two are in sync.
+    // Without a fourth broker the replica on the drained broker stays, so that two replicas are in sync.
     let mut world = World::of(&["", "", ""], 2, 2, vec![started()]);
     world.drain(2);
     world.unregister(1, REPLACE_AFTER_MS);
@@ -98,7 +100,8 @@ fn reassignment_completes_without_lost_staying_replica() {
     assert_eq!(world.partition(0).replicas, ids(&[4, 3]), "then the drained broker is emptied too");
 }
 
-/// Regression: no replica was replaced before all could be, so the partition rejected writes despite a free broker.
+/// Regression: of two lost replicas, none was replaced while there was a broker for only one. The partition rejected
+/// writes below the min ISR.
 #[test]
 fn lost_replicas_are_replaced_as_far_as_brokers_permit() {
     let mut world = World::of(&["", "", "", ""], 3, 2, vec![value(&[1, 2, 3], Some(1), &[1, 2, 3])]);
@@ -116,8 +119,8 @@ fn lost_replicas_are_replaced_as_far_as_brokers_permit() {
     assert_eq!(world.partition(0).replicas, ids(&[1, 4, 5]));
 }
 
-/// The only holder of the partitions was drained and crashed. Such reassignments copy nothing, so they must not block
-/// others.
+/// The only broker with data of two partitions under reassignment is permanently offline. Their reassignments copy
+/// nothing, so they must not count towards the limits.
 #[test]
 fn leaderless_reassignments_do_not_block_others() {
     let mut values = vec![value(&[1], Some(1), &[1]); 2];
@@ -150,8 +153,8 @@ fn lost_replicas_are_replaced_before_drained_ones() {
     assert_eq!(world.plan().blocked, [(id(0), BlockedReason::NoBrokers)]);
 }
 
-/// Regression: lowering the factor had no effect. With too many replicas, lost ones were not replaced, and none was
-/// removed while too few were in sync.
+/// Regression: lowering the factor had no effect while too few replicas were in sync: a partition with more replicas
+/// than the factor got no replacement for lost ones, and none was removed.
 #[test]
 fn lowered_factor_is_applied_with_too_few_in_sync_replicas() {
     for spares in [1, 2] {
@@ -182,8 +185,8 @@ fn lowered_factor_is_applied_with_too_few_in_sync_replicas() {
 }
 
 proptest! {
-    /// No replica catches up while reassignments start; then brokers fail. No reassignment of a led partition waits for
-    /// them.
+    /// Reassignments start, and no replica catches up. Then brokers go offline permanently. In the end, no reassignment
+    /// of a partition with a leader adds a replica on one of these brokers.
     #[test]
     fn no_reassignment_waits_for_offline_broker(
         (mut world, min_insync) in worlds(),

@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn unreachable_broker_is_skipped_by_every_rule() {
-    // Lost replicas.
+    // Replacement of lost replicas.
     let values = (0..4).map(|_| value(&[1, 2, 3], Some(1), &[1, 2, 3])).collect();
     let mut world = World::of(&["", "", "", ""], 3, 2, values);
     world.remove_peer_address(4);
@@ -13,7 +13,7 @@ fn unreachable_broker_is_skipped_by_every_rule() {
     world.plan_until_stable(2);
     assert_eq!((world.replica_count(4), world.plan().blocked.len()), (0, 4));
 
-    // A raised factor, a drain, balance.
+    // A raised factor; a drain; balance.
     let values = || (0..4).map(|_| value(&[1], Some(1), &[1])).collect();
     let mut world = World::of(&["", ""], 1, 1, values());
     world.remove_peer_address(2);
