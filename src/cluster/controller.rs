@@ -2,10 +2,10 @@
 //!
 //! # Overview
 //!
-//! Every broker runs this task. It campaigns for the controller key, which is attached to the broker's own lease and so
-//! ends with its registration. The holder plans whenever brokers, topics, partitions or drains change. It writes the
-//! planned changes as compare-and-sets that include the key: the first write of a deposed controller fails. Between
-//! changes it sleeps.
+//! Every broker runs this task. The task campaigns for the controller key, which is attached to the broker's own lease
+//! and so ends with the registration. The holder plans when brokers, topics, partitions or drains change, and when a
+//! waiting time of the plan ends. It writes the planned changes as compare-and-sets that include the key: the first
+//! write of a deposed controller fails.
 //!
 //! # Invariants
 //!
@@ -16,7 +16,7 @@
 //!
 //! # Shutdown
 //!
-//! The task stops at any point; unfinished reassignments are recorded in the partition values. The key ends with the
+//! The task stops at any point; unfinished reassignments are stored in the partition values. The key ends with the
 //! lease.
 
 use std::{
@@ -42,10 +42,11 @@ use crate::{
     telemetry::Metrics,
 };
 
-/// Time for which metadata changes are collected before the next plan: one failure changes many keys.
+/// Time to wait after a metadata change before the next plan, because one failure changes many keys.
 const COALESCE_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Maximum time to wait until the metadata cache shows the written changes, before the next plan.
+/// Maximum time to wait until the metadata cache has a revision: after a lost campaign, at the start of a term, and
+/// after the changes of a plan.
 const CACHE_WAIT: Duration = Duration::from_secs(1);
 
 /// Pause after a failed store request.
@@ -62,9 +63,8 @@ pub struct Controller {
     pub id: BrokerId,
     /// Topic configuration defaults.
     pub defaults: ConfigMap,
-    /// Limits on concurrent reassignments.
+    /// Limits on concurrent changes, and further settings of the planner.
     pub limits: PlannerLimits,
-    /// Metrics.
     pub metrics: Metrics,
 }
 
@@ -114,7 +114,7 @@ impl Controller {
     }
 
     /// Creates the controller key under this broker's lease if the key does not exist. Deletes a stored key that no
-    /// broker wrote; the next campaign can then win.
+    /// broker wrote, and returns `Lost`; the next campaign can then win.
     async fn campaign(&self, lease: LeaseId) -> Result<CampaignResult, MetaStoreError> {
         let key = self.keys.controller();
         let transaction = Transaction::new()
@@ -138,8 +138,8 @@ impl Controller {
         }
     }
 
-    /// Deletes a controller key that no broker wrote. Without a lease, such a key would stay forever, and the cluster
-    /// would have no controller.
+    /// Deletes a controller key that is unreadable or has no lease, if it is unchanged. Such a key might never expire,
+    /// and the cluster would have no controller.
     async fn delete_invalid_key(&self, entry: &KeyValue, reason: &str) -> Result<(), MetaStoreError> {
         tracing::warn!(reason, "deleting a controller key that no broker wrote");
         let unchanged = Compare::ModRevision(entry.key.clone(), entry.mod_revision);
@@ -202,7 +202,7 @@ impl Controller {
         }
     }
 
-    /// Computes a plan from the metadata cache, and updates the presence of brokers before.
+    /// Updates the presence of brokers, and computes a plan from the metadata cache.
     fn plan(&self, presence: &mut BrokerPresence) -> ClusterPlan {
         let state = self.metadata.state();
         presence.observe(&state, clock::monotonic());
@@ -216,8 +216,8 @@ impl Controller {
         })
     }
 
-    /// Writes the planned changes, the most important first, and counts and logs the applied ones. The compares in
-    /// `key_unchanged` are part of every transaction.
+    /// Writes the planned changes, and counts and logs the applied ones. The compares in `key_unchanged` are part of
+    /// every transaction.
     async fn apply_plan(
         &self,
         updater: &PartitionUpdater,
@@ -275,7 +275,7 @@ fn has_lease(session: &SessionState, lease: LeaseId) -> bool {
     matches!(session, SessionState::Registered { lease: current, .. } if *current == lease)
 }
 
-/// Sleeps for a time; never returns for `None`.
+/// Sleeps for a time. Never returns if the time is `None`.
 async fn sleep_or_pend(time: Option<Duration>) {
     match time {
         Some(time) => tokio::time::sleep(time).await,
@@ -311,7 +311,7 @@ enum CampaignResult {
 struct AppliedChanges {
     /// Newest revision of an applied change; zero if none was applied.
     newest_revision: Revision,
-    /// True if a change failed or its outcome is unknown: plan again soon.
+    /// True if the store rejected a change or its outcome is unknown: the next plan follows after `RETRY_INTERVAL`.
     failed: bool,
     /// True if the controller key belongs to another broker or does not exist: the term is over.
     deposed: bool,
@@ -322,8 +322,8 @@ fn topic_name(metadata: &MetadataSnapshot, id: PartitionId) -> &str {
     metadata.name(id.topic).map_or("?", TopicName::as_str)
 }
 
-/// Logs each partition that became blocked, and each that is no longer blocked. `blocked` contains the partitions that
-/// the last plan reported, and is replaced by those of this plan.
+/// Logs each partition that became blocked, and each that is no longer blocked. `blocked` contains the blocked
+/// partitions of the last plan, and is replaced by those of this plan.
 fn log_blocked(plan: &ClusterPlan, metadata: &MetadataSnapshot, blocked: &mut BTreeSet<PartitionId>) {
     let now_blocked: BTreeSet<PartitionId> = plan.blocked.iter().map(|(id, _)| *id).collect();
     for (id, reason) in plan.blocked.iter().filter(|(id, _)| !blocked.contains(id)) {
@@ -352,7 +352,8 @@ fn log_blocked(plan: &ClusterPlan, metadata: &MetadataSnapshot, blocked: &mut BT
     *blocked = now_blocked;
 }
 
-/// Times since which brokers have been online or offline, as observed by this process.
+/// Times since which each broker has been online or offline, as observed by this process in its current term as
+/// controller.
 #[derive(Debug, Default)]
 struct BrokerPresence {
     /// Per live broker: its broker epoch, and the time when this process first observed it.

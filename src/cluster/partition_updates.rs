@@ -1,9 +1,9 @@
 //! Compare-and-set of partition values, for leaders, the controller, starting brokers and operators.
 //!
-//! Changes that are submitted together share transactions. A conflict does not block other changes: a transaction whose
-//! compare failed is repeated in halves, down to a single change, whose outcome contains the stored value. A
-//! transaction with an unknown outcome is not repeated: the caller reads the value back, and treats both outcomes as
-//! possible until then.
+//! Changes of one call of [`PartitionUpdater::apply`] share transactions. A conflict does not block other changes: a
+//! transaction whose compare failed is repeated in halves, down to a single change, whose outcome contains the stored
+//! value. A transaction with an unknown outcome is not repeated: the caller reads the value back, and treats both
+//! outcomes as possible until then.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{limits, model::PartitionId};
 
-/// Maximum number of concurrent transactions.
+/// Maximum number of concurrent transactions of one call of `apply`.
 const MAX_CONCURRENT_TXNS: usize = 8;
 
 /// A new value of a partition, applied only if the stored value is still the expected one.
@@ -28,7 +28,8 @@ pub struct PartitionUpdate {
     pub expected_revision: Revision,
     /// New value.
     pub value: PartitionValue,
-    /// Compares on other keys that must hold too: the registrations of added brokers.
+    /// Further compares that must hold: an ISR expansion requires the registrations of the added brokers, and an
+    /// unclean election the absence of those of ISR and ELR members.
     pub guards: Vec<Compare>,
 }
 
@@ -37,13 +38,14 @@ pub struct PartitionUpdate {
 pub enum UpdateOutcome {
     /// The change was applied at this revision.
     Done(Revision),
-    /// A compare of this change did not hold. Contains the stored value, or `None` if it is missing or unreadable.
+    /// The stored value is not the expected one, or a compare in `guards` did not hold. Contains the stored value, or
+    /// `None` if it is missing or unreadable.
     Conflict(Option<(PartitionValue, Revision)>),
-    /// A compare that all changes share did not hold: nothing was applied.
+    /// A compare in `shared_compares` did not hold: this change was not applied.
     GuardFailed,
     /// The change was applied, was not applied, or will be applied later: read the value back.
     Unknown(MetaStoreError),
-    /// The change was not applied: the store request failed.
+    /// The change was not applied, because the store rejected the request.
     Failed(MetaStoreError),
 }
 
@@ -55,13 +57,14 @@ pub struct PartitionUpdater {
 }
 
 impl PartitionUpdater {
-    /// Returns a writer of the partitions under `keys` in `store`.
+    /// Returns a writer of the partition values below the prefix of `keys` in `store`.
     pub fn new(store: Arc<dyn MetaStore>, keys: Keys) -> Self {
         Self { store, keys }
     }
 
-    /// Applies changes of different partitions, each independently of the others. The compares in `shared_compares`
-    /// must hold for every change: the controller passes a compare of the controller key.
+    /// Applies changes of different partitions, each independently of the other changes, and returns the outcome of
+    /// each. The compares in `shared_compares` must hold for every change: the controller passes a compare of the
+    /// controller key.
     ///
     /// # Panics
     /// Two changes are of the same partition.
@@ -81,7 +84,8 @@ impl PartitionUpdater {
             .await
     }
 
-    /// Writes a group in one transaction, and again in halves if a compare of one of its changes fails.
+    /// Writes a group in one transaction. If a compare of one of its changes fails, writes each half of the group in a
+    /// transaction of its own, and so on.
     async fn apply_group(
         &self,
         group: Vec<PartitionUpdate>,
@@ -121,8 +125,8 @@ impl PartitionUpdater {
         outcomes
     }
 
-    /// Returns the transaction of a group. If a compare fails, it returns the keys of the shared compares, and for a
-    /// single change also the partition's key.
+    /// Returns the transaction of a group. If a compare fails, the store returns the entries of the keys of the shared
+    /// compares, and for a single change also that of the partition.
     fn transaction(&self, group: &[PartitionUpdate], shared_compares: &[Compare]) -> Transaction {
         let mut transaction = Transaction { compares: shared_compares.to_vec(), ..Transaction::new() };
         transaction.else_get = shared_compares.iter().map(|compare| compare.key().to_owned()).collect();
@@ -164,7 +168,8 @@ fn decode_or_log(id: PartitionId, entry: &KeyValue) -> Option<(PartitionValue, R
     }
 }
 
-/// Splits changes into groups that fit into one transaction each. Every transaction also contains the shared compares.
+/// Splits changes into groups that fit into one transaction each (`limits::MAX_TRANSACTION_OPS`,
+/// `limits::MAX_PARTITIONS_PER_TXN`). Every transaction also contains the shared compares.
 fn group_by_transaction(changes: Vec<PartitionUpdate>, shared_compare_count: usize) -> Vec<Vec<PartitionUpdate>> {
     let mut groups: Vec<Vec<PartitionUpdate>> = Vec::new();
     // Number of compares of the last group.
@@ -179,7 +184,7 @@ fn group_by_transaction(changes: Vec<PartitionUpdate>, shared_compare_count: usi
                 compare_count += added_compares;
                 group.push(change);
             }
-            // The first group, or the last group is full.
+            // There is no group yet, or the last group is full.
             _ => {
                 compare_count = shared_compare_count + added_compares;
                 groups.push(vec![change]);

@@ -7,16 +7,18 @@
 //!
 //! | function | caller | leader | ISR | ELR |
 //! | --- | --- | --- | --- | --- |
-//! | [`shrink`] | leader | unchanged | loses members | gains them below the min ISR |
+//! | [`shrink`] | leader | unchanged | loses members | gains them below the min ISR, else empty |
 //! | [`expand`] | leader | unchanged | gains members | empty once the ISR has the min ISR |
-//! | [`elect`] | controller | new | its live members, or the elected replica alone | gains the other members below the min ISR |
+//! | [`elect`] | controller, operator | new | its live members, or the elected replica alone | gains the other members below the min ISR, else empty |
 //! | [`elect_unclean`] | operator | new | the elected replica alone | empty |
-//! | [`leaderless`] | controller, starting broker, leader that resigns | none | unchanged | unchanged |
+//! | [`after_restart`] | starting broker | none if the broker led | loses an unverified replica | loses an unverified replica |
+//! | [`leaderless`] | controller, leader that resigns | none | unchanged | unchanged |
 //! | [`resign`] | leader whose disk failed | none | loses the leader unless it is the last member | as `shrink` |
-//! | [`remove_from_sets`] | unverified broker, leader | none if the broker led | loses the broker | loses the broker |
+//! | [`remove_from_sets`] | leader | none if the broker led | loses the broker | loses the broker |
 //! | [`queue_reassignment`] | operator | unchanged | unchanged | unchanged |
-//! | [`start_reassignment`], [`start_queued`] | controller | unchanged | unchanged | unchanged |
-//! | [`complete_reassignment`], [`cancel_reassignment`] | controller | unchanged | loses dropped replicas | loses dropped replicas |
+//! | [`start_reassignment`], [`start_queued`] | controller, operator | unchanged | unchanged | unchanged |
+//! | [`complete_reassignment`] | controller | unchanged | loses dropped replicas | loses dropped replicas |
+//! | [`cancel_reassignment`] | operator | unchanged | loses dropped replicas | loses dropped replicas |
 //!
 //! # Invariants
 //!
@@ -24,17 +26,19 @@
 //! - The epoch grows by one exactly when the leader changes, also to none, and at each unclean election. So an epoch
 //!   has at most one leader, and a compare of the epoch also compares the leader.
 //! - Every change that drops replicas increments `removal_count`. A new replica stays in `adding` until the
-//!   reassignment completes, which requires the replica in the ISR. So a replica in `adding` is the same replica in two
-//!   values only if both have the same `removal_count`. A replica outside `adding` has been in sync since it was added.
+//!   reassignment completes, which requires that replica in the ISR. So a replica in `adding` is the same replica in
+//!   two values only if both have the same `removal_count`. A replica outside `adding` has been in sync since it was
+//!   added.
 //! - Every member of ISR ∪ ELR that kept what it acknowledged holds all committed records. Leaders ensure this: they
 //!   commit only what the whole ISR holds, only with the min ISR, and only while the ELR is empty.
-//! - Only [`shrink`], [`resign`] and [`elect`] make an ELR grow. [`remove_from_sets`] and reassignments add no
-//!   members: a replica that they remove holds nothing that counts, or need not keep it.
+//! - Only [`shrink`], [`resign`] and [`elect`] add members to the ELR. The replicas that [`remove_from_sets`] removes
+//!   may lack committed records, and the data of those that reassignments remove is about to be deleted.
 //!
 //! [`shrink`]: PartitionValue::shrink
 //! [`expand`]: PartitionValue::expand
 //! [`elect`]: PartitionValue::elect
 //! [`elect_unclean`]: PartitionValue::elect_unclean
+//! [`after_restart`]: PartitionValue::after_restart
 //! [`leaderless`]: PartitionValue::leaderless
 //! [`resign`]: PartitionValue::resign
 //! [`remove_from_sets`]: PartitionValue::remove_from_sets
@@ -75,20 +79,22 @@ pub struct PartitionValue {
     /// distinguishes a replica that is being added from an earlier replica on the same broker. Never falls.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub removal_count: u64,
-    /// Last leader epoch before which committed records may have been lost, because its first replica might have lacked
-    /// some. A replica whose log is older than this epoch may truncate below its last high watermark.
+    /// Last leader epoch before which committed records may have been lost: by an unclean election, or because the only
+    /// eligible replica had an unclean shutdown. A replica whose log is older than this epoch may truncate below its
+    /// last high watermark.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unclean_epoch: Option<LeaderEpoch>,
     /// True if the leader of the epoch in `unclean_epoch` must delete its log when the log is unusable; the operator
     /// accepted this. Otherwise that leader must not delete its log.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub discard_local: bool,
-    /// Replicas that an operator requested, the preferred leader first, while that reassignment is queued; else empty.
+    /// Replicas of the queued reassignment that an operator requested, the preferred leader first; empty if none is
+    /// queued.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub queued_replicas: Vec<BrokerId>,
 }
 
-/// Returns true if no replica was dropped yet: the stored value then omits the field.
+/// Returns true if `removal_count` is zero: the stored value then omits the field.
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 const fn is_zero(count: &u64) -> bool {
     *count == 0
@@ -99,8 +105,9 @@ const fn is_zero(count: &u64) -> bool {
 pub enum ReplicaIntegrity {
     /// The replica holds everything that it ever acknowledged.
     Intact,
-    /// Everything is verified but the marker of a clean shutdown, which is missing, and the topic acknowledges records
-    /// that are only in the page cache. Such records may be lost.
+    /// The files are intact and the data directory is the registered one, but the marker of a clean shutdown is
+    /// missing. The topic acknowledges records that are only in the page cache, or its durability is unknown. Such
+    /// records may be lost.
     UncleanShutdown,
     /// The replica may lack acknowledged records: its data directory is another one or an older copy, its files are
     /// corrupt, or it does not exist.
@@ -191,8 +198,8 @@ impl PartitionValue {
         Some(value)
     }
 
-    /// Clears the leader, because its broker is not live or its process started after the epoch began. ISR and ELR
-    /// stay, so that any verified member that returns may lead. Without a leader, the value stays the same.
+    /// Clears the leader, because its broker is not live, its process started after the epoch began, or it resigns. ISR
+    /// and ELR stay, so that any verified member that returns may lead. Without a leader, the value stays the same.
     #[must_use]
     pub fn leaderless(&self) -> Self {
         self.clone().led_by(None)
@@ -200,7 +207,7 @@ impl PartitionValue {
 
     /// Clears the leader `me`, whose disk accepts no more writes. `me` also leaves the ISR unless it is the last
     /// member, so that it is not elected again immediately. Its records below the persisted end remain readable, so it
-    /// enters the ELR if the ISR is below the min ISR then. If `me` does not lead, the value stays the same.
+    /// enters the ELR if the ISR is then below the min ISR. If `me` does not lead, the value stays the same.
     #[must_use]
     pub fn resign(&self, me: BrokerId, min_insync: usize) -> Self {
         if self.leader != Some(me) {
@@ -214,9 +221,9 @@ impl PartitionValue {
         }
     }
 
-    /// Removes a replica whose log may lack committed records from the ISR and the ELR, and clears the leader if it
-    /// leads. No replica is added instead: a replica that left the ISR earlier, while the min ISR was satisfied, may
-    /// lack records that were committed since.
+    /// Removes a replica whose log may lack committed records from the ISR and the ELR. Clears the leader if that
+    /// replica leads. No replica is added instead: a replica that left the ISR earlier, while the min ISR was
+    /// satisfied, may lack records that were committed since.
     #[must_use]
     pub fn remove_from_sets(&self, broker: BrokerId) -> Self {
         let mut value = if self.leader == Some(broker) { self.leaderless() } else { self.clone() };
@@ -229,9 +236,9 @@ impl PartitionValue {
     ///
     /// The broker resigns a leadership that the store still assigns to it. That epoch began before this process, and
     /// another process may have appended records in the epoch that this process lacks. An unverified replica is removed
-    /// from ISR and ELR. If only the clean-shutdown marker is missing and no other member could lead, the replica
-    /// stays, since no other replica has more (Kafka's last known leader). It may lack acknowledged records, so
-    /// `unclean_epoch` is set.
+    /// from ISR and ELR, and so is one after an unclean shutdown if the ISR or ELR has another member. Without another
+    /// member, the replica stays after an unclean shutdown, since no other replica has more (Kafka's last known
+    /// leader). It may lack acknowledged records, so `unclean_epoch` is set.
     #[must_use]
     pub fn after_restart(&self, me: BrokerId, integrity: ReplicaIntegrity) -> Option<Self> {
         let resigns = self.leader == Some(me) && !mutant!(KeepOldLeadership);
@@ -251,9 +258,9 @@ impl PartitionValue {
     }
 
     /// Starts a reassignment to `target`, the preferred leader first. The new replicas copy the log first: old and new
-    /// replicas hold the partition until [`Self::complete_reassignment`]. A reassignment in progress is replaced. If a
-    /// replica that it was adding is not in `target` and in neither ISR nor ELR, that replica is dropped immediately.
-    /// Returns `None` if `target` is empty or contains a broker twice.
+    /// replicas hold the partition until [`Self::complete_reassignment`]. A reassignment in progress is replaced. A
+    /// replica that the replaced one was adding is dropped immediately if it is not in `target` and in neither ISR nor
+    /// ELR. Returns `None` if `target` is empty or contains a broker twice.
     #[must_use]
     pub fn start_reassignment(&self, target: &[BrokerId]) -> Option<Self> {
         let members: BTreeSet<_> = target.iter().copied().collect();
@@ -274,7 +281,7 @@ impl PartitionValue {
         })
     }
 
-    /// Queues a reassignment to `target`; replaces a queued one.
+    /// Queues a reassignment to `target`, in place of a queued one.
     #[must_use]
     pub fn queue_reassignment(&self, target: &[BrokerId]) -> Self {
         Self { queued_replicas: target.to_vec(), ..self.clone() }
@@ -308,22 +315,22 @@ impl PartitionValue {
         !(self.adding.is_empty() && self.removing.is_empty())
     }
 
-    /// Returns true if the reassignment in progress cannot complete while only these brokers are live. Either a new
-    /// replica cannot enter the ISR, or the removed replicas are in the ISR and too few of the other replicas can enter
-    /// it.
+    /// Returns true if a reassignment is in progress and cannot complete while only the brokers are live for which
+    /// `is_live` returns true. Either a new replica cannot enter the ISR, or a removed replica is in the ISR and too
+    /// few of the staying replicas can enter the ISR to satisfy the min ISR without it.
     pub fn is_reassignment_blocked(&self, min_insync: usize, is_live: impl Fn(BrokerId) -> bool) -> bool {
         let can_be_in_sync = |id: &BrokerId| self.isr.contains(id) || is_live(*id);
         let can_copy = self.adding.iter().all(can_be_in_sync);
         self.is_reassigning() && (!can_copy || self.needs_removed_replicas_if(min_insync, can_be_in_sync))
     }
 
-    /// Returns true if the ISR needs the replicas in `removing` to satisfy the min ISR, because too few of the staying
-    /// replicas are in sync.
+    /// Returns true if the ISR contains a replica in `removing`, and too few of the staying replicas are in sync to
+    /// satisfy the min ISR. A min ISR above the number of staying replicas counts as that number.
     pub fn needs_removed_replicas(&self, min_insync: usize) -> bool {
         self.needs_removed_replicas_if(min_insync, |id| self.isr.contains(id))
     }
 
-    /// Like [`Self::needs_removed_replicas`], if the staying replicas for which `is_in_sync` returns true were in sync.
+    /// Implements [`Self::needs_removed_replicas`]. A staying replica counts as in sync if `is_in_sync` returns true.
     fn needs_removed_replicas_if(&self, min_insync: usize, is_in_sync: impl Fn(&BrokerId) -> bool) -> bool {
         let is_removed = |id: &BrokerId| self.removing.contains(id);
         let required = min_insync.min(self.replicas.len().saturating_sub(self.removing.len()));
@@ -340,8 +347,8 @@ impl PartitionValue {
         if are_new_in_sync { self.without(&self.removing) } else { None }
     }
 
-    /// Restores the replicas from before the reassignment. Returns `None` if no reassignment is in progress, only new
-    /// replicas are in sync, or a new replica leads; elect another leader first.
+    /// Returns the value with the replicas from before the reassignment in progress. Returns `None` if none is in
+    /// progress, only new replicas are in sync, or a new replica leads: the caller must elect another leader first.
     #[must_use]
     pub fn cancel_reassignment(&self) -> Option<Self> {
         self.without(&self.adding)
@@ -362,8 +369,8 @@ impl PartitionValue {
         Some(Self { replicas, isr, elr, adding: Vec::new(), removing: Vec::new(), removal_count, ..self.clone() })
     }
 
-    /// Returns the value with this ISR. If it is below the min ISR, the members that left it (`dropped`) are added to
-    /// the ELR. Otherwise the ELR is emptied.
+    /// Returns the value with this ISR. If the ISR is below the min ISR, the members that left it (`dropped`) are added
+    /// to the ELR. Otherwise the ELR is emptied.
     fn with_sets(&self, isr: Vec<BrokerId>, dropped: Vec<BrokerId>, min_insync: usize) -> Self {
         let elr = if isr.len() >= min_insync || mutant!(DropElr) {
             Vec::new()

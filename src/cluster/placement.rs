@@ -2,12 +2,14 @@
 //!
 //! # Overview
 //!
-//! The first replica is the preferred leader: the broker that leads the fewest partitions, since leading is most of the
-//! work. The other replicas spread over racks first, then over the least loaded brokers, at most one per broker. A hash
-//! of partition and broker breaks ties, so the partitions of a lost broker spread over all other brokers.
+//! The first replica is the preferred leader. It goes to the broker that is the preferred leader of the fewest
+//! partitions, since leading is most of the work. The other replicas spread over racks first, then over the least
+//! loaded brokers, at most one per broker. A hash of partition and broker breaks ties, so the other replicas of the
+//! partitions of one preferred leader spread over all other brokers.
 //!
-//! Topic creation uses it, and the controller for the replacement of replicas: [`Placement::choose_up_to`] takes the
-//! replicas that stay. Both skip a broker at its replica limit (`broker.max_replicas`).
+//! Topic creation places new partitions with [`Placement::place`]. The controller replaces and adds replicas with
+//! [`Placement::choose_up_to`], which takes the replicas that stay. Both functions skip a broker at its replica limit
+//! (`broker.max_replicas`).
 
 use std::collections::BTreeMap;
 
@@ -83,8 +85,8 @@ impl Placement {
     }
 
     /// Returns the live brokers of a metadata snapshot, with the load of its partitions. Brokers get no new replicas
-    /// while they are stopping, drained, under disk pressure or unreachable for other brokers. The other brokers get
-    /// new replicas up to their limit.
+    /// while they are stopping, drained, under disk pressure or unreachable for other brokers. All other live brokers
+    /// get new replicas up to their limit.
     pub fn of(state: &MetadataSnapshot) -> Self {
         let mut placement = Self::new();
         for (id, broker) in state.brokers() {
@@ -128,7 +130,7 @@ impl Placement {
         }
     }
 
-    /// Returns the brokers whose state allows more replicas, with their load. A broker at its replica limit is
+    /// Returns the brokers whose state allows more replicas, with their load; brokers at their replica limit are
     /// included.
     pub fn accepting_brokers(&self) -> impl Iterator<Item = (BrokerId, BrokerLoad)> + '_ {
         self.brokers
@@ -143,13 +145,14 @@ impl Placement {
     }
 
     /// Returns true if the broker is live and below its replica limit. Unlike [`Self::has_capacity`], this ignores the
-    /// broker's state: a reassignment that an operator requested may use a broker under disk pressure.
+    /// broker's state: a reassignment that an operator requested may use a broker under disk pressure, for example.
     pub fn is_below_bound(&self, id: BrokerId) -> bool {
         self.brokers.get(&id).is_some_and(|candidate| candidate.load.replicas < candidate.max)
     }
 
-    /// Runs `place_replicas`, which returns `None` if it cannot place all replicas. If it fails, runs it again without
-    /// replica limits: if it succeeds then, the error names the broker that would exceed its limit most.
+    /// Runs `place_replicas`, which returns `None` if it cannot place all replicas. After a failure, runs it again on a
+    /// copy without replica limits. If the second run succeeds, the error names the broker that would exceed its limit
+    /// most. After an error, `self` may contain some of the replicas.
     pub fn within_bounds<T>(&mut self, place_replicas: impl Fn(&mut Self) -> Option<T>) -> Result<T, PlacementError> {
         let mut unlimited = self.clone();
         if let Some(placed) = place_replicas(self) {
@@ -178,8 +181,8 @@ impl Placement {
         self.brokers.iter().map(|(id, candidate)| (*id, candidate.load)).collect()
     }
 
-    /// Chooses the brokers of a new partition, the preferred leader first, and adds them to the load. Returns `None` if
-    /// there are fewer eligible brokers than replicas.
+    /// Chooses the brokers of a new partition, the preferred leader first, and adds them to the load. Returns `None`,
+    /// and adds nothing, if there are fewer brokers with capacity than replicas.
     pub fn place(&mut self, partition: PartitionId, replicas: usize) -> Option<Vec<BrokerId>> {
         let rank = |(id, candidate): &(&BrokerId, &Candidate)| {
             (candidate.load.leaders, candidate.load.replicas, hash_pair(partition, **id))
@@ -190,14 +193,14 @@ impl Placement {
         Some(chosen)
     }
 
-    /// Returns the staying replicas, in their order, and after them newly chosen ones, until there are `replicas`.
-    /// Returns `None` if there are too few brokers. Does not change the load.
+    /// Returns the staying replicas, in their order, and after them newly chosen ones, until there are `replicas` in
+    /// total. Returns `None` if there are too few brokers. Does not change the load.
     pub fn choose(&self, partition: PartitionId, staying: Vec<BrokerId>, replicas: usize) -> Option<Vec<BrokerId>> {
         let chosen = self.choose_up_to(partition, staying, replicas);
         (chosen.len() >= replicas).then_some(chosen)
     }
 
-    /// Like [`Self::choose`], but returns fewer replicas if there are too few brokers.
+    /// Like [`Self::choose`], but if there are too few brokers, returns as many replicas as possible.
     pub fn choose_up_to(&self, partition: PartitionId, staying: Vec<BrokerId>, replicas: usize) -> Vec<BrokerId> {
         let mut chosen = staying;
         let rack_of = |id: &BrokerId| self.brokers.get(id).and_then(|candidate| candidate.rack.as_deref());
@@ -222,19 +225,19 @@ impl Placement {
         chosen
     }
 
-    /// Adds a future replica to the load of each of these brokers.
+    /// Adds one replica to the load of each of these brokers, without a preferred leader. Offline brokers are ignored.
     pub fn add_load(&mut self, brokers: &[BrokerId]) {
         brokers.iter().for_each(|id| self.add_loads(*id, 1));
     }
 
-    /// Adds future replicas to the load of a broker.
+    /// Adds this number of replicas to the load of a broker; ignores an offline broker.
     pub fn add_loads(&mut self, id: BrokerId, replicas: usize) {
         if let Some(candidate) = self.brokers.get_mut(&id) {
             candidate.load.replicas += replicas;
         }
     }
 
-    /// Adds the replicas of one partition to the load; the first is the preferred leader.
+    /// Adds the replicas of one partition to the load. The first one is the preferred leader.
     fn add_replicas(&mut self, replicas: &[BrokerId]) {
         for (position, id) in replicas.iter().enumerate() {
             // The placement contains live brokers only.
@@ -252,7 +255,7 @@ pub(super) fn is_leaving(state: &MetadataSnapshot, id: BrokerId, value: &BrokerV
 }
 
 /// Returns true if other brokers cannot reach a live broker because its registration contains no address for them. Its
-/// replicas can never be in sync.
+/// replicas can never be in sync. False if there is no other live broker.
 pub(super) fn is_unreachable(state: &MetadataSnapshot, value: &BrokerValue) -> bool {
     value.listeners.peer().is_none() && state.brokers().len() > 1
 }

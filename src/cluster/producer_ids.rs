@@ -6,10 +6,10 @@
 //! 63 0 │ 62 .. 25 counter │ 24 .. 0 check value
 //! ```
 //!
-//! The counter, issued by the metadata store, makes an id unique. The check value is the start of HMAC-SHA256 of
-//! counter and principal under a key of the cluster. The key is created once, stored in the metadata store, and cached
-//! by every broker. A client without an issued id can only guess: one guess in 2^25 is right, and each wrong guess
-//! counts towards a limit of the connection.
+//! The counter comes from the metadata store and makes an id unique. The check value is the first 25 bits of
+//! HMAC-SHA256 of counter and principal under a key of the cluster. The key is created once, stored in the metadata
+//! store, and cached by every broker. A client without an issued id can only guess: one guess in 2^25 is right, and
+//! each wrong guess counts towards a limit of its connection.
 
 use std::fmt;
 
@@ -62,7 +62,7 @@ impl ProducerIdKey {
         counter << PRODUCER_ID_CHECK_BITS | self.check_value(counter, principal)
     }
 
-    /// Returns true if [`Self::id`] issued this id for this principal.
+    /// Returns true if the id has the check value that [`Self::id`] computes for its counter and this principal.
     pub fn has_issued(&self, id: i64, principal: &str) -> bool {
         let counter = id >> PRODUCER_ID_CHECK_BITS;
         id >= 0 && id & ((1 << PRODUCER_ID_CHECK_BITS) - 1) == self.check_value(counter, principal)
@@ -127,7 +127,7 @@ mod tests {
         ProducerIdKey::new([byte; KEY_BYTES])
     }
 
-    /// Issued ids stay valid after an upgrade, so these numbers never change.
+    /// A broker that reads the stored key computes the same ids. The debug output does not contain the key.
     #[test]
     fn id_is_counter_and_check_value() {
         for counter in [0, 1, 1000, PRODUCER_ID_COUNTER_END - 1] {

@@ -1,5 +1,5 @@
 //! Tier commits: the transaction that makes uploaded segments part of a partition. Local segments may be evicted only
-//! after it.
+//! after this transaction.
 
 use std::sync::{
     Arc,
@@ -28,13 +28,14 @@ pub enum TierCommitError {
         /// Current leader epoch.
         current: LeaderEpoch,
     },
-    /// The stored tier state is not the expected one: another broker committed meanwhile, or the partition is deleted.
+    /// Another broker committed meanwhile, the partition is deleted, or its value (for example the ISR) was changed
+    /// during the commit.
     #[error("the tier state of partition {id} was changed by another broker, or the partition is deleted")]
     Changed {
         /// Id of the partition.
         id: PartitionId,
     },
-    /// The stored value does not parse; it is not overwritten.
+    /// The stored value of the partition or its tier state cannot be read; it is not overwritten.
     #[error(transparent)]
     Invalid(#[from] super::InvalidValue),
 }
@@ -44,7 +45,7 @@ pub enum TierCommitError {
 pub struct TierCommits {
     store: Arc<dyn MetaStore>,
     keys: Keys,
-    /// True if the metadata store had no space for the last write.
+    /// True if the metadata store had no space for the last transaction of this object and its clones.
     no_space: Arc<AtomicBool>,
 }
 
@@ -54,7 +55,7 @@ impl TierCommits {
         Self { store, keys, no_space: Arc::default() }
     }
 
-    /// Returns the committed state of a partition, read from the store and not from the metadata cache. Before the
+    /// Returns the committed tier state of a partition, read from the store and not from the metadata cache. Before the
     /// first commit, this is the default state. Returns `None` if the partition does not exist.
     pub async fn current(&self, id: PartitionId) -> Result<Option<TierState>, TierCommitError> {
         if self.store.get(&self.keys.partition(id)).await?.entry.is_none() {
@@ -67,11 +68,12 @@ impl TierCommits {
         }
     }
 
-    /// Fails if the commit of an upload would fail now: each upload without a commit leaves an orphan object. If the
-    /// store had no space for the last write, tests for space: writes the partition's stored state again, unchanged.
+    /// Fails if the commit of an upload is known to fail now: each upload without a commit leaves an orphan object. If
+    /// the store had no space for the last transaction, this writes the stored tier state of the partition again,
+    /// unchanged, to test for space.
     ///
     /// # Errors
-    /// The store returned to an older state, or still has no space.
+    /// The store returned to an older state, still has no space, or failed during the test.
     pub async fn accepts(&self, id: PartitionId) -> Result<(), TierCommitError> {
         if let Some(regression) = self.store.regression() {
             return Err(MetaStoreError::Regressed(regression).into());

@@ -12,6 +12,7 @@ use crate::{
     model::{LeaderEpoch, TopicId, TopicName},
 };
 
+/// Session timeout of the brokers, and unit of the waits in the tests.
 const TIME: Duration = Duration::from_secs(9);
 
 struct World {
@@ -79,7 +80,7 @@ impl World {
         Node { session, tasks }
     }
 
-    /// Registers a broker without any task.
+    /// Writes the registration of a broker that has no controller task and no lease.
     async fn register_without_task(&self, number: u32) {
         let path = self.keys.broker(BrokerId(number));
         self.store.transact(Transaction::new().put(path, value(number).encode())).await.unwrap();
@@ -89,7 +90,8 @@ impl World {
         self.store.transact(Transaction::new().delete(key)).await.unwrap();
     }
 
-    /// Waits until a condition holds for the metadata. Returns the elapsed time.
+    /// Waits until a condition holds for the metadata cache, for at most four session timeouts. Returns the elapsed
+    /// time.
     async fn wait_until(&self, holds: impl Fn(&MetadataSnapshot) -> bool) -> Duration {
         let started = clock::monotonic();
         let mut states = self.metadata.watch();
@@ -135,8 +137,8 @@ async fn first_broker_is_controller_until_it_stops() {
     world.tasks.stop().await;
 }
 
-/// Regression: every cache lags during a leader change of etcd, and all brokers then campaigned two hundred times a
-/// second.
+/// Regression: while etcd changed its leader, every metadata cache was older than the campaign. All brokers then
+/// campaigned two hundred times per second.
 #[tokio::test(start_paused = true)]
 async fn lost_campaign_waits_for_the_metadata_cache() {
     let world = World::new().await;
@@ -155,7 +157,7 @@ async fn lost_campaign_waits_for_the_metadata_cache() {
     world.tasks.stop().await;
 }
 
-/// A failure report deletes the registration before the lease ends.
+/// The test deletes the registration of a leader before its lease ends, as the controller does after a failure report.
 #[tokio::test(start_paused = true)]
 async fn deleted_registration_triggers_election_at_once() {
     let world = World::new().await;
@@ -204,7 +206,7 @@ async fn invalid_controller_key_is_deleted() {
         let TxnOutcome::Committed { revision } = world.store.transact(invalid).await.unwrap() else {
             panic!("no compare")
         };
-        // The key may be deleted again before this task has read it.
+        // The test cannot wait for the invalid key itself: a broker may delete it before this task reads the state.
         world.metadata.wait_for_revision(revision).await;
         let is_running = |id: BrokerId| id.0 <= 2;
         world.wait_until(|state| state.controller().is_some_and(is_running) && state.unreadable().is_empty()).await;

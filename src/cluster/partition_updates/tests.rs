@@ -44,7 +44,7 @@ impl World {
         Self { store, link, updater, seen }
     }
 
-    /// Changes all partitions to an epoch.
+    /// Changes all partitions to an epoch, based on their revisions at the start. `when` are the shared compares.
     async fn apply_epoch(&self, epoch: u32, when: &[Compare]) -> BTreeMap<PartitionId, UpdateOutcome> {
         let change = |(id, expect): (&PartitionId, &Revision)| PartitionUpdate {
             id: *id,

@@ -19,7 +19,7 @@ fn value(leader: Option<u32>, isr: &[u32], elr: &[u32]) -> PartitionValue {
     PartitionValue { leader: leader.map(BrokerId), isr: brokers(isr), elr: brokers(elr), ..base }
 }
 
-/// Returns the sets as text.
+/// Returns leader, epoch, ISR and ELR as text.
 fn sets(value: &PartitionValue) -> String {
     let of = |set: &[BrokerId]| set.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let leader = value.leader.map_or("none".to_owned(), |id| id.to_string());
@@ -114,8 +114,8 @@ fn unverified_replica_leaves_all_sets_without_substitute() {
     }
 }
 
-/// The page cache may be lost, but no other replica has more: a `replicated` topic with one replica would otherwise
-/// stay leaderless after each crash. The possible loss is recorded once.
+/// The records in the page cache may be lost, but no other replica has more. A `replicated` topic with one replica
+/// would otherwise stay leaderless after each crash. `unclean_epoch` records the possible loss, once per crash.
 #[test]
 fn last_holder_stays_after_unclean_shutdown_as_unclean() {
     for (leader, isr, elr) in [(Some(1), &[1][..], &[][..]), (None, &[], &[1])] {
@@ -150,7 +150,8 @@ fn reassignment_completes_with_new_in_sync_and_leader_kept() {
     }
 }
 
-/// A replica that was being added and is no longer wanted is dropped; an earlier replica does not count as new.
+/// A replica that was being added, is not in the new target and was never in sync is dropped at once. A replica from
+/// before the first reassignment that is in the new target does not count as added.
 #[test]
 fn second_reassignment_replaces_the_first() {
     let first = value(Some(1), &[1, 2, 3], &[]).start_reassignment(&brokers(&[1, 4, 5])).unwrap();
@@ -158,13 +159,13 @@ fn second_reassignment_replaces_the_first() {
     assert_eq!((&second.adding, &second.removing), (&brokers(&[5]), &brokers(&[3])));
     assert_eq!((&second.replicas, second.removal_count), (&brokers(&[1, 2, 5, 3]), 1), "4 was never in sync");
     assert_eq!(second.cancel_reassignment().unwrap().replicas, brokers(&[1, 2, 3]));
-    // A replica that was in sync is removed in order.
+    // A replica that was being added and is in sync enters `removing` instead.
     let third = first.expand(&set(&[4]), 2).start_reassignment(&brokers(&[1, 2, 5])).unwrap();
     assert_eq!((&third.removing, third.removal_count), (&brokers(&[4, 3]), 0));
 }
 
-/// A dropped replica's broker deletes its data: a leader that reads of the drop after the return must recognise a new
-/// replica.
+/// The broker of a dropped replica deletes its data. If the same broker gets a replica again, a leader that missed the
+/// values in between must recognise the new replica by another `added_after`.
 #[test]
 fn dropped_replica_returns_as_another_addition() {
     let target = brokers(&[1, 2, 4]);
@@ -173,7 +174,7 @@ fn dropped_replica_returns_as_another_addition() {
     let second = first.cancel_reassignment().unwrap().start_reassignment(&target).unwrap();
     assert_eq!(second, PartitionValue { removal_count: 1, ..first.clone() });
     assert_eq!(second.added_after(BrokerId(4)), Some(1));
-    // The same after a replaced reassignment, and after a completed one.
+    // A replaced reassignment and a completed one have the same effect.
     let back = first.start_reassignment(&brokers(&[1, 2, 3])).unwrap();
     assert_eq!(
         (back.is_reassigning(), back.start_reassignment(&target).unwrap().added_after(BrokerId(4))),
@@ -242,7 +243,7 @@ fn apply(value: &PartitionValue, change: &ValueChange, min: usize) -> PartitionV
 }
 
 proptest! {
-    /// Any changes in any order, with a different min ISR each time.
+    /// Any changes in any order, each with a random min ISR.
     #[test]
     fn sets_and_epoch_keep_their_rules(changes in prop::collection::vec((change(), 1usize..4), 1..30)) {
         let mut value = value(Some(1), &[1, 2, 3], &[]);
@@ -265,7 +266,7 @@ proptest! {
         }
     }
 
-    /// A restart only removes members, and a second one changes nothing.
+    /// A restart only removes the restarted broker from leadership, ISR and ELR. A second one changes nothing.
     #[test]
     fn after_restart_is_idempotent(
         changes in prop::collection::vec((change(), 1usize..4), 0..20),
