@@ -113,8 +113,9 @@ impl Controller {
         }
     }
 
-    /// Creates the controller key under this broker's lease if the key does not exist. Deletes a stored key that no
-    /// broker wrote, and returns `Lost`; the next campaign can then win.
+    /// Creates the controller key under this broker's lease if the key does not exist. Returns `Won` also if the stored
+    /// key has this lease. Deletes a stored key that no broker wrote, and returns `Lost`; the next campaign can then
+    /// win.
     async fn campaign(&self, lease: LeaseId) -> Result<CampaignResult, MetaStoreError> {
         let key = self.keys.controller();
         let transaction = Transaction::new()
@@ -390,7 +391,7 @@ impl BrokerPresence {
         }
     }
 
-    /// Returns two maps: the milliseconds for which each broker has been online, and those for which each has been
+    /// Returns two maps, by broker: the milliseconds for which it has been online, and those for which it has been
     /// offline.
     fn durations_ms(&self, now: Instant) -> (BTreeMap<BrokerId, u64>, BTreeMap<BrokerId, u64>) {
         let elapsed_ms = |since: Instant| u64::try_from(now.duration_since(since).as_millis()).unwrap_or(u64::MAX);

@@ -41,7 +41,7 @@ pub enum UpdateOutcome {
     /// The stored value is not the expected one, or a compare in `guards` did not hold. Contains the stored value, or
     /// `None` if it is missing or unreadable.
     Conflict(Option<(PartitionValue, Revision)>),
-    /// A compare in `shared_compares` did not hold: this change was not applied.
+    /// A compare in the `shared_compares` of the call (not in `guards`) did not hold: this change was not applied.
     GuardFailed,
     /// The change was applied, was not applied, or will be applied later: read the value back.
     Unknown(MetaStoreError),

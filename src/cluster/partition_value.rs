@@ -11,7 +11,7 @@
 //! | [`expand`] | leader | unchanged | gains members | empty once the ISR has the min ISR |
 //! | [`elect`] | controller, operator | new | its live members, or the elected replica alone | gains the other members below the min ISR, else empty |
 //! | [`elect_unclean`] | operator | new | the elected replica alone | empty |
-//! | [`after_restart`] | starting broker | none if the broker led | loses an unverified replica | loses an unverified replica |
+//! | [`after_restart`] | starting broker | none if the broker led | loses the broker if it may lack records | loses the broker if it may lack records |
 //! | [`leaderless`] | controller, leader that resigns | none | unchanged | unchanged |
 //! | [`resign`] | leader whose disk failed | none | loses the leader unless it is the last member | as `shrink` |
 //! | [`remove_from_sets`] | leader | none if the broker led | loses the broker | loses the broker |
@@ -59,7 +59,7 @@ use crate::model::{BrokerId, LeaderEpoch};
 pub struct PartitionValue {
     /// Brokers that hold the partition; the first is the preferred leader.
     pub replicas: Vec<BrokerId>,
-    /// Broker that orders the writes; `None` while no replica may lead.
+    /// Broker that orders the writes; `None` from the loss of a leader to the next election.
     pub leader: Option<BrokerId>,
     /// Leader epoch: grows by one at each change of the leader, also to none, and at each unclean election.
     pub leader_epoch: LeaderEpoch,
@@ -69,10 +69,10 @@ pub struct PartitionValue {
     /// committed.
     #[serde(default)]
     pub elr: Vec<BrokerId>,
-    /// Replicas that are being added.
+    /// Replicas that the reassignment in progress adds; they are in `replicas` too.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub adding: Vec<BrokerId>,
-    /// Replicas that are being removed.
+    /// Replicas that the reassignment in progress removes; they are in `replicas` too.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub removing: Vec<BrokerId>,
     /// Number of changes that dropped replicas. A dropped replica's broker deletes its data, so this number
@@ -145,9 +145,10 @@ impl PartitionValue {
         self.with_sets(isr, dropped, min_insync)
     }
 
-    /// Admits replicas that hold every committed record to the ISR; called by the leader. Once the ISR has the min ISR,
-    /// the ELR is emptied: its members may lack the records that are committed from then on. After the min ISR was
-    /// lowered, the leader calls this with an empty `added` to empty the ELR.
+    /// Admits replicas to the ISR; called by the leader. The caller ensures that these replicas hold every committed
+    /// record. Brokers without a replica are ignored. Once the ISR has the min ISR, the ELR is emptied: its members may
+    /// lack the records that are committed from then on. After the min ISR was lowered, the leader calls this with an
+    /// empty `added` to empty the ELR.
     #[must_use]
     pub fn expand(&self, added: &BTreeSet<BrokerId>, min_insync: usize) -> Self {
         let new = added.iter().copied().filter(|id| self.replicas.contains(id) && !self.isr.contains(id));
@@ -380,7 +381,7 @@ impl PartitionValue {
         Self { isr, elr, ..self.clone() }
     }
 
-    /// Returns the value with another leader. A change of the leader, and only that, starts an epoch.
+    /// Returns the value with this leader. If the leader changes, also to none, a new leader epoch starts.
     fn led_by(mut self, leader: Option<BrokerId>) -> Self {
         if self.leader != leader {
             self.leader = leader;

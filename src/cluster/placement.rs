@@ -66,7 +66,7 @@ struct Candidate {
 }
 
 impl Candidate {
-    /// Returns true if the broker may get one more replica.
+    /// Returns true if the broker's state allows more replicas and the broker is below its replica limit.
     const fn has_capacity(&self) -> bool {
         self.accepts_replicas && self.load.replicas < self.max
     }
@@ -139,7 +139,7 @@ impl Placement {
             .map(|(id, candidate)| (*id, candidate.load))
     }
 
-    /// Returns true if the broker may get one more replica.
+    /// Returns true if the broker's state allows more replicas and the broker is below its replica limit.
     pub fn has_capacity(&self, id: BrokerId) -> bool {
         self.brokers.get(&id).is_some_and(Candidate::has_capacity)
     }

@@ -80,7 +80,7 @@ impl ClusterOperations {
 
 /// Returns the value with the replicas from before the reassignment in progress. If a replica that is being added
 /// leads, the same change elects the first live ISR member from before the reassignment. Returns `None` if there is no
-/// such member, or if no ISR member would remain.
+/// such member.
 fn without_reassignment(
     value: &PartitionValue,
     is_live: impl Fn(BrokerId) -> bool,

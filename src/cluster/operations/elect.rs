@@ -177,7 +177,7 @@ pub struct UncleanCandidate {
 pub struct LostOffsets {
     /// First lost offset.
     pub from: Offset,
-    /// End of the range.
+    /// End of the range; this offset is not lost.
     pub to: Offset,
 }
 
@@ -197,7 +197,8 @@ pub fn successor(replicas: &[BrokerId], positions: &[ReplicaPosition], tiered_en
 
 impl ClusterOperations {
     /// Elects the preferred leader. If the partition has no live leader, elects the first replica that may lead without
-    /// loss. Changes nothing if the preferred leader leads already.
+    /// loss. Changes nothing if the preferred leader leads already. Fails if the preferred leader cannot replace a live
+    /// leader, or if no live replica may lead without loss.
     pub async fn elect(&self, topic: &TopicName, partition: u32) -> Result<OperationResult, ElectError> {
         let (topic, ids) = self.find(topic, Some(partition))?;
         let min_insync = self.min_insync(topic.cached.value.id);

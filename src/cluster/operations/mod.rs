@@ -51,7 +51,7 @@ use crate::model::{BrokerId, ConfigMap, PartitionId, TopicConfig, TopicId, Topic
 /// outcome in the round before.
 const MAX_ATTEMPTS: usize = 10;
 
-/// Number of partitions of one operation after whose decisions the task yields.
+/// Maximum number of partitions of one operation that are decided between two yields of the task.
 const MAX_DECISIONS_BEFORE_YIELD: usize = 256;
 
 /// Maximum time to wait until the metadata cache shows a write.
@@ -276,7 +276,8 @@ impl ClusterOperations {
 
     /// Replaces the values of partitions by the results of `decide`; `None` leaves a value as it is. `decide` first
     /// gets the values in the metadata cache; if it fails for one of them, nothing is written. After a conflict or an
-    /// unknown outcome, `decide` is called again with the stored value. Returns the results ordered by partition.
+    /// unknown outcome, `decide` is called again with the stored value, in at most `MAX_ATTEMPTS` rounds. Returns the
+    /// results ordered by partition.
     async fn edit<E: From<WriteError>>(
         &self,
         ids: &[PartitionId],

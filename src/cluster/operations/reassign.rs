@@ -46,18 +46,18 @@ pub enum ReassignError {
         BrokerList(ids)
     )]
     Offline {
-        /// Ids of the brokers that the error is about.
+        /// Ids of the offline brokers.
         ids: Vec<BrokerId>,
         /// The partition, as `topic/number`.
         partition: String,
     },
-    /// Some brokers are drained: the controller would move a new replica off them again.
+    /// Some requested brokers are drained: the controller would move their replicas to other brokers again.
     #[error(
         "no replica can be assigned to {}, being drained: leave it out, or run `strandline broker undrain` first",
         BrokerList(ids)
     )]
     Draining {
-        /// Ids of the brokers that the error is about.
+        /// Ids of the drained brokers.
         ids: Vec<BrokerId>,
     },
     /// Some brokers hold no replica of the partition and are under disk pressure.
@@ -67,7 +67,7 @@ pub enum ReassignError {
         BrokerList(ids)
     )]
     DiskPressure {
-        /// Ids of the brokers that the error is about.
+        /// Ids of the brokers under disk pressure.
         ids: Vec<BrokerId>,
         /// The partition, as `topic/number`.
         partition: String,
@@ -80,7 +80,7 @@ pub enum ReassignError {
         BrokerList(ids)
     )]
     Unreachable {
-        /// Ids of the brokers that the error is about.
+        /// Ids of the unreachable brokers.
         ids: Vec<BrokerId>,
         /// The partition, as `topic/number`.
         partition: String,

@@ -41,7 +41,7 @@ pub(super) fn elect(
 }
 
 /// Transfers leadership to another ISR member if the leader is stopping, is drained or has a full disk. Returns `None`
-/// if that does not apply, or if no other ISR member should lead: the leader then keeps leading.
+/// if the leader should stay, or if no other ISR member should lead: the leader then keeps leading.
 pub(super) fn transfer_leadership(input: &PlannerInput<'_>, case: &PartitionCase<'_>) -> Option<PlannedChange> {
     let value = case.value;
     let leader = value.leader?;

@@ -11,8 +11,8 @@
 //! 5. `reassignments`: a queued reassignment starts when the limits permit.
 //! 6. `reassignments`: a changed replication factor is applied.
 //! 7. `reassignments`: replicas of permanently offline or drained brokers are replaced, as many as possible.
-//! 8. `elections`: leadership returns to the preferred leader.
-//! 9. `reassignments`: a broker with many more replicas than another one moves a replica there.
+//! 8. `reassignments`: a broker with many more replicas than another one moves a replica there.
+//! 9. `elections`: leadership returns to the preferred leader.
 //!
 //! Every change is a compare-and-set, so a plan from a stale snapshot or a deposed controller costs only a failed
 //! compare. There is no state between plans. Reassignments are stored in the partition values, so they survive a change
@@ -55,7 +55,7 @@ pub struct PlannerLimits {
     pub max_preferred_elections: usize,
     /// Time, in milliseconds, after which the replicas of an offline broker are replaced; `None`: never.
     pub replace_after_ms: Option<u64>,
-    /// True if replicas move to less loaded brokers.
+    /// True if replicas move to brokers with fewer replicas while no other reassignment is needed.
     pub balance: bool,
 }
 
@@ -288,7 +288,7 @@ pub fn plan(input: &PlannerInput<'_>) -> ClusterPlan {
             }
         }
     }
-    // `ChangeReason` is ordered by importance.
+    // The variants of `ChangeReason` are declared in the order of their importance.
     plan.changes.sort_by_key(|change| change.reason);
     let changed = reassignments::plan_all(input, &remaining, &mut plan);
     // If this plan elects or clears a leader because a broker is offline, leadership returns to preferred leaders only

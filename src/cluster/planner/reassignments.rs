@@ -47,9 +47,10 @@ fn is_progressing(input: &PlannerInput<'_>, case: &PartitionCase<'_>) -> bool {
     case.is_reassigning() && value.isr.iter().chain(&value.elr).any(|id| input.is_live(*id))
 }
 
-/// What remains of the limits: reassignments that may start, and new replicas per broker.
+/// Limits of one plan on reassignments, and the part of them that is used: by reassignments in progress, and by those
+/// that the plan starts.
 struct ReassignmentBudget {
-    /// Number of reassignments that may start.
+    /// Number of reassignments that may still start.
     remaining: usize,
     /// Maximum number of new replicas per broker.
     max_new_replicas_per_broker: usize,
@@ -70,8 +71,8 @@ impl ReassignmentBudget {
         Self { remaining, max_new_replicas_per_broker, new_replicas }
     }
 
-    /// Subtracts a new reassignment that copies to these brokers. Returns false, and subtracts nothing, if it exceeds
-    /// the budget.
+    /// Subtracts a new reassignment that adds replicas on the brokers `new`. Returns false, and subtracts nothing, if
+    /// it exceeds the budget.
     fn take(&mut self, new: &[BrokerId]) -> bool {
         // A reassignment that copies nothing is not limited.
         if new.is_empty() {
@@ -84,8 +85,8 @@ impl ReassignmentBudget {
         true
     }
 
-    /// Subtracts new replicas on these brokers only, for a reassignment in progress, which the total contains already.
-    /// Returns false, and subtracts nothing, if they exceed the limit of a broker.
+    /// Subtracts only new replicas on the brokers `new`, for a reassignment in progress, which `remaining` excludes
+    /// already. Returns false, and subtracts nothing, if the replicas exceed the limit of a broker.
     fn take_at_brokers(&mut self, new: &[BrokerId]) -> bool {
         let is_within_limit =
             |id: &BrokerId| self.new_replicas.get(id).copied().unwrap_or(0) < self.max_new_replicas_per_broker;
@@ -109,7 +110,8 @@ pub(super) fn plan_all(
     let mut changed = retarget_blocked(input, cases, &mut budget, &mut placement, plan);
     changed.append(&mut start_queued(input, cases, &mut budget, &mut placement, plan));
     for case in cases.iter().filter(|case| !case.is_reassigning() && case.value.leader.is_some()) {
-        // If a queued reassignment could start but for the limits, the partition waits for it.
+        // If the queued reassignment of a partition could start but for the limits, no other reassignment of this
+        // partition starts.
         if try_start_queued(input, case, &placement).is_some() {
             continue;
         }
@@ -132,8 +134,8 @@ pub(super) fn plan_all(
     changed
 }
 
-/// Retargets reassignments that need permanently offline brokers. They come before new reassignments, because the total
-/// of the limits counts them already. Returns the partitions that were changed.
+/// Retargets reassignments that need permanently offline brokers. This comes before new reassignments, because the
+/// total of the limits counts a reassignment in progress already. Returns the partitions that were changed.
 fn retarget_blocked(
     input: &PlannerInput<'_>,
     cases: &[PartitionCase<'_>],

@@ -131,7 +131,7 @@ retryable!(AlterError { Self::Brokers { .. } }, AddPartitionsError { Self::Broke
 impl Topics {
     /// Sets the configuration keys in `set`, and resets the keys in `unset` to their defaults; all other keys stay.
     /// With a `replication_factor`, this also stores the new factor, and the controller adds or removes replicas
-    /// afterwards.
+    /// afterwards. Fails, and writes nothing, unless the resulting configuration is valid for the resulting factor.
     pub async fn alter(
         &self,
         name: &TopicName,

@@ -72,7 +72,7 @@ impl Topics {
     }
 
     /// Processes one tombstone: stores or clears the time since which no data of its topic remains, or deletes the
-    /// tombstone after that time. Returns true if this call deleted the tombstone.
+    /// tombstone once `retention` has passed since that time. Returns true if this call deleted the tombstone.
     ///
     /// | argument | meaning |
     /// | --- | --- |
