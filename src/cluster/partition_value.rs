@@ -345,19 +345,19 @@ impl PartitionValue {
     #[must_use]
     pub fn complete_reassignment(&self) -> Option<Self> {
         let are_new_in_sync = self.adding.iter().all(|id| self.isr.contains(id));
-        if are_new_in_sync { self.without(&self.removing) } else { None }
+        if are_new_in_sync { self.end_reassignment_without(&self.removing) } else { None }
     }
 
     /// Returns the value with the replicas from before the reassignment in progress. Returns `None` if none is in
     /// progress, only new replicas are in sync, or a new replica leads: the caller must elect another leader first.
     #[must_use]
     pub fn cancel_reassignment(&self) -> Option<Self> {
-        self.without(&self.adding)
+        self.end_reassignment_without(&self.adding)
     }
 
     /// Ends the reassignment in progress and drops replicas from all sets. Returns `None` if no reassignment is in
     /// progress, a dropped replica leads, or no ISR member would remain.
-    fn without(&self, dropped: &[BrokerId]) -> Option<Self> {
+    fn end_reassignment_without(&self, dropped: &[BrokerId]) -> Option<Self> {
         let remaining =
             |set: &[BrokerId]| -> Vec<BrokerId> { set.iter().copied().filter(|id| !dropped.contains(id)).collect() };
         let isr = remaining(&self.isr);

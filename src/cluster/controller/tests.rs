@@ -50,12 +50,12 @@ impl World {
         world
     }
 
-    async fn broker(&self, number: u32) -> Node {
-        self.broker_with(number, self.metadata.clone()).await
+    async fn start_broker(&self, number: u32) -> Node {
+        self.start_broker_with(number, self.metadata.clone()).await
     }
 
     /// Returns a broker whose controller uses another metadata cache.
-    async fn broker_with(&self, number: u32, metadata: MetadataCache) -> Node {
+    async fn start_broker_with(&self, number: u32, metadata: MetadataCache) -> Node {
         let (keys, id) = (self.keys.clone(), BrokerId(number));
         let registration = RegistrationRequest {
             store: Arc::new(self.store.clone()),
@@ -121,10 +121,10 @@ async fn first_broker_is_controller_until_it_stops() {
     let world = World::new().await;
     world.register_without_task(2).await;
     world.register_without_task(3).await;
-    let first = world.broker(1).await;
+    let first = world.start_broker(1).await;
     world.wait_until(|state| state.controller() == Some(BrokerId(1)) && leader(state) == Some(BrokerId(1))).await;
-    let second = world.broker(2).await;
-    let third = world.broker(3).await;
+    let second = world.start_broker(2).await;
+    let third = world.start_broker(3).await;
     tokio::time::sleep(TIME).await;
     assert_eq!(world.metadata.state().controller(), Some(BrokerId(1)), "the key stays with its holder");
     first.leave().await;
@@ -142,12 +142,12 @@ async fn first_broker_is_controller_until_it_stops() {
 #[tokio::test(start_paused = true)]
 async fn lost_campaign_waits_for_the_metadata_cache() {
     let world = World::new().await;
-    let first = world.broker(1).await;
+    let first = world.start_broker(1).await;
     world.wait_until(|state| state.controller() == Some(BrokerId(1))).await;
     let tasks = Tasks::new();
     let stale = MetadataCache::start(Arc::new(EmbeddedStore::in_memory()), world.keys.clone(), &tasks);
     let before = world.link.transaction_count();
-    let second = world.broker_with(2, stale).await;
+    let second = world.start_broker_with(2, stale).await;
     tokio::time::sleep(TIME).await;
     let transactions = u64::try_from(world.link.transaction_count() - before).unwrap();
     assert!((1..=TIME.as_secs() + 2).contains(&transactions), "{transactions} transactions in {TIME:?}");
@@ -162,7 +162,7 @@ async fn lost_campaign_waits_for_the_metadata_cache() {
 async fn deleted_registration_triggers_election_at_once() {
     let world = World::new().await;
     world.register_without_task(1).await;
-    let node = world.broker(2).await;
+    let node = world.start_broker(2).await;
     world.wait_until(|state| leader(state) == Some(BrokerId(1))).await;
     world.delete(world.keys.broker(BrokerId(1))).await;
     let elapsed = world.wait_until(|state| leader(state) == Some(BrokerId(2))).await;
@@ -174,7 +174,7 @@ async fn deleted_registration_triggers_election_at_once() {
 #[tokio::test(start_paused = true)]
 async fn deposed_controller_changes_nothing() {
     let world = World::new().await;
-    let node = world.broker(1).await;
+    let node = world.start_broker(1).await;
     world.wait_until(|state| leader(state) == Some(BrokerId(1))).await;
     let other_controller = ControllerValue { broker: BrokerId(9) };
     let lease = world.store.grant(10 * TIME).await.unwrap();
@@ -198,7 +198,7 @@ async fn deposed_controller_changes_nothing() {
 #[tokio::test(start_paused = true)]
 async fn invalid_controller_key_is_deleted() {
     let world = World::new().await;
-    let nodes = [world.broker(1).await, world.broker(2).await];
+    let nodes = [world.start_broker(1).await, world.start_broker(2).await];
     world.wait_until(|state| state.controller().is_some() && leader(state).is_some()).await;
     // Invalid bytes, and a value as a broker writes it but without a lease.
     for invalid in ["nobody".into(), ControllerValue { broker: BrokerId(9) }.encode()] {
@@ -228,7 +228,7 @@ async fn failed_store_requests_are_retried() {
     let world = World::new().await;
     let faults = [Fault::Refused, Fault::Lost, Fault::ResponseLost, Fault::Refused, Fault::Lost, Fault::ResponseLost];
     world.link.fail_transactions(faults.map(Some));
-    let node = world.broker(1).await;
+    let node = world.start_broker(1).await;
     world.wait_until(|state| leader(state) == Some(BrokerId(1))).await;
     let epoch = world.metadata.state().partition(id()).unwrap().partition.as_ref().unwrap().value.leader_epoch;
     assert_eq!(epoch, LeaderEpoch(1), "elected once");

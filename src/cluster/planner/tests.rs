@@ -61,14 +61,14 @@ impl World {
         for (number, rack) in (1..).zip(racks) {
             world.register(number, rack);
         }
-        world.topic(factor, min_insync, values.len());
+        world.set_topic(factor, min_insync, values.len());
         for (number, value) in (0..).zip(values) {
             world.put(&Key::Partition(id(number)), &value);
         }
         world
     }
 
-    fn topic(&mut self, replication_factor: u32, min_insync: usize, partitions: usize) {
+    fn set_topic(&mut self, replication_factor: u32, min_insync: usize, partitions: usize) {
         let config = [("min.insync.replicas".to_owned(), min_insync.to_string())].into();
         let partitions = u32::try_from(partitions).unwrap();
         let value = TopicValue { id: topic(), partitions, replication_factor, config };
@@ -386,14 +386,14 @@ fn queued_reassignments_start_first_and_within_limits() {
 fn changed_factor_is_applied() {
     let values = (0..6).map(|_| value(&[1], Some(1), &[1])).collect();
     let mut world = World::of(&["a", "b", "a", "b"], 1, 1, values);
-    world.topic(3, 1, 6);
+    world.set_topic(3, 1, 6);
     world.plan_until_stable(1);
     for number in 0..6 {
         let value = world.partition(number);
         assert_eq!((value.replicas.len(), value.isr.len()), (3, 3));
         assert!(value.replicas.iter().any(|id| id.0 % 2 == 0), "both racks: {value:?}");
     }
-    world.topic(2, 1, 6);
+    world.set_topic(2, 1, 6);
     world.plan_until_stable(1);
     for number in 0..6 {
         let value = world.partition(number);
@@ -478,7 +478,7 @@ fn broker_at_replica_limit_is_skipped_by_every_rule() {
     let mut world = World::of(&["", ""], 1, 1, (0..4).map(|_| value(&[1], Some(1), &[1])).collect());
     world.limits.balance = false;
     world.limit_replicas(2, 3);
-    world.topic(2, 1, 4);
+    world.set_topic(2, 1, 4);
     world.plan_until_stable(1);
     assert_eq!(world.replica_count(2), 3);
     let mut world = World::of(&["", ""], 1, 1, (0..4).map(|_| value(&[1], Some(1), &[1])).collect());

@@ -63,7 +63,7 @@ impl TestCluster {
     }
 
     async fn create(&self, name: &str, partitions: u32, replicas: u32) -> Result<TopicInfo, CreateError> {
-        let created = self.topics.create(new(name, partitions, replicas)).await;
+        let created = self.topics.create(spec(name, partitions, replicas)).await;
         self.catch_up().await;
         created
     }
@@ -94,11 +94,11 @@ fn name(name: &str) -> TopicName {
     name.parse().expect("valid")
 }
 
-fn new(topic: &str, partitions: u32, replication_factor: u32) -> TopicSpec {
+fn spec(topic: &str, partitions: u32, replication_factor: u32) -> TopicSpec {
     TopicSpec { name: name(topic), partitions, replication_factor, config: ConfigMap::new(), validate_only: false }
 }
 
-fn map(key: &str, value: &str) -> ConfigMap {
+fn config(key: &str, value: &str) -> ConfigMap {
     ConfigMap::from([(key.to_owned(), value.to_owned())])
 }
 
@@ -132,10 +132,10 @@ async fn invalid_creation_fails_with_numbers_and_writes_nothing() {
     let requested = limits::MAX_PARTITIONS + 1;
     assert_eq!(cluster.create("a", requested, 1).await, Err(CreateError::Partitions { requested }));
     assert_eq!(cluster.create("a", 1, 0).await, Err(CreateError::Replicas { requested: 0 }));
-    let bad = TopicSpec { config: map("retention.ms", "soon"), ..new("a", 1, 1) };
+    let bad = TopicSpec { config: config("retention.ms", "soon"), ..spec("a", 1, 1) };
     let error = cluster.topics.create(bad).await.expect_err("no number").to_string();
     assert!(error.contains("retention.ms") && error.contains("soon"), "{error}");
-    let validated = cluster.topics.create(TopicSpec { validate_only: true, ..new("a", 1, 1) }).await.expect("valid");
+    let validated = cluster.topics.create(TopicSpec { validate_only: true, ..spec("a", 1, 1) }).await.expect("valid");
     assert_eq!(validated.revision, Revision::ZERO);
     assert_eq!((cluster.paths("topics/").await.len(), cluster.paths("partitions/").await.len()), (0, 0));
 }
@@ -151,7 +151,7 @@ async fn replica_limit_rejects_creation_with_both_numbers() {
     assert_eq!(error, CreateError::Bound(bound));
     let text = error.to_string();
     assert!(["100000", "500", "broker.max_replicas"].iter().all(|part| text.contains(part)), "{text}");
-    let checked = cluster.topics.create(TopicSpec { validate_only: true, ..new("a", 501, 1) }).await;
+    let checked = cluster.topics.create(TopicSpec { validate_only: true, ..spec("a", 501, 1) }).await;
     assert_eq!(checked, Err(CreateError::Bound(ReplicaBound { replicas: 501, ..bound })));
     assert_eq!((cluster.paths("topics/").await.len(), cluster.paths("partitions/").await.len()), (0, 0));
 
@@ -207,7 +207,7 @@ async fn concurrent_creations_respect_replica_limits() {
     let cluster = TestCluster::of(1).await;
     cluster.limit_replicas(1, 1000).await;
     let names: Vec<String> = (0..20).map(|number| format!("t{number}")).collect();
-    let created = futures::future::join_all(names.iter().map(|name| cluster.topics.create(new(name, 300, 1)))).await;
+    let created = futures::future::join_all(names.iter().map(|name| cluster.topics.create(spec(name, 300, 1)))).await;
     assert_eq!(created.iter().filter(|created| created.is_ok()).count(), 3, "{created:?}");
     cluster.catch_up().await;
     assert_eq!(cluster.paths("partitions/").await.len(), 900, "rejected creations wrote nothing");
@@ -218,7 +218,7 @@ async fn concurrent_creations_respect_replica_limits() {
 #[tokio::test]
 async fn concurrent_creations_of_one_name_create_one_topic() {
     let cluster = TestCluster::of(1).await;
-    let attempts = (0..8).map(|_| cluster.topics.create(new("same", 3, 1)));
+    let attempts = (0..8).map(|_| cluster.topics.create(spec("same", 3, 1)));
     let created = futures::future::join_all(attempts).await;
     assert_eq!(created.iter().filter(|created| created.is_ok()).count(), 1);
     let exists = CreateError::Exists { name: name("same") };
@@ -236,19 +236,21 @@ async fn concurrent_creations_of_one_name_create_one_topic() {
 async fn configuration_is_set_unset_and_checked() {
     let cluster = TestCluster::of(1).await;
     cluster.create("a", 1, 1).await.expect("created");
-    let altered = cluster.topics.alter(&name("a"), map("retention.ms", "1000"), vec![], None).await.expect("altered");
-    assert_eq!(altered.value.config, map("retention.ms", "1000"));
-    let both = cluster.topics.alter(&name("a"), map("segment.ms", "500"), vec!["retention.ms".to_owned()], None).await;
-    assert_eq!(both.expect("altered").value.config, map("segment.ms", "500"));
+    let altered =
+        cluster.topics.alter(&name("a"), config("retention.ms", "1000"), vec![], None).await.expect("altered");
+    assert_eq!(altered.value.config, config("retention.ms", "1000"));
+    let both =
+        cluster.topics.alter(&name("a"), config("segment.ms", "500"), vec!["retention.ms".to_owned()], None).await;
+    assert_eq!(both.expect("altered").value.config, config("segment.ms", "500"));
     let wrong =
-        cluster.topics.alter(&name("a"), map("segment.bytes", "12"), vec![], None).await.expect_err("too small");
+        cluster.topics.alter(&name("a"), config("segment.bytes", "12"), vec![], None).await.expect_err("too small");
     assert!(matches!(wrong, AlterError::Config(_)), "{wrong}");
     let unknown = cluster.topics.alter(&name("a"), ConfigMap::new(), vec!["segment.byte".to_owned()], None).await;
     assert!(matches!(unknown, Err(AlterError::Config(InvalidConfig::UnknownKey { .. }))), "{unknown:?}");
-    let twice = cluster.topics.alter(&name("a"), map("segment.ms", "1"), vec!["segment.ms".to_owned()], None).await;
+    let twice = cluster.topics.alter(&name("a"), config("segment.ms", "1"), vec!["segment.ms".to_owned()], None).await;
     assert!(matches!(twice, Err(AlterError::SetAndUnset { .. })), "{twice:?}");
     cluster.catch_up().await;
-    assert_eq!(cluster.topics.find(&name("a")).expect("the topic exists").value.config, map("segment.ms", "500"));
+    assert_eq!(cluster.topics.find(&name("a")).expect("the topic exists").value.config, config("segment.ms", "500"));
 }
 
 #[tokio::test]
@@ -258,7 +260,7 @@ async fn concurrent_alterations_are_all_applied() {
     let keys =
         [("retention.ms", "-1"), ("retention.bytes", "5000"), ("segment.ms", "777"), ("durability", "replicated")];
     let topic = name("a");
-    let alterations = keys.map(|(key, value)| cluster.topics.alter(&topic, map(key, value), vec![], None));
+    let alterations = keys.map(|(key, value)| cluster.topics.alter(&topic, config(key, value), vec![], None));
     assert!(futures::future::join_all(alterations).await.iter().all(Result::is_ok));
     cluster.catch_up().await;
     assert_eq!(cluster.topics.find(&topic).expect("the topic exists").value.config.len(), 4);
@@ -337,7 +339,7 @@ async fn unknown_outcomes_are_resolved_by_retries() {
         let topic = name("a");
 
         cluster.link.fail_transactions(faults);
-        let set = map("retention.ms", "5");
+        let set = config("retention.ms", "5");
         cluster.topics.alter(&topic, set, vec![], None).await.unwrap_or_else(|error| panic!("{faults:?}: {error}"));
 
         cluster.link.fail_transactions(faults);

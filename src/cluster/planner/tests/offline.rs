@@ -163,7 +163,7 @@ fn lowered_factor_is_applied_with_too_few_in_sync_replicas() {
         world.unregister(2, REPLACE_AFTER_MS);
         world.unregister(3, REPLACE_AFTER_MS);
         world.replicate(2);
-        world.topic(2, 2, 1);
+        world.set_topic(2, 2, 1);
         let (reason, value) = only_change(&world);
         assert_eq!((reason, value.adding.len(), &value.removing), (ChangeReason::BrokerReplaced, 1, &ids(&[2, 3])));
         world.plan_until_stable(2);
@@ -176,7 +176,7 @@ fn lowered_factor_is_applied_with_too_few_in_sync_replicas() {
     world.unregister(2, REPLACE_AFTER_MS);
     world.unregister(3, REPLACE_AFTER_MS);
     world.replicate(2);
-    world.topic(2, 2, 1);
+    world.set_topic(2, 2, 1);
     world.plan_until_stable(2);
     assert_eq!(world.plan().blocked, [(id(0), BlockedReason::NoBrokers)]);
     world.register(3, "");

@@ -17,10 +17,10 @@ fn unreachable_broker_is_skipped_by_every_rule() {
     let values = || (0..4).map(|_| value(&[1], Some(1), &[1])).collect();
     let mut world = World::of(&["", ""], 1, 1, values());
     world.remove_peer_address(2);
-    world.topic(2, 1, 4);
+    world.set_topic(2, 1, 4);
     world.plan_until_stable(1);
     assert_eq!(world.replica_count(2), 0);
-    world.topic(1, 1, 4);
+    world.set_topic(1, 1, 4);
     world.drain(1);
     world.plan_until_stable(1);
     assert_eq!((world.replica_count(1), world.replica_count(2)), (4, 0));
