@@ -89,7 +89,7 @@ impl TierCommits {
         self.transact(Transaction::new().when(unchanged).put(key, value)).await.map(drop)
     }
 
-    /// Runs a transaction, and records whether the store had space for it.
+    /// Runs a transaction, and sets `no_space` to whether the store had no space for it.
     async fn transact(&self, transaction: Transaction) -> Result<TxnOutcome, TierCommitError> {
         let outcome = self.store.transact(transaction).await;
         self.no_space.store(matches!(outcome, Err(MetaStoreError::NoSpace { .. })), Ordering::Release);

@@ -138,7 +138,7 @@ async fn first_broker_is_controller_until_it_stops() {
 }
 
 /// Regression: while etcd changed its leader, every metadata cache was older than the campaign. All brokers then
-/// campaigned two hundred times per second.
+/// campaigned two hundred times per second. A lost campaign must wait for the cache, for at most `CACHE_WAIT`.
 #[tokio::test(start_paused = true)]
 async fn lost_campaign_waits_for_the_metadata_cache() {
     let world = World::new().await;
@@ -158,6 +158,7 @@ async fn lost_campaign_waits_for_the_metadata_cache() {
 }
 
 /// The test deletes the registration of a leader before its lease ends, as the controller does after a failure report.
+/// The election must not wait for the end of the lease.
 #[tokio::test(start_paused = true)]
 async fn deleted_registration_triggers_election_at_once() {
     let world = World::new().await;

@@ -324,6 +324,7 @@ async fn drain_reports_movable_and_blocked_replicas() {
 }
 
 /// Regression: `broker drain --wait` waited forever for a partition whose only replica was lost with its broker.
+/// Replicas of partitions without a leader are counted separately, as replicas that cannot move.
 #[tokio::test]
 async fn drain_counts_leaderless_partitions_as_blocked() {
     let lost = value(&[1], None, &[1]);
@@ -336,7 +337,7 @@ async fn drain_counts_leaderless_partitions_as_blocked() {
 }
 
 /// Regression: `broker drain --wait` waited half an hour without output, until the controller retargeted the
-/// reassignment.
+/// reassignment. While a broker that the reassignment needs is offline, the replica counts as blocked.
 #[tokio::test]
 async fn drain_is_blocked_while_needed_broker_is_offline() {
     let reassigning = PartitionValue { adding: ids(&[3]), removing: ids(&[1]), ..value(&[1, 2, 3], Some(1), &[1, 2]) };
@@ -376,7 +377,7 @@ async fn drain_is_not_blocked_by_dispensable_offline_replica() {
 }
 
 /// Regression: `broker drain --wait` waited without output while an earlier reassignment of the partition waited for an
-/// offline broker.
+/// offline broker. The drained replica counts as blocked then, unless the offline broker is drained too.
 #[tokio::test]
 async fn drain_is_blocked_by_earlier_blocked_reassignment() {
     let reassigning = PartitionValue { adding: ids(&[3]), removing: ids(&[2]), ..value(&[1, 3, 2], Some(1), &[1, 2]) };

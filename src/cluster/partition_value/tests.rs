@@ -115,7 +115,8 @@ fn unverified_replica_leaves_all_sets_without_substitute() {
 }
 
 /// The records in the page cache may be lost, but no other replica has more. A `replicated` topic with one replica
-/// would otherwise stay leaderless after each crash. `unclean_epoch` records the possible loss, once per crash.
+/// would otherwise stay leaderless after each crash. `unclean_epoch` shows the possible loss. A second restart before
+/// the next election changes nothing.
 #[test]
 fn last_holder_stays_after_unclean_shutdown_as_unclean() {
     for (leader, isr, elr) in [(Some(1), &[1][..], &[][..]), (None, &[], &[1])] {

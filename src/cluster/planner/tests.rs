@@ -308,7 +308,7 @@ fn reassignment_copies_before_it_removes() {
 }
 
 /// Both brokers crashed before the completion. The broker of the removed replica may return with all the data, and that
-/// of the new replica may not.
+/// of the new replica may not. So the reassignment must not complete without a live leader.
 #[test]
 fn reassignment_completes_only_with_a_live_leader() {
     let mut world = World::of(&["", "", ""], 1, 1, vec![value(&[1], Some(1), &[1])]);
@@ -323,7 +323,8 @@ fn reassignment_completes_only_with_a_live_leader() {
     assert_eq!((reason, value.leader, value.replicas.len()), (ChangeReason::Elected, Some(BrokerId(1)), 2));
 }
 
-/// A topic value that was copied to another name: two names, one topic.
+/// Two topic names have values with one topic id, because a value was copied to another name. Each partition is planned
+/// once.
 #[test]
 fn topic_with_two_names_gets_one_change_per_partition() {
     let mut world = World::of(&["", ""], 2, 1, vec![value(&[1, 2], None, &[1, 2])]);
@@ -342,7 +343,7 @@ fn reassignment_keeps_replicas_that_min_isr_needs() {
     assert_eq!((&started.adding, &started.removing), (&ids(&[]), &ids(&[3])), "2 is an earlier replica");
     world.put(&Key::Partition(id(0)), &started);
     assert_eq!(world.plan().changes, [], "2 has not caught up");
-    // A replica that is not in sync can be removed.
+    // Replica 3 has left the ISR, so the min ISR does not need it: it is removed, although replica 2 is not in sync.
     let dropped = started.shrink(&BTreeSet::from([BrokerId(3)]), 2);
     world.put(&Key::Partition(id(0)), &dropped);
     assert_eq!(only_change(&world).0, ChangeReason::ReassignmentCompleted);

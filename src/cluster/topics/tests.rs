@@ -201,7 +201,8 @@ async fn factor_above_replica_limits_is_rejected() {
     raise(2).await.expect("eight replicas per broker");
 }
 
-/// Regression: concurrent creations counted only the replicas in the metadata cache, and not those of each other.
+/// Regression: concurrent creations counted only the replicas in the metadata cache, and not those of each other. Three
+/// creations of 300 replicas fit into the limit of 1000.
 #[tokio::test]
 async fn concurrent_creations_respect_replica_limits() {
     let cluster = TestCluster::of(1).await;

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// The default time before the replacement of an offline broker, in milliseconds.
+/// Value of `PlannerLimits::replace_after_ms` by default, after which an offline broker counts as permanently offline.
 const REPLACE_AFTER_MS: u64 = 30 * 60 * 1000;
 
 /// Regression: a reassignment to a permanently offline broker waited forever, counted towards the limit, and prevented
