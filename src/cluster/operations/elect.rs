@@ -69,11 +69,14 @@ pub enum ElectError {
         /// Live replicas.
         live: Vec<BrokerId>,
     },
-    /// An unclean election was requested, and no broker of a live replica reported the position of its log.
+    /// An unclean election was requested, and no live replica reported a usable log. A replica with an unusable log may
+    /// be elected instead, but only if the object store has records of the partition and the brokers of all live
+    /// replicas respond.
     #[error("no replica of {partition} responds, so none can lead: start {}", any_of(replicas))]
     NoResponse {
         /// The partition, as `topic/number`.
         partition: String,
+        /// All replicas of the partition.
         replicas: Vec<BrokerId>,
     },
     /// The value of the partition is no longer the one for which the operator confirmed the unclean election.
@@ -157,7 +160,7 @@ fn any_of(replicas: &[BrokerId]) -> String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReplicaPosition {
     pub broker: BrokerId,
-    /// Epoch of the last batch; `None` for an empty log.
+    /// Epoch of the last batch that the log ever had; `None` if it had none.
     pub last_epoch: Option<LeaderEpoch>,
     pub log_end: Offset,
     pub high_watermark: Offset,
