@@ -73,7 +73,7 @@ impl ConnectionLimits {
     /// standalone broker has no peer listener.
     pub(super) fn of(brokers: usize, standalone: bool, memory_bytes: u64) -> Self {
         let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
-        let by_files = Self::for_files(files, RealDisk::default().open_files() as u64, brokers, standalone);
+        let by_files = Self::for_files(files, RealDisk::default().max_open_files() as u64, brokers, standalone);
         by_files.limit_to_memory(memory_bytes, min_peer(Minimum::of(files, standalone), brokers))
     }
 

@@ -74,8 +74,8 @@ struct LogThreads {
 }
 
 impl DataDir {
-    /// Opens a data directory, or creates it. After a crash this replays the journal. The segments are scanned later,
-    /// when each replica is opened. Blocks.
+    /// Opens a data directory, or creates it. After a crash, replays the journal: entries that the segments lack are
+    /// written to them again. Apart from that, no segment is read; a replica is scanned when it is opened. Blocks.
     pub fn open(
         disk: Arc<dyn Disk>,
         dir: &Path,
@@ -85,7 +85,7 @@ impl DataDir {
         let lock = identity::lock(&*disk, dir)?;
         let journal_dir = options.journal_in(dir);
         if options.journal_dir.is_some() {
-            match disk.enter(&journal_dir) {
+            match disk.register_root(&journal_dir) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(io_error(&journal_dir, "use the journal directory")(error));
                 }
@@ -94,8 +94,10 @@ impl DataDir {
             }
         }
         let budget = Arc::new(DiskBudget::new(disk.clone(), dir, options.reserve_bytes));
+        // Before anything is written: the disk has space for the journal.
         budget.check_journal_space(&journal_dir, options.journal_bytes)?;
         let directory_id = identity::check_or_create(&*disk, dir, identity)?;
+        // On a full disk, the reserve gives the space that the replay needs.
         budget.release_reserve_for_start();
         let loaded = startup::load(&disk, dir, directory_id, &options)?;
         let strays = StrayReplicas::find(&*disk, dir, &loaded.replicas);
@@ -121,6 +123,7 @@ impl DataDir {
             inner.ctx.set_step_driver(driver);
         }
         inner.ctx.journal.preallocate_now().map_err(io_error(&journal_dir, "create the journal"))?;
+        // The next replay starts at this frame, which the new checkpoint names.
         inner.write_first_frame(loaded.first_frame).map_err(io_error(dir, "write the first frame of the journal"))?;
         inner.ctx.budget.create_reserve();
         let handles = if inner.ctx.options.step_mode { Vec::new() } else { inner.spawn_threads() };

@@ -38,9 +38,9 @@ pub const LARGE_PIECE_BYTES: usize = 2 << 20;
 
 /// A file system.
 pub trait Disk: Send + Sync + 'static {
-    /// Opens `dir` as a configured directory. The directory must exist. Its own path may contain symbolic links, the
-    /// paths below it may not.
-    fn enter(&self, dir: &Path) -> io::Result<()>;
+    /// Registers an existing directory, below which files may then be opened. Checks its owner and corrects the modes
+    /// of its entries. Its own path may contain symbolic links; the paths below it may not.
+    fn register_root(&self, dir: &Path) -> io::Result<()>;
 
     /// Creates a directory and its parents. An existing directory is no error.
     fn create_dir_all(&self, dir: &Path) -> io::Result<()>;
@@ -80,7 +80,7 @@ pub trait Disk: Send + Sync + 'static {
     fn write_out(&self, path: &Path, range: Range<u64>, piece_bytes: usize) -> io::Result<()>;
 
     /// Returns the maximum number of files that the log may hold open.
-    fn open_files(&self) -> usize;
+    fn max_open_files(&self) -> usize;
 
     /// Reads a complete file.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {

@@ -34,7 +34,7 @@ pub struct RealDisk {
 impl RealDisk {
     /// Adds a configured directory, or replaces the handle of one with the same path. Corrects the modes of its
     /// entries.
-    fn admit(&self, root: PrivateDir) -> io::Result<Arc<PrivateDir>> {
+    fn add_root(&self, root: PrivateDir) -> io::Result<Arc<PrivateDir>> {
         root.correct_entries()?;
         let root = Arc::new(root);
         let mut roots = self.roots.write();
@@ -61,7 +61,7 @@ impl RealDisk {
         match self.root_of(path) {
             Some(found) => Ok(found),
             None => {
-                let root = self.admit(PrivateDir::open(dir)?)?;
+                let root = self.add_root(PrivateDir::open(dir)?)?;
                 Ok((root, path.strip_prefix(dir).unwrap_or(Path::new("")).to_owned()))
             }
         }
@@ -75,14 +75,14 @@ impl RealDisk {
 }
 
 impl Disk for RealDisk {
-    fn enter(&self, dir: &Path) -> io::Result<()> {
-        self.admit(PrivateDir::open(dir)?).map(drop)
+    fn register_root(&self, dir: &Path) -> io::Result<()> {
+        self.add_root(PrivateDir::open(dir)?).map(drop)
     }
 
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
         match self.root_of(dir) {
             Some((root, name)) if !name.as_os_str().is_empty() => root.make_dir(&name),
-            _ => self.admit(PrivateDir::make(dir)?).map(drop),
+            _ => self.add_root(PrivateDir::make(dir)?).map(drop),
         }
     }
 
@@ -165,7 +165,7 @@ impl Disk for RealDisk {
         }
     }
 
-    fn open_files(&self) -> usize {
+    fn max_open_files(&self) -> usize {
         // Half of the process's limit is for the log. The rest is for connections and all other files.
         let soft_limit = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
         usize::try_from(soft_limit / 2).unwrap_or(usize::MAX).clamp(64, 8192)

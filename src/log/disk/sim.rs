@@ -387,7 +387,7 @@ impl SimDiskState {
 }
 
 impl Disk for SimDisk {
-    fn enter(&self, _dir: &Path) -> io::Result<()> {
+    fn register_root(&self, _dir: &Path) -> io::Result<()> {
         Ok(())
     }
 
@@ -526,7 +526,7 @@ impl Disk for SimDisk {
         Ok(())
     }
 
-    fn open_files(&self) -> usize {
+    fn max_open_files(&self) -> usize {
         // A small number, so that tests close and open files again.
         4
     }

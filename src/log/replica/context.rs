@@ -60,7 +60,7 @@ impl LogContext {
     ) -> Self {
         Self {
             files: FileCache::new(disk.clone()),
-            removed: RemovedFiles::new(if options.step_mode { 0 } else { disk.open_files() }),
+            removed: RemovedFiles::new(if options.step_mode { 0 } else { disk.max_open_files() }),
             disk,
             dir: dir.to_owned(),
             tail: TailCache::new(options.tail_bytes),

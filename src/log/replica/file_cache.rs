@@ -39,7 +39,7 @@ pub(super) struct OpenFile {
 
 impl FileCache {
     pub(super) fn new(disk: Arc<dyn Disk>) -> Self {
-        let capacity = disk.open_files() - disk.open_files() / REMOVED_FILES_SHARE;
+        let capacity = disk.max_open_files() - disk.max_open_files() / REMOVED_FILES_SHARE;
         Self { disk, capacity, open: Mutex::new(LruCache::unbounded()), next_serial: AtomicU64::new(0) }
     }
 

@@ -24,9 +24,9 @@ struct State {
 }
 
 impl RemovedFiles {
-    /// Returns a queue that keeps at most a quarter of `open_files` files open.
-    pub(super) fn new(open_files: usize) -> Self {
-        Self { max: open_files / REMOVED_FILES_SHARE, state: Mutex::default(), wake: Condvar::new() }
+    /// Returns a queue that keeps at most a quarter of `max_open_files` files open.
+    pub(super) fn new(max_open_files: usize) -> Self {
+        Self { max: max_open_files / REMOVED_FILES_SHARE, state: Mutex::default(), wake: Condvar::new() }
     }
 
     /// Keeps a file without a name open until its disk space is freed. A file beyond the maximum number, or after a
