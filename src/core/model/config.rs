@@ -1,8 +1,8 @@
 //! Topic configuration: Kafka's keys with Kafka's meanings, and the additional key `durability`.
 //!
 //! [`TopicConfig::resolve`] turns strings into typed values. A value of the topic has precedence over the broker's
-//! `[topic_defaults]`, and these over the built-in defaults. [`TOPIC_CONFIG_KEYS`] is the only list of keys: help
-//! texts, `docs/configuration.md` and validation are generated from it.
+//! `[topic_defaults]`, and these over the built-in defaults. [`TOPIC_CONFIG_KEYS`] is the only list of keys: help texts
+//! and `docs/configuration.md` are generated from it, and any other key is rejected.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -143,8 +143,8 @@ pub enum InvalidConfig {
         /// The allowed values.
         allowed: String,
     },
-    /// The local retention exceeds the retention of the whole log. The error names both keys, because either may have
-    /// changed.
+    /// The topic sets a local retention above the retention of the whole log. The error names both keys, because either
+    /// may have changed.
     #[error(
         "topic configuration {local}={local_value} keeps more on local disk than {whole}={whole_value} keeps at all: \
          lower {local} to at most {whole_value}, or set it to -2, which follows {whole}; or raise {whole}"
@@ -211,6 +211,9 @@ impl Default for TopicConfig {
 
 impl TopicConfig {
     /// Returns the effective configuration of a topic with `overrides`, on a broker with `defaults`.
+    ///
+    /// # Errors
+    /// A key is unknown, a value is not allowed, or `overrides` set a local limit above the limit of the whole log.
     pub fn resolve(defaults: &ConfigMap, overrides: &ConfigMap) -> Result<Self, InvalidConfig> {
         for key in defaults.keys().chain(overrides.keys()) {
             find_key(key)?;
@@ -264,7 +267,8 @@ impl TopicConfig {
         })
     }
 
-    /// Rewrites numbers in their usual form: `+5` and `007` become 5 and 7.
+    /// Rewrites the values of keys that take numbers in their usual form: `+5` and `007` become 5 and 7. Other values
+    /// stay.
     pub fn normalize(config: ConfigMap) -> ConfigMap {
         // A key takes numbers if its default is a number.
         let normalize_value = |key: &str, text: String| {
@@ -280,14 +284,14 @@ impl TopicConfig {
             .collect()
     }
 
-    /// Returns the effective value of every key as a string.
+    /// Returns the effective value of every key as a string, without validation.
     pub fn effective_values(defaults: &ConfigMap, overrides: &ConfigMap) -> ConfigMap {
         let values = ConfigLayers { defaults, overrides };
         TOPIC_CONFIG_KEYS.iter().map(|key| (key.name.to_owned(), values.text(key.name).to_owned())).collect()
     }
 }
 
-/// Maximum of every duration, so that sums of durations never overflow.
+/// Maximum of every duration, in milliseconds, and of every limit in bytes, so that sums never overflow.
 const MAX_MS: u64 = i64::MAX as u64 / 4;
 
 fn millis(time: Duration) -> u64 {
@@ -302,8 +306,8 @@ fn find_key(name: &str) -> Result<&'static ConfigKey, InvalidConfig> {
         .ok_or_else(|| InvalidConfig::UnknownKey { key: name.chars().take(100).collect() })
 }
 
-/// Configuration values from which the effective ones follow: `overrides` of the topic first, then `defaults` of the
-/// broker, then the built-in defaults.
+/// Configured values of a topic. An effective value comes from `overrides` (of the topic), else from `defaults` (of the
+/// broker), else from the built-in default.
 struct ConfigLayers<'a> {
     defaults: &'a ConfigMap,
     overrides: &'a ConfigMap,

@@ -60,7 +60,7 @@ pub enum Acks {
     None,
     /// The append is durable on the leader, by the topic's [`Durability`].
     Leader,
-    /// The append is durable on every in-sync replica, and these are at least `min.insync.replicas`.
+    /// The append is durable on every in-sync replica, and there are at least `min.insync.replicas` of them.
     #[default]
     All,
     /// The condition of `All` holds, and the append is in the object store.

@@ -57,7 +57,8 @@ impl fmt::Display for Offset {
     }
 }
 
-/// Number of a leader change of a partition: each change increments it, and every batch is stamped with it.
+/// Number that grows by one with each leader change of a partition. Every batch contains the epoch in which a leader
+/// appended it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(transparent))]
 pub struct LeaderEpoch(pub u32);
@@ -80,7 +81,8 @@ impl fmt::Display for LeaderEpoch {
     }
 }
 
-/// The watermarks of a replica. Usually they are in this order:
+/// The watermarks of a replica. Usually they are in the order of the diagram. The table names the pairs that may differ
+/// from it, and the condition that still holds.
 ///
 /// ```text
 /// log_start, local_start ≤ tiered_end ≤ high_watermark ≤ persisted_end ≤ log_end

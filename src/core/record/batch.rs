@@ -129,7 +129,7 @@ impl Batch {
         }
     }
 
-    /// Sets length and CRC, the last fields of a header. The caller has checked all limits.
+    /// Completes a header by the length and the CRC, and returns the batch. The caller has checked all limits.
     pub(super) fn seal(mut header: [u8; HEADER_BYTES], records: Bytes) -> Self {
         let length = i32::try_from(HEADER_BYTES - layout::LENGTH_OVERHEAD + records.len());
         let length = length.expect("the caller checks MAX_BATCH_BYTES");
@@ -150,8 +150,9 @@ impl Batch {
         Ok(self.recompress_within(codec, limits::MAX_DECOMPRESSED_BYTES)?.0)
     }
 
-    /// Recompresses as [`Batch::recompress`] does, if the decompressed records have at most `max` bytes. Returns the
-    /// range of their timestamps too.
+    /// Recompresses as [`Batch::recompress`] does, if the decompressed records have at most `max` bytes. Also returns
+    /// the range of their timestamps. If the batch already has this codec, it is not decompressed: `max` does not
+    /// apply, and the range is that of the header.
     ///
     /// # Errors
     /// As [`Batch::recompress`], and [`MalformedBatch::Grows`] if the records have more bytes.
@@ -247,7 +248,7 @@ impl Batch {
         if is_absent || is_complete { Ok(()) } else { Err(MalformedBatch::Producer { id, epoch, base_sequence }) }
     }
 
-    /// Computes the CRC of the bytes that it covers.
+    /// Computes the CRC-32C of byte 21 to the end.
     fn checksum(&self) -> u32 {
         crc32c::crc32c_append(crc32c::crc32c(&self.header[layout::CRC_START..]), &self.records)
     }
@@ -258,8 +259,8 @@ impl Batch {
         set(&mut self.header, layout::LEADER_EPOCH, epoch.as_i32().to_be_bytes());
     }
 
-    /// Sets the timestamp of all records to the time of the broker (`message.timestamp.type=LogAppendTime`), and
-    /// updates the CRC.
+    /// Sets the timestamp type to `LogAppendTime` and the largest timestamp to `now_ms`, the time of the broker.
+    /// Readers then use `now_ms` for all records. Updates the CRC.
     pub fn set_append_time(&mut self, now_ms: i64) {
         let attributes = self.attributes() | layout::LOG_APPEND_TIME;
         set(&mut self.header, layout::ATTRIBUTES, attributes.to_be_bytes());
@@ -267,11 +268,11 @@ impl Batch {
         self.renew_checksum();
     }
 
-    /// Sets `maxTimestamp` to the largest timestamp of the records, on which retention and search by time rely. Returns
-    /// the range of the timestamps.
+    /// Sets `maxTimestamp` to the largest timestamp of the records, on which retention and search by time rely, and
+    /// updates the CRC. Returns the range of the timestamps.
     ///
     /// Uncompressed records are checked in the same pass, as [`Batch::verify_records`] does. Of compressed records only
-    /// the first timestamp is known: `maxTimestamp` becomes that timestamp if it is lower.
+    /// the first timestamp is known, so a lower `maxTimestamp` is raised to it and any other value stays.
     ///
     /// # Errors
     /// As [`Batch::verify_records`].
@@ -415,7 +416,8 @@ impl Batch {
         }
     }
 
-    /// Returns the fingerprint. Two different batches with the same producer and sequence have different fingerprints.
+    /// Returns the fingerprint. It distinguishes different batches with the same producer and sequence, except if their
+    /// CRCs collide.
     pub fn fingerprint(&self) -> Fingerprint {
         Fingerprint { crc: self.crc(), compression: self.compression(), timestamp_type: self.timestamp_type() }
     }

@@ -31,7 +31,8 @@ pub enum BuildError {
         /// Equal to `limits::MAX_RECORD_HEADERS`.
         limit: usize,
     },
-    /// The batch would exceed the largest size that a topic can allow.
+    /// The batch would exceed the largest size that a topic can allow. With compression, this is also the error if the
+    /// records exceed `limits::MAX_DECOMPRESSED_BYTES`.
     #[error("the batch would have {bytes} bytes, and the maximum is {limit}: send fewer or smaller records")]
     TooLarge {
         /// Size that the batch would have.

@@ -5,7 +5,7 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use super::{Batch, HEADER_BYTES, MalformedBatch, layout};
 
 /// Iterator over the batches of consecutive chunks. A chunk can end at any byte. An end between two batches, or between
-/// a header and its records, costs no copy. A batch that is split at another byte is copied once.
+/// a header and its records, costs no copy. A batch that is split at another byte is copied.
 ///
 /// The iterator ends after the first error.
 #[derive(Debug)]
@@ -40,7 +40,7 @@ impl ChunkedBatches {
             return Err(MalformedBatch::Truncated { needed: HEADER_BYTES + records, available: HEADER_BYTES });
         };
         if next.len() < records {
-            // The records are split too. `next_split_batch` reads the bytes of the next chunk again.
+            // The records are split too. Header and next chunk are joined, and `next_split_batch` starts from them.
             let mut joined = BytesMut::with_capacity(HEADER_BYTES + next.len());
             joined.extend_from_slice(&header);
             joined.extend_from_slice(&next);

@@ -7,9 +7,9 @@
 //! | lz4 | LZ4 frame: independent blocks of 64 KiB, no dictionary, no content checksum; linked blocks are read too |
 //! | zstd | RFC 8878 |
 //!
-//! Compressed bytes come from clients, so their declared length is not trusted. An output buffer has at most the length
-//! of the bytes that were decoded, or the length that the input can have at the best ratio of its codec, and never more
-//! than the maximum of the caller.
+//! Compressed bytes come from clients, so their declared length is not trusted. No output buffer exceeds the caller's
+//! maximum. In [`decompress`] a buffer is also bounded by a multiple of the compressed length or of the bytes decoded
+//! so far.
 
 use std::io::{Read, Write};
 
@@ -45,10 +45,11 @@ const ZSTD_LEVEL: i32 = 3;
 /// `ZSTD_error_dstSize_tooSmall`, stable since zstd 1.3.1.
 const ZSTD_OUTPUT_TOO_SMALL: usize = 70;
 
-/// Maximum uncompressed length of one zstd block, and minimum length of the first output buffer.
+/// Maximum uncompressed length of one zstd block, and minimum length of the first output buffer unless the caller's
+/// maximum or the declared length is lower.
 const ZSTD_BLOCK_BYTES: usize = 128 << 10;
 
-/// First bytes of a zstd frame that is not a skippable frame. Little-endian.
+/// Magic number of a zstd frame that is not skippable, stored in little-endian order.
 const ZSTD_MAGIC: u32 = 0xfd2f_b528;
 
 /// Compresses `uncompressed` with `codec`.
@@ -98,12 +99,13 @@ fn compress_snappy(uncompressed: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Returns the uncompressed length that the frames declare, if they declare one. Correct bytes have this length or
+/// Returns an uncompressed length that `stored` declares, if it declares one: of the last member for gzip (modulo
+/// 2^32), of the first frame for lz4 and zstd, of all blocks for snappy. Correct bytes decompress to this length or
 /// more, so bytes that declare more than the maximum are rejected without decompression.
 pub(super) fn declared_len(codec: Compression, stored: &[u8]) -> Option<usize> {
     match codec {
         Compression::None => Some(stored.len()),
-        // The last four bytes of a gzip member are its length modulo 2^32.
+        // The last four bytes of a gzip member are its uncompressed length modulo 2^32.
         Compression::Gzip => {
             if !stored.starts_with(GZIP_MAGIC) {
                 return None;
@@ -120,7 +122,8 @@ pub(super) fn declared_len(codec: Compression, stored: &[u8]) -> Option<usize> {
     }
 }
 
-/// Returns the sum of the lengths that the blocks declare; `None` if a block is truncated.
+/// Returns the sum of the uncompressed lengths that the blocks declare; `None` if a block is truncated or declares no
+/// valid length.
 fn snappy_declared_len(stored: &[u8]) -> Option<usize> {
     if !stored.starts_with(XERIAL_MAGIC) {
         return snap::raw::decompress_len(stored).ok();
@@ -167,8 +170,9 @@ pub(super) struct Prefix {
     pub(super) is_complete: bool,
 }
 
-/// Decompresses at most the first `max` bytes of `stored`. The cost depends on `max` and not on the length of `stored`:
-/// a larger block of a codec that decodes only complete blocks is not decoded.
+/// Returns at most the first `max` decompressed bytes of `stored`. The cost of decompression depends on `max` and not
+/// on the length of `stored`. Zstd decodes only complete blocks, so of zstd bytes that may decompress to more than
+/// `max` only the block headers are checked, and the result is empty.
 ///
 /// # Errors
 /// The codec rejects the bytes that were read.
@@ -193,7 +197,7 @@ pub(super) fn prefix(codec: Compression, stored: &[u8], max: usize) -> Result<Pr
     prefix.map(|bytes| Prefix { bytes, is_complete: false }).map_err(|error| error.into_malformed(codec, max))
 }
 
-/// Decompresses at most the first `max` bytes. Gzip streams, so no whole block is needed.
+/// Returns at most the first `max` decompressed bytes of gzip members.
 fn gzip_prefix(stored: &[u8], max: usize) -> Result<Prefix, DecompressError> {
     if !stored.starts_with(GZIP_MAGIC) {
         return Err("the bytes do not start with 1f 8b, the magic of gzip".into());
@@ -207,7 +211,8 @@ fn gzip_prefix(stored: &[u8], max: usize) -> Result<Prefix, DecompressError> {
     Ok(Prefix { bytes, is_complete })
 }
 
-/// Returns the maximum uncompressed length of all frames, from the headers of their blocks.
+/// Returns an upper bound of the total uncompressed length of all frames. The bound comes from the headers of their
+/// blocks and from the lengths that the frames declare.
 fn max_zstd_len(mut stored: &[u8]) -> Result<usize, DecompressError> {
     use zstd::zstd_safe::{find_frame_compressed_size, get_error_name, get_frame_content_size};
     let mut max = 0_usize;
@@ -223,8 +228,8 @@ fn max_zstd_len(mut stored: &[u8]) -> Result<usize, DecompressError> {
     Ok(max)
 }
 
-/// Returns the maximum uncompressed length of one frame, from the headers of its blocks (RFC 8878, 3.1.1). Returns
-/// `None` if a header is truncated or has an unknown block type.
+/// Returns an upper bound of the uncompressed length of one frame, from the headers of its blocks (RFC 8878, 3.1.1); 0
+/// for a skippable frame. Returns `None` if a header or block is truncated, or if a block type is unknown.
 fn max_zstd_frame_len(frame: &[u8]) -> Option<usize> {
     let (magic, header) = frame.split_first_chunk::<4>()?;
     if u32::from_le_bytes(*magic) != ZSTD_MAGIC {
@@ -245,7 +250,7 @@ fn max_zstd_frame_len(frame: &[u8]) -> Option<usize> {
         let header = u32::from_le_bytes([header[0], header[1], header[2], 0]);
         let size = usize::try_from(header >> 3).ok()?;
         let (stored_len, uncompressed_len) = match header >> 1 & 3 {
-            // Raw, one repeated byte, compressed.
+            // Block types: 0 is raw, 1 is one repeated byte, 2 is compressed.
             0 => (size, size),
             1 => (1, size),
             2 => (size, ZSTD_BLOCK_BYTES),
@@ -259,7 +264,7 @@ fn max_zstd_frame_len(frame: &[u8]) -> Option<usize> {
     }
 }
 
-/// Decodes the first bytes of the first block.
+/// Returns at most the first `max` decompressed bytes of the first block, of a snappy-java stream or of a raw block.
 fn snappy_prefix(stored: &[u8], max: usize) -> Result<Vec<u8>, DecompressError> {
     let block = match stored.strip_prefix(XERIAL_MAGIC) {
         None => stored,
@@ -275,7 +280,8 @@ fn snappy_prefix(stored: &[u8], max: usize) -> Result<Vec<u8>, DecompressError> 
     Ok(snappy::block_prefix(block, max)?)
 }
 
-/// Returns the maximum length to which a correct codec decompresses `stored`, if there is one.
+/// Returns an upper bound of the decompressed length of `stored`; `None` if the bytes give no bound. The check of an
+/// append compares it with the number of records.
 pub(super) fn max_decoded_len(codec: Compression, stored: &[u8]) -> Option<usize> {
     match codec {
         Compression::None => Some(stored.len()),
@@ -286,7 +292,8 @@ pub(super) fn max_decoded_len(codec: Compression, stored: &[u8]) -> Option<usize
     }
 }
 
-/// Reads all bytes of `decoder`. The buffer starts with `initial_capacity` bytes and grows with the output.
+/// Reads all bytes of `decoder`; an error if there are more than `max`. The buffer starts with at most
+/// `initial_capacity` bytes and grows with the output.
 fn read_bounded(decoder: impl Read, initial_capacity: usize, max: usize) -> Result<Vec<u8>, DecompressError> {
     let mut uncompressed = Vec::with_capacity(initial_capacity.min(max));
     let bound = u64::try_from(max).unwrap_or(u64::MAX).saturating_add(1);
@@ -313,7 +320,8 @@ fn decompress_snappy(stored: &[u8], max: usize) -> Result<Vec<u8>, DecompressErr
     Ok(uncompressed)
 }
 
-/// Decompresses one snappy block and appends the bytes to `uncompressed`, up to `max` bytes in all.
+/// Decompresses one snappy block and appends the bytes to `uncompressed`. Fails if `uncompressed` would exceed `max`
+/// bytes, or if the block declares more bytes than its length allows.
 fn decompress_snappy_block(
     decoder: &mut snap::raw::Decoder,
     block: &[u8],

@@ -13,7 +13,7 @@ pub enum MalformedBatch {
         /// Number of bytes present.
         available: usize,
     },
-    /// Bytes follow the only batch of a request.
+    /// Bytes follow the batch, and exactly one batch is expected.
     #[error("{extra} bytes follow the batch: send one batch in a request")]
     Trailing {
         /// Number of these bytes.
@@ -35,7 +35,7 @@ pub enum MalformedBatch {
         /// Value of the field.
         magic: u8,
     },
-    /// The bytes differ from the written bytes.
+    /// The CRC of the bytes is not the CRC in the header.
     #[error("batch is corrupt: CRC-32C is {actual:#010x}, the header has {stored:#010x}")]
     Crc {
         /// Value in the header.
@@ -59,7 +59,7 @@ pub enum MalformedBatch {
         /// Description of the problem.
         reason: &'static str,
     },
-    /// The offset is negative or overflows, or the epoch is negative.
+    /// The base offset is negative, the end offset overflows, or the leader epoch is below -1.
     #[error("batch has base offset {base_offset} and leader epoch {leader_epoch}: these values are not possible")]
     OffsetOrEpoch {
         /// `baseOffset`
@@ -67,7 +67,7 @@ pub enum MalformedBatch {
         /// `partitionLeaderEpoch`
         leader_epoch: i32,
     },
-    /// Producer id, producer epoch and base sequence do not match.
+    /// Producer id, producer epoch and base sequence are neither complete nor absent.
     #[error(
         "batch has producer id {id}, producer epoch {epoch} and base sequence {base_sequence}: with a producer id all three must be 0 or \
          more; without a producer id the id must be -1, and epoch and sequence -1 or 0"
@@ -98,7 +98,7 @@ pub enum MalformedBatch {
         /// Maximum number of bytes after decompression.
         max: usize,
     },
-    /// The decompressed records exceed the memory for decompression.
+    /// The decompressed records exceed the maximum that a memory setting of the broker implies.
     #[error(
         "batch cannot be decompressed ({codec}): its records have more than {max} bytes, the maximum for {setting}: raise {setting}, or \
          send fewer records in a batch"

@@ -1,9 +1,12 @@
 //! Decodes LZ4 frames (lz4_Frame_format.md 1.6.x) into one buffer.
 //!
 //! ```text
-//! magic 0x184D2204 LE │ FLG │ BD │ content size u64, if FLG has its bit │ HC │ blocks … │ 0 u32 │ content checksum, if …
-//! block: length u32 LE, the high bit set when it is not compressed │ bytes │ block checksum u32, if …
+//! frame: magic 0x184D2204 LE │ flags u8 │ block size code u8 │ [content size u64] │ header checksum u8
+//!        │ blocks … │ 0 u32 │ [content checksum u32]
+//! block: length u32 LE, the high bit set if the block is not compressed │ bytes │ [block checksum u32]
 //! ```
+//! A field in brackets exists only if its bit in the flags is set.
+//!
 //! The frame decoder of `lz4_flex` accepts a frame that is truncated between two blocks, ends at an empty block without
 //! an error, and copies all bytes twice. This decoder rejects incomplete frames and decodes in place.
 
@@ -22,13 +25,13 @@ const CONTENT_CHECKSUM: u8 = 0b0000_0100;
 const RESERVED: u8 = 0b0000_0010;
 const DICTIONARY: u8 = 0b0000_0001;
 
-/// Bit in the length of a block that is not compressed.
+/// Bit of a block's length field that marks an uncompressed block.
 const UNCOMPRESSED_BLOCK: u32 = 1 << 31;
 
 /// Maximum distance of a match in a linked block.
 const WINDOW_BYTES: usize = 64 << 10;
 
-/// Maximum ratio of LZ4.
+/// Maximum ratio of uncompressed to compressed length in LZ4.
 pub(super) const MAX_RATIO: usize = 255;
 
 /// Minimum length of a match.
@@ -75,7 +78,7 @@ pub(super) fn prefix(mut stored: &[u8], max: usize) -> DecodeResult<Vec<u8>> {
     Ok(block_prefix(block, max)?)
 }
 
-/// Decodes sequences (lz4_Block_format.md) until the output has `max` bytes.
+/// Decodes the sequences of a block (lz4_Block_format.md) until the output has `max` bytes or the block ends.
 fn block_prefix(mut block: &[u8], max: usize) -> Result<Vec<u8>, &'static str> {
     const TRUNCATED: &str = "a sequence of a block is truncated";
     let mut uncompressed = Vec::with_capacity(max);
@@ -100,7 +103,7 @@ fn block_prefix(mut block: &[u8], max: usize) -> Result<Vec<u8>, &'static str> {
     }
 }
 
-/// Reads a length of four bits. If all four bits are set, the length continues in the following bytes.
+/// Completes a length of four `bits`. If all four bits are set, the length continues in the following bytes.
 fn sequence_length(bits: u8, block: &mut &[u8]) -> Option<usize> {
     let mut length = usize::from(bits);
     while length >= 15 {
@@ -115,7 +118,7 @@ fn sequence_length(bits: u8, block: &mut &[u8]) -> Option<usize> {
 }
 
 /// Appends the `length` bytes that start `distance` bytes before the end of `uncompressed`, until `uncompressed` has
-/// `max` bytes.
+/// `max` bytes. The copied bytes may include appended ones.
 pub(super) fn copy_match(
     uncompressed: &mut Vec<u8>,
     distance: usize,
@@ -183,7 +186,8 @@ impl Lz4Frame {
         Ok(bytes)
     }
 
-    /// Decodes a block with the length field `length` and appends it to `uncompressed`.
+    /// Decodes the block with the length field `length` at the start of `input`, and appends the bytes to
+    /// `uncompressed`. Fails if `uncompressed` would exceed `max` bytes.
     fn decompress_block(
         &self,
         length: u32,
@@ -223,7 +227,7 @@ impl Lz4Frame {
     }
 }
 
-/// Takes the next `N` bytes. `error` is the error if fewer bytes are left.
+/// Takes the next `N` bytes. `error` is the error if `input` has fewer bytes.
 fn take<const N: usize>(input: &mut &[u8], error: &str) -> DecodeResult<[u8; N]> {
     let (bytes, rest) = input.split_first_chunk::<N>().ok_or(error)?;
     *input = rest;

@@ -11,8 +11,8 @@
 //! 57 recordsCount i32 │ 61 records …
 //! ```
 //!
-//! A [`Batch`] is complete, and its framing and CRC are checked. The broker changes these fields and no others;
-//! compressed records pass through the broker as they are:
+//! A [`Batch`] is complete, and its framing and CRC are checked. The broker changes the fields of this table and no
+//! others. Compressed records stay as they are unless the topic sets `compression.type`:
 //!
 //! | fields | function | condition |
 //! | --- | --- | --- |
@@ -31,12 +31,13 @@
 //! # Invariants
 //!
 //! - Every [`Batch`] value has passed the checks of length, magic, CRC-32C (byte 21 to the end) and counts. Its
-//!   *records* are checked only by [`Batch::records`] and [`Batch::verify_records`]: a producer can send any bytes with
-//!   a correct CRC. An append checks the first records ([`Batch::check_first_records`]), so that a faulty producer gets
-//!   an error.
+//!   *records* may still be malformed, because a producer can send any bytes with a correct CRC. An append checks all
+//!   uncompressed records ([`Batch::correct_max_timestamp`]) and the first compressed ones
+//!   ([`Batch::check_first_records`]), so that a faulty producer gets an error. [`Batch::records`] and
+//!   [`Batch::verify_records`] check all records.
 //! - No allocation uses a length before that length is compared with the bytes present.
-//! - Decompression stops at `limits::MAX_DECOMPRESSED_BYTES`. A caller that decompresses several clients' batches at
-//!   the same time counts that many bytes for each of them.
+//! - Decompression stops at `limits::MAX_DECOMPRESSED_BYTES`, or at a lower maximum of the caller. A broker bounds the
+//!   memory of concurrent decompressions by a budget (`partition::read`).
 //! - A payload is copied once, into a builder that was given its capacity. Without compression neither this module nor
 //!   a read copies the payload again.
 //! - Every version reads what all earlier versions wrote: the files under `golden/` never change.

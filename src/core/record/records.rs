@@ -22,7 +22,8 @@ use crate::{
     model::{Compression, Offset, TimestampType},
 };
 
-/// Maximum number of decompressed bytes that an append checks. A batch with fewer bytes is checked completely.
+/// Maximum number of decompressed bytes of a compressed batch that an append checks. Shorter records are checked
+/// completely.
 const CHECKED_PREFIX_BYTES: usize = 4 << 10;
 
 /// Minimum length of a record: length, attributes, timestamp, offset, key length, value length and header count have
@@ -105,10 +106,10 @@ impl Batch {
         self.records()?.timestamp_range().map(drop)
     }
 
-    /// Rejects compressed records that no consumer can decode. Checks the framing of the codec, the records in the
-    /// first 4 KiB, and that the bytes can contain the number of records. Of larger zstd frames it checks framing and
-    /// number only, because zstd decodes complete blocks of up to 128 KiB. [`Batch::correct_max_timestamp`] checks
-    /// uncompressed records.
+    /// Rejects compressed batches whose beginning no consumer can decode. Checks the records in the first 4 KiB of
+    /// decompressed bytes, the framing of the codec up to there, and that all bytes can contain the number of records.
+    /// Of larger zstd frames it checks framing and number only, because zstd decodes complete blocks of up to 128 KiB.
+    /// Accepts every uncompressed batch: [`Batch::correct_max_timestamp`] checks it.
     ///
     /// # Errors
     /// [`MalformedBatch::Compression`] or [`MalformedBatch::Record`].
@@ -301,7 +302,8 @@ impl Cursor<'_> {
         body.read_fields(index)
     }
 
-    /// Checks a record that can be truncated. Returns false for a truncated record, after a check of its first fields.
+    /// Checks the next record of a prefix, which may be truncated. Returns true and moves behind the record if it is
+    /// complete. Returns false if it is truncated; its first fields are then checked if all of them are present.
     fn check_truncatable(&mut self, index: u32) -> RecordResult<bool> {
         if self.end - self.at < MAX_FIRST_FIELDS_BYTES {
             return Ok(false);
@@ -370,7 +372,7 @@ impl Cursor<'_> {
         }
     }
 
-    /// Moves by `length` bytes and returns their positions; `None` if fewer bytes are left.
+    /// Moves by `length` bytes and returns their positions; `None` if fewer bytes remain.
     fn take(&mut self, length: usize) -> Option<Range<usize>> {
         if length > self.end - self.at {
             return None;

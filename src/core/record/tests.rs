@@ -78,7 +78,7 @@ fn decode(batch: &Batch) -> Result<Vec<(Offset, Record)>, MalformedBatch> {
     batch.records()?.collect()
 }
 
-/// A batch with a correct header and any bytes as records, as a faulty or hostile producer sends it.
+/// Returns a batch with a correct header and `records` as its records, as a faulty or hostile producer sends it.
 fn forge(codec: Compression, count: i32, records: &[u8]) -> Batch {
     let mut bytes = build(Compression::None, &[Record::default()], None).header().to_vec();
     bytes[layout::BATCH_LENGTH..][..4].copy_from_slice(&i32::try_from(49 + records.len()).unwrap().to_be_bytes());
@@ -168,7 +168,8 @@ fn batch_prefix_of_any_length_is_rejected() {
     }
 }
 
-/// The CRC is correct, as from a producer whose compressor stopped early.
+/// Each batch has a correct CRC, as from a producer whose compressor stopped early, so only the checks of the records
+/// can detect the truncation.
 #[test]
 fn compressed_records_prefix_of_any_length_is_rejected() {
     for (codec, golden) in GOLDEN {
@@ -370,7 +371,7 @@ fn max_timestamp_is_corrected_from_the_records() {
             let batch = Batch::parse(batch.to_bytes()).unwrap();
             match codec {
                 Compression::None => assert_eq!(batch, correct),
-                // Of compressed records only the first timestamp is known.
+                // Of compressed records only the first timestamp, 5, is known: a lower value is raised to it.
                 _ => assert_eq!(batch.max_timestamp(), stated.max(5), "{codec}"),
             }
         }
@@ -476,7 +477,8 @@ fn batch_with_a_bomb_is_rejected() {
     assert!(matches!(batch.recompress(Compression::None).unwrap_err(), MalformedBatch::Grows { .. }));
 }
 
-/// A few bytes that declare gigabytes, for each codec that declares a length.
+/// A snappy block and two zstd frames of a few bytes that declare gigabytes. They are rejected, and no such buffer is
+/// allocated.
 #[test]
 fn declared_length_is_not_allocated() {
     let snappy = [0xff, 0xff, 0xff, 0xff, 0x0f, 0x00, b'a'];
@@ -540,7 +542,8 @@ fn streams_of_other_encoders_are_readable() {
     );
 }
 
-/// The frame has a wrong content size, a correct header checksum and no content checksum.
+/// The frame has a correct header checksum and no content checksum, so only the comparison with the declared content
+/// size can detect the wrong size.
 #[test]
 fn lz4_frame_with_wrong_content_size_is_rejected() {
     let frame = |size: u64| {
@@ -555,7 +558,8 @@ fn lz4_frame_with_wrong_content_size_is_rejected() {
     }
 }
 
-/// Both functions must agree whether the bytes are well formed, and neither must panic.
+/// Checks that `records` and `verify_records` agree whether a batch is well formed, that `check_first_records` accepts
+/// every well-formed batch, and that none of the three panics.
 fn check_consistency(bytes: Vec<u8>) {
     let Ok(batch) = Batch::parse(bytes.into()) else { return };
     assert_eq!(decode(&batch).map(|_| ()), batch.verify_records());

@@ -51,8 +51,8 @@ pub(super) fn read_i32(input: &mut &[u8]) -> Option<i32> {
     Some(i32::try_from(unzigzag(raw)).expect("32 bits before zigzag are 32 bits after it"))
 }
 
-/// Reads an unsigned number. Returns `None`, and leaves `input` unchanged, if the bytes end first, or if the number has
-/// more than `max_bytes` bytes or exceeds `max_value`.
+/// Reads an unsigned number. Returns `None` if the bytes end first, or if the number has more than `max_bytes` bytes or
+/// exceeds `max_value`; `input` is not usable then.
 fn read(input: &mut &[u8], max_bytes: usize, max_value: u64) -> Option<u64> {
     // Most numbers of a record have one byte.
     if let Some((&byte, rest)) = input.split_first()

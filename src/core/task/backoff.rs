@@ -20,8 +20,8 @@ impl Backoff {
         Self::from_builder(ExponentialBuilder::new(), min, max)
     }
 
-    /// Creates a sequence that adds to each pause a random time, which is shorter than the pause itself. Callers that
-    /// failed together then do not retry together.
+    /// Creates a sequence that adds to each pause a random time, which is shorter than the pause. A pause can thus be
+    /// almost twice `max`. Callers that failed together then do not retry together.
     pub fn with_jitter(min: Duration, max: Duration) -> Self {
         Self::from_builder(ExponentialBuilder::new().with_jitter().with_jitter_seed(random::bits()), min, max)
     }

@@ -2,8 +2,8 @@
 //!
 //! A [`Tasks`] is a set of tasks with one cancellation token. The owner of a set ends it with [`Tasks::stop`], which
 //! cancels the token and joins every task. A long-running task runs each wait through [`Tasks::run_until_cancelled`].
-//! Tasks and threads inherit the tracing span of their parent, so that brokers in one process have log lines of their
-//! own.
+//! Tasks and threads inherit the tracing span of their parent, so that the log lines of each broker in a process can be
+//! distinguished.
 
 use std::future::Future;
 
@@ -44,8 +44,8 @@ impl Tasks {
         }
     }
 
-    /// Creates a set that is cancelled with this set and can be stopped earlier. The owner of the child joins its
-    /// tasks.
+    /// Creates a set that is cancelled with this set and can be stopped earlier. [`Tasks::stop`] of this set does not
+    /// join the child's tasks: the owner of the child does.
     pub fn child(&self) -> Self {
         Self {
             token: self.token.child_token(),
@@ -55,7 +55,8 @@ impl Tasks {
         }
     }
 
-    /// Spawns a future as a task of this set. The name appears in trace logs, to find a task that blocks a shutdown.
+    /// Spawns a future as a task of this set. When the task ends, a trace log line names it. A task without this line
+    /// is the one that blocks a shutdown.
     pub fn spawn<F>(&self, name: &'static str, future: F) -> tokio::task::JoinHandle<F::Output>
     where
         F: Future + Send + 'static,
@@ -174,9 +175,9 @@ fn in_span<T>(function: impl FnOnce() -> T) -> impl FnOnce() -> T {
     move || span.in_scope(function)
 }
 
-/// Runs blocking `work` on this many threads, the caller's thread included, and joins them. `work` receives the number
-/// of its thread, from 0. If the system cannot create all threads, fewer threads run, so `work` must not expect a fixed
-/// number.
+/// Runs blocking `work` on up to `threads` threads, the caller's thread included, and joins them. `work` receives the
+/// number of its thread, from 0. Fewer threads run if the system cannot create all of them, and only the caller's
+/// thread in a simulated process. So `work` must not expect a fixed number.
 ///
 /// # Panics
 /// If `work` panics on a thread.

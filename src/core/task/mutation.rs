@@ -1,11 +1,11 @@
-//! Mutations: rules that a test breaks on purpose, to show that the checks detect it. Compiled in tests and with the
-//! feature `sim` only; otherwise `mutant!` is `false`.
+//! Mutations: a test breaks one rule of the server on purpose, to show that its checks detect the violation. The code
+//! at a rule checks with `mutant!` whether the rule is broken, which is always `false` outside tests and the simulator.
 //!
-//! A mutation is active in one thread. A simulation runs in one thread, and so does a model check.
+//! A mutation is active in one thread: a simulation and a model check each run in one thread.
 
 use std::cell::Cell;
 
-/// A broken rule.
+/// A rule that a test can break. Each variant describes the faulty behaviour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutation {
     /// A leader acknowledges writes before the sync.
@@ -46,7 +46,8 @@ pub enum Mutation {
     AdoptNewerTieredEnd,
     /// A leader serves readers up to the log end.
     ReadUncommitted,
-    /// Acknowledgements of an older leader epoch count, and the followers may continue without a new subscription.
+    /// Acknowledgements of an older leader epoch count, and a leader keeps the subscriptions of its followers in a new
+    /// epoch.
     CountOlderEpochAcks,
     /// An acknowledgement of an older leader epoch counts.
     AcceptOlderLeaderEpochAck,

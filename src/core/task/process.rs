@@ -1,7 +1,8 @@
 //! Simulated broker processes within one operating system process (feature `sim`).
 //!
 //! A [`SimProcess`] has its own wall clock and its own seeded random generator. Killing it drops all its tasks between
-//! two polls, as signal 9 would. Tasks that are spawned by a task of the process belong to the process as well.
+//! two polls, as signal 9 would. A [`Tasks`](super::Tasks) set that is created inside the process spawns all its tasks
+//! there.
 
 use std::{
     cell::RefCell,
@@ -109,13 +110,14 @@ impl SimProcess {
         draw(&mut *self.0.generator.lock())
     }
 
-    /// Sleeps for a random time, as a blocking function would take.
+    /// Sleeps for a random time, which stands for the duration of a blocking function.
     pub(super) async fn simulate_blocking(&self) {
         let us = self.with_generator(|generator| generator.random_range(1..MAX_BLOCKING_US));
         tokio::time::sleep(Duration::from_micros(us)).await;
     }
 
-    /// Adds a task, to abort it when the process is killed.
+    /// Stores the handle of a task, to abort the task when the process is killed. Aborts it at once if the process was
+    /// killed already.
     pub(super) fn add_task(&self, task: AbortHandle) {
         if self.is_killed() {
             return task.abort();
@@ -190,7 +192,7 @@ mod tests {
         tasks.spawn("steps", async move {
             loop {
                 assert_eq!(SimProcess::current().map(|process| process.id()), Some(1));
-                // A task that this task starts belongs to the same process.
+                // The simulated blocking call sleeps in this task, so each iteration takes simulated time.
                 run_blocking(|| ()).await;
                 counted.fetch_add(1, Ordering::Relaxed);
             }

@@ -76,7 +76,7 @@ pub enum SimEvent<'a> {
     Truncated {
         /// The partition.
         partition: PartitionId,
-        /// The epoch of the leader whose log diverged.
+        /// The epoch of the leader with whose log this log diverged.
         epoch: LeaderEpoch,
         /// The log end afterwards.
         to: Offset,
@@ -89,14 +89,14 @@ pub enum SimEvent<'a> {
         at: Offset,
         /// The epoch history below that offset.
         epochs: &'a [(LeaderEpoch, Offset)],
-        /// The producers that are known from below that offset.
+        /// The ids of the producers with state from below that offset.
         producers: &'a [i64],
     },
     /// A follower sent its log position to subscribe.
     LogPositionSent {
         /// The partition.
         partition: PartitionId,
-        /// The leader epoch that it follows.
+        /// The leader epoch that the follower follows.
         epoch: LeaderEpoch,
         /// The persisted end of its log.
         persisted: Offset,
@@ -119,7 +119,7 @@ pub enum SimEvent<'a> {
         epoch: LeaderEpoch,
         /// The follower, which subscribed or must truncate.
         follower: BrokerId,
-        /// The revision of that broker's registration, by its link.
+        /// The broker epoch of the follower, as its link stated it.
         registered: u64,
     },
     /// A leader counted a follower's acknowledgement.
@@ -130,7 +130,7 @@ pub enum SimEvent<'a> {
         epoch: LeaderEpoch,
         /// The follower that acknowledged.
         follower: BrokerId,
-        /// The revision of that broker's registration, by its link.
+        /// The broker epoch of the follower, as its link stated it.
         registered: u64,
         /// The leader epoch in which the follower acknowledged.
         acknowledged: LeaderEpoch,
@@ -211,7 +211,7 @@ pub enum SimEvent<'a> {
         /// The partition.
         partition: PartitionId,
     },
-    /// A journal file holds batches of a log up to an offset.
+    /// An append entry of a log became durable in a journal file.
     EntryJournaled {
         /// The partition.
         partition: PartitionId,
@@ -222,7 +222,7 @@ pub enum SimEvent<'a> {
     },
     /// A journal file may be reused.
     JournalFileFreed {
-        /// The serial number of the file before the reuse.
+        /// The serial number of the file in the use that ends.
         file: u64,
     },
 }

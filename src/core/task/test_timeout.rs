@@ -2,15 +2,17 @@
 
 use std::time::Duration;
 
-/// Maximum wait for a condition, on a busy machine.
+/// Maximum wait for a condition. It is long because a test machine can be busy.
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Waits until `condition` returns true. `description` names the condition in the panic message.
+/// Waits until `condition` returns true. Panics after `TEST_TIMEOUT`; `description` names the condition in the
+/// message.
 pub async fn wait_until(description: &str, condition: impl Fn() -> bool) {
     wait_for(description, async || condition().then_some(())).await;
 }
 
-/// Calls `attempt` until it returns a value. `description` names the value in the panic message.
+/// Calls `attempt` until it returns a value. Panics after `TEST_TIMEOUT`; `description` names the value in the
+/// message.
 pub async fn wait_for<T>(description: &str, attempt: impl AsyncFn() -> Option<T>) -> T {
     let value = async {
         loop {

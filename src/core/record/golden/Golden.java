@@ -1,7 +1,7 @@
-// Writes the batches under kafka/ with Apache Kafka's own client code (4.3.1), so that they owe nothing to ours.
-// The records are those of `golden_records` in ../tests.rs. Run once:
+// Writes the batches under kafka/ with Apache Kafka's own client code (4.3.1), so that they do not depend on
+// Strandline's builder. The records are those of `golden_records` in ../tests.rs. Run once:
 //     java -cp 'LIBS/*' Golden.java kafka
-// The files never change: a later version of Strandline must read them as this one did.
+// The files never change: every later version of Strandline must read them.
 
 import java.nio.ByteBuffer;
 import java.nio.file.*;

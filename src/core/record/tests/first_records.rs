@@ -1,5 +1,5 @@
-//! Tests of the check of compressed records at an append: it accepts all correct batches, and the prefix equals the
-//! decompressed bytes.
+//! Tests of the check of compressed records at an append: it accepts all correct batches, rejects faulty ones, and the
+//! decoded prefix is the beginning of the uncompressed bytes.
 
 use super::*;
 
@@ -10,7 +10,8 @@ fn framed(values: &[Vec<u8>]) -> Bytes {
     build(Compression::None, &records, None).records_bytes().clone()
 }
 
-/// Streams of librdkafka, snappy-java, zstd-jni and gzip of Java, and other streams that the formats allow.
+/// Returns the bytes compressed as librdkafka, snappy-java, zstd-jni and Java's gzip do, and in other forms that the
+/// formats allow.
 fn encode_in_all_forms(uncompressed: &[u8]) -> Vec<(Compression, Vec<u8>)> {
     use lz4_flex::frame::{BlockMode, BlockSize, FrameEncoder, FrameInfo};
     let mut streams: Vec<_> =
@@ -42,7 +43,7 @@ fn first_records_of_valid_batches_are_accepted() {
         let values = [
             vec![b"strandline ".repeat(bytes / 11 + 1)],
             vec![b"line".to_vec(); bytes / 11 + 1],
-            // Blocks of one repeated byte.
+            // One repeated byte, which zstd stores as RLE blocks.
             vec![vec![b'x'; bytes]],
         ];
         for values in values {
@@ -93,7 +94,8 @@ fn first_records_that_cannot_be_decoded_are_rejected() {
     }
 }
 
-/// A streaming encoder declares no length, and a declared length can be wrong. The blocks limit the number of records.
+/// A streaming encoder declares no length, and a declared length can be wrong. The check therefore bounds the number of
+/// records by the lengths of the blocks.
 #[test]
 fn count_above_the_zstd_block_lengths_is_rejected() {
     // Random bytes make a raw block, whose content has its stored length.
