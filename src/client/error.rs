@@ -31,6 +31,10 @@ pub enum ConnectError {
     },
 }
 
+/// Problem text of an address whose host refused the connection. [`root_cause`] writes it, and
+/// [`ConnectError::is_refused`] compares with it.
+const CONNECTION_REFUSED: &str = "connection refused";
+
 impl ConnectError {
     /// Returns the error without the address, for a message that already names it.
     pub fn problem(&self) -> String {
@@ -46,7 +50,7 @@ impl ConnectError {
     pub fn is_refused(&self) -> bool {
         match self {
             Self::NoResponse { tried } => {
-                !tried.is_empty() && tried.iter().all(|(_, problem)| problem == "connection refused")
+                !tried.is_empty() && tried.iter().all(|(_, problem)| problem == CONNECTION_REFUSED)
             }
             _ => false,
         }
@@ -86,7 +90,7 @@ impl CallError {
         }
     }
 
-    /// Returns the broker's error code if a broker returned an error.
+    /// Returns the error code of a [`CallError::Api`]; `None` if no broker could be reached.
     pub fn code(&self) -> Option<ErrorCode> {
         match self {
             Self::Connect(_) => None,
@@ -117,7 +121,7 @@ pub enum SendError {
         /// Number of partitions of the topic.
         partitions: u32,
     },
-    /// The record or batch is larger than the topic allows.
+    /// The record, or the supplied batch, is larger than the topic allows.
     #[error(
         "record of {bytes} bytes is too large for topic {topic:?} with a maximum of {limit} bytes: raise the \
          topic's max.message.bytes, or send smaller records"
@@ -125,7 +129,7 @@ pub enum SendError {
     TooLarge {
         /// Topic name.
         topic: String,
-        /// Size of the record in a batch of its own, in bytes.
+        /// Size in bytes of the supplied batch, or of a batch that holds only the record.
         bytes: usize,
         /// Maximum size in bytes.
         limit: usize,
@@ -158,7 +162,7 @@ pub enum SendError {
         /// Last problem before the timeout.
         status: String,
     },
-    /// The response was lost, and another attempt could append the record twice.
+    /// A response was lost, so the record may have been appended, and another attempt could append it twice.
     #[error(
         "{topic}/{partition}: the response was lost and the batch may have been appended: sending the batch again may \
          duplicate its records"
@@ -210,7 +214,7 @@ pub enum ConsumeError {
         /// Number of partitions of the topic.
         partitions: u32,
     },
-    /// The position is outside the log.
+    /// The position is outside the log, and the consumer's policy is to fail.
     #[error("{topic}/{partition}: offset {offset} is out of range {start}..{end}: seek to an offset in this range")]
     OutOfRange {
         /// Topic name.
@@ -224,7 +228,7 @@ pub enum ConsumeError {
         /// First uncommitted offset.
         end: Offset,
     },
-    /// The broker repeatedly sent invalid batches.
+    /// The leader repeatedly sent bytes that are no valid batch.
     #[error("{topic}/{partition}: the broker sent a corrupt batch at offset {offset}: {source}")]
     Corrupt {
         /// Topic name.
@@ -257,7 +261,7 @@ pub enum ConsumeError {
         /// Error of the batch.
         source: MalformedBatch,
     },
-    /// The broker skipped records.
+    /// The leader repeatedly sent a response that skips records.
     #[error("{topic}/{partition}: the broker sent offset {found} instead of {expected}")]
     Gap {
         /// Topic name.
@@ -320,7 +324,7 @@ pub(super) fn root_cause(error: &(dyn Error + 'static)) -> String {
     }
     if let Some(io) = cause.downcast_ref::<std::io::Error>() {
         match io.kind() {
-            std::io::ErrorKind::ConnectionRefused => return "connection refused".to_owned(),
+            std::io::ErrorKind::ConnectionRefused => return CONNECTION_REFUSED.to_owned(),
             std::io::ErrorKind::TimedOut => return "no response in time".to_owned(),
             _ => {}
         }

@@ -30,13 +30,13 @@ use crate::{
 pub(super) enum FakeResponse {
     /// Appends nothing and returns this error.
     Refuse(ErrorCode),
-    /// Appends, and returns a timeout of the acknowledgement.
+    /// Appends, and returns the error for an acknowledgement that timed out.
     AppendAndTimeOut,
     /// Appends, and breaks the stream before the response.
     AppendAndBreak,
-    /// Breaks the stream.
+    /// Breaks the stream without appending.
     Break,
-    /// Appends, and responds after the next response.
+    /// Appends, and sends the response after that of the next request.
     RespondLate,
     /// Appends and responds.
     Append,
@@ -62,7 +62,7 @@ pub(super) struct FakeState {
     partitions: Vec<FakePartition>,
     next_producer: i64,
     pub(super) script: VecDeque<FakeResponse>,
-    /// Number of fetch responses until the stream breaks; `None` if it does not break.
+    /// Number of fetch responses before the one after which the stream breaks; `None` if no stream breaks.
     pub(super) fetches_until_break: Option<u32>,
     /// Number of fetch responses to corrupt.
     pub(super) corrupt_fetches: u32,
@@ -84,7 +84,7 @@ pub(super) struct FakeState {
     pub(super) lease_expired: bool,
     /// Number of metadata requests received.
     pub(super) metadata_requests: u32,
-    /// Error of every admin call except for metadata.
+    /// Error of every admin call except `get_metadata`.
     pub(super) refusal: ApiError,
 }
 
@@ -228,7 +228,7 @@ impl FakeBroker {
         })
     }
 
-    /// Executes the next action of the script, and returns the action and its result.
+    /// Executes the next action of the script, or `Append` without one, and returns the action and its result.
     fn perform(&self, request: &v1::AppendRequest) -> (FakeResponse, Result<v1::AppendResponse, ApiError>) {
         let action = {
             let mut state = self.state();
@@ -280,7 +280,7 @@ impl FakeBroker {
         }
     }
 
-    /// Returns the next response for a partition; `None` at the end of its log.
+    /// Returns the next response for a partition: an error or one batch; `None` at the end of its log.
     fn fetched(&self, request: &v1::FetchPartition, any_replica: bool) -> Option<v1::FetchedPartition> {
         let mut state = self.state();
         let number = usize::try_from(request.partition).expect("positive");
@@ -309,7 +309,7 @@ impl FakeBroker {
             fetched.error = Some(error.into());
             return Some(fetched);
         }
-        // One batch at a time, with its header in a separate chunk, so that streams are long.
+        // A response has one batch, so that a stream has many responses. The header is a separate chunk.
         let batch = state.partitions[number].batches.iter().find(|batch| batch.end_offset().get() > offset)?.clone();
         let mut records = batch.records_bytes().to_vec();
         if state.corrupt_fetches > 0 {

@@ -113,8 +113,9 @@ struct ClientInner {
     retries: Arc<RetryRegistry>,
 }
 
-/// Response timeout of one broker for a call that another broker could serve as well. Only this timeout detects a
-/// broker whose connection is open but which does not respond: its process is stopped, or its network is partitioned.
+/// Maximum response timeout of one attempt of a call that is then retried, at another broker or after a metadata
+/// refresh. Only this timeout detects a broker whose connection is open but which does not respond: its process is
+/// stopped, or its network is partitioned.
 const FIRST_RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Time without a response after which the next broker is called as well.
@@ -199,7 +200,8 @@ impl Client {
         .await
     }
 
-    /// Returns the routing metadata of a topic as [`Client::topic`] does, but always requests it from a broker first.
+    /// Returns the routing metadata of a topic as [`Client::topic`] does, but refreshes the metadata from a broker
+    /// first.
     ///
     /// # Errors
     /// See [`Client::topic`].
@@ -295,8 +297,8 @@ impl Client {
     }
 
     /// Calls brokers in this order. Returns the first response, or the first error that a broker itself returned. The
-    /// next broker is called as well if a call fails in transport, if the broker does not reach the metadata store, or
-    /// if no call completes within `hedge`.
+    /// next broker is called as well if a call fails in transport, if a broker does not reach the metadata store, or if
+    /// no call completes within `hedge`.
     async fn call_in_order<F, R, T>(&self, order: Vec<BrokerAddress>, hedge: Duration, call: F) -> Result<T, CallError>
     where
         F: Fn(BrokerChannel) -> R,
@@ -364,9 +366,9 @@ impl Client {
         with_timeout(timeout, call(channel)).await.map_err(AttemptError::CallFailed)
     }
 
-    /// Calls any broker for a change. Calls the next broker if no broker received the call, or if the broker does not
-    /// reach the metadata store and has not started the change. A change that a broker may have started is not repeated
-    /// at another broker.
+    /// Calls brokers one after another for a change. The next broker is called only if the last one did not receive the
+    /// call, cannot execute it, or reports that it does not reach the metadata store and has not started the change. A
+    /// change that a broker may have started is not repeated at another broker.
     async fn change_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn(BrokerChannel) -> R,
@@ -410,8 +412,8 @@ impl Client {
         addresses
     }
 
-    /// Repeats a call until it succeeds, fails with an error that is not retryable, or the request timeout has passed.
-    /// The call must be safe to repeat.
+    /// Repeats a call until it succeeds, fails with a final error, or the request timeout has passed. Final are errors
+    /// that are not retryable, and all connection errors. The call must be safe to repeat.
     async fn retried<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn() -> R,

@@ -60,7 +60,7 @@ impl RoutingTable {
         self.snapshot.lock().generation
     }
 
-    /// Returns the topic; `None` if it was not requested. The inner error is the topic's error in the last
+    /// Returns the topic; `None` if the last metadata does not contain it. The inner error is the topic's error in that
     /// metadata.
     pub(super) fn topic(&self, name: &str) -> Option<Result<Arc<TopicRoute>, ApiError>> {
         self.snapshot.lock().topics.get(name).cloned()
@@ -75,7 +75,7 @@ impl RoutingTable {
     }
 
     /// Returns the broker at which a consumer in `rack` reads a partition: an in-sync replica in the rack, else the
-    /// leader. Returns `None` if neither is known.
+    /// leader. Returns `None` if there is neither, or if the metadata has no address of it.
     pub(super) fn read_target(&self, topic: &str, partition: u32, rack: Option<&str>) -> Option<ReadTarget> {
         let snapshot = self.snapshot.lock();
         let topic_route = snapshot.topics.get(topic)?.as_ref().ok()?;
@@ -101,9 +101,9 @@ impl RoutingTable {
         self.snapshot.lock().brokers.iter().find(|(_, endpoint)| endpoint.address == *address).map(|(id, _)| *id)
     }
 
-    /// Applies the leader hint of a broker that does not lead a partition (docs/errors.md). Returns true if the hint is
-    /// newer than the cache; no metadata request is needed then. A hint without a newer epoch is ignored, so that two
-    /// brokers that name each other cannot send a client back and forth.
+    /// Applies the leader hint in the error of a broker that does not lead a partition (docs/errors.md). Returns true
+    /// if the hint had a newer epoch than the cache and was applied; no metadata request is needed then. A hint without
+    /// a newer epoch is ignored, so that two brokers that name each other cannot send a client back and forth.
     pub(super) fn apply_leader_hint(&self, topic: &str, partition: u32, error: &ApiError) -> bool {
         if !matches!(error.code, ErrorCode::NotLeader | ErrorCode::NotReady) {
             return false;
@@ -150,7 +150,8 @@ impl RoutingTable {
 }
 
 impl RoutingSnapshot {
-    /// Replaces the content by that of a response. Keeps leaders of a newer epoch.
+    /// Replaces the content by that of a response. A cached partition with a newer leader epoch than the response is
+    /// kept.
     fn replace(&mut self, response: v1::GetMetadataResponse) -> Result<(), ApiError> {
         let mut brokers = BTreeMap::new();
         for broker in response.brokers {

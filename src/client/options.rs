@@ -14,9 +14,10 @@ pub struct ClientOptions {
     pub connect_timeout: Duration,
     /// Time limit for a call, retries included. Default: 30 seconds.
     pub request_timeout: Duration,
-    /// First pause after a failed attempt; it doubles, with jitter, up to `backoff_max`. Default: 20 ms.
+    /// First pause after a failed attempt, before jitter. Each further pause is twice as long, up to `backoff_max`.
+    /// Default: 20 ms.
     pub backoff_min: Duration,
-    /// Longest pause between attempts. Default: 1 second.
+    /// Maximum pause between attempts, before jitter. Jitter makes each pause up to twice as long. Default: 1 second.
     pub backoff_max: Duration,
     /// Interval of metadata refreshes without a failure. Producers then detect new partitions, and consumers with a
     /// rack detect its in-sync replicas. Default: 1 minute.

@@ -1,8 +1,9 @@
 //! Selection of the replica that a consumer reads. Pure.
 //!
-//! A consumer with a rack reads at the leader if it is in the rack, because the leader has the newest state. Else it
-//! reads at an in-sync follower in the rack (KIP-392). Several followers share the partitions of a topic. All consumers
-//! of the rack read a partition at the same follower, so that later reads find the data in that broker's memory.
+//! A consumer with a rack reads at the leader if the leader is in that rack, because the leader has the newest state.
+//! Else the consumer reads at an in-sync follower in the rack (KIP-392), or at the leader if there is none. Several
+//! followers share the partitions of a topic. All consumers of the rack read a partition at the same follower, so that
+//! later reads find the data in that broker's memory.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 

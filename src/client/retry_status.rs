@@ -56,7 +56,8 @@ impl RetryRegistry {
         RetryReporter { registry: self.clone(), number: entries.next_reporter }
     }
 
-    /// Changes the entries, and shows the oldest problem if the shown entry was removed.
+    /// Changes the entries and publishes the shown problem. The oldest problem becomes the shown one if none was shown,
+    /// or if the shown entry was removed.
     fn change(&self, change: impl FnOnce(&mut BTreeMap<RetryKey, RetryStatus>)) {
         let mut entries = self.entries.lock();
         change(&mut entries.by_key);

@@ -44,8 +44,8 @@ fn numbers(range: std::ops::Range<u32>) -> Vec<String> {
     range.map(|number| number.to_string()).collect()
 }
 
-/// Sends twenty records under a script. All must be in the log once, in order, at the offsets of their
-/// acknowledgements.
+/// Checks that twenty records, sent while the fake broker fails by `actions`, are each in the log once, in order, and
+/// at the offset of their acknowledgement.
 async fn check_records_appended_once(actions: &[FakeResponse]) {
     let fake = FakeBroker::start(1).await;
     let producer = client(&fake).await.producer(one_by_one()).await.expect("an id");
@@ -71,7 +71,8 @@ async fn retries_keep_order_without_duplicates() {
         &[Append, AppendAndBreak],
         &[AppendAndBreak, AppendAndBreak, Break, AppendAndBreak],
         &[Append, Append, AppendAndTimeOut, Break, Refuse(ErrorCode::DiskFull), AppendAndBreak],
-        // The broker has lost the producer's state: nothing was appended, so a new producer id is safe.
+        // The broker reports that it has no state of the producer. It did not append the refused batch, so the batch is
+        // sent again under a new producer id.
         &[Append, Append, Refuse(ErrorCode::UnknownProducer)],
         &[Refuse(ErrorCode::OutOfOrderSequence)],
     ] {
@@ -163,8 +164,8 @@ async fn full_memory_sends_lingering_batches() {
     assert!((5..=20).contains(&batches), "{batches} batches");
 }
 
-/// Regression: a batch that is sent at once is never full. Keyless records changed partitions only with a full batch,
-/// so they never did.
+/// Regression: the sticky partition of keyless records changed only when a batch was full. Without a linger, a batch is
+/// sent before it is full, so all records went to one partition.
 #[tokio::test]
 async fn keyless_records_sent_singly_reach_every_partition() {
     let fake = FakeBroker::start(4).await;
@@ -179,8 +180,8 @@ async fn keyless_records_sent_singly_reach_every_partition() {
     producer.close().await.expect("all acknowledged");
 }
 
-/// Regression: a stream carries 256 batches at a time. A producer checked every waiting partition at each response, so
-/// a thousand partitions cost a thousand checks per batch. Each partition must wait once.
+/// Partitions beyond the 256 batches that a stream carries at a time wait in a list of the stream, each once, and all
+/// are sent. Regression: the producer checked every waiting partition at each response.
 #[tokio::test]
 async fn partitions_above_the_stream_window_are_all_sent() {
     let fake = FakeBroker::start(600).await;
@@ -203,7 +204,8 @@ async fn partitions_above_the_stream_window_are_all_sent() {
 async fn refused_record_expires_with_its_last_problem() {
     let fake = FakeBroker::start(1).await;
     let options = ProducerOptions { delivery_timeout: Duration::from_millis(300), ..one_by_one() };
-    // With the default of one second, the pause after the last refusal may exceed the timeout of the second record.
+    // With the default maximum of one second, the pause after the last refusal may exceed the delivery timeout of the
+    // second record.
     let short_pauses = ClientOptions { backoff_max: Duration::from_millis(20), ..ClientOptions::default() };
     let client = Client::connect(&fake.address.to_string(), short_pauses).await.expect("the fake broker responds");
     let producer = client.producer(options).await.expect("an id");
@@ -211,7 +213,7 @@ async fn refused_record_expires_with_its_last_problem() {
     let error = producer.send("t", NewRecord::value(b"x")).await.expect("queued").await.expect_err("refused");
     assert!(matches!(error, SendError::Expired { maybe_appended: false, .. }), "{error}");
     assert!(error.to_string().contains("refused as scripted"), "{error}");
-    // The sequence has no gap afterwards.
+    // The expired record leaves no gap in the sequence: the next record is accepted.
     fake.state().script.clear();
     let ack = producer.send("t", NewRecord::value(b"y")).await.expect("queued").await.expect("accepted");
     assert_eq!(ack.offset, Offset::new(0));
@@ -350,7 +352,8 @@ fn contains(text: impl Into<String>) -> impl Fn(Option<&RetryStatus>) -> bool {
     move |status| status.is_some_and(|status| status.problem.contains(&text))
 }
 
-/// Regression, found by a user: a problem was not reported for two minutes although its cause was known.
+/// Regression, found by a user: the retry status showed nothing until the delivery timeout of two minutes, although
+/// each attempt had an error.
 #[tokio::test]
 async fn producer_shows_retry_status_until_success() {
     let fake = FakeBroker::start(1).await;
@@ -392,7 +395,8 @@ async fn unresponsive_broker_is_reported_before_expiry() {
     assert!(shown.problem.contains(&address) && shown.problem.contains("object store"), "{shown:?}");
 }
 
-/// The broker advertises an address that no client can reach. The address is known, so the retry status must name it.
+/// The broker advertises an address that no client can reach. The retry status of producers, consumers and calls must
+/// name this address and the broker that advertises it.
 #[tokio::test]
 async fn unreachable_leader_is_named_in_every_retry_status() {
     let fake = FakeBroker::start(1).await;
@@ -435,7 +439,7 @@ async fn consumer_shows_retry_status_until_records_arrive() {
     status(&client, |status| status.is_none()).await;
 }
 
-/// At the end of a log no record arrives that would clear the problem.
+/// At the end of a log no record arrives that would clear the problem: a stream that stays open clears it.
 #[tokio::test]
 async fn leader_recovery_at_log_end_clears_the_retry_status() {
     let (fake, client) = filled(1).await;
@@ -448,7 +452,8 @@ async fn leader_recovery_at_log_end_clears_the_retry_status() {
     drop(consumer);
 }
 
-/// Regression, found by a user: a first address with another server's port hid the valid second address.
+/// Regression, found by a user: if another server listened at the first bootstrap address, the client failed without
+/// trying the other addresses.
 #[tokio::test]
 async fn every_bootstrap_address_is_tried_and_named() {
     let fake = FakeBroker::start(1).await;
@@ -502,8 +507,8 @@ async fn refused_address_fails_at_once() {
     assert_eq!(error.to_string(), format!("no broker responds at {address}: connection refused"));
 }
 
-/// Regression: a host that disappears breaks no connection. Its producers waited until the connection's pings timed
-/// out.
+/// Regression: a host that disappears breaks no connection. Producers of its partitions moved to the new leader only
+/// after the pings of the connection had timed out.
 #[tokio::test]
 async fn unresponsive_leader_is_left_for_the_new_leader() {
     let (old, new) = (FakeBroker::start(1).await, FakeBroker::start(1).await);
@@ -516,8 +521,8 @@ async fn unresponsive_leader_is_left_for_the_new_leader() {
     assert_eq!(new.values(0), numbers(0..3));
 }
 
-/// Regression: with many batches in flight to the leader, further batches waited for capacity in the stream,
-/// without end.
+/// Regression: with a full stream to an unresponsive leader, queues that waited for capacity in the stream never moved
+/// to the new leader.
 #[tokio::test]
 async fn waiting_queues_leave_an_unresponsive_leader() {
     let (old, new) = (FakeBroker::start(40).await, FakeBroker::start(40).await);
@@ -534,8 +539,8 @@ async fn waiting_queues_leave_an_unresponsive_leader() {
     assert!((0..40).all(|partition| new.batches(partition) == 16));
 }
 
-/// Regression: queues with batches in flight had moved, and no metadata was requested for queues that only waited for
-/// capacity.
+/// Regression: no metadata was requested for queues that wait for capacity in the stream of an unresponsive leader,
+/// once the queues with batches in flight had moved to a new leader.
 #[tokio::test]
 async fn queues_that_only_wait_refresh_metadata() {
     let (old, new) = (FakeBroker::start(40).await, FakeBroker::start(40).await);
@@ -568,7 +573,7 @@ async fn queues_that_only_wait_refresh_metadata() {
 }
 
 /// Regression: a leader that is partitioned from the other brokers, but not from its clients, names itself as the
-/// leader. A client that sent all its metadata requests to it stayed there until the partition ended.
+/// leader. A client that preferred this broker for metadata requests sent to it until the partition ended.
 #[tokio::test]
 async fn unresponsive_leader_is_last_source_of_metadata() {
     let (old, new) = (FakeBroker::start(1).await, FakeBroker::start(1).await);
@@ -582,7 +587,8 @@ async fn unresponsive_leader_is_last_source_of_metadata() {
     assert_eq!((old.values(0), new.values(0)), (numbers(0..3), numbers(0..3)), "sent again to the new leader");
 }
 
-/// A call that any broker can serve does not wait for an unresponsive broker.
+/// A call that any broker can serve is sent to the next broker after the hedge delay, and does not wait for an
+/// unresponsive one.
 #[tokio::test]
 async fn unresponsive_broker_is_bypassed_by_another() {
     let unresponsive = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");

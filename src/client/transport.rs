@@ -36,6 +36,9 @@ const PING_INTERVAL: Duration = Duration::from_secs(3);
 /// Ping interval and time limit between brokers: a broker without data for twice this time is disconnected.
 const BROKER_PING_INTERVAL: Duration = Duration::from_secs(2);
 
+/// Display text of tonic's error for a connection that could not be made or that broke.
+const TRANSPORT_ERROR: &str = "transport error";
+
 /// Error of a call without a response. A [`Status`] in it, or in its sources, is the outcome of the call. A [`NotSent`]
 /// means that the broker never received the call.
 pub type TransportError = Box<dyn Error + Send + Sync>;
@@ -118,7 +121,7 @@ pub fn unsent(status: &Status) -> Option<String> {
         return Some(unsent.to_string());
     }
     let error = source.downcast_ref::<tonic::transport::Error>()?;
-    (error.to_string() == "transport error" && is_refused(error)).then(|| root_cause(error))
+    (error.to_string() == TRANSPORT_ERROR && is_refused(error)).then(|| root_cause(error))
 }
 
 /// Returns true if a refused connection is among the causes of an error.
@@ -146,7 +149,7 @@ impl TcpConnector {
         Self { connect_timeout, ping: PING_INTERVAL }
     }
 
-    /// Creates a factory for calls between brokers, which detects a broker that does not respond sooner.
+    /// Creates a factory for calls between brokers. Its shorter ping interval detects an unresponsive broker sooner.
     pub fn between_brokers(connect_timeout: Duration) -> Self {
         Self { connect_timeout, ping: BROKER_PING_INTERVAL }
     }

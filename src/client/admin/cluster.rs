@@ -1,6 +1,7 @@
 //! Description of the cluster, and admin operations on it.
 //!
-//! An operation is complete when it is stored in the metadata store; the controller then moves the replicas.
+//! The call for a drain or a reassignment returns once the operation is stored in the metadata store. The controller
+//! then moves the replicas.
 
 use std::{ops::Range, time::Duration};
 
@@ -78,7 +79,7 @@ pub struct BrokerDescription {
     pub disk_pressure: bool,
     /// True if the disk is full: a write found no space, and other brokers take over every leadership that they can.
     pub disk_full: bool,
-    /// Maximum number of replicas placed on the broker (`broker.max_replicas`).
+    /// Maximum number of replicas placed on the broker (`broker.max_replicas`); `None` if there is no limit.
     pub max_replicas: Option<u32>,
     /// Start of the drain in milliseconds since 1970; `None` if the broker is not draining.
     pub draining_since_ms: Option<i64>,
@@ -180,13 +181,14 @@ pub struct ElectionResult {
     pub leader: BrokerId,
     /// Leader epoch after the election; for a dry run, the current epoch.
     pub leader_epoch: LeaderEpoch,
-    /// False if the broker already led.
+    /// True if the call changed the leader; false in a dry run, or if the broker already led.
     pub changed: bool,
     /// Revision of the partition's value to which the result refers.
     pub revision: u64,
     /// Log state that each replica reports; only for an unclean election.
     pub replicas: Vec<ReplicaDescription>,
     /// Offsets that are known to be committed and that the elected leader does not have; only for an unclean election.
+    /// Empty with `discard_local`, because the lost offsets are then unknown.
     pub lost: Range<Offset>,
     /// True if the leader's log is unusable and is deleted, so that the partition continues at the tiered end; only for
     /// an unclean election.
@@ -235,7 +237,8 @@ impl Admin {
         })
     }
 
-    /// Starts a drain: the broker's leaderships and replicas move to other brokers, and it gets no new replicas.
+    /// Starts a drain, or returns the progress of a running one: the broker's leaderships and replicas move to other
+    /// brokers, and it gets no new replicas.
     ///
     /// # Errors
     /// The cluster has no such broker.
@@ -264,8 +267,8 @@ impl Admin {
         Ok(self.client.change_any(call).await?.changed)
     }
 
-    /// Moves a partition to the brokers `replicas`, the preferred leader first. Without `partition` it moves all
-    /// partitions of the topic; partition N gets the list rotated by N.
+    /// Starts to move a partition to the brokers `replicas`, the preferred leader first. Without `partition` all
+    /// partitions of the topic move; partition N gets the list rotated by N.
     ///
     /// # Errors
     /// The topic, the partition or a broker is unknown, a broker is named twice, or their number is not the replication
@@ -304,7 +307,8 @@ impl Admin {
         response.partitions.into_iter().map(reassignment).collect()
     }
 
-    /// Restores the replicas from before a reassignment: of all topics, of one topic, or of one partition.
+    /// Cancels reassignments of all topics, of one topic, or of one partition, and restores the replicas from before
+    /// each.
     ///
     /// # Errors
     /// The topic or partition is unknown, no reassignment is in progress there, or only added replicas are in sync.

@@ -10,23 +10,23 @@ use crate::{connection::admin_client, error::CallError, model::Offset, proto::v1
 pub struct ManifestRebuild {
     /// Name of the missing or corrupt object: the manifest or a manifest page.
     pub lost: String,
-    /// Offsets in the object store at the last tier commit.
+    /// Range of all offsets in the object store, as of the last tier commit.
     pub range: Range<Offset>,
-    /// Bytes of batches at the last tier commit.
+    /// Bytes of all batches in the object store, as of the last tier commit.
     pub committed_bytes: u64,
-    /// Log start with the remaining segments.
+    /// Log start after the rebuild, which keeps only the remaining segments.
     pub log_start: Offset,
-    /// Number of remaining segments without a gap up to the tiered end.
+    /// Number of remaining segments: segment objects that cover the offsets up to the tiered end without a gap.
     pub segments: u32,
     /// Bytes of batches in the remaining segments.
     pub bytes: u64,
     /// Reason for which the remains cannot be verified against the committed state; `None` if they match.
     pub obstacle: Option<String>,
-    /// Offset ranges that no object covers.
+    /// Parts of `range` that no usable segment object covers.
     pub missing: Vec<Range<Offset>>,
     /// Names of objects that cannot be used.
     pub unusable: Vec<String>,
-    /// Number of segment objects that are not used.
+    /// Number of usable segment objects that the rebuild leaves out.
     pub left_over: u32,
     /// Identifier of this survey's result, which [`Admin::rebuild_manifest`] repeats.
     pub plan: String,
@@ -56,7 +56,7 @@ impl Admin {
         self.rebuild(topic, partition, Some(survey.plan.clone())).await
     }
 
-    /// Sends the request: a survey without a plan, else the rebuild of that plan.
+    /// Sends the request: a survey if `plan` is `None`, else the rebuild that the survey with this plan described.
     async fn rebuild(&self, topic: &str, partition: u32, plan: Option<String>) -> Result<ManifestRebuild, CallError> {
         let partition = i32::try_from(partition).unwrap_or(i32::MAX);
         let call = |channel| {

@@ -141,7 +141,7 @@ pub struct TopicSummary {
 /// Full description of one topic.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TopicDescription {
-    /// Entry of the topic in a list.
+    /// Summary of the topic, as [`Admin::list_topics`] returns it.
     pub summary: TopicSummary,
     /// Every configuration key with its effective value.
     pub effective_config: ConfigMap,
@@ -370,8 +370,9 @@ impl Admin {
             .await
     }
 
-    /// Returns true if another broker leads in a newer epoch than the leader that returned `queried`. Refreshes the
-    /// metadata from other brokers only if that leader reports an expired lease.
+    /// Returns true if another broker leads in a newer epoch than the leader that returned `queried`. If that leader
+    /// reports no expired lease, returns false at once. Otherwise refreshes the metadata first, and calls that leader
+    /// last for it.
     async fn has_newer_leader(
         &self,
         topic: &str,
@@ -386,7 +387,7 @@ impl Admin {
         leader.is_some_and(|leader| leader.address != *expired && leader.epoch > queried.epoch)
     }
 
-    /// Queries the leader of a partition once, by the cached metadata.
+    /// Queries the broker that leads a partition according to the cached metadata, once.
     async fn query_leader_of(
         &self,
         topic: &str,
@@ -435,9 +436,9 @@ impl Admin {
 /// Offset that a leader returned.
 struct LeaderOffset {
     offset: Offset,
-    /// Newest leader epoch that the client had when it called.
+    /// Leader epoch of the partition in the client's metadata at the call.
     epoch: LeaderEpoch,
-    /// Address of the leader if it reports that its lease expired.
+    /// Address of the leader if it reports that its lease expired; always `None` for a query of the log start.
     lease_expired: Option<BrokerAddress>,
 }
 

@@ -1,5 +1,6 @@
-//! The consumer's task. It owns all positions and all streams. Its loop waits for a command, a metadata refresh, a
-//! timer, capacity in the consumer's queue or a response, and calls one method for each. It decodes no records.
+//! The consumer's task. It owns all positions and all streams. Its loop waits for a command, the end of a metadata
+//! refresh, a timer, capacity in the consumer's queue or an event of a stream, and calls one method for each. It
+//! decodes no records.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -34,8 +35,8 @@ use crate::{
 /// Interval of metadata refreshes while a broker that serves this consumer reports an expired lease.
 const LEASE_REFRESH_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Number of attempts to read corrupt bytes before the consumer gets an error. Corruption in transport may not recur;
-/// corruption on disk stays.
+/// Number of invalid responses in a row from the leader after which the consumer gets an error. Corruption in transport
+/// may not recur; corruption on disk stays.
 const MAX_CORRUPT_READS: u32 = 3;
 
 /// Command of the handle to the task.
@@ -63,7 +64,7 @@ pub(super) struct ConsumerDriver {
     refreshing: bool,
     refreshed: mpsc::Receiver<Result<(), CallError>>,
     refresh_done: mpsc::Sender<Result<(), CallError>>,
-    /// Backoff; present while metadata refreshes fail or do not name all leaders.
+    /// Backoff of metadata refreshes; present while they fail or do not name all leaders.
     metadata_backoff: Option<Backoff>,
     /// Time of the last successful metadata refresh.
     refreshed_at: Instant,
@@ -98,7 +99,7 @@ impl ConsumerDriver {
         }
     }
 
-    /// Runs until the set of tasks is cancelled or the consumer is dropped.
+    /// Runs until the set of tasks is cancelled, as when the consumer is dropped or closed.
     pub(super) async fn run(mut self, mut commands: mpsc::Receiver<ConsumerCommand>) {
         let tasks = self.tasks.clone();
         let output = self.output.clone();
@@ -143,8 +144,8 @@ impl ConsumerDriver {
         }
     }
 
-    /// Removes a partition. Its stream ends too, because data in flight there belongs to the old position. The other
-    /// partitions of the stream continue on the next stream.
+    /// Removes a partition. Its stream, if it has one, is closed too, because data in flight there belongs to the old
+    /// position. The other partitions of that stream get a new stream at the next assignment.
     fn drop_partition(&mut self, topic: &str, partition: u32) -> Option<PartitionFetchState> {
         let removed = self.partitions.remove(topic, partition)?;
         self.retries.clear(removed.generation);
@@ -167,7 +168,8 @@ impl ConsumerDriver {
         self.assign_at = Some(self.assign_at.map_or(at, |scheduled| scheduled.min(at)));
     }
 
-    /// Gives every readable partition a stream to its broker. A broker's stream is reopened to add partitions.
+    /// Gives every readable partition a stream to its read target, and checks which other work is due. A stream has one
+    /// request, so all streams to a broker are reopened to add a partition.
     fn assign_streams(&mut self) {
         self.assign_at = None;
         let now = clock::monotonic();
@@ -211,8 +213,8 @@ impl ConsumerDriver {
         free.filter_map(|(topic, number, state)| Some((topic, number, self.read_target(topic, number, state)?)))
     }
 
-    /// Replaces the streams to this broker by as few as possible. Together they cover all partitions that are or should
-    /// be read from it, with at most `MAX_FETCH_PARTITIONS` on each.
+    /// Replaces the streams to this broker by as few as possible. The new streams cover all partitions whose read
+    /// target it is, with at most `MAX_FETCH_PARTITIONS` on each.
     fn reopen_streams(&mut self, address: &BrokerAddress, now: Instant) {
         for number in self.streams.numbers_to(address) {
             self.drop_stream(number);
@@ -264,7 +266,8 @@ impl ConsumerDriver {
         }
     }
 
-    /// Handles an accepted request. Problems with leaders are cleared once the stream has stayed open.
+    /// Handles the broker's acceptance of a stream. Schedules the check that clears problems with the leader, if the
+    /// stream is still open after `STABLE_AFTER`.
     fn on_opened(&mut self, number: u64) {
         let now = clock::monotonic();
         let mut has_problem = false;
@@ -332,15 +335,15 @@ impl ConsumerDriver {
         }
     }
 
-    /// Handles a response without valid batches. Reopens the stream at the position; after `MAX_CORRUPT_READS`
-    /// attempts the consumer gets the error.
+    /// Handles the part of a response that is no valid batch, or a gap before a batch. Reopens the stream at the
+    /// position. After `MAX_CORRUPT_READS` such responses of the leader in a row, the consumer gets the error.
     fn on_invalid_response(&mut self, stream: u64, topic: &Arc<str>, partition: u32, invalid: InvalidResponse) {
         self.drop_stream(stream);
         let now = clock::monotonic();
         self.schedule_assignment(now);
         let Some(state) = self.partitions.get_mut(topic, partition) else { return };
         if state.is_follower {
-            // The leader has another copy.
+            // The leader has another copy, so the response of a follower does not count.
             state.follower_backoff.leave_follower(now);
         } else {
             state.corrupt_reads += 1;
@@ -357,8 +360,8 @@ impl ConsumerDriver {
         self.fail(topic, partition, error);
     }
 
-    /// Handles a broker's error for one partition: reads at the leader after any error of a follower, retries, resets
-    /// the position, or stops the partition.
+    /// Handles a broker's error for one partition. After any error of a follower, the partition is read at the leader.
+    /// After an error of the leader, the read is retried, the position is reset, or the partition fails.
     fn on_partition_error(&mut self, topic: &Arc<str>, partition: u32, error: ApiError) {
         let Some(state) = self.partitions.get_mut(topic, partition) else { return };
         if state.is_follower {
@@ -421,7 +424,7 @@ impl ConsumerDriver {
     /// Shows a partition's problem in the retry status.
     fn report_problem(&mut self, topic: &str, partition: u32, problem: FetchProblem, message: &str) {
         let Some(state) = self.partitions.get_mut(topic, partition) else { return };
-        // If records cannot be read, a reachable leader does not clear the problem.
+        // A problem with reading records stays, because a reachable leader does not solve it.
         if state.problem != Some(FetchProblem::Records) {
             state.problem = Some(problem);
         }
@@ -453,7 +456,8 @@ impl ConsumerDriver {
         state.is_some_and(|state| self.read_target(topic, partition, state).is_none())
     }
 
-    /// Starts a metadata refresh unless one is running. Brokers with an expired lease are called last.
+    /// Starts a metadata refresh unless one is running. It waits for the backoff pause, if there is one, and calls
+    /// brokers with an expired lease last.
     fn refresh_metadata(&mut self) {
         if std::mem::replace(&mut self.refreshing, true) {
             return;
@@ -536,15 +540,17 @@ impl ConsumerDriver {
         Some(now + LEASE_REFRESH_INTERVAL)
     }
 
-    /// Leaves brokers with an expired lease if new metadata names another broker in a newer epoch.
+    /// Ends the streams of brokers with an expired lease if new metadata names another broker in a newer epoch for one
+    /// of their partitions.
     fn leave_expired_leaders(&mut self) {
         self.move_partitions(|driver, stream, state, target| {
             driver.streams.is_lease_expired(stream) && target.epoch > state.epoch()
         });
     }
 
-    /// Refreshes metadata that is too old or precedes the end of a stay at a leader, and moves partitions to the
-    /// replicas that should serve them. Returns the time of the next check.
+    /// For a consumer with a rack: refreshes metadata that is older than `metadata_age` or precedes the end of a
+    /// partition's stay at its leader, and moves partitions to the replicas that should serve them. Returns the time of
+    /// the next check; `None` without a rack.
     fn check_read_replicas(&mut self, now: Instant) -> Option<Instant> {
         self.options.rack.as_ref()?;
         let stay_ends = self.partitions.iter().filter(|(.., state)| !state.failed);
@@ -558,8 +564,8 @@ impl ConsumerDriver {
         later.into_iter().min()
     }
 
-    /// Ends each stream with a partition that another broker should serve, if `is_outdated` returns true for the
-    /// stream, the state and the target of the partition. All partitions of these streams get new streams.
+    /// Ends each stream with a partition whose read target is another broker, if `is_outdated` returns true for the
+    /// stream, state and read target of that partition. The caller schedules the assignment of new streams.
     fn move_partitions(&mut self, is_outdated: impl Fn(&Self, u64, &PartitionFetchState, &ReadTarget) -> bool) {
         let mut outdated = BTreeSet::new();
         for (topic, partition, state) in self.partitions.iter().filter(|(.., state)| !state.failed) {
@@ -572,7 +578,8 @@ impl ConsumerDriver {
         outdated.into_iter().for_each(|stream| self.drop_stream(stream));
     }
 
-    /// Clears problems with leaders whose streams stayed open. Returns the time of the next check.
+    /// Clears problems with leaders whose streams have been open for `STABLE_AFTER`. Returns the time at which the next
+    /// one can be cleared.
     fn clear_stable_problems(&mut self, now: Instant) -> Option<Instant> {
         let mut next_check = None;
         for state in self.partitions.iter_mut().filter(|state| !state.failed && state.stream.is_some()) {

@@ -14,13 +14,14 @@ use crate::{
 };
 
 /// Time for which a stream must be open before a problem with the leader is cleared. At the end of a log no record
-/// arrives that would clear it.
+/// arrives that would clear the problem earlier.
 pub(super) const STABLE_AFTER: Duration = Duration::from_secs(2);
 
 /// Problem that blocks a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FetchProblem {
-    /// The leader is unreachable or does not lead the partition. Cleared when a stream stays open.
+    /// The leader is unreachable or does not lead the partition. Cleared when a stream was open for `STABLE_AFTER`, or
+    /// when records arrive.
     Leader,
     /// The records cannot be read. Cleared when records arrive.
     Records,
@@ -39,28 +40,28 @@ pub(super) struct PartitionFetchState {
     pub(super) follower_backoff: FollowerBackoff,
     /// Id of the topic that is read: the position is invalid in another topic of the same name.
     pub(super) topic: TopicId,
-    /// True once a broker rejected the topic id. The broker's metadata may be older than the client's, so the read is
-    /// repeated once.
+    /// True if a broker rejected the topic id and no batch arrived since. The broker's metadata may be older than the
+    /// client's, so the first rejection is retried.
     pub(super) mismatched: bool,
     /// Newest leader epoch from metadata or from a response.
     leader_epoch: LeaderEpoch,
-    /// True if the partition failed and waits for a seek.
+    /// True if the partition failed: it is not read until it is assigned again, as by a seek.
     pub(super) failed: bool,
     /// Backoff between failed reads; `None` after batches were read.
     pub(super) backoff: Option<Backoff>,
     /// Time before which the partition gets no stream.
     pub(super) not_before: Option<Instant>,
-    /// Number of invalid responses in a row.
+    /// Number of invalid responses of the leader in a row.
     pub(super) corrupt_reads: u32,
     /// Problem that is shown in the retry status.
     pub(super) problem: Option<FetchProblem>,
-    /// Time since which the stream is open.
+    /// Time at which the broker accepted the stream; `None` before.
     pub(super) open_since: Option<Instant>,
 }
 
 impl PartitionFetchState {
-    /// Creates the state of a partition that is read from `position` on. The follower state and, for the same topic id,
-    /// the leader epoch of an earlier assignment remain valid.
+    /// Creates the state of a partition that is read from `position` on. The backoff from followers and, for the same
+    /// topic id, the leader epoch are taken from an earlier assignment of the partition, if there is one.
     pub(super) fn new(generation: u64, topic: TopicId, position: Offset, now: Instant, earlier: Option<Self>) -> Self {
         let leader_epoch =
             earlier.as_ref().filter(|earlier| earlier.topic == topic).map(|earlier| earlier.leader_epoch);
@@ -92,8 +93,8 @@ impl PartitionFetchState {
         (self.position.as_i64(), self.leader_epoch.as_i32())
     }
 
-    /// Returns true for the first rejection of the topic id, after which the read is repeated: the metadata of the
-    /// broker may be old.
+    /// Records a rejection of the topic id. Returns true for the first one, after which the read is repeated: the
+    /// metadata of the broker may be old.
     pub(super) fn retries_mismatch(&mut self) -> bool {
         !std::mem::replace(&mut self.mismatched, true)
     }
@@ -109,8 +110,8 @@ impl PartitionFetchState {
         self.open_since = None;
     }
 
-    /// Stores the role and the leader epoch of the broker that responded. Returns true if the epoch is newer than the
-    /// epoch before.
+    /// Stores the role and the leader epoch that the response states. Returns true if this epoch is newer than the
+    /// stored one.
     pub(super) fn on_response(&mut self, fetched: &v1::FetchedPartition) -> bool {
         self.is_follower = fetched.from_follower;
         let epoch = LeaderEpoch::from_i32(fetched.leader_epoch).filter(|epoch| *epoch > self.leader_epoch);
@@ -170,17 +171,18 @@ impl FetchStates {
     }
 }
 
-/// Error of a response.
+/// Error in the batches of a response.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum InvalidResponse {
     /// The bytes are no complete batches.
     Malformed(MalformedBatch),
-    /// Records are missing before this offset.
+    /// A batch starts at this offset, and records before it are missing.
     Gap(Offset),
 }
 
-/// Verifies the chunks of a response. Returns the batches with records at or above `position`, each with the position
-/// at which its records start. Also returns the new position, and the error if the scan ended early.
+/// Verifies the chunks of a response. Returns the batches with records at or above `position`, each with the first
+/// offset that the consumer needs of it. Also returns the position after them, and the error at which the verification
+/// stopped.
 pub(super) fn advance(
     mut position: Offset,
     chunks: Vec<Bytes>,

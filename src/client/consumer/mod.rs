@@ -10,17 +10,17 @@
 //! # Racks
 //!
 //! A partition is read at its leader. If the consumer names its [rack](ConsumerOptions::rack), the partition is read at
-//! an in-sync replica in that rack if there is one (`replica_selector`). The leader has the newest state, so a problem
-//! with a follower moves the partition to its leader at once (`read_replica`): an error that the follower returns,
-//! or a broken stream. Metadata later decides where the partition is read: after a first stay of five seconds, and
-//! every [`metadata_age`](super::ClientOptions::metadata_age).
+//! an in-sync replica in that rack if there is one (`replica_selector`). The leader has the newest state, so an error
+//! or a broken stream of a follower moves the partition to its leader at once (`read_replica`). The first such stay at
+//! the leader lasts five seconds. After a stay, and every [`metadata_age`](super::ClientOptions::metadata_age), new
+//! metadata decides where the partition is read.
 //!
-//! A follower that is behind does not serve reads: it ends its reads when it loses its leader or leaves the ISR. If its
-//! lease expires, the consumer refreshes metadata from other brokers.
+//! A follower serves reads only while it is in sync: it ends them when it loses its leader or leaves the ISR. If the
+//! lease of a serving broker expires, the consumer refreshes metadata from other brokers.
 //!
 //! An out-of-range error is accepted only from a leader. Each request carries the newest leader epoch from metadata or
-//! from a response. A deposed leader that does not have this epoch yet refuses the request. Without the refusal it
-//! could report a position above its log end as out of range.
+//! from a response. A deposed leader without this epoch refuses the request; otherwise it could report a position above
+//! its own log end as out of range.
 //!
 //! # Invariants
 //!
@@ -28,8 +28,8 @@
 //!   reopened at the position after the last batch in the queue.
 //! - A batch that was fetched before a seek is never returned after it: batches carry the generation of their
 //!   assignment.
-//! - The consumer holds at most one response of about `max_bytes`, `queue` more batches, and a stream window per
-//!   broker.
+//! - The consumer holds at most one response of about `max_bytes`, `queue` further batches, and the unread bytes of one
+//!   stream window per stream.
 //!
 //! # Shutdown
 //!
@@ -140,14 +140,14 @@ pub struct ConsumedBatch {
     pub partition: u32,
     /// The batch. Its first records may lie below `from`.
     pub batch: Batch,
-    /// Position of the consumer; records below it were not requested.
+    /// Position of the consumer before this batch. Records of the batch below it are not for the caller.
     pub from: Offset,
     /// High watermark of the partition when the batch was sent.
     pub high_watermark: Offset,
 }
 
 impl ConsumedBatch {
-    /// Returns the records of the batch from the position on.
+    /// Returns the records of the batch from the offset `from` on.
     ///
     /// # Errors
     /// The batch cannot be decompressed. Errors of the iterator describe the malformed record.
@@ -182,9 +182,10 @@ enum ConsumerEvent {
 /// Partition that is assigned to the consumer.
 #[derive(Debug)]
 struct AssignedPartition {
-    /// Number of the assignment. Events of earlier assignments are dropped.
+    /// Number of the assignment of this partition. Its events of earlier assignments are dropped.
     generation: u64,
-    /// Offset of the next record, except while the current batch is of this partition.
+    /// Offset of the next record. While the current batch is of this partition, [`CurrentBatch::position`] is that
+    /// offset.
     position: Offset,
 }
 
@@ -329,9 +330,9 @@ impl Consumer {
     /// record.
     ///
     /// # Errors
-    /// A partition cannot be read further. It keeps its position until it is assigned or sought again; the next call
-    /// continues with the other partitions. With [`OnUndecodable::Skip`] a batch that cannot be decoded is such an
-    /// error too, and the partition continues after the batch.
+    /// A partition cannot be read further. It keeps its position until it is assigned or sought again, and the next
+    /// call continues with the other partitions. With [`OnUndecodable::Skip`], a batch that cannot be decoded is an
+    /// error as well, but its partition continues after the batch.
     pub async fn next(&mut self) -> Result<ConsumedRecord, ConsumeError> {
         loop {
             if let Some(record) = self.next_in_batch()? {
@@ -379,7 +380,7 @@ impl Consumer {
         self.tasks.stop().await;
     }
 
-    /// Starts to return the records of a batch.
+    /// Makes a batch the current one, whose records are returned next. Fails if the batch cannot be decompressed.
     fn start_batch(&mut self, batch: ConsumedBatch) -> Result<(), ConsumeError> {
         let ConsumedBatch { topic, partition, batch, from: position, .. } = batch;
         let (base, end) = (batch.base_offset(), batch.end_offset());
@@ -425,11 +426,12 @@ impl Consumer {
             *assigned = AssignedPartition { generation: self.next_generation, position };
             self.next_generation += 1;
         }
-        // If the channel is full, the task still reads the partition, and its events are dropped.
+        // If the channel is full, the task continues to read the partition, and `accept` drops its events.
         let _ = self.commands.try_send(ConsumerCommand::Unassign { topic: topic.clone(), partition });
     }
 
-    /// Returns the next record of the current batch; `None` if there is no current batch or it has no more records.
+    /// Returns the next record of the current batch. Returns `None` if there is no current batch, or if it has no more
+    /// records; then it is ended.
     fn next_in_batch(&mut self) -> Result<Option<ConsumedRecord>, ConsumeError> {
         let Some(current) = &mut self.current else { return Ok(None) };
         for record in current.records.by_ref() {

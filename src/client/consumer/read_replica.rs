@@ -1,7 +1,8 @@
 //! Decides at which replica a consumer reads a partition: in the consumer's rack or at the leader. Pure.
 //!
-//! A problem with a follower moves the partition to its leader for a stay. Each stay is twice as long as the one
-//! before, until the rack has served the partition for a minute.
+//! A problem with a follower moves the partition to its leader for a limited time, a stay. Each stay is twice as long
+//! as the one before, up to a minute. After the rack has served the partition for a minute, the next stay is short
+//! again.
 
 use std::time::Duration;
 
@@ -16,14 +17,14 @@ const MIN_STAY: Duration = Duration::from_secs(5);
 /// Longest stay at the leader, and time in the rack after which the next stay is short again.
 const MAX_STAY: Duration = Duration::from_secs(60);
 
-/// Choice between rack and leader for one partition.
+/// Choice between a replica in the rack and the leader for one partition.
 #[derive(Debug)]
 pub(super) struct FollowerBackoff {
     /// Time until which the partition is read at its leader, regardless of replicas in the rack.
     leader_until: Option<Instant>,
     /// Lengths of the next stays at the leader.
     stays: Backoff,
-    /// Time since which the rack serves the partition.
+    /// Time since which a replica in the rack may serve the partition: the creation, or the end of the last stay.
     since: Instant,
 }
 
@@ -57,7 +58,7 @@ impl FollowerBackoff {
         routing.read_target(topic, partition, rack.filter(|_| self.leader_until.is_none()))
     }
 
-    /// Ends the stay at the leader if it was over when metadata was received at `received`.
+    /// Ends the stay at the leader if its time has passed at `received`, when metadata was received.
     pub(super) fn on_metadata(&mut self, received: Instant) {
         if self.leader_until.is_some_and(|until| until <= received) {
             self.leader_until = None;

@@ -29,7 +29,7 @@ type ResponseStream = Pin<Box<dyn Stream<Item = Result<StreamEvent, ApiError>> +
 /// Open stream to one broker.
 struct FetchStream {
     address: BrokerAddress,
-    /// True if the broker reports an expired lease: other brokers may lead its partitions.
+    /// True if the broker's last response reports an expired lease: other brokers may lead its partitions.
     lease_expired: bool,
     /// Sender that keeps the request half of the stream open.
     _requests: mpsc::Sender<v1::FetchRequest>,
@@ -84,7 +84,8 @@ impl FetchStreams {
         streams.map(|(number, _)| *number).collect()
     }
 
-    /// Stores whether the broker of a stream reports an expired lease. Returns true if the report is new.
+    /// Stores whether the broker of a stream reports an expired lease. Returns true if it does and the last response
+    /// did not.
     pub(super) fn set_lease_expired(&mut self, number: u64, lease_expired: bool) -> bool {
         let Some(stream) = self.streams.get_mut(&number) else { return false };
         let was_expired = std::mem::replace(&mut stream.lease_expired, lease_expired);

@@ -17,7 +17,8 @@ use crate::{
     proto::v1,
 };
 
-/// Returns the durability in a response. An unknown value of a newer broker promises nothing.
+/// Returns the durability in a response. An unknown value, as of a newer broker, is taken as the weakest: the leader's
+/// memory.
 pub(super) fn durability(durability: i32, replicas: u32) -> AckDurability {
     match v1::AckDurability::try_from(durability) {
         Ok(v1::AckDurability::PageCache) => AckDurability::PageCache(replicas),
@@ -44,7 +45,7 @@ pub struct Ack {
     pub append_time_ms: Option<i64>,
     /// Storage of the record at the time of the acknowledgement.
     pub durability: AckDurability,
-    /// True if an earlier attempt had already been appended.
+    /// True if the broker had already appended an earlier attempt of the batch.
     pub duplicate: bool,
     /// Arrival time of the response, not the time at which the [`Delivery`] was awaited.
     pub received: Instant,
@@ -95,7 +96,7 @@ pub struct Delivery {
     completion: Arc<Completion>,
     /// Index of the record in its batch.
     index: u32,
-    /// Index of this future's waker in the list; `None` before the first poll.
+    /// Index of this future's waker in [`CompletionState::wakers`]; `None` before the first poll.
     waker_index: Option<usize>,
 }
 

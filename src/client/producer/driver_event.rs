@@ -7,7 +7,7 @@ use crate::proto::{error::ApiError, v1};
 pub(super) enum DriverEvent {
     /// A broker responded.
     Response { stream: u64, response: v1::ProduceResponse },
-    /// A stream ended. `delivered`: the broker may have received the batches.
+    /// A stream ended. `delivered` is true if the broker may have received the batches that were sent on it.
     StreamEnded { stream: u64, delivered: bool, error: ApiError },
     /// A metadata refresh ended.
     MetadataRefreshed(Result<(), CallError>),

@@ -1,19 +1,21 @@
-//! In-flight batches of one partition: the batches that the task has taken, from the first send to the last response.
-//! Pure: it decides which batches are sent again, in which order and under which sequences. The task sends them.
+//! In-flight batches of one partition: the batches that the task has taken from the partition queue and that have no
+//! final result yet. Pure: it decides which batches are sent again, in which order and under which sequences. The task
+//! sends them.
 //!
 //! # The rules
 //!
 //! 1. At most `window` batches are taken, counted from the oldest batch without a final result. Acknowledged batches
-//!    behind it count as well. A broker remembers the last `window` batches that it appended
-//!    (`limits::MAX_BATCHES_PER_PRODUCER`; 16 if its memory for producers is used up), and detects a repetition of any
-//!    of them.
-//! 2. If a batch fails and may be repeated, nothing more is sent until each in-flight batch has a response or has lost
-//!    its stream (*draining*). Then all unacknowledged batches are sent again, in their first order and with their
-//!    first sequences. The broker refuses batches behind a failed batch as out of order, or with the error of the
+//!    behind it count as well. The broker detects a repetition of a batch only among the last
+//!    `limits::MAX_BATCHES_PER_PRODUCER` that it appended (16 if its memory for producers is used up), so `window` must
+//!    not be larger.
+//! 2. If a batch fails and may be repeated, nothing more is sent until each sent batch has a response or has lost its
+//!    stream (*draining*). Then all unacknowledged batches are sent again, in their first order and with their first
+//!    sequences. Meanwhile the broker refuses batches behind a failed batch as out of order, or with the error of the
 //!    failed batch. These errors are expected.
 //! 3. A batch that fails leaves a gap in the sequence. If it was certainly not appended, and no attempt of a later
-//!    batch can still arrive, the later batches move up. Otherwise they continue under a new producer id. Batches
-//!    that may have been appended, or may still be, fail as well, because no broker could detect their repetition.
+//!    batch can still arrive, the sequences of the later batches are reduced by the gap. Otherwise the later batches
+//!    continue under a new producer id. Of these, the batches that may have been appended, or may still be, fail as
+//!    well, because no broker could detect their repetition under the new id.
 //! 4. A broker that has no state of the producer, or lacks a batch before the first in-flight batch, has lost state.
 //!    The batches then continue under a new producer id, as in rule 3.
 //! 5. Without idempotence one batch is in flight at a time, which preserves the order. After a lost response the batch
@@ -50,7 +52,7 @@ pub(super) enum DeliveryGuarantee {
     AtMostOnce,
 }
 
-/// Batch without a final result.
+/// Batch that was taken and has no final result.
 #[derive(Debug)]
 struct InFlightBatch {
     /// Encoded batch; `None` before the first send.
@@ -67,7 +69,7 @@ struct InFlightBatch {
     deadline: Instant,
     /// Attempt in flight; `None` while no response is expected.
     sent: Option<SentBatch>,
-    /// True if a response was lost: the broker may have appended the batch.
+    /// True if the outcome of an attempt is unknown: the broker may have appended the batch, or may still append it.
     maybe_appended: bool,
 }
 
@@ -76,11 +78,11 @@ struct InFlightBatch {
 struct SentBatch {
     stream: u64,
     correlation_id: u64,
-    /// Sequence of this attempt; the sequence of the entry may have changed since.
+    /// Sequence of this attempt. [`InFlightBatch::sequence`] may have changed since.
     sequence: i32,
 }
 
-/// Batch that needs no more work.
+/// Batch whose result is decided. The task completes it and releases its memory.
 #[derive(Debug)]
 pub(super) struct CompletedBatch {
     pub(super) completion: Arc<Completion>,
@@ -114,7 +116,7 @@ pub(super) enum FailureReason {
     Build(crate::record::BuildError),
 }
 
-/// Outcome of a response.
+/// Outcome of a response for the batches.
 #[derive(Debug)]
 pub(super) enum ResponseOutcome {
     /// The batch is acknowledged.
@@ -132,7 +134,7 @@ pub(super) enum ResponseOutcome {
 pub(super) enum NextAction {
     /// Send this entry.
     Send(usize),
-    /// Take another batch: all taken batches are in flight, and the window is not full.
+    /// Take another batch: all taken batches are sent, and the window is not full.
     Take,
     /// Wait for a response.
     Wait,
@@ -152,7 +154,7 @@ pub(super) struct InFlightBatches {
     /// Number of batches taken so far.
     taken: u64,
     entries: VecDeque<InFlightBatch>,
-    /// True after a failure: nothing is sent until no batch is in flight.
+    /// True after a failure (rule 2): nothing is sent until each sent batch has a response or has lost its stream.
     draining: bool,
     /// True if the sequence has a gap that only a new producer id can close.
     needs_new_id: bool,
@@ -203,7 +205,7 @@ impl InFlightBatches {
         self.entries.front().is_none_or(|oldest| self.taken - oldest.number < self.window as u64)
     }
 
-    /// Adds a batch behind the others, with the next sequence.
+    /// Adds a batch behind the batches taken before, with the next sequence.
     pub(super) fn take(&mut self, sealed: SealedBatch) {
         let sequence = self.next_sequence;
         self.next_sequence = after(sequence, sealed.count);
@@ -282,8 +284,8 @@ impl InFlightBatches {
                 if self.guarantee == DeliveryGuarantee::Idempotent =>
             {
                 // Behind another batch, the error is the effect of that batch's failure. While draining, the attempt
-                // may have used a sequence that has changed since. The batch is sent again in both cases. Otherwise the
-                // broker has lost earlier batches.
+                // may have used a sequence that has changed since. In both cases sending the batch again suffices. In
+                // all other cases the broker has lost earlier batches.
                 self.needs_new_id |= index == 0 && !self.draining;
                 true
             }
@@ -313,7 +315,8 @@ impl InFlightBatches {
         failed
     }
 
-    /// Fails batches whose delivery timeout has passed. A batch in flight must lose its stream first.
+    /// Fails the oldest batches whose delivery timeout has passed, up to the first batch that is sent: that batch must
+    /// get a response or lose its stream first.
     pub(super) fn expire(&mut self, now: Instant) -> Vec<FailedBatch> {
         let mut failed = Vec::new();
         while self.entries.front().is_some_and(|entry| entry.deadline <= now && entry.sent.is_none()) {
@@ -325,7 +328,8 @@ impl InFlightBatches {
         failed
     }
 
-    /// Returns the time at which the oldest batch expires, and the stream of that batch if it is in flight.
+    /// Returns the time at which the oldest batch expires, and the stream on which it is sent, if it is. Returns `None`
+    /// without batches.
     pub(super) fn deadline(&self) -> Option<(Instant, Option<u64>)> {
         let entry = self.entries.front()?;
         Some((entry.deadline, entry.sent.map(|sent| sent.stream)))
@@ -337,8 +341,8 @@ impl InFlightBatches {
         self.draining = false;
     }
 
-    /// Sets a new producer id. Batches that were certainly not appended continue under it; batches that may have been
-    /// appended fail.
+    /// Sets a new producer id and ends the drain. Batches that were certainly not appended continue under the new id,
+    /// with sequences from 0. Removes and returns the batches that may have been appended, which fail.
     pub(super) fn set_producer_id(&mut self, identity: ProducerIdAndEpoch) -> Vec<FailedBatch> {
         debug_assert_eq!(self.in_flight_count(), 0, "a new producer id while batches are in flight");
         self.identity = Some(identity);
@@ -351,7 +355,7 @@ impl InFlightBatches {
         maybe_appended.into_iter().map(|entry| entry.into_failed(FailureReason::Unknown)).collect()
     }
 
-    /// Removes and returns all batches, without a result.
+    /// Removes and returns all batches. The caller sets their results.
     pub(super) fn abandon(&mut self) -> Vec<CompletedBatch> {
         self.entries.drain(..).map(InFlightBatch::into_completed).collect()
     }
@@ -377,8 +381,8 @@ impl InFlightBatches {
         }
         let may_arrive = self.entries.iter().skip(index).any(|entry| entry.maybe_appended);
         if removed.maybe_appended || may_arrive {
-            // This also holds without a later batch: the next batch must not use the sequence of a batch that may be in
-            // the log.
+            // A new id is needed even without a later batch: the next batch must not use the sequence of a batch that
+            // may be in the log.
             self.draining = true;
             self.needs_new_id = true;
         } else {

@@ -21,8 +21,8 @@
 //! - Records of one partition are appended in the order in which `send` accepted them.
 //! - A record is appended once: the broker detects a repeated batch by producer id and sequence. If it can no longer do
 //!   so after a lost response, the send fails as [`SendError::Unknown`] and is never silently repeated.
-//! - Queued and in-flight records take at most `memory_bytes`, or one record if that is larger. Above the limit `send`
-//!   waits.
+//! - Queued and in-flight records take at most `memory_bytes`, or the size of one batch or record if that is larger.
+//!   Above the limit `send` waits.
 //!
 //! # Shutdown
 //!
@@ -79,11 +79,11 @@ use crate::{
 pub struct ProducerOptions {
     /// Size before compression, in bytes, at which a batch is sent. Default: 64 KiB.
     pub batch_bytes: usize,
-    /// Time for which a batch that is not full waits for more records. 0 sends it as soon as the in-flight limit
-    /// allows.
+    /// Time for which a batch that is not full waits for more records. With 0 (default) a batch is sent as soon as the
+    /// in-flight limit allows.
     pub linger: Duration,
-    /// Maximum number of in-flight batches per partition: 1 to `limits::MAX_BATCHES_PER_PRODUCER` if idempotent.
-    /// Default: 16.
+    /// Maximum number of in-flight batches per partition, at least 1. At most `limits::MAX_BATCHES_PER_PRODUCER` if
+    /// idempotent; always 1 if not idempotent, except with `acks=0`. Default: 16.
     pub in_flight: usize,
     /// Acknowledgement that completes a send. Default: `All`.
     pub acks: Acks,
@@ -92,7 +92,7 @@ pub struct ProducerOptions {
     /// Partitioner for records that name no partition. Default: [`HashPartitioner`].
     pub partitioner: Arc<dyn Partitioner>,
     /// Maximum bytes of queued and in-flight records; above it `send` waits. A record that is larger than the maximum
-    /// is sent when no other record is in flight. Default: 32 MiB.
+    /// waits until the memory of all other records is released. Default: 32 MiB.
     pub memory_bytes: usize,
     /// Time limit for the acknowledgement of a record, retries included; the record fails after it. Default: 2 minutes.
     pub delivery_timeout: Duration,
@@ -137,7 +137,7 @@ impl ProducerOptions {
         self.in_flight.clamp(1, max)
     }
 
-    /// Returns the memory bound as semaphore permits. At least one batch fits.
+    /// Returns the memory bound as semaphore permits, one per byte: at least `batch_bytes`, so that one batch fits.
     fn memory_permits(&self) -> u32 {
         u32::try_from(self.memory_bytes.max(self.batch_bytes).clamp(1 << 10, 1 << 31)).expect("below 2^32")
     }
@@ -195,11 +195,11 @@ struct ProducerInner {
     client: Client,
     options: ProducerOptions,
     topics: RwLock<BTreeMap<String, Arc<TopicQueues>>>,
-    /// Serialises the callers that add queues.
+    /// Held by the caller that adds queues, so that no queue is created twice.
     adding: tokio::sync::Mutex<()>,
     /// All partition queues by index.
     queues: Mutex<Vec<Arc<PartitionQueue>>>,
-    /// Indexes of the queues that the task must process.
+    /// Indexes of the queues with new work for the task.
     dirty: Mutex<Vec<usize>>,
     /// Notified when `dirty` has an entry.
     has_work: Notify,
@@ -322,7 +322,8 @@ impl Producer {
     /// Sends all open batches and waits for the results of all records sent before.
     ///
     /// # Errors
-    /// The first error among the outstanding records. Errors from before the call are not repeated.
+    /// The first error among the records that had no result at the call. Records that had already failed are not
+    /// included.
     pub async fn flush(&self) -> Result<(), SendError> {
         let (reply, outstanding) = oneshot::channel();
         self.commands.send(ProducerCommand::Flush(reply)).await.map_err(|_| SendError::Closed)?;
@@ -335,7 +336,8 @@ impl Producer {
         result
     }
 
-    /// Flushes, then ends the producer. Other handles return errors afterwards.
+    /// Flushes, then ends the producer's task, also if the flush failed. Other handles return [`SendError::Closed`]
+    /// afterwards.
     ///
     /// # Errors
     /// See [`Producer::flush`].
@@ -345,8 +347,8 @@ impl Producer {
         result
     }
 
-    /// Acquires memory for `bytes`, and returns the number of permits to release later. If the memory is full, all open
-    /// batches are sent, so that a long linger does not hold the memory.
+    /// Acquires memory for `bytes`, and returns the number of permits to release later. If the memory is full, waits
+    /// for it, and has all lingering batches sent, so that a long linger does not hold the memory.
     async fn reserve(&self, bytes: usize) -> Result<u32, SendError> {
         // A record larger than the memory acquires all of it.
         let permits = u32::try_from(bytes).unwrap_or(u32::MAX).min(self.inner.options.memory_permits());
@@ -428,8 +430,9 @@ impl ProducerInner {
         queues
     }
 
-    /// Waits for `pause`, refreshes the metadata if its generation is not above `used_generation` or a topic is
-    /// missing, and creates queues for new partitions. The brokers in `deferred` are called after all other brokers.
+    /// Waits for `pause`, refreshes the metadata if its generation is not above `used_generation` or a `wanted` topic
+    /// is missing, and creates queues for new partitions of all topics that have queues. The brokers in `deferred` are
+    /// called after all other brokers.
     async fn refresh_metadata(
         &self,
         used_generation: u64,
@@ -449,7 +452,7 @@ impl ProducerInner {
         Ok(())
     }
 
-    /// Notifies the task that a queue has work.
+    /// Notifies the task that a queue has work, unless the task was notified and has not processed the queue yet.
     fn notify_driver(&self, queue: &PartitionQueue) {
         if queue.mark_queued() {
             self.dirty.lock().push(queue.index);
@@ -457,7 +460,7 @@ impl ProducerInner {
         }
     }
 
-    /// Releases memory permits of a batch.
+    /// Releases the memory permits of a batch, or of a record that was not queued.
     fn release(&self, permits: u32) {
         self.memory.add_permits(index(permits));
     }

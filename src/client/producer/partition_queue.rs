@@ -34,7 +34,7 @@ pub(super) enum BatchBody {
 }
 
 impl BatchBody {
-    /// Returns the batch with this producer and sequence; `None` without idempotence.
+    /// Returns the batch with this producer and sequence; `sequence` is `None` without idempotence.
     pub(super) fn into_batch(self, sequence: Option<ProducerSequence>) -> Result<Batch, BuildError> {
         match self {
             Self::Built(builder) => builder.finish(sequence),
@@ -76,9 +76,10 @@ struct OpenBatch {
 struct QueueIntake {
     open: Option<OpenBatch>,
     sealed: VecDeque<SealedBatch>,
-    /// Bytes of the last batch. The next batch starts with this capacity, so that small batches stay small in memory.
+    /// Bytes of the last sealed batch, before compression. The next batch starts with this capacity, so that small
+    /// batches stay small in memory.
     initial_capacity: usize,
-    /// Error for new records once the queue is closed.
+    /// Error for new records; `None` until the queue is closed.
     closed: Option<SendError>,
 }
 
@@ -129,7 +130,8 @@ impl PartitionQueue {
         self.queued.store(false, Ordering::Release);
     }
 
-    /// Appends a record that holds `permits` bytes of memory and takes at most `bytes` in a batch.
+    /// Appends a record to the open batch. The record holds `permits` bytes of memory and takes at most `bytes` in a
+    /// batch. If it would exceed `batch_bytes`, the open batch is sealed first and the record starts the next one.
     pub(super) fn append(
         &self,
         record: &NewRecord<'_>,
@@ -172,7 +174,7 @@ impl PartitionQueue {
         Ok(EnqueueResult { delivery, notify_task: is_new_batch || sealed, sealed })
     }
 
-    /// Queues a complete batch after the open batch.
+    /// Seals the open batch and queues a complete batch after it.
     pub(super) fn append_batch(&self, batch: Batch, permits: u32) -> Result<Delivery, SendError> {
         let mut intake = self.intake.lock();
         if let Some(error) = &intake.closed {
@@ -217,12 +219,12 @@ impl PartitionQueue {
 
     /// Seals the open batch regardless of its age. Does nothing without an open batch.
     pub(super) fn seal_now(&self) {
-        // The records of the batch already have the error.
+        // If sealing fails, the records of the batch have received the error.
         let _ = self.seal(&mut self.intake.lock());
     }
 
-    /// Returns the next batch to send: a sealed batch, or the open batch if its linger is over. Otherwise returns the
-    /// time of the next attempt.
+    /// Removes and returns the next batch to send: the oldest sealed batch, or the open batch, sealed, if its linger is
+    /// over. Without such a batch, returns the end of the open batch's linger, or that the queue is empty.
     pub(super) fn take(&self, now: Instant) -> DequeueResult {
         let mut intake = self.intake.lock();
         if intake.sealed.is_empty() {
@@ -263,7 +265,7 @@ impl PartitionQueue {
         intake.sealed.iter().map(|sealed| sealed.completion.clone()).chain(open).collect()
     }
 
-    /// Closes the queue for new records, which then fail with `error`. Returns the batches in the queue.
+    /// Closes the queue for new records, which then fail with `error`. Removes and returns the batches in the queue.
     pub(super) fn close(&self, error: &SendError) -> Vec<SealedBatch> {
         let mut intake = self.intake.lock();
         intake.closed.get_or_insert_with(|| error.clone());
@@ -277,6 +279,6 @@ pub(super) enum DequeueResult {
     Batch(SealedBatch),
     /// The open batch lingers until this time.
     Later(Instant),
-    /// The queue is empty.
+    /// No batch is ready and none is open.
     Nothing,
 }

@@ -12,7 +12,8 @@ pub enum PartitionChoice {
 
 /// Selects the partition of a record that names none.
 pub trait Partitioner: Send + Sync + std::fmt::Debug {
-    /// Selects one of `partitions` (at least 1). The sender's thread calls it for every record.
+    /// Selects one of `partitions` (at least 1). Called on the sender's thread, for each record without an explicit
+    /// partition.
     fn choose(&self, key: Option<&[u8]>, value: Option<&[u8]>, partitions: u32) -> PartitionChoice;
 }
 
@@ -44,7 +45,7 @@ impl Partitioner for StickyPartitioner {
 pub fn murmur2(bytes: &[u8]) -> u32 {
     const SEED: u32 = 0x9747_b28c;
     const M: u32 = 0x5bd1_e995;
-    // Java's int length; no key is longer than 2^31.
+    // Java hashes the length as an `int`, and no key is longer than 2^31.
     let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
     let mut hash = SEED ^ length;
     let (words, rest) = bytes.as_chunks::<4>();

@@ -18,7 +18,8 @@ use crate::{
     },
 };
 
-/// Runs the stream until it ends, and sends its end as an event. `number` identifies the stream in events.
+/// Connects and runs the stream until it ends. Sends each response and the end as events, in which `number` identifies
+/// the stream.
 pub(super) async fn run(
     client: Client,
     address: BrokerAddress,

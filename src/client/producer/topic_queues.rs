@@ -19,7 +19,7 @@ pub(super) struct TopicQueues {
     pub(super) queues: Vec<Arc<PartitionQueue>>,
     /// Partition that currently receives the records with [`PartitionChoice::Sticky`].
     sticky: AtomicU32,
-    /// Bytes of records that this partition received since it was chosen.
+    /// Bytes of records that the sticky partition received since it was chosen.
     sticky_bytes: AtomicUsize,
     /// Maximum batch size of the topic in bytes.
     pub(super) max_message_bytes: usize,
@@ -56,8 +56,8 @@ impl TopicQueues {
         }
     }
 
-    /// Counts a record that was appended to the sticky partition. Selects another partition when the batch was sealed
-    /// or after `batch_bytes`: a batch that is sent as soon as possible may never be full (KIP-794).
+    /// Counts a record that was appended to the sticky partition. Selects another partition if the append `sealed` a
+    /// batch, or after `batch_bytes` of records: without a linger, a batch may never be full (KIP-794).
     pub(super) fn count_sticky(&self, partition: u32, bytes: usize, sealed: bool, batch_bytes: usize) {
         let sticky_bytes = self.sticky_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
         if sealed || sticky_bytes >= batch_bytes {
@@ -71,7 +71,7 @@ impl TopicQueues {
         let partitions = u32::try_from(self.queues.len()).expect("partitions are few");
         if partitions > 1 {
             let next = (from + random::in_range(1..partitions)) % partitions;
-            // If several senders saw the full batch, one of them changes the partition.
+            // If several senders counted up to the limit, only the first one changes the partition.
             let _ = self.sticky.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed);
         }
     }

@@ -1,9 +1,10 @@
-//! Tests of brokers that report an expired lease: other brokers are called first, and expired metadata is the last
-//! resort.
+//! Tests of brokers that report an expired lease: metadata of other brokers is preferred, and theirs is used only if
+//! there is no other.
 
 use super::*;
 
-/// Starts two replicas of "t". The client receives the addresses of both from the first.
+/// Starts two fake brokers that both have topic "t", with `first` and `second` records. The client connects to the
+/// first one, whose metadata names both.
 async fn two_replicas(first: u32, second: u32) -> (FakeBroker, FakeBroker, Client) {
     let (first, second) = (filled(first).await.0, filled(second).await.0);
     let broker = v1::Broker { id: 2, address: second.address.to_string(), rack: String::new() };
@@ -12,8 +13,8 @@ async fn two_replicas(first: u32, second: u32) -> (FakeBroker, FakeBroker, Clien
     (first, second, client)
 }
 
-/// The leader is partitioned from its cluster, but not from its consumer: it sends no more records. Without a refresh
-/// the consumer would stay there until the partition ends.
+/// The leader is partitioned from its cluster, but not from its consumer: it sends no more records and reports an
+/// expired lease. The consumer then refreshes metadata until another broker leads in a newer epoch, and reads there.
 #[tokio::test]
 async fn consumer_leaves_a_leader_with_an_expired_lease() {
     let (old, new, client) = two_replicas(3, 5).await;
@@ -41,8 +42,8 @@ async fn consumer_leaves_a_leader_with_an_expired_lease() {
     );
 }
 
-/// A lookup of the log end leaves the expired leader too: the old end lacks records that the successor has
-/// acknowledged.
+/// A lookup of the latest offset at a leader with an expired lease is repeated at a leader of a newer epoch, if there
+/// is one: the old log end lacks records that the new leader has acknowledged.
 #[tokio::test]
 async fn latest_offset_comes_from_successor_of_expired_leader() {
     for (epoch, ends) in [(0, 3), (1, 5)] {
@@ -63,7 +64,8 @@ async fn latest_offset_comes_from_successor_of_expired_leader() {
     }
 }
 
-/// Brokers that were partitioned together agree with each other, and the last broker that responded is called first.
+/// Metadata of a broker with an expired lease is used only if every other broker fails or reports an expired lease as
+/// well, as if all were partitioned from the metadata store together.
 #[tokio::test]
 async fn expired_metadata_is_used_if_no_broker_has_better() {
     let (old, new, client) = two_replicas(0, 0).await;
@@ -95,7 +97,7 @@ async fn change_that_was_not_started_is_made_by_another_broker() {
     assert_eq!(code(create().await), ErrorCode::TopicExists, "response of the other broker");
     second.state().refusal = unavailable.with("not_started", true);
     assert_eq!(code(create().await), ErrorCode::MetadataUnavailable, "no broker reaches the metadata store");
-    // A read is repeated at another broker, also if the first broker may have executed it.
+    // A read is repeated at another broker, even if the first broker does not report `not_started`.
     first.state().refusal = ApiError::new(ErrorCode::MetadataUnavailable, "no response");
     second.state().refusal = ApiError::new(ErrorCode::TopicExists, "the other broker");
     let error = client.admin().reassignments(None, None).await.unwrap_err();

@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// Starts a leader with `led` records and a follower in rack "b" with `followed`. Both are in sync in the leader's
-/// metadata.
+/// Starts a leader with `led` records and a follower in rack "b" with `followed` records. The leader's metadata names
+/// both as in-sync replicas.
 async fn pair(led: u32, followed: u32) -> (FakeBroker, FakeBroker, Client) {
     let (leader, follower) = (filled(led).await.0, filled(followed).await.0);
     follower.state().is_follower = true;
@@ -13,7 +13,8 @@ async fn pair(led: u32, followed: u32) -> (FakeBroker, FakeBroker, Client) {
     (leader, follower, client)
 }
 
-/// Reads the records `from..to` in order with a consumer in rack "b". The position is given, not looked up.
+/// Reads the records `from..to` in order with a consumer in rack "b". The consumer starts at the offset `from` without
+/// a lookup, so that no request reaches the leader first.
 async fn read_in_rack(client: &Client, from: u32, to: u32) {
     let policy = OffsetResetPolicy::Earliest;
     let options = ConsumerOptions { on_out_of_range: policy, ..ConsumerOptions::default().rack("b") };
@@ -59,8 +60,9 @@ async fn follower_error_moves_the_read_to_the_leader() {
     read_in_rack(&client, 8, 10).await;
 }
 
-/// The follower is partitioned from its leader and from the metadata store: it cannot detect that the log grows. Its
-/// expired lease makes the consumer request metadata from the leader, which has removed the follower from the ISR.
+/// The follower is partitioned from its leader and from the metadata store: it cannot detect that the log grows. It
+/// reports an expired lease, so the consumer requests metadata from the leader, which has removed the follower from the
+/// ISR, and continues at the leader.
 #[tokio::test]
 async fn follower_with_expired_lease_is_left_when_it_is_out_of_the_isr() {
     let (leader, follower, client) = pair(10, 5).await;
@@ -73,8 +75,9 @@ async fn follower_with_expired_lease_is_left_when_it_is_out_of_the_isr() {
     assert_eq!((leader.state().fetches, follower.state().fetches), (5, 5));
 }
 
-/// The old leader is deposed and does not have the new epoch yet. Its log end lies below the position that the new
-/// leader's follower served.
+/// The old leader is deposed and does not have the new epoch yet. Its log ends below the position that the consumer
+/// reached at a follower of the new leader. It must refuse the read because of the epoch, so that the consumer's reset
+/// policy does not apply.
 #[tokio::test]
 async fn deposed_leader_does_not_reset_a_consumer() {
     let (old, follower, client) = pair(3, 6).await;
@@ -97,7 +100,7 @@ async fn deposed_leader_does_not_reset_a_consumer() {
         wait_until("the deposed leader has rejected the read", || old.state().fetches > 0).await;
         (old.state().advertised, old.state().advertised_epoch) = (new.address.to_string(), 1);
     };
-    // The follower's stream breaks. The old leader leads in all known metadata, until a refresh names the new leader.
+    // The follower's stream breaks. The old leader is the leader in the metadata, until a refresh names the new leader.
     let (read, ()) = tokio::join!(next(), elect);
     assert_eq!((read, next().await), (6, 7));
 }

@@ -22,8 +22,8 @@ async fn next(consumer: &mut Consumer) -> Result<(u32, Offset), ConsumeError> {
     Ok((record.partition, record.offset))
 }
 
-/// Regression: the partition's stream was reopened for another partition, and the moved partition got no stream to its
-/// new leader.
+/// Regression: the stream of two partitions was reopened after the leader of one had changed, and the partition with
+/// the new leader got no stream.
 #[tokio::test]
 async fn moved_partition_is_read_after_another_assignment() {
     let (old, new) = (FakeBroker::start(2).await, FakeBroker::start(2).await);
@@ -34,7 +34,7 @@ async fn moved_partition_is_read_after_another_assignment() {
     let mut consumer = client.consumer(ConsumerOptions::default());
     consumer.assign_at("t", 1, at(0)).await.expect("assigned");
     assert_eq!(next(&mut consumer).await, Ok((1, at(0))));
-    // A producer of the same client receives the leader hint first.
+    // Applies a leader hint as a producer of the same client would, before the consumer's stream fails.
     let moved = ApiError::new(ErrorCode::NotLeader, "moved").with("leader", 2).with("leader_epoch", 1);
     assert!(client.routing().apply_leader_hint("t", 1, &moved.with("address", new.address)));
     consumer.assign_at("t", 0, at(0)).await.expect("assigned");
@@ -53,7 +53,7 @@ async fn records_after_an_undecodable_batch_are_not_returned() {
     assert_eq!((batch, offset, after), (at(1), at(1), at(2)));
     assert!(error.to_string().ends_with("the next batch is at offset 2"), "{error}");
     assert_eq!(consumer.position("t", 0), Ok(at(1)));
-    // The next batches were already in flight, and another batch is written.
+    // Batches after it were already fetched, and another one is written: none may be returned.
     write(&fake, 0, &["4"]).await;
     let more = tokio::time::timeout(Duration::from_millis(300), consumer.next()).await;
     assert!(more.is_err(), "{more:?}");

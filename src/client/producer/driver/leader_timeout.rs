@@ -15,7 +15,7 @@ use crate::{
     task::clock,
 };
 
-/// Time without a response to any batch of a partition after which the retry status reports the broker.
+/// Time without a response to the in-flight batches of a partition after which the retry status reports the leader.
 pub(super) const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Interval of metadata refreshes while a leader does not respond.
@@ -24,7 +24,8 @@ pub(super) const METADATA_RETRY_INTERVAL: Duration = Duration::from_millis(250);
 impl ProducerDriver {
     /// Delays the sends of a queue by the next backoff pause.
     pub(super) fn pause(&mut self, index: usize, error: &ApiError) {
-        // An out-of-order sequence is the effect of an earlier batch's failure: that batch's problem stays reported.
+        // An out-of-order sequence is the effect of an earlier batch's failure. If the problem of that batch is
+        // reported, it stays.
         if error.code != ErrorCode::OutOfOrderSequence || !self.queues[index].has_problem {
             self.report_problem(index, error.message.clone());
         }
@@ -45,8 +46,8 @@ impl ProducerDriver {
         self.retries.report(retry_key(index), message, until);
     }
 
-    /// Handles a broker's notice that an acknowledgement takes longer. The notice counts as a sign that the leader
-    /// works.
+    /// Handles a broker's notice that an acknowledgement takes longer, and shows its reason in the retry status. The
+    /// notice counts as a response of the leader.
     pub(super) fn on_notice(&mut self, stream: u64, index: usize, reason: String) {
         let now = clock::monotonic();
         if let Some(stream) = self.streams.get_mut(&stream) {
@@ -62,7 +63,8 @@ impl ProducerDriver {
         self.set_next_timer(index);
     }
 
-    /// Returns the reason for which a queue got no response on this stream within the delivery timeout.
+    /// Returns the reason for which a queue got no response on this stream within the delivery timeout: that of the
+    /// leader's last notice, if there is one.
     pub(super) fn no_response_reason(&self, index: usize, stream: u64) -> String {
         let leader = || self.streams.get(&stream).map_or("the leader", |stream| stream.address.as_str());
         let notice = self.queues[index].notice.clone();
@@ -78,8 +80,9 @@ impl ProducerDriver {
         }
     }
 
-    /// Refreshes the metadata at intervals while the leader of a queue does not respond, and moves to the new leader. A
-    /// host that disappears sends no error.
+    /// Refreshes the metadata at intervals while the leader of a queue does not respond, to its batches or on the
+    /// stream in which it waits for capacity. Moves the queue to a new leader. A host that disappears sends no error,
+    /// so only the lack of responses shows it.
     pub(super) fn check_leader_timeout(&mut self, index: usize, now: Instant) {
         let state = &self.queues[index];
         let is_unresponsive = state.is_unresponsive(now)
@@ -92,16 +95,16 @@ impl ProducerDriver {
         self.refresh_metadata();
     }
 
-    /// Returns the leaders that do not respond. Their metadata is used last: in a network partition a client may reach
-    /// brokers on both sides, and only one side has current metadata.
+    /// Returns the leaders that do not respond. A metadata refresh calls them last: in a network partition a client may
+    /// reach brokers on both sides, and only one side has current metadata.
     pub(super) fn unresponsive_leaders(&self, now: Instant) -> BTreeSet<BrokerAddress> {
         let unresponsive = self.queues.iter().filter(|state| state.is_unresponsive(now));
         unresponsive.filter_map(|state| Some(self.streams.get(&state.stream?)?.address.clone())).collect()
     }
 
-    /// Moves a queue from a leader that does not respond to the leader in the current metadata, if it is another
+    /// Moves a queue from a leader that does not respond to the leader in the cached metadata, if that is another
     /// broker. The in-flight batches may have been appended, and are sent again as after a lost response. The queue
-    /// does not wait for the old leader, which cannot acknowledge any batch.
+    /// does not wait for the old leader, because a deposed leader cannot acknowledge a batch.
     pub(super) fn move_to_new_leader(&mut self, index: usize, now: Instant) {
         let state = &self.queues[index];
         let Some(number) = state.stream.filter(|_| state.is_unresponsive(now)) else { return };
@@ -131,8 +134,9 @@ impl ProducerDriver {
         Some(self.streams.get(&state.waiting?)?.last_response)
     }
 
-    /// Restarts the wait of queues in the stream of a broker that no longer leads their partition. A broker that does
-    /// not respond never frees capacity.
+    /// Empties the waiting list of each stream in which a queue waits whose leader is now another broker, and sends
+    /// what may be sent. Otherwise such a queue could wait for ever, because a broker that does not respond frees no
+    /// capacity.
     pub(super) fn requeue_moved(&mut self) {
         let routing = self.inner.client.routing();
         let has_other_leader = |index: &usize, address: &BrokerAddress| {
@@ -149,7 +153,7 @@ impl ProducerDriver {
             for index in &waiting {
                 self.queues[*index].waiting = None;
             }
-            // Queues that the broker still leads wait again, in the same order.
+            // Queues whose partition the broker still leads wait again, in the same order.
             for index in waiting {
                 self.send_ready(index);
             }
@@ -182,9 +186,9 @@ fn retry_key(index: usize) -> u64 {
 mod tests {
     use super::{super::super::super::HEDGE_DELAY_LEASE_EXPIRED, *};
 
-    /// Checks the sum in docs/replication.md, "Failover time of an unresponsive host", from the end of the lease on.
-    /// The sum assumes that etcd checks for expired leases twice a second, that an election takes 50 ms, and that the
-    /// first broker that is called does not respond.
+    /// Checks the client's part of the sum in docs/replication.md, "Failover time of an unresponsive host": the time
+    /// from the end of the leader's lease on. The sum assumes that etcd checks for expired leases twice a second, that
+    /// an election takes 50 ms, and that the first broker that is called does not respond.
     #[test]
     fn new_leader_is_found_within_a_second_of_lease_end() {
         let elected = Duration::from_millis(500 + 50);

@@ -35,13 +35,13 @@ use crate::{
     task::{Backoff, Tasks, clock},
 };
 
-/// Maximum number of in-flight batches on one stream. More batches wait in their queues, where later records still join
-/// them.
+/// Maximum number of in-flight batches on one stream. Further batches stay in their partition queues, where later
+/// records are added to the open batch.
 const STREAM_WINDOW: usize = 256;
 
 /// Command of a handle to the task.
 pub(super) enum ProducerCommand {
-    /// Seal all batches, and return the completions that are outstanding.
+    /// Seal all open batches, and return the completions of all batches without a result.
     Flush(oneshot::Sender<Vec<Arc<Completion>>>),
     /// Seal all lingering batches: a sender waits for memory.
     FlushLingering,
@@ -53,11 +53,11 @@ struct ProduceStream {
     requests: mpsc::Sender<ProduceRequestParts>,
     /// Number of batches without a response.
     in_flight: usize,
-    /// Queues that wait for capacity in the stream, each once, the longest wait first.
+    /// Indexes of the queues that wait for capacity in the stream, each once, the longest wait first.
     waiting: VecDeque<usize>,
-    /// Time of the last response, or of the first send after the stream was empty.
+    /// Time of the last response or notice, or of the first send after no batch was in flight on the stream.
     last_response: Instant,
-    /// The call and its requests; cancelled when the stream ends.
+    /// Cancellation of the stream's call, when the producer ends the stream.
     call: Tasks,
 }
 
@@ -81,13 +81,13 @@ pub(super) struct ProducerDriver {
     next_correlation: u64,
     /// Timers of the queues, by time; at most one per queue.
     timers: BTreeSet<(Instant, usize)>,
-    /// Queues whose open batch may linger.
+    /// Indexes of the queues whose open batch may linger.
     lingering: BTreeSet<usize>,
     events: mpsc::Sender<DriverEvent>,
     received: mpsc::Receiver<DriverEvent>,
     /// True while a metadata refresh is running.
     refreshing: bool,
-    /// Queues that wait for a leader in the metadata.
+    /// Indexes of the queues whose partition has no leader in the metadata.
     without_leader: BTreeSet<usize>,
     /// Backoff of metadata refreshes; present while queues have no leader.
     metadata_backoff: Option<Backoff>,
@@ -97,7 +97,7 @@ pub(super) struct ProducerDriver {
 
 impl ProducerDriver {
     pub(super) fn new(inner: Arc<ProducerInner>, tasks: Tasks, identity: Option<ProducerIdAndEpoch>) -> Self {
-        // The task never waits for capacity in a channel, so this bound cannot cause a deadlock.
+        // The producer's task never waits for capacity in a channel, so the bound of this one cannot cause a deadlock.
         let (events, received) = mpsc::channel(STREAM_WINDOW);
         let refresh_at = clock::monotonic() + inner.client.options().metadata_age;
         Self {
@@ -141,7 +141,7 @@ impl ProducerDriver {
 
     /// Executes a command of a handle.
     fn on_command(&mut self, command: ProducerCommand) {
-        // A queue that the task has not processed yet may have an open batch too.
+        // Adds the queues that senders created meanwhile: they may have open batches too.
         self.process_dirty_queues();
         match command {
             ProducerCommand::Flush(reply) => {
@@ -153,8 +153,8 @@ impl ProducerDriver {
                 // The caller may have stopped waiting; the reply is then dropped.
                 let _ = reply.send(outstanding.collect());
             }
-            // Each record that finds the memory full sends this command. Visiting all partitions would cost more than
-            // sending.
+            // Each record that finds the memory full sends this command. Visiting all queues for each would cost more
+            // than the sends.
             ProducerCommand::FlushLingering => {
                 let lingering = std::mem::take(&mut self.lingering);
                 self.seal(lingering);
@@ -217,12 +217,12 @@ impl ProducerDriver {
         }
     }
 
-    /// Sends all batches of a queue that may be sent now, and sets its timer.
+    /// Sends all batches of a queue that may be sent now, and sets the queue's timer for its next work.
     fn send_ready(&mut self, index: usize) {
         let now = clock::monotonic();
         loop {
             let state = &mut self.queues[index];
-            // The queue waits for capacity in the stream; until then later records join its open batch.
+            // The queue waits for capacity in a stream. Until then later records are added to its open batch.
             if state.waiting.is_some() {
                 break;
             }
@@ -267,7 +267,7 @@ impl ProducerDriver {
         };
         let number = self.stream_to(&address);
         let state = &mut self.queues[index];
-        // The leader changed while batches are in flight to the old leader: wait for their responses.
+        // The leader has changed, and batches are in flight to the old leader: their responses come first.
         if state.stream.is_some_and(|current| current != number) && state.in_flight.in_flight_count() > 0 {
             return false;
         }
@@ -302,7 +302,7 @@ impl ProducerDriver {
                 }
                 stream.in_flight += 1;
                 // The channel is never full, because it holds `STREAM_WINDOW` requests. If it is closed, the event of
-                // its end follows.
+                // the stream's end follows.
                 let _ = stream.requests.try_send(request);
             }
             Err(failed) => self.fail_batches(index, vec![failed]),
@@ -335,7 +335,7 @@ impl ProducerDriver {
         number
     }
 
-    /// Handles a response. The high half of its correlation id is the index of the queue.
+    /// Handles a response on a stream. The high half of the response's correlation id is the index of the queue.
     fn on_response(&mut self, number: u64, response: v1::ProduceResponse) {
         let index = usize::try_from(response.correlation_id >> 32).unwrap_or(usize::MAX);
         if index >= self.queues.len() {
@@ -380,7 +380,8 @@ impl ProducerDriver {
             ResponseOutcome::Failed(failed) => self.fail_batches(index, failed),
             ResponseOutcome::Stale => {}
         }
-        // Waiting queues get the capacity first; otherwise a busy partition would occupy the stream.
+        // Queues that wait for this stream get the free capacity first; otherwise a busy partition would occupy the
+        // stream.
         self.admit_waiting(number);
         self.send_ready(index);
     }
@@ -425,7 +426,8 @@ impl ProducerDriver {
         self.refresh_metadata();
     }
 
-    /// Fails the batches of a queue whose delivery timeout has passed.
+    /// Fails the batches of a queue whose delivery timeout has passed. If the oldest one is in flight, its stream ends
+    /// first.
     fn expire(&mut self, index: usize, now: Instant) {
         let state = &mut self.queues[index];
         if let Some((deadline, Some(stream))) = state.in_flight.deadline()
@@ -446,7 +448,7 @@ impl ProducerDriver {
         self.fail_batches(index, failed);
     }
 
-    /// Fails all batches of a queue with a broker's error.
+    /// Fails all batches of a queue with a broker's error, including the open batch.
     fn fail_all(&mut self, index: usize, error: &ApiError) {
         let state = &mut self.queues[index];
         let mut batches = state.in_flight.abandon();
@@ -478,7 +480,8 @@ impl ProducerDriver {
         self.inner.release(batch.permits);
     }
 
-    /// Completes batches with their errors, and releases their memory.
+    /// Completes batches with their errors, and releases their memory. If the queue has no other batch, its problem is
+    /// cleared.
     fn fail_batches(&mut self, index: usize, failed: Vec<FailedBatch>) {
         let state = &self.queues[index];
         for FailedBatch { batch, reason } in failed {
@@ -548,7 +551,7 @@ impl ProducerDriver {
     }
 }
 
-/// Returns true if another broker may lead the partition now.
+/// Returns true if another broker may lead the partition after this error, so that the metadata must be refreshed.
 fn may_have_moved(code: ErrorCode) -> bool {
     matches!(code, ErrorCode::NotLeader | ErrorCode::NotReady | ErrorCode::StorageFailed | ErrorCode::TopicIdMismatch)
 }

@@ -15,7 +15,7 @@ use crate::{
     task::{Backoff, clock},
 };
 
-/// Time without a response to any batch of a partition after which another broker may lead it.
+/// Time without a response to the in-flight batches of a partition after which the producer looks for another leader.
 pub(super) const LEADER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// State of one queue that only the task accesses.
@@ -30,26 +30,27 @@ pub(super) struct QueueState {
     pub(super) backoff: Option<Backoff>,
     /// Time before which nothing is sent.
     pub(super) not_before: Option<Instant>,
-    /// Time of the queue's entry in `timers`.
+    /// Time of the queue's entry in `ProducerDriver::timers`; `None` without an entry.
     pub(super) timer: Option<Instant>,
     /// True while a request for a new producer id is running.
     pub(super) requesting_id: bool,
-    /// Time of the leader's last response, or of the first send after nothing was in flight.
+    /// Time of the leader's last response or notice for this queue, or of the first send after nothing was in flight.
     pub(super) last_response: Instant,
     /// Time of the last metadata refresh because the leader did not respond.
     pub(super) last_leader_check: Instant,
     /// Last problem, for the error of an expired record.
     pub(super) last_problem: String,
-    /// True while the client's retry status holds this problem.
+    /// True while the client's retry status contains `last_problem`.
     pub(super) has_problem: bool,
-    /// The broker's reason for a late acknowledgement.
+    /// Reason in the leader's last notice of a late acknowledgement; `None` after an acknowledgement.
     pub(super) notice: Option<String>,
-    /// Id of the topic that the batches belong to; `None` before the first batch.
+    /// Id of the topic to which the batches belong; `None` before the first batch, and after a mismatch until the next
+    /// batch.
     pub(super) topic_id: Option<Arc<str>>,
     /// True once a batch was acknowledged under this id.
     pub(super) topic_id_confirmed: bool,
-    /// True once a broker rejected this id. The broker's metadata may be older than the client's, so the batch is sent
-    /// once more.
+    /// True if a broker rejected the topic id and no batch was acknowledged since. The broker's metadata may be older
+    /// than the client's, so the batch is sent once more.
     pub(super) mismatched: bool,
 }
 
@@ -79,8 +80,8 @@ impl QueueState {
         }
     }
 
-    /// Returns the id of the topic that had the name when this queue sent its first batch; empty if the topic is
-    /// unknown.
+    /// Returns the topic id for the batches of this queue: that of the name at the first batch, or at the first batch
+    /// after a mismatch cleared the id. Empty if the topic is unknown.
     pub(super) fn topic_id(&mut self, client: &Client) -> Arc<str> {
         if self.topic_id.is_none()
             && let Some(Ok(route)) = client.routing().topic(&self.queue.topic)
@@ -90,14 +91,16 @@ impl QueueState {
         self.topic_id.clone().unwrap_or_default()
     }
 
-    /// Decides whether a broker's error is retryable. A topic id mismatch is retried once, after a metadata refresh.
-    /// The second mismatch is final, and later batches go to the topic that then has the name.
+    /// Returns a broker's error, with a topic id mismatch marked as retryable or not. The first mismatch is retried
+    /// after a metadata refresh. The second one in a row is final: its batch fails, and later batches go to the topic
+    /// that then has the name.
     pub(super) fn leader_error(&mut self, error: ApiError) -> ApiError {
         if error.code != ErrorCode::TopicIdMismatch {
             return error;
         }
         let is_first = !self.mismatched;
-        // Before the first acknowledgement, the metadata behind the id may be older than the topic.
+        // Before the first acknowledgement, the id itself may come from old metadata, so even the first mismatch clears
+        // it.
         if !is_first || !self.topic_id_confirmed {
             (self.topic_id, self.topic_id_confirmed) = (None, false);
         }

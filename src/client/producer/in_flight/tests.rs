@@ -1,5 +1,6 @@
-//! [`InFlightBatches`] against a model of a broker, with lost responses, broken streams and late attempts of broken
-//! streams. No record is appended twice, every acknowledged record is in the log, and the log keeps the order.
+//! Tests of [`InFlightBatches`] with a model of a broker: lost responses, broken streams, and attempts of broken
+//! streams that arrive late. No record is appended twice, every acknowledged record is in the log, and acknowledged
+//! records keep their order.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -11,7 +12,7 @@ use crate::{model::Compression, record::BatchBuilder, task::clock};
 /// Model of a broker.
 #[derive(Default)]
 struct Broker {
-    /// Appended records, by number.
+    /// Numbers of the appended records, in order.
     log: Vec<u32>,
     /// By producer id: the next sequence, and the sequences of the last batches.
     producers: BTreeMap<i64, (i32, VecDeque<i32>)>,
@@ -62,7 +63,7 @@ struct ProducerModel {
     late: VecDeque<Batch>,
     next_record: u32,
     next_producer: i64,
-    /// Records of each batch by its completion.
+    /// Each batch taken so far: its completion and the numbers of its records.
     batches: Vec<(Arc<Completion>, Vec<u32>)>,
     acknowledged: BTreeSet<u32>,
     failed: BTreeSet<u32>,
@@ -123,7 +124,7 @@ impl ProducerModel {
     }
 
     fn take(&mut self) {
-        // Sizes repeat, so that the sequence of one batch is often that of another.
+        // Batches have only two sizes, so that after a renumbering one batch often gets the former sequence of another.
         let count = 1 + u32::from(self.next_record.is_multiple_of(5));
         let records: Vec<u32> = (self.next_record..self.next_record + count).collect();
         self.next_record += count;
@@ -137,8 +138,9 @@ impl ProducerModel {
         self.in_flight.take(SealedBatch { body: BatchBody::Built(builder), count, completion, permits: 0, deadline });
     }
 
-    /// Makes the broker handle the next request. `outcome` 0 rejects it, 1 appends it and times out, 2 rejects it
-    /// finally; other values append it.
+    /// Makes the broker handle the next request. `outcome` selects its result: 0 rejects it with a retryable error, 1
+    /// appends it and responds with a timeout, 2 rejects it with a final error. Other values append it and respond with
+    /// the outcome.
     fn handle(&mut self, outcome: u8) {
         let Some((correlation_id, batch)) = self.requests.pop_front() else { return };
         let reject = |code| Err(ApiError::new(code, "model"));
@@ -164,7 +166,7 @@ impl ProducerModel {
         }
     }
 
-    /// Breaks the stream: responses are lost, and requests may still arrive.
+    /// Breaks the stream: its responses are lost, and its requests may still arrive later (`late`).
     fn break_stream(&mut self) {
         self.responses.clear();
         self.late.extend(self.requests.drain(..).map(|(_, batch)| batch));
@@ -212,7 +214,7 @@ impl ProducerModel {
         panic!("batches have no result: {:?}", self.in_flight);
     }
 
-    /// Checks the log and the results after all batches have a result.
+    /// Checks the log and the results. Called when all batches have a result.
     fn check(&self) {
         let mut seen = BTreeSet::new();
         for record in &self.broker.log {
@@ -246,7 +248,7 @@ proptest! {
 }
 
 /// Regression: a batch was refused, and the batch behind it moved up to its sequence. A late attempt of the second
-/// batch then arrived under its old sequence, which was the next in order.
+/// batch then arrived under its old sequence, which was the next one for the broker, and the batch was appended twice.
 #[test]
 fn late_attempt_under_old_sequence_is_not_duplicated() {
     let mut model = ProducerModel::new();
@@ -269,9 +271,9 @@ fn late_attempt_under_old_sequence_is_not_duplicated() {
     assert!(copies <= 1, "{:?}", model.broker.log);
 }
 
-/// Regression: of five batches, the first were appended and lost their responses, and the last were acknowledged. As
-/// many new batches were sent as had been acknowledged. After more lost responses the broker remembered only the newer
-/// five, and could not detect the repetition of the first.
+/// Regression: of five batches, the first were appended and lost their responses, and the last were acknowledged. For
+/// each acknowledged batch a new one was sent, although the first batches still waited for repetition. After more lost
+/// responses, the broker remembered only five newer batches and could not detect the repetition of the first ones.
 #[test]
 fn ack_behind_unacknowledged_batch_frees_no_capacity() {
     let mut model = ProducerModel::new();
