@@ -24,7 +24,7 @@ use crate::{
     task::clock,
 };
 
-/// Time for which no replica of a drained broker could move, after which `--wait` fails.
+/// Time after which `--wait` fails if none of the drained broker's replicas could move. Not with `--wait-for-brokers`.
 const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Maximum number of partitions that a message lists.
@@ -203,8 +203,8 @@ fn unmovable_replicas(drain: &DrainStatus) -> String {
     causes
 }
 
-/// Returns the number of blocked replicas of a drained broker, and the states that block them: which other brokers
-/// accept no replicas, and how many partitions of the cluster have no leader.
+/// Returns the number of blocked replicas of a drained broker as text, with possible causes: the placement state of
+/// every other broker, and the number of partitions without a leader in the cluster.
 fn blocked_replicas(cluster: &ClusterDescription, drained: &BrokerDescription) -> String {
     let mut others: BTreeMap<&str, Vec<BrokerId>> = BTreeMap::new();
     for other in cluster.brokers.iter().filter(|other| other.id != drained.id) {
@@ -266,8 +266,12 @@ impl Standstill {
     }
 }
 
-/// Waits until the broker has no replicas, and returns the output as JSON and as text. `drain` is the response to the
-/// drain request. With `wait_for_brokers`, a standstill does not end the wait.
+/// Prints the start of the drain as text, waits until the broker has no replicas, and returns the final output as JSON
+/// and as text. `drain` is the response to the drain request.
+///
+/// # Errors
+/// The drain was cancelled, a value in the metadata store may hide replicas, or the wait itself failed.
+/// Without `wait_for_brokers`, also if no replica could move for [`STANDSTILL_TIMEOUT`].
 async fn wait_until_empty(
     admin: &Admin,
     id: u32,
@@ -364,7 +368,7 @@ fn format_drain(id: u32, drain: &DrainStatus) -> String {
     lines
 }
 
-/// Returns the number of other brokers that are eligible for the replicas, as the cause of a blocked drain.
+/// Returns the cause of a blocked drain as text: the number of other brokers that are eligible for its replicas.
 fn eligible_brokers(drain: &DrainStatus) -> String {
     match drain.eligible_brokers {
         0 => "no other broker is eligible".to_owned(),
@@ -397,7 +401,8 @@ mod tests {
         }
     }
 
-    /// The restart of another broker does not end a wait; a cluster that is too small does.
+    /// A standstill ends the wait only after a minute: the restart of another broker is shorter, while a cluster that
+    /// is too small blocks for good.
     #[test]
     fn wait_ends_when_no_replica_can_move_for_a_minute() {
         let (start, mut standstill) = (clock::monotonic(), Standstill::default());

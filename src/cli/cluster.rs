@@ -144,7 +144,8 @@ fn staleness(cluster: &ClusterDescription) -> Option<String> {
     })
 }
 
-/// Returns a line with the partitions that accept no writes with `acks=all`.
+/// Returns a line with the first `MAX_NAMED` partitions that accept no writes with `acks=all`; `None` if there are
+/// none.
 fn unavailable(cluster: &ClusterDescription) -> Option<String> {
     let mut names: Vec<String> =
         cluster.unavailable.iter().take(MAX_NAMED).map(|(topic, number)| format!("{topic}/{number}")).collect();
@@ -194,8 +195,8 @@ fn row(broker: &BrokerDescription) -> Vec<String> {
 }
 
 /// Returns notes about a broker that the table does not contain. `unreadable_key` is a key whose value may hide
-/// replicas, so an empty drained broker must not be stopped. A standalone broker has no other broker that could take
-/// over.
+/// replicas, so a drained broker that seems empty must not be stopped. `standalone` is true if the cluster has no other
+/// broker that could take over.
 fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: bool) -> Vec<String> {
     let (id, mut notes) = (broker.id, Vec::new());
     let host = |address: &str| address.rsplit_once(':').map(|(host, _)| host.to_owned());
@@ -264,8 +265,8 @@ fn stats_notes(id: BrokerId, stats: &BrokerStats) -> impl Iterator<Item = String
     [regressed, failed, store, maintenance, future].into_iter().flatten()
 }
 
-/// Returns the key of a topic's or partition's invalid value; `None` if every such value is valid. The replicas in an
-/// invalid value are not counted.
+/// Returns the key of the first invalid topic or partition value; `None` if all are valid. Replicas in an invalid value
+/// are missing from the counts of the description.
 pub(super) fn key_that_hides_replicas(cluster: &ClusterDescription) -> Option<&str> {
     let mut keys = cluster.unreadable.iter().map(|unreadable| &*unreadable.key);
     keys.find(|key| key.contains("/topics/") || key.contains("/partitions/"))
@@ -447,7 +448,8 @@ pub(super) mod tests {
         }
     }
 
-    /// A permanent stop of such a broker could lose the only replica of a partition that was not counted.
+    /// The replica count excludes partitions whose values are unreadable. So a permanent stop of a drained broker with
+    /// the count 0 could lose the only replica of a partition.
     #[test]
     fn broker_is_not_drained_while_values_are_unreadable() {
         let empty = BrokerDescription { draining_since_ms: Some(1), replica_count: 0, ..running(1, "") };

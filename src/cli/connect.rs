@@ -43,7 +43,8 @@ pub(super) fn explain_call(error: &CallError) -> anyhow::Error {
     }
 }
 
-/// Returns the error message for a failed request about a topic. For an unknown topic, the message lists similar names.
+/// Returns the error message for a failed request about a topic. For an unknown topic, the message lists similar names,
+/// or else topics of the cluster.
 pub(super) async fn explain(admin: &Admin, topic: &str, error: CallError) -> anyhow::Error {
     if error.code() != Some(ErrorCode::UnknownTopic) {
         return explain_call(&error);
@@ -55,7 +56,7 @@ pub(super) async fn explain(admin: &Admin, topic: &str, error: CallError) -> any
     anyhow!("{}", unknown_topic(topic, &names))
 }
 
-/// Returns the error message of [`explain`] for a failed send.
+/// Returns the error message for a failed send. The error of a topic lookup is explained by [`explain`].
 pub(super) async fn explain_send(admin: &Admin, topic: &str, error: SendError) -> anyhow::Error {
     match error {
         SendError::Lookup(error) => explain(admin, topic, error).await,
@@ -63,7 +64,8 @@ pub(super) async fn explain_send(admin: &Admin, topic: &str, error: SendError) -
     }
 }
 
-/// Returns the error message of [`explain`] for a failed read.
+/// Returns the error message for a failed read, with the options that avoid the error. The error of a topic lookup is
+/// explained by [`explain`].
 pub(super) async fn explain_read(admin: &Admin, topic: &str, error: ConsumeError) -> anyhow::Error {
     match error {
         ConsumeError::Lookup(error) => explain(admin, topic, error).await,

@@ -189,7 +189,7 @@ async fn offset(admin: &Admin, topic: &str, partition: u32, at: OffsetSpec) -> a
 async fn wait_for_partitions(client: &Client, topic: &str, known: u32) -> Vec<(u32, Offset)> {
     loop {
         tokio::time::sleep(METADATA_AGE).await;
-        // A failed request is repeated here. The consumer reports the error.
+        // The next iteration repeats a failed request. The consumer reports the problem.
         let Ok(route) = client.topic_now(topic).await else { continue };
         let mut new_partitions = Vec::new();
         for partition in known..u32::try_from(route.partitions.len()).unwrap_or(known) {
@@ -202,8 +202,8 @@ async fn wait_for_partitions(client: &Client, topic: &str, known: u32) -> Vec<(u
     }
 }
 
-/// End offsets of the partitions that still have records to print; also empty if reading never ends. `bounded` is true
-/// if reading ends at these offsets (`--until-end`).
+/// End offsets of the partitions that still have records to print. Without `--until-end` reading has no end, and there
+/// are no offsets; the parameter `bounded` of the methods is then false.
 #[derive(Debug, Default)]
 struct EndOffsets {
     ends: BTreeMap<u32, Offset>,
@@ -223,7 +223,8 @@ impl EndOffsets {
         (offset < end, self.ends.is_empty())
     }
 
-    /// Skips the records below `next`. Returns true if no partition has further records to print.
+    /// Removes the end offset of a partition whose records up to it were skipped: all records below `next`. Returns
+    /// true if `bounded` and no partition has further records to print.
     fn skip(&mut self, partition: u32, next: Offset, bounded: bool) -> bool {
         self.ends.retain(|number, end| *number != partition || *end > next);
         bounded && self.ends.is_empty()
@@ -285,8 +286,8 @@ async fn print(
     }
 }
 
-/// Returns the next record. Flushes the printed records before a wait for the next record. The outer error is one of
-/// the output, the inner one an error of the consumer.
+/// Returns the next record. If the call has to wait for it, flushes the printed records first. The outer error is one
+/// of the output, the inner one an error of the consumer.
 async fn next(
     consumer: &mut Consumer,
     out: &mut BufWriter<io::StdoutLock<'_>>,

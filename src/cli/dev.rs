@@ -60,8 +60,12 @@ pub(super) struct DevArgs {
 
 /// Runs `strandline dev`.
 pub(super) async fn run(command: DevArgs) -> anyhow::Result<ExitCode> {
-    let data_dir = std::path::absolute(&command.data_dir)
-        .with_context(|| format!("{} is not a path for a data directory", command.data_dir.display()))?;
+    let data_dir = std::path::absolute(&command.data_dir).with_context(|| {
+        format!(
+            "cannot resolve --data-dir \"{}\" against the current directory: give an absolute path",
+            command.data_dir.display()
+        )
+    })?;
     if command.brokers == 1 && command.etcd.is_none() {
         check_standalone_dir(&data_dir)?;
         let settings = command.standalone_config(&data_dir)?;
@@ -177,8 +181,8 @@ fn ports(first: &str, count: u32, flag: &str) -> anyhow::Result<Vec<SocketAddr>>
     Ok(addresses)
 }
 
-/// Rejects a directory with brokers of a cluster or of a run with `--etcd`: a standalone broker would use the cluster's
-/// metadata as its own.
+/// Rejects a directory with the data of a cluster, or of a broker that ran with `--etcd`. A standalone broker would
+/// ignore the brokers' directories and use the cluster's metadata as its own.
 fn check_standalone_dir(data_dir: &Path) -> anyhow::Result<()> {
     match brokers_in(data_dir).len() {
         0 => Ok(()),
@@ -194,7 +198,7 @@ fn check_standalone_dir(data_dir: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Rejects the directory of a standalone broker: a cluster would use that broker's metadata as its own.
+/// Rejects the directory of a standalone broker. A cluster would ignore that broker's records and use its metadata.
 fn check_cluster_dir(data_dir: &Path) -> anyhow::Result<()> {
     if is_data_directory(data_dir) {
         bail!(
@@ -233,7 +237,7 @@ fn is_data_directory(path: &Path) -> bool {
 /// Returns the text that `dev` prints when all brokers are ready: addresses, directories and example commands.
 fn welcome(ready: &[ServingAddresses], program: &str) -> String {
     let [first, others @ ..] = ready else { unreachable!("there is at least one broker") };
-    // Without the variable, the example commands use the default address.
+    // The example commands use the default address unless the variable is set.
     let export = if first.grpc.to_string() == super::DEFAULT_BOOTSTRAP {
         String::new()
     } else {

@@ -45,7 +45,8 @@ impl Printer {
         out.write_all(b"\n")
     }
 
-    /// Writes a key or value, escaped if `escapes` is set. A null key or value writes nothing.
+    /// Writes a key or value; with `escapes`, control characters and bytes that are not UTF-8 as escapes. A null key or
+    /// value writes nothing.
     fn bytes(self, bytes: Option<&[u8]>, out: &mut impl Write) -> io::Result<()> {
         let bytes = bytes.unwrap_or_default();
         if !self.escapes {
@@ -68,7 +69,7 @@ impl Printer {
 /// U+007F on, and characters that change the direction of text.
 pub(super) fn json_for_terminal(value: &Value) -> String {
     let mut line = Vec::new();
-    // JSON contains such characters only inside strings.
+    // The text of a JSON value contains these characters only inside strings, where an escape stands for the character.
     escape(&value.to_string(), &mut line, |character, line| write!(line, "\\u{:04x}", u32::from(character)))
         .expect("memory can be written");
     String::from_utf8(line).expect("escapes are ASCII")

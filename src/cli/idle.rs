@@ -10,16 +10,17 @@ use tokio::time::Instant;
 
 use crate::task::clock;
 
-/// Minimum interval between two collections of one thread.
+/// Minimum interval between two collections by one thread.
 const COLLECT_INTERVAL: Duration = Duration::from_millis(100);
 
 thread_local! {
+    /// Time of this thread's last collection; `None` before the first one.
     static COLLECTED: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// Returns this thread's freed memory to the system, at most once per `COLLECT_INTERVAL`. This includes blocks that
-/// other threads freed. Called by a thread before it parks.
-pub(super) fn give_memory_back() {
+/// Returns the free memory of this thread's allocator heap to the operating system, at most once per
+/// `COLLECT_INTERVAL`. Blocks of this heap that other threads freed are included. Called before a thread parks.
+pub(super) fn release_free_memory() {
     let now = clock::monotonic();
     if COLLECTED.get().is_none_or(|last| now.duration_since(last) >= COLLECT_INTERVAL) {
         COLLECTED.set(Some(now));

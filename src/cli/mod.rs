@@ -55,7 +55,7 @@ const BOOTSTRAP_VARIABLE: &str = "STRANDLINE_BOOTSTRAP";
 /// Help heading of the options that all commands share. The heading comes after a command's own options.
 const COMMON: &str = "Common options";
 
-/// Arguments of every command that connects to a cluster or prints a table.
+/// Options that every command accepts. They matter to commands that connect to a cluster or print a result.
 #[derive(Clone, Debug, clap::Args)]
 struct CommonArgs {
     /// Broker addresses for the first connection; default: STRANDLINE_BOOTSTRAP of the environment, else
@@ -190,7 +190,7 @@ fn run(arguments: Args) -> anyhow::Result<ExitCode> {
 /// command.
 fn block_on<F: Future<Output = anyhow::Result<ExitCode>>>(command: F) -> anyhow::Result<ExitCode> {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    let runtime = runtime.enable_all().on_thread_park(idle::give_memory_back).build()?;
+    let runtime = runtime.enable_all().on_thread_park(idle::release_free_memory).build()?;
     let result = runtime.block_on(Box::pin(command));
     // A read of standard input cannot be interrupted, so the shutdown does not wait for it.
     runtime.shutdown_background();

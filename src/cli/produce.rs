@@ -30,10 +30,10 @@ use crate::{
     model::{Acks, Compression, UnknownName},
 };
 
-/// Maximum number of unfinished deliveries. Above it, the command waits for the oldest.
+/// Maximum number of unfinished deliveries. Above it, the command waits for the oldest one before it sends more.
 const MAX_OUTSTANDING: usize = 100_000;
 
-/// Maximum time that the end of the command waits for records in flight.
+/// Maximum time that the command waits at its end for records in flight, as after a stop signal.
 const LAST_ACKS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Maximum number of offset ranges that are printed for one partition.
@@ -83,7 +83,7 @@ struct ProduceSummary {
     /// Acknowledged records; with `acks=0`, accepted records.
     acknowledged: u64,
     failed: u64,
-    /// Lines that contain the separator.
+    /// Number of lines that contain the separator, and so have a key.
     keyed: u64,
     first_failure: Option<SendError>,
     partitions: BTreeMap<u32, PartitionAcks>,
@@ -200,8 +200,11 @@ pub(super) async fn run(common: &CommonArgs, command: ProduceArgs) -> anyhow::Re
     failure.map_or(Ok(ExitCode::SUCCESS), Err)
 }
 
-/// Sends all lines. Returns an error for the first record that failed, or for an interruption; `outstanding` then holds
-/// the results so far.
+/// Sends all lines and waits for the results, which `outstanding` then holds. Records without a result count as failed.
+///
+/// # Errors
+/// An input cannot be read, the topic or partition does not exist, a record failed (the first one is named),
+/// or a stop signal arrived.
 async fn produce(common: &CommonArgs, command: &ProduceArgs, outstanding: &mut Outstanding) -> anyhow::Result<()> {
     // An unreadable file is reported before any record is sent.
     for file in command.files.iter().filter(|file| !is_stdin(file)) {
@@ -258,7 +261,7 @@ async fn start(client: &Client, command: &ProduceArgs) -> anyhow::Result<Produce
     let options = ProducerOptions {
         acks: command.acks,
         compression: command.compression,
-        // Long enough for the next read of a pipe, too short for a user to notice.
+        // The linger is long enough for the next read of a pipe, and too short for a user to notice.
         linger: Duration::from_millis(5),
         delivery_timeout: command.timeout.map_or_else(|| timeout(command.acks), Duration::from_secs),
         ..ProducerOptions::default()
@@ -327,7 +330,7 @@ async fn send_lines(
         outstanding.push(delivery).await;
         bar.inc(1);
         if outstanding.summary.first_failure.is_some() {
-            // No record is sent after a failed one. The caller takes the error from the summary.
+            // No further record is sent after a known failure. The caller takes the error from the summary.
             return Ok(());
         }
     }

@@ -79,8 +79,8 @@ impl RetryMonitor {
         }
     }
 
-    /// Prints lines until the next expected piece is overdue, and returns the error for that. Never returns without
-    /// `expected`.
+    /// Prints lines about problems until the next expected piece is overdue, and returns the timeout error. Never
+    /// returns without `expected`.
     async fn watch(&self, expected: Option<ExpectedWork<'_>>) -> anyhow::Error {
         let mut ticks = tokio::time::interval(POLL_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -144,7 +144,7 @@ fn timeout_error(expected: &ExpectedWork<'_>, status: Option<RetryStatus>) -> an
     anyhow!("timed out after {timeout} without a {piece}: {reason}; raise the limit with --timeout")
 }
 
-/// State of the retry output, from which the next line follows.
+/// Decides which lines of the retry output are due.
 #[derive(Debug, Default)]
 struct RetryPrinter {
     /// Last printed line; `None` before the first line, and after the line at the end of a problem.

@@ -95,7 +95,7 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 
 pub(super) async fn run(common: &CommonArgs, command: TopicCommand) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
-    // The future is boxed, because it contains an interactive prompt.
+    // The future of all subcommands is large, so it is boxed.
     RetryMonitor::new(&client)
         .run_with_retry_output(None, Box::pin(execute(client.admin(), command, common.output)))
         .await
@@ -144,7 +144,7 @@ async fn execute(admin: Admin, command: TopicCommand, output: OutputFormat) -> a
 }
 
 /// Prints a hint on standard error if a topic with several replicas has `min.insync.replicas` 1. The topic has been
-/// created already, so an error is ignored here.
+/// created already, so an error of this request is ignored.
 async fn print_min_isr_hint(admin: &Admin, name: &str, replicas: u32) {
     if replicas < 2 {
         return;

@@ -47,8 +47,8 @@ const REMINDER_INTERVAL: Duration = Duration::from_secs(30);
 /// Timer of the lines that a waiting command prints while an obstacle lasts.
 #[derive(Debug, Default)]
 struct Reminder {
-    /// Time at which an obstacle was last printed, or at which the wait began; `None` prints the first obstacle at
-    /// once.
+    /// Time at which an obstacle was last printed, or at which the wait began. With `None`, the first obstacle is
+    /// printed at once.
     last: Option<Instant>,
 }
 
@@ -95,8 +95,8 @@ impl WaitArgs {
         output::progress(Some(0), "{spinner} {bar:24} {pos} of {len} moved, {elapsed}  {msg}")
     }
 
-    /// Requests the remaining work until none is left, and returns the time that this took. `progress` is the command
-    /// that shows the progress later.
+    /// Calls `poll` for the remaining work until none remains, and returns the time that this took. Shows the progress
+    /// on `bar`, and prints obstacles. `progress` is the command that shows the progress later.
     ///
     /// # Errors
     /// A request failed permanently, no request succeeded for a minute, or the timeout expired. The timeout error
@@ -189,7 +189,7 @@ mod tests {
         assert_eq!(refused.await.expect_err("the operation failed").to_string(), "gone");
     }
 
-    /// Regression: the restart of one broker ended a wait of hours.
+    /// Regression: a single failed request, as during the restart of one broker, ended a wait of hours.
     #[tokio::test(start_paused = true)]
     async fn wait_outlasts_restarts_and_ends_after_silence() {
         let wait = WaitArgs { wait: true, timeout: None };

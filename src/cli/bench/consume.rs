@@ -32,7 +32,7 @@ use crate::{
     task::{Tasks, clock},
 };
 
-/// Maximum time without a record before the end offset; a reader then fails.
+/// Maximum time without a batch below the end offsets, after which a reader fails.
 const LATE_AFTER: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
@@ -108,8 +108,8 @@ pub(super) async fn run(common: &CommonArgs, command: BenchConsumeArgs) -> anyho
     Ok(if stats.errors == 0 && stats.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Divides the partitions among the consumers. Partitions without records to read, and consumers without partitions,
-/// are left out.
+/// Divides the partitions among the consumers. Partitions without records up to the current log end are left out,
+/// unless `--records` waits for new ones. So are consumers without partitions.
 async fn shares(common: &CommonArgs, command: &BenchConsumeArgs) -> anyhow::Result<Vec<ConsumerShare>> {
     let client = connect(common).await?;
     let admin = client.admin();

@@ -23,8 +23,9 @@ const MEASURE_TIME: Duration = Duration::from_secs(3);
 /// Alignment in bytes that direct I/O needs for memory and sizes.
 const ALIGNMENT: usize = 4096;
 
-/// Writes `write_bytes` bytes at a time to a file in `folder` for `MEASURE_TIME`, with a sync after each write. The
-/// writes overwrite blocks that exist. Blocks the thread, and removes the file at the end.
+/// Measures writes of `write_bytes` bytes, rounded up to `ALIGNMENT`, to a file in `folder` for `MEASURE_TIME`, with a
+/// sync after each. The measured writes overwrite blocks that exist. Blocks the thread, and removes the file at the
+/// end.
 pub(super) fn measure(folder: &Path, write_bytes: usize) -> io::Result<Value> {
     let write_bytes = write_bytes.max(1).next_multiple_of(ALIGNMENT).min(FILE_BYTES);
     let path = folder.join(format!(".strandline-bench-{}", std::process::id()));
@@ -54,7 +55,8 @@ fn create_file(path: &Path) -> io::Result<()> {
     file.sync_all()
 }
 
-/// Writes random bytes in a loop. Returns true if the writes used direct I/O, and the latencies and the elapsed time.
+/// Writes and syncs random bytes for `MEASURE_TIME`. Returns whether the writes used direct I/O, their latencies, and
+/// the elapsed time.
 fn write_synced(path: &Path, write_bytes: usize) -> io::Result<(bool, BenchStats, Duration)> {
     let (file, direct) = open(path)?;
     let mut memory = vec![0; write_bytes + ALIGNMENT];

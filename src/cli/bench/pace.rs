@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use crate::task::clock;
 
-/// Maximum of a due time in seconds after the start. Bounds the due times of very low rates; no run lasts that long.
+/// Maximum due time in seconds after the start. It bounds the due times of very low rates, and no run lasts that long.
 const MAX_SECONDS: f64 = 1e9;
 
 /// Condition that ends a run.
@@ -31,7 +31,7 @@ impl OpenLoop {
         Self { start, interval: bytes_per_s.map(|rate| f64::from(record_bytes) / rate), until }
     }
 
-    /// Returns the end of a run with a rate and a duration. The last record may be due earlier.
+    /// Returns the end of a run with a rate and a duration; `None` for other runs. The last record may be due earlier.
     pub(super) fn end(&self) -> Option<Instant> {
         match self.until {
             StopAfter::After(time) => self.interval.map(|_| self.start + time),

@@ -243,7 +243,7 @@ struct BenchSender {
     producer: Producer,
     pace: OpenLoop,
     payloads: PayloadPool,
-    /// First of this producer's partitions. Its further partitions follow at distances of `step`.
+    /// First of this producer's partitions. The numbers of the others follow at distances of `step`.
     first_partition: u32,
     step: u32,
     /// Number of this producer's partitions.
@@ -315,7 +315,7 @@ impl BenchSender {
             }
             if send_failed {
                 is_failed = true;
-                // A send fails at once only if the next send would fail too.
+                // `send` itself returns an error only if the next send would fail as well.
                 break;
             }
         }
@@ -323,7 +323,7 @@ impl BenchSender {
         if let Some(end) = self.pace.end().filter(|_| !is_failed) {
             wait_until(end);
         }
-        // `collect` waits for the results of records that still linger.
+        // The close sends the records that still linger. `collect` receives all results.
         let _ = self.producer.close().await;
     }
 }

@@ -57,7 +57,7 @@ impl BenchStats {
         self.meanings.extend(other.meanings);
     }
 
-    /// Returns the latency below which this share of the records stays, in milliseconds.
+    /// Returns the latency in milliseconds that the share `quantile` of the measurements does not exceed.
     #[expect(clippy::cast_precision_loss, reason = "numbers for people")]
     fn ms(&self, quantile: f64) -> f64 {
         self.latency.value_at_quantile(quantile) as f64 / 1000.0

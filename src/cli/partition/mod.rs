@@ -144,8 +144,9 @@ fn parse_partition(text: &str) -> Result<TopicOrPartition, String> {
 }
 
 impl PartitionCommand {
-    /// Returns an error message if the arguments contradict each other. Cancelling needs exactly one of a name and
-    /// `--all`; the name may stand before or after the word `status` or `cancel`.
+    /// Returns an error message if the arguments contradict each other. `cancel` needs exactly one of a name and
+    /// `--all`. For `status` and `cancel`, one name may stand before or after that word, and the options of a new
+    /// reassignment are not allowed.
     pub(super) fn conflicting_arguments(&self) -> Option<&'static str> {
         let none = &None;
         let (has_reassign_options, name_before, name_after, cancels_all) = match self {
@@ -198,7 +199,7 @@ pub(super) async fn run(common: &CommonArgs, command: PartitionCommand) -> anyho
             PartitionCommand::RebuildManifest(command) => rebuild::run(&admin, &command, output).await,
         }
     };
-    // The future is boxed, because it contains an interactive prompt.
+    // The future of all subcommands is large, so it is boxed.
     let mut monitor = RetryMonitor::new(&client);
     monitor.beside(&bar);
     monitor.run_with_retry_output(None, Box::pin(work)).await?;
@@ -242,7 +243,7 @@ async fn reassign(
 }
 
 /// Waits until every reassignment has ended, and checks that each partition has the requested replicas. Returns the
-/// completed reassignments, and the time that the wait took.
+/// reassignments in their final state, and the time that the wait took. Fails if a partition has other replicas.
 async fn wait_until_completed(
     admin: &Admin,
     name: &TopicOrPartition,
@@ -280,8 +281,8 @@ async fn wait_until_completed(
     Ok((reassignments, elapsed))
 }
 
-/// Returns the work that remains of the requested reassignments. `active` are all uncompleted reassignments of the
-/// topic, which may include those of the controller.
+/// Returns the work that remains of the requested reassignments. `active` are the uncompleted reassignments of the
+/// topic or partition, and may include reassignments of the controller.
 fn remaining(requested: &[Reassignment], active: &[Reassignment]) -> RemainingWork {
     let is_requested =
         |reassignment: &&Reassignment| requested.iter().any(|other| other.partition == reassignment.partition);

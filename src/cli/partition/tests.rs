@@ -100,7 +100,8 @@ fn unclean_election_output_names_lost_records() {
         ElectionResult { replicas: unclean().replicas.split_off(1), lost: Offset::ZERO..Offset::ZERO, ..unclean() };
     let text = format_consequences("orders", 0, &nothing);
     assert!(text.ends_with("no replica reports a committed record that broker 2 lacks"), "{text}");
-    // The broker of this replica lost its disk. An empty replica does not show that no record is lost.
+    // The broker of this replica lost its disk. An empty replica reports no lost record, and yet all records may be
+    // lost.
     let offset = |value| Offset::new(value).expect("small");
     let bare =
         ReplicaDescription { empty: true, positions: Ok((offset(0), offset(0), None)), ..replica(3, false, None) };
@@ -115,8 +116,8 @@ fn unclean_election_output_names_lost_records() {
     let text = format_consequences("orders", 0, &useless);
     for wanted in [
         "no available replica has a usable log",
-        "the log of broker 2 is deleted",
-        "including those of brokers that are offline",
+        "the election would delete the log of broker 2",
+        "including those that only offline brokers have",
     ] {
         assert!(text.contains(wanted), "{text}");
     }

@@ -17,7 +17,8 @@ pub(super) fn format_requested(reassignments: &[Reassignment]) -> String {
     lines.join("\n")
 }
 
-/// Returns true if replicas are added or removed. Otherwise the partition has its replicas, perhaps in another order.
+/// Returns true if replicas are added or removed. Otherwise the partition is already on the requested brokers, and at
+/// most the order of its replicas changes.
 fn moves_data(reassignment: &Reassignment) -> bool {
     !reassignment.adding.is_empty() || !reassignment.removing.is_empty()
 }
@@ -137,9 +138,9 @@ pub(super) fn format_consequences(topic: &str, number: u32, dry_run: &ElectionRe
     let lost = &dry_run.lost;
     if dry_run.discard_local {
         lines.push(format!(
-            "no available replica has a usable log: the log of broker {} is deleted, and the partition continues \
-             after the end of the object store\nrecords that are not in the object store are lost, acknowledged or \
-             not, including those of brokers that are offline",
+            "no available replica has a usable log: the election would delete the log of broker {}\nthe partition \
+             would continue after its last record in the object store\nall other records would be lost, acknowledged \
+             or not, including those that only offline brokers have",
             dry_run.leader
         ));
         return lines.join("\n");
@@ -147,8 +148,8 @@ pub(super) fn format_consequences(topic: &str, number: u32, dry_run: &ElectionRe
     let is_empty = dry_run.replicas.iter().any(|replica| replica.broker == dry_run.leader && replica.empty);
     if is_empty {
         lines.push(format!(
-            "broker {} is empty: all records of {topic}/{number} that are not in the object store are lost\nthe number \
-             of these records is unknown",
+            "broker {} is empty: all records of {topic}/{number} that are not in the object store would be lost\nthe \
+             number of these records is unknown",
             dry_run.leader
         ));
     } else {
@@ -162,7 +163,7 @@ pub(super) fn format_consequences(topic: &str, number: u32, dry_run: &ElectionRe
         dry_run.replicas.iter().filter(|replica| replica.positions.is_err()).map(|replica| replica.broker).collect();
     match unresponsive.is_empty() {
         false => lines.push(format!(
-            "records that only broker {} has are lost as well, acknowledged or not",
+            "records that only broker {} has would be lost as well, acknowledged or not",
             format_ids(&unresponsive)
         )),
         true if is_empty => {}

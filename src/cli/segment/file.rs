@@ -37,7 +37,14 @@ const OTHER_MAGICS: &[(&[u8], &str)] = &[
     (b"STMP", "a page of a manifest"),
 ];
 
-/// Opens a segment file, or a segment object with its footer.
+/// Last bytes of a segment object: the magic of its trailer (`tier::footer`).
+const SEGMENT_OBJECT_MAGIC: &[u8] = b"STRNDSEG";
+
+/// Opens a segment file, or a segment object with its footer. Compares the base offsets in the file's name and in the
+/// footer.
+///
+/// # Errors
+/// The file cannot be read, is of another type, or its name and footer contradict each other.
 pub(super) fn open(path: &Path) -> anyhow::Result<(FileBatches<impl Read + use<>>, Option<Footer>)> {
     let unreadable = || format!("cannot read {}", path.display());
     let mut file = File::open(path).with_context(unreadable)?;
@@ -89,7 +96,7 @@ fn footer(file: &mut File, len: u64, path: &Path) -> io::Result<anyhow::Result<O
     let mut trailer = [0; TRAILER_BYTES];
     file.seek(SeekFrom::Start(trailer_start))?;
     read_full(file, &mut trailer)?;
-    if !trailer.ends_with(b"STRNDSEG") {
+    if !trailer.ends_with(SEGMENT_OBJECT_MAGIC) {
         return Ok(Ok(None));
     }
     let corrupt = |reason: &dyn std::fmt::Display| Ok(Err(anyhow!("{} is corrupt: footer: {reason}", path.display())));
@@ -189,7 +196,7 @@ impl<R: Read> FileBatches<R> {
         Ok(Some((position, batch)))
     }
 
-    /// Compares the end offset and the CRC of all batches with the footer. The batches must have been read to the end.
+    /// Compares the end offset and the CRC of all batches with the footer. Called after the last batch was read.
     pub(super) fn check(&self, footer: &Footer) -> Result<(), SegmentError> {
         let corrupt = |problem| Err(SegmentError::Corrupt { position: self.position, problem });
         if self.end != Some(footer.end) {
@@ -206,10 +213,10 @@ impl<R: Read> FileBatches<R> {
     }
 }
 
-/// Check of the leader epochs in file order. An epoch above that of the next batch is not accepted.
+/// Check of the leader epochs in file order.
 #[derive(Debug, Default)]
 pub(super) struct FileEpochs {
-    /// Leader epoch of the previous batch; `None` before the first one.
+    /// Leader epoch of the previous batch, which passed the check; `None` before the first batch.
     before: Option<LeaderEpoch>,
 }
 

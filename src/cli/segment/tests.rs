@@ -106,11 +106,12 @@ fn corrupt_first_offset_is_detected_by_the_file_name() {
         assert_eq!(text, "");
         assert!(result.expect_err("corrupt").contains("corrupt at byte 0"), "byte {byte}");
     }
-    // A copy under another name states no offset to compare with.
+    // The name of a copy contains no offset to compare with, so the same batch passes.
     assert_eq!(dumped_as("copy", &good).1, Ok(()));
 }
 
-/// Regression: the error named the batch after the corrupt one.
+/// Of two batches with decreasing epochs, the error names the one whose epoch does not fit the batches around both.
+/// Regression: the error always named the second batch.
 #[test]
 fn epoch_decrease_is_reported_at_the_outlier() {
     let bytes = log(&[3]).len() as u64;

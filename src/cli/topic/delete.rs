@@ -50,7 +50,7 @@ struct TopicContent {
 }
 
 impl TopicContent {
-    /// Adds up what the leaders of the topic's partitions reported.
+    /// Returns the sums of the values that the leaders of the topic's partitions reported.
     fn of(topic: &TopicDescription) -> Self {
         let mut content = Self {
             name: topic.summary.name.clone(),
@@ -98,8 +98,8 @@ impl TopicContent {
         )
     }
 
-    /// Returns the message after the deletion. `object_grace` is the time until the objects in the object store are
-    /// deleted; `None` without an object store.
+    /// Returns the message after the deletion. `object_grace` is the longest time until the objects in the object store
+    /// are deleted; `None` without an object store.
     fn deleted_message(&self, object_grace: Option<Duration>) -> String {
         let Self { name, tiered_bytes, unresponsive, .. } = self;
         let deleted = format!("deleted topic {name}");
