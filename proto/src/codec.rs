@@ -12,8 +12,8 @@ use tonic_prost::ProstDecoder;
 /// Maximum number of bytes that the codec passes to HTTP/2 at once.
 const YIELD_BYTES: usize = 1 << 20;
 
-/// Initial size of the buffer of a call: enough for a small message. A waiting call keeps its buffer: with 64 KiB,
-/// 10,000 calls kept 640 MB.
+/// Initial size of the buffers of a call: enough for a small message. A waiting call keeps its buffers, so larger ones
+/// would add up: at 64 KiB, 10,000 waiting calls kept 640 MB.
 const INITIAL_BYTES: usize = 1 << 10;
 
 /// Codec of prost messages with one buffer of the size of the message.

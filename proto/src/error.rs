@@ -1,7 +1,7 @@
 //! API errors: a stable code, a message and named details.
 //!
 //! A failed call carries an [`ApiError`] as `google.rpc.Status` with `ErrorInfo`. A failed part of a response carries
-//! it as [`v1::Error`]. Both forms have the same content, so that a client handles them in the same way.
+//! the [`ApiError`] as [`v1::Error`]. Both forms have the same content, so that a client handles them in the same way.
 
 use std::{collections::HashMap, fmt};
 
@@ -130,14 +130,14 @@ pub struct ApiError {
     pub retryable: bool,
 }
 
-/// Maximum length of a message. A message can repeat bytes of a request. In an HTTP/2 header, messages and details take
-/// several times their length.
+/// Maximum length of a message, without the `…` that marks a truncated one. A message can repeat bytes of a request,
+/// and in an HTTP/2 header messages and details take several times their length.
 const MAX_MESSAGE_BYTES: usize = 4 << 10;
 
-/// Maximum length of a detail.
+/// Maximum length of a detail, without the `…` that marks a truncated one.
 const MAX_DETAIL_BYTES: usize = 1 << 10;
 
-/// Truncates a text to at most `max_bytes`.
+/// Truncates a text that is longer than `max_bytes` to at most that length, and then appends `…`.
 fn truncate(mut text: String, max_bytes: usize) -> String {
     if text.len() > max_bytes {
         text.truncate(text.floor_char_boundary(max_bytes));
@@ -160,7 +160,7 @@ impl ApiError {
         self
     }
 
-    /// Returns a detail that is a number.
+    /// Returns a detail as a number; `None` if the error has no such detail or the detail is no number.
     pub fn number(&self, name: &str) -> Option<i64> {
         self.metadata.get(name)?.parse().ok()
     }
@@ -215,8 +215,9 @@ pub fn is_broker_status(status: &Status) -> bool {
     status.get_details_error_info().is_some_and(|info| info.domain == DOMAIN)
 }
 
-/// Converts a status that the gRPC library created before or instead of a service. Such a status has no [`ErrorCode`].
-/// Returns `None` for every other status. `path` is the path of the call, `/package.Service/Method`.
+/// Converts a status that the gRPC library created for a request that no service received, or that the library could
+/// not decode. Such a status has no [`ErrorCode`]. Returns `None` for every other status. `path` is the path of the
+/// call, `/package.Service/Method`.
 pub fn from_transport(status: &Status, path: &str) -> Option<ApiError> {
     if !status.details().is_empty() {
         return None;
@@ -270,7 +271,7 @@ mod tests {
 
     use super::*;
 
-    /// Regression: a name of 2 MB made 36 MB of HTTP/2 headers: printed, encoded twice, and kept until the client read
+    /// Regression: the error for a name of 2 MB took 36 MB of HTTP/2 headers, which were kept until the client read
     /// them.
     #[test]
     fn message_and_details_of_an_error_are_truncated() {

@@ -1,8 +1,8 @@
 //! Counts the repeated elements of a request in its encoded bytes, before the request is decoded: a record of two
 //! encoded bytes becomes a struct of a hundred bytes.
 //!
-//! The counter uses the descriptors of the messages and reads only keys and lengths. At bytes that are not a message it
-//! stops counting, and the decoder rejects them.
+//! The counter uses the descriptors of the messages and reads only keys and lengths. At bytes that are not a message
+//! the counter stops, and the decoder then rejects the request.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -32,7 +32,7 @@ type Fields = BTreeMap<u32, Field>;
 #[derive(Clone, Copy, Debug)]
 struct Field {
     repeated: bool,
-    /// Index of its message type. `None` for bytes, text and numbers.
+    /// Index of the field's message type in [`RequestSchemas::messages`]; `None` for bytes, text and numbers.
     message: Option<usize>,
     /// True for packed numbers, where each byte can be an element.
     packed: bool,
@@ -164,7 +164,8 @@ impl PartCounter {
         parts
     }
 
-    /// Reads one byte of a varint. Returns the value after the last byte.
+    /// Reads one byte of a varint. Returns the value after the last byte. A varint of more than ten bytes makes the
+    /// rest of the request [`Token::Opaque`].
     fn varint(&mut self, byte: u8) -> Option<u64> {
         self.value |= u64::from(byte & 0x7f) << self.shift;
         self.shift += 7;
@@ -200,7 +201,7 @@ impl PartCounter {
                     5 => Token::Skip(4),
                     _ => Token::Opaque,
                 };
-                // Packed numbers can be encoded one by one too.
+                // Elements of a packed field may also be encoded one by one, each with its own key.
                 usize::from(value & 7 != 2 && self.field(field).is_some_and(|field| field.repeated))
             }
             Token::Length { field } => {
@@ -234,7 +235,7 @@ mod tests {
     use super::*;
     use crate::v1::{self, append_request::Payload};
 
-    /// Counts a request at once, and in chunks of some small sizes.
+    /// Returns the count of a request, and checks that the count is the same if the request arrives in small chunks.
     fn parts(path: &str, request: &impl prost::Message) -> usize {
         let (schemas, bytes) = (RequestSchemas::of_clients(), request.encode_to_vec());
         let mut counter = schemas.counter(path).expect("a call");

@@ -79,7 +79,7 @@ pub struct BrokerDescription {
     pub disk_pressure: bool,
     /// True if the disk is full: a write found no space, and other brokers take over every leadership that they can.
     pub disk_full: bool,
-    /// Maximum number of replicas placed on the broker (`broker.max_replicas`); `None` if there is no limit.
+    /// Maximum number of replicas placed on the broker (`broker.max_replicas`); `None` if the limit is not known.
     pub max_replicas: Option<u32>,
     /// Start of the drain in milliseconds since 1970; `None` if the broker is not draining.
     pub draining_since_ms: Option<i64>,
