@@ -1,10 +1,11 @@
 //! The reference of the throughput figures: a server with a broker's gRPC services and no storage.
 //!
 //! `Produce` acknowledges and discards every batch at once; `Fetch` sends prepared batches as fast as the client
-//! accepts them. Listener, codec, windows and message limits are the broker's (`server/grpc.rs`). So `strandline bench`
-//! measures the limit of transport, client and machine here, and a broker's loss against it is the broker's own cost.
-//! Every topic exists and has `--partitions` partitions. Read offsets are dense and have no other meaning. The first
-//! output line is the server's address. The server runs until it is killed.
+//! accepts them. Codec and message limits are those of a broker, and the HTTP/2 windows are the largest that a broker
+//! grants (`server/grpc.rs`). So `strandline bench` measures the limit of transport, client and machine here. The
+//! difference of a broker's figures from these is the broker's own cost. Every topic exists and has `--partitions`
+//! partitions. Read offsets are dense and have no other meaning. The first output line is the server's address. The
+//! server runs until it is killed.
 
 use std::{
     io::{self, Write as _},
@@ -31,7 +32,8 @@ use tonic::{
     transport::{Server, server::TcpIncoming},
 };
 
-// Values of the broker, from server/grpc.rs.
+// The windows are the largest that a broker grants (server/grpc.rs). Frames may be larger than a broker allows, which is
+// 32 KiB.
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
 const FRAME: u32 = 256 << 10;
@@ -39,8 +41,8 @@ const FRAME: u32 = 256 << 10;
 /// Size of a fetch response in bytes, if the request sets none.
 const DEFAULT_FETCH_BYTES: usize = 1 << 20;
 
-/// Number of responses that a fetch stream rotates through. A response has been encoded before its next turn, so its
-/// offsets can be rewritten in place. All responses together exceed a core's cache, as real data does.
+/// Number of prepared responses that a fetch stream sends in rotation. A response is usually encoded before it is sent
+/// again, so its offsets can be rewritten in place. All responses together exceed a core's cache, as real data does.
 const RING: usize = 8;
 
 /// Log end that every partition reports.
@@ -124,13 +126,13 @@ impl Prepared {
         }
         let records = builder.count().into();
         let mut bytes = BytesMut::from(&builder.finish(None)?.to_bytes()[..]);
-        // The leader epoch, which the checksum does not cover. A builder leaves it at -1.
+        // Sets the leader epoch from the builder's -1 to 0. The checksum does not cover this field.
         bytes[12..16].copy_from_slice(&0_i32.to_be_bytes());
         Ok(Self { bytes: bytes.freeze(), records })
     }
 }
 
-/// Returns the number of records in a request: for a batch by its header; 0 without records.
+/// Returns the number of records in a request, for a batch as its header states it; 0 without a payload.
 fn records_of(append: Option<&v1::AppendRequest>) -> i64 {
     let payload = append.and_then(|append| append.payload.as_ref());
     match payload {
@@ -154,18 +156,23 @@ fn appended(append: Option<&v1::AppendRequest>) -> v1::AppendResponse {
     }
 }
 
-/// One fetch stream. Its partitions take turns, with one response each.
+/// One fetch stream. Each response is for one partition, and the partitions follow one another in rotation.
 struct Session {
     discard: Arc<Discard>,
     requests: Streaming<v1::FetchRequest>,
     partitions: Vec<v1::FetchPartition>,
-    turn: usize,
-    /// Responses of consecutive batches, each at most as large as the first request allows.
+    /// Index in `partitions` of the last response.
+    last_partition: usize,
+    /// Prepared responses of consecutive batches. Each has at most the bytes that the first request allows, and at
+    /// least one batch.
     ring: Vec<Bytes>,
+    /// Index in `ring` of the last response.
     slot: usize,
 }
 
 impl Session {
+    /// Returns the next response. Requests that have arrived are applied first; without partitions, waits for one.
+    /// Returns `None` if the client has ended its requests and named no partition.
     async fn next(&mut self) -> Option<Result<v1::FetchResponse, Status>> {
         loop {
             let request = if self.partitions.is_empty() {
@@ -182,6 +189,8 @@ impl Session {
         }
     }
 
+    /// Adds the partitions of a request to the stream. A partition that is already read continues at its offset, unless
+    /// the request restarts it. Prepares the responses at the first request.
     fn assign(&mut self, request: v1::FetchRequest) {
         for mut partition in request.partitions {
             let old =
@@ -199,12 +208,14 @@ impl Session {
         }
     }
 
+    /// Returns a response with the next batches of the next partition.
     fn respond(&mut self) -> v1::FetchResponse {
         let Prepared { bytes: batch, records } = &self.discard.batch;
-        self.turn = (self.turn + 1) % self.partitions.len();
+        self.last_partition = (self.last_partition + 1) % self.partitions.len();
         self.slot = (self.slot + 1) % self.ring.len();
-        let partition = &mut self.partitions[self.turn];
-        // Rewritten in place, unless the transport still uses the last response of this slot.
+        let partition = &mut self.partitions[self.last_partition];
+        // The offsets are rewritten in place, unless the transport still uses the last response of this slot; then the
+        // response is copied.
         let previous = std::mem::take(&mut self.ring[self.slot]);
         let mut bytes = previous.try_into_mut().unwrap_or_else(|bytes| BytesMut::from(&bytes[..]));
         for batch in bytes.chunks_exact_mut(batch.len()) {
@@ -265,7 +276,7 @@ impl log_server::Log for Service {
             discard: Arc::clone(&self.0),
             requests: request.into_inner(),
             partitions: Vec::new(),
-            turn: 0,
+            last_partition: 0,
             ring: Vec::new(),
             slot: 0,
         };

@@ -1,5 +1,5 @@
-//! A data directory on the real disk (below `target/`): append, read, open after a crash, find a timestamp.
-//! Batches are 64 KiB with one record unless the name of a benchmark gives another size.
+//! Benchmarks of a data directory on the real disk (below `target/`): append, read, open after a crash, find a
+//! timestamp. Batches are 64 KiB with one record unless the name of a benchmark gives another size.
 
 use std::{
     fs,
@@ -26,7 +26,7 @@ const BATCH_BYTES: usize = 64 << 10;
 const SEGMENT_BYTES: u64 = 64 << 20;
 const EPOCH: LeaderEpoch = LeaderEpoch(1);
 
-/// Creates a data directory, which its drop removes.
+/// Creates a directory, which is removed when the value is dropped.
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("target/ is writable")
 }
@@ -49,7 +49,7 @@ fn replicas(log: &DataDir, count: u32) -> Vec<ReplicaLog> {
     (0..count).map(open).collect()
 }
 
-/// Returns a batch of one incompressible record.
+/// Returns a batch of at most `bytes` bytes with one incompressible record.
 fn batch(bytes: usize) -> Batch {
     let mut value = vec![0; bytes - 100];
     StdRng::seed_from_u64(1).fill_bytes(&mut value);
@@ -162,7 +162,7 @@ fn leave_killed_directory(dir: &Path) -> u64 {
         replicas.iter_mut().for_each(|replica| append(replica, &batch));
         persist_all(&mut replicas);
     }
-    // Nothing is closed: a drop leaves the same files as a killed process.
+    // Nothing is closed: dropping the log leaves the same files as killing the process.
     replicas.iter().map(ReplicaLog::bytes).sum()
 }
 

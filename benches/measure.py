@@ -181,7 +181,8 @@ class Process:
 
 
 class Meter:
-    """CPU seconds of one process and of this program with its commands, and cores used by all else, between enter and exit."""
+    """Measures between enter and exit: CPU seconds of the server process `pid` and of this program with its commands, and the
+    cores that all other processes used."""
 
     def __init__(self, pid):
         self.pid = pid
@@ -376,13 +377,13 @@ def discarded(lab, partitions, extra=()):
 
 
 def produced(lab, durability, partitions, extra=()):
-    """Measures a producer against its own broker, with one new topic per run."""
+    """Measures a producer against a new broker, with one new topic per run. The first run is a warm-up and does not count."""
 
     def measure():
         lab.require_disk(3 + lab.seconds * 2)
         runs = []
         with Broker(lab, lab.root / "produce") as broker:
-            for i in range(-1, lab.repeat):  # the first run is a warm-up and does not count
+            for i in range(-1, lab.repeat):
                 broker.topic("t", partitions, durability=durability, remote_storage_enable="false")
                 lab.settle()
                 with Meter(broker.pid) as m:

@@ -44,7 +44,7 @@ class Member:
         self.directory = cluster.directory / f"broker{number}"
         self.directory.mkdir(parents=True, exist_ok=True)
         self.grpc, self.http = free_port(), free_port()
-        # For a comparison the binary may be of an earlier commit without a listener for brokers.
+        # The program may be of an earlier commit, which has no setting for a peer listener.
         has_peer = "[peer]" in run([cluster.lab.bin, "config", "print"], 10, environment())
         peer = ["[peer]", f'listen = "127.0.0.1:{free_port()}"'] if has_peer else []
         store = [f'url = "file://{cluster.bucket}"'] if cluster.bucket else []

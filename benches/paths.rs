@@ -1,5 +1,5 @@
-//! Benchmarks of the record, log and tier paths, with one function per module. `cargo bench --bench paths -- record`
-//! runs one.
+//! Benchmarks of the modules `record`, `log` and `tier`, with one group for each. `cargo bench --bench paths -- record`
+//! runs one group.
 
 use criterion::{criterion_group, criterion_main};
 

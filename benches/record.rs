@@ -1,5 +1,5 @@
-//! Batches: parse, build, decode, and each codec. Batches are 64 KiB of 1 KiB records unless the name of a benchmark
-//! gives another size.
+//! Benchmarks of batches: parse, build, decode, and each codec. Batches are 64 KiB of 1 KiB records unless the name of
+//! a benchmark gives another size.
 
 use std::hint::black_box;
 

@@ -159,7 +159,7 @@ class StandaloneBroker:
 
 
 def replica_limit():
-    """Returns the setting of a replica limit above the default of a small machine."""
+    """Returns the environment variable that raises broker.max_replicas above the largest count, whatever the machine's memory."""
     return dict(STRANDLINE_BROKER_MAX_REPLICAS=str(2 * max(COUNTS)))
 
 

@@ -12,6 +12,7 @@ class Directory:
         self.config, self.env, self.reference = f'url = "file://{self.path}"', {}, "reading the objects"
 
     def ranged_gets(self, want):
+        """Reads the newest segment objects as files, at least `want` bytes if there are that many. Returns MB/s."""
         buffer, total, began = bytearray(4 * MIB), 0, time.monotonic()
         for file in newest(self.path.rglob("*.segment"), want):
             with open(file, "rb", buffering=0) as f:
@@ -27,6 +28,7 @@ class Directory:
 
 
 def newest(files, want):
+    """Returns the newest files, until they have at least `want` bytes together."""
     taken = []
     for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
         taken.append(file)
@@ -81,6 +83,7 @@ class Minio(Process):
             c.close()
 
     def segments(self, want):
+        """Returns key and size of the newest segment objects, until they have at least `want` bytes together."""
         c = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         found, token = [], ""
         while True:
@@ -100,6 +103,7 @@ class Minio(Process):
         return taken
 
     def ranged_gets(self, want):
+        """Reads the newest segment objects with concurrent ranged GETs, at least `want` bytes if there are that many. Returns MB/s."""
         ranges = [(key, at, min(at + 4 * MIB, size) - 1) for key, size in self.segments(want) for at in range(0, size, 4 * MIB)]
         if not ranges:
             raise ValueError("the bucket contains no segment")

@@ -1,4 +1,5 @@
-//! The pure paths of tiering: the footer of a full segment, and the lookup of an offset in a long manifest.
+//! Benchmarks of the tiering code without I/O: the footer of a full segment, and the lookup of an offset in a long
+//! manifest.
 
 use std::hint::black_box;
 
@@ -58,7 +59,7 @@ fn manifest(segments: u64) -> ManifestRoot {
     })
 }
 
-/// Benchmarks footers and manifests.
+/// Benchmarks writing and parsing a footer, and finding an offset in and parsing a manifest.
 pub(crate) fn tier(c: &mut Criterion) {
     let mut group = c.benchmark_group("tier");
     let batches: Vec<_> = (0..SEGMENT_BYTES / BATCH_BYTES as u64).map(batch).collect();
