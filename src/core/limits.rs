@@ -33,8 +33,8 @@ pub const MAX_PEER_REQUEST_BYTES: usize = 64 << 10;
 /// Maximum number of replicas that one request to the peer service names.
 pub const MAX_PEER_REPLICAS: usize = 1_024;
 
-/// Maximum number of concurrent HTTP/2 streams on a connection from another broker: one replication link, or the unary
-/// calls that share a connection. The calling broker queues further calls.
+/// Maximum number of concurrent HTTP/2 streams on a connection from another broker. A connection carries either one
+/// replication link or unary calls. The calling broker queues calls above the maximum.
 pub const MAX_STREAMS_PER_PEER: u32 = 16;
 
 /// Maximum size of a client's request without records. Requests of health checks and reflection have a lower limit.

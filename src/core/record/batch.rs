@@ -217,8 +217,8 @@ impl Batch {
         Ok(())
     }
 
-    /// Rejects well-formed batches that a client must not send: control batches, transactions, `LogAppendTime`,
-    /// incomplete producer fields.
+    /// Rejects well-formed batches that a client must not send: control batches, transactions, `LogAppendTime`, unknown
+    /// attribute bits, incomplete producer fields.
     pub fn check_client(&self) -> Result<(), MalformedBatch> {
         let attributes = self.attributes();
         let reject = |reason| Err(MalformedBatch::Attributes { attributes, reason });
@@ -297,7 +297,8 @@ impl Batch {
         range
     }
 
-    /// Sets the timestamp type to `CreateTime`. Only a broker may set `LogAppendTime`.
+    /// Sets the timestamp type to `CreateTime`, and updates the CRC if the type changes. The leader calls this for
+    /// topics with `message.timestamp.type=CreateTime`.
     pub fn set_create_time(&mut self) {
         if self.attributes() & layout::LOG_APPEND_TIME != 0 {
             let attributes = self.attributes() & !layout::LOG_APPEND_TIME;

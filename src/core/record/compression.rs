@@ -7,9 +7,9 @@
 //! | lz4 | LZ4 frame: independent blocks of 64 KiB, no dictionary, no content checksum; linked blocks are read too |
 //! | zstd | RFC 8878 |
 //!
-//! Compressed bytes come from clients, so their declared length is not trusted. No output buffer exceeds the caller's
-//! maximum. In [`decompress`] a buffer is also bounded by a multiple of the compressed length or of the bytes decoded
-//! so far.
+//! Compressed bytes come from clients, so their declared length is not trusted. The output never has more bytes than
+//! the caller's maximum. In [`decompress`] the buffer is also bounded by a multiple of the compressed length or of the
+//! bytes decoded so far.
 
 use std::io::{Read, Write};
 
@@ -24,7 +24,7 @@ use crate::model::Compression;
 /// First bytes of a gzip member.
 const GZIP_MAGIC: &[u8] = b"\x1f\x8b";
 
-/// Maximum ratio of DEFLATE (zlib technical details), rounded up.
+/// Maximum ratio of uncompressed to compressed length in DEFLATE (zlib technical details), rounded up.
 const MAX_GZIP_RATIO: usize = 1033;
 
 /// First bytes of a snappy-java stream. Two big-endian `i32` follow: its version and the oldest version that can read
@@ -36,7 +36,7 @@ const XERIAL_VERSION: i32 = 1;
 /// Uncompressed length of one snappy block, as snappy-java uses it.
 const XERIAL_BLOCK_BYTES: usize = 32 << 10;
 
-/// Maximum ratio of snappy: a copy of 64 bytes takes three bytes.
+/// Maximum ratio of uncompressed to compressed length in snappy, rounded up: a copy of 64 bytes takes three bytes.
 const MAX_SNAPPY_RATIO: usize = 22;
 
 /// Compression level of zstd, the default of Kafka.
@@ -182,7 +182,8 @@ pub(super) fn prefix(codec: Compression, stored: &[u8], max: usize) -> Result<Pr
     if codec != Compression::Gzip && stored.len() <= max && declared.is_none_or(|declared| declared <= max) {
         match decompress(codec, stored, max) {
             Ok(uncompressed) => return Ok(Prefix { bytes: uncompressed.into(), is_complete: true }),
-            // The input declares no length, or the length of its first frame only.
+            // The input declares no length, or that of its first frame only, and is longer than `max`: a prefix of it
+            // is decoded below.
             Err(MalformedBatch::Grows { .. }) => {}
             Err(error) => return Err(error),
         }

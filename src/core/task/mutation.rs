@@ -65,7 +65,7 @@ pub enum Mutation {
     MinIsrOverMaximalIsr,
     /// A member that is removed from the ISR below the min ISR does not enter the ELR.
     DropElr,
-    /// A remaining ELR does not hold back the high watermark.
+    /// The high watermark advances although the ELR is not empty.
     IgnoreElr,
     /// An ISR proposal with an unknown outcome counts as committed.
     TreatUnknownAsDone,
