@@ -15,7 +15,7 @@
 //!   [`SendError::Expired`].
 //! - A consumer returns records in offset order, without duplicates and without gaps, also across broken streams.
 //! - Memory is bounded: of a producer by `ProducerOptions::memory_bytes`, of a consumer by its queue, one response, and
-//!   a stream window per broker.
+//!   a window per fetch stream.
 //! - Retries are visible: [`Client::retries`] shows the problem, its start and its deadline.
 //!
 //! # Shutdown

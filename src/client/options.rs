@@ -19,8 +19,8 @@ pub struct ClientOptions {
     pub backoff_min: Duration,
     /// Maximum pause between attempts, before jitter. Jitter makes each pause up to twice as long. Default: 1 second.
     pub backoff_max: Duration,
-    /// Interval of metadata refreshes without a failure. Producers then detect new partitions, and consumers with a
-    /// rack detect its in-sync replicas. Default: 1 minute.
+    /// Interval of metadata refreshes without a failure. By these refreshes producers detect new partitions, and
+    /// consumers with a rack detect which in-sync replicas are in that rack. Default: 1 minute.
     pub metadata_age: Duration,
 }
 

@@ -181,7 +181,8 @@ impl ConfigSource {
     }
 }
 
-/// Full description of one partition, as reported by its leader.
+/// Full description of one partition: its replicas by the metadata of the broker that responded, and its watermarks and
+/// sizes as its leader reports them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PartitionDescription {
     /// Partition number.

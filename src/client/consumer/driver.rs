@@ -526,7 +526,8 @@ impl ConsumerDriver {
     /// Refreshes metadata at intervals while a broker reports an expired lease. Returns the time of the next refresh.
     ///
     /// A leader that is partitioned from its cluster, but not from its consumers, sends no more records and resembles
-    /// the leader of an idle log. Only its report distinguishes the two, so consumers of idle logs request no metadata.
+    /// the leader of an idle log. Only its report of an expired lease distinguishes the two, so without this report
+    /// consumers of idle logs request no metadata.
     fn refresh_if_lease_expired(&mut self, now: Instant) -> Option<Instant> {
         if self.streams.expired_brokers().is_empty() {
             return None;

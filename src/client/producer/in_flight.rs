@@ -161,6 +161,9 @@ pub(super) struct InFlightBatches {
 }
 
 impl InFlightBatches {
+    /// Creates the state without batches. `window` is the maximum number of batches in flight; without idempotence and
+    /// with acknowledgements it is always 1, because rule 5 requires this for the order. `identity` is `None` without
+    /// idempotence.
     pub(super) fn new(guarantee: DeliveryGuarantee, window: usize, identity: Option<ProducerIdAndEpoch>) -> Self {
         let window = if guarantee == DeliveryGuarantee::AtLeastOnce { 1 } else { window };
         Self {

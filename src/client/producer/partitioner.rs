@@ -17,8 +17,8 @@ pub trait Partitioner: Send + Sync + std::fmt::Debug {
     fn choose(&self, key: Option<&[u8]>, value: Option<&[u8]>, partitions: u32) -> PartitionChoice;
 }
 
-/// Kafka's default partitioner. Keys are hashed with murmur2, so a key has the same partition as in any Kafka client.
-/// Records without a key are [`PartitionChoice::Sticky`].
+/// Partitioner like the default of Kafka's Java client. Keys are hashed with murmur2, so a key has the same partition
+/// as with that client. Records without a key are [`PartitionChoice::Sticky`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HashPartitioner;
 

@@ -47,7 +47,8 @@ pub(super) async fn run(
     let _ = events.send(DriverEvent::StreamEnded { stream: number, delivered: true, error }).await;
 }
 
-/// Calls `Produce` as the generated client does, but with [`ProduceRequestParts`] as the request type.
+/// Calls `Produce` as the generated client does, but with [`ProduceRequestParts`] as the request type, whose encoding
+/// copies each payload once less.
 async fn open(
     channel: BrokerChannel,
     requests: mpsc::Receiver<ProduceRequestParts>,
