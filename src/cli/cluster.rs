@@ -377,6 +377,7 @@ pub(super) mod tests {
         }
     }
 
+    /// Returns a cluster of two brokers without any problem.
     pub(in crate::cli) fn calm() -> ClusterDescription {
         ClusterDescription {
             name: "strandline".to_owned(),
@@ -395,6 +396,8 @@ pub(super) mod tests {
         }
     }
 
+    /// Returns a cluster of five brokers: broker 1 runs, 2 stops and does not report stats, 3 drains, 4 reports failures
+    /// and a full disk, 5 is offline. The cluster has every other problem that a description can show.
     pub(in crate::cli) fn troubled() -> ClusterDescription {
         let silent = ApiError::new(ErrorCode::NotReady, "broker 2 did not respond within 1s");
         let two = BrokerDescription { stopping: true, stats: Some(Err(silent)), in_sync_count: 18, ..running(2, "") };

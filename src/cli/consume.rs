@@ -69,7 +69,7 @@ pub(super) struct ConsumeArgs {
 struct ConsumePlan {
     consumer: Consumer,
     bounds: EndOffsets,
-    /// Number of known partitions of the topic.
+    /// Number of partitions of the topic that this run has found so far.
     partitions: u32,
     printer: Printer,
 }

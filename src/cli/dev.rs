@@ -107,7 +107,8 @@ impl DevArgs {
         let configs = (1..=self.brokers).zip(grpc.into_iter().zip(http)).map(|(id, (grpc, http))| {
             let mut sources = shared_defaults(data_dir)
                 .with_default("replication.default_factor", self.brokers.min(3).to_string())
-                // All brokers share one disk, so disk pressure affects all or none. 100 keeps topic creation possible.
+                // All brokers share one disk, so disk pressure would exclude all brokers from new replicas. With 100
+                // topics can still be created.
                 .with_default("broker.disk_pressure_percent", "100")
                 .with_default("limits.memory_bytes", default_memory_bytes(self.brokers.into()).to_string())
                 // Only brokers of this process connect to this port.

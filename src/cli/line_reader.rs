@@ -29,7 +29,8 @@ impl<R: AsyncRead + Unpin> LineReader<R> {
         Self { input, buffer: Vec::new(), start: 0, searched: 0, max_line_bytes, is_ended: false, number: 0 }
     }
 
-    /// Returns the next line without its `\n`. Dropping the future loses no bytes.
+    /// Returns the next line without its `\n`; `None` at the end of the input. Fails if a line is too long. Dropping
+    /// the future loses no bytes.
     pub(super) async fn next(&mut self) -> io::Result<Option<&[u8]>> {
         loop {
             if let Some(line_end) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') {

@@ -190,6 +190,7 @@ impl Outstanding {
     }
 }
 
+/// Sends the records and prints the summary, also after a failure. Returns the error of the failure afterwards.
 pub(super) async fn run(common: &CommonArgs, command: ProduceArgs) -> anyhow::Result<ExitCode> {
     let mut outstanding = Outstanding::default();
     let failure = produce(common, &command, &mut outstanding).await.err();

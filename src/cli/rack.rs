@@ -17,7 +17,8 @@ const MAX_RACKS: usize = 5;
 pub(super) struct RackArgs {
     /// Rack of this client, as in broker.rack: reads use in-sync replicas in this rack, and leaders in other racks only
     /// while there are none; default: STRANDLINE_RACK of the environment
-    // `options()` reads the variable, not clap, for the same reason as with `--bootstrap`.
+    // `options()` reads the variable, not clap: clap's usage lines show an option that the environment sets as
+    // required.
     #[arg(long = "rack", value_name = "NAME")]
     name: Option<String>,
 }

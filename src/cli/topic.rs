@@ -187,6 +187,7 @@ async fn print_outcome(
     Ok(output::line(&format!("{verb} topic {}: {partitions}, {replicas} of each{config}", topic.name))?)
 }
 
+/// Prints the topics in the order of their names.
 fn list(mut topics: Vec<TopicSummary>, output: OutputFormat) -> anyhow::Result<()> {
     topics.sort_by(|a, b| a.name.cmp(&b.name));
     if output == OutputFormat::Json {

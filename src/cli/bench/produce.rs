@@ -254,6 +254,8 @@ struct BenchSender {
 }
 
 impl BenchSender {
+    /// Creates the sender with this `number`, from 0. Rate and record count of the command are divided among all
+    /// senders. `used` is the number of used partitions of the topic.
     fn new(
         command: &BenchProduceArgs,
         number: u32,

@@ -1,4 +1,4 @@
-//! `strandline partition rebuild-manifest`: rebuilds a lost manifest from the objects that are left.
+//! `strandline partition rebuild-manifest`: rebuilds a lost manifest from the remaining objects.
 
 use clap::Args;
 use serde_json::{Value, json};
