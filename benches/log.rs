@@ -65,6 +65,7 @@ fn append(replica: &mut ReplicaLog, batch: &Batch) {
     replica.append(&[batch]).expect("the disk is not full");
 }
 
+/// Submits the appends of a replica to the journal. The receiver gets the persisted end once they are durable.
 fn persist(replica: &mut ReplicaLog) -> Receiver<Offset> {
     let (sender, receiver) = sync_channel(1);
     replica.persist(Box::new(move |result| {

@@ -43,6 +43,7 @@ fn build(codec: Compression, payload: &[u8], record_bytes: usize) -> Batch {
     builder.finish(None).expect("the batch has records")
 }
 
+/// Benchmarks parsing, building, decoding and verifying a batch, and each codec.
 pub(crate) fn record(c: &mut Criterion) {
     let payload = noise(BATCH_BYTES);
     let bytes = build(Compression::None, &payload, RECORD_BYTES).to_bytes();
