@@ -105,8 +105,8 @@ pub const MAX_TRANSACTION_BYTES: usize = 1 << 20;
 /// less free space than the journal's size.
 pub const JOURNAL_SPACE_CHECK_BYTES: u64 = 256 << 20;
 
-/// Maximum number of idempotent producers that a partition remembers. Above it, the producer that wrote least
-/// recently is removed.
+/// Maximum number of idempotent producers of which a partition keeps state. Above this number, the producer that wrote
+/// least recently is removed.
 pub const MAX_PRODUCERS: usize = 16_384;
 
 /// Maximum number of concurrent HTTP/2 streams on a client connection. A broker grants fewer to a connection that opens

@@ -81,8 +81,8 @@ impl fmt::Display for LeaderEpoch {
     }
 }
 
-/// The watermarks of a replica. Usually they are in the order of the diagram. The table names the pairs that may differ
-/// from it, and the condition that still holds.
+/// The watermarks of a replica. Usually they are in the order of the diagram. The table names the pairs that may be in
+/// another order, and when.
 ///
 /// ```text
 /// log_start, local_start ≤ tiered_end ≤ high_watermark ≤ persisted_end ≤ log_end

@@ -142,7 +142,7 @@ fn snappy_declared_len(stored: &[u8]) -> Option<usize> {
 ///
 /// # Errors
 /// [`MalformedBatch::Grows`] if the output would exceed `max`. [`MalformedBatch::Compression`] if the codec rejects the
-/// bytes, or if other bytes follow them.
+/// bytes, or if further bytes follow the compressed records.
 pub fn decompress(codec: Compression, stored: &[u8], max: usize) -> Result<Bytes, MalformedBatch> {
     let uncompressed = match codec {
         _ if declared_len(codec, stored).is_some_and(|declared| declared > max) => Err(DecompressError::Grows),

@@ -98,7 +98,7 @@ impl Batch {
         })
     }
 
-    /// Checks that all records are well formed and that their number is that of the header.
+    /// Checks that all records are well formed and that their number is the `recordsCount` of the header.
     ///
     /// # Errors
     /// As [`Batch::records`] and its iterator.

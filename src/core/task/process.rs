@@ -1,8 +1,8 @@
 //! Simulated broker processes within one operating system process (feature `sim`).
 //!
-//! A [`SimProcess`] has its own wall clock and its own seeded random generator. Killing it drops all its tasks between
-//! two polls, as signal 9 would. A [`Tasks`](super::Tasks) set that is created inside the process spawns all its tasks
-//! there.
+//! A [`SimProcess`] has its own wall clock and its own seeded random generator. Killing the process drops all its tasks
+//! between two polls, as signal 9 would. A [`Tasks`](super::Tasks) set that is created inside the process spawns all
+//! its tasks there.
 
 use std::{
     cell::RefCell,

@@ -98,7 +98,7 @@ pub enum SimEvent<'a> {
         partition: PartitionId,
         /// The leader epoch that the follower follows.
         epoch: LeaderEpoch,
-        /// The persisted end of its log.
+        /// The persisted end of the follower's log.
         persisted: Offset,
     },
     /// The partition is about to publish its watermarks.
