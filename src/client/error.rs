@@ -240,7 +240,7 @@ pub enum ConsumeError {
         /// Error of the batch.
         source: MalformedBatch,
     },
-    /// A stored batch cannot be decoded: its producer wrote it in this form.
+    /// A stored batch cannot be decoded, because its producer wrote invalid records.
     #[error(
         "{topic}/{partition}: the batch at offset {batch} cannot be decoded from offset {offset} on: {source}; {}",
         NextBatch { skipped: *.skipped, next: *.next }

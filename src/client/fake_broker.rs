@@ -1,5 +1,5 @@
 //! Fake broker for the client's tests: one topic in memory behind the real gRPC interface, with Kafka's rules for
-//! sequences. It fails according to a script.
+//! sequences. The broker fails as a test's script states.
 
 use std::{
     collections::{BTreeMap, VecDeque},

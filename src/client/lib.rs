@@ -366,9 +366,9 @@ impl Client {
         with_timeout(timeout, call(channel)).await.map_err(AttemptError::CallFailed)
     }
 
-    /// Calls brokers one after another for a change. The next broker is called only if the last one did not receive the
-    /// call, cannot execute it, or reports that it does not reach the metadata store and has not started the change. A
-    /// change that a broker may have started is not repeated at another broker.
+    /// Calls brokers one after another for a change. The next broker is called only if the previous one did not receive
+    /// the call, does not implement it, or reports that it does not reach the metadata store and has not started the
+    /// change. A change that a broker may have started is not repeated at another broker.
     async fn change_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn(BrokerChannel) -> R,
@@ -396,7 +396,8 @@ impl Client {
         Err(metadata_error.map_or_else(|| no_response_error(tried, false), CallError::from))
     }
 
-    /// Returns all known brokers in the order in which they are called.
+    /// Returns the brokers of the metadata, and the bootstrap addresses that are none of them, in the order of calls.
+    /// The broker that responded last is the first.
     fn brokers_in_call_order(&self) -> Vec<BrokerAddress> {
         let mut addresses = self.inner.routing.brokers();
         for address in &self.inner.bootstrap {

@@ -75,7 +75,7 @@ impl RoutingTable {
     }
 
     /// Returns the broker at which a consumer in `rack` reads a partition: an in-sync replica in the rack, else the
-    /// leader. Returns `None` if there is neither, or if the metadata has no address of it.
+    /// leader. Returns `None` if there is neither, or if the metadata has no address of that broker.
     pub(super) fn read_target(&self, topic: &str, partition: u32, rack: Option<&str>) -> Option<ReadTarget> {
         let snapshot = self.snapshot.lock();
         let topic_route = snapshot.topics.get(topic)?.as_ref().ok()?;

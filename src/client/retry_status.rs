@@ -1,8 +1,8 @@
 //! Retry status of a client, for its user: the problems that block the client's work while it retries.
 //!
-//! A producer, consumer or call reports a problem here when an attempt fails. It clears the problem when the work
-//! succeeds, fails or ends. [`super::Client::retries`] shows one problem at a time. A shown problem stays until it is
-//! cleared; newer problems are shown after it. No retry depends on this module.
+//! A producer, consumer or call reports a problem here when an attempt fails. The reporter clears the problem when the
+//! work succeeds, fails or ends. [`super::Client::retries`] shows one problem at a time. A shown problem stays until it
+//! is cleared; newer problems are shown after it. No retry depends on this module.
 
 use std::{collections::BTreeMap, sync::Arc};
 

@@ -1,4 +1,4 @@
-//! Rebuilding the manifest of a partition after it was lost from the object store.
+//! Rebuilding the manifest of a partition after the manifest was lost from the object store.
 
 use std::ops::Range;
 

@@ -321,7 +321,7 @@ impl Admin {
     }
 
     /// Deletes a topic with all its records. Returns the longest time for which objects of the topic stay in the object
-    /// store: `tier.garbage_grace` and the time until the next garbage collection. Returns `None` if the brokers have
+    /// store: `tier.garbage_grace` plus the time until the next garbage collection. Returns `None` if the brokers have
     /// no object store.
     ///
     /// # Errors

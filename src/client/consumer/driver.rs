@@ -214,7 +214,7 @@ impl ConsumerDriver {
     }
 
     /// Replaces the streams to this broker by as few as possible. The new streams cover all partitions whose read
-    /// target it is, with at most `MAX_FETCH_PARTITIONS` on each.
+    /// target is this broker, with at most `MAX_FETCH_PARTITIONS` on each.
     fn reopen_streams(&mut self, address: &BrokerAddress, now: Instant) {
         for number in self.streams.numbers_to(address) {
             self.drop_stream(number);

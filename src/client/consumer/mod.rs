@@ -15,8 +15,8 @@
 //! the leader lasts five seconds. After a stay, and every [`metadata_age`](super::ClientOptions::metadata_age), new
 //! metadata decides where the partition is read.
 //!
-//! A follower serves reads only while it is in sync: it ends them when it loses its leader or leaves the ISR. If the
-//! lease of a serving broker expires, the consumer refreshes metadata from other brokers.
+//! A follower serves reads only while it is in sync. It ends all reads of a partition when it loses the leader or
+//! leaves the ISR. If the lease of a serving broker expires, the consumer refreshes metadata from other brokers.
 //!
 //! An out-of-range error is accepted only from a leader. Each request carries the newest leader epoch from metadata or
 //! from a response. A deposed leader without this epoch refuses the request; otherwise it could report a position above
@@ -182,7 +182,7 @@ enum ConsumerEvent {
 /// Partition that is assigned to the consumer.
 #[derive(Debug)]
 struct AssignedPartition {
-    /// Number of the assignment of this partition. Its events of earlier assignments are dropped.
+    /// Number of this assignment. Events of an earlier assignment of the partition are dropped.
     generation: u64,
     /// Offset of the next record. While the current batch is of this partition, [`CurrentBatch::position`] is that
     /// offset.

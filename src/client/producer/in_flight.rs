@@ -1,6 +1,6 @@
 //! In-flight batches of one partition: the batches that the task has taken from the partition queue and that have no
-//! final result yet. Pure: it decides which batches are sent again, in which order and under which sequences. The task
-//! sends them.
+//! final result yet. Pure: this module decides which batches are sent again, in which order and under which sequences.
+//! The producer's task sends them.
 //!
 //! # The rules
 //!
@@ -18,8 +18,9 @@
 //!    well, because no broker could detect their repetition under the new id.
 //! 4. A broker that has no state of the producer, or lacks a batch before the first in-flight batch, has lost state.
 //!    The batches then continue under a new producer id, as in rule 3.
-//! 5. Without idempotence one batch is in flight at a time, which preserves the order. After a lost response the batch
-//!    is repeated and may be duplicated. With `acks=0` a batch that may have been sent is never repeated.
+//! 5. Without idempotence, but with acknowledgements, one batch is in flight at a time, which preserves the order.
+//!    After a lost response the batch is repeated and may be duplicated. With `acks=0` a batch that may have been sent
+//!    is never repeated.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -408,8 +409,8 @@ impl InFlightBatches {
 
 impl InFlightBatch {
     /// Ends the attempt in flight without an acknowledgement. `maybe_appended` is true if the batch may have been
-    /// appended, or may still be. Returns true if it may have been appended under a sequence that now belongs to
-    /// another batch: only a new producer id separates the two.
+    /// appended, or may still be. Returns true if the batch may have been appended under a sequence that now belongs to
+    /// another batch: only a new producer id separates the two batches.
     fn end_attempt(&mut self, maybe_appended: bool) -> bool {
         let sent = self.sent.take();
         self.maybe_appended |= maybe_appended;

@@ -19,8 +19,8 @@
 //! # Invariants
 //!
 //! - Records of one partition are appended in the order in which `send` accepted them.
-//! - A record is appended once: the broker detects a repeated batch by producer id and sequence. If it can no longer do
-//!   so after a lost response, the send fails as [`SendError::Unknown`] and is never silently repeated.
+//! - A record is appended once: the broker detects a repeated batch by producer id and sequence. If the broker can no
+//!   longer detect this after a lost response, the send fails as [`SendError::Unknown`], and the batch is not repeated.
 //! - Queued and in-flight records take at most `memory_bytes`, or the size of one batch or record if that is larger.
 //!   Above the limit `send` waits.
 //!

@@ -1,5 +1,5 @@
-//! Tests of brokers that report an expired lease: metadata of other brokers is preferred, and theirs is used only if
-//! there is no other.
+//! Tests of brokers that report an expired lease: metadata of other brokers is preferred, and the metadata of a broker
+//! with an expired lease is used only if there is no other.
 
 use super::*;
 

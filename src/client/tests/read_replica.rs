@@ -76,8 +76,8 @@ async fn follower_with_expired_lease_is_left_when_it_is_out_of_the_isr() {
 }
 
 /// The old leader is deposed and does not have the new epoch yet. Its log ends below the position that the consumer
-/// reached at a follower of the new leader. It must refuse the read because of the epoch, so that the consumer's reset
-/// policy does not apply.
+/// reached at a follower of the new leader. The old leader must refuse the read because of the epoch, so that the
+/// consumer's reset policy does not apply.
 #[tokio::test]
 async fn deposed_leader_does_not_reset_a_consumer() {
     let (old, follower, client) = pair(3, 6).await;

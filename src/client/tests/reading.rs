@@ -53,7 +53,7 @@ async fn records_after_an_undecodable_batch_are_not_returned() {
     assert_eq!((batch, offset, after), (at(1), at(1), at(2)));
     assert!(error.to_string().ends_with("the next batch is at offset 2"), "{error}");
     assert_eq!(consumer.position("t", 0), Ok(at(1)));
-    // Batches after it were already fetched, and another one is written: none may be returned.
+    // Batches after the undecodable one were already fetched, and another one is written: none may be returned.
     write(&fake, 0, &["4"]).await;
     let more = tokio::time::timeout(Duration::from_millis(300), consumer.next()).await;
     assert!(more.is_err(), "{more:?}");
