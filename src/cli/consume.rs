@@ -223,8 +223,8 @@ impl EndOffsets {
         (offset < end, self.ends.is_empty())
     }
 
-    /// Removes the end offset of a partition whose records up to it were skipped: all records below `next`. Returns
-    /// true if `bounded` and no partition has further records to print.
+    /// Notes that the records of a partition below `next` were skipped: the partition has no further records if its end
+    /// offset is not above `next`. Returns true if `bounded` and no partition has further records to print.
     fn skip(&mut self, partition: u32, next: Offset, bounded: bool) -> bool {
         self.ends.retain(|number, end| *number != partition || *end > next);
         bounded && self.ends.is_empty()

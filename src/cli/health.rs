@@ -1,5 +1,5 @@
-//! `strandline cluster health`: one line per impairment of the cluster or a broker. The exit code lets scripts continue
-//! only if there is none.
+//! `strandline cluster health`: one line per impairment of the cluster or a broker. The exit code is 0 only if there is
+//! no impairment, so that a script can depend on it.
 
 use std::process::ExitCode;
 

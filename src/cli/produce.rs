@@ -88,7 +88,7 @@ struct ProduceSummary {
     first_failure: Option<SendError>,
     partitions: BTreeMap<u32, PartitionAcks>,
     /// Number of acknowledgements by meaning, such as `persisted on 1 replica`. There are several meanings if the ISR
-    /// changed meanwhile.
+    /// changed during the run.
     meanings: BTreeMap<String, u64>,
 }
 

@@ -179,8 +179,8 @@ impl BenchProduceArgs {
     }
 
     /// Returns the memory of a producer in bytes. Without a rate, the memory holds the batches in flight and the same
-    /// number of batches that fill meanwhile. More memory would only lengthen the queue, whose delay would dominate the
-    /// latencies. With a rate, the queue is part of the measurement.
+    /// number of batches that are being filled. More memory would only lengthen the queue, whose delay would dominate
+    /// the latencies. With a rate, the queue is part of the measurement.
     fn memory_bytes(&self, partitions: u32) -> usize {
         // A record that is larger than a batch forms its own batch.
         let record = usize::try_from(self.record_size).expect("a usize holds 32 bits") + RECORD_OVERHEAD;

@@ -173,7 +173,8 @@ impl PartitionCommand {
     }
 }
 
-/// Runs a subcommand. The hidden commands `status` and `cancel` are short forms of those of `reassign`.
+/// Runs a subcommand. The hidden commands `status` and `cancel` are short forms of `reassign status` and `reassign
+/// cancel`.
 pub(super) async fn run(common: &CommonArgs, command: PartitionCommand) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
     let (admin, output) = (client.admin(), common.output);
