@@ -196,7 +196,8 @@ impl From<&Status> for ApiError {
             Code::DeadlineExceeded => ErrorCode::Timeout,
             Code::ResourceExhausted => ErrorCode::Overloaded,
             Code::InvalidArgument | Code::OutOfRange | Code::NotFound => ErrorCode::InvalidRequest,
-            // No broker returns this for a method that it has. Often the response is the 404 of another HTTP server.
+            // No broker returns this code for a method that the broker has. Often the response is the 404 of another
+            // HTTP server.
             Code::Unimplemented => {
                 let message = format!(
                     "the server is not a Strandline broker, or its version does not have this method ({})",

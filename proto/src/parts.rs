@@ -185,7 +185,8 @@ impl PartCounter {
         self.messages[message].get(&number).copied()
     }
 
-    /// Processes a complete varint: a key, a length or a value. Returns the number of elements that start there.
+    /// Processes a complete varint: a key, a length or a value. Returns the number of repeated elements that the varint
+    /// starts.
     fn on_number(&mut self, value: u64) -> usize {
         match self.token {
             Token::Key => {
