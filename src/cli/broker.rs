@@ -39,19 +39,19 @@ pub(super) struct BrokerArgs {
     /// Configuration file (TOML); `strandline config print` shows every setting
     #[arg(long, value_name = "FILE", required = true)]
     config: Option<PathBuf>,
-    /// Data directory: broker.data_dir
+    /// Data directory; overrides broker.data_dir
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// Listen address for clients (gRPC): grpc.listen
+    /// Listen address for clients (gRPC); overrides grpc.listen
     #[arg(long, value_name = "ADDR")]
     listen: Option<String>,
-    /// Address at which clients connect: grpc.advertise
+    /// Address at which clients connect; overrides grpc.advertise
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
-    /// Listen address for /metrics, /healthz and /readyz: http.listen
+    /// Listen address for /metrics, /healthz and /readyz; overrides http.listen
     #[arg(long, value_name = "ADDR")]
     http: Option<String>,
-    /// Object store URL: object_store.url
+    /// URL of the object store; overrides object_store.url
     #[arg(long, value_name = "URL")]
     object_store: Option<String>,
     #[command(flatten)]

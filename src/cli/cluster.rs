@@ -206,7 +206,7 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
     if !broker.alive && broker.replica_count > 0 {
         let replicas = output::count(broker.replica_count.into(), "replica");
         notes.push(format!(
-            "broker {id} is offline with {replicas}: start it, or replace its replicas with `broker drain {id}`"
+            "broker {id} is offline with {replicas}: start it, or replace its replicas with `strandline broker drain {id}`"
         ));
     }
     if broker.draining_since_ms.is_some() {
@@ -255,7 +255,13 @@ fn stats_notes(id: BrokerId, stats: &BrokerStats) -> impl Iterator<Item = String
     let regressed = stats.metadata_regressed.as_ref();
     let regressed =
         regressed.map(|reason| format!("broker {id} rejects admin operations (METADATA_REGRESSED): {reason}"));
-    let failed = stats.failed.as_ref().map(|reason| format!("broker {id} accepts no writes: {reason}"));
+    let failed = stats.failed.as_ref();
+    let failed = failed.map(|reason| {
+        format!(
+            "broker {id} accepts no writes: {reason}; replace its disk, or move its replicas with \
+             `strandline broker drain {id}`"
+        )
+    });
     let store = stats.object_store.as_ref();
     let store = store.map(|reason| format!("no object store request of broker {id} has succeeded {reason}"));
     let maintenance = stats.maintenance.as_ref();

@@ -168,7 +168,7 @@ async fn partitions(client: &Client, command: &ConsumeArgs) -> anyhow::Result<(V
     };
     let count = u32::try_from(route.partitions.len())?;
     if let Some(wrong) = command.partitions.iter().find(|partition| **partition >= count) {
-        bail!("topic {:?} has no partition {wrong}: its {count} partitions are numbered from 0", command.topic);
+        bail!("topic {:?} has no partition {wrong}: it has {count}, numbered from 0", command.topic);
     }
     let mut selected = command.partitions.clone();
     selected.sort_unstable();

@@ -127,7 +127,7 @@ pub fn main() -> ExitCode {
     if let Err(error) = arguments.check() {
         error.exit();
     }
-    raise_open_files();
+    raise_open_file_limit();
     match check_environment().and_then(|()| run(arguments)) {
         Ok(code) => code,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
@@ -153,7 +153,7 @@ fn check_environment() -> anyhow::Result<()> {
 
 /// Raises the soft limit of open files to the hard limit. With the common soft limit of 1024, a thousand clients use
 /// all file descriptors, and none is left for the broker's own files.
-fn raise_open_files() {
+fn raise_open_file_limit() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum {
         // If the system refuses, the old limit stays.
@@ -375,7 +375,7 @@ mod tests {
         let limit = getrlimit(Resource::Nofile);
         let low = limit.maximum.map(|max| max - 1);
         setrlimit(Resource::Nofile, Rlimit { current: low, ..limit }).expect("lower is allowed");
-        raise_open_files();
+        raise_open_file_limit();
         assert_eq!(getrlimit(Resource::Nofile).current, limit.maximum);
     }
 }

@@ -264,14 +264,14 @@ async fn start(client: &Client, command: &ProduceArgs) -> anyhow::Result<Produce
         compression: command.compression,
         // The linger is long enough for the next read of a pipe, and too short for a user to notice.
         linger: Duration::from_millis(5),
-        delivery_timeout: command.timeout.map_or_else(|| timeout(command.acks), Duration::from_secs),
+        delivery_timeout: command.timeout.map_or_else(|| default_delivery_timeout(command.acks), Duration::from_secs),
         ..ProducerOptions::default()
     };
     Ok(client.producer(options).await?)
 }
 
 /// Returns the default delivery timeout of a record. A commit to the object store takes longer.
-pub(super) fn timeout(acks: Acks) -> Duration {
+pub(super) fn default_delivery_timeout(acks: Acks) -> Duration {
     Duration::from_secs(if acks == Acks::Tiered { 120 } else { 60 })
 }
 
@@ -356,7 +356,10 @@ fn record<'a>(line: &'a [u8], command: &ProduceArgs) -> (NewRecord<'a>, bool) {
 fn missing_separator_hint(command: &ProduceArgs, summary: &ProduceSummary) -> Option<String> {
     let separator = command.key_separator.as_ref().filter(|_| summary.sent > 0 && summary.keyed == 0)?;
     let lines = if summary.sent == 1 { "the line".to_owned() } else { format!("any of the {} lines", summary.sent) };
-    Some(format!("hint: the separator \"{separator}\" was not in {lines}, so no record has a key"))
+    Some(format!(
+        "hint: the separator \"{separator}\" was not in {lines}, so no record has a key: give the separator of the input to \
+         --key-separator, or omit the option"
+    ))
 }
 
 /// Prints the summary. A failure before the first record prints nothing: the error message suffices.

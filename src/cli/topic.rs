@@ -287,8 +287,12 @@ fn notes(partition: &PartitionDescription) -> Vec<String> {
         notes.push(format!("partition {number} accepts no writes: {error}"));
     }
     if !(partition.adding.is_empty() && partition.removing.is_empty()) {
-        let (adding, removing) = (output::format_ids(&partition.adding), output::format_ids(&partition.removing));
-        notes.push(format!("partition {number} is being reassigned: adding {adding}, removing {removing}"));
+        let changes: Vec<String> = [("adding", &partition.adding), ("removing", &partition.removing)]
+            .into_iter()
+            .filter(|(_, ids)| !ids.is_empty())
+            .map(|(change, ids)| format!("{change} {}", output::format_ids(ids)))
+            .collect();
+        notes.push(format!("partition {number} is being reassigned: {}", changes.join(", ")));
     }
     if let Some(epoch) = partition.unclean_epoch {
         notes.push(format!("partition {number} may have lost committed records before epoch {epoch}"));

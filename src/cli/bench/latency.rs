@@ -61,7 +61,10 @@ pub(super) async fn run(common: &CommonArgs, command: BenchLatencyArgs) -> anyho
     for partition in 0..partitions {
         consumer.assign(&topic, partition, OffsetSpec::Latest).await?;
     }
-    let options = ProducerOptions { delivery_timeout: produce::timeout(Acks::All), ..ProducerOptions::default() };
+    let options = ProducerOptions {
+        delivery_timeout: produce::default_delivery_timeout(Acks::All),
+        ..ProducerOptions::default()
+    };
     let producer = client.producer(options).await?;
     let size = usize::try_from(command.record_size)?;
     // The pool is filled before the measurement starts, because this takes a moment.

@@ -31,8 +31,9 @@ impl OpenLoop {
         Self { start, interval: bytes_per_s.map(|rate| f64::from(record_bytes) / rate), until }
     }
 
-    /// Returns the end of a run with a rate and a duration; `None` for other runs. The last record may be due earlier.
-    pub(super) fn end(&self) -> Option<Instant> {
+    /// Returns the time at which a run with a rate and a duration ends. Returns `None` for other runs, which end with
+    /// their last record. The sender waits until this time, because the last record may be due earlier.
+    pub(super) fn end_time(&self) -> Option<Instant> {
         match self.until {
             StopAfter::After(time) => self.interval.map(|_| self.start + time),
             StopAfter::Records(_) => None,
@@ -87,7 +88,7 @@ mod tests {
         tokio::time::advance(Duration::from_secs(30)).await;
         assert_eq!(pace.due(5), Some(SendAt::At(start + Duration::from_millis(500))));
         assert_eq!(pace.due(10), None, "one second at ten records a second");
-        assert_eq!(pace.end(), Some(start + Duration::from_secs(1)), "the same at every rate");
+        assert_eq!(pace.end_time(), Some(start + Duration::from_secs(1)), "the same at every rate");
         let slow = OpenLoop::new(start, Some(1e-300), 1_000_000, StopAfter::After(Duration::from_secs(1)));
         assert_eq!((slow.due(0), slow.due(1)), (Some(SendAt::At(start)), None), "an interval longer than any run");
     }

@@ -203,7 +203,7 @@ fn options(command: &BenchProduceArgs, partitions: u32) -> ProducerOptions {
         acks: command.acks,
         compression: command.compression,
         memory_bytes: command.memory_bytes(partitions),
-        delivery_timeout: produce::timeout(command.acks),
+        delivery_timeout: produce::default_delivery_timeout(command.acks),
         ..ProducerOptions::default()
     }
 }
@@ -322,7 +322,7 @@ impl BenchSender {
             }
         }
         let _ = self.out.send(sent).await;
-        if let Some(end) = self.pace.end().filter(|_| !is_failed) {
+        if let Some(end) = self.pace.end_time().filter(|_| !is_failed) {
             wait_until(end);
         }
         // The close sends the records that still linger. `collect` receives all results.

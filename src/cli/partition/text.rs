@@ -38,7 +38,7 @@ fn format_requested_partition(reassignment: &Reassignment) -> String {
         }
         (true, false) if reassignment.queued => format!("{name} is queued to move to {replicas} already"),
         (true, false) => format!("{name} is moving to {replicas} already"),
-        (false, true) => format!("{name} is on {replicas}: only their order changed"),
+        (false, true) => format!("{name} already has its replicas on brokers {replicas}: only the order changed"),
         (false, false) => format!("{name} is on {replicas} already"),
     }
 }
