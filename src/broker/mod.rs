@@ -210,8 +210,8 @@ impl OpenedBroker {
 
 /// Stops the tasks, the partitions and the links, in this order.
 async fn stop(ctx: &NodeContext, partitions: &PartitionTable, replication: Option<&ReplicationManager>) {
-    // Partitions end after the journal has completed their entries. From this call on, a full journal fails after a
-    // bounded wait.
+    // Partitions stop only after the journal has completed their entries. After this call, a journal without a free file
+    // waits some seconds and then fails, so it cannot block the shutdown.
     ctx.log.begin_shutdown();
     ctx.tasks.stop().await;
     partitions.stop().await;

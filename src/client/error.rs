@@ -196,7 +196,7 @@ pub enum ConsumeError {
     /// The topic could not be looked up.
     #[error(transparent)]
     Lookup(#[from] CallError),
-    /// The partition is not assigned to this consumer.
+    /// The call concerns the position of a partition that is not, or no longer, assigned.
     #[error("partition {topic}/{partition} is not assigned to this consumer: assign it first")]
     NotAssigned {
         /// Topic name.

@@ -431,15 +431,15 @@ impl LeaseKeeper {
         }
     }
 
-    /// Returns true if the registration with this epoch is missing or unreadable in a snapshot that is at least as new.
-    /// Returns false in the state `Lost`, in which only the timer triggers attempts to register.
+    /// Returns true if `snapshot` is at least as new as this broker's registration and does not contain that
+    /// registration, also because its value is unreadable. Always false in the state `Lost`: there, only the renewal timer
+    /// triggers registrations.
     fn is_missing(&self, snapshot: &MetadataSnapshot) -> bool {
         if snapshot.revision() < self.epoch || matches!(*self.state.borrow(), SessionState::Lost) {
             return false;
         }
         let entry = snapshot.brokers().get(&self.registration.id);
         entry.is_none_or(|entry| entry.create_revision != self.epoch)
-            || snapshot.unreadable().contains_key(&Key::Broker(self.registration.id))
     }
 
     /// Renews the lease. Registers again if the lease has ended or the state is `Lost`. Returns false if another

@@ -264,7 +264,7 @@ async fn missing_object_makes_only_its_own_offsets_unreadable() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn acks_tiered_does_not_wait_for_a_full_segment() {
     let (server, instance, _broker) = tokio::task::block_in_place(|| start(|instance| instance));
-    // A segment that neither fills nor ages within this test.
+    // A segment that reaches neither `segment.bytes` nor `segment.ms` within this test.
     wire::create_topic(instance.grpc(), "t", 1, &[("segment.ms", "86400000")]).await;
     let mut log = wire::log(instance.grpc());
     let tiered = |value: &'static [u8], timeout_ms| {

@@ -167,8 +167,8 @@ async fn replica_limit_rejects_creation_with_both_numbers() {
     cluster.create("b", 1, 1).await.expect("below the limit again");
 }
 
-/// Regression: topics got replicas on brokers without a peer address, which were never in sync. If two of three
-/// replicas of a partition were on such brokers, `acks=all` waited forever.
+/// Regression: a replica on a broker without a peer address never entered the ISR. With two of three replicas on such
+/// brokers, `acks=all` waited forever.
 #[tokio::test]
 async fn brokers_without_peer_address_get_no_replicas() {
     let cluster = TestCluster::of(3).await;

@@ -168,7 +168,7 @@ pub enum SimEvent<'a> {
         /// The readable end.
         end: Offset,
     },
-    /// A reader received a batch.
+    /// A read on a broker returned a batch.
     BatchServed {
         /// The partition.
         partition: PartitionId,
