@@ -1,4 +1,5 @@
-//! Addresses of the listeners: the default of `peer.listen`, advertised addresses, and checks against each other.
+//! Addresses of the listeners: the default of `peer.listen`, the addresses advertised to clients and brokers, and
+//! checks.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -10,28 +11,30 @@ use super::{
 };
 
 impl GrpcConfig {
-    /// Returns the address for clients, for a listener that is bound to `bound`. Port 0 becomes the bound port.
+    /// Returns the address at which clients connect, for a listener that is bound to `bound`: `advertise`, with the
+    /// port of `bound` in place of port 0, or `bound` if `advertise` is unset.
     pub fn advertised(&self, bound: SocketAddr) -> String {
         self.advertise.as_ref().map_or_else(|| bound.to_string(), |advertise| with_port_of(advertise, bound))
     }
 }
 
 impl PeerListenerConfig {
-    /// Returns the address for other brokers, for a peer listener that is bound to `bound`. Port 0 becomes the bound
-    /// port. Without `advertise`, the host is that of `grpc.advertise`. If `grpc.advertise` is unset or does not apply,
-    /// the host is that of `bound`, or that of `grpc.listen` if `bound` stands for all addresses.
+    /// Returns the address at which other brokers connect, for a peer listener that is bound to `bound`. This is
+    /// `advertise`, with the port of `bound` in place of port 0. If `advertise` is unset, the port is that of `bound`,
+    /// and the host is that of `grpc.advertise`. If `grpc.advertise` is unset or does not apply, the host is that of
+    /// `bound`, or that of `grpc.listen` if `bound` stands for all addresses.
     pub fn advertised(&self, bound: SocketAddr, grpc: &GrpcConfig) -> String {
         if let Some(advertise) = &self.advertise {
             return with_port_of(advertise, bound);
         }
         let is_all_addresses = bound.ip().is_unspecified();
-        // A port that the system chose cannot be configured outside this machine. Such a listener is as local as its
-        // address, so `grpc.advertise` applies only if the listener is bound to all addresses.
+        // If the system chooses the port, nothing outside this machine can forward that port to the listener. So the
+        // host of `grpc.advertise` applies only if the listener is bound to all addresses.
         let client_address = grpc.advertise.as_deref().filter(|_| is_all_addresses || self.listen.port() != 0);
         match client_address.and_then(host_port) {
             Some((host, _)) => format!("{host}:{}", bound.port()),
             None if is_all_addresses => {
-                // The copy keeps the scope id of an IPv6 address.
+                // Only the port is replaced: `grpc.listen` may have the scope id of an IPv6 address.
                 let mut address = grpc.listen;
                 address.set_port(bound.port());
                 address.to_string()
@@ -42,7 +45,7 @@ impl PeerListenerConfig {
 }
 
 impl ResolvedValues {
-    /// Sets the default of `peer.listen`: the IP address of `grpc.listen` with [`PEER_PORT`].
+    /// Sets `peer.listen`, if no source sets it, to the IP address of `grpc.listen` with [`PEER_PORT`].
     pub(super) fn apply_peer_default(&mut self) {
         let listen = self.text("grpc.listen").and_then(|text| text.parse::<SocketAddr>().ok());
         if let Some((mut listen, setting)) = listen.zip(Setting::find("peer.listen")) {
@@ -51,7 +54,8 @@ impl ResolvedValues {
         }
     }
 
-    /// Checks that listeners do not conflict, and that every advertised address can be connected to.
+    /// Adds an error for two listeners on one port, for an advertised address that stands for all addresses of a
+    /// machine, and for a derived peer address that the peer listener does not accept.
     pub(super) fn check_addresses(&mut self, config: &Config) {
         self.check_ports(config);
         if let Some(advertise) = config.peer.advertise.as_ref().filter(|advertise| is_unspecified_host(advertise)) {
@@ -80,7 +84,9 @@ impl ResolvedValues {
         }
     }
 
-    /// Checks that no two listeners use the same port. A standalone broker opens no peer listener.
+    /// Adds an error for two listeners with one port on the same address, or on two addresses of which one stands for
+    /// all. A standalone broker opens no peer listener, so `peer.listen` is then not checked. The error names the
+    /// source of the second setting of the pair, or of the first if the second has its default.
     fn check_ports(&mut self, config: &Config) {
         let (grpc, http) = (("grpc.listen", config.grpc.listen), ("http.listen", config.http.listen));
         let peer = ("peer.listen", config.peer.listen);
@@ -95,8 +101,8 @@ impl ResolvedValues {
         }
     }
 
-    /// Checks the peer address that is derived from the client address: a listener on loopback, or on one IP version,
-    /// must not be advertised at an address outside of it.
+    /// Checks the peer address if `peer.advertise` is unset. Other brokers could not reach a loopback listener at a
+    /// non-loopback address, or a listener of one IP version at an address of the other. Called only with etcd.
     fn check_derived_peer_address(&mut self, config: &Config) {
         let listen = config.peer.listen;
         let advertised = config.peer.advertised(listen, &config.grpc);
@@ -118,12 +124,13 @@ impl ResolvedValues {
         let reason = format!(
             "peer.listen {listen} is {limitation}, but brokers would connect to {advertised}: set peer.advertise"
         );
+        // The default of `peer.listen` is derived from `grpc.listen`.
         let is_default = self.source("peer.listen") == ValueSource::Default;
         self.reject(if is_default { "grpc.listen" } else { "peer.listen" }, reason);
     }
 }
 
-/// Returns an advertised address in which the port of `bound` replaces port 0.
+/// Returns `advertise`, with the port of `bound` if its own port is 0.
 fn with_port_of(advertise: &str, bound: SocketAddr) -> String {
     match host_port(advertise) {
         Some((host, 0)) => format!("{host}:{}", bound.port()),
@@ -131,7 +138,7 @@ fn with_port_of(advertise: &str, bound: SocketAddr) -> String {
     }
 }
 
-/// Returns true if the host stands for all addresses of a machine.
+/// Returns true if the host of the address is `0.0.0.0` or `[::]`, which stand for all addresses of a machine.
 fn is_unspecified_host(advertise: &str) -> bool {
     host_port(advertise).is_some_and(|(host, _)| matches!(host, "0.0.0.0" | "[::]"))
 }

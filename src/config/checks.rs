@@ -1,4 +1,4 @@
-//! Checks of values against each other, and of values against the rules of the modules that use them.
+//! Checks of values against each other, and against the rules of the modules that use them.
 
 use super::{
     error::{ConfigError, ValueSource},
@@ -11,7 +11,7 @@ use crate::{
     telemetry,
 };
 
-/// Prefixes of object store URLs.
+/// Accepted prefixes of `object_store.url`.
 const SCHEMES: &[&str] =
     &["s3://", "s3a://", "gs://", "az://", "azure://", "abfs://", "abfss://", "adl://", "file://", "memory://"];
 
@@ -25,7 +25,8 @@ const ETCD_SETTINGS: [&str; 5] = [
 ];
 
 impl ResolvedValues {
-    /// Checks the values against each other, and adds an error for each conflict.
+    /// Checks everything that cannot be checked for each value by its kind alone: conflicts between settings, the URLs
+    /// of the stores, the topic defaults and the log level. Adds an error for each violation that is found.
     pub(super) fn check(&mut self, config: &Config) {
         self.check_addresses(config);
         self.check_metadata(&config.metadata);
@@ -38,7 +39,8 @@ impl ResolvedValues {
         }
     }
 
-    /// Checks that settings of etcd are complete and used, and that its URLs are valid.
+    /// Checks that the client certificate and the login for etcd have both of their settings. Without `metadata.etcd`,
+    /// no other etcd setting may be set; with it, the URLs must be valid and contain no user or password.
     fn check_metadata(&mut self, metadata: &MetadataConfig) {
         for (first, second) in
             [("metadata.etcd_cert", "metadata.etcd_key"), ("metadata.etcd_user", "metadata.etcd_password_file")]
@@ -69,7 +71,8 @@ impl ResolvedValues {
         }
     }
 
-    /// Checks the URLs of the object store.
+    /// Checks the scheme and the bucket or path of `object_store.url`, and that `object_store.endpoint` is an HTTP URL
+    /// and is used only with S3. Neither URL may contain a user or password.
     fn check_object_store(&mut self, store: &ObjectStoreConfig) {
         let key = "object_store.url";
         if let Some(url) = &store.url {
@@ -102,7 +105,8 @@ impl ResolvedValues {
         }
     }
 
-    /// Adds the error of a topic default, with the source of that default.
+    /// Adds the error of a topic default, with the source of that default. If a local limit exceeds the limit of the
+    /// whole partition, the source is that of the local limit.
     fn reject_topic(&mut self, error: InvalidConfig) {
         let key = match &error {
             InvalidConfig::UnknownKey { key } | InvalidConfig::Value { key, .. } => key.as_str(),

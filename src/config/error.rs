@@ -2,14 +2,14 @@
 
 use std::{fmt, io, path::PathBuf};
 
-/// Source of a value, for messages.
+/// Source of a setting's value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ValueSource {
     Default,
     File {
         path: PathBuf,
         line: usize,
-        /// Counted in characters from 1.
+        /// Column of the key, counted in characters from 1.
         column: usize,
     },
     Environment {
@@ -34,7 +34,7 @@ impl fmt::Display for ValueSource {
 /// One error of a configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file cannot be read.
+    /// The configuration file cannot be read.
     #[error("configuration file {} cannot be read: {source}", path.display())]
     Unreadable { path: PathBuf, source: io::Error },
     #[error("{origin}: there is no setting {key:?}{}", suggestion(near.as_deref()))]
@@ -48,11 +48,11 @@ pub enum ConfigError {
     Value {
         origin: ValueSource,
         key: String,
-        /// Given value, without passwords.
+        /// Given value; passwords in URLs are masked.
         value: String,
         allowed: String,
     },
-    /// The file is not valid TOML, or a value conflicts with other values.
+    /// The file is not valid TOML, or a check of `ResolvedValues::check` failed, such as a conflict between settings.
     #[error("{origin}: {reason}")]
     Invalid {
         origin: ValueSource,
@@ -62,11 +62,11 @@ pub enum ConfigError {
     /// A file that a setting names cannot be used.
     #[error("{key}: the file {} cannot be used: {reason}", path.display())]
     Unusable { key: &'static str, path: PathBuf, reason: String },
-    /// The data directory, or a parent of it, is a file.
+    /// The data directory, or one of its parents, exists and is not a directory.
     #[error("data directory {} cannot be used: {} is a file: set broker.data_dir (--data-dir) to a directory, which \
         is created if it does not exist", path.display(), file.display())]
     DataDirIsFile { path: PathBuf, file: PathBuf },
-    /// The data directory cannot be used.
+    /// The data directory cannot be created or written.
     #[error("data directory {} cannot be used: {source}: set broker.data_dir to a writable directory", path.display())]
     DataDir { path: PathBuf, source: io::Error },
 }

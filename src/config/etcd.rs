@@ -34,7 +34,7 @@ impl Config {
                 path: path.clone(),
                 reason: "the password is not UTF-8".to_owned(),
             })?;
-            // Editors append a line end to the file; no password ends with one.
+            // Editors append a line end to the file. A password that ends with a line end is not supported.
             let password = password.trim_end_matches(['\r', '\n']).to_owned();
             options.login = Some(EtcdLogin { user: user.clone(), password });
         }
@@ -43,7 +43,7 @@ impl Config {
 }
 
 impl MetadataConfig {
-    /// Returns the options that need no file.
+    /// Returns options with the endpoints and the timeout only, which need no file.
     pub(super) fn endpoints(&self) -> EtcdOptions {
         EtcdOptions { request_timeout: self.request_timeout, ..EtcdOptions::new(self.etcd.iter().cloned()) }
     }

@@ -11,8 +11,9 @@ use super::{
     value::{ValueKind, format_bytes, parse_bytes},
 };
 
-/// Paths of the cgroup limits on Linux: version 2, version 2 beside version 1, and version 1.
+/// Mount points of cgroup version 2 on Linux: alone, and beside version 1.
 const UNIFIED: [&str; 2] = ["sys/fs/cgroup", "sys/fs/cgroup/unified"];
+/// Mount point of the memory controller of cgroup version 1.
 const LEGACY: &str = "sys/fs/cgroup/memory";
 
 /// A setting whose default is a share of [`MEMORY`].
@@ -20,11 +21,11 @@ struct Share {
     setting: &'static Setting,
     /// Size of the share in sixteenths of the total.
     sixteenths: u64,
-    /// Maximum of the default.
+    /// Maximum of the default, in bytes.
     max_bytes: u64,
 }
 
-/// Returns all shares. They sum to the total.
+/// Returns the shares of all settings that have one. Together they have 16 sixteenths.
 fn shares() -> impl Iterator<Item = Share> {
     settings::all().filter_map(|setting| match setting.default {
         DefaultValue::MemoryShare { sixteenths, max_bytes } => {
@@ -35,7 +36,8 @@ fn shares() -> impl Iterator<Item = Share> {
 }
 
 impl ResolvedValues {
-    /// Sets the defaults that depend on memory, and checks that the configured shares fit into the total.
+    /// Sets the defaults that depend on memory. Adds an error if the configured shares exceed the total, or if they
+    /// leave less than the minimum of an unset share.
     pub(super) fn apply_memory_defaults(&mut self) {
         let total = self.bytes(MEMORY).unwrap_or_else(|| default_memory_bytes(1));
         for setting in settings::all() {
@@ -55,7 +57,8 @@ impl ResolvedValues {
             let (keys, sum, total) = (keys.join(", "), format_bytes(configured_bytes), format_bytes(total));
             format!("{keys} together are {sum}, more than {MEMORY}, which is {total}: lower them, or raise {MEMORY}")
         });
-        // An unset share gets its sixteenths of the total, or less if the configured shares leave less.
+        // An unset share gets its sixteenths of the total. If the configured shares leave less for the unset ones, it
+        // gets its proportion of the remaining memory.
         let remaining = total.saturating_sub(configured_bytes);
         let unset_sixteenths: u64 = unset.iter().map(|share| share.sixteenths).sum();
         for Share { setting, sixteenths, max_bytes } in unset {
@@ -82,25 +85,27 @@ impl ResolvedValues {
         }
     }
 
-    /// Returns the value of a setting in bytes; `None` if it is unset.
+    /// Returns the value of a setting that is a number of bytes; `None` if the setting is unset.
     fn bytes(&self, key: &str) -> Option<u64> {
         self.text(key).and_then(parse_bytes)
     }
 }
 
-/// Returns the default of `broker.max_replicas` for this total. Replicas may take as much memory again as clients.
+/// Returns the default of `broker.max_replicas` if `limits.memory_bytes` is `total`. Replicas may use as much memory
+/// again as clients.
 fn default_replicas(total: u64) -> u64 {
     (total / REPLICA_BYTES).min(10_000_000)
 }
 
-/// Returns the default of the total for each of `brokers` brokers on this machine.
+/// Returns the default of `limits.memory_bytes` for each of `brokers` brokers on this machine: an equal part of a
+/// quarter of the memory, but at least `MIN_MEMORY_BYTES`.
 pub fn default_memory_bytes(brokers: u64) -> u64 {
     let quarter = memory_bytes(Path::new("/")).unwrap_or_default() / 4 / brokers.max(1);
     (quarter >> 20 << 20).max(MIN_MEMORY_BYTES)
 }
 
-/// Returns the memory of the machine, or the limit of this process's cgroup if that is lower. `root` is `/` outside
-/// tests.
+/// Returns the memory of the machine, or the limit of this process's cgroup if that is lower; `None` if neither can be
+/// read. `root` is `/` outside tests.
 fn memory_bytes(root: &Path) -> Option<u64> {
     let number = |path: PathBuf| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
     let machine = fs::read_to_string(root.join("proc/meminfo")).ok().and_then(|text| {
@@ -118,8 +123,8 @@ fn memory_bytes(root: &Path) -> Option<u64> {
             names if names.split(',').any(|name| name == "memory") => (&[LEGACY][..], "memory.limit_in_bytes"),
             _ => continue,
         };
-        // The limits of all parent groups apply too. In a container, the path may exist only on the host, and the mount
-        // point itself is the group. The mount point is the last ancestor.
+        // The limits of all parent groups apply too. In a container, `path` may exist only on the host, and the mount
+        // point itself is the container's group. The last of `ancestors` is empty and stands for the mount point.
         for folder in Path::new(path.trim_start_matches('/')).ancestors() {
             for mount in mounts {
                 min = min.into_iter().chain(number(root.join(mount).join(folder).join(file))).min();

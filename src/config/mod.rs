@@ -1,13 +1,14 @@
 //! Configuration: settings from a file, the environment and the command line. Unknown settings are errors.
 //!
 //! `settings` declares each setting once. `sources` layers the given values over the defaults and checks each value.
-//! [`LoadedConfig`] builds a typed [`Config`] from the result and checks the values against each other. All checks run
-//! before the broker opens a file, binds a port or writes data.
+//! [`LoadedConfig`] builds a typed [`Config`] from the result and checks the values against each other. These checks
+//! run before the broker binds a port or writes data.
 //!
 //! ```text
-//! strandline.toml          environment                 printed by `strandline config print`
-//! [grpc]
-//! listen = "0.0.0.0:9460"  STRANDLINE_GRPC_LISTEN=…    listen = "0.0.0.0:9460" # strandline.toml:2:1
+//! strandline.toml:  [grpc]
+//!                   listen = "0.0.0.0:9460"
+//! or environment:   STRANDLINE_GRPC_LISTEN=0.0.0.0:9460
+//! or command line:  --set grpc.listen=0.0.0.0:9460
 //! ```
 
 use std::{io, path::Path};
@@ -46,12 +47,13 @@ pub struct LoadedConfig {
 }
 
 impl LoadedConfig {
-    /// Builds and checks a configuration. Returns all errors together.
+    /// Applies the defaults that depend on other values, builds the typed configuration and checks it. Returns all
+    /// errors together, including those that the layers added.
     fn build(mut values: ResolvedValues) -> Result<Self, ConfigErrors> {
         values.apply_memory_defaults();
         values.apply_peer_default();
-        // A setting with an invalid value has its default in this configuration. The default is checked too, but never
-        // used.
+        // A setting whose value was rejected has the value of an earlier layer here, such as its default. That value is
+        // checked too, but the configuration is not returned.
         let config = Config::from_texts(|key| values.text(key), values.topic_defaults());
         values.check(&config);
         if values.errors.is_empty() { Ok(Self { config, values }) } else { Err(ConfigErrors(values.errors)) }
@@ -64,7 +66,8 @@ impl LoadedConfig {
 }
 
 impl Config {
-    /// Creates the data directory if it does not exist, and verifies that it is writable.
+    /// Creates the data directory if it does not exist, and verifies that it is writable by creating and removing a
+    /// file.
     pub fn prepare_data_dir(&self) -> Result<(), ConfigError> {
         let path = &self.broker.data_dir;
         let check_writable = || -> io::Result<()> {

@@ -11,8 +11,8 @@ use super::{
 use crate::model::TOPIC_CONFIG_KEYS;
 
 impl LoadedConfig {
-    /// Returns a configuration file of all settings, each with its effective value and its source. Passwords in URLs
-    /// are masked.
+    /// Returns a configuration file of all settings and topic defaults, each with its effective value and its source. A
+    /// setting without a value is a comment. Passwords in URLs are masked.
     pub fn print(&self) -> String {
         let mut out = String::new();
         for section in SECTIONS {
@@ -44,7 +44,7 @@ impl LoadedConfig {
     }
 }
 
-/// Returns a source as the comment of a printed line.
+/// Returns the source of a value as text for the comment at the end of its line.
 fn source_comment(source: &ValueSource) -> String {
     match source {
         ValueSource::Default => "default".to_owned(),
@@ -81,7 +81,7 @@ pub fn docs() -> String {
     out
 }
 
-/// Returns the line of a setting in the table of its section.
+/// Returns the row of a setting for the table of its section in `docs/configuration.md`.
 fn row(setting: &Setting) -> String {
     let doc = format!("{} Takes {}.", setting.doc, setting.kind.describe()).replace('|', "\\|");
     format!("| `{}` | {} | `{}` | {doc} |", setting.name(), setting.default.describe(), setting.variable())

@@ -1,7 +1,7 @@
 //! Declares every setting once: field, accepted values, default and documentation.
 //!
-//! The `settings!` list generates [`Config`] and [`SECTIONS`]. Reading, checking, printing and `docs/configuration.md`
-//! use these two and contain no list of settings.
+//! The `settings!` list generates [`Config`] and [`SECTIONS`]. Reading, printing and `docs/configuration.md` use these
+//! two and contain no list of settings. Only the checks between settings (`checks`, `addresses`) name settings.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -16,26 +16,28 @@ use crate::{
     telemetry::LogFormat,
 };
 
-/// Key of the memory that clients can make a broker use. [`MemoryShare`] defaults are shares of it.
+/// Key of the setting for the maximum memory that clients can make a broker use. [`MemoryShare`] defaults are shares of
+/// its value.
 pub(super) const MEMORY: &str = "limits.memory_bytes";
 
-/// Section that accepts any topic configuration.
+/// Section for the topic configuration of topics that do not set it themselves. It accepts each topic configuration
+/// key.
 pub(super) const TOPIC_DEFAULTS: &str = "topic_defaults";
 
 /// Default port of the peer listener.
 pub(super) const PEER_PORT: u16 = 9470;
 
-/// Minimum default of `limits.memory_bytes`.
+/// Minimum of the default of `limits.memory_bytes`. A configured value may be lower.
 pub(super) const MIN_MEMORY_BYTES: u64 = 512 << 20;
 
-/// Memory of one replica. The default of `broker.max_replicas` allows replicas that take as much memory again as
-/// `limits.memory_bytes`. An idle replica takes 16 KiB, and a written one 20 KiB (docs/performance.md, `replicas`).
+/// Memory of one idle replica. The default of `broker.max_replicas` is the number of such replicas that use as much
+/// memory again as `limits.memory_bytes`. A replica that is written uses 20 KiB (docs/performance.md, `replicas`).
 pub(super) const REPLICA_BYTES: u64 = 16 << 10;
 
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
 
-// The unit of time bounds is the millisecond.
+// The bounds of `Time` are in milliseconds.
 const SECOND: u64 = 1000;
 const HOUR: u64 = 3600 * SECOND;
 const DAY: u64 = 24 * HOUR;
@@ -90,14 +92,15 @@ pub(super) enum DefaultValue {
     Unset,
     /// The IP address of `grpc.listen` with [`PEER_PORT`].
     PeerPort,
-    /// A quarter of the memory of the machine or cgroup.
+    /// A quarter of the memory of the machine or cgroup, but at least [`MIN_MEMORY_BYTES`].
     MachineMemory,
-    /// A share of `limits.memory_bytes`. More than `max_bytes` would not increase the throughput.
+    /// This number of sixteenths of `limits.memory_bytes`, at most `max_bytes`; more would not increase the throughput.
+    /// The default is smaller if other settings with such a default are set to more than their shares.
     MemoryShare {
         sixteenths: u64,
         max_bytes: Option<u64>,
     },
-    /// The number of replicas that fit into as much memory as `limits.memory_bytes`.
+    /// One replica for each [`REPLICA_BYTES`] of `limits.memory_bytes`.
     ReplicasInMemory,
 }
 
@@ -146,7 +149,7 @@ macro_rules! settings {
             $($name:ident: $type:ty = $kind:expr, $default:expr, $doc:literal;)*
         })*
     ) => {
-        /// Effective values of all settings.
+        /// Effective values of all settings, with their types.
         #[derive(Clone, Debug, PartialEq, Eq)]
         pub struct Config {
             $(#[doc = $top_setting_doc] pub $top: $top_type,)*
@@ -217,21 +220,21 @@ settings! {
         data_dir: PathBuf = Path, Fixed("./data"), "Data directory.";
         disk_pressure_percent: u64 = Number(1..=100), Fixed("85"),
             "Disk usage of data_dir in percent above which the broker gets no new replicas, until usage is five \
-             percent lower. 100 means never.";
+             percentage points lower. 100 means never.";
         max_replicas: u32 = Number(1..=10_000_000), ReplicasInMemory,
             "Maximum number of replicas on this broker. Each replica uses memory, even while it is idle.";
         shutdown_timeout: Duration = Time(0..=DAY), Fixed("30s"),
             "Maximum time for which a stop waits for work in progress.";
         catch_up_timeout: Duration = Time(0..=DAY), Fixed("60s"),
-            "Maximum time for which /readyz reports a start because not all replicas have been in sync yet.";
+            "Maximum time after the start for which /readyz fails because a replica has not been in sync yet.";
     }
 
     grpc: GrpcConfig, "The listener for clients." {
         listen: SocketAddr = Listen, Fixed("127.0.0.1:9460"),
             "Listen address for clients (gRPC). Port 0 selects a free port.";
         advertise: Option<String> = HostPort, Unset,
-            "Address at which clients connect. Unset: the listen address. Required if grpc.listen is 0.0.0.0. Port 0 \
-             stands for the listen port.";
+            "Address at which clients connect. Unset: the listen address. Required if grpc.listen is 0.0.0.0 or [::]. \
+             Port 0 stands for the listen port.";
         reflection: bool = Flag, Fixed("true"), "Whether gRPC server reflection is served.";
     }
 
@@ -240,8 +243,9 @@ settings! {
         listen: SocketAddr = Listen, PeerPort,
             "Listen address for other brokers; clients never connect to it. Port 0 selects a free port.";
         advertise: Option<String> = HostPort, Unset,
-            "Address at which other brokers connect. Unset: the host of grpc.advertise, or of the listen address if \
-             that is unset, with the port of peer.listen. Port 0 stands for the listen port.";
+            "Address at which other brokers connect. Unset: the port of peer.listen with the host of grpc.advertise; \
+             without grpc.advertise, the host of peer.listen, or of grpc.listen if peer.listen is 0.0.0.0 or [::]. \
+             Port 0 stands for the listen port.";
     }
 
     http: HttpConfig, "Metrics and health." {
@@ -261,11 +265,12 @@ settings! {
         etcd_user: Option<String> = Text, Unset, "User name at etcd; requires etcd_password_file. Unset: no login.";
         etcd_password_file: Option<PathBuf> = Path, Unset,
             "File that contains only the password of etcd_user. Unset: no login.";
-        // With a shorter timeout, a busy member would count as failed.
+        // With a timeout below 100 ms, a busy member would count as failed.
         request_timeout: Duration = Time(100..=10 * SECOND), Fixed("1s"),
             "Timeout of one request to one etcd member, after which another member is tried.";
         session_timeout: Duration = Time(2 * SECOND..=60 * SECOND), Fixed("6s"),
-            "Time after which an unresponsive broker loses its partitions. The exit of a process is detected sooner.";
+            "Time after which an unresponsive broker loses the leadership of its partitions. The exit of its process is \
+             detected sooner.";
     }
 
     object_store: ObjectStoreConfig,
@@ -314,8 +319,8 @@ settings! {
 
     cache: CacheConfig, "The cache for reads from the object store." {
         memory_bytes: u64 = Bytes(2 * MIB..=TIB), MemoryShare { sixteenths: 1, max_bytes: Some(128 * MIB) },
-            "Bytes of object store reads that are cached in memory. A read of several requests finds the results of \
-             the earlier requests there.";
+            "Bytes of object store reads that are cached in memory. A read that needs several requests reuses the \
+             results of the earlier ones.";
         disk_bytes: u64 = Bytes(0..=1024 * TIB), Fixed("1GiB"),
             "Bytes of repeated object store reads that are cached on disk; 0 means no disk cache. Reads from a \
              `file://` store are not cached on disk.";

@@ -1,6 +1,7 @@
 //! Layers of a configuration: defaults, file, environment, command line. A later layer overrides an earlier one.
 //!
-//! [`ResolvedValues`] checks each value by itself when a layer sets it. Checks against other values follow later.
+//! [`ResolvedValues`] checks each value by itself when a layer sets it. `LoadedConfig` then checks the values against
+//! each other.
 
 use std::{
     collections::BTreeMap,
@@ -34,7 +35,7 @@ pub struct ConfigSources {
     file: Option<(PathBuf, String)>,
     environment: Vec<(String, String)>,
     flags: Vec<(String, String)>,
-    /// Replaced built-in defaults.
+    /// Values that replace built-in defaults, by key.
     defaults: Vec<(String, String)>,
 }
 
@@ -67,7 +68,8 @@ impl ConfigSources {
         self
     }
 
-    /// Checks the names of the variables that begin with `STRANDLINE_`, for any command. Their values are not checked.
+    /// Returns an error for each variable that begins with `STRANDLINE_` and is neither a setting nor a variable of the
+    /// client commands or Kubernetes. The program calls this before it runs any command. Values are not checked.
     pub fn check_names(variables: impl IntoIterator<Item = (String, String)>) -> Result<(), ConfigErrors> {
         let mut values = ResolvedValues::default();
         for (name, text) in Self::new().environment(variables).environment {
@@ -93,7 +95,7 @@ impl ConfigSources {
         self
     }
 
-    /// Layers and checks all values. Returns the settings, or all errors.
+    /// Layers and checks all values. Returns the configuration, or all errors.
     pub fn load(self) -> Result<LoadedConfig, ConfigErrors> {
         let mut values = ResolvedValues::default();
         for setting in settings::all() {
@@ -157,7 +159,7 @@ impl ResolvedValues {
         self.topic.iter().map(|(key, value)| (key.clone(), value.text.clone())).collect()
     }
 
-    /// Sets the value of a setting that no source sets.
+    /// Sets the default of a setting. Has no effect if the setting already has a value.
     pub(super) fn set_default(&mut self, setting: &Setting, text: String) {
         let default = || ProvidedValue { text, source: ValueSource::Default };
         self.settings.entry(setting.key).or_insert_with(default);
@@ -185,7 +187,7 @@ impl ResolvedValues {
         self.errors.push(ConfigError::Unknown { origin, key: key.to_owned(), near });
     }
 
-    /// Adds the error that a variable is no setting, unless the client commands or Kubernetes use it.
+    /// Adds the error that a variable is no setting. Has no effect for a variable of the client commands or Kubernetes.
     fn reject_variable(&mut self, name: &str, text: &str) {
         if CLIENT_VARIABLES.contains(&name) || is_from_kubernetes(name, text) {
             return;
@@ -198,7 +200,7 @@ impl ResolvedValues {
         self.reject_key(name, near, ValueSource::Environment { name: name.to_owned() });
     }
 
-    /// Checks and sets one value of a layer.
+    /// Sets one value of a layer, or adds an error if the key does not exist or does not accept the text.
     fn set(&mut self, key: &str, text: String, source: ValueSource) {
         if key == TOPIC_DEFAULTS {
             return self.set_topic_list(&text, &source);
@@ -214,7 +216,8 @@ impl ResolvedValues {
         }
     }
 
-    /// Sets one topic configuration key. Its value is checked later, together with the others.
+    /// Sets one topic configuration key, or adds an error if the key does not exist. `ResolvedValues::check` later
+    /// checks the values of all topic configuration keys together.
     fn set_topic(&mut self, key: &str, text: String, source: ValueSource) {
         if TOPIC_CONFIG_KEYS.iter().any(|known| known.name == key) {
             self.topic.insert(key.to_owned(), ProvidedValue { text, source });
@@ -227,7 +230,7 @@ impl ResolvedValues {
         }
     }
 
-    /// Sets topic configuration from a list `key=value,key=value`.
+    /// Sets topic configuration from a list `key=value,key=value`. Adds an error for each invalid part and continues.
     fn set_topic_list(&mut self, text: &str, source: &ValueSource) {
         for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
             match pair.split_once('=') {
@@ -240,7 +243,8 @@ impl ResolvedValues {
         }
     }
 
-    /// Sets the values of a file. A table is a section, and any other value is a setting at the top of the file.
+    /// Sets the values of a file, and adds an error for each invalid entry. A table at the top is a section, and any
+    /// other value at the top is a setting without a section.
     fn read_file(&mut self, path: &Path, text: &str) {
         let source_at = |offset: usize| file_source(path, text, offset);
         let table = match DeTable::parse(text) {
@@ -270,7 +274,7 @@ impl ResolvedValues {
         }
     }
 
-    /// Sets the value of one entry of a file.
+    /// Sets the value of one entry of a file, or adds an error if its key, type or value is invalid.
     fn read_entry(&mut self, key: &str, value: &DeValue<'_>, source: ValueSource) {
         let Some(setting) = Setting::find(key) else { return self.reject_key(key, closest_setting(key), source) };
         match setting.kind.text_of(value) {
@@ -279,9 +283,9 @@ impl ResolvedValues {
         }
     }
 
-    /// Sets topic configuration from a table. Its keys contain dots: in TOML, a quoted key is one key, and a bare key
-    /// means nested tables. `prefix` is the key of the table, with a dot at its end. `source_at` returns the source of
-    /// a byte.
+    /// Sets topic configuration from a table. Topic configuration keys contain dots: in TOML, a quoted key is one key,
+    /// and a bare key means nested tables. `prefix` is the key of a nested table with a dot at its end, and empty for
+    /// the section. `source_at` returns the source of an entry that starts at a byte offset of the file.
     fn read_topics(&mut self, prefix: &str, entries: &DeTable<'_>, source_at: &impl Fn(usize) -> ValueSource) {
         for (name, value) in entries {
             let key = format!("{prefix}{}", name.get_ref());
@@ -300,7 +304,7 @@ impl ResolvedValues {
     }
 }
 
-/// Returns the source of a value that starts at a byte of a file.
+/// Returns the source of an entry that starts at the byte `offset` of a file with this text.
 fn file_source(path: &Path, text: &str, offset: usize) -> ValueSource {
     let before = &text[..text.floor_char_boundary(offset)];
     let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
@@ -308,13 +312,13 @@ fn file_source(path: &Path, text: &str, offset: usize) -> ValueSource {
     ValueSource::File { path: path.to_owned(), line, column: before[line_start..].chars().count() + 1 }
 }
 
-/// Returns the setting that is most similar to a key. Names are compared first, so a right name in a wrong section is
-/// found.
+/// Returns the key of the setting whose name is most similar to that of `key`; `None` if no name is similar. Only the
+/// names without their sections are compared, so a correct name in a wrong section is found.
 fn closest_setting(key: &str) -> Option<String> {
     let (section, name) = key.rsplit_once('.').unwrap_or(("", key));
     let near = closest_names(name, settings::all(), |setting| setting.name(), usize::MAX);
-    // Several sections may have a setting of the most similar name. The given section takes precedence, then the first
-    // declared setting.
+    // Several sections may have a setting of the most similar name. The section of `key` takes precedence, then the
+    // first declared setting.
     let best = near.first()?.name();
     let same_name = || near.iter().filter(|setting| setting.name() == best);
     let in_section = same_name().find(|setting| setting.section() == section);
@@ -327,12 +331,12 @@ fn closest_suggestion(text: &str, candidates: impl IntoIterator<Item = (String, 
     closest_names(text, candidates, |(compared, _)| compared, 1).pop().map(|(_, suggested)| suggested)
 }
 
-/// Returns the key that an environment variable sets.
+/// Returns the key that an environment variable sets; `None` if the variable is no setting.
 fn setting_of_variable(name: &str) -> Option<&'static str> {
     settings::all().map(|setting| setting.key).chain([TOPIC_DEFAULTS]).find(|key| variable(key) == name)
 }
 
-/// Returns true if Kubernetes sets the variable, for a service whose name begins with `strandline`.
+/// Returns true if the variable has a form that Kubernetes sets, for a service whose name begins with `strandline`.
 fn is_from_kubernetes(name: &str, text: &str) -> bool {
     let is_port_url = name.ends_with("_PORT") && text.contains("://");
     // For example `STRANDLINE_PORT_9460_TCP_ADDR`.

@@ -1,17 +1,18 @@
-//! Finds the names that a misspelled name may mean: one measure for settings, variables, topics and racks.
+//! Finds the names that a misspelled name may mean. Settings, variables, topics and racks use the same measure.
 
 use std::cmp::Ordering;
 
-/// Minimum similarity, from 0 to 1, of a misspelled name and the intended one.
+/// Minimum similarity, from 0 to 1, of a misspelled name and a suggested name.
 const MIN_SIMILARITY: f64 = 0.8;
 
-/// Maximum length of names, in bytes, whose edits are counted. The work grows with the square.
+/// Maximum length of names, in bytes, whose edits are counted. The work grows with the square of the length.
 const MAX_COUNTED_BYTES: usize = 40;
 
 /// Maximum number of compared names. A suggestion is not worth more work.
 const MAX_COMPARED_NAMES: usize = 10_000;
 
-/// Returns at most `max` of the names that are similar to `wanted`, the most similar first.
+/// Returns at most `max` of the names that are similar to `wanted`, the most similar first. `text` returns the text of
+/// a name. Only the first [`MAX_COMPARED_NAMES`] names are compared.
 pub fn closest_names<T>(
     wanted: &str,
     names: impl IntoIterator<Item = T>,
@@ -28,8 +29,9 @@ pub fn closest_names<T>(
     close.into_iter().take(max).map(|(_, name)| name).collect()
 }
 
-/// Returns the similarity of two names, from 0 to 1; `wanted` is in lower case. The measure of Jaro and Winkler is made
-/// for longer names. In short names, one or two edits give a low value, so edits are counted separately.
+/// Returns the similarity of two names, from 0 to 1, without regard to case; `wanted` is in lower case. This is the
+/// measure of Jaro and Winkler, or a fixed value for one or two edits if that is higher. In short names, the measure
+/// gives a low value for one or two edits.
 fn similarity(wanted: &str, name: &str) -> f64 {
     let name = name.to_lowercase();
     if wanted == name {

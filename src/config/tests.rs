@@ -121,7 +121,7 @@ fn unknown_key_error_names_source_and_similar_key() {
     assert!(flag.contains("command line") && flag.contains("grpc.listen"), "{flag}");
 }
 
-/// Regression: `STRANDLINE_BROKR_ID=1 strandline config print` reported no error and used another broker id.
+/// Regression: `STRANDLINE_BROKR_ID=1 strandline config print` reported no error and ignored the variable.
 #[test]
 fn unknown_variable_with_prefix_is_rejected() {
     for (name, near) in [
@@ -336,7 +336,7 @@ fn number_is_printed_as_valid_toml() {
         assert!(printed.contains("\nid = 7 "), "{spelling}: {printed}");
         assert_eq!(load(&printed).expect(spelling).config.broker.id, BrokerId(7));
     }
-    // Regression: a sign passed the check, and the conversion to a number panicked.
+    // Regression: the check accepted a number with a sign, and the conversion to a number panicked.
     let refused = from("+7").expect_err("a sign").to_string();
     assert!(refused.contains("STRANDLINE_BROKER_ID") && refused.contains("\"+7\""), "{refused}");
 }

@@ -12,7 +12,7 @@ use crate::{cluster::Keys, model::BrokerId, telemetry::LogFormat};
 /// Values that a setting accepts, and their notation.
 #[derive(Clone, Debug)]
 pub(super) enum ValueKind {
-    /// Any text that is not empty.
+    /// Any text that is not empty and contains no NUL.
     Text,
     ClusterName,
     /// A path. A relative path starts at the working directory of the broker.
@@ -79,7 +79,8 @@ impl ValueKind {
         }
     }
 
-    /// Returns the text of a TOML value; `None` if the setting takes another TOML type.
+    /// Returns the text of a TOML value; `None` if this kind does not accept the TOML type. URLs with a comma are not
+    /// accepted, because a comma separates URLs in the text.
     pub(super) fn text_of(&self, value: &DeValue<'_>) -> Option<String> {
         match (self, value) {
             (Self::Number(_) | Self::Bytes(_), DeValue::Integer(number)) => {
@@ -114,10 +115,12 @@ impl ValueKind {
 
 /// Type of a field of the configuration.
 pub(super) trait SettingValue: Sized {
-    /// Converts the text of a setting. Returns `None` if the type cannot represent it.
+    /// Converts the text of a setting; `text` is `None` if the setting is unset. Returns `None` if the type cannot
+    /// represent the text, or cannot represent an unset setting.
     fn from_text(text: Option<&str>) -> Option<Self>;
 
-    /// Returns true for a zero, which an optional number or time reads as "no limit" or "never".
+    /// Returns true for a zero. An optional number or time becomes `None` for a zero, which means "no limit" or
+    /// "never".
     fn is_zero(&self) -> bool {
         false
     }
@@ -163,7 +166,7 @@ setting_values! {
     LogFormat: LogFormat::from_name;
 }
 
-/// Parses a number of bytes, with or without a binary unit.
+/// Parses a number of bytes, with or without a binary unit; `None` if the text is anything else or exceeds `u64`.
 pub(super) fn parse_bytes(text: &str) -> Option<u64> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let (number, unit) = text.split_at(digits);
@@ -178,12 +181,12 @@ pub(super) fn parse_bytes(text: &str) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
-/// Formats a number of bytes in the largest unit that divides it.
+/// Formats a number of bytes in the largest unit that divides the number without a remainder.
 pub(super) fn format_bytes(bytes: u64) -> String {
     format_in_unit(bytes, &[(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "")])
 }
 
-/// Formats a number of milliseconds in the largest unit that divides it.
+/// Formats a number of milliseconds in the largest unit that divides the number without a remainder.
 fn format_ms(ms: u64) -> String {
     match ms {
         0 => "0s".to_owned(),
@@ -191,7 +194,7 @@ fn format_ms(ms: u64) -> String {
     }
 }
 
-/// Formats a number in the largest unit that divides it. `units` starts with the largest.
+/// Formats a number in the largest unit that divides the number without a remainder. `units` starts with the largest.
 fn format_in_unit(number: u64, units: &[(u64, &str)]) -> String {
     let unit = units.iter().find(|(unit, _)| number.is_multiple_of(*unit) && number >= *unit);
     let (unit, name) = unit.unwrap_or(&(1, ""));
@@ -203,7 +206,7 @@ fn parse_duration(text: &str) -> Option<Duration> {
     humantime::parse_duration(text).ok()
 }
 
-/// Splits an address into host and port. An IPv6 address must be in brackets.
+/// Splits an address into host and port; `None` if the text is not `host:port`. An IPv6 address must be in brackets.
 pub(super) fn host_port(text: &str) -> Option<(&str, u16)> {
     let (host, port) = text.rsplit_once(':')?;
     let is_bracketed = host.starts_with('[') && host.ends_with(']') && host.len() > 2;
@@ -213,7 +216,7 @@ pub(super) fn host_port(text: &str) -> Option<(&str, u16)> {
     if is_valid { Some((host, port.parse().ok()?)) } else { None }
 }
 
-/// Splits a comma-separated list of URLs.
+/// Splits a comma-separated list of URLs. Spaces around a URL and empty parts are dropped.
 fn split_urls(text: &str) -> Vec<String> {
     text.split(',').map(str::trim).filter(|url| !url.is_empty()).map(str::to_owned).collect()
 }
@@ -244,7 +247,7 @@ pub(super) fn has_password(url: &str) -> bool {
     mask_passwords(url) != url
 }
 
-/// Returns a TOML string.
+/// Returns the text as a quoted TOML string.
 pub(super) fn quote(text: &str) -> String {
     toml::Value::String(text.to_owned()).to_string()
 }
@@ -267,7 +270,7 @@ pub(super) fn format_toml(value: &DeValue<'_>) -> String {
     }
 }
 
-/// Returns an integer of TOML, such as `0x10`, as decimal text.
+/// Returns an integer of TOML, such as `0x10`, as decimal text; `None` if it is out of the range of `i64`.
 fn decimal_text(digits: &str, radix: u32) -> Option<String> {
     i64::from_str_radix(digits, radix).ok().map(|number| number.to_string())
 }
