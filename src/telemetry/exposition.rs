@@ -12,9 +12,10 @@ pub enum MetricsFormat {
 }
 
 impl MetricsFormat {
-    /// Returns the format that the values of `Accept` prefer. Prometheus text if they name neither format.
+    /// Returns OpenMetrics if the values of the `Accept` header rate it above 0 and at least as high as the Prometheus
+    /// text format, else the Prometheus text format.
     pub fn accepted<'a>(values: impl IntoIterator<Item = &'a str>) -> Self {
-        // Largest quality of each format; 0 means not acceptable.
+        // Highest quality that the header gives each format; 0 if the header excludes or does not name the format.
         let (mut open_metrics, mut prometheus) = (0.0, 0.0);
         for range in values.into_iter().flat_map(|value| value.split(',')) {
             let mut parts = range.split(';').map(str::trim);
@@ -37,11 +38,11 @@ impl MetricsFormat {
     }
 }
 
-/// Converts OpenMetrics to the Prometheus text format. In that format, the name of a counter's family has the suffix of
-/// its samples, and there is no end marker.
+/// Converts OpenMetrics to the Prometheus text format. In the Prometheus format, the HELP and TYPE lines of a counter
+/// name it with the suffix `_total` of its samples, and there is no `# EOF` line.
 pub(super) fn to_prometheus(open_metrics: &str) -> String {
     let mut out = String::with_capacity(open_metrics.len());
-    // Name and text of the last HELP line. The type, and so the name, of the metric is only in the next line.
+    // Name and text of the last HELP line. The next line contains the type, which determines the name in the output.
     let mut help: Option<(&str, &str)> = None;
     for line in open_metrics.lines() {
         if let Some(described) = line.strip_prefix("# HELP ") {

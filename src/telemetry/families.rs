@@ -23,10 +23,10 @@ pub type GaugeF64 = Gauge<f64, AtomicU64>;
 /// Declares a counter family with one label. The counters of the listed names exist from the start.
 macro_rules! labelled_counters {
     ($(#[$doc:meta])* $kind:ident, $label:ident { $field:ident }, [$($name:literal),*]) => {
-        /// Label of a counter family, with a name of a fixed set.
+        /// Label of a counter family. Its values are names in the code.
         #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
         pub struct $label {
-            /// The value.
+            /// Value of the label.
             pub $field: &'static str,
         }
 
@@ -75,13 +75,13 @@ struct PeerLabel {
 pub struct PeerCounters(Family<PeerLabel, Counter>);
 
 impl PeerCounters {
-    /// Returns the counter of a broker. Callers that count often keep it.
+    /// Returns the counter of a broker, and creates it at the first call. Callers that count often store the counter.
     pub fn of(&self, peer: u32) -> Counter {
         self.0.get_or_create(&PeerLabel { peer }).clone()
     }
 }
 
-/// Integer gauges by peer broker.
+/// Integer gauges, one for each peer broker that currently has a value.
 #[derive(Clone, Debug, Default)]
 pub struct PeerGauges(Family<PeerLabel, GaugeU64>);
 
@@ -95,7 +95,7 @@ impl PeerGauges {
     }
 }
 
-/// Floating-point gauges by peer broker.
+/// Floating-point gauges, one for each peer broker that currently has a value.
 #[derive(Clone, Debug, Default)]
 pub struct PeerGaugesF64(Family<PeerLabel, GaugeF64>);
 
@@ -109,14 +109,14 @@ impl PeerGaugesF64 {
     }
 }
 
-/// Label for requests to the metadata store and their outcome.
+/// Labels for the kind of a request to the metadata store and for its outcome.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabel {
     request: &'static str,
     outcome: &'static str,
 }
 
-/// Counters by request and outcome.
+/// Counters by kind of request and outcome.
 #[derive(Clone, Debug, Default)]
 pub struct RequestCounters(Family<RequestLabel, Counter>);
 
@@ -127,13 +127,13 @@ impl RequestCounters {
     }
 }
 
-/// Label for requests to the metadata store.
+/// Label for the kind of a request to the metadata store.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct KindLabel {
     request: &'static str,
 }
 
-/// Histograms of durations by request.
+/// Histograms of durations by kind of request.
 #[derive(Clone, Debug)]
 pub struct RequestHistograms(Family<KindLabel, Histogram, fn() -> Histogram>);
 
@@ -155,18 +155,18 @@ pub struct SourceLabel {
 #[derive(Clone, Debug)]
 pub struct SourceCounters {
     family: Family<SourceLabel, Counter>,
-    /// The tail cache.
+    /// Bytes read from the tail cache.
     pub memory: Counter,
-    /// Segments on local disk.
+    /// Bytes read from segments on local disk.
     pub disk: Counter,
-    /// The object store and its chunk cache.
+    /// Bytes read from the object store or its chunk cache.
     pub bucket: Counter,
 }
 
 impl Default for SourceCounters {
     fn default() -> Self {
         let family = Family::<SourceLabel, Counter>::default();
-        // Created once, so that all three are exposed from the start and counting needs no lookup.
+        // All three counters are created here, so that they are exposed from the start and counting needs no lookup.
         let [memory, disk, bucket] =
             ["memory", "disk", "bucket"].map(|source| family.get_or_create(&SourceLabel { source }).clone());
         Self { family, memory, disk, bucket }
@@ -184,9 +184,9 @@ pub struct RoleLabel {
 #[derive(Clone, Debug)]
 pub struct RoleCounters {
     family: Family<RoleLabel, Counter>,
-    /// As leader.
+    /// Bytes served as leader.
     pub leader: Counter,
-    /// As in-sync follower.
+    /// Bytes served as in-sync follower.
     pub follower: Counter,
 }
 
@@ -209,7 +209,7 @@ pub(super) trait MetricKind {
     const KIND: &'static str;
     /// Names of the labels, separated by commas.
     const LABELS: &'static str = "";
-    /// Suffix that the text format adds to the name.
+    /// Suffix that the text formats add to the name.
     const SUFFIX: &'static str = "";
     fn create() -> Self;
     fn register(&self, registry: &mut Registry, name: &str, help: &str);

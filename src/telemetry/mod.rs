@@ -25,7 +25,7 @@ pub use throttle::{LogThrottle, REMINDER_INTERVAL};
 /// Format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
-    /// Text.
+    /// One line of text per event.
     #[default]
     Text,
     /// One JSON object per line.
@@ -46,7 +46,7 @@ impl LogFormat {
 /// Error of [`start`].
 #[derive(Debug, thiserror::Error)]
 pub enum LoggingError {
-    /// The level is invalid.
+    /// The log level is invalid.
     #[error(transparent)]
     Level(#[from] InvalidLogLevel),
     /// Logging is already started in this process.
@@ -72,10 +72,10 @@ pub fn check_level(level: &str) -> Result<(), InvalidLogLevel> {
     parse_filter(level).map(|_| ())
 }
 
-/// Parses a log level. The level must contain one for all modules, and not only levels by module.
+/// Parses a log level. The text must contain a level for all modules, in addition to any levels of single modules.
 fn parse_filter(level: &str) -> Result<EnvFilter, InvalidLogLevel> {
     let invalid = |reason: String| InvalidLogLevel { level: level.to_owned(), reason };
-    // `EnvFilter` would take an unknown level for a module name, and log nothing else.
+    // `EnvFilter` would treat an unknown level as the name of a module, and log only that module.
     let levels = ["off", "error", "warn", "info", "debug", "trace"];
     let is_level = |part: &str| levels.iter().any(|level| level.eq_ignore_ascii_case(part.trim()));
     if !level.split(',').any(is_level) {
@@ -85,8 +85,8 @@ fn parse_filter(level: &str) -> Result<EnvFilter, InvalidLogLevel> {
     if let Some(unknown) = unknown {
         return Err(invalid(format!("{unknown:?} is not a level")));
     }
-    // The object_store crate logs each of its retries, which would fill the log during an outage. This project logs the
-    // outage once.
+    // The object_store crate logs each of its retries, which would fill the log during an outage. `tier::outage` logs
+    // the outage instead.
     let directives =
         if level.contains("object_store") { level.to_owned() } else { format!("object_store=warn,{level}") };
     EnvFilter::try_new(&directives).map_err(|error| invalid(error.to_string()))

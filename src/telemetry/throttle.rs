@@ -12,21 +12,21 @@ pub const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The throttle of one condition, which may start and end repeatedly.
 ///
-/// A condition that flaps causes at most one line about its start and one about its end per interval. The next line
-/// contains the number of occurrences that were not logged.
+/// A condition that starts and ends repeatedly within an interval causes at most one line about its start and one about
+/// its end per interval. The next line contains the number of occurrences that were not logged.
 #[derive(Clone, Debug, Default)]
 pub struct LogThrottle {
     /// Time of the last line about an occurrence.
     logged: Option<Instant>,
-    /// Number of occurrences since that line.
+    /// Number of occurrences since the last line of any kind.
     unlogged: u64,
-    /// True if the last line announced the start of the condition, or a reminder.
+    /// True if the last line was about the start or a reminder, so that the end must be logged.
     announced: bool,
 }
 
 impl LogThrottle {
     /// Counts an occurrence. Returns `Some` if the caller must log it, with the number of occurrences since the last
-    /// line, this one included.
+    /// line, including this one.
     pub fn occur(&mut self, now: Instant) -> Option<u64> {
         self.unlogged += 1;
         if !self.is_quiet(now) {
@@ -37,7 +37,7 @@ impl LogThrottle {
     }
 
     /// Ends the condition. Returns `Some` if the caller must log the end, with the number of occurrences since the last
-    /// line.
+    /// line. Returns `None` if the last line was already about an end, or if nothing was logged.
     pub fn recover(&mut self) -> Option<u64> {
         std::mem::take(&mut self.announced).then(|| std::mem::take(&mut self.unlogged))
     }
