@@ -2,16 +2,17 @@
 //!
 //! # Overview
 //!
-//! 1. [`ClusterAdmission::reach`] waits until the store responds, and rejects a store that is not this directory's.
-//! 2. [`ClusterAdmission::record_start`] draws an incarnation and records it in the data directory, before the store
+//! 1. [`ClusterAdmission::reach`] waits until the metadata store responds, and rejects the store of another cluster.
+//! 2. [`ClusterAdmission::record_start`] creates an incarnation and writes it to the data directory, before the store
 //!    receives it.
 //! 3. [`ClusterAdmission::admit`] runs once the replicas are open. It deletes an earlier registration of this broker,
-//!    releases everything that is not verified, and registers the broker. Then it records in the data directory that
-//!    the store holds this incarnation.
+//!    resigns the leaderships of the last incarnation, and removes the broker from each ISR and ELR whose local replica
+//!    is not verified. It registers the broker, and then writes to the data directory that the store contains this
+//!    incarnation.
 //!
-//! The start waits while the store does not respond. The reason is logged at once, when it changes, and every 30 s. An
-//! error that no retry corrects ends the start. Examples are a rejected login, a broker id that another broker has, and
-//! a store that never contained this directory.
+//! The start waits while the store does not respond. The reason of a failed request is logged at once, when it changes,
+//! and every 30 s. An error that no retry corrects ends the start. Examples are a rejected login, a broker id that
+//! another broker has, and a store that never contained this directory.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -36,7 +37,7 @@ use crate::{
 /// Pause before a request is retried.
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Time without a response after which the wait is logged.
+/// Time after which the wait for the first response of the metadata store is logged.
 const REPORT_AFTER: Duration = Duration::from_secs(1);
 
 /// Interval at which the reason for a wait is logged again.
@@ -61,9 +62,9 @@ pub(super) struct ClusterAdmission<'a> {
 /// Part of a cluster's metadata that shows which data directories belong to the cluster.
 #[derive(Debug, Default)]
 struct KnownCluster {
-    /// The last directory of each broker id.
+    /// Id of the last registered data directory of each broker.
     directories: BTreeSet<String>,
-    /// Existing topics, and topics that were deleted recently.
+    /// Existing topics, and deleted topics that still have a tombstone.
     topics: BTreeSet<TopicId>,
     /// True if the value of a directory or topic cannot be read.
     unreadable: bool,
@@ -74,24 +75,26 @@ impl KnownCluster {
         self.directories.is_empty() && self.topics.is_empty() && !self.unreadable
     }
 
-    /// Returns true if a directory with these local topics may belong to one of the cluster's brokers. A restored older
-    /// directory contains at least one of the cluster's topics.
+    /// Returns true if a data directory with these local topics may belong to one of the cluster's brokers. An older
+    /// directory that was restored is no longer registered, but contains at least one of the cluster's topics. If a
+    /// value cannot be read, any directory may belong to the cluster.
     fn may_contain(&self, directory: &str, local_topics: &BTreeSet<TopicId>) -> bool {
         self.unreadable || self.directories.contains(directory) || !self.topics.is_disjoint(local_topics)
     }
 }
 
-/// Start of a process that the data directory records and the metadata store does not contain yet.
+/// Start of a process whose incarnation is in the data directory, and not yet in the metadata store.
 pub(super) struct PendingStart {
     /// Incarnation of this process.
     pub(super) incarnation: Uuid,
-    /// Incarnations that the data directory records, including this one.
+    /// Incarnations in the data directory, including that of this process.
     incarnations: Vec<String>,
 }
 
 impl ClusterAdmission<'_> {
-    /// Waits until the store responds, and rejects another cluster's store. The store must contain a directory that was
-    /// in a cluster before, or one of its topics. A directory without replicas fits any store.
+    /// Waits until the metadata store responds. Fails if the store is that of another cluster: it contains neither this
+    /// data directory nor a topic of its replicas. A directory that was in no cluster before, or that has no replicas,
+    /// is accepted by any store.
     pub(super) async fn reach(&self) -> anyhow::Result<()> {
         let prefix = self.keys.prefix();
         let known = report_long_wait(self.retry_until_reply(async || Ok(self.known_cluster().await?))).await?;
@@ -117,8 +120,9 @@ impl ClusterAdmission<'_> {
         )
     }
 
-    /// Returns the cluster generation of the metadata store. Fails if the directory took part in a later generation:
-    /// the store is from an older backup.
+    /// Returns the cluster generation of the metadata store, and creates it in the store of a new cluster. Waits until
+    /// the store responds. Fails if the data directory took part in a later generation, because the store is then from
+    /// an older backup.
     pub(super) async fn generation(&self) -> anyhow::Result<u64> {
         let generations = Generations::new(Arc::clone(self.store), self.keys.clone());
         let generation = self.retry_until_reply(async || Ok(generations.get_or_create().await?)).await?;
@@ -134,7 +138,7 @@ impl ClusterAdmission<'_> {
         Ok(generation)
     }
 
-    /// Lists the directories and topics in the store.
+    /// Returns the directories, topics and tombstones in the store.
     async fn known_cluster(&self) -> Result<KnownCluster, MetaStoreError> {
         let list = async |kind: &str| self.store.list(&format!("{}{kind}/", self.keys.prefix())).await;
         let mut known = KnownCluster::default();
@@ -159,7 +163,7 @@ impl ClusterAdmission<'_> {
         Ok(known)
     }
 
-    /// Draws an incarnation and records it in the data directory.
+    /// Creates the incarnation of this process and adds it to those in the data directory.
     pub(super) async fn record_start(&self) -> anyhow::Result<PendingStart> {
         let (log, incarnation) = (self.log.clone(), random::uuid());
         let incarnations = task::run_blocking(move || -> Result<_, _> {
@@ -170,8 +174,9 @@ impl ClusterAdmission<'_> {
         Ok(PendingStart { incarnation, incarnations: incarnations.iter().map(Uuid::to_string).collect() })
     }
 
-    /// Verifies the local inventory and registers the broker. `intact` are the replicas without a detected loss on
-    /// disk. Also returns the partitions whose values could not be read.
+    /// Runs step 3 of the module documentation; waits until the store responds. `intact` are the replicas without a
+    /// detected loss on disk. Also returns the partitions whose values in the store could not be read, with the
+    /// revisions of those values: their replicas are not verified yet.
     pub(super) async fn admit(
         &self,
         registration: &RegistrationRequest,
@@ -209,8 +214,8 @@ impl ClusterAdmission<'_> {
         Ok(admitted)
     }
 
-    /// Repeats a request until it succeeds, or fails with an error that no retry corrects. Fails with
-    /// [`StartCancelled`] when the start is cancelled. Logs why the start waits.
+    /// Repeats a request to the metadata store until it succeeds or fails with an error that no retry corrects. Fails
+    /// with [`StartCancelled`] when the start is cancelled. Logs why the start waits.
     async fn retry_until_reply<T>(&self, request: impl AsyncFn() -> Result<T, RegisterError>) -> anyhow::Result<T> {
         let (mut last_error, mut logged_at): (String, Option<Instant>) = (String::new(), None);
         loop {
@@ -240,7 +245,7 @@ impl ClusterAdmission<'_> {
     }
 }
 
-/// Waits for a response, and logs the wait once if it exceeds [`REPORT_AFTER`].
+/// Waits for a response and returns it. Logs the wait once if it exceeds [`REPORT_AFTER`].
 async fn report_long_wait<T>(response: impl Future<Output = T>) -> T {
     let mut response = std::pin::pin!(response);
     match tokio::time::timeout(REPORT_AFTER, &mut response).await {
@@ -252,7 +257,8 @@ async fn report_long_wait<T>(response: impl Future<Output = T>) -> T {
     }
 }
 
-/// Returns true if no retry corrects the error.
+/// Returns true if the error ends the start. A request that the store refuses is retryable elsewhere, but here the
+/// start of a broker with a rejected login must fail.
 fn is_final(error: &RegisterError) -> bool {
     !error.retryable() || matches!(error, RegisterError::Store(MetaStoreError::Refused { .. }))
 }

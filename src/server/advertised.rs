@@ -1,4 +1,4 @@
-//! Checks at the start that the advertised host name resolves.
+//! Checks at the start that an advertised host name resolves on this machine.
 
 use std::time::Duration;
 

@@ -18,9 +18,10 @@ use tonic::{Status, codegen::http::HeaderMap};
 use super::connection::OpenCall;
 use crate::broker::{CallMemory, SendingResponse};
 
-/// Keeps the call open until HTTP/2 has sent the response. `call` is `None` for a request that arrived on no
-/// connection, as in a simulation. `memory` is the memory of a client's call; calls of other brokers have none.
-/// `metadata_permit` is the permit of a call whose response is built from metadata.
+/// Wraps the body of `response`, so that the call stays open and holds its resources until the body has been sent.
+/// `call` is `None` for a request that arrived on no connection, as in a simulation. `memory` is the memory of a
+/// client's gRPC call; calls of other brokers and HTTP requests have none. `metadata_permit` is the permit of a call
+/// whose response is built from metadata.
 pub(super) fn hold_until_sent(
     response: Response,
     call: Option<OpenCall>,
@@ -31,10 +32,10 @@ pub(super) fn hold_until_sent(
     response.map(|body| Body::new(CountedBody { body, rest: Bytes::new(), open }))
 }
 
-/// Maximum bytes of a response that are passed to HTTP/2 at once. HTTP/2 takes a whole frame of a body when it has
-/// space for one byte, and then polls for the next frame. So the frames show how fast a client reads: at the minimum
-/// rate, 256 KiB per second, a client takes one frame per second. Smaller frames would reduce throughput. Responses to
-/// other brokers are not charged, and are passed on unchanged.
+/// Maximum bytes of a response to a client that are passed to HTTP/2 at once. HTTP/2 takes a whole piece when its
+/// buffer has space for one byte, and then polls for the next piece. So these polls show how fast a client reads: at
+/// the minimum rate of `broker::budget`, 256 KiB per second, there is one poll per second. Smaller pieces would reduce
+/// throughput. Responses without charged memory are not split.
 const PIECE_BYTES: usize = 256 << 10;
 
 /// Returns the trailers that end a response with a status.
@@ -45,16 +46,16 @@ pub(super) fn trailers(status: &Status) -> Frame<Bytes> {
     Frame::trailers(trailers)
 }
 
-/// Resources of a call until its response has been sent. The body and each unsent frame of the response hold a
-/// reference.
+/// Resources that a call holds until its response has been sent. The body and each unsent frame of the response have a
+/// reference to this value.
 struct OpenResponse {
     memory: Option<CallMemory>,
     _call: Option<OpenCall>,
     _metadata_permit: Option<OwnedSemaphorePermit>,
 }
 
-/// A frame that was passed to HTTP/2. HTTP/2 drops the bytes after it has written the last of them or closed the
-/// stream. Long before that, HTTP/2 polls for the next frame and takes the end of the body.
+/// A frame of a response body, of which pieces were passed to HTTP/2. HTTP/2 drops the pieces after it has written them
+/// or closed the stream. Long before that, it polls for the next frame and sees the end of the body.
 struct SendingFrame {
     data: Bytes,
     _memory: Option<SendingResponse>,
@@ -76,7 +77,8 @@ struct CountedBody {
 }
 
 impl CountedBody {
-    /// Splits the next piece from the rest of the last frame. Only a client's response is split.
+    /// Splits the next piece from the rest of the last frame: at most [`PIECE_BYTES`], or all of it if the response is
+    /// not charged.
     fn next_piece(&mut self) -> Frame<Bytes> {
         let max_bytes = if self.open.memory.is_some() { PIECE_BYTES } else { usize::MAX };
         Frame::data(self.rest.split_to(self.rest.len().min(max_bytes)))
@@ -106,7 +108,7 @@ impl HttpBody for CountedBody {
                     self.rest = Bytes::from_owner(frame);
                     self.next_piece()
                 }
-                // There is no memory for the response: it ends with the error.
+                // There is no memory for this frame, so the response ends with the error.
                 Err(error) => {
                     self.body = Body::empty();
                     trailers(&error.into())
@@ -144,7 +146,7 @@ mod tests {
     };
 
     /// Regression: the memory of responses was freed before the client had read them. HTTP/2 polled for the next frame,
-    /// and took the end, after one byte of the last frame had been sent.
+    /// and saw the end of the body, after one byte of the last frame had been sent.
     #[tokio::test]
     async fn response_is_charged_until_last_piece_is_sent() {
         let budgets = Budgets::new(8 << 20, 8 << 20);
@@ -174,7 +176,8 @@ mod tests {
         assert_eq!(permits.available_permits(), 1);
     }
 
-    /// Regression: responses built from metadata were not charged. A thousand connections held sixteen of them each.
+    /// Regression: responses without records were not charged, so each of a thousand connections could hold sixteen of
+    /// them.
     #[tokio::test]
     async fn response_without_records_is_charged_or_rejected() {
         let budgets = Budgets::new(1 << 20, 1 << 20);

@@ -1,7 +1,8 @@
-//! The sockets of one listener and their limits. Each connection has a place (`places` decides), and an evicted
-//! connection is closed. Each listener has its own [`ConnectionLimiter`].
+//! The sockets of one listener and their limits. Each listener has a [`ConnectionLimiter`] with a limited number of
+//! places, one for each connection. `places` decides which connection gets a place and which one is evicted; this
+//! module closes the evicted one.
 //!
-//! A [`CloseSignal`] closes a connection: the next read or write fails, and the connection's task is woken for that.
+//! A [`CloseSignal`] closes a connection: it wakes the connection's task, whose next read or write then fails.
 
 use std::{
     io::{self, IoSlice},
@@ -34,21 +35,24 @@ use crate::{
     telemetry::{Counter, GaugeU64, LogThrottle, Metrics},
 };
 
-/// Minimum bytes that a client sends first: the preface of HTTP/2, after which pings detect dead clients, or the
-/// shortest request line of HTTP/1.
+/// Bytes that a gRPC client must send within [`FIRST_BYTES_TIMEOUT`]: the preface of HTTP/2. After it, pings detect dead
+/// clients.
 const PREFACE_BYTES: usize = 24;
+
+/// Bytes that an HTTP/1 client must send within [`FIRST_BYTES_TIMEOUT`]: the shortest request line.
 const REQUEST_BYTES: usize = 16;
 
-/// Maximum time until these bytes have arrived, and maximum idle time of an HTTP/1 connection after that: HTTP/1 has no
-/// pings.
+/// Maximum time from the accept of a connection until its first [`PREFACE_BYTES`] or [`REQUEST_BYTES`] have arrived.
 const FIRST_BYTES_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Maximum time between two reads of an HTTP/1 connection after its first bytes: HTTP/1 has no pings.
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Bytes of `limits.memory_bytes` per open call or stream. A waiting call takes 7 KiB, and as much again for the
-/// partitions that it names.
+/// The maximum number of open calls and streams is `limits.memory_bytes` divided by this number. A waiting call uses 7
+/// KiB, and as much again for the partitions that it names.
 const BYTES_PER_CALL: u64 = 32 << 10;
 
-/// Pause of accepting after the system had no resources for another connection.
+/// Pause before the next accept after the system had no resources for another connection.
 const ACCEPT_DELAY: Duration = Duration::from_millis(100);
 
 /// Kind of listener.
@@ -70,7 +74,8 @@ struct LimiterState {
     per_address: usize,
     /// Setting or system limit that raises `per_address`.
     address_raised_by: &'static str,
-    /// Number of open calls from which a connection may begin a call only below its share.
+    /// Number of open calls of all connections. While it is reached, a connection may begin a call only below its
+    /// share.
     max_calls: usize,
     places: Mutex<Places<Arc<CloseSignal>>>,
     throttles: Throttles,
@@ -92,8 +97,9 @@ struct Throttles {
 }
 
 impl ConnectionLimiter {
-    /// Creates a limiter with the places of `capacity`. One address gets at most `per_address` of them, or half if that
-    /// is not set. `memory_bytes` limits the number of open calls.
+    /// Creates a limiter with the places of `capacity`. One address gets at most `per_address` of these places, or half
+    /// of them if `per_address` is `None`. `memory_bytes` limits the number of open calls. `open` is the gauge of open
+    /// connections, if the listener has one.
     pub(super) fn new(
         kind: ListenerKind,
         capacity: Capacity,
@@ -123,8 +129,9 @@ impl ConnectionLimiter {
         }))
     }
 
-    /// Admits a connection. If no place is free, an idle connection is evicted. If none is idle, the new connection
-    /// serves only probes.
+    /// Admits a connection, and closes the connection that is evicted for it. If the address or the listener is at its
+    /// limit, the longest idle connection of the address or of the listener is evicted. If none is idle, a connection
+    /// from this machine gets an additional place, if there is one, and any other connection serves only probes.
     fn admit(&self, stream: TcpStream, peer: Option<SocketAddr>) -> CountedConnection {
         let peer = peer.map_or(IpAddr::from(Ipv4Addr::UNSPECIFIED), |peer| peer.ip());
         let origin = Origin::of(peer, stream.local_addr().ok().map(|local| local.ip()));
@@ -162,7 +169,7 @@ impl ConnectionLimiter {
         }
     }
 
-    /// Counts and logs a new connection that serves only probes.
+    /// Counts and logs a new connection that serves only probes because of the limit `bound`.
     fn report_refusal(&self, bound: Bound, peer: IpAddr) {
         self.0.refused.inc();
         let throttle = match bound {
@@ -208,7 +215,8 @@ impl ConnectionLimiter {
         );
     }
 
-    /// Closes a connection whose client does not read its responses while other calls wait for the memory.
+    /// Closes, counts and logs a connection whose client does not read its responses while other calls wait for the
+    /// memory of these responses. Has no effect on a connection that is already closed.
     fn close_unread(&self, signal: &CloseSignal) {
         if !signal.close() {
             return;
@@ -223,8 +231,8 @@ impl ConnectionLimiter {
         );
     }
 
-    /// Returns the error for a call above the limit, on a connection that already has its share of the open calls.
-    fn refuse_call(&self, peer: IpAddr) -> RefusedConnection {
+    /// Logs and returns the error for a call above the limit of open calls, on a connection that already has its share.
+    fn refuse_call(&self, peer: IpAddr) -> RefusedCall {
         let max = self.0.max_calls;
         if let Some(count) = occur(&self.0.throttles.calls) {
             tracing::warn!(
@@ -236,16 +244,16 @@ impl ConnectionLimiter {
                 "limit of open calls and streams reached: connections with several calls start no more"
             );
         }
-        RefusedConnection(format!(
+        RefusedCall(format!(
             "no memory for another call: {max} calls and streams are open on this broker: end some on this \
              connection, or raise limits.memory_bytes"
         ))
     }
 
     /// Returns the error for a call on a connection that serves only probes.
-    fn refusal(&self, bound: Bound) -> RefusedConnection {
+    fn refusal(&self, bound: Bound) -> RefusedCall {
         let LimiterState { kind, capacity, per_address, address_raised_by, .. } = &*self.0;
-        RefusedConnection(match bound {
+        RefusedCall(match bound {
             Bound::Places => format!(
                 "no capacity for another connection: all {} of this broker's {kind:?} listener have open calls: raise \
                  {}",
@@ -261,14 +269,14 @@ impl ConnectionLimiter {
 
 /// Reason why a call is rejected: its connection serves only probes, or there is no memory for the call.
 #[derive(Debug)]
-pub(super) struct RefusedConnection(pub(super) String);
+pub(super) struct RefusedCall(pub(super) String);
 
 /// Counts an occurrence now. Returns the number of occurrences since the last log line, if a log line is due.
 fn occur(throttle: &Mutex<LogThrottle>) -> Option<u64> {
     throttle.lock().occur(clock::monotonic())
 }
 
-/// Signal that ends a connection.
+/// Signal that closes a connection.
 #[derive(Debug, Default)]
 struct CloseSignal {
     closed: AtomicBool,
@@ -276,21 +284,21 @@ struct CloseSignal {
 }
 
 impl CloseSignal {
-    /// Sends the signal. Returns true the first time.
+    /// Sends the signal and wakes the connection's task. Returns true at the first call.
     fn close(&self) -> bool {
         let first = !self.closed.swap(true, Ordering::AcqRel);
         self.waker.wake();
         first
     }
 
-    /// Fails once the signal was sent. Registers the task to be woken when that happens.
+    /// Fails once the signal was sent. Registers the task of `cx`, which the signal wakes.
     fn check(&self, cx: &Context<'_>) -> io::Result<()> {
         self.waker.register(cx.waker());
         if self.closed.load(Ordering::Acquire) { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
 }
 
-/// Connection by which a request arrived. Every request carries this value.
+/// Connection by which a request arrived. Every request has this value as an extension.
 #[derive(Clone)]
 pub(super) struct Caller {
     limiter: ConnectionLimiter,
@@ -302,7 +310,7 @@ pub(super) struct Caller {
 }
 
 impl Caller {
-    /// Returns the connection's share of these budgets.
+    /// Returns the connection's share of these budgets, which the first call opens.
     pub(super) fn memory(&self, budgets: &Budgets) -> ConnectionMemory {
         let create = || {
             let (signal, limiter) = (Arc::clone(&self.signal), self.limiter.clone());
@@ -321,9 +329,11 @@ impl Caller {
         self.producer_ids.clone()
     }
 
-    /// Counts a call as open until the returned value is dropped. On a connection that serves only probes, the call is
-    /// rejected unless it is a probe or the common pool has space by now. A call without memory is rejected too.
-    pub(super) fn begin_call(&self, is_probe: bool) -> Result<OpenCall, RefusedConnection> {
+    /// Counts a call as open until the returned value is dropped. If the connection serves only probes and the call is
+    /// no probe, the connection moves to the common pool, for which an idle connection may be evicted. The call is
+    /// rejected if the common pool has no place, or if the limit of open calls is reached and the connection has its
+    /// share.
+    pub(super) fn begin_call(&self, is_probe: bool) -> Result<OpenCall, RefusedCall> {
         let mut places = self.limiter.0.places.lock();
         if !places.has_room_for_call(self.id) {
             drop(places);
@@ -366,11 +376,13 @@ impl Drop for OpenCall {
 pub(super) struct CountedConnection {
     stream: TcpStream,
     signal: Arc<CloseSignal>,
-    /// Deadline for the next bytes from the client; `None` once the client may stay idle.
+    /// Deadline for the next bytes from the client; `None` after the first bytes of HTTP/2, because pings then detect a
+    /// dead client.
     read_deadline: Option<ReadDeadline>,
     /// True if the last write to a client found no space in the socket, because the client does not read. Then each
     /// successful write permits one read. With more reads, HTTP/2 would continue to serve requests and would buffer the
-    /// heads of the responses, which flow control does not limit. Always false for connections from other brokers.
+    /// heads of the responses, which flow control does not limit. Always false on the listeners for other brokers and
+    /// for HTTP/1.
     is_full: bool,
     /// True if a write succeeded since this flag last permitted a read.
     has_written: bool,
@@ -381,14 +393,14 @@ pub(super) struct CountedConnection {
 
 /// Time by which a connection must receive bytes from its client. Otherwise reads fail with `TimedOut`.
 struct ReadDeadline {
-    /// Remaining bytes of the first request that must arrive by `deadline`.
+    /// Number of first bytes that have not arrived yet. While it is above 0, they must arrive by `deadline`.
     remaining_bytes: usize,
     deadline: Pin<Box<Sleep>>,
-    /// Maximum idle time after those bytes; `None` for no limit.
+    /// Maximum time between two reads after the first bytes; `None` for no limit.
     idle_timeout: Option<Duration>,
 }
 
-/// Returns the admitted connections of a listener.
+/// Accepts connections of `listener` and admits each with `limiter`.
 pub(super) fn accept(
     listener: TcpListener,
     limiter: ConnectionLimiter,
@@ -402,7 +414,7 @@ pub(super) fn accept(
             if let Err(error) = &admitted
                 && !matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset)
             {
-                // The process has no free file descriptors. Accepting again at once would be a busy loop.
+                // The process has no free file descriptors, for example. Accepting again at once would be a busy loop.
                 tokio::time::sleep(ACCEPT_DELAY).await;
             }
             admitted
@@ -410,7 +422,7 @@ pub(super) fn accept(
     })
 }
 
-/// Serves each connection in its own task until the tasks are stopped. Then accepts no further connections.
+/// Serves each connection in its own task. Returns when the tasks are stopped, and then accepts no further connections.
 pub(super) async fn serve_each<F>(
     connections: impl Stream<Item = io::Result<CountedConnection>> + Send,
     tasks: &Tasks,
@@ -463,7 +475,7 @@ impl AsyncRead for CountedConnection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.signal.check(cx)?;
         let before = buffer.filled().len();
-        // See `is_full`: without a write since the last read, the client is not read from.
+        // See `is_full`: while the socket is full, nothing is read from the client without a write since the last read.
         let read = if self.is_full && !std::mem::take(&mut self.has_written) {
             self.reader = Some(cx.waker().clone());
             Poll::Pending
@@ -528,7 +540,7 @@ mod tests {
 
     use super::*;
 
-    /// Returns a client's socket and the broker's end of the connection.
+    /// Returns a client's socket and the broker's end of the connection, on a listener of this kind.
     async fn connected(kind: ListenerKind) -> (TcpStream, CountedConnection) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
@@ -539,7 +551,7 @@ mod tests {
         (client.expect("connected"), accepted.expect("one").expect("no error"))
     }
 
-    const A_MOMENT: Duration = Duration::from_millis(100);
+    const STALL_TIMEOUT: Duration = Duration::from_millis(100);
 
     /// Regression: a client that sent requests and read nothing made HTTP/2 keep the heads of 1,000 responses on each
     /// connection.
@@ -549,17 +561,17 @@ mod tests {
         for (kind, continues) in [(ListenerKind::Grpc, false), (ListenerKind::Peer, true)] {
             let (mut client, connection) = connected(kind).await;
             let (mut incoming, mut outgoing) = tokio::io::split(connection);
-            while timeout(A_MOMENT, outgoing.write(&[7; 1 << 16])).await.is_ok() {}
-            // The last successful write permits one read.
+            while timeout(STALL_TIMEOUT, outgoing.write(&[7; 1 << 16])).await.is_ok() {}
+            // The last write that succeeded permits one read.
             client.write_all(b"1").await.expect("the socket has space");
             assert_eq!(incoming.read_u8().await.expect("the byte arrives"), b'1');
             client.write_all(b"2").await.expect("the socket has space");
             // The read runs in a separate task, so that only the write wakes it.
             let mut reading = tasks.spawn("reading", async move { incoming.read_u8().await });
-            assert_eq!(timeout(A_MOMENT, &mut reading).await.is_ok(), continues, "{kind:?}");
+            assert_eq!(timeout(STALL_TIMEOUT, &mut reading).await.is_ok(), continues, "{kind:?}");
             if !continues {
-                // The client takes some of the data, and the writes continue. Its bytes arrive too, although the socket
-                // is full.
+                // The client reads some of the data, so writes succeed again, and each permits a read. The second byte
+                // from the client arrives, although the socket is full again.
                 let writing = async { while outgoing.write(&[7; 1 << 16]).await.is_ok() {} };
                 let mut buffer = vec![0; 8 << 20];
                 let client_reading = client.read_exact(&mut buffer);

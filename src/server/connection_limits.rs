@@ -16,8 +16,10 @@ const MIN_OTHER_FILES: u64 = 64;
 /// Number of places of each listener in addition to its common pool.
 const RESERVED_CONNECTIONS: u64 = (LOOPBACK_PLACES + PROBE_PLACES) as u64;
 
-/// Maximum number of places of the HTTP listener and of the peer listener.
+/// Maximum number of places of the HTTP listener.
 const MAX_HTTP: usize = 256;
+
+/// Maximum number of places of the peer listener, unless [`MIN_PEER_PER_BROKER`] requires more.
 const MAX_PEER: usize = 1024;
 
 /// Minimum number of places of each listener.
@@ -30,9 +32,11 @@ struct Minimum {
 
 const MIN_PLACES: Minimum = Minimum { grpc: 32, http: 8, peer: 32 };
 
-/// Minimum for a broker of a cluster with fewer than [`SMALL_FILE_LIMIT`] file descriptors. Together with the reserves
-/// of three listeners, these places fit beside the log from 256 file descriptors on.
+/// Minimum for a broker of a cluster with fewer than [`SMALL_FILE_LIMIT`] file descriptors. From 256 file descriptors
+/// on, these places and the reserves of three listeners fit beside the files of the log.
 const MIN_PLACES_FEW_FILES: Minimum = Minimum { grpc: 16, http: 4, peer: 8 };
+
+/// Limit of open files below which a broker of a cluster has [`MIN_PLACES_FEW_FILES`].
 const SMALL_FILE_LIMIT: u64 = 512;
 
 /// Minimum number of places of the peer listener per broker of this process. Another broker uses two connections, and
@@ -46,12 +50,15 @@ const MAX_PLACES: u64 = 1 << 30;
 /// idle connection takes 20 KiB, its window at least 80 KiB, and each of its first calls 7 KiB.
 const BYTES_PER_CONNECTION: u64 = 256 << 10;
 
-/// Share of `limits.memory_bytes` for connections of other brokers, as a divisor, and bytes of that share per place. A
-/// caller that has not been identified can send as much in incomplete requests.
+/// Share of `limits.memory_bytes` for connections of other brokers, as a divisor.
 const PEER_SHARE: u64 = 8;
+
+/// Bytes of that share per place of the peer listener. A caller that is not known to be a broker can send as much in
+/// incomplete requests.
 const BYTES_PER_PEER: u64 = limits::MAX_PEER_REQUEST_BYTES as u64 * limits::MAX_STREAMS_PER_PEER as u64 + (256 << 10);
 
-/// Size of the common pool of one listener, and the limit that determines it. A smaller limit replaces both.
+/// Size of the common pool of one listener, and the limit that determines this size. If another limit is smaller, it
+/// replaces both fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Capacity {
     pub(super) places: usize,
@@ -69,7 +76,7 @@ pub(super) struct ConnectionLimits {
 }
 
 impl ConnectionLimits {
-    /// Returns the limits of one of `brokers` brokers in this process, with `memory_bytes` for its clients. A
+    /// Returns the limits of one of `brokers` brokers in this process. `memory_bytes` is `limits.memory_bytes`. A
     /// standalone broker has no peer listener.
     pub(super) fn of(brokers: usize, standalone: bool, memory_bytes: u64) -> Self {
         let files = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
@@ -77,7 +84,8 @@ impl ConnectionLimits {
         by_files.limit_to_memory(memory_bytes, min_peer(Minimum::of(files, standalone), brokers))
     }
 
-    /// Limits the places to the available memory, with at least `min_peer` places for other brokers.
+    /// Limits the places of the gRPC listener and of the peer listener to the available memory. The peer listener keeps
+    /// at least `min_peer` places.
     fn limit_to_memory(self, memory_bytes: u64, min_peer: usize) -> Self {
         let limit = |capacity: Capacity, places: u64| {
             let places = usize::try_from(places).unwrap_or(usize::MAX);
@@ -92,8 +100,8 @@ impl ConnectionLimits {
     }
 
     /// Returns the places for which a limit of `files` open files leaves descriptors, beside the `segments` open
-    /// segments of each broker and the reserves of its listeners. An eighth of the places is for the HTTP listener and
-    /// an eighth for peers, within their bounds.
+    /// segments of each broker, the reserves of its listeners, and an eighth of `files` for all other uses. An eighth
+    /// of the places is for the HTTP listener and an eighth for peers, within the bounds of these listeners.
     fn for_files(files: u64, segments: u64, brokers: usize, standalone: bool) -> Self {
         let (brokers, listeners) = (brokers.max(1) as u64, if standalone { 2 } else { 3 });
         let reserved = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES.max(files / 8);
@@ -153,7 +161,8 @@ mod tests {
             let reserved = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES;
             let taken = (grpc + http + peer) as u64 * brokers + reserved;
             let min_total = reserved + (min.grpc + min.http + min_peer) as u64 * brokers;
-            // A single broker fits from 256 file descriptors on. The brokers of `dev --brokers` share the limit.
+            // A single broker fits into the limit from 256 file descriptors on. Several brokers of `dev --brokers`
+            // share the limit, and may exceed it by their minimums.
             let bound = if brokers == 1 && files >= 256 { files } else { files.max(min_total) };
             assert!(taken <= bound, "{files} files for {brokers}: {grpc}, {http} and {peer}");
         }
@@ -193,8 +202,8 @@ mod tests {
         assert_eq!(peer(16 << 30).places, 1024);
     }
 
-    /// Regression: one address got half of the places, and the minimum was 32. Of 32 brokers on one machine, seven
-    /// links were rejected forever.
+    /// Regression: one address got half of the places of the peer listener, which had at least 32. With 32 brokers on
+    /// one machine, seven links were rejected forever.
     #[test]
     fn brokers_of_one_process_have_enough_peer_places() {
         let peer = ConnectionLimits::for_files(65_536, 8192, 32, false).peer.expect("there are several brokers").places;

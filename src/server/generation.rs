@@ -35,14 +35,15 @@ pub struct Raised {
     pub bucket_behind: Option<String>,
 }
 
-/// Raises the generation above those of the metadata store and of the object store, and above `above`.
+/// Raises the generation above those of the metadata store and of the object store, and above `above`. Waits until no
+/// broker is registered, for at most `metadata.session_timeout` and 5 s.
 ///
 /// # Errors
 /// A store does not respond, the object store belongs to another cluster, or brokers are registered.
 pub async fn raise_generation(config: &Config, above: u64) -> anyhow::Result<Raised> {
     let keys = Keys::new(&config.cluster)?;
     let meta = open_metadata(config).await?;
-    // A running standalone broker keeps the file of its store locked, so no broker runs here.
+    // A running standalone broker keeps the file of its store locked, so the store could not have been opened here.
     if !config.metadata.etcd.is_empty() {
         wait_for_no_brokers(&*meta, &keys, config.metadata.session_timeout + LEASE_GRACE).await?;
     }
@@ -61,7 +62,8 @@ pub async fn raise_generation(config: &Config, above: u64) -> anyhow::Result<Rai
     Ok(Raised { before, bucket, generation, bucket_behind })
 }
 
-/// Raises the generation in the object store. The owner has no store binding: only the cluster marker changes.
+/// Raises the generation in the object store. The owner has no storage of bindings, so `bind` changes only the cluster
+/// marker.
 async fn raise_bucket(objects: &TierStore, generation: u64) -> Result<(), String> {
     let owner = StoreOwner { generation, ..StoreOwner::default() };
     objects.clone().owned_by(owner).bind().await.map_err(|error| error.to_string())
@@ -81,7 +83,7 @@ async fn open_metadata(config: &Config) -> anyhow::Result<Arc<dyn MetaStore>> {
     Ok(Arc::new(EmbeddedStore::open(&config.broker.data_dir).await?))
 }
 
-/// Waits until no broker is registered, for at most `timeout`. A restored etcd contains the registrations of its
+/// Waits until no broker is registered, and fails after `timeout`. A restored etcd contains the registrations of its
 /// backup, and restarts their leases.
 async fn wait_for_no_brokers(meta: &dyn MetaStore, keys: &Keys, timeout: Duration) -> anyhow::Result<()> {
     let deadline = clock::monotonic() + timeout;

@@ -49,25 +49,29 @@ use crate::{
 /// Names with a health status: the whole server, which has the empty name, and each service.
 const HEALTH_NAMES: [&str; 3] = ["", log_server::SERVICE_NAME, admin_server::SERVICE_NAME];
 
-/// Maximum and minimum window of one connection, in bytes, for the data that its streams may have in flight to this
-/// broker. Received data that no call reads stays in memory. One stream gets half of the window, and at least the
-/// minimum: a small request fits into it.
+/// Maximum HTTP/2 window of one client connection, in bytes: the data that all of its streams may send before this
+/// broker reads. Received data that no call reads stays in memory.
 const MAX_CONNECTION_WINDOW: u64 = 8 << 20;
+
+/// Minimum window of a connection and of each stream, in bytes. A small request fits into it.
 const MIN_CONNECTION_WINDOW: u32 = 80 << 10;
 
 /// The window of one connection is at most `limits.memory_bytes` divided by this number.
 const CONNECTION_WINDOW_DIVISOR: u64 = 512;
 
-/// All connections together may have windows above the minimum of `limits.memory_bytes` divided by this number.
+/// The parts of all windows above [`MIN_CONNECTION_WINDOW`] have together at most `limits.memory_bytes` divided by this
+/// number.
 const ALL_WINDOWS_DIVISOR: u64 = 16;
 
-/// All connections together may have streams above the minimum that take `limits.memory_bytes` divided by this number.
-/// Each stream counts with `STREAM_BYTES`. HTTP/2 keeps memory for the highest number of concurrent streams until the
-/// connection ends.
+/// The streams of all connections above [`MIN_STREAMS`] for each connection use together at most `limits.memory_bytes`
+/// divided by this number.
 const ALL_STREAMS_DIVISOR: u64 = 16;
+
+/// Memory of one stream that a connection may open, in bytes. HTTP/2 keeps memory for the highest number of concurrent
+/// streams until the connection ends.
 const STREAM_BYTES: usize = 1536;
 
-/// Number of streams that each connection may have open, for any number of connections.
+/// Number of streams that each connection may have open, regardless of the number of connections.
 const MIN_STREAMS: u32 = 100;
 
 /// A new connection gets at most the free memory for windows, and for streams, divided by this number. So each further
@@ -87,10 +91,10 @@ pub(super) struct Windows {
     send_buffer_bytes: usize,
     /// Maximum window of one connection, in bytes.
     connection_bytes: u32,
-    /// The window of one stream is that of the connection divided by this number. Each round trip transfers at most one
-    /// such window.
+    /// The window of one stream is that of the connection divided by this number, and at least
+    /// [`MIN_CONNECTION_WINDOW`]. Each round trip transfers at most one window of the stream.
     stream_divisor: u32,
-    /// Memory that all connections share; `None` for a listener with few connections.
+    /// Memory that all connections share; `None` for the peer listener, whose connections all have the maximum.
     memory: Option<WindowMemory>,
 }
 
@@ -145,7 +149,7 @@ impl Windows {
     }
 
     /// Reserves the window of a new connection: the minimum, and a share of the free memory for windows and streams.
-    /// Dropping the window frees that memory.
+    /// Dropping the returned window frees its memory. Without shared memory, the window has the maximum.
     fn reserve(&self) -> Window {
         let (bytes, streams) = (self.connection_bytes, self.streams);
         let Some(memory) = &self.memory else {
@@ -190,7 +194,7 @@ fn reserve_share(memory: &MemoryBudget, max_count: u32, unit_bytes: usize) -> (u
 /// `Health/Watch` is no probe, because it never ends.
 const PROBE_PATHS: [&str; 2] = ["/grpc.health.v1.Health/Check", "/strandline.v1.Peer/GetIdentity"];
 
-/// Paths of calls whose responses grow with the metadata, or are large for a small request.
+/// Beginnings of the paths of calls whose responses grow with the metadata, or are large for a small request.
 const METADATA_PATHS: [&str; 3] = ["/strandline.v1.Admin/", "/strandline.v1.Log/ListOffsets", "/grpc.reflection."];
 
 /// Interval of pings, and time without a response to a ping after which a connection counts as dead.
@@ -286,13 +290,13 @@ where
     }
 }
 
-/// Returns the maximum window of one connection of a client, in bytes.
+/// Returns the maximum window of one client connection, in bytes. `memory_bytes` is `limits.memory_bytes`.
 fn connection_window(memory_bytes: u64) -> u32 {
     let window = (memory_bytes / CONNECTION_WINDOW_DIVISOR).clamp(MIN_CONNECTION_WINDOW.into(), MAX_CONNECTION_WINDOW);
     u32::try_from(window).expect("the largest is 8 MiB")
 }
 
-/// Returns the reporter that sets the health status, and the health service.
+/// Creates the health service. Returns the reporter that sets its status, and the service.
 pub(super) fn health()
 -> (HealthReporter, tonic_health::pb::health_server::HealthServer<impl tonic_health::pb::health_server::Health>) {
     health_reporter()
@@ -305,13 +309,16 @@ pub(super) async fn report(reporter: &HealthReporter, status: ServingStatus) {
     }
 }
 
-/// Headers of a request that this server reads, and the maximum size of such a header's value, in bytes.
+/// Headers of a request that this server reads.
 const HEADERS: [HeaderName; 4] =
     [CONTENT_TYPE, TE, HeaderName::from_static("grpc-encoding"), HeaderName::from_static("grpc-accept-encoding")];
+
+/// Maximum size of the value of a header in [`HEADERS`], in bytes. A header with a longer value is dropped.
 const MAX_HEADER_BYTES: usize = 256;
 
-/// Replaces the head of a request by copies of the parts that this server reads. A call keeps its head while it is
-/// open, and each original value is a slice that would keep its whole frame in memory.
+/// Replaces the head of a request by copies of the parts that this server reads: the path and [`HEADERS`]. A call keeps
+/// the head of its request while it is open, and each original value is a slice that would keep its whole frame in
+/// memory.
 fn trim_head<B>(request: &mut hyper::Request<B>) {
     let mut headers = HeaderMap::with_capacity(HEADERS.len());
     for name in HEADERS {
@@ -327,10 +334,11 @@ fn trim_head<B>(request: &mut hyper::Request<B>) {
     }
 }
 
-/// Serves a call and counts it on its connection. Gives a rejection by the transport a stable error code, a message and
-/// a matching status.
+/// Serves a call, counts it on its connection, and charges its request and response to `request_memory`, which is
+/// `None` for calls of other brokers. Gives a rejection by the transport a stable error code, a message and a matching
+/// status.
 async fn handle(State(request_memory): State<Option<RequestMemory>>, mut request: Request, next: Next) -> Response {
-    // A call that arrives by no listener, as in a simulation, has no connection.
+    // A call that arrives through no listener, as in a simulation, has no connection.
     let caller = request.extensions().get::<Caller>().cloned();
     if let Some(caller) = &caller {
         request.extensions_mut().insert(caller.producer_ids());
@@ -354,7 +362,7 @@ async fn handle(State(request_memory): State<Option<RequestMemory>>, mut request
         request = request.map(|body| Body::new(RequestBody::new(body, uri.path(), memory.clone(), schemas)));
     }
     let mut response = next.run(request).await;
-    // The request is freed once its response exists, before the client has read the response.
+    // The memory of a unary request is freed once its response exists, before the client has read the response.
     if let Some(memory) = &call_memory
         && !request_body::is_stream(uri.path())
     {
@@ -409,7 +417,8 @@ mod tests {
         assert!(taken[999].bytes < 100_000, "{}", taken[999].bytes);
         let max_bytes = memory_bytes / ALL_WINDOWS_DIVISOR + 1000 * u64::from(MIN_CONNECTION_WINDOW);
         assert!(bytes(&taken) <= max_bytes, "{} of {max_bytes}", bytes(&taken));
-        // Regression: HTTP/2 kept memory for 1,000 streams, up to 1.5 MB, with each connection that once had that many.
+        // Regression: HTTP/2 kept memory for 1,000 streams, up to 1.5 MB, for each connection that once had 1,000 open
+        // streams.
         assert_eq!(taken[0].streams, limits::MAX_STREAMS_PER_CONNECTION);
         assert!((MIN_STREAMS..MIN_STREAMS + 10).contains(&taken[999].streams), "{}", taken[999].streams);
         let streams = taken.iter().map(|window| window.streams as usize).sum::<usize>();
@@ -438,8 +447,8 @@ mod tests {
         assert_eq!(request.uri(), "/strandline.v1.Log/Append");
     }
 
-    /// Regression: calls whose responses were not read held the memory of their requests. Four connections held all of
-    /// it.
+    /// Regression: calls whose responses were not read held the memory of their requests. Four connections held all
+    /// memory for requests.
     #[tokio::test]
     async fn request_memory_is_freed_before_response_is_read() {
         let budgets = Budgets::new(1 << 20, 1 << 20);

@@ -1,5 +1,5 @@
-//! The HTTP listener: `/metrics`, `/healthz`, `/readyz`. Probes do not wait. Metrics are rendered on a separate thread,
-//! one page at a time. An idle connection is closed if a new one needs its place (`connection`).
+//! The HTTP listener: `/metrics`, `/healthz`, `/readyz`. The two probes respond without a wait. Metrics are rendered on
+//! a separate thread, one page at a time. An idle connection is closed if a new one needs its place (`connection`).
 
 use std::{
     io,
@@ -46,7 +46,7 @@ pub(super) struct HttpState {
 }
 
 impl HttpState {
-    /// Creates the state without a broker. `/metrics` serves the counters from the beginning.
+    /// Creates the state without a broker. `/metrics` already serves the counters.
     pub(super) fn new(metrics: Metrics) -> Self {
         Self { broker: OnceLock::new(), metrics, rendering: Arc::new(Semaphore::new(1)) }
     }
@@ -97,7 +97,8 @@ async fn serve_connection(connection: CountedConnection, router: Router, tasks: 
     }
 }
 
-/// Counts the request as an open call of its connection until the response has been sent.
+/// Counts the request as an open call of its connection until the response has been sent. Responds with 503 if the
+/// connection limit rejects the call.
 async fn count(Extension(caller): Extension<Caller>, request: Request, next: Next) -> Response {
     match caller.begin_call(PROBE_PATHS.contains(&request.uri().path())) {
         Ok(call) => calls::hold_until_sent(next.run(request).await, Some(call), None, None),
@@ -106,7 +107,7 @@ async fn count(Extension(caller): Extension<Caller>, request: Request, next: Nex
     }
 }
 
-/// Renders the metrics of the process; during the start, without those of the broker.
+/// Renders the metrics of the process. During the start, the gauges that the broker updates for each page are 0.
 async fn metrics(State(state): State<Arc<HttpState>>, headers: HeaderMap) -> impl IntoResponse {
     let accepted = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
     let format = MetricsFormat::accepted(accepted);
@@ -123,7 +124,8 @@ async fn metrics(State(state): State<Arc<HttpState>>, headers: HeaderMap) -> imp
     ([(header::CONTENT_TYPE, format.content_type()), (header::VARY, "accept")], rendered.await)
 }
 
-/// Responds with 200 if the storage of the process works, and during the start. After a failure, a restart may help.
+/// Responds with 200 if the storage of the process works, and during the start; else with 503 and the reason. A restart
+/// of the process may then help.
 async fn healthz(State(state): State<Arc<HttpState>>) -> impl IntoResponse {
     match state.broker.get().map_or(Ok(()), |broker| broker.health()) {
         Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
@@ -131,7 +133,7 @@ async fn healthz(State(state): State<Arc<HttpState>>) -> impl IntoResponse {
     }
 }
 
-/// Responds with 200 if the broker serves requests, and lists its impairments.
+/// Responds with 200 and the broker's impairments if the broker serves requests; else with 503 and the reason.
 async fn readyz(State(state): State<Arc<HttpState>>) -> impl IntoResponse {
     let starting = || Readiness::NotReady("starting".to_owned());
     match state.broker.get().map_or_else(starting, |broker| broker.readiness()) {

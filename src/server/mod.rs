@@ -10,9 +10,9 @@
 //! 4. Start the metadata cache. Verify the owner of the object store: another cluster's prefix ends the start. An
 //!    object store that does not respond at once delays uploads, not the start.
 //! 5. Open the partitions that the metadata assigns to this broker. They stay idle. A broker of a cluster serves its
-//!    peer listener, through which peers see that an earlier process is gone.
-//! 6. A broker of a cluster verifies its local inventory and releases everything that is not verified (`admission`).
-//!    Register.
+//!    peer listener, through which peers see that an earlier process has ended.
+//! 6. A broker of a cluster verifies its local inventory, and gives up its leaderships and its unverified ISR and ELR
+//!    memberships (`admission`). Every broker registers.
 //! 7. Activate: lead, follow, serve. Report that the broker is ready.
 //!
 //! # Stop
@@ -26,8 +26,8 @@
 //! 4. The tasks of the object store end. The log is synced and marked as closed.
 //! 5. The registration of a standalone broker ends, and the metadata store closes.
 //!
-//! A second signal has no effect. If the process is killed during the stop, recovery completes the work at the next
-//! start.
+//! A second stop signal has no effect. If the process is killed during the stop, recovery completes the work at the
+//! next start.
 
 mod admission;
 mod advertised;
@@ -107,11 +107,12 @@ impl ServingAddresses {
     }
 }
 
-/// Maximum time that a stop waits for a data directory that is being opened.
+/// Maximum time that a stop of the process waits for a data directory that is being opened.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Runs a broker until `shutdown` resolves or the broker must stop. Returns when everything has stopped. `ready` is
-/// called once the broker serves.
+/// Runs a broker until `shutdown` resolves or the broker must stop ([`Node::must_stop`]). Returns when everything has
+/// stopped; the error is that of the start, the reason why the broker must stop, or that of the stop. `ready` is called
+/// once the broker serves.
 pub async fn run(
     config: Config,
     shutdown: impl Future<Output = ()>,
@@ -178,7 +179,8 @@ pub async fn run(
     outcome
 }
 
-/// Warns about advertised names that do not resolve.
+/// Warns in the background if an advertised name does not resolve. The peer address is checked only if `peer.advertise`
+/// is set: otherwise it has the host of the client address.
 fn check_advertised(config: &Config, client_address: &str, peer_address: Option<&str>, tasks: &Tasks) {
     advertised::check(
         client_address,
@@ -234,8 +236,8 @@ async fn start_unless(
     }
 }
 
-/// Ends a start that is still opening the data directory. A clean directory opens in a moment and is closed cleanly. A
-/// long journal after a crash takes longer than this function waits; the next start reads that journal again.
+/// Ends a start that is still opening the data directory. A directory that opens within [`OPEN_TIMEOUT`] is closed
+/// cleanly. A long journal after a crash takes longer to read; the next start reads that journal again.
 async fn stop_opening(opening: impl Future<Output = anyhow::Result<DataDir>>) -> anyhow::Result<()> {
     tracing::info!("stopping before the data directory is open");
     if let Ok(Ok(log)) = tokio::time::timeout(OPEN_TIMEOUT, opening).await {
@@ -250,7 +252,7 @@ struct Listeners {
     limits: ConnectionLimits,
     /// Maximum number of connections from one address; `None` for half of a listener's connections.
     connections_per_address: Option<usize>,
-    /// Maximum memory that clients can make the broker hold, in bytes.
+    /// Maximum memory that clients can make the broker use (`limits.memory_bytes`).
     memory_bytes: u64,
 }
 
@@ -304,7 +306,8 @@ impl Listeners {
         self.tasks.spawn(name, grpc::serve(routes, connections, windows, self.tasks.clone()));
     }
 
-    /// Ends the connections. Connections that are still open after `timeout` are aborted when the process exits.
+    /// Stops accepting connections, and waits until each open connection has ended after its open calls. Returns after
+    /// `timeout` at the latest; the exit of the process then aborts the remaining connections.
     async fn stop(&self, timeout: Duration) {
         if tokio::time::timeout(timeout, self.tasks.stop()).await.is_err() {
             tracing::warn!(timeout_s = timeout.as_secs(), "closing connections that are still open after the timeout");
@@ -313,7 +316,8 @@ impl Listeners {
 }
 
 /// Returns the dependencies of a broker: the disk of this machine, the configured object store, and the metadata store
-/// beside the log or in etcd. A task of `background` expires the leases of a metadata store beside the log.
+/// in the data directory or in etcd. A task of `background` expires the leases of a metadata store in the data
+/// directory.
 fn broker_deps(config: &Config, background: &Tasks) -> NodeDeps {
     let (config, background) = (config.clone(), background.clone());
     let standalone = config.metadata.etcd.is_empty();
@@ -353,7 +357,8 @@ async fn listen_for_peers(config: &Config) -> anyhow::Result<TcpListener> {
     Ok(listen::listen(config.peer.listen, "other brokers", "peer.listen").await?)
 }
 
-/// Returns the endpoints for the registration: the configured addresses, with the bound port instead of port 0.
+/// Returns the endpoints for the registration: the advertised addresses of the listeners, with the bound port instead
+/// of port 0.
 fn endpoints(
     config: &Config,
     grpc: &TcpListener,
@@ -375,8 +380,8 @@ mod tests {
     use super::*;
     use crate::config::ConfigSources;
 
-    /// Regression: an advertised port 0 was sent unchanged if the port of the listener was set. If that was 0 as well,
-    /// clients received the address of the listener.
+    /// Regression: an advertised port 0 was sent unchanged if the port of the listener was set. If the port of the
+    /// listener was 0 as well, clients received the listen address instead of the advertised one.
     #[tokio::test]
     async fn advertised_port_0_becomes_bound_port() {
         let bind_any = || async { TcpListener::bind("127.0.0.1:0").await.expect("a free port") };

@@ -1,5 +1,5 @@
-//! Several brokers in one process, for trials of a cluster. They share the process, the object store and, without etcd,
-//! a metadata store. Apart from that each is a normal broker, and they communicate only through their listeners.
+//! Several brokers in one process, for trials of a cluster. They share the process and, without etcd, a metadata store.
+//! Apart from that each is a normal broker, and they communicate only through their listeners.
 
 use std::{future::Future, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
@@ -21,7 +21,7 @@ use crate::{
     telemetry::Metrics,
 };
 
-/// Maximum time that started brokers wait until the metadata cache of each contains all of them.
+/// Maximum time that the start waits until the metadata cache of each broker contains all brokers.
 const VISIBLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Bound listeners of a broker that does not serve yet.
@@ -42,21 +42,21 @@ struct RunningBroker {
     shutdown_timeout: Duration,
 }
 
-/// State that brokers share during their start.
+/// State that the brokers share, for their start.
 struct SharedDeps {
     /// Metadata store; `None` if each broker uses the etcd of its settings.
     meta: Option<Arc<dyn MetaStore>>,
     /// Tasks that expire the leases of an embedded metadata store.
     background: Tasks,
-    /// Cancelled to end the waits of a start.
+    /// Cancelled to end the waits of all starts.
     stop: Tasks,
     /// Connection limits of each broker.
     limits: ConnectionLimits,
 }
 
 /// Runs brokers until `shutdown` resolves or one of them must stop. Returns when all have stopped. `metadata` is the
-/// directory of their shared metadata store; without it, each broker uses the etcd of its settings. A broker that fails
-/// to start stops the other brokers.
+/// directory of their shared metadata store; without it, each broker uses the etcd of its settings. If a broker fails
+/// to start, the others are stopped. `ready` is called once all brokers serve.
 pub async fn run_several(
     configs: Vec<Config>,
     metadata: Option<PathBuf>,
@@ -80,7 +80,8 @@ pub async fn run_several(
         start_all(&configs, ports, &shared, shutdown.as_mut()).await;
     let mut outcome = error.map_or(Ok(()), Err);
     if outcome.is_ok() && !stop_requested {
-        // A client that creates a topic now must not get an error about too few brokers.
+        // After `ready`, a client may create a topic. It must not get an error about too few brokers, so each metadata
+        // cache must contain all brokers first.
         let waits = brokers.iter().map(|broker| broker.node.broker().wait_for_brokers(brokers.len()));
         let all_visible = future::join_all(waits);
         tokio::select! {
@@ -113,7 +114,8 @@ async fn bind_ports(configs: &[Config]) -> anyhow::Result<Vec<BoundPorts>> {
         let grpc = listen::listen(config.grpc.listen, "gRPC", "--listen").await?;
         client_ports.push((grpc, listen::listen(config.http.listen, "HTTP", "--http").await?));
     }
-    // The system may choose the peer ports. They are bound last, so that the system chooses none of the client ports.
+    // If the system chooses the peer ports, it must choose none of the configured client ports. So peer ports are bound
+    // last.
     let mut ports = Vec::with_capacity(configs.len());
     for (config, (grpc, http)) in configs.iter().zip(client_ports) {
         let peer = listen_for_peers(config).await?;
@@ -132,7 +134,7 @@ struct StartedBrokers {
     stop_requested: bool,
 }
 
-/// Starts all brokers concurrently. The failure of one broker, or `shutdown`, cancels the waits of the others.
+/// Starts all brokers concurrently. The failure of one broker, or `shutdown`, cancels the waits of all starts.
 async fn start_all(
     configs: &[Config],
     ports: Vec<BoundPorts>,
@@ -172,7 +174,7 @@ async fn start_all(
     StartedBrokers { brokers, error: first_error, stop_requested }
 }
 
-/// Starts one broker and its listeners. On failure, its listeners are stopped.
+/// Starts one broker and its listeners. If the start fails, its listeners are stopped.
 async fn start(config: &Config, ports: BoundPorts, shared: &SharedDeps, span: Span) -> anyhow::Result<RunningBroker> {
     let began = clock::monotonic();
     let metrics = Metrics::new();
@@ -201,8 +203,8 @@ async fn start(config: &Config, ports: BoundPorts, shared: &SharedDeps, span: Sp
     Ok(RunningBroker { node, listeners, addresses, span, shutdown_timeout })
 }
 
-/// Returns the dependencies of a broker with a shared metadata store. That store is not part of the broker's data
-/// directory, so the startup verification is needed.
+/// Returns the dependencies of a broker with a shared metadata store. This store is not in the broker's data directory,
+/// so the broker is not standalone and needs the startup verification.
 fn deps_with_shared_metadata(config: &Config, meta: Arc<dyn MetaStore>) -> NodeDeps {
     let config = config.clone();
     NodeDeps {

@@ -32,15 +32,17 @@ use crate::{
     tier::{BindingError, ChunkCache, ChunkCacheOptions, StoreOwner, TierStore},
 };
 
-/// Timeout of a stop without listeners. The transfer of leadership takes at most half of it.
+/// Timeout of [`Node::stop`]. The transfer of leadership takes at most half of it.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Maximum time that a start waits for the owner of the object store, and pause before the object store is queried
-/// again.
+/// Maximum time that a start waits for the first verification of the object store's owner.
 const BINDING_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// Pause between two verifications of the object store's owner.
 const BINDING_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Maximum memory for read-ahead from the object store, of all readers together, in bytes.
+/// Maximum memory for read-ahead from the object store, of all readers together, in bytes. At most a quarter of
+/// `cache.memory_bytes` is used.
 const READ_AHEAD_BYTES: u64 = 32 << 20;
 
 /// Dependencies of a node outside the process.
@@ -51,15 +53,15 @@ pub struct NodeDeps {
     pub stores: BoxFuture<'static, anyhow::Result<StoreHandles>>,
     /// Connector to other brokers.
     pub connect: Arc<dyn Connector>,
-    /// True for a standalone broker: the metadata lies beside the data, and is lost or restored together with it. Then
-    /// there are no other brokers, and there is nothing to verify.
+    /// True for a standalone broker. Its metadata store is in its data directory, so both are lost or restored
+    /// together: there are no other brokers, and there is nothing to verify.
     pub standalone: bool,
     /// Callback to the driver of the log's steps ([`DataDir::journal_step`], [`DataDir::sync_step`]); `None` if threads
     /// run the steps.
     pub sim_hook: Option<SimHook>,
 }
 
-/// Stores that a node shares with other nodes.
+/// The metadata store and the object store of a node. Other nodes may use the same stores.
 pub struct StoreHandles {
     /// Metadata store.
     pub meta: Arc<dyn MetaStore>,
@@ -82,17 +84,17 @@ pub struct Node {
 }
 
 impl Node {
-    /// Opens the data directory and its replicas, registers the broker with these endpoints, and activates it. From
-    /// then on its routes serve requests. Waits for a metadata store that does not respond.
+    /// Opens the data directory and its replicas, registers the broker with these endpoints, and activates it. The
+    /// routes of the returned node then serve requests. Waits for a metadata store that does not respond.
     ///
-    /// `opened` is called with the open log. From then on the driver of the log's steps must run them, because
-    /// replicas may be closed before the node is complete. `serve_peers` is called with the services for other brokers,
-    /// if there are any, before the registration. Through these services, peers see that an earlier process of this
-    /// broker is gone.
+    /// `opened` is called with the open log. From this call on, the driver of the log's steps must run these steps,
+    /// because replicas may be closed before the node is complete. `serve_peers` is called before the registration,
+    /// with the services for other brokers; a standalone broker has none. Through these services, peers see that an
+    /// earlier process of this broker has ended.
     ///
     /// # Errors
-    /// The directory or a store cannot be used, or another broker has the broker id. A directory that was closed
-    /// cleanly stays clean.
+    /// The directory or a store cannot be used, or another broker has the broker id. The log is then closed, so a
+    /// directory that was closed cleanly before stays clean.
     pub async fn open(
         config: &Config,
         deps: NodeDeps,
@@ -107,7 +109,7 @@ impl Node {
     }
 
     /// Opens a node as [`Node::open`] does, with a log that is already open. The log is closed on failure. Cancelling
-    /// `stop` ends the waits of the start.
+    /// `stop` ends the waits of the start, which then fails with [`StartCancelled`].
     pub(super) async fn from_log(
         config: &Config,
         log: DataDir,
@@ -195,7 +197,8 @@ impl Node {
         }
     }
 
-    /// Runs the second half of a stop, once no call is open: closes the log and ends the registration.
+    /// Runs the second half of a stop, after [`Node::begin_stop`], once no call is open: stops the tasks of the object
+    /// store, closes the log, ends the registration and stops the tasks of the node.
     ///
     /// # Errors
     /// The log cannot be closed cleanly.
@@ -228,7 +231,7 @@ struct NodeStart<'a> {
     metrics: Metrics,
     /// Tasks of the node.
     tasks: Tasks,
-    /// Cancelled to end the waits.
+    /// Cancelled to end the waits of the start.
     stop: &'a Tasks,
 }
 
@@ -305,7 +308,8 @@ impl NodeStart<'_> {
         Ok(Node { log, tier, broker, session, connect, standalone, routes, health, tasks, metrics })
     }
 
-    /// Records the cluster generation. Called late, so that a mismatch of directory and stores changes nothing.
+    /// Writes the cluster generation to the data directory. Called after both stores have been verified, so that a
+    /// start with a wrong store changes nothing in the directory.
     async fn record_generation(&self, generation: u64) -> anyhow::Result<()> {
         let log = self.log.clone();
         let recorded = task::run_blocking(move || log.record_generation(generation)).await;
@@ -313,8 +317,8 @@ impl NodeStart<'_> {
     }
 
     /// Registers the broker, and waits until its metadata cache contains the registration. The cache then also contains
-    /// everything that was released before. Also returns the partitions whose values could not be read. `pending_start`
-    /// is `None` for a standalone broker.
+    /// the changes of the startup verification. Also returns the partitions whose values could not be verified, with
+    /// the revisions of those values. `pending_start` is `None` for a standalone broker.
     async fn register(
         &self,
         admission: &ClusterAdmission<'_>,
@@ -375,7 +379,7 @@ impl NodeStart<'_> {
 /// Share of `limits.memory_bytes` for producer state, as a divisor, in addition to the shares that are settings.
 const PRODUCER_SHARE: u64 = 16;
 
-/// Opens the data directory: lock, journal replay.
+/// Opens and locks the data directory, and replays its journal.
 pub(super) async fn open_log(config: &Config, deps: &NodeDeps, metrics: Metrics) -> anyhow::Result<DataDir> {
     let identity = DataDirIdentity { cluster: config.cluster.clone(), broker: config.broker.id };
     let options = LogOptions {
@@ -393,7 +397,7 @@ pub(super) async fn open_log(config: &Config, deps: &NodeDeps, metrics: Metrics)
     Ok(task::run_blocking(move || DataDir::open(disk, &dir, &identity, options)).await?)
 }
 
-/// Opens the chunk cache in front of an object store.
+/// Opens the chunk cache of an object store. Returns a handle of both.
 fn with_cache(config: &Config, store: TierStore, metrics: &Metrics) -> anyhow::Result<TierHandle> {
     let cache_dir = config.cache.dir.clone().unwrap_or_else(|| config.broker.data_dir.join("cache"));
     // Objects that are files of this machine need no second copy on its disk.
@@ -409,8 +413,8 @@ fn with_cache(config: &Config, store: TierStore, metrics: &Metrics) -> anyhow::R
     Ok(TierHandle { store, cache })
 }
 
-/// Registers a standalone broker. Its metadata lies beside its data and is lost or restored together with it, so there
-/// is nothing to verify.
+/// Deletes an earlier registration of a standalone broker and registers the broker. Its metadata store is in its data
+/// directory, so there is nothing to verify.
 async fn register_standalone(
     registration: RegistrationRequest,
     metadata: &MetadataCache,

@@ -6,10 +6,10 @@
 //! - A connection with an open call or stream is never evicted, except from the probe pool.
 //! - The common pool contains at most `places` connections, and at most `per_address` of them from one origin.
 //! - While `max_calls` calls are open, a connection may begin a call only below its equal share of `max_calls` or below
-//!   [`MIN_CALLS`]. So no connection can take all calls.
+//!   [`MIN_CALLS`]. So the calls of one connection never keep another one from calls.
 //! - The places of the other two pools are additional: [`LOOPBACK_PLACES`] for this machine, and [`PROBE_PLACES`] for
 //!   connections that serve only probes.
-//! - In the probe pool, a new connection evicts the oldest connection of the address with the most connections. If
+//! - If the probe pool is full, a new connection evicts the oldest one of the address with the most connections. If
 //!   several addresses have the most, the new connection's own address is preferred. So a probe always gets a place,
 //!   and a flood from one or two addresses does not evict it.
 
@@ -30,7 +30,7 @@ const MIN_CALLS: usize = 4;
 /// Mask of the bits of an IPv6 address that form its origin: the owner of one address has all addresses of its /64.
 const IPV6_PREFIX: u128 = !0 << 64;
 
-/// Source of a connection, for the limits.
+/// Source of a connection: connections of one origin share the limit of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Origin {
     address: IpAddr,
@@ -54,24 +54,25 @@ impl Origin {
 /// Limit that keeps a connection out of the common pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Bound {
-    /// Each connection in the common pool has an open call.
+    /// The common pool is full, and each connection in it has an open call.
     Places,
-    /// The address has the maximum number of connections, each with an open call.
+    /// The address has the maximum number of connections in the common pool, each with an open call.
     Address,
 }
 
 /// Pool of places, by permitted use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pool {
-    /// All calls.
+    /// Serves all calls.
     Common,
-    /// All calls; in addition to the common limit.
+    /// Serves all calls. Its places for connections from this machine are additional to the common pool.
     Loopback,
-    /// Probes only, until the common pool has a free place or an idle connection.
+    /// Serves only probes. [`Places::promote`] moves a connection to the common pool once that has a free place or an
+    /// idle connection.
     Probe,
 }
 
-/// A connection that has a place.
+/// A connection that was admitted just now.
 #[derive(Debug)]
 pub(super) struct Admitted<T> {
     /// Number of the connection.
@@ -94,31 +95,32 @@ pub(super) struct Places<T> {
     calls: usize,
     /// Number of connections with an open call.
     active: usize,
-    /// Last number that was given to a connection, or to its position among the idle ones.
+    /// Last number that was drawn, as the id of a connection or as a key of one of the lists.
     last_number: u64,
     connections: BTreeMap<u64, Occupant<T>>,
-    /// Connections in the common pool by address: their number, and the idle ones.
+    /// Number and idle connections of each address in the common pool.
     origins: BTreeMap<IpAddr, AddressShare>,
     /// Number of connections in the common pool.
     common: usize,
-    /// Idle connections of the common pool, in the order in which they became idle.
+    /// Ids of the idle connections of the common pool, in the order in which they became idle.
     idle: BTreeMap<u64, u64>,
     /// Number of connections in the loopback pool.
     loopback: usize,
-    /// Idle connections of the loopback pool, in the order in which they became idle.
+    /// Ids of the idle connections of the loopback pool, in the order in which they became idle.
     loopback_idle: BTreeMap<u64, u64>,
-    /// Connections of the probe pool, in the order of their arrival.
+    /// Ids of the connections of the probe pool, in the order of their arrival.
     probes: BTreeMap<u64, u64>,
 }
 
-/// A connection that has a place.
+/// An open connection and its place.
 #[derive(Debug)]
 struct Occupant<T> {
     handle: T,
     origin: Origin,
     pool: Pool,
     calls: usize,
-    /// Key among the idle connections of the pool; in the probe pool, key among all connections.
+    /// Key of the connection in the list of the idle connections of its pool, while it is idle; in the probe pool, its
+    /// key in the list of all connections.
     order: u64,
 }
 
@@ -126,7 +128,7 @@ struct Occupant<T> {
 #[derive(Debug, Default)]
 struct AddressShare {
     connections: usize,
-    /// The idle ones by order.
+    /// Ids of the idle connections, in the order in which they became idle.
     idle: BTreeMap<u64, u64>,
 }
 
@@ -149,7 +151,8 @@ impl<T> Places<T> {
         }
     }
 
-    /// Gives a new connection a place. The connection is idle until a call opens.
+    /// Gives a new connection a place, for which another connection may be evicted. The connection is idle until a call
+    /// begins.
     pub(super) fn admit(&mut self, origin: Origin, handle: T) -> Admitted<T> {
         let (pool, bound, evicted) = match self.find_common_place(origin) {
             Ok(idle) => (Pool::Common, None, idle),
@@ -170,8 +173,8 @@ impl<T> Places<T> {
         Admitted { id, bound, pool, evicted }
     }
 
-    /// Returns true if this connection may begin one more call: fewer than `max_calls` are open, or the connection is
-    /// below its share.
+    /// Returns true if this connection may begin one more call: fewer than `max_calls` are open, or the connection has
+    /// fewer than its equal share of `max_calls` or than [`MIN_CALLS`].
     pub(super) fn has_room_for_call(&self, id: u64) -> bool {
         let calls = self.connections.get(&id).map_or(0, |occupant| occupant.calls);
         self.calls < self.max_calls
@@ -205,7 +208,7 @@ impl<T> Places<T> {
 
     /// Moves a connection from the probe pool to the common pool, if the common pool has a free place or an idle
     /// connection by now. Returns the handle of the idle connection that was evicted, if any. Fails with the limit that
-    /// prevents the move.
+    /// prevents the move. Has no effect on a connection of another pool.
     pub(super) fn promote(&mut self, id: u64) -> Result<Option<T>, Bound> {
         let Some(occupant) = self.connections.get(&id).filter(|occupant| occupant.pool == Pool::Probe) else {
             return Ok(None);
@@ -249,8 +252,8 @@ impl<T> Places<T> {
         }
         let addresses = || self.probes.values().filter_map(|id| Some((id, self.connections.get(id)?.origin.address)));
         let count_of = |address: IpAddr| addresses().filter(|(_, other)| *other == address).count();
-        // Among addresses with equally many connections, the new connection's own address ranks first. Among equals,
-        // `max_by_key` returns the last, which is the oldest because the order is reversed.
+        // Among addresses with equally many connections, the new connection's own address ranks first. Among
+        // connections of equal rank, `max_by_key` returns the last, which is the oldest because the order is reversed.
         let ranked = addresses().map(|(id, address)| ((count_of(address), address == origin.address), *id));
         ranked.rev().max_by_key(|(rank, _)| *rank).map(|(_, id)| id)
     }
@@ -305,8 +308,8 @@ impl<T> Places<T> {
         }
     }
 
-    /// Adds a connection to the idle ones of its pool, as the one that became idle last, or removes it from them. The
-    /// probe pool has no such list.
+    /// Adds a connection to the idle ones of its pool, as the one that became idle last, or removes it from the idle
+    /// ones. The probe pool has no list of idle connections.
     fn set_idle(&mut self, id: u64, idle: bool) {
         let order = self.next_number();
         let Some(occupant) = self.connections.get_mut(&id) else { return };

@@ -1,5 +1,5 @@
-//! The body of a request on its way to the codec. Memory is taken for each message before the message is read, its size
-//! and its parts are limited, and its bytes are passed on unchanged.
+//! The body of a request on its way to the codec. Memory is taken for each message before the message is read. The size
+//! and the number of parts of a message are limited, and its bytes are passed on unchanged.
 //!
 //! ```text
 //! HTTP/2 ─► length ─► too large? ─► take memory ─► frames as they arrive, parts counted ─► take memory for parts ─► last frame ─► codec
@@ -7,9 +7,9 @@
 //! ```
 //!
 //! The codec allocates space for a message when it reads the length. The length of a large message is passed on after
-//! [`SMALL_BYTES`] of the message have arrived, so the length by itself costs nothing. The codec builds structs of the
-//! parts after the last byte, so their memory is taken before that byte is passed on. Messages are passed on one at a
-//! time, so that each memory grant belongs to the message that the handler has.
+//! more than [`SMALL_BYTES`] of the message have arrived, so a length without its bytes allocates nothing. The codec
+//! builds structs of the parts after the last byte, so their memory is taken before that byte is passed on. Messages
+//! are passed on one at a time, so that each memory grant belongs to the message that the handler has.
 
 use std::{
     collections::VecDeque,
@@ -38,7 +38,8 @@ use crate::{
     task::clock,
 };
 
-/// Delay before a request is rejected because too many requests wait. Immediate retries by clients then cost little.
+/// Delay before a request is rejected because too many requests wait. Clients that retry at once then cause little
+/// work.
 const REFUSAL_DELAY: Duration = Duration::from_secs(1);
 
 /// Size of the prefix of each message, in bytes: the compression flag and the length.
@@ -53,7 +54,7 @@ pub(super) const FETCH_PATH: &str = "/strandline.v1.Log/Fetch";
 /// Calls whose requests contain records.
 const RECORD_CALLS: [&str; 2] = ["/strandline.v1.Log/Append", PRODUCE_PATH];
 
-/// Calls and services whose requests are streams of messages.
+/// Beginnings of the paths of calls whose requests are streams of messages.
 const STREAM_PATHS: [&str; 3] = [PRODUCE_PATH, FETCH_PATH, "/grpc.reflection."];
 
 /// Returns true if the request of a call at `path` is a stream of messages.
@@ -63,7 +64,7 @@ pub(super) fn is_stream(path: &str) -> bool {
 
 type GrantFuture = Pin<Box<dyn Future<Output = Result<Grant, ApiError>> + Send>>;
 
-/// Request body that takes memory before it reads.
+/// Body of a request that takes memory for each message before it reads the message.
 pub(super) struct RequestBody {
     inner: Body,
     memory: CallMemory,
@@ -77,10 +78,11 @@ pub(super) struct RequestBody {
     rest: Bytes,
     /// True if `rest` is a part of a frame above [`WAITING_BYTES`].
     is_large_frame: bool,
-    /// Memory of the bytes after the current message. The handler of a stream may not take those bytes for a long time.
+    /// Memory of the received bytes after the current message. The handler of a stream may leave these bytes unread for
+    /// a long time.
     ahead: Option<Grant>,
     message: Option<Message>,
-    /// Bytes to be passed on.
+    /// Processed bytes to be passed on.
     out: VecDeque<Bytes>,
     /// True once the only message of a unary call has arrived. Bytes after that message are ignored.
     is_over: bool,
@@ -99,24 +101,26 @@ struct Message {
     buffered: BytesMut,
     /// Memory of the message, or only of its beginning. `None` while the message waits for memory of its beginning.
     grant: Option<Grant>,
-    /// Memory of the bytes that arrived before the message had its own memory.
+    /// Memory of the bytes that have arrived while the message has no memory of its own.
     waiting: Option<Grant>,
     /// Number of parts that have arrived.
     parts: usize,
-    /// Time since which the message has its current memory.
+    /// Time when the message got its current memory.
     since: Instant,
-    /// Registration while the message waits for its sender: if other requests need its memory, the message is rejected.
+    /// Registration as incomplete, while the message waits for its sender. If other requests need its memory, the
+    /// message is rejected.
     incomplete: Option<IncompleteGuard>,
 }
 
 enum State {
     /// The message waits for memory: for its beginning, or for all of it.
     Waiting(GrantFuture),
-    /// The message has memory for its beginning. Its bytes are held until the beginning has arrived.
+    /// The message has memory for its beginning of [`SMALL_BYTES`]. Its bytes are not passed on until the beginning has
+    /// arrived.
     Beginning,
     /// The message has memory for all of it.
     Admitted,
-    /// The message has arrived and waits for memory for its parts. The last bytes are held.
+    /// The message has arrived and waits for memory for its parts. Its last bytes are not passed on yet.
     WaitingForParts(GrantFuture),
 }
 
@@ -145,7 +149,7 @@ impl Message {
         }
     }
 
-    /// Returns the number of bytes for which the message has memory.
+    /// Returns the number of bytes for which an incomplete message has memory: all of them, or its beginning.
     fn charged(&self) -> usize {
         if matches!(self.state, State::Admitted) { self.bytes } else { self.bytes.min(SMALL_BYTES) }
     }
@@ -216,7 +220,7 @@ impl RequestBody {
         Ok(())
     }
 
-    /// Takes a frame, which may contain bytes after the current message.
+    /// Stores a received frame in `rest`, and charges the bytes of the frame after the current message.
     fn take_frame(&mut self, data: Bytes) {
         self.is_large_frame = data.len() > WAITING_BYTES;
         (self.rest, self.ahead) = (data, None);
@@ -233,7 +237,8 @@ impl RequestBody {
         self.message = Some(Message::new(0, State::refused(error)));
     }
 
-    /// Takes memory for the bytes after the current message, or frees the part that is no longer needed.
+    /// Takes memory for `bytes` received bytes after the current message, or frees the part of that memory that is no
+    /// longer needed. Fails if other waiting requests hold too much memory.
     fn charge_ahead(&mut self, bytes: usize) -> Result<(), ApiError> {
         match &mut self.ahead {
             Some(grant) if bytes > WAITING_BYTES => grant.shrink(bytes),
@@ -247,11 +252,11 @@ impl RequestBody {
         Ok(())
     }
 
-    /// Keeps the received bytes of a message that must wait for memory. Drops the bytes if other waiting requests hold
-    /// too much.
+    /// Keeps the received bytes of a message that must wait for memory, and returns the memory of these bytes; `None`
+    /// for few bytes, which are not charged. Drops the bytes and fails if other waiting requests hold too much.
     fn hold_rest(&mut self) -> Result<Option<Grant>, ApiError> {
         if self.rest.len() <= WAITING_BYTES {
-            // The bytes may be a slice of a larger buffer.
+            // The bytes may be a slice, which would keep a larger buffer in memory.
             self.rest = Bytes::copy_from_slice(&self.rest);
             return Ok(None);
         }
@@ -269,7 +274,7 @@ impl RequestBody {
         }
         if let State::Waiting(waiting) = &mut message.state {
             let Poll::Ready(granted) = waiting.as_mut().poll(cx) else {
-                // While a message waits for all of its memory, it yields to requests that need the memory that it has.
+                // While a message waits for all of its memory, it fails if other requests need the memory that it has.
                 if message.grant.is_some() {
                     check_incomplete(&self.memory, message, cx)?;
                 }
@@ -317,7 +322,7 @@ impl RequestBody {
         if matches!(message.state, State::Admitted) && !message.buffered.is_empty() {
             self.out.push_front(message.buffered.split().freeze());
         }
-        // The codec builds the parts after the last byte, so `poll_next` passes it on only after `finish`.
+        // The codec builds the parts after the last byte, so the last byte is passed on only after `finish`.
         if message.remaining == 0 && matches!(message.state, State::Admitted) {
             let parts = message.parts;
             let granted = if parts == 0 { None } else { self.memory.try_parts(parts) };
@@ -335,8 +340,8 @@ impl RequestBody {
         let message = self.message.take().expect("a message is being read");
         self.memory.deliver(message.bytes, message.grant.into_iter().chain(parts));
         if !self.is_stream {
-            // Otherwise the handler would start at the end of the body, which may never arrive, and would hold the
-            // message's memory until then.
+            // A unary handler starts at the end of the body. The client may never send that end, and the message would
+            // hold its memory until then, so the body ends here.
             (self.is_over, self.rest, self.ahead) = (true, Bytes::new(), None);
             return;
         }
@@ -347,7 +352,8 @@ impl RequestBody {
         }
     }
 
-    /// Returns the next bytes to pass on: reads frames and processes them until there are some.
+    /// Reads and processes frames until there are bytes to pass on, and returns these bytes; `None` at the end of the
+    /// body.
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         loop {
             let is_admitted = self.message.as_ref().is_none_or(|message| matches!(message.state, State::Admitted));
@@ -358,8 +364,8 @@ impl RequestBody {
                 return Poll::Ready(None);
             }
             if self.is_stream && self.message.is_none() {
-                // A handler that polls for more has the last message. The handler took the message's memory, or does
-                // not need it.
+                // The handler of a stream polls for more after it has received the previous message. It has taken the
+                // memory of that message, or does not need it.
                 drop(self.memory.take_request());
             }
             if self.message.is_none() && self.rest.len() >= PREFIX_BYTES {
@@ -403,8 +409,8 @@ impl RequestBody {
     }
 }
 
-/// Checks a message whose sender is slow. Fails if other requests wait for the memory that the message holds; otherwise
-/// the task is woken when that changes.
+/// Checks a message that has memory and is not complete. Fails if other requests wait for this memory and the message
+/// has had it for too long; otherwise the task is woken when that becomes true.
 fn check_incomplete(memory: &CallMemory, message: &mut Message, cx: &Context<'_>) -> Result<(), ApiError> {
     let (charged, since) = (message.charged(), message.since);
     message.incomplete.get_or_insert_with(|| memory.incomplete(charged, since)).check(cx.waker())

@@ -2,8 +2,8 @@
 //! with the message.
 //!
 //! tonic keeps a buffer per direction for as long as a call is open, as large as the largest message of the call. With
-//! those buffers, an idle consumer held its last response and an idle producer its largest request after their memory
-//! was freed in the budgets.
+//! those buffers, an idle consumer would hold its last response, and an idle producer its largest request, although the
+//! budgets count their memory as free.
 
 use std::{
     convert::Infallible,
@@ -32,7 +32,7 @@ use super::{
 };
 use crate::broker::{LogService, Requests};
 
-/// Size from which a frame takes no further responses, in bytes. Responses that are ready together share a frame.
+/// Size in bytes from which no further response is added to a frame. Responses that are ready together share a frame.
 const FRAME_BYTES: usize = 32 << 10;
 
 /// Returns the routes of `Produce` and `Fetch`.
@@ -89,7 +89,8 @@ impl MessageReader {
         }
     }
 
-    /// Reads one message: the prefix, and then as many bytes as it announces.
+    /// Reads one message: the prefix, and then as many bytes as the prefix announces. Returns `None` if the body ends
+    /// before the prefix.
     async fn read_message<T: Message + Default>(&mut self) -> Result<Option<T>, Status> {
         if self.rest.is_empty() && !self.read_frame().await? {
             return Ok(None);
@@ -103,14 +104,15 @@ impl MessageReader {
                 return Err(Status::internal(format!("the compressed flag of a message is {flag} instead of 0 or 1")));
             }
         }
-        // `request_body` has taken memory for this length, and has received the beginning of a large message.
+        // `request_body` has taken memory for the message, and has received the beginning of a large one, so this
+        // length may be allocated.
         let len = (&prefix[1..]).get_u32() as usize;
         let mut message = BytesMut::with_capacity(len);
         self.read((&mut message).limit(len)).await?;
         T::decode(message.freeze()).map(Some).map_err(|error| Status::internal(error.to_string()))
     }
 
-    /// Reads until `buffer` is full. Fails if the body ends before.
+    /// Reads until `buffer` is full. Fails if the body ends earlier.
     async fn read(&mut self, mut buffer: impl BufMut) -> Result<(), Status> {
         while buffer.has_remaining_mut() {
             if self.rest.is_empty() && !self.read_frame().await? {
@@ -121,7 +123,7 @@ impl MessageReader {
         Ok(())
     }
 
-    /// Reads the next frame that contains bytes. Returns false at the end.
+    /// Reads the next frame that contains bytes into `rest`. Returns false at the end of the body.
     async fn read_frame(&mut self) -> Result<bool, Status> {
         while self.rest.is_empty() {
             match self.frames.next().await {
@@ -134,7 +136,7 @@ impl MessageReader {
     }
 }
 
-/// Returns the error for a compressed message. Bodies of requests are never decompressed.
+/// Returns the error for a compressed message. Requests of these streams are never decompressed.
 fn compressed_error(reason: impl fmt::Display) -> Status {
     Status::unimplemented(format!("messages are compressed: {reason}"))
 }

@@ -26,7 +26,7 @@ fn log() -> DataDir {
     DataDir::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity, options).unwrap()
 }
 
-/// Runs one start: records the incarnation, verifies the inventory, registers.
+/// Runs one start as the server does: creates the incarnation, verifies the inventory and registers the broker.
 async fn start(store: &Arc<dyn MetaStore>, keys: &Keys, log: &DataDir, tasks: &Tasks) -> Session {
     let (defaults, stop) = (ConfigMap::new(), Tasks::new());
     let admission = ClusterAdmission { store, keys, log, defaults: &defaults, stop: &stop };
@@ -43,8 +43,9 @@ async fn start(store: &Arc<dyn MetaStore>, keys: &Keys, log: &DataDir, tasks: &T
     admission.admit(&registration, pending_start, BTreeSet::from([partition()]), &metadata, tasks).await.unwrap().0
 }
 
-/// In another cluster of the same name, a directory that took part in its own cluster would be bootstrapped again. From
-/// then on its replicas would be older copies in their own cluster.
+/// The store of another cluster with the same name rejects a directory that was in a cluster and has replicas.
+/// Otherwise the directory would be bootstrapped in that other cluster, and its replicas would become outdated in its
+/// own.
 #[tokio::test(start_paused = true)]
 async fn other_cluster_with_same_name_is_rejected() {
     let (keys, tasks) = (Keys::new("test").unwrap(), Tasks::new());
@@ -75,8 +76,8 @@ async fn other_cluster_with_same_name_is_rejected() {
     assert!(reason.contains("has no keys below /strandline/test/"), "{reason}");
     reach(&own).await.expect("the directory belongs to the cluster");
 
-    // The directory was restored after another disk had the broker id. An existing or deleted topic identifies the
-    // cluster, and an unreadable one may.
+    // The store names another directory for this broker id, as after the restore of an older disk. It is accepted only
+    // if it contains a topic of the local replicas, the tombstone of one, or a topic that cannot be read.
     for (path, value) in [
         (path.clone(), topic(7).encode()),
         (keys.tombstone(partition().topic), Bytes::from_static(b"{}")),
@@ -93,8 +94,8 @@ async fn other_cluster_with_same_name_is_rejected() {
 }
 
 /// Regression, found by the simulator: the store had registered this incarnation, and the response was lost. The next
-/// attempt compared the directory with the earlier incarnations only, took it for another directory, and released every
-/// membership. With the last in-sync replica released, the partition stayed offline forever.
+/// attempt compared the store with the earlier incarnations only, treated the directory as another one, and gave up
+/// every ISR membership. If it was the last in-sync replica, the partition stayed offline forever.
 #[tokio::test(start_paused = true)]
 async fn lost_registration_response_releases_no_membership() {
     let (link, keys, tasks) = (FaultyStore::new(EmbeddedStore::in_memory()), Keys::new("test").unwrap(), Tasks::new());

@@ -18,7 +18,7 @@ fn loopback() -> Origin {
 fn longest_idle_connection_is_evicted() {
     let mut places = Places::new(3, 3, usize::MAX);
     let ids = ["a", "b", "c"].map(|name| places.admit(from(1), name).id);
-    // `a` was used last, and `b` has an open call.
+    // `a` became idle after `c`, and `b` has an open call.
     places.begin_call(ids[0]);
     places.end_call(ids[0]);
     places.begin_call(ids[1]);
@@ -45,7 +45,7 @@ fn connection_with_open_call_is_not_evicted() {
     assert_eq!(places.promote(other.id), Err(Bound::Places), "all places are in use");
 }
 
-/// Otherwise one address could evict the idle connections of all other addresses.
+/// An address at its limit evicts an idle connection of its own. Otherwise it could evict those of all other addresses.
 #[test]
 fn address_at_its_limit_evicts_own_connection() {
     let mut places = Places::new(10, 2, usize::MAX);
@@ -74,7 +74,7 @@ fn loopback_has_eight_additional_places() {
     }
     let ninth = places.admit(loopback(), 7);
     assert_eq!(ninth.pool, Pool::Probe);
-    // An idle connection of these eight is evicted for the next one.
+    // Once one of the eight connections of the loopback pool is idle, it is evicted for the next connection.
     let idle = places.connections.iter().find(|(_, occupant)| occupant.pool == Pool::Loopback).map(|(id, _)| *id);
     places.end_call(idle.expect("one of eight"));
     let tenth = places.admit(loopback(), 8);
@@ -102,7 +102,8 @@ fn connection_flood_does_not_evict_probes() {
     }
 }
 
-/// An attacker with open calls in the probe pool must not keep a probe out.
+/// In the probe pool, the oldest connection is evicted even if it has an open call. Otherwise open calls of an attacker
+/// would keep probes out.
 #[test]
 fn oldest_probe_is_evicted_despite_open_call() {
     let mut places = Places::new(1, 1, usize::MAX);
@@ -122,7 +123,8 @@ fn oldest_probe_is_evicted_despite_open_call() {
     assert_eq!(places.begin_call(last), Some(Pool::Common));
 }
 
-/// Regression: the streams of one client took the memory of all clients.
+/// Regression: the streams of one client took the memory of all clients. At the limit of calls, a connection may begin
+/// a call only below its share.
 #[test]
 fn connection_below_its_share_may_begin_call() {
     for (max_calls, share) in [(12, 6), (6, MIN_CALLS)] {

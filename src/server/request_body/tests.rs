@@ -74,8 +74,9 @@ fn prost_len(bytes: usize) -> Vec<u8> {
     len
 }
 
-/// Regression: 60 MiB announced on each of many streams took 6 GB. Five bytes that announced 65 MiB on each of 10,000
-/// streams took 1.8 GB.
+/// The bytes that a length announces are charged when they arrive, and a request whose bytes do not arrive fails if
+/// complete requests need its memory. Regression: lengths of 60 MiB on many streams took 6 GB, and lengths of 65 MiB on
+/// 10,000 streams took 1.8 GB.
 #[tokio::test(start_paused = true)]
 async fn announced_bytes_are_charged_on_arrival_and_yield() {
     let budgets = Budgets::new(96 << 20, 1 << 20);
@@ -230,7 +231,7 @@ async fn last_bytes_wait_for_memory_of_parts() {
     assert_eq!(budgets.taken().0, 0);
 }
 
-/// Regression: a stream whose handler took nothing added up the memory of its messages without limit.
+/// Regression: if the handler of a stream took no memory, the stream held the memory of all of its messages.
 #[tokio::test(start_paused = true)]
 async fn streams_hold_memory_for_one_message() {
     let budgets = Budgets::new(REQUEST_BYTES[0], 1 << 20);
@@ -247,7 +248,8 @@ async fn streams_hold_memory_for_one_message() {
     assert!(pending && budgets.taken().0 == 0, "all messages are handled");
 }
 
-/// Regression: the first bytes of each request were read for its length. 10,000 waiting requests then held 600 MB.
+/// Regression: the first frame of each request was kept while the request waited for memory, and was not charged.
+/// 10,000 waiting requests held 600 MB.
 #[tokio::test(start_paused = true)]
 async fn waiting_requests_hold_little_memory() {
     let budgets = Budgets::new(REQUEST_BYTES[1], 1 << 20);
@@ -261,7 +263,7 @@ async fn waiting_requests_hold_little_memory() {
     for request in &mut waiting {
         assert!(futures::poll!(request).is_pending(), "the request waits");
     }
-    // The first of these requests have the memory that was left.
+    // The first of these requests got the memory that was still free.
     let held = budgets.taken().0 - before;
     assert!(held as u64 <= REQUEST_BYTES[1] / 16 + SMALL_BYTES as u64, "{held}");
     let began = clock::monotonic();
@@ -283,7 +285,8 @@ async fn waiting_requests_hold_little_memory() {
     small.await.expect("a small request gets memory");
 }
 
-/// Regression: requests that followed the request in the handler of a stream were not charged, 250 KB per stream.
+/// Regression: received requests of a stream were not charged while its handler processed an earlier one, 250 KB per
+/// stream.
 #[tokio::test(start_paused = true)]
 async fn requests_sent_ahead_are_charged() {
     let budgets = Budgets::new(REQUEST_BYTES[1], 1 << 20);
@@ -318,7 +321,7 @@ async fn requests_sent_ahead_are_charged() {
         drop(streams);
         assert_eq!(budgets.taken().0, 0);
     }
-    // A handler that continues frees that memory.
+    // A handler that takes all messages frees the memory of the bytes behind them.
     let mut stream = body(vec![message.repeat(2000)], true, FETCH, &memory(&budgets));
     for _ in 0..2000 {
         frame(&mut stream).await.expect("a message").expect("the message is accepted");

@@ -95,7 +95,8 @@ async fn reset_ends_requests_without_error() {
     assert_eq!(end.code(), Code::Ok);
 }
 
-/// Regression: a stream kept the buffer of a 64 MiB message, and each idle consumer that of its last response.
+/// Regression: an idle stream kept the buffer of a request of 64 MiB, and each idle consumer kept the buffer of its
+/// last response.
 #[tokio::test]
 async fn idle_stream_keeps_no_message_buffers() {
     let batch = Bytes::from(vec![7; 1 << 20]);
