@@ -35,8 +35,8 @@ use crate::{
     telemetry::{Counter, GaugeU64, LogThrottle, Metrics},
 };
 
-/// Bytes that a gRPC client must send within [`FIRST_BYTES_TIMEOUT`]: the preface of HTTP/2. After it, pings detect dead
-/// clients.
+/// Bytes that a gRPC client must send within [`FIRST_BYTES_TIMEOUT`]: the preface of HTTP/2. After the preface, pings
+/// detect dead clients.
 const PREFACE_BYTES: usize = 24;
 
 /// Bytes that an HTTP/1 client must send within [`FIRST_BYTES_TIMEOUT`]: the shortest request line.

@@ -3,16 +3,16 @@
 //!
 //! # Overview
 //!
-//! Chunks are cached in memory and then in a folder. All readers that wait for a chunk share one fetch, which continues
-//! even if they stop waiting. A chunk is written to the folder when it is fetched for the second time. So a reader that
-//! reads history once does not write all of it to the disk that appends wait for. Nor does such a reader evict chunks
-//! that are read repeatedly.
+//! Chunks are cached in memory, and repeatedly fetched ones also in a folder. All readers that wait for a chunk share
+//! one fetch. A fetch that has begun continues even if all readers stop waiting. A chunk is written to the folder when
+//! it is fetched from the object store for the second time. So a reader that reads history once does not write all of
+//! it to the disk that appends wait for, and evicts no chunks from the folder.
 //!
 //! # Invariants
 //!
-//! - All objects here are immutable and their names unique, so nothing in the cache is ever stale.
+//! - All cached objects are immutable and their names unique, so nothing in the cache is ever stale.
 //! - A corrupt chunk is evicted and fetched again.
-//! - The folder is empty after each start. Its files carry a checksum, and losing them costs only requests.
+//! - The folder contains no chunks after each start. Its files have a checksum, and losing them costs only requests.
 
 use std::{
     io,
@@ -44,7 +44,7 @@ use crate::{
     telemetry::{Counter, Metrics},
 };
 
-/// Size of a chunk. An object's last chunk is shorter.
+/// Size of a chunk in bytes. An object's last chunk may be shorter.
 pub(super) const CHUNK_BYTES: u64 = 1 << 20;
 
 /// Manifests, pages and footers get the memory of the cache divided by this number.
@@ -57,18 +57,18 @@ const MAX_CONCURRENT_FETCHES: usize = 32;
 /// uploads and retention continue while reads of a slow object store hold all permits for chunks.
 const MAX_CONCURRENT_PARSES: usize = 16;
 
-/// Maximum number of chunks that one read-ahead request fetches. Each request costs the store, and its bill, more than
-/// its bytes do.
+/// Maximum number of chunks that one read-ahead request fetches. Object stores charge for each request, so one request
+/// for several chunks is cheaper.
 const MAX_REQUEST_CHUNKS: u64 = 4;
 
 /// Maximum number of concurrent reads from the folder. A started read continues even if its caller no longer waits.
 const MAX_CONCURRENT_DISK_READS: usize = 32;
 
-/// Maximum number of concurrent writes to the folder. No reader waits for them: if the object store is faster than the
-/// disk, some chunks are not kept.
+/// Maximum number of concurrent writes to the folder. At the limit, a fetched chunk is not written, because no reader
+/// waits for the disk.
 const MAX_CONCURRENT_DISK_WRITES: u32 = 4;
 
-/// Maximum number of chunks whose first fetch is recorded.
+/// Maximum number of chunks whose first fetch is tracked, to detect the second fetch.
 const MAX_TRACKED_CHUNKS: u64 = 1 << 16;
 
 /// Location and limits of the cache.
@@ -76,11 +76,12 @@ const MAX_TRACKED_CHUNKS: u64 = 1 << 16;
 pub struct ChunkCacheOptions {
     /// Memory limit in bytes.
     pub memory_bytes: u64,
-    /// Folder for chunks alone, and its limit in bytes. Opening the cache deletes the chunks in the folder.
+    /// Folder for chunks, and the limit of their size in bytes; `None` for no cache on disk. Opening the cache deletes
+    /// the chunks in the folder.
     pub disk: Option<(PathBuf, u64)>,
     /// Data directory, if the folder lies in it. The folder must then not be a symbolic link.
     pub data_dir: Option<PathBuf>,
-    /// Maximum bytes that are fetched ahead of sequential readers, over all readers.
+    /// Maximum bytes in flight that are fetched ahead of sequential readers, over all readers.
     pub read_ahead_bytes: u64,
 }
 
@@ -103,10 +104,10 @@ impl ChunkKey {
     }
 }
 
-/// A request for several adjacent chunks, which the fetches of these chunks share.
+/// A request for adjacent chunks, which the fetches of these chunks share.
 type InFlightFetch = Shared<BoxFuture<'static, Result<Bytes, TierReadError>>>;
 
-/// The parsed form of an object.
+/// The parsed form of a manifest root, a manifest page or a footer.
 #[derive(Clone)]
 pub(super) enum CachedMetadata {
     Root(Arc<ManifestRoot>),
@@ -143,7 +144,7 @@ struct ChunkCacheInner {
     fetches: Semaphore,
     /// Permits to fetch manifests, pages and footers.
     parses: Semaphore,
-    /// Permits for chunks that are fetched ahead of readers, one each.
+    /// Permits for chunks that are being fetched ahead of readers, one for each chunk.
     read_ahead: Arc<Semaphore>,
     /// Maximum number of chunks that one read-ahead request fetches.
     max_request_chunks: u64,
@@ -158,12 +159,12 @@ struct DiskCache {
     read_permits: Arc<Semaphore>,
     /// Chunks that exist as files, with their sizes in bytes.
     files: Moka<ChunkKey, u32>,
-    /// Chunks that were fetched before.
+    /// Chunks that were fetched from the object store at least once: the last [`MAX_TRACKED_CHUNKS`] of them.
     fetched: Moka<ChunkKey, ()>,
 }
 
 impl ChunkCache {
-    /// Opens the cache, which counts in `metrics`. Blocks on the file system.
+    /// Opens the cache, which counts its hits and misses in `metrics`. Blocks on the file system.
     ///
     /// # Errors
     /// The folder cannot be created, or its chunks cannot be deleted.
@@ -172,7 +173,8 @@ impl ChunkCache {
         // Without memory a prefetched chunk would be evicted before its reader needs it, and be fetched twice.
         let read_ahead_chunks = if options.memory_bytes == 0 { 0 } else { options.read_ahead_bytes / CHUNK_BYTES };
         let inner = ChunkCacheInner {
-            // Least recently used, not frequency: a prefetched chunk is new, and must remain until its reader needs it.
+            // Evicts the least recently used chunk, not the least frequently used one: a prefetched chunk was not used
+            // yet, and must remain until its reader needs it.
             chunks: Moka::builder()
                 .eviction_policy(EvictionPolicy::lru())
                 .max_capacity(options.memory_bytes - parsed_bytes)
@@ -200,7 +202,8 @@ impl ChunkCache {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Returns a parsed object by the attempt in its name. The first caller loads the object.
+    /// Returns a parsed object by the attempt in its name. If the object is not cached, runs `load` and caches the
+    /// result; concurrent callers wait for the same load.
     pub(super) async fn get_parsed<F>(
         &self,
         store: &TierStore,
@@ -230,7 +233,7 @@ impl ChunkCache {
         self.inner.parsed_flights.join(store.tasks(), attempt, load).await.0
     }
 
-    /// Inserts the parsed form of an object that this broker has written.
+    /// Caches the parsed form of an object that this broker has written.
     pub(super) async fn put_parsed(&self, attempt: Uuid, parsed: CachedMetadata) {
         self.inner.parsed.insert(attempt, parsed).await;
     }
@@ -280,7 +283,7 @@ impl ChunkCache {
         self.inner.chunk_flights.join(store.tasks(), key, load)
     }
 
-    /// Evicts corrupt chunks.
+    /// Evicts corrupt chunks of a segment from memory and from the folder.
     pub(super) async fn evict(&self, entry: &SegmentEntry, indexes: Range<u64>) {
         // A write in progress would store its chunk after the eviction, so this waits for all writes first.
         let _all_writes = match &self.inner.disk {
@@ -322,8 +325,9 @@ impl ChunkCache {
         self.inner.max_request_chunks
     }
 
-    /// Fetches the chunks that are not in memory before a reader needs them. Adjacent chunks share one request. Returns
-    /// false if the read-ahead budget is used up, or if the store is stopping.
+    /// Starts to fetch those of the chunks that are not in memory, before a reader needs them. Adjacent ones share one
+    /// request. Returns false, and fetches nothing, if the read-ahead budget is too small for them or if the store is
+    /// stopping.
     pub(super) fn read_ahead(&self, store: &TierStore, object: &str, entry: SegmentEntry, indexes: Range<u64>) -> bool {
         let attempt = entry.stamp.attempt;
         let key = move |index| ChunkKey { attempt, index };
@@ -359,7 +363,7 @@ impl ChunkCache {
         true
     }
 
-    /// Returns a request for adjacent chunks. The fetches that wait for it drive it.
+    /// Returns a request for adjacent chunks. It proceeds only while a fetch of one of these chunks waits for it.
     fn fetch_request(
         &self,
         store: &TierStore,
@@ -373,7 +377,7 @@ impl ChunkCache {
         request.map(|outcome| outcome.map_err(TierReadError::from)).boxed().shared()
     }
 
-    /// Fetches a chunk once, and joins a fetch in flight. `flight` is a shared request for several chunks, and the
+    /// Fetches a chunk, or waits for the fetch in flight. `flight` is a shared request for several chunks, and the
     /// index of this chunk among them. Without `flight`, or if the shared request fails, perhaps because of another
     /// chunk, the chunk gets a request of its own. Also returns true if a fetch was in flight already.
     fn fetch_once_from(
@@ -439,8 +443,8 @@ impl ChunkCacheInner {
         Ok(chunk)
     }
 
-    /// Records that a chunk was fetched from the object store. Starts to write the chunk to the folder if it was
-    /// fetched before.
+    /// Counts a fetch of a chunk from the object store. If the chunk was fetched before, starts to write it to the
+    /// folder.
     async fn record_fetch(&self, store: &TierStore, key: ChunkKey, chunk: &Bytes) {
         self.misses.inc();
         if let Some(disk) = &self.disk {
@@ -457,7 +461,8 @@ impl ChunkCacheInner {
 }
 
 impl DiskCache {
-    /// Opens the folder, with at most `bytes` bytes of chunks. The file of an evicted chunk is deleted.
+    /// Opens the folder and deletes the chunks in it. The cache keeps at most `bytes` bytes of chunks, and deletes the
+    /// file of an evicted chunk.
     fn open(folder: &Path, data_dir: Option<&Path>, bytes: u64) -> io::Result<Self> {
         let folder = Arc::new(CacheFolder::open(folder, data_dir)?);
         let listener_folder = Arc::clone(&folder);
@@ -480,7 +485,8 @@ impl DiskCache {
         Ok(Self { folder, write_permits, read_permits, files, fetched })
     }
 
-    /// Returns a chunk from its file. If the file is missing or fails its checksum, removes it and returns `None`.
+    /// Returns a chunk from its file. If the file is missing or fails its checksum, evicts the chunk and returns
+    /// `None`. `permit` is held until the file is read.
     async fn get(&self, key: ChunkKey, permit: OwnedSemaphorePermit) -> Option<Bytes> {
         self.files.get(&key).await?;
         let folder = Arc::clone(&self.folder);
@@ -507,7 +513,7 @@ impl DiskCache {
         });
     }
 
-    /// Writes a chunk to the folder. A full or failing disk only makes the cache smaller.
+    /// Writes a chunk to the folder. If the disk is nearly full or the write fails, the chunk is not cached there.
     async fn put(&self, key: ChunkKey, chunk: Bytes) {
         let folder = Arc::clone(&self.folder);
         let bytes = weight(chunk.len() + 4);

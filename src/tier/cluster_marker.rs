@@ -1,8 +1,8 @@
 //! Cluster marker: `cluster.json`, which contains the cluster's name and the id of the [`StoreBinding`].
 //!
-//! A broker draws the id, and a compare-and-set in the metadata store decides before any broker writes the marker. So
+//! Before a broker writes the marker, a compare-and-set in the metadata store decides which broker's id is used. So
 //! brokers that start together write the same marker, and need no conditional put. A broker with a wrong URL fails: an
-//! empty store is not taken once the binding is complete, and a marker with another id is rejected.
+//! empty store is rejected once the binding is complete, and a marker with another id is rejected.
 
 use std::sync::Arc;
 
@@ -18,15 +18,15 @@ use super::{
 };
 use crate::task::random;
 
-/// Content of `cluster.json`. An operator may write a marker without id to start with this store again; a broker
-/// accepts it. Only the generation ever changes, and it only increases.
+/// Content of `cluster.json`. An operator may write a marker without id, so that brokers accept a store whose marker
+/// was lost. Brokers change only the generation, which never decreases.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct ClusterMarker {
     format: u32,
     cluster: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     id: Option<Uuid>,
-    /// Cluster generation. 0 if an operator wrote the marker.
+    /// Cluster generation; 0 if the marker contains none, as one that an operator wrote.
     #[serde(default)]
     generation: u64,
 }
@@ -38,12 +38,13 @@ impl TierStore {
         Self { owner: Arc::new(PrefixOwner { expected: owner, ..PrefixOwner::default() }), ..self }
     }
 
-    /// Makes sure that the prefix belongs to this cluster. Takes a prefix without marker. Fails if the prefix belongs
-    /// to another cluster, or if this cluster uses another store. Sends requests until it has succeeded once. The
-    /// operations that write history call it first, so their callers need not.
+    /// Makes sure that the prefix belongs to this cluster, and writes the marker to a prefix without one. Fails if the
+    /// prefix belongs to another cluster, or if this cluster uses another store. Calls after the first success send no
+    /// request, except for a folder. The operations that write history call this function first, so their callers need
+    /// not.
     ///
-    /// A folder is checked at each call. A missing bucket causes errors by itself. If a disk is unmounted, its folder
-    /// remains or the next write creates it, and the objects would be written to the wrong disk.
+    /// A folder is checked at each call. Requests to a missing bucket fail by themselves. But if a disk is unmounted,
+    /// its folder remains or the next write creates it, and the objects would be written to the wrong disk.
     pub async fn bind(&self) -> Result<(), BindingError> {
         let Some(id) = self.owner.bound.get().filter(|_| self.inner.folder) else {
             let bound = self.owner.bound.get_or_try_init(|| self.verify_owner()).await.map(drop);
@@ -54,7 +55,7 @@ impl TierStore {
             });
         };
         match self.read_marker().await? {
-            // A marker that an operator wrote meanwhile is accepted here as well.
+            // A marker without id, which an operator wrote meanwhile, is accepted here as well.
             Some(marker) if marker.id.is_none() || marker.id == *id => Ok(()),
             Some(_) => {
                 let url = self.location();
@@ -68,7 +69,8 @@ impl TierStore {
         }
     }
 
-    /// Waits until a reason is known why a broker must not run with this store. Returns the reason.
+    /// Waits until [`TierStore::bind`] has found a fatal error, with which a broker must not run. Returns the error as
+    /// text.
     pub async fn until_refused(&self) -> String {
         let mut refused = self.owner.refused.subscribe();
         let reason = refused.wait_for(Option::is_some).await.expect("the sender is in self").clone();
@@ -81,7 +83,8 @@ impl TierStore {
         self.owner.bound.initialized() || self.owner.expected.has_data
     }
 
-    /// Reads or writes the marker and the binding, and compares them. Returns the id of the marker.
+    /// Reads or writes the marker and the binding, compares them, and checks the generation. Returns the id of the
+    /// marker, if it has one.
     async fn verify_owner(&self) -> Result<Option<Uuid>, BindingError> {
         let marker = match self.read_marker().await? {
             Some(marker) => marker,
@@ -89,7 +92,7 @@ impl TierStore {
         };
         let id = marker.id;
         if id.is_some() {
-            let binding = self.binding(id).await?;
+            let binding = self.create_or_get_binding(id).await?;
             if Some(binding.id) != id {
                 return Err(self.other_store(binding, "its cluster.json has another id"));
             }
@@ -99,12 +102,14 @@ impl TierStore {
         Ok(id)
     }
 
-    /// Takes a prefix without marker, unless the cluster's store is another one.
+    /// Writes a marker to a prefix without one, and returns the marker. Fails if the cluster is bound to another store,
+    /// or if the marker of the bound store is missing.
     async fn take_prefix(&self) -> Result<ClusterMarker, BindingError> {
         let binding = match self.must_have_marker() {
-            // The objects are in another store, so this one must not become the bound store.
+            // The cluster has objects. Without its marker, this may be another store, so it must not become the bound
+            // one.
             true => self.complete_binding().await?.ok_or_else(|| self.missing_store())?,
-            false => self.binding(None).await?,
+            false => self.create_or_get_binding(None).await?,
         };
         if binding.url != self.location() {
             return Err(self.other_store(binding, "its cluster.json is missing"));
@@ -132,7 +137,7 @@ impl TierStore {
         self.read_marker().await?.ok_or_else(|| BindingError::Unreadable { url: self.inner.url.clone(), reason })
     }
 
-    /// Rejects a marker of a later generation than the metadata store's. Replaces a marker of an earlier generation.
+    /// Fails if the marker has a later generation than the metadata store. Replaces a marker of an earlier generation.
     /// All brokers write the same content, so the order of their writes does not matter.
     async fn check_generation(&self, marker: ClusterMarker) -> Result<(), BindingError> {
         // 0 means that the cluster's generation is not known.
@@ -156,9 +161,10 @@ impl TierStore {
         Ok(self.read_marker().await?.map(|marker| marker.generation))
     }
 
-    /// Returns the binding of the cluster (`BindingStore::bind`). Without a storage of bindings, the cluster may use
-    /// any store.
-    async fn binding(&self, id: Option<Uuid>) -> Result<StoreBinding, BindingError> {
+    /// Binds the cluster to this store if no store is bound yet, and returns the cluster's binding. `id` is the id in
+    /// the store's `cluster.json`; without it a new binding is pending. Without a `BindingStore` every store is
+    /// accepted, and nothing is stored.
+    async fn create_or_get_binding(&self, id: Option<Uuid>) -> Result<StoreBinding, BindingError> {
         let url = self.location();
         match &self.owner.expected.bindings {
             Some(bindings) => bindings.bind(&url, id).await.map_err(BindingError::Binding),
@@ -166,14 +172,14 @@ impl TierStore {
         }
     }
 
-    /// Returns the stored binding if it is complete.
+    /// Returns the stored binding if it is not pending.
     async fn complete_binding(&self) -> Result<Option<StoreBinding>, BindingError> {
         let Some(bindings) = &self.owner.expected.bindings else { return Ok(None) };
         let stored = bindings.stored().await.map_err(BindingError::Binding)?;
         Ok(stored.filter(|binding| !binding.pending))
     }
 
-    /// Returns the marker, if there is one. Fails if it belongs to another cluster.
+    /// Returns the marker, if there is one. Fails if the marker cannot be parsed or belongs to another cluster.
     async fn read_marker(&self) -> Result<Option<ClusterMarker>, BindingError> {
         let url = self.inner.url.clone();
         let content = match self.fetch(name::CLUSTER).await {
@@ -204,7 +210,7 @@ impl TierStore {
         BindingError::OtherStore { url: self.location(), bound_url: bound.url, found }
     }
 
-    /// Returns the URL, with the endpoint if there is one: two services may each have a bucket of this name.
+    /// Returns the URL, for S3 with the endpoint if one is named: two services may each have a bucket of this name.
     fn location(&self) -> String {
         let url = &self.inner.url;
         match self.options().named_endpoint().filter(|_| self.options().is_s3()) {

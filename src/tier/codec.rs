@@ -1,5 +1,5 @@
-//! Fixed-width fields of the tier's own objects: big-endian. Every length is checked against the bytes that are present
-//! before it is used.
+//! Fixed-width, big-endian fields of segment footers, manifests and pages. Every length is compared with the bytes that
+//! are present before it is used.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use uuid::Uuid;
@@ -16,7 +16,7 @@ pub enum InvalidObject {
     /// The object has fewer bytes than its fields need.
     #[error("the object ends {missing} bytes too early, in {field}")]
     Truncated {
-        /// Field that does not fit.
+        /// Field whose bytes are missing.
         field: &'static str,
         missing: usize,
     },
@@ -47,7 +47,7 @@ pub enum InvalidObject {
     /// Fields contradict each other or the expected object.
     #[error("{reason}")]
     Contradiction {
-        /// Contradiction, for people.
+        /// Description of the contradiction, for people.
         reason: &'static str,
     },
 }
@@ -106,7 +106,7 @@ impl<'a> FieldReader<'a> {
         Ok(PartitionId::new(topic, self.u32("partition")?))
     }
 
-    /// Reads the name of a segment or page object. Rejects an empty or reversed range of offsets.
+    /// Reads the id of a segment or page object. Rejects an empty or reversed range of offsets.
     pub(super) fn stamp(&mut self) -> Result<ObjectId, InvalidObject> {
         let (base, end) = (self.offset("base")?, self.offset("end")?);
         let (epoch, attempt) = (self.epoch("epoch")?, Uuid::from_bytes(self.array("attempt")?));
@@ -116,7 +116,8 @@ impl<'a> FieldReader<'a> {
         Ok(ObjectId { base, end, epoch, attempt })
     }
 
-    /// Reads the number of entries of `size` bytes that follow. Rejects a number of entries that cannot fit.
+    /// Reads the number of entries that follow, of `size` bytes each. Rejects a number that exceeds the remaining
+    /// bytes.
     pub(super) fn count(&mut self, size: usize, field: &'static str) -> Result<usize, InvalidObject> {
         let count = self.u32(field)? as usize;
         self.need(count.saturating_mul(size), field)?;
@@ -150,7 +151,7 @@ pub(super) fn put_count(out: &mut BytesMut, count: usize) {
     out.put_u32(u32::try_from(count).expect("every list of the tier is bounded far below 2^32"));
 }
 
-/// Completes an object with the CRC-32C of its content.
+/// Appends the CRC-32C of the content, which completes the object.
 pub(super) fn append_crc(mut out: BytesMut) -> Bytes {
     let crc = crc32c::crc32c(&out);
     out.put_u32(crc);

@@ -42,8 +42,8 @@ impl TierStoreError {
         matches!(self, Self::Unavailable { .. })
     }
 
-    /// Converts the error of a request for `object`. An error of no other kind counts as `Unavailable`, which is
-    /// retried.
+    /// Converts the error of a request for `object`. Every error that is not a missing object, a denial or an
+    /// unsupported operation becomes `Unavailable`, which is retried.
     pub(super) fn new(object: &str, error: &object_store::Error) -> Self {
         use object_store::Error as E;
         let (object, reason) = (object.to_owned(), reason(error));
@@ -108,7 +108,7 @@ pub enum BindingError {
 }
 
 impl BindingError {
-    /// Returns true if a later attempt may succeed.
+    /// Returns true if a later attempt may succeed with the same configuration.
     pub fn retryable(&self) -> bool {
         match self {
             Self::Missing { .. } | Self::Binding(_) => true,
@@ -147,7 +147,7 @@ pub enum TierReadError {
         /// Check that failed.
         reason: String,
     },
-    /// The batch is larger than the reader's memory budget.
+    /// The batch is larger than both limits of the reader (`ReadLimits`), and was not read.
     #[error("the batch has {bytes} bytes, which exceeds the memory of the reader")]
     BatchTooLarge { bytes: usize },
     #[error(transparent)]
@@ -178,8 +178,8 @@ impl From<TierStoreError> for TierReadError {
     }
 }
 
-/// Returns an error with its causes in one line, each once, of at most 500 characters. For a refused connection,
-/// returns only the address and that fact.
+/// Returns an error with its causes in one line of at most 500 characters, each text once. For a refused connection,
+/// returns only the address and `connection refused`.
 pub(super) fn reason(error: &(dyn std::error::Error + 'static)) -> String {
     let mut innermost = error;
     while let Some(cause) = innermost.source() {
@@ -202,7 +202,7 @@ pub(super) fn reason(error: &(dyn std::error::Error + 'static)) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(500).collect()
 }
 
-/// Returns scheme, host and port of the first URL in a text.
+/// Returns scheme, host and port of the first URL in a text; `None` if the text contains no URL.
 fn address(text: &str) -> Option<&str> {
     let colon = text.find("://")?;
     let start = text[..colon].rfind(|c: char| !c.is_ascii_alphanumeric()).map_or(0, |before| before + 1);

@@ -20,11 +20,13 @@ use rustix::fs::{Advice, OFlags, fadvise};
 
 use crate::log::{PrivateDir, disk::PIECE_BYTES, free_in_steps, write_out};
 
-/// Pause after each piece, in which appends have the device.
+/// Pause after each piece, in which the device serves appends.
 const PIECE_PAUSE: Duration = Duration::from_millis(1);
 
-/// File name ending of a chunk in the cache. `UNFINISHED` follows it while the file is being written.
+/// Ending of the file name of a chunk in the cache folder.
 pub(super) const CHUNK: &str = ".chunk";
+
+/// Additional ending of a file in the cache folder while the file is being written.
 const UNFINISHED: &str = ".part";
 
 /// Creates a folder and the folders above it.
@@ -32,8 +34,8 @@ pub(super) fn create_folder(path: &Path) -> io::Result<()> {
     fs::create_dir_all(path)
 }
 
-/// Writes files in pieces, one piece at a time over all files that share the writer. Waits until each piece is on the
-/// device.
+/// Writes files in pieces, one piece at a time over all files that share the writer. Waits until the device has
+/// received each piece; this makes nothing durable.
 #[derive(Debug, Default)]
 pub(super) struct PieceWriter {
     /// Held while one piece is written.
@@ -84,8 +86,8 @@ pub(super) struct StagedFile {
 
 impl StagedFile {
     /// Creates the file, and missing folders above it. New folders are durable when this returns. The name of an
-    /// incomplete file ends in `#` and a number, which listings skip. The number differs from the files of other
-    /// writers and of killed processes.
+    /// incomplete file ends in `#` and a number, and listings skip such names. The number differs from those of other
+    /// writers' files and of files that killed processes left.
     pub(super) fn create(target: &Path) -> io::Result<Self> {
         let mut attempt = 1;
         loop {
@@ -113,7 +115,8 @@ impl StagedFile {
         writer.write_at(&self.file, at, parts)
     }
 
-    /// Renames the file to its target and replaces a file there. Content and name are durable when this returns.
+    /// Renames the file to its target, and replaces an existing file of that name. Content and name are durable when
+    /// this returns.
     pub(super) fn publish(&self) -> io::Result<()> {
         self.file.sync_all()?;
         fs::rename(&self.path, &self.target)?;
@@ -132,7 +135,7 @@ impl Drop for StagedFile {
     }
 }
 
-/// Reads a range of a file, and drops its pages from the page cache if they are on the device already.
+/// Reads a range of a file, and drops those pages of the range from the page cache that are already on the device.
 pub(super) fn read_and_drop_pages(file: &fs::File, range: Range<u64>) -> io::Result<Bytes> {
     let len = range.end.saturating_sub(range.start);
     let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];
@@ -148,7 +151,8 @@ pub(super) fn read_and_drop_pages(file: &fs::File, range: Range<u64>) -> io::Res
 pub(super) struct RemovedFile(fs::File);
 
 impl RemovedFile {
-    /// Returns `None` if the file does not exist or this process may not write to it.
+    /// Opens the file, so that its space stays allocated when its name is removed. Returns `None` if the file does not
+    /// exist or cannot be opened for writing.
     pub(super) fn open(path: &Path) -> Option<Self> {
         fs::OpenOptions::new().write(true).open(path).ok().map(Self)
     }
@@ -171,7 +175,7 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
     fs::File::open(folder)?.sync_all()
 }
 
-/// Creates a folder and the folders above it. Each is durable in the folder above it.
+/// Creates a folder and the missing folders above it. The name of each new folder is durable when this returns.
 fn make_durable_folder(folder: &Path) -> io::Result<()> {
     match fs::create_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound && folder.parent().is_some() => {
@@ -193,8 +197,8 @@ pub(super) struct CacheFolder {
 }
 
 impl CacheFolder {
-    /// Creates the folder, or deletes the chunks in it; other files are kept. If the folder lies in `data_dir`, the
-    /// data directory, the folder must not be a symbolic link.
+    /// Creates the folder if it does not exist, and deletes the chunks in it; other files are kept. If the folder lies
+    /// in `data_dir`, the data directory, the folder must not be a symbolic link.
     pub(super) fn open(path: &Path, data_dir: Option<&Path>) -> io::Result<Self> {
         let below = data_dir.and_then(|data_dir| Some((data_dir, path.strip_prefix(data_dir).ok()?)));
         let folder = match below {
@@ -214,7 +218,7 @@ impl CacheFolder {
         self.dir.free_bytes()
     }
 
-    /// Writes a file under a name that no read uses, and then renames it.
+    /// Writes a file under an unfinished name, which is never read, and then renames it to `name`.
     pub(super) fn write_whole(&self, name: &str, parts: &[&[u8]]) -> io::Result<()> {
         let unfinished = format!("{name}{UNFINISHED}");
         let file = self.dir.open_file(Path::new(&unfinished), OFlags::WRONLY | OFlags::CREATE)?;
@@ -247,7 +251,7 @@ mod tests {
 
     use super::*;
 
-    /// Regression: every file in the configured folder was deleted.
+    /// Regression: opening the cache deleted every file in the configured folder.
     #[test]
     fn opening_cache_folder_deletes_only_chunks() {
         let parent = tempfile::tempdir().unwrap();

@@ -2,8 +2,8 @@
 //!
 //! Large objects are written in small pieces with pauses, one piece at a time over all uploads. A sync of 64 MiB at
 //! once would delay the next write of the journal. The read-back after an upload drops the object from the page cache,
-//! which objects without readers would fill. `object_store` does everything else. When a put returns, the object and
-//! its name are durable.
+//! which objects without readers would fill. `object_store` does everything else, and is configured to sync (`open`).
+//! So when a put returns, the object and its name are durable.
 
 use std::{fmt, io, ops::Range, sync::Arc};
 
@@ -43,7 +43,7 @@ impl Folder {
         Self { files, writer: Arc::default() }
     }
 
-    /// Starts a write in pieces.
+    /// Starts to write an object in pieces.
     async fn upload(&self, location: &Path) -> Result<FolderUpload> {
         let target = self.files.path_to_filesystem(location)?;
         let staged = task::run_blocking(move || StagedFile::create(&target)).await.map_err(folder_error)?;
@@ -95,7 +95,7 @@ impl ObjectStore for Folder {
         self.files.get_ranges(location, ranges).await
     }
 
-    /// Deletes the objects, and frees the space of each in steps after its name is removed.
+    /// Deletes the objects, and frees the space of each object in steps after its name is removed.
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
         let files = self.files.clone();
         let delete = move |location: Result<Path>| {

@@ -14,10 +14,10 @@
 //!          │ ten zero bytes │ CRC of the trailer so far u32 │ "STRNDSEG"
 //! ```
 //!
-//! Big-endian; every CRC is CRC-32C. Each entry serves two indexes. The offset index finds the interval that contains
-//! an offset; the time index finds the first interval with a timestamp at or after a given one. Every interval but the
-//! last has at least 4 KiB. Intervals are larger if a segment would otherwise have more than [`MAX_ENTRIES`] of them,
-//! so that a footer stays below a MiB.
+//! Big-endian; every CRC is CRC-32C. Each index entry serves two indexes. The offset index finds the interval that
+//! contains an offset; the time index finds the first interval with a timestamp at or after a given one. Every interval
+//! but the last has at least 4 KiB. Intervals are larger if a segment would otherwise have more than [`MAX_ENTRIES`] of
+//! them, so that the index stays below 400 KiB.
 //!
 //! Pure: no I/O, no clock, no randomness.
 
@@ -29,7 +29,7 @@ use crate::{
     record::Batch,
 };
 
-/// Size of the trailer, which ends every segment object.
+/// Size of the trailer at the end of every segment object, in bytes.
 pub const TRAILER_BYTES: usize = 44;
 
 /// Maximum number of index entries of one segment.
@@ -78,7 +78,7 @@ pub struct Footer {
     pub producers: Bytes,
 }
 
-/// The fields of a trailer that locate and check the rest.
+/// The fields of a trailer that locate and check the body and the batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Trailer {
     /// Bytes of batches. The body starts after them.
@@ -116,14 +116,15 @@ impl Trailer {
         Ok(Self { data_bytes, body_bytes, data_crc, body_crc })
     }
 
-    /// Returns the bytes of body and trailer, which must be read at the object's end to parse the footer.
+    /// Returns the number of bytes of body and trailer. To parse the footer, that many bytes at the object's end must
+    /// be read.
     pub fn footer_bytes(&self) -> u64 {
         u64::from(self.body_bytes) + TRAILER_BYTES as u64
     }
 }
 
 impl Footer {
-    /// Returns body and trailer, which follow the batches.
+    /// Encodes body and trailer, which follow the batches in the object.
     pub fn encode(&self) -> Bytes {
         let capacity = 128 + self.epochs.len() * EPOCH_BYTES + self.index.len() * ENTRY_BYTES + self.producers.len();
         let mut out = BytesMut::with_capacity(capacity);
@@ -251,7 +252,8 @@ impl Footer {
         Ok(())
     }
 
-    /// Returns the index interval that contains `offset`, and the position of its end.
+    /// Returns the index interval that contains `offset`, and the position of the interval's end. The segment must
+    /// contain `offset`.
     pub fn interval_of(&self, offset: Offset) -> (SegmentIndexEntry, u64) {
         let index = self.index.partition_point(|entry| entry.offset <= offset).saturating_sub(1);
         (self.index[index], self.index.get(index + 1).map_or(self.data_bytes, |next| next.position))
@@ -262,13 +264,14 @@ impl Footer {
         self.index.iter().find(|entry| entry.max_timestamp_ms >= timestamp_ms).copied()
     }
 
-    /// Returns the leader epoch that wrote `offset`.
+    /// Returns the leader epoch in which `offset` was written; `None` below the first epoch.
     pub fn epoch_of(&self, offset: Offset) -> Option<LeaderEpoch> {
         epoch_of(&self.epochs, offset)
     }
 }
 
-/// Returns the leader epoch that wrote `offset`, from a list of (epoch, start offset).
+/// Returns the leader epoch in which `offset` was written, from an ascending list of (epoch, start offset); `None`
+/// below the first start offset.
 pub fn epoch_of(epochs: &[(LeaderEpoch, Offset)], offset: Offset) -> Option<LeaderEpoch> {
     let after = epochs.partition_point(|(_, start)| *start <= offset);
     after.checked_sub(1).map(|index| epochs[index].0)
@@ -278,12 +281,13 @@ pub fn epoch_of(epochs: &[(LeaderEpoch, Offset)], offset: Offset) -> Option<Lead
 #[derive(Clone, Debug)]
 pub struct FooterBuilder {
     footer: Footer,
-    /// Minimum size of an index interval.
+    /// Minimum size of an index interval, in bytes.
     interval_bytes: u64,
 }
 
 impl FooterBuilder {
-    /// Creates a builder for a segment that starts at `base` and has about `data_bytes` bytes of batches.
+    /// Creates a builder for a segment that starts at `base`. `data_bytes` is the expected size of its batches, which
+    /// determines the size of the index intervals.
     pub fn new(
         partition: PartitionId,
         base: Offset,
@@ -337,7 +341,8 @@ impl FooterBuilder {
         footer.end = batch.end_offset();
     }
 
-    /// Returns the footer, without the epochs that begin at or after the end: no batch of this segment has them.
+    /// Returns the footer with this producer state. Leaves out the epochs that begin at or after the end, in which no
+    /// batch of this segment was written.
     ///
     /// # Panics
     /// If no batch was added.

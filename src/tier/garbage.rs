@@ -6,8 +6,10 @@
 //!
 //! An object is deleted only if all of this holds:
 //!
-//! 1. The object lies in a partition's folder and has a name of ours. A deleted topic's `topic.json` is deleted last.
-//! 2. The object is older than the grace period, by the store's clock, so that uploads in progress are safe.
+//! 1. The object lies in a partition's folder and has the name of a segment, page or manifest. As the only other
+//!    object, the `topic.json` of a deleted topic is deleted, after all objects of the topic.
+//! 2. The object is older than the grace period, by the store's clock, so that no object of an upload in progress is
+//!    deleted.
 //! 3. The partition's current manifest, read *after* the listing, does not reference the object.
 //!
 //! A manifest only ever gains objects that were new when it was staged. So an object that the current manifest does not
@@ -30,7 +32,8 @@ use super::{
 };
 use crate::model::{PartitionId, TopicId};
 
-/// A partition's state in the metadata store, read at this moment and not from the metadata cache, which may lag.
+/// A partition's state in the metadata store. It must be read from the store itself, because the metadata cache may
+/// lag.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PartitionLiveness {
     /// The partition exists and has this tier state: the default state before its first commit.
@@ -51,9 +54,9 @@ pub struct GarbageReport {
     pub young: u64,
     /// Bytes of the objects that `young` counts.
     pub young_bytes: u64,
-    /// Partitions that were skipped, or left incomplete, because of an error; with the error.
+    /// Partitions whose garbage was not or only partly deleted because of an error, each with the error.
     pub skipped: Vec<(PartitionId, String)>,
-    /// Number of objects without a name of ours, which are never deleted.
+    /// Number of objects in partition folders whose names no broker writes. They are never deleted.
     pub foreign: u64,
 }
 
@@ -61,7 +64,7 @@ pub struct GarbageReport {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UploadsReport {
     pub aborted: u64,
-    /// Number of segment uploads that are younger than the grace period, or whose age the store does not return.
+    /// Number of segment uploads that are younger than the grace period, or whose start time the store does not return.
     pub young: u64,
     /// Number of uploads below the prefix that are not of segments. They are never aborted.
     pub foreign: u64,
@@ -83,7 +86,8 @@ pub enum UploadsError {
     List { url: String, reason: String },
 }
 
-/// Deletes the garbage of all topics in the object store once. `now_ms` is the store's clock ([`TierStore::clock_ms`]).
+/// Deletes the garbage of all topics in the object store once. `live` reads a partition's current state; it is called
+/// after the partition's objects were listed. `now_ms` is the time of the store's clock ([`TierStore::clock_ms`]).
 ///
 /// # Errors
 /// The prefix is not known to belong to this cluster, or a folder of topics or partitions cannot be listed. The error
@@ -155,7 +159,7 @@ impl GarbageCollector<'_> {
         Ok(())
     }
 
-    /// Deletes the description of a deleted topic, if no other object of the topic is left.
+    /// Deletes the description of a deleted topic, if the topic has no other object and the description is not young.
     async fn topic_object(&mut self, topic: TopicId) -> Result<(), TierStoreError> {
         let remaining = self.store.list(&name::topic_folder(topic)).await?;
         let description = name::topic_object(topic);
@@ -174,7 +178,8 @@ impl GarbageCollector<'_> {
         Ok(())
     }
 
-    /// Returns the names of all objects that a state references.
+    /// Returns the file names of a state's manifest and of the pages and segments that it references. Leaves out
+    /// segments of pages that end at or below the log start. Fails if the manifest or a page cannot be read.
     async fn list_referenced(&self, partition: PartitionId, state: &TierState) -> Result<BTreeSet<String>, String> {
         let mut referenced = BTreeSet::new();
         let Some(manifest) = state.manifest else { return Ok(referenced) };
@@ -199,8 +204,8 @@ impl GarbageCollector<'_> {
         Ok(referenced)
     }
 
-    /// Deletes the old objects of a partition that are not in `referenced`, and counts all others in the report. The
-    /// first failed deletion ends this for the partition.
+    /// Deletes the objects of a partition that are not in `referenced` and not young. Counts the deleted, the young and
+    /// the foreign objects in the report. The first failed deletion ends the work on this partition.
     async fn partition(&mut self, id: PartitionId, folder: &str, listed: &[ObjectInfo], referenced: &BTreeSet<String>) {
         for object in listed {
             let name = object.object.strip_prefix(folder).unwrap_or_default().trim_start_matches('/');
@@ -227,8 +232,8 @@ impl GarbageCollector<'_> {
     }
 }
 
-/// Aborts the uploads below the prefix that were started longer ago than `grace`. `now_ms` is the time of the store's
-/// clock, in milliseconds since 1970.
+/// Aborts the multipart uploads of segments below the prefix that were started longer ago than `grace`. Has no effect
+/// on a store other than S3. `now_ms` is the time of the store's clock, in milliseconds since 1970.
 ///
 /// # Errors
 /// The prefix is not known to belong to this cluster, or its uploads cannot be listed. The error of one upload is in
@@ -246,7 +251,7 @@ pub async fn abort_abandoned_uploads(
     abort_uploads(store, now_ms.saturating_sub(grace_ms)).await
 }
 
-/// Aborts all abandoned segment uploads. An upload counts as abandoned if it was started before `oldest_young_ms`.
+/// Aborts all segment uploads that were started before `oldest_young_ms`.
 #[cfg(feature = "s3-admin")]
 async fn abort_uploads(store: &TierStore, oldest_young_ms: i64) -> Result<UploadsReport, UploadsError> {
     let refuse = |reason: String| UploadsError::List { url: store.url().to_owned(), reason };
@@ -275,7 +280,7 @@ async fn abort_uploads(_: &TierStore, _: i64) -> Result<UploadsReport, UploadsEr
     Ok(UploadsReport::default())
 }
 
-/// Class of an upload.
+/// Class of an incomplete multipart upload.
 #[cfg(any(test, feature = "s3-admin"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum UploadVerdict {

@@ -8,21 +8,21 @@
 //!        base                                                            end = tiered end
 //! ```
 //!
-//! Each commit of a manifest writes a new root, often with one new segment or several. When a root lists
+//! Each version of a manifest is a new root, often with one or several new segments. When a root lists
 //! [`PAGE_SEGMENTS`] × 2 single segments, the oldest half moves to a page object that never changes again. So a root
-//! has some tens of KiB for terabytes of data. Retention removes segments from the front. A complete page is removed by
-//! its entry in the root. A page that contains the log start keeps its entry until its last segment is below the log
-//! start. Its segments below the log start no longer count.
+//! has some tens of KiB for terabytes of data. Retention removes segments from the front. A page that lies completely
+//! below the log start is removed with its entry in the root. A page that contains the log start keeps its entry; its
+//! segments below the log start no longer count.
 //!
 //! # Invariants
 //!
-//! These are asserted when a manifest is made, and checked when one is read:
+//! These invariants are asserted when a manifest is created, and checked when one is read:
 //!
 //! - Pages and segments cover `base..end` without gap or overlap.
 //! - `base ≤ log start ≤ end`, and the first page or segment reaches above the log start.
 //! - No segment has a newer epoch than the manifest.
 //!
-//! The parent of a version is the version before it.
+//! Each version replaces the version before it, and versions have no gap.
 //!
 //! # Format
 //!
@@ -49,7 +49,7 @@ use crate::model::{LeaderEpoch, Offset, PartitionId};
 /// Number of segments in a page.
 pub const PAGE_SEGMENTS: usize = 512;
 
-/// First version that is rejected when a manifest is read. So every accepted version has a next version, which can be
+/// Lowest version that is rejected when a manifest is read. So every accepted version has a next version, which can be
 /// written.
 const VERSION_END: u64 = 1 << 63;
 
@@ -88,7 +88,7 @@ impl SegmentEntry {
 pub struct PageEntry {
     /// Name of the object.
     pub stamp: ObjectId,
-    /// Bytes of the batches of the page's segments.
+    /// Bytes of the batches in all segments of the page.
     pub data_bytes: u64,
     pub segments: u32,
     /// CRC-32C of the page object.
@@ -126,7 +126,7 @@ pub enum ManifestLookup {
     Page(PageEntry),
 }
 
-/// A page of segments that moved out of a root. The page object is written before the root.
+/// A page of segments that moved out of a root. The caller writes the page object before the root.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewManifestPage {
     /// Name of the object.
@@ -154,7 +154,7 @@ impl ManifestPage {
         Ok(page)
     }
 
-    /// Parses a page object without its entry.
+    /// Parses a page object without a comparison with its entry in the root.
     pub fn read(bytes: &[u8]) -> Result<Self, InvalidObject> {
         let mut fields = codec::check_envelope(bytes, b"STMP", PAGE, FORMAT)?;
         let partition = fields.partition()?;
@@ -193,7 +193,8 @@ impl ManifestPage {
 }
 
 impl ManifestRoot {
-    /// Returns the manifest before the first one: it lists no segment, and the first segment starts at `log_start`.
+    /// Returns the manifest before the first version, which is never written: it lists no segment, and covers
+    /// `log_start..log_start`.
     pub fn empty(partition: PartitionId, log_start: Offset) -> Self {
         Self {
             partition,
@@ -217,7 +218,7 @@ impl ManifestRoot {
         self.partition
     }
 
-    /// Returns the version, from 1. Version 0 is the manifest that is never written.
+    /// Returns the version, from 1. Version 0 is [`ManifestRoot::empty`], which is never written.
     pub fn version(&self) -> u64 {
         self.version
     }
@@ -232,7 +233,8 @@ impl ManifestRoot {
         self.log_start
     }
 
-    /// Returns the first offset that the manifest covers. It lies below the log start if that lies inside a segment.
+    /// Returns the first offset that the manifest covers. It lies below the log start if the log start lies inside a
+    /// segment.
     pub fn base(&self) -> Offset {
         let page = self.pages.first().map(|entry| entry.stamp.base);
         page.or(self.segments.first().map(|entry| entry.stamp.base)).unwrap_or(self.end)
@@ -279,8 +281,8 @@ impl ManifestRoot {
         })
     }
 
-    /// Returns the next version, with one more segment at the end, and the page that moved out, if any. `page_attempt`
-    /// is the attempt in that page's name.
+    /// Returns the next version, with one more segment at the end. Also returns the page that moved out of the root, if
+    /// any; `page_attempt` is the attempt in that page's name.
     ///
     /// # Panics
     /// If the segment does not start at the end. An empty manifest also accepts a segment that contains its log start.
@@ -295,7 +297,8 @@ impl ManifestRoot {
         (next, page)
     }
 
-    /// Adds a segment at the end of this version, which is not written yet. Returns the page that moved out, if any.
+    /// Adds a segment at the end of this version, which is not written yet. Returns the page that moved out of the
+    /// root, if any; `page_attempt` is the attempt in that page's name.
     ///
     /// # Panics
     /// As [`ManifestRoot::extend`].
@@ -311,8 +314,8 @@ impl ManifestRoot {
         page
     }
 
-    /// Returns the same version of an empty manifest, with its end raised to `base`: offsets below `base` are never
-    /// uploaded.
+    /// Returns the same version of an empty manifest, with its log start and end raised to `base`: offsets below `base`
+    /// are never uploaded.
     ///
     /// # Panics
     /// If the manifest lists a segment.
@@ -349,13 +352,13 @@ impl ManifestRoot {
         next
     }
 
-    /// Returns the page that contains `log_start` above its base. [`ManifestRoot::trim`] needs the content of this page
-    /// as `page`.
+    /// Returns the page that begins below `log_start` and contains it. [`ManifestRoot::trim`] needs the content of this
+    /// page as `page`.
     pub fn page_to_trim(&self, log_start: Offset) -> Option<PageEntry> {
         find(&self.pages, log_start, |entry| &entry.stamp).filter(|entry| entry.stamp.base < log_start)
     }
 
-    /// Returns the next version with the same content.
+    /// Returns the next version with the same content, written by the leader of `epoch`.
     pub(super) fn next_version(&self, epoch: LeaderEpoch) -> Self {
         assert!(epoch >= self.epoch, "leader epochs never decrease: {} to {epoch}", self.epoch);
         Self { version: self.version + 1, epoch, ..self.clone() }
@@ -497,7 +500,7 @@ impl PageEntry {
     }
 }
 
-/// Reads a number of entries, and that many entries with `read`.
+/// Reads the number of entries, and then each entry with `read`.
 fn read_entries<T>(
     fields: &mut FieldReader<'_>,
     read: impl Fn(&mut FieldReader<'_>) -> Result<T, InvalidObject>,
@@ -511,7 +514,7 @@ fn total(bytes: impl Iterator<Item = u64>) -> u64 {
     bytes.fold(0, u64::saturating_add)
 }
 
-/// Fails unless each object starts at the end of the one before it.
+/// Fails unless each object starts at the end of the object before it.
 fn check_contiguous<'a>(mut stamps: impl Iterator<Item = &'a ObjectId>) -> Result<(), InvalidObject> {
     let Some(first) = stamps.next() else { return Ok(()) };
     let mut end = first.end;
@@ -524,7 +527,7 @@ fn check_contiguous<'a>(mut stamps: impl Iterator<Item = &'a ObjectId>) -> Resul
     Ok(())
 }
 
-/// Returns the entry whose range contains `offset`. The entries are ascending and contiguous.
+/// Returns the entry whose range contains `offset`. The entries must be ascending and contiguous.
 fn find<T: Copy>(entries: &[T], offset: Offset, stamp: impl Fn(&T) -> &ObjectId) -> Option<T> {
     let at = entries.partition_point(|entry| stamp(entry).end <= offset);
     entries.get(at).filter(|entry| stamp(entry).base <= offset).copied()

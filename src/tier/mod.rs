@@ -9,31 +9,32 @@
 //! garbage   list ─► read the current manifest ─► delete objects that are orphans and older than the grace period
 //! ```
 //!
-//! The module does not access the metadata store. It reads a log only through the sealed segments that the caller
-//! passes ([`SegmentSource`]). A [`PartitionTier`] is one partition's history in the object store; a [`TierStore`] is
-//! the prefix that the cluster owns; all partitions share a [`ChunkCache`]. `docs/format.md` describes every byte of
-//! every object.
+//! The module accesses the metadata store only through [`BindingStore`], for the store binding. It reads a log only
+//! through the sealed segments that the caller passes ([`SegmentSource`]). A [`PartitionTier`] is one partition's
+//! history in the object store; a [`TierStore`] is the prefix that the cluster owns; all partitions share a
+//! [`ChunkCache`]. `docs/format.md` describes every byte of every object.
 //!
 //! # Invariants
 //!
 //! - A segment, page or manifest object is written once, under a name that no other attempt uses. It is verified before
 //!   a manifest or a commit references it.
 //! - A manifest covers its range without gap or overlap. The versions form one chain, because only a compare-and-set
-//!   makes one current.
+//!   makes a manifest current.
 //! - Nothing is served unchecked: a flipped bit is detected or harmless.
 //! - At most eight parts of multipart uploads, of 8 MiB each, are in flight over all partitions. In addition, each
 //!   upload buffers at most 16 MiB and one read from its file. A read holds at most the chunks of one response.
 //! - Garbage is an object that the current manifest does not reference and that is older than the grace period.
-//! - None of this needs conditional requests, which some stores silently ignore.
+//! - None of these invariants needs conditional requests, which some stores silently ignore.
 //!
 //! # Lost manifest
 //!
-//! Segment objects and their footers contain all that a manifest lists, except the write times. `rebuild` makes a lost
-//! manifest from them. The leader commits the result if it matches the committed state; otherwise an operator decides.
+//! Segment objects and their footers contain all that a manifest lists, except the write times. `rebuild` creates a
+//! manifest from the footers if the current one is lost. The leader commits the result if it matches the committed
+//! state; otherwise an operator decides.
 //!
 //! # Crash
 //!
-//! A crash leaves objects that no manifest references, and possibly an incomplete multipart upload. A manifest never
+//! A crash may leave objects that no manifest references, and an incomplete multipart upload. A manifest never
 //! references a missing object: it is written after its objects are verified, and becomes current after that. Garbage
 //! collection deletes the orphan objects, and aborts the multipart uploads if the store is S3.
 //!

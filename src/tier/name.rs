@@ -12,10 +12,10 @@
 //! {prefix}/topics/{topic-id}/{n}/manifest-{version:020}-{epoch:010}-{uuid}
 //! ```
 //!
-//! Every name but the three `.json` ends in a UUID that is drawn for the one attempt that writes the object. Without
+//! Every name but the three `.json` contains a UUID that is drawn for the one attempt that writes the object. Without
 //! the UUID, a second attempt at a manifest version (after a failed commit or a lost response) would overwrite an
-//! object that may be referenced. A late duplicate of a request could also undo the newer one. Pure, except for
-//! [`ObjectId::draw`] and [`ManifestName::draw`].
+//! object that may be referenced. A late duplicate of the first request could also replace the second object. Pure,
+//! except for [`ObjectId::draw`] and [`ManifestName::draw`].
 
 use std::{fmt, str::FromStr};
 
@@ -51,7 +51,7 @@ impl InvalidName {
     }
 }
 
-/// Identity of an immutable object: its offsets, its writer and the attempt that wrote it.
+/// Identity of a segment or page object: its offsets, its writer's leader epoch, and the attempt that wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ObjectId {
     /// First offset.
@@ -111,10 +111,10 @@ impl fmt::Display for ObjectId {
     }
 }
 
-/// Name of a manifest's root: its position in the partition's chain of versions, and its writer.
+/// Name of a manifest's root: its version, its writer's leader epoch, and the attempt that wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ManifestName {
-    /// Version of the manifest. Grows by one with each manifest that is installed.
+    /// Version of the manifest. It grows by one with each manifest that is committed.
     pub version: u64,
     /// Leader epoch of the writer.
     pub epoch: LeaderEpoch,
@@ -187,7 +187,7 @@ pub fn is_segment(object: &str) -> bool {
         return false;
     };
     let folder = topic.parse::<TopicId>().ok().zip(number.parse::<u32>().ok());
-    // Only the spelling of `partition_folder` counts: another spelling is another key, which no broker wrote.
+    // Only the spelling of `partition_folder` is accepted: another spelling is another key, which no broker wrote.
     folder.is_some_and(|(topic, number)| {
         object == format!("{}/{file}", partition_folder(PartitionId::new(topic, number)))
     }) && ObjectId::from_segment(file).is_ok()

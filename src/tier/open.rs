@@ -24,8 +24,8 @@ impl std::fmt::Debug for AccessKeys {
     }
 }
 
-/// Location of the object store, and time limits of its requests. Credentials come from the environment, in the
-/// variables that the vendor's own tools read (`AWS_ACCESS_KEY_ID`, web identity, instance metadata; `GOOGLE_…`,
+/// Location of the object store, and time limits of its requests. Unless `keys` is set, credentials come from the
+/// sources that the vendor's own tools read (`AWS_ACCESS_KEY_ID`, web identity, instance metadata; `GOOGLE_…`,
 /// `AZURE_…`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectStoreOptions {
@@ -61,13 +61,14 @@ impl ObjectStoreOptions {
         }
     }
 
-    /// Returns the URL of a service other than AWS, from the options or the environment.
+    /// Returns the URL of a service other than AWS, from the options or else from the environment; `None` for AWS.
     pub(super) fn named_endpoint(&self) -> Option<String> {
         let variable = |name| std::env::var(name).ok().filter(|text| !text.is_empty());
         self.endpoint.clone().or_else(|| variable("AWS_ENDPOINT_URL_S3")).or_else(|| variable("AWS_ENDPOINT_URL"))
     }
 
-    /// Returns true if requests to `endpoint` name the bucket in the path. A bucket name cannot precede an IP address.
+    /// Returns true if requests to `endpoint` name the bucket in the path. A bucket name in the host cannot precede an
+    /// IP address, so the path is then used regardless of `path_style`.
     pub(super) fn in_path(&self, endpoint: Option<&str>) -> bool {
         endpoint.is_some_and(is_address) || self.path_style.unwrap_or(endpoint.is_some())
     }
@@ -99,7 +100,7 @@ pub enum ObjectStoreOptionsError {
     },
 }
 
-/// Creates the client. Also returns the prefix in the store.
+/// Creates the client, and the directory of a `file://` URL if it does not exist. Also returns the prefix in the store.
 pub(super) fn open(options: &ObjectStoreOptions) -> Result<(Arc<dyn ObjectStore>, Path), ObjectStoreOptionsError> {
     let url = options.url.as_str();
     let unknown = || ObjectStoreOptionsError::Url { url: url.to_owned() };
@@ -122,7 +123,7 @@ pub(super) fn open(options: &ObjectStoreOptions) -> Result<(Arc<dyn ObjectStore>
         "gs" => Arc::new(
             GoogleCloudStorageBuilder::from_env()
                 .with_bucket_name(bucket)
-                .with_retry(no_retry())
+                .with_retry(client_retries())
                 .with_client_options(client_options(options, false))
                 .build()
                 .map_err(client)?,
@@ -130,7 +131,7 @@ pub(super) fn open(options: &ObjectStoreOptions) -> Result<(Arc<dyn ObjectStore>
         "az" | "azure" | "abfs" => Arc::new(
             MicrosoftAzureBuilder::from_env()
                 .with_container_name(bucket)
-                .with_retry(no_retry())
+                .with_retry(client_retries())
                 .with_client_options(client_options(options, false))
                 .build()
                 .map_err(client)?,
@@ -148,7 +149,7 @@ fn s3(options: &ObjectStoreOptions, bucket: &str) -> AmazonS3Builder {
     let mut builder = AmazonS3Builder::from_env()
         .with_bucket_name(bucket)
         .with_virtual_hosted_style_request(!in_path)
-        .with_retry(no_retry())
+        .with_retry(client_retries())
         .with_client_options(client_options(options, is_http))
         .with_allow_http(is_http);
     if let Some(endpoint) = endpoint {
@@ -199,10 +200,10 @@ fn directory(path: &str) -> Result<Folder, String> {
     Ok(Folder::new(store.with_fsync(true)))
 }
 
-/// Returns the retry options of the client itself. `store` does the retries, so that they can be cancelled and are
-/// counted once. The client makes two quick retries, because one failed part would otherwise fail its complete
-/// multipart upload.
-fn no_retry() -> RetryConfig {
+/// Returns the retry options of the client itself, which makes at most two quick retries: one failed part would
+/// otherwise fail its complete multipart upload. `store` does all longer retries, because it can cancel them and
+/// reports their outcome to the outage tracker.
+fn client_retries() -> RetryConfig {
     let backoff =
         BackoffConfig { init_backoff: Duration::from_millis(50), max_backoff: Duration::from_secs(1), base: 2.0 };
     RetryConfig { backoff, max_retries: 2, retry_timeout: Duration::from_secs(10) }

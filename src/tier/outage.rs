@@ -1,9 +1,9 @@
-//! Detects outages of the object store. Every request reports its outcome here. While an outage is suspected, one probe
-//! at a time is sent.
+//! Detects outages of the object store. `store` reports the outcome of every request here. While an outage is
+//! suspected, `store` sends one probe at a time.
 //!
-//! A failed or unanswered request only raises the suspicion: the store may refuse one object, or one kind of request,
-//! for other reasons. A failed probe then confirms the outage: the store is *unavailable* until the next success.
-//! During a confirmed outage, reads fail at once, and uploads continue to retry. The log reports an outage once, for
+//! After one failed or unanswered request, an outage is only *suspected*: the store may refuse one object, or one kind
+//! of request, for other reasons. A failed probe then *confirms* the outage: the store is unavailable until the next
+//! success. During a confirmed outage, reads fail at once, and uploads continue to retry. An outage is logged once, for
 //! all affected partitions together.
 
 use std::{fmt, time::Duration};
@@ -20,7 +20,7 @@ const CONFIRM_AFTER: Duration = Duration::from_millis(300);
 /// Time of failures without a success, after which the outage is logged.
 const LOG_AFTER: Duration = Duration::from_secs(5);
 
-/// Time without a response after which a request raises the suspicion.
+/// Time without a response to a request after which an outage is suspected.
 pub(super) const SUSPECT_AFTER: Duration = Duration::from_secs(2);
 
 /// Time limit of a probe. With [`SUSPECT_AFTER`], the outage of a store that never responds is confirmed within 5 s.
@@ -30,8 +30,8 @@ pub(super) const PROBE_TIMEOUT: Duration = Duration::from_millis(2500);
 /// refuses requests is confirmed within a second.
 const FIRST_PAUSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(250)];
 
-/// Pause before each later probe. After the outage, operations that wait for the store continue at most this long
-/// later.
+/// Pause before each later probe. The next probe after the end of an outage detects this end, and operations that wait
+/// for the store continue.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Outage state of one store.
@@ -43,7 +43,7 @@ pub(super) struct OutageTracker {
     confirmed: watch::Sender<Option<ConfirmedOutage>>,
 }
 
-/// A suspected outage: requests fail, and none has succeeded since the first failure.
+/// A suspected outage: a request failed, and none has succeeded since.
 #[derive(Clone, Debug)]
 struct SuspectedOutage {
     /// Time when the first failed request was sent.
@@ -51,7 +51,7 @@ struct SuspectedOutage {
     /// Error of the last failed request.
     reason: String,
     logged: bool,
-    /// Number of probes that were sent or are due.
+    /// Number of probes that were sent, including one whose pause has begun.
     probes: usize,
 }
 
@@ -87,8 +87,9 @@ impl Default for OutageTracker {
 }
 
 impl OutageTracker {
-    /// Records that a request sent at `sent` failed for a reason other than its content, or has had no response for
-    /// long. Returns true for the first failure: the caller then starts the probes.
+    /// Handles a request that was sent at `sent` and failed for a reason other than its content, or has had no response
+    /// for [`SUSPECT_AFTER`]. From then on, an outage is suspected; after [`LOG_AFTER`] it is logged. Returns true for
+    /// the first failure: the caller then starts the probes.
     #[must_use]
     pub(super) fn on_failure(&self, url: &str, sent: Instant, reason: &str) -> bool {
         let mut guard = self.suspected.lock();
@@ -112,7 +113,7 @@ impl OutageTracker {
         is_first
     }
 
-    /// Records a failed probe. Confirms the outage after [`CONFIRM_AFTER`].
+    /// Handles a failed probe. Confirms the outage if the first failed request was sent at least [`CONFIRM_AFTER`] ago.
     pub(super) fn on_probe_failure(&self, url: &str, sent: Instant, reason: &str) {
         // The task that sent this probe sends the next one, so the returned value is not needed.
         let _is_first = self.on_failure(url, sent, reason);
@@ -129,7 +130,8 @@ impl OutageTracker {
         });
     }
 
-    /// Records that a request succeeded, or failed for its own content, such as a missing object. Ends the outage.
+    /// Handles a request that succeeded, or failed for its own content, such as a missing object. Ends a suspected or
+    /// confirmed outage.
     pub(super) fn on_reply(&self, url: &str) {
         let mut suspected = self.suspected.lock();
         let Some(ended) = suspected.take() else { return };
@@ -149,7 +151,7 @@ impl OutageTracker {
         Some(FIRST_PAUSES.get(suspected.probes - 1).copied().unwrap_or(PROBE_INTERVAL))
     }
 
-    /// Returns the outage that was logged and has not ended.
+    /// Returns the outage, if it was logged and has not ended.
     pub(super) fn outage(&self) -> Option<Outage> {
         let suspected = self.suspected.lock().clone().filter(|suspected| suspected.logged)?;
         Some(Outage { lasted: clock::monotonic().duration_since(suspected.since), reason: suspected.reason })
@@ -169,7 +171,7 @@ impl OutageTracker {
         Outage { lasted: clock::monotonic().duration_since(since), reason }
     }
 
-    /// Waits until an outage has been confirmed for `time`. Returns at once if that holds already.
+    /// Waits until an outage has lasted for `time` since its confirmation. Returns at once if that holds already.
     pub(super) async fn wait_until_unavailable_for(&self, time: Duration) -> Outage {
         loop {
             let outage = self.wait_until_unavailable().await;
@@ -187,7 +189,7 @@ impl OutageTracker {
         }
     }
 
-    /// Waits until there is no confirmed outage.
+    /// Waits until there is no confirmed outage. Returns at once without one.
     pub(super) async fn wait_until_available(&self) {
         let mut confirmed = self.confirmed.subscribe();
         confirmed.wait_for(Option::is_none).await.expect("the sender is in self");

@@ -28,7 +28,8 @@ use crate::{
     telemetry::LogThrottle,
 };
 
-/// Maximum number of times that a corrupt object is fetched again: the corruption may have happened in transfer.
+/// Maximum number of times that a corrupt object or chunk is fetched again: the corruption may have happened in
+/// transfer.
 pub(super) const CORRUPTION_RETRIES: usize = 2;
 
 /// One partition's history in the object store. Clones share it. An idle partition holds no manifest and no task.
@@ -49,13 +50,13 @@ struct PartitionTierState {
     /// Newest committed state that this broker has received. Its version and its log start never decrease.
     committed: TierState,
     readers: ReadAheadTracker,
-    /// Manifest or page that a read found missing or corrupt since the last commit.
+    /// Current manifest, or one of its pages, that a read found missing or corrupt. A newer manifest resets the value.
     lost: Option<String>,
     /// Throttle of the log lines about reads of corrupt data.
     corruption_log: LogThrottle,
 }
 
-/// A state that is not committed yet. Its manifest is in the object store already.
+/// A state that is not committed yet. Its manifest, if it has one, is in the object store already.
 #[derive(Clone, Debug)]
 #[must_use = "nothing has changed before the state is committed and installed"]
 pub struct StagedManifest {
@@ -69,7 +70,8 @@ impl StagedManifest {
         &self.state
     }
 
-    /// Returns the state that this one was made from. The commit must find it unchanged.
+    /// Returns the state from which the new one was derived. The compare-and-set of the commit must find this state
+    /// unchanged.
     pub fn replaces(&self) -> &TierState {
         &self.replaces
     }
@@ -85,15 +87,17 @@ pub struct UploadBatch<'a> {
 }
 
 impl UploadBatch<'_> {
-    /// Uploads the part of a sealed segment that is not in the object store yet, and verifies it. The segment may begin
-    /// below the tiered end, at a batch boundary, because another leader rolled its segments at other offsets.
+    /// Uploads the part of a sealed segment that is not in the object store yet, verifies it, and adds it to the
+    /// manifest. Writes a page object if a page is full. The segment may begin below the tiered end, at a batch
+    /// boundary, because another leader rolled its segments at other offsets.
     ///
-    /// An error changes nothing: the segments that were added before can still be finished.
+    /// After an error, [`UploadBatch::finish`] still writes a manifest of the segments that were added before.
     pub async fn add(&mut self, source: &SegmentSource) -> Result<(), UploadError> {
         let PartitionTierInner { store, id, .. } = &*self.tier.inner;
         let mut next = self.next.clone();
         if next.is_empty() {
-            // Retention deleted the records between the tiered end and the log start before they were uploaded.
+            // The first segment may begin above the end of the empty manifest, if retention deleted records before they
+            // were uploaded.
             next = next.beginning_at(self.replaces.log_start.max(source.base()));
         }
         let skipped =
@@ -106,7 +110,7 @@ impl UploadBatch<'_> {
         Ok(())
     }
 
-    /// Writes the manifest.
+    /// Writes and verifies the manifest. The caller commits its state and installs it.
     pub async fn finish(self) -> Result<StagedManifest, UploadError> {
         self.tier.write(self.replaces, self.next).await
     }
@@ -139,7 +143,8 @@ impl PartitionTier {
         self.inner.id
     }
 
-    /// Applies a state that was read from the metadata store, unless the current state is newer.
+    /// Makes a state that was read from the metadata store the current one, unless the current state is as new or
+    /// newer.
     pub fn apply_state(&self, state: TierState) {
         let mut shared = self.inner.state.lock();
         let order = |state: &TierState| (state.version(), state.log_start, state.epoch);
@@ -151,7 +156,8 @@ impl PartitionTier {
         }
     }
 
-    /// Starts a manifest that lists more segments than the current one.
+    /// Starts the next manifest, to which segments can be added. Sends requests only to read the current manifest and
+    /// to verify the owner of the prefix.
     ///
     /// A partition may stage one manifest at a time. Its state must be committed well within the grace period of
     /// garbage collection.
@@ -179,12 +185,12 @@ impl PartitionTier {
         Ok(root.trim(trim_at, page.as_deref(), epoch))
     }
 
-    /// Returns the state of a log that starts at `log_start`, with the current manifest. Sends no request, so the log
-    /// start can move during an outage of the store. `removed_bytes` are the bytes of the segments that end above the
-    /// current log start, and not above the new one.
+    /// Returns the current state with the log start raised to `log_start`, and with the same manifest. Sends no
+    /// request, so the log start can move during an outage of the store. `removed_bytes` are the bytes of the segments
+    /// that end above the current log start, and not above the new one.
     ///
     /// # Errors
-    /// A newer leader has committed.
+    /// `Deposed`: a newer leader has committed.
     pub fn stage_log_start(
         &self,
         log_start: Offset,
@@ -224,8 +230,8 @@ impl PartitionTier {
         Ok(store.while_available(&object, store.modified_ms(&object)).await?)
     }
 
-    /// Waits until an outage of the store has been confirmed for `time`, and returns the outage as an error. Returns at
-    /// once if that holds already.
+    /// Waits until an outage of the store has lasted for `time` since its confirmation, and returns the outage as an
+    /// error. Returns at once if that holds already.
     pub async fn wait_until_unavailable_for(&self, time: Duration) -> TierStoreError {
         let outage = self.inner.store.wait_until_unavailable_for(time).await;
         let reason = format!("the object store has been unavailable {outage}");
@@ -244,12 +250,12 @@ impl PartitionTier {
         Ok((state, root))
     }
 
-    /// Writes and verifies the manifest `next`. The returned state is not committed.
+    /// Writes and verifies the manifest `next`, and adds it to the cache. The returned state is not committed.
     async fn write(&self, replaces: TierState, next: ManifestRoot) -> Result<StagedManifest, UploadError> {
         let name = ManifestName::draw(next.version(), next.epoch());
         upload::small(&self.inner.store, &self.object(&name.to_string()), next.encode()).await?;
-        // Last check before the commit: all objects went to the cluster's store, and not to a folder that was created
-        // in its place.
+        // Last check before the commit: all objects were written to the cluster's store, and not to a folder that was
+        // created in its place.
         self.inner.store.bind().await?;
         let state = TierState::of(&next, name);
         self.inner.cache.put_parsed(name.attempt, CachedMetadata::Root(Arc::new(next))).await;
@@ -364,15 +370,15 @@ impl PartitionTier {
         TierReadError::Corrupt { object: self.object(name), reason: "the name belongs to another object".to_owned() }
     }
 
-    /// Records that the current manifest or one of its pages is lost. A read detects the loss first; maintenance
-    /// rebuilds the manifest.
+    /// Stores the name of the manifest or page that `error` reports as missing or corrupt, so that maintenance rebuilds
+    /// the manifest. Has no effect for other errors.
     fn record_lost_manifest(&self, error: &TierReadError) {
         if let Some(object) = error.lost_manifest() {
             self.inner.state.lock().lost = Some(object.to_owned());
         }
     }
 
-    /// Returns the manifest or page that was found missing or corrupt since the last commit.
+    /// Returns the current manifest, or the page of it, that a read found missing or corrupt.
     pub fn lost_manifest(&self) -> Option<String> {
         self.inner.state.lock().lost.clone()
     }
@@ -433,7 +439,8 @@ impl PartitionTier {
         self.load(&self.object(&entry.stamp.segment()), Some(entry.data_bytes..entry.object_bytes()), parse).await
     }
 
-    /// Returns the segment that contains `offset`, according to a manifest. Returns `None` outside of its range.
+    /// Returns the segment that contains `offset`, according to a manifest. Returns `None` if the manifest does not
+    /// cover `offset`.
     pub(super) async fn segment_of(
         &self,
         root: &ManifestRoot,
@@ -469,7 +476,8 @@ impl PartitionTier {
         }
     }
 
-    /// Fetches an object, or a range of it, and parses it. Fetches it again if the content cannot be parsed.
+    /// Fetches an object, or a range of it, and parses it. If the content cannot be parsed, fetches it again, at most
+    /// [`CORRUPTION_RETRIES`] times.
     async fn load<T>(
         &self,
         object: &str,

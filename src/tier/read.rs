@@ -1,8 +1,9 @@
 //! Cold reads: complete, checked batches from an offset on, through the chunk cache.
 //!
-//! Every served bit is checked. A batch's CRC covers everything but the base offset and the leader epoch; these two
-//! must match the index and the footer's epoch list. A chunk that fails a check is evicted and fetched again. The
-//! object is reported as corrupt only if that does not help.
+//! Every served bit is checked. A batch's CRC covers everything but the base offset and the leader epoch. The base
+//! offset must continue from the index entry or the batch before it, and the leader epoch must match the footer. A
+//! chunk that fails a check is evicted and fetched again. The object is reported as corrupt only if the check fails
+//! again.
 
 use std::{collections::BTreeMap, ops::Range};
 
@@ -37,8 +38,7 @@ pub struct TierRead {
 struct ReadCursor {
     /// Position after the last batch.
     position: u64,
-    /// First chunk that was neither in memory nor in flight, so that the read waited for its fetch; `None` if there was
-    /// none.
+    /// First chunk that was neither in memory nor in flight when the read needed it; `None` if there was no such chunk.
     first_miss: Option<u64>,
 }
 
@@ -60,8 +60,9 @@ impl From<TierReadError> for ReadFailure {
 }
 
 impl PartitionTier {
-    /// Returns batches from the one that contains `from`, which may begin below `from`. Ends at the limits or at the
-    /// end of a segment, but returns at least one batch.
+    /// Returns batches from the one that contains `from`, which may begin below `from`. Ends at `max_bytes` or at the
+    /// end of a segment, but returns at least one batch. If the first batch exceeds both `max_bytes` and
+    /// `max_batch_bytes`, the error is `BatchTooLarge`, and the batch is not read.
     pub async fn read(&self, from: Offset, limits: ReadLimits) -> Result<TierRead, TierReadError> {
         let state = self.state();
         let (offset, start, end) = (from, state.log_start, state.tiered_end);
@@ -80,7 +81,7 @@ impl PartitionTier {
             self.with_readers(|readers| readers.leave(reader, from));
         }
         let (read, cursor) = read?;
-        // A chunk that was requested in advance was not there when the reader needed it.
+        // A chunk that was requested before the reader's last read was neither in memory nor in flight now.
         if cursor.first_miss.is_some_and(|chunk| (entry.stamp.base, chunk + 1) <= reader.requested_before) {
             reader.shrink_window((entry.stamp.base, cursor.position.div_ceil(CHUNK_BYTES)));
         }
@@ -123,7 +124,8 @@ impl PartitionTier {
         Ok(None)
     }
 
-    /// Reads like [`PartitionTier::read`], in a known segment. Also returns the position at which the read ended.
+    /// Reads as [`PartitionTier::read`] does, in a segment that is known to contain `from`. Also returns the position
+    /// at which the read ended.
     async fn read_segment(
         &self,
         entry: &SegmentEntry,
@@ -157,8 +159,8 @@ impl PartitionTier {
         }
     }
 
-    /// Requests the chunks ahead of a sequential reader, several per request, also beyond the end of the segment.
-    /// Returns the position up to which chunks were requested.
+    /// Requests chunks ahead of a sequential reader, which is at `position` of the segment `entry`: several per
+    /// request, also beyond the end of the segment. Returns the position up to which chunks were requested.
     async fn fetch_ahead(
         &self,
         root: &ManifestRoot,
@@ -173,18 +175,20 @@ impl PartitionTier {
         while remaining > 0 {
             let chunks = entry.data_bytes.div_ceil(CHUNK_BYTES);
             if index >= chunks {
-                // An error of the page or the store is returned by the read that needs the chunk.
+                // An error is not reported here: the read that needs the chunk receives it.
                 let Ok(Some(next)) = self.segment_of(root, entry.stamp.end).await else { break };
                 (entry, index) = (next, 0);
                 continue;
             }
             let mut end = index + 1;
             if (entry.stamp.base, end) > requested {
-                // Requests end at the same positions for all readers, so that two readers send the same requests.
+                // Requests end at the same positions for all readers, so that readers of the same chunks share
+                // requests.
                 end = chunks.min((index / request_chunks + 1) * request_chunks).min(index + remaining);
                 let is_full_request = end % request_chunks == 0 || end == chunks;
                 let object = self.object(&entry.stamp.segment());
-                // A shorter request waits until the window has space for a complete one.
+                // A request that would be shorter is sent by a later read, when the window has space for a complete
+                // request.
                 if !is_full_request || !self.cache().read_ahead(self.store(), &object, entry, index..end) {
                     break;
                 }
@@ -208,7 +212,7 @@ struct SegmentScan<'a> {
     next: Offset,
     /// Fetched chunks by index.
     chunks: BTreeMap<u64, Bytes>,
-    /// First of `chunks` that was neither in memory nor in flight.
+    /// First of `chunks` that was neither in memory nor in flight when it was needed.
     first_miss: Option<u64>,
     /// Result of the scan: pieces of complete batches, and their bytes in total.
     pieces: Vec<Bytes>,
@@ -236,8 +240,8 @@ impl<'a> SegmentScan<'a> {
         }
     }
 
-    /// Reads batches until the limits or the end of the segment. The first batch that ends above `from` may exceed
-    /// `max_bytes`.
+    /// Reads batches until `max_bytes` or the end of the segment. The first batch that ends above `from` may exceed
+    /// `max_bytes`. A batch above both limits is an error.
     async fn scan_batches(&mut self, ReadLimits { max_bytes, max_batch_bytes }: ReadLimits) -> Result<(), ReadFailure> {
         let max_bytes = max_bytes.min(limits::MAX_FETCH_BYTES);
         let header_bytes = limits::BATCH_HEADER_BYTES as u64;
@@ -267,7 +271,8 @@ impl<'a> SegmentScan<'a> {
         Ok(())
     }
 
-    /// Checks the batch at `range`, moves behind it, and adds it to the result if it ends above the requested offset.
+    /// Checks the batch at `range`, sets the position to its end, and adds it to the result if it ends above the
+    /// requested offset.
     fn check_batch(&mut self, range: Range<u64>) -> Result<(), ReadFailure> {
         let length = range.end - range.start;
         let batch =
@@ -307,7 +312,7 @@ impl<'a> SegmentScan<'a> {
         }
     }
 
-    /// Fetches the missing chunks up to position `end`, or to the data's end.
+    /// Fetches the missing chunks from the current position to `end`, or to the end of the batches.
     async fn fetch(&mut self, end: u64) -> Result<(), TierReadError> {
         let end = end.min(self.entry.data_bytes);
         let missing: Vec<_> = (self.position / CHUNK_BYTES..end.div_ceil(CHUNK_BYTES))
@@ -333,8 +338,8 @@ impl<'a> SegmentScan<'a> {
         Ok(())
     }
 
-    /// Returns fetched bytes, without a copy if they lie in one chunk. The result is shorter than `range` at the data's
-    /// end.
+    /// Returns fetched bytes, without a copy if they lie in one chunk. The result is shorter than `range` if `range`
+    /// extends beyond the batches.
     fn slice(&self, range: Range<u64>) -> Bytes {
         let end = range.end.min(self.entry.data_bytes);
         let first = range.start / CHUNK_BYTES;

@@ -19,17 +19,18 @@ const NO_POSITION: ReadPosition = (Offset::ZERO, 0);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SequentialReader {
     next: Offset,
-    /// Number of chunks to keep ahead of the reader. The window doubles with each read that continues where the last
+    /// Number of chunks to fetch ahead of the reader. The window doubles with each read that continues where the last
     /// one ended.
     pub(super) window: u64,
     /// Chunks before this position were requested already.
     pub(super) requested: ReadPosition,
-    /// Chunks before this position were requested before the reader's last read: they have arrived, or are in flight.
+    /// Chunks before this position were requested before the reader's last read. They should have arrived or be in
+    /// flight.
     pub(super) requested_before: ReadPosition,
 }
 
 impl SequentialReader {
-    /// Quarters the window, because a prefetched chunk was missing when its reader needed it. The memory of the cache
+    /// Quarters the window. Called if a prefetched chunk was missing when its reader needed it: the memory of the cache
     /// is too small for all readers, or the store fails. The chunks from `position` on are requested again.
     pub(super) fn shrink_window(&mut self, position: ReadPosition) {
         self.window /= 4;
@@ -44,8 +45,8 @@ pub(super) struct ReadAheadTracker {
 }
 
 impl ReadAheadTracker {
-    /// Removes and returns the reader that reads at `from` now: a sequential one with a wider window, or a new one with
-    /// an empty window.
+    /// Returns the reader that now reads at `from`, and removes it until [`ReadAheadTracker::leave`]: the one whose
+    /// last read ended at `from`, with a wider window, or a new one with an empty window.
     pub(super) fn arrive(&mut self, from: Offset) -> SequentialReader {
         let index = self.recent.iter().position(|reader| reader.next == from);
         match index.and_then(|index| self.recent.remove(index)) {
@@ -54,7 +55,7 @@ impl ReadAheadTracker {
         }
     }
 
-    /// Stores a reader with the offset at which it will continue.
+    /// Stores a reader whose read ended at `next`. If too many readers are stored, removes the oldest one.
     pub(super) fn leave(&mut self, reader: SequentialReader, next: Offset) {
         if self.recent.len() == MAX_READERS {
             self.recent.pop_front();

@@ -42,8 +42,8 @@ const MAX_CONCURRENT_READS: usize = 8;
 /// Size of the first read at an object's end. Most footers are shorter.
 const TAIL_BYTES: u64 = 64 << 10;
 
-/// Maximum number of chains that are kept per start offset. If an offset reaches it, no chain is taken for the
-/// committed one.
+/// Maximum number of chains that are compared per start offset. If an offset has that many, the verdict is never
+/// `Committed`.
 const MAX_CHAINS: usize = 32;
 
 /// A segment object as its footer describes it.
@@ -62,10 +62,11 @@ pub enum SurveyVerdict {
     Committed,
     /// The chain covers the committed range, but has another number of bytes.
     OtherBytes,
-    /// Several chains of different records cover the committed range. The survey contains the chain with the newest
-    /// epochs.
+    /// Several chains of different records cover the committed range with as many bytes, or there are too many chains
+    /// to compare. The survey contains one of them, preferably of newer epochs.
     Ambiguous,
-    /// No chain covers the committed range. The survey contains the longest one, which begins above the log start.
+    /// No chain covers the committed range. The survey contains the longest chain that ends at the tiered end, which
+    /// begins above the log start or is empty.
     Incomplete,
 }
 
@@ -85,7 +86,8 @@ pub struct Survey {
     pub missing: Vec<(Offset, Offset)>,
     /// Objects that cannot be used, each with the reason.
     pub unusable: Vec<(String, String)>,
-    /// Number of usable objects outside the chain: orphan objects, duplicates and objects of other records.
+    /// Number of objects with a readable footer outside the chain: orphan objects, duplicates and objects of other
+    /// records.
     pub left_over: usize,
 }
 
@@ -95,7 +97,8 @@ impl Survey {
         self.chain.iter().map(|entry| entry.data_bytes).sum()
     }
 
-    /// Returns the difference between the chain and the committed state, for people. Returns `None` if there is none.
+    /// Describes the difference between the chain and the committed state, for people. Returns `None` if the chain is
+    /// the committed one.
     pub fn obstacle(&self) -> Option<String> {
         let (start, end) = (self.state.log_start.min(self.state.tiered_end), self.state.tiered_end);
         match self.verdict {
@@ -133,8 +136,8 @@ impl PartitionTier {
         Ok(())
     }
 
-    /// Reads the footers of the segment objects in the committed range. Returns the chain that was committed, or what
-    /// remains of it.
+    /// Reads the footers of the segment objects in the committed range, and searches for the committed chain. Changes
+    /// nothing.
     ///
     /// # Errors
     /// The store does not respond, or the prefix does not belong to this cluster.
@@ -169,7 +172,7 @@ impl PartitionTier {
         Ok(choose(state, candidates, unusable))
     }
 
-    /// Reads the footer of one object.
+    /// Reads the footer of one object, and checks it against the name and the length of the object.
     async fn candidate(&self, stamp: ObjectId, object: ObjectInfo) -> Result<SegmentCandidate, TierReadError> {
         let corrupt = |reason: String| TierReadError::Corrupt { object: object.object.clone(), reason };
         let tail = self.tail(&object, TAIL_BYTES).await?;
@@ -207,7 +210,7 @@ impl PartitionTier {
     }
 }
 
-/// Returns the chain that was committed, or the longest part of it that remains.
+/// Returns a survey with the committed chain, or with the longest chain that ends at the tiered end.
 fn choose(state: TierState, candidates: Vec<SegmentCandidate>, unusable: Vec<(String, String)>) -> Survey {
     let (start, end) = (state.log_start.min(state.tiered_end), state.tiered_end);
     let count = candidates.len();
@@ -222,7 +225,7 @@ fn choose(state: TierState, candidates: Vec<SegmentCandidate>, unusable: Vec<(St
         chains.range(..=start).flat_map(|(_, chains)| chains).filter(contains_start).collect()
     };
     let exact: Vec<&Chain> = complete.iter().copied().filter(|chain| chain.bytes == state.bytes).collect();
-    // With too many chains, one that differs may have been left out.
+    // If there are too many chains, one with other records may have been left out.
     let is_truncated = chains.values().any(|chains| chains.len() >= MAX_CHAINS);
     let (verdict, chain) = match (exact.as_slice(), complete.as_slice()) {
         ([only], _) if !is_truncated => (SurveyVerdict::Committed, Some(*only)),
@@ -236,8 +239,8 @@ fn choose(state: TierState, candidates: Vec<SegmentCandidate>, unusable: Vec<(St
     Survey { state, verdict, chain, log_start, missing, unusable, left_over }
 }
 
-/// A chain of segments up to the tiered end. `first` is the index of its first candidate; `next` is the index of the
-/// rest among the chains that start at the end of `first`.
+/// A chain of segments up to the tiered end. `first` is the index of its first candidate. `next` is the index of the
+/// rest of the chain, among the chains that start at the end of the first candidate.
 #[derive(Clone, Copy)]
 struct Chain {
     /// `None` for the empty chain at the tiered end.
@@ -259,8 +262,8 @@ impl Chain {
     }
 }
 
-/// Returns every chain that ends at `end`, by its start offset. Among the chains of one offset, newer epochs come
-/// first.
+/// Returns the chains that end at `end`, by start offset: at most [`MAX_CHAINS`] for each. Among the chains of one
+/// start offset, those whose first object has a newer epoch come first.
 fn find_chains(end: Offset, candidates: &[SegmentCandidate]) -> BTreeMap<Offset, Vec<Chain>> {
     let mut order: Vec<usize> = (0..candidates.len()).collect();
     let key = |index: &usize| {
@@ -269,7 +272,7 @@ fn find_chains(end: Offset, candidates: &[SegmentCandidate]) -> BTreeMap<Offset,
     };
     order.sort_by_key(key);
     let mut chains = BTreeMap::from([(end, vec![Chain { first: None, next: 0, bytes: 0 }])]);
-    // Later offsets come first, so the chains that start at the end of a candidate are complete.
+    // Later base offsets come first, so all chains that start at the end of a candidate have been found before it.
     for index in order {
         let candidate = &candidates[index];
         let Some(following) = chains.get(&candidate.entry.stamp.end) else { continue };
@@ -290,8 +293,8 @@ fn find_chains(end: Offset, candidates: &[SegmentCandidate]) -> BTreeMap<Offset,
     chains
 }
 
-/// Returns one object for each set of objects with the same records. Leaves out objects of an epoch above the committed
-/// one.
+/// Returns one object for each set of objects with the same records: the one of the newest epoch. Leaves out objects of
+/// an epoch above `committed`.
 fn remove_duplicates(candidates: Vec<SegmentCandidate>, committed: LeaderEpoch) -> Vec<SegmentCandidate> {
     let mut distinct: Vec<SegmentCandidate> = Vec::with_capacity(candidates.len());
     let mut sorted = candidates;
@@ -316,8 +319,8 @@ fn has_same_records(a: &SegmentCandidate, b: &SegmentCandidate) -> bool {
         && a.epochs == b.epochs
 }
 
-/// Returns true if both footers contain the same leader epochs for the offsets of `before` that the epochs of `after`
-/// reach back to.
+/// Returns true if both footers contain the same leader epochs for those offsets of `before` that the epoch list of
+/// `after` covers.
 fn have_same_epochs(before: &SegmentCandidate, after: &SegmentCandidate) -> bool {
     let (base, end) = (before.entry.stamp.base, before.entry.stamp.end);
     let known_from = after.epochs.first().map_or(end, |(_, first)| *first).max(base);
@@ -330,7 +333,7 @@ fn have_same_epochs(before: &SegmentCandidate, after: &SegmentCandidate) -> bool
     offsets.all(|offset| epoch_of(&before.epochs, offset) == epoch_of(&after.epochs, offset))
 }
 
-/// Returns the parts of a range that no object covers.
+/// Returns the parts of `start..end` that no object covers.
 fn find_gaps(start: Offset, end: Offset, candidates: &[SegmentCandidate]) -> Vec<(Offset, Offset)> {
     let mut stamps: Vec<&ObjectId> = candidates.iter().map(|candidate| &candidate.entry.stamp).collect();
     stamps.sort_by_key(|stamp| stamp.base);
@@ -394,7 +397,8 @@ mod tests {
 
     #[test]
     fn single_matching_chain_is_committed() {
-        // Object 0..100 was trimmed and is garbage; 300..400 was never committed.
+        // Object 0..100 lies below the log start and is garbage; 300..400 was never committed. The survey excludes
+        // both.
         let objects = [object(300, 400, 5, 9), object(200, 300, 5, 3), object(100, 200, 4, 2), object(0, 100, 4, 1)];
         let survey = choose(state(150, 300, 2000), objects[1..3].to_vec(), Vec::new());
         assert_eq!((survey.verdict, ranges(&survey)), (SurveyVerdict::Committed, vec![(100, 200), (200, 300)]));
@@ -432,8 +436,8 @@ mod tests {
         assert_eq!(survey.chain[1].stamp.epoch, LeaderEpoch(4), "the newest epoch is proposed");
     }
 
-    /// The deposed leader's object has other records, but the same range and number of bytes. The committed object is
-    /// lost.
+    /// The committed object is lost. A deposed leader's object with the same range and number of bytes has other
+    /// records, and is rejected because its leader epochs differ from those in the next object's footer.
     #[test]
     fn deposed_leaders_object_is_rejected_despite_equal_range() {
         let lost = with_epochs(object(100, 200, 3, 99), &[(0, 0), (3, 150)]);
@@ -460,7 +464,7 @@ mod tests {
 
     #[test]
     fn too_many_chains_are_ambiguous() {
-        // Each two adjacent pieces also exist as one object, so the number of chains grows exponentially.
+        // Each two adjacent objects also exist as one object, so the number of chains grows exponentially.
         let mut objects = Vec::new();
         for piece in 0..20 {
             objects.push(object(piece * 10, piece * 10 + 10, 4, 1));

@@ -1,7 +1,7 @@
-//! The work that only S3 has: the requests of `strandline doctor` through the vendor's own client, and abandoned
-//! multipart uploads.
+//! Requests that only S3 needs, through the vendor's own client: those of `strandline doctor`, and those that list and
+//! abort multipart uploads.
 //!
-//! All requests of a broker for its data go through `store`. This client is rarely needed. It is created on demand,
+//! All requests of a broker for its data go through `store`. This client is rarely needed, so it is created on demand,
 //! from the same options.
 
 use std::{future::Future, ops::Range, time::Duration};
@@ -22,14 +22,14 @@ use super::{
     open::{ObjectStoreOptions, ObjectStoreOptionsError},
 };
 
-/// Region if none is configured, as in all other requests.
+/// Region if none is configured, as in the requests of `store`.
 const REGION: &str = "us-east-1";
 
-/// Maximum number of pages of one listing of uploads, of up to 1,000 uploads each. Further uploads are listed after
-/// these have been aborted.
+/// Maximum number of pages of one listing of uploads, of up to 1,000 uploads each. Further uploads are listed once
+/// earlier ones have been aborted.
 const UPLOAD_PAGES: usize = 100;
 
-/// One prefix of one bucket.
+/// Client for one prefix of one bucket.
 pub(super) struct S3Admin {
     client: Client,
     /// URL of a service other than AWS.
@@ -42,7 +42,7 @@ pub(super) struct S3Admin {
 /// An incomplete multipart upload.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct IncompleteUpload {
-    /// Name of its future object, below the prefix.
+    /// Name of the object that the upload would create, below the prefix.
     pub(super) object: String,
     id: String,
     /// Start time by the store's clock, in milliseconds since 1970. `None` if the store does not return it.
@@ -112,7 +112,7 @@ impl S3Admin {
         self.endpoint.as_ref().map_or_else(|| error.to_owned(), |endpoint| format!("{endpoint}: {error}"))
     }
 
-    /// Returns the incomplete uploads below the prefix.
+    /// Returns the incomplete multipart uploads below the prefix, from at most [`UPLOAD_PAGES`] pages.
     ///
     /// The request lists the complete bucket: for a prefix, MinIO returns only uploads of exactly that key. (After a
     /// restart, MinIO also omits the uploads from before it, but aborts an upload that is a day old by itself.)
@@ -224,7 +224,7 @@ impl StoreProbe for S3Admin {
     }
 }
 
-/// Returns the messages of an error and of its causes.
+/// Returns the messages of an error and of its causes. Missing credentials are explained.
 fn describe_causes(error: &dyn std::error::Error) -> String {
     let chain = std::iter::successors(Some(error), |error| error.source());
     let text = chain.map(ToString::to_string).collect::<Vec<_>>().join(": ");

@@ -44,7 +44,7 @@ impl SegmentSource {
         self.segment.info.end
     }
 
-    /// Returns the length that the log recorded, in bytes.
+    /// Returns the length of the segment in bytes, according to the log.
     pub fn bytes(&self) -> u64 {
         self.segment.info.bytes
     }
@@ -119,10 +119,10 @@ pub(super) struct SegmentBatches {
     skipped: SkippedPrefix,
 }
 
-/// The front part of a segment that is left out.
+/// The front part of a segment that is not uploaded, and the identity of the uploaded part.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SkippedPrefix {
-    /// Batches that end at or below this offset are left out: they are in the object store or below the log start.
+    /// Batches that end at or below this offset are skipped: they are in the object store or below the log start.
     pub(super) offset: Offset,
     /// True if the first kept batch may begin below `offset`, which holds for an empty manifest.
     pub(super) inside: bool,
@@ -150,8 +150,8 @@ impl SegmentBatches {
         })
     }
 
-    /// Returns the next checked bytes: complete batches, at most some MiB. Returns `None` at the end, after the
-    /// complete segment has passed the checks.
+    /// Returns the next checked bytes: the batches that are complete after a read of [`PIECE_BYTES`], or after a longer
+    /// read for a larger batch. Returns `None` at the end, after the complete segment has passed the checks.
     pub(super) async fn next(&mut self) -> Result<Option<VecDeque<Bytes>>, SegmentSourceError> {
         loop {
             let unchecked_bytes = self.unchecked.len();
@@ -170,7 +170,7 @@ impl SegmentBatches {
         self.builder.expect("a segment that ends above the tiered end holds a batch above it")
     }
 
-    /// Returns the offset of the first kept batch, or `None` before there is one.
+    /// Returns the offset of the first kept batch; `None` before `next` has returned a batch.
     pub(super) fn first(&self) -> Option<Offset> {
         self.builder.as_ref().map(FooterBuilder::base)
     }
@@ -183,8 +183,8 @@ impl SegmentBatches {
         let needed = Batch::framed_len(&self.unchecked).unwrap_or(0);
         let rest = std::mem::take(&mut self.unchecked);
         let position = self.position + rest.len() as u64;
-        // Reads one byte more than the log recorded, to detect a file that is too long. A corrupt batch length
-        // allocates no more than that.
+        // Reads at most one byte more than the segment has according to the log, to detect a file that is too long. So
+        // a corrupt batch length cannot cause a larger allocation.
         let remaining = self.source.bytes().saturating_sub(position).saturating_add(1);
         let remaining = usize::try_from(remaining).unwrap_or(usize::MAX);
         let max_bytes = PIECE_BYTES.max(needed.saturating_sub(rest.len())).min(remaining);
@@ -246,8 +246,9 @@ impl SegmentBatches {
         Ok(())
     }
 
-    /// Adds a batch to the footer. Returns false for a batch of the skipped prefix, which is left out. Fails if the
-    /// first kept batch leaves a gap or, unless `SkippedPrefix::inside` is set, overlaps the history.
+    /// Adds a batch to the footer and returns true. Returns false for a batch of the skipped prefix, which is not
+    /// added. Fails if the first kept batch does not start at `SkippedPrefix::offset`, unless `SkippedPrefix::inside`
+    /// is set.
     fn keep(&mut self, batch: &Batch) -> Result<bool, SegmentSourceError> {
         if batch.end_offset() <= self.skipped.offset {
             return Ok(false);
@@ -265,8 +266,7 @@ impl SegmentBatches {
         Ok(true)
     }
 
-    /// Checks at the end of the file that no bytes are left, and that offset and length are those that the log
-    /// recorded.
+    /// Checks at the end of the file that no bytes remain, and that the end offset and the length are those of the log.
     fn finish(&self) -> Result<(), SegmentSourceError> {
         if !self.unchecked.is_empty() {
             let (needed, available) = (Batch::framed_len(&self.unchecked).unwrap_or(61), self.unchecked.len());

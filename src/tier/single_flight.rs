@@ -1,5 +1,6 @@
-//! In-flight requests that several callers wait for. A started request continues even if no caller waits for it. Its
-//! result is cached for the next caller, so callers with short time limits make progress too.
+//! In-flight requests that several callers wait for. A started request continues even if no caller waits for it, unless
+//! it checks [`SingleFlight::is_abandoned`]. Its result is cached for the next caller, so callers with short time
+//! limits make progress too.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -31,10 +32,11 @@ where
     /// Waits for the request for `key`. If none is in flight, starts one with `load`. Also returns true if the request
     /// was in flight already.
     ///
-    /// `load` stores its result where the next caller looks first. `load` also looks there itself: the previous request
-    /// may have ended after the caller looked.
+    /// The caller must have searched its cache for `key`. `load` must search the cache again, because the previous
+    /// request may have ended in between, and must store its result in the cache.
     ///
-    /// The request is in flight when this function returns. The returned future only waits for it.
+    /// The request is in flight when this function returns. The returned future only waits for it, and returns
+    /// `Stopped` if the tasks are stopped.
     pub(super) fn join<L, F>(
         self: &Arc<Self>,
         tasks: &Tasks,
@@ -65,7 +67,7 @@ where
         }
     }
 
-    /// Runs `load` as a task, and sends its result to all callers.
+    /// Runs `load` as a task, removes the request at its end, and sends the result to all callers.
     fn spawn<F>(self: &Arc<Self>, tasks: &Tasks, key: K, sender: Arc<watch::Sender<Outcome<V>>>, load: F)
     where
         F: Future<Output = Result<V, TierReadError>> + Send + 'static,
@@ -78,8 +80,8 @@ where
         });
     }
 
-    /// Returns true if no caller waits for the request. The request is then removed, so the next caller starts another
-    /// one.
+    /// Called by a request that has not begun its work. Returns true if no caller waits for the request, which must
+    /// then end. The request is removed, so the next caller starts another one.
     pub(super) fn is_abandoned(&self, key: K) -> bool {
         let mut in_flight = self.in_flight.lock();
         let abandoned = in_flight.get(&key).is_none_or(|sender| sender.receiver_count() == 0);
@@ -89,7 +91,7 @@ where
         abandoned
     }
 
-    /// Removes the request of `sender`. A later request for the same key stays.
+    /// Removes the request of `sender`, if it is still the one for `key`. A later request for the same key stays.
     fn remove(&self, key: K, sender: &Arc<watch::Sender<Outcome<V>>>) {
         let mut in_flight = self.in_flight.lock();
         if in_flight.get(&key).is_some_and(|current| Arc::ptr_eq(current, sender)) {

@@ -7,17 +7,18 @@ use crate::model::{LeaderEpoch, Offset};
 
 /// Value of a partition's `tier` key: the name of the current manifest, and a summary of the manifest.
 ///
-/// Only a compare-and-set changes the value, so its versions form one chain. The manifest contains every field except
-/// its own name; the copies here are known without a request to the object store.
+/// Only a compare-and-set changes the value, so its versions form one chain. All fields except the name are copies from
+/// the manifest, for use without a request to the object store. `log_start`, `epoch` and `bytes` may be newer than in
+/// the manifest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TierState {
-    /// Name of the current manifest. `None` before the first commit of one.
+    /// Name of the current manifest; `None` before the first commit of a manifest.
     pub manifest: Option<ManifestName>,
     /// First offset not committed to the object store. Never decreases.
     pub tiered_end: Offset,
-    /// First offset that can be read. Never decreases. Retention moves this value first, and a later manifest follows:
-    /// until then, the manifest may list segments below it, which are not read. Above the tiered end if retention
-    /// deleted records that were not uploaded.
+    /// First offset that can be read. Never decreases. Retention raises this value first, and a later manifest follows:
+    /// until then, the manifest may list segments below this value, which are not read. The value lies above the tiered
+    /// end if retention deleted records that were not uploaded.
     pub log_start: Offset,
     /// Leader epoch that committed the state.
     pub epoch: LeaderEpoch,
@@ -32,7 +33,7 @@ impl TierState {
         self.manifest.map_or(0, |name| name.version)
     }
 
-    /// Returns the tiered end, or 0 if there is no manifest.
+    /// Returns the tiered end, or offset 0 if there is no manifest.
     pub fn tiered_end(&self) -> Offset {
         if self.manifest.is_some() { self.tiered_end } else { Offset::ZERO }
     }
@@ -48,8 +49,8 @@ impl TierState {
         }
     }
 
-    /// Returns true if `root` is the manifest that this state names. The log start may have moved since `root` was
-    /// written.
+    /// Returns true if `root` is the manifest that this state names, and their fields are consistent. The log start of
+    /// the state may have been raised since `root` was written.
     pub(super) fn agrees(&self, root: &ManifestRoot) -> bool {
         self.manifest.is_some_and(|name| {
             let identity = (root.version(), root.epoch(), root.end());

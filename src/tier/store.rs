@@ -82,7 +82,7 @@ impl TierStore {
         Ok(Self::from_object_store(objects, prefix.as_ref(), options, cluster))
     }
 
-    /// Creates the client over an implementation of the store, for a store in this process.
+    /// Creates the client for an existing implementation of the store, such as a simulated one.
     pub fn from_object_store(
         objects: Arc<dyn ObjectStore>,
         prefix: &str,
@@ -113,7 +113,7 @@ impl TierStore {
         self.inner.outages.outage()
     }
 
-    /// Returns the outage if it is confirmed. Reads of history then fail at once until the store responds.
+    /// Returns the outage if it is confirmed. Reads from the object store then fail at once until the store responds.
     pub fn confirmed_outage(&self) -> Option<Outage> {
         self.inner.outages.confirmed()
     }
@@ -123,7 +123,7 @@ impl TierStore {
         self.inner.outages.wait_until_unavailable().await
     }
 
-    /// Waits until an outage has been confirmed for `time`. Returns at once if that holds already.
+    /// Waits until an outage has lasted for `time` since its confirmation. Returns at once if that holds already.
     pub(super) async fn wait_until_unavailable_for(&self, time: Duration) -> Outage {
         self.inner.outages.wait_until_unavailable_for(time).await
     }
@@ -162,7 +162,7 @@ impl TierStore {
         Ok(self.put(&name::topic_object(topic.id), content.into()).await?)
     }
 
-    /// Ends every wait and joins the background tasks.
+    /// Ends every wait, after which requests fail with `Stopped`, and joins the background tasks.
     pub async fn stop(&self) {
         self.inner.tasks.stop().await;
     }
@@ -193,7 +193,8 @@ impl TierStore {
         object.split('/').fold(self.inner.prefix.clone(), |path, part| path.join(part))
     }
 
-    /// Returns the content of a small object.
+    /// Returns the content of a small object. If the complete store of the cluster is missing, the error is
+    /// `Unavailable`, not `NotFound`.
     pub async fn get(&self, object: &str) -> Result<Bytes, TierStoreError> {
         match self.fetch(object).await {
             Err(missing @ TierStoreError::NotFound { .. }) => Err(self.missing_error(missing, object).await),
@@ -208,8 +209,9 @@ impl TierStore {
         self.retry(object, || async { self.inner.objects.get(&path).await?.bytes().await }).await
     }
 
-    /// Returns the error for an object that the store does not contain. The error stays `NotFound` only if the cluster
-    /// marker exists. Otherwise the complete store is missing, as after an unmount, and the error is `Unavailable`.
+    /// Returns the error for an object that the store does not contain. The error stays `NotFound` if the cluster
+    /// marker exists, or if the prefix needs none yet. Otherwise the complete store is missing, as after an unmount,
+    /// and the error is `Unavailable`.
     async fn missing_error(&self, missing: TierStoreError, object: &str) -> TierStoreError {
         if !self.must_have_marker() {
             return missing;
@@ -221,14 +223,14 @@ impl TierStore {
         }
     }
 
-    /// Returns exactly these bytes of an object. If the object is shorter, the error is `Unavailable` after the
-    /// retries.
+    /// Returns exactly the bytes in `range` of an object. If the object is shorter, the error is `Unavailable` after
+    /// the retries.
     pub async fn get_range(&self, object: &str, range: Range<u64>) -> Result<Bytes, TierStoreError> {
         self.get_with(object, range, GetOptions::new()).await
     }
 
-    /// Reads like [`get_range`](Self::get_range), for bytes that were written just now: a folder then drops them from
-    /// the page cache.
+    /// Reads like [`get_range`](Self::get_range), to verify bytes that were written just now: if the store is a folder,
+    /// it then drops them from the page cache.
     pub(super) async fn read_back(&self, object: &str, range: Range<u64>) -> Result<Bytes, TierStoreError> {
         self.get_with(object, range, folder::read_back_options()).await
     }
@@ -262,9 +264,9 @@ impl TierStore {
         Ok(modified.timestamp_millis())
     }
 
-    /// Returns the time of the store's clock, in milliseconds since 1970: the modification time of an object that was
-    /// written just now. Only this clock determines the ages of objects. A broker's own clock may be hours ahead; by
-    /// that clock, an object that another broker has just uploaded would be old.
+    /// Writes `clock.json` and returns its modification time: the time of the store's clock, in milliseconds since
+    /// 1970. Only this clock determines the ages of objects. A broker's own clock may be hours ahead; by that clock, an
+    /// object that another broker has just uploaded would be old.
     ///
     /// # Errors
     /// The prefix does not belong to this cluster, or the store does not respond.
@@ -283,7 +285,8 @@ impl TierStore {
         .await
     }
 
-    /// Writes an object if it does not exist. Success means only that the object exists now.
+    /// Writes an object if it does not exist. Success means only that an object of this name exists now, perhaps with
+    /// other content.
     pub(super) async fn put_if_absent(&self, object: &str, content: Bytes) -> Result<(), TierStoreError> {
         let path = self.path(object);
         self.retry(object, || async {
@@ -308,7 +311,7 @@ impl TierStore {
         }
     }
 
-    /// Returns all objects below a folder.
+    /// Returns all objects below a folder, at any depth.
     pub async fn list(&self, folder: &str) -> Result<Vec<ObjectInfo>, TierStoreError> {
         let path = self.path(folder);
         let metas = self.retry(folder, || self.inner.objects.list(Some(&path)).try_collect::<Vec<_>>()).await?;
@@ -347,8 +350,8 @@ impl TierStore {
         path.strip_prefix(prefix).unwrap_or(path).trim_start_matches('/').to_owned()
     }
 
-    /// Sends a request until it succeeds, fails permanently, or the time for retries is over. Each attempt has a time
-    /// limit and reports its outcome to the outage tracker.
+    /// Sends a request until it succeeds, fails permanently, or `retry_for` has passed. Each attempt has a time limit,
+    /// and its outcome is reported to the outage tracker.
     pub(super) async fn retry<T, F, Fut>(&self, object: &str, mut request: F) -> Result<T, TierStoreError>
     where
         F: FnMut() -> Fut,
@@ -398,7 +401,8 @@ impl TierStore {
         }
     }
 
-    /// Records a request that failed or has had no response for long. Starts probes, which detect an outage.
+    /// Reports a request that failed, or has had no response for [`SUSPECT_AFTER`], to the outage tracker. Starts the
+    /// probes, unless they are running.
     fn suspect(&self, sent: Instant, reason: &str) {
         if self.inner.outages.on_failure(&self.inner.url, sent, reason) && !self.inner.tasks.is_cancelled() {
             let store = self.clone();
@@ -408,7 +412,7 @@ impl TierStore {
         }
     }
 
-    /// Sends probes until the store responds: requests for the small cluster marker, one at a time. Reports each
+    /// Sends probes until no outage is suspected: requests for the small cluster marker, one at a time. Reports each
     /// outcome to the outage tracker.
     async fn probe(&self) {
         let path = self.path(name::CLUSTER);
@@ -442,7 +446,7 @@ impl TierStore {
     }
 }
 
-/// Returns the reason why a response indicates an outage. Returns `None` if the store works.
+/// Returns the reason why a response may indicate an outage. Returns `None` if the response shows that the store works.
 fn outage_reason<T>(response: &Result<T, TierStoreError>) -> Option<String> {
     match response {
         Err(TierStoreError::Unavailable { reason, .. }) => Some(reason.clone()),

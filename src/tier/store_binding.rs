@@ -15,17 +15,17 @@ pub struct StoreBinding {
     pub id: Uuid,
     /// URL of the store, with the endpoint if there is one.
     pub url: String,
-    /// True before `cluster.json` is written. The binding does not bind any broker yet, but a broker that takes this
-    /// store writes this id.
+    /// True before `cluster.json` is written. A pending binding does not exclude other stores yet, but a broker that
+    /// writes `cluster.json` to this store uses this id.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pending: bool,
 }
 
 /// Storage of the store binding, outside of the object store. Errors are texts for people; a later attempt may succeed.
 pub trait BindingStore: Send + Sync {
-    /// Returns the binding after a broker has found the store at `url`, with this id in its cluster marker. Creates or
-    /// completes the binding with a compare-and-set, so all brokers get the same one. Without an id a new binding is
-    /// pending.
+    /// Creates or completes the binding with a compare-and-set, so that all brokers get the same one, and returns it.
+    /// Called after a broker has found the store at `url`, with `id` in its cluster marker. Without `id`, a new binding
+    /// is pending.
     fn bind<'a>(&'a self, url: &'a str, id: Option<Uuid>) -> BoxFuture<'a, Result<StoreBinding, String>>;
 
     /// Returns the stored binding, if there is one. Changes nothing.
@@ -35,11 +35,11 @@ pub trait BindingStore: Send + Sync {
 /// The cluster that a prefix must belong to.
 #[derive(Clone, Default)]
 pub struct StoreOwner {
-    /// Storage of the binding. `TierStore::bind` fails for a store other than the bound one.
-    /// If no store is bound, it binds this one. Without a storage, the cluster may use any store.
+    /// Storage of the binding. `TierStore::bind` fails for a store other than the bound one, and binds its own store if
+    /// none is bound. Without a storage, the cluster may use any store.
     pub bindings: Option<Arc<dyn BindingStore>>,
-    /// Cluster generation; 0 if it is not known. A prefix of a later generation is rejected. The cluster marker of an
-    /// earlier one is replaced.
+    /// Cluster generation; 0 if it is not known. A prefix of a later generation is rejected. A cluster marker of an
+    /// earlier generation is replaced.
     pub generation: u64,
     /// True if the metadata references objects, so that a prefix without cluster marker cannot be the cluster's.
     pub has_data: bool,
@@ -51,6 +51,6 @@ pub(super) struct PrefixOwner {
     pub(super) expected: StoreOwner,
     /// Set when the prefix is known to belong to this cluster: the id in its cluster marker, if the marker has one.
     pub(super) bound: OnceCell<Option<Uuid>>,
-    /// Reason why a broker must not run with this store. `None` while no reason is known.
+    /// Fatal error of the verification, with which a broker must not run; `None` while there is none.
     pub(super) refused: watch::Sender<Option<String>>,
 }

@@ -2,10 +2,11 @@
 //!
 //! # Overview
 //!
-//! A segment is streamed from its file, which stays readable after its name is removed. Its parts have 8 MiB; at most
-//! four parts of one segment and eight parts of all segments are in flight. Small segments are uploaded with one
-//! request. A failed attempt is verified before the next one: if only the response was lost, the object exists. All
-//! attempts of an upload use the same name and the same content, so a duplicate or late request changes nothing.
+//! A segment is streamed from its file, which stays readable after its name is removed. Segments up to 16 MiB are
+//! uploaded with one request, and larger ones in parts of 8 MiB. At most four parts of one segment and eight parts of
+//! all segments are in flight. After a failed attempt, the object is verified before the next attempt: if only the
+//! response was lost, the object exists. All attempts of an upload use the same name and the same content, so a
+//! duplicate or late request changes nothing.
 //!
 //! # Crash
 //!
@@ -40,7 +41,7 @@ const MAX_SINGLE_PUT_BYTES: u64 = 2 * PART_BYTES as u64;
 /// Maximum number of parts of one segment in flight.
 const MAX_SEGMENT_PARTS_IN_FLIGHT: usize = 4;
 
-/// Maximum size of one read of the verification.
+/// Maximum size of one read of the verification, in bytes.
 const READ_BACK_BYTES: u64 = 8 << 20;
 
 /// Error of an upload of a segment or a manifest. No state has changed; at most orphan objects are left.
@@ -66,7 +67,7 @@ pub enum UploadError {
     Mismatch {
         /// Name of the object, below the prefix.
         object: String,
-        /// Difference between the two.
+        /// Difference between the written and the returned object.
         reason: String,
     },
     /// The current manifest cannot be read.
@@ -87,8 +88,8 @@ impl UploadError {
     }
 }
 
-/// Uploads the part of `source` that is not in the object store yet, and verifies it. Failed attempts are repeated
-/// until `ObjectStoreOptions::retry_for` has passed.
+/// Uploads the part of `source` after the skipped prefix, and verifies it. Returns its manifest entry. Failed attempts
+/// are repeated until `ObjectStoreOptions::retry_for` has passed.
 pub(super) async fn segment(
     store: &TierStore,
     source: &SegmentSource,
@@ -104,8 +105,7 @@ pub(super) async fn segment(
             Ok(entry) => return Ok(entry),
             Err(error) => error,
         };
-        // Each request was already retried for this time. The caller tries again later, with the segments that are due
-        // then.
+        // After `retry_for`, maintenance tries again later, with the segments that are then due.
         let may_retry = error.retryable() && began.elapsed() < retry_for;
         let Some(pause) = pauses.next().filter(|_| may_retry) else { return Err(error) };
         tracing::debug!(path = %source.path().display(), %error, ?pause, "segment upload failed, retrying");
@@ -113,7 +113,7 @@ pub(super) async fn segment(
     }
 }
 
-/// One upload with all its attempts.
+/// The upload of one segment, with all its attempts.
 struct SegmentUpload<'a> {
     store: &'a TierStore,
     source: &'a SegmentSource,
@@ -122,7 +122,8 @@ struct SegmentUpload<'a> {
     uuid: uuid::Uuid,
 }
 
-/// The object that one attempt sent. After an error the object may exist, because only the response may be lost.
+/// The object that one attempt sent. If `outcome` is an error, the object may exist nevertheless, because only the
+/// response may be lost.
 struct SentObject {
     entry: SegmentEntry,
     outcome: Result<(), TierStoreError>,
@@ -133,8 +134,8 @@ impl<'a> SegmentUpload<'a> {
         Self { store, source, skipped, uuid: random::uuid() }
     }
 
-    /// Makes one attempt: sends the object and verifies it. `last_sent` is the object of the last attempt: if that
-    /// object passes the verification now, nothing is sent.
+    /// Makes one attempt: sends the object and verifies it. `last_sent` is the object of the previous attempt: if it
+    /// passes the verification now, nothing is sent. This attempt stores its own object there.
     async fn try_once(&mut self, last_sent: &mut Option<SegmentEntry>) -> Result<SegmentEntry, UploadError> {
         if let Some(entry) = last_sent.take()
             && self.verify(&entry).await.is_ok()
@@ -181,7 +182,7 @@ impl<'a> SegmentUpload<'a> {
         }
     }
 
-    /// Sends a segment that `parts` holds completely, with one request.
+    /// Sends a segment whose batches are all in `parts`, with one request. The request takes the permits of two parts.
     async fn send_whole(&self, batches: SegmentBatches, mut parts: PartBuffer) -> Result<SentObject, UploadError> {
         let entry = self.append_footer(batches, &mut parts);
         let object = self.object(&entry.stamp);
@@ -276,7 +277,7 @@ impl<'a> SegmentUpload<'a> {
     }
 }
 
-/// Checked bytes that are to be sent. Removing bytes copies no payload.
+/// Checked bytes that are to be sent. Taking bytes out copies no payload.
 #[derive(Default)]
 struct PartBuffer {
     pieces: VecDeque<Bytes>,
@@ -323,8 +324,8 @@ struct MultipartUpload<'a> {
 }
 
 impl MultipartUpload<'_> {
-    /// Starts to send the next part. Waits first while too many parts are in flight. Fails if an earlier part has
-    /// failed.
+    /// Starts to send the next part. Waits before that while too many parts of this segment or of all segments are in
+    /// flight. Fails if an earlier part has failed.
     async fn put(&mut self, payload: PutPayload) -> Result<(), UploadError> {
         while self.in_flight.len() >= MAX_SEGMENT_PARTS_IN_FLIGHT {
             self.wait_for_part().await?;
@@ -359,7 +360,7 @@ impl MultipartUpload<'_> {
         }
     }
 
-    /// Converts the result of a part; `None` if no part was in flight.
+    /// Returns the error of a part that has failed. `sent` is `None` if no part was in flight.
     fn on_part_sent(&self, sent: Option<object_store::Result<()>>) -> Result<(), UploadError> {
         match sent {
             Some(Err(error)) => Err(TierStoreError::new(self.object, &error).into()),
@@ -367,7 +368,7 @@ impl MultipartUpload<'_> {
         }
     }
 
-    /// Waits until all parts have been sent.
+    /// Waits until all parts have been sent. Fails if one has failed.
     async fn drain(&mut self) -> Result<(), UploadError> {
         while !self.in_flight.is_empty() {
             self.wait_for_part().await?;
@@ -399,9 +400,9 @@ impl MultipartUpload<'_> {
     }
 }
 
-/// Returns the error of a completion as one of unknown outcome. If a completion succeeds and its response is lost, the
-/// repeated request is refused, and every store uses another error (not found, not allowed, an internal error). So the
-/// next attempt verifies the object first.
+/// Converts the error of a completion to `Unavailable`, which is retried. If a completion succeeds and its response is
+/// lost, the store refuses the repeated request, with an error that depends on the store (not found, not allowed,
+/// internal). The next attempt verifies the object first.
 fn as_unknown(error: TierStoreError) -> TierStoreError {
     match error {
         TierStoreError::NotFound { object } => {
@@ -414,7 +415,8 @@ fn as_unknown(error: TierStoreError) -> TierStoreError {
     }
 }
 
-/// Writes a small object under a new name, reads it back and compares.
+/// Writes a small object under a new name, reads it back and compares. Repeats this while the content differs, until
+/// `retry_for` has passed.
 pub(super) async fn small(store: &TierStore, object: &str, content: Bytes) -> Result<(), UploadError> {
     let write = || async {
         store.put(object, content.clone()).await?;

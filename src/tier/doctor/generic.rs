@@ -1,4 +1,5 @@
-//! Requests of the store checks through `object_store`: for all stores that the vendor's S3 client does not serve.
+//! Requests of the store checks through `object_store`: for all stores except S3, and for S3 without the feature
+//! `s3-admin`.
 
 use std::{future::Future, ops::Range, sync::Arc, time::Duration};
 
@@ -29,7 +30,7 @@ impl GenericProbe {
         key.split('/').fold(self.prefix.clone(), |path, part| path.join(part))
     }
 
-    /// Sends one request with the time limit.
+    /// Sends one request with the time limit. Errors are texts for the report.
     async fn request<T>(&self, request: impl Future<Output = object_store::Result<T>>) -> Result<T, String> {
         match tokio::time::timeout(self.timeout, request).await {
             Ok(response) => response.map_err(|error| reason(&error)),

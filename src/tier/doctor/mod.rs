@@ -1,8 +1,8 @@
 //! Checks the capabilities of an object store and its credentials, with objects in a folder that is deleted at the end.
 //!
 //! Every check states its meaning for a broker. A missing capability that a broker needs is a failure; one that a
-//! broker can do without is unsupported. For `s3://` the checks use the vendor's client, so that a finding concerns the
-//! store and not the client of the broker.
+//! broker can do without is unsupported. With the feature `s3-admin`, checks of `s3://` use the vendor's client, so
+//! that a finding concerns the store and not the client of the broker.
 
 use bytes::Bytes;
 
@@ -50,7 +50,8 @@ pub struct StoreCheck {
     pub meaning: &'static str,
 }
 
-/// Checks every capability of the store in `options` that a broker uses. The options bound all waits.
+/// Checks every capability of the store in `options` that a broker uses, and deletes the objects of the checks. Each
+/// request has the time limit of the options.
 ///
 /// # Errors
 /// The options name no store. A missing capability is not an error but the outcome of a check.
@@ -75,7 +76,7 @@ pub async fn examine(options: &ObjectStoreOptions) -> Result<Vec<StoreCheck>, Ob
     Ok(checks)
 }
 
-/// Returns a check of a capability that a broker needs. The result is the observation or the failure.
+/// Returns the check of a capability that a broker needs: passed with an observation, or failed with an error.
 fn check(name: &'static str, result: Result<String, String>, meaning: &'static str) -> StoreCheck {
     let (outcome, detail) = match result {
         Ok(detail) => (CheckOutcome::Pass, detail),
@@ -126,7 +127,7 @@ async fn run(probe: &impl StoreProbe, folder: &str) -> Vec<StoreCheck> {
     checks
 }
 
-/// Checks that a small object can be written. The other checks use this object.
+/// Checks that a small object can be written. Several later checks use this object.
 async fn put(probe: &impl StoreProbe, folder: &str) -> Result<String, String> {
     probe.put(&format!("{folder}/small"), pattern(4096)).await?;
     Ok("an object of 4 KiB was written".to_owned())
@@ -147,7 +148,8 @@ async fn ranged_get(probe: &impl StoreProbe, folder: &str) -> Result<String, Str
     Ok("four ranges were returned as written".to_owned())
 }
 
-/// Checks the length that the store reports, and the difference of its clock from this machine's.
+/// Checks the length that the store reports, and that its clock differs by at most [`MAX_CLOCK_SKEW_MS`] from this
+/// machine's.
 async fn clock_skew(probe: &impl StoreProbe, folder: &str) -> Result<String, String> {
     let key = format!("{folder}/clock");
     let before = clock::wall_ms();
@@ -205,7 +207,7 @@ const CONDITIONAL: &str =
     "Strandline uses conditional puts if the store supports them, and is equally safe without them.";
 
 /// Checks conditional puts: one on an existing object, and several concurrent ones on a new object. A broker works
-/// without them, so these checks never fail.
+/// without conditional puts, so the outcome is never `Fail`.
 async fn check_conditional_puts(probe: &impl StoreProbe, folder: &str) -> (StoreCheck, StoreCheck) {
     let sequential = match probe.put_new(&format!("{folder}/small"), pattern(10)).await {
         Ok(ConditionalPutResult::Exists) => {
@@ -260,7 +262,7 @@ async fn s3_checks(s3: &S3Admin, folder: &str) -> [StoreCheck; 2] {
     [checksum, StoreCheck { name: UPLOADS.0, outcome, detail, meaning: UPLOADS.1 }]
 }
 
-/// Returns true if the check of puts passed.
+/// Returns true if the put of the first object passed.
 fn can_put(checks: &[StoreCheck]) -> bool {
     checks.iter().all(|check| check.name != PUT || check.outcome == CheckOutcome::Pass)
 }

@@ -85,7 +85,7 @@ async fn uploaded_segment_leaves_the_page_cache() {
     // Each position is tested once, because some systems start to read an absent page.
     let cached_at: Vec<_> =
         (0..content.len()).step_by(1 << 20).map(|position| (position, is_cached(position))).collect();
-    // Only some file systems support the test, and tmpfs drops no pages.
+    // Only some file systems support this check, and tmpfs drops no pages.
     let is_unsupported = cached_at[0].1.is_err_and(|error| error != rustix::io::Errno::AGAIN);
     if is_unsupported || rustix::fs::fstatfs(&file).unwrap().f_type == TMPFS_MAGIC {
         return;
@@ -199,8 +199,8 @@ async fn flipped_bit_in_segment_file_is_never_uploaded() {
     assert!(tier.store().list("topics").await.unwrap().is_empty(), "no object was written");
 }
 
-/// Regression: uploads opened the file by its name, so an eviction or a deletion of the topic during the upload made it
-/// fail.
+/// Regression: uploads opened the segment file by its name, so an upload failed if the segment was evicted or its topic
+/// deleted meanwhile.
 #[tokio::test]
 async fn upload_survives_removal_of_segment_file() {
     let segments = Segments::new();
@@ -268,7 +268,8 @@ async fn time_lookup_finds_first_batch_at_or_after_time() {
     assert_eq!(batch.base_offset(), at(450), "the search starts at the batch of the log start");
 }
 
-/// Regression: a reader reserved memory for a batch only after reading it.
+/// A batch above both limits of a read is reported with its size and not read. Regression: memory for a batch was
+/// reserved only after the batch had been read.
 #[tokio::test]
 async fn batch_above_the_limit_is_not_read() {
     let (tier, _segments, _all) = three_segments(&ObjectStoreOptions::new("memory://"), 3000).await;
@@ -281,8 +282,8 @@ async fn batch_above_the_limit_is_not_read() {
     assert!(found.is_ok(), "the first read of a search may be larger: {found:?}");
 }
 
-/// Regression: a controller whose clock was hours ahead treated an object as garbage that another broker had uploaded a
-/// second ago and not committed yet.
+/// The store's clock, and not the broker's, is used for the ages of objects. Regression: a controller whose clock was
+/// hours ahead treated an object as garbage that another broker had just uploaded and not committed yet.
 #[tokio::test]
 async fn clock_is_read_from_the_store() {
     let (tier, _, _) = three_segments(&ObjectStoreOptions::new("memory://"), 100).await;
@@ -375,14 +376,14 @@ async fn trim_moves_log_start_and_its_garbage_is_collected() {
     let fresh = tier_over(store.clone(), tier.state());
     assert_eq!(read_all(&fresh, 450, 900, 1 << 20).await, kept, "referenced objects are kept");
 
-    // Above the tiered end: the manifest is empty, and the tiered end does not change.
+    // The log start moves above the tiered end: the manifest is then empty, and the tiered end does not change.
     trim(&tier, at(903)).await;
     let emptied = tier.state();
     assert_eq!((emptied.log_start, emptied.tiered_end, tier.bytes()), (at(903), at(900), 0));
     assert!(matches!(tier.read(at(903), 1.into()).await, Err(TierReadError::OutOfRange { .. })));
     let listed = tier_over(store.clone(), emptied.clone()).segments(at(0), 9).await.unwrap();
     assert_eq!(listed, [], "the empty manifest can be read");
-    // From then on, the log start moves without the object store.
+    // While the manifest is empty, the log start moves without a new manifest.
     tier.install(tier.stage_log_start(at(905), 0, LeaderEpoch(2)).unwrap());
     assert!(!tier.manifest_lags().await.unwrap());
     assert_eq!((tier.state().log_start, tier.state().manifest), (at(905), emptied.manifest));
@@ -437,7 +438,8 @@ async fn prefix_of_another_cluster_is_rejected_with_both_names() {
     assert!(matches!(refused, Err(UploadError::Binding(BindingError::Foreign { .. }))));
 }
 
-/// Another broker, which completes the binding while this one requests it.
+/// Storage of bindings in which another broker completes the binding, and writes the marker, while this broker requests
+/// the binding.
 struct FasterBroker {
     marker: std::path::PathBuf,
     id: uuid::Uuid,
@@ -470,7 +472,7 @@ async fn marker_that_another_broker_writes_meanwhile_is_accepted() {
     TierStore::open(&options, "test").unwrap().owned_by(owner).bind().await.unwrap();
 }
 
-/// Regression: an unmounted disk leaves an empty folder, or none. A write then created a new store there, on the wrong
+/// Regression: an unmounted disk leaves an empty folder, or none. The next write then created a new store on the wrong
 /// disk.
 #[tokio::test]
 async fn missing_or_empty_folder_rejects_writes_until_it_returns() {
@@ -559,14 +561,14 @@ async fn disk_cache_serves_evicted_chunks_but_no_corrupt_bytes() {
         std::fs::write(path, corrupt).unwrap();
     }
     assert_eq!(read_all(&cold, 0, 900, 1 << 20).await, all);
-    // The next start begins with an empty folder. This cache must have completed its writes before.
+    // The next start deletes the chunks. The writes of this cache must be complete before that.
     cold.cache().wait_for_writes().await;
     ChunkCache::open(&options, &Metrics::new()).unwrap();
     assert_eq!(std::fs::read_dir(&chunks).unwrap().count(), 0);
 }
 
-/// Regression: reads of the folder continued for callers that had left. They used 1 MiB each outside of every budget,
-/// and as many ran as there were threads.
+/// Regression: reads of the folder continued although no caller waited for them. They used 1 MiB each outside of every
+/// budget, and as many ran as there were threads.
 #[tokio::test]
 async fn folder_reads_are_bounded_and_skip_callers_that_left() {
     let folder = tempfile::tempdir().unwrap();
@@ -594,7 +596,8 @@ async fn folder_reads_are_bounded_and_skip_callers_that_left() {
     assert_eq!(metrics.cache_hits.get() - before, 1, "the file was read once");
 }
 
-/// Regression: manifests, pages and footers were fetched for callers that had left, all of them at the same time.
+/// Regression: manifests, pages and footers were fetched although no caller waited for them, and without a limit on
+/// concurrent fetches.
 #[tokio::test]
 async fn metadata_fetches_are_bounded_and_skip_callers_that_left() {
     let (tier, _segments, _) = three_segments(&ObjectStoreOptions::new("memory://"), 3000).await;

@@ -26,8 +26,7 @@ fn entry(base: u64, end: u64, epoch: u32) -> SegmentEntry {
     }
 }
 
-/// Retention uses the creation time if the records have no timestamps. Entries of earlier releases have no creation
-/// time.
+/// An encoded manifest keeps `created_ms`, which retention uses if the records have no timestamps.
 #[test]
 fn segment_entry_keeps_creation_time() {
     let without_timestamps = SegmentEntry { created_ms: 1_790_000_000_123, max_timestamp_ms: -1, ..entry(0, 10, 1) };
@@ -111,7 +110,7 @@ fn flipped_bit_in_footer_manifest_or_page_is_detected() {
     }
 }
 
-/// Regression: a manifest of the largest version ended the broker that computed the next version.
+/// Regression: a manifest of the largest version aborted the broker that computed the next version.
 #[test]
 fn manifest_of_excessive_version_or_epoch_is_rejected() {
     let content = manifest_of(3).0.encode();
