@@ -154,7 +154,8 @@ macro_rules! settings {
         pub struct Config {
             $(#[doc = $top_setting_doc] pub $top: $top_type,)*
             $(#[doc = $section_doc] pub $section: $config,)*
-            /// Topic configuration of topics that do not set it themselves. `model::TopicConfig` accepts it.
+            /// Topic configuration of topics that do not set it themselves. `model::TopicConfig::resolve` has accepted
+            /// it.
             pub topic_defaults: ConfigMap,
         }
 

@@ -170,7 +170,7 @@ impl ResolvedValues {
         self.errors.push(ConfigError::Invalid { origin: self.source(key), reason });
     }
 
-    /// Adds the error that a setting does not accept its value.
+    /// Adds the error that a setting does not accept its value. `allowed` describes the accepted values.
     pub(super) fn reject_value(&mut self, key: &str, allowed: impl Into<String>) {
         let (text, origin) = (self.text(key).unwrap_or_default().to_owned(), self.source(key));
         self.reject_text(key, &text, allowed, origin);

@@ -8,11 +8,11 @@ const MIN_SIMILARITY: f64 = 0.8;
 /// Maximum length of names, in bytes, whose edits are counted. The work grows with the square of the length.
 const MAX_COUNTED_BYTES: usize = 40;
 
-/// Maximum number of compared names. A suggestion is not worth more work.
+/// Maximum number of names that are compared, which bounds the work for a suggestion.
 const MAX_COMPARED_NAMES: usize = 10_000;
 
 /// Returns at most `max` of the names that are similar to `wanted`, the most similar first. `text` returns the text of
-/// a name. Only the first [`MAX_COMPARED_NAMES`] names are compared.
+/// a name. Only the first 10,000 names are compared.
 pub fn closest_names<T>(
     wanted: &str,
     names: impl IntoIterator<Item = T>,

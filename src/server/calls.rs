@@ -1,5 +1,6 @@
-//! Counts the open calls of each connection. A call is open from the head of its request until HTTP/2 has written the
-//! body of the response, or has closed the stream. A connection without open calls is idle.
+//! Keeps each call open, and its response charged, until the response has been sent. A call is open from the head of
+//! its request until HTTP has written the body of the response, or has closed the stream. A connection without open
+//! calls is idle.
 
 use std::{
     pin::Pin,

@@ -267,7 +267,7 @@ impl ConnectionLimiter {
     }
 }
 
-/// Reason why a call is rejected: its connection serves only probes, or there is no memory for the call.
+/// Reason why a call is rejected: its connection serves only probes, or the limit of open calls is reached.
 #[derive(Debug)]
 pub(super) struct RefusedCall(pub(super) String);
 
@@ -386,7 +386,7 @@ pub(super) struct CountedConnection {
     is_full: bool,
     /// True if a write succeeded since this flag last permitted a read.
     has_written: bool,
-    /// Waker of a read that waits for the next successful write.
+    /// Waker of the task whose read waits for the next successful write.
     reader: Option<Waker>,
     caller: Caller,
 }

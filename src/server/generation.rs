@@ -1,7 +1,8 @@
 //! Raises the cluster generation while no broker runs: `strandline cluster new-generation`.
 //!
-//! The metadata store is raised first, then the object store. After a crash in between, the metadata store is ahead.
-//! The next start of any broker raises the object store; a data directory follows when its broker starts.
+//! The generation of the metadata store is raised first, then that of the object store. After a crash in between, the
+//! object store has the lower one, which the next start of any broker raises. The generation of a data directory is
+//! raised when its broker starts.
 
 use std::{sync::Arc, time::Duration};
 
@@ -31,7 +32,8 @@ pub struct Raised {
     pub bucket: Option<u64>,
     /// New generation.
     pub generation: u64,
-    /// Error of raising the object store; `None` on success. Brokers raise the object store when they start.
+    /// Error of raising the generation of the object store; `None` on success, and if `bucket` is `None`. Brokers raise
+    /// this generation when they start.
     pub bucket_behind: Option<String>,
 }
 

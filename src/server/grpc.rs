@@ -98,7 +98,7 @@ pub(super) struct Windows {
     memory: Option<WindowMemory>,
 }
 
-/// Memory that the windows of a listener's connections share.
+/// Memory that the windows and streams of a listener's connections share.
 #[derive(Clone, Debug)]
 struct WindowMemory {
     /// Bytes of windows above [`MIN_CONNECTION_WINDOW`].
@@ -107,7 +107,7 @@ struct WindowMemory {
     streams: MemoryBudget,
 }
 
-/// The window of an open connection.
+/// Window and number of streams of an open connection, with the memory of both.
 struct Window {
     bytes: u32,
     /// Maximum number of open streams.
@@ -376,14 +376,14 @@ async fn handle(State(request_memory): State<Option<RequestMemory>>, mut request
         {
             message.clone_into(&mut error.message);
         }
-        // If a header cannot be written, the response stays a rejection without a stable error code.
+        // If a header cannot be written, the response remains a rejection without a stable error code.
         let _ = Status::from(error).add_header(response.headers_mut());
     }
     calls::hold_until_sent(response, call, call_memory, metadata_permit)
 }
 
-/// Returns the message for a call of `path` that arrived at the wrong listener; `None` if the path is unknown at every
-/// listener.
+/// Returns the message for a call of an unknown method at `path`, if its service is on another listener; `None` if the
+/// listener serves such paths.
 fn wrong_listener_message(listener: ListenerKind, path: &str) -> Option<&'static str> {
     let is_peer = path.split('/').nth(1) == Some(peer_server::SERVICE_NAME);
     match listener {

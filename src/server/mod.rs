@@ -5,7 +5,7 @@
 //! 1. Bind the ports. A port conflict is the most likely error, and is found before any data is touched. The HTTP
 //!    listener serves from here on.
 //! 2. Open the data directory (lock, journal replay). A broker that cannot run must not reach the stores.
-//! 3. Open the metadata store. A broker of a cluster waits until the store responds, and records a new incarnation in
+//! 3. Open the metadata store. A broker of a cluster waits until the store responds, and writes a new incarnation to
 //!    its data directory (`admission`).
 //! 4. Start the metadata cache. Verify the owner of the object store: another cluster's prefix ends the start. An
 //!    object store that does not respond at once delays uploads, not the start.

@@ -191,7 +191,7 @@ impl Node {
         }
         self.broker.stop().await;
         if !self.standalone {
-            // Ends the registration before the listeners close. Otherwise peers would take the closed listener for a
+            // Ends the registration before the listeners close. Otherwise the failure detectors of peers would report a
             // crash.
             self.session.leave().await;
         }
@@ -241,7 +241,8 @@ impl NodeStart<'_> {
     async fn run(self, deps: NodeDeps, serve_peers: impl FnOnce(Routes)) -> anyhow::Result<Node> {
         let (config, standalone) = (self.config, deps.standalone);
         let StoreHandles { meta, objects } = deps.stores.await?;
-        // A store inside the data directory cannot be set back without the directory, so its revisions need no check.
+        // A store inside the data directory returns to an older state only together with the directory, so its
+        // revisions need no check.
         let meta: Arc<dyn MetaStore> = if standalone { meta } else { Arc::new(MonotonicStore::new(meta)) };
         let meta: Arc<dyn MetaStore> = Arc::new(MeteredStore::new(meta, self.metrics.clone()));
         let mut tier = objects.map(|store| with_cache(config, store, &self.metrics)).transpose()?;

@@ -160,7 +160,7 @@ impl RequestBody {
     pub(super) fn new(inner: Body, path: &str, memory: CallMemory, schemas: &RequestSchemas) -> Self {
         let max_bytes = match path {
             _ if RECORD_CALLS.contains(&path) => limits::MAX_MESSAGE_BYTES,
-            // Such requests contain only names. The responses of reflection contain their requests.
+            // Requests for health and reflection contain only names. A response of reflection contains its request.
             _ if path.starts_with("/grpc.") => MAX_NAMES_BYTES,
             _ => limits::MAX_REQUEST_BYTES,
         };

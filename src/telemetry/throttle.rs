@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Minimum time between two log lines about the same condition.
+/// Minimum time between two log lines about occurrences of one condition.
 pub const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The throttle of one condition, which may start and end repeatedly.
@@ -42,7 +42,8 @@ impl LogThrottle {
         std::mem::take(&mut self.announced).then(|| std::mem::take(&mut self.unlogged))
     }
 
-    /// Returns true if the next occurrence would be logged, so that the throttle can be dropped without an effect.
+    /// Returns true if an occurrence at `now` would be logged. After the end of the condition, such a throttle can be
+    /// replaced by a new one without an effect.
     pub fn is_quiet(&self, now: Instant) -> bool {
         self.logged.is_none_or(|logged| now.saturating_duration_since(logged) >= REMINDER_INTERVAL)
     }

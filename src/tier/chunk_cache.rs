@@ -518,7 +518,8 @@ impl DiskCache {
         let folder = Arc::clone(&self.folder);
         let bytes = weight(chunk.len() + 4);
         let written = task::run_blocking(move || {
-            // The log needs the last space of the disk: for its appends, and below `MIN_FREE_DISK_BYTES` for evictions.
+            // The log needs the last space of the disk. It refuses appends below `MIN_FREE_DISK_BYTES`, so the cache
+            // stops earlier.
             if folder.free_bytes().is_ok_and(|free| free < 2 * limits::MIN_FREE_DISK_BYTES) {
                 return Err(io::ErrorKind::StorageFull.into());
             }

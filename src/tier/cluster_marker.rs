@@ -123,8 +123,8 @@ impl TierStore {
         let cluster = self.inner.cluster.clone();
         let marker = ClusterMarker { format: 1, cluster, id: Some(binding.id), generation };
         let content = Bytes::from(serde_json::to_vec(&marker).expect("a plain struct is valid JSON"));
-        // If the store has conditional puts, only one of two clusters that take the prefix at the same time succeeds.
-        // If not, the last one succeeds, and the first one detects this here or at its next start.
+        // If two clusters write a marker to this prefix at the same time, a store with conditional puts keeps the first
+        // one. A store without them keeps the last one, and the other cluster detects this here or at its next start.
         match self.put_if_absent(name::CLUSTER, content.clone()).await {
             Ok(()) => {}
             Err(TierStoreError::Unsupported { .. }) => self.put(name::CLUSTER, content).await?,

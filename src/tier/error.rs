@@ -121,7 +121,8 @@ impl BindingError {
         }
     }
 
-    /// Returns true if no later attempt can find the store to be the cluster's: a broker must not run with it.
+    /// Returns true if the store belongs to another cluster, is not the one to which this cluster is bound, or has a
+    /// later generation. Later attempts would fail as well, so a broker must not run with this store.
     pub fn is_fatal_at_start(&self) -> bool {
         matches!(self, Self::Foreign { .. } | Self::OtherStore { .. } | Self::Generation { .. })
     }

@@ -167,8 +167,8 @@ impl Footer {
     /// Parses body and trailer at the end of `tail`, which ends where the object ends.
     ///
     /// # Errors
-    /// `Truncated` if `tail` begins after the start of the body. [`Trailer::footer_bytes`] returns the bytes that are
-    /// needed.
+    /// `Truncated` if `tail` begins after the start of the body ([`Trailer::footer_bytes`] returns the needed length),
+    /// and another [`InvalidObject`] if body or trailer is invalid.
     pub fn parse(tail: &[u8]) -> Result<Self, InvalidObject> {
         let trailer = Trailer::parse(tail)?;
         let before_trailer = &tail[..tail.len() - TRAILER_BYTES];

@@ -35,7 +35,7 @@ pub const CLOCK: &str = "clock.json";
 /// Name of the folder of all topics.
 pub const TOPICS: &str = "topics";
 
-/// Error for a text that is not the name of this kind of object.
+/// Error for a text that is not the name of an object of the expected kind.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{name:?} is not the name of a {kind}")]
 pub struct InvalidName {

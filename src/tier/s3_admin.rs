@@ -114,8 +114,8 @@ impl S3Admin {
 
     /// Returns the incomplete multipart uploads below the prefix, from at most [`UPLOAD_PAGES`] pages.
     ///
-    /// The request lists the complete bucket: for a prefix, MinIO returns only uploads of exactly that key. (After a
-    /// restart, MinIO also omits the uploads from before it, but aborts an upload that is a day old by itself.)
+    /// The requests list the complete bucket: for a prefix, MinIO returns only uploads of exactly that key. (MinIO also
+    /// omits uploads that were started before its last restart, but aborts an upload that is a day old by itself.)
     pub(super) async fn uploads(&self) -> Result<Vec<IncompleteUpload>, String> {
         let prefix = self.key("");
         let (mut uploads, mut key, mut id) = (Vec::new(), None::<String>, None::<String>);

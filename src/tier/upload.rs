@@ -32,7 +32,7 @@ use crate::{
     task::{clock, random},
 };
 
-/// Size of each part but the last. Some stores require parts of one size.
+/// Size of each part but the last, in bytes. Some stores require parts of one size.
 const PART_BYTES: usize = 8 << 20;
 
 /// Maximum bytes of batches that are uploaded with one request.
@@ -390,7 +390,7 @@ impl MultipartUpload<'_> {
     }
 
     /// Aborts a failed upload, so that the store frees its parts. If the abort fails, garbage collection repeats it
-    /// later.
+    /// later if the store is S3.
     async fn abort(&mut self) {
         self.in_flight.clear();
         let aborted = tokio::time::timeout(self.store.options().request_timeout, self.upload.abort()).await;
