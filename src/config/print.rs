@@ -95,7 +95,7 @@ const HEAD: &str = "\
 `strandline broker --config FILE` reads a TOML file. Every setting also has an environment variable, which has \
 precedence over the file. A flag of the command line has precedence over both. An environment variable that is set and \
 empty counts as not set. A setting that does not exist, and a value that is not allowed, are errors that name the \
-place. A variable that begins with `STRANDLINE_` and names no setting is an error too. `--set KEY=VALUE` sets any \
+line, variable or flag. A variable that begins with `STRANDLINE_` and names no setting is an error too. `--set KEY=VALUE` sets any \
 setting, and a topic default as `topic_defaults.retention.ms`. `strandline config print` prints the effective values \
 and their sources.
 

@@ -1,4 +1,4 @@
-//! Binds the ports, before any data is touched.
+//! Binds the port of a listener. An error names the cause and the remedy.
 
 use std::{io, net::SocketAddr};
 

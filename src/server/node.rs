@@ -213,7 +213,7 @@ impl Node {
         Ok(())
     }
 
-    /// Stops a node that has no listeners.
+    /// Runs both halves of a stop, for a node without listeners.
     ///
     /// # Errors
     /// As for [`Node::close`].

@@ -68,7 +68,7 @@ type GrantFuture = Pin<Box<dyn Future<Output = Result<Grant, ApiError>> + Send>>
 pub(super) struct RequestBody {
     inner: Body,
     memory: CallMemory,
-    /// Maximum size of one message.
+    /// Maximum size of one message, in bytes.
     max_bytes: usize,
     /// True if the body is a stream of messages, and false if it is one message.
     is_stream: bool,
@@ -387,14 +387,15 @@ impl RequestBody {
             };
             match frame {
                 Some(Ok(frame)) => match frame.into_data() {
-                    // The prefix is split between two frames.
+                    // The prefix of a message is split between two frames.
                     Ok(data) if !self.rest.is_empty() => self.rest = [&self.rest[..], &data].concat().into(),
                     Ok(data) => self.take_frame(data),
                     // No call uses request trailers, and the codec would keep them for as long as the call is open.
                     Err(_trailers) => return Poll::Ready(None),
                 },
                 Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
-                // The codec rejects an incomplete message.
+                // The body ends within a message. The received bytes are passed on, and the codec rejects the
+                // incomplete message.
                 None if !self.rest.is_empty() => {
                     return Poll::Ready(Some(Ok(Frame::data(std::mem::take(&mut self.rest)))));
                 }

@@ -108,14 +108,15 @@ impl TierStore {
         let binding = match self.must_have_marker() {
             // The cluster has objects. Without its marker, this may be another store, so it must not become the bound
             // one.
-            true => self.complete_binding().await?.ok_or_else(|| self.missing_store())?,
+            true => self.find_complete_binding().await?.ok_or_else(|| self.missing_store())?,
             false => self.create_or_get_binding(None).await?,
         };
         if binding.url != self.location() {
             return Err(self.other_store(binding, "its cluster.json is missing"));
         }
         if !binding.pending {
-            // Another broker may have written the marker meanwhile.
+            // The binding is complete, so another broker must have written the marker meanwhile, or the marker is
+            // missing.
             return self.read_marker().await?.ok_or_else(|| self.missing_store());
         }
         // If the generation is not known, the cluster is new.
@@ -173,7 +174,7 @@ impl TierStore {
     }
 
     /// Returns the stored binding if it is not pending.
-    async fn complete_binding(&self) -> Result<Option<StoreBinding>, BindingError> {
+    async fn find_complete_binding(&self) -> Result<Option<StoreBinding>, BindingError> {
         let Some(bindings) = &self.owner.expected.bindings else { return Ok(None) };
         let stored = bindings.stored().await.map_err(BindingError::Binding)?;
         Ok(stored.filter(|binding| !binding.pending))

@@ -131,7 +131,7 @@ impl BindingError {
 /// Error of a read from the object store.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum TierReadError {
-    /// The object store does not contain the offset.
+    /// The offset is below the log start, or the object store does not contain it yet.
     #[error("offset {offset} is not in the object store, which holds {start}..{end}")]
     OutOfRange { offset: Offset, start: Offset, end: Offset },
     /// An object that the manifest references does not exist.

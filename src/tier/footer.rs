@@ -47,7 +47,7 @@ const EPOCH_BYTES: usize = 12;
 pub struct SegmentIndexEntry {
     /// Base offset of the first batch in the interval.
     pub offset: Offset,
-    /// Position of that batch in the object.
+    /// Position of the first batch of the interval in the object.
     pub position: u64,
     /// Largest timestamp in the interval, in milliseconds.
     pub max_timestamp_ms: i64,
@@ -58,9 +58,9 @@ pub struct SegmentIndexEntry {
 pub struct Footer {
     /// Partition of the segment.
     pub partition: PartitionId,
-    /// First offset.
+    /// First offset of the segment.
     pub base: Offset,
-    /// Offset after the last one.
+    /// Offset after the last record of the segment.
     pub end: Offset,
     /// Leader epoch of the uploader.
     pub writer_epoch: LeaderEpoch,

@@ -54,9 +54,9 @@ impl InvalidName {
 /// Identity of a segment or page object: its offsets, its writer's leader epoch, and the attempt that wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ObjectId {
-    /// First offset.
+    /// First offset of the object.
     pub base: Offset,
-    /// Offset after the last one.
+    /// Offset after the last record of the object.
     pub end: Offset,
     /// Leader epoch of the writer.
     pub epoch: LeaderEpoch,

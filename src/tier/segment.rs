@@ -34,12 +34,12 @@ impl SegmentSource {
         Self { segment: Arc::new(segment) }
     }
 
-    /// Returns the first offset.
+    /// Returns the first offset of the segment.
     pub fn base(&self) -> Offset {
         self.segment.info.base
     }
 
-    /// Returns the offset after the last one.
+    /// Returns the offset after the last record of the segment.
     pub fn end(&self) -> Offset {
         self.segment.info.end
     }
