@@ -234,8 +234,8 @@ settings! {
         listen: SocketAddr = Listen, Fixed("127.0.0.1:9460"),
             "Listen address for clients (gRPC). Port 0 selects a free port.";
         advertise: Option<String> = HostPort, Unset,
-            "Address at which clients connect. Unset: the listen address. Required if grpc.listen is 0.0.0.0 or [::]. \
-             Port 0 stands for the listen port.";
+            "Address at which clients connect. Unset: the listen address. Required if grpc.listen is 0.0.0.0 or \
+             `[::]`. Port 0 stands for the listen port.";
         reflection: bool = Flag, Fixed("true"), "Whether gRPC server reflection is served.";
     }
 
@@ -245,7 +245,7 @@ settings! {
             "Listen address for other brokers; clients never connect to it. Port 0 selects a free port.";
         advertise: Option<String> = HostPort, Unset,
             "Address at which other brokers connect. Unset: the port of peer.listen with the host of grpc.advertise; \
-             without grpc.advertise, the host of peer.listen, or of grpc.listen if peer.listen is 0.0.0.0 or [::]. \
+             without grpc.advertise, the host of peer.listen, or of grpc.listen if peer.listen is 0.0.0.0 or `[::]`. \
              Port 0 stands for the listen port.";
     }
 
