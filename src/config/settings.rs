@@ -270,8 +270,8 @@ settings! {
         request_timeout: Duration = Time(100..=10 * SECOND), Fixed("1s"),
             "Timeout of one request to one etcd member, after which another member is tried.";
         session_timeout: Duration = Time(2 * SECOND..=60 * SECOND), Fixed("6s"),
-            "Time after which an unresponsive broker loses the leadership of its partitions. The exit of its process is \
-             detected sooner.";
+            "Time after which an unresponsive broker loses the leadership of its partitions. The exit of its process \
+             is detected sooner.";
     }
 
     object_store: ObjectStoreConfig,
