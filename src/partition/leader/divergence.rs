@@ -11,9 +11,9 @@
 //!
 //! A follower whose log is a prefix of the leader's continues at its end. Otherwise the leader responds with the newest
 //! of its epochs that the follower may share, and with the end of that epoch. The follower truncates there and
-//! subscribes again. Each exchange removes at least the follower's last batch, and never a batch that both logs have;
-//! both have all committed batches. A truncation at the follower's high watermark would remove committed records,
-//! because that watermark lags behind.
+//! subscribes again. Each exchange removes at least the follower's last batch, and never a batch that both logs have. A
+//! cleanly elected leader has all committed batches, so none of them is removed. A truncation at the follower's high
+//! watermark would remove committed records, because that high watermark lags behind the leader's.
 
 use bytes::Bytes;
 
@@ -39,15 +39,15 @@ pub struct LogPosition {
 /// Bounds of a leader's log on its own disk and in the object store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LocalLogBounds {
-    /// First offset on its disk.
+    /// First offset on the leader's disk.
     pub local_start: Offset,
     /// First offset not committed to the object store; `None` if nothing is committed there.
     pub tiered_end: Option<Offset>,
 }
 
 impl LocalLogBounds {
-    /// Returns the start of an empty or useless replica: the latest offset before which all records are committed, and
-    /// are in the object store or deleted.
+    /// Returns the offset at which a bootstrapped replica starts: the later of the tiered end and the local start. All
+    /// records below it are in the object store or deleted.
     pub fn bootstrap_start(&self) -> Offset {
         self.tiered_end.map_or(self.local_start, |end| end.max(self.local_start))
     }
@@ -65,8 +65,9 @@ pub enum SubscribeOutcome {
         /// First offset after the records of that epoch.
         end: Offset,
     },
-    /// The follower's log is useless: reset it to the start of these tables, and subscribe again.
-    /// [`resolve_divergence`] sets the start only; the actor adds the tables that are not in the object store.
+    /// The follower's log is empty, or no truncation makes it a prefix of the leader's local log: reset it to the start
+    /// of these tables, and subscribe again. [`resolve_divergence`] sets the start only; the actor adds the tables that
+    /// are not in the object store.
     Bootstrap(Box<BootstrapTables>),
     /// The follower may not subscribe now. It subscribes again after a pause.
     Rejected(SubscribeError),
@@ -81,7 +82,7 @@ impl SubscribeOutcome {
     }
 }
 
-/// Start of an empty or useless replica, with the tables of the log before it.
+/// Start of a replica that bootstraps, with the tables of the leader's log before that start.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct BootstrapTables {
     /// First offset of the replica.
@@ -135,7 +136,8 @@ pub enum SubscribeError {
         /// Epoch in which this broker leads.
         leader_epoch: LeaderEpoch,
     },
-    /// The broker cannot serve the follower now; also every reason that a follower receives.
+    /// The leader cannot serve the follower now. On the follower's side every reason has this variant, because the
+    /// protocol carries only its text.
     #[error("{reason}")]
     Unavailable { reason: String },
 }
@@ -164,7 +166,7 @@ pub fn resolve_divergence(
     match history.end_of(last_epoch, log_end) {
         // Every record of the follower's log is older than the leader's first epoch.
         None => SubscribeOutcome::bootstrap(local),
-        // After a truncation the follower's log would end below the start of this disk.
+        // The follower's log ends below the first offset on the leader's disk, or would end there after a truncation.
         Some((_, end)) if position.log_end.min(end) < local.local_start => SubscribeOutcome::bootstrap(local),
         Some((epoch, end)) if epoch == last_epoch && position.log_end <= end => {
             SubscribeOutcome::Accepted(position.log_end)

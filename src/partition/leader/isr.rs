@@ -14,19 +14,21 @@
 //! # Rules
 //!
 //! - An acknowledgement counts only in this leader epoch and for the broker epoch of the link on which that replica
-//!   subscribed. It has both ends; the topic's durability decides here, and only here, which end counts.
+//!   subscribed. It has the log end and the persisted end. The topic's durability decides which of them counts, in this
+//!   module and nowhere else.
 //! - The *maximal* ISR is the committed ISR and every ISR that was proposed since and may still come true. The high
-//!   watermark is the minimum acknowledged end over the maximal ISR. So all members of the current ISR hold the records
-//!   below, for each of these sets that may be current.
+//!   watermark is the minimum acknowledged end over the maximal ISR. So whichever of these ISRs is current, all its
+//!   members hold the records below the high watermark.
 //! - The high watermark moves only while the *committed* ISR has the minimum size and the committed ELR is empty. A
-//!   larger ISR that is only proposed may never come true; then an eligible replica, for which no commit waits, may be
+//!   proposed larger ISR does not count: if the store refuses it, an eligible replica for which no commit waited may be
 //!   elected.
 //! - A proposal with an unknown outcome may come true until the key has another revision. The old value, read back,
-//!   does not show that the proposal failed. So its members stay in the maximal ISR until this broker reads another
-//!   revision.
+//!   does not show that the proposal failed. So the proposed members stay in the maximal ISR until this broker reads
+//!   another revision.
 //! - A replica is admitted when it has acknowledged, in this epoch, all committed records and all records below the
-//!   epoch start. Before the high watermark reaches the epoch start, records above it may be committed. The admission
-//!   does not wait for the high watermark to reach the epoch start: below the min ISR, only an admission moves it.
+//!   epoch start. Until the high watermark reaches the epoch start, records between the two may be committed. The
+//!   admission does not wait for the high watermark to reach the epoch start: below the min ISR, only an admission
+//!   moves it.
 //! - A replica that is being added subscribes with the addition of this leader's value
 //!   (`PartitionValue::removal_count`), and its acknowledgements count only for that addition. A removed replica
 //!   deletes its log. Added again it is another replica, although its link is the same.
@@ -68,8 +70,8 @@ pub struct LeaderStart {
     pub revision: Revision,
     /// Progress of this broker's log.
     pub progress: ReplicaProgress,
-    /// High watermark at the start: this broker had it as a follower, or the records below are in the object store or
-    /// deleted.
+    /// High watermark at the start: the high watermark of this broker's last role, or an offset below which all records
+    /// are in the object store or deleted.
     pub committed_end: Offset,
     pub rules: IsrRules,
 }
@@ -90,7 +92,7 @@ impl LeaderStart {
     }
 }
 
-/// An ISR change, to be written by compare-and-set.
+/// A value to be written by compare-and-set, with another ISR and ELR or without a leader.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct IsrProposal {
     /// Revision that the partition's key must still have.
@@ -100,7 +102,7 @@ pub struct IsrProposal {
     pub added: Vec<PeerId>,
 }
 
-/// Known outcome of a proposal.
+/// Outcome of a proposal or of a read of the key.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ProposalOutcome {
     /// The proposed value was written at this revision.
@@ -118,7 +120,7 @@ pub enum ProposalOutcome {
 /// Effect of a partition's value on its leader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ValueUpdate {
-    /// No effect: the value is not newer than the committed value that this leader has.
+    /// No effect: there is no value, or it is not newer than the committed value that this leader has.
     Unchanged,
     /// The value is now the committed value.
     Adopted,
@@ -149,13 +151,14 @@ pub struct IsrTracker {
     revision: Revision,
     /// Proposal at this revision that has no outcome yet.
     in_flight: Option<IsrProposal>,
-    /// Members of ISRs that were proposed at this revision with an unknown outcome, and may come true until the
-    /// revision moves on.
+    /// Members of the ISRs that were proposed at this revision and whose outcome is unknown. Such a proposal may come
+    /// true until the key has another revision.
     maybe_committed: BTreeSet<BrokerId>,
     /// True if the outcome of the last proposal is unknown: the leader reads the key before the next proposal.
     needs_read_back: bool,
-    /// True if the last proposal was refused although the value is still this one, as when the metadata cache lags. The
-    /// next proposal waits for a newer value, a broker status or a tick.
+    /// True if the last outcome was a current value that is not newer than `value`: the store refused the proposal
+    /// because of a registration, or a read returned the old value. The next proposal waits for a newer value, a broker
+    /// status or a tick.
     awaits_metadata: bool,
     /// True if another epoch has begun, or the partition is deleted: the leader proposes nothing.
     epoch_ended: bool,
@@ -168,8 +171,8 @@ pub struct IsrTracker {
 }
 
 impl IsrTracker {
-    /// Creates the leader of the value's epoch; its followers have not subscribed yet. An ISR of one commits all
-    /// records of its log at once.
+    /// Creates the leader of the value's epoch; its followers have not subscribed yet. If the ISR is this broker alone,
+    /// the min ISR is 1 and the ELR is empty, all records that this broker acknowledges are committed at once.
     pub fn new(start: LeaderStart) -> Self {
         let LeaderStart { me, value, revision, progress, committed_end, rules } = start;
         assert_eq!(value.leader, Some(me), "the value names this broker as leader");
@@ -232,13 +235,14 @@ impl IsrTracker {
         self.is_epoch_committed().then_some(self.high_watermark)
     }
 
-    /// Checks that the committed ISR has `min.insync.replicas` members. The error is its size.
+    /// Checks that the committed ISR has `min.insync.replicas` members. The error is the size of that ISR.
     pub fn check_min_isr(&self) -> Result<(), usize> {
         let in_sync = self.value.isr.len();
         if in_sync >= self.rules.min_insync { Ok(()) } else { Err(in_sync) }
     }
 
-    /// Returns true if [`Self::tick`] has work: a member has not acknowledged all records, or a proposal waits.
+    /// Returns true if [`Self::tick`] has work: an ISR member has not acknowledged all records, or the next proposal
+    /// waits for metadata or a tick.
     pub fn wants_ticks(&self) -> bool {
         let mut followers = self.value.isr.iter().filter(|id| **id != self.me);
         let is_behind = |id: &BrokerId| self.members.get(id).is_none_or(|member| !self.has_caught_up(member));
@@ -269,7 +273,7 @@ impl IsrTracker {
         self.advance_high_watermark();
     }
 
-    /// Moves the high watermark to `end`, at most to the log end. By the metadata, all records below `end` are in the
+    /// Raises the high watermark to `end`, at most to the log end. By the metadata, all records below `end` are in the
     /// object store or deleted. So this leader or an earlier one committed them.
     pub fn on_committed(&mut self, end: Offset) {
         self.high_watermark = self.high_watermark.max(end.min(self.progress.log_end));
@@ -282,7 +286,8 @@ impl IsrTracker {
     }
 
     /// Processes a subscription: compares the follower's log with the leader's. After `SubscribeOutcome::Accepted`,
-    /// acknowledgements on this link count.
+    /// acknowledgements on this link count. Any outcome but `Rejected` drops the follower's earlier acknowledgements,
+    /// and marks an ISR member whose log ends below the high watermark as incomplete.
     pub fn on_subscribe(
         &mut self,
         peer: PeerId,
@@ -295,7 +300,8 @@ impl IsrTracker {
             return SubscribeOutcome::Rejected(error);
         }
         let outcome = divergence::resolve_divergence(position, history, self.progress.log_end, local);
-        // Log end of the follower after it has applied the outcome; not yet shortened if the logs diverge.
+        // Log end of the follower after it has applied the outcome. For diverged logs, the log end before the
+        // truncation.
         let remaining_end = match &outcome {
             SubscribeOutcome::Accepted(end) => *end,
             SubscribeOutcome::Bootstrap(tables) => tables.start.min(position.log_end),
@@ -327,8 +333,8 @@ impl IsrTracker {
             return Err(SubscribeError::NoReplica);
         }
         let (reported, known) = (position.removal_count, self.value.added_after(peer.broker));
-        // An ISR member has subscribed since it was added. It may receive the end of the reassignment before its leader
-        // does.
+        // The count of an ISR member is not compared: the member has subscribed since it was added, and may receive the
+        // end of the reassignment before its leader does.
         let follower_is_late = known.is_some() && reported != known && !self.value.isr.contains(&peer.broker);
         let leader_is_late = reported.is_some_and(|removals| removals > self.value.removal_count);
         if follower_is_late || leader_is_late {
@@ -347,7 +353,7 @@ impl IsrTracker {
     /// Processes an acknowledgement: the progress of a follower's log.
     ///
     /// # Errors
-    /// The acknowledgement does not count and changes nothing. The sender has to subscribe again.
+    /// The acknowledgement changes nothing: it is of another leader epoch, of no current subscription, or impossible.
     pub fn on_acknowledged(
         &mut self,
         peer: PeerId,
@@ -380,8 +386,8 @@ impl IsrTracker {
         Ok(())
     }
 
-    /// Records that this incarnation of a follower is disconnected. A follower that exited or shuts down leaves the ISR
-    /// with the next proposal. A late report about an incarnation before the current one is ignored.
+    /// Ends the subscription of this incarnation of a follower. A follower that exited or shuts down leaves the ISR
+    /// with the next proposal. A report about an incarnation older than the subscribed one is ignored.
     pub fn on_disconnected(&mut self, peer: PeerId, cause: DisconnectCause) {
         if peer.broker == self.me || !self.value.replicas.contains(&peer.broker) {
             return;
@@ -395,7 +401,8 @@ impl IsrTracker {
     }
 
     /// Applies a broker's status in the metadata cache. The broker's acknowledgements stay valid while it is in the
-    /// ISR: before it takes part again without those records, it removes itself from the ISR.
+    /// ISR: a broker that restarts without those records removes itself from the ISR before it registers. A
+    /// registration with a newer broker epoch ends a subscription on an older link.
     pub fn on_broker_status(&mut self, broker: BrokerId, status: BrokerStatus) {
         if broker == self.me || !self.value.replicas.contains(&broker) {
             return;
@@ -410,9 +417,9 @@ impl IsrTracker {
         }
     }
 
-    /// Checks which members lag; called at intervals while [`Self::wants_ticks`]. `now_ms` is of a monotonic clock. A
-    /// member lags if it takes longer than the rule allows to reach its target, the log end of an earlier tick. A
-    /// constant distance is no lag.
+    /// Checks which members lag; called at intervals while [`Self::wants_ticks`]. `now_ms` is of a monotonic clock. The
+    /// target of a member is the log end of an earlier tick. A member lags if it has not reached its target `lag_ms`
+    /// after that tick. A constant distance to the log end is no lag.
     pub fn tick(&mut self, now_ms: u64) {
         self.awaits_metadata = false;
         let (log_end, lag_ms, durability) = (self.progress.log_end, self.rules.lag_ms, self.rules.durability);
@@ -434,8 +441,9 @@ impl IsrTracker {
         }
     }
 
-    /// Returns the next ISR change to propose, and marks it as pending. Returns `None` while a proposal is pending,
-    /// until [`Self::on_outcome`], and if no change is due. The actor calls this after every turn, so nothing is
+    /// Returns the next ISR change to propose, and marks it as pending. The proposal is pending until
+    /// [`Self::on_outcome`]. Returns `None` if no change is due, a proposal is pending, the key has to be read back,
+    /// the next proposal waits for metadata, or the epoch has ended. The actor calls this in every turn, so nothing is
     /// allocated while no replica's membership changes.
     pub fn proposal(&mut self) -> Option<IsrProposal> {
         if self.in_flight.is_some() || self.needs_read_back || self.awaits_metadata || self.epoch_ended {
@@ -483,7 +491,8 @@ impl IsrTracker {
         }
     }
 
-    /// Returns true if a replica outside the ISR may enter it. Its link must have the registered broker epoch, and it
+    /// Returns true if a replica outside the ISR may enter it. The replica must be subscribed on a link with the
+    /// registered broker epoch, and must not have reported its exit or shutdown. No reassignment may be removing it. It
     /// must have acknowledged all records below the high watermark and below the epoch start.
     fn may_be_admitted(&self, id: BrokerId, member: &MemberState) -> bool {
         let is_connected = member.link.is_some() && member.link == member.registered() && !member.departed;
@@ -547,7 +556,7 @@ impl IsrTracker {
         (self.needs_read_back, self.awaits_metadata) = (false, false);
         for (id, member) in &mut self.members {
             // A removed replica deletes its log. A replica with a new addition was removed before, even if this leader
-            // received no value without the replica.
+            // received no value without the replica. Its acknowledgements no longer count.
             let addition = self.value.added_after(*id);
             let is_new_addition = addition.is_some() && addition != old_value.added_after(*id);
             if is_new_addition || !self.value.replicas.contains(id) {

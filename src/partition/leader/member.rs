@@ -23,7 +23,7 @@ pub struct ReplicaProgress {
 }
 
 impl ReplicaProgress {
-    /// Returns the offset that counts as acknowledged with this durability.
+    /// Returns the end that counts as acknowledged in a topic with this durability.
     pub(super) fn acked_for(self, durability: Durability) -> Offset {
         match durability {
             Durability::Persisted => self.persisted_end,
@@ -65,8 +65,8 @@ pub enum AckError {
         /// Leader epoch of this leader.
         leader_epoch: LeaderEpoch,
     },
-    /// The replica has not subscribed in this epoch over that link: an older incarnation's link, or the link of an
-    /// unknown broker.
+    /// The replica has no accepted subscription on that link in this epoch: the subscription has ended, the link is an
+    /// older incarnation's, or the broker is no replica.
     #[error("broker {broker} has no subscription on a link with broker epoch {epoch}")]
     NotSubscribed {
         /// Sender of the acknowledgement.
@@ -89,21 +89,24 @@ pub enum AckError {
     },
 }
 
-/// State of one other replica, as far as the metadata cache and links reported it. A leader ignores the state of a
-/// broker that is no replica by the partition's value.
+/// State of one other replica, from the metadata cache and from its link. A leader ignores the state of a broker that
+/// is no replica by the partition's value.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct MemberState {
     /// Broker epoch of the link on which the replica is subscribed; `None` while it is not.
     pub(super) link: Option<Revision>,
-    /// Progress acknowledged on the last link; `None` before the first acknowledgement there.
+    /// Progress acknowledged since the last subscription; `None` before the first acknowledgement. Stays after a
+    /// disconnect.
     pub(super) acked: Option<ReplicaProgress>,
     /// Last status in the metadata cache; `None` before the first.
     pub(super) registration: Option<BrokerStatus>,
     /// True if the link reported an exit or a shutdown, and the replica has not subscribed since.
     pub(super) departed: bool,
-    /// True if the replica reported a log end below the high watermark: it lost records that it had acknowledged.
+    /// True if the replica, as an ISR member, reported a log end below the high watermark: it lost records that it had
+    /// acknowledged.
     pub(super) lost_data: bool,
-    /// Log end that the replica has to reach, and the time in milliseconds at which the target was set.
+    /// Log end that the replica has to reach, and the time in milliseconds at which the target was set. `None` if the
+    /// replica has acknowledged all records, and before the first tick.
     pub(super) target: Option<(Offset, u64)>,
     /// True if the replica did not reach the target in time, and has not caught up since.
     pub(super) is_lagging: bool,
@@ -119,7 +122,8 @@ impl MemberState {
         }
     }
 
-    /// Returns true if the replica must leave the ISR at once: it cannot be elected, or its process has exited.
+    /// Returns true if the replica must leave the ISR with the next proposal: its process has exited or shuts down, or
+    /// its broker is not registered.
     pub(super) fn is_leaving(&self) -> bool {
         self.departed || matches!(self.registration, Some(BrokerStatus::ShuttingDown | BrokerStatus::Unregistered))
     }

@@ -1,9 +1,9 @@
 //! The leader's decisions: which writes are admitted, when they are committed, and which writers get their result.
 //!
-//! [`Leader`] is a plain struct. The actor appends and syncs, and reports the outcome to it; it returns the writers
-//! whose result is due. `W` is the actor's state of a writer, which the leader only stores. [`isr`] decides about the
-//! ISR and about commits, from the states of other replicas ([`member`]); [`divergence`] decides where a follower
-//! starts.
+//! [`Leader`] is a plain struct. The actor appends and syncs, and reports the outcomes to the leader; the leader
+//! returns the writers whose result is due. `W` is the actor's state of a writer, which the leader only stores. [`isr`]
+//! decides about the ISR and about commits, from the states of other replicas ([`member`]); [`divergence`] decides
+//! where a follower starts.
 //!
 //! # Invariants
 //!
@@ -92,7 +92,7 @@ pub enum AdmitError {
         /// `min.insync.replicas`.
         needed: usize,
     },
-    /// A gap in a producer's sequence: the records before these were not written.
+    /// A gap in a producer's sequence: the batches before this one were not written.
     #[error("producer {producer} sent sequence {sent} instead of {expected}: an earlier batch is missing")]
     OutOfOrder {
         /// Producer id.
@@ -143,7 +143,7 @@ pub enum AdmitError {
         /// Value of that setting.
         limit_ms: u64,
     },
-    /// The partition has no state of this producer, and the batch is not its first.
+    /// The partition has no state of this producer, and the batch does not start at sequence 0.
     #[error("the partition has no state of producer {producer}, and the batch starts at sequence {sent}, not 0")]
     UnknownProducer {
         /// Producer id.
@@ -175,10 +175,10 @@ pub enum Admission {
     Duplicate(Offset, Offset),
 }
 
-/// Number of writers whose memory an empty queue keeps.
+/// Minimum capacity, in writers, to which a queue shrinks.
 const SPARE_WRITERS: usize = 64;
 
-/// Writer whose acks rule does not hold yet, with the result that it gets then.
+/// Writer whose acks rule does not hold yet, with the result that the writer gets when the rule holds.
 struct WaitingWriter<W> {
     acked: WriteAck,
     writer: W,
@@ -195,8 +195,8 @@ pub struct Leader<W> {
     /// duplicates.
     for_leader: VecDeque<WaitingWriter<W>>,
     for_all: VecDeque<WaitingWriter<W>>,
-    /// Writers with `acks=tiered`, in two steps: until the write is safe on this broker, and then until it is in the
-    /// object store.
+    /// Writers with `acks=tiered`, in two queues: the first until the write has the topic's durability on this broker,
+    /// the second until the write is in the object store.
     for_tier_here: VecDeque<WaitingWriter<W>>,
     for_tier: VecDeque<WaitingWriter<W>>,
     /// Expected producer epoch and sequence, by producer id, of the producers with batches in the group that is being
@@ -253,10 +253,15 @@ impl<W> Leader<W> {
         self.in_sync.configure(rules);
     }
 
-    /// Decides about one write. Admitted writes form a group until [`Self::on_appended`] or [`Self::on_append_failed`]
-    /// ends it. `sent` is the fingerprint of the batch that the client sent, if the request held one. `refusal` is a
-    /// reason against the append; a retry of a batch in the log gets its result all the same. A gap is refused with
-    /// that reason too, because a refused batch most likely caused the gap.
+    /// Decides about one write, and gives an admitted one its offset. Admitted writes form a group until
+    /// [`Self::on_appended`] or [`Self::on_append_failed`] ends it. `sent` is the fingerprint of the batch that the
+    /// client sent; `None` if the client sent records. `refusal` is a reason against the append; a retry of a batch in
+    /// the log is a duplicate in spite of `refusal`.
+    ///
+    /// # Errors
+    /// The first of these that applies: the ISR is below the min ISR; the producer is fenced, or its sequence belongs
+    /// to another batch; `refusal`; any other violation of the producer's sequence. So `refusal` replaces the error of
+    /// a gap, because an earlier refusal most likely caused the gap.
     pub fn admit(
         &mut self,
         batch: &Batch,
@@ -294,8 +299,8 @@ impl<W> Leader<W> {
         self.in_group.get(&sequence.id).is_some_and(|next| *next != (sequence.epoch, sequence.base_sequence))
     }
 
-    /// Checks a producer's sequence of `count` records against the group that is being admitted, or else against the
-    /// producer table.
+    /// Checks a producer's sequence of `count` records against the producer table. If the producer has batches in the
+    /// group that is being admitted, the sequence must continue them ([`Self::must_flush_before`]).
     fn check_sequence(
         &self,
         sequence: ProducerSequence,
@@ -368,8 +373,9 @@ impl<W> Leader<W> {
         self.tiered_end = self.tiered_end.max(end);
     }
 
-    /// Calls `on_stored` once for each writer with `acks=tiered` when its write has the topic's durability on this
-    /// broker. The write then waits for the object store only, so the caller can release its memory.
+    /// Moves each writer with `acks=tiered` whose write has the topic's durability on this broker to the queue for the
+    /// object store, and calls `on_stored` with it. The write then waits for the object store only, so the caller can
+    /// release its memory.
     pub fn take_stored(&mut self, mut on_stored: impl FnMut(&mut W, &WriteAck)) {
         let local_acked = self.in_sync.local_acked();
         while let Some(mut waiting) = self.for_tier_here.pop_front_if(|waiting| waiting.acked.end <= local_acked) {
@@ -402,8 +408,9 @@ impl<W> Leader<W> {
         self.shrink_queues();
     }
 
-    /// Drops the writers that `is_dropped` names, if their writes have the topic's durability on this broker. Returns
-    /// true if the write of another such writer does not have that durability yet: call again after the next sync.
+    /// Removes the writers for which `is_dropped` returns true and whose writes have the topic's durability on this
+    /// broker. Writers that wait for this broker alone stay: their result comes with that durability. Returns true if
+    /// the write of another dropped writer does not have that durability yet: call again after the next sync.
     pub fn release_dropped(&mut self, is_dropped: impl Fn(&W) -> bool) -> bool {
         let local_acked = self.in_sync.local_acked();
         let mut has_pending = false;
@@ -434,7 +441,7 @@ impl<W> Leader<W> {
         [&mut self.for_leader, &mut self.for_all, &mut self.for_tier_here, &mut self.for_tier]
     }
 
-    /// Removes all writers: their rules can no longer hold here.
+    /// Removes and returns all waiting writers. Called when their acks rules can no longer hold at this leader.
     pub fn abandon(&mut self) -> impl Iterator<Item = W> + '_ {
         self.queues().into_iter().flat_map(|queue| queue.drain(..)).map(|waiting| waiting.writer)
     }

@@ -111,7 +111,8 @@ fn replicated_write_is_acknowledged_from_the_page_cache() {
     assert_eq!(log.due(), [(1, AckDurability::PageCache(1))]);
 }
 
-/// Other writes need the memory of the batch, and the batch may never be uploaded.
+/// A write with `acks=tiered` holds the memory of its batch until the upload, which may never happen. If the client has
+/// disconnected, the memory is released once the write is durable on this broker.
 #[test]
 fn dropped_writer_is_released_once_its_write_is_durable() {
     let mut log = Log::new(Durability::Persisted);
@@ -220,7 +221,8 @@ fn producer_sequences_continue_within_one_group() {
     let mut log = Log::new(Durability::Persisted);
     assert_eq!(log.admit(batch(2, Some(sequence(0))), Acks::All, 1), Ok(Admission::Append(at(0))));
     assert_eq!(log.admit(batch(2, Some(sequence(2))), Acks::All, 2), Ok(Admission::Append(at(2))));
-    // The same batch again, in the same group: the group is appended first, so that the table contains it.
+    // The same batch again, in the same group: the group is appended first, so that the producer table contains the
+    // batch.
     assert_eq!(log.admit(batch(2, Some(sequence(2))), Acks::All, 3), Ok(Admission::Duplicate(at(2), at(4))));
     let other = log.admit(batch_of(b"other", 2, Some(sequence(2))), Acks::All, 4);
     assert_eq!(other, Err(AdmitError::SequenceConflict { producer: 7, sent: 2, base: at(2) }));

@@ -21,7 +21,8 @@ fn history(log: &[u32]) -> EpochHistory {
     history
 }
 
-/// Returns the leader's outcome for a follower whose log ends at `end` with a batch of epoch `last`.
+/// Returns the leader's outcome for a follower whose log ends at `end` with a batch of epoch `last`; `None` if its log
+/// has no batch.
 fn resolve(leader: &[u32], local: LocalLogBounds, last: Option<u32>, end: usize) -> SubscribeOutcome {
     resolve_divergence(
         LogPosition { last_epoch: last.map(LeaderEpoch), log_end: at(end), removal_count: None },
@@ -71,7 +72,7 @@ fn log_below_local_start_bootstraps_at_tiered_end() {
     ] {
         assert_eq!(resolve(&leader, tiered, last, end), expected, "{last:?} {end}");
     }
-    // Deletion overtook the uploads.
+    // Deletion overtook the uploads: records above the tiered end are deleted.
     let overtaken = LocalLogBounds { local_start: at(7), tiered_end: Some(at(6)) };
     assert_eq!(resolve(&leader, overtaken, None, 0), bootstrap(7, false));
 }
@@ -93,7 +94,8 @@ fn logs() -> impl Strategy<Value = (Vec<u32>, Vec<u32>)> {
 }
 
 proptest! {
-    /// After a few exchanges the follower's log is a prefix of the leader's, and no common record was truncated.
+    /// After at most eight exchanges the follower's log is a prefix of the leader's, and no common record was
+    /// truncated.
     #[test]
     fn any_two_logs_agree_after_truncations((leader, mut follower) in logs()) {
         let common = leader.iter().zip(&follower).take_while(|(a, b)| a == b).count();

@@ -33,8 +33,8 @@ fn rules_with(min_insync: usize) -> IsrRules {
     IsrRules { durability: Durability::Persisted, min_insync, lag_ms: 100 }
 }
 
-/// Returns broker 1 as leader of epoch 4, which starts at offset 5. The high watermark is 3, and all brokers are
-/// registered.
+/// Returns broker 1 as leader of epoch 4, which starts at offset 5. The records below offset 3 were committed before
+/// the epoch. Brokers 2 and 3 are registered.
 fn leader(isr: &[u32], elr: &[u32], min: usize) -> IsrTracker {
     let start = LeaderStart {
         me: BrokerId(1),
@@ -70,7 +70,7 @@ fn subscribe(leader: &mut IsrTracker, peer: PeerId, end: u64) -> SubscribeOutcom
     )
 }
 
-/// Subscribes a replica that reports this removal count for its addition.
+/// Subscribes a replica that reports this removal count for its addition; `None` if it is not being added.
 fn subscribe_added(leader: &mut IsrTracker, broker: u32, end: u64, added: Option<u64>) -> SubscribeOutcome {
     let local = LocalLogBounds { local_start: at(0), tiered_end: None };
     let position =
@@ -117,13 +117,14 @@ fn durability_selects_the_acknowledged_end() {
     assert_eq!(leader.high_watermark(), at(8), "committed records stay committed");
 }
 
-/// A removed replica deletes its log. Added again in the same epoch it has nothing, even if it acknowledged records
-/// before.
+/// A removed replica deletes its log. If the replica is added again in the same epoch, it has no records, and its
+/// earlier acknowledgements must not count.
 #[test]
 fn readded_replica_is_admitted_by_new_acknowledgements() {
     let without = PartitionValue { replicas: brokers(&[1, 3]), removal_count: 1, ..value(&[1, 3], &[]) };
     let added = PartitionValue { adding: brokers(&[2]), removal_count: 1, ..value(&[1, 3], &[]) };
-    // The value in between may be missed: after a broken watch, a list contains only the current value.
+    // The leader may not receive the value without the replica: after a broken watch, a list contains only the current
+    // value.
     for values in [vec![(without, Revision(21)), (added.clone(), Revision(22))], vec![(added, Revision(22))]] {
         let mut leader = leader(&[1, 2, 3], &[], 1);
         start_following(&mut leader, 2, 5);
@@ -197,7 +198,8 @@ fn isr_member_subscribes_around_end_of_reassignment() {
         leader.on_value(known, Revision(21));
         assert_eq!(subscribe_added(&mut leader, 2, 5, reported), SubscribeOutcome::Accepted(at(5)), "{reported:?}");
     }
-    // The replica was removed and added again after that end, which this leader has received.
+    // After the end of the reassignment, the replica was removed and added again. This leader has received only the
+    // end.
     let mut leader = leader(&[1, 2, 3], &[], 1);
     leader.on_value(&ended, Revision(21));
     let refused = SubscribeError::OtherAddition { reported: Some(2), known: None };
@@ -297,7 +299,7 @@ fn commits_need_the_committed_isr_and_an_empty_elr() {
     assert_eq!(proposed_isr_elr(short.proposal()), None, "broker 3 lacks records that may be committed");
     assert_eq!(short.high_watermark(), at(3));
 
-    // The min ISR was lowered: the ELR must be emptied before anything is committed without it.
+    // The min ISR was lowered: the ELR must be emptied before anything is committed without its members.
     short.configure(rules_with(1));
     assert_eq!(short.high_watermark(), at(3));
     assert_eq!(proposed_isr_elr(short.proposal()), Some((vec![1], vec![])));
@@ -350,7 +352,7 @@ fn exited_member_is_removed_and_lost_link_is_not() {
         leader.on_disconnected(peer(2), cause);
         assert_eq!(leader.proposal().is_some(), dropped, "{cause:?}");
     }
-    // A report about an earlier incarnation arrives late.
+    // A late report about an earlier incarnation is ignored.
     let mut back = leader(&[1, 2], &[], 1);
     start_following(&mut back, 2, 5);
     back.on_disconnected(PeerId { epoch: Revision(9), ..peer(2) }, DisconnectCause::ProcessGone);
@@ -371,7 +373,7 @@ fn member_may_be_behind_by_a_constant_distance() {
     start_following(&mut leader, 2, 5);
     leader.tick(0);
     assert!(!leader.wants_ticks());
-    // At each tick the member has the log end of the tick before.
+    // In each round the member acknowledges the log end of the round before.
     for round in 1..5 {
         leader.update_local(synced_to(5 + round));
         leader.tick(round * 90);
@@ -453,7 +455,8 @@ fn subscription_is_rejected_with_the_reason() {
     assert_eq!(subscribe(peer(2), EPOCH, Some(LeaderEpoch(7))), SubscribeOutcome::Rejected(newer));
 }
 
-/// Input of a tracker. Brokers come before their broker epochs, log ends before persisted ends.
+/// Input of a tracker. The fields have this order: broker, its broker epoch, leader epoch, log end, persisted end. A
+/// last `u8` selects the disconnect cause or the outcome; `Configure` has `persisted` and the min ISR.
 #[derive(Clone, Debug)]
 enum Event {
     Local(u64, u64),
@@ -525,8 +528,8 @@ fn apply(leader: &mut IsrTracker, event: Event) {
 
 proptest! {
     /// For any events in any order, valid or not: nothing panics, and the high watermark never falls. It never passes
-    /// the leader's own log or the acknowledgement of a committed member. It moves only with the min ISR and an empty
-    /// ELR.
+    /// the acknowledged end of the leader's own log or of a member of the committed ISR. It moves only while the
+    /// committed ISR has the min ISR and the committed ELR is empty.
     #[test]
     fn high_watermark_keeps_its_rules(events in prop::collection::vec(event(), 1..60)) {
         use crate::cluster::Value as _;
