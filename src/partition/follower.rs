@@ -14,17 +14,19 @@
 //!
 //! # Rules
 //!
-//! - The follower truncates only where the leader's epoch history and its own diverge, and never to a high watermark.
-//! - The follower never truncates below its high watermark. A cleanly elected leader has all records below it, so a
-//!   response that requires such a truncation is wrong. The replica then keeps its log and reports the error. Only an
-//!   unclean election in an epoch above the last epoch of the log may remove committed records.
+//! - The follower truncates only where the leader's epoch history and its own diverge. No high watermark selects that
+//!   offset.
+//! - The follower never truncates below its high watermark. A cleanly elected leader has all records below that high
+//!   watermark, so a response that requires a lower truncation is wrong. The replica then keeps its log and reports the
+//!   error. Only an unclean election in an epoch above the last epoch of the log may remove committed records.
 //! - The follower appends only batches of its current epoch that continue its log without gap, overlap or decreasing
 //!   batch epoch.
-//! - Its high watermark is the minimum of the leader's high watermark and its own log end. It moves only after the
-//!   leader has accepted the subscription: this log is then a prefix of the leader's.
+//! - The follower raises its high watermark to the minimum of the leader's high watermark and its own log end, and only
+//!   after the leader has accepted the subscription: this log is then a prefix of the leader's. A bootstrap also raises
+//!   the high watermark, to the new start of the log.
 //!
-//! Messages of a leader are input. A message that does not fit is a [`ProtocolViolation`]: nothing changes, except that
-//! the follower may have to subscribe again.
+//! Messages of a leader are input. A message that cannot be applied is a [`ProtocolViolation`]: log and high watermark
+//! stay unchanged, and the follower may have to subscribe again.
 
 use super::leader::divergence::{LogPosition, SubscribeOutcome};
 use crate::{
@@ -43,10 +45,11 @@ pub struct BatchHeader {
     pub epoch: LeaderEpoch,
 }
 
-/// Action for the actor.
+/// Action that the actor has to take after a message of the leader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FollowerAction {
-    /// Nothing to change: this log equals the leader's up to this offset. Acknowledge it; batches follow.
+    /// The leader accepted the subscription: this log is a prefix of the leader's and ends at this offset. Acknowledge
+    /// that end; batches follow.
     Follow(Offset),
     /// Truncate the log at this offset, then subscribe again.
     Truncate(Offset),
@@ -55,13 +58,14 @@ pub enum FollowerAction {
     Bootstrap(Offset),
     /// Append the batches, then call [`Follower::on_appended`].
     Append,
-    /// Nothing to append.
+    /// The message had no batches, only a high watermark: there is nothing to append.
     Ignore,
     /// The leader rejected the subscription: subscribe again after a pause.
     RetryLater,
 }
 
-/// A message that a correct leader does not send. The follower has to subscribe again.
+/// A message of the leader that the follower cannot apply, because it is late, early or invalid. The actor ignores a
+/// late message; after most other ones it subscribes again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum ProtocolViolation {
     /// The message is of an older epoch than the followed one.
@@ -80,7 +84,7 @@ pub enum ProtocolViolation {
         /// Followed epoch.
         follows: LeaderEpoch,
     },
-    /// A response without a request, or batches before the leader accepted the subscription.
+    /// A response without a pending subscription, or batches without an accepted one.
     #[error("the leader sent an unrequested message")]
     Unexpected,
     /// Offsets are missing.
@@ -138,8 +142,9 @@ pub enum ProtocolViolation {
         /// High watermark of the replica.
         high_watermark: Offset,
     },
-    /// The log would be reset below the high watermark, because the leader's disk still holds segments below its log
-    /// start. After their removal the leader responds to the next subscription with a later offset.
+    /// The log would be reset below the high watermark, and no unclean election explains the loss. A leader requests
+    /// that while its disk still holds segments below its log start. After their removal it responds to the next
+    /// subscription with a later offset.
     #[error(
         "the leader requests a bootstrap at {at}, below the high watermark {high_watermark}: the subscription is \
          retried"
@@ -155,12 +160,13 @@ pub enum ProtocolViolation {
 /// Stage of the subscription.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum FollowerStage {
-    /// No subscription is pending: the log is being changed, or there is no link.
+    /// No subscription is pending or accepted: the log is being changed, the link is lost, or the next subscription
+    /// waits for a pause.
     Idle,
-    /// A response is due. The value is the log end that the subscription reported.
+    /// The leader's response is due. The value is the log end that the subscription reported.
     Subscribing(Offset),
-    /// The leader accepted the subscription. `next` is the next offset that it sends, and `last` the epoch of the batch
-    /// before. All records below `appended_end` are in the log.
+    /// The leader accepted the subscription. `next` is the next offset that the leader sends, and `last` the epoch of
+    /// the batch before `next`; `None` if there is no such batch. All records below `appended_end` are in the log.
     Following { next: Offset, appended_end: Offset, last: Option<LeaderEpoch> },
 }
 
@@ -169,10 +175,10 @@ enum FollowerStage {
 pub struct Follower {
     leader: BrokerId,
     epoch: LeaderEpoch,
-    /// Newest epoch whose election may have lost committed records.
+    /// Newest epoch whose election may have lost committed records, by the partition's value; `None` if there is none.
     unclean: Option<LeaderEpoch>,
-    /// True if committed records may be truncated: the log's last epoch, at the first subscription, was older than
-    /// `unclean`. `None` before the first subscription.
+    /// True if committed records may be truncated: at the first subscription in this epoch, the log was empty or its
+    /// last epoch was older than `unclean`. `None` before the first subscription.
     may_lose_committed: Option<bool>,
     stage: FollowerStage,
     /// Newest high watermark that the leader sent.
@@ -182,8 +188,8 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// Creates a follower of `leader` in `epoch`. `high_watermark` is the replica's own; `unclean` is taken from the
-    /// partition's value.
+    /// Creates a follower of `leader` in `epoch`. `high_watermark` is the replica's own; `unclean` is the
+    /// `unclean_epoch` of the partition's value.
     pub fn new(leader: BrokerId, epoch: LeaderEpoch, high_watermark: Offset, unclean: Option<LeaderEpoch>) -> Self {
         Self {
             leader,
@@ -214,13 +220,13 @@ impl Follower {
         matches!(self.stage, FollowerStage::Following { .. })
     }
 
-    /// Returns true if the leader's response is due.
+    /// Returns true if a subscription waits for the leader's response.
     pub fn is_subscribing(&self) -> bool {
         matches!(self.stage, FollowerStage::Subscribing(_))
     }
 
     /// Starts a subscription and returns the log position for it. Called when a link is connected, and after each
-    /// truncation or reset.
+    /// truncation or reset. The caller sets `removal_count`.
     pub fn subscribe(&mut self, history: &EpochHistory, log_end: Offset) -> LogPosition {
         let last = history.last().map(|(epoch, _)| epoch);
         // Decided once, at the first subscription of this epoch: a truncation removes the last epochs of the log.
@@ -230,8 +236,8 @@ impl Follower {
         LogPosition { last_epoch: last, log_end, removal_count: None }
     }
 
-    /// Ends the subscription, because the link is lost or an append failed. No message counts before the next
-    /// subscription.
+    /// Ends the subscription: the link is lost, or the actor subscribes again after a pause. Until the next
+    /// subscription, each message of the leader is a violation.
     pub fn on_disconnected(&mut self) {
         self.stage = FollowerStage::Idle;
     }
@@ -239,7 +245,8 @@ impl Follower {
     /// Processes the leader's response to the subscription, with the leader's epoch and high watermark.
     ///
     /// # Errors
-    /// The response cannot be right. The log stays as it is.
+    /// The response is of another epoch, no subscription is pending, or the outcome is invalid for this log. The log
+    /// must stay as it is.
     pub fn on_response(
         &mut self,
         epoch: LeaderEpoch,
@@ -267,12 +274,12 @@ impl Follower {
                 if to >= log_end {
                     return Err(ProtocolViolation::InvalidResponse { got: *end, log_end });
                 }
-                self.check_truncation(to)?;
+                self.prepare_truncation(to)?;
                 Ok(FollowerAction::Truncate(to))
             }
             SubscribeOutcome::Bootstrap(tables) => {
                 let (at, high_watermark) = (tables.start, self.high_watermark);
-                self.check_truncation(at)
+                self.prepare_truncation(at)
                     .map_err(|_| ProtocolViolation::BootstrapBelowCommitted { at, high_watermark })?;
                 Ok(FollowerAction::Bootstrap(at))
             }
@@ -286,9 +293,12 @@ impl Follower {
         self.high_watermark = self.high_watermark.max(at);
     }
 
-    /// Checks that a truncation or reset to `to` removes no committed record, or that an unclean election allows it. In
-    /// the latter case the high watermark falls to `to`.
-    fn check_truncation(&mut self, to: Offset) -> Result<(), ProtocolViolation> {
+    /// Prepares a truncation or reset to `to`. If `to` is below the high watermark, the high watermark falls to `to`.
+    ///
+    /// # Errors
+    /// [`ProtocolViolation::TruncateBelowCommitted`] if `to` is below the high watermark, and no unclean election
+    /// explains the loss.
+    fn prepare_truncation(&mut self, to: Offset) -> Result<(), ProtocolViolation> {
         let high_watermark = self.high_watermark;
         if to < high_watermark {
             if self.may_lose_committed != Some(true) {
@@ -302,7 +312,8 @@ impl Follower {
     /// Processes batches from the leader, and its high watermark.
     ///
     /// # Errors
-    /// The batches do not continue the log. None of them may be appended.
+    /// The batches are of another epoch, no subscription is accepted, or the batches do not continue the log. None of
+    /// them may be appended.
     pub fn on_batches(
         &mut self,
         epoch: LeaderEpoch,
@@ -369,7 +380,8 @@ impl Follower {
         self.advance_high_watermark(self.leader_high_watermark);
     }
 
-    /// Applies a high watermark that the leader sent. The follower's own moves at most to the appended end.
+    /// Stores a high watermark that the leader sent. In an accepted subscription, raises the follower's own high
+    /// watermark, at most to the appended end.
     fn advance_high_watermark(&mut self, leader_high_watermark: Offset) {
         self.leader_high_watermark = self.leader_high_watermark.max(leader_high_watermark);
         if let FollowerStage::Following { appended_end, .. } = self.stage {
@@ -380,7 +392,8 @@ impl Follower {
 
 /// Returns the offset at which to truncate this log, which has the epochs `history`. In the leader's log, `epoch` is
 /// the newest epoch not above this log's last one, and ends at `end`. The result is the lower of `end` and the end of
-/// this log's batches up to that epoch. It is the start of this log if the log has no such batches.
+/// this log's batches up to that epoch. The result is the start of this log if the log has no such batches, or if `end`
+/// is lower.
 fn common_end(epoch: LeaderEpoch, end: Offset, history: &EpochHistory, log_end: Offset) -> Offset {
     let start = history.iter().next().map_or(log_end, |(_, start)| start);
     let end_here = history.end_of(epoch, log_end).map_or(start, |(_, end)| end);

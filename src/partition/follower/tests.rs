@@ -19,7 +19,7 @@ fn history(starts: &[(u32, u64)]) -> EpochHistory {
     history
 }
 
-/// Returns epoch 1 from offset 0 and epoch 3 from offset 4.
+/// Returns a history with epoch 1 from offset 0 and epoch 3 from offset 4.
 fn two_epochs() -> EpochHistory {
     history(&[(1, 0), (3, 4)])
 }
@@ -28,7 +28,8 @@ fn header(base: u64, end: u64, epoch: u32) -> BatchHeader {
     BatchHeader { base: at(base), end: at(end), epoch: LeaderEpoch(epoch) }
 }
 
-/// Returns a follower in epoch 5 from offset 6 on, which had the high watermark 2 before.
+/// Returns a follower in epoch 5 whose subscription at log end 6 was accepted. The leader sent the high watermark 4;
+/// the follower's own was 2 before.
 fn following() -> Follower {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(2), None);
     assert_eq!(
@@ -121,7 +122,7 @@ fn high_watermark_is_minimum_of_leaders_and_log_end() {
     assert_eq!(follower.high_watermark(), at(8), "the high watermark never falls");
     follower.on_disconnected();
     assert_eq!(follower.high_watermark(), at(8));
-    // Before the logs are compared, records here may differ from those that the leader committed.
+    // Until the leader accepts the subscription, records of this log may differ from those that the leader committed.
     let mut subscribing = Follower::new(BrokerId(1), EPOCH, at(2), None);
     subscribing.subscribe(&two_epochs(), at(6));
     subscribing.on_response(EPOCH, &diverged(1, 4), at(9), &two_epochs()).unwrap();
@@ -184,9 +185,10 @@ fn committed_records_are_lost_only_by_unclean_election() {
     }
 }
 
-/// Regression: if retention has deleted all records of the object store, a leader responds with its local start. That
-/// offset lies below its log start until the segments there are removed. A replica that had just bootstrapped at the
-/// tiered end then never followed again.
+/// Regression: if retention has deleted all records of the partition from the object store, a leader responds with its
+/// local start. That offset lies below its log start until the segments there are removed. A replica that had just
+/// bootstrapped at the tiered end then never followed again. It must keep its log, and accept a later response with a
+/// higher offset.
 #[test]
 fn bootstrap_below_the_high_watermark_is_retried() {
     let mut follower = Follower::new(BrokerId(1), EPOCH, at(0), None);
@@ -205,8 +207,8 @@ fn bootstrap_below_the_high_watermark_is_retried() {
     assert_eq!(later, Ok(FollowerAction::Bootstrap(at(406))));
 }
 
-/// The first truncation removes the last epoch of the log. The unclean election is then newer than the log, and may
-/// still not remove committed records.
+/// The first truncation removes the last epoch of the log. The unclean election is then newer than the remaining log,
+/// and must still not allow the removal of committed records.
 #[test]
 fn allowed_loss_is_decided_at_the_first_subscription() {
     let mut follower = Follower::new(BrokerId(1), LeaderEpoch(6), at(3), Some(LeaderEpoch(3)));
@@ -266,7 +268,7 @@ fn decision() -> impl Strategy<Value = SubscribeOutcome> {
 
 proptest! {
     /// For any messages of a leader: nothing panics, and the log stays contiguous with epochs that do not decrease. No
-    /// record that is known as committed is removed without an unclean election.
+    /// record below the follower's high watermark is removed: the value records no unclean election.
     #[test]
     fn no_leader_message_breaks_the_log(
         steps in prop::collection::vec((decision(), any::<bool>(), 4u32..7, prop::collection::vec((0u64..12, 0u64..4, 0u32..7), 0..3), 0u64..12), 1..40),
@@ -297,7 +299,8 @@ proptest! {
                 }
                 Ok(FollowerAction::Bootstrap(to)) => {
                     prop_assert!(committed <= to);
-                    // The records before are elsewhere, and of some epoch.
+                    // The real log has no records below its new start. This one fills the offsets with records of epoch
+                    // 1.
                     log = vec![1; usize::try_from(to.get()).unwrap()];
                     follower.on_reset(to);
                 }
