@@ -1,5 +1,5 @@
-//! Requests of a partition's task to its broker. No call waits or blocks: the broker takes the request, and the outcome
-//! arrives through the partition's handle.
+//! Requests of a partition's task to its broker. No call waits or blocks: the broker queues the request, and the
+//! outcome arrives through the partition's handle.
 
 use std::sync::Arc;
 
@@ -19,22 +19,23 @@ pub trait ReplicationLinks: Send + Sync + 'static {
     /// subscription are dropped.
     fn subscribe(&self, partition: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress);
 
-    /// Sends [`LinkEvent::Connected`](super::LinkEvent::Connected) again after a pause. The pause grows with each call
-    /// until a leader serves the partition ([`SubscribeOutcome::Accepted`](super::SubscribeOutcome::Accepted)) for some
-    /// time.
+    /// Sends [`LinkEvent::Connected`](super::LinkEvent::Connected) again after a pause. The pause doubles with each
+    /// call. It is the shortest again after a subscription that a leader accepted
+    /// ([`SubscribeOutcome::Accepted`](super::SubscribeOutcome::Accepted)) and that lasted for the longest pause.
     fn retry_later(&self, partition: PartitionId);
 
     /// Unsubscribes the partition. The leader receives `newest_epoch`, the epoch of the value that this replica
-    /// applied; it may be newer than the leader's own. `stopping` is true if this replica will not return soon. After
-    /// the return, nothing is acknowledged on that link.
+    /// applied; that epoch may be newer than the leader's own. `stopping` is true if this replica will not return soon.
+    /// After this call returns, nothing is acknowledged for the ended subscription.
     fn unsubscribe(&self, partition: PartitionId, newest_epoch: LeaderEpoch, stopping: bool);
 }
 
-/// Requests of leaders to the metadata store. Each request has exactly one outcome, sent through
-/// [`Partition::on_isr_outcome`](super::Partition::on_isr_outcome); the partition sends no other request before that
+/// Requests of a partition to the metadata store: of a leader, and of an idle replica whose metadata is late. `propose`
+/// and `read_back` have exactly one outcome each, sent through
+/// [`Partition::on_isr_outcome`](super::Partition::on_isr_outcome); the partition calls neither again before that
 /// outcome.
 pub trait IsrUpdater: Send + Sync + 'static {
-    /// Writes an ISR change, by compare-and-set.
+    /// Writes the proposed value by compare-and-set: another ISR and ELR, or no leader.
     fn propose(&self, partition: PartitionId, proposal: IsrProposal);
 
     /// Reads the partition's key: after a proposal with an unknown outcome, or if the metadata is late. The read is
@@ -42,19 +43,20 @@ pub trait IsrUpdater: Send + Sync + 'static {
     fn read_back(&self, partition: PartitionId);
 
     /// Resigns from the leadership of this epoch, because this broker can no longer write. The broker also leaves the
-    /// ISR. Nothing changes if the ISR has no other member. This request has no outcome. The partition sends it once
-    /// for each revision, so the updater must retry until the store has applied or refused the change.
+    /// ISR. Nothing changes if the ISR has no other member. This request has no outcome. A leader calls this once for
+    /// each revision of the value, so the updater must retry until the store has applied the change or the change has
+    /// no effect.
     fn resign(&self, partition: PartitionId, epoch: LeaderEpoch);
 }
 
 /// Counters over all partitions of a broker.
 #[derive(Clone, Debug, Default)]
 pub struct PartitionCounters {
-    /// Members that left the ISR of partitions led here.
+    /// Members that left the ISR of partitions that this broker leads.
     pub isr_shrinks: Counter,
-    /// Members that entered the ISR of partitions led here.
+    /// Members that entered the ISR of partitions that this broker leads.
     pub isr_expands: Counter,
-    /// Leader epochs that began here.
+    /// Leader epochs in which this broker started to lead.
     pub leader_epochs: Counter,
 }
 
@@ -68,14 +70,14 @@ impl PartitionCounters {
         }
     }
 
-    /// Counts the members that left and entered the ISR of a partition that is led here.
+    /// Counts the members that left and entered the ISR of a partition that this broker leads.
     pub(super) fn count_isr_change(&self, before: &[BrokerId], after: &[BrokerId]) {
         self.isr_shrinks.inc_by(before.iter().filter(|id| !after.contains(id)).count() as u64);
         self.isr_expands.inc_by(after.iter().filter(|id| !before.contains(id)).count() as u64);
     }
 }
 
-/// Interfaces of its broker that a partition's task calls.
+/// Interfaces of the broker that the task of a partition calls, and the counters that it updates.
 #[derive(Clone)]
 pub struct PartitionContext {
     pub links: Arc<dyn ReplicationLinks>,
@@ -85,7 +87,7 @@ pub struct PartitionContext {
 
 impl PartitionContext {
     /// Returns the interfaces of a standalone broker. There is no other leader to follow, and the ISR never changes, so
-    /// a call of `start_following` or `propose` is logged as an error.
+    /// a call of `start_following` or `propose` is logged as an error. All other calls do nothing.
     pub fn standalone() -> Self {
         Self {
             links: Arc::new(StandaloneContext),

@@ -23,38 +23,41 @@
 //! idle. Only the metadata sets the role ([`Partition::assign`], [`metadata`]). The task sends its requests to links
 //! and to the metadata store through [`PartitionContext`] and never waits for an outcome. Readers send no request to
 //! the task: they read the watermarks that the task publishes. Maintenance (`maintenance`) uploads sealed segments and
-//! removes old ones, by the plan of [`retention`]. Its order makes a crash harmless: object, manifest, commit in the
-//! metadata store, and only then local files.
+//! removes old ones, by the plan of [`retention`]. The order of an upload makes a crash harmless: object, manifest,
+//! commit in the metadata store, and only then the removal of local files.
 //!
 //! # Invariants
 //!
 //! - `log_start ≤ high_watermark ≤ log_end` and `tiered_end ≤ high_watermark`.
 //! - `local_start` is the first offset of a segment, and `log_start` may lie inside that segment. `local_start` also
-//!   lies below `log_start` until the files of deleted records are evicted. It lies above `log_start` only if the
-//!   object store has all records between: then `log_start ≤ local_start ≤ tiered_end`.
+//!   lies below `log_start` until the files of deleted records are evicted. `local_start` lies above `log_start` only
+//!   if the object store has all records between: then `log_start ≤ local_start ≤ tiered_end`.
 //! - `tiered_end` may lie below `log_start` if nothing is uploaded, or if deletion overtook the uploads. It describes
 //!   the object store and nothing else.
-//! - Each write is acknowledged once, and not before its acks rule holds.
+//! - Each write gets one result. The result is an acknowledgement only after the acks rule of the write holds.
 //! - Only committed records are uploaded. Only records in the object store or below the log start are evicted. The
 //!   metadata store commits a new log start before any record is deleted.
 //! - A task appends writes only while it leads, and leads at most once in an epoch. It never applies the metadata
 //!   store's response to a request of one epoch as the response to a request of another epoch.
-//! - A follower's high watermark comes from a leader that found the two logs to agree; a leader's comes from its own
-//!   commits. If other replicas commit up to an offset, this log may still hold different records below that offset.
-//! - Before the log is truncated, the task publishes its role and ends its subscription. So reads of a leader's log
-//!   fail with the end of its epoch, and nothing is acknowledged in an epoch whose records are being removed.
+//! - A follower takes its high watermark only from a leader that accepted the follower's log as a prefix of its own, or
+//!   from a bootstrap. A leader takes it from its own commits, or from the tier state of its own epoch or an older one.
+//!   A commit of other replicas is not enough: this log may hold different records below that offset.
+//! - Before the log is truncated, the task has published its role, and has no accepted subscription. So tail reads of
+//!   an earlier leadership fail, and nothing is acknowledged in an epoch whose records are being removed.
 //!
 //! # Change of role
 //!
-//! Readers stay open. A writer whose records are in the log receives [`AppendError::Deposed`]: the outcome is unknown.
-//! A writer whose records were not appended receives [`AppendError::NotLeader`]. An idempotent producer may retry both.
+//! Readers stay open. A writer whose acks rule holds when the role ends receives its acknowledgement. Any other writer
+//! whose records are in the log receives [`AppendError::Deposed`]: the outcome is unknown. A writer whose records were
+//! not appended receives [`AppendError::NotLeader`]. An idempotent producer may retry both.
 //!
 //! # Crash and shutdown
 //!
-//! A crash loses only unacknowledged records, and leaks at most orphan objects. A crash between a truncation and the
-//! next subscription leaves a truncated log, which subscribes at its new end. On a stop the task unsubscribes from its
-//! leader, rejects queued writes, waits for the journal and completes the writes that the journal covers. A disk that
-//! accepts no writes ends leadership and copying; reads continue.
+//! A crash of the process loses no record that is in the log. A crash of the machine loses only unsynced records, which
+//! no `persisted` topic has acknowledged. Both leak at most orphan objects. A crash between a truncation and the next
+//! subscription leaves a truncated log, which subscribes at its new end. On a stop the task unsubscribes from its
+//! leader, rejects queued writes, waits for the journal and acknowledges the writes whose acks rule holds by then. A
+//! disk that accepts no writes ends leadership and copying; reads continue.
 
 pub mod follower;
 pub mod leader;

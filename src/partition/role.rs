@@ -29,26 +29,27 @@ pub struct PartitionAssignment {
     pub revision: Revision,
     /// Value of the partition's tier key; `None` before the first commit.
     pub committed: Option<TierState>,
-    /// Statuses, from the metadata cache, of the brokers that the value names as replicas. A broker that is missing
-    /// here is not registered.
+    /// Statuses, from the metadata cache, of the brokers that the value names as replicas. A broker that is missing in
+    /// this map is not registered.
     pub registered: BTreeMap<BrokerId, BrokerStatus>,
 }
 
 /// Role of this broker in a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplicaRole {
-    /// Neither leads nor follows: the leader is unknown, this broker is no replica, or its disk failed.
+    /// Neither leads nor follows. Either the value has no leader, this broker is no replica, a follower's disk failed,
+    /// the task waits for newer metadata, or the task reads the object store before it leads.
     Idle,
     /// Orders the writes.
     Leader {
-        /// True if all records that the log held when the epoch began are committed. Before, the leader serves no
+        /// True if all records that the log held when the epoch began are committed. While false, the leader serves no
         /// latest offset.
         epoch_committed: bool,
     },
     /// Copies from the leader.
     Follower {
         leader: BrokerId,
-        /// True if the replica is subscribed and in the ISR of the partition's value.
+        /// True if the leader has accepted the subscription, and the replica is in the ISR of the applied value.
         in_sync: bool,
     },
 }
@@ -69,9 +70,10 @@ impl ReplicaRole {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReplicaStatus {
     pub role: ReplicaRole,
-    /// Newest leader epoch in the received metadata; 0 before the first.
+    /// Leader epoch of the applied value; 0 before the first assignment.
     pub epoch: LeaderEpoch,
-    /// Leader that the value of that epoch names; `None` also if it names this broker and this broker does not lead.
+    /// Leader that the applied value names. `None` if the value has no leader, or if it names this broker and the role
+    /// is [`ReplicaRole::Idle`].
     pub leader: Option<BrokerId>,
 }
 
