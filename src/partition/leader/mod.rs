@@ -259,9 +259,9 @@ impl<W> Leader<W> {
     /// the log is a duplicate in spite of `refusal`.
     ///
     /// # Errors
-    /// The first of these that applies: the ISR is below the min ISR; the producer is fenced, or its sequence belongs
-    /// to another batch; `refusal`; any other violation of the producer's sequence. So `refusal` replaces the error of
-    /// a gap, because an earlier refusal most likely caused the gap.
+    /// The first of these that applies: the acks need the min ISR, and the ISR is below it; the producer is fenced, or
+    /// its sequence belongs to another batch; `refusal`; any other violation of the producer's sequence. So `refusal`
+    /// replaces the error of a gap, because an earlier refusal most likely caused the gap.
     pub fn admit(
         &mut self,
         batch: &Batch,
