@@ -1,5 +1,6 @@
-//! Bootstrap of an empty or useless replica. The replica starts with the *tables* of its leader's log before that
-//! start: the epoch history and the producer state.
+//! Bootstrap of a replica whose log is empty, or cannot become a prefix of the leader's local log by a truncation. The
+//! replica gets a new start offset, and the *tables* of its leader's log before that start: the epoch history and the
+//! producer state.
 //!
 //! If the object store holds the records before the start, the footer of its last segment has the tables, and the
 //! replica copies only the tail. Otherwise those records were deleted, and the leader sends its own tables. Without the
@@ -17,8 +18,8 @@ use crate::{
     tier::{self, PartitionTier},
 };
 
-/// First pause before another read of the tables that a leader needs from the object store. It doubles each time, up to
-/// [`MAX_RETRY_DELAY`].
+/// First pause before another read of the tables that this broker needs from the object store to lead. It doubles each
+/// time, up to [`MAX_RETRY_DELAY`].
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// Longest pause before another read of the tables.
@@ -46,7 +47,7 @@ impl BootstrapRequest {
         self.pending_leadership.is_some()
     }
 
-    /// Drops the response to the pending request, if there is one.
+    /// Makes the task ignore the response to the pending request, if there is one.
     pub(super) fn cancel(&mut self) {
         self.id += 1;
         self.pending_leadership = None;
@@ -115,10 +116,10 @@ impl ParsedTables {
         Ok(Self { start, epochs, producers: producers.ok_or_else(malformed)? })
     }
 
-    /// Returns true if a log does not differ from the object store, whose end has these tables. The log has the epochs
-    /// `history`, and holds the records `log_start..log_end`. Only the offsets below both ends are compared. A footer
-    /// has the epochs of its own segment only, and these suffice: logs that share an offset and its epoch are equal
-    /// below it.
+    /// Returns true if a log does not differ from the object store, which ends at `start` with these tables. The log
+    /// has the epochs `history`, and holds the records `log_start..log_end`. Only the offsets that both have are
+    /// compared; true if there are none. A footer has the epochs of its own segment only, and these suffice: logs that
+    /// share an offset and its epoch are equal below it.
     fn agree_with(&self, history: &EpochHistory, log_start: Offset, log_end: Offset) -> bool {
         let end = self.start.min(log_end);
         let start = self.epochs.iter().next().map_or(log_start, |(_, epoch_start)| log_start.max(epoch_start));
@@ -126,7 +127,8 @@ impl ParsedTables {
     }
 }
 
-/// Reads the tables at the end of the object store, which must not end below `start`.
+/// Reads the tables at the end of the object store. The error is [`BootstrapError::Behind`] if the object store ends
+/// below `start`.
 async fn read_from_object_store(tier: Option<&PartitionTier>, start: Offset) -> Result<ParsedTables, BootstrapError> {
     let tier = tier.ok_or(BootstrapError::NoObjectStore)?;
     let tiered_end = tier.state().tiered_end();
@@ -142,8 +144,8 @@ async fn read_from_object_store(tier: Option<&PartitionTier>, start: Offset) -> 
 
 impl Actor {
     /// Returns true if the tables in the object store must be read before this broker can lead: its log ends below the
-    /// committed records, or the election of this epoch was unclean. Both happen only after an election that may have
-    /// lost records.
+    /// tiered end or the log start, or the election of this epoch was unclean and the object store has tables. Both
+    /// happen only after an election that may have lost records.
     pub(super) fn needs_object_store(&self, value: &PartitionValue) -> bool {
         let committed_end = self.tiered_end.max(self.log_start);
         let lacks_committed = self.log.log_end() < committed_end;
@@ -268,8 +270,9 @@ impl Actor {
         self.reset(ParsedTables::empty(Offset::ZERO)).await
     }
 
-    /// Bootstraps a follower: resets its log to the start of these tables, and subscribes there. Without tables, or if
-    /// the reset fails, the follower subscribes again after a pause.
+    /// Bootstraps a follower: resets its log to the start of these tables, and subscribes there. The follower
+    /// subscribes after a pause instead if the tables could not be read, if the reset fails, or if the log was already
+    /// empty at that start. Does nothing in another role.
     pub(super) async fn bootstrap_with(&mut self, tables: Result<ParsedTables, BootstrapError>) {
         if !matches!(self.role, RoleState::Following(_)) {
             return;
@@ -278,7 +281,8 @@ impl Actor {
             Ok(tables) => {
                 let start = tables.start;
                 let old_end = self.log.log_end();
-                // The log is empty and starts there already: the leader would respond again with the same bootstrap.
+                // The log is empty and starts at `start` already: the leader would respond again with the same
+                // bootstrap.
                 let is_same = old_end == start && self.log.local_start() == start;
                 let is_reset = self.reset(tables).await;
                 if let RoleState::Following(follower) = &mut self.role
@@ -349,7 +353,7 @@ mod tests {
         assert!(agrees(&[(1, 0), (3, 4), (5, 10)], 0, 20), "records after the footer are not compared");
         assert!(agrees(&[(1, 0)], 0, 3), "the log ends before the footer");
         assert!(agrees(&[(7, 12)], 12, 20), "the log starts after the footer");
-        // The footer of a segment that is not the first one on the disk.
+        // The footer is of a later segment, so its epochs begin above the start of the log.
         let last = parse(&[(3, 6)], b"").unwrap();
         let history = EpochHistory::from_starts(epoch_starts(&[(1, 0), (3, 4)])).unwrap();
         assert!(last.agree_with(&history, at(0), at(20)));

@@ -15,9 +15,9 @@
 //!
 //! # Invariants
 //!
-//! Readers stay open in every case: committed records stay where they are. A writer whose records are in the log when
-//! the epoch ends gets `AppendError::Deposed`: the outcome is unknown. A writer whose records were never appended gets
-//! `AppendError::NotLeader`.
+//! Readers stay open in every case: committed records stay where they are. When the epoch ends, a writer whose acks
+//! rule holds gets its acknowledgement. Any other writer whose records are in the log gets `AppendError::Deposed`: the
+//! outcome is unknown. A writer whose records were never appended gets `AppendError::NotLeader`.
 //!
 //! A new leader must have all committed records. Every clean election ensures that. After an unclean election, the log
 //! may end below the tiered end, or hold other records than the object store. Then the object store decides: the log is
@@ -42,7 +42,7 @@ use crate::{
 };
 
 impl Actor {
-    /// Handles this control message and those that are queued behind it.
+    /// Handles this control message and those that are queued behind it, at most [`MAX_CONTROL_BATCH`] in total.
     pub(super) async fn handle_control(&mut self, first: ControlMessage) {
         self.handle_control_message(first).await;
         for _ in 1..MAX_CONTROL_BATCH {
@@ -97,7 +97,7 @@ impl Actor {
             },
             RoleState::Idle => ReplicaRole::Idle,
         };
-        // The metadata may name this broker although it is idle: it was deposed, or does not lead yet.
+        // The metadata may name this broker although the task is idle: this broker was deposed, or does not lead yet.
         let leader = leader.filter(|leader| role != ReplicaRole::Idle || *leader != self.broker);
         ReplicaStatus { role, epoch, leader }
     }
@@ -158,7 +158,8 @@ impl Actor {
         }
     }
 
-    /// Ends the role without a new one, in the task and in its metadata. A later value can give the same role again.
+    /// Ends the role without a new one, in the task and in its metadata. A later assignment can give the role of a
+    /// follower again, even by the same value.
     pub(super) fn become_idle(&mut self) {
         self.metadata.end_role();
         self.leave_role();
@@ -237,8 +238,9 @@ impl Actor {
         }
     }
 
-    /// Handles a report of a leader epoch. If it is newer than the applied value's, the task stops to lead, or does not
-    /// start to. It is idle until the metadata contains the newer epoch.
+    /// Handles a report of a leader epoch. If the reported epoch is newer than the applied value's, a leading task
+    /// becomes idle, and a task that waits for tables does not start to lead. The task stays idle until the metadata
+    /// contains the newer epoch.
     pub(super) fn on_newer_epoch(&mut self, reported: LeaderEpoch) {
         self.metadata.on_reported_epoch(reported);
         let epoch = self.metadata.epoch();
@@ -254,7 +256,7 @@ impl Actor {
 
     /// Applies the tiered end and the log start of the metadata. A leader of the state's epoch, or of an earlier one,
     /// committed all records below both. If the state's epoch is newer than this leader's, this log may hold other
-    /// records there.
+    /// records below them, so this leader is deposed first.
     pub(super) fn apply_tier_state(&mut self, state: &TierState) {
         if !mutant!(AdoptNewerTieredEnd) {
             self.on_newer_epoch(state.epoch);

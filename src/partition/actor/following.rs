@@ -36,7 +36,8 @@ impl Actor {
         }
     }
 
-    /// Subscribes over the link, with the position of this log.
+    /// Subscribes over the link, with the position of this log. Ignores the response to a pending request for bootstrap
+    /// tables.
     fn subscribe(&mut self) {
         let RoleState::Following(follower) = &mut self.role else { return };
         self.bootstrap_request.cancel();
@@ -84,8 +85,8 @@ impl Actor {
                 _ => self.request_tables(start, Duration::ZERO),
             },
             Ok(FollowerAction::Follow(_)) => {
-                // The link acknowledges the published progress, although nothing moved. Appends of this turn are not
-                // published yet, so that progress may be too low. The end of the turn wakes the link again.
+                // The link then acknowledges the published progress, although no end moved. Appends of this turn are
+                // not published yet, so that progress may be too low. The end of the turn wakes the link again.
                 self.published.wake(WatermarkKind::AnyEnd);
             }
             Ok(FollowerAction::Append | FollowerAction::Ignore | FollowerAction::RetryLater) => {}
@@ -135,8 +136,8 @@ impl Actor {
         }
     }
 
-    /// Appends checked batches in groups. If an append fails because the disk is full, the rest is dropped, and the
-    /// follower subscribes again after a pause.
+    /// Appends checked batches in groups. If an append fails, the remaining batches are dropped. On a full disk the
+    /// follower subscribes again after a pause; a failed disk ends the role.
     fn copy(&mut self, mut batches: &[Batch]) {
         let max_bytes = self.max_group_bytes();
         while !batches.is_empty() {
@@ -164,8 +165,9 @@ impl Actor {
         }
     }
 
-    /// Handles an invalid or late message of the leader. A late message is ignored. After an invalid one, the replica
-    /// subscribes again after a pause, unless the leader's response would stay the same.
+    /// Handles a message of the leader that the follower cannot apply. A late message is ignored. A message of a newer
+    /// epoch ends a pending subscription. A truncation of committed records is refused, and the replica stops copying
+    /// under this leader. After any other violation the replica subscribes again after a pause.
     fn on_violation(&mut self, violation: ProtocolViolation) {
         let RoleState::Following(follower) = &mut self.role else { return };
         let (leader, epoch) = (follower.leader(), follower.epoch());

@@ -70,7 +70,7 @@ impl Inbox {
         loop {
             match self.next_queue {
                 NextQueue::Signals => {
-                    // Writers that the last group woke run first.
+                    // Lets the writers that the last group woke run before the next input.
                     tokio::task::yield_now().await;
                     self.next_queue = NextQueue::Control;
                     if let Some(pending) = self.signals.take() {
@@ -197,7 +197,8 @@ mod tests {
         assert!(commands.try_send(ActorCommand::Roll).is_err() && control.is_closed());
     }
 
-    /// The sender of a control message reserves space before the close, and stores the message after it.
+    /// The sender of a control message reserves space before the close, and stores the message after the close. The
+    /// message must be dropped, so that its sender does not wait for a response.
     #[tokio::test(start_paused = true)]
     async fn control_message_stored_after_close_is_dropped() {
         let (control, control_messages) = mpsc::channel(1);

@@ -1,4 +1,5 @@
-//! A leader's work for its followers: subscriptions, acknowledgements, and the ISR changes that follow from them.
+//! A leader's work for its followers: subscriptions, acknowledgements, and the ISR changes that follow from them. Also
+//! the reads of the partition's key by an idle replica whose metadata is late.
 
 use super::{Actor, RoleState, leading::LeaderRole, signals::FollowerAck};
 use crate::{
@@ -36,7 +37,7 @@ enum StoreRequestKind {
 }
 
 /// ISR that was proposed last, with the throttle of its log lines. While the metadata store refuses the proposal, the
-/// leader repeats it every 250 ms.
+/// leader repeats it at each tick (250 ms).
 pub(super) struct LastProposal {
     isr: Vec<BrokerId>,
     log: LogThrottle,
@@ -120,7 +121,7 @@ impl Actor {
     /// Reads the epoch history and the producer state of the log before its start on this disk, for a replica that
     /// bootstraps there. The error is the reason that the follower receives.
     async fn tables_at_start(&mut self) -> Result<BootstrapTables, String> {
-        // The read may take long. Earlier ISR changes and results must not wait for it.
+        // The read may take long. Earlier ISR changes and results of writes must not wait for the read.
         self.finish_turn();
         match self.log.run_blocking(|replica| replica.tables_at_start()).await {
             Ok((start, epochs, producers)) => Ok(BootstrapTables {
@@ -150,7 +151,8 @@ impl Actor {
     }
 
     /// Sends the ISR change that is due, or a read after an unknown outcome, to the metadata store. Only one request is
-    /// pending at a time, so that an outcome is never applied to another request. A leader with a failed disk resigns.
+    /// pending at a time, so that an outcome is never applied to another request. A leader with a failed disk only
+    /// resigns.
     pub(super) fn propose(&mut self) {
         if self.published.has_failed() {
             return self.resign();
@@ -226,8 +228,8 @@ impl Actor {
         }
     }
 
-    /// Handles the outcome of the pending request. The role may have changed since the request: then only the value of
-    /// the outcome counts.
+    /// Handles the outcome of the pending request. If the role has changed since the request, only the value in the
+    /// outcome is applied.
     pub(super) fn on_isr_outcome(&mut self, outcome: ProposalOutcome) {
         let request = self.pending_request.take();
         let current = match &outcome {
@@ -247,7 +249,8 @@ impl Actor {
         let update = if is_expected {
             leader.in_sync_mut().on_outcome(outcome)
         } else {
-            // The request belongs to an earlier epoch, or the metadata has replaced it. Only its value may be new.
+            // The request belongs to an earlier epoch, or this leader waits for another kind of request. Only the value
+            // in the outcome may be new.
             current
                 .as_ref()
                 .map_or(ValueUpdate::Unchanged, |(value, revision)| leader.in_sync_mut().on_value(value, *revision))

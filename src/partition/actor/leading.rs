@@ -60,7 +60,7 @@ pub enum AppendError {
 /// Result of a write.
 pub type AppendResult = Result<WriteAck, AppendError>;
 
-/// Facts about a client's request, from which the broker made the batch to append.
+/// Facts about the client's request that contained the batch, or the records of the batch.
 #[derive(Clone, Debug)]
 pub struct BatchOrigin {
     /// Fingerprint of the batch that the client sent; `None` if it sent records.
@@ -76,8 +76,8 @@ pub(in crate::partition) struct Append {
     pub(in crate::partition) batch: Batch,
     pub(in crate::partition) origin: BatchOrigin,
     pub(in crate::partition) acks: Acks,
-    /// Memory of the batch. It is released with the result, or when the write has the topic's durability here and its
-    /// receiver was dropped.
+    /// Permit for the memory of the batch, released with the result. It is released earlier if the write has
+    /// `acks=tiered` or its receiver was dropped: then as soon as the write has the topic's durability on this broker.
     pub(in crate::partition) permit: OwnedSemaphorePermit,
     pub(in crate::partition) responder: oneshot::Sender<AppendResult>,
     /// With `acks=tiered`: set when the write is stored here and waits for the object store. `None` if the caller does
@@ -152,8 +152,8 @@ impl LeaderRole {
 }
 
 impl Actor {
-    /// Admits one write into the group, or sends its error. A retry of a stored batch waits for the result of that
-    /// batch.
+    /// Admits one write into the group, or sends its error. Appends the group first if the batch does not fit into it,
+    /// or can be checked only afterwards. A retry of a stored batch waits for the result of that batch.
     pub(super) fn append(&mut self, append: Append, now_ms: i64) {
         let Append { mut batch, origin, acks, permit, responder, stored } = append;
         let RoleState::Leading(role) = &self.role else {
@@ -248,7 +248,7 @@ impl Actor {
         role.group_writers.shrink_to(SPARE_COMMANDS);
     }
 
-    /// Appends batches of `bytes` in total to the log. Rolls before if the active segment is full or old.
+    /// Appends batches of `bytes` in total to the log. Rolls the active segment first if it is full or old.
     pub(super) fn write(&mut self, batches: &[Batch], bytes: usize) -> Result<(), AppendError> {
         let now = clock::monotonic();
         let is_old = self.active_since.is_some_and(|since| now.duration_since(since) >= self.config.segment_age);
@@ -359,7 +359,8 @@ impl Actor {
             };
             leader.take_stored(PendingWriter::on_stored);
             leader.take_due(respond);
-            // The acks rule of such a write may never hold, and a retry has its own batch.
+            // The acks rule of a write may never hold. If its receiver was dropped, nothing needs its memory: a retry
+            // has its own batch.
             *has_dropped_waiters = *has_dropped_waiters && leader.release_dropped(PendingWriter::has_dropped_receiver);
         }
     }

@@ -99,8 +99,8 @@ impl Actor {
         self.log.run_blocking(move |replica| replica.export(base)).await
     }
 
-    /// Truncates or resets the log by `change`, and publishes the state before and after. Returns false if the disk
-    /// failed, which is final, or if it is full: then nothing changed, and the caller retries later.
+    /// Truncates or resets the log by `change`. Publishes the state before, and after a success. Returns false if the
+    /// disk has failed, which is final, or is full. A full disk changes nothing, and the caller retries later.
     pub(super) async fn change_log(
         &mut self,
         change: impl FnOnce(&mut ReplicaLog) -> Result<(), ChangeError> + Send + 'static,
@@ -117,8 +117,7 @@ impl Actor {
                 if remaining.base != active.base || remaining.bytes == 0 {
                     self.active_since = active_since(&remaining);
                 }
-                // Barrier: the next subscription acknowledges the published ends. A follower with a durable log has
-                // nothing else to finish.
+                // Barrier: the next subscription acknowledges the published ends.
                 self.publish();
                 true
             }
@@ -130,14 +129,15 @@ impl Actor {
         }
     }
 
-    /// Moves the start of the replica to the log start, but not above the high watermark: records above it may still
-    /// have to be truncated, so they are not deleted at the front.
+    /// Moves the start of the replica to the log start, but not above the high watermark: records above the high
+    /// watermark may still have to be truncated, so they are not deleted as old ones.
     pub(super) fn advance_log_start(&mut self) {
         let start = self.log_start.min(self.high_watermark());
         self.log.advance_log_start(start);
     }
 
-    /// Evicts the segments below this offset.
+    /// Evicts the segments below this offset, which must not be above both the tiered end and the log start. An error
+    /// is only logged: maintenance requests the eviction again.
     pub(super) async fn evict(&mut self, below: Offset) {
         let evictable_end = self.tiered_end.max(self.log_start);
         let is_allowed = below <= evictable_end || mutant!(EvictBeforeCommit);
@@ -149,7 +149,7 @@ impl Actor {
                 tracing::debug!(partition = %self.id, %below, bytes, "evicted segments");
                 sim_event!(Evicted { partition: self.id, start: self.log.local_start() });
             }
-            // Logged elsewhere: a full disk once for all partitions, and a failed disk when its writes stopped.
+            // Already logged: a full disk once for all partitions, and a failed disk when it stopped to accept writes.
             Err(error) if had_failed || error == ChangeError::DiskFull => {
                 tracing::debug!(topic = %self.topic, partition = %self.id, %error, "cannot evict segments; retrying");
             }

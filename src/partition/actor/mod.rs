@@ -19,10 +19,10 @@
 //!
 //! # Turn
 //!
-//! The task takes one [`Input`] after the other (`inbox`); handling one is a turn. Each handler changes only the state
-//! of the task. Then [`Actor::finish_turn`] makes the effects visible: it submits records to the journal, publishes,
-//! proposes an ISR change, and sends due results. A handler finishes the turn itself before it waits for a blocking
-//! read. Some events publish earlier:
+//! The task takes one [`Input`] after the other (`inbox`); handling one is a turn. A handler changes the state of the
+//! task, and may send requests to the link to the leader. Then [`Actor::finish_turn`] makes the changes visible: it
+//! submits records to the journal, publishes, proposes an ISR change, and sends due results. A handler finishes the
+//! turn itself before it waits for a blocking read. Some events publish earlier:
 //!
 //! | event | reason |
 //! | --- | --- |
@@ -85,8 +85,8 @@ use crate::{
 /// Number of commands for which an idle partition keeps memory. A broker has many partitions, so the number is small.
 pub(super) const SPARE_COMMANDS: usize = 64;
 
-/// Maximum bytes of batches in one group. A larger group adds latency but no throughput: while one group is synced, the
-/// next one is appended.
+/// Maximum bytes of batches in one group, unless the group is one larger batch. A larger group adds latency but no
+/// throughput: while one group is synced, the next one is appended.
 const MAX_GROUP_BYTES: usize = 512 << 10;
 
 /// Maximum number of control messages that are handled before their effects are submitted to the journal and published.
@@ -101,15 +101,17 @@ pub(super) enum ActorCommand {
     ExportSegment(Offset, oneshot::Sender<io::Result<SegmentExport>>),
     /// Seal the active segment.
     Roll,
-    /// Value of the tier key.
+    /// Apply this value of the tier key.
     ApplyTierState(Box<TierState>),
     /// Evict the segments below this offset.
     Evict(Offset),
 }
 
-/// Control message of the metadata, the links or the metadata store. It never waits behind writes.
+/// Control message: of the metadata, the links, the metadata store, or a read of the object store. Control messages
+/// never wait behind writes.
 pub(super) enum ControlMessage {
-    /// Metadata of the partition. The task responds when it has taken and published the role.
+    /// Metadata of the partition. The task responds when it has applied the assignment, or dropped an old one, and has
+    /// published its role.
     Assign(Box<PartitionAssignment>, oneshot::Sender<()>),
     Subscribe(Box<SubscribeMessage>),
     FollowerDisconnected(PeerId, DisconnectCause),
@@ -120,7 +122,7 @@ pub(super) enum ControlMessage {
     NewerEpoch(LeaderEpoch),
     /// Event of the link to the leader.
     Link(LinkEvent),
-    /// Parsed tables that the task requested from the object store, with the number of that request.
+    /// Tables that the task requested from the object store, or the error of the read, with the number of that request.
     BootstrapReady(u64, Result<Box<ParsedTables>, BootstrapError>),
 }
 
@@ -173,7 +175,8 @@ pub(super) struct Actor {
     log: ReplicaCell,
     role: RoleState,
     metadata: AppliedMetadata,
-    /// Request to the metadata store that has no outcome yet: one request at a time. It outlives the role.
+    /// Request to the metadata store that has no outcome yet, one at a time. It stays pending when the role changes. A
+    /// resignation has no outcome and is not stored.
     pending_request: Option<PendingStoreRequest>,
     bootstrap_request: BootstrapRequest,
     /// Status that was last published.
@@ -189,7 +192,8 @@ pub(super) struct Actor {
     control: mpsc::WeakSender<ControlMessage>,
     log_start: Offset,
     tiered_end: Offset,
-    /// High watermark while the task is idle: that of the last role at its end.
+    /// High watermark while the task is idle: that of the last role at its end, or of the opened log before the first
+    /// role.
     committed_end: Offset,
     /// Time of the first batch in the active segment; `None` while the segment is empty.
     active_since: Option<Instant>,
@@ -208,10 +212,11 @@ impl Actor {
         let mut replica = parts.replica;
         replica.set_journaled(config.durability == Durability::Persisted);
         replica.set_producer_expiration(config.producer_expiration);
-        // A crash between the commit and the change of this disk leaves an older start on the disk.
+        // A crash after the commit of a log start, and before its change on this disk, leaves an older start on the
+        // disk.
         replica.advance_log_start(parts.log_start.min(parts.committed_end));
-        // A replica that bootstrapped at the tiered end has no earlier start. The records before it can be read from
-        // the object store.
+        // A replica that starts at or below the tiered end may start above the log start: the records between them are
+        // in the object store. Above the tiered end, all records before the start of the replica were deleted.
         let replica_start = replica.log_start();
         let log_start =
             if replica_start <= parts.tiered_end { parts.log_start } else { replica_start.max(parts.log_start) };
@@ -282,7 +287,8 @@ impl Actor {
     }
 
     /// Closes the partition: rejects queued writes, unsubscribes a follower, and waits until appended records are
-    /// durable. Writes whose acks rule holds by then are acknowledged; the others fail.
+    /// durable. Writes whose acks rule holds by then are acknowledged; all other writes fail with
+    /// [`AppendError::Closing`].
     async fn stop(&mut self) {
         for command in self.inbox.close() {
             if let ActorCommand::Append(append) = command {
@@ -306,7 +312,7 @@ impl Actor {
         self.published.close();
     }
 
-    /// Returns true if the journal has to make appended records durable.
+    /// Returns true if appended records still wait for the journal; false after the disk has failed.
     fn awaits_journal(&self) -> bool {
         !self.published.has_failed() && self.needs_journal() && self.log.persisted_end() < self.log.log_end()
     }
@@ -316,7 +322,8 @@ impl Actor {
         self.config.durability == Durability::Persisted
     }
 
-    /// Handles taken commands until none remains or a group is full. Writes are appended as one group.
+    /// Handles the commands that the inbox has taken from its queue, until none remains or a group is full. Writes are
+    /// appended as one group.
     async fn process_commands(&mut self) {
         let mut now_ms = clock::wall_ms();
         while self.group_bytes() < MAX_GROUP_BYTES
@@ -413,8 +420,9 @@ impl Actor {
         }
     }
 
-    /// Publishes the watermarks and the replica status. Outside of [`Self::finish_turn`] it is called only before the
-    /// events that the module lists.
+    /// Publishes the watermarks and the replica status. Called at the start, by [`Self::finish_turn`], and for the
+    /// events that publish earlier, which the module documentation lists. Also queues maintenance if a segment may have
+    /// become uploadable.
     fn publish(&mut self) {
         let high_watermark = self.high_watermark();
         let watermarks = Watermarks {
@@ -432,7 +440,7 @@ impl Actor {
         let commits_sealed =
             published_high_watermark < watermarks.high_watermark && published_high_watermark < sealed_end;
         if commits_sealed && (sealed_end <= watermarks.high_watermark || self.awaits_tier()) {
-            // The last sealed segment has just become uploadable, or perhaps one that a writer waits for.
+            // The last sealed segment has just become uploadable, or perhaps an earlier one, for which a writer waits.
             self.maintenance.push(self.id);
         }
         self.published.publish(watermarks, self.log.bytes());

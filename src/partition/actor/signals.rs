@@ -22,11 +22,11 @@ pub(in crate::partition) struct ActorSignals {
 /// replica, because an end from before a truncation would count removed records.
 #[derive(Default)]
 pub(super) struct PendingSignals {
-    /// Last result of the journal, or its first failure.
+    /// Last result of the journal, or its first failure; `None` if there is no new result.
     pub(super) persisted: Option<Result<(), PersistError>>,
-    /// At most one for each follower.
+    /// Last acknowledgement of each follower.
     pub(super) acks: Vec<FollowerAck>,
-    /// Time of the last tick, in milliseconds.
+    /// Time of the last tick, in milliseconds of a monotonic clock; `None` if there was none.
     pub(super) now_ms: Option<u64>,
     /// True if a writer dropped its receiver before the result.
     pub(super) has_dropped_waiters: bool,

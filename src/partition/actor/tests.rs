@@ -130,8 +130,8 @@ fn is_queued(actor: &Actor) -> bool {
     queued
 }
 
-/// Regression: a retry with `acks=tiered` arrived before the epoch was committed, and waited for the next pass over all
-/// partitions.
+/// Regression: a retry with `acks=tiered` arrived before the epoch was committed. Its upload waited for the next pass
+/// of maintenance over all partitions.
 #[tokio::test]
 async fn maintenance_is_queued_when_epoch_is_committed() {
     let log = open_log();
@@ -146,8 +146,8 @@ async fn maintenance_is_queued_when_epoch_is_committed() {
     assert!(is_queued(&actor));
 }
 
-/// Regression: only the last sealed segment was checked. The writers of the one before waited for a follower that
-/// lacked the last one.
+/// Regression: maintenance was queued only when the last sealed segment was committed. Writers of the segment before
+/// waited until a follower had the last segment as well.
 #[tokio::test]
 async fn maintenance_is_queued_when_awaited_segment_is_committed() {
     let log = open_log();
@@ -163,8 +163,8 @@ async fn maintenance_is_queued_when_awaited_segment_is_committed() {
     assert!(is_queued(&actor));
 }
 
-/// Regression: after a failed segment sync, the broker led until the next write. Its consumers could read the records
-/// from no other replica.
+/// Regression: after a failed segment sync, the broker remained leader until the next write. Until then no other
+/// replica could serve its consumers.
 #[tokio::test]
 async fn failed_segment_sync_is_detected_without_writes() {
     let disk = SimDisk::new();
@@ -205,7 +205,8 @@ async fn unassigned_replica_with_unsynced_records_closes() {
     assert!(actor.log.persisted_end() < actor.log.log_end());
     let mut stop = Box::pin(actor.stop());
     let mut is_stopped = false;
-    // One sync and one journal write suffice for the submission of the stop.
+    // One segment sync and one journal write make the records durable. The limit of ten rounds only ends a failing
+    // test.
     for _ in 0..10 {
         if futures::poll!(stop.as_mut()).is_ready() {
             is_stopped = true;
@@ -243,7 +244,8 @@ fn truncation_during_journal_write_keeps_log_writable() {
     assert_eq!((acked.base.get(), acked.durability), (1, AckDurability::Persisted(1)));
 }
 
-/// The journal has written records, and the task truncates these records before it applies the result.
+/// The journal has written records, and the task truncates these records before it applies the result. The result must
+/// not count for other records at the same offsets.
 #[test]
 fn journal_result_from_before_truncation_does_not_count() {
     let log = open_log();
@@ -294,7 +296,8 @@ async fn leadership_below_reported_epoch_never_starts() {
     assert!(actor.awaits_metadata());
 }
 
-/// A replica with a failed disk becomes idle, also in its metadata. So the same value would give the role again.
+/// A replica with a failed disk becomes idle, also in its metadata. So the same value would give the role of a follower
+/// again.
 #[tokio::test]
 async fn replica_with_failed_disk_has_no_role() {
     let log = open_log();
@@ -304,7 +307,7 @@ async fn replica_with_failed_disk_has_no_role() {
         actor.apply_partition_value(Arc::clone(&value), Revision(u64::from(epoch)));
         value
     };
-    // Returns true if the applied value would give the role of a follower again.
+    // Returns true if `value`, applied again, would give the role of a follower.
     let gives_role = |actor: &Actor, value| {
         let transition = actor.metadata.clone().apply(value, actor.metadata.revision(), BrokerId(1));
         transition == Transition::Follow(BrokerId(2))

@@ -8,15 +8,18 @@ use crate::{
     record::TimestampRange,
 };
 
-/// Rejects timestamps that lie further from `now_ms` than the topic allows.
+/// Rejects timestamps that lie further from `now_ms` than the topic allows. With
+/// `message.timestamp.type=LogAppendTime`, every timestamp is accepted: the broker replaces it.
 ///
 /// # Errors
-/// [`AdmitError::Timestamp`] with the first timestamp that is out of bounds.
+/// [`AdmitError::Timestamp`] with the latest timestamp if it is too late, otherwise with the earliest if it is too
+/// early.
 pub(super) fn check(config: &TopicConfig, range: TimestampRange, now_ms: i64) -> Result<(), AdmitError> {
     if config.timestamp_type == TimestampType::LogAppendTime {
         return Ok(());
     }
-    // Returns the limit in milliseconds if the timestamp exceeds it.
+    // Returns the limit in milliseconds if the timestamp exceeds it; `None` if there is no limit or the timestamp is
+    // within it.
     let exceeded_limit = |limit: Option<Duration>, timestamp_ms: i64| {
         limit
             .map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX))

@@ -7,24 +7,24 @@ use crate::{task::clock, telemetry::LogThrottle};
 pub(super) enum Condition {
     /// A replica cannot bootstrap.
     CannotBootstrap,
-    /// Batches of the leader are rejected.
+    /// Messages of the leader are invalid.
     BadBatches,
     /// A new leader cannot read the object store.
     CannotLead,
     /// The active segment cannot be sealed.
     CannotRoll,
-    /// Segments cannot be removed.
+    /// Segments cannot be evicted.
     CannotEvict,
 }
 
 const CONDITIONS: usize = Condition::CannotEvict as usize + 1;
 
-/// Time of the last log line for each condition. Takes no memory before the first occurrence.
+/// Time of the last log line for each condition. Allocates nothing before the first occurrence.
 #[derive(Debug, Default)]
 pub(super) struct Warnings(Option<Box<[LogThrottle; CONDITIONS]>>);
 
 impl Warnings {
-    /// Counts an occurrence. Returns the number of occurrences since the last line if a line is due.
+    /// Counts an occurrence. Returns the number of occurrences since the last line, or `None` if no line is due.
     pub(super) fn occur(&mut self, condition: Condition) -> Option<u64> {
         self.0.get_or_insert_default()[condition as usize].occur(clock::monotonic())
     }

@@ -1,5 +1,5 @@
 //! Order of the effects of a turn. A recorder replaces the links and the ISR updater, and is called at each submission
-//! to the journal. At each effect it stores the state that was published before.
+//! to the journal. At each of these effects the recorder stores the state that was published before.
 
 use std::sync::OnceLock;
 
@@ -28,7 +28,7 @@ struct Effect {
 /// Stores the effects of an actor in their order.
 struct Recorder {
     published: Arc<PublishedState>,
-    /// Receiver of the write whose result is observed at each effect.
+    /// Receiver of the watched write: each effect stores whether it has its result.
     watched: Mutex<Option<Receiver<AppendResult>>>,
     effects: Mutex<Vec<Effect>>,
 }
@@ -46,7 +46,7 @@ impl Recorder {
         });
     }
 
-    /// Drops the effects so far, and observes the result of this write.
+    /// Drops the stored effects, and watches the result of this write at the next ones.
     fn watch(&self, written: Receiver<AppendResult>) {
         *self.watched.lock() = Some(written);
         self.effects.lock().clear();
@@ -85,7 +85,8 @@ impl IsrUpdater for Recorder {
 
 /// Returns an actor that leads in epoch 4, with the ISR 1 and 2 among the replicas 1 to 3, and its recorder.
 fn open_recorded(start: Offset) -> (DataDir, Actor, Arc<Recorder>) {
-    // The hook exists before the actor whose published state the recorder reads.
+    // The hook is an option of the log, so it exists before the actor, and the recorder needs the actor's published
+    // state. So the hook gets the recorder later.
     let recorder = Arc::new(OnceLock::<Arc<Recorder>>::new());
     let recorder_in_hook = Arc::clone(&recorder);
     let hook = SimHook::new(move || {
