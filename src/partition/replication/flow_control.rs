@@ -15,19 +15,21 @@ use tokio::time::Instant;
 
 use crate::{model::Offset, task::clock};
 
-/// Maximum bytes in flight of one subscription, except for one batch that is larger.
+/// Bytes in flight of one subscription from which on it is not read. Its last read may exceed them by one batch, since
+/// a read returns at least one batch.
 pub(super) const MAX_SUBSCRIPTION_BYTES: usize = 4 << 20;
 
 /// Maximum reads in flight of one subscription. The follower's partition queues the batches of each read as one event.
 pub(super) const MAX_SUBSCRIPTION_READS: usize = 64;
 
-/// Maximum bytes in flight of all subscriptions of a link.
+/// Bytes in flight of a link from which on only subscriptions with nothing in flight are read. They read up to
+/// [`MIN_SEND_BYTES`] each, so the link may exceed its limit.
 pub(super) const MAX_LINK_BYTES: usize = 64 << 20;
 
-/// Maximum bytes of one read, except for one batch that is larger.
+/// Maximum bytes of one read, unless the read is one larger batch.
 const READ_BYTES: usize = 256 << 10;
 
-/// Bytes that a subscription with nothing in flight may always read, even if blocked subscriptions fill the link.
+/// Bytes that a subscription with nothing in flight may always read, even if other subscriptions fill the link.
 const MIN_SEND_BYTES: usize = 16 << 10;
 
 /// Error of an acknowledgement beyond the sent records.
@@ -87,6 +89,9 @@ impl SendWindow {
 
     /// Applies an acknowledgement: the follower has written all records below `log_end`. Returns the bytes that are no
     /// longer in flight.
+    ///
+    /// # Errors
+    /// The follower acknowledges records that were not sent. Nothing changes.
     pub(super) fn acknowledge(&mut self, log_end: Offset) -> Result<usize, AckBeyondSent> {
         if log_end > self.sent_end {
             return Err(AckBeyondSent { acknowledged: log_end, sent_end: self.sent_end });
@@ -122,13 +127,13 @@ impl RateLimiter {
         Self { bytes_per_second, available, filled_ms: 0 }
     }
 
-    /// Returns the time at which the next read may begin, by the monotonic clock of `now_ms`; `None` if it may begin
-    /// now.
+    /// Fills the bucket for the time since the last fill. Returns the time at which the next read may begin, by the
+    /// monotonic clock of `now_ms`; `None` if it may begin now.
     pub(super) fn next_send_at(&mut self, now_ms: u64) -> Option<u64> {
         let rate = self.bytes_per_second?.max(1);
         let passed_ms = now_ms.saturating_sub(self.filled_ms).min(60_000);
         let gained = to_signed(rate.saturating_mul(passed_ms) / 1000);
-        // A shorter time than that of one byte is added to the next fill.
+        // Time that is too short for one byte counts for the next fill.
         if gained > 0 {
             self.available = self.available.saturating_add(gained).min(to_signed(rate));
             self.filled_ms = now_ms;

@@ -1,8 +1,8 @@
 //! Requests of partitions to the follower's side of one link. Partitions call from their own tasks and never wait. The
 //! link's task takes the requests, and exists only while the link is connected.
 //!
-//! A later request of a partition replaces its requests that were not taken yet. So there is one entry for each
-//! partition that follows, however often its requests change.
+//! A later request of a partition replaces the earlier ones that it makes obsolete, if the link's task has not taken
+//! them. So there is one entry for each partition that follows, however often its requests change.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -264,7 +264,7 @@ mod tests {
         );
         assert!(!work.connected && work.resubscribe && work.subscribe.is_some());
         assert!(requests.take().is_none(), "a partition is queued once");
-        // A link begins with all partitions that follow, and with nothing else.
+        // A link begins with one notification for each partition that follows, and drops all earlier requests.
         requests.begin_link();
         let work = requests.take().expect("a new link notifies the partition").1;
         assert!(work.connected && work.subscribe.is_none() && work.unsubscribe.is_none());

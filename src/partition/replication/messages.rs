@@ -26,7 +26,7 @@ use crate::{
 /// Message that no correct broker sends.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum InvalidMessage {
-    /// A message of an unknown kind, or a message that belongs to the start of a link.
+    /// A message or an outcome of a missing or unknown kind, or a message that belongs to the start of a link.
     #[error("message of an unexpected kind")]
     Kind,
     /// An invalid number.
@@ -110,7 +110,7 @@ pub(super) enum LeaderMessage {
     Response { subscription_id: u32, response: Result<SubscribeResponse, InvalidMessage> },
     /// Batches of subscriptions.
     Batches(Vec<v1::PartitionBatches>),
-    /// Request for a response, which shows that the follower's process runs.
+    /// Request for a `Pong`. A `Pong` shows that the follower's process runs.
     Ping(u64),
 }
 
@@ -348,7 +348,7 @@ pub(super) fn subscription_error(subscription_id: u32, epoch: LeaderEpoch, error
     replicate_response(replicate_response::Message::SubscribeResponse(response))
 }
 
-/// Encodes batches.
+/// Wraps batches of any number of subscriptions in one response message.
 pub(super) fn batches(partitions: Vec<v1::PartitionBatches>) -> v1::ReplicateResponse {
     replicate_response(replicate_response::Message::Batches(v1::Batches { partitions }))
 }
@@ -384,7 +384,7 @@ impl Padded for v1::ReplicateResponse {
     }
 }
 
-/// Returns the padding of a message of `bytes`.
+/// Returns the padding of a message whose encoded size is `bytes`.
 fn padding(bytes: usize) -> Bytes {
     Bytes::from_static(&[0; MIN_MESSAGE_BYTES][..MIN_MESSAGE_BYTES.saturating_sub(bytes)])
 }

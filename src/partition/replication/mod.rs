@@ -17,25 +17,25 @@
 //! partition has a *subscription* with a number that the follower chose. Each new subscription has a new number, so
 //! messages for an earlier subscription are recognised and dropped.
 //!
-//! Catch-up and tail are one loop. A subscription with new records and space in its window is read up to the log end,
-//! from memory or from the disk. The result goes into the next message. A message is sent when it is full, or when
-//! nothing else can be read at once; no timer delays it. Whenever the link can send, the follower's side acknowledges
-//! in one message all subscriptions whose progress changed.
+//! Catch-up and tail are one loop. A subscription with new records and space in its window is read towards the log end,
+//! from memory or from the disk. The batches of a read go into the next message. A message is sent when it is full, or
+//! when nothing else can be read at once; no timer delays it. Whenever the link can send, the follower's side
+//! acknowledges in one message all subscriptions whose progress changed.
 //!
 //! # Invariants
 //!
-//! - Acknowledged progress was read from the partition while its last subscription on this link held. Once
+//! - Acknowledged progress was read from the partition while the acknowledged subscription was its current one. Once
 //!   `ReplicationLinks::unsubscribe` or `ReplicationLinks::subscribe` has returned, nothing is acknowledged, or
 //!   delivered to the partition, for an earlier subscription ([`LinkRequests`]).
 //! - A subscription is served only while this broker leads in the epoch of the subscription: its reader checks that
 //!   before and after each read.
-//! - No subscription waits for another. Windows limit the bytes in flight of each to what the follower's partition can
+//! - No subscription blocks another. The window of each limits its bytes in flight to what the follower's partition can
 //!   queue. Subscribing and unsubscribing wait for a partition's task outside the loop. Disk reads run in parallel.
 //! - A follower's report of a newer leader epoch has no effect by itself: it causes a read of the metadata store, and
 //!   only the stored epoch ends a leadership.
 //! - Messages are input. An error in one subscription ends that subscription; the follower subscribes again with
-//!   growing pauses. Only other errors end the link: a malformed message, a number in use, or the response to a ping
-//!   that was never sent.
+//!   growing pauses. Only these errors end the link: a malformed message that names no subscription, a subscription
+//!   number in use, or the response to a ping that was never sent.
 //!
 //! # Disconnect and shutdown
 //!
@@ -72,13 +72,14 @@ use crate::{
     proto::{error::ApiError, status::Status, v1},
 };
 
-/// Finds a partition of this broker, in any role.
+/// Finds an open partition of this broker, in any role; `None` if the partition is not open here.
 pub type PartitionLookup = Arc<dyn Fn(PartitionId) -> Option<Arc<Partition>> + Send + Sync>;
 
 /// Reads a partition's leader epoch from the metadata store; `None` if it cannot be read now.
 pub type StoredEpoch = Arc<dyn Fn(PartitionId) -> BoxFuture<'static, Option<LeaderEpoch>> + Send + Sync>;
 
-/// Channel for messages of the leader's side: the transport sends them in order, and ends with the first error.
+/// Channel for messages of the leader's side: the transport sends them in order, and ends the stream after the first
+/// error.
 pub type ResponseSender = mpsc::Sender<Result<v1::ReplicateResponse, Status>>;
 
 /// End of one side of a link.

@@ -12,7 +12,7 @@ pub struct LinkProbe {
     responded: watch::Sender<u64>,
 }
 
-/// Response to a ping that was never sent.
+/// Error of a response to a ping that was never sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct UnsentPing;
 
@@ -40,7 +40,10 @@ impl LinkProbe {
         pings
     }
 
-    /// Applies the follower's response to a ping.
+    /// Applies the follower's response to a ping, and wakes the callers that wait for it.
+    ///
+    /// # Errors
+    /// No caller has requested a ping with this number. The link has to end.
     pub(super) fn on_pong(&self, number: u64) -> Result<(), UnsentPing> {
         if number > *self.requested.borrow() {
             return Err(UnsentPing);

@@ -29,8 +29,8 @@ use crate::{
     telemetry::{Counter, LogThrottle},
 };
 
-/// First pause before a partition subscribes again. The pause doubles each time, and starts again after a subscription
-/// that lasted [`MAX_RETRY_DELAY`].
+/// First pause before a partition subscribes again. The pause doubles each time. It is the shortest again after an
+/// unsubscription, and after an accepted subscription that lasted [`MAX_RETRY_DELAY`].
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(20);
 
 /// Longest pause before a partition subscribes again.
@@ -67,7 +67,7 @@ where
         if let Some(partition) = find(partition)
             && partition.on_link_event(LinkEvent::Disconnected).is_err()
         {
-            // The queue is full of earlier events; the next link notifies the partition again.
+            // The queue is full of earlier events. The partition subscribes again when the next link is connected.
             tracing::debug!(
                 partition = %partition.id(),
                 "cannot notify the partition of its lost link: its queue is full"
@@ -308,8 +308,8 @@ impl<'a> ReplicationReceiver<'a> {
         self.messages.push_back(messages::subscribe(number, &params));
     }
 
-    /// Returns the index of a partition's slot and the open partition; `None` if it is not open. Creates the slot at
-    /// first, and listens to the partition again if it was opened again since.
+    /// Returns the index of a partition's slot and the open partition; `None` if it is not open. Creates the slot on
+    /// first use. If the partition was closed and opened again since, attaches the slot to the new partition.
     fn open_slot(&mut self, id: PartitionId) -> Option<(usize, Arc<Partition>)> {
         let partition = (self.find)(id)?;
         let index = *self.slot_of.entry(id).or_insert(self.slots.len());
@@ -397,7 +397,7 @@ impl<'a> ReplicationReceiver<'a> {
     /// them.
     fn gather_progress(&mut self, max_subscriptions: usize) {
         let mut moved = Vec::new();
-        // The other marks stay in `ready` until this message has been sent.
+        // Further marks stay in `ready` until this message has been sent.
         while moved.len() < max_subscriptions
             && let Some(index) = self.ready.take()
         {
@@ -405,8 +405,8 @@ impl<'a> ReplicationReceiver<'a> {
             if subscription.accepted_at.is_none() {
                 continue;
             }
-            // The progress is read only while the subscription is current: a partition changes its log only after it
-            // has unsubscribed or subscribed again.
+            // The progress is read only while the subscription is current: a partition truncates or resets its log only
+            // after its subscription has ended.
             let progress =
                 self.requests.while_subscribed(&subscription.partition, subscription.request, Partition::progress);
             if let Some(progress) = progress.filter(|progress| subscription.acknowledged != Some(*progress)) {
@@ -447,8 +447,8 @@ impl<'a> ReplicationReceiver<'a> {
         Ok(())
     }
 
-    /// Delivers the leader's response to the partition, and checks it first. Only an accepted subscription continues. A
-    /// later error response means that the leader ended the subscription.
+    /// Delivers the leader's response to the partition, and checks it first. Only an accepted subscription continues.
+    /// An error response after the acceptance means that the leader ended the subscription.
     fn on_response(&mut self, index: usize, response: SubscribeResponse) {
         let ReceiverSlot { id, subscription: Some(subscription), .. } = &mut self.slots[index] else { return };
         let id = *id;
@@ -502,8 +502,8 @@ impl<'a> ReplicationReceiver<'a> {
     }
 }
 
-/// Returns the end of a link whose other side takes no more messages. Waits for the error with which the other side
-/// ended the link.
+/// Returns the end of a link whose other side takes no more messages. Waits, at most [`CLOSE_TIMEOUT`], for the error
+/// with which the other side ended the link.
 async fn end_of_closed_link<S>(incoming: &mut S) -> LinkEnd
 where
     S: Stream<Item = Result<v1::ReplicateResponse, Status>> + Unpin + Send,
@@ -549,7 +549,7 @@ mod tests {
     }
 
     /// Regression: a follower sent fifty subscriptions a second to a leader that could not read the missing records,
-    /// and each time both logged a line.
+    /// and each time both logged a line. The pauses must grow until a subscription lasts.
     #[tokio::test(flavor = "multi_thread")]
     async fn subscription_that_ends_at_once_waits_longer_each_time() {
         let side = Side::new(BrokerId(2));
@@ -557,7 +557,7 @@ mod tests {
         side.requests.begin_link();
         side.open(0, &[BrokerId(1)]).await;
         let mut receiver = ReplicationReceiver::new(&side.requests, &find, &received_bytes);
-        // Each pause is twice the pause before.
+        // Each pause is twice the pause before. After a subscription that lasted, it is the shortest again.
         for (has_lasted, factor) in [(false, 1), (false, 2), (false, 4), (true, 1)] {
             let subscribed = async {
                 while receiver.subscriptions.is_empty() {

@@ -44,7 +44,7 @@ use crate::{
     telemetry::Counter,
 };
 
-/// Target bytes of batches in one message.
+/// Target bytes of batches in one message; a single larger batch is a message of its own.
 const MESSAGE_BYTES: usize = 1 << 20;
 
 /// Maximum reads of one link at the same time.
@@ -84,7 +84,8 @@ pub struct SenderConfig {
     pub sent: Counter,
 }
 
-/// Runs the leader's side of one link until the link ends. Then notifies every partition that the follower subscribed.
+/// Runs the leader's side of one link until the link ends. Then notifies each partition whose subscription the end of
+/// the link ends.
 pub async fn run_sender<S>(config: SenderConfig, incoming: S, outgoing: ResponseSender, tasks: &Tasks) -> LinkEnd
 where
     S: Stream<Item = Result<v1::ReplicateRequest, Status>> + Unpin + Send,
@@ -135,23 +136,23 @@ struct ReplicationSender {
     slot_of: BTreeMap<PartitionId, usize>,
     /// Index of the slot of each current subscription, by its number.
     subscriptions: BTreeMap<u32, usize>,
-    /// Partitions whose log end moved.
+    /// Slots of the partitions whose log end moved.
     written: Arc<WakeSet>,
-    /// Partitions whose high watermark moved.
+    /// Slots of the partitions whose high watermark moved.
     committed: Arc<WakeSet>,
     /// Reads in progress.
     reads: FuturesUnordered<ReadFuture>,
     /// Notifications that are being delivered, at most one for each slot.
     notifications: FuturesUnordered<NotifyFuture>,
-    /// Catching-up subscriptions with new records. They are read when no other subscription is due.
+    /// Slots of catching-up subscriptions with new records. They are read when no other subscription is due.
     catch_up_queue: VecDeque<usize>,
-    /// Subscriptions with new records that wait for space on the link.
+    /// Slots of subscriptions with new records that wait for space on the link.
     window_blocked: Vec<usize>,
     /// Bytes in flight of all subscriptions.
     bytes_in_flight: usize,
-    /// Messages without batches that are not sent yet.
+    /// Responses, errors and pings that are not sent yet.
     responses: VecDeque<v1::ReplicateResponse>,
-    /// Partition batches of the next messages, with the bytes of each.
+    /// Batches of the next messages, one entry for each read or lone high watermark, with its bytes.
     batches: VecDeque<(usize, v1::PartitionBatches)>,
     /// Sum of the bytes of `batches`.
     batch_bytes: usize,
@@ -207,8 +208,8 @@ impl ReplicationSender {
         !self.responses.is_empty() || !self.batches.is_empty()
     }
 
-    /// Takes the next message to send: a response, or batches if there are no responses. The batches of a subscription
-    /// follow its response. Called only if [`Self::has_message`].
+    /// Takes the next message to send: from `responses`, or batches if `responses` is empty. The batches of a
+    /// subscription follow its response. Called only if [`Self::has_message`].
     fn next_message(&mut self) -> v1::ReplicateResponse {
         if let Some(response) = self.responses.pop_front() {
             return response;
@@ -288,7 +289,8 @@ impl ReplicationSender {
         }
         let Some(max_bytes) = subscription.window.max_read_bytes(self.bytes_in_flight) else {
             subscription.blocked = true;
-            // If its own window has space, the link is full: an acknowledgement of any subscription unblocks it.
+            // If the subscription's own window has space, the link is full: bytes that any subscription releases
+            // unblock this one.
             if subscription.window.max_read_bytes(0).is_some() {
                 self.window_blocked.push(index);
             }
@@ -424,8 +426,9 @@ impl ReplicationSender {
         Ok(())
     }
 
-    /// Returns the index of the slot of an open partition; `None` if the partition is not open. Creates the slot at
-    /// first, and ends its subscription if the partition was opened again since.
+    /// Returns the index of the slot of an open partition; `None` if the partition is not open. Creates the slot on
+    /// first use. If the partition was closed and opened again since, ends the subscription and attaches the slot to
+    /// the new partition.
     fn open_slot(&mut self, id: PartitionId) -> Option<usize> {
         let partition = (self.config.find)(id)?;
         let index = match self.slot_of.get(&id).copied() {
@@ -525,7 +528,8 @@ impl ReplicationSender {
     }
 
     /// Starts the next pending notification of a partition, unless one is being delivered. The loop does not wait for
-    /// it, because the partition's task may be busy.
+    /// the notification, because the partition's task may be busy. If the partition was closed, ends its subscription,
+    /// and sends the follower of a pending one an error.
     fn notify_partition(&mut self, index: usize) {
         let slot = &mut self.slots[index];
         if slot.notifying {
@@ -573,7 +577,8 @@ impl ReplicationSender {
         slot.notifying = false;
         if let NotificationResult::Subscribed { partition, number, epoch, response } = result {
             if slot.number != Some(number) {
-                // The subscription ended or was replaced meanwhile. The partition must end it before the next one.
+                // The subscription ended or was replaced meanwhile. The partition must be notified of its end before
+                // the next subscription.
                 slot.notifications.disconnected = slot.notifications.disconnected.or(Some(DisconnectCause::LinkLost));
             } else {
                 let tail = partition.tail();
@@ -590,7 +595,8 @@ impl ReplicationSender {
                         self.committed.mark(index);
                         self.responses.push_back(messages::subscribe_response(number, response));
                     }
-                    // This broker has begun another epoch since, or no longer leads: the reader belongs to that epoch.
+                    // Since the acceptance this broker lost the leadership or leads in another epoch, so `tail` does
+                    // not read the accepted epoch.
                     SubscribeOutcome::Accepted(_) => {
                         slot.notifications.disconnected = Some(DisconnectCause::LinkLost);
                         self.end_subscription(index);
@@ -609,10 +615,10 @@ impl ReplicationSender {
         self.notify_partition(index);
     }
 
-    /// Notifies the partitions of the end of the link: those with a subscription or an undelivered end of one, and of a
-    /// newer epoch that the follower reported.
+    /// Notifies partitions of the end of the link: those with a subscription, or with a notification that is not
+    /// delivered. Then passes on the newer epochs that the follower reported, as in [`report_stored_epoch`].
     async fn notify_disconnected(&mut self) {
-        // A cancelled notification is replaced by that of the end.
+        // Cancels the notifications that are being delivered: the notification of the end replaces them.
         self.notifications.clear();
         let peer = self.config.peer;
         let is_concerned =

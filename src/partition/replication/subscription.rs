@@ -26,7 +26,7 @@ pub(super) struct SenderSlot {
     pub(super) notifications: PendingNotifications,
     /// True while a notification is being delivered: only one at a time.
     pub(super) notifying: bool,
-    /// True if the follower reported its shutdown.
+    /// True if the follower reported its shutdown, and has not subscribed this partition since.
     pub(super) is_shutting_down: bool,
 }
 
@@ -71,7 +71,7 @@ pub(super) enum NotificationResult {
 
 impl SenderSubscription {
     /// Creates the subscription of a follower that has all records below `start` and is sent `high_watermark` with the
-    /// response. Every commit waits for a follower that is in sync, so its reads are not throttled.
+    /// response. Every commit waits for the in-sync followers, so the reads for such a follower are not throttled.
     pub(super) fn new(
         partition: Arc<Partition>,
         tail: TailReader,

@@ -309,7 +309,7 @@ async fn thousand_partitions_follow_over_one_link_and_the_next() {
         for copy in &copies {
             assert_eq!(copy.watermarks().log_end, at(round));
         }
-        // The high watermark arrives although no batches follow.
+        // The last high watermark arrives although no batches follow it.
         wait_until("all records are committed on the followers", || {
             copies.iter().all(|copy| copy.watermarks().high_watermark == at(round))
         })
@@ -503,7 +503,7 @@ async fn invalid_leader_message_causes_a_new_subscription() {
         let [copy, other] = [side.open(0, &[LEADER]).await, side.open(1, &[LEADER]).await];
         let mut link = side.start_following();
         let mut subscriptions = [link.next_subscribe().await, link.next_subscribe().await];
-        // Each partition subscribes from its own task.
+        // Each partition subscribes from its own task, so the subscriptions arrive in any order.
         subscriptions.sort_by_key(|subscription| subscription.partition);
         let [first, second] = subscriptions;
         link.accept(&first).await;
@@ -554,7 +554,7 @@ async fn unexpected_responses_change_nothing() {
     let mut subscribe = link.next_subscribe().await;
     let rejected = || v1::Error { message: "not now".to_owned(), ..v1::Error::default() };
     for outcome in [
-        // The reported log end is 0.
+        // The follower's log end is 0, so none of these outcomes lets it append.
         subscribe_response::Outcome::AcceptedAt(5),
         subscribe_response::Outcome::AcceptedAt(-1),
         subscribe_response::Outcome::Diverged(v1::Diverged { epoch: -1, end: 0 }),
@@ -569,7 +569,7 @@ async fn unexpected_responses_change_nothing() {
     ] {
         let case = format!("{outcome:?}");
         link.respond(subscribe.subscription_id, outcome).await;
-        // Batches without a response that allows them.
+        // These batches follow no accepting response.
         link.send(messages::batches(vec![partition_batches(subscribe.subscription_id, 0)])).await;
         let next = link.next_subscribe().await;
         assert_eq!((next.log_end, copy.watermarks().log_end), (0, at(0)), "{case}");
@@ -600,7 +600,7 @@ async fn unsubscribed_partition_acknowledges_nothing() {
 
     let next = LeaderEpoch(EPOCH.0 + 1);
     side.requests.unsubscribe(id(0), next, false);
-    // Late batches would move its progress.
+    // If these late batches were appended, the progress of the copy would move.
     link.send(messages::batches(vec![partition_batches(subscribe.subscription_id, 1)])).await;
     let Some(replicate_request::Message::Unsubscribe(unsubscribe)) = link.receive().await.message else {
         panic!("an unsubscription is due")
@@ -642,7 +642,7 @@ async fn moved_high_watermark_is_sent_without_batches() {
     side.tasks.stop().await;
 }
 
-/// Every commit waits for the in-sync followers, so the limit applies only to the others.
+/// Every commit waits for the in-sync followers, so the catch-up limit applies only to followers outside the ISR.
 #[tokio::test(start_paused = true)]
 async fn in_sync_follower_is_not_throttled_by_catch_up_limit() {
     for (isr, is_throttled) in [(&[LEADER, FOLLOWER.broker][..], false), (&[LEADER], true)] {
@@ -665,7 +665,8 @@ async fn follower_that_reads_no_responses_is_blocked() {
     let side = Side::new(LEADER);
     let mut link = side.start_leading();
     let mut sent = 0;
-    // The paused clock moves only when no task has work.
+    // The paused clock moves only when no task has work, so the timeout means that the leader's side receives nothing
+    // more.
     let send_all = async {
         while sent < 100_000 {
             link.subscribe(sent, id(99), EPOCH).await;

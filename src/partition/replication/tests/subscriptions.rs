@@ -15,7 +15,7 @@ async fn deposed_leader_ends_its_subscriptions() {
         panic!("the subscription ends")
     };
     assert!(error.message.contains("no longer leads"), "{}", error.message);
-    // A subscription in an epoch that this broker has not received yet waits for the metadata for a while.
+    // A subscription in an epoch that this broker has not received yet waits for the metadata, and is then accepted.
     side.assign(0, value(LeaderEpoch(next.0 + 1), LEADER, &[LEADER]), Revision(3)).await;
     link.subscribe(2, id(0), LeaderEpoch(next.0 + 2)).await;
     side.assign(0, value(LeaderEpoch(next.0 + 2), LEADER, &[LEADER]), Revision(4)).await;
