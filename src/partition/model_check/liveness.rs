@@ -29,7 +29,7 @@ pub(super) fn check_liveness(mut state: ModelState) -> Result<(), RuleViolation>
 
 /// Returns the state after the first possible step that changes the state; `None` if no step does.
 fn next_state(state: &ModelState) -> Result<Option<ModelState>, RuleViolation> {
-    // The controller prefers an election to a value without a leader.
+    // `ClearLeader` is excluded: the controller prefers an election to a value without a leader.
     for step in state.steps().into_iter().filter(|step| *step != Step::ClearLeader) {
         let next = state.after(step)?;
         if next != *state {
@@ -39,8 +39,9 @@ fn next_state(state: &ModelState) -> Result<Option<ModelState>, RuleViolation> {
     Ok(None)
 }
 
-/// Ends the subscription of each follower whose link was lost, so that the follower subscribes again. No message is in
-/// flight there, and either the response is missing or the leader has no such subscription.
+/// Ends the subscription of each follower whose link was lost, so that the follower subscribes again. The model does
+/// not store whether a link is up. A link counts as lost if no message is in flight on it, and the leader either has
+/// not responded to the subscription or does not have it for this broker epoch.
 fn reconnect(state: &mut ModelState) {
     for me in 0..BROKERS {
         let Role::Following(follower) = &state.brokers[me].role else { continue };
@@ -62,7 +63,7 @@ fn reconnect(state: &mut ModelState) {
 
 /// Checks that every replica is in sync and every record is committed.
 fn check_recovered(state: &ModelState) -> Result<(), RuleViolation> {
-    // No replica certainly holds all committed records: only an operator can elect a leader.
+    // With ISR and ELR empty, no replica certainly holds all committed records: only an operator can elect a leader.
     if state.value.isr.is_empty() && state.value.elr.is_empty() {
         return Ok(());
     }

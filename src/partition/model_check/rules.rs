@@ -1,5 +1,5 @@
-//! Rules that must hold after every step, as far as they concern the replication of one partition (design.md section
-//! 13).
+//! Rules that must hold after every step. They correspond to those rules of the simulation (docs/replication.md) that
+//! concern one partition, no record of which is uploaded or deleted.
 
 use std::sync::Arc;
 

@@ -191,7 +191,7 @@ impl ModelState {
             }
             return;
         }
-        // A start finds the log of a killed process or machine intact only if the topic's records are synced.
+        // After a kill or a power loss, the next start finds the log intact only in a `persisted` topic.
         let integrity = if self.durability == Durability::Persisted {
             ReplicaIntegrity::Intact
         } else {
@@ -312,7 +312,7 @@ impl ModelState {
         Ok(state)
     }
 
-    /// Replaces the stored value, at the next revision.
+    /// Replaces the stored value, at the next revision. Takes a new epoch from the budget.
     fn write(&mut self, value: crate::cluster::PartitionValue) {
         let new_epochs = value.leader_epoch.0 - self.value.leader_epoch.0;
         self.budget.epochs =
@@ -439,7 +439,8 @@ impl ModelState {
                 }
             }
             FollowerSends::Progress(progress) => {
-                // An acknowledgement that does not count changes nothing: this rule is checked.
+                // An acknowledgement that does not count is rejected. If it moved the high watermark all the same,
+                // `check` would find that.
                 let _stale = leading.on_acknowledged(from, epoch, progress);
             }
         }
@@ -582,7 +583,8 @@ impl ModelState {
             _ => budget.kills -= 1,
         }
         let broker = &mut self.brokers[me];
-        // A loss of unsynced records counts only if an acknowledgement does not wait for the sync.
+        // A power loss in a `persisted` topic is no loss: it removes only records that this broker has not
+        // acknowledged.
         broker.has_lost |= integrity == ReplicaIntegrity::Unverified
             || integrity == ReplicaIntegrity::UncleanShutdown && remaining < broker.log.len();
         broker.log.truncate(remaining);
@@ -590,8 +592,8 @@ impl ModelState {
         broker.metadata = AppliedMetadata::default();
         broker.role = Role::Exited(integrity);
         for peer in 0..BROKERS {
-            // Messages to the broker are lost, and its batches and responses with its links. Its messages to a leader
-            // may still arrive.
+            // Messages to the broker are lost, and so are the batches and responses that it sent as a leader. Its
+            // messages to a leader may still arrive.
             self.links[peer][me].replicate_response.clear();
             self.links[me][peer].replicate_request.clear();
             self.links[me][peer].replicate_response.clear();

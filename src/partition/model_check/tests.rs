@@ -48,7 +48,7 @@ const LARGE: &[(&str, Budget)] = &[
     ("power is lost, late messages", Budget { appends: 1, epochs: 1, losses: 1, late: 1, ..NOTHING }),
 ];
 
-/// Smallest known setup that shows the violation of each mutation.
+/// For each mutation, the smallest known setup in which it violates a rule.
 const BROKEN: &[(Mutation, Setup)] = &[
     (
         Mutation::AcceptOlderLeaderEpochAck,
@@ -90,7 +90,7 @@ fn few_faults_in_any_order_violate_no_rule() {
     }
 }
 
-/// That a search finds no violation means something only if it finds one where a rule is broken.
+/// A search without violations shows something only if the same search finds a violation when a rule is broken.
 #[test]
 fn each_mutation_gives_a_counterexample() {
     for (mutation, setup) in BROKEN {
@@ -122,8 +122,8 @@ fn a_large_search_finds_nothing() {
     );
     for (name, budget) in LARGE.iter().filter(|(name, _)| name.contains(&only)) {
         for (durability, min) in [(Persisted, 1), (Persisted, 2), (Replicated, 1), (Replicated, 2)] {
-            // Without exits both durabilities are the same. With a min ISR of 1, a replicated topic may lose records
-            // with a page cache.
+            // Without exits both durabilities give the same search. With a min ISR of 1, a replicated topic may lose
+            // records with a page cache.
             let exits = budget.kills + budget.losses + budget.wipes;
             if durability == Replicated && (exits == 0 || budget.losses > 0 && min == 1) {
                 continue;

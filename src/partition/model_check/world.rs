@@ -27,7 +27,8 @@ pub(super) struct Budget {
     pub(super) epochs: u8,
     /// Processes that exit and leave their page cache.
     pub(super) kills: u8,
-    /// Machines that lose their power: any number of the last unpersisted records is lost.
+    /// Machines that lose their power, with any number of the last unsynced records. In a `replicated` topic every
+    /// record may be unsynced.
     pub(super) losses: u8,
     /// Disks that are replaced by empty ones.
     pub(super) wipes: u8,
@@ -48,7 +49,7 @@ pub(super) struct Budget {
 }
 
 impl Budget {
-    /// No event at all.
+    /// None of these events.
     pub(super) const NOTHING: Self = Self {
         appends: 0,
         epochs: 0,
@@ -70,7 +71,7 @@ impl Budget {
 pub(super) struct Setup {
     pub(super) durability: Durability,
     pub(super) min_insync: usize,
-    /// Number of brokers in the ISR at first. The others follow as well.
+    /// Number of brokers in the first ISR. The remaining brokers follow outside the ISR.
     pub(super) in_sync: usize,
     pub(super) budget: Budget,
 }
@@ -101,7 +102,7 @@ pub(super) struct ModelBroker {
     pub(super) persisted: usize,
     /// True if the broker may have lost acknowledged records.
     pub(super) has_lost: bool,
-    /// High watermark of the roles before this one.
+    /// High watermark at the end of the last role.
     pub(super) high_watermark: Offset,
 }
 
@@ -135,7 +136,7 @@ pub(super) struct ToFollower {
 pub(super) enum LeaderSends {
     /// Response to a subscription.
     Response(SubscribeOutcome),
-    /// The next batch, or none with a high watermark alone.
+    /// The next batch; empty if the message carries a high watermark alone.
     Batches(Vec<BatchHeader>),
 }
 
@@ -170,7 +171,7 @@ pub(super) struct ModelState {
     pub(super) links: [[LinkQueue; BROKERS]; BROKERS],
     /// Transactions on their way to the store.
     pub(super) calls: Vec<StoreCall>,
-    /// Epochs of all records that were ever committed, for the rules only.
+    /// Epochs of all records that were ever committed, by offset. For the rules only.
     pub(super) committed: Vec<LeaderEpoch>,
     /// All leaders so far with their epochs and broker epochs, for the rules only.
     pub(super) leaders: Vec<(LeaderEpoch, BrokerId, Revision)>,
@@ -215,7 +216,7 @@ impl ModelBroker {
         !matches!(self.role, Role::Exited(_))
     }
 
-    /// Returns the broker's high watermark.
+    /// Returns the broker's high watermark; 0 if the process has exited.
     pub(super) fn committed_end(&self) -> Offset {
         match &self.role {
             Role::Exited(_) => Offset::ZERO,
