@@ -1,5 +1,4 @@
-//! Rules that must hold after every step. They correspond to those rules of the simulation (docs/replication.md) that
-//! concern one partition, no record of which is uploaded or deleted.
+//! Rules that must hold after every step. The section *Model check* of docs/replication.md lists them.
 
 use std::sync::Arc;
 
