@@ -149,7 +149,7 @@ impl Actor {
                 tracing::debug!(partition = %self.id, %below, bytes, "evicted segments");
                 sim_event!(Evicted { partition: self.id, start: self.log.local_start() });
             }
-            // Already logged: a full disk once for all partitions, and a failed disk when it stopped to accept writes.
+            // Already logged: a full disk once for all partitions, and a failed disk when it stopped accepting writes.
             Err(error) if had_failed || error == ChangeError::DiskFull => {
                 tracing::debug!(topic = %self.topic, partition = %self.id, %error, "cannot evict segments; retrying");
             }
