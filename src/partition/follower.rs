@@ -393,7 +393,7 @@ impl Follower {
 /// Returns the offset at which to truncate this log, which has the epochs `history`. In the leader's log, `epoch` is
 /// the newest epoch not above this log's last one, and ends at `end`. The result is the lower of `end` and the end of
 /// this log's batches up to that epoch. The result is the start of this log if the log has no such batches, or if `end`
-/// is lower.
+/// lies below that start.
 fn common_end(epoch: LeaderEpoch, end: Offset, history: &EpochHistory, log_end: Offset) -> Offset {
     let start = history.iter().next().map_or(log_end, |(_, start)| start);
     let end_here = history.end_of(epoch, log_end).map_or(start, |(_, end)| end);

@@ -99,8 +99,9 @@ impl Actor {
         self.log.run_blocking(move |replica| replica.export(base)).await
     }
 
-    /// Truncates or resets the log by `change`. Publishes the state before, and after a success. Returns false if the
-    /// disk has failed, which is final, or is full. A full disk changes nothing, and the caller retries later.
+    /// Truncates or resets the log by `change`. Publishes the state before the change, and again after its success.
+    /// Returns false if the disk has failed, which is final, or is full. A full disk changes nothing, and the caller
+    /// retries later.
     pub(super) async fn change_log(
         &mut self,
         change: impl FnOnce(&mut ReplicaLog) -> Result<(), ChangeError> + Send + 'static,

@@ -27,8 +27,8 @@
 //!   another revision.
 //! - A replica is admitted when it has acknowledged, in this epoch, all committed records and all records below the
 //!   epoch start. Until the high watermark reaches the epoch start, records between the two may be committed. The
-//!   admission does not wait for the high watermark to reach the epoch start: below the min ISR, only an admission
-//!   moves it.
+//!   admission does not wait for the high watermark to reach the epoch start: below the min ISR, the high watermark
+//!   moves only after an admission.
 //! - A replica that is being added subscribes with the addition of this leader's value
 //!   (`PartitionValue::removal_count`), and its acknowledgements count only for that addition. A removed replica
 //!   deletes its log. Added again it is another replica, although its link is the same.
@@ -107,8 +107,7 @@ pub struct IsrProposal {
 pub enum ProposalOutcome {
     /// The proposed value was written at this revision.
     Committed(Revision),
-    /// The proposal was refused, or the key was read back after [`ProposalOutcome::Unknown`]: the current value and its
-    /// revision.
+    /// The store refused the proposal, or the key was read: the current value and its revision.
     CurrentValue(PartitionValue, Revision),
     /// The key does not exist: the topic is being deleted.
     Deleted,

@@ -136,7 +136,7 @@ pub enum AdmitError {
         timestamp_ms: i64,
         /// This broker's clock.
         now_ms: i64,
-        /// `before` or `after`.
+        /// Direction in which the timestamp differs from the clock: `before` or `after`.
         side: &'static str,
         /// Setting that the timestamp violates.
         setting: &'static str,

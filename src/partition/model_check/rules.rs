@@ -31,7 +31,7 @@ pub(super) enum RuleViolation {
     TruncationBelowHighWatermark { broker: BrokerId, to: Offset },
     /// The stored value contradicts itself.
     Contradiction(String),
-    /// The epoch does not grow with a change of the leader, or grows without one.
+    /// The epoch did not grow by one with a change of the leader, or changed without one.
     EpochAndLeader(LeaderEpoch),
     /// The high watermark of a running broker fell.
     HighWatermarkFalls(BrokerId),

@@ -21,7 +21,7 @@ use crate::{
     },
 };
 
-/// Arrival of a message: with its sending, or as a later step of its own. The budget limits the late messages.
+/// Time at which a message arrives: in the step that sends it, or in a later step. The budget limits the late messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DeliveryTime {
     Now,
@@ -155,7 +155,8 @@ impl ModelState {
             }
         }
         if follower.is_following() {
-            // An acknowledgement that the leader has, or that is in flight, is not sent again.
+            // An acknowledgement is useless if the leader has counted it, or has no subscription of this follower. One
+            // that is in flight is not sent again.
             let progress = self.brokers[me].progress();
             let is_useless = leading.acknowledged_by(id(me)) == Some(progress) || leading.follows(id(me)).is_none();
             if !is_useless

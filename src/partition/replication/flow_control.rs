@@ -15,15 +15,15 @@ use tokio::time::Instant;
 
 use crate::{model::Offset, task::clock};
 
-/// Bytes in flight of one subscription from which on it is not read. Its last read may exceed them by one batch, since
-/// a read returns at least one batch.
+/// Limit on the bytes in flight of one subscription, which is not read at the limit. A read returns at least one batch,
+/// so the last read may exceed the limit by one batch.
 pub(super) const MAX_SUBSCRIPTION_BYTES: usize = 4 << 20;
 
 /// Maximum reads in flight of one subscription. The follower's partition queues the batches of each read as one event.
 pub(super) const MAX_SUBSCRIPTION_READS: usize = 64;
 
-/// Bytes in flight of a link from which on only subscriptions with nothing in flight are read. They read up to
-/// [`MIN_SEND_BYTES`] each, so the link may exceed its limit.
+/// Limit on the bytes in flight of all subscriptions of a link. At the limit, only subscriptions with nothing in flight
+/// are read, each up to [`MIN_SEND_BYTES`] or one larger batch beyond the limit.
 pub(super) const MAX_LINK_BYTES: usize = 64 << 20;
 
 /// Maximum bytes of one read, unless the read is one larger batch.

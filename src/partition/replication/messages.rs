@@ -86,7 +86,8 @@ impl From<InvalidMessage> for ApiError {
 pub(super) enum FollowerMessage {
     /// Start of a subscription; an invalid request ends only that subscription.
     Subscribe { subscription_id: u32, request: Result<SubscribeRequest, InvalidMessage> },
-    /// End of a subscription, with the follower's newest leader epoch; `None` if that epoch is invalid.
+    /// End of a subscription, with the follower's newest leader epoch; `None` if that epoch is invalid. `stopping` is
+    /// true if the follower will not return soon.
     Unsubscribe { subscription_id: u32, known_epoch: Option<LeaderEpoch>, stopping: bool },
     /// Progress of these subscriptions.
     Progress(Vec<(u32, ReplicaProgress)>),

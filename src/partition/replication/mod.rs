@@ -19,8 +19,8 @@
 //!
 //! Catch-up and tail are one loop. A subscription with new records and space in its window is read towards the log end,
 //! from memory or from the disk. The batches of a read go into the next message. A message is sent when it is full, or
-//! when nothing else can be read at once; no timer delays it. Whenever the link can send, the follower's side
-//! acknowledges in one message all subscriptions whose progress changed.
+//! when nothing else can be read at once. Only a high watermark without batches waits for a timer. Whenever the link
+//! can send, the follower's side acknowledges in one message all subscriptions whose progress changed.
 //!
 //! # Invariants
 //!

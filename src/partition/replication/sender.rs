@@ -473,8 +473,8 @@ impl ReplicationSender {
         self.notify_partition(index);
     }
 
-    /// Passes an acknowledgement to the partition, and frees the window. An acknowledgement of unsent records ends the
-    /// subscription.
+    /// Passes an acknowledgement to the partition, and frees the acknowledged bytes in the window. An acknowledgement
+    /// of unsent records ends the subscription.
     fn on_progress(&mut self, number: u32, progress: ReplicaProgress) {
         let Some(index) = self.subscriptions.get(&number).copied() else { return };
         let SenderSlot { subscription: Some(subscription), .. } = &mut self.slots[index] else { return };
