@@ -65,7 +65,7 @@ pub enum FollowerAction {
 }
 
 /// A message of the leader that the follower cannot apply, because it is late, early or invalid. The actor ignores a
-/// late message; after most other ones it subscribes again.
+/// late message. After most other violations it subscribes again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum ProtocolViolation {
     /// The message is of an older epoch than the followed one.

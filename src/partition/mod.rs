@@ -20,10 +20,10 @@
 //!
 //! [`Partition`] is the handle of one replica; it exists as long as this broker holds the replica. Its task (`actor`)
 //! owns the log. In its [role](ReplicaRole) the task applies the decisions of [`leader`] or of [`follower`], or is
-//! idle. Only the metadata sets the role ([`Partition::assign`], [`metadata`]). The task sends its requests to links
-//! and to the metadata store through [`PartitionContext`] and never waits for an outcome. Readers send no request to
-//! the task: they read the watermarks that the task publishes. Maintenance (`maintenance`) uploads sealed segments and
-//! removes old ones, by the plan of [`retention`]. The order of an upload makes a crash harmless: object, manifest,
+//! idle. Only the metadata gives the task a role ([`Partition::assign`], [`metadata`]). The task sends its requests to
+//! links and to the metadata store through [`PartitionContext`] and never waits for an outcome. Readers send no request
+//! to the task: they read the watermarks that the task publishes. Maintenance (`maintenance`) uploads sealed segments
+//! and removes old ones, by the plan of [`retention`]. The order of an upload makes a crash harmless: object, manifest,
 //! commit in the metadata store, and only then the removal of local files.
 //!
 //! # Invariants

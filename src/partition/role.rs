@@ -105,7 +105,7 @@ impl SubscribeResponse {
 /// Event of the replication link to the leader.
 #[derive(Clone, Debug)]
 pub enum LinkEvent {
-    /// The link is connected, or it is time to subscribe again.
+    /// The link is connected, or the pause before the next subscription is over: the partition has to subscribe.
     Connected,
     /// The link is lost.
     Disconnected,

@@ -115,7 +115,8 @@ impl Actor {
         self.apply_partition_value(value, revision);
     }
 
-    /// Applies a value of the partition: takes the role that the value gives this broker.
+    /// Applies a value of the partition, and takes the role that the value gives this broker. A value older than the
+    /// applied one is dropped.
     pub(super) fn apply_partition_value(&mut self, value: Arc<PartitionValue>, revision: Revision) {
         let (epoch, unclean_epoch) = (value.leader_epoch, value.unclean_epoch);
         let transition = self.metadata.apply(Arc::clone(&value), revision, self.broker);
@@ -165,7 +166,8 @@ impl Actor {
         self.leave_role();
     }
 
-    /// Follows `leader` in `epoch`. The task subscribes when the link is connected.
+    /// Ends the current role and follows `leader` in `epoch`. The task subscribes when the link is connected. After a
+    /// disk failure the task becomes idle instead.
     fn become_follower(&mut self, leader: BrokerId, epoch: LeaderEpoch, unclean_epoch: Option<LeaderEpoch>) {
         self.leave_role();
         if self.published.has_failed() {

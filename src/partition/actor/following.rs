@@ -58,8 +58,8 @@ impl Actor {
         }
     }
 
-    /// Handles the leader's response to the subscription: starts to copy, changes the log and subscribes again, or
-    /// retries after a pause.
+    /// Handles the leader's response to the subscription. An accepted follower copies. Otherwise the task truncates or
+    /// bootstraps the log and subscribes again, or subscribes again after a pause.
     async fn on_subscribe_response(&mut self, response: SubscribeResponse) {
         let RoleState::Following(follower) = &mut self.role else { return };
         let SubscribeResponse { epoch, high_watermark, outcome, in_sync: _ } = response;
@@ -94,13 +94,15 @@ impl Actor {
         }
     }
 
-    /// Truncates the log at `to`, where it diverges from the leader's, and subscribes again.
+    /// Truncates the log at `to`, where it diverges from the leader's, and subscribes again: at once, or after a pause
+    /// if the truncation failed.
     async fn truncate_diverged(&mut self, to: Offset) {
         tracing::info!(
             topic = %self.topic, partition = %self.id, %to, log_end = %self.log.log_end(),
             "truncating records that the leader lacks"
         );
-        // The log has no epochs and producers below its start on this disk, so it is emptied and bootstraps.
+        // A truncation below the start of the log on this disk would leave no epochs and no producer state. So the log
+        // is reset to offset 0, and the next subscription bootstraps it.
         let is_truncated = if to < self.log.local_start().max(self.log.log_start()) {
             self.reset_to_zero().await
         } else {

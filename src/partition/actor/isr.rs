@@ -193,7 +193,8 @@ impl Actor {
         matches!(self.role, RoleState::Idle) && self.metadata.is_late(self.broker)
     }
 
-    /// Reads the key from the store if the metadata has been late for too long. Called at each tick.
+    /// Reads the key from the store if the metadata has been late for a second, and no request is pending. Called at
+    /// each tick.
     pub(super) fn check_stale_metadata(&mut self, now_ms: u64) {
         let may_read = self.awaits_metadata() && self.pending_request.is_none();
         if self.metadata.is_read_due(may_read, now_ms) {

@@ -47,7 +47,8 @@ pub enum AppendError {
         /// Newest leader epoch of this broker's metadata.
         epoch: LeaderEpoch,
     },
-    /// Another leader was elected before the records were committed. The outcome is unknown.
+    /// The leadership ended before the acks rule of the write held. The records are in the log, and the outcome is
+    /// unknown.
     #[error(
         "another leader was elected before the write was committed, so its outcome is unknown: send the write again"
     )]
@@ -80,12 +81,12 @@ pub(in crate::partition) struct Append {
     /// `acks=tiered` or its receiver was dropped: then as soon as the write has the topic's durability on this broker.
     pub(in crate::partition) permit: OwnedSemaphorePermit,
     pub(in crate::partition) responder: oneshot::Sender<AppendResult>,
-    /// With `acks=tiered`: set when the write is stored here and waits for the object store. `None` if the caller does
-    /// not need that signal.
+    /// With `acks=tiered`: set when the write has the topic's durability on this broker and waits for the object store.
+    /// `None` if the caller does not need that signal.
     pub(in crate::partition) stored: Option<Stored>,
 }
 
-/// Offsets of a write that is stored on this broker and waits for the object store.
+/// Offsets of a write that has the topic's durability on this broker and waits for the object store. Set at most once.
 pub type Stored = Arc<SetOnce<Range<Offset>>>;
 
 /// Waiting writer: the channel for its result, and the memory that is released with it.
@@ -96,8 +97,8 @@ pub(super) struct PendingWriter {
 }
 
 impl PendingWriter {
-    /// Releases the memory of a write that is stored here and waits for the object store, and signals that to the
-    /// caller.
+    /// Releases the memory of a write that has the topic's durability on this broker and waits for the object store,
+    /// and signals that to the caller.
     fn on_stored(&mut self, acked: &WriteAck) {
         self.permit = None;
         if let Some(stored) = &self.stored {

@@ -333,7 +333,8 @@ impl Actor {
                 ActorCommand::Append(append) => self.append(*append, now_ms),
                 command => {
                     // The command may take long, and earlier writes must not wait for it. `DescribeSegments` requires
-                    // that all earlier changes are published: maintenance compares its result with the watermarks.
+                    // that all earlier changes are published: maintenance compares the described segments with the
+                    // watermarks.
                     self.finish_group();
                     self.handle_admin_command(command).await;
                     now_ms = clock::wall_ms();

@@ -58,8 +58,9 @@ impl LocalLogBounds {
 pub enum SubscribeOutcome {
     /// The follower's log is a prefix of the leader's: continue at its end.
     Accepted(Offset),
-    /// The follower's log is no prefix. The newest of the leader's epochs that is not above the follower's last one,
-    /// and the end of that epoch: truncate there and subscribe again.
+    /// The follower's log is no prefix of the leader's. `epoch` is the newest of the leader's epochs that is not above
+    /// the follower's last one. The follower truncates at `end` or below, where its own log leaves that epoch, and
+    /// subscribes again.
     Diverged {
         epoch: LeaderEpoch,
         /// First offset after the records of that epoch.
@@ -107,7 +108,7 @@ pub enum SubscribeError {
         /// Epoch in which this broker leads.
         leader_epoch: LeaderEpoch,
     },
-    /// The broker is no replica by this leader's metadata.
+    /// The follower's broker is no replica by this leader's metadata.
     #[error("this broker is no replica of the partition by its leader's metadata")]
     NoReplica,
     /// Either the replica or its leader has not received the last addition of the replica. The replica may have deleted
@@ -122,7 +123,7 @@ pub enum SubscribeError {
         /// Addition in the leader's metadata.
         known: Option<u64>,
     },
-    /// A newer incarnation of the same broker is known.
+    /// The leader has received a newer incarnation of the follower's broker.
     #[error("a newer incarnation of this broker is known: connect again with its broker epoch")]
     OlderBroker,
     /// The follower's log has batches of a newer epoch than the leader's.
@@ -156,7 +157,8 @@ pub fn resolve_divergence(
     local: LocalLogBounds,
 ) -> SubscribeOutcome {
     let Some(last_epoch) = position.last_epoch else {
-        // An empty log has no epochs: it continues only at the bootstrap offset, for which it has the tables.
+        // An empty log has no epochs to compare. It continues only at the bootstrap offset, for which the follower has
+        // the tables.
         return if position.log_end == local.bootstrap_start() {
             SubscribeOutcome::Accepted(position.log_end)
         } else {

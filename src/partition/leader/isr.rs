@@ -259,7 +259,7 @@ impl IsrTracker {
         self.members.get(&broker)?.link
     }
 
-    /// Returns the progress that this replica acknowledged on its last link.
+    /// Returns the progress that this replica acknowledged since its last subscription; `None` if there is none.
     #[cfg(test)]
     pub fn acknowledged_by(&self, broker: BrokerId) -> Option<ReplicaProgress> {
         self.members.get(&broker)?.acked
@@ -539,7 +539,7 @@ impl IsrTracker {
     }
 
     /// Applies a value of the partition from the metadata cache or from a read. A value that is not newer than the
-    /// committed value here changes nothing.
+    /// committed value of this leader changes nothing.
     pub fn on_value(&mut self, value: &PartitionValue, revision: Revision) -> ValueUpdate {
         if revision <= self.revision {
             return ValueUpdate::Unchanged;

@@ -191,8 +191,8 @@ pub struct Leader<W> {
     log_end: Offset,
     persisted_end: Offset,
     tiered_end: Offset,
-    /// Waiting writers by acks rule, in the order of arrival. That is the order of their end offsets, except for
-    /// duplicates.
+    /// Writers that wait for the durability on this broker alone, and then those with `acks=all`, which wait for the
+    /// commit. Each queue is in the order of arrival, which is the order of end offsets except for duplicates.
     for_leader: VecDeque<WaitingWriter<W>>,
     for_all: VecDeque<WaitingWriter<W>>,
     /// Writers with `acks=tiered`, in two queues: the first until the write has the topic's durability on this broker,

@@ -30,7 +30,8 @@ fn leader(durability: Durability, min_insync: usize) -> Leader<u32> {
     Leader::new(LeaderStart::standalone(BrokerId(1), LeaderEpoch(3), rules, ReplicaProgress::default(), at(0)), at(0))
 }
 
-/// Leader with the part of the actor: sets offsets on admitted batches, and applies them to the producer table.
+/// Leader and the actor's part of the work: sets offsets on admitted batches, and applies the batches to the producer
+/// table.
 struct Log {
     leader: Leader<u32>,
     table: ProducerTable,
@@ -130,7 +131,7 @@ fn dropped_writer_is_released_once_its_write_is_durable() {
     assert_eq!(log.due(), [(2, AckDurability::Tiered(1))]);
 }
 
-/// Regression, found by an attack: each partition kept the memory of the longest queue that it ever had.
+/// Regression, found by an attack: each partition kept the memory of the longest writer queue that it ever had.
 #[test]
 fn writer_queues_release_memory() {
     let mut log = Log::new(Durability::Persisted);

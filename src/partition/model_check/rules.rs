@@ -23,7 +23,7 @@ pub(super) enum RuleViolation {
     TooFewReplicas { replicas: usize, committed: usize },
     /// A member of ISR or ELR lacks committed records.
     MemberLacks { broker: BrokerId, committed: usize },
-    /// The leader of the newest epoch has committed its epoch, and serves a lower latest offset than an earlier leader.
+    /// The leader of the newest epoch has committed its epoch, and serves a latest offset below a committed record.
     LatestGoesBack { latest: Offset, committed: usize },
     /// A member truncates committed records.
     TruncatesCommitted { broker: BrokerId, to: Offset },
@@ -64,7 +64,7 @@ impl ModelState {
         Ok(())
     }
 
-    /// Checks all rules for this state, which a step made of `before`. Adds the records that the step committed.
+    /// Checks all rules for this state, which a step from `before` reached. Adds the records that the step committed.
     pub(super) fn check(&mut self, before: &Self) -> Result<(), RuleViolation> {
         self.check_value(before)?;
         self.check_leaders()?;

@@ -334,7 +334,8 @@ impl ModelState {
 
     /// Handles an append to a leader's or a follower's log.
     fn on_log_grown(&mut self, me: usize) {
-        // If no unsynced record can be lost, an append is synced at once: the search needs no step for it.
+        // In a `replicated` topic, or if no power loss may follow, an append counts as synced at once: the search needs
+        // no step for the sync.
         if self.durability == Durability::Replicated || self.budget.losses == 0 {
             self.brokers[me].persisted = self.brokers[me].log.len();
         }
@@ -349,8 +350,8 @@ impl ModelState {
         }
     }
 
-    /// Sends a follower's subscription to its leader. `response` is the arrival of the leader's response, if the request
-    /// arrives at once.
+    /// Sends a follower's subscription to its leader. `response` is the delivery time of the leader's response, and
+    /// counts only if the request arrives at once.
     fn subscribe(&mut self, me: usize, request: DeliveryTime, response: DeliveryTime) -> Result<(), RuleViolation> {
         let (history, end, from) = (self.brokers[me].history(), at(self.brokers[me].log.len()), self.peer(me));
         let Role::Following(follower) = &mut self.brokers[me].role else { return Ok(()) };
@@ -414,7 +415,8 @@ impl ModelState {
         Ok(())
     }
 
-    /// Handles a message at a leader; dropped if the broker no longer leads. `arrives` is the arrival of its response.
+    /// Handles a message at a leader; dropped if the broker no longer leads. `arrives` is the delivery time of the
+    /// response.
     fn leader_receives(
         &mut self,
         leader: usize,
@@ -489,7 +491,8 @@ impl ModelState {
         Ok(())
     }
 
-    /// Breaks a link: messages to the follower are lost, and both sides are notified.
+    /// Breaks a link: messages to the follower are lost, messages to the leader may still arrive, and both sides are
+    /// notified.
     fn break_link(&mut self, leader: usize, me: usize) {
         self.budget.breaks -= 1;
         self.links[leader][me].replicate_response.clear();
@@ -606,8 +609,8 @@ impl ModelState {
         }
     }
 
-    /// Starts a process. The broker ends its older registration, removes itself from ISR and ELR if its log is not
-    /// intact, releases its leadership, and registers.
+    /// Starts a process. The broker ends its older registration, resigns its leadership, leaves ISR and ELR unless its
+    /// log is intact or it is the last holder, and registers.
     fn restart(&mut self, me: usize) {
         let Role::Exited(integrity) = self.brokers[me].role else { return };
         self.registered[me] = None;

@@ -98,7 +98,7 @@ pub(super) struct ModelBroker {
     /// Epochs of its batches, one record each. Only the leader of an epoch appends records of that epoch, so epoch and
     /// offset identify a record.
     pub(super) log: Vec<LeaderEpoch>,
-    /// Number of records on stable storage; always all if unsynced records cannot be lost.
+    /// Number of records on stable storage; always all in a `replicated` topic, and if no power loss is in the budget.
     pub(super) persisted: usize,
     /// True if the broker may have lost acknowledged records.
     pub(super) has_lost: bool,

@@ -83,7 +83,8 @@ struct ReceiverSlot {
     /// The partition may have been deleted since.
     partition: Weak<Partition>,
     subscription: Option<ReceiverSubscription>,
-    /// Throttle of log lines about subscriptions that ended with an error of this broker.
+    /// Throttle of log lines about subscriptions that this broker ended, after an invalid message or because of a full
+    /// queue.
     failure_log: LogThrottle,
     /// Throttle of log lines about subscriptions that the leader ended.
     end_log: LogThrottle,
@@ -121,8 +122,8 @@ struct ReplicationReceiver<'a> {
     messages: VecDeque<v1::ReplicateRequest>,
     /// Newest ping without a response.
     ping: Option<u64>,
-    /// Partitions that subscribe again after a pause, by the end of the pause. They are then notified that the link is
-    /// connected.
+    /// Partitions that subscribe again after a pause, ordered by the end of the pause. At that time they are notified
+    /// that the link is connected.
     retry_queue: BTreeSet<(Instant, PartitionId)>,
     /// The entries of `retry_queue` by partition.
     retry_at: BTreeMap<PartitionId, Instant>,

@@ -272,7 +272,7 @@ impl ReplicationSender {
             return;
         };
         if subscription.reading {
-            // The slot was queued for an earlier subscription.
+            // The slot was queued by an earlier subscription, and the present one is already being read.
             subscription.moved_during_read = true;
             return;
         }

@@ -49,7 +49,8 @@ pub(super) struct SenderSubscription {
     pub(super) window: SendWindow,
     /// High watermark that the follower was sent last.
     pub(super) sent_high_watermark: Offset,
-    /// True if the follower is not in sync, and was not sent all records since it subscribed: its reads are throttled.
+    /// True if the follower was not in sync when it subscribed, and has not been sent all records since: its reads are
+    /// throttled.
     pub(super) catches_up: bool,
     /// True while a read is in progress.
     pub(super) reading: bool,

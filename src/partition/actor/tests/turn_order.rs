@@ -231,7 +231,8 @@ async fn log_start_is_published_before_the_turn_ends() {
     assert_eq!(recorder.published.watermarks().log_start.get(), 1);
 }
 
-/// Regression: the proposal waited until the turn had read the tables at the log start for another follower.
+/// Regression: the proposal waited until the turn had read the tables at the log start for another follower. The
+/// proposal must be sent before that read.
 #[tokio::test]
 async fn isr_change_does_not_wait_for_blocking_read() {
     let (_log, mut actor, recorder) = open_recorded(Offset::new(10).unwrap());
