@@ -87,7 +87,7 @@ pub enum ProtocolViolation {
     /// A response without a pending subscription, or batches without an accepted one.
     #[error("the leader sent an unrequested message")]
     Unexpected,
-    /// Offsets are missing.
+    /// Offsets are missing before a batch.
     #[error("offsets are missing: {expected} is next, the leader sent {got}")]
     Gap {
         /// Next expected offset.
@@ -95,7 +95,7 @@ pub enum ProtocolViolation {
         /// First offset of the batch.
         got: Offset,
     },
-    /// Offsets are repeated, or the batch is empty.
+    /// A batch repeats offsets, or is empty.
     #[error("offsets overlap: {expected} is next, the leader sent {got}")]
     Overlap {
         /// Next expected offset.
@@ -372,7 +372,8 @@ impl Follower {
         Ok(FollowerStage::Following { next, appended_end, last })
     }
 
-    /// Applies an append: the log ends at `log_end` now.
+    /// Applies an append, after which the log ends at `log_end`. Raises the high watermark as far as the leader's
+    /// allows.
     pub fn on_appended(&mut self, log_end: Offset) {
         if let FollowerStage::Following { appended_end, .. } = &mut self.stage {
             *appended_end = log_end.max(*appended_end);

@@ -66,7 +66,7 @@ impl ReplicaRole {
     }
 }
 
-/// Status of a replica: its role and the leader epoch.
+/// Status of a replica: its role, and the epoch and leader of the applied value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReplicaStatus {
     pub role: ReplicaRole,

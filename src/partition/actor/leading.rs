@@ -64,7 +64,7 @@ pub type AppendResult = Result<WriteAck, AppendError>;
 /// Facts about the client's request that contained the batch, or the records of the batch.
 #[derive(Clone, Debug)]
 pub struct BatchOrigin {
-    /// Fingerprint of the batch that the client sent; `None` if it sent records.
+    /// Fingerprint of the batch that the client sent; `None` if the client sent records instead of a batch.
     pub fingerprint: Option<Fingerprint>,
     /// Range of the records' timestamps if the broker decoded the records, otherwise of those in the batch header.
     pub timestamps: TimestampRange,

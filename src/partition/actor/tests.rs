@@ -174,7 +174,7 @@ async fn failed_segment_sync_is_detected_without_writes() {
     assert!(log.journal_step());
     take_signals(&mut actor);
     written.await.unwrap().unwrap();
-    // Returns the error of the replica after a request of maintenance.
+    // Handles the command `DescribeSegments`, and returns the error that the replica has afterwards.
     let describe = async |actor: &mut Actor| {
         let (responder, local) = oneshot::channel();
         actor.handle_admin_command(ActorCommand::DescribeSegments(responder)).await;

@@ -27,7 +27,6 @@ use crate::{
 pub struct LogPosition {
     /// Epoch of the last batch; `None` if the log has none.
     pub last_epoch: Option<LeaderEpoch>,
-    /// Log end.
     pub log_end: Offset,
     /// Number of removals before the addition of this replica ([`PartitionValue::added_after`]), by the value that its
     /// broker applied. `None` if the replica is not being added.
@@ -103,7 +102,7 @@ pub enum SubscribeError {
     /// This broker does not lead in that epoch: one side has not received the newer epoch yet.
     #[error("this broker leads in epoch {leader_epoch}, not in {requested}: wait for the newer of both epochs")]
     OtherEpoch {
-        /// Epoch that the follower named.
+        /// Epoch of the follower's subscription.
         requested: LeaderEpoch,
         /// Epoch in which this broker leads.
         leader_epoch: LeaderEpoch,
@@ -118,7 +117,7 @@ pub enum SubscribeError {
         format_addition(*.reported), format_addition(*.known)
     )]
     OtherAddition {
-        /// Addition that the follower named: the number of removals before it.
+        /// Addition that the follower reported: the number of removals before it.
         reported: Option<u64>,
         /// Addition in the leader's metadata.
         known: Option<u64>,

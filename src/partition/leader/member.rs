@@ -16,7 +16,7 @@ pub struct PeerId {
 /// Progress of a replica's log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ReplicaProgress {
-    /// First unwritten offset.
+    /// Offset after the last record in the log.
     pub log_end: Offset,
     /// First offset not known to be on stable storage; never above `log_end`.
     pub persisted_end: Offset,

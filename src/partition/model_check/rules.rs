@@ -15,7 +15,7 @@ pub(super) enum RuleViolation {
     TwoLeaders(LeaderEpoch),
     /// The epochs in a log decrease.
     EpochDecreases(BrokerId),
-    /// Two logs share an offset and its epoch, and differ before.
+    /// Two logs share an offset and its epoch, and differ below that offset.
     LogsDiffer(BrokerId, BrokerId),
     /// A broker's high watermark covers records that are not the committed ones.
     NotCommitted { broker: BrokerId, high_watermark: Offset },
@@ -25,7 +25,7 @@ pub(super) enum RuleViolation {
     MemberLacks { broker: BrokerId, committed: usize },
     /// The leader of the newest epoch has committed its epoch, and serves a latest offset below a committed record.
     LatestGoesBack { latest: Offset, committed: usize },
-    /// A member truncates committed records.
+    /// A member of ISR or ELR truncates committed records.
     TruncatesCommitted { broker: BrokerId, to: Offset },
     /// A leader's response requires a truncation below the follower's high watermark.
     TruncationBelowHighWatermark { broker: BrokerId, to: Offset },

@@ -15,7 +15,7 @@ use crate::{
     },
 };
 
-/// Number of brokers.
+/// Number of brokers, each with a replica of the one partition.
 pub(super) const BROKERS: usize = 3;
 
 /// Maximum number of each event on the path from the first state to a state: the bounds of the search.
@@ -149,7 +149,8 @@ pub(super) struct StoreCall {
     pub(super) awaited: Option<LeaderEpoch>,
 }
 
-/// Messages between two brokers that did not arrive at once.
+/// Messages between a leader and a follower that did not arrive at once: those to the leader, and those to the
+/// follower.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct LinkQueue {
     pub(super) replicate_request: Vec<ToLeader>,

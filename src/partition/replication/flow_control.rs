@@ -79,7 +79,7 @@ impl SendWindow {
         (self.in_flight.len() < MAX_SUBSCRIPTION_READS && space > 0).then_some(space.min(READ_BYTES))
     }
 
-    /// Adds a read of `bytes` that ends at `end`, and is sent.
+    /// Adds a finished read of `bytes` that ends at `end`. Its records count as sent from now on.
     pub(super) fn add_read(&mut self, end: Offset, bytes: usize) {
         debug_assert!(end > self.sent_end, "batches are sent in the order of their offsets");
         self.in_flight.push_back((end, bytes));
@@ -141,7 +141,7 @@ impl RateLimiter {
         (self.available <= 0).then(|| now_ms + 1 + self.available.unsigned_abs().saturating_mul(1000) / rate)
     }
 
-    /// Takes the bytes of a read.
+    /// Takes the bytes of a finished read from the bucket, even if that overdraws the bucket.
     pub(super) fn take(&mut self, bytes: usize) {
         if self.bytes_per_second.is_some() {
             self.available = self.available.saturating_sub(i64::try_from(bytes).unwrap_or(i64::MAX));
@@ -171,7 +171,7 @@ impl CatchUpThrottle {
         Some(now + Duration::from_millis(until_ms.saturating_sub(now_ms)))
     }
 
-    /// Takes the bytes of a read.
+    /// Counts the bytes of a finished read against the limit.
     pub(super) fn take(&self, bytes: usize) {
         self.limiter.lock().take(bytes);
     }

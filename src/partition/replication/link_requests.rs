@@ -106,7 +106,8 @@ impl LinkRequests {
         });
     }
 
-    /// Requests a notification, after a pause, that the link is connected.
+    /// Requests a notification, after a pause, that the link is connected; ignored if the partition does not follow on
+    /// this link.
     pub fn retry_later(&self, partition: PartitionId) {
         self.update_entry(partition, |entry, _| entry.pending.resubscribe = entry.follows);
     }

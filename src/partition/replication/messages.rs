@@ -89,13 +89,13 @@ pub(super) enum FollowerMessage {
     /// End of a subscription, with the follower's newest leader epoch; `None` if that epoch is invalid. `stopping` is
     /// true if the follower will not return soon.
     Unsubscribe { subscription_id: u32, known_epoch: Option<LeaderEpoch>, stopping: bool },
-    /// Progress of these subscriptions.
+    /// Progress, by the id of the subscription.
     Progress(Vec<(u32, ReplicaProgress)>),
     /// Response to a ping.
     Pong(u64),
 }
 
-/// Request of a subscription.
+/// Parameters of a follower's subscription.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct SubscribeRequest {
     pub(super) partition: PartitionId,
@@ -109,13 +109,13 @@ pub(super) struct SubscribeRequest {
 pub(super) enum LeaderMessage {
     /// Response to a subscription.
     Response { subscription_id: u32, response: Result<SubscribeResponse, InvalidMessage> },
-    /// Batches of subscriptions.
+    /// Batches of one or more subscriptions, not checked yet.
     Batches(Vec<v1::PartitionBatches>),
     /// Request for a `Pong`. A `Pong` shows that the follower's process runs.
     Ping(u64),
 }
 
-/// Batches of one subscription.
+/// Checked batches of one subscription.
 #[derive(Debug)]
 pub(super) struct PartitionBatches {
     pub(super) epoch: LeaderEpoch,

@@ -297,7 +297,7 @@ impl<'a> ReplicationReceiver<'a> {
         let id = params.partition;
         self.end_subscription(id);
         let Some((index, partition)) = self.open_slot(id) else {
-            // The partition is being opened, or closed.
+            // The partition is not open: it is being opened or closed.
             self.requests.end_subscription(id, request);
             return self.schedule_retry(id);
         };

@@ -117,7 +117,7 @@ where
 type NotifyFuture = Pin<Box<dyn Future<Output = (usize, NotificationResult)> + Send>>;
 type ReadFuture = Pin<Box<dyn Future<Output = FinishedRead> + Send>>;
 
-/// Result of a read for a subscription, which may have ended since.
+/// Result of a read. Its subscription may have ended since the read started.
 struct FinishedRead {
     /// Index of the slot.
     index: usize,

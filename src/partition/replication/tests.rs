@@ -366,7 +366,7 @@ async fn blocked_subscription_keeps_its_window_and_delays_no_other() {
             .contains(&blocked_bytes),
         "{blocked_bytes}"
     );
-    // An acknowledgement makes space again.
+    // The acknowledgement frees space in the window of subscription 100.
     let progress = ReplicaProgress { log_end: at(8), persisted_end: at(0) };
     link.send(messages::progress([(100, progress)])).await;
     let batches_message = loop {
@@ -414,7 +414,7 @@ async fn invalid_follower_message_gets_an_error() {
         let response = link.next_response().await;
         let Some(subscribe_response::Outcome::Error(error)) = response.outcome else { panic!("{text}: {response:?}") };
         assert!(error.message.contains(text), "{text}: {}", error.message);
-        // The link continues.
+        // The link continues after the invalid message.
         link.subscribe(2, id(0), EPOCH).await;
         assert_eq!(link.next_response().await.outcome, Some(subscribe_response::Outcome::AcceptedAt(0)), "{text}");
         // An acknowledgement of records that were never sent ends that subscription, and only it.
@@ -495,7 +495,7 @@ async fn invalid_leader_message_causes_a_new_subscription() {
                 ..partition_batches(subscription_id, 1)
             }),
         ),
-        // Detected by the partition, not by the link.
+        // The partition detects the gap; the link does not compare offsets.
         ("a gap", Box::new(|subscription_id| partition_batches(subscription_id, 5))),
     ];
     for (case, make_invalid) in cases {
