@@ -6,7 +6,7 @@
 //! ```text
 //!   leader    epochs 1 1 1 3 3 5 5 5          a follower reports (last epoch, end)
 //!   follower  epochs 1 1 1 3 3 3 4            reports (4, 7): the leader's newest epoch not above 4 is 3, which ends at 5
-//!                             ╰─ truncate     so it truncates at 5 and reports (3, 5): that is in the leader's log, it continues at 5
+//!                             ╰─ truncate     the follower truncates at 5 and reports (3, 5): the leader accepts it at 5
 //! ```
 //!
 //! A follower whose log is a prefix of the leader's continues at its end. Otherwise the leader responds with the newest
