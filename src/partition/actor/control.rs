@@ -152,7 +152,7 @@ impl Actor {
                 self.published.set_leading(false);
                 // Writers whose rule holds get their acknowledgement first.
                 leader.take_due(|writer, acked| writer.respond(Ok(acked)));
-                for writer in leader.abandon() {
+                for writer in leader.drain_waiters() {
                     writer.respond(Err(AppendError::Deposed));
                 }
             }

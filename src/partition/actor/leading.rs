@@ -302,7 +302,7 @@ impl Actor {
                 let reason: Arc<str> = error.to_string().into();
                 self.fail(&reason);
                 if let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role {
-                    for writer in leader.abandon() {
+                    for writer in leader.drain_waiters() {
                         writer.respond(Err(AppendError::StorageFailed { reason: Arc::clone(&reason) }));
                     }
                 }

@@ -305,7 +305,7 @@ impl Actor {
             self.handle(Input::Signals(pending)).await;
         }
         if let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role {
-            for writer in leader.abandon() {
+            for writer in leader.drain_waiters() {
                 writer.respond(Err(AppendError::Closing));
             }
         }

@@ -442,7 +442,7 @@ impl<W> Leader<W> {
     }
 
     /// Removes and returns all waiting writers. Called when their acks rules can no longer hold at this leader.
-    pub fn abandon(&mut self) -> impl Iterator<Item = W> + '_ {
+    pub fn drain_waiters(&mut self) -> impl Iterator<Item = W> + '_ {
         self.queues().into_iter().flat_map(|queue| queue.drain(..)).map(|waiting| waiting.writer)
     }
 }
