@@ -1,8 +1,8 @@
 //! Lag of followers behind their leader, for monitoring alone: `leader::isr` decides about the ISR. Pure.
 //!
-//! The lag in time is the age of the oldest record that a follower has not acknowledged, and records have no time of
-//! their append. So the tracker stores the log end with the time at intervals, while followers acknowledge. Entries
-//! that every follower has acknowledged are dropped, so an idle partition has at most one.
+//! The lag in time is the age of the oldest record that a follower has not acknowledged. Records have no time of their
+//! append. So the tracker stores the log end with the time at intervals, once a follower has acknowledged. Entries that
+//! every follower has acknowledged are dropped, so an idle partition has at most one.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -10,10 +10,11 @@ use tokio::time::Instant;
 
 use crate::model::{BrokerId, Offset};
 
-/// Minimum interval between two entries.
+/// Minimum interval between two entries of a [`FollowerLagTracker`].
 const MIN_ENTRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Maximum number of entries. Above it every other entry is dropped: older ages become coarser.
+/// Maximum number of entries of a [`FollowerLagTracker`]. If there are more, every other entry is dropped, so the ages
+/// of old records become less exact.
 const MAX_ENTRIES: usize = 64;
 
 /// Lag of one follower.
@@ -25,12 +26,12 @@ pub struct FollowerLag {
     pub time: Duration,
 }
 
-/// Log ends of a leader's followers.
+/// Log ends that a leader's followers have acknowledged, and the times at which the leader's log reached its offsets.
 #[derive(Debug)]
 pub(super) struct FollowerLagTracker {
-    /// Time since which this broker leads.
+    /// Start of the leadership.
     since: Instant,
-    /// Log ends that followers have acknowledged.
+    /// Log end that each follower acknowledged last; a follower without an acknowledgement is missing.
     acknowledged: Vec<(BrokerId, Offset)>,
     /// Records from this offset on were appended at this time or later. Offsets and times ascend.
     entries: VecDeque<(Offset, Instant)>,
@@ -41,7 +42,8 @@ impl FollowerLagTracker {
         Self { since: now, acknowledged: Vec::new(), entries: VecDeque::new() }
     }
 
-    /// Adds an entry for an append, unless the last entry is recent. The log ended at `previous_end` before the append.
+    /// Adds an entry for an append, unless the last entry is younger than [`MIN_ENTRY_INTERVAL`]. The log ended at
+    /// `previous_end` before the append.
     pub(super) fn appended(&mut self, previous_end: Offset, now: Instant) {
         if self.entries.back().is_some_and(|(_, time)| now.duration_since(*time) < MIN_ENTRY_INTERVAL) {
             return;
@@ -56,7 +58,8 @@ impl FollowerLagTracker {
         }
     }
 
-    /// Stores an acknowledgement: a follower has all records below `end`.
+    /// Stores an acknowledgement: follower `broker` has all records below `end`. Drops the entries that no follower
+    /// needs.
     pub(super) fn acknowledged(&mut self, broker: BrokerId, end: Offset) {
         match self.acknowledged.iter_mut().find(|(id, _)| *id == broker) {
             Some((_, acked)) => *acked = end,
@@ -74,8 +77,8 @@ impl FollowerLagTracker {
         self.acknowledged.retain(|(id, _)| replicas.contains(id));
     }
 
-    /// Returns the lag of a broker behind a log that ends at `log_end`. A broker without an acknowledgement counts as
-    /// lacking all records from `first` on, since the time at which this broker started to lead.
+    /// Returns the lag of follower `broker` behind a log that ends at `log_end`. A follower without an acknowledgement
+    /// counts as lacking all records from `first` on, since the start of the leadership.
     pub(super) fn lag(&self, broker: BrokerId, first: Offset, log_end: Offset, now: Instant) -> FollowerLag {
         let acked = self.acknowledged.iter().find(|(id, _)| *id == broker).map(|(_, end)| *end);
         let records = log_end.since(acked.unwrap_or(first));
@@ -98,8 +101,8 @@ mod tests {
         Offset::new(value).unwrap()
     }
 
-    /// Returns the tracker of a leader that is idle since `start`, at offset 100, with two followers that have all
-    /// records.
+    /// Returns the tracker of a leader that has led since `start` and appended nothing. Its log ends at 100, and two
+    /// followers have all records.
     fn idle_leader(start: Instant) -> FollowerLagTracker {
         let mut followers = FollowerLagTracker::new(start);
         followers.acknowledged(TWO, offset(100));

@@ -1,4 +1,4 @@
-//! Partitions that need maintenance. A partition is at most once in the queue, and never with two workers at a time.
+//! Partitions that need maintenance. A partition is in the queue at most once, and at most one worker has it at a time.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -40,11 +40,11 @@ enum QueueEntryState {
     Working,
     /// A worker has the partition, and it was pushed again since the worker took it.
     WorkingAgain,
-    /// The last work failed.
+    /// The last work failed, and is retried at this time.
     RetryAt(Instant),
 }
 
-/// Result of taking a partition from the queue.
+/// Result of an attempt to take a partition from the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum TakeResult {
     Due(PartitionId),
@@ -55,8 +55,8 @@ enum TakeResult {
 }
 
 impl MaintenanceQueue {
-    /// Queues a partition. A partition that waits for its retry stays in that state. A partition with a worker is
-    /// queued again when the work ends.
+    /// Queues a partition. A partition that waits for its retry continues to wait. A partition with a worker is queued
+    /// again when its work succeeds.
     pub fn push(&self, id: PartitionId) {
         let mut state = self.inner.state.lock();
         match state.entries.get(&id) {
@@ -73,7 +73,8 @@ impl MaintenanceQueue {
         }
     }
 
-    /// Waits for a partition that is due. The caller must call [`Self::done`] or [`Self::failed`] for it.
+    /// Waits until a partition is due, and takes it from the queue. The caller must call [`Self::done`] or
+    /// [`Self::failed`] for it.
     pub async fn next(&self) -> PartitionId {
         loop {
             let notified = self.inner.notify.notified();
@@ -100,14 +101,14 @@ impl MaintenanceQueue {
         };
         state.entries.insert(id, QueueEntryState::Working);
         if !state.due.is_empty() {
-            // Another worker takes the next partition.
+            // Wakes another worker for the next partition.
             self.inner.notify.notify_one();
         }
         TakeResult::Due(id)
     }
 
-    /// Ends the work on a partition. The partition is queued again at once if `more` work is left, or if it was pushed
-    /// during the work.
+    /// Ends successful work on a partition. The partition is queued again at once if `more` work remains, or if it was
+    /// pushed during the work.
     pub fn done(&self, id: PartitionId, more: bool) {
         let was_pushed = self.inner.state.lock().entries.remove(&id) == Some(QueueEntryState::WorkingAgain);
         if was_pushed || more {
@@ -115,7 +116,7 @@ impl MaintenanceQueue {
         }
     }
 
-    /// Ends failed work on a partition, and retries it after `delay`. A push during the work has no further effect.
+    /// Ends failed work on a partition, which is due again after `delay`. A push during the work has no further effect.
     pub fn failed(&self, id: PartitionId, delay: Duration) {
         let retry_at = clock::monotonic() + delay;
         let mut state = self.inner.state.lock();

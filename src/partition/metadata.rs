@@ -12,7 +12,8 @@ use crate::{
     model::{BrokerId, LeaderEpoch},
 };
 
-/// Maximum time, in milliseconds, that a task whose leadership ended waits for newer metadata.
+/// Time, in milliseconds, that an idle task waits for [late](AppliedMetadata::is_late) metadata before it reads the
+/// metadata store.
 const METADATA_WAIT_MS: u64 = 1000;
 
 /// Effect of a partition value on the task.
@@ -20,25 +21,30 @@ const METADATA_WAIT_MS: u64 = 1000;
 pub enum Transition {
     /// The value is older than the applied one: nothing changed.
     Stale,
-    /// The value was applied already. The statuses of brokers may be new.
+    /// The value was applied already, and the role stays. The statuses of brokers may be new.
     Same,
-    /// The value is new, and the role stays in its epoch. The replicas, ISR or ELR may have changed.
+    /// The value is new; the role and the leader epoch stay. The replicas, ISR or ELR may have changed.
     SetsChanged,
-    /// This broker leads in the value's epoch, in which it has not led yet.
+    /// This broker leads in the value's epoch. That epoch is newer than the last one in which it led or refused to
+    /// lead.
     Lead,
-    /// This broker copies from this leader. The leader is a new one, or the replica has to subscribe again.
+    /// This broker copies from this leader. Its role or the epoch is new, or its replica was removed and added again
+    /// and has to subscribe again.
     Follow(BrokerId),
     /// This broker neither leads nor copies.
     Idle,
-    /// The value names this broker as leader of an epoch whose leadership ended here. The task is idle and waits; a
-    /// read of the store then ends the epoch ([`AppliedMetadata::check_read_back`]).
+    /// The value names this broker as leader, but in no newer epoch than the last one in which it led or refused to
+    /// lead. The task is idle and waits for metadata. If none arrives, the task reads the store, and then ends the
+    /// epoch by a proposal without a leader.
     EndedEpoch,
 }
 
-/// Effect of a value that was read from the store because the metadata is late.
+/// Result of [`AppliedMetadata::check_read_back`] for a value that was read from the store because the metadata is
+/// late.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadBack {
-    /// The value is not applied: it is old, or the metadata cache will deliver it.
+    /// The value must not be applied: it is older than the applied one, or it starts a leadership, which only a value
+    /// from the metadata cache may do.
     Ignored,
     /// The value is to be applied.
     Confirmed,
@@ -46,7 +52,8 @@ pub enum ReadBack {
     Disproved(LeaderEpoch),
 }
 
-/// Role that the last applied value gave. A role that ended for another reason is idle.
+/// Role that the last applied value gave this broker. `Idle` also after that role ended for another reason
+/// ([`AppliedMetadata::end_role`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 enum AssignedRole {
     #[default]
@@ -63,15 +70,16 @@ pub struct AppliedMetadata {
     revision: Revision,
     /// Statuses of the replicas' brokers; a missing broker is not registered.
     broker_status: BTreeMap<BrokerId, BrokerStatus>,
-    /// Role by the last value, or idle after [`Self::end_role`].
+    /// Role by the last applied value, or idle after [`Self::end_role`].
     role: AssignedRole,
     /// Newest epoch that a follower reported, or in which a tier state was committed. A value of an older epoch gives
-    /// no role. It falls only if the store does not have that epoch.
+    /// no role. It falls only if a read of the store shows that no such epoch exists.
     newest_seen_epoch: LeaderEpoch,
-    /// Newest epoch in which this task led. It never leads twice in one epoch, because it has no state of its earlier
-    /// proposals.
+    /// Newest epoch in which this task led or refused to lead. The task never leads twice in one epoch, because it has
+    /// no state of its earlier proposals.
     last_led_epoch: Option<LeaderEpoch>,
-    /// Time, by the clock of ticks, since which the task waits for [late](Self::is_late) metadata.
+    /// Time, by the clock of ticks, since which the task waits for [late](Self::is_late) metadata; `None` while it does
+    /// not wait.
     waiting_since_ms: Option<u64>,
 }
 
@@ -96,13 +104,13 @@ impl AppliedMetadata {
         self.revision
     }
 
-    /// Returns the number of removals before the addition of that broker's replica, which identifies the addition.
-    /// Returns `None` if the replica is not being added.
+    /// Returns the number of removals of replicas before `broker`'s replica was added, which identifies the addition.
+    /// Returns `None` if that replica is not being added.
     pub fn added_after(&self, broker: BrokerId) -> Option<u64> {
         self.value.as_ref().and_then(|value| value.added_after(broker))
     }
 
-    /// Returns true if the ISR of the applied value contains that broker.
+    /// Returns true if the ISR of the applied value contains `broker`.
     pub fn isr_contains(&self, broker: BrokerId) -> bool {
         self.value.as_ref().is_some_and(|value| value.isr.contains(&broker))
     }
@@ -125,14 +133,14 @@ impl AppliedMetadata {
     }
 
     /// Applies a partition value on broker `me`, and returns the transition that the task must carry out. A value of
-    /// the applied revision may be applied again.
+    /// the applied revision may be applied again; an older one changes nothing.
     pub fn apply(&mut self, value: Arc<PartitionValue>, revision: Revision, me: BrokerId) -> Transition {
         if self.is_stale(revision) {
             return Transition::Stale;
         }
         let (epoch, leader, addition) = (value.leader_epoch, value.leader, value.added_after(me));
         let role = match leader {
-            // A newer epoch exists, or this broker is no replica.
+            // A newer epoch was reported, or this broker is no replica.
             _ if epoch < self.newest_seen_epoch || !value.replicas.contains(&me) => AssignedRole::Idle,
             None => AssignedRole::Idle,
             Some(leader) if leader == me => AssignedRole::Leader,
@@ -158,31 +166,34 @@ impl AppliedMetadata {
         }
     }
 
-    /// The task calls this when it leads in the epoch of the applied value. After [`Transition::Lead`] the task may
-    /// first have to read the object store.
+    /// Stores that the task leads in the epoch of the applied value, so that it does not lead in that epoch again.
+    /// Called when the task starts to lead: after [`Transition::Lead`], and after it has read the object store if it
+    /// needs to.
     pub fn start_leading(&mut self) {
         self.last_led_epoch = Some(self.epoch());
     }
 
-    /// The task calls this when it cannot lead in the epoch of the applied value. It will not lead in that epoch later:
-    /// the epoch ends, and an election in a newer epoch follows.
+    /// Ends the role, and stores that the task does not lead in the epoch of the applied value, now or later. Called if
+    /// the task cannot lead. The metadata then counts as [late](Self::is_late), so the task ends the epoch, and an
+    /// election in a newer epoch follows.
     pub fn refuse_leadership(&mut self) {
         self.last_led_epoch = Some(self.epoch());
         self.end_role();
     }
 
-    /// The task calls this when its role ended for another reason than a new value.
+    /// Sets the role to idle. Called if the role ended for another reason than a new value.
     pub fn end_role(&mut self) {
         self.role = AssignedRole::Idle;
     }
 
-    /// Raises the newest seen epoch after a report of `epoch`. Values of older epochs then give no role.
+    /// Raises the newest seen epoch to `epoch`, which a follower or a tier state reported. Values of older epochs then
+    /// give no role; the current role does not change.
     pub fn on_reported_epoch(&mut self, epoch: LeaderEpoch) {
         self.newest_seen_epoch = self.newest_seen_epoch.max(epoch);
     }
 
-    /// Returns true if the metadata is late: the value names this broker as leader of an epoch that ended here, or
-    /// lacks an epoch that was reported here.
+    /// Returns true if the metadata is late: the applied value is older than a reported epoch, or names broker `me` as
+    /// leader of an epoch in which its leadership ended or was refused.
     pub fn is_late(&self, me: BrokerId) -> bool {
         let epoch = self.epoch();
         let is_ended = self.role == AssignedRole::Idle
@@ -191,8 +202,8 @@ impl AppliedMetadata {
         self.value.is_some() && (self.newest_seen_epoch > epoch || is_ended)
     }
 
-    /// Returns true if the task has waited for late metadata for a second, so that it must read the store. `is_waiting`
-    /// is false while the task does not wait, which resets the wait.
+    /// Called at each tick. Returns true if the task has waited for `METADATA_WAIT_MS`, so that it must read the
+    /// store now. The first call with `is_waiting` starts the wait; a call without it resets the wait.
     pub fn is_read_due(&mut self, is_waiting: bool, now_ms: u64) -> bool {
         if !is_waiting {
             self.waiting_since_ms = None;
@@ -202,13 +213,13 @@ impl AppliedMetadata {
         now_ms.saturating_sub(since_ms) >= METADATA_WAIT_MS
     }
 
-    /// Ends the wait: the metadata is not late.
+    /// Resets the wait, because the metadata is not late. The next wait counts from a later tick.
     pub fn stop_waiting(&mut self) {
         self.waiting_since_ms = None;
     }
 
-    /// Decides whether a value is applied that was read from the store because the metadata is late. A value that is
-    /// older than the newest seen epoch disproves the report of that epoch, which then no longer counts.
+    /// Decides whether a value is applied that was read from the store because the metadata is late. If the epoch of
+    /// the value is older than the newest seen epoch, no such epoch exists: the newest seen epoch falls to the value's.
     pub fn check_read_back(&mut self, value: &PartitionValue, revision: Revision, me: BrokerId) -> ReadBack {
         // Only a value from the metadata cache starts a leadership: the cache shows whether this broker id still
         // belongs to this process.

@@ -1,5 +1,4 @@
-//! State of a partition that is read without a request to its task. The task publishes watermarks, status and error;
-//! the broker sets the configuration.
+//! State of a partition that is read without a request to its task.
 
 use std::{
     sync::{
@@ -25,8 +24,9 @@ use crate::{
     telemetry::LogThrottle,
 };
 
-/// Published state of one partition. Only its task writes it, except the configuration: the broker sets that when it
-/// arrives.
+/// Published state of one partition. The partition's task writes the watermarks, the status and the error. The handle
+/// writes the configuration and the followers' acknowledgements, maintenance the number of future segments, and readers
+/// their error counts.
 #[derive(Debug)]
 pub(super) struct PublishedState {
     log_start: AtomicU64,
@@ -37,12 +37,14 @@ pub(super) struct PublishedState {
     log_end: AtomicU64,
     local_bytes: AtomicU64,
     opened: Instant,
-    /// Time of the first batch in the active segment, in ms from `opened` on; `i64::MAX` while the segment is empty.
+    /// Time of the first batch in the active segment, in milliseconds after `opened`, negative if before it; `i64::MAX`
+    /// while the segment is empty.
     active_since_ms: AtomicI64,
-    /// Number of segments with timestamps in the future, by the last plan of the leader.
+    /// Number of segments with timestamps in the future, by the last retention plan; 0 while this broker does not lead.
     future_segments: AtomicU64,
     closed: AtomicBool,
-    /// True if the task needs ticks: this broker leads and an ISR member is behind, or the metadata is late.
+    /// True if the task needs ticks. It leads, and an ISR member is behind or a refused proposal waits for metadata; or
+    /// it is idle because its metadata is late.
     wants_ticks: AtomicBool,
     status: ArcSwap<ReplicaStatus>,
     /// Notified when the status changed.
@@ -54,9 +56,10 @@ pub(super) struct PublishedState {
     client_read_errors: Mutex<LogThrottle>,
     /// Throttles log lines about failed local reads for followers.
     follower_read_errors: Mutex<LogThrottle>,
-    /// Lag of the followers; `None` while this broker does not lead.
+    /// Tracks the lag of the followers; `None` while this broker does not lead.
     lag_tracker: Mutex<Option<FollowerLagTracker>>,
-    /// True after the first acknowledgement of a follower since this broker leads. Before, appends add no lag entry.
+    /// True from the first acknowledgement of a follower in the current leadership on. Before, appends add no entry to
+    /// the lag tracker.
     has_acknowledgements: AtomicBool,
     listeners: Arc<PartitionListeners>,
     /// Tasks in which long lists of listeners are woken.
@@ -91,8 +94,8 @@ impl PublishedState {
         }
     }
 
-    /// Counts a failed local read for a client. Returns `Some` if the caller must log it, with the number of such reads
-    /// since the last log line.
+    /// Counts a failed local read for a client. Returns `Some` if the caller must log the failure, with the number of
+    /// failed reads for clients since the last log line.
     pub(super) fn count_client_read_error(&self) -> Option<u64> {
         self.client_read_errors.lock().occur(clock::monotonic())
     }
@@ -102,8 +105,9 @@ impl PublishedState {
         self.follower_read_errors.lock().occur(clock::monotonic())
     }
 
-    /// Publishes the watermarks and wakes the listeners of moved watermarks. The ends are stored before the high
-    /// watermark, so that a reader that loads a high watermark finds all records below it.
+    /// Publishes the watermarks and the bytes on disk, and wakes the listeners of watermarks that moved. The log end
+    /// and the persisted end are stored before the high watermark, so that a reader that loads a high watermark finds
+    /// all records below it.
     pub(super) fn publish(&self, watermarks: Watermarks, local_bytes: u64) {
         let previous_end = self.log_end.swap(watermarks.log_end.get(), Ordering::SeqCst);
         let end_moved = previous_end != watermarks.log_end.get();
@@ -145,7 +149,7 @@ impl PublishedState {
     }
 
     /// Publishes the time of the first batch in the active segment; `None` if the segment is empty. The time may be
-    /// before the partition was opened, and is then stored as a negative number.
+    /// before the partition was opened.
     pub(super) fn set_active_since(&self, since: Option<Instant>) {
         let ms = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX - 1);
         let since_ms = since.map_or(i64::MAX, |since| match since.checked_duration_since(self.opened) {
@@ -171,7 +175,7 @@ impl PublishedState {
         self.future_segments.load(Ordering::Relaxed)
     }
 
-    /// Returns the progress of the log.
+    /// Returns the log end and the persisted end. The persisted end is never above the log end.
     pub(super) fn progress(&self) -> ReplicaProgress {
         // The persisted end is loaded first: it is never above a log end that is loaded later, unless the log was
         // truncated in between.
@@ -189,7 +193,8 @@ impl PublishedState {
         self.status().epoch
     }
 
-    /// Publishes the replica status and wakes all listeners, which may not have to wait in the new role.
+    /// Publishes the replica status and wakes all listeners, because their reads may have another result in the new
+    /// role.
     pub(super) fn publish_status(&self, status: ReplicaStatus) {
         self.status.store(Arc::new(status));
         self.status_changed.notify_waiters();
@@ -210,20 +215,23 @@ impl PublishedState {
         }
     }
 
-    /// Adds an append to the lag tracker, if this broker leads. The log ended at `previous_end` before the append.
+    /// Adds an entry for an append to the lag tracker, if this broker leads. The log ended at `previous_end` before the
+    /// append.
     fn add_lag_entry(&self, previous_end: u64) {
         if let (Some(tracker), Some(previous_end)) = (&mut *self.lag_tracker.lock(), Offset::new(previous_end)) {
             tracker.appended(previous_end, clock::monotonic());
         }
     }
 
-    /// Starts to track the lag of followers, when this broker starts to lead; stops it when the broker no longer leads.
+    /// Starts to track the lag of followers if `leads`, else stops it. Called when this broker starts to lead, and when
+    /// its leadership ends.
     pub(super) fn set_leading(&self, leads: bool) {
         self.has_acknowledgements.store(false, Ordering::Relaxed);
         *self.lag_tracker.lock() = leads.then(|| FollowerLagTracker::new(clock::monotonic()));
     }
 
-    /// Updates the lag of a follower, which has all records below `end`. No effect while this broker does not lead.
+    /// Updates the lag of follower `broker`, which has acknowledged all records below `end`. No effect while this
+    /// broker does not lead.
     pub(super) fn acknowledged(&self, broker: BrokerId, end: Offset) {
         if let Some(tracker) = &mut *self.lag_tracker.lock() {
             tracker.acknowledged(broker, end);
@@ -231,7 +239,8 @@ impl PublishedState {
         }
     }
 
-    /// Calls `report` with the lag of each of these brokers; makes no call while this broker does not lead.
+    /// Calls `report` with the lag of each of these brokers, and drops the acknowledgements of all other brokers.
+    /// Makes no call while this broker does not lead.
     pub(super) fn for_each_lag(
         &self,
         replicas: &[BrokerId],
@@ -248,7 +257,7 @@ impl PublishedState {
         }
     }
 
-    /// Returns true if the task needs ticks at intervals.
+    /// Returns true if the task needs ticks at intervals; see the field.
     pub(super) fn wants_ticks(&self) -> bool {
         self.wants_ticks.load(Ordering::Relaxed)
     }
@@ -282,14 +291,15 @@ impl PublishedState {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Closes the partition for its readers. Wakes all of them; their next read fails.
+    /// Closes the partition for its readers, and wakes all of them. Their next read fails.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.status_changed.notify_waiters();
         self.listeners.wake_all(&self.tasks);
     }
 
-    /// Marks `index` in `wake_set` now, and whenever that watermark moves or the replica status changes.
+    /// Marks `index` in `wake_set` now, and whenever that watermark moves, the replica status changes or the partition
+    /// is closed.
     pub(super) fn add_listener(&self, wake_set: &Arc<WakeSet>, index: usize, watermark: WatermarkKind) {
         self.listeners.add(wake_set, index, watermark);
     }

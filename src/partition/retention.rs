@@ -1,16 +1,16 @@
 //! Retention: which segments to roll, upload, evict and delete. A pure function of configuration, segments and time.
 //!
 //! `retention.*` limits the whole log, `local.retention.*` the part of it that stays on disk after its upload
-//! (KIP-405). Only whole segments are removed, and only from the front: the log is always one unbroken range. As in
-//! Kafka, the oldest segment is deleted by size only while the rest, the active segment included, is still at least
-//! `retention.bytes`. After a plan was applied the next plan is empty: records below the log start no longer count, and
-//! so cannot displace records above it.
+//! (KIP-405). Only whole segments are removed, and only the oldest ones: the log always remains one range without a
+//! gap. As in Kafka, the oldest segment is deleted by size only if the remaining segments, including the active one,
+//! still have at least `retention.bytes`. After a plan was applied the next plan is empty: records below the log start
+//! no longer count, and so cannot displace records above it.
 
 use std::{ops::Range, time::Duration};
 
 use crate::model::{Offset, TopicConfig};
 
-/// Maximum bytes of segments in one tier commit, unless one segment alone has more.
+/// Maximum bytes of the segments in one tier commit. A segment with more bytes gets a commit of its own.
 const COMMIT_BYTES: u64 = 64 << 20;
 
 /// Maximum number of segments in one tier commit.
@@ -24,7 +24,7 @@ pub struct RetentionSegment {
     /// Offset after the last record.
     pub end: Offset,
     pub bytes: u64,
-    /// Maximum timestamp of its records; negative if they have none.
+    /// Maximum timestamp of the segment's records; negative if they have none.
     pub max_timestamp_ms: i64,
     /// Time of the last append, by the clock of the broker that wrote the segment, not by the records' timestamps;
     /// `i64::MAX` if unknown.
@@ -62,18 +62,18 @@ pub struct RetentionInput<'a> {
     pub active: RetentionSegment,
     /// Time since the first batch in the active segment, by the monotonic clock; `None` while the segment is empty.
     pub active_age: Option<Duration>,
-    /// First segments in the object store, in order, from `log_start` on. Later segments count only by their bytes, and
-    /// a later plan includes them. Empty also if the object store cannot be read: its segments are then deleted
-    /// together, or stay.
+    /// First segments in the object store, in order, from `log_start` on; a plan reads a limited number. Later segments
+    /// count only by their bytes, and a later plan lists them. Empty also if the object store was not read: all its
+    /// segments are then deleted together, or all stay.
     pub tiered: &'a [RetentionSegment],
     /// Bytes of all segments in the object store that reach above `log_start`.
     pub tiered_bytes: u64,
     /// True if sealed segments are uploaded: the topic enables uploads, there is an object store, and this broker leads
     /// in a committed epoch.
     pub uploads: bool,
-    /// True if this broker leads. A follower does not move the log start: it applies that of its leader.
+    /// True if this broker leads. A follower does not move the log start: it applies its leader's.
     pub leads: bool,
-    /// True if a writer waits for the upload of the active segment (`acks=tiered`).
+    /// True if a writer waits for an upload (`acks=tiered`), so that the active segment must be sealed.
     pub urgent: bool,
 }
 
@@ -82,16 +82,17 @@ pub struct RetentionInput<'a> {
 pub struct RetentionPlan {
     /// Roll: seal the active segment and start the next one.
     pub roll: bool,
-    /// Move the log start here; segments wholly below it are then removed in both tiers.
+    /// Move the log start to this offset; segments wholly below it are then removed in both tiers.
     pub log_start: Option<Offset>,
-    /// Upload the sealed segments that begin in this range, in order, and commit them together. The range has at least
-    /// one segment, and more while they fit one commit. The next plan names the segments after them.
+    /// Upload the sealed segments that begin in this range, in order, and commit them together. The range holds at
+    /// least one segment and at most as many as one commit may have. A later plan names the segments after it.
     pub upload: Option<Range<Offset>>,
-    /// Evict sealed segments that lie wholly below this: they are in the object store, or below the log start.
+    /// Evict the sealed segments that lie wholly below this offset. They are in the object store, or below the new log
+    /// start.
     pub evict_below: Option<Offset>,
 }
 
-/// Returns the plan for an input.
+/// Returns the plan for an input. A follower's plan never moves the log start.
 pub fn plan(input: &RetentionInput<'_>) -> RetentionPlan {
     let log_start = if input.leads { log_start(input) } else { None };
     let new_log_start = log_start.unwrap_or(input.log_start);
@@ -113,8 +114,9 @@ fn is_roll_due(input: &RetentionInput<'_>) -> bool {
     is_old || has_expired || (input.urgent && input.uploads)
 }
 
-/// Returns the sealed segments with records that only the disk has. A segment across the tiered end gets 0 bytes: the
-/// object store's bytes include its first part, and the size of the rest is unknown.
+/// Returns the sealed segments with records at or above the log start that only the disk has. A segment across the
+/// tiered end gets 0 bytes: its first part is included in the bytes of the object store, and the size of the rest is
+/// unknown.
 fn local_only_segments<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = RetentionSegment> + use<'a> {
     let tiered_end = input.tiered_end;
     let first_local_only = tiered_end.max(input.log_start);
@@ -125,8 +127,8 @@ fn local_only_segments<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = R
     })
 }
 
-/// Returns the number of segments of the input with timestamps in the future. A segment that both tiers have counts
-/// once.
+/// Returns the number of segments of the input, including the active one, with timestamps in the future. A segment that
+/// both tiers have counts once.
 pub fn count_future_segments(input: &RetentionInput<'_>) -> u64 {
     let tiered = input.tiered.iter().filter(|segment| segment.end > input.log_start);
     let tiered_input_end = input.tiered.last().map_or(input.log_start, |last| last.end.max(input.log_start));
@@ -136,7 +138,8 @@ pub fn count_future_segments(input: &RetentionInput<'_>) -> u64 {
 }
 
 /// Returns the oldest segments of the log without a gap: those in the object store, then the segments that only the
-/// disk has. The latter are left out if the input has only the first segments of the object store.
+/// disk has. The segments of the disk are left out if the input lists only the first segments of the object store,
+/// because there would be a gap before them. An object store that was not read gives one segment.
 fn oldest_segments<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = RetentionSegment> + use<'a> {
     let log_start = input.log_start;
     let unread = unread_tiered_segments(input);
@@ -145,9 +148,10 @@ fn oldest_segments<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = Reten
     tiered.copied().chain(unread).chain(local_only_segments(input).filter(move |_| has_all_tiered))
 }
 
-/// Returns all segments in the object store as one segment, if the object store could not be read; otherwise `None`.
-/// The segment gets the latest time that its records can have: they were written before the first segment that only
-/// the disk has, and the topic limits how far a timestamp may be ahead of the clock.
+/// Returns all segments in the object store as one segment, if the input lists none of them because the object store
+/// was not read; otherwise `None`. The segment gets the latest time that its records can have. They were written before
+/// the first segment that only the disk has, and the topic limits how far a timestamp may be ahead of the clock.
+/// Without such a segment or such a limit, the segment never expires by time.
 fn unread_tiered_segments(input: &RetentionInput<'_>) -> Option<RetentionSegment> {
     if !input.tiered.is_empty() || input.tiered_end <= input.log_start {
         return None;
@@ -165,15 +169,15 @@ fn unread_tiered_segments(input: &RetentionInput<'_>) -> Option<RetentionSegment
     })
 }
 
-/// Returns the bytes of the object store's segments that lie wholly below `start`.
+/// Returns the bytes of the object store's segments in the input that lie wholly below `start`.
 pub fn removed_bytes(input: &RetentionInput<'_>, start: Offset) -> u64 {
     let tiered = input.tiered.iter().copied().chain(unread_tiered_segments(input));
     tiered.filter(|segment| segment.end <= start).map(|segment| segment.bytes).sum()
 }
 
-/// Returns the new log start; `None` if it does not move. Passes the oldest segments, one after the other, while they
-/// are older than `retention.ms`, or while the remaining log has at least `retention.bytes`. Uncommitted records and
-/// the active segment stay.
+/// Returns the new log start; `None` if it does not move. It moves past the oldest segments, one after the other, while
+/// each is older than `retention.ms`, or the log after it has at least `retention.bytes`. Segments with uncommitted
+/// records and the active segment stay.
 fn log_start(input: &RetentionInput<'_>) -> Option<Offset> {
     let tiered_bytes = if input.tiered_end > input.log_start { input.tiered_bytes } else { 0 };
     let local_bytes: u64 = local_only_segments(input).map(|segment| segment.bytes).sum();
@@ -192,7 +196,8 @@ fn log_start(input: &RetentionInput<'_>) -> Option<Offset> {
     start.filter(|start| *start > input.log_start)
 }
 
-/// Returns the base offsets of the sealed segments for the next tier commit; `None` if there is nothing to upload.
+/// Returns the range in which the sealed segments for the next tier commit begin; `None` if there is nothing to upload.
+/// Only committed segments that are not in the object store are chosen, up to the limits of one commit.
 fn upload(input: &RetentionInput<'_>, new_log_start: Offset) -> Option<Range<Offset>> {
     if !input.uploads {
         return None;
@@ -210,8 +215,9 @@ fn upload(input: &RetentionInput<'_>, new_log_start: Offset) -> Option<Range<Off
     Some(first.base..last.end)
 }
 
-/// Returns the offset below which sealed segments are evicted; `None` if all segments stay. Segments wholly below the
-/// log start are evicted, uploaded or not. Of the others, uploaded segments beyond the local limits are evicted.
+/// Returns the offset below which sealed segments are evicted; `None` if all segments stay. A segment wholly below the
+/// new log start is evicted, uploaded or not. Any other segment is evicted if it is uploaded and exceeds a limit of
+/// `local.retention.*`. The first segment that stays ends the search.
 fn evict_below(input: &RetentionInput<'_>, new_log_start: Offset) -> Option<Offset> {
     let mut local_bytes: u64 = input.local.iter().map(|segment| segment.bytes).sum::<u64>() + input.active.bytes;
     let mut below = None;
@@ -233,7 +239,7 @@ fn is_expired(input: &RetentionInput<'_>, since_ms: i64, limit: Duration) -> boo
     age_ms(input.now_ms, since_ms) > u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Returns the age of a time; 0 if the clock went back.
+/// Returns the milliseconds from `then_ms` to `now_ms`; 0 if `then_ms` is later.
 fn age_ms(now_ms: i64, then_ms: i64) -> u64 {
     u64::try_from(now_ms.saturating_sub(then_ms)).unwrap_or(0)
 }

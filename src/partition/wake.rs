@@ -1,12 +1,12 @@
-//! Wake-ups of readers that wait for watermarks of partitions. A reader of many partitions pays per event, not per
-//! partition.
+//! Wake-ups of readers that wait for watermarks of partitions. The cost for a reader of many partitions depends on the
+//! number of events, not on the number of partitions.
 //!
 //! ```text
 //! listed ── watermark moves ──► marked in the reader's WakeSet ── reader takes the mark ──► listed
 //! ```
 //!
-//! A listener is in the list of its partition only while it waits: a wake-up removes it. So a listener whose reader
-//! takes no marks costs the partition's task nothing.
+//! A listener is in the list of its partition only while it waits: a wake-up removes it. So the partition's task does
+//! no work for a listener whose reader takes no marks.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -22,14 +22,14 @@ use tokio::sync::Notify;
 use super::role::WatermarkKind;
 use crate::task::Tasks;
 
-/// Maximum number of listeners that the caller of a wake-up marks itself.
+/// Maximum number of listeners that the caller of a wake-up marks itself. More listeners are marked by a new task.
 const MAX_INLINE_WAKES: usize = 16;
 
 /// Number of listeners that are woken between two yields to other tasks. An acknowledgement to a writer waits for at
 /// most this many wake-ups.
 const WAKES_PER_YIELD: usize = 32;
 
-/// Minimum length at which the list is searched for listeners whose readers were dropped.
+/// Minimum length at which a [`ListenerList`] is searched for listeners whose readers were dropped.
 const MIN_SWEEP: usize = 64;
 
 /// Partitions of one reader that changed since the reader last took them, in the order of their marks. The reader
@@ -52,7 +52,7 @@ struct WakeSetState {
 }
 
 impl WakeSet {
-    /// Marks a partition and wakes the reader. A partition that is marked already stays where it is in the order.
+    /// Marks a partition and wakes the reader. A partition that is marked already keeps its position in the order.
     pub fn mark(&self, index: usize) {
         let mut state = self.state.lock();
         if state.members.insert(index) {
@@ -62,7 +62,7 @@ impl WakeSet {
         }
     }
 
-    /// Marks a partition whose mark was taken without a completed read. It is taken next.
+    /// Marks a partition again, because its mark was taken and the read was not completed. This mark is taken next.
     pub fn put_back(&self, index: usize) {
         let mut state = self.state.lock();
         if !state.members.insert(index) {
@@ -78,8 +78,8 @@ impl WakeSet {
         self.state.lock().listeners.entry(index).or_default().push(Arc::new(listener));
     }
 
-    /// Takes the partition that was marked first, and lists its listeners again. The caller reads the state of the
-    /// partition after this call: a later change marks the partition again.
+    /// Takes the first mark and returns its partition, or `None` if there is no mark. Lists the partition's listeners
+    /// again. The caller reads the state of the partition after this call: a later change marks the partition again.
     pub fn take(&self) -> Option<usize> {
         let (index, listeners) = {
             let mut state = self.state.lock();
@@ -108,7 +108,7 @@ impl WakeSet {
     }
 }
 
-/// Readers that wait for a partition, by watermark.
+/// Readers that wait for a partition, by the watermark for which they wait.
 #[derive(Debug, Default)]
 pub(super) struct PartitionListeners {
     high_watermark: WatermarkListeners,
@@ -152,7 +152,7 @@ impl PartitionListeners {
 /// One reader that waits for one watermark of one partition.
 #[derive(Debug)]
 struct Listener {
-    /// Marks of the reader. The reader owns them: a dropped set means that the reader was dropped.
+    /// Wake set of the reader. The reader owns it, so a dropped set means that the reader was dropped.
     wake_set: Weak<WakeSet>,
     /// Index of the partition in `wake_set`.
     index: usize,
@@ -163,7 +163,8 @@ struct Listener {
 }
 
 impl Listener {
-    /// Adds the listener to the partition's list, if it is not there. The reader reads the watermark after this.
+    /// Adds the listener to the partition's list, unless it is listed already. The reader reads the watermark after
+    /// this call.
     fn enlist(self: &Arc<Self>) {
         if let Some(listeners) = self.listeners.upgrade()
             && !self.listed.swap(true, Ordering::SeqCst)
@@ -174,7 +175,7 @@ impl Listener {
 
     /// Marks the partition for the reader. The caller has removed the listener from the partition's list.
     fn mark(&self) {
-        // Before the mark: a reader that takes the mark lists the listener again.
+        // Cleared before the mark is set, because a reader that takes the mark lists the listener again.
         self.listed.store(false, Ordering::SeqCst);
         if let Some(wake_set) = self.wake_set.upgrade() {
             wake_set.mark(self.index);
@@ -186,7 +187,7 @@ impl Listener {
     }
 }
 
-/// Readers that wait for the same watermark. If no reader waits, a moved watermark costs one load of a flag.
+/// Readers that wait for the same watermark of one partition. If no reader waits, a wake-up only loads a flag.
 #[derive(Debug, Default)]
 struct WatermarkListeners {
     /// True if the list may hold a listener.
@@ -197,13 +198,14 @@ struct WatermarkListeners {
 #[derive(Debug, Default)]
 struct ListenerList {
     waiting: Vec<Arc<Listener>>,
-    /// Length at which listeners whose readers were dropped are removed. It is twice the length after the last sweep:
-    /// an addition costs O(1) amortised.
+    /// Length at which listeners whose readers were dropped are removed. It is twice the length after the last sweep,
+    /// so that an addition costs O(1) amortised.
     sweep_at: usize,
 }
 
 impl WatermarkListeners {
-    /// Adds a listener to the list. From time to time, first removes listeners whose readers were dropped.
+    /// Adds a listener to the list. If the list has reached `sweep_at`, first removes the listeners whose readers were
+    /// dropped.
     fn add(&self, listener: Arc<Listener>) {
         let mut list = self.list.lock();
         if list.waiting.len() >= list.sweep_at.max(MIN_SWEEP) {
@@ -218,8 +220,8 @@ impl WatermarkListeners {
         fence(Ordering::SeqCst);
     }
 
-    /// Wakes all listeners and empties the list. Up to [`MAX_INLINE_WAKES`] listeners are marked by the caller, more by
-    /// a new task.
+    /// Wakes all listeners and empties the list. The caller marks up to [`MAX_INLINE_WAKES`] listeners itself; a new
+    /// task marks more.
     fn wake(&self, tasks: &Tasks) {
         if !self.has_waiting.load(Ordering::SeqCst) {
             return;

@@ -44,7 +44,8 @@ fn leader_keeps_its_role_while_its_epoch_lasts() {
     assert_eq!(apply(&mut metadata, 12, value(6, Some(ME))), Transition::Lead);
 }
 
-/// The task may first have to read the object store, and receives the same value or newer sets meanwhile.
+/// Before a task leads, it may have to read the object store. If the same value or newer sets of the epoch arrive
+/// meanwhile, the leadership must not start again.
 #[test]
 fn leadership_that_has_not_begun_is_decided_once() {
     let mut metadata = AppliedMetadata::default();
@@ -128,7 +129,7 @@ fn stored_value_confirms_or_disproves_a_reported_epoch() {
 
 #[derive(Clone, Debug)]
 enum Input {
-    /// A value with this revision and leader. Its epoch is that of the newest value plus `epochs_later`.
+    /// A value with this revision and leader. Its epoch is the newest epoch so far plus `epochs_later`.
     Value {
         revision: u64,
         epochs_later: u32,
@@ -136,11 +137,11 @@ enum Input {
         is_replica: bool,
         removals: u64,
     },
-    /// The last value again.
+    /// The last value is delivered again.
     Repeat,
     Report(u32),
-    /// A value was read from the store: the last value if `None`. Otherwise a value of the next revision, so many
-    /// epochs after the newest value, and with this leader. The value is applied as the task applies it.
+    /// A value was read from the store. `None` is the last value. `Some` is a value of the next revision, with the
+    /// number of epochs after the newest epoch so far, and with a leader. The value is applied unless it is ignored.
     ReadBack(Option<(u32, u32)>),
     RefuseLeadership,
     EndRole,
@@ -169,7 +170,8 @@ fn inputs() -> impl Strategy<Value = Vec<Input>> {
 }
 
 proptest! {
-    /// Every role follows from the newest value. No epoch is led twice, or while a newer one was reported.
+    /// The role follows from the newest applied value. No epoch is led twice, and none while a newer epoch counts as
+    /// reported.
     #[test]
     fn roles_follow_from_newest_value(inputs in inputs()) {
         let mut metadata = AppliedMetadata::default();

@@ -55,7 +55,8 @@ fn size_retention_keeps_at_least_the_limit() {
     assert_eq!(plan(&input(&config, &local, &[])).log_start, Some(at(10)));
 }
 
-/// Regression: after a start without the object store nothing was deleted, and the disk filled.
+/// Regression: if the object store could not be read since the start of the broker, retention deleted nothing, and the
+/// disk filled.
 #[test]
 fn retention_continues_with_unreadable_object_store() {
     const HOUR_MS: i64 = 3_600_000;
@@ -85,7 +86,8 @@ fn retention_continues_with_unreadable_object_store() {
     assert_eq!(plan(&input(&without_limit, &local, 9_000 + 10 * HOUR_MS)).log_start, None);
 }
 
-/// Regression: records below the log start counted again, and so the next plan deleted the rest of the log.
+/// Regression: records below the log start still counted as part of the log's size, and so the next plan deleted the
+/// rest of the log.
 #[test]
 fn deleted_segments_do_not_count_again() {
     let config = config(&[("retention.bytes", "50000"), ("remote.storage.enable", "false")]);
@@ -126,8 +128,8 @@ fn only_segments_wholly_below_log_start_are_evicted() {
     }
 }
 
-/// The object store's segments count as one if they cannot be read, and may have younger records: segments after them
-/// must not be deleted first.
+/// If the object store cannot be read, its segments count as one segment, whose records may not have expired. Local
+/// segments after that segment must not be deleted before it.
 #[test]
 fn local_segments_wait_for_unreadable_tiered_segments() {
     let config = config(&[("retention.ms", "1")]);
@@ -171,7 +173,8 @@ fn time_retention_stops_at_the_first_young_segment() {
     assert_eq!(plan(&input(&config, &local, &[])).log_start, Some(at(10)));
 }
 
-/// Regression: one record of 2100 kept all records after it, in both tiers.
+/// Regression: one record with a timestamp in the year 2100 kept all records after it, in both tiers. A timestamp that
+/// is missing or in the future must neither prevent nor cause the deletion: the time of the append counts.
 #[test]
 fn future_timestamp_neither_blocks_nor_expires() {
     let config = config(&[("retention.ms", "1000")]);
@@ -240,7 +243,8 @@ fn only_segments_in_object_store_are_evicted() {
     assert_eq!((plan.evict_below, plan.upload), (Some(at(10)), Some(at(10)..at(20))));
 }
 
-/// Regression: one record from the future kept the disk full, and an old one emptied it at once.
+/// Regression: a record with a timestamp in the future kept its segment and all later ones on the disk. Segments with
+/// old timestamps were evicted right after their upload. Local retention must count from the time of the append.
 #[test]
 fn local_retention_counts_from_time_of_append() {
     let config = config(&[("local.retention.ms", "1000"), ("retention.ms", "-1")]);
@@ -275,7 +279,7 @@ fn waiting_tiered_write_seals_the_active_segment() {
     assert!(plan(&input).roll);
 }
 
-/// A log as plans find it, and the effect of applied plans.
+/// A log in two tiers, from which plans are made and to which plans are applied.
 #[derive(Clone, Debug)]
 struct RetentionState {
     config: TopicConfig,
@@ -318,8 +322,8 @@ impl RetentionState {
         }
     }
 
-    /// Returns a lower bound of the bytes that can be read: a segment in both tiers or partly below the log start
-    /// counts as 0.
+    /// Returns a lower bound of the bytes that can be read. A segment partly below the log start counts as 0. So does a
+    /// local segment that begins below the tiered end, because the object store has its first records.
     fn readable(&self) -> u64 {
         let whole = |segment: &&RetentionSegment| segment.base >= self.log_start;
         let tiered: u64 = self.tiered.iter().filter(whole).map(|segment| segment.bytes).sum();
@@ -328,18 +332,18 @@ impl RetentionState {
     }
 }
 
-/// Returns maximum timestamps: none, past ones, and future ones.
+/// Generates maximum timestamps of segments: missing (-1), past or future.
 fn times() -> impl Strategy<Value = i64> {
     prop_oneof![8 => 0i64..20_000, 1 => Just(-1), 1 => 20_001i64..=i64::MAX]
 }
 
-/// Returns size limits: none, and small ones.
+/// Generates size limits: none, or a small one.
 fn limit() -> impl Strategy<Value = Option<u64>> {
     prop_oneof![Just(None), (0u64..1500).prop_map(Some)]
 }
 
 prop_compose! {
-    /// One log in two tiers, whose segments may have different boundaries.
+    /// Generates a log in two tiers, whose segments may have different boundaries.
     fn retention_states()(
         local in prop::collection::vec((1u64..20, 0u64..200, times(), 0i64..20_000), 0..12),
         tiered in prop::collection::vec((1u64..20, 0u64..200, times(), 0i64..20_000), 0..12),
@@ -382,7 +386,7 @@ prop_compose! {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// One applied plan leaves no work, and no local file lies wholly below the log start.
+    /// After a plan was applied, the next plan is empty, and no local segment lies wholly below the log start.
     #[test]
     fn applied_plan_leaves_no_work(state in retention_states()) {
         let mut after = state.clone();
@@ -391,8 +395,8 @@ proptest! {
         prop_assert!(after.local.iter().all(|segment| segment.end > after.log_start));
     }
 
-    /// By size alone: the readable bytes are at least the limit, or all that were readable before. The oldest whole
-    /// segment is needed for that.
+    /// Without a time limit, a plan leaves at least `retention.bytes` readable, or all readable bytes if there were
+    /// fewer. It keeps no segment too many: without the oldest whole segment, less than the limit would remain.
     #[test]
     fn size_retention_keeps_no_surplus_segment(state in retention_states()) {
         let mut state = state;
@@ -410,8 +414,9 @@ proptest! {
 }
 
 proptest! {
-    /// For any input: the log start never passes the high watermark and never falls, and no readable record leaves the
-    /// disk without being in the object store.
+    /// For any input, a new log start is above the old one and not above the high watermark. No readable record is
+    /// evicted unless it is in the object store. Uploads consist of whole committed segments at or above the tiered
+    /// end.
     #[test]
     fn plans_are_safe(
         sizes in prop::collection::vec((1u64..20, 0u64..200, 0i64..20_000), 0..12),
