@@ -45,7 +45,7 @@ use crate::{
 /// windows of links bound the bytes.
 const COMMAND_QUEUE_LEN: usize = 1024;
 
-/// Maximum time that a subscription waits for an epoch that this broker has not received yet.
+/// Maximum time that a subscription waits until this broker leads in the subscription's epoch.
 const SUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Parameters for opening a partition.
@@ -58,13 +58,13 @@ pub struct ReplicaSpec {
     pub committed: Option<TierState>,
     /// The partition's tier, if this broker has an object store.
     pub tier: Option<PartitionTier>,
-    /// True if this broker is standalone: the metadata is in the same data directory, and there is no other replica. A
-    /// log that ends below the committed end is then reset to that end. Otherwise the open fails with
-    /// [`PartitionError::Lost`].
+    /// True if this broker is standalone: the metadata is in the same data directory, and there is no other replica. If
+    /// the log ends below the committed end (the later of tiered end and log start), it is reset to that end. If this
+    /// broker is not standalone, the open fails with [`PartitionError::Lost`] instead.
     pub standalone: bool,
     /// True if the local replica, if any, is deleted before the open: the new replica starts empty and copies. Allowed
-    /// only for a replica outside ISR and ELR, and for an unusable replica that an operator elected: that one
-    /// bootstraps at the end of the object store.
+    /// only for a replica outside ISR and ELR, and for an unusable replica that an operator elected. The latter
+    /// bootstraps at the tiered end.
     pub discard_local: bool,
     /// `replication.max_lag_time`: maximum time in which an ISR member must reach the log end that was current when the
     /// time started.
@@ -74,13 +74,14 @@ pub struct ReplicaSpec {
 /// Error of [`Partition::open`].
 #[derive(Debug, thiserror::Error)]
 pub enum PartitionError {
-    /// The local replica is unusable.
+    /// The local replica could not be opened or deleted.
     #[error(transparent)]
     Replica(#[from] ReplicaError),
     /// The replica could not be reset to the committed end.
     #[error("cannot reset the replica to the committed end: {0}")]
     Reset(#[from] ChangeError),
-    /// The local log ends below the tiered end or the log start: it lacks committed records.
+    /// The local log ends below the tiered end or the log start, so it lacks committed records. This broker is not
+    /// standalone.
     #[error(
         "the replica of partition {id} ends at {log_end}, below {committed}, the end of the object store or the log \
          start: the replica must copy its log again"
@@ -98,9 +99,9 @@ pub enum PartitionError {
 pub struct Partition {
     id: PartitionId,
     topic: TopicName,
-    /// Queue for writes and maintenance. Senders wait for space.
+    /// Queue for writes, maintenance and changes of the configuration. Senders wait for space.
     commands: mpsc::Sender<ActorCommand>,
-    /// Queue for metadata, links and outcomes of ISR proposals. These messages do not wait behind writes.
+    /// Queue for metadata, messages of links and outcomes of ISR proposals. These messages do not wait behind writes.
     control: mpsc::Sender<ControlMessage>,
     signals: Arc<ActorSignals>,
     pub(super) published: Arc<PublishedState>,
@@ -128,8 +129,8 @@ impl Partition {
         let committed = spec.committed.clone().unwrap_or_default();
         let (log_start, tiered_end) = (committed.log_start, committed.tiered_end());
         let replica = open_replica(log, &spec, log_start.max(tiered_end))?;
-        // A replica among several may hold uncommitted records of a deposed leader, also below the committed end of its
-        // peers. Only evicted records are certain to have been committed.
+        // A replica of several may hold uncommitted records of a deposed leader, even below the end up to which other
+        // replicas have committed. Only evicted records are certain to have been committed.
         let committed_end = if spec.standalone { log_start.max(tiered_end) } else { replica.local_start() };
         let tasks = parent.child();
         let published = Arc::new(PublishedState::new(spec.config, tasks.clone()));
@@ -184,8 +185,8 @@ impl Partition {
     /// Queues a write; waits only for space in the queue. `batch` may be a recompressed form of the batch that the
     /// client sent. `sent` is the fingerprint of the client's batch, or `None` if the client sent records. `permit` is
     /// the memory of the write, which the task holds while the write waits. Writes are appended in the order in which
-    /// calls of this function return. The receiver gets the result when `acks` holds. Dropping the receiver does not
-    /// cancel the write.
+    /// calls of this function return. The receiver gets the result when the write has failed or `acks` holds. Dropping
+    /// the receiver does not cancel the write.
     pub async fn append(
         &self,
         batch: Batch,
@@ -223,8 +224,8 @@ impl Partition {
         self.signals.on_waiter_dropped();
     }
 
-    /// Returns the log start committed in the metadata store: all records below it are deleted. It is valid in every
-    /// role.
+    /// Returns the newest log start that this broker received as committed in the metadata store; 0 before the first.
+    /// All records below it are deleted. It is valid in every role.
     pub fn committed_log_start(&self) -> Offset {
         self.committed().map_or(Offset::ZERO, |state| state.log_start)
     }
@@ -251,7 +252,8 @@ impl Partition {
         self.published.config()
     }
 
-    /// Applies a changed configuration. It holds for every write that is queued after this returns.
+    /// Publishes a changed configuration and queues it for the task. It holds for every write that is queued after this
+    /// returns.
     pub async fn update_config(&self, config: Arc<TopicConfig>) {
         // Requests are checked against the published configuration before they reach the task.
         self.published.configure(Arc::clone(&config));
@@ -290,8 +292,9 @@ impl Partition {
         watermarks.log_start.min(watermarks.local_start) < watermarks.log_end
     }
 
-    /// Applies metadata, and returns when the task has applied it: later requests to the partition find the new role.
-    /// The caller passes values in the order of their revisions.
+    /// Applies metadata, and returns when the task has applied it or has ended. Later requests to the partition find
+    /// the new role. The caller passes values in the order of their revisions; the task drops a value that is older
+    /// than the applied one.
     pub async fn assign(&self, assignment: PartitionAssignment) {
         if let Some(state) = &assignment.committed {
             self.update_tier_state(state);
@@ -306,25 +309,26 @@ impl Partition {
         self.send_control(ControlMessage::BrokerStatusChanged(broker, status)).await;
     }
 
-    /// Returns true if the task needs ticks ([`Self::tick`]) at intervals: it leads and an ISR member is behind, or it
-    /// waits for metadata after its leadership ended.
+    /// Returns true if the task needs ticks ([`Self::tick`]) at intervals. It leads, and an ISR member is behind or a
+    /// refused proposal waits for metadata; or it is idle because its metadata is late.
     pub fn wants_ticks(&self) -> bool {
         self.published.wants_ticks()
     }
 
-    /// Sends the time, so that the task checks for lagging members. Never waits; replaces an earlier time that the task
-    /// has not handled. `now_ms` is the time of one monotonic clock for all calls.
+    /// Sends the time, so that the task checks for lagging members and for late metadata. Never waits; replaces an
+    /// earlier time that the task has not handled. All calls pass the time of the same monotonic clock.
     pub fn tick(&self, now_ms: u64) {
         self.signals.tick(now_ms);
     }
 
-    /// Delivers the outcome of a request to [`IsrUpdater`](super::context::IsrUpdater).
+    /// Delivers the outcome of a request that the task sent to [`IsrUpdater`](super::context::IsrUpdater).
     pub async fn on_isr_outcome(&self, outcome: ProposalOutcome) {
         self.send_control(ControlMessage::IsrOutcome(Box::new(outcome))).await;
     }
 
-    /// Handles a subscription of a follower in `epoch`. Waits up to a second until this broker leads in that epoch,
-    /// because its metadata may arrive later than the follower's.
+    /// Handles a subscription of a follower in `epoch`, and returns the response. Waits up to a second until this
+    /// broker leads in that epoch, because this broker may receive the metadata later than the follower. A newer epoch,
+    /// or the end of the partition, ends the wait.
     pub async fn subscribe(
         &self,
         peer: PeerId,
@@ -347,35 +351,38 @@ impl Partition {
         response.await.unwrap_or_else(closing)
     }
 
-    /// Handles an acknowledgement of a follower. Never waits; replaces an earlier one that the task has not taken.
+    /// Handles an acknowledgement of a follower. Never waits; replaces an earlier acknowledgement of that follower that
+    /// the task has not handled.
     pub fn on_acknowledged(&self, peer: PeerId, epoch: LeaderEpoch, progress: ReplicaProgress) {
         self.published.acknowledged(peer.broker, progress.log_end);
         self.signals.on_acknowledged(peer, epoch, progress);
     }
 
-    /// Calls `report` with the lag of each of these replicas; makes no call while this broker does not lead.
+    /// Calls `report` with the lag of each of these replicas, which must be all replicas of the partition. Makes no
+    /// call while this broker does not lead.
     pub fn for_each_lag(&self, replicas: &[BrokerId], now: Instant, report: impl FnMut(BrokerId, FollowerLag)) {
         self.published.for_each_lag(replicas, now, report);
     }
 
-    /// Reports that a follower is disconnected.
+    /// Reports to the task that a follower is disconnected, and why.
     pub async fn on_follower_disconnected(&self, peer: PeerId, cause: DisconnectCause) {
         self.send_control(ControlMessage::FollowerDisconnected(peer, cause)).await;
     }
 
-    /// Reports a newer leader epoch: a leader of an older epoch admits no more writes until its metadata contains the
-    /// newer epoch.
+    /// Reports a leader epoch that a follower has received. A leader of an older epoch stops leading. It waits for
+    /// metadata with the reported epoch, or for a read of the store which shows that no such epoch exists.
     pub async fn report_newer_epoch(&self, reported: LeaderEpoch) {
         self.send_control(ControlMessage::NewerEpoch(reported)).await;
     }
 
-    /// Returns a reader of the log up to its end, in the epoch in which this broker leads now. Compare
-    /// [`TailReader::epoch`] with the epoch of the response to the follower.
+    /// Returns a reader of the log up to its end, for the epoch in which this broker leads now. The epoch may have
+    /// changed since the response to the follower's subscription, so the caller compares it with [`TailReader::epoch`].
     pub fn tail(&self) -> TailReader {
         TailReader::new(Arc::clone(&self.published), self.log_reader.clone())
     }
 
-    /// Delivers an event of the link to the leader, in order. Never waits.
+    /// Delivers an event of the link over which this replica follows its leader. Events are handled in order. Never
+    /// waits.
     ///
     /// # Errors
     /// The control queue is full. The event is dropped, so the caller must end the subscription: the task cannot apply
@@ -388,7 +395,7 @@ impl Partition {
         }
     }
 
-    /// Returns the progress of the log, which a follower acknowledges.
+    /// Returns the log end and the persisted end. A follower sends them to its leader as its acknowledgement.
     pub fn progress(&self) -> ReplicaProgress {
         self.published.progress()
     }
@@ -398,13 +405,15 @@ impl Partition {
         self.log_reader.last_epoch()
     }
 
-    /// Marks `index` in `wake_set` now, and whenever that watermark moves or the replica status changes.
+    /// Marks `index` in `wake_set` now, and whenever that watermark moves, the replica status changes or the partition
+    /// is closed.
     pub fn add_listener(&self, wake_set: &Arc<WakeSet>, index: usize, watermark: WatermarkKind) {
         self.published.add_listener(wake_set, index, watermark);
     }
 
     /// Applies a tier state and log start that the metadata store committed, unless a newer state is applied already.
-    /// Commands sent after this returns find the state applied.
+    /// Commands that are sent after this returns find the state applied. The task also takes the state's epoch as a
+    /// report of that epoch.
     pub async fn apply_tier_state(&self, state: TierState) {
         self.update_tier_state(&state);
         self.command(ActorCommand::ApplyTierState(Box::new(state))).await;
@@ -416,8 +425,8 @@ impl Partition {
         self.tasks.stop().await;
     }
 
-    /// Replaces the tier state of this handle and of the tier, unless their state is newer. The caller sends the state
-    /// to the task.
+    /// Replaces the tier state of this handle and of the partition's tier, unless they have a newer one. The caller
+    /// sends the state to the task.
     fn update_tier_state(&self, state: &TierState) {
         if let Some(tier) = &self.tier {
             tier.apply_state(state.clone());
@@ -452,8 +461,9 @@ impl Partition {
     }
 }
 
-/// Opens the replica of `spec`. All records below `committed` were committed, so a log that ends below it has lost
-/// records. A standalone broker then resets the log to `committed`; another broker returns [`PartitionError::Lost`].
+/// Opens the replica of `spec`, after its deletion if `spec.discard_local`. All records below `committed` were
+/// committed, so a log that ends below it has lost records. A standalone broker then resets the log to `committed`; any
+/// other broker returns [`PartitionError::Lost`]. A replica that was deleted on purpose is returned empty.
 fn open_replica(log: &DataDir, spec: &ReplicaSpec, committed: Offset) -> Result<ReplicaLog, PartitionError> {
     if spec.discard_local {
         log.delete_replica(spec.id)?;

@@ -24,7 +24,7 @@ use crate::{
     tier::{ChunkCache, ChunkCacheOptions, ObjectStoreOptions, PartitionTier, TierState, TierStore},
 };
 
-/// A broker of one partition.
+/// A standalone broker with one partition.
 struct Bench {
     log: DataDir,
     tier: Option<PartitionTier>,
@@ -92,7 +92,8 @@ impl Bench {
     /// Runs maintenance until no work is left.
     async fn run_maintenance(&self, partition: &Partition) {
         while self.maintenance.step(partition).await.unwrap().more {}
-        // The last command may still be queued. The response to a later command arrives after it.
+        // The last command of a step may still be queued. The response to this later command arrives after the task has
+        // handled it.
         partition.describe_segments().await.unwrap();
     }
 
@@ -143,7 +144,7 @@ async fn append_batch(partition: &Partition, batch: Batch, acks: Acks) -> Append
     partition.append(batch, None, acks, permit).await.await.unwrap()
 }
 
-/// Reads everything from `from` to the high watermark. Returns the values, and the tier of each read.
+/// Reads everything from `from` to the high watermark. Returns the values, and the source of each read.
 async fn read_all(partition: &Partition, from: u64) -> (Vec<Vec<u8>>, Vec<ReadSource>) {
     let (mut values, mut sources) = (Vec::new(), Vec::new());
     let mut at = Offset::new(from).unwrap();
@@ -184,7 +185,8 @@ async fn acknowledged_records_are_readable_after_reopen() {
     assert_eq!(read_all(&reopened, 0).await.0.len(), 10);
 }
 
-/// Regression: all batches that were queued together were written to one segment without a size limit.
+/// Regression: all batches that were queued together were written to one segment, even if they exceeded
+/// `segment.bytes`.
 #[tokio::test]
 async fn queued_batches_do_not_exceed_segment_bytes() {
     let dir = tempfile::tempdir().unwrap();
@@ -229,8 +231,8 @@ async fn reader_crosses_object_store_disk_and_memory() {
     }
 }
 
-/// Regression: a follower receives a new log start with the metadata before its task applies it. Meanwhile, reads below
-/// that log start failed with an object store error.
+/// Regression: the partition's tier receives a new log start before the partition's task applies it. Meanwhile, reads
+/// below that log start failed with an object store error.
 #[tokio::test(flavor = "multi_thread")]
 async fn read_below_a_log_start_that_has_just_moved_is_out_of_range() {
     let dir = tempfile::tempdir().unwrap();
@@ -267,8 +269,8 @@ async fn retention_moves_log_start_in_both_tiers() {
     assert_eq!(read_all(&partition, start.get()).await.0.len() as u64, end.since(start));
 }
 
-/// Regression: in the object store, records without timestamp counted as older than all others. They were deleted right
-/// after their upload.
+/// Regression: in the object store, records without a timestamp counted as older than all other records, and were
+/// deleted right after their upload.
 #[tokio::test(flavor = "multi_thread")]
 async fn records_without_timestamp_expire_by_time_of_append() {
     let dir = tempfile::tempdir().unwrap();
@@ -291,7 +293,8 @@ async fn records_without_timestamp_expire_by_time_of_append() {
     tokio::time::timeout(Duration::from_secs(60), all_removed).await.expect("all records expire after a millisecond");
 }
 
-/// Regression: the local copy of a record of 2100 was never evicted, and that of a record of 1970 was evicted at once.
+/// Regression: the local copy of a segment with a record timestamp far in the future was never evicted. That of a
+/// segment with timestamps of 1970 was evicted at once.
 #[tokio::test(flavor = "multi_thread")]
 async fn local_copies_age_from_time_of_append() {
     for timestamp_ms in [1, 1 << 62] {
@@ -381,8 +384,8 @@ fn local_with_limit(limit: &'static str) -> Vec<(&'static str, &'static str)> {
     LOCAL.iter().copied().chain([("retention.bytes", limit)]).collect()
 }
 
-/// Regression: a lower limit deleted nearly the whole log, because records below the log start were counted again. It
-/// freed no space, because only segments in the object store were ever evicted.
+/// Regression: a lower limit deleted nearly the whole log, because records below the log start were counted again. The
+/// deletion freed no space, because only segments in the object store were evicted.
 #[tokio::test(flavor = "multi_thread")]
 async fn size_retention_without_uploads_frees_disk_to_the_limit() {
     for object_store in [false, true] {
@@ -463,7 +466,8 @@ async fn uploads_continue_after_lost_commit_response() {
     partition.stop().await;
 }
 
-/// The broker exited after the log start was committed, and before it evicted segments.
+/// The broker exits after the commit of a log start, and before it evicts segments. Maintenance after the restart
+/// evicts them.
 #[tokio::test(flavor = "multi_thread")]
 async fn files_below_log_start_after_crash_are_evicted() {
     let dir = tempfile::tempdir().unwrap();
@@ -489,7 +493,8 @@ async fn files_below_log_start_after_crash_are_evicted() {
     reopened.stop().await;
 }
 
-/// An offset is never assigned twice, even if only the metadata store shows that it was assigned once.
+/// The broker lost its log, and only the log start in the metadata store shows which offsets were assigned. The new log
+/// must not assign them again.
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_log_without_object_store_restarts_at_log_start() {
     let dir = tempfile::tempdir().unwrap();
@@ -507,8 +512,8 @@ async fn lost_log_without_object_store_restarts_at_log_start() {
     partition.stop().await;
 }
 
-/// The object store has records. Uploads are disabled, the log start moves above the tiered end, and uploads are
-/// enabled again.
+/// Uploads are disabled, the log start moves above the tiered end, and uploads are enabled again. Uploads then continue
+/// at the log start, and all records from there on stay readable.
 #[tokio::test(flavor = "multi_thread")]
 async fn reenabled_uploads_continue_after_deleted_records() {
     let dir = tempfile::tempdir().unwrap();

@@ -9,13 +9,13 @@
 //! 3. Segments below the log start, and uploaded segments beyond the local retention, are evicted.
 //! 4. Sealed segments are uploaded, or the manifest drops the segments below the log start.
 //!
-//! So deleted records do not stay on the disk while the object store is unavailable.
+//! Because of this order, deleted records do not stay on the disk while the object store is unavailable.
 //!
 //! An upload may take long, and a failing upload continues until its retries are used up. So there are steps without
 //! uploads. Separate workers run them for all partitions, and never wait for an upload.
 //!
-//! Only the leader uploads and moves the log start. A follower rolls by age, and evicts the segments that its leader
-//! committed to the object store.
+//! Only the leader uploads and moves the log start. A follower rolls by age. It evicts segments below its leader's log
+//! start, and, by the local retention, segments that its leader committed to the object store.
 //!
 //! # Crash
 //!
@@ -34,7 +34,7 @@ use crate::{
     tier::{BindingError, TierReadError, TierStoreError, UploadError},
 };
 
-/// Error of a step. The step is tried again after every error.
+/// Error of a step. The caller retries the step later, except after [`MaintenanceError::Closed`].
 #[derive(Debug, thiserror::Error)]
 pub enum MaintenanceError {
     /// The partition's task has ended.
@@ -47,13 +47,15 @@ pub enum MaintenanceError {
         base: Offset,
         source: std::io::Error,
     },
-    /// The object store did not accept the segment or the manifest.
+    /// The upload of a segment or of a manifest failed: the object store did not accept the object, or a newer leader
+    /// has committed.
     #[error("the upload failed: {0}")]
     Upload(#[from] UploadError),
-    /// The manifest could not be read.
+    /// The manifest, or the modification time of a segment object, could not be read.
     #[error("cannot read the manifest: {0}")]
     Manifest(#[from] TierReadError),
-    /// The manifest is lost, and the remaining objects are not the committed ones.
+    /// The manifest is lost, and the last attempt to rebuild it showed that the remaining segment objects are not the
+    /// committed ones.
     #[error(
         "{object} is missing or corrupt, and only an operator can rebuild it: {reason}; \
          `strandline partition rebuild-manifest {partition}` lists the remaining objects"
@@ -66,14 +68,14 @@ pub enum MaintenanceError {
         /// Why the broker did not rebuild the manifest.
         reason: String,
     },
-    /// The metadata store did not accept the commit.
+    /// The metadata store did not accept the commit, or would not accept it now.
     #[error("the commit failed: {0}")]
     Commit(#[from] TierCommitError),
 }
 
 impl MaintenanceError {
-    /// Returns true if the object store or the metadata store is unavailable. Such an outage is logged once for all
-    /// partitions, by its detector.
+    /// Returns true if the object store is unavailable or denies access, or if the metadata store is unavailable. The
+    /// detector of such an outage logs it once for all partitions.
     pub fn is_outage(&self) -> bool {
         let is_unavailable = |error: &TierStoreError| {
             matches!(error, TierStoreError::Unavailable { .. } | TierStoreError::Denied { .. })
@@ -94,7 +96,7 @@ impl MaintenanceError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum StepScope {
     All,
-    /// All actions but writes to the object store.
+    /// All actions except writes to the object store.
     WithoutUploads,
 }
 
@@ -103,18 +105,20 @@ enum StepScope {
 pub struct MaintenanceResult {
     /// True if the next step should follow at once.
     pub more: bool,
-    /// True if only the first actions of the step ran: an action that failed in an earlier step may not have run again.
+    /// True if some actions of the step did not run. The caller must not count such a step as a success: an action that
+    /// failed in an earlier step may not have run again.
     pub is_partial: bool,
-    /// True if an upload is due that this step was not allowed to make.
+    /// True if a step with uploads must follow. This step was not allowed to upload or to rebuild a lost manifest, or
+    /// did not run because another step of the partition was in progress.
     pub is_upload_due: bool,
     /// Segments that were uploaded and committed.
     pub uploaded: UploadStats,
 }
 
 impl MaintenanceResult {
-    /// The first actions ran, and another step with the remaining actions follows at once.
+    /// The first actions ran, and another step with the remaining actions must follow at once.
     const PARTIAL: Self = Self { more: true, is_partial: true, is_upload_due: false, uploaded: UploadStats::NONE };
-    /// All actions but uploads ran.
+    /// Result of a step without uploads after which a step with uploads must follow.
     const UPLOAD_DUE: Self = Self { more: false, is_upload_due: true, ..Self::PARTIAL };
 }
 

@@ -13,7 +13,7 @@ use crate::{
     tier::{PartitionTier, TierReadError, TierStoreError},
 };
 
-/// Maximum number of segments in the object store that one plan reads.
+/// Maximum number of segments in the object store that one plan reads from the manifest.
 const MAX_TIERED_SEGMENTS_PER_PLAN: usize = 256;
 
 /// A retention plan, and the work on the manifest that belongs to it.
@@ -21,12 +21,14 @@ pub(super) struct MaintenancePlan {
     pub(super) retention: RetentionPlan,
     /// Bytes of the object store's segments that lie wholly below the planned log start; 0 if the log start stays.
     pub(super) removed_bytes: u64,
-    /// True if the manifest still lists segments below the log start. An error if the manifest could not be read: the
-    /// plan was then made without the object store's segments.
+    /// True if the manifest still lists or counts segments below the log start. False also if the plan did not need the
+    /// manifest. An error if the manifest could not be read: the plan was then made without the object store's
+    /// segments.
     pub(super) manifest_lags: Result<bool, MaintenanceError>,
 }
 
-/// Plans a step from the state of both tiers. Also publishes the number of segments with timestamps in the future.
+/// Plans a step from the state of both tiers: `local` describes the segments on the disk, and the manifest those in the
+/// object store. Also publishes the number of segments with timestamps in the future.
 pub(super) async fn plan_step(partition: &Partition, local: &LocalSegments, scope: StepScope) -> MaintenancePlan {
     let watermarks = partition.watermarks();
     let config = partition.config();
@@ -35,7 +37,8 @@ pub(super) async fn plan_step(partition: &Partition, local: &LocalSegments, scop
         Some(tier) if local.leads.is_some() && needs_tiered_segments(&config) => {
             read_manifest(tier, watermarks.log_start, now_ms).await
         }
-        // A follower plans no deletion, and without retention limits no segment of the object store is deleted.
+        // The segments of the object store are not needed: a follower plans no deletion, and without limits on the
+        // whole log nothing is deleted.
         _ => Ok((Vec::new(), false)),
     };
     let (tiered, manifest_lags) = match manifest {
@@ -68,8 +71,8 @@ pub(super) async fn plan_step(partition: &Partition, local: &LocalSegments, scop
     MaintenancePlan { retention, removed_bytes, manifest_lags }
 }
 
-/// Returns the first segments that the manifest lists from `log_start` on, and true if it still lists segments below
-/// `log_start`.
+/// Reads the manifest. Returns its first segments from `log_start` on, and true if it still lists or counts segments
+/// below the log start.
 async fn read_manifest(
     tier: &PartitionTier,
     log_start: Offset,
@@ -87,8 +90,9 @@ async fn read_manifest(
             written_ms: if (1..=now_ms).contains(&entry.created_ms) { entry.created_ms } else { i64::MAX },
         })
         .collect();
-    // If the manifest has no creation time of a segment, or a time in the future, the modification time of the object
-    // is used. Only the first segment is looked up: retention stops at that segment until it is deleted.
+    // The age of a segment without a usable record timestamp counts from the time in its manifest entry (`created_ms`).
+    // If the entry has no time, or one in the future, the modification time of the object is used. Only the first
+    // segment is looked up: retention stops at that segment until it is deleted.
     if let (Some(first), Some(entry)) = (segments.first_mut(), entries.first())
         && first.written_ms == i64::MAX
         && !(0..=now_ms).contains(&first.max_timestamp_ms)
@@ -108,7 +112,8 @@ async fn read_manifest(
     Ok((segments, lags))
 }
 
-/// Returns true if the plan depends on the object store's segments: only limits on the whole log do.
+/// Returns true if the plan depends on the object store's segments. It does if the whole log has a limit by age or
+/// size.
 fn needs_tiered_segments(config: &TopicConfig) -> bool {
     config.retention.is_some() || config.retention_bytes.is_some()
 }

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use crate::model::PartitionId;
 
-/// Pause before another attempt to rebuild a manifest.
+/// Pause after a failed attempt to rebuild a manifest, before the next attempt.
 const RETRY_INTERVAL: Duration = Duration::from_secs(600);
 
 /// Last failed attempt of each partition. Clones share the attempts.

@@ -18,12 +18,12 @@ use crate::{
     tier::{PartitionTier, SegmentSource, StagedManifest, SurveyVerdict, TierState, UploadBatch, UploadError},
 };
 
-/// Maximum time that an uploaded segment waits for later uploads of the same commit: `acks=tiered` waits for the
-/// commit.
+/// Time from the first upload of a commit after which no further segment is added to the commit. It is short, because
+/// writes with `acks=tiered` wait for the commit.
 const MAX_COMMIT_DELAY: Duration = Duration::from_secs(1);
 
-/// Maximum time of an upload while the object store is known to be unavailable. The step then fails, and a later step
-/// is planned again.
+/// Time after which a confirmed outage of the object store ends an upload. The step then fails, and a later step is
+/// planned again.
 const MAX_UPLOAD_RETRY_DELAY: Duration = Duration::from_secs(2);
 
 /// Runs maintenance, for all partitions of a broker.
@@ -31,20 +31,21 @@ const MAX_UPLOAD_RETRY_DELAY: Duration = Duration::from_secs(2);
 pub struct MaintenanceRunner {
     commits: TierCommits,
     rebuilds: Rebuilds,
-    /// Delay before the first retry of a failed step, without jitter.
-    first_retry_delay: Duration,
+    /// Delay that doubles with each consecutive failure of a step.
+    base_retry_delay: Duration,
 }
 
 impl MaintenanceRunner {
     /// Creates a runner that commits through `commits`.
     pub fn new(commits: TierCommits) -> Self {
-        Self { commits, rebuilds: Rebuilds::default(), first_retry_delay: Duration::from_millis(500) }
+        Self { commits, rebuilds: Rebuilds::default(), base_retry_delay: Duration::from_millis(500) }
     }
 
-    /// Returns the delay, with jitter, before the retry after `failures` consecutive failures.
+    /// Returns the delay, with jitter, before the retry of a step that has failed `failures` times in a row.
     pub fn delay(&self, failures: u32) -> Duration {
-        // At most 8 s: after an outage of the object store, `acks=tiered` and a full disk wait for the next attempt.
-        let doubled = self.first_retry_delay * 2u32.saturating_pow(failures.min(4));
+        // At most 8 s: after an outage of the object store, writes with `acks=tiered` and a full disk wait for the next
+        // attempt.
+        let doubled = self.base_retry_delay * 2u32.saturating_pow(failures.min(4));
         doubled.mul_f64(random::in_range(0.5..1.0))
     }
 
@@ -57,14 +58,15 @@ impl MaintenanceRunner {
         }
     }
 
-    /// Plans and applies one step. A manifest that this step or a reader found to be lost is rebuilt.
+    /// Plans and applies one step, after any other step of this partition. A manifest that this step or a reader found
+    /// to be lost is rebuilt.
     pub async fn step(&self, partition: &Partition) -> Result<MaintenanceResult, MaintenanceError> {
         let _guard = partition.maintenance_lock.lock().await;
         self.locked_step(partition, StepScope::All).await
     }
 
-    /// Runs the planned step, then rebuilds the manifest if it is lost. The caller holds the partition's maintenance
-    /// lock.
+    /// Runs the planned step, then rebuilds the manifest if it is lost. A step without uploads does not rebuild it, and
+    /// reports an upload as due instead. The caller holds the partition's maintenance lock.
     async fn locked_step(
         &self,
         partition: &Partition,
@@ -87,8 +89,8 @@ impl MaintenanceRunner {
         }
     }
 
-    /// Plans one step and applies the plan: roll, move the log start, evict, then upload or trim the manifest. The step
-    /// ends after a moved log start, so that the next step is planned with it.
+    /// Plans one step and applies the plan: roll, move the log start, evict, then upload or trim the manifest. If the
+    /// log start moved, the step ends after the eviction, so that the next step is planned with the new log start.
     async fn planned_step(
         &self,
         partition: &Partition,
@@ -100,7 +102,7 @@ impl MaintenanceRunner {
         if rolled {
             partition.command(ActorCommand::Roll).await;
             if partition.error().is_some() {
-                // If nothing can be written the segment stays active, and a later step checks it again.
+                // The replica accepts no writes, so the segment stays active. A later step checks this again.
                 return Ok(MaintenanceResult { more: false, ..MaintenanceResult::PARTIAL });
             }
             local = describe_segments(partition).await?;
@@ -108,7 +110,7 @@ impl MaintenanceRunner {
             plan = plan_step(partition, &local, scope).await;
         }
         let MaintenancePlan { retention, removed_bytes, manifest_lags } = plan;
-        // Commits belong to the epoch of the plan: a leader that is deposed meanwhile is refused.
+        // Commits are made in the epoch of the plan. If another broker leads by then, the metadata store refuses them.
         let epoch = local.leads.map(|(epoch, _)| epoch).unwrap_or_default();
         let moved = match retention.log_start {
             Some(start) => self.move_log_start(partition, start, removed_bytes, epoch).await,
@@ -141,7 +143,7 @@ impl MaintenanceRunner {
                 self.commit(partition, tier, staged, epoch).await?;
                 Ok(MaintenanceResult { more: true, ..MaintenanceResult::default() })
             }
-            // Nothing is left to do, except after a roll: the next segment may be due already.
+            // No work is left. After a roll, another step follows: the new active segment may be due already.
             _ => Ok(MaintenanceResult { more: rolled, is_partial: rolled, ..MaintenanceResult::default() }),
         }
     }
@@ -191,7 +193,8 @@ impl MaintenanceRunner {
         Ok(uploaded)
     }
 
-    /// Commits a manifest in the metadata store, and makes it the current manifest of this broker.
+    /// Commits a staged tier state, which names its manifest, in the metadata store. Then makes it the current state of
+    /// this broker.
     async fn commit(
         &self,
         partition: &Partition,
@@ -200,15 +203,15 @@ impl MaintenanceRunner {
         epoch: LeaderEpoch,
     ) -> Result<(), MaintenanceError> {
         let state = staged.state().clone();
-        // The compare-and-set expects the state from which the manifest was made. A later commit is not in the
-        // manifest, so this commit must then fail.
+        // The compare-and-set expects the state from which the staged one was made. The staged one lacks any later
+        // commit, so the compare-and-set must fail after such a commit.
         self.replace_state(partition, Some(staged.replaces()), &state, epoch).await?;
         tier.install(staged);
         Ok(())
     }
 
-    /// Rebuilds the partition's lost manifest, unless an attempt failed a short time ago. Does nothing on a replica
-    /// that does not lead in a committed epoch.
+    /// Rebuilds the partition's lost manifest. If an attempt failed a short time ago, returns its error instead. Does
+    /// nothing on a replica that does not lead in a committed epoch.
     async fn rebuild(&self, partition: &Partition, tier: &PartitionTier, object: &str) -> Result<(), MaintenanceError> {
         let Some((epoch, true)) = describe_segments(partition).await?.leads else { return Ok(()) };
         let (version, now) = (tier.state().version(), clock::monotonic());
@@ -233,7 +236,7 @@ impl MaintenanceRunner {
     }
 
     /// Rebuilds the manifest from the segment footers and commits it, if its segments are exactly the committed ones.
-    /// Otherwise returns the reason why the rebuild is left to an operator; `None` after the commit.
+    /// Returns `None` after the commit. Otherwise returns the reason why only an operator can rebuild the manifest.
     async fn rebuild_now(
         &self,
         partition: &Partition,
@@ -268,7 +271,8 @@ impl MaintenanceRunner {
         if let Err(TierCommitError::Changed { .. }) = committed
             && let Ok(Some(current)) = self.commits.current(partition.id()).await
         {
-            // Most likely an earlier commit whose response was lost: the next step continues from its state.
+            // Most likely, an earlier commit of this broker wrote the current state, and its response was lost. The
+            // next step continues from that state.
             partition.apply_tier_state(current).await;
         }
         committed?;
@@ -277,7 +281,7 @@ impl MaintenanceRunner {
     }
 }
 
-/// Waits for `upload`. Fails, and drops `upload`, once the object store has been unavailable for
+/// Waits for `upload`. Fails, and drops `upload`, once an outage of the object store has been confirmed for
 /// [`MAX_UPLOAD_RETRY_DELAY`].
 async fn while_available<T>(
     tier: &PartitionTier,
@@ -285,14 +289,14 @@ async fn while_available<T>(
 ) -> Result<T, MaintenanceError> {
     tokio::select! {
         biased;
-        // Polled first: nothing is exported during a known outage.
+        // The outage is polled before the upload, so that no segment is exported during such an outage.
         error = tier.wait_until_unavailable_for(MAX_UPLOAD_RETRY_DELAY) => Err(MaintenanceError::Upload(error.into())),
         result = upload => result,
     }
 }
 
-/// Uploads the segments that begin in `bases`, for one commit. Stops early after [`MAX_COMMIT_DELAY`], or if an upload
-/// after the first fails. Returns the manifest with the uploaded segments, which is not committed yet.
+/// Uploads the segments that begin in `bases`, then writes a manifest that lists them too. Stops early after
+/// [`MAX_COMMIT_DELAY`], or if an upload after the first fails. Returns the manifest, which the caller has to commit.
 async fn upload_segments(
     partition: &Partition,
     tier: &PartitionTier,
@@ -323,12 +327,13 @@ async fn upload_segments(
     Ok((upload_batch.finish().await?, uploaded))
 }
 
-/// Returns the segments on this broker's disk. Fails if the partition's task has ended.
+/// Returns the segments on this broker's disk, and the state of the task that maintenance needs. Fails if the
+/// partition's task has ended.
 async fn describe_segments(partition: &Partition) -> Result<LocalSegments, MaintenanceError> {
     partition.describe_segments().await.ok_or(MaintenanceError::Closed)
 }
 
-/// Uploads a segment and adds it to the batch, which commits its segments together.
+/// Uploads a segment and adds it to the upload batch, whose segments are committed together.
 async fn upload_segment(
     partition: &Partition,
     upload_batch: &mut UploadBatch<'_>,
@@ -341,7 +346,7 @@ async fn upload_segment(
     Ok(upload_batch.add(&source).await?)
 }
 
-/// Opens a sealed segment for its upload.
+/// Opens a sealed segment for its upload, with the tables for its footer. The partition's task exports them.
 async fn open_source(partition: &Partition, info: &SegmentInfo) -> Result<SegmentSource, MaintenanceError> {
     let (responder, export) = oneshot::channel();
     partition.command(ActorCommand::ExportSegment(info.base, responder)).await;

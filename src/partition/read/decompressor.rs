@@ -1,12 +1,13 @@
-//! Decompression of batches from untrusted clients. The uncompressed size of such a batch is known only afterwards. A
-//! large uncompressed batch that is only read takes the same permits, but no memory.
+//! Decompression of batches from untrusted clients. The uncompressed size of such a batch is known only after its
+//! decompression. A large batch without compression that is only read takes the same permits, but no memory.
 //!
 //! # Overview
 //!
-//! Memory is taken from a common budget before a batch is decompressed. To take it for the worst case would admit only
-//! one batch at a time. So a batch first takes memory for the size that it declares, or for an estimate. If the records
-//! are larger, the batch releases that memory and takes four times as much. Most batches are opened once. A
-//! decompression bomb costs a third more work than its limit, and nothing if it declares too large a size.
+//! Memory is taken from a common budget before a batch is decompressed. If each batch took memory for the worst case,
+//! only one batch at a time could be decompressed. So a batch first takes memory for the size that it declares, or for
+//! an estimate. If the records are larger, the batch releases that memory and takes four times as much. Most batches
+//! are decompressed once. A decompression bomb costs up to a third more work than one decompression up to its limit. It
+//! costs nothing if it declares a size above the limit.
 //!
 //! ```text
 //! estimate ─ take ─► decompress within it ─► done
@@ -26,20 +27,21 @@ use crate::{
     task,
 };
 
-/// Maximum size of a batch that is opened on the caller's thread: another thread would cost more.
+/// Maximum uncompressed size of a batch that is opened on the caller's thread, because a switch to another thread would
+/// take longer.
 pub const INLINE_BYTES: usize = 64 << 10;
 
-/// Maximum uncompressed size of a small batch. Small batches have their own memory and permits: they do not wait for
-/// larger batches.
+/// Maximum uncompressed size of a small batch. Small batches have their own memory and thread permits, so they do not
+/// wait for larger batches.
 const SMALL_BYTES: usize = 1 << 20;
 
-/// Share of the memory for small batches, as a divisor.
+/// Divisor that gives the share of small batches in the memory budget.
 const SMALL_SHARE: u64 = 8;
 
-/// Maximum number of batches in the list of undecodable batches. The oldest is dropped first.
+/// Maximum number of batches in the list of undecodable batches. If the list is full, the oldest entry is dropped.
 const MAX_UNDECODABLE_BATCHES: usize = 256;
 
-/// Setting that limits the memory, named in errors.
+/// Name of the setting that limits the memory, for error messages.
 const SETTING: &str = "limits.decompression_memory_bytes";
 
 /// Purpose of an opened batch, which determines its memory.
@@ -65,7 +67,8 @@ impl DecompressPurpose {
 #[derive(Clone, Debug)]
 struct SizeClass {
     memory: MemoryBudget,
-    /// Permits to open a batch on another thread, one per batch. One processor remains for other work.
+    /// Permits to open a batch on another thread, one per batch: one less than the number of processors, but at least
+    /// one.
     thread_permits: Arc<Semaphore>,
 }
 
@@ -82,12 +85,12 @@ impl SizeClass {
 pub struct Decompressor {
     small: SizeClass,
     large: SizeClass,
-    /// Permits of the caller, one per opened batch. `None` if the batches of the caller are not limited, or if this
-    /// value holds its permit already.
+    /// Permits of the caller, one per opened batch. `None` if the number of the caller's batches is not limited, or if
+    /// this decompressor holds a permit already.
     caller_permits: Option<Arc<Semaphore>>,
-    /// Permit that the caller holds, released with the last clone.
+    /// Permit of the caller, which is released when the last clone is dropped.
     _caller_permit: Option<Arc<OwnedSemaphorePermit>>,
-    /// Memory that the caller holds for the batches.
+    /// Memory that the caller has taken for its batches.
     _charge: Option<Charge>,
     undecodable: Arc<UndecodableBatches>,
 }
@@ -112,8 +115,8 @@ impl Decompressor {
         Self { caller_permits: Some(permits), ..self.clone() }
     }
 
-    /// Returns a decompressor for a caller that has taken memory for its batches. Work on other threads keeps `charge`
-    /// until the work ends, also if the caller is dropped before.
+    /// Returns a decompressor for a caller that has taken memory for its batches. Work on other threads holds `charge`
+    /// until the work has ended, even if the caller was dropped.
     pub fn charged(&self, charge: Charge) -> Self {
         Self { _charge: Some(charge), ..self.clone() }
     }
@@ -126,11 +129,11 @@ impl Decompressor {
         Self { caller_permits: None, _caller_permit: Some(Arc::new(permit)), ..self.clone() }
     }
 
-    /// Runs `work` with a stored batch, to read it, as [`Self::open`] does. A batch that could not be opened before is
-    /// not opened again.
+    /// Runs `work` with a stored batch, to read it, as [`Self::open`] does. If `work` fails, the error is stored, and
+    /// the next calls with this batch return it without running `work`.
     ///
     /// # Errors
-    /// Those of [`Self::open`]; for a batch that could not be opened before, the error of that time.
+    /// The errors of [`Self::open`], of this call or of an earlier one with the batch.
     pub async fn open_stored<T, F>(&self, id: PartitionId, batch: &Batch, work: F) -> Result<T, MalformedBatch>
     where
         F: Fn(&Batch, usize) -> Result<T, MalformedBatch> + Clone + Send + 'static,
@@ -146,11 +149,12 @@ impl Decompressor {
     /// Runs `work` with a batch, while it holds memory for the uncompressed records and the permits. `work` receives a
     /// maximum uncompressed size in bytes, and returns [`MalformedBatch::Grows`] if the records are larger. `work` then
     /// runs again with a larger maximum, up to `max_bytes`. The caller accounts for the memory of the result, which
-    /// must not hold the decompressed records.
+    /// must not hold the decompressed records. A small batch without compression that is only read needs neither memory
+    /// nor permits.
     ///
     /// # Errors
-    /// The error of `work`; [`MalformedBatch::NoMemory`] if the whole budget is less than the records need and
-    /// `max_bytes` allows.
+    /// The error of `work`; [`MalformedBatch::Grows`] if the records exceed `max_bytes`; [`MalformedBatch::NoMemory`]
+    /// if they exceed the whole budget, which is less than `max_bytes` allows.
     pub async fn open<T, F>(
         &self,
         batch: &Batch,
@@ -168,7 +172,8 @@ impl Decompressor {
             return work(batch, max_bytes);
         }
         let permitted = self.with_caller_permit().await;
-        // An uncompressed batch is in memory already: a batch above the budget takes the whole budget.
+        // A batch without compression is in memory already, so it is not rejected: if it exceeds the budget, it takes
+        // the whole budget.
         let budget_bytes = match codec {
             Compression::None => usize::MAX,
             _ => self.large.memory.bytes() / purpose.cost(),
@@ -190,7 +195,7 @@ impl Decompressor {
             let memory_bytes = attempt_bytes * purpose.cost();
             let is_small = attempt_bytes <= SMALL_BYTES && memory_bytes <= self.small.memory.bytes();
             let class = if is_small { &self.small } else { &self.large };
-            // Reading an uncompressed batch takes no memory.
+            // Reading a batch without compression takes no memory.
             let memory = if is_readable { None } else { Some(class.memory.take(memory_bytes).await) };
             let result = if attempt_bytes <= INLINE_BYTES {
                 work(batch, attempt_bytes)
@@ -213,12 +218,12 @@ impl Decompressor {
     }
 }
 
-/// Identity of a batch. Offsets are unique in a partition, and the checksum distinguishes a truncated batch from a
-/// later one at its offset.
+/// Identity of a batch: partition, base offset and checksum. The checksum distinguishes a batch that was truncated from
+/// a later batch at the same offset.
 type BatchIdentity = (PartitionId, Offset, u32);
 
-/// Batches that could not be opened, with the error of each, so that no batch is decompressed again and again. One
-/// record that cannot be decoded is enough.
+/// Batches that could not be opened, with the error of each, so that no read decompresses them again. A batch is
+/// undecodable if any of its records is.
 #[derive(Debug, Default)]
 struct UndecodableBatches(Mutex<VecDeque<(BatchIdentity, MalformedBatch)>>);
 
@@ -280,7 +285,7 @@ mod tests {
         }
     }
 
-    /// Regression: six batches of a quarter of a megabyte that grow to 250 MiB took 2.7 GB.
+    /// Regression: six compressed batches of 250 kB, each with 250 MiB of records, together took 2.7 GB of memory.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn memory_never_exceeds_the_budget() {
         const BOUND: usize = 8 << 20;
@@ -303,7 +308,7 @@ mod tests {
         let peak = peak.load(Ordering::SeqCst);
         assert!(peak <= BOUND && peak > BOUND / 2, "{peak} of {BOUND}");
         assert_eq!(decompressor.large.memory.taken(), 0, "all memory is released");
-        // A batch that can never fit the budget is rejected and waits for nothing.
+        // A batch that exceeds the whole budget is rejected without waiting for memory.
         let (large, _) = zeros(Compression::Lz4, 3 << 20);
         let error = decompressor.open(&large, usize::MAX, DecompressPurpose::Rewrite, work).await;
         let error = error.expect_err("three times 3 MiB exceed 8 MiB");
@@ -329,7 +334,7 @@ mod tests {
         assert_eq!(calls.load(Ordering::SeqCst), 0);
     }
 
-    /// Regression: readers of small batches waited for every bomb that was being read.
+    /// Regression: readers of small batches waited while other readers decompressed large ones.
     #[tokio::test]
     async fn small_batches_do_not_wait_for_large_ones() {
         let decompressor = Decompressor::new(64 << 20);
@@ -362,8 +367,8 @@ mod tests {
         assert_eq!(waiting.await, Ok(1));
     }
 
-    /// Regression: reset calls released their permit at once, so a connection had as many batches opened as there were
-    /// processors.
+    /// Regression: a call that the client cancelled released its permit at once, although its batch was still being
+    /// opened. So one connection could have as many batches opened at a time as there were processors.
     #[tokio::test]
     async fn caller_permit_is_held_until_the_work_has_ended() {
         let (decompressor, permits) = (Decompressor::new(64 << 20), Arc::new(Semaphore::new(1)));
@@ -383,7 +388,8 @@ mod tests {
         }
     }
 
-    /// Regression: a read of the last record of 1,000,000 walked all of them on the thread of the call.
+    /// Regression: a read of the last of 1,000,000 records in a batch without compression decoded all of them on the
+    /// caller's thread.
     #[tokio::test]
     async fn large_batch_without_compression_is_read_on_another_thread() {
         let decompressor = Decompressor::new(64 << 20);
@@ -401,7 +407,7 @@ mod tests {
         drop(memory);
     }
 
-    /// Uncompressed records of the maximum size are accepted on a broker with little memory too.
+    /// A batch without compression that exceeds the whole budget can still be rewritten in a codec.
     #[tokio::test]
     async fn uncompressed_batch_of_any_size_is_rewritten() {
         let decompressor = Decompressor::new(1 << 20);
@@ -411,7 +417,7 @@ mod tests {
         assert_eq!(decompressor.large.memory.taken(), 0);
     }
 
-    /// Regression: each read of a bomb decompressed it again.
+    /// Regression: each read of a batch that could not be decoded decompressed it again.
     #[tokio::test]
     async fn batch_that_cannot_be_opened_is_not_opened_again() {
         let decompressor = Decompressor::new(64 << 20);
@@ -431,7 +437,7 @@ mod tests {
             ));
         }
         assert_eq!(calls.load(Ordering::SeqCst), 1);
-        // Another batch, and the same batch in another partition, may be decodable.
+        // Another batch of the partition, and the same batch in another partition, are opened.
         let (later, _) = zeros(Compression::Zstd, 1001);
         drop((
             decompressor.open_stored(id(0), &later, work.clone()).await,

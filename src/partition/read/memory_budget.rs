@@ -1,19 +1,21 @@
-//! Memory budget of requests in flight: permits in bytes, released with the response.
+//! Memory budgets: permits in bytes, which requests and decompressions hold while they use the memory.
 
 use std::{fmt, sync::Arc};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes of one permit of the semaphore, so that gibibytes fit its counter.
+/// Bytes of one permit of the semaphore. With this unit, budgets of many gibibytes fit the semaphore's counter.
 const UNIT_BYTES: usize = 1 << 10;
 
 /// Maximum size of a budget in permits. A semaphore allows more permits on every platform.
 const MAX_UNITS: u32 = u32::MAX >> 4;
 
-/// Memory of a caller that work on another thread holds until the work has ended, even if the caller was dropped.
+/// Memory that a caller has taken from a budget. Work on another thread holds it until the work has ended, even if the
+/// caller was dropped.
 pub type Charge = Arc<dyn fmt::Debug + Send + Sync>;
 
-/// Budget in bytes. Requests for more than is free wait, and are served in their order.
+/// Budget in bytes. A request for more than is free waits; waiting requests are served in their order. Clones share the
+/// budget.
 #[derive(Clone, Debug)]
 pub struct MemoryBudget {
     semaphore: Arc<Semaphore>,
@@ -34,13 +36,14 @@ impl MemoryBudget {
         permit.expect("the semaphore is never closed")
     }
 
-    /// Takes `bytes` if they are free and no request waits for them.
+    /// Takes `bytes` if they are free and no request waits; otherwise returns `None`. A request larger than the budget
+    /// takes all of it.
     pub fn try_take(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.semaphore).try_acquire_many_owned(u32::try_from(Self::units(bytes)).ok()?.min(self.units)).ok()
     }
 
-    /// Extends a permit of this budget to `bytes`, if as many are free and no request waits. Returns true if the permit
-    /// covers `bytes` now.
+    /// Extends a permit of this budget to `bytes`, or to the whole budget if `bytes` are more. Returns false, and
+    /// changes nothing, if the missing bytes are not free or a request waits.
     pub fn try_grow(&self, permit: &mut OwnedSemaphorePermit, bytes: usize) -> bool {
         let missing_units = Self::units(bytes).min(self.units as usize).saturating_sub(permit.num_permits());
         let Ok(missing_units) = u32::try_from(missing_units) else { return false };
@@ -54,7 +57,8 @@ impl MemoryBudget {
         drop(permit.split(surplus_units));
     }
 
-    /// Takes `bytes` out of a permit, or as many as it has.
+    /// Splits `bytes` off a permit and returns them as a new permit. If the permit has fewer bytes, all of them are
+    /// split off.
     pub fn split(permit: &mut OwnedSemaphorePermit, bytes: usize) -> OwnedSemaphorePermit {
         let units = Self::units(bytes).min(permit.num_permits());
         permit.split(units).expect("units is at most the number of permits")
@@ -72,7 +76,7 @@ impl MemoryBudget {
         bytes.div_ceil(UNIT_BYTES).max(1)
     }
 
-    /// Returns the bytes of a permit.
+    /// Returns the number of bytes that a permit covers.
     pub fn bytes_of(permit: &OwnedSemaphorePermit) -> usize {
         permit.num_permits() * UNIT_BYTES
     }

@@ -1,9 +1,9 @@
 //! Reads of a partition: from memory, then disk, then object store, without a difference to the caller.
 //!
 //! A reader sends no request to the partition's task. It reads from the log start to the high watermark that the task
-//! published. A follower, and a leader before its epoch is committed, may have a lower high watermark than another
-//! replica sent to the caller: a read above the local high watermark waits. Segments may be evicted or deleted during a
-//! read: the read then tries again, and finds the records in the object store.
+//! published. The caller may have received a higher high watermark from another replica. So on a follower, and on a
+//! leader whose epoch is not committed, a read above the local high watermark returns nothing yet instead of an error.
+//! A segment may be evicted during a read: the read then tries again, and finds the records in the object store.
 
 use std::sync::Arc;
 
@@ -60,10 +60,12 @@ pub enum ReadError {
         /// First offset that cannot be read yet.
         end: Offset,
     },
-    /// The partition is no longer on this broker.
+    /// The partition is closed on this broker. For a [`TailReader`](super::TailReader), also: this broker no longer
+    /// leads in the reader's epoch.
     #[error("the partition is closed on this broker")]
     Closed,
-    /// The bytes at this offset, on the disk or in the object store, are not those that were written.
+    /// The bytes at this offset, on the disk or in the object store, are not those that were written, or their object
+    /// is missing.
     #[error("the data at offset {offset} is corrupt and not served: {reason}")]
     Corrupt {
         offset: Offset,
@@ -76,13 +78,13 @@ pub enum ReadError {
         /// Error of the operating system.
         reason: String,
     },
-    /// The batch exceeds the memory that the reader has for it.
+    /// The first batch of the read exceeds the memory that the caller has for it.
     #[error("the batch has {bytes} bytes, more than the memory of this read")]
     BatchTooLarge {
         /// Bytes of the batch.
         bytes: usize,
     },
-    /// The object store could not be read. The caller may try again.
+    /// The object store could not be read, or this broker has none. The caller may try again.
     #[error("reading from the object store failed: {reason}")]
     ObjectStore {
         /// Error of the object store.
@@ -101,10 +103,10 @@ pub struct PartitionReader {
     charge: Option<Charge>,
 }
 
-/// Maximum number of batches that a search by time opens without finding a record with the time of the header.
+/// Maximum number of batches that a search by time opens. A batch may hold no record with the time in its header.
 const MAX_SEARCHED_BATCHES: usize = 64;
 
-/// Maximum number of attempts of a read whose segment was removed meanwhile.
+/// Maximum number of attempts of a read, or of a search by time, whose segment is removed during each attempt.
 const MAX_READ_ATTEMPTS: usize = 8;
 
 impl PartitionReader {
@@ -117,8 +119,8 @@ impl PartitionReader {
         Self { id, published, log, tier, charge: None }
     }
 
-    /// Returns a reader for a caller that has taken memory for the results. Each disk read keeps `charge` until it
-    /// ends, also if the caller is dropped before.
+    /// Returns a reader for a caller that has taken memory for the results. Each disk read holds `charge` until the
+    /// read has ended, even if the caller was dropped.
     pub fn charged(&self, charge: Charge) -> Self {
         Self { charge: Some(charge), ..self.clone() }
     }
@@ -127,7 +129,8 @@ impl PartitionReader {
         self.published.watermarks()
     }
 
-    /// Marks `index` in `wake_set` now, and whenever there may be more to read.
+    /// Marks `index` in `wake_set` now, and whenever the next read may have another result: the high watermark moved,
+    /// the replica status changed, or the partition was closed.
     pub fn add_listener(&self, wake_set: &Arc<WakeSet>, index: usize) {
         self.published.add_listener(wake_set, index, WatermarkKind::HighWatermark);
     }
@@ -160,8 +163,9 @@ impl PartitionReader {
         }
     }
 
-    /// Reads from the first tier that has `from`: memory, then disk, then object store. Tries again if the segment was
-    /// evicted during the read. Returns `None` if there is nothing to read yet.
+    /// Reads from the first tier that has `from`: memory, then disk, then object store. Makes up to
+    /// [`MAX_READ_ATTEMPTS`] attempts if the segment is evicted during each. Returns `None` if there is nothing to read
+    /// yet.
     async fn read_tiers(&self, from: Offset, limits: ReadLimits) -> Result<Option<FetchedBatches>, ReadError> {
         for _ in 0..MAX_READ_ATTEMPTS {
             let Some(watermarks) = self.readable_watermarks(from)? else { return Ok(None) };
@@ -169,11 +173,11 @@ impl PartitionReader {
             if let Some(read) = self.log.read_memory(from, bound, limits.max_bytes) {
                 return Ok(Some(fetched(read, ReadSource::Memory)));
             }
-            // The log moves its start before the task publishes it.
+            // The log's own local start may be above the published one: the task publishes it later.
             if from >= watermarks.local_start.max(self.log.local_start()) {
                 match self.read_disk(from, bound, limits).await? {
                     Some(read) => return Ok(Some(read)),
-                    // Evicted since the watermarks were read.
+                    // The segment was evicted after the watermarks were read.
                     None => continue,
                 }
             }
@@ -192,7 +196,8 @@ impl PartitionReader {
         if self.published.is_closed() {
             return Err(ReadError::Closed);
         }
-        // In this order: a leader publishes its watermarks before the status of a committed epoch.
+        // The role is read before the watermarks, because a leader publishes its watermarks before the status of a
+        // committed epoch.
         let role = self.published.status().role;
         let watermarks = self.published.watermarks();
         let hides_uncommitted = role.leads() || !mutant!(FollowerServesUncommitted);
@@ -232,8 +237,8 @@ impl PartitionReader {
         }
     }
 
-    /// Reads a range from the object store after the local read failed with `error`. Logs that error, and returns it if
-    /// the object store does not have the records or cannot be read.
+    /// Reads from the object store after the local read failed with `error`. Logs that error, throttled, and returns it
+    /// if the object store does not have the records or cannot be read. A batch above the limits is reported as such.
     async fn fall_back_to_object_store(
         &self,
         from: Offset,
@@ -261,7 +266,7 @@ impl PartitionReader {
     }
 
     /// Reads batches that end at or below `bound` from the object store. Returns `None` if the first batch ends above
-    /// `bound`. An error is [`ReadError::OutOfRange`] if retention deleted the records during the read.
+    /// `bound`. If retention deleted the records during the read, the error is [`ReadError::OutOfRange`].
     async fn read_object_store(
         &self,
         from: Offset,
@@ -287,8 +292,8 @@ impl PartitionReader {
     /// Converts an error of the object store for a read at `offset`. A missing object counts as corruption.
     fn object_store_error(&self, offset: Offset, error: &tier::TierReadError) -> ReadError {
         match error {
-            // The tier state is newer than the watermarks: the log start has moved, and nothing is wrong with the
-            // object store.
+            // The tier state is newer than the published watermarks. The log start has moved, and the object store has
+            // no fault.
             tier::TierReadError::OutOfRange { start, .. } if offset < *start => ReadError::OutOfRange {
                 offset,
                 start: *start,
@@ -306,12 +311,14 @@ impl PartitionReader {
     /// `timestamp_ms`; `None` if there is no such record.
     ///
     /// The search selects batches by their headers and then compares the records in them, because a producer may set
-    /// any time in the header of a compressed batch. After 64 batches without a record of the header's time, the search
-    /// ends and returns its current offset with the timestamp -1. No earlier record has such a timestamp, so a read
-    /// from there misses none.
+    /// any time in the header of a compressed batch. After 64 batches without a matching record, the search ends and
+    /// returns its current offset with the timestamp -1. It ends in the same way at a batch for which this broker has
+    /// no memory. No earlier record that can be read has such a timestamp, so a read from the returned offset misses
+    /// none.
     ///
     /// # Errors
-    /// [`ReadError::BatchTooLarge`] if the search has to open a batch above `max_batch_bytes`.
+    /// [`ReadError::BatchTooLarge`] if the search has to open a batch above `max_batch_bytes`. The other errors are
+    /// those of reads.
     pub async fn offset_for_time(
         &self,
         timestamp_ms: i64,
@@ -327,7 +334,8 @@ impl PartitionReader {
             match decompressor.open_stored(self.id, &batch, find).await {
                 Ok(Some((offset, timestamp_ms))) => return Ok(Some((offset, timestamp_ms, epoch))),
                 Ok(None) => {}
-                // Consumers can decode the batch, and one of its records may have such a timestamp.
+                // This broker has too little memory for the batch. Consumers can decode it, and one of its records may
+                // have such a timestamp.
                 Err(MalformedBatch::NoMemory { .. }) => return Ok(Some((from.max(batch.base_offset()), -1, epoch))),
                 // A batch that cannot be decoded holds no record that can be read.
                 Err(error) => {
@@ -342,8 +350,8 @@ impl PartitionReader {
         Ok(Some((from, -1, epoch)))
     }
 
-    /// Returns the first committed batch that ends above `from` and whose header has that time or a later one. Returns
-    /// `None` if there is no such batch.
+    /// Returns the first committed batch that ends above `from` and whose header has a maximum timestamp of at least
+    /// `timestamp_ms`. Returns `None` if there is no such batch.
     async fn batch_for_time(
         &self,
         timestamp_ms: i64,
@@ -384,7 +392,7 @@ impl PartitionReader {
 }
 
 /// Returns offset and timestamp of the first record of a batch, from `from` on, whose timestamp is at least
-/// `timestamp_ms`.
+/// `timestamp_ms`; `None` if there is no such record. Fails if the records exceed `max_bytes` or cannot be decoded.
 fn first_record_at(
     batch: &Batch,
     max_bytes: usize,
@@ -412,7 +420,7 @@ fn below(fetched: FetchedBatches, bound: Offset) -> Option<FetchedBatches> {
         return Some(fetched);
     }
     let mut committed = FetchedBatches { chunks: Vec::new(), bytes: 0, ..fetched };
-    // The caller detects corrupt batches.
+    // A corrupt batch ends the result; a later read starts at that batch.
     let batches = ChunkedBatches::new(fetched.chunks).map_while(Result::ok);
     for batch in batches.take_while(|batch| batch.end_offset() <= bound) {
         (committed.next, committed.bytes) = (batch.end_offset(), committed.bytes + batch.encoded_len());

@@ -11,8 +11,8 @@ use crate::{
     task,
 };
 
-/// Reader of one leader's log in one epoch. All reads fail after the epoch, because the log may then hold records of
-/// another leader. Clones are cheap.
+/// Reader of this broker's log while the broker leads in one epoch. All reads fail after that leadership, because the
+/// log may then hold records of another leader. Clones are cheap.
 #[derive(Clone)]
 pub struct TailReader {
     published: Arc<PublishedState>,
@@ -32,17 +32,18 @@ impl TailReader {
 
     /// Returns the leader's log end and its high watermark.
     pub fn progress(&self) -> (Offset, Offset) {
-        // The high watermark first: it is never above a log end that is read after it.
+        // The high watermark is loaded first: it is never above a log end that is loaded later.
         let high_watermark = self.published.watermarks().high_watermark;
         (self.published.progress().log_end, high_watermark)
     }
 
-    /// Reads from `from` on: at least one batch if there is one, beyond that up to `max_bytes`. Returns `None` at the
-    /// log end. Reads memory or disk, never the object store.
+    /// Reads from `from` on: at least one batch, and further batches up to `max_bytes` in total. Returns `None` if
+    /// `from` is the log end. Reads memory or disk, never the object store.
     ///
     /// # Errors
     /// [`ReadError::Closed`] if this broker no longer leads in the reader's epoch. [`ReadError::OutOfRange`] if `from`
-    /// is not on this disk: the follower has to subscribe again.
+    /// is below the local start or above the log end: the follower has to subscribe again. [`ReadError::Corrupt`] or
+    /// [`ReadError::Disk`] if the disk cannot be read.
     pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Option<FetchedBatches>, ReadError> {
         self.check_leading()?;
         let bound = self.published.progress().log_end;
@@ -60,8 +61,8 @@ impl TailReader {
                 fetched(read.map_err(|error| self.read_error(from, error))?, ReadSource::Disk)
             }
         };
-        // This broker publishes the end of its leadership before it truncates. So these are batches of the reader's
-        // epoch.
+        // This broker publishes the end of its leadership before it truncates the log. So if it still leads, the
+        // batches are those of the log that the reader's epoch has.
         self.check_leading()?;
         Ok(Some(batches))
     }
@@ -79,7 +80,7 @@ impl TailReader {
         }
     }
 
-    /// Converts an error of a local read at `from`. Logs corruption.
+    /// Converts an error of a local read at `from`. Logs corruption, throttled.
     fn read_error(&self, from: Offset, error: log::LogReadError) -> ReadError {
         match error {
             log::LogReadError::OutOfRange { start, end, .. } => ReadError::OutOfRange { offset: from, start, end },

@@ -12,8 +12,8 @@ async fn tiered_write_does_not_wait_for_a_full_segment() {
     assert_eq!(acked.unwrap().durability, AckDurability::Tiered(1));
 }
 
-/// If a step without uploads rolled the active segment, each append that waits for the object store would get a segment
-/// of its own.
+/// A step without uploads must not roll the active segment for a write with `acks=tiered`, because each such write
+/// would get a segment of its own. The step reports that an upload is due.
 #[tokio::test(flavor = "multi_thread")]
 async fn step_without_uploads_leaves_tiered_writes_to_another() {
     let dir = tempfile::tempdir().unwrap();
@@ -30,7 +30,7 @@ async fn step_without_uploads_leaves_tiered_writes_to_another() {
     assert!(partition.describe_segments().await.unwrap().sealed.is_empty());
     assert_eq!(bench.serve_until(&partition, written).await.unwrap().durability, AckDurability::Tiered(1));
 
-    // Retention continues without uploads, but not during a step that uploads.
+    // Steps without uploads move the log start, unless another step of the partition is in progress.
     for n in 0..40u8 {
         append(&partition, &[n; 4000], Acks::All).await.unwrap();
     }
@@ -43,8 +43,8 @@ async fn step_without_uploads_leaves_tiered_writes_to_another() {
     assert!(watermarks.log_start.get() > 20 && watermarks.tiered_end < watermarks.log_start, "{watermarks:?}");
 }
 
-/// Regression: no segment was sealed for a retry with `acks=tiered` after an attempt with `acks=all`. The retry waited
-/// until retention checked the partition.
+/// Regression: no upload was started for a retry with `acks=tiered` after an attempt with `acks=all`. The retry waited
+/// until the next periodic check of retention.
 #[tokio::test]
 async fn tiered_retry_of_a_local_batch_starts_an_upload() {
     let dir = tempfile::tempdir().unwrap();

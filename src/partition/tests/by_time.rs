@@ -35,8 +35,8 @@ async fn search_by_time_finds_the_record_in_every_tier() {
     }
 }
 
-/// Regression: the producer sets the header of a compressed batch. A search by time returned the header's time of 2^62
-/// for a record of 1970.
+/// Regression: a producer may set any time in the header of a compressed batch. A search by time returned the header's
+/// time of 2^62 for a record with a timestamp of 1970. It must compare the timestamps of the records.
 #[tokio::test]
 async fn time_without_a_record_in_the_batch_is_not_found() {
     let dir = tempfile::tempdir().unwrap();
@@ -79,7 +79,8 @@ async fn time_without_a_record_in_the_batch_is_not_found() {
             let result = partition.reader().offset_for_time(time, usize::MAX, &decompressor).await.unwrap();
             assert_eq!(result.map(|(offset, time, _)| (offset.get(), time)), found, "{time}, tiered: {tiered}");
         }
-        // Without memory to open a batch, this broker skips no record of that time.
+        // Without memory to open the batch, the search returns the offset of the batch without a timestamp, and so
+        // skips no record.
         let result = partition.reader().offset_for_time(1001, usize::MAX, &Decompressor::new(4 << 10)).await.unwrap();
         assert_eq!(result.map(|(offset, time, _)| (offset.get(), time)), Some((1, -1)), "tiered: {tiered}");
     }

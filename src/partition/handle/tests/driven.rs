@@ -35,7 +35,7 @@ enum TaskRequest {
     Follow(BrokerId),
     Subscribe(LeaderEpoch, LogPosition, ReplicaProgress),
     RetryLater,
-    /// Newest known epoch, and true if the partition is being stopped.
+    /// Epoch of the applied value, and true if the partition is being stopped.
     Unsubscribe(LeaderEpoch, bool),
     Propose(IsrProposal),
     ReadBack,
@@ -51,7 +51,7 @@ impl RequestLog {
         self.0.lock().push(request);
     }
 
-    /// Takes the requests since the last call.
+    /// Returns the requests since the last call, and removes them.
     fn take(&self) -> Vec<TaskRequest> {
         std::mem::take(&mut *self.0.lock())
     }
@@ -151,12 +151,12 @@ fn response_event(epoch: u32, outcome: SubscribeOutcome) -> LinkEvent {
     LinkEvent::Response(SubscribeResponse { epoch: LeaderEpoch(epoch), high_watermark: at(0), outcome, in_sync: false })
 }
 
-/// Delivers link events, and returns when the partition has handled them.
+/// Delivers link events, and returns when the task has handled them.
 async fn deliver(partition: &Partition, events: impl IntoIterator<Item = LinkEvent>) {
     for event in events {
         partition.on_link_event(event).unwrap();
     }
-    // A control message is handled after the earlier events in the queue.
+    // The task handles these messages after the events, because they are in the same queue.
     partition.on_broker_status(broker(9), BrokerStatus::Unregistered).await;
     assign_again(partition).await;
 }
@@ -179,7 +179,8 @@ async fn follower_copies_and_rejects_batches_that_do_not_fit() {
     deliver(&partition, [LinkEvent::Connected]).await;
     assert_eq!(requests.take(), [TaskRequest::Follow(broker(2)), subscribed(4, None, 0)]);
 
-    // Batches before the response are ignored, and the follower does not subscribe again.
+    // Batches that arrive before the response to the subscription are ignored, and the follower does not subscribe
+    // again.
     deliver(&partition, [batches_event(4, 0, vec![leader_batch(0, 4)])]).await;
     deliver(
         &partition,
@@ -216,8 +217,8 @@ async fn follower_copies_and_rejects_batches_that_do_not_fit() {
     assert_eq!(partition.watermarks().high_watermark, at(3));
 }
 
-/// A follower holds records that its leader has not committed yet. No reader gets them, even if the reader has read
-/// further on another replica.
+/// A follower holds records that its leader has not committed yet. No reader gets them, even if its read starts at an
+/// offset above the follower's high watermark.
 #[tokio::test]
 async fn in_sync_follower_serves_only_committed_records() {
     let (partition, _requests, _log) = open();
@@ -244,7 +245,7 @@ async fn in_sync_follower_serves_only_committed_records() {
     deliver(&partition, [batches_event(4, 3, vec![])]).await;
     assert_eq!((wake_set.take(), next(2).await), (Some(7), Some(at(3))), "the high watermark moved");
 
-    // Removed from the ISR, and admitted again.
+    // The follower is removed from the ISR, and admitted again.
     let without = PartitionValue { isr: vec![broker(2), broker(3)], ..value(Some(2), 4) };
     assign(&partition, without, 11).await;
     assert_eq!(serves(), (false, false));
@@ -275,7 +276,7 @@ async fn follower_truncates_bootstraps_and_retries_by_response() {
     wait_until("the batches are durable", || partition.progress().persisted_end == at(6)).await;
     requests.take();
 
-    // Another broker leads, and has only some of the records.
+    // Another broker leads, and has only the first of the follower's records.
     assign(&partition, value(Some(3), 5), 11).await;
     deliver(&partition, [LinkEvent::Connected]).await;
     assert_eq!(
@@ -339,7 +340,7 @@ async fn follower_truncates_bootstraps_and_retries_by_response() {
 }
 
 /// A leader has one request at a time. The outcome of a request of an earlier epoch must not be applied to the current
-/// request. It would remove a member from the maximal ISR whose admission may still be written.
+/// request. Otherwise the leader could drop a member from the maximal ISR whose admission may still be written.
 #[tokio::test]
 async fn late_outcome_does_not_count_for_another_proposal() {
     let (partition, requests, _log) = open();
@@ -365,7 +366,7 @@ async fn late_outcome_does_not_count_for_another_proposal() {
     partition.on_follower_disconnected(peer(2), DisconnectCause::ProcessGone).await;
     assign_again(&partition).await;
     assert_eq!(requests.take(), [TaskRequest::ReadBack]);
-    // The metadata arrives before the value that is read back.
+    // The metadata arrives before the value that is read back. The leader still waits for that value.
     assign(&partition, second.value.clone(), 22).await;
     assert_eq!(requests.take(), []);
     partition.on_isr_outcome(ProposalOutcome::CurrentValue(second.value.clone(), Revision(22))).await;
@@ -401,8 +402,9 @@ async fn broker_leads_at_most_once_in_an_epoch() {
     assert_eq!(result, Err(AppendError::NotLeader { leader: Some(broker(2)), epoch: LeaderEpoch(7) }));
 }
 
-/// A follower's report of a newer epoch ends a leadership at once. Regression: a wrong report stopped the partition.
-/// The metadata still named the broker as leader, and the broker waited for newer metadata.
+/// A follower's report of a newer epoch ends a leadership at once. Regression: after a wrong report, the broker waited
+/// for newer metadata without limit, while the metadata still named it as the leader. Now it reads the store, and ends
+/// its epoch.
 #[tokio::test]
 async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     let (partition, requests, _log) = open();
@@ -432,7 +434,7 @@ async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     assert_eq!((requests.take(), partition.wants_ticks()), (vec![], false));
     assign(&partition, value(Some(1), 6), 12).await;
     assert!(partition.status().role.leads(), "the follower's report no longer counts");
-    // The report does not keep this broker from following another one.
+    // A wrong report delays this broker, but does not prevent it from following another leader.
     partition.report_newer_epoch(LeaderEpoch(2_000_000)).await;
     assign(&partition, value(Some(3), 7), 13).await;
     assert_eq!((partition.status().role, requests.take()), (ReplicaRole::Idle, vec![]));
@@ -450,15 +452,15 @@ async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     assert_eq!(requests.take(), [TaskRequest::Follow(broker(2))]);
 }
 
-/// Regression: the wait for metadata, of a second, counted from the start of an earlier wait, if that wait had ended
-/// before the next tick.
+/// A broker whose leadership ended waits a second for metadata before it reads the store. Regression: the second
+/// counted from the start of an earlier wait, if that wait had ended before the next tick.
 #[tokio::test]
 async fn metadata_wait_counts_from_the_end_of_leadership() {
     let (partition, requests, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
     partition.report_newer_epoch(LeaderEpoch(5)).await;
     tick(&partition, 5000).await;
-    // The metadata arrives.
+    // The metadata arrives, which ends the wait.
     assign(&partition, value(Some(1), 6), 11).await;
     partition.report_newer_epoch(LeaderEpoch(7)).await;
     tick(&partition, 60_000).await;
@@ -479,7 +481,7 @@ async fn ticks_never_wait_and_take_no_queue_space() {
     assert_eq!(requests.take().len(), 2, "the task follows and subscribes");
 }
 
-/// The queue for link events is bounded, and no sender waits for it.
+/// The control queue is bounded. A link event that does not fit is rejected at once; accepted events are handled.
 #[tokio::test]
 async fn full_control_queue_rejects_link_events() {
     let (partition, requests, _log) = open();
@@ -491,7 +493,7 @@ async fn full_control_queue_rejects_link_events() {
     assert_eq!(requests.take().len(), 1 + COMMAND_QUEUE_LEN, "accepted events are handled");
 }
 
-/// A subscription in an epoch that this broker has not received yet waits for that epoch, for a limited time.
+/// A subscription waits up to a second until this broker leads in the subscription's epoch. Then it is rejected.
 #[tokio::test(start_paused = true)]
 async fn subscription_waits_for_its_epoch_to_begin() {
     let (partition, _requests, _log) = open();
@@ -517,8 +519,8 @@ async fn subscription_waits_for_its_epoch_to_begin() {
     assert_eq!(began.elapsed().as_millis(), 1000);
 }
 
-/// Regression: after a restore of etcd from a backup, earlier epochs are assigned again. The first append of a leader
-/// in such an epoch panicked.
+/// After a restore of etcd from a backup, earlier epochs are assigned again. Regression: the first append of a leader
+/// panicked if its log had batches of a later epoch. Now the broker refuses to lead.
 #[tokio::test]
 async fn broker_does_not_lead_in_an_epoch_before_its_log() {
     let (partition, requests, _log) = open();
@@ -539,7 +541,7 @@ async fn broker_does_not_lead_in_an_epoch_before_its_log() {
     assert!(matches!(result, Err(AppendError::NotLeader { .. })), "{result:?}");
     assert_eq!((partition.status().role, partition.wants_ticks()), (ReplicaRole::Idle, true));
 
-    // The broker ends that epoch, and an election in the next epoch follows.
+    // The broker proposes the value without a leader, which ends that epoch.
     for ms in [0, 1000] {
         tick(&partition, ms).await;
     }
@@ -550,8 +552,8 @@ async fn broker_does_not_lead_in_an_epoch_before_its_log() {
     assert_eq!(ended.value, older.leaderless());
 }
 
-/// Regression: the admission of the only possible successor was pending when the disk failed, and the partition
-/// accepted no writes until the broker was stopped.
+/// A leader whose disk failed resigns again when the ISR changes. Regression: it resigned once, while it was the only
+/// ISR member. A successor entered the ISR later, but the partition accepted no writes until the broker was stopped.
 #[tokio::test]
 async fn failed_leader_resigns_when_a_successor_enters_isr() {
     let disk = SimDisk::new();
@@ -566,8 +568,8 @@ async fn failed_leader_resigns_when_a_successor_enters_isr() {
     assert_eq!(requests.take(), [TaskRequest::Resign(LeaderEpoch(4))]);
 }
 
-/// The outcome of a proposal names this broker id as the leader of a newer epoch. The id may then belong to another
-/// process, on a copy of the data directory.
+/// The outcome of a proposal, or a read of the store, names this broker id as the leader of a newer epoch. The id may
+/// then belong to another process, on a copy of the data directory. So this must not start a leadership.
 #[tokio::test]
 async fn only_the_metadata_cache_starts_a_leader() {
     let (partition, requests, _log) = open();

@@ -56,7 +56,7 @@ async fn records_acknowledged_by_all_are_readable_everywhere() {
             (acked.base.get(), acked.durability, acked.epoch),
             (u64::from(n), AckDurability::Persisted(3), LeaderEpoch(1))
         );
-        // The write was acknowledged only when all three had it on their disks.
+        // The write was acknowledged only after all three replicas had it on their disks.
         assert!(two.progress().persisted_end >= acked.end && three.progress().persisted_end >= acked.end);
     }
     for follower in [&two, &three] {
@@ -67,14 +67,15 @@ async fn records_acknowledged_by_all_are_readable_everywhere() {
         assert_eq!(refused, Err(AppendError::NotLeader { leader: Some(broker(1)), epoch: LeaderEpoch(1) }));
     }
     assert_eq!(one.status().role, ReplicaRole::Leader { epoch_committed: true });
-    // A consumer waits above a follower's high watermark; the leader rejects such an offset.
+    // A read above the high watermark waits on a follower, and is rejected by the leader.
     assert!(two.reader().read(at(25), 100.into()).await.unwrap().is_none());
     assert!(matches!(one.reader().read(at(25), 100.into()).await, Err(ReadError::OutOfRange { .. })));
     assert_eq!(net.proposals(), [], "no ISR change was proposed");
 }
 
 /// A leader writes records that no replica copies, and another broker is elected. When the old leader is connected
-/// again, it truncates these records by epochs. Their writers never got an acknowledgement of all replicas.
+/// again, the leader epochs show where its log diverges, and it truncates these records. No write among them was
+/// acknowledged with `acks=all`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn deposed_leader_truncates_uncopied_records_and_follows() {
     let (net, [one, two, three]) = trio().await;
@@ -113,8 +114,8 @@ async fn deposed_leader_truncates_uncopied_records_and_follows() {
     assert!(reader.read(at(1), 100.into()).await.unwrap().is_some());
 }
 
-/// A deposed leader may receive its successor's tier state first. The log of the deposed leader may end above the
-/// tiered end, with other records.
+/// A deposed leader may receive its successor's tier state before it receives the new epoch in the partition value. Its
+/// own log may have other records below that tiered end, and these must not be committed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn newer_tier_state_commits_nothing_on_deposed_leader() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
@@ -145,7 +146,7 @@ async fn newer_tier_state_commits_nothing_on_deposed_leader() {
     assert_equal_logs(&two, &one, 0).await;
 }
 
-/// A leader without metadata is deposed only by the reports of its followers.
+/// A leader that receives no metadata is deposed by its followers' reports of a newer epoch.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn leader_with_report_of_newer_epoch_admits_nothing() {
     let (net, [one, _two, _three]) = trio().await;
@@ -188,8 +189,8 @@ async fn lost_follower_leaves_the_isr_and_returns() {
 }
 
 /// An operator cancels a reassignment and starts it again, and neither the leader nor the new replica receives the
-/// values in between. The leader drops the earlier acknowledgements of the replica. So the replica subscribes again,
-/// although its link stays connected and nothing is written.
+/// values in between. The leader drops the earlier acknowledgements of the replica. So the replica must subscribe
+/// again, although its link stays connected and nothing is written.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replica_added_again_subscribes_again() {
     let net = Net::new(3, 2, 1, false).await;
@@ -198,8 +199,8 @@ async fn replica_added_again_subscribes_again() {
     wait_until_in_sync(&two).await;
     append(&one, &[0], Acks::All).await.unwrap();
     let three = net.start(3, PLAIN, false).await;
-    // The replica copies, and its leader must not admit it yet. So the leader receives neither the first reassignment
-    // nor its end.
+    // The new replica must copy without being admitted to the ISR. So the leader receives neither the first
+    // reassignment nor its cancellation.
     let target = [broker(1), broker(2), broker(3)];
     net.pause_metadata(1).await;
     net.change(|value| value.start_reassignment(&target).unwrap()).await;
@@ -209,7 +210,8 @@ async fn replica_added_again_subscribes_again() {
     net.change(|value| value.cancel_reassignment().unwrap()).await;
     net.change(|value| value.start_reassignment(&target).unwrap()).await;
     net.resume_metadata(1).await;
-    // The leader rejects an addition that it has not received; the new replica receives the second addition last.
+    // The leader rejects a subscription for an addition that it has not received. So the leader receives the second
+    // addition before the new replica does.
     assert_eq!(net.value().await.0.isr, target[..2]);
     net.resume_metadata(3).await;
     wait_until_in_sync(&three).await;
@@ -218,7 +220,7 @@ async fn replica_added_again_subscribes_again() {
 }
 
 /// A replica that already follows is removed and added again, while its link stays connected. Acknowledgements on its
-/// old subscription do not count.
+/// old subscription do not count, so it must subscribe again before it is admitted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn repeated_addition_ends_the_old_subscription() {
     let net = Net::new(3, 2, 2, false).await;
@@ -243,7 +245,8 @@ async fn repeated_addition_ends_the_old_subscription() {
     assert_equal_logs(&one, &three, 0).await;
 }
 
-/// The process of the follower runs, and the leader received no end of its link: only the lack of progress shows.
+/// The follower's process runs, and nothing reports the end of its link to the leader. The leader must detect the
+/// lagging follower by its lack of progress.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lagging_follower_is_removed_by_ticks_alone() {
     let net = Net::new(2, 2, 1, false).await;
@@ -261,8 +264,8 @@ async fn lagging_follower_is_removed_by_ticks_alone() {
     assert_eq!(net.value().await.0.isr, [broker(1)]);
 }
 
-/// The outcome of a proposal is lost after the proposal was written. The leader commits by the new ISR only after it
-/// has read the key.
+/// The store writes a proposal, but the leader receives an unknown outcome. The leader reads the key, and then commits
+/// by the new ISR.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unknown_outcome_is_read_back() {
     let net = Net::new(3, 3, 1, false).await;
@@ -342,7 +345,7 @@ async fn new_replica_bootstraps_at_tiered_end_with_producers() {
     assert!(retried.duplicate);
     let next = send(&two, batch(&[7; 4000], stamp(20)), Acks::Leader).await.await.unwrap().unwrap();
     assert_eq!((next.base, next.duplicate), (at(20), false));
-    // Uploads continue where the other broker stopped.
+    // Uploads continue at the tiered end of the other broker.
     for n in 21..40 {
         send(&two, batch(&[7; 4000], stamp(n)), Acks::All).await.await.unwrap().unwrap();
     }
@@ -350,7 +353,8 @@ async fn new_replica_bootstraps_at_tiered_end_with_producers() {
     assert!(two.watermarks().tiered_end > tiered_end);
 }
 
-/// No object store: the older records were deleted, and only the leader has the state of their producers.
+/// There is no object store, and the older records were deleted. A bootstrapping replica gets the state of their
+/// producers from the leader.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_replica_bootstraps_with_the_leaders_tables() {
     const SHORT: &[(&str, &str)] = &[
@@ -402,15 +406,15 @@ async fn leader_with_failed_disk_resigns_and_serves_reads() {
 async fn commits_do_not_wait_for_follower_with_failed_disk() {
     let (net, [one, _two, three]) = trio().await;
     net.node(3, |node| node.disk.fail_writes_after(Some(0)));
-    // No tick is needed: the follower reports it.
+    // The follower reports its failed disk by ending its subscription, so the leader needs no tick.
     assert_eq!(append(&one, &[0], Acks::All).await.unwrap().durability, AckDurability::Persisted(2));
     assert!(three.error().is_some());
     assert_eq!(three.status().role, ReplicaRole::Idle);
     assert_eq!(net.value().await.0.isr, [broker(1), broker(2)]);
 }
 
-/// An operator elected a replica whose log ends before the object store does, and holds other records than the object
-/// store.
+/// An operator elects a replica whose log ends below the tiered end. The replica resets its log to the tiered end, and
+/// its readers get the earlier records from the object store.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unclean_leader_is_reset_to_the_tiered_end() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
@@ -440,7 +444,8 @@ async fn unclean_leader_is_reset_to_the_tiered_end() {
     assert_eq!(append(&two, b"x", Acks::Leader).await.unwrap().base, tiered_end);
     assert_eq!(consumed(&two).await.len() as u64, tiered_end.get() + 1);
 
-    // The old leader starts again, with more records. It truncates them, although they were committed before.
+    // The old leader starts again, with records above the tiered end. It truncates them, although they were committed
+    // before the unclean election.
     net.reconnect(1, 2);
     let one = net.start(1, TIERED, false).await;
     wait_until_in_sync(&one).await;
@@ -448,7 +453,8 @@ async fn unclean_leader_is_reset_to_the_tiered_end() {
 }
 
 /// Regression: the elected replica held the object store's records, and later records that no other replica may have.
-/// It was reset, because the last footer has only the epochs of its own segment.
+/// The replica was reset, because its epochs were compared with the last footer, which has only the epochs of its own
+/// segment.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unclean_leader_keeps_records_after_the_tiered_end() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
@@ -471,7 +477,8 @@ async fn unclean_leader_keeps_records_after_the_tiered_end() {
 }
 
 /// A replica copied records that were never committed, and was stopped while another leader wrote other records at
-/// those offsets. The tiered end of that leader does not make the replica's own records committed.
+/// those offsets. After its restart, the tiered end of that leader must not make the replica's own records count as
+/// committed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn abandoned_tail_does_not_count_as_committed() {
     const TIERED: &[(&str, &str)] = &[("segment.bytes", "16384"), ("retention.ms", "-1")];
@@ -507,8 +514,8 @@ async fn abandoned_tail_does_not_count_as_committed() {
     assert_equal_logs(&two, &three, 0).await;
 }
 
-/// A cleanly elected leader has all committed records. If a leader lacks some nevertheless, a follower does not
-/// truncate its committed records.
+/// A cleanly elected leader has all committed records. Even if a leader lacks some, a follower must not truncate its
+/// own committed records.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replica_does_not_truncate_committed_records() {
     let net = Net::new(2, 2, 1, false).await;
@@ -521,7 +528,7 @@ async fn replica_does_not_truncate_committed_records() {
     wait_until("the high watermark arrives", || two.watermarks().high_watermark == at(5)).await;
     let before = bytes_of(&two, at(0));
     net.stop(1).await;
-    // The replica of broker 1 is deleted, and the broker leads nevertheless: no protocol step allows that.
+    // Broker 1 leads although its replica was deleted. No step of the protocol leads to this state.
     let log = net.node(1, |node| node.log.clone());
     log.delete_replica(net.id).unwrap();
     let one = net.start(1, PLAIN, false).await;
@@ -552,7 +559,7 @@ async fn restarted_replica_copies_missed_records() {
     wait_until_in_sync(&two).await;
     append(&one, &[0; 3000], Acks::All).await.unwrap();
     net.stop(2).await;
-    // The leader was notified of the stop, so no commit waits.
+    // Broker 2 notified the leader of its stop, so no commit waits for it.
     for n in 1..60u8 {
         append(&one, &[n; 3000], Acks::All).await.unwrap();
     }
@@ -563,7 +570,8 @@ async fn restarted_replica_copies_missed_records() {
     assert_eq!(append(&one, &[60; 3000], Acks::All).await.unwrap().durability, AckDurability::Persisted(2));
 }
 
-/// Brokers lead one after the other, while an idempotent producer retries each batch until it is acknowledged.
+/// The three brokers lead in turn, while an idempotent producer retries each batch until it is acknowledged. Each batch
+/// must be stored once, in order.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sequence_is_stored_once_across_leader_changes() {
     let net = Net::new(3, 3, 2, false).await;

@@ -67,7 +67,7 @@ struct NetState {
     refuse_admissions: bool,
     /// All proposals so far.
     proposals: Vec<IsrProposal>,
-    /// All resignations so far, with the epoch that the leader ended.
+    /// All resignations so far: the leader, and the epoch that it ended.
     resigned: Vec<(BrokerId, LeaderEpoch)>,
 }
 
@@ -82,7 +82,7 @@ pub(super) struct Node {
     follows: Option<BrokerId>,
     /// Number of the replica's last subscription. A task that serves an earlier subscription ends.
     subscription: u64,
-    /// Wakes the task that serves the subscription.
+    /// Wake set of the task that serves the last subscription.
     wake_set: Arc<WakeSet>,
 }
 
@@ -179,7 +179,7 @@ impl Net {
         Ok(partition)
     }
 
-    /// Stops the replica of a broker, and ends all its subscriptions.
+    /// Stops the replica of a broker, and ends the subscriptions of this replica and of its followers.
     pub(super) async fn stop(&self, of: u32) {
         let (partition, wake_sets) = {
             let mut state = self.state.lock();
@@ -235,7 +235,7 @@ impl Net {
         }
     }
 
-    /// Elects a leader cleanly. The election treats the brokers of `offline` as offline.
+    /// Elects `leader` cleanly, as if the brokers in `offline` were offline. Panics if the broker cannot be elected.
     pub(super) async fn elect(&self, leader: u32, offline: &[u32]) {
         let offline: BTreeSet<BrokerId> = offline.iter().map(|id| BrokerId(*id)).collect();
         let min_insync = self.min_insync;
@@ -271,7 +271,7 @@ impl Net {
         self.deliver_metadata().await;
     }
 
-    /// Delivers metadata to this broker again, first the stored value.
+    /// Delivers metadata to this broker from now on, beginning with the stored value.
     pub(super) async fn resume_metadata(&self, of: u32) {
         self.state.lock().without_metadata.remove(&BrokerId(of));
         self.deliver_metadata().await;
@@ -319,13 +319,14 @@ impl Net {
         self.deliver_metadata().await;
     }
 
-    /// Returns true if broker `me` is connected to a broker whose replica is open.
+    /// Returns true if broker `me` is connected to broker `peer`, and the replica of `peer` is open.
     fn can_reach(&self, me: BrokerId, peer: BrokerId) -> bool {
         let state = self.state.lock();
         !state.disconnected.contains(&pair(me, peer)) && state.nodes[&peer].partition.is_some()
     }
 
-    /// Notifies the replica of `me` after a delay that its link is connected, if the leader can then be reached.
+    /// After a delay, notifies the replica of `me` that its link is connected, if it follows a leader that `me` can
+    /// reach then.
     fn notify_connected(self: &Arc<Self>, me: BrokerId, after: Duration) {
         let net = Arc::clone(self);
         self.tasks.spawn("connect", async move {
@@ -357,7 +358,7 @@ impl Net {
         let response = leading.subscribe(peer, epoch, position, progress).await;
         let is_current = || self.node(me.0, |node| node.subscription == subscription) && self.can_reach(me, leader);
         if !is_current() {
-            // If `me` stopped, the leader may have received the end of the link before this subscription, so it is
+            // If `me` stopped, the leader may have received the end of the link before this subscription. So the end is
             // reported again.
             if self.partition(me).is_none() {
                 leading.on_follower_disconnected(peer, DisconnectCause::ShuttingDown).await;
@@ -430,7 +431,7 @@ impl ReplicationLinks for BrokerContext {
     fn subscribe(&self, _: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress) {
         let (subscription, wake_set) = self.net.node(self.me.0, |node| {
             node.subscription += 1;
-            // Ends the task of the subscription before.
+            // Ends the task of the previous subscription.
             node.wake_set.mark(CONNECTION_CHANGED);
             node.wake_set = Arc::default();
             (node.subscription, Arc::clone(&node.wake_set))
@@ -522,7 +523,8 @@ impl IsrUpdater for BrokerContext {
     }
 }
 
-/// Returns a batch of one record. A producer's retry has the same bytes.
+/// Returns a batch of one record. With a producer sequence, its timestamp is constant, so that a retry has the same
+/// bytes.
 pub(super) fn batch(value: &[u8], stamp: Option<ProducerSequence>) -> Batch {
     let mut builder = BatchBuilder::new(Compression::None);
     let timestamp_ms = if stamp.is_some() { 1 } else { crate::task::clock::wall_ms() };
@@ -536,7 +538,8 @@ pub(super) async fn send(partition: &Partition, batch: Batch, acks: Acks) -> one
     send_as(partition, batch, sent, acks).await
 }
 
-/// Queues a write of a batch that a broker made of a request.
+/// Queues a write of a batch that a broker made from a request. `sent` is the fingerprint of the client's batch, or
+/// `None` if the client sent records.
 pub(super) async fn send_as(
     partition: &Partition,
     batch: Batch,
@@ -547,9 +550,11 @@ pub(super) async fn send_as(
     partition.append(batch, sent, acks, permit).await
 }
 
-/// Sends the time when everything before it was handled, and returns when the task has handled it.
+/// Waits until the task has handled all earlier messages, sends the time, and waits until the task has handled the
+/// time.
 pub(super) async fn tick(partition: &Partition, now_ms: u64) {
-    // Older than every applied value: the task drops it.
+    // Returns an assignment that is older than every applied value, so that the task drops it. `assign` returns when
+    // the task has handled it.
     let stale_assignment = || {
         let (value, revision) = (Arc::new(PartitionValue::new(vec![broker(1)], LeaderEpoch(0))), Revision::ZERO);
         PartitionAssignment { value, revision, committed: None, registered: BTreeMap::new() }
@@ -565,7 +570,7 @@ pub(super) async fn append(partition: &Partition, value: &[u8], acks: Acks) -> A
     tokio::time::timeout(Duration::from_secs(20), receiver).await.expect("the write gets a result in time").unwrap()
 }
 
-/// Returns the bytes of a replica's disk, from `from` on.
+/// Returns the bytes of a replica's log from offset `from` on, read from its disk.
 pub(super) fn bytes_of(partition: &Partition, from: Offset) -> Vec<u8> {
     let (end, mut at, mut bytes) = (partition.watermarks().log_end, from, Vec::new());
     while at < end {

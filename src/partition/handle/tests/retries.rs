@@ -18,7 +18,7 @@ enum Form {
     OfRecords,
 }
 
-/// Writes a batch of one record with this sequence, in this form, and returns the result.
+/// Writes a batch of one record with this value and sequence, in this form, and returns the result.
 async fn write_as(to: &Partition, form: Form, value: &[u8], sequence: i32) -> AppendResult {
     // A request that holds records gets the time of its arrival.
     let time = if form == Form::OfRecords { crate::task::clock::wall_ms() } else { 5 };
@@ -49,7 +49,7 @@ async fn retry_is_a_duplicate_after_failover_and_alter() {
         wait_until_in_sync(&one).await;
         for (sequence, stored) in (0..).zip(FORMS) {
             let base = at(u64::try_from(sequence).unwrap());
-            // The topic may have gained a codec meanwhile, or lost it.
+            // The codec of the topic may have changed between the attempts, so a retry may be recompressed or not.
             let retries: &[Form] =
                 if stored == Form::OfRecords { &[stored] } else { &[Form::AsSent, Form::Recompressed] };
             for retry in retries {
@@ -60,13 +60,14 @@ async fn retry_is_a_duplicate_after_failover_and_alter() {
                     "{stored:?}, {retry:?}, {before:?} to {after:?}"
                 );
             }
-            // The same sequence with another value.
+            // A batch with the same sequence and another value is a conflict.
             let conflicting = write_as(&two, retries[0], b"other", sequence).await;
             if stored == Form::AsSent && before == PLAIN {
                 let conflict = AdmitError::SequenceConflict { producer: 9, sent: sequence, base };
                 assert_eq!(conflicting, Err(AppendError::Refused(conflict)), "{before:?} to {after:?}");
             } else {
-                // Neither broker has the batch that the client sent.
+                // The log does not hold the batch as the client sent it, so the conflict cannot be detected: the batch
+                // counts as a duplicate.
                 assert!(conflicting.unwrap().duplicate, "{stored:?}, {before:?} to {after:?}");
             }
         }
