@@ -26,14 +26,14 @@ use crate::{
 pub(crate) struct MachineView {
     pub(crate) id: BrokerId,
     pub(crate) logs: DiskLogs,
-    /// Number of the broker's process while the broker is active, else 0.
+    /// Number of the broker's process while the broker runs; 0 while it is down, starts or stops.
     pub(crate) process: Arc<AtomicU32>,
-    /// True if the content of the disk may differ from the broker's writes.
+    /// True if the content of the disk may differ from the broker's writes, because a sync failed.
     pub(crate) disk_altered: Arc<AtomicBool>,
 }
 
 impl MachineView {
-    /// Returns true if the broker is active and its disk holds what it wrote.
+    /// Returns true if the broker runs and its disk certainly holds its writes.
     fn is_checked(&self) -> bool {
         self.process.load(Ordering::Relaxed) != 0 && !self.disk_altered.load(Ordering::Relaxed)
     }
@@ -63,7 +63,7 @@ impl StateChecker {
         Self { machines, store, keys, ledger, trace, values: BTreeMap::new(), model }
     }
 
-    /// Returns every partition of the metadata store, with its log in the history.
+    /// Returns every partition of the topics in [`TOPICS`] from the metadata store, with its log in the history.
     pub(crate) async fn partitions(&self) -> Vec<(Log, PartitionId, PartitionValue)> {
         let entries = self.store.list(self.keys.prefix()).await.unwrap().entries;
         let mut topics: BTreeMap<TopicId, usize> = BTreeMap::new();
@@ -88,7 +88,8 @@ impl StateChecker {
         placed.collect()
     }
 
-    /// Checks the current state. The state does not change during the check.
+    /// Checks the logs on the disks of the running brokers against each other, against the acknowledged records and
+    /// against the metadata store. The state does not change during the check.
     pub(crate) async fn check_machines(&mut self) {
         self.model.check_isr_and_elr();
         for (log, id, value) in self.partitions().await {
@@ -101,8 +102,8 @@ impl StateChecker {
             let decreased = before.is_some_and(|before| before.leader_epoch > value.leader_epoch);
             assert!(!decreased, "{log:?}: the leader epoch decreased");
             let may_lead = |broker: &BrokerId| value.isr.contains(broker) || value.elr.contains(broker);
-            // A replica that was reassigned while its broker was down stays on the disk until the broker removes it. It
-            // is not read before it is opened.
+            // A replica that was reassigned while its broker was down stays on the disk until the broker removes it.
+            // Such a replica is not read before the broker opens it.
             let is_read = |broker: &BrokerId| value.replicas.contains(broker) && self.model.has_opened(id, *broker);
             let replicas: Vec<_> = self
                 .machines
@@ -118,7 +119,8 @@ impl StateChecker {
         }
     }
 
-    /// Checks that two logs with an equal offset and epoch are the same up to there.
+    /// Checks each pair of logs: up to the last batch with the same offset and epoch in both, the logs must be the
+    /// same.
     fn check_agreement(&self, log: Log, replicas: &[(BrokerId, DiskReplica)]) {
         for (at, (one, mine)) in replicas.iter().enumerate() {
             for (other, theirs) in &replicas[at + 1..] {
@@ -128,7 +130,7 @@ impl StateChecker {
         }
     }
 
-    /// Checks that a member of ISR or ELR holds the acknowledged records.
+    /// Checks that a member of ISR or ELR holds all acknowledged records, each at its acknowledged offset.
     fn check_member(&self, log: Log, member: BrokerId, replica: &DiskReplica, value: &PartitionValue) {
         self.ledger.with_acked(log, |acked| {
             if let Some((offset, sent)) = acked.range(replica.end.as_i64()..).next() {

@@ -1,7 +1,7 @@
 //! Disks that sync slowly or fail to sync.
 //!
-//! A failed sync is final for its caller (design.md §4): the unsynced data may be lost already, and a second sync would
-//! not report that. The broker resigns as leader of the partitions on that disk and still serves reads. An operator
+//! A broker does not retry a failed sync (design.md §4): the unsynced data may be lost already, and a second sync would
+//! not report this. The broker resigns as leader of the partitions on that disk and still serves reads. An operator
 //! restarts the broker, on the repaired disk or another.
 
 use std::time::Duration;
@@ -25,7 +25,7 @@ use crate::{
 /// Path parts of the files whose syncs fail: the journal, every partition 0, the checkpoint, all files.
 const PARTS: [&str; 4] = ["journal", "/0/", "checkpoint", ""];
 
-/// Slows every sync for a while, possibly beyond `replication.max_lag_time`.
+/// Makes every sync of a machine slow for a while. A sync may then take longer than `replication.max_lag_time`.
 pub(crate) async fn are_slow(machine: &Machine) {
     let us = random::in_range(20_000..3_000_000);
     machine.record(format_args!("has syncs of up to {us} us"));
@@ -34,9 +34,9 @@ pub(crate) async fn are_slow(machine: &Machine) {
     machine.slow(0);
 }
 
-/// Makes syncs fail for up to `noticed_ms`, then ends the broker and repairs the disk. Without `pages` no page may be
-/// lost, so only syncs of the journal fail: the journal holds no acknowledged data that is not synced. For a
-/// `replicated` replica, lost pages equal a power loss.
+/// Makes syncs fail for up to `noticed_ms`, then stops or kills the broker and repairs the disk. A failed sync may lose
+/// pages of the file. Without `pages`, no page of a segment may be lost, because for a `replicated` replica that equals
+/// a power loss. Then only syncs of the journal fail, which holds no acknowledged data that is not synced.
 pub(crate) async fn fail(machine: &mut Machine, pages: bool, noticed_ms: u64) {
     let part = if pages { PARTS[random::in_range(0..PARTS.len())] } else { PARTS[0] };
     machine.record(format_args!("has failing syncs of {part:?}"));
@@ -50,8 +50,8 @@ pub(crate) async fn fail(machine: &mut Machine, pages: bool, noticed_ms: u64) {
     machine.mend();
 }
 
-/// Other brokers take over the broker's leadership, also of a partition without writes. No write fails. After a restart
-/// on a working disk the broker is in sync again.
+/// If syncs of the journal fail, other brokers take over the leadership of all the broker's partitions, also of one
+/// without writes. No write fails. After a restart on a working disk the broker is in sync again.
 #[test]
 fn broker_with_failing_journal_resigns() {
     for seed in 1..=4 {
@@ -61,7 +61,8 @@ fn broker_with_failing_journal_resigns() {
     }
 }
 
-/// The journal fills up first. The broker then waits some seconds for journal space before it resigns.
+/// If syncs of the checkpoint fail, the journal fills up first. The broker then waits some seconds for journal space
+/// before it resigns.
 #[test]
 fn broker_with_failing_checkpoint_resigns() {
     for seed in 1..=4 {
@@ -71,8 +72,8 @@ fn broker_with_failing_checkpoint_resigns() {
     }
 }
 
-/// Makes syncs of a part of one broker's disk fail. Within `resigned_within` every partition must have a leader and an
-/// ISR without that broker.
+/// Makes syncs of files with `part` in their path fail on one broker. Within `resigned_within`, every partition must
+/// have a leader and an ISR without that broker. After a restart, the broker must be in every ISR again.
 async fn check_resignation(world: &mut Simulation, part: &str, resigned_within: Duration) {
     join_all(world.machines.iter_mut().map(|machine| Box::pin(machine.start()))).await;
     let client = world.client().await;
@@ -82,7 +83,7 @@ async fn check_resignation(world: &mut Simulation, part: &str, resigned_within: 
             pause(100, 200).await;
         }
     }
-    // A partition with a record that receives no more writes.
+    // The partition of the second topic gets one record and no more writes.
     let idle = client.producer(ProducerOptions::default()).await.unwrap();
     idle.send(TOPICS[1], NewRecord::value(&[0; 8])).await.unwrap().await.unwrap();
     idle.close().await.unwrap();
@@ -110,7 +111,7 @@ async fn check_resignation(world: &mut Simulation, part: &str, resigned_within: 
     tasks.stop().await;
 }
 
-/// Waits until `so` holds for every partition value. Panics after `within`.
+/// Waits until there are partition values and `so` holds for all of them. Panics after `within`.
 async fn wait_for_values(meta: &SimMeta, within: Duration, so: impl Fn(&PartitionValue) -> bool) {
     let end = clock::monotonic() + within;
     loop {

@@ -1,7 +1,7 @@
 //! Faults of a run and their durations. Each kind of component has its own loop of faults, so faults overlap.
 //!
-//! Most runs mix all faults. Some histories need one fault repeatedly, at the right moment, and no other fault that
-//! disturbs them. About a run in four therefore has another [`FaultProfile`].
+//! Most runs mix all faults. Some errors need one kind of fault repeatedly, at the right moment, and no other faults.
+//! So about one run in four has another [`FaultProfile`] than `All`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -30,14 +30,14 @@ pub(crate) const OUTSIDE: &str = "clients";
 pub(crate) enum FaultProfile {
     /// All faults, at random times.
     All,
-    /// Leases end, mostly those of leaders, and leadership moves between running brokers. One broker receives metadata
-    /// changes late and its links to peers are slow. A replaced leader may lead again before the acknowledgements of
-    /// its first epoch arrive.
+    /// Leases of leaders end, and leadership moves between running brokers. One broker receives metadata changes late
+    /// and its links to peers are slow. A replaced leader may lead again before the acknowledgements of its first epoch
+    /// arrive.
     Leases,
-    /// One broker is killed, restarts, and is killed again while a leader admits it, with transactions that are lost or
-    /// late.
+    /// One broker is killed, restarts, and is killed again while a leader admits it. Meanwhile transactions of all
+    /// brokers are lost or late.
     Admissions,
-    /// One machine at a time loses power; the other replicas hold the records that its page cache lost.
+    /// All faults, but one machine at a time loses power: the other replicas hold the records that its page cache lost.
     OneDown,
 }
 
@@ -45,16 +45,16 @@ pub(crate) enum FaultProfile {
 pub(crate) struct FaultPlan {
     until: Instant,
     theme: FaultProfile,
-    /// Number of the broker that a theme targets.
+    /// Number of the broker that [`FaultProfile::Admissions`] kills.
     victim: u32,
     /// True if acknowledged records survive a power loss on any machine at any time.
     power: bool,
     /// Lock of [`FaultProfile::OneDown`], held for a machine that is down or may lose its lease until every replica is
-    /// in sync again. Meanwhile that machine may lose power, and no other replica fails its startup verification or
-    /// leaves the ISR.
+    /// in sync again. While the lock is held, that machine may lose power, because no other machine has a fault by
+    /// which its replicas fail their startup verification or leave the ISR.
     down: Option<Arc<Mutex<()>>>,
-    /// Held from the check that a disk is spare until its broker has started without the data. Otherwise two brokers
-    /// could each count on the other's disk.
+    /// Held from the check that a disk is not needed until its broker has started without the data. Otherwise two disks
+    /// could be replaced at a time, each because the other one holds the records.
     replacing: Mutex<()>,
 }
 
@@ -84,8 +84,8 @@ impl FaultPlan {
         clock::monotonic() >= self.until
     }
 
-    /// Waits until no other machine is down and every replica is in sync, or the fault phase is over. Returns `None` at
-    /// once unless only one machine may be down at a time.
+    /// Waits until no other machine is down and every replica is in sync, or the fault phase is over. Returns the guard
+    /// with which this machine may go down. Returns `None` at once unless the profile is [`FaultProfile::OneDown`].
     async fn alone_down(&self, meta: &SimMeta) -> Option<OwnedMutexGuard<()>> {
         let alone = Arc::clone(self.down.as_ref()?).lock_owned().await;
         wait_until_in_sync(meta, self).await;
@@ -97,7 +97,7 @@ pub(crate) async fn pause(from_ms: u64, to_ms: u64) {
     tokio::time::sleep(Duration::from_millis(random::in_range(from_ms..to_ms))).await;
 }
 
-/// Injects the faults of one machine.
+/// Injects the faults of one machine that the fault profile has.
 pub(crate) async fn of_machine(machine: &mut Machine, plan: &FaultPlan) {
     match plan.theme {
         FaultProfile::All | FaultProfile::OneDown => all_of_machine(machine, plan).await,
@@ -117,7 +117,7 @@ async fn all_of_machine(machine: &mut Machine, plan: &FaultPlan) {
         let kind = random::in_range(0..10);
         let falls = matches!(kind, 0..=4 | 7 | 9);
         let alone_down = if falls { plan.alone_down(&machine.meta).await } else { None };
-        // The wait may have ended with the fault phase, before every replica was in sync.
+        // The wait may have ended because the fault phase was over, before every replica was in sync.
         if alone_down.is_some() && plan.is_over() {
             return;
         }
@@ -139,10 +139,12 @@ async fn all_of_machine(machine: &mut Machine, plan: &FaultPlan) {
             pause(1, calm_ms).await;
             let mut replaces = None;
             if random::in_range(0..4) == 0 {
-                // By then the broker's lease has expired, and the pending proposals of its peers have been applied.
+                // After this pause, the broker's lease has expired, and the pending proposals of its peers have been
+                // applied.
                 pause(4000, 5000).await;
-                // Only with `power`. Otherwise a kill alone fails the startup verification of a `replicated` replica,
-                // and a lost disk may be one loss too many.
+                // A disk is replaced only in runs with `power`. In other runs, a kill alone makes the startup
+                // verification of a `replicated` replica fail, so the additional loss of a disk could lose committed
+                // records.
                 let only = plan.replacing.lock().await;
                 if plan.power && is_spare(machine).await {
                     machine.wipe();
@@ -158,8 +160,8 @@ async fn all_of_machine(machine: &mut Machine, plan: &FaultPlan) {
     }
 }
 
-/// Kills the broker until its peers may detect that, and restarts it. Kills it again when it may be about to enter the
-/// ISR, and restarts it at once.
+/// Kills the broker for long enough that its peers may remove it from the ISR, and restarts it. Then kills it when its
+/// leaders may be about to admit it to the ISR, and restarts it at once.
 async fn kill_during_admission(machine: &mut Machine, plan: &FaultPlan) {
     loop {
         pause(100, 1500).await;
@@ -176,7 +178,7 @@ async fn kill_during_admission(machine: &mut Machine, plan: &FaultPlan) {
     }
 }
 
-/// Returns the partition values of the metadata store.
+/// Returns all partition values in the metadata store, read without the faults of the link.
 pub(crate) async fn values(meta: &SimMeta) -> Vec<PartitionValue> {
     let keys = Keys::new("strandline").unwrap();
     let entries = meta.direct_store().list(&format!("{}partitions/", keys.prefix())).await.unwrap().entries;
@@ -191,13 +193,13 @@ async fn wait_until_in_sync(meta: &SimMeta, plan: &FaultPlan) {
     }
 }
 
-/// Returns true if every partition has a member of ISR or ELR besides this broker.
+/// Returns true if the machine's disk is not needed: every partition has a member of ISR or ELR besides this broker.
 async fn is_spare(machine: &Machine) -> bool {
     let spared = |value: &PartitionValue| value.isr.iter().chain(&value.elr).any(|id| *id != machine.id);
     values(&machine.meta).await.iter().all(spared)
 }
 
-/// Injects faults of the links between the named machines, and of the object store.
+/// Injects faults of the links between the named machines, and of the object store, unless the fault profile has none.
 pub(crate) async fn of_network(shared: &Shared, names: &[String], plan: &FaultPlan) {
     if matches!(plan.theme, FaultProfile::Leases | FaultProfile::Admissions) {
         return;
@@ -246,7 +248,8 @@ pub(crate) async fn of_network(shared: &Shared, names: &[String], plan: &FaultPl
     }
 }
 
-/// Blocks some directions for a random time. After [`SILENCE`] the connections between their ends time out.
+/// Blocks these directions between machines for a random time. After [`SILENCE`], the connections between the two
+/// machines of each direction time out.
 async fn cut(net: &Net, ways: &[(&String, &String)]) {
     for (from, to) in ways {
         net.cut(from, to, true);
@@ -264,7 +267,7 @@ async fn cut(net: &Net, ways: &[(&String, &String)]) {
     }
 }
 
-/// Injects faults of each broker's link to the metadata store.
+/// Injects the faults of the brokers' links to the metadata store, and of leases, that the fault profile has.
 pub(crate) async fn of_metadata(shared: &Shared, metas: &[SimMeta], plan: &FaultPlan) {
     match plan.theme {
         FaultProfile::All | FaultProfile::OneDown => all_of_metadata(shared, metas, plan).await,
@@ -283,8 +286,8 @@ async fn fail_transactions(metas: &[SimMeta], plan: &FaultPlan) {
     }
 }
 
-/// Makes one broker receive metadata changes and send frames late, while leaders lose their leases or their leadership
-/// one after the other.
+/// Repeatedly chooses a broker that receives metadata changes late and sends frames to its peers late. Meanwhile other
+/// leaders lose their leases, or leadership moves, one after the other.
 async fn end_leases(shared: &Shared, metas: &[SimMeta], plan: &FaultPlan) {
     while !plan.is_over() {
         let late = random::in_range(0..metas.len());
@@ -317,7 +320,8 @@ async fn end_leases(shared: &Shared, metas: &[SimMeta], plan: &FaultPlan) {
     }
 }
 
-/// Elects another ISR member, as the controller may at any moment.
+/// Elects another ISR member of a random partition, as the controller may at any time. Does nothing if there is no
+/// other member.
 async fn move_leadership(meta: &SimMeta) {
     let (store, keys) = (meta.direct_store(), Keys::new("strandline").unwrap());
     let mut entries = store.list(&format!("{}partitions/", keys.prefix())).await.unwrap().entries;
@@ -333,7 +337,7 @@ async fn move_leadership(meta: &SimMeta) {
     }
 }
 
-/// Injects all faults of the metadata store at random.
+/// Injects random faults of the links to the metadata store, and ends leases, until the fault phase is over.
 async fn all_of_metadata(shared: &Shared, metas: &[SimMeta], plan: &FaultPlan) {
     loop {
         pause(100, 4000).await;
@@ -384,7 +388,7 @@ async fn all_of_metadata(shared: &Shared, metas: &[SimMeta], plan: &FaultPlan) {
             }
         }
         if alone_down.is_some() {
-            // By then the controller has received the change.
+            // After this pause, the controller has received the change.
             pause(500, 1000).await;
             wait_until_in_sync(meta, plan).await;
         }

@@ -21,10 +21,11 @@ use crate::{
     world::Simulation,
 };
 
-/// Timeout for metadata caches and uploads. A leader retries a failed upload within eight seconds.
+/// Maximum time after the faults until metadata caches and uploads are complete. A leader retries a failed upload
+/// within eight seconds.
 const SOON: Duration = Duration::from_secs(30);
 
-/// Interval between checks.
+/// Interval between two checks of a condition.
 const CHECK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Waits until every metadata cache equals the store and all sealed segments are in the object store.
@@ -36,13 +37,13 @@ pub(crate) async fn wait_for_caches_and_uploads(world: &Simulation, checker: &St
     .await;
 }
 
-/// Waits until the object store holds exactly the referenced objects. In that time garbage collection runs at least
-/// twice, as it may find an object too young once.
+/// Waits until no orphan object remains in the object store. The timeout is long enough for two garbage collections
+/// after the last fault, because the first may find an object too young. Panics if a referenced object is missing.
 pub(crate) async fn wait_for_garbage_collection(world: &Simulation, checker: &StateChecker) {
     until(3 * GRACE + SOON, async || garbage(&world.shared.objects, checker).await).await;
 }
 
-/// Waits until `wrong` returns `None`. Panics after `within`.
+/// Waits until `wrong`, which describes an unmet condition, returns `None`. Panics with the description after `within`.
 async fn until(within: Duration, mut wrong: impl AsyncFnMut() -> Option<String>) {
     let end = clock::monotonic() + within;
     while let Some(wrong) = wrong().await {
@@ -52,7 +53,8 @@ async fn until(within: Duration, mut wrong: impl AsyncFnMut() -> Option<String>)
     }
 }
 
-/// Returns the first difference between a broker's metadata cache and the store.
+/// Returns a description of the first difference between a broker's metadata cache and the store; `None` if all are
+/// equal.
 async fn check_metadata_caches(machines: &[Machine], checker: &StateChecker) -> Option<String> {
     for machine in machines {
         let listing = checker.store.list(checker.keys.prefix()).await.unwrap();
@@ -64,14 +66,15 @@ async fn check_metadata_caches(machines: &[Machine], checker: &StateChecker) -> 
     None
 }
 
-/// Returns the tier state of a partition in the metadata store.
+/// Returns the tier state of a partition in the metadata store; the default state if there is none.
 async fn tier(checker: &StateChecker, id: PartitionId) -> TierState {
     let key = checker.keys.tier(id);
     let entry = checker.store.get(&key).await.unwrap().entry;
     entry.map_or_else(TierState::default, |entry| TierState::decode(&key, &entry.value).unwrap())
 }
 
-/// Returns a description of a partition with sealed segments that are not in the object store.
+/// Returns a description of a partition whose leader has sealed segments that are neither in the object store nor
+/// deleted; `None` if there is none.
 async fn uploaded(checker: &StateChecker) -> Option<String> {
     for (log, id, value) in checker.partitions().await {
         let state = tier(checker, id).await;
@@ -84,7 +87,7 @@ async fn uploaded(checker: &StateChecker) -> Option<String> {
     None
 }
 
-/// Returns a description of the orphan objects. Panics if a referenced object is missing.
+/// Returns a description of the orphan objects; `None` if there are none. Panics if a referenced object is missing.
 async fn garbage(objects: &Objects, checker: &StateChecker) -> Option<String> {
     let entries = checker.store.list(checker.keys.prefix()).await.unwrap().entries;
     let (mut named, mut topics) = (BTreeSet::new(), BTreeSet::new());

@@ -1,4 +1,4 @@
-//! Clients that produce and consume. Their operations are recorded in a history.
+//! Clients that produce and consume. They add their operations to a history.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -22,15 +22,17 @@ use crate::{
 /// Topics, by their index in the history.
 pub(crate) const TOPICS: &[&str] = &["events", "orders"];
 
-/// Maximum number of records of one producer that are in flight.
+/// Maximum number of records that one idempotent producer has in flight.
 const OUTSTANDING: u64 = 8;
 
-/// Maximum pause of a producer between two records of a burst, in microseconds.
+/// Maximum pause of an idempotent producer between two records of a burst, in microseconds. The pause of a plain
+/// producer is up to three times as long.
 const PAUSE_US: u64 = 12_000;
 
-/// Maximum number of records in a burst, and the maximum pause after it in microseconds. Faults find errors through the
-/// records in flight; a stream without long pauses only makes runs longer.
+/// Maximum number of records in a burst. Bursts with pauses keep runs short: a fault needs records in flight to reveal
+/// an error, but no continuous stream of records.
 const BURST: u32 = 40;
+/// Maximum pause of a producer after a burst, in microseconds.
 const REST_US: u64 = 600_000;
 
 /// Retention profile of the topics of a run.
@@ -49,13 +51,14 @@ impl RetentionProfile {
     }
 }
 
-/// Timeout after the faults until every request has a response.
+/// Maximum time after the faults until every request has a response.
 pub(crate) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Timeout of one read pass.
 pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Waits before a producer's next record: a short pause within a burst, a long one after it.
+/// Waits before a producer's next record: up to `short_us` within a burst, and up to [`REST_US`] after it. `burst`
+/// counts the remaining records of the burst.
 async fn pause(burst: &mut u32, short_us: u64) {
     let longest = if *burst == 0 { REST_US } else { short_us };
     *burst = burst.checked_sub(1).unwrap_or_else(|| random::in_range(1..BURST));
@@ -89,7 +92,8 @@ impl Ledger {
         book.history.attempts.push(attempt);
     }
 
-    /// Passes the records that every in-sync replica acknowledged, by offset, to `look`.
+    /// Calls `look` with the payloads of the records that were acknowledged with `acks=all` or `acks=tiered`, by
+    /// offset. Makes no call if the log has none.
     pub(crate) fn with_acked(&self, log: Log, look: impl FnMut(&BTreeMap<i64, u64>)) {
         self.0.lock().acked.get(&log).into_iter().for_each(look);
     }
@@ -140,7 +144,7 @@ impl Load {
                 let record = NewRecord::value(&value).partition(attempt.log.1.unsigned_abs());
                 match sender.send(TOPICS[attempt.log.0], record).await {
                     Ok(delivery) => break delivery,
-                    // The producer has no metadata of the topic yet and cannot get any. Nothing was sent.
+                    // The producer has no metadata of the topic yet and cannot fetch any. It has sent nothing.
                     Err(error) => self.trace.record(format_args!("{producer}: {number} waits: {error}")),
                 }
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -159,7 +163,8 @@ impl Load {
     }
 
     /// Produces records one at a time without idempotence, so a missing response leaves the outcome unknown. The acks
-    /// setting differs between runs. An acknowledgement by the leader alone proves nothing and is not recorded.
+    /// setting differs between runs. A record that only the leader acknowledged may be lost, so its outcome counts as
+    /// unknown.
     pub(crate) async fn produce_plainly(self, producer: u32) {
         let acks = [Acks::All, Acks::All, Acks::Leader, Acks::Tiered][random::in_range(0..4_usize)];
         let options = ProducerOptions {
@@ -174,8 +179,8 @@ impl Load {
         let (mut number, mut burst) = (0, 0);
         while !self.stop.is_cancelled() {
             let (mut attempt, value) = self.draw(producer, number);
-            // A record that timed out may be written twice, or after later records, so its order and uniqueness are not
-            // checked.
+            // A record that timed out may be written twice, or after later records. So each record counts as its own
+            // producer, and may be stored more than once.
             (attempt.producer, attempt.sequence) = (producer << 16 | u32::try_from(number).unwrap(), 0);
             attempt.once = false;
             let record = NewRecord::value(&value).partition(attempt.log.1.unsigned_abs());
@@ -201,13 +206,14 @@ impl Load {
         let _whatever = sender.close().await;
     }
 
-    /// Draws a new value and its partition.
+    /// Draws a value and a partition for record `number` of a producer. Returns the attempt, whose outcome is still
+    /// unknown, and the value.
     fn draw(&self, producer: u32, number: u64) -> (Attempt, Vec<u8>) {
         let topic = random::in_range(0..self.partitions.len());
         let partition = random::in_range(0..self.partitions[topic]);
         let payload = u64::from(producer) << 32 | number;
         let mut value = payload.to_be_bytes().to_vec();
-        // Most values are small. The few large ones fill the segments.
+        // Most values are small. The few large values fill the segments.
         let most = if random::in_range(0..8) == 0 { 6000 } else { 600 };
         value.resize(value.len() + random::in_range(0..most), b'x');
         let attempt = Attempt {
@@ -223,8 +229,8 @@ impl Load {
         (attempt, value)
     }
 
-    /// Reads parts of logs until the load ends. In a cluster, a deposed leader may return an older log end than the
-    /// newest.
+    /// Reads whole logs or parts of them until the load ends. `alone` is true for a standalone broker, whose latest
+    /// offset must be the newest. In a cluster, a deposed leader may return an older one.
     pub(crate) async fn read(self, alone: bool) {
         while !self.stop.is_cancelled() {
             tokio::time::sleep(Duration::from_micros(random::in_range(0..1_000_000))).await;
@@ -238,7 +244,8 @@ impl Load {
         }
     }
 
-    /// Reads a log from its start or from a random offset, up to the latest offset or until the timeout.
+    /// Reads a log from its start if `whole`, else from a random offset, up to the latest offset or until the timeout.
+    /// Adds the pass to the history, also if the read fails. `current` is true if the latest offset must be the newest.
     pub(crate) async fn pass(&self, log: Log, whole: bool, current: bool, time: Duration) -> Result<(), String> {
         let (topic, partition) = (TOPICS[log.0], log.1.unsigned_abs());
         let began = self.ledger.now();

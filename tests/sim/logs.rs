@@ -1,7 +1,7 @@
 //! Content of the brokers' segment files, batch by batch, read from the disks without the brokers.
 //!
-//! The checker reads the page cache, which is the state that a process finds after signal 9. Checks are frequent and
-//! changes are small, so the content of a file is cached until the file is rewritten.
+//! The checker reads the page cache: the content that the next process finds if signal 9 ends the broker. Checks are
+//! frequent and changes are small, so the content of a file is cached until the file is rewritten.
 
 use std::{
     cell::RefCell,
@@ -45,12 +45,12 @@ impl StoredBatch {
     }
 }
 
-/// Returns the first bytes of a record's value, which identify the record.
+/// Returns the payload of a record: the first eight bytes of its value, which identify the record.
 pub(crate) fn payload(value: &[u8]) -> u64 {
     u64::from_be_bytes(value[..8].try_into().unwrap())
 }
 
-/// Log of one replica.
+/// Log of one replica, as its segment files contain it.
 #[derive(Debug, Default)]
 pub(crate) struct DiskReplica {
     segments: Vec<Rc<Segment>>,
@@ -64,13 +64,13 @@ impl DiskReplica {
         self.segments.iter().flat_map(|segment| &segment.batches)
     }
 
-    /// Returns the end of the segments that are certainly sealed. The last segment with records may be sealed too, with
-    /// an empty successor.
+    /// Returns the end of the segments that are certainly sealed: the base of the last segment with records. That
+    /// segment may be sealed too, if an empty one follows it.
     pub(crate) fn sealed_end(&self) -> Offset {
         self.segments.last().map_or(self.end, |last| last.base)
     }
 
-    /// Returns the batches from an offset, which is the base of a batch or lies below all batches.
+    /// Returns the batches from `from` on. `from` is the base of a batch or lies below all batches.
     fn batches_from(&self, from: Offset) -> impl Iterator<Item = &StoredBatch> {
         let first = self.segments.partition_point(|segment| segment.end <= from);
         let batches = self.segments[first..].iter().flat_map(|segment| &segment.batches);
@@ -78,7 +78,7 @@ impl DiskReplica {
     }
 }
 
-/// The parsed part of one segment file.
+/// Parsed content of one segment file.
 #[derive(Clone, Debug)]
 struct Segment {
     base: Offset,
@@ -98,7 +98,7 @@ impl DiskLogs {
         Self { disk: disk.clone(), segments: RefCell::default() }
     }
 
-    /// Reads the log of a partition. Panics if its files contradict each other.
+    /// Reads the log of a partition's replica. Panics if a file is corrupt, or if the files contradict each other.
     pub(crate) fn replica(&self, id: PartitionId) -> DiskReplica {
         let dir = folder(id);
         let (mut replica, mut begins, mut has_log) = (DiskReplica::default(), Offset::ZERO, false);
@@ -106,7 +106,7 @@ impl DiskLogs {
             let file = dir.join(entry.name);
             match file.extension().and_then(OsStr::to_str) {
                 Some("log") => has_log = true,
-                // A log whose reset was replayed at a start has only its snapshot until the first append.
+                // If a start replayed the reset of a log, the log has only a snapshot file until its first append.
                 Some("snapshot") => {
                     begins = base_of(&file);
                     continue;
@@ -137,7 +137,8 @@ impl DiskLogs {
         replica
     }
 
-    /// Parses one file. Only the part that was appended since the last call is read.
+    /// Parses one segment file. Reads only the bytes that were appended since the last call, unless the file was
+    /// rewritten.
     fn segment(&self, file: &Path) -> Rc<Segment> {
         let stamp = self.disk.stamp(file).unwrap();
         let mut segments = self.segments.borrow_mut();
@@ -158,6 +159,7 @@ impl DiskLogs {
 }
 
 impl Segment {
+    /// Parses appended batches and adds them. Panics if they are corrupt or do not continue the segment.
     fn take(&mut self, mut appended: Bytes, file: &Path) {
         while !appended.is_empty() {
             let batch = Batch::split_from(&mut appended).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
@@ -171,7 +173,7 @@ impl Segment {
     }
 }
 
-/// Returns the end up to which a log's segments certainly survive a power loss.
+/// Returns the end of the records in a log's segments that certainly survive a power loss.
 pub(crate) fn durable_end(disk: &SimDisk, id: PartitionId) -> Offset {
     let mut end = Offset::ZERO;
     for (file, bytes) in disk.durable(&folder(id)) {
@@ -196,8 +198,8 @@ fn base_of(file: &Path) -> Offset {
     Offset::new(base).unwrap()
 }
 
-/// Returns a contradiction between two logs. Up to the last batch that both logs have at one offset with one epoch, all
-/// their batches must be equal.
+/// Returns a description of a contradiction between two logs; `None` if there is none. Up to the last batch that both
+/// logs have with the same offset and epoch, all their batches must be equal.
 pub(crate) fn contradiction(one: &DiskReplica, other: &DiskReplica) -> Option<String> {
     let first = |replica: &DiskReplica| replica.batches().next().map(|held| held.base);
     let from = first(one)?.max(first(other)?);

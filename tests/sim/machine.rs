@@ -28,10 +28,10 @@ use crate::{
     trace::Trace,
 };
 
-/// Interval after which a sync pass of the segments is due.
+/// Time since the last sync of the segments after which the next sync is due. A sync may also be made earlier.
 const SYNC_EVERY: Duration = Duration::from_millis(50);
 
-/// Grace period of orphan objects. It is longer than any upload and its commit may take in a simulation.
+/// Grace period of orphan objects. No upload and its commit may take as long in a simulation.
 pub(crate) const GRACE: Duration = Duration::from_secs(30);
 
 /// State shared by the machines of a simulation.
@@ -58,18 +58,19 @@ pub(crate) struct Machine {
     /// Offset of the wall clock from simulated time, in milliseconds.
     wall_offset_ms: i64,
     broker: Option<(SimProcess, Node)>,
-    /// Number of the broker's process while the broker is active, else 0.
+    /// Number of the broker's process while the broker runs; 0 while it is down, starts or stops.
     pub(crate) process: Arc<AtomicU32>,
-    /// Number of earlier disks of this machine.
+    /// Number of earlier disks of this machine, which is also the number of the current disk.
     pub(crate) disks: Arc<AtomicU32>,
-    /// True if the disk content may differ from the broker's writes, until the next start of the broker.
+    /// True from a fault of syncs until the next start of the broker: the disk content may differ from the broker's
+    /// writes.
     pub(crate) disk_altered: Arc<AtomicBool>,
-    /// Maximum additional duration of a sync, in microseconds.
+    /// Maximum additional pause before each journal or sync step, in microseconds.
     slow_us: Arc<AtomicU64>,
 }
 
 impl Machine {
-    /// Creates a machine in a rack, for a standalone broker or for one broker of several.
+    /// Creates a machine in a rack, for a standalone broker or for one broker of several. The broker is not started.
     pub(crate) fn new(id: u32, rack: u32, standalone: bool, meta: SimMeta, shared: Shared) -> Self {
         let settings = ConfigSources::new()
             .flag("broker.id", id.to_string())
@@ -103,7 +104,7 @@ impl Machine {
         }
     }
 
-    /// Starts the broker. Retries while a fault prevents the start.
+    /// Starts the broker. Retries every second while a fault prevents the start, and panics after 50 attempts.
     pub(crate) async fn start(&mut self) {
         self.shared.net.power(&self.address);
         for _ in 0..50 {
@@ -131,6 +132,7 @@ impl Machine {
         panic!("broker {} does not start", self.id);
     }
 
+    /// Opens the broker in `process`, starts the steps of its log, and listens for clients and peers.
     async fn open(&self, process: &SimProcess) -> anyhow::Result<Node> {
         let wake = Arc::new(Notify::new());
         let woken = Arc::clone(&wake);
@@ -156,7 +158,8 @@ impl Machine {
         Ok(node)
     }
 
-    /// Kills the broker: by signal 9, or with `power` by a power loss of the machine, whose seed it is.
+    /// Kills the broker, if it runs. `power` is the seed of a power loss of the machine; with `None` only the process
+    /// ends, as by signal 9.
     pub(crate) fn kill(&mut self, power: Option<u64>) {
         let Some((process, node)) = self.broker.take() else { return };
         self.process.store(0, Ordering::Relaxed);
@@ -171,8 +174,8 @@ impl Machine {
     }
 
     /// Stops the broker as an operator does. The connections of a clustered broker stay open until it has transferred
-    /// leadership. A power loss follows every other successful stop, which must not affect data that was closed
-    /// cleanly.
+    /// leadership. After an even number of starts, a power loss follows a successful stop. It must not affect data that
+    /// was closed cleanly.
     pub(crate) async fn stop(&mut self) {
         let Some((process, node)) = self.broker.take() else { return };
         self.process.store(0, Ordering::Relaxed);
@@ -202,18 +205,18 @@ impl Machine {
         self.record(format_args!("has a new disk"));
     }
 
-    /// Makes syncs of files with `part` in their path fail from now on.
+    /// Makes syncs of files with `part` in their path fail until [`Self::mend`].
     pub(crate) fn fail_syncs(&self, part: &str) {
         self.disk_altered.store(true, Ordering::Relaxed);
         self.disk.fail_syncs(Some(part));
     }
 
-    /// Makes syncs succeed again.
+    /// Makes syncs succeed again, after [`Self::fail_syncs`].
     pub(crate) fn mend(&self) {
         self.disk.fail_syncs(None);
     }
 
-    /// Lengthens each sync by up to `us` microseconds from now on.
+    /// Adds up to `us` microseconds to the pause before each journal or sync step from now on.
     pub(crate) fn slow(&self, us: u64) {
         self.slow_us.store(us, Ordering::Relaxed);
     }
@@ -232,7 +235,7 @@ impl Machine {
         self.broker.as_ref().map(|(_, node)| node.broker().metadata_snapshot())
     }
 
-    /// Returns true if the broker reports that it should be restarted.
+    /// Returns true if the broker runs and its health check reports an error.
     pub(crate) fn needs_restart(&self) -> bool {
         self.broker.as_ref().is_some_and(|(_, node)| node.broker().health().is_err())
     }
@@ -251,7 +254,8 @@ impl Machine {
     }
 }
 
-/// Runs the journal and sync steps, which are the work of a log's threads outside the simulator.
+/// Runs the journal and sync steps of a log, with pauses that stand for the duration of syncs. Outside the simulator,
+/// threads of the log do this work.
 async fn steps(log: DataDir, wake: Arc<Notify>, slow_us: Arc<AtomicU64>) {
     let pause = async |most_us: u64| {
         let most_us = most_us + slow_us.load(Ordering::Relaxed);
@@ -262,7 +266,7 @@ async fn steps(log: DataDir, wake: Arc<Notify>, slow_us: Arc<AtomicU64>) {
         let _either = tokio::time::timeout(SYNC_EVERY, wake.notified()).await;
         pause(800).await;
         while log.journal_step() {
-            // Most journal writes are fast, and one in twenty is slow.
+            // One in twenty journal writes is slow.
             let most = if random::in_range(0..20) == 0 { 20_000 } else { 800 };
             pause(most).await;
         }

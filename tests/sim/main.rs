@@ -44,30 +44,32 @@ use run::Topology;
 use seeds::run_all;
 use strandline::task::run_scoped;
 
-// The allocator of the broker, which shortens a run by a fifth.
+// The broker's allocator. It makes a run a fifth shorter than the system's allocator does.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Every acknowledged record is stored once and in order, and repeated reads return the same records. Faults: power
-/// loss, kill, broken and stalled links, a full disk, and an object store that fails or loses responses.
+/// No acknowledged record is lost, the records of an idempotent producer are stored once and in order, and repeated
+/// reads return the same records. Faults: power loss, kill, stop, broken and stalled links, a full, slow or failing
+/// disk, clock jumps, and an object store that fails or loses responses.
 #[test]
 fn one_broker_keeps_acknowledged_records() {
     run_all(Topology::ONE);
 }
 
-/// The same rules for three to five brokers, which also lose each other and the metadata store. In some runs an
-/// operator reassigns partitions. Every member of ISR and ELR holds the acknowledged records, logs never contradict
-/// each other, and after the faults all replicas become equal.
+/// The same rules for three to five brokers, whose links to each other and to the metadata store also fail. In some
+/// runs an operator reassigns partitions, drains brokers and changes topics. Every member of ISR and ELR holds the
+/// acknowledged records, logs never contradict each other, and after the faults all replicas become equal.
 #[test]
 fn three_brokers_keep_acknowledged_records() {
     run_all(Topology::THREE);
 }
 
-/// Number of seeds that are run twice.
+/// Number of seeds of each topology that are run twice.
 const TWICE: usize = 5;
 
-/// A failing seed can only be analysed if its run is reproducible. Both runs are concurrent, so the test also shows
-/// that runs share no state. It needs `--cfg tokio_unstable`: only then the seed determines tokio's own choices.
+/// A failing seed can only be analysed if its run is reproducible. The two runs of a seed are concurrent, so the test
+/// also shows that runs share no state. It needs `--cfg tokio_unstable`: only then the seed determines tokio's own
+/// choices.
 #[test]
 #[cfg_attr(not(tokio_unstable), ignore = "needs RUSTFLAGS=--cfg tokio_unstable: make sim")]
 fn seed_run_twice_gives_same_trace() {

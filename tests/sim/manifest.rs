@@ -18,9 +18,10 @@ use crate::objects::Objects;
 /// Objects that a tier state references.
 #[derive(Default)]
 pub(crate) struct ReferencedObjects {
-    /// The manifest, its pages, and the segments with readable records.
+    /// Names of the manifest, its pages, and the segments with readable records. These objects must exist.
     pub(crate) objects: BTreeSet<String>,
-    /// All segments, oldest first, with their object names.
+    /// All segments that the manifest lists, oldest first, with their object names. A segment below the log start may
+    /// be deleted.
     pub(crate) segments: Vec<(String, SegmentEntry)>,
 }
 
@@ -28,7 +29,7 @@ pub(crate) struct ReferencedObjects {
 /// from its first offset to its end.
 ///
 /// # Errors
-/// The manifest is missing or invalid, or does not match the state.
+/// The manifest or one of its pages is missing or invalid, or does not match the state.
 pub(crate) fn referenced_objects(
     objects: &Objects,
     id: PartitionId,
@@ -59,7 +60,7 @@ pub(crate) fn referenced_objects(
         }
         next = entry.stamp.end;
     }
-    // The log start moves in the metadata first, then in the manifest.
+    // The log start moves first in the tier state, then in the manifest, so the manifest's may be lower.
     let log_start = state.log_start.min(state.tiered_end);
     let counts = named.segments.iter().filter(|(_, entry)| entry.stamp.end > log_start);
     let bytes: u64 = counts.map(|(_, entry)| entry.data_bytes).sum();

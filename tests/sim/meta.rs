@@ -17,10 +17,10 @@ use strandline::{
     task::{Tasks, random},
 };
 
-/// Timeout of a call.
+/// Maximum time that a request, and then its response, waits for a blocked link.
 const CALL: Duration = Duration::from_secs(1);
 
-/// Interval at which a blocked call checks whether the link is open.
+/// Interval at which a blocked call or watch checks whether the link is open.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Maximum delay of a transaction after its caller received an unknown outcome, in microseconds.
@@ -31,16 +31,17 @@ const MAX_LATE_US: u64 = 3_000_000;
 pub(crate) struct SimMeta {
     store: EmbeddedStore,
     faults: Arc<Mutex<StoreFaults>>,
-    /// Transactions that are applied after their caller gave up. The tasks belong to the store, not to a process.
+    /// Tasks that apply transactions after their caller received an unknown outcome. They belong to the store, so they
+    /// outlive the caller's process.
     late: Tasks,
 }
 
 #[derive(Default)]
 struct StoreFaults {
     cut: bool,
-    /// Percentage of transactions that lose their request or their response, or are applied late.
+    /// Percentage of transactions that fail: the request or the response is lost, or the transaction is applied late.
     failing: u32,
-    /// Maximum additional delay of a watch, in microseconds.
+    /// Maximum additional delay of each change in a watch, in microseconds.
     lag_us: u64,
     /// Cancelled to end the open watches as compacted.
     compacted: Tasks,
@@ -69,7 +70,7 @@ impl SimMeta {
         self.faults.lock().failing = percent;
     }
 
-    /// Sets the maximum additional delay of watches.
+    /// Sets the maximum additional delay of each change in a watch, in microseconds.
     pub(crate) fn lag(&self, us: u64) {
         self.faults.lock().lag_us = us;
     }
@@ -79,7 +80,7 @@ impl SimMeta {
         std::mem::take(&mut self.faults.lock().compacted).cancel();
     }
 
-    /// Ends the lease that was granted last, as if it had expired.
+    /// Ends the lease that was granted last over this link, as if it had expired.
     pub(crate) async fn end_lease(&self) {
         let lease = self.faults.lock().lease.take();
         if let Some(lease) = lease {
@@ -92,7 +93,8 @@ impl SimMeta {
         &self.store
     }
 
-    /// Passes the link in one direction: waits for the delay, and while the link is blocked.
+    /// Waits as long as a message needs to pass the link in one direction, and while the link is blocked. Fails after
+    /// the timeout `CALL`.
     async fn pass(&self) -> Result<(), MetaStoreError> {
         tokio::time::sleep(Duration::from_micros(random::in_range(200..2000))).await;
         let open = async {
@@ -103,8 +105,9 @@ impl SimMeta {
         tokio::time::timeout(CALL, open).await.map_err(|_| MetaStoreError::unavailable("isolated"))
     }
 
-    /// Sends a call that changes nothing or may be applied twice.
-    async fn asked<T>(&self, call: impl Future<Output = Result<T, MetaStoreError>>) -> Result<T, MetaStoreError> {
+    /// Sends a call over the link. The call changes nothing, or its caller may repeat it: a lost response is reported
+    /// like a lost request.
+    async fn send_call<T>(&self, call: impl Future<Output = Result<T, MetaStoreError>>) -> Result<T, MetaStoreError> {
         self.pass().await?;
         let result = call.await;
         self.pass().await?;
@@ -114,11 +117,11 @@ impl SimMeta {
 
 impl MetaStore for SimMeta {
     fn get<'a>(&'a self, key: &'a str) -> StoreFuture<'a, GetResult> {
-        Box::pin(self.asked(self.store.get(key)))
+        Box::pin(self.send_call(self.store.get(key)))
     }
 
     fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, ListResult> {
-        Box::pin(self.asked(self.store.list(prefix)))
+        Box::pin(self.send_call(self.store.list(prefix)))
     }
 
     fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome> {
@@ -150,7 +153,7 @@ impl MetaStore for SimMeta {
 
     fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch> {
         Box::pin(async move {
-            let watch = self.asked(self.store.watch(prefix, from)).await?;
+            let watch = self.send_call(self.store.watch(prefix, from)).await?;
             let compacted = self.faults.lock().compacted.clone();
             let open = Some((self.clone(), watch, compacted));
             Ok(Watch::new(stream::unfold(open, move |open| async move {
@@ -177,17 +180,17 @@ impl MetaStore for SimMeta {
 
     fn grant(&self, time: Duration) -> StoreFuture<'_, LeaseId> {
         Box::pin(async move {
-            let lease = self.asked(self.store.grant(time)).await?;
+            let lease = self.send_call(self.store.grant(time)).await?;
             self.faults.lock().lease = Some(lease);
             Ok(lease)
         })
     }
 
     fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
-        Box::pin(self.asked(self.store.keep_alive(lease)))
+        Box::pin(self.send_call(self.store.keep_alive(lease)))
     }
 
     fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
-        Box::pin(self.asked(self.store.revoke(lease)))
+        Box::pin(self.send_call(self.store.revoke(lease)))
     }
 }

@@ -1,6 +1,6 @@
 //! Mutations of the broker's rules, one at a time: each must be detected within a stated number of seeds.
 //!
-//! These tests measure the other tests of the simulation: an undetected mutation means a missing check.
+//! These tests measure the checks of the simulation: an undetected mutation means that a check is missing.
 
 use std::{
     panic::{self, AssertUnwindSafe},
@@ -20,8 +20,8 @@ use crate::{
 };
 
 /// Mutations with the topology of their runs and a number of seeds. One of these seeds, from 1 on, must detect the
-/// mutation. The number was at least three times the needed one when this list was written. docs/replication.md
-/// describes what shows each mutation.
+/// mutation. When this list was written, a third of the seeds was enough. docs/replication.md describes the events that
+/// show each mutation.
 const MUTANTS: &[(Mutation, Topology, u64)] = &[
     (Mutation::AcknowledgeBeforeSync, Topology::ONE, 10),
     (Mutation::ReuseJournalFileBeforeSync, Topology::ONE, 20),
@@ -48,8 +48,8 @@ const MUTANTS: &[(Mutation, Topology, u64)] = &[
     (Mutation::CountOlderEpochAcks, Topology::THREE.about(FaultProfile::Leases), 40),
 ];
 
-/// Mutations without a stated number of seeds. The model check (`partition/check`) detects those of `partition/leader`
-/// in every test run.
+/// Mutations without a stated number of seeds. The model check (`partition/model_check`) detects those of
+/// `partition/leader` in every test run.
 ///
 /// | mutation | why it is rare |
 /// | --- | --- |
@@ -79,7 +79,8 @@ fn every_rare_broken_rule_is_found() {
     search(RARE);
 }
 
-/// Runs seeds for each mutation until one detects it. Mutations run concurrently, one per core.
+/// Runs seeds for each mutation until one detects it, and panics if none does. `STRANDLINE_MUTANT` selects the
+/// mutations whose names contain its value. As many mutations as there are cores run concurrently.
 fn search(mutants: &[(Mutation, Topology, u64)]) {
     let only = std::env::var("STRANDLINE_MUTANT").unwrap_or_default();
     let wanted: Vec<_> = mutants.iter().filter(|(mutation, ..)| format!("{mutation:?}").contains(&only)).collect();
@@ -97,16 +98,16 @@ fn search(mutants: &[(Mutation, Topology, u64)]) {
     assert!(missed.is_empty(), "not found: {missed:?}");
 }
 
-/// Returns the first seed that detects a mutation, and the message.
+/// Returns the first of `seeds` seeds that detects a mutation, and the message of the failure; `None` if no seed does.
 fn found(mutation: Mutation, shape: Topology, seeds: u64) -> Option<(u64, String)> {
     (1..=seeds).find_map(|seed| {
         let reason = fails(Some(mutation), shape, seed)?;
-        // A seed that also fails without the mutation has detected something else.
+        // A seed that also fails without the mutation does not count: it has detected another fault.
         fails(None, shape, seed).is_none().then_some((seed, reason))
     })
 }
 
-/// Runs a seed. Returns the message if it fails.
+/// Runs a seed, with the mutation if there is one. Returns the message if the run fails.
 fn fails(mutation: Option<Mutation>, shape: Topology, seed: u64) -> Option<String> {
     let run = AssertUnwindSafe(|| run::run(shape, seed));
     let failed = mutation::with_mutation(mutation, || panic::catch_unwind(run)).is_err();

@@ -27,13 +27,13 @@ use strandline::{
 use tokio::sync::{Notify, mpsc, oneshot};
 use tonic::{Status, body::Body, codegen::Service as _, codegen::http, service::Routes};
 
-/// Maximum delay until frames continue on an unblocked link, in microseconds.
+/// Maximum delay until frames pass again after a direction is unblocked, in microseconds.
 const MAX_RESUME_DELAY_US: u64 = 5000;
 
 /// Timeout of a connection attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Time without a frame after which a peer closes the connection: the keep-alive interval and its timeout.
+/// Time without a frame after which a peer closes the connection: the keep-alive interval plus the keep-alive timeout.
 pub(crate) const SILENCE: Duration = Duration::from_secs(4);
 
 /// All links and listeners. Clones share them.
@@ -48,13 +48,13 @@ pub(crate) struct Net {
 struct State {
     /// Listeners of each machine, by its address for clients.
     listening: BTreeMap<String, Listener>,
-    /// Machines without power, which do not even refuse connections.
+    /// Machines without power: connections to them time out instead of being refused.
     dark: BTreeSet<String>,
-    /// Blocked directions, from the first machine to the second.
+    /// Blocked directions: no frame passes from the first machine to the second.
     cut: BTreeSet<(String, String)>,
     /// Maximum additional delay of a frame, in microseconds, by direction.
     slow_us: BTreeMap<(String, String), u64>,
-    /// Connections of each pair of machines, in the order of their names, until they break.
+    /// Connections of each pair of machines, until they break. The two names of a pair are in ascending order.
     links: BTreeMap<(String, String), SimLink>,
 }
 
@@ -68,7 +68,7 @@ struct Listener {
     tasks: Tasks,
 }
 
-/// All connections between two machines, from one break to the next.
+/// All connections between two machines. They break together; later connections have another link.
 #[derive(Clone, Default)]
 struct SimLink {
     up: Tasks,
@@ -99,6 +99,8 @@ impl Net {
         self.add_listener(address, |listener| listener.peer_routes = Some(routes));
     }
 
+    /// Changes the listener of a machine by `add`. Creates it if there is none; its tasks belong to the current
+    /// process.
     fn add_listener(&self, address: &str, add: impl FnOnce(&mut Listener)) {
         let mut state = self.state.lock();
         state.dark.remove(address);
@@ -107,7 +109,8 @@ impl Net {
         self.healed.notify_waiters();
     }
 
-    /// Removes the listeners of a machine and breaks its connections. Without power, its peers receive no reset.
+    /// Removes the listeners of a machine and breaks its connections. `power` is true if the machine keeps its power:
+    /// its peers then receive a reset, else a timeout.
     pub(crate) fn hang_up(&self, address: &str, power: bool) {
         let mut state = self.state.lock();
         state.listening.remove(address);
@@ -115,12 +118,12 @@ impl Net {
             state.dark.insert(address.to_owned());
         }
         drop(state);
-        // After a power loss peers would time out a little later. An immediate timeout is as valid.
+        // In reality, peers time out some time after a power loss. An immediate timeout is as valid.
         self.break_where(|one, other| one == address || other == address, !power);
     }
 
-    /// Removes all listeners. Brokers reference the network, and the network references their services, so without this
-    /// call neither is ever freed.
+    /// Removes all listeners. Brokers reference the network, and the network references the brokers' services, so
+    /// without this call neither is freed.
     pub(crate) fn close(&self) {
         let listening = std::mem::take(&mut self.state.lock().listening);
         drop(listening);
@@ -132,12 +135,12 @@ impl Net {
         self.healed.notify_waiters();
     }
 
-    /// Resets every connection. New connections are possible.
+    /// Resets every connection of all machines. New connections are possible at once.
     pub(crate) fn reset(&self) {
         self.break_where(|_, _| true, false);
     }
 
-    /// Blocks or opens one direction.
+    /// Blocks the direction `from` one machine `to` another if `cut`, else unblocks it.
     pub(crate) fn cut(&self, from: &str, to: &str, cut: bool) {
         let way = (from.to_owned(), to.to_owned());
         if cut {
@@ -153,17 +156,18 @@ impl Net {
         self.state.lock().slow_us.insert((from.to_owned(), to.to_owned()), us);
     }
 
-    /// Breaks the connections between two machines by a timeout.
+    /// Breaks the connections between two machines, with the error of a timeout at both ends.
     pub(crate) fn time_out_connections(&self, one: &str, other: &str) {
         let pair = pair(one, other);
         self.break_where(|one, other| (one, other) == (pair.0.as_str(), pair.1.as_str()), true);
     }
 
-    /// Returns the connector of the machine `name`.
+    /// Returns the connector by which the machine `name` reaches other machines.
     pub(crate) fn from(&self, name: &str) -> Socket {
         Socket { net: self.clone(), name: name.to_owned() }
     }
 
+    /// Breaks the connections between the machines that `which` selects: by a timeout if `silent`, else by a reset.
     fn break_where(&self, which: impl Fn(&str, &str) -> bool, silent: bool) {
         let mut broken = Vec::new();
         self.state.lock().links.retain(|(one, other), link| {
@@ -179,6 +183,7 @@ impl Net {
         }
     }
 
+    /// Returns the link between two machines. Creates it if there is none, or if the last one broke.
     fn link(&self, one: &str, other: &str) -> SimLink {
         self.state
             .lock()
@@ -205,7 +210,8 @@ impl Net {
         state.cut.contains(way) || state.dark.contains(&way.0) || state.dark.contains(&way.1)
     }
 
-    /// Moves a body until its end, until the connection breaks, or until the reader is dropped.
+    /// Passes the frames of a body to `to`, each with the delay of the link. Stops at the end of the body, when the
+    /// connection breaks, or when the reader is dropped.
     async fn pump(self, mut body: Body, way: (String, String), link: SimLink, to: mpsc::Sender<Piece>) {
         let moved = async {
             while let Some(frame) = body.frame().await {
@@ -225,16 +231,18 @@ impl Net {
     }
 }
 
-/// Port of the listeners for clients, and port of those for brokers.
+/// Port of the listeners for clients.
 const CLIENT_PORT: &str = ":9460";
+/// Port of the listeners for other brokers.
 const PEER_PORT: &str = ":9470";
 
-/// Returns the address for brokers of the machine with this address for clients.
+/// Returns the address at which other brokers reach the machine with this address for clients.
 pub(crate) fn peer_address(address: &str) -> String {
     address.replace(CLIENT_PORT, PEER_PORT)
 }
 
-/// Returns the machine of an address, and true if it is the address for brokers. Links are between machines.
+/// Returns the machine of an address, named by its address for clients, and true if the address is that for other
+/// brokers. Links are between machines, not between ports.
 fn machine(address: &str) -> (String, bool) {
     (address.replace(PEER_PORT, CLIENT_PORT), address.ends_with(PEER_PORT))
 }
@@ -244,7 +252,7 @@ fn pair(one: &str, other: &str) -> (String, String) {
     (one.to_owned(), other.to_owned())
 }
 
-/// Connector of one machine to the others.
+/// Connector of one machine to other machines.
 #[derive(Clone)]
 pub(crate) struct Socket {
     net: Net,

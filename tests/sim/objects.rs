@@ -1,5 +1,5 @@
-//! An object store in memory that is slow, rejects requests and loses responses. A failed request may have been
-//! applied.
+//! An object store in memory that is slow, rejects requests and loses responses, and checks that no referenced object
+//! is deleted or changed. A failed write may have been applied.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,12 +31,12 @@ use crate::panics;
 #[derive(Clone, Debug)]
 pub(crate) struct Objects {
     kept: Arc<InMemory>,
-    /// Percentage of requests that fail, half of them after they were applied.
+    /// Percentage of requests that fail, some of them after they were applied. Deletions do not fail.
     failing: Arc<AtomicU32>,
     began: Instant,
     /// Write time of each object in simulated time, which determines the age of orphan objects.
     written: Arc<Mutex<BTreeMap<Path, DateTime<Utc>>>>,
-    /// Referenced objects of each partition, which must not be deleted or changed.
+    /// Names of the referenced objects of each partition, which must not be deleted or changed.
     kept_for: Arc<Mutex<BTreeMap<PartitionId, BTreeSet<String>>>>,
 }
 
@@ -63,7 +63,7 @@ impl Objects {
         listed.collect().await
     }
 
-    /// Returns one object, without delay and faults.
+    /// Returns the content of one object, without delay and faults; `None` if it does not exist.
     pub(crate) fn read(&self, object: &str) -> Option<Bytes> {
         let read = async { self.kept.get(&Path::from(object)).await.ok()?.bytes().await.ok() };
         // A read from memory completes at once.
@@ -76,13 +76,13 @@ impl Objects {
         self.kept_for.lock().insert(partition, objects);
     }
 
-    /// Returns the partition that references an object.
+    /// Returns the partition that references an object; `None` if there is none.
     fn is_kept_for(&self, location: &Path) -> Option<PartitionId> {
         let kept_for = self.kept_for.lock();
         kept_for.iter().find_map(|(partition, objects)| objects.contains(location.as_ref()).then_some(*partition))
     }
 
-    /// Checks a write before it is applied.
+    /// Checks a write before it is applied: it must not change a referenced object.
     fn will_put(&self, location: &Path, payload: &PutPayload) {
         let Some(partition) = self.is_kept_for(location) else { return };
         let new: Vec<u8> = payload.iter().flatten().copied().collect();
@@ -91,25 +91,29 @@ impl Objects {
         }
     }
 
-    /// Checks a deletion, or a write with unknown content, before it is applied.
+    /// Checks a deletion, or a write whose content is not known yet, before it is applied: the object must not be
+    /// referenced.
     fn will_delete(&self, location: &Path) {
         if let Some(partition) = self.is_kept_for(location) {
             panics::report(format!("{partition}: {location} is referenced, but was deleted or replaced"));
         }
     }
 
-    fn write(&self, location: &Path) {
+    /// Stores the simulated time as the write time of an object.
+    fn set_write_time(&self, location: &Path) {
         let now = DateTime::UNIX_EPOCH + (clock::monotonic() - self.began);
         self.written.lock().insert(location.clone(), now);
     }
 
+    /// Returns the description of an object with its write time in simulated time.
     fn dated(&self, mut object: ObjectMeta) -> ObjectMeta {
         let written = self.written.lock().get(&object.location).copied();
         object.last_modified = written.unwrap_or(object.last_modified);
         object
     }
 
-    /// Applies a request and returns its response. A fault may prevent either.
+    /// Applies a request after a delay, and returns its response. A fault may prevent the request, or lose the response
+    /// of an applied one.
     async fn respond<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::time::sleep(Duration::from_micros(random::in_range(500..20_000))).await;
         let fails = random::in_range(0..100) < self.failing.load(Ordering::Relaxed);
@@ -137,7 +141,7 @@ impl ObjectStore for Objects {
         let put = async {
             self.will_put(location, &payload);
             let put = self.kept.put_opts(location, payload, options).await;
-            put.inspect(|_| self.write(location))
+            put.inspect(|_| self.set_write_time(location))
         };
         self.respond(put).await
     }
@@ -148,7 +152,7 @@ impl ObjectStore for Objects {
         options: PutMultipartOptions,
     ) -> Result<Box<dyn MultipartUpload>> {
         self.will_delete(location);
-        self.write(location);
+        self.set_write_time(location);
         self.respond(self.kept.put_multipart_opts(location, options)).await
     }
 

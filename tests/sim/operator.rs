@@ -1,8 +1,8 @@
 //! An operator that works during the faults: reassigns partitions, drains and undrains brokers, and changes, creates
 //! and deletes topics.
 //!
-//! The result of an operation without a response is unknown, and nothing here checks it: the checker and the clients
-//! detect lost records. At the end no broker stays drained.
+//! The result of an operation without a response is unknown, and the operator checks no result: the checker and the
+//! clients detect lost records. At the end of the run no broker stays drained.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::{load::TOPICS, trace::Trace};
 /// Timeout of one operation.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Topic that is created and deleted.
+/// Topic that the operator creates and deletes, and that no client uses.
 const PASSING: &str = "passing";
 
 /// Client that runs admin operations.
@@ -32,11 +32,11 @@ pub(crate) struct Operator {
 }
 
 impl Operator {
-    /// Runs operations until it is stopped, then undrains every broker.
+    /// Runs operations until `stop` is cancelled, then undrains every broker.
     pub(crate) async fn run(self) {
         while !self.stop.is_cancelled() {
             tokio::time::sleep(Duration::from_millis(random::in_range(100..2500))).await;
-            let (what, done) = self.order().await;
+            let (what, done) = self.run_operation().await;
             self.trace.record(format_args!("operator: {what}: {done}"));
         }
         for id in 1..=self.brokers {
@@ -48,7 +48,8 @@ impl Operator {
         self.trace.record(format_args!("operator: stopped"));
     }
 
-    async fn order(&self) -> (String, String) {
+    /// Runs a random operation. Returns its description and its result.
+    async fn run_operation(&self) -> (String, String) {
         let admin = self.client.admin();
         let topic = random::in_range(0..self.partitions.len());
         let (name, partition) = (TOPICS[topic], random::in_range(0..self.partitions[topic]));
@@ -101,7 +102,8 @@ impl Operator {
         }
     }
 
-    /// Returns random brokers for a partition, as many as it has replicas now.
+    /// Returns random brokers for a partition, as many as it has replicas now; two brokers if the topic cannot be
+    /// described.
     async fn replicas(&self, name: &str, partition: u32) -> Vec<BrokerId> {
         let mut brokers: Vec<_> = (1..=self.brokers).map(BrokerId).collect();
         let description = tokio::time::timeout(OPERATION_TIMEOUT, self.client.admin().describe_topic(name)).await;
@@ -116,12 +118,13 @@ impl Operator {
         brokers
     }
 
+    /// Waits for an operation, at most [`OPERATION_TIMEOUT`]. Returns its description and its result as texts.
     async fn await_operation<T>(
         &self,
         what: String,
-        order: impl Future<Output = Result<T, CallError>>,
+        operation: impl Future<Output = Result<T, CallError>>,
     ) -> (String, String) {
-        let done = match tokio::time::timeout(OPERATION_TIMEOUT, order).await {
+        let done = match tokio::time::timeout(OPERATION_TIMEOUT, operation).await {
             Ok(Ok(_)) => "done".to_owned(),
             Ok(Err(error)) => error.to_string(),
             Err(late) => late.to_string(),

@@ -1,7 +1,7 @@
 //! Panics of simulated tasks. A broken invariant would abort a broker; here it ends the run.
 //!
-//! Panics are printed in short, as the trace shows the events before them. A task's panic reaches only the task that
-//! joins it, so the hook stores the panic for the thread, which runs one simulation.
+//! Panics are printed in one line, because the trace shows the events before them. A task's panic reaches only the task
+//! that joins it. So the hook stores the first panic of the thread, which runs one simulation.
 
 use std::{cell::RefCell, panic, sync::Once};
 
@@ -11,7 +11,8 @@ thread_local! {
     static FIRST: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// Stores panics from now on. Panics are not printed while a mutation is active.
+/// Clears the stored panic of this thread, and stores its first panic from now on. Panics are not printed while a
+/// mutation is active in any thread.
 pub(crate) fn remember() {
     static ONCE: Once = Once::new();
     FIRST.set(None);
@@ -28,19 +29,19 @@ pub(crate) fn remember() {
     });
 }
 
-/// Records a rule violation, which counts as a panic.
+/// Stores a rule violation as if it were a panic, unless one is stored already.
 pub(crate) fn report(violation: String) {
     FIRST.with_borrow_mut(|first| {
         first.get_or_insert(violation);
     });
 }
 
-/// Returns the first panic of this run.
+/// Returns the first panic or rule violation of this run; `None` if there is none.
 pub(crate) fn first() -> Option<String> {
     FIRST.with_borrow(Clone::clone)
 }
 
-/// Panics if a task has panicked.
+/// Panics if a task of this run has panicked or a rule violation was reported.
 pub(crate) fn check() {
     if let Some(panicked) = first() {
         panic!("a task panicked: {panicked}");

@@ -2,9 +2,10 @@
 //!
 //! [`ReferenceModel`] is the observer of a run (`task::sim_event`). The model records the content of the metadata
 //! store, the log end and epochs of each replica, and all records that were ever committed. Each event is checked
-//! against the model. A violation therefore shows at the step that causes it, and not only if its effect lasts until
-//! the next check. An epoch has one appender. Logs with equal epochs at all offsets are therefore the same if each
-//! batch has the checksum that its epoch gave it. `checker` compares the bytes on the disks.
+//! against the model. A violation is therefore found at the step that causes it, even if its effect does not last until
+//! the next check of `checker`. Only the leader of an epoch creates batches in it. So logs with equal epochs at all
+//! offsets are the same if each batch has the checksum that its leader's batch had. `checker` compares the bytes on the
+//! disks.
 //!
 //! | event | rule |
 //! | --- | --- |
@@ -18,7 +19,7 @@
 //! | | Every member of the maximal ISR has acknowledged in this epoch, since it subscribed |
 //! | | No batch is split; no producer sequence is repeated or skipped |
 //! | an acknowledgement counts | It was sent, in the epoch of the counting leader, by the broker epoch that subscribed last |
-//! | a response | Its promise holds |
+//! | a write is acknowledged | The leader's log has it with the topic's durability; with more than the leader, it is committed |
 //! | an ISR proposal, its outcome | An added replica has acknowledged all up to the epoch start and the high watermark in this epoch |
 //! | | The proposed ISR replaces the value that it was made for |
 //! | another partition value | Within an epoch only the leader removes a running replica from the ISR |
@@ -74,11 +75,11 @@ type Violation = String;
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct ProcessId {
     broker: BrokerId,
-    /// Number of the process.
+    /// Number of the process; no other process of the run has it.
     process: u32,
 }
 
-/// Observer of a run, until it is dropped.
+/// Observer of the events of a run, until it is dropped.
 pub(crate) struct ReferenceModel(Rc<RefCell<ReferenceState>>);
 
 struct ReferenceState {
@@ -88,7 +89,7 @@ struct ReferenceState {
     machines: Machines,
     journals: Journals,
     bucket: Bucket,
-    /// Registered brokers with their broker epochs.
+    /// Broker epochs of the registered brokers.
     brokers: Brokers,
     /// Configuration of each topic.
     topics: BTreeMap<TopicId, TopicConfig>,
@@ -106,7 +107,7 @@ struct Host {
     /// Number of the broker's process while the broker is active, else 0.
     process: Arc<AtomicU32>,
     disk: SimDisk,
-    /// Number of earlier disks of this machine.
+    /// Number of earlier disks of this machine, which is also the number of the current disk.
     disks: Arc<AtomicU32>,
 }
 
@@ -125,7 +126,7 @@ impl Host {
 }
 
 impl ReferenceModel {
-    /// Observes a simulation from now on.
+    /// Creates the model of a simulation, and observes its events from now on.
     pub(crate) fn watch(world: &Simulation) -> Self {
         let machines: Machines = world
             .machines
@@ -151,7 +152,7 @@ impl ReferenceModel {
         Self(state)
     }
 
-    /// Checks the current state: every active member of ISR ∪ ELR must hold all committed records.
+    /// Reports a violation if a running member of ISR ∪ ELR lacks committed records in the current state.
     pub(crate) fn check_isr_and_elr(&self) {
         let mut state = self.0.borrow_mut();
         let state = &mut *state;
@@ -159,8 +160,8 @@ impl ReferenceModel {
         state.report(violation);
     }
 
-    /// Returns true if the broker's process has opened its replica. Until then the files are as the last process, or a
-    /// power loss, left them.
+    /// Returns true if the broker's current process has opened its replica of this partition. Until then, the files on
+    /// the disk are still those of the previous process, perhaps after a power loss.
     pub(crate) fn has_opened(&self, id: PartitionId, broker: BrokerId) -> bool {
         let state = self.0.borrow();
         let process = state.machines[&broker].process();
@@ -175,6 +176,8 @@ impl Drop for ReferenceModel {
 }
 
 impl ReferenceState {
+    /// Applies and checks an event of a process, and reports a violation. The thousands of a process number are the id
+    /// of its broker.
     fn on_event(&mut self, process: u32, event: SimEvent<'_>) {
         let who = ProcessId { broker: BrokerId(process / 1000), process };
         let violation = match event {
@@ -191,6 +194,8 @@ impl ReferenceState {
         }
     }
 
+    /// Applies and checks a change of a key in the metadata store. `value` is the new value with the create revision of
+    /// the key, or `None` if the key was deleted.
     fn stored(&mut self, key: &str, value: Option<(&[u8], u64)>, revision: u64) -> Result<(), Violation> {
         let at = |id: PartitionId| move |violation| format!("{id}: {violation}");
         match (self.keys.parse(key), value) {
@@ -238,7 +243,8 @@ impl ReferenceState {
         }
     }
 
-    /// Applies an event to the journals.
+    /// Applies an event to the model of the journals. Fails if the segments lack durable entries of a journal file that
+    /// is freed.
     fn journals(&mut self, who: ProcessId, event: &SimEvent<'_>) -> Result<(), Violation> {
         let Some(host) = self.machines.get(&who.broker) else { return Ok(()) };
         let disk = Disk { number: host.disk_number(), content: &host.disk };
@@ -258,10 +264,11 @@ impl ReferenceState {
         Ok(())
     }
 
+    /// Applies and checks an event of a broker's process.
     fn done(&mut self, who: ProcessId, event: SimEvent<'_>) -> Result<(), Violation> {
         self.journals(who, &event)?;
         let Some(id) = partition_of(&event) else { return Ok(()) };
-        // Events of a partition that is being deleted are ignored.
+        // Events of a partition that is not in the metadata store are ignored: it is being deleted.
         let Some(partition) = self.partitions.get_mut(&id) else { return Ok(()) };
         let by = |violation| format!("{id}: broker {}: {violation}", who.broker);
         let moved = match event {
@@ -313,7 +320,7 @@ impl ReferenceState {
             SimEvent::LatestReturned { epoch, offset, .. } => partition.latest_returned(epoch, offset).map_err(by)?,
             SimEvent::Evicted { start, .. } => partition.evicted(start).map_err(by)?,
         };
-        // Only an event that moves a log or the committed end can remove what a member must hold.
+        // Only after an event that moves a log or the committed end can a member lack committed records.
         if moved {
             partition.members_hold(&self.machines).map_err(|violation| format!("{id}: {violation}"))
         } else {

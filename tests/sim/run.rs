@@ -25,13 +25,13 @@ use crate::{
 /// Topology and fault phase of a run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Topology {
-    /// Number of brokers of most runs. A few runs have more, up to `max_brokers`.
+    /// Number of brokers of most runs. One run in six has one or two more, up to `max_brokers`.
     pub(crate) brokers: u32,
     pub(crate) max_brokers: u32,
     pub(crate) racks: u32,
     /// Duration of the fault phase.
     pub(crate) fault_duration: Duration,
-    /// Fault profile; `None` draws one.
+    /// Fault profile; `None` draws one for each run.
     pub(crate) theme: Option<FaultProfile>,
 }
 
@@ -43,19 +43,19 @@ impl Topology {
     pub(crate) const THREE: Self =
         Self { brokers: 3, max_brokers: 5, racks: 3, fault_duration: Duration::from_secs(15), theme: None };
 
-    /// Returns the same topology with one fault profile.
+    /// Returns the same topology with a fixed fault profile.
     pub(crate) const fn about(self, theme: FaultProfile) -> Self {
         Self { theme: Some(theme), ..self }
     }
 
-    /// Returns the topology of a seed. One seed in six has more brokers than a partition has replicas, up to
-    /// `max_brokers`.
+    /// Returns the topology of a seed. One seed in six has one or two more brokers, up to `max_brokers`, so that there
+    /// are more brokers than replicas of a partition.
     fn of(self, seed: u64) -> Self {
         let more = if seed.is_multiple_of(6) { u32::try_from(seed / 6 % 2).unwrap_or(0) + 1 } else { 0 };
         Self { brokers: (self.brokers + more).min(self.max_brokers), ..self }
     }
 
-    /// Returns the part of the test name that no other test has.
+    /// Returns the part of the test name that selects this topology's test.
     pub(crate) fn test(self) -> &'static str {
         if self.brokers == 1 { "one_broker" } else { "three_brokers" }
     }
@@ -67,14 +67,14 @@ impl fmt::Display for Topology {
     }
 }
 
-/// Interval between checks during the fault phase.
+/// Interval between two checks of the machines during the fault phase.
 const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Maximum number of retries of a read whose start offset was removed by retention meanwhile. No client writes at that
-/// time.
-const MAX_RUNNING: u32 = 10;
+/// Maximum number of retries of a read whose start offset is below the log start, because retention moved the log start
+/// meanwhile. Few are needed, because no client writes at that time.
+const MAX_READ_RETRIES: u32 = 10;
 
-/// Timeout after the faults until every replica is in sync.
+/// Maximum time after the faults, or after the last start, until every replica is in sync.
 const IN_SYNC_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Runs a seed and returns its trace. Panics if a check fails; [`trace::last`] then returns the trace.
@@ -83,7 +83,8 @@ pub(crate) fn run(shape: Topology, seed: u64) -> String {
     simulate(shape, seed, async |world| run_cluster(world, shape).await)
 }
 
-/// Runs `body` in a simulation of this seed and returns the trace. Panics like [`run`].
+/// Runs `body` in a simulation of this seed and returns the trace. Panics if `body` or a task panics, or if a rule was
+/// violated.
 pub(crate) fn simulate(shape: Topology, seed: u64, body: impl AsyncFnOnce(&mut Simulation)) -> String {
     panics::remember();
     let mut builder = tokio::runtime::Builder::new_current_thread();
@@ -101,12 +102,14 @@ pub(crate) fn simulate(shape: Topology, seed: u64, body: impl AsyncFnOnce(&mut S
     trace::last()
 }
 
+/// Starts the brokers, runs the load with faults, and then checks that all replicas recover, once after the faults and
+/// once after a power loss or stop of all machines.
 async fn run_cluster(world: &mut Simulation, shape: Topology) {
     let model = ReferenceModel::watch(world);
     join_all(world.machines.iter_mut().map(|machine| Box::pin(machine.start()))).await;
     let client = world.client().await;
     let keeps = RetentionProfile::of(world.shared.seed);
-    let (partitions, power) = topics(&client, shape, keeps).await;
+    let (partitions, power) = create_topics(&client, shape, keeps).await;
     let (ledger, trace) = (Ledger::default(), world.shared.trace.clone());
     let stop = Tasks::new();
     let load = Load {
@@ -167,9 +170,9 @@ async fn run_cluster(world: &mut Simulation, shape: Topology) {
     tasks.stop().await;
 }
 
-/// Creates the topics. Returns the number of partitions of each, and true if acknowledged records survive a power loss
-/// on any machine.
-async fn topics(client: &Client, shape: Topology, keeps: RetentionProfile) -> (Vec<u32>, bool) {
+/// Creates a random number of topics with random settings. Returns the number of partitions of each, and true if
+/// acknowledged records survive a power loss on any machine.
+async fn create_topics(client: &Client, shape: Topology, keeps: RetentionProfile) -> (Vec<u32>, bool) {
     let power = shape.brokers == 1 || random::in_range(0..3) > 0 && shape.theme != Some(FaultProfile::OneDown);
     let mut partitions = Vec::new();
     for name in &TOPICS[..random::in_range(1..=TOPICS.len())] {
@@ -179,7 +182,7 @@ async fn topics(client: &Client, shape: Topology, keeps: RetentionProfile) -> (V
             .replication_factor(shape.brokers.min(3))
             .config("segment.bytes", "16384")
             .config("retention.ms", "-1")
-            // Clocks jump by hours. A rejection for that reason would test nothing about the stored records.
+            // Clocks jump by hours. This limit is high enough that no record is rejected for its timestamp.
             .config("message.timestamp.after.max.ms", "31536000000")
             .config("local.retention.bytes", "40000");
         if keeps == RetentionProfile::Last {
@@ -191,7 +194,7 @@ async fn topics(client: &Client, shape: Topology, keeps: RetentionProfile) -> (V
         if !power && random::in_range(0..2) == 0 {
             topic = topic.config("durability", "replicated");
         }
-        // If only the response was lost, the topic exists.
+        // If only the response was lost, the topic exists, and no further attempt is needed.
         while let Err(error) = client.admin().create_topic(&topic).await {
             if client.admin().describe_topic(name).await.is_ok() {
                 break;
@@ -204,7 +207,7 @@ async fn topics(client: &Client, shape: Topology, keeps: RetentionProfile) -> (V
     (partitions, power)
 }
 
-/// Runs the fault phase, and the checker at intervals.
+/// Injects faults until the end of the fault phase, and runs the checker at intervals.
 async fn run_fault_phase(world: &mut Simulation, shape: Topology, power: bool, checker: &mut StateChecker) {
     let plan = FaultPlan::draw(shape, power);
     let (names, shared) = (world.names(), world.shared.clone());
@@ -242,8 +245,8 @@ async fn wait_until_in_sync(checker: &StateChecker, shape: Topology) {
     }
 }
 
-/// Returns an error with the reason unless the partition has a leader and all its replicas are in sync with the same
-/// log end.
+/// Returns an error with the reason unless the partition has a leader, no reassignment is in progress, and all its
+/// replicas are in sync with the same log end.
 fn check_in_sync(checker: &StateChecker, id: PartitionId, value: &PartitionValue) -> Result<(), String> {
     let moving = value.adding.len() + value.removing.len() + value.elr.len();
     if value.leader.is_none() || value.isr.len() < value.replicas.len() || moving > 0 {
@@ -257,13 +260,13 @@ fn check_in_sync(checker: &StateChecker, id: PartitionId, value: &PartitionValue
     Ok(())
 }
 
-/// Checks the client history against the logs, after a read of every log to its end.
+/// Checks the machines, reads every log to its end, and checks the client history with these reads.
 async fn check(load: &Load, checker: &mut StateChecker) {
     checker.check_machines().await;
     for (log, _, _) in checker.partitions().await {
         let mut read = load.pass(log, true, true, READ_TIMEOUT).await;
-        // Retention may remove the start of the log during the read.
-        for _ in 0..MAX_RUNNING {
+        // Retention may move the log start during the read, and the read is then retried.
+        for _ in 0..MAX_READ_RETRIES {
             if load.keeps == RetentionProfile::Last
                 && read.as_ref().is_err_and(|error| error.contains("is out of range"))
             {

@@ -23,21 +23,21 @@ use crate::{
 /// Interval between progress reports.
 const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Maximum duration of a run, which normally takes a fraction of a second.
+/// Maximum real time of a run, which normally takes a fraction of a second. A longer run counts as endless.
 const ENDLESS: Duration = Duration::from_secs(600);
 
-/// Number of seeds without settings in the environment.
+/// Number of seeds if `STRANDLINE_SEEDS` and `STRANDLINE_SIM_SECONDS` are not set.
 const SEEDS: u64 = 20;
 
 /// Seeds of one test.
 struct Seeds {
     first: u64,
-    /// Maximum number of seeds. With `until` the time is the limit.
+    /// Maximum number of seeds; unlimited with `until`.
     count: u64,
     until: Option<Instant>,
 }
 
-/// Returns a number from an environment variable.
+/// Returns the number in an environment variable; `None` if the variable is not set. Panics if it is not a number.
 fn env_number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
@@ -49,8 +49,9 @@ pub(crate) fn first() -> u64 {
 }
 
 impl Seeds {
-    /// Returns the seeds of the environment: `STRANDLINE_SEEDS` seeds from `STRANDLINE_SEED` on, or new ones for
-    /// `STRANDLINE_SIM_SECONDS`. Three brokers get four fifths of that time.
+    /// Returns the seeds that the environment selects: `STRANDLINE_SEEDS` seeds from `STRANDLINE_SEED` on. With
+    /// `STRANDLINE_SIM_SECONDS`, as many seeds as run in this time, by default from a number of the wall clock on. One
+    /// broker gets a fifth of the time, and three brokers get the rest.
     fn from_environment(shape: Topology) -> Self {
         let Some(seconds) = env_number("STRANDLINE_SIM_SECONDS") else {
             return Self { first: first(), count: env_number("STRANDLINE_SEEDS").unwrap_or(SEEDS), until: None };
@@ -61,7 +62,7 @@ impl Seeds {
         Self { first, count: u64::MAX, until: Some(clock::monotonic() + Duration::from_secs(seconds)) }
     }
 
-    /// Returns the seed with this number, unless the count or the time is used up.
+    /// Returns the seed with this number, counted from 0; `None` if the count or the time is used up.
     fn get(&self, number: u64) -> Option<u64> {
         let wanted = number < self.count && self.until.is_none_or(|until| clock::monotonic() < until);
         wanted.then(|| self.first + number)
@@ -77,7 +78,7 @@ impl fmt::Display for Seeds {
     }
 }
 
-/// Returns the number of concurrent runs.
+/// Returns the number of concurrent runs: `STRANDLINE_THREADS`, else one per core.
 pub(crate) fn threads() -> usize {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     env_number("STRANDLINE_THREADS").map_or(cores, |threads| usize::try_from(threads).unwrap_or(cores).max(1))
@@ -90,11 +91,11 @@ struct SeedProgress {
     failed: Vec<u64>,
     /// Running seeds with their start times.
     running: BTreeMap<u64, Instant>,
-    /// Number of threads that have finished.
+    /// Number of threads that have no more seeds to run.
     through: usize,
 }
 
-/// Runs the selected seeds of a topology. Panics if a seed failed.
+/// Runs the selected seeds of a topology, and prints failures and progress. Panics at the end if a seed failed.
 pub(crate) fn run_all(shape: Topology) {
     let (seeds, began, threads) = (Seeds::from_environment(shape), clock::monotonic(), threads());
     println!("sim: {shape}: {seeds}, {threads} concurrently");
@@ -133,8 +134,8 @@ fn run_one(shape: Topology, seed: u64) -> bool {
     passed
 }
 
-/// Prints progress and slow seeds at intervals. Exits the process if a run does not end, because its thread cannot be
-/// ended.
+/// Prints progress and slow seeds at intervals, while `is_running` holds. Exits the process if a run takes longer than
+/// [`ENDLESS`], because its thread cannot be ended.
 fn watch(
     shape: Topology,
     progress: &Mutex<SeedProgress>,

@@ -22,7 +22,7 @@ pub(crate) fn last() -> String {
     LAST.with_borrow(|last| last.as_ref().map(Trace::text)).unwrap_or_default()
 }
 
-/// Prints the last trace if `STRANDLINE_TRACE` requests it.
+/// Prints the last trace if `STRANDLINE_TRACE` is set and its lines were not printed at once.
 pub(crate) fn print_last() {
     if trace_setting().is_some_and(|value| value != LIVE) {
         println!("{}", last());
@@ -36,7 +36,7 @@ fn trace_setting() -> Option<String> {
     std::env::var("STRANDLINE_TRACE").ok().filter(|value| !value.is_empty())
 }
 
-/// Runs `work`, and adds the log that is written meanwhile to the trace.
+/// Runs `work`. If `STRANDLINE_LOG` is set, adds the log lines that this thread writes meanwhile to the trace.
 pub(crate) fn with_log<T>(work: impl FnOnce() -> T) -> T {
     let Some(filter) = std::env::var("STRANDLINE_LOG").ok().filter(|filter| !filter.is_empty()) else { return work() };
     let log = tracing_subscriber::fmt().with_env_filter(filter).without_time().with_ansi(false).with_writer(|| Log);

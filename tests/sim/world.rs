@@ -26,7 +26,7 @@ pub(crate) struct Simulation {
     pub(crate) machines: Vec<Machine>,
     pub(crate) shared: Shared,
     pub(crate) store: EmbeddedStore,
-    /// Process that draws the faults and runs the load.
+    /// Process that draws the faults and runs the clients.
     pub(crate) outside: SimProcess,
     _time: Tasks,
 }

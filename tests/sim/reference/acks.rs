@@ -6,49 +6,52 @@ use strandline::model::{BrokerId, LeaderEpoch};
 
 use super::{Violation, replica::Ends};
 
-/// One acknowledgement, as a leader receives it.
+/// One acknowledgement of a follower, as a leader receives it.
 pub(super) struct Ack {
     pub(super) follower: BrokerId,
-    /// Broker epoch of the follower, as its link states it.
+    /// Broker epoch of the follower, as sent on its link.
     pub(super) registered: u64,
     /// Leader epoch in which the follower subscribed.
     pub(super) epoch: LeaderEpoch,
     pub(super) ends: Ends,
 }
 
-/// Subscribed followers of each epoch's leader.
+/// Followers that have subscribed to the leader of each epoch.
 #[derive(Default)]
 pub(super) struct Acks(BTreeMap<LeaderEpoch, BTreeMap<BrokerId, SubscribedFollower>>);
 
 #[derive(Default)]
 struct SubscribedFollower {
-    /// Broker epoch that subscribed last.
+    /// Broker epoch of the follower at its last subscription.
     registered: u64,
-    /// Progress acknowledged since that subscription.
+    /// Progress that the leader has counted since that subscription.
     acked: Option<Ends>,
-    /// Progress acknowledged before that subscription. Watermarks that this progress moved may be published after the
-    /// subscription.
+    /// Progress that the leader counted before that subscription. The leader may publish the watermarks that this
+    /// progress moved after the subscription.
     before: Option<Ends>,
 }
 
 impl Acks {
-    /// Returns the progress that a follower has acknowledged in this epoch since its last subscription.
+    /// Returns the progress of a follower that the leader of this epoch has counted since the follower's last
+    /// subscription.
     pub(super) fn of(&self, epoch: LeaderEpoch, follower: BrokerId) -> Option<Ends> {
         self.0.get(&epoch)?.get(&follower)?.acked
     }
 
-    /// Returns the progress that may have moved the watermarks that a leader publishes now.
+    /// Returns the progress of a follower that may have moved the watermarks which the leader of this epoch publishes
+    /// now.
     pub(super) fn recent(&self, epoch: LeaderEpoch, follower: BrokerId) -> Option<Ends> {
         let SubscribedFollower { acked, before, .. } = self.0.get(&epoch)?.get(&follower)?;
         before.map(|before| before.max(acked.unwrap_or_default())).or(*acked)
     }
 
-    /// Drops the progress before the last subscriptions, as the leader has published its watermarks.
+    /// Drops the progress from before the last subscription of each follower. Called when the leader has published its
+    /// watermarks.
     pub(super) fn published(&mut self, epoch: LeaderEpoch) {
         self.0.entry(epoch).or_default().values_mut().for_each(|subscribed| subscribed.before = None);
     }
 
-    /// Records a subscription, whose broker epoch must not be older than the last one.
+    /// Records a subscription. Its broker epoch must not be older than that of the follower's previous subscription.
     pub(super) fn follower_subscribed(
         &mut self,
         epoch: LeaderEpoch,

@@ -17,7 +17,8 @@ use crate::{
 
 pub(super) struct Bucket {
     objects: Objects,
-    /// Segment objects that were checked. Their names are never used again.
+    /// Names of the segment objects that were checked. A name is never used for another object, so each is checked
+    /// once.
     read: BTreeSet<String>,
 }
 
@@ -26,7 +27,8 @@ impl Bucket {
         Self { objects, read: BTreeSet::new() }
     }
 
-    /// Checks a committed tier state. Its readable segments must exist and hold the committed batches.
+    /// Checks a committed tier state: its manifest must be valid, and its readable segments must exist and hold the
+    /// committed batches. Marks these objects as referenced.
     pub(super) fn committed(&mut self, id: PartitionId, state: &TierState, model: &Partition) -> Result<(), Violation> {
         let ReferencedObjects { objects, segments } = manifest::referenced_objects(&self.objects, id, state)?;
         for (segment, entry) in segments {
@@ -47,13 +49,13 @@ impl Bucket {
         Ok(())
     }
 
-    /// Removes the references of a deleted partition.
+    /// Removes the references of a deleted partition, whose objects may then be deleted.
     pub(super) fn deleted(&self, id: PartitionId) {
         self.objects.keep(id, BTreeSet::new());
     }
 }
 
-/// Returns the base of the next batch. Fails unless this batch is the committed one at `next`.
+/// Checks that this batch is the committed one at `next`. Returns its end, at which the next batch must begin.
 fn check_committed(batch: &Batch, next: Offset, model: &Partition) -> Result<Offset, Violation> {
     let (base, end, epoch) = (batch.base_offset(), batch.end_offset(), batch.leader_epoch());
     let found = (base, epoch, end, batch.crc());

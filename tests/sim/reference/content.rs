@@ -1,4 +1,4 @@
-//! Batches that any replica of a partition appended.
+//! Batches that the replicas of a partition appended, and the producers of the committed ones.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,12 +19,12 @@ type Stamp = (i64, i16, i32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) end: Offset,
-    /// Checksum of the content that no replica changes.
+    /// Checksum of the part of the batch that no replica changes.
     pub(super) crc: u32,
     pub(super) producer: Option<Stamp>,
 }
 
-/// Batches by base offset and epoch. An epoch has one appender, so this key identifies a batch.
+/// Batches by base offset and epoch. Only the leader of an epoch creates batches in it, so this key identifies a batch.
 #[derive(Default)]
 pub(super) struct Content {
     batches: BTreeMap<(Offset, LeaderEpoch), Entry>,
@@ -42,13 +42,14 @@ struct Producer {
 }
 
 impl Content {
-    /// Returns a producer that committed a batch below an offset and is not in `known`.
+    /// Returns a producer that has a committed batch below an offset and is not in `known`, and the base offset of its
+    /// first committed batch.
     pub(super) fn unknown(&self, below: Offset, known: &BTreeSet<i64>) -> Option<(i64, Offset)> {
         let wrote = self.producers.iter().map(|(id, producer)| (*id, producer.first));
         wrote.filter(|(_, first)| *first < below).find(|(id, _)| !known.contains(id))
     }
 
-    /// Records an appended batch. It must equal every other batch with this epoch and offset.
+    /// Records an appended batch. It must equal the batch with this epoch and offset that another replica appended.
     pub(super) fn appended(&mut self, base: Offset, epoch: LeaderEpoch, batch: Entry) -> Result<(), Violation> {
         let known = *self.batches.entry((base, epoch)).or_insert(batch);
         if known == batch {
@@ -57,7 +58,8 @@ impl Content {
         Err(format!("appended {batch:?} at {base} in epoch {epoch}, but this epoch has {known:?} there"))
     }
 
-    /// Removes the batches that the only replica has lost. That replica appends other batches there in the same epoch.
+    /// Removes the batches from `end` on, which the only replica of a standalone broker has lost. The replica may
+    /// append other batches at these offsets in the same epoch.
     pub(super) fn lose(&mut self, end: Offset) {
         drop(self.batches.split_off(&(end, LeaderEpoch(0))));
     }
@@ -68,7 +70,7 @@ impl Content {
     }
 
     /// Records a range, written in these epochs, as committed. The range must consist of entire batches, and each batch
-    /// of a producer must follow the producer's last one.
+    /// of a producer must have the next sequence of that producer.
     pub(super) fn commit(&mut self, epochs: &EpochHistory, range: Range<Offset>) -> Result<(), Violation> {
         let mut next = range.start;
         while next < range.end {
@@ -80,7 +82,7 @@ impl Content {
             };
             if let Some((id, epoch, sequence)) = batch.producer {
                 let count = i32::try_from(batch.end.as_i64() - next.as_i64()).unwrap();
-                // The sequence after the largest is 0. No run gets near it.
+                // After the largest sequence, sequences start again at 0. No run has so many records.
                 let known = self.producers.get(&id).copied();
                 let expected = known.filter(|known| known.epoch == epoch).map_or(0, |known| known.next);
                 if sequence != expected || known.is_some_and(|known| known.epoch > epoch) {

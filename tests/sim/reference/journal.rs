@@ -1,5 +1,5 @@
-//! Content of each broker's journal, and the check that the segments hold the same durably before a journal file is
-//! reused.
+//! Content of each broker's journal, and the check that the segments durably hold the entries of a journal file before
+//! the file is reused.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use crate::logs;
 
 /// Disk of a broker.
 pub(super) struct Disk<'a> {
-    /// Number of earlier disks of the machine.
+    /// Number of earlier disks of the machine, which identifies this disk.
     pub(super) number: u32,
     pub(super) content: &'a SimDisk,
 }
@@ -25,9 +25,9 @@ pub(super) struct Journals(BTreeMap<BrokerId, Journal>);
 #[derive(Default)]
 struct Journal {
     process: u32,
-    /// Number of the disk.
+    /// Number of the disk that holds the journal.
     disk: u32,
-    /// End of each log in each file, by the serial number of the file.
+    /// End of the entries of each partition in each journal file, by the serial number of the file.
     files: BTreeMap<u64, LogEnds>,
 }
 
@@ -38,8 +38,8 @@ impl Journals {
         self.0.entry(who.broker).or_default()
     }
 
-    /// Records that a process writes its journal. A new process may reuse all files, as replay has applied their
-    /// entries. So the segments must hold these entries durably, unless the disk is another one.
+    /// Records that a process writes its journal. A new process may reuse all journal files, because replay has applied
+    /// their entries. So at its first event the segments must durably hold these entries, unless the disk was replaced.
     pub(super) fn opened(&mut self, who: ProcessId, disk: &Disk<'_>) -> Result<(), Violation> {
         let journal = self.of(who);
         if journal.process == who.process {
@@ -58,7 +58,8 @@ impl Journals {
         *held = end.max(*held);
     }
 
-    /// Limits the ends of a log that is truncated or reset: the segments need not hold more.
+    /// Lowers the ends of a log that is truncated to `to`, or removes them if the log is emptied: the segments need not
+    /// hold the removed records.
     pub(super) fn changing(&mut self, who: ProcessId, partition: PartitionId, to: Offset, emptied: bool) {
         for file in self.of(who).files.values_mut() {
             if emptied {
@@ -69,14 +70,14 @@ impl Journals {
         }
     }
 
-    /// Checks a file that is about to be reused.
+    /// Removes a journal file that is about to be reused, and checks its entries.
     pub(super) fn freed(&mut self, who: ProcessId, file: u64, disk: &Disk<'_>) -> Result<(), Violation> {
         let held = self.of(who).files.remove(&file).unwrap_or_default();
         check_durable(who, &held, disk)
     }
 }
 
-/// Checks that all these entries are durable in their segments.
+/// Checks that the segments durably hold all these entries.
 fn check_durable(who: ProcessId, held: &LogEnds, disk: &Disk<'_>) -> Result<(), Violation> {
     let lacking = held.iter().find_map(|(partition, end)| {
         let durable = logs::durable_end(disk.content, *partition);

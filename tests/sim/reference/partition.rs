@@ -1,4 +1,5 @@
-//! Model of one partition: its replicas, its values in the metadata store, and its committed records.
+//! Model of one partition: its replicas, its values and its tier state in the metadata store, and its committed
+//! records.
 
 mod value;
 
@@ -23,7 +24,8 @@ use super::{
     replica::Replica,
 };
 
-/// Maximum number of retained values and of retained proposals. Leaders receive the newest value late.
+/// Maximum number of retained partition values and of retained proposals. Old ones are needed, because leaders may
+/// still use an old value.
 const MAX_REMEMBERED: usize = 256;
 
 #[derive(Default)]
@@ -32,27 +34,28 @@ pub(super) struct Partition {
     values: BTreeMap<Revision, PartitionValue>,
     tier: TierState,
     proposals: Vec<Proposal>,
-    /// Leader of each epoch, and the epoch start.
+    /// Leader of each epoch, and its log end when its leadership began.
     leaders: BTreeMap<LeaderEpoch, (ProcessId, Offset)>,
     replicas: BTreeMap<BrokerId, Replica>,
     acks: Acks,
-    /// Newest revision that each process has applied, by process number.
+    /// Revision of the partition value that each process has applied last, by process number.
     metadata_applied: BTreeMap<u32, Revision>,
     content: Content,
     /// Durability of the topic.
     durability: Durability,
-    /// Every `min.insync.replicas` that the topic ever had: a leader applies a new one late.
+    /// Every `min.insync.replicas` that the topic ever had. All are allowed, because a leader may apply a new one late.
     minima: BTreeSet<usize>,
     /// Epoch history of the committed records, and their end.
     committed: (EpochHistory, Offset),
-    /// Highest high watermark of each epoch's leader.
+    /// Highest high watermark that the leader of each epoch published.
     reached: BTreeMap<LeaderEpoch, Offset>,
 }
 
-/// True if the event moved something that a member must hold.
+/// Result of an event: true if it moved a log or the committed end, so that the members of ISR and ELR must be checked
+/// again.
 type Moved = Result<bool, Violation>;
 
-/// Returns the offset below which no disk must hold records.
+/// Returns the offset below which records need not be on any disk: they are in the object store, or deleted.
 fn free(tier: &TierState) -> Offset {
     tier.tiered_end().max(tier.log_start)
 }
@@ -66,7 +69,7 @@ impl Partition {
         self.replicas.entry(broker).or_default()
     }
 
-    /// Checks that every active member of ISR ∪ ELR holds all committed records.
+    /// Checks that every member of ISR ∪ ELR whose broker runs holds all committed records.
     pub(super) fn members_hold(&self, machines: &Machines) -> Result<(), Violation> {
         let Some((value, _)) = self.value() else { return Ok(()) };
         for member in value.isr.iter().chain(&value.elr) {
@@ -96,6 +99,7 @@ impl Partition {
         self.minima.insert(config.min_insync_replicas);
     }
 
+    /// Checks a new partition value by the current one, and records it.
     pub(super) fn stored(
         &mut self,
         new: PartitionValue,
@@ -111,6 +115,7 @@ impl Partition {
         result
     }
 
+    /// Checks a tier commit by the current tier state, and records it.
     pub(super) fn tiered(&mut self, new: TierState) -> Result<(), Violation> {
         let (old, committed) = (&self.tier, self.committed.1);
         let leads = self.value().map(|(value, _)| value.leader_epoch);
@@ -132,7 +137,7 @@ impl Partition {
         result
     }
 
-    /// Returns the committed batch with this base offset, and its epoch.
+    /// Returns the committed batch with this base offset, and its epoch; `None` if no committed batch begins there.
     pub(super) fn committed_at(&self, base: Offset) -> Option<(LeaderEpoch, Entry)> {
         let (epochs, end) = &self.committed;
         let epoch = epochs.at(base).filter(|_| base < *end)?;
@@ -141,6 +146,8 @@ impl Partition {
 
     // Events of one replica.
 
+    /// Checks the log that a process found when it opened its replica, and records it. `alone` is true for a standalone
+    /// broker, whose log may have lost its last batches.
     pub(super) fn opened(
         &mut self,
         who: ProcessId,
@@ -169,7 +176,8 @@ impl Partition {
         false
     }
 
-    /// Records that a process applied a value, which must not be older than its last one.
+    /// Records that a process applied a partition value. It must not be older than the value that the process applied
+    /// before.
     pub(super) fn metadata_applied(&mut self, who: ProcessId, revision: Revision) -> Moved {
         let known = self.metadata_applied.entry(who.process).or_insert(revision);
         if revision < *known {
@@ -179,7 +187,7 @@ impl Partition {
         Ok(false)
     }
 
-    /// Checks that a follower applied a message of the epoch that it follows.
+    /// Checks that a follower applied a message from the leader of the epoch in which it follows.
     pub(super) fn leader_message_applied(&self, who: ProcessId, epoch: LeaderEpoch) -> Moved {
         let known = self.metadata_applied.get(&who.process).and_then(|revision| self.values.get(revision));
         match known {
@@ -191,6 +199,8 @@ impl Partition {
         }
     }
 
+    /// Checks that no other process led in this epoch, that the store names this leader, and that its log has all
+    /// committed records. A standalone broker (`alone`) may lead again in its epoch.
     pub(super) fn leadership_started(
         &mut self,
         who: ProcessId,
@@ -212,8 +222,8 @@ impl Partition {
             return Err(format!("leads in epoch {epoch}, but the store names another leader"));
         }
         if self.value().is_some_and(|(value, _)| value.leader_epoch > epoch) {
-            // The process received its election late. A newer leader exists and may have committed more. No replica
-            // that counts follows this leader.
+            // The process received its election late, and may lack records that the leader of a newer epoch has
+            // committed. The rules for commits ensure that this leader commits nothing.
             return Ok(false);
         }
         let replica = self.replica(who.broker).clone();
@@ -225,6 +235,8 @@ impl Partition {
         }
     }
 
+    /// Checks and records an append of one batch. `leads` is the epoch in which the process leads, or `None` for a
+    /// follower.
     pub(super) fn appended(
         &mut self,
         who: ProcessId,
@@ -248,8 +260,8 @@ impl Partition {
     }
 
     /// Records a truncation, which must not remove committed records. Exception: a replica outside ISR and ELR may
-    /// still follow the leader of an older epoch, which received its election late. Such a follower truncates records
-    /// that this leader lacks.
+    /// still follow the leader of an older epoch. This leader may lack committed records, and its follower then
+    /// truncates them.
     pub(super) fn truncated(&mut self, broker: BrokerId, epoch: LeaderEpoch, to: Offset) -> Moved {
         let (epochs, end) = self.committed.clone();
         let is_checked = self.value().is_none_or(|(value, _)| {
@@ -265,6 +277,7 @@ impl Partition {
         Ok(true)
     }
 
+    /// Records a reset of a log to start at `at`, and checks that a bootstrap may start there with these producers.
     pub(super) fn log_reset(
         &mut self,
         broker: BrokerId,
@@ -288,7 +301,7 @@ impl Partition {
         false
     }
 
-    /// Checks the watermarks that a broker publishes: its log end, persisted end and high watermark.
+    /// Records and checks the watermarks that a broker publishes. Only a leader may raise the committed end.
     pub(super) fn watermarks_published(
         &mut self,
         broker: BrokerId,
@@ -348,7 +361,8 @@ impl Partition {
         allowed.and(commit_result).map(|()| true)
     }
 
-    /// Checks that a leader that applied the value of this revision may commit up to `end`.
+    /// Checks that a leader of `epoch` may commit up to `end`. `revision` is that of the partition value that the
+    /// leader uses, and `min_insync` its min ISR.
     fn may_commit(
         &self,
         leader: BrokerId,
@@ -358,7 +372,8 @@ impl Partition {
     ) -> Result<(), Violation> {
         let durability = self.durability;
         let Some(value) = self.values.get(&revision) else {
-            // A standalone broker applies no value. A value older than all retained ones cannot be checked.
+            // A standalone broker uses revision 0 and no value. A value that is older than all retained ones cannot be
+            // checked.
             let forgotten = self.values.len() == MAX_REMEMBERED
                 && self.values.first_key_value().is_some_and(|(first, _)| revision < *first);
             let known = revision == Revision::ZERO || forgotten;
@@ -397,8 +412,8 @@ impl Partition {
         Ok(())
     }
 
-    /// Returns true if the store has applied this proposal: the value after the expected one has the proposed ISR in
-    /// the same epoch.
+    /// Returns true if the store has applied this proposal: the value that replaced the expected one has the proposed
+    /// ISR, in the same epoch.
     fn was_applied(&self, proposal: &Proposal) -> bool {
         let after = self.values.range((Bound::Excluded(proposal.expect), Bound::Unbounded)).next();
         after.is_some_and(|(_, value)| {
@@ -407,12 +422,13 @@ impl Partition {
         })
     }
 
-    /// Records that all offsets below `end` are committed, with the epochs of this leader's log.
+    /// Records that all offsets below `end` are committed, with the epochs of this leader's log. The newly committed
+    /// range must pass [`Content::commit`].
     fn commit(&mut self, leader: BrokerId, end: Offset) -> Result<(), Violation> {
         let log = self.replica(leader).epochs.clone();
         let from = self.committed.1;
         for (epoch, start) in log.between(from, end).iter() {
-            // Offsets below `from` were committed before.
+            // `from` is the old committed end: offsets below it keep their epochs.
             let _known = self.committed.0.record(epoch, start.max(from));
         }
         self.committed.1 = end;
@@ -429,6 +445,8 @@ impl Partition {
         self.acks.counted(leads, ack, ever).map(|()| false)
     }
 
+    /// Records an ISR proposal, and checks that each new member has acknowledged all records up to the epoch start and
+    /// the high watermark in this epoch.
     pub(super) fn isr_proposed(
         &mut self,
         leader: BrokerId,
@@ -459,6 +477,7 @@ impl Partition {
 
     // Responses to clients.
 
+    /// Checks an acknowledged write: its leader has it with the topic's durability, and it is committed if `by_all`.
     pub(super) fn on_write_acked(&mut self, broker: BrokerId, end: Offset, by_all: bool) -> Moved {
         let (durability, committed) = (self.durability, self.committed.1);
         let has = self.replica(broker).ends.by(durability);
@@ -479,7 +498,7 @@ impl Partition {
         Ok(false)
     }
 
-    /// Checks that a reader received the committed batch at `base`.
+    /// Checks that a batch which a reader received is the committed one at `base`.
     pub(super) fn batch_served(&self, base: Offset, epoch: LeaderEpoch, (end, crc): (Offset, u32)) -> Moved {
         let committed = self.committed_at(base);
         let is = committed.map(|(epoch, batch)| (epoch, batch.end, batch.crc));
@@ -489,6 +508,8 @@ impl Partition {
         Err(format!("serves {:?} at {base}, but the committed batch is {is:?}", (epoch, end, crc)))
     }
 
+    /// Checks a latest offset that a leader returned: it is committed, and not below a high watermark of this epoch or
+    /// an earlier one.
     pub(super) fn latest_returned(&self, epoch: LeaderEpoch, offset: Offset) -> Moved {
         match self.reached.range(..=epoch).find(|(_, reached)| **reached > offset) {
             Some((before, reached)) => Err(format!(
@@ -498,6 +519,7 @@ impl Partition {
         }
     }
 
+    /// Checks that the log evicted no records that are neither in the object store nor deleted.
     pub(super) fn evicted(&self, start: Offset) -> Moved {
         let free = free(&self.tier);
         if start > free {

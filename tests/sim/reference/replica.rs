@@ -28,26 +28,28 @@ impl Ends {
     }
 }
 
-/// A log, and the progress that its broker reported to leaders.
+/// The log of one replica, and the progress that its broker acknowledged to leaders.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Replica {
     pub(super) epochs: EpochHistory,
     pub(super) ends: Ends,
     pub(super) high_watermark: Offset,
-    /// Durable end of earlier processes, limited to what is still there. The current process may report less: neither
-    /// journal nor checkpoint records every sync of a segment.
+    /// Durable end that an earlier process reached, as far as the records were not truncated. The current process may
+    /// publish a lower persisted end: neither journal nor checkpoint records every sync of a segment.
     synced_before: Offset,
-    /// Progress acknowledged in each epoch, by this process and by earlier ones.
+    /// Progress that the current process acknowledged in each epoch, since it last sent its log position.
     acked: BTreeMap<LeaderEpoch, Ends>,
+    /// Maximum progress that earlier processes acknowledged in each epoch.
     acked_before: BTreeMap<LeaderEpoch, Ends>,
-    /// Number of the disk that the replica was found on; `None` while there are no files.
+    /// Number of the disk on which the replica was last opened; `None` before the first open.
     disk: Option<u32>,
     /// Number of the process that opened the replica last.
     process: u32,
     changing: Option<Box<Change>>,
 }
 
-/// Unfinished truncation or reset of a log. A crash may leave the log before or after the change.
+/// Unfinished truncation or reset of a log. A crash may leave the log as it was before the change, or as it is after
+/// it.
 #[derive(Clone, Debug)]
 struct Change {
     before: Replica,
@@ -56,8 +58,8 @@ struct Change {
 }
 
 impl Replica {
-    /// Records that a process opened the replica. The log must hold everything that was durable and not truncated, and
-    /// nothing that was truncated.
+    /// Records that a process opened the replica. On the same disk, the log must hold all records that were durable and
+    /// not truncated, and no truncated record.
     pub(super) fn opened(
         &mut self,
         process: u32,
@@ -92,29 +94,33 @@ impl Replica {
         self.process == process
     }
 
-    /// Returns the highest end that was durable and was not truncated since.
+    /// Returns the highest end that any process made durable, limited by later truncations.
     fn durable(&self) -> Offset {
         self.ends.persisted.max(self.synced_before)
     }
 
-    /// Checks that a crash may have left a log with these epochs and this end.
+    /// Checks that a crash may have left a log with these epochs and this end, considering an unfinished truncation or
+    /// reset.
     fn check_recovered(&self, epochs: &EpochHistory, end: Offset) -> Result<(), String> {
-        let found = self.after_truncation(epochs, end);
+        let found = self.check_found(epochs, end);
         let Some(Change { before, to, emptied }) = self.changing.as_deref().filter(|_| found.is_err()) else {
             return found;
         };
-        if *emptied && end == *to || before.after_truncation(epochs, end).is_ok() {
+        if *emptied && end == *to || before.check_found(epochs, end).is_ok() {
             return Ok(());
         }
         let mut truncated = before.clone();
         truncated.truncate(*to);
-        if *emptied { found } else { truncated.after_truncation(epochs, end) }
+        if *emptied { found } else { truncated.check_found(epochs, end) }
     }
 
-    fn after_truncation(&self, epochs: &EpochHistory, end: Offset) -> Result<(), String> {
+    /// Checks that the found log has the epochs of this one, and ends at or above the durable end and at or below the
+    /// written end.
+    fn check_found(&self, epochs: &EpochHistory, end: Offset) -> Result<(), String> {
         let (durable, written) = (self.durable(), self.ends.written);
         if self.epochs.last().is_none() {
-            // The log never held a record, or all records were deleted. It may start at another offset, empty.
+            // The log never held a record, or all its records were deleted. The recovered log must be empty, and may
+            // start at another offset.
             let found = epochs
                 .last()
                 .map(|last| format!("a deleted log was recovered, with last epoch {last:?} and end {end}"));
@@ -142,25 +148,27 @@ impl Replica {
         }
     }
 
-    /// Records a log position that was sent in this epoch. Earlier acknowledgements in this epoch no longer count.
+    /// Records a log position that the follower sent in this epoch to subscribe. It replaces the earlier
+    /// acknowledgements in this epoch.
     pub(super) fn log_position_sent(&mut self, epoch: LeaderEpoch, persisted: Offset) {
         self.ends.persisted = persisted;
         self.acked.insert(epoch, self.ends);
     }
 
-    /// Records that the leader of this epoch may receive the current progress.
+    /// Records that the current progress was published, so that the leader of this epoch may receive it as an
+    /// acknowledgement.
     pub(super) fn progress_published(&mut self, epoch: LeaderEpoch) {
         let acked = self.acked.entry(epoch).or_default();
         *acked = acked.max(self.ends);
     }
 
-    /// Returns the progress that this process acknowledged in this epoch.
+    /// Returns the progress that the current process acknowledged in this epoch since its last subscription.
     pub(super) fn acked(&self, epoch: LeaderEpoch) -> Option<Ends> {
         self.acked.get(&epoch).copied()
     }
 
-    /// Returns the progress that this or an earlier process acknowledged in this epoch. A leader may not have detected
-    /// yet that an earlier process has exited.
+    /// Returns the maximum progress that the current or an earlier process acknowledged in this epoch. A leader may
+    /// still count acknowledgements of an earlier process, if it has not detected that this process has exited.
     pub(super) fn ever_acked(&self, epoch: LeaderEpoch) -> Option<Ends> {
         let before = self.acked_before.get(&epoch).copied();
         self.acked(epoch).map(|acked| acked.max(before.unwrap_or_default())).or(before)
@@ -179,7 +187,7 @@ impl Replica {
         self.synced_before = Offset::ZERO;
     }
 
-    /// Returns the end that counts under this durability.
+    /// Returns the end below which the replica holds all records with this durability.
     pub(super) fn holds(&self, durability: Durability) -> Offset {
         match durability {
             Durability::Persisted => self.durable(),
@@ -187,7 +195,8 @@ impl Replica {
         }
     }
 
-    /// Returns a description of the difference from `epochs` below `end`; `None` if there is none.
+    /// Returns a description of the difference between this log's epochs and `epochs`, below `end` and from the offset
+    /// at which both begin. Returns `None` if there is no difference.
     pub(super) fn difference_from(&self, epochs: &EpochHistory, end: Offset) -> Option<String> {
         let first = |history: &EpochHistory| history.iter().next().map(|(_, start)| start);
         let from = first(&self.epochs)?.max(first(epochs)?);

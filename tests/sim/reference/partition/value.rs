@@ -1,4 +1,4 @@
-//! Rules by which a partition value in the metadata store follows the one that it replaces.
+//! Rules for a new partition value in the metadata store, by the value that it replaces.
 
 use super::*;
 
@@ -8,12 +8,13 @@ pub(super) struct Proposal {
     pub(super) expect: Revision,
     /// Proposed members with the broker epochs that were registered at the proposal.
     pub(super) isr: BTreeMap<BrokerId, Option<u64>>,
-    /// Added brokers, with the broker epoch that each must have.
+    /// Brokers that the proposal adds to the ISR, with the broker epoch that each must have.
     pub(super) added: Vec<(BrokerId, u64)>,
 }
 
 impl Proposal {
-    /// Returns true if the registrations still allow the store to apply the proposal.
+    /// Returns true if the added brokers are still registered with the broker epochs of the proposal. Otherwise the
+    /// store does not apply it.
     pub(super) fn may_be_applied(&self, brokers: &Brokers) -> bool {
         self.added.iter().all(|(broker, registered)| brokers.get(broker) == Some(registered))
     }
@@ -31,7 +32,7 @@ impl Change<'_> {
         Err(format!("{reason}: {:?} became {:?}", self.old, self.new))
     }
 
-    /// Returns the replicas that entered the ISR.
+    /// Returns the brokers that entered the ISR.
     fn entered(&self) -> impl Iterator<Item = BrokerId> {
         self.new.isr.iter().copied().filter(|id| !self.old.isr.contains(id))
     }
@@ -42,7 +43,7 @@ impl Change<'_> {
         left.filter(|id| self.new.replicas.contains(id))
     }
 
-    /// Returns the brokers that left ISR ∪ ELR and are still replicas.
+    /// Returns the brokers that left ISR ∪ ELR and are still replicas of the partition.
     fn dropped(&self) -> impl Iterator<Item = BrokerId> {
         let left = self.remaining().chain(self.old.elr.iter().copied().filter(|id| !self.new.isr.contains(id)));
         left.filter(|id| self.new.replicas.contains(id) && !self.new.elr.contains(id))
@@ -54,7 +55,7 @@ impl Change<'_> {
 }
 
 impl Partition {
-    /// Checks that a new value follows from the current one.
+    /// Checks that the new value may replace the current one. The first value is not checked.
     pub(super) fn follows(
         &self,
         new: &PartitionValue,
@@ -84,8 +85,8 @@ impl Partition {
         self.check_elr(&change, machines)
     }
 
-    /// Checks that a replica that enters the ISR was proposed for the replaced value and has not registered again
-    /// since.
+    /// Checks that the leader proposed the new ISR, with this broker, for the replaced value, and that the broker has
+    /// not registered again since the proposal.
     fn check_admitted(&self, broker: BrokerId, change: &Change<'_>, brokers: &Brokers) -> Result<(), Violation> {
         let Some(proposal) = self.proposed_as(change) else {
             return change.wrong(format_args!(
@@ -101,7 +102,7 @@ impl Partition {
         Ok(())
     }
 
-    /// Returns the proposal of this ISR for the replaced value.
+    /// Returns the last proposal of the new ISR for the replaced value; `None` if there is none.
     fn proposed_as(&self, change: &Change<'_>) -> Option<&Proposal> {
         let isr: BTreeSet<_> = change.new.isr.iter().collect();
         let epoch = change.new.leader_epoch;
@@ -111,7 +112,8 @@ impl Partition {
         self.proposals.iter().rev().find(is_match)
     }
 
-    /// Checks that within an epoch only the leader removes a replica from the ISR. A starting broker may remove itself.
+    /// Checks that within an epoch only the leader removes a replica whose broker runs from the ISR. A broker that
+    /// starts may remove itself.
     fn check_proposed(&self, change: &Change<'_>, machines: &Machines) -> Result<(), Violation> {
         match change.remaining().find(|broker| !is_inactive(*broker, machines)) {
             Some(broker) if self.proposed_as(change).is_none() => {
@@ -122,8 +124,8 @@ impl Partition {
     }
 
     /// Checks the ELR. A replica that leaves the ISR below the min ISR stays eligible until the min ISR is met again. A
-    /// broker that is down or starts, or that lacks committed records, need not stay eligible. Only a member becomes
-    /// eligible.
+    /// broker that is down or starts, or that lacks committed records, need not stay eligible. Only a member of ISR or
+    /// ELR enters the new ELR.
     fn check_elr(&self, change: &Change<'_>, machines: &Machines) -> Result<(), Violation> {
         let (old, new) = (change.old, change.new);
         if let Some(broker) = new.elr.iter().find(|id| !old.elr.contains(id) && !old.isr.contains(id)) {
@@ -140,8 +142,8 @@ impl Partition {
     }
 }
 
-/// Checks an election: the leader is a member, and no other replica enters the ISR. A leader from the ELR is alone in
-/// the ISR.
+/// Checks a clean election: the new leader was a member of ISR or ELR, and no other replica enters the ISR. A leader
+/// from the ELR is alone in the ISR.
 fn check_elected(leader: BrokerId, change: &Change<'_>) -> Result<(), Violation> {
     let old = change.old;
     if !old.isr.contains(&leader) && !old.elr.contains(&leader) {
@@ -156,7 +158,7 @@ fn check_elected(leader: BrokerId, change: &Change<'_>) -> Result<(), Violation>
     Ok(())
 }
 
-/// Returns true if a broker is not active: it is down or starts.
+/// Returns true if a broker does not run: it is down, starts or stops.
 fn is_inactive(broker: BrokerId, machines: &Machines) -> bool {
     machines.get(&broker).is_none_or(|machine| !machine.is_running())
 }
