@@ -184,9 +184,9 @@ impl Partition {
 
     /// Queues a write; waits only for space in the queue. `batch` may be a recompressed form of the batch that the
     /// client sent. `sent` is the fingerprint of the client's batch, or `None` if the client sent records. `permit` is
-    /// the memory of the write, which the task holds while the write waits. Writes are appended in the order in which
-    /// calls of this function return. The receiver gets the result when the write has failed or `acks` holds. Dropping
-    /// the receiver does not cancel the write.
+    /// the memory of the write. The task holds it until the result; with `acks=tiered`, until the write waits only for
+    /// the object store. Writes are appended in the order in which calls of this function return. The receiver gets the
+    /// result when the write has failed or `acks` holds. Dropping the receiver does not cancel the write.
     pub async fn append(
         &self,
         batch: Batch,
@@ -199,7 +199,8 @@ impl Partition {
     }
 
     /// Queues a write as [`Self::append`] does, with the origin of its batch. With `acks=tiered` the task puts the
-    /// offsets into `stored` when the write is stored on this broker and waits only for the object store.
+    /// offsets into `stored` when the write has the topic's durability on this broker. The write then waits only for
+    /// the object store.
     pub async fn append_tracked(
         &self,
         batch: Batch,
@@ -219,7 +220,7 @@ impl Partition {
     }
 
     /// Notifies the task that a writer dropped its receiver before the result. The task releases the memory of that
-    /// write as soon as the write is safe on this broker. Never waits.
+    /// write as soon as the write has the topic's durability on this broker. Never waits.
     pub fn on_waiter_dropped(&self) {
         self.signals.on_waiter_dropped();
     }
@@ -265,7 +266,7 @@ impl Partition {
         self.published.local_bytes()
     }
 
-    /// Returns the bytes of the partition in the object store.
+    /// Returns the bytes of the partition in the object store; 0 if this broker has no object store.
     pub fn tiered_bytes(&self) -> u64 {
         self.tier.as_ref().map_or(0, PartitionTier::bytes)
     }
@@ -276,12 +277,13 @@ impl Partition {
         self.published.future_segments()
     }
 
-    /// Returns the error that stopped writes to the replica, if any.
+    /// Returns the error that stopped writes to the replica; `None` while the replica accepts writes.
     pub fn error(&self) -> Option<Arc<str>> {
         self.published.error()
     }
 
-    /// Returns true if the active segment is old enough to be sealed.
+    /// Returns true if the first batch in the active segment is at least `segment.ms` old, so that the segment must be
+    /// sealed.
     pub fn roll_is_due(&self, now: Instant) -> bool {
         self.published.active_age(now).is_some_and(|age| age >= self.published.config().segment_age)
     }
@@ -438,7 +440,8 @@ impl Partition {
         }
     }
 
-    /// Returns the newest tier state that this broker received; `None` before the partition's first commit.
+    /// Returns the newest tier state that this broker received as committed; `None` before the partition's first tier
+    /// commit.
     pub(super) fn committed(&self) -> Option<TierState> {
         self.committed.lock().clone()
     }

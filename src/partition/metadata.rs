@@ -66,7 +66,7 @@ enum AssignedRole {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct AppliedMetadata {
     value: Option<Arc<PartitionValue>>,
-    /// Revision of `value`. Never falls.
+    /// Revision of `value`; never falls. 0 before the first value.
     revision: Revision,
     /// Statuses of the replicas' brokers; a missing broker is not registered.
     broker_status: BTreeMap<BrokerId, BrokerStatus>,
@@ -146,7 +146,8 @@ impl AppliedMetadata {
             Some(leader) if leader == me => AssignedRole::Leader,
             Some(_) => AssignedRole::Follower,
         };
-        // A replica that was removed and added again must subscribe again: the leader ignores its old subscription.
+        // If this broker's replica was removed and added again, it must subscribe again: the leader ignores its old
+        // subscription.
         let is_new_addition = addition.is_some() && addition != self.added_after(me);
         let resubscribes = role == AssignedRole::Follower && is_new_addition;
         let is_same_role = role == self.role && epoch == self.epoch() && !resubscribes;

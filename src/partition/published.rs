@@ -47,7 +47,7 @@ pub(super) struct PublishedState {
     /// it is idle because its metadata is late.
     wants_ticks: AtomicBool,
     status: ArcSwap<ReplicaStatus>,
-    /// Notified when the status changed.
+    /// Notified when the status changed or the partition was closed.
     status_changed: Notify,
     config: ArcSwap<TopicConfig>,
     /// Error that stopped writes; it is final.
@@ -282,7 +282,7 @@ impl PublishedState {
         self.error.get().is_some()
     }
 
-    /// Publishes the error that stopped writes. Only the first error is kept.
+    /// Publishes the error that stopped writes. Ignores every error after the first.
     pub(super) fn set_error(&self, reason: &str) {
         let _already_set = self.error.set(reason.into());
     }

@@ -48,7 +48,7 @@ impl RetentionSegment {
 #[derive(Clone, Copy, Debug)]
 pub struct RetentionInput<'a> {
     pub config: &'a TopicConfig,
-    /// Wall clock.
+    /// Time by this broker's wall clock, in milliseconds since 1970.
     pub now_ms: i64,
     /// First offset that can be read.
     pub log_start: Offset,

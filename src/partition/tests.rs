@@ -89,7 +89,7 @@ impl Bench {
         partition
     }
 
-    /// Runs maintenance until no work is left.
+    /// Runs maintenance steps with uploads until no work is left.
     async fn run_maintenance(&self, partition: &Partition) {
         while self.maintenance.step(partition).await.unwrap().more {}
         // The last command of a step may still be queued. The response to this later command arrives after the task has
@@ -417,7 +417,7 @@ async fn size_retention_without_uploads_frees_disk_to_the_limit() {
             ReadError::OutOfRange { offset: Offset::ZERO, start: watermarks.log_start, end: watermarks.high_watermark }
         );
 
-        // Repeated steps delete nothing more.
+        // Further steps delete no more records.
         for _ in 0..3 {
             bench.maintenance.step(&partition).await.unwrap();
             assert_eq!(partition.watermarks(), watermarks);

@@ -32,8 +32,8 @@ const WAKES_PER_YIELD: usize = 32;
 /// Minimum length at which a [`ListenerList`] is searched for listeners whose readers were dropped.
 const MIN_SWEEP: usize = 64;
 
-/// Partitions of one reader that changed since the reader last took them, in the order of their marks. The reader
-/// chooses the index of each partition.
+/// Marks of the partitions of one reader, each identified by an index that the reader chooses. A change of a partition
+/// marks it, and the reader takes the marks in their order.
 #[derive(Debug, Default)]
 pub struct WakeSet {
     state: Mutex<WakeSetState>,
@@ -43,7 +43,7 @@ pub struct WakeSet {
 /// Content of a [`WakeSet`].
 #[derive(Debug, Default)]
 struct WakeSetState {
-    /// Marked indexes, each once, in the order in which they are taken.
+    /// Marked indexes, each once, in the order in which the reader takes them.
     order: VecDeque<usize>,
     /// The same indexes, for a fast check.
     members: BTreeSet<usize>,
@@ -91,12 +91,12 @@ impl WakeSet {
         Some(index)
     }
 
-    /// Returns true if some partition is marked.
+    /// Returns true if at least one partition is marked.
     pub fn is_marked(&self) -> bool {
         !self.state.lock().order.is_empty()
     }
 
-    /// Waits until some partition is marked.
+    /// Waits until at least one partition is marked. Takes no mark.
     pub async fn wait_for_index(&self) {
         loop {
             let notified = self.notify.notified();

@@ -118,7 +118,8 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// Produces records in order, several in flight, with an idempotent producer: each record is stored once.
+    /// Produces records in order, several in flight, with an idempotent producer, until the load ends. Each record must
+    /// be acknowledged.
     pub(crate) async fn produce(self, producer: u32) {
         let options = ProducerOptions { delivery_timeout: RESPONSE_TIMEOUT, ..ProducerOptions::default() };
         let sender = loop {
@@ -258,7 +259,7 @@ impl Load {
         let start = start.min(end);
         let from = if whole { start } else { random::in_range(start..=end) };
         let mut pass = ReadPass { log, began, from, end, to: from, current, records: Vec::new() };
-        // Some passes read from followers. Some name a rack without a broker.
+        // Some passes name a rack, and then may read from a follower there. Some of these racks have no broker.
         let rack = random::in_range(0..6);
         let options = ConsumerOptions::default();
         let mut consumer = self.client.consumer(if rack < 4 { options.rack(format!("r{rack}")) } else { options });

@@ -84,7 +84,8 @@ impl Machine {
             .flag("replication.max_lag_time", "2s")
             .load();
         let mut config = settings.unwrap_or_else(|error| panic!("{error}")).config;
-        // Smaller than the configuration allows: the journal ring wraps and reads miss the tail cache within seconds.
+        // Smaller than the configuration allows, so that within seconds the journal ring wraps and reads miss the tail
+        // cache.
         (config.log.journal_bytes, config.log.tail_cache_bytes) = (1 << 20, 64 << 10);
         Self {
             id: BrokerId(id),
@@ -270,7 +271,7 @@ async fn steps(log: DataDir, wake: Arc<Notify>, slow_us: Arc<AtomicU64>) {
             let most = if random::in_range(0..20) == 0 { 20_000 } else { 800 };
             pause(most).await;
         }
-        // Appends that are too large for the journal wait for this sync of the segments.
+        // Synced at random times too, because appends that are too large for the journal wait for this sync.
         if random::in_range(0..4) == 0 || clock::monotonic() - synced > SYNC_EVERY {
             log.sync_step();
             synced = clock::monotonic();

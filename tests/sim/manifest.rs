@@ -50,7 +50,7 @@ pub(crate) fn referenced_objects(
         named.objects.insert(page);
     }
     named.segments.extend(root.segments().iter().map(|entry| (path(entry.stamp.segment()), *entry)));
-    // A segment below the log start may be deleted while a page still lists it.
+    // A segment below the log start may be deleted although the manifest still lists it.
     let read = named.segments.iter().filter(|(_, entry)| entry.stamp.end > state.log_start);
     named.objects.extend(read.map(|(segment, _)| segment.clone()));
     let mut next = root.base();

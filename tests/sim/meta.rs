@@ -1,9 +1,8 @@
 //! One broker's link to the metadata store. The store is in memory and shared; the link is slow, can be cut, and loses
 //! requests and responses.
 //!
-//! The link keeps the contract of [`MetaStore`] and uses all freedom of that contract. A transaction with an unknown
-//! outcome was applied, was not applied, or is applied later. A watch lags, and at times the history after its revision
-//! is compacted.
+//! The link has the guarantees of [`MetaStore`], and no more. A transaction with an unknown outcome was applied, was
+//! not applied, or is applied later. A watch lags, and at times the history after its revision is compacted.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -145,7 +144,7 @@ impl MetaStore for SimMeta {
                 _ => {}
             }
             let outcome = self.store.transact(transaction).await;
-            // From here on the transaction may have been applied.
+            // The store has responded, so the transaction may have been applied.
             self.pass().await.map_err(|_| MetaStoreError::unknown("isolated"))?;
             outcome
         })

@@ -3,7 +3,7 @@
 //!
 //! Tasks of the caller's process move the request body; tasks of the broker's process move the response. If a process
 //! is killed, its unsent frames are lost and the peer receives a broken connection. Each direction between two machines
-//! can be blocked alone. As with TCP, a blocked direction rejects and loses nothing until one side times out.
+//! can be blocked alone. As with TCP, a blocked direction delays frames, and loses none until one side times out.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -40,7 +40,7 @@ pub(crate) const SILENCE: Duration = Duration::from_secs(4);
 #[derive(Clone, Default)]
 pub(crate) struct Net {
     state: Arc<Mutex<State>>,
-    /// Notified when a link or a machine may pass frames again.
+    /// Notified when a direction is unblocked or a machine gets power or a listener.
     healed: Arc<Notify>,
 }
 

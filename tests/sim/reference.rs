@@ -84,7 +84,7 @@ pub(crate) struct ReferenceModel(Rc<RefCell<ReferenceState>>);
 
 struct ReferenceState {
     keys: Keys,
-    /// True for a standalone broker, which continues in the epoch in which it led.
+    /// True for a standalone broker, which after a restart leads again in the same epoch.
     standalone: bool,
     machines: Machines,
     journals: Journals,
@@ -104,7 +104,7 @@ type Brokers = BTreeMap<BrokerId, u64>;
 type Machines = BTreeMap<BrokerId, Host>;
 
 struct Host {
-    /// Number of the broker's process while the broker is active, else 0.
+    /// Number of the broker's process while the broker runs; 0 while it is down, starts or stops.
     process: Arc<AtomicU32>,
     disk: SimDisk,
     /// Number of earlier disks of this machine, which is also the number of the current disk.

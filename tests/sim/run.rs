@@ -36,7 +36,7 @@ pub(crate) struct Topology {
 }
 
 impl Topology {
-    /// One standalone broker, without faults of the metadata store.
+    /// One standalone broker. Its metadata store is in its data directory, and no faults are injected into it.
     pub(crate) const ONE: Self =
         Self { brokers: 1, max_brokers: 1, racks: 1, fault_duration: Duration::from_secs(12), theme: None };
     /// Three to five brokers in three racks.
@@ -152,7 +152,8 @@ async fn run_cluster(world: &mut Simulation, shape: Topology) {
     assert!(clients_result.is_ok(), "every send has a response after the faults");
     check(&load, &mut checker).await;
     liveness::wait_for_caches_and_uploads(world, &checker).await;
-    // The same must hold after a power loss of all machines, or after a clean stop if a power loss may lose records.
+    // The same conditions must hold after a power loss of all machines, or after a clean stop in runs in which a power
+    // loss may lose records.
     for machine in &mut world.machines {
         if power { machine.kill(Some(random::bits())) } else { machine.stop().await }
     }

@@ -20,8 +20,8 @@
 //! # Crash
 //!
 //! The order of writes makes a crash harmless: object, manifest, commit in the metadata store, eviction of local files.
-//! A crash between two of them leaves an orphan object, or files below the log start. The next step is planned from the
-//! state of both tiers, so it completes the work.
+//! A crash between two of these writes leaves an orphan object, or local files that need not be kept. The next step is
+//! planned from the state of both tiers, so it completes the work.
 
 mod plan;
 mod rebuild;
@@ -103,7 +103,7 @@ enum StepScope {
 /// Result of one step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MaintenanceResult {
-    /// True if the next step should follow at once.
+    /// True if another step of the partition must follow at once.
     pub more: bool,
     /// True if some actions of the step did not run. The caller must not count such a step as a success: an action that
     /// failed in an earlier step may not have run again.
@@ -127,7 +127,7 @@ impl MaintenanceResult {
 pub struct UploadStats {
     /// Number of segments.
     pub segments: u64,
-    /// Bytes of their batches on the disk.
+    /// Bytes of the segment files on the disk.
     pub bytes: u64,
 }
 

@@ -81,7 +81,7 @@ impl MaintenanceRunner {
         }
         self.rebuild(partition, tier, &object).await?;
         match result {
-            // The manifest was lost; the next step finds the rebuilt one.
+            // The step failed because the manifest was lost. The next step reads the rebuilt one.
             Err(MaintenanceError::Manifest(_) | MaintenanceError::Upload(UploadError::Manifest(_))) => {
                 Ok(MaintenanceResult::PARTIAL)
             }
@@ -106,7 +106,8 @@ impl MaintenanceRunner {
                 return Ok(MaintenanceResult { more: false, ..MaintenanceResult::PARTIAL });
             }
             local = describe_segments(partition).await?;
-            // The new plan may name a roll again under load. This step ignores that, and processes the sealed segments.
+            // Under load, the new plan may contain another roll. This step ignores that roll, and processes the sealed
+            // segments.
             plan = plan_step(partition, &local, scope).await;
         }
         let MaintenancePlan { retention, removed_bytes, manifest_lags } = plan;
@@ -173,7 +174,8 @@ impl MaintenanceRunner {
     }
 
     /// Uploads the segments that begin in `bases` and commits them together. Commits fewer segments if the uploads take
-    /// long, or if an upload after the first fails. The next step then continues after the committed segments.
+    /// long, or if an upload after the first fails. The next step then continues after the committed segments. Returns
+    /// the committed segments.
     async fn upload(
         &self,
         partition: &Partition,

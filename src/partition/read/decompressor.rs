@@ -47,9 +47,11 @@ const SETTING: &str = "limits.decompression_memory_bytes";
 /// Purpose of an opened batch, which determines its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecompressPurpose {
-    /// The records are read and dropped. A buffer that grows holds its old content beside the new one.
+    /// The records are read and dropped. Each byte may need two bytes of memory, because a buffer that grows copies its
+    /// old content to a larger one.
     Read,
-    /// The records are written in another codec: the result may be as large as they are.
+    /// The records are written in another codec. Each byte may need a third byte of memory, because the result may be
+    /// as large as the records.
     Rewrite,
 }
 

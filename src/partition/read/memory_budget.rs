@@ -23,7 +23,7 @@ pub struct MemoryBudget {
 }
 
 impl MemoryBudget {
-    /// Creates a budget of `bytes`.
+    /// Creates a budget of `bytes`, rounded up to whole permits.
     pub fn new(bytes: u64) -> Self {
         let units = u32::try_from(bytes.div_ceil(UNIT_BYTES as u64)).unwrap_or(MAX_UNITS).clamp(1, MAX_UNITS);
         Self { semaphore: Arc::new(Semaphore::new(units as usize)), units }

@@ -139,6 +139,12 @@ impl PartitionReader {
     /// limits. Batches in memory are shared and take no memory of the caller, so the first one may have any size.
     /// Returns `None` if there is nothing to read yet: `from` is the high watermark, or lies above it on a replica that
     /// does not lead in a committed epoch.
+    ///
+    /// # Errors
+    /// [`ReadError::OutOfRange`] if `from` is below the log start, or above the high watermark of a leader whose epoch
+    /// is committed. [`ReadError::BatchTooLarge`] if the first batch on the disk or in the object store exceeds the
+    /// limits. [`ReadError::Closed`] after the partition was closed. The other errors are those of the disk and of the
+    /// object store.
     pub async fn read(&self, from: Offset, limits: ReadLimits) -> Result<Option<FetchedBatches>, ReadError> {
         let read = self.read_tiers(from, limits).await;
         #[cfg(feature = "sim")]

@@ -1,4 +1,4 @@
-//! Searches by time.
+//! Searches for the first record with a timestamp of at least a given time.
 
 use super::*;
 

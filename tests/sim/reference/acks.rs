@@ -72,7 +72,7 @@ impl Acks {
 
     /// Checks and records an acknowledgement that the leader of epoch `leads` counts. `ever` is the maximum that the
     /// follower acknowledged in the epoch of the acknowledgement. An acknowledgement of an older leader epoch or broker
-    /// epoch is a violation even without harm, as its records may have been truncated since.
+    /// epoch is always a violation, because its records may have been truncated since.
     pub(super) fn counted(&mut self, leads: LeaderEpoch, ack: &Ack, ever: Ends) -> Result<(), Violation> {
         let Ack { follower, registered, epoch, ends } = ack;
         if *epoch != leads {

@@ -37,7 +37,7 @@ struct Producer {
     /// Base offset of the producer's first committed batch.
     first: Offset,
     epoch: i16,
-    /// Next sequence.
+    /// Sequence that the producer's next batch must have.
     next: i32,
 }
 

@@ -320,7 +320,7 @@ async fn follower_truncates_bootstraps_and_retries_by_response() {
         deliver(&partition, [LinkEvent::Connected]).await;
         assert_eq!(requests.take(), [TaskRequest::RetryLater, subscribed(5, Some(1), 3)], "{event:?}");
     }
-    // The follower does not truncate committed records, and does not retry.
+    // This response would remove committed records: the follower does not truncate, and does not retry.
     deliver(&partition, [response_event(5, SubscribeOutcome::Diverged { epoch: LeaderEpoch(0), end: at(0) })]).await;
     assert_eq!((requests.take(), partition.watermarks().log_end), (vec![], at(3)));
 
@@ -390,7 +390,7 @@ async fn broker_leads_at_most_once_in_an_epoch() {
     assert_eq!(waiting.await.unwrap(), Err(AppendError::Deposed));
     assign(&partition, value(Some(1), 4), 10).await;
     assert_eq!(partition.status().role, ReplicaRole::Idle);
-    // An older revision changes nothing.
+    // A value of an older revision changes nothing.
     assign(&partition, value(Some(1), 5), 9).await;
     assert_eq!(partition.status().role, ReplicaRole::Idle);
     assign(&partition, value(Some(1), 6), 12).await;

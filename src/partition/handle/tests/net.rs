@@ -34,13 +34,13 @@ use crate::{
     tier::{ChunkCache, ChunkCacheOptions, ObjectStoreOptions, PartitionTier, TierState, TierStore},
 };
 
-/// Index of a subscription's wake set: the leader's log end or high watermark moved.
+/// Index in the wake set of a subscription. Marked when the leader's log end or high watermark moved.
 const LEADER_MOVED: usize = 0;
 
-/// Index of a subscription's wake set: the follower's log end or persisted end moved.
+/// Index in the wake set of a subscription. Marked when the follower's log end or persisted end moved.
 const FOLLOWER_MOVED: usize = 1;
 
-/// Index of a subscription's wake set: the subscription may have ended.
+/// Index in the wake set of a subscription. Marked when the subscription may have ended.
 const CONNECTION_CHANGED: usize = 2;
 
 /// The brokers and the network between them.
@@ -86,7 +86,7 @@ pub(super) struct Node {
     wake_set: Arc<WakeSet>,
 }
 
-/// One broker's side of the links and of the ISR updates.
+/// Links and ISR updater of one broker, as its partition's task calls them.
 struct BrokerContext {
     me: BrokerId,
     net: Arc<Net>,

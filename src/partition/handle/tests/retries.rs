@@ -10,7 +10,7 @@ const APPEND_TIME: &[(&str, &str)] =
 /// Form in which a request's batch reaches the partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Form {
-    /// The batch as it was received.
+    /// The batch as the client sent it.
     AsSent,
     /// The batch in the topic's codec (`compression.type`).
     Recompressed,
@@ -20,7 +20,7 @@ enum Form {
 
 /// Writes a batch of one record with this value and sequence, in this form, and returns the result.
 async fn write_as(to: &Partition, form: Form, value: &[u8], sequence: i32) -> AppendResult {
-    // A request that holds records gets the time of its arrival.
+    // A broker that makes a batch from records gives them the time of their arrival.
     let time = if form == Form::OfRecords { crate::task::clock::wall_ms() } else { 5 };
     let mut builder = BatchBuilder::new(Compression::Gzip);
     builder.push(time, None, Some(value), &[]).unwrap();

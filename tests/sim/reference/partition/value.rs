@@ -6,7 +6,7 @@ use super::*;
 pub(super) struct Proposal {
     pub(super) epoch: LeaderEpoch,
     pub(super) expect: Revision,
-    /// Proposed members with the broker epochs that were registered at the proposal.
+    /// Proposed members, each with the broker epoch that was registered at the time of the proposal.
     pub(super) isr: BTreeMap<BrokerId, Option<u64>>,
     /// Brokers that the proposal adds to the ISR, with the broker epoch that each must have.
     pub(super) added: Vec<(BrokerId, u64)>,
@@ -37,7 +37,7 @@ impl Change<'_> {
         self.new.isr.iter().copied().filter(|id| !self.old.isr.contains(id))
     }
 
-    /// Returns the brokers that left the ISR and are still replicas.
+    /// Returns the brokers that left the ISR and are still replicas of the partition.
     fn remaining(&self) -> impl Iterator<Item = BrokerId> {
         let left = self.old.isr.iter().copied().filter(|id| !self.new.isr.contains(id));
         left.filter(|id| self.new.replicas.contains(id))
