@@ -253,8 +253,8 @@ impl Partition {
         self.published.config()
     }
 
-    /// Publishes a changed configuration and queues it for the task. It holds for every write that is queued after this
-    /// returns.
+    /// Publishes a changed configuration and queues it for the task. Every write that is queued after this returns uses
+    /// the new configuration.
     pub async fn update_config(&self, config: Arc<TopicConfig>) {
         // Requests are checked against the published configuration before they reach the task.
         self.published.configure(Arc::clone(&config));
@@ -271,8 +271,8 @@ impl Partition {
         self.tier.as_ref().map_or(0, PartitionTier::bytes)
     }
 
-    /// Returns the number of segments with timestamps in the future, by the last retention plan; 0 while this broker
-    /// does not lead.
+    /// Returns the number of segments with timestamps in the future, by the last retention plan; 0 if this broker did
+    /// not lead at that time.
     pub fn future_segments(&self) -> u64 {
         self.published.future_segments()
     }
@@ -414,8 +414,8 @@ impl Partition {
     }
 
     /// Applies a tier state and log start that the metadata store committed, unless a newer state is applied already.
-    /// Commands that are sent after this returns find the state applied. The task also takes the state's epoch as a
-    /// report of that epoch.
+    /// Commands that are sent after this returns find the state applied. The task treats the epoch of the state like a
+    /// reported epoch.
     pub async fn apply_tier_state(&self, state: TierState) {
         self.update_tier_state(&state);
         self.command(ActorCommand::ApplyTierState(Box::new(state))).await;

@@ -220,7 +220,8 @@ impl AppliedMetadata {
     }
 
     /// Decides whether a value is applied that was read from the store because the metadata is late. If the epoch of
-    /// the value is older than the newest seen epoch, no such epoch exists: the newest seen epoch falls to the value's.
+    /// the value is older than the newest seen epoch, the store does not have the latter: the newest seen epoch falls
+    /// to the value's.
     pub fn check_read_back(&mut self, value: &PartitionValue, revision: Revision, me: BrokerId) -> ReadBack {
         // Only a value from the metadata cache starts a leadership: the cache shows whether this broker id still
         // belongs to this process.

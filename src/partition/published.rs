@@ -40,7 +40,8 @@ pub(super) struct PublishedState {
     /// Time of the first batch in the active segment, in milliseconds after `opened`, negative if before it; `i64::MAX`
     /// while the segment is empty.
     active_since_ms: AtomicI64,
-    /// Number of segments with timestamps in the future, by the last retention plan; 0 while this broker does not lead.
+    /// Number of segments with timestamps in the future, by the last retention plan; 0 if this broker did not lead at
+    /// that time.
     future_segments: AtomicU64,
     closed: AtomicBool,
     /// True if the task needs ticks. It leads, and an ISR member is behind or a refused proposal waits for metadata; or
@@ -257,7 +258,8 @@ impl PublishedState {
         }
     }
 
-    /// Returns true if the task needs ticks at intervals; see the field.
+    /// Returns true if the task needs ticks at intervals, to check for lagging ISR members, refused proposals or late
+    /// metadata.
     pub(super) fn wants_ticks(&self) -> bool {
         self.wants_ticks.load(Ordering::Relaxed)
     }

@@ -117,7 +117,7 @@ pub(super) struct PartitionListeners {
 }
 
 impl PartitionListeners {
-    /// Marks `index` in `wake_set` now, and whenever that watermark moves.
+    /// Marks `index` in `wake_set` now, and whenever the listeners of that watermark are woken.
     pub(super) fn add(self: &Arc<Self>, wake_set: &Arc<WakeSet>, index: usize, watermark: WatermarkKind) {
         let listener = Listener {
             wake_set: Arc::downgrade(wake_set),

@@ -22,7 +22,8 @@ use crate::{
     world::Simulation,
 };
 
-/// Path parts of the files whose syncs fail: the journal, every partition 0, the checkpoint, all files.
+/// Parts of the paths of files whose syncs fail: the journal, the replicas of every partition 0, the checkpoint, all
+/// files.
 const PARTS: [&str; 4] = ["journal", "/0/", "checkpoint", ""];
 
 /// Makes every sync of a machine slow for a while. A sync may then take longer than `replication.max_lag_time`.

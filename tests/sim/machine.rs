@@ -174,9 +174,9 @@ impl Machine {
         self.record(format_args!("{}", if power.is_some() { "lost power" } else { "was killed" }));
     }
 
-    /// Stops the broker as an operator does. The connections of a clustered broker stay open until it has transferred
-    /// leadership. After an even number of starts, a power loss follows a successful stop. It must not affect data that
-    /// was closed cleanly.
+    /// Stops the broker as an operator does. The connections of a clustered broker stay open until the broker has
+    /// transferred leadership. After an even number of starts, a power loss follows a successful stop. The power loss
+    /// must not affect data that was closed cleanly.
     pub(crate) async fn stop(&mut self) {
         let Some((process, node)) = self.broker.take() else { return };
         self.process.store(0, Ordering::Relaxed);

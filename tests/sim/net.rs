@@ -279,7 +279,7 @@ impl Connector for Socket {
     }
 }
 
-/// One connection, which reconnects with the next call.
+/// One connection from a machine to another. If the connection is broken, the next call connects again.
 struct End {
     from: Socket,
     to: String,

@@ -1,7 +1,8 @@
 //! Panics of simulated tasks. A broken invariant would abort a broker; here it ends the run.
 //!
-//! Panics are printed in one line, because the trace shows the events before them. A task's panic reaches only the task
-//! that joins it. So the hook stores the first panic of the thread, which runs one simulation.
+//! Only the location and the message of a panic are printed, because the trace shows the events before it. A task's
+//! panic reaches only the task that joins it. So the hook stores the first panic of the thread, which runs one
+//! simulation.
 
 use std::{cell::RefCell, panic, sync::Once};
 

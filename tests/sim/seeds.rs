@@ -50,8 +50,8 @@ pub(crate) fn first() -> u64 {
 
 impl Seeds {
     /// Returns the seeds that the environment selects: `STRANDLINE_SEEDS` seeds from `STRANDLINE_SEED` on. With
-    /// `STRANDLINE_SIM_SECONDS`, as many seeds as run in this time, by default from a number of the wall clock on. One
-    /// broker gets a fifth of the time, and three brokers get the rest.
+    /// `STRANDLINE_SIM_SECONDS`, as many seeds as run in this time; without `STRANDLINE_SEED`, they start at the time
+    /// of the wall clock. The test of one broker gets a fifth of the time, that of three brokers the rest.
     fn from_environment(shape: Topology) -> Self {
         let Some(seconds) = env_number("STRANDLINE_SIM_SECONDS") else {
             return Self { first: first(), count: env_number("STRANDLINE_SEEDS").unwrap_or(SEEDS), until: None };

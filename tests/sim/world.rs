@@ -63,7 +63,7 @@ impl Simulation {
         self.machines.iter().map(seen).collect()
     }
 
-    /// Connects a client in the outside process. Retries until a broker accepts the connection.
+    /// Connects a client. Retries until a broker accepts the connection. Called in the `outside` process.
     pub(crate) async fn client(&self) -> Client {
         let options =
             client::ClientOptions { request_timeout: Duration::from_secs(600), ..client::ClientOptions::default() };

@@ -16,7 +16,7 @@ use crate::{
 /// Maximum number of segments in the object store that one plan reads from the manifest.
 const MAX_TIERED_SEGMENTS_PER_PLAN: usize = 256;
 
-/// A retention plan, and the work on the manifest that belongs to it.
+/// A retention plan, and its effects on the manifest.
 pub(super) struct MaintenancePlan {
     pub(super) retention: RetentionPlan,
     /// Bytes of the object store's segments that lie wholly below the planned log start; 0 if the log start stays.
@@ -37,8 +37,8 @@ pub(super) async fn plan_step(partition: &Partition, local: &LocalSegments, scop
         Some(tier) if local.leads.is_some() && needs_tiered_segments(&config) => {
             read_manifest(tier, watermarks.log_start, now_ms).await
         }
-        // The segments of the object store are not needed: a follower plans no deletion, and without limits on the
-        // whole log nothing is deleted.
+        // There is no object store, or its segments are not needed: a follower plans no deletion, and without limits on
+        // the whole log nothing is deleted.
         _ => Ok((Vec::new(), false)),
     };
     let (tiered, manifest_lags) = match manifest {

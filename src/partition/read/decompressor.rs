@@ -27,8 +27,8 @@ use crate::{
     task,
 };
 
-/// Maximum uncompressed size of a batch that is opened on the caller's thread, because a switch to another thread would
-/// take longer.
+/// Maximum uncompressed size, in bytes, of records that the caller's thread decodes or compresses itself, because a
+/// switch to another thread would take longer.
 pub const INLINE_BYTES: usize = 64 << 10;
 
 /// Maximum uncompressed size of a small batch. Small batches have their own memory and thread permits, so they do not

@@ -89,7 +89,8 @@ impl IsrUpdater for RequestLog {
     }
 }
 
-/// Opens broker 1's replica of three. The caller must keep the data directory as long as the replica is written to.
+/// Opens broker 1's replica of a partition with three replicas. The caller must keep the data directory open as long as
+/// the replica is written to.
 fn open() -> (Arc<Partition>, Arc<RequestLog>, DataDir) {
     open_on(SimDisk::new())
 }
@@ -403,8 +404,8 @@ async fn broker_leads_at_most_once_in_an_epoch() {
 }
 
 /// A follower's report of a newer epoch ends a leadership at once. Regression: after a wrong report, the broker waited
-/// for newer metadata without limit, while the metadata still named it as the leader. Now it reads the store, and ends
-/// its epoch.
+/// for newer metadata without limit, while the metadata still named it as the leader. It must read the store instead,
+/// and end its epoch.
 #[tokio::test]
 async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     let (partition, requests, _log) = open();
@@ -520,7 +521,7 @@ async fn subscription_waits_for_its_epoch_to_begin() {
 }
 
 /// After a restore of etcd from a backup, earlier epochs are assigned again. Regression: the first append of a leader
-/// panicked if its log had batches of a later epoch. Now the broker refuses to lead.
+/// panicked if its log had batches of a later epoch. The broker must refuse to lead instead.
 #[tokio::test]
 async fn broker_does_not_lead_in_an_epoch_before_its_log() {
     let (partition, requests, _log) = open();
@@ -541,7 +542,7 @@ async fn broker_does_not_lead_in_an_epoch_before_its_log() {
     assert!(matches!(result, Err(AppendError::NotLeader { .. })), "{result:?}");
     assert_eq!((partition.status().role, partition.wants_ticks()), (ReplicaRole::Idle, true));
 
-    // The broker proposes the value without a leader, which ends that epoch.
+    // The broker reads the store, and then proposes the value without a leader, which ends the epoch.
     for ms in [0, 1000] {
         tick(&partition, ms).await;
     }

@@ -306,8 +306,8 @@ async fn below_min_isr_commits_wait_for_the_eligible_replica() {
     assert_eq!(net.value().await.0.elr, []);
 }
 
-/// The older records are in the object store. A bootstrapping replica copies only the records after them, and gets the
-/// producer state from a segment footer.
+/// The records below the tiered end are in the object store. A bootstrapping replica copies only the records from there
+/// on, and gets the producer state from a segment footer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_replica_bootstraps_at_tiered_end_with_producers() {
     const TIERED: &[(&str, &str)] =
