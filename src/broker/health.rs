@@ -1,7 +1,7 @@
 //! Health of this broker, for probes and `cluster health`. A broker that serves requests is ready even if it is
-//! impaired: an outage of a store affects all brokers, and must not take all of them out of service. A start lasts
-//! until every local replica has been in sync once, or until `broker.catch_up_timeout` has passed. A rolling restart
-//! continues after that.
+//! impaired: an outage of a store affects all brokers, and must not take all of them out of service. The start of a
+//! broker lasts until every local replica has been in sync once, or until `broker.catch_up_timeout` has passed. The
+//! broker is not ready during its start, so a rolling restart waits for its end.
 
 use std::{
     collections::BTreeMap,
@@ -24,12 +24,14 @@ use crate::{
     task::clock,
 };
 
-/// Minimum interval between checks of the start, and minimum ratio of the interval to the duration of a check.
+/// Minimum pause between two checks whether the start is over.
 const CHECK_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Minimum pause after such a check, as a multiple of the duration of the check.
 const MIN_PAUSE_PER_CHECK: u32 = 20;
 
-/// Maximum time that a start waits for a leader of a leaderless partition. An election that waits for the end of a
-/// lease takes 7 s.
+/// Maximum time that a start waits for the election of a leader of one partition. An election that waits for the end of
+/// a lease takes 7 s.
 const ELECTION_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Readiness of a broker for requests.
@@ -48,9 +50,9 @@ pub(super) struct Health {
     failures: Arc<MaintenanceFailures>,
     phase: Mutex<Phase>,
     start: Mutex<StartState>,
-    /// Time since which the registration is gone.
+    /// Time at which the registration was lost; `None` while this broker is registered.
     unregistered: Mutex<Option<Instant>>,
-    /// Time since which records do not fit on the disk.
+    /// Time since which records do not fit on the disk; `None` while they fit.
     full: Mutex<Option<Instant>>,
 }
 
@@ -59,7 +61,7 @@ pub(super) struct Health {
 enum Phase {
     Starting,
     Serving,
-    /// From the begin of a controlled shutdown on. Requests are still served at first.
+    /// A shutdown has begun. During a controlled shutdown, requests are still served.
     Stopping,
 }
 
@@ -71,8 +73,8 @@ enum StartState {
     /// The replicas have their roles, and some have not been in sync yet.
     CatchingUp {
         since: Instant,
-        /// Replicas that have not been in sync yet, each with the time since which it has no leader. `None` before the
-        /// first check.
+        /// Replicas that have not been in sync yet, each with the time since which its partition has no leader. `None`
+        /// before the first check.
         pending: Option<BTreeMap<PartitionId, Option<Instant>>>,
     },
     Over,
@@ -91,7 +93,7 @@ impl Health {
         }
     }
 
-    /// Starts to wait for replicas that catch up.
+    /// Starts the wait until every local replica has been in sync once. Called once, when the broker is activated.
     pub(super) fn begin_catching_up(&self) {
         *self.start.lock() = StartState::CatchingUp { since: clock::monotonic(), pending: None };
     }
@@ -116,17 +118,18 @@ impl Health {
         self.full.lock().is_some()
     }
 
-    /// Sets the state of the registration: true if it is gone.
+    /// Sets whether the registration is lost: deleted, or its lease has expired.
     pub(super) fn set_unregistered(&self, unregistered: bool) {
         update_since(&self.unregistered, unregistered);
     }
 
-    /// Returns the reason why this process should be restarted, if there is one.
+    /// Returns an error if this process should be restarted, because its data directory accepts no writes.
     pub(super) fn health(&self) -> Result<(), String> {
         self.ctx.log.failure().map_or(Ok(()), |reason| Err(accepts_no_writes(&reason)))
     }
 
-    /// Returns the readiness of the broker and its impairments.
+    /// Returns the readiness of the broker, with its impairments if it is ready. The broker is not ready while it
+    /// starts or stops, or if the data directory has failed and no partition is open.
     pub(super) fn readiness(&self) -> Readiness {
         let not_ready = |reason: String| Readiness::NotReady(reason);
         let phase = *self.phase.lock();
@@ -183,7 +186,8 @@ impl Health {
         lines.into_iter().flatten().collect()
     }
 
-    /// Checks the start at intervals until it is over, so that a start also ends if no request checks the readiness.
+    /// Checks at intervals whether the start is over, and returns when it is. Without this task, a start would end only
+    /// at a request that checks the readiness.
     pub(super) async fn watch_start(&self) {
         loop {
             let check_start = clock::monotonic();
@@ -194,15 +198,15 @@ impl Health {
         }
     }
 
-    /// Returns true if the start is over. Checks the replicas first, which may end the start.
+    /// Checks the replicas, which may end the start, and returns true if the start is over.
     pub(super) fn is_started(&self) -> bool {
         self.catching_up();
         matches!(*self.start.lock(), StartState::Over)
     }
 
-    /// Returns the number of local replicas that have not been in sync yet, and have a leader or may get one. Returns 0
-    /// once the start is over. Ends the start if every replica has been in sync once, after
-    /// `broker.catch_up_timeout`, and on a standalone broker.
+    /// Returns the number of local replicas that have not been in sync yet, without those of partitions that have had
+    /// no leader for [`ELECTION_TIMEOUT`]. Returns 0 before the activation and once the start is over. Ends the start
+    /// if every replica has been in sync once, after `broker.catch_up_timeout`, and on a standalone broker.
     pub(super) fn catching_up(&self) -> usize {
         let mut start = self.start.lock();
         let StartState::CatchingUp { since, pending } = &mut *start else { return 0 };
@@ -215,8 +219,7 @@ impl Health {
             return 0;
         }
         let (state, now) = (self.ctx.metadata.state(), clock::monotonic());
-        // After the time for an election, a replica without a leader does not count: there is no log that it could
-        // copy.
+        // A replica whose partition stays leaderless does not count: there is no log that the replica could copy.
         let is_catching_up = |(id, leaderless_since): (&PartitionId, &mut Option<Instant>)| {
             *leaderless_since = if has_leader(&state, *id) { None } else { Some(leaderless_since.unwrap_or(now)) };
             leaderless_since.is_none_or(|since| now.saturating_duration_since(since) < ELECTION_TIMEOUT)
@@ -254,13 +257,15 @@ impl Health {
     }
 }
 
-/// Updates the start time of a condition. The time stays while the condition holds, and is cleared when it ends.
+/// Sets `since` to the current time when a condition begins, and to `None` when it ends. While the condition `holds`,
+/// the time stays.
 fn update_since(since: &Mutex<Option<Instant>>, holds: bool) {
     let mut since = since.lock();
     *since = holds.then(|| since.unwrap_or_else(clock::monotonic));
 }
 
-/// Returns the reason for a lost registration. `silence` is the time for which the metadata store has not responded.
+/// Returns the reason for a lost registration. `silence` is the time for which the metadata store has not responded;
+/// zero if it responds.
 fn lease_expiry_reason(silence: Duration) -> String {
     match silence {
         Duration::ZERO => "the registration was deleted from the metadata store".to_owned(),
@@ -283,20 +288,20 @@ fn accepts_no_writes(reason: &str) -> String {
     format!("the data directory accepts no writes: {}", one_line(reason))
 }
 
-/// Joins the lines of a text that another program wrote.
+/// Returns a text of another program on one line, with single spaces.
 fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Formats the start of a condition that has lasted for this time, and the time in seconds.
+/// Formats the time at which a condition began that has lasted for `lasted`, and `lasted` in seconds.
 fn format_since(lasted: Duration) -> String {
     let now = Duration::from_millis(u64::try_from(clock::wall_ms()).unwrap_or(0));
     let at = SystemTime::UNIX_EPOCH + now.saturating_sub(lasted);
     format!("since {} ({} s)", humantime::format_rfc3339_seconds(at), lasted.as_secs())
 }
 
-/// Describes the segments with timestamps in the future: their number, and the partition with most of them. Empty if
-/// there are none.
+/// Describes the segments with timestamps in the future: their number, the number of their partitions, and the
+/// partition with most of these segments. Empty if there are none.
 fn future_timestamps(open: &[Arc<Partition>]) -> String {
     let affected: Vec<_> = open.iter().filter(|partition| partition.future_segments() > 0).collect();
     let Some(largest) = affected.iter().max_by_key(|partition| partition.future_segments()) else {

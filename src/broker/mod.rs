@@ -18,8 +18,8 @@
 //! | `budget` | memory of requests and responses in progress |
 //! | `node_context` | configuration, stores and tasks that all parts share |
 //!
-//! The controller (`cluster::Controller`) runs on one broker of the cluster. Garbage is collected only there, or on a
-//! standalone broker.
+//! Every broker of a cluster runs a `cluster::Controller`, and one broker at a time holds the controller key. Only that
+//! broker, or a standalone broker, collects garbage.
 //!
 //! # Start
 //!
@@ -32,7 +32,7 @@
 //!
 //! A broker of a cluster first calls [`Broker::transfer_leadership`], which transfers leadership while requests are
 //! still served. [`Broker::stop`] ends the streams of clients, the tasks, the partitions and the links, in this order:
-//! partitions unsubscribe over the links. `server` closes the log and the metadata store after that.
+//! partitions unsubscribe over the links. After the stop, `server` closes the log and the metadata store.
 
 mod api;
 mod background;
@@ -91,7 +91,7 @@ struct SharedState {
     topics: Topics,
     budgets: Budgets,
     produce_memory: Pools,
-    /// Writer of tier commits. Clones share the state that the metadata store has no space.
+    /// Writer of tier commits. All clones share one flag for a metadata store without space.
     commits: TierCommits,
 }
 
@@ -149,8 +149,9 @@ impl OpenedBroker {
         self.replication.as_ref().map(|replication| replication.service())
     }
 
-    /// Returns the intact replicas. A replica whose topic value cannot be read is not hosted; that replica is opened
-    /// only for this check, and is intact if its log reaches the committed log start and tiered end.
+    /// Returns the local replicas that are intact. A hosted replica is intact if it is open. A replica that is not
+    /// hosted, because its topic value is unreadable, is opened only for this check: it is intact if its log reaches
+    /// the committed log start and tiered end.
     pub async fn intact_replicas(&self) -> BTreeSet<PartitionId> {
         let mut intact: BTreeSet<PartitionId> =
             self.shared.partitions.open().iter().map(|partition| partition.id()).collect();
@@ -172,10 +173,10 @@ impl OpenedBroker {
 
     /// Activates the broker: every replica is assigned its role, and requests are served.
     ///
-    /// The metadata cache must contain the registration of `session`. An older state may name this broker as the leader
-    /// of partitions that it has released since. The values of the partitions in `unverified` were unreadable at the
-    /// startup verification, at these revisions. The local replica of such a partition stays offline while this broker
-    /// is in its ISR or ELR.
+    /// The metadata cache must contain the registration of `session`. An older snapshot may name this broker as the
+    /// leader of partitions that the startup verification released. `unverified` contains each partition whose value
+    /// was unreadable at the startup verification, with the revision of that value. The local replica of an unverified
+    /// partition stays offline while this broker is in the partition's ISR or ELR.
     pub async fn activate(self, session: Session, unverified: BTreeMap<PartitionId, Revision>) -> Arc<Broker> {
         let Self { ctx, shared, mut reconciler, queue, stats, replication } = self;
         let background = Background::new(ctx.clone(), shared.clone(), queue, session.clone());
@@ -210,8 +211,8 @@ impl OpenedBroker {
 
 /// Stops the tasks, the partitions and the links, in this order.
 async fn stop(ctx: &NodeContext, partitions: &PartitionTable, replication: Option<&ReplicationManager>) {
-    // Partitions stop only after the journal has completed their entries. After this call, a journal without a free file
-    // waits some seconds and then fails, so it cannot block the shutdown.
+    // A partition stops only after the journal has completed the partition's entries. This call bounds the time that
+    // the journal waits for a free file, so the stop cannot hang on a full journal.
     ctx.log.begin_shutdown();
     ctx.tasks.stop().await;
     partitions.stop().await;
@@ -261,8 +262,8 @@ impl Broker {
         self.health.readiness()
     }
 
-    /// Updates the gauges. Only one call may run at a time, because per-broker gauges are set for some brokers and then
-    /// removed for the rest.
+    /// Updates the gauges. Only one call may run at a time: each call sets the gauges of its followers' brokers and
+    /// then removes the gauges of all other brokers.
     pub fn observe(&self) {
         self.background.observe();
     }
@@ -283,14 +284,15 @@ impl Broker {
         self.partitions.open().len()
     }
 
-    /// Transfers leaderships and ISR memberships. Gives up after the timeout. From this call on, the broker is not
-    /// ready.
+    /// Transfers leaderships to other brokers, and waits until leaders have removed this broker from their ISR. Gives
+    /// up after the timeout. From this call on, the broker is not ready.
     pub async fn transfer_leadership(&self, timeout: Duration) {
         self.health.begin_shutdown();
         self.background.transfer_leadership(timeout).await;
     }
 
-    /// Stops everything in order, and returns when no task of the broker runs.
+    /// Ends the streams of clients, the tasks, the partitions and the links, in this order. Returns when no task of the
+    /// broker runs.
     pub async fn stop(&self) {
         self.health.begin_shutdown();
         self.ctx.log.begin_shutdown();

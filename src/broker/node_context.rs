@@ -40,17 +40,16 @@ pub struct NodeContext {
     /// Object store; `None` for a broker without one.
     pub tier: Option<TierHandle>,
     pub metrics: Arc<Metrics>,
-    /// Incarnation of this process, as it is or will be registered.
+    /// Incarnation of this process, which its registration contains.
     pub incarnation: Arc<str>,
     /// True for a standalone broker, whose metadata store is in its data directory.
     pub standalone: bool,
-    /// Tasks of the broker, except those of partitions and links.
+    /// Tasks of the broker, except the tasks of partitions and of links.
     pub tasks: Tasks,
 }
 
 impl NodeContext {
-    /// Returns true if this broker does the work that one broker does for the cluster: it is standalone, or the
-    /// controller.
+    /// Returns true if this broker is the controller or standalone, and so does the work that only one broker may do.
     pub(super) fn is_controller(&self) -> bool {
         self.standalone || self.metadata.state().controller() == Some(self.id)
     }

@@ -1,18 +1,19 @@
-//! A token bucket: a rate limit per minute. Pure; each caller keeps its bucket under its own lock.
+//! A token bucket: a rate limit per minute. The code reads no clock and has no lock: each caller stores its bucket
+//! under a lock of its own.
 
 use tokio::time::Instant;
 
-/// Token bucket. Tokens return evenly, up to the number for one minute.
+/// Token bucket. Tokens are added at an even rate. A full bucket has the tokens of one minute.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct TokenBucket {
     tokens: f64,
-    /// Time of the last taken token.
+    /// Time at which the last token was taken.
     taken_at: Instant,
 }
 
 impl TokenBucket {
-    /// Takes a token from `bucket`; `None` is a full bucket. Returns the bucket without that token, or `None` if the
-    /// bucket has no token now.
+    /// Takes a token from `bucket`, where `None` stands for a full bucket. Returns the bucket after that, or `None` if
+    /// there is no token at time `now`; the caller then keeps its old bucket.
     pub(super) fn take(bucket: Option<Self>, per_minute: u32, now: Instant) -> Option<Self> {
         let max = f64::from(per_minute);
         let tokens = bucket.map_or(max, |bucket| {

@@ -1,8 +1,8 @@
-//! Memory of each connection, and the search for connections to close because their clients read nothing.
+//! Shares and permits of each connection, and the search for connections to close because their clients read nothing.
 //!
-//! HTTP/2 polls a call for more data only after its client has taken most of the previous data. Until then no code of
-//! the call runs, so it frees neither its responses nor its requests. If other calls wait for that memory, the
-//! connection is closed.
+//! HTTP/2 polls a call for more data only after its client has taken most of the previous data. Until the client reads,
+//! the call is not polled and frees neither its responses nor its requests. If other calls wait for memory that such a
+//! connection holds, the connection is closed.
 
 use std::{
     collections::BTreeMap,
@@ -22,24 +22,24 @@ use crate::{limits, partition::MemoryBudget, task::clock};
 /// pauses for longer connects again.
 pub(super) const UNREAD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Minimum rate of a client that takes its responses in small pieces while other calls wait, in bytes per second.
+/// Minimum rate at which a client must take its responses while other calls wait for memory, in bytes per second.
 const MIN_BYTES_PER_SECOND: usize = 256 << 10;
 
-/// Additional time that a call may stay unread while other calls wait for memory of the other kind, of which the call
-/// holds little or nothing.
+/// Additional time that the response of a call may stay unread while other calls wait for memory of another
+/// [`MemoryKind`] than that of the call.
 const OTHER_KIND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Minimum time between two searches for connections to close, for any number of waiting calls.
+/// Minimum time between two searches for connections to close, for each [`MemoryKind`] and any number of waiting calls.
 pub(super) const SEARCH_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Memory of one connection. Clones share it.
+/// Shares of one connection in the memory pools. Clones share them.
 #[derive(Clone, Debug)]
 pub struct ConnectionMemory(pub(super) Arc<Account>);
 
 /// Shares of one connection in the pools, its permits, and its unread calls.
 pub(super) struct Account {
     id: u64,
-    /// All open connections, from which the account is removed when it is dropped.
+    /// Registry of all open connections. Dropping the account removes it from the registry.
     connections: Arc<Connections>,
     pub(super) requests: Pools,
     /// Share of small requests that have arrived completely.
@@ -49,15 +49,15 @@ pub(super) struct Account {
     pub(super) responses: Pools,
     /// Share of the partition state of fetches and reads.
     pub(super) sessions: MemoryBudget,
-    /// Permit for decompressing a batch of this connection.
+    /// The one permit for decompressing a batch of this connection.
     pub(super) decompression: Arc<Semaphore>,
-    /// Permit for recompressing a batch of this connection.
+    /// The one permit for recompressing a batch of this connection.
     pub(super) recompression: Arc<Semaphore>,
     /// Permits for calls whose responses are built from metadata.
     pub(super) metadata_calls: Arc<Semaphore>,
     /// Permits for appends that wait for the object store.
     pub(super) tiered_appends: Arc<Semaphore>,
-    /// Calls that passed data to HTTP/2 which has not been sent.
+    /// Calls with data that was passed to HTTP/2 and has not been sent.
     unread: Mutex<Slab<UnreadCall>>,
     /// Closes the connection.
     close: Box<dyn Fn() + Send + Sync>,
@@ -78,23 +78,25 @@ impl Drop for Account {
 /// A call with data that was passed to HTTP/2 and has not been sent.
 #[derive(Debug)]
 struct UnreadCall {
-    /// Time by which the client must take the next piece while other calls wait.
+    /// Time by which the client must take the next piece while other calls wait for memory.
     next_piece_deadline: Instant,
-    /// Time by which the client must have taken everything.
+    /// Time by which the client must have taken all passed data while other calls wait for memory.
     deadline: Instant,
     kind: MemoryKind,
 }
 
-/// Kind of memory that an unread call holds. A consumer that pauses is not closed because other clients wait to append.
+/// Kind of memory that an unread call holds, and that other calls wait for. With two kinds, the connection of a
+/// consumer that pauses is not closed as soon as producers wait for request memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum MemoryKind {
-    /// Memory of a call whose response takes no response memory.
+    /// Memory of requests. An unread call is of this kind while its response holds no response memory.
     Requests,
     Responses,
 }
 
 impl Account {
-    /// Returns true if a client has read nothing for too long while other calls wait for memory of this kind.
+    /// Returns true if the client of the connection has missed a deadline of an unread call. The caller waits for
+    /// memory of this kind; calls of the other kind get [`OTHER_KIND_TIMEOUT`] more.
     fn is_unread(&self, kind: MemoryKind, now: Instant) -> bool {
         self.unread.lock().iter().any(|(_, call)| {
             let extra = if call.kind == kind { Duration::ZERO } else { OTHER_KIND_TIMEOUT };
@@ -123,11 +125,11 @@ impl Account {
     }
 }
 
-/// Registration of a call with frames that HTTP/2 has not sent.
+/// Registration of a call with data that HTTP/2 has not sent, until this value is dropped.
 #[derive(Debug)]
 pub(super) struct UnreadResponse {
     account: Arc<Account>,
-    /// Key of the call in `unread`.
+    /// Key of the call in [`Account::unread`].
     key: usize,
 }
 
@@ -140,8 +142,8 @@ impl UnreadResponse {
         Self { account: Arc::clone(account), key }
     }
 
-    /// Extends the deadlines after more data was passed to HTTP/2, of which `bytes` are charged. HTTP/2 polls only when
-    /// it has space, so the client has taken some of the previous data.
+    /// Extends both deadlines, because more data was passed to HTTP/2, with `bytes` of charged memory. HTTP/2 polls for
+    /// data only when it has space, so the client has taken some of the previous data.
     pub(super) fn on_data_passed(&self, bytes: usize) {
         let next_piece_deadline = clock::monotonic() + UNREAD_TIMEOUT;
         if let Some(call) = self.account.unread.lock().get_mut(self.key) {
@@ -153,7 +155,7 @@ impl UnreadResponse {
         }
     }
 
-    /// Extends the deadline of the next piece, because the client took a piece of the data.
+    /// Extends the deadline of the next piece. Called when the client has taken a piece of the data.
     pub(super) fn renew(&self) {
         if let Some(call) = self.account.unread.lock().get_mut(self.key) {
             call.next_piece_deadline = clock::monotonic() + UNREAD_TIMEOUT;
@@ -175,7 +177,7 @@ pub(super) struct Connections(Mutex<State>);
 struct State {
     /// Id of the next connection.
     next_id: u64,
-    /// Time of the last search, by kind of memory.
+    /// Time of the last search for unread connections, by kind of memory.
     last_searches: [Option<Instant>; 2],
     open: BTreeMap<u64, Weak<Account>>,
 }
@@ -212,7 +214,7 @@ impl Connections {
     }
 
     /// Closes the connections that hold memory of this kind and whose clients do not read. Does nothing within
-    /// [`SEARCH_INTERVAL`] after the last search.
+    /// [`SEARCH_INTERVAL`] after the last search for the same kind.
     pub(super) fn close_unread(&self, kind: MemoryKind) {
         let now = clock::monotonic();
         let mut state = self.0.lock();
@@ -222,7 +224,7 @@ impl Connections {
         }
         *last_search = Some(now);
         let open: Vec<_> = state.open.values().filter_map(Weak::upgrade).collect();
-        // An account that is dropped below takes this lock.
+        // Dropping the last reference to an account takes this lock.
         drop(state);
         open.iter()
             .filter(|account| account.holds(kind) && account.is_unread(kind, now))

@@ -1,5 +1,5 @@
-//! Memory that one message or read has taken from its connection's share and from a pool. Dropping the value frees the
-//! memory.
+//! Memory that one message or read has taken from a pool, and the same amount from its connection's share of that pool.
+//! Dropping the value frees the memory.
 
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -8,9 +8,9 @@ use crate::partition::MemoryBudget;
 /// Memory taken from a connection's share of a pool and from the pool.
 #[derive(Debug)]
 pub struct Grant {
-    /// Memory of the connection's share; `None` for a pool without shares.
+    /// Memory of the connection's share of the pool; `None` for a pool without shares.
     share: Option<OwnedSemaphorePermit>,
-    /// Memory of the pool, as much as of the share.
+    /// Memory of the pool, as many bytes as of the share.
     pool: OwnedSemaphorePermit,
 }
 
@@ -29,13 +29,13 @@ impl Grant {
         MemoryBudget::bytes_of(&self.pool)
     }
 
-    /// Splits off `bytes`, or all if there are fewer.
+    /// Splits off `bytes`, or everything if the grant has fewer.
     pub(super) fn split(&mut self, bytes: usize) -> Self {
         let share = self.share.as_mut().map(|permit| MemoryBudget::split(permit, bytes));
         Self { share, pool: MemoryBudget::split(&mut self.pool, bytes) }
     }
 
-    /// Merges a grant of the same pool and share. Memory from other pools is freed.
+    /// Merges a grant of the same pool and share. If `part` is of another pool, its memory is freed.
     pub(super) fn merge(&mut self, part: Self) {
         if let (Some(permit), Some(part)) = (&mut self.share, part.share) {
             MemoryBudget::merge(permit, part);
@@ -43,7 +43,8 @@ impl Grant {
         MemoryBudget::merge(&mut self.pool, part.pool);
     }
 
-    /// Takes the missing memory up to `bytes` from this share and pool. Returns true if both had enough.
+    /// Extends the grant to `bytes` from this share and pool, without waiting. Returns true if both had enough. After a
+    /// failure, the share may be extended and the pool not.
     pub(super) fn try_grow(&mut self, share: &MemoryBudget, pool: &MemoryBudget, bytes: usize) -> bool {
         self.share.as_mut().is_none_or(|permit| share.try_grow(permit, bytes)) && pool.try_grow(&mut self.pool, bytes)
     }

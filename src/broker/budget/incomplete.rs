@@ -1,4 +1,5 @@
-//! Requests of which only a part has arrived. Such requests yield to other requests that wait for memory.
+//! Requests of which only a part has arrived. If other requests wait for memory, incomplete requests fail after a
+//! while.
 
 use std::{
     collections::BTreeMap,
@@ -29,7 +30,7 @@ struct State {
 }
 
 impl State {
-    /// Returns the requests that hold memory of the pool for a request of `bytes`.
+    /// Returns the incomplete requests of the pool, small or large, that a request of `bytes` uses.
     const fn of(&mut self, bytes: usize) -> &mut BTreeMap<(Instant, u64), Arc<IncompleteRequest>> {
         if bytes <= SMALL_BYTES { &mut self.small } else { &mut self.large }
     }
@@ -39,11 +40,11 @@ impl State {
 #[derive(Debug)]
 pub(super) struct IncompleteRequest {
     number: u64,
-    /// Bytes that the request has taken.
+    /// Bytes of memory that the request holds.
     pub(super) bytes: usize,
     /// Time since which the request holds this memory.
     since: Instant,
-    /// True if the request must end.
+    /// True once the request must fail, because other requests wait for its memory.
     ended: AtomicBool,
     /// Waker of the task that reads the request.
     waker: AtomicWaker,
@@ -52,7 +53,7 @@ pub(super) struct IncompleteRequest {
 }
 
 impl IncompleteRequest {
-    /// Returns true if the request must end. The task of `waker` is woken when that happens later.
+    /// Returns true if the request must fail. Otherwise, the task of `waker` is woken when the request must fail.
     pub(super) fn is_ended(&self, waker: &Waker) -> bool {
         self.waker.register(waker);
         self.ended.load(Ordering::Acquire)
@@ -60,7 +61,8 @@ impl IncompleteRequest {
 }
 
 impl IncompleteRequests {
-    /// Registers an incomplete request of a connection, which has held `bytes` since then.
+    /// Registers an incomplete request of the connection with this account. The request has held `bytes` since the time
+    /// `since`.
     pub(super) fn add(&self, bytes: usize, since: Instant, account: &Arc<Account>) -> Arc<IncompleteRequest> {
         let mut state = self.0.lock();
         let number = state.next_number;
@@ -76,8 +78,9 @@ impl IncompleteRequests {
         self.0.lock().of(request.bytes).remove(&(request.since, request.number));
     }
 
-    /// Ends stalled requests in the pool for a request of `bytes`, the oldest first, until `wanted_bytes` will be free.
-    /// A request that was ended before and still holds its memory counts again. Its connection is closed if its client
+    /// Ends incomplete requests that have exceeded their [`grace`], the oldest first, until they free `wanted_bytes`
+    /// together. Only requests of the pool that a request of `bytes` uses are ended. A request that was ended by an
+    /// earlier call and still holds its memory counts too. The connection of such a request is closed if the client
     /// reads nothing.
     pub(super) fn end_stalled(&self, bytes: usize, wanted_bytes: usize, now: Instant) {
         let mut freed_bytes = 0;

@@ -1,27 +1,29 @@
-//! Memory budgets of requests and responses in progress: one each, of which every connection gets a share.
+//! Memory budgets of a broker: one for requests in progress, and one for responses. Each connection may use only a
+//! share of each budget.
 //!
 //! # Overview
 //!
-//! Each budget has two pools. Small messages use a pool of their own, so large messages never delay them. Small
-//! requests that have arrived completely use a third pool, which no client can occupy by sending nothing.
+//! Each budget has a pool for small messages and one for large messages, so large messages never delay small ones.
+//! Small requests that have arrived completely use a third pool, which no client can occupy by sending nothing. If that
+//! pool is used up, they use the pool for small messages.
 //!
 //! A connection takes memory from its own share of a pool first, then from the pool. Requests of one connection can
 //! therefore queue at a pool for at most the share of that connection. Memory for all announced bytes is taken at once:
 //! no request holds a part of its memory while it waits for the rest.
 //!
 //! The parts of a request (its repeated elements) have pools of their own. Their memory is also taken at once, when the
-//! request has arrived completely. Requests take from small pools, large pools and part pools in this order, so no two
-//! requests wait for each other.
+//! request has arrived completely. Every request takes the memory for its bytes before the memory for its parts, so no
+//! two requests wait for each other.
 //!
 //! # Invariants
 //!
-//! - A request whose bytes do not arrive holds no memory that other requests wait for. When a pool is exhausted,
-//!   requests that are incomplete for longer than [`SMALL_GRACE`] or [`grace`] fail with `OVERLOADED`, the oldest
+//! - A request whose bytes do not arrive holds no memory that other requests wait for. While other requests wait for a
+//!   pool, requests of that pool that have been incomplete for longer than [`grace`] fail with `OVERLOADED`, the oldest
 //!   first.
-//! - A connection that holds memory which other connections wait for is closed (`connections`) if its client does not
-//!   read.
-//! - A request is charged until its batch has produce memory. A response above 4 KiB is charged until HTTP/2 has
-//!   written its last byte, also if the client has read a part of it.
+//! - A connection is closed (`connections`) if its client does not read and other calls wait for memory that the
+//!   connection holds.
+//! - An append request is charged until its batch has produce memory. A response above 4 KiB is charged until HTTP/2
+//!   has written its last byte, also if the client has read a part of the response.
 
 mod connections;
 mod grant;
@@ -46,42 +48,44 @@ use crate::{
     task::clock,
 };
 
-/// Maximum size of a message in the small pools, in bytes: a batch of 64 KiB, the most common size, and its envelope.
+/// Maximum size of a message that uses a small pool, in bytes: a batch of 64 KiB, the most common size, and the rest of
+/// its message.
 pub const SMALL_BYTES: usize = 65 << 10;
 
-/// Maximum memory of one repeated part of a request after decoding to a struct in a growing list, in bytes.
+/// Maximum memory of one repeated part of a decoded request, in bytes: its struct, and the spare capacity of the list
+/// that contains it.
 const PART_BYTES: usize = 256;
 
 /// Share of request memory for the parts of requests, as a divisor.
 const PARTS_SHARE: u64 = 4;
 
-/// Share of request memory for received bytes of requests that wait for memory, as a divisor.
+/// Share of request memory for the bytes that requests have already received while they wait for memory, as a divisor.
 const WAITING_SHARE: u64 = 16;
 
 /// Share of request memory for small requests that have arrived completely, as a divisor.
 const COMPLETE_SHARE: u64 = 16;
 
-/// Bytes of a waiting request that are not charged.
+/// Received bytes of a request up to which they are not charged while the request waits for memory.
 pub const WAITING_BYTES: usize = 4 << 10;
 
-/// Bytes of a response that are not charged.
+/// Bytes by which a response may exceed its charged memory.
 const UNCHARGED_BYTES: usize = 4 << 10;
 
-/// Share of response memory for the partition state of fetches and reads, as a divisor.
+/// Share of response memory for the state of the partitions that fetches and reads name, as a divisor.
 const SESSION_SHARE: u64 = 8;
 
 /// Maximum time that a request waits for memory.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Maximum time that a small request may be incomplete while other requests wait.
+/// Maximum time that a small request may be incomplete while other requests wait for memory.
 const SMALL_GRACE: Duration = Duration::from_millis(10);
 
-/// Maximum time that a large request may be incomplete while other requests wait, in addition to the time for its
-/// bytes.
+/// Maximum time that a large request may be incomplete while other requests wait for memory, in addition to the time
+/// for its bytes at [`MIN_BYTES_PER_SECOND`].
 const LARGE_GRACE: Duration = Duration::from_secs(1);
 
-/// Minimum rate of a large request while other requests wait. The largest request gets less time than other requests
-/// wait.
+/// Minimum rate at which a large request must arrive while other requests wait for memory. At this rate, the largest
+/// request arrives within [`REQUEST_TIMEOUT`].
 const MIN_BYTES_PER_SECOND: usize = 8 << 20;
 
 /// Share of a pool that one connection may hold, as a divisor.
@@ -90,12 +94,12 @@ const CONNECTION_SHARE: u64 = 4;
 /// Maximum number of calls per connection whose responses are built from metadata and have not been sent.
 const METADATA_CALLS: usize = 16;
 
-/// Returns the part of `request_bytes` for messages that are being read.
+/// Returns the part of the request memory that is for the messages themselves: the small and the large pool together.
 fn message_bytes(request_bytes: u64) -> u64 {
     request_bytes - request_bytes / PARTS_SHARE - request_bytes / WAITING_SHARE - request_bytes / COMPLETE_SHARE
 }
 
-/// Returns the maximum time that a request of this size may be incomplete while other requests wait.
+/// Returns the maximum time that a request of this size may be incomplete while other requests wait for memory.
 fn grace(bytes: usize) -> Duration {
     if bytes <= SMALL_BYTES {
         return SMALL_GRACE;
@@ -116,7 +120,7 @@ struct Inner {
     parts: Pools,
     /// Pool of the received bytes of requests that wait for memory.
     waiting: MemoryBudget,
-    /// Queues of requests at the small pool and at the large pool.
+    /// Requests that wait for the small pool and for the large pool of `requests`.
     queues: [RequestQueue; 2],
     responses: Pools,
     /// Memory for the partitions named in fetches and reads.
@@ -150,7 +154,7 @@ impl Pools {
         if bytes <= SMALL_BYTES { &self.small } else { &self.large }
     }
 
-    /// Returns the bytes taken from both pools.
+    /// Returns the bytes that are taken from both pools now.
     pub(super) fn taken(&self) -> usize {
         self.small.taken() + self.large.taken()
     }
@@ -184,7 +188,8 @@ impl Budgets {
         }))
     }
 
-    /// Opens the share of a new connection. `close` closes that connection.
+    /// Creates the shares of a new connection in all pools. `close` is called to close the connection if its client
+    /// does not read.
     pub fn connection(&self, close: impl Fn() + Send + Sync + 'static) -> ConnectionMemory {
         let Inner { request_bytes, response_bytes, .. } = *self.0;
         let sessions_bytes = response_bytes / SESSION_SHARE;
@@ -195,14 +200,14 @@ impl Budgets {
         self.0.connections.open(pools, complete_requests, sessions, close)
     }
 
-    /// Returns the bytes taken by requests and by responses.
+    /// Returns the bytes that all requests and all responses hold now.
     pub fn taken(&self) -> (usize, usize) {
         let requests = self.0.requests.taken() + self.0.complete_requests.taken() + self.0.waiting.taken();
         (requests + self.0.parts.taken(), self.0.responses.taken() + self.0.sessions.taken())
     }
 
-    /// Takes `bytes` from a pool. While the call waits, it closes connections that hold such memory and whose clients
-    /// do not read.
+    /// Takes `bytes` from a pool, and waits until they are free. While it waits, closes connections that hold memory of
+    /// this `kind` and whose clients do not read.
     async fn take(&self, pool: &MemoryBudget, bytes: usize, kind: MemoryKind) -> OwnedSemaphorePermit {
         let mut pending_permit = std::pin::pin!(pool.take(bytes));
         loop {
@@ -213,7 +218,7 @@ impl Budgets {
         }
     }
 
-    /// Returns the `OVERLOADED` error of a request of `bytes`, which got no memory for this reason.
+    /// Returns the `OVERLOADED` error for a request of `bytes` that got no memory. `reason` begins the message.
     fn no_request_memory(&self, bytes: usize, reason: &str) -> ApiError {
         let max = self.0.request_bytes;
         let message = format!(
@@ -224,7 +229,7 @@ impl Budgets {
     }
 }
 
-/// Memory of one call. Clones share it.
+/// Memory that the request and the response of one call hold. Clones share it.
 #[derive(Clone, Debug)]
 pub struct CallMemory {
     budgets: Budgets,
@@ -232,7 +237,7 @@ pub struct CallMemory {
     call: Arc<Mutex<Call>>,
 }
 
-/// A request that was read, with its memory until the value is dropped.
+/// Size and memory of a request that was read. Dropping this value frees the memory.
 #[derive(Debug, Default)]
 pub struct ReceivedRequest {
     /// Size of the message in bytes; 0 for a request that arrived on no connection.
@@ -240,16 +245,16 @@ pub struct ReceivedRequest {
     grants: Grants,
 }
 
-/// Grants and unsent response frames of one call.
+/// Memory and unsent response frames of one call.
 #[derive(Debug, Default)]
 struct Call {
-    /// Request that was read and not yet taken by its handler.
+    /// Last request that was read, until its handler takes it.
     request: ReceivedRequest,
-    /// Grants of responses that are complete and not yet passed to the connection.
+    /// Grants of response data that is complete and not yet passed to HTTP/2.
     completed: Grants,
-    /// Number of response frames that were passed to the connection and have not been sent.
+    /// Number of response frames that were passed to HTTP/2 and have not been sent.
     unsent_frames: usize,
-    /// Registration of the call as unread; `None` if all response frames have been sent.
+    /// Registration of the call while response frames are unsent; `None` otherwise.
     unread: Option<UnreadResponse>,
 }
 
@@ -259,14 +264,14 @@ impl CallMemory {
         Self { budgets, connection, call: Arc::default() }
     }
 
-    /// Takes memory for a request of which only the length has arrived, without waiting. Most requests get their memory
-    /// here.
+    /// Takes memory for a request of which only the length has arrived, without waiting. Returns `None` if the share or
+    /// the pool has not enough; the caller then waits with [`Self::request`].
     pub fn try_request(&self, bytes: usize) -> Option<Grant> {
         Pools::try_take(&self.connection.0.requests, &self.budgets.0.requests, bytes)
     }
 
-    /// Takes memory for a small request that has arrived completely, without waiting. Most requests get their memory
-    /// here.
+    /// Takes memory for a small request that has arrived completely, without waiting: from the pool for complete
+    /// requests, or else as [`Self::try_request`] does. Returns `None` if there is not enough.
     pub fn try_complete_request(&self, bytes: usize) -> Option<Grant> {
         let try_take = || {
             let share = self.connection.0.complete_requests.try_take(bytes)?;
@@ -275,10 +280,11 @@ impl CallMemory {
         try_take().or_else(|| self.try_request(bytes))
     }
 
-    /// Takes memory for the received bytes of a request that is about to wait.
+    /// Takes memory for the bytes that a request has already received, before the request waits for memory for its
+    /// whole message.
     ///
     /// # Errors
-    /// `OVERLOADED`: other waiting requests hold too much.
+    /// `OVERLOADED`: the received bytes of other waiting requests use up the pool.
     pub fn try_waiting(&self, bytes: usize) -> Result<Grant, ApiError> {
         let permit = self.budgets.0.waiting.try_take(bytes);
         permit.map(Grant::without_share).ok_or_else(|| {
@@ -287,8 +293,9 @@ impl CallMemory {
         })
     }
 
-    /// Waits for memory for a request. Meanwhile the connection reads nothing of the request, so the HTTP/2 window
-    /// stops the sender.
+    /// Waits for memory for a request, at most [`REQUEST_TIMEOUT`]. During the wait, nothing more of the request is
+    /// read, so the HTTP/2 window stops the sender. The wait ends stalled incomplete requests, and closes connections
+    /// whose clients do not read.
     ///
     /// # Errors
     /// `OVERLOADED`: no memory became free in time.
@@ -316,14 +323,14 @@ impl CallMemory {
         }
     }
 
-    /// Takes memory for the parts of a request that has arrived completely, without waiting. Most requests get their
-    /// memory here.
+    /// Takes memory for the parts of a request that has arrived completely, without waiting. Returns `None` if there is
+    /// not enough; the caller then waits with [`Self::parts`].
     pub fn try_parts(&self, parts: usize) -> Option<Grant> {
         Pools::try_take(&self.connection.0.parts, &self.budgets.0.parts, parts * PART_BYTES)
     }
 
-    /// Waits for memory for the parts of a request. Meanwhile the last bytes of the request are held back, so the
-    /// request is not decoded.
+    /// Waits for memory for the parts of a request, at most [`REQUEST_TIMEOUT`]. The caller holds back the last bytes
+    /// of the request during the wait, so the request is not decoded.
     ///
     /// # Errors
     /// `OVERLOADED`: no memory became free in time.
@@ -351,7 +358,8 @@ impl CallMemory {
         std::mem::take(&mut self.call.lock().request)
     }
 
-    /// Registers a request, which has held `bytes` since then, as incomplete until the returned guard is dropped.
+    /// Registers a request of this call as incomplete until the returned guard is dropped. The request has held `bytes`
+    /// of memory since the time `since`.
     pub fn incomplete(&self, bytes: usize, since: Instant) -> IncompleteGuard {
         IncompleteGuard {
             budgets: self.budgets.clone(),
@@ -359,8 +367,8 @@ impl CallMemory {
         }
     }
 
-    /// Takes memory for a response of up to `bytes`, or of `min_bytes` if other responses hold too much for that.
-    /// Returns the grant and its bytes, or `None` if there is no memory now.
+    /// Takes memory for a response without waiting: `bytes` from the large pool if they are free, else `min_bytes`.
+    /// Returns the grant and its bytes, or `None` if not even `min_bytes` are free.
     pub(super) fn try_response(&self, bytes: usize, min_bytes: usize) -> Option<(ResponseGrant, usize)> {
         let take = |bytes: usize, is_small| {
             let (share, pool) = self.response_pools(is_small);
@@ -371,7 +379,7 @@ impl CallMemory {
         large.or_else(|| take(min_bytes, self.is_small(min_bytes)))
     }
 
-    /// Takes memory as [`Self::try_response`] does, but waits for it.
+    /// Takes memory as [`Self::try_response`] does. If there is none, waits for `min_bytes`.
     pub(super) async fn response(&self, bytes: usize, min_bytes: usize) -> (ResponseGrant, usize) {
         if let Some(granted) = self.try_response(bytes, min_bytes) {
             return granted;
@@ -383,8 +391,8 @@ impl CallMemory {
         (ResponseGrant { grant: Grant::with_share(share, pool), is_small }, min_bytes)
     }
 
-    /// Returns true if the small pool serves a response of `min_bytes`. A response above the connection's small share
-    /// waits for the large pool.
+    /// Returns true if a response of `min_bytes` uses the small pool. A response larger than the connection's share of
+    /// the small pool uses the large pool.
     fn is_small(&self, min_bytes: usize) -> bool {
         min_bytes <= self.connection.0.responses.small.bytes()
     }
@@ -395,7 +403,8 @@ impl CallMemory {
         if is_small { (&shares.small, &pools.small) } else { (&shares.large, &pools.large) }
     }
 
-    /// Waits for memory for reading `bytes` that belong to no response.
+    /// Takes memory of the large response pool for reading `bytes` that belong to no response, such as a search by
+    /// timestamp. Waits without a limit.
     pub(super) async fn read(&self, bytes: usize) -> Grant {
         let share = self.connection.0.responses.large.take(bytes).await;
         let pool = self.budgets.take(&self.budgets.0.responses.large, bytes, MemoryKind::Responses).await;
@@ -412,7 +421,8 @@ impl CallMemory {
         ApiError::new(ErrorCode::Overloaded, message).with("max", max)
     }
 
-    /// Takes additional memory for the response that is being built, and charges the response with it.
+    /// Takes additional memory for the response that is being built, without waiting. The response holds this memory
+    /// until it has been sent.
     ///
     /// # Errors
     /// `OVERLOADED`: there is not enough memory.
@@ -423,7 +433,7 @@ impl CallMemory {
     }
 
     /// Takes memory from the pool of large responses, without waiting. If there is not enough, closes connections whose
-    /// clients do not read.
+    /// clients do not read, and fails with `OVERLOADED`.
     fn take_more(&self, bytes: usize) -> Result<Grant, ApiError> {
         let taken = (self.connection.0.responses.large.try_take(bytes), self.budgets.0.responses.large.try_take(bytes));
         let (Some(share), Some(pool)) = taken else {
@@ -438,7 +448,7 @@ impl CallMemory {
         Ok(Grant::with_share(share, pool))
     }
 
-    /// Takes memory for the partition state of a fetch or read.
+    /// Takes memory for the state of the partitions that a fetch or read names, without waiting.
     ///
     /// # Errors
     /// `OVERLOADED`: there is not enough memory.
@@ -456,29 +466,28 @@ impl CallMemory {
         })
     }
 
-    /// Reduces the memory of a completed response to `bytes`. This memory stays charged until the response has been
-    /// sent.
+    /// Frees the memory of a completed response above `bytes`. The rest stays charged until the response has been sent.
     pub(super) fn complete_response(&self, mut response: ResponseGrant, bytes: usize) {
         response.shrink(bytes);
         self.call.lock().completed.push(response.grant);
     }
 
-    /// Extends the memory of a response, which was reduced, to `bytes`. Returns true if there was enough.
+    /// Extends the memory of a response to `bytes` again, without waiting. Returns true if there was enough.
     pub(super) fn try_grow(&self, response: &mut ResponseGrant, bytes: usize) -> bool {
         let (share, pool) = self.response_pools(response.is_small);
         response.grant.try_grow(share, pool, bytes)
     }
 
-    /// Extends the call's deadline for the next piece, because the client took a piece of the data that was passed to
-    /// HTTP/2.
+    /// Extends the deadline by which the client must take the next piece of the response. Called when HTTP/2 has taken
+    /// a piece of the data that was passed to it.
     pub fn on_piece_taken(&self) {
         if let Some(unread) = &self.call.lock().unread {
             unread.renew();
         }
     }
 
-    /// Charges `bytes` of a response that are passed to the connection. The connection has sent them when the returned
-    /// value is dropped. Memory taken for the response covers most of them. A response without records, such as
+    /// Charges `bytes` of a response that the caller passes to HTTP/2. The caller drops the returned value when HTTP/2
+    /// has sent them. A response with records already holds most of this memory. A response without records, such as
     /// metadata, takes its memory here.
     ///
     /// # Errors
@@ -492,37 +501,37 @@ impl CallMemory {
         let charged = grants.iter().map(Grant::bytes).sum();
         let mut call = self.call.lock();
         call.unsent_frames += 1;
-        // Until the client reads the response, the call cannot free any memory.
+        // HTTP/2 does not poll the call until the client reads, so the call cannot free memory before that.
         call.unread.get_or_insert_with(|| UnreadResponse::new(&self.connection.0)).on_data_passed(charged);
         drop(call);
         Ok(SendingResponse { call: Arc::clone(&self.call), _grants: grants })
     }
 
-    /// Returns a decompressor that processes one batch of this connection at a time.
+    /// Returns a decompressor for reads, which processes one batch of this connection at a time.
     pub(super) fn decompressor(&self, decompressor: &Decompressor) -> Decompressor {
         decompressor.for_caller(Arc::clone(&self.connection.0.decompression))
     }
 
-    /// Returns a decompressor for recompression that processes one batch of this connection at a time. Reads of the
-    /// connection do not wait for it.
+    /// Returns a decompressor for recompression, which processes one batch of this connection at a time. Reads of the
+    /// connection use [`Self::decompressor`], and do not wait for a recompression.
     pub(super) fn rewriter(&self, decompressor: &Decompressor) -> Decompressor {
         decompressor.for_caller(Arc::clone(&self.connection.0.recompression))
     }
 
-    /// Returns a permit for an append with `acks=tiered` from those of the connection, if one is free.
+    /// Returns one of the connection's permits for appends with `acks=tiered`; `None` if all are in use.
     pub(super) fn tiered_append(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.connection.0.tiered_appends).try_acquire_owned().ok()
     }
 
-    /// Waits for a permit to build a response from metadata. The caller holds the permit until the response has been
-    /// sent.
+    /// Waits for one of the connection's permits to build a response from metadata. The caller holds the permit until
+    /// the response has been sent.
     pub async fn metadata_permit(&self) -> OwnedSemaphorePermit {
         let permit = Arc::clone(&self.connection.0.metadata_calls).acquire_owned().await;
         permit.expect("the semaphore is never closed")
     }
 }
 
-/// A response frame that was passed to HTTP/2. The frame is charged until this value is dropped.
+/// A response frame that was passed to HTTP/2 and has not been sent. The frame is charged until this value is dropped.
 #[derive(Debug)]
 pub struct SendingResponse {
     call: Arc<Mutex<Call>>,
@@ -537,7 +546,7 @@ impl Drop for SendingResponse {
             return call.unread.iter().for_each(UnreadResponse::renew);
         }
         let unread = call.unread.take();
-        // The registration takes other locks when it is dropped, so the lock of the call is released first.
+        // Dropping the registration takes a lock of the connection, so the lock of the call is released first.
         drop(call);
         drop(unread);
     }
@@ -552,12 +561,12 @@ pub(super) struct ResponseGrant {
 }
 
 impl ResponseGrant {
-    /// Splits off `bytes` for a read, or all if there are fewer.
+    /// Splits off `bytes` for a read, or everything if the grant has fewer.
     pub(super) fn split(&mut self, bytes: usize) -> Grant {
         self.grant.split(bytes)
     }
 
-    /// Merges memory that was split off. Memory from other pools is freed.
+    /// Merges memory that was split off. If `part` is from other pools than this grant, the memory of `part` is freed.
     pub(super) fn merge(&mut self, part: Grant) {
         self.grant.merge(part);
     }
@@ -568,7 +577,7 @@ impl ResponseGrant {
     }
 }
 
-/// Registration of an incomplete request.
+/// Registration of an incomplete request, until this value is dropped.
 #[derive(Debug)]
 pub struct IncompleteGuard {
     budgets: Budgets,
@@ -576,8 +585,8 @@ pub struct IncompleteGuard {
 }
 
 impl IncompleteGuard {
-    /// Returns an error if the request must end because other requests need its memory. The task of `waker` is woken
-    /// when that happens later.
+    /// Returns the `OVERLOADED` error if the request must end because other requests wait for its memory. Otherwise,
+    /// the task of `waker` is woken when the request must end.
     pub fn check(&self, waker: &std::task::Waker) -> Result<(), ApiError> {
         if !self.request.is_ended(waker) {
             return Ok(());

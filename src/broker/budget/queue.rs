@@ -1,5 +1,5 @@
-//! Queues of requests that wait for memory. A waiting request searches for incomplete requests to end. The queues bound
-//! the number of searches, and the bytes that one search ends.
+//! Queues of requests that wait for memory. A waiting request searches for incomplete requests to end. A queue bounds
+//! the number of searches of all its requests, and the bytes that one search frees.
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -11,8 +11,8 @@ use tokio::time::Instant;
 
 use super::SMALL_GRACE;
 
-/// Maximum bytes of incomplete requests that end at once, unless a larger request waits. Repeated sends of these
-/// requests then take little CPU.
+/// Bytes after which one search ends no further incomplete requests, unless a larger request waits. Clients send ended
+/// requests again, and a bounded number of them takes little CPU.
 pub(super) const MAX_ENDED_BYTES: usize = 1 << 20;
 
 /// Maximum interval between two searches of a waiting request for incomplete requests.
@@ -40,15 +40,15 @@ impl<'a> QueuedRequest<'a> {
         Self { queue, bytes }
     }
 
-    /// Returns the interval between two searches for incomplete requests. The interval grows with the queue, so that
-    /// many waiting requests search as often as one.
+    /// Returns the interval between two searches of this request for incomplete requests. The interval grows with the
+    /// number of waiting requests, so that many of them together search about as often as one.
     pub(super) fn interval(&self) -> Duration {
         let requests = u32::try_from(self.queue.requests.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
         SMALL_GRACE.saturating_mul(requests).min(MAX_SEARCH_INTERVAL)
     }
 
-    /// Begins a search for incomplete requests. Returns the bytes that the search must free, or `None` if another
-    /// request of the queue has just searched.
+    /// Begins a search for incomplete requests. Returns the bytes that the search must free, or `None` if the last
+    /// search of this queue began less than [`SMALL_GRACE`] ago.
     pub(super) fn begin_search(&self, now: Instant) -> Option<usize> {
         let mut last_search = self.queue.last_search.lock();
         if last_search.is_some_and(|last_search| now < last_search + SMALL_GRACE) {

@@ -53,8 +53,8 @@ async fn stalled_requests_end_when_others_wait_for_memory() {
     }
 }
 
-/// Regression: each of many waiting requests ended as much as it needed. Clients that sent the ended requests again
-/// took all of the CPU.
+/// Many waiting requests together end at most `MAX_ENDED_BYTES` of incomplete requests per search. Regression: each
+/// waiting request ended as many as it needed, and clients that sent the ended requests again took all of the CPU.
 #[tokio::test(start_paused = true)]
 async fn incomplete_requests_end_at_bounded_rate() {
     let budgets = Budgets::new(96 * MIB as u64, MIB as u64);
@@ -118,7 +118,8 @@ async fn response_is_charged_until_sent() {
     assert_eq!(budgets.taken().1, 41 * MIB, "the response was sent");
 }
 
-/// Regression: four connections that read nothing held all response memory for ever.
+/// While another call waits for response memory, connections whose clients do not read are closed. Regression: four
+/// such connections held all response memory for ever.
 #[tokio::test(start_paused = true)]
 async fn unread_connections_are_closed_when_others_wait() {
     let budgets = Budgets::new(64 * MIB as u64, 74 * MIB as u64);
@@ -135,7 +136,7 @@ async fn unread_connections_are_closed_when_others_wait() {
         let sending = call.begin_sending(bytes).unwrap();
         calls.push(Some((call, sending)));
     }
-    // The first connection reads, and holds no memory.
+    // The client of the first connection reads its response. Its next response holds memory, but nothing is unread.
     let (first, sending) = calls[0].take().unwrap();
     drop(sending);
     let held = first.response(12 * MIB, MIB).await;
@@ -155,7 +156,8 @@ async fn unread_connections_are_closed_when_others_wait() {
     drop(held);
 }
 
-/// A response that was passed to HTTP/2 a moment ago is being read.
+/// A client that takes data within `UNREAD_TIMEOUT` again and again is not closed, although another call waits for
+/// memory.
 #[tokio::test(start_paused = true)]
 async fn reading_client_is_not_closed() {
     let budgets = Budgets::new(64 * MIB as u64, 4 * MIB as u64);
