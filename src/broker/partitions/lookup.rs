@@ -14,10 +14,10 @@ use crate::{
     },
 };
 
-/// Maximum time to wait for an unknown topic: another broker may have created the topic a moment ago.
+/// Maximum time that a request waits for an unknown topic: another broker may have created the topic a moment ago.
 const TOPIC_TIMEOUT: Duration = Duration::from_millis(300);
 
-/// Leader of a partition, for a client that contacted another broker.
+/// Leader of a partition according to the metadata, for a client that contacted a broker that does not lead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::broker) struct LeaderHint {
     pub(in crate::broker) broker: BrokerId,
@@ -27,7 +27,7 @@ pub(in crate::broker) struct LeaderHint {
 }
 
 impl LeaderHint {
-    /// Returns the error with the leader in its details, as docs/errors.md specifies.
+    /// Returns `error` with the leader in its details, as docs/errors.md specifies.
     pub(in crate::broker) fn add_to(&self, error: ApiError) -> ApiError {
         let error = error.with("leader", self.broker).with("leader_epoch", self.epoch);
         match &self.address {
@@ -53,7 +53,7 @@ fn describe_retry(leader: Option<&LeaderHint>) -> String {
 /// Error for a topic or partition that this broker cannot serve.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(in crate::broker) enum LookupError {
-    /// Another topic has this name by now.
+    /// The topic with this name has another id than the requested one.
     #[error(
         "topic {topic:?} has id {id}, not {requested}: the topic was deleted and recreated; refresh the metadata and \
          retry"
@@ -64,7 +64,7 @@ pub(in crate::broker) enum LookupError {
         /// Requested id.
         requested: TopicId,
     },
-    /// The topic has fewer partitions.
+    /// The topic has no partition with this number.
     #[error("topic {topic:?} has no partition {partition}: it has {count} partitions, numbered from 0")]
     UnknownPartition {
         topic: String,
@@ -73,7 +73,8 @@ pub(in crate::broker) enum LookupError {
         /// Number of partitions of the topic.
         count: usize,
     },
-    /// Another broker leads the partition, or the partition is not open here yet.
+    /// This broker does not serve the request: another broker leads, there is no leader, or the replica is not open yet
+    /// or is in an older leader epoch than the reader.
     #[error("this broker does not lead partition {partition} of topic {topic:?}: {}", describe_retry(leader.as_ref()))]
     NotLeader {
         topic: String,
@@ -81,7 +82,7 @@ pub(in crate::broker) enum LookupError {
         /// Leader according to the metadata; `None` during an election.
         leader: Option<LeaderHint>,
     },
-    /// The local replica is offline.
+    /// The local replica is offline, and the metadata names no other broker as the leader.
     #[error("partition {partition} of topic {topic:?} is offline on this broker: {reason}")]
     Unusable { topic: String, partition: i32, reason: String },
 }
@@ -125,12 +126,12 @@ impl ReplicaLookup {
         Self { id: ctx.id, standalone: ctx.standalone, metadata: ctx.metadata.clone(), partitions }
     }
 
-    /// Returns the partition with this name and number, if it is led here.
+    /// Returns the partition with this topic name and number, if this broker leads it.
     pub(in crate::broker) fn partition(&self, topic: &str, partition: i32) -> Result<Arc<Partition>, ApiError> {
         self.partition_of(topic, None, partition)
     }
 
-    /// Returns a partition as [`Self::partition`] does. Requires this topic id, if one is given.
+    /// Returns a partition as [`Self::partition`] does. If an id is given, the topic must have it.
     pub(in crate::broker) fn partition_of(
         &self,
         topic: &str,
@@ -140,9 +141,9 @@ impl ReplicaLookup {
         self.replica(topic, id, partition, |status| status.role.leads())
     }
 
-    /// Returns the partition for a reader, if it is led here or, for a reader that accepts any replica, followed in
-    /// sync. The reader names the newest leader epoch that it has received. A replica in an older epoch is rejected,
-    /// because it may lack records that the reader has read.
+    /// Returns the partition for a reader, if this broker leads it. A reader that accepts `any_replica` also gets an
+    /// in-sync follower. `requested` contains the newest leader epoch that the reader has received. A replica in an
+    /// older epoch is rejected, because that replica may lack records that the reader has read.
     pub(in crate::broker) fn readable(
         &self,
         requested: &v1::FetchPartition,
@@ -154,7 +155,8 @@ impl ReplicaLookup {
         self.replica(&requested.topic, id, requested.partition, serves)
     }
 
-    /// Returns the open replica with this name and number, in any role. Requires this topic id, if one is given.
+    /// Returns the open replica with this topic name and number, in any role. If an id is `requested`, the topic must
+    /// have it.
     pub(in crate::broker) fn open_replica(
         &self,
         topic: &str,
@@ -170,8 +172,8 @@ impl ReplicaLookup {
         }
     }
 
-    /// Returns the partition with this name and number, if `serves` accepts its role and epoch. Requires this topic id,
-    /// if one is given.
+    /// Returns the partition with this topic name and number, if it is open and `serves` accepts its status. If an id
+    /// is `requested`, the topic must have it. Errors: `UnknownTopic`, or a [`LookupError`].
     fn replica(
         &self,
         topic: &str,
@@ -208,13 +210,14 @@ impl ReplicaLookup {
         }
     }
 
-    /// Waits a moment for topics, by name and id, that are unknown here: another broker may have created them just now.
+    /// Waits until this broker hosts all of these topics, at most [`TOPIC_TIMEOUT`]: another broker may have created
+    /// one a moment ago. Each topic is a name and an id, which may be empty. A standalone broker does not wait.
     pub(in crate::broker) async fn wait_for_topics(&self, topics: impl Iterator<Item = (&str, &str)>) {
         if self.standalone {
             return;
         }
         let unknown = |(name, id): &(&str, &str)| match self.partitions.find(name, 0) {
-            // Another topic had this name before.
+            // The hosted topic with this name may be an older one, with another id.
             Some(TableLookup::Held(hosted, _)) => {
                 !id.is_empty() && id.parse::<TopicId>().is_ok_and(|id| id != hosted.topic)
             }
@@ -235,7 +238,7 @@ impl ReplicaLookup {
         let _late = tokio::time::timeout(TOPIC_TIMEOUT, all_known).await;
     }
 
-    /// Returns the leader of a partition according to the metadata.
+    /// Returns the leader of a partition according to the metadata; `None` if there is no leader or no readable value.
     pub(in crate::broker) fn leader(&self, id: PartitionId) -> Option<LeaderHint> {
         let state = self.metadata.state();
         let value = &state.partition(id)?.partition.as_ref()?.value;
@@ -244,7 +247,8 @@ impl ReplicaLookup {
         Some(LeaderHint { broker, epoch: value.leader_epoch, address })
     }
 
-    /// Returns the error for a write while this broker stops, with the new leader if there is one.
+    /// Returns the error for a write while this broker stops: `NOT_LEADER` with the new leader if another broker leads,
+    /// else `NOT_READY`.
     pub(in crate::broker) fn broker_stopping_error(&self, partition: &Partition) -> ApiError {
         let id = partition.id();
         match self.leader(id).filter(|leader| leader.broker != self.id) {
@@ -261,7 +265,7 @@ impl ReplicaLookup {
         LookupError::NotLeader { topic: topic.to_owned(), partition, leader: self.leader(id) }.into()
     }
 
-    /// Adds the leader to an error, if it is another broker.
+    /// Returns `error`, with the leader in its details if the leader is another broker.
     pub(in crate::broker) fn with_leader_hint(&self, id: PartitionId, error: ApiError) -> ApiError {
         match self.leader(id) {
             Some(leader) if leader.broker != self.id => leader.add_to(error),

@@ -1,7 +1,7 @@
-//! Failures of maintenance: why a partition is not uploaded, and one log line per lasting failure.
+//! Failures of maintenance: why a partition is not uploaded, and throttled log lines about the failures.
 //!
-//! The workers report the result of each step here. Health, appends and the description of the cluster read the
-//! failures.
+//! The maintenance workers report the result of each step. Health, appends with `acks=tiered` and the description of
+//! the cluster read the failures.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -20,20 +20,22 @@ use crate::{
     tier::{self, UploadError},
 };
 
-/// Number of consecutive failures from which a partition is reported.
+/// Number of consecutive failed steps of a partition from which the status reports the partition.
 const FAILURES_BEFORE_REPORT: u32 = 3;
 
-/// Time without a successful upload after which the status shows that, for failures of any partition.
+/// Time without a successful upload of any partition after which the status reports it, before any partition has failed
+/// [`FAILURES_BEFORE_REPORT`] times.
 const UPLOADS_IMPAIRED_AFTER: Duration = Duration::from_secs(30);
 
-/// Partitions whose last maintenance steps failed. `Display` writes their number and the partition that has failed for
-/// longest, or nothing if there are none.
+/// Partitions whose last maintenance steps failed. `Display` writes the status: the number of reported partitions, and
+/// the one that has failed for longest with its error. If there is none, `Display` writes the error of the uploads once
+/// they have failed for [`UPLOADS_IMPAIRED_AFTER`], or nothing.
 #[derive(Default)]
 pub(in crate::broker) struct MaintenanceFailures {
     partitions: Mutex<BTreeMap<PartitionId, FailingPartition>>,
-    /// Notified when a step fails for a reason of its partition.
+    /// Notified when a step of any partition fails, unless the failure is reported elsewhere.
     failed: Notify,
-    /// Log throttle, shared by all partitions, for commits that the metadata store rejects.
+    /// Log throttle, shared by all partitions, for tier commits that the metadata store rejects.
     commits: Mutex<LogThrottle>,
     /// Time since which the object store has accepted no upload of any partition, and the error; `None` after a
     /// successful upload.
@@ -42,36 +44,37 @@ pub(in crate::broker) struct MaintenanceFailures {
 
 /// Failures of one partition.
 struct FailingPartition {
-    /// Number of consecutive failures; 0 after a successful step.
+    /// Number of consecutive failed steps; 0 after a successful step.
     steps: u32,
     log: LogThrottle,
-    /// Time of the first of the consecutive failures.
+    /// Time of the first of the consecutive failed steps.
     since: Instant,
     /// Topic of the partition.
     topic: TopicName,
-    /// Error of this partition; `None` for a failure that is reported elsewhere, such as an outage of a store.
+    /// Error of the last step; `None` after a success, or for a failure that is reported elsewhere, such as an outage
+    /// of a store.
     reason: Option<String>,
 }
 
 impl MaintenanceFailures {
-    /// Removes a partition that is closed.
+    /// Removes the failures of a partition that is not open on this broker.
     pub(in crate::broker) fn remove(&self, id: PartitionId) {
         self.partitions.lock().remove(&id);
     }
 
-    /// Returns why the last step of this partition failed; `None` if it did not, or for a failure that is reported
+    /// Returns why the last step of this partition failed; `None` if the step succeeded, or if the failure is reported
     /// elsewhere.
     fn reason(&self, id: PartitionId) -> Option<String> {
         self.partitions.lock().get(&id)?.reason.clone()
     }
 
-    /// Returns why this partition has not been uploaded: its last step failed, or the partition waits behind failing
-    /// uploads of other partitions.
+    /// Returns why this partition has not been uploaded: its last step failed, or the object store rejects the uploads
+    /// of other partitions. Returns `None` if neither holds.
     pub(in crate::broker) fn why_not_uploaded(&self, id: PartitionId) -> Option<String> {
         self.reason(id).or_else(|| Some(format!("uploads fail: {}", self.failing_uploads(&self.partitions.lock())?.1)))
     }
 
-    /// Waits until there is a reason why this partition has not been uploaded, and returns the reason.
+    /// Waits until [`Self::why_not_uploaded`] has a reason for this partition, and returns the reason.
     pub(in crate::broker) async fn until_not_uploaded(&self, id: PartitionId) -> String {
         loop {
             let failed = self.failed.notified();
@@ -82,7 +85,8 @@ impl MaintenanceFailures {
         }
     }
 
-    /// Handles the result of an upload of any partition. Only a store that is unavailable concerns other partitions.
+    /// Handles the result of an upload of any partition. A success clears the error that all partitions share. Only an
+    /// unavailable object store sets it, because other errors concern one partition.
     pub(in crate::broker) fn on_upload(&self, outcome: Result<(), &MaintenanceError>) {
         match outcome {
             Ok(()) => *self.uploads.lock() = None,
@@ -95,14 +99,14 @@ impl MaintenanceFailures {
         }
     }
 
-    /// Returns the time since which no upload has succeeded, and the error. Returns `None` if no partition fails now:
-    /// the failing one was deleted, or another broker leads it.
+    /// Returns the time since which no upload has succeeded, and the last error. Returns `None` after a successful
+    /// upload, and if no partition fails now: a deleted partition, or one that another broker leads, no longer counts.
     fn failing_uploads(&self, partitions: &BTreeMap<PartitionId, FailingPartition>) -> Option<(Instant, String)> {
         self.uploads.lock().clone().filter(|_| partitions.values().any(|failing| failing.steps > 0))
     }
 
-    /// Counts and logs a failed step of a partition. `has_outage` is true during a reported outage of a store. Returns
-    /// the number of consecutive failures.
+    /// Counts and logs a failed step of a partition. `has_outage` is true during an outage of the object store or the
+    /// metadata store, which is reported elsewhere. Returns the number of consecutive failed steps.
     pub(in crate::broker) fn on_failure(
         &self,
         partition: &Partition,
@@ -138,9 +142,9 @@ impl MaintenanceFailures {
         steps
     }
 
-    /// Logs a failed step as a warning if `failures`, the count of the log throttle, is present. An outage is logged
-    /// once for all partitions, by the clients of the stores, or here if the metadata store responds but rejects
-    /// commits.
+    /// Logs a failed step. The line is a warning if `failures` is present: the number of failures since the last
+    /// warning about the partition. Rejected tier commits cause one warning for all partitions. Any other failure is a
+    /// debug line, because the clients of the stores log their outages.
     fn log_failure(&self, partition: &Partition, error: &MaintenanceError, failures: Option<u64>, steps: u32) {
         let (id, topic) = (partition.id(), partition.topic());
         if is_of_another_leader(error) {
@@ -166,7 +170,7 @@ impl MaintenanceFailures {
         }
     }
 
-    /// Handles a successful step of this partition. The failures of a partition are kept for a while, so that
+    /// Handles a successful step of this partition. The entry stays until its log throttle is quiet, so that
     /// alternating failures and successes do not fill the log.
     pub(in crate::broker) fn on_success(&self, partition: &Partition) {
         let mut partitions = self.partitions.lock();
@@ -192,7 +196,7 @@ impl fmt::Display for MaintenanceFailures {
             lasting.filter_map(|(id, failing)| Some((id.number, failing, failing.reason.as_ref()?)))
         };
         let Some((number, longest, reason)) = reported().min_by_key(|(_, failing, _)| failing.since) else {
-            // With many partitions, it takes long until one of them has failed `FAILURES_BEFORE_REPORT` times.
+            // With many partitions, it takes long until the first of them has failed `FAILURES_BEFORE_REPORT` times.
             return match self.failing_uploads(&failing) {
                 Some((since, reason)) if since.elapsed() >= UPLOADS_IMPAIRED_AFTER => {
                     write!(f, "no upload has succeeded for {} s: {reason}", since.elapsed().as_secs())
@@ -206,7 +210,8 @@ impl fmt::Display for MaintenanceFailures {
     }
 }
 
-/// Returns true if a change of leader interrupted the step. The new leader continues the maintenance.
+/// Returns true if the step failed because another broker leads the partition now. The new leader continues the
+/// maintenance.
 const fn is_of_another_leader(error: &MaintenanceError) -> bool {
     matches!(error, MaintenanceError::Commit(TierCommitError::Deposed { .. }))
 }

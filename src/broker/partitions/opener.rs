@@ -1,4 +1,5 @@
-//! Opens the replicas that the metadata assigns to this broker. The reconciler decides which and when.
+//! Opens the replicas that the metadata assigns to this broker. The reconciler decides which replicas are opened, and
+//! when.
 
 use std::sync::Arc;
 
@@ -14,11 +15,11 @@ use crate::{
     tier::PartitionTier,
 };
 
-/// Number of partitions that one thread opens in sequence. One task per partition would start dozens of threads, which
-/// are not faster and whose memory is not returned.
+/// Maximum number of partitions that one blocking task opens in sequence. One blocking task per partition would start
+/// dozens of threads, which are not faster and whose memory is not returned.
 const MAX_OPENED_PER_BATCH: usize = 64;
 
-/// Maximum number of threads that open partitions concurrently. Each partition may have to recover its tail.
+/// Maximum number of such blocking tasks at a time. Opening a partition may recover the tail of its log.
 const MAX_CONCURRENT_OPENS: usize = 4;
 
 /// Opens replicas with the context of this broker.
@@ -31,11 +32,13 @@ pub(super) struct PartitionOpener {
 }
 
 impl PartitionOpener {
-    /// Returns the parameters for opening a replica, or `None` if it must not be opened now. `replica` is its entry in
-    /// the partition table, and `value` the partition value in `state`.
+    /// Returns the parameters for opening a replica. Returns `None` if its topic is not hosted, or if the replica has
+    /// no files and the broker is not activated yet. `replica` is its entry in the partition table, and `value` the
+    /// partition value in `state`.
     ///
-    /// `ReplicaSpec::discard_local` is set for a replica without files, and for one that failed to open while another
-    /// broker leads and no commit depends on it. An operator can also elect a failed replica in order to discard it.
+    /// `ReplicaSpec::discard_local` is set for a replica without files, and for a replica that failed to open while
+    /// another broker leads and this broker is in neither ISR nor ELR. It is also set for a replica that failed to open
+    /// and that an operator then elected in order to discard it. A standalone broker never discards a replica.
     pub(super) fn spec(
         &self,
         id: PartitionId,
@@ -47,7 +50,7 @@ impl PartitionOpener {
     ) -> Option<ReplicaSpec> {
         let (standalone, me) = (self.ctx.standalone, self.ctx.id);
         if !is_on_disk && !standalone && !is_active {
-            // A starting broker opens replicas in order to verify them. One without files is created after the
+            // A starting broker opens replicas in order to verify them. A replica without files is created after the
             // activation.
             return None;
         }
@@ -58,7 +61,7 @@ impl PartitionOpener {
         };
         let discard_local = !is_on_disk
             || failed_since.is_some_and(|since| match value.leader {
-                // An operator elected this replica after the report that it is offline and will be discarded.
+                // The operator elected this replica after it was found unusable, with the request to discard it.
                 Some(leader) if leader == me => {
                     value.isr == [me] && value.discard_local && value.unclean_epoch.is_some_and(|epoch| epoch > since)
                 }
@@ -78,7 +81,7 @@ impl PartitionOpener {
         Some(ReplicaSpec { id, topic: name.clone(), config, committed, tier, standalone, discard_local, max_lag_time })
     }
 
-    /// Opens replicas concurrently, and sets their entries in the partition table.
+    /// Opens replicas, and sets the entry of each in the partition table: online, or offline with the error.
     pub(super) async fn open_all(&self, specs: Vec<ReplicaSpec>) {
         let opened =
             stream::iter(chunks(specs)).map(|specs| self.open_batch(specs)).buffer_unordered(MAX_CONCURRENT_OPENS);
@@ -96,15 +99,16 @@ impl PartitionOpener {
             .await;
     }
 
-    /// Returns the leader epoch of a partition in the metadata cache; zero if there is no value.
+    /// Returns the leader epoch of a partition in the metadata cache; zero if the partition has no readable value.
     fn leader_epoch(&self, id: PartitionId) -> LeaderEpoch {
         let state = self.ctx.metadata.state();
         let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
         stored.map(|stored| stored.value.leader_epoch).unwrap_or_default()
     }
 
-    /// Returns the entry of a replica that could not be opened. Logs each error once, although every metadata change
-    /// retries the open. The entry keeps the leader epoch of the first failure.
+    /// Logs that a replica could not be opened, and returns its entry for the partition table. An error equal to the
+    /// previous one is not logged again, because every metadata change retries the open. The entry keeps the leader
+    /// epoch of the first failure.
     fn offline_entry(&self, id: PartitionId, topic: &TopicName, error: &PartitionError) -> HostedPartition {
         let reason: Arc<str> = error.to_string().into();
         let earlier = self.partitions.get(id).and_then(|replica| match &*replica {
@@ -125,7 +129,7 @@ impl PartitionOpener {
         HostedPartition::Offline(OfflineReplica::OpenFailed { reason, since })
     }
 
-    /// Opens replicas in sequence, on a blocking thread. Queues opened partitions for maintenance.
+    /// Opens replicas in sequence, as one blocking task. Queues opened partitions for maintenance.
     async fn open_batch(
         &self,
         specs: Vec<ReplicaSpec>,
@@ -144,8 +148,8 @@ impl PartitionOpener {
     }
 }
 
-/// Splits replicas into chunks that are opened together. Each chunk has its own allocation: chunks split off one vector
-/// would keep capacity for all later replicas, which is quadratic.
+/// Splits replicas into chunks for `open_batch`. Each chunk has its own allocation. If chunks were split off one
+/// vector, each would keep the capacity for all later replicas, which is quadratic in total.
 fn chunks<T>(replicas: Vec<T>) -> impl Iterator<Item = Vec<T>> {
     let mut remaining = replicas.into_iter();
     std::iter::from_fn(move || {

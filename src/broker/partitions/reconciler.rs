@@ -4,9 +4,10 @@
 //! # Overview
 //!
 //! ```text
-//!   topic key      ─▶ number of partitions and configuration; key removed: closed, and deleted if there is a tombstone
+//!   topic key      ─▶ number of partitions and configuration; key removed: replicas are closed, files deleted if there
+//!                     is a tombstone
 //!   partition key  ─▶ replica here: opened and assigned (`Partition::assign`); none here: closed, then a stray replica
-//!   tier key       ─▶ tier state that followers take as committed
+//!   tier key       ─▶ committed tier state, passed to the replica here
 //!   broker key     ─▶ status of followers' brokers, for leaders; address of the leader, for followers
 //! ```
 //!
@@ -15,18 +16,19 @@
 //!
 //! # Invariants
 //!
-//! - Metadata is a hint for the next action. Nothing here decides about leadership.
+//! - The metadata cache only triggers actions. The reconciler elects no leader; it only resigns for an offline replica,
+//!   by a compare-and-set in the metadata store.
 //! - A missing entry in the metadata never causes the deletion of files. Deletion requires the tombstone of the topic,
-//!   or the partition's own key with other replicas, read from the metadata store at that moment. Partitions without
-//!   topic and tombstone are kept and logged: lost, corrupt or restored metadata must not cost data as well.
-//! - A local replica is discarded only when it is in neither ISR nor ELR, so no commit depends on its content. The
-//!   exception is an unusable replica that an operator elected in order to discard it.
-//! - A replica whose partition value was unreadable at the startup verification is unverified. The value may be
-//!   restored as it was, and name this broker as the leader of an epoch from before this process. So the replica is
-//!   held back: it stays offline until the next start, or until the broker is in neither ISR nor ELR.
-//! - A replica that is held back may be intact, and the last one. Its broker resigns, and leaves the ISR by that, only
-//!   if another ISR member can lead: a running broker that registered before the unreadable value was written. That
-//!   broker's verification read the value.
+//!   or the partition's own key with other replicas, read from the metadata store right before. Partitions without
+//!   topic and tombstone are kept and logged: lost, corrupt or restored metadata must not cause the loss of records.
+//! - An unusable local replica is discarded only when this broker is in neither ISR nor ELR, so no commit depends on
+//!   the replica's content. The exception is an unusable replica that an operator elected in order to discard it.
+//! - A replica whose partition value was unreadable at the startup verification is unverified. An operator may restore
+//!   an older value, which names this broker as the leader of an epoch from before this process. So the replica is held
+//!   back: it stays offline until the next start, or until the broker is in neither ISR nor ELR.
+//! - A replica that is held back may be the only intact one. A resignation would remove its broker from the ISR. So the
+//!   broker resigns only if another ISR member can lead: a running broker that registered before the unreadable value
+//!   was written, and whose startup verification therefore read a valid value.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -51,20 +53,20 @@ use crate::{
     tier::TopicRecord,
 };
 
-/// Maximum number of partitions that are notified of a change concurrently.
+/// Maximum number of partitions that process an assignment, a broker status or a stop concurrently.
 const MAX_CONCURRENT_ASSIGNMENTS: usize = 256;
 
-/// Updates the peers from a metadata snapshot.
+/// Function that updates the peers' addresses and broker epochs from a metadata snapshot.
 pub(in crate::broker) type PeersUpdate = Box<dyn Fn(&MetadataSnapshot) + Send + Sync>;
 
 /// Event that the reconciler handles next.
 enum ReconcilerEvent {
     Changed(MetadataChange),
-    /// Stray replicas are to be checked.
+    /// Stray replicas must be checked now.
     StraysDue,
 }
 
-/// The one writer of the partition table.
+/// The only writer of the partition table.
 pub(in crate::broker) struct Reconciler {
     ctx: NodeContext,
     partitions: Arc<PartitionTable>,
@@ -72,7 +74,7 @@ pub(in crate::broker) struct Reconciler {
     strays: StrayCleaner,
     isr_updater: Arc<dyn IsrUpdater>,
     update_peers: PeersUpdate,
-    /// True once replicas receive their assignments.
+    /// True from the activation on: replicas receive their assignments.
     is_active: bool,
     /// Partitions whose values were unreadable at the startup verification, with the revisions of those values. A
     /// partition leaves the map when its readable value has this broker in neither ISR nor ELR.
@@ -82,8 +84,8 @@ pub(in crate::broker) struct Reconciler {
 }
 
 impl Reconciler {
-    /// Creates the reconciler of a broker that is being opened. Opened partitions get `partition_ctx`, and are put into
-    /// `queue`.
+    /// Creates the reconciler of a broker that is being opened. Opened partitions get `partition_ctx`, and are queued
+    /// for maintenance in `queue`.
     pub(in crate::broker) fn new(
         ctx: NodeContext,
         partitions: Arc<PartitionTable>,
@@ -107,8 +109,9 @@ impl Reconciler {
         }
     }
 
-    /// Assigns roles from now on, except to replicas of `unverified` partitions that are held back. Checks the stray
-    /// replicas on disk.
+    /// From this call on, reconciling assigns roles, except to replicas of `unverified` partitions that are held back.
+    /// The call itself assigns no role. It deletes the files of topics with a tombstone, and queues the other stray
+    /// replicas for a check.
     pub(in crate::broker) async fn activate(
         &mut self,
         unverified: BTreeMap<PartitionId, Revision>,
@@ -119,7 +122,8 @@ impl Reconciler {
         self.ctx.log.stray_partitions().into_iter().for_each(|id| self.strays.add(id));
     }
 
-    /// Applies every metadata change until the broker stops. A change that is being applied is completed first.
+    /// Applies every metadata change, and checks stray replicas, until the broker stops. A stop does not interrupt the
+    /// work on a change.
     pub(in crate::broker) async fn run(mut self) {
         let mut feed = self.ctx.metadata.feed();
         let tasks = self.ctx.tasks.clone();
@@ -147,7 +151,7 @@ impl Reconciler {
         }
     }
 
-    /// Applies all of the metadata.
+    /// Applies the complete metadata snapshot, to hosted topics that it no longer contains too.
     pub(in crate::broker) async fn reconcile(&mut self, state: &MetadataSnapshot) {
         let mut names: BTreeSet<TopicName> = state.topics().keys().cloned().collect();
         names.extend(self.partitions.names());
@@ -157,7 +161,7 @@ impl Reconciler {
         self.partitions.set_revisions(revisions);
     }
 
-    /// Applies the values of these keys.
+    /// Applies the values that these changed keys have in `state`.
     async fn reconcile_keys(&mut self, keys: &[Key], state: &MetadataSnapshot) {
         let topics = keys.iter().filter_map(|key| match key {
             Key::Topic(name) => Some(name),
@@ -185,12 +189,12 @@ impl Reconciler {
         }
         self.reconcile_partitions(ids.into_iter().collect(), state).await;
         self.partitions.set_revisions(revisions);
-        // Last, because deletion may take long, and leadership changes are more urgent.
+        // Deletions come last, because they may take long, and leadership changes are more urgent.
         self.strays.process_deleted(deleted_topics).await;
     }
 
-    /// Applies topic values to the partition table. Returns the partitions to reconcile, and the revision that each
-    /// topic reaches by that.
+    /// Applies topic values to the partition table. Returns the partitions that the caller must reconcile, and the
+    /// revision that each changed topic has reached after that.
     async fn apply_topics<'a>(
         &mut self,
         names: impl Iterator<Item = &'a TopicName> + Send,
@@ -207,7 +211,7 @@ impl Reconciler {
                 topics.push((name.clone(), topic));
             }
         }
-        // In one call, because each change copies a part of the topic table.
+        // One call for all topics, because each call copies the changed parts of the table.
         if !topics.is_empty() {
             self.partitions.put(topics);
         }
@@ -215,13 +219,15 @@ impl Reconciler {
     }
 
     /// Applies one topic value: drops a topic that was removed or replaced, and passes a changed configuration to the
-    /// open partitions. Returns the new entry of the topic, which the caller puts into the table, and the revision of
-    /// the value. Returns `None` if the topic is not hosted now or keeps its entry.
+    /// open partitions. For a topic that is new on this broker, starts the write of its topic record. Returns the new
+    /// entry of the topic, which the caller puts into the table, and the revision of the value. Returns `None` if the
+    /// topic was removed, or if its value or configuration is unreadable or invalid; the previous entry of the same
+    /// topic stays then.
     async fn apply_topic(&mut self, name: &TopicName, state: &MetadataSnapshot) -> Option<(HostedTopic, Revision)> {
         let hosted = self.partitions.topic(name);
         let stored = state.topic(name);
         if stored.is_none() && state.unreadable().contains_key(&Key::Topic(name.clone())) {
-            // The new value is unreadable, so nothing changes.
+            // The new value is unreadable, so a hosted topic stays as it is.
             return None;
         }
         if let Some(hosted) = &hosted
@@ -257,8 +263,8 @@ impl Reconciler {
         Some((after, stored.mod_revision))
     }
 
-    /// Applies the metadata to these partitions: opens or closes their replicas, and sends the assignments. A replica
-    /// that may be discarded is opened again as an empty one.
+    /// Applies the metadata to these partitions: opens or closes their replicas, and sends the assignments if the
+    /// broker is active. An unusable replica that may be discarded is opened again as an empty one.
     async fn reconcile_partitions(&mut self, ids: Vec<PartitionId>, state: &MetadataSnapshot) {
         let log = self.ctx.log.clone();
         let is_on_disk = |id: &PartitionId| log.holds(*id);
@@ -296,8 +302,8 @@ impl Reconciler {
         let opened: Vec<_> = to_open.iter().map(|spec| spec.id).collect();
         self.opener.open_all(to_open).await;
         if self.is_active {
-            // An unusable replica that may be discarded is replaced by an empty one now, because no later metadata
-            // change may trigger that.
+            // An unusable replica that may be discarded is replaced by an empty one now, because perhaps no later
+            // metadata change of the partition follows.
             let to_reopen = opened.into_iter().filter_map(|id| {
                 let replica = self.partitions.get(id)?;
                 let stored = state.partition(id)?.partition.as_ref()?;
@@ -314,8 +320,8 @@ impl Reconciler {
         }
     }
 
-    /// Returns true if the replica is unverified and the value relies on its content. Outside ISR and ELR no commit
-    /// depends on the replica, so it is removed from the unverified ones.
+    /// Returns true if the local replica is unverified and `value` has this broker as the leader or in the ISR or ELR.
+    /// Otherwise no commit depends on the replica, so its partition is removed from `unverified`.
     fn must_hold_back(&mut self, id: PartitionId, value: &PartitionValue) -> bool {
         let is_member = value.isr.contains(&self.ctx.id) || value.elr.contains(&self.ctx.id);
         if !is_member && value.leader != Some(self.ctx.id) {
@@ -324,7 +330,8 @@ impl Reconciler {
         self.unverified.contains_key(&id)
     }
 
-    /// Takes an unverified replica offline. A replica may be open if its value was readable before the verification.
+    /// Closes an unverified replica and sets its entry to offline. The replica may be open if its value was readable
+    /// before the verification.
     async fn hold_back(&self, id: PartitionId, replica: &HostedPartition) {
         if matches!(replica, HostedPartition::Offline(OfflineReplica::Unverified)) {
             return;
@@ -348,8 +355,9 @@ impl Reconciler {
         }
     }
 
-    /// Resigns from the leadership of a partition whose local replica is unusable, because another broker may have a
-    /// usable replica.
+    /// Resigns from the leadership of a partition whose local replica is offline, so that another broker can lead. Does
+    /// nothing if the replica is not offline, if this broker does not lead, if [`Self::may_resign`] forbids it, or on a
+    /// standalone broker.
     fn resign_if_offline(&self, id: PartitionId, state: &MetadataSnapshot) {
         let is_offline = self.partitions.get(id).is_some_and(|replica| matches!(*replica, HostedPartition::Offline(_)));
         let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
@@ -362,9 +370,9 @@ impl Reconciler {
         }
     }
 
-    /// Returns true unless the replica is unverified and no other ISR member is certain to be verified. The brokers of
-    /// all other members may hold back their replicas too. Each resignation would remove one intact replica from the
-    /// ISR.
+    /// Returns true if the local replica is not unverified, or if another ISR member is certain to be verified. If no
+    /// other member were verified, the brokers of all members might hold back their replicas and resign. Each
+    /// resignation would remove one intact replica from the ISR.
     fn may_resign(&self, id: PartitionId, value: &PartitionValue, state: &MetadataSnapshot) -> bool {
         let Some(unreadable) = self.unverified.get(&id) else { return true };
         value.isr.iter().filter(|member| **member != self.ctx.id).any(|member| match broker_status(state, *member) {
@@ -373,14 +381,14 @@ impl Reconciler {
         })
     }
 
-    /// Returns true if another process is registered with this broker's id, on a copy of its data directory. That
-    /// process leads the partitions then.
+    /// Returns true if another process, on a copy of this broker's data directory, is registered with this broker's id.
+    /// The leader with this id is then that process.
     fn is_replaced(&self, state: &MetadataSnapshot) -> bool {
         let registered = state.brokers().get(&self.ctx.id);
         registered.is_some_and(|registration| registration.value.incarnation != *self.ctx.incarnation)
     }
 
-    /// Sends a replica its assignment, if it is open.
+    /// Sends the assignment to a replica, if the replica is open and the partition value is readable.
     async fn assign(&self, id: PartitionId, state: &MetadataSnapshot) {
         let Some(partition) = self.partitions.by_id(id) else { return };
         let Some(entry) = state.partition(id) else { return };
@@ -399,8 +407,8 @@ impl Reconciler {
         partition.assign(assignment).await;
     }
 
-    /// Passes the committed tier state to a partition. A leader has applied its own commits, but not a value that was
-    /// unreadable when the replica was opened.
+    /// Passes the committed tier state to a partition, in any role. A leader already has the states that it committed
+    /// itself, but not a state that was unreadable when its replica was opened.
     async fn pass_tier_state(&self, id: PartitionId, state: &MetadataSnapshot) {
         let Some(partition) = self.partitions.by_id(id) else { return };
         if let Some(stored) = state.partition(id).and_then(|entry| entry.tier.as_ref()) {
@@ -426,8 +434,9 @@ impl Reconciler {
             .await;
     }
 
-    /// Writes `topic.json` to the object store, from which a restore can create the topic again. Best effort: the
-    /// preferred leader of the first partition writes the object again at each start.
+    /// Starts a task that writes the topic record (`topic.json`) to the object store, from which a restore can create
+    /// the topic again. Only the broker of the preferred leader of partition 0, or a standalone broker, writes it. A
+    /// failed write is logged and not retried, because the broker writes the record again at its next start.
     fn write_topic_record(&self, name: &TopicName, topic: &TopicValue, state: &MetadataSnapshot) {
         let Some(tier) = &self.ctx.tier else { return };
         let first = state.partition(PartitionId::new(topic.id, 0)).and_then(|entry| entry.partition.as_ref());
@@ -455,8 +464,8 @@ impl Reconciler {
         self.ctx.tasks.spawn("topic record", async move { tasks.run_until_cancelled(write).await });
     }
 
-    /// Closes the partitions of a topic that the metadata no longer contains. Deletes their files if the topic was
-    /// deleted on purpose.
+    /// Removes a topic that the metadata no longer contains from the table, and closes its partitions. Deletes their
+    /// files if the topic has a tombstone.
     async fn drop_topic(&mut self, name: &TopicName, topic: &HostedTopic) {
         self.partitions.remove(name);
         let stop = async |replica: Arc<HostedPartition>| {
@@ -472,7 +481,7 @@ impl Reconciler {
     }
 }
 
-/// Returns the status of a broker according to the metadata.
+/// Returns the status of a broker according to its registration.
 fn broker_status(state: &MetadataSnapshot, broker: BrokerId) -> BrokerStatus {
     match state.brokers().get(&broker).map(|entry| (entry.value.state, entry.create_revision)) {
         Some((BrokerState::Running, epoch)) => BrokerStatus::Registered(epoch),

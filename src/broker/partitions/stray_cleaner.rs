@@ -1,7 +1,7 @@
 //! Stray replicas: files on disk that the metadata assigns to other brokers, or to none. The metadata store must
-//! confirm each deletion, because the metadata cache may be stale, or of a restored store. A partition's key is read at
-//! that moment, and only a readable key with other replicas permits the deletion. For a removed topic, only its
-//! tombstone does. If the store does not respond, the files stay, and the read is retried.
+//! confirm each deletion, because the metadata cache may be stale, or of a restored store. Before a deletion, the key
+//! of the partition or the tombstone of the topic is read. Only a readable partition key with other replicas, or the
+//! tombstone, permits the deletion. If the store does not respond, the files stay, and the read is retried.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -20,16 +20,17 @@ use crate::{
 /// Pause before the metadata store is read again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Timeout of a read from the metadata store. The waiting task has other work.
+/// Timeout of a read from the metadata store. The reconciler task, which waits for it, has other work.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Maximum number of replicas that are checked together.
 const MAX_CHECKED_PER_BATCH: usize = 64;
 
-/// Number of replicas deleted together, with two journal frames and one sync of the topic's directory, and number of
-/// such groups deleted concurrently. On a file system that discards freed blocks, each removed file waits for the
-/// device.
+/// Maximum number of replicas that are deleted together, with two journal frames and one sync of the topic's directory.
 const MAX_DELETED_PER_BATCH: usize = 64;
+
+/// Maximum number of such batches that are deleted concurrently. On a file system that discards freed blocks, the
+/// removal of each file waits for the device.
 const MAX_CONCURRENT_DELETIONS: usize = 16;
 
 /// Checks and deletes stray replicas.
@@ -40,16 +41,16 @@ pub(in crate::broker) struct StrayCleaner {
     updater: PartitionUpdater,
     tombstones: Topics,
     partitions: Arc<PartitionTable>,
-    /// Stray replicas that are to be checked.
+    /// Stray replicas whose partition keys must be read.
     waiting: BTreeSet<PartitionId>,
-    /// Removed topics whose tombstone could not be looked up yet.
+    /// Removed topics whose tombstone could not be read, because the store did not respond.
     topics: BTreeSet<TopicId>,
     /// Earliest time of the next check, set when the store did not respond.
     not_before: Option<Instant>,
 }
 
 impl StrayCleaner {
-    /// Creates a cleaner without work. `topics` reads the tombstones.
+    /// Creates a cleaner without replicas or topics to check. `topics` reads the tombstones.
     pub(in crate::broker) fn new(ctx: &NodeContext, topics: Topics, partitions: Arc<PartitionTable>) -> Self {
         Self {
             id: ctx.id,
@@ -64,12 +65,13 @@ impl StrayCleaner {
         }
     }
 
-    /// Adds a replica that the metadata does not assign to this broker.
+    /// Adds a replica on disk that the metadata cache does not assign to this broker.
     pub(super) fn add(&mut self, id: PartitionId) {
         self.waiting.insert(id);
     }
 
-    /// Waits until there is something to check, and until the pause after a failed read has passed.
+    /// Waits until there is a replica or topic to check and the pause after a failed read has passed. Never returns
+    /// while there is none.
     pub(super) async fn due(&self) {
         if self.waiting.is_empty() && self.topics.is_empty() {
             return std::future::pending().await;
@@ -79,12 +81,14 @@ impl StrayCleaner {
         }
     }
 
-    /// Checks the removed topics, and a number of the waiting replicas. Deletes the replicas of deleted topics, and
-    /// those that the metadata store assigns to other brokers. Failed reads are retried after a pause.
+    /// Checks the removed topics, and at most [`MAX_CHECKED_PER_BATCH`] waiting replicas. Deletes the replicas of
+    /// topics with a tombstone, and the replicas that the metadata store assigns to other brokers only. A waiting
+    /// replica with a missing or unreadable key keeps its files and is not checked again. Failed reads are retried
+    /// after a pause.
     pub(super) async fn process(&mut self) {
         self.not_before = None;
         for topic in std::mem::take(&mut self.topics) {
-            // A topic that reappeared meanwhile is served, or will be.
+            // A topic that is in the metadata again is not removed: the reconciler opens its partitions.
             if self.metadata.state().name(topic).is_none() && self.process_topic(topic).await {
                 tracing::info!(
                     %topic,
@@ -112,8 +116,8 @@ impl StrayCleaner {
                 }
             };
             self.waiting.remove(&id);
-            // A replica that was assigned again meanwhile is open, or will be opened when the metadata cache shows
-            // that.
+            // A replica that the store assigns to this broker again, or that is open, stays. The reconciler opens an
+            // assigned replica.
             let has_moved = value.is_some_and(|value| !value.replicas.contains(&self.id));
             if has_moved && self.partitions.by_id(id).is_none() {
                 moved.push(id);
@@ -125,8 +129,8 @@ impl StrayCleaner {
         }
     }
 
-    /// Checks the replicas on disk that belong to no topic. Replicas of deleted topics are deleted, and all other
-    /// topics are logged.
+    /// Checks all topics that have files on disk and are not in the metadata. Deletes the files of topics with a
+    /// tombstone, and logs a warning for each topic without one. Called once, at the activation.
     pub(super) async fn check_strays(&mut self, state: &MetadataSnapshot) {
         let topics: BTreeSet<TopicId> =
             self.log.partitions().into_iter().chain(self.log.stray_partitions()).map(|id| id.topic).collect();
@@ -137,7 +141,8 @@ impl StrayCleaner {
         }
     }
 
-    /// Deletes the files of topics whose tombstone has just appeared.
+    /// Deletes the files of topics that are not in the metadata and whose tombstone key has changed. Reads the
+    /// tombstones from the store first.
     pub(super) async fn process_deleted(&mut self, topics: Vec<TopicId>) {
         for topic in topics {
             let ids = self.partitions_on_disk(topic);
@@ -147,15 +152,15 @@ impl StrayCleaner {
         }
     }
 
-    /// Deletes the files of a removed topic if there is a tombstone. Logs a warning if the files are kept. Returns true
-    /// if they are deleted.
+    /// Deletes the files of a removed topic if the store has its tombstone, and returns true then. Logs a warning if
+    /// there is no tombstone and the topic has files.
     pub(super) async fn process_topic(&mut self, topic: TopicId) -> bool {
         let ids = self.partitions_on_disk(topic);
         self.delete_with_tombstone(topic, ids).await
     }
 
-    /// Deletes these replicas of a removed topic if there is a tombstone. Returns true if there is one. If the store
-    /// did not respond, the topic is checked again later.
+    /// Deletes these replicas of a removed topic if the store has its tombstone, and returns true then, also if `ids`
+    /// is empty. If the store does not respond, returns false, and the topic is checked again later.
     async fn delete_with_tombstone(&mut self, topic: TopicId, ids: Vec<PartitionId>) -> bool {
         match tokio::time::timeout(REQUEST_TIMEOUT, self.tombstones.was_deleted(topic)).await {
             Ok(Ok(true)) => {
@@ -177,13 +182,13 @@ impl StrayCleaner {
         false
     }
 
-    /// Returns all partitions of a topic that have files in the data directory.
+    /// Returns all partitions of a topic that have files in the data directory, as replicas or as stray replicas.
     fn partitions_on_disk(&self, topic: TopicId) -> Vec<PartitionId> {
         let strays = self.log.stray_partitions().into_iter().filter(|id| id.topic == topic);
         self.log.partitions_of(topic).into_iter().chain(strays).collect()
     }
 
-    /// Deletes the files of these replicas. A failure is logged.
+    /// Deletes the files of these replicas, and logs each failure.
     async fn delete_replicas(&self, ids: Vec<PartitionId>) {
         if ids.is_empty() {
             return;

@@ -1,7 +1,7 @@
 //! The partitions that this broker hosts, found by topic name without a lock.
 //!
-//! Each partition has its own cell, so opening or closing a partition copies no other entry. The role of a partition is
-//! published by the partition itself.
+//! Each partition has its own cell, so opening or closing a partition copies no other entry. The table does not contain
+//! roles: each open partition publishes its own.
 
 mod parts;
 
@@ -27,23 +27,24 @@ const MAX_CONCURRENT_STOPS: usize = 64;
 pub(in crate::broker) enum HostedPartition {
     /// A replica that leads, follows or is idle.
     Online(Arc<Partition>),
-    /// No replica, or one that is being opened.
+    /// No replica is open: there is none, or it is being opened.
     None,
-    /// The local replica is unusable.
+    /// The local replica cannot be used, for this reason.
     Offline(OfflineReplica),
 }
 
 /// Reason for which a local replica is offline.
 #[derive(Clone)]
 pub(in crate::broker) enum OfflineReplica {
-    /// The partition value was unreadable at the startup verification, and now names this broker in the ISR or ELR.
+    /// The partition value was unreadable at the startup verification. The current value is readable, and has this
+    /// broker in the ISR or ELR.
     Unverified,
-    /// The replica cannot be opened.
+    /// The last attempt to open the replica failed.
     OpenFailed {
-        /// Error of the open.
+        /// Error of the last attempt.
         reason: Arc<str>,
-        /// Leader epoch in which the replica was found unusable. An unclean election in a later epoch may discard the
-        /// replica.
+        /// Leader epoch of the partition at the first failed attempt. An unclean election in a later epoch may discard
+        /// the replica.
         since: LeaderEpoch,
     },
 }
@@ -61,7 +62,8 @@ impl fmt::Display for OfflineReplica {
 #[derive(Clone)]
 pub(in crate::broker) struct HostedTopic {
     pub(in crate::broker) id: TopicId,
-    /// Revision of the topic key that has been applied to all of its partitions; zero before the first one.
+    /// Revision of the topic key that has been applied to all partitions of the topic; zero before a revision was
+    /// applied.
     pub(in crate::broker) revision: Revision,
     pub(in crate::broker) config: Arc<TopicConfig>,
     /// State of each partition, by partition number.
@@ -69,8 +71,8 @@ pub(in crate::broker) struct HostedTopic {
 }
 
 impl HostedTopic {
-    /// Creates the entry of a topic with this number of partitions. Takes the partition states and the applied revision
-    /// from `before`, the previous entry, if there is one.
+    /// Creates the entry of a topic with this number of partitions. Copies the partition states and the applied
+    /// revision from `before`, the previous entry of the same topic, if there is one.
     pub(in crate::broker) fn new(
         id: TopicId,
         config: Arc<TopicConfig>,
@@ -109,12 +111,13 @@ impl HostedTopic {
     }
 }
 
-/// Table of all hosted topics. Readers get a consistent entry of each topic.
+/// Table of all hosted topics. A reader gets a consistent configuration and revision of one topic, and the current
+/// state of each partition.
 pub(in crate::broker) struct PartitionTable {
     topics: ShardedMap<TopicName, HostedTopic>,
     /// Name of the topic with each id.
     ids: ShardedMap<TopicId, TopicName>,
-    /// Notified of changes for which tasks wait.
+    /// Wakes the callers of [`PartitionTable::until`] after changes.
     changed: watch::Sender<()>,
     /// Tasks of the partitions.
     tasks: Tasks,
@@ -133,9 +136,9 @@ impl Default for PartitionTable {
 
 /// Result of a lookup by topic name and partition number.
 pub(in crate::broker) enum TableLookup {
-    /// State of the partition.
+    /// Id and state of the partition.
     Held(PartitionId, Arc<HostedPartition>),
-    /// The topic has no such partition. Holds the number of its partitions.
+    /// The topic has no such partition. Contains the number of its partitions.
     NoPartition(usize),
 }
 
@@ -179,7 +182,7 @@ impl PartitionTable {
         self.topics.of(name).get(name).filter(|topic| topic.id == id.topic)?.partition(id.number)
     }
 
-    /// Returns why the local replica is offline.
+    /// Returns why the local replica is offline; `None` if it is not.
     pub(in crate::broker) fn offline_reason(&self, id: PartitionId) -> Option<String> {
         match &*self.get(id)? {
             HostedPartition::Offline(offline) => Some(offline.to_string()),
@@ -187,14 +190,15 @@ impl PartitionTable {
         }
     }
 
-    /// Returns the configuration that is applied to a partition.
+    /// Returns the configuration of a partition's topic, as this broker has applied it.
     pub(in crate::broker) fn config(&self, id: PartitionId) -> Option<Arc<TopicConfig>> {
         let ids = self.ids.of(&id.topic);
         let name = ids.get(&id.topic)?;
         Some(Arc::clone(&self.topics.of(name).get(name)?.config))
     }
 
-    /// Waits until `holds` returns true for the table.
+    /// Waits until `holds` returns true for the table. Checks again after [`Self::notify_changed`] and
+    /// [`Self::set_revisions`].
     pub(in crate::broker) async fn until(&self, holds: impl Fn(&Self) -> bool) {
         let mut changed = self.changed.subscribe();
         while !holds(self) {
@@ -225,7 +229,7 @@ impl PartitionTable {
         self.topics.all().map(|part| part.values().map(count).sum::<usize>()).sum()
     }
 
-    /// Adds or replaces topics. Only the task that applies the metadata changes the table, so no change is lost.
+    /// Adds or replaces topics. Only the reconciler may change the table: concurrent changes would be lost.
     pub(in crate::broker) fn put(&self, entries: impl IntoIterator<Item = (TopicName, HostedTopic)>) {
         let mut ids = BTreeMap::new();
         let topics = entries.into_iter().map(|(name, topic)| {
@@ -246,7 +250,7 @@ impl PartitionTable {
         }
     }
 
-    /// Sets the state of a partition. Does nothing if the table has no such partition.
+    /// Sets the state of a partition. Does nothing if the table has no such partition. Wakes no waiting task.
     pub(in crate::broker) fn set(&self, id: PartitionId, replica: HostedPartition) {
         let ids = self.ids.of(&id.topic);
         let Some(name) = ids.get(&id.topic) else { return };
@@ -257,8 +261,8 @@ impl PartitionTable {
         }
     }
 
-    /// Stores the applied revisions of these topics and wakes waiting tasks. All preceding changes of the table are
-    /// visible by then.
+    /// Stores the applied revisions of these topics and wakes the tasks that wait for a change. The reconciler calls
+    /// this function last, so a visible revision means that all changes of that revision are visible.
     pub(in crate::broker) fn set_revisions(&self, revisions: BTreeMap<TopicName, Revision>) {
         let applied = revisions.into_iter().filter_map(|(name, revision)| {
             let topic = HostedTopic { revision, ..self.topic(&name)? };
@@ -273,7 +277,7 @@ impl PartitionTable {
         &self.tasks
     }
 
-    /// Stops the partitions.
+    /// Ends the tasks of all partitions, and then stops every open partition.
     pub(in crate::broker) async fn stop(&self) {
         self.tasks.stop().await;
         stream::iter(self.open())

@@ -1,5 +1,5 @@
-//! A map that is read without a lock and changed by copying. The map consists of parts, so that a change of one entry
-//! copies few other entries.
+//! A map that is read without a lock and changed by copying. The map consists of parts: a change of one entry copies
+//! only the entries of its part.
 
 use std::{borrow::Borrow, collections::BTreeMap, sync::Arc};
 
@@ -7,12 +7,12 @@ use arc_swap::{ArcSwap, Guard};
 
 use crate::model::{TopicId, TopicName};
 
-/// Number of parts. With 100,000 topics each part has 400 entries.
+/// Number of parts. With 100,000 topics, a part has about 400 entries.
 const PART_COUNT: usize = 256;
 
 /// A key that determines its part.
 pub(super) trait PartKey: Ord + Clone {
-    /// Returns a hash: equal keys have equal hashes, and the hashes of different keys are spread evenly.
+    /// Returns a hash, from which the part of the key is derived. Hashes of different keys must be evenly distributed.
     fn part_hash(&self) -> usize;
 }
 
@@ -35,7 +35,7 @@ fn hash_name(name: &str) -> usize {
 
 type Part<K, V> = BTreeMap<K, V>;
 
-/// The map. Readers get a consistent state of each part, and read all parts one after the other.
+/// A map of [`PART_COUNT`] parts. A reader gets a consistent state of one part, but not of all parts together.
 pub(super) struct ShardedMap<K, V>(Box<[ArcSwap<Part<K, V>>]>);
 
 impl<K, V> Default for ShardedMap<K, V> {
@@ -45,7 +45,7 @@ impl<K, V> Default for ShardedMap<K, V> {
 }
 
 impl<K: PartKey, V: Clone> ShardedMap<K, V> {
-    /// Returns the part for a key.
+    /// Returns the current state of the part to which a key belongs.
     pub(super) fn of(&self, key: &K) -> Guard<Arc<Part<K, V>>> {
         self.0[key.part_hash() % PART_COUNT].load()
     }
@@ -55,8 +55,8 @@ impl<K: PartKey, V: Clone> ShardedMap<K, V> {
         self.0.iter().map(ArcSwap::load_full)
     }
 
-    /// Inserts each entry with a value, and removes each entry with `None`. Only one caller may change the map at a
-    /// time, else changes are lost.
+    /// Inserts each key with a value, and removes each key with `None`. Only one caller may change the map at a time,
+    /// else changes are lost.
     pub(super) fn apply(&self, changes: impl IntoIterator<Item = (K, Option<V>)>) {
         let mut by_part: BTreeMap<usize, Vec<(K, Option<V>)>> = BTreeMap::new();
         for (key, value) in changes {
@@ -76,7 +76,7 @@ impl<K: PartKey, V: Clone> ShardedMap<K, V> {
 }
 
 impl<V: Clone> ShardedMap<TopicName, V> {
-    /// Returns the part for a name, as [`Self::of`] does. The name need not be valid.
+    /// Returns the part for a name, as [`Self::of`] does. The name need not be a valid topic name.
     pub(super) fn of_name(&self, name: &str) -> Guard<Arc<Part<TopicName, V>>>
     where
         TopicName: Borrow<str>,
@@ -93,8 +93,8 @@ mod tests {
         format!("topic-{number}").parse().expect("the name is valid")
     }
 
-    /// Regression: each added or removed topic copied the table of all topics, which took hours for 100,000 topics one
-    /// by one.
+    /// Regression: each added or removed topic copied the table of all topics. Adding 100,000 topics one by one took
+    /// hours.
     #[test]
     fn change_of_one_entry_copies_one_part() {
         let parts = ShardedMap::<TopicName, u32>::default();
