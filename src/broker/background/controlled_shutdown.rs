@@ -5,11 +5,12 @@
 //! 1. `/readyz` reports that the broker is not ready; requests are served as before.
 //! 2. The registration shows that this broker stops. From then on it wins no election, leaders remove it from their
 //!    ISR, and the controller transfers its leaderships.
-//! 3. The broker waits until no other replica could take over its leaderships, and until every ISR that can do without
-//!    the broker has removed it.
+//! 3. The broker waits until the controller has transferred each leadership for which another running ISR member
+//!    exists, and until leaders have removed the broker from each ISR that is above the min ISR.
 //!
-//! After a timeout, the shutdown continues as it is. Peers then detect its end like that of a failed broker, and no
-//! data is lost. A partition whose only in-sync replica is on this broker cannot be transferred.
+//! After a timeout, the shutdown continues without the remaining transfers. Peers then detect the end of the process as
+//! they detect a failed broker, and no data is lost. A partition whose only in-sync replica is on this broker cannot be
+//! transferred.
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,7 +23,7 @@ use crate::{
 /// Pause before the metadata store is called again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
-/// The transfer of this broker's leaderships.
+/// Controlled shutdown of this broker: the transfer of its leaderships and ISR memberships.
 pub(super) struct ControlledShutdown {
     id: BrokerId,
     metadata: MetadataCache,
@@ -35,7 +36,7 @@ impl ControlledShutdown {
         Self { id: ctx.id, metadata: ctx.metadata.clone(), partitions, session }
     }
 
-    /// Transfers leaderships and ISR memberships. Gives up after the timeout.
+    /// Waits until leaderships and ISR memberships are transferred. Gives up after the timeout, with a warning.
     pub(super) async fn transfer_leadership(&self, timeout: Duration) {
         if tokio::time::timeout(timeout, self.transfer_all()).await.is_err() {
             let state = self.metadata.state();
@@ -47,26 +48,26 @@ impl ControlledShutdown {
         }
     }
 
-    /// Publishes that this broker stops, and waits until no partition is transferable.
+    /// Publishes in the registration that this broker stops, and waits until [`is_transferable`] holds for no open
+    /// partition.
     async fn transfer_all(&self) {
         while let Err(error) = self.session.publish_stopping().await {
             tracing::info!(%error, "could not mark this broker as stopping in the metadata store: retrying");
             tokio::time::sleep(RETRY_INTERVAL).await;
         }
         let mut states = self.metadata.watch();
-        // An error means that the metadata cache was stopped.
+        // An error means that the metadata cache was stopped, so nothing more can be observed.
         let _stopped =
             states.wait_for(|state| self.is_stop_published(state) && self.count_transferable(state) == 0).await;
         tracing::info!("transferred the leadership of all partitions with another in-sync replica");
     }
 
-    /// Returns true if the metadata shows that this broker stops, or does not contain its registration.
+    /// Returns true if the registration in this snapshot shows that this broker stops, or if there is no registration.
     fn is_stop_published(&self, state: &MetadataSnapshot) -> bool {
         state.brokers().get(&self.id).is_none_or(|entry| entry.value.state == BrokerState::Stopping)
     }
 
-    /// Returns the number of open partitions that peers could take over from this broker, or that could do without this
-    /// broker.
+    /// Returns the number of open partitions for which [`is_transferable`] holds.
     fn count_transferable(&self, state: &MetadataSnapshot) -> usize {
         let open = self.partitions.open();
         let transferable = open.iter().filter(|partition| {
@@ -83,8 +84,8 @@ fn is_running(state: &MetadataSnapshot, id: BrokerId) -> bool {
     state.brokers().get(&id).is_some_and(|entry| entry.value.state == BrokerState::Running)
 }
 
-/// Returns true if another broker could lead the partition instead of this one, or if the leader could remove this
-/// broker from the ISR and still have the min ISR.
+/// Returns true if `me` leads the partition and another running ISR member could lead it. Also returns true if a
+/// running leader could remove `me` from the ISR and still have the min ISR.
 fn is_transferable(
     value: &PartitionValue,
     me: BrokerId,

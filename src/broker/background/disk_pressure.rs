@@ -1,14 +1,15 @@
-//! Disk usage of this broker, and its publication to peers. A standalone broker has no peers, and only shows the state.
+//! Disk usage of this broker, and its publication to peers. A standalone broker publishes nothing; its state is only in
+//! the metrics and in the health.
 //!
 //! # Overview
 //!
-//! Two states are published. Under disk pressure, above a threshold, the broker gets no new replicas. With a full disk,
-//! after a record did not fit, in-sync brokers with space take over its leaderships, because its partitions cannot be
-//! written.
+//! Two states are published. Under disk pressure, above a threshold of disk usage, the broker gets no new replicas.
+//! With a full disk, after a write found no space, in-sync brokers with space take over its leaderships, because its
+//! partitions cannot be written.
 //!
 //! Both states are in the registration, which placement and elections read anyway. The registration is written only
-//! when a state changes. A state ends well below its start, so that a disk at the threshold does not cause a write at
-//! each check.
+//! when a state changes. Each state ends at a lower disk usage than it begins, so that a disk at the threshold does not
+//! cause a write at each check.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,16 +21,18 @@ use crate::{
     task,
 };
 
-/// Interval between checks of the disk-full state.
+/// Interval between checks whether a write found the disk full.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Number of these checks per check of the disk itself.
+/// Number of such checks after which the free space is queried. A changed disk-full state causes a query at once.
 const TICKS_PER_DISK_CHECK: u32 = 10;
 
-/// Distance below the threshold at which disk pressure ends, in percent of the disk.
+/// Difference between the disk usage at which disk pressure begins and the usage at which it ends, in percent of the
+/// disk.
 const RELEASE_PERCENT: u64 = 5;
 
-/// Returns true if the disk is under pressure, given its previous state. A disk of unknown size is not under pressure.
+/// Returns true if disk usage is above `percent`, or above a lower limit if the disk already was under pressure. A disk
+/// of unknown size (0 bytes) is not under pressure.
 fn is_under_pressure(was_under_pressure: bool, space: DiskSpace, percent: u64) -> bool {
     let DiskSpace { free_bytes, total_bytes } = space;
     let used = u128::from(total_bytes.saturating_sub(free_bytes)) * 100;
@@ -37,27 +40,29 @@ fn is_under_pressure(was_under_pressure: bool, space: DiskSpace, percent: u64) -
     used > u128::from(total_bytes) * u128::from(limit)
 }
 
-/// Free bytes with which any batch fits. With as many free bytes, an earlier refusal no longer counts, also if no
-/// record has arrived since.
+/// Free bytes with which a batch of the maximum size fits. With as many free bytes, an earlier refused write no longer
+/// counts, also if no record has been written since.
 const MIN_SPACE_BYTES: u64 = limits::MIN_FREE_DISK_BYTES + limits::MAX_BATCH_BYTES as u64;
 
-/// Returns true if records do not fit. `has_refused` is true after a refused record, until another record is written.
+/// Returns true if records do not fit on the disk. `has_refused` is true after an append, truncation or reset found the
+/// disk full, until the next successful append.
 const fn is_too_full(has_refused: bool, space: DiskSpace) -> bool {
     has_refused && space.free_bytes < MIN_SPACE_BYTES
 }
 
-/// Returns true if other brokers are to lead this broker's partitions: after a record did not fit, until there is space
-/// for replicas again.
+/// Returns true if other brokers are to lead this broker's partitions. This state begins when records do not fit
+/// ([`is_too_full`]), and ends when disk usage is not above `percent`, or 95 percent if that is less.
 fn is_disk_full(was_full: bool, has_refused: bool, space: DiskSpace, percent: u64) -> bool {
     is_too_full(has_refused, space) || (was_full && is_under_pressure(false, space, percent.min(100 - RELEASE_PERCENT)))
 }
 
-/// Returns true if the disk of this log is under pressure at a start. Blocks on the file system.
+/// Returns true if the disk of this log is under pressure, without a previous state. Called before this process
+/// registers. Blocks on the file system.
 pub fn starts_under_pressure(log: &DataDir, percent: u64) -> bool {
     log.space().is_ok_and(|space| is_under_pressure(false, space, percent))
 }
 
-/// Watch over the disk of this broker.
+/// Task that checks the disk of this broker.
 pub(super) struct DiskPressure {
     ctx: NodeContext,
     health: Arc<Health>,
@@ -69,7 +74,8 @@ impl DiskPressure {
         Self { ctx, health, session }
     }
 
-    /// Checks the disk at intervals, and publishes changed states to the registration until that succeeds.
+    /// Checks the disk at intervals. Writes changed states to the registration, and retries a failed write at the next
+    /// check. Never returns.
     pub(super) async fn run(self) {
         let percent = self.ctx.config.broker.disk_pressure_percent;
         let (mut under_pressure, mut full, mut published) = (self.session.is_under_disk_pressure(), false, true);

@@ -1,8 +1,9 @@
 //! Collects the garbage of crashes and deletions: objects and uploads in the object store, and keys in the metadata
 //! store.
 //!
-//! One task processes each kind on its own, at intervals. A failure is logged, counted, and retried in the next run.
-//! `tier` decides about objects and uploads, and `cluster` about keys. Anything that may still be needed stays.
+//! One task collects all kinds of garbage, one kind after the other, at intervals. The failure of one kind is logged
+//! and counted, and does not stop the run; the next run tries again. `tier` decides about objects and uploads, and
+//! `cluster` about keys. Anything that may still be needed stays.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -15,33 +16,35 @@ use crate::{
     tier::{self, PartitionLiveness, abort_abandoned_uploads, collect_garbage},
 };
 
-/// Maximum interval between two runs. A shorter grace period shortens the interval.
+/// Maximum interval between two runs. The interval is `tier.garbage_grace`, if that is shorter, but at least a second.
 const COLLECTION_INTERVAL: Duration = Duration::from_secs(3600);
 
-/// Time for which a tombstone outlives the last data of its topic. A broker that was offline for longer keeps its files
-/// of the topic.
+/// Time for which a tombstone is kept after the last data of its topic was found to be deleted. A broker that was
+/// offline for longer finds no tombstone, and keeps its files of the topic.
 const TOMBSTONE_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Age at which an unfinished multipart upload counts as abandoned. It exceeds the duration of any segment upload.
 const ABANDONED_UPLOAD_AGE: Duration = Duration::from_secs(24 * 3600);
 
-/// Returns the interval between two runs.
+/// Returns the interval between two runs, which depends on the grace period of orphan objects.
 fn interval(grace: Duration) -> Duration {
     COLLECTION_INTERVAL.min(grace.max(Duration::from_secs(1)))
 }
 
-/// Returns the maximum time that an orphan object stays in the object store: the grace period, and then one interval.
+/// Returns the maximum time that an orphan object stays in the object store if no run fails: the grace period, and one
+/// interval until the next run.
 pub(in crate::broker) fn max_retention(grace: Duration) -> Duration {
     grace.saturating_add(interval(grace))
 }
 
-/// Garbage collection of one broker, with the state that one run keeps for the next.
+/// Garbage collection of one broker, with the state that is kept from run to run.
 pub(super) struct GarbageRun {
     ctx: NodeContext,
     topics: Topics,
     commits: TierCommits,
     key_sweeper: StaleKeySweeper,
-    /// Log throttle for failed listings of uploads. A store or a policy that forbids the listing does so for ever.
+    /// Log throttle for failed listings of multipart uploads. A store or policy that forbids the listing rejects it in
+    /// every run.
     failed_listings: LogThrottle,
 }
 
@@ -50,7 +53,8 @@ impl GarbageRun {
         Self { ctx, topics, commits, key_sweeper: StaleKeySweeper::default(), failed_listings: LogThrottle::default() }
     }
 
-    /// Collects garbage at intervals. The next run completes a cancelled one.
+    /// Collects garbage at intervals while this broker is the controller or standalone. Cancelling a run is safe: the
+    /// next run collects the rest.
     pub(super) async fn run(mut self) {
         let interval = interval(self.ctx.config.tier.garbage_grace);
         loop {
@@ -59,15 +63,16 @@ impl GarbageRun {
                 self.run_once().await;
                 self.ctx.metrics.garbage_collections.inc();
             } else {
-                // The controller collects for the whole cluster. The next controller starts without the state of this
-                // one.
+                // The controller collects the garbage of the whole cluster. A broker that becomes the controller starts
+                // without state from its earlier terms.
                 (self.key_sweeper, self.failed_listings) = Default::default();
                 self.ctx.metrics.tier_garbage_bytes.set(0);
             }
         }
     }
 
-    /// Collects all kinds of garbage once. A failure of one kind does not affect the other kinds.
+    /// Collects all kinds of garbage once. Without an object store, only stale keys are collected. If the clock of the
+    /// object store cannot be read, objects and uploads are skipped.
     async fn run_once(&mut self) {
         if let Err(error) = self.key_sweeper.run(&self.topics).await {
             self.log_failure(&error, "could not delete the stale keys of unfinished topic changes");
@@ -87,7 +92,7 @@ impl GarbageRun {
         }
     }
 
-    /// Aborts multipart uploads that a killed broker did not complete.
+    /// Aborts multipart uploads older than [`ABANDONED_UPLOAD_AGE`], which a killed broker did not complete.
     async fn abort_uploads(&mut self, tier: &TierHandle, now_ms: i64) {
         // Boxed, because the futures of the SDK are large.
         let aborted = Box::pin(abort_abandoned_uploads(&tier.store, ABANDONED_UPLOAD_AGE, now_ms)).await;
@@ -117,7 +122,7 @@ impl GarbageRun {
         tracing::warn!(%error, "{action}; retrying in the next run");
     }
 
-    /// Deletes orphan objects.
+    /// Deletes orphan objects older than the grace period.
     async fn delete_orphans(&self, tier: &TierHandle, now_ms: i64) {
         let grace = self.ctx.config.tier.garbage_grace;
         match collect_garbage(&tier.store, |id| self.liveness(id), grace, now_ms).await {
@@ -140,8 +145,9 @@ impl GarbageRun {
         }
     }
 
-    /// Deletes the tombstones of topics without any remaining data. A broker without an object store does not call this
-    /// function, because a store that contains data may be configured again.
+    /// Deletes the tombstones of topics that have had no objects, and no partitions on this broker, for
+    /// [`TOMBSTONE_RETENTION`]. Without an object store this function is not called, because a store that contains data
+    /// may be configured again.
     async fn expire_tombstones(&self, tier: &TierHandle) -> Result<(), TombstoneError> {
         let tombstones = self.topics.tombstones().await?;
         if tombstones.is_empty() {
@@ -159,12 +165,13 @@ impl GarbageRun {
         Ok(())
     }
 
-    /// Reads the state of a partition from the metadata store, right before its objects are deleted.
+    /// Reads from the metadata store whether a partition is deleted, and its tier state if not. Called right before
+    /// orphan objects of the partition are deleted.
     async fn liveness(&self, id: PartitionId) -> PartitionLiveness {
         match (self.topics.was_deleted(id.topic).await, self.commits.current(id).await) {
             (Ok(true), _) => PartitionLiveness::Deleted,
             (Ok(false), Ok(Some(state))) => PartitionLiveness::Current(state),
-            // The store did not respond, or has neither a tombstone nor a value.
+            // The store did not respond, or has neither a tombstone of the topic nor a tier state of the partition.
             _ => PartitionLiveness::Unknown,
         }
     }

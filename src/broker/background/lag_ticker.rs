@@ -1,5 +1,5 @@
-//! One clock for all partitions that need ticks, because an in-sync replica is behind or the leader waits for metadata.
-//! A timer per partition would wake as many tasks continually.
+//! One clock for all partitions that need ticks. A leader needs them while an ISR member is behind, or while it waits
+//! for metadata. A timer for each partition would wake all of their tasks again and again.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use crate::{broker::partitions::table::PartitionTable, task::clock};
 /// Interval between ticks.
 const TICK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Sends clock ticks to the partitions that need ticks.
+/// Sends clock ticks to the partitions that need ticks. Never returns.
 pub(super) async fn run(partitions: &PartitionTable) {
     let began = clock::monotonic();
     loop {

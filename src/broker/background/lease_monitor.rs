@@ -1,7 +1,7 @@
-//! Lease monitor: detects that this broker may have been replaced without notice, because its registration is gone or
-//! was not renewed in time. The result depends on this process's clock, so no invariant relies on it. The broker
-//! continues to serve. Readers are notified, and can look for a new leader. Operations that need the metadata store are
-//! rejected before their start, so that clients can use another broker.
+//! Lease monitor: detects that the registration of this broker was deleted, or that its lease has expired by this
+//! process's clock. Other brokers may then lead its partitions. No invariant relies on the result. The broker continues
+//! to serve. Readers are notified, and can look for a new leader. Operations that need the metadata store are rejected
+//! before they start, so that clients can use another broker.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,7 +13,7 @@ use crate::{
     proto::error::{ApiError, ErrorCode},
 };
 
-/// Interval between checks while the lease has expired.
+/// Interval between checks whether this broker is registered again, while the lease has expired.
 const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Monitor of this broker's lease.
@@ -30,7 +30,7 @@ impl LeaseMonitor {
         Self { ctx, session, health, expired: watch::Sender::new(false) }
     }
 
-    /// Publishes each expiry and renewal of the lease, until the task is cancelled.
+    /// Publishes each expiry of the lease, and each new registration, to `expired` and to `health`. Never returns.
     pub(super) async fn run(&self) {
         let mut status = self.session.state();
         loop {
@@ -65,14 +65,14 @@ impl LeaseMonitor {
         self.expired.subscribe()
     }
 
-    /// Returns the time for which this broker has been cut off from the metadata store; zero while it is connected. A
-    /// broker whose registration is renewed is connected, even if nothing has changed for a long time.
+    /// Returns the time since the last response of the metadata store, if the lease has expired; zero otherwise. While
+    /// the lease is renewed, the store responds, even if the metadata cache has received no change for a long time.
     pub(in crate::broker) fn metadata_staleness(&self) -> Duration {
         if self.session.lease_remaining().is_zero() { self.ctx.metadata.staleness() } else { Duration::ZERO }
     }
 
-    /// Rejects an operation that needs the metadata store while the store is unavailable, or has returned to an older
-    /// state.
+    /// Fails if an operation that needs the metadata store must not start: with `METADATA_REGRESSED` if the store has
+    /// returned to an older state, with `METADATA_UNAVAILABLE` if the lease has expired.
     pub(in crate::broker) fn check_metadata_available(&self) -> Result<(), ApiError> {
         if let Some(regression) = self.ctx.store.regression() {
             let error = ApiError::new(ErrorCode::MetadataRegressed, regression.to_string());

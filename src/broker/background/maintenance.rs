@@ -1,7 +1,8 @@
-//! Schedules partitions for maintenance and for uploads.
+//! Runs the maintenance of partitions, uploads included, and schedules it.
 //!
-//! Retention must continue while the object store accepts nothing, so maintenance has its own workers. These workers
-//! put partitions with uploads into a second queue, whose workers may wait for the object store.
+//! Retention must continue while the object store accepts nothing. So the workers of the first queue do everything
+//! except uploads. They put a partition with a due upload into a second queue, whose workers may wait for the object
+//! store.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,19 +18,19 @@ use crate::{
     tier::TierStore,
 };
 
-/// Minimum interval between two searches for old active segments.
+/// Minimum pause between two searches for partitions with due work, unless `tier.check_interval` is shorter.
 const ROLL_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Minimum ratio of the pause to the duration of a search over all partitions. Thousands of idle partitions must not
-/// cost a percent of a core.
+/// Minimum pause after a search over all partitions, as a multiple of the duration of the search. Thousands of idle
+/// partitions must not cost a percent of a core.
 const MIN_PAUSE_PER_CHECK: u32 = 500;
 
 /// Queue that a worker serves, and the work on its partitions.
 #[derive(Clone, Copy, Debug)]
 enum WorkerKind {
-    /// Everything except uploads.
+    /// Serves `queue`, and does everything except uploads.
     Maintenance,
-    /// Everything, including uploads.
+    /// Serves `upload_queue`, and does everything, including uploads.
     Uploads,
 }
 
@@ -41,7 +42,7 @@ pub(super) struct Maintenance {
     lease: Arc<LeaseMonitor>,
     runner: MaintenanceRunner,
     queue: MaintenanceQueue,
-    /// Partitions with segments to upload.
+    /// Partitions with a due upload.
     upload_queue: MaintenanceQueue,
 }
 
@@ -58,7 +59,8 @@ impl Maintenance {
         Self { ctx, partitions, failures, lease, runner, queue, upload_queue: MaintenanceQueue::default() }
     }
 
-    /// Starts the workers and the scheduler.
+    /// Starts `tier.upload_concurrency` workers of each kind, the scheduler and, with an object store, the task that
+    /// resumes after outages.
     pub(super) fn spawn(self: &Arc<Self>) {
         for _ in 0..self.ctx.config.tier.upload_concurrency.max(1) {
             for (name, kind) in [("maintenance", WorkerKind::Maintenance), ("uploads", WorkerKind::Uploads)] {
@@ -75,8 +77,8 @@ impl Maintenance {
         }
     }
 
-    /// Runs the steps of queued partitions, one after the other. A step that is cancelled leaves at most an orphan
-    /// object.
+    /// Runs the steps of queued partitions, one after the other. Never returns. A step that is cancelled leaves at most
+    /// an orphan object.
     async fn work(&self, kind: WorkerKind) {
         let failures = &self.failures;
         let queue = match kind {
@@ -124,7 +126,8 @@ impl Maintenance {
         }
     }
 
-    /// Returns true during an outage of the object store or of the metadata store, which is reported elsewhere.
+    /// Returns true during an outage of the object store or of the metadata store. Health and the clients of the stores
+    /// report these outages.
     fn has_outage(&self) -> bool {
         let has_store_outage = self.ctx.tier.as_ref().is_some_and(|tier| tier.store.outage().is_some());
         has_store_outage || !self.lease.metadata_staleness().is_zero()
@@ -140,7 +143,8 @@ impl Maintenance {
         }
     }
 
-    /// Queues the partitions whose active segment is old, and at intervals all that hold records.
+    /// Queues each partition whose active segment must be rolled by age. Every `tier.check_interval`, also queues all
+    /// partitions that may need retention. Never returns.
     async fn schedule(&self) {
         let interval = self.ctx.config.tier.check_interval;
         let min_pause = ROLL_CHECK_INTERVAL.min(interval);

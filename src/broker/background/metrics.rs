@@ -37,8 +37,8 @@ impl BrokerGauges {
         Self { ctx, partitions, session, budgets, produce_memory }
     }
 
-    /// Updates the gauges. Only one call may run at a time, because per-broker gauges are set for some brokers and then
-    /// removed for the rest.
+    /// Updates the gauges. Only one call may run at a time: each call sets the gauges of its followers' brokers and
+    /// then removes the gauges of all other brokers.
     pub(super) fn observe(&self) {
         let open = self.partitions.open();
         let status = self.ctx.log.status();
@@ -65,7 +65,8 @@ impl BrokerGauges {
         metrics.lease_remaining_seconds.set(self.session.lease_remaining().as_secs_f64());
     }
 
-    /// Updates the gauges of the partitions that this broker reports.
+    /// Updates the gauges of the partitions that this broker leads according to the metadata. On the controller, also
+    /// updates the gauges of leaderless partitions and of reassignments in the cluster.
     fn observe_leadership(&self, state: &MetadataSnapshot) {
         let min_isr = |topic| {
             let config = state.name(topic).and_then(|name| self.partitions.topic(name)).map(|topic| topic.config);
@@ -81,8 +82,8 @@ impl BrokerGauges {
         metrics.partitions_reassigning.set(stats.reassigning);
     }
 
-    /// Updates the lag of each broker behind the partitions led here: the records of all partitions, and the longest
-    /// time.
+    /// Updates the lag of each follower's broker: the sum of the lags in records, and the longest lag in time, over the
+    /// partitions that this broker leads.
     fn observe_followers(&self, state: &MetadataSnapshot, open: &[Arc<Partition>]) {
         let now = clock::monotonic();
         let mut lags: BTreeMap<BrokerId, (u64, Duration)> = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! The tasks that a broker runs besides its requests, each with the state that it owns.
+//! The tasks of a broker that no request starts, each with the state that it owns.
 
 mod controlled_shutdown;
 mod disk_pressure;
@@ -66,7 +66,7 @@ impl Background {
         }
     }
 
-    /// Starts the tasks that must run before the first assignment.
+    /// Starts the tasks that must run before the first role is assigned: lag ticker, lease monitor and producer ids.
     pub(super) fn spawn_monitors(&self) {
         if !self.ctx.standalone {
             let partitions = Arc::clone(&self.partitions);
@@ -78,7 +78,8 @@ impl Background {
         self.spawn("producer ids", async move { producer_ids.keep_filled().await });
     }
 
-    /// Starts the tasks of an active broker.
+    /// Starts the tasks that may run only after the roles are assigned: maintenance, garbage collection, the watch over
+    /// the start, disk pressure and, in a cluster, the controller.
     pub(super) fn spawn_workers(&self) {
         let ctx = &self.ctx;
         self.maintenance.spawn();
@@ -109,12 +110,13 @@ impl Background {
         self.ctx.tasks.spawn(name, async move { tasks.run_until_cancelled(work).await });
     }
 
-    /// Updates the gauges. Only one call may run at a time.
+    /// Updates the gauges, as [`BrokerGauges::observe`] does. Only one call may run at a time.
     pub(super) fn observe(&self) {
         self.gauges.observe();
     }
 
-    /// Transfers leaderships and ISR memberships. Gives up after the timeout.
+    /// Transfers leaderships and ISR memberships, as [`ControlledShutdown::transfer_leadership`] does. Gives up after
+    /// the timeout.
     pub(super) async fn transfer_leadership(&self, timeout: Duration) {
         self.shutdown.transfer_leadership(timeout).await;
     }

@@ -1,8 +1,9 @@
-//! Ids for idempotent producers: assigned from blocks that no other broker has, and checked when a batch names one.
+//! Ids for idempotent producers: assigned from blocks that no other broker has, and checked when a batch contains one.
 //!
-//! A broker reserves blocks in advance, so that a new producer gets its id while the metadata store is unavailable. The
-//! end of the newest block is in the data directory before an id of that block is assigned. At a start, the counter in
-//! the store is raised to that end.
+//! A broker reserves blocks in advance, so that a new producer also gets an id while the metadata store is unavailable.
+//! The end of each block is written to the data directory before an id of the block is assigned. The first reservation
+//! after a start raises the counter in the store to the written end, because the store may have been restored from an
+//! older state.
 
 use std::{
     collections::VecDeque,
@@ -23,19 +24,20 @@ use crate::{
     task::{self, clock},
 };
 
-/// Number of remaining ids below which another block is reserved.
+/// Number of unassigned ids below which another block is reserved.
 const REFILL_BELOW: i64 = 500;
 
 /// Pause before the metadata store is called again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Maximum time that a batch waits for the cluster's key, which another broker may have created just now.
+/// Maximum time that a batch waits until the metadata cache contains the cluster's key, which another broker may have
+/// created a moment ago.
 const STORE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Error of assigning a producer id.
 #[derive(Debug, thiserror::Error)]
 enum ProducerIdError {
-    /// The store did not respond, or its value is unusable.
+    /// The metadata store did not respond, or its value is unusable.
     #[error(transparent)]
     Store(#[from] MetaStoreError),
     /// The end of the block could not be written to the data directory.
@@ -56,13 +58,14 @@ impl From<ProducerIdError> for ApiError {
     }
 }
 
-/// Quota of new producers per connection: requested ids, and ids in batches that the cluster never assigned. Clones
-/// share the quota.
+/// Quota of one connection for new producers. Each request for an id counts, and each batch with an id that the cluster
+/// never assigned. Clones share the quota.
 #[derive(Clone, Debug, Default)]
 pub struct ProducerIdQuota(Arc<Mutex<Option<TokenBucket>>>);
 
 impl ProducerIdQuota {
-    /// Counts one new producer. Fails with `OVERLOADED` if the connection has used its quota.
+    /// Counts one request for an id, or one batch with an unassigned id. Fails with `OVERLOADED` if the connection has
+    /// used up its quota.
     fn take(&self, per_minute: u32) -> Result<(), ApiError> {
         let mut bucket = self.0.lock();
         let Some(remaining) = TokenBucket::take(*bucket, per_minute, clock::monotonic()) else {
@@ -79,21 +82,22 @@ impl ProducerIdQuota {
     }
 }
 
-/// Producer ids of one broker: the remaining ids of the reserved blocks.
+/// Producer ids of one broker: the reserved blocks, and the cluster's key.
 pub(in crate::broker) struct ProducerIds {
     topics: Topics,
     log: DataDir,
     metadata: MetadataCache,
     /// Maximum number of new producers per connection and minute.
     per_minute: u32,
-    /// The cluster's key, once it was read. The key never changes.
+    /// The cluster's key, from which the check values of all its ids are computed; empty until it was read. The key
+    /// never changes.
     key: OnceLock<ProducerIdKey>,
-    /// Unassigned ids of the reserved blocks.
+    /// Unassigned counters of the reserved blocks. A producer id is a counter with a check value.
     blocks: Mutex<VecDeque<Range<i64>>>,
-    /// Lock with which one of many callers reserves a block. Holds the end of the newest block, once the data directory
-    /// was read.
+    /// Locked while a caller reserves a block, so that only one caller does. Contains the end of the newest block;
+    /// `None` until the data directory was read.
     filling: tokio::sync::Mutex<Option<i64>>,
-    /// Notified when fewer than [`REFILL_BELOW`] ids remain.
+    /// Notified when fewer than [`REFILL_BELOW`] ids are unassigned.
     low: Notify,
 }
 
@@ -116,7 +120,7 @@ impl ProducerIds {
         }
     }
 
-    /// Returns an id that was never assigned before.
+    /// Assigns an id that was never assigned before. Reserves a block first if all ids are assigned.
     async fn next(&self) -> Result<i64, ProducerIdError> {
         let key = self.key().await?;
         loop {
@@ -127,7 +131,8 @@ impl ProducerIds {
         }
     }
 
-    /// Returns the cluster's key. Creates the key if no broker has.
+    /// Returns the cluster's key. The first call reads it from the metadata store, and creates it there if no broker
+    /// has.
     async fn key(&self) -> Result<&ProducerIdKey, MetaStoreError> {
         if let Some(key) = self.key.get() {
             return Ok(key);
@@ -136,7 +141,8 @@ impl ProducerIds {
         Ok(self.key.get_or_init(|| key))
     }
 
-    /// Takes the next id of the reserved blocks, without the cluster's key; `None` if all ids are assigned.
+    /// Takes the next counter of the reserved blocks; `None` if all are assigned. Requests a refill if fewer than
+    /// [`REFILL_BELOW`] remain.
     fn take_counter(&self) -> Option<i64> {
         let mut blocks = self.blocks.lock();
         let id = loop {
@@ -151,7 +157,7 @@ impl ProducerIds {
         Some(id)
     }
 
-    /// Reserves a block if fewer than `min_ids` ids remain.
+    /// Reserves a block if fewer than `min_ids` ids are unassigned, and writes its end to the data directory.
     async fn ensure_ids(&self, min_ids: i64) -> Result<(), ProducerIdError> {
         let mut stored_end = self.filling.lock().await;
         if remaining(&self.blocks.lock()) >= min_ids {
@@ -172,14 +178,16 @@ impl ProducerIds {
         Ok(())
     }
 
-    /// Assigns a producer id.
+    /// Assigns a producer id for a request. Fails if the connection has used up its quota, or if no id is reserved and
+    /// the metadata store does not respond.
     pub(in crate::broker) async fn assign(&self, quota: &ProducerIdQuota) -> Result<i64, ApiError> {
         quota.take(self.per_minute)?;
         Ok(self.next().await?)
     }
 
-    /// Rejects a batch whose producer id this cluster never assigned. No other broker is called. Until this broker has
-    /// read the cluster's key, no id can be verified, and such batches are rejected.
+    /// Fails if this cluster never assigned the producer id of a batch, and counts the batch against the quota then.
+    /// The check needs only the cluster's key. If this broker does not have the key yet, the check waits
+    /// [`STORE_TIMEOUT`] for it and then fails.
     pub(in crate::broker) async fn check(&self, id: i64, quota: &ProducerIdQuota) -> Result<(), ApiError> {
         let key = match self.key.get() {
             Some(key) => key,
@@ -193,7 +201,8 @@ impl ProducerIds {
         Err(ApiError::new(ErrorCode::UnknownProducer, message).with("producer", id))
     }
 
-    /// Returns the cluster's key from the metadata cache. Waits a moment for the key, and fails if there is none.
+    /// Returns the cluster's key from the metadata cache. Waits at most [`STORE_TIMEOUT`] for the key, and fails with
+    /// `METADATA_UNAVAILABLE` if there is none.
     async fn read_key(&self) -> Result<&ProducerIdKey, ApiError> {
         let read = self.metadata.wait_until(|state| state.producer_id_key().is_some());
         let _late = tokio::time::timeout(STORE_TIMEOUT, read).await;
@@ -206,7 +215,8 @@ impl ProducerIds {
         Ok(self.key.get_or_init(|| key))
     }
 
-    /// Keeps the cluster's key and a block available.
+    /// Reads the cluster's key, and reserves a block whenever fewer than [`REFILL_BELOW`] ids are unassigned. Never
+    /// returns.
     pub(super) async fn keep_filled(&self) {
         loop {
             let filled = match self.key().await {
@@ -224,7 +234,7 @@ impl ProducerIds {
     }
 }
 
-/// Returns the number of unassigned ids.
+/// Returns the number of counters in the blocks.
 fn remaining(blocks: &VecDeque<Range<i64>>) -> i64 {
     blocks.iter().map(|block| block.end - block.start).sum()
 }
@@ -247,7 +257,7 @@ mod tests {
         DataDir::open(Arc::new(disk.clone()), Path::new("/data"), &identity, options).unwrap()
     }
 
-    /// Assigns more ids than one block has.
+    /// Assigns 1500 ids, more than one block has.
     async fn assign_many(ids: &ProducerIds) -> BTreeSet<i64> {
         let mut assigned = BTreeSet::new();
         for _ in 0..1500 {
@@ -275,7 +285,7 @@ mod tests {
         let after = assign_many(&ids(&log)).await;
         assert!(before.is_disjoint(&after));
 
-        // No id is assigned from a block whose end is not in the directory.
+        // No id is assigned from a block whose end could not be written to the data directory.
         disk.fail_writes_after(Some(0));
         assert!(matches!(ids(&log).next().await, Err(ProducerIdError::Directory(_))));
         tasks.stop().await;
