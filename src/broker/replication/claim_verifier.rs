@@ -1,8 +1,8 @@
 //! Verifies claims of other brokers about registrations and leader epochs in the metadata store, at a bounded rate.
 //!
-//! Brokers do not authenticate. A claim is therefore only a reason for a look-up: this broker changes its state only if
-//! the store confirms the claim. If the rate is exceeded or the store does not respond, the claim is ignored, and the
-//! metadata cache shows the stored value a moment later.
+//! Brokers do not authenticate. A claim is therefore only a reason for a look-up: this broker acts on the claim only if
+//! the store confirms it. If the rate is exceeded or the store does not respond, the claim is not confirmed. A true
+//! claim becomes visible in the metadata cache later.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,10 +16,10 @@ use crate::{
     task::clock,
 };
 
-/// Maximum number of look-ups of one kind per minute.
+/// Maximum number of look-ups per minute, for registrations and for partitions each.
 const MAX_LOOKUPS_PER_MINUTE: u32 = 600;
 
-/// Timeout of a look-up. The claiming broker waits no longer for a response.
+/// Timeout of a look-up, which delays the response to the broker that made the claim.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Verifier of other brokers' claims.
@@ -51,10 +51,11 @@ impl ClaimVerifier {
         Self { store, keys, registrations: Rate::default(), partitions: Rate::default() }
     }
 
-    /// Returns the broker epoch under which a broker is registered; `None` if the broker is not registered.
+    /// Reads the broker epoch with which a broker is registered from the metadata store; `None` if the broker is not
+    /// registered.
     ///
     /// # Errors
-    /// The epoch cannot be looked up now.
+    /// `NOT_READY`: the rate is exceeded, or the store could not be read in time.
     pub(super) async fn broker_epoch(&self, broker: BrokerId) -> Result<Option<Revision>, ApiError> {
         if !self.registrations.try_take() {
             let message =
@@ -73,7 +74,8 @@ impl ClaimVerifier {
         }
     }
 
-    /// Returns the leader epoch of a partition; `None` if the epoch cannot be looked up now, or has no readable value.
+    /// Reads the leader epoch of a partition from the metadata store. Returns `None` if the rate is exceeded, if the
+    /// store does not respond, or if the partition has no readable value.
     pub(super) async fn leader_epoch(&self, id: PartitionId) -> Option<LeaderEpoch> {
         if !self.partitions.try_take() {
             return None;

@@ -1,21 +1,24 @@
-//! Sends ISR proposals of partitions to the metadata store, and the outcomes back.
+//! Sends the ISR proposals of led partitions to the metadata store, and the outcomes back to the partitions. Also reads
+//! keys back and resigns leaderships.
 //!
 //! # Overview
 //!
-//! A leader continues while its proposal is open, and has at most one open request. The queue is therefore bounded by
-//! the number of partitions. Requests that queue up meanwhile are sent together, in as few transactions as possible: a
-//! failed follower is a member of hundreds of partitions at once. No other component batches these requests.
+//! A leader does not wait for the outcome of its proposal, and has at most one open proposal. The queue is therefore
+//! bounded by the number of partitions. Proposals that are queued during a transaction are sent together afterwards, in
+//! as few transactions as possible: a failed follower is in the ISR of hundreds of partitions at once. No other
+//! component batches the proposals.
 //!
 //! # Invariants
 //!
-//! - No proposal is sent twice. A proposal that may or may not be applied has the outcome unknown. The leader then
-//!   requests a read-back of the key, which is retried until the store responds.
-//! - A leader whose disk failed resigns in the metadata store, if the ISR has another member. The resignation is
-//!   retried until it is committed or another epoch has begun.
+//! - No proposal is sent twice. If it is uncertain whether a proposal was applied, its outcome is `Unknown`. The leader
+//!   then requests a read-back of the key, which is retried until the store responds.
+//! - A broker that cannot write a partition resigns its leadership in the metadata store, if the ISR has another
+//!   member. The resignation is retried until it is committed, or until the broker no longer leads in that epoch.
 //!
 //! # Shutdown
 //!
-//! The tasks end at once. The next leader finds the result of requests in flight in the metadata store.
+//! The tasks end at once, without waiting for requests in flight. The next leader reads their result from the metadata
+//! store.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -37,13 +40,13 @@ use crate::{
     task::{Backoff, Tasks},
 };
 
-/// First pause after the store did not respond.
+/// First pause before operations that failed are retried.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 
-/// Longest such pause.
+/// Longest pause before operations that failed are retried.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
 
-/// Maximum number of keys that are read concurrently.
+/// Maximum number of queued operations that run concurrently, one for each partition.
 const MAX_CONCURRENT_OPS: usize = 16;
 
 /// Queue with at most one entry per partition.
@@ -63,7 +66,7 @@ impl<T: Default> CoalescingQueue<T> {
         self.added.notify_one();
     }
 
-    /// Takes all entries, once there are any. Only one task calls this function.
+    /// Waits until there is an entry, and removes and returns all entries. Only one task may call this function.
     async fn take(&self) -> BTreeMap<PartitionId, T> {
         loop {
             let taken = std::mem::take(&mut *self.waiting.lock());
@@ -75,16 +78,16 @@ impl<T: Default> CoalescingQueue<T> {
     }
 }
 
-/// Store operations of one partition, other than its proposals.
+/// Operations of one partition on the metadata store, besides its proposals.
 #[derive(Clone, Copy, Debug, Default)]
 struct PendingStoreOp {
     /// True if the leader requested a read-back of the key.
     read_back: bool,
-    /// Leader epoch to resign from.
+    /// Leader epoch whose leadership this broker must resign; `None` without a resignation.
     resign: Option<LeaderEpoch>,
 }
 
-/// Requests of one broker's partitions to the metadata store.
+/// Queues of the proposals and other store operations of this broker's partitions.
 pub(super) struct IsrUpdateManager {
     me: BrokerId,
     keys: Keys,
@@ -125,7 +128,7 @@ impl IsrUpdateManager {
         })
     }
 
-    /// Starts the tasks: one for proposals, and one for all other operations, so proposals do not wait for read-backs.
+    /// Starts one task for proposals and one for all other operations, so that proposals do not wait for read-backs.
     pub(super) fn spawn(self: &Arc<Self>, tasks: &Tasks) {
         let (isr_updates, stop) = (Arc::clone(self), tasks.clone());
         tasks.spawn("isr-updates", async move {
@@ -137,7 +140,7 @@ impl IsrUpdateManager {
         });
     }
 
-    /// Sends the queued proposals, and the outcomes back to their partitions.
+    /// Sends the queued proposals to the metadata store, and the outcomes back to their partitions. Never returns.
     async fn propose_all(&self) {
         loop {
             let proposals = self.proposals.take().await;
@@ -149,7 +152,8 @@ impl IsrUpdateManager {
         }
     }
 
-    /// Returns the update for a proposal. The update requires unchanged registrations of the added members.
+    /// Returns the update for a proposal. The update is applied only if each added member is still registered with the
+    /// broker epoch in the proposal.
     fn update(&self, id: PartitionId, proposal: IsrProposal) -> PartitionUpdate {
         let IsrProposal { expect, value, added } = proposal;
         let registered = |peer: PeerId| Compare::CreateRevision(self.keys.broker(peer.broker), peer.epoch);
@@ -158,7 +162,7 @@ impl IsrUpdateManager {
         PartitionUpdate { id, expected_revision: expect, value, guards }
     }
 
-    /// Sends the outcome of a proposal to its partition.
+    /// Sends the outcome of a proposal or read-back to the partition.
     async fn send_outcome(&self, id: PartitionId, outcome: ProposalOutcome) {
         // The outcome for a partition that is no longer open is dropped.
         if let Some(partition) = self.partitions.by_id(id) {
@@ -166,7 +170,7 @@ impl IsrUpdateManager {
         }
     }
 
-    /// Runs the queued operations. Unfinished operations return to the queue after a pause.
+    /// Runs the queued operations. Operations that must be retried return to the queue after a pause. Never returns.
     async fn run_store_ops(&self) {
         let mut backoff = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
         loop {
@@ -190,7 +194,8 @@ impl IsrUpdateManager {
         }
     }
 
-    /// Reads the key and runs the requested operations. Returns the operations that must be retried.
+    /// Reads the key of the partition, and runs the requested operations on its value. Returns the operations that must
+    /// be retried.
     async fn run_store_op(&self, id: PartitionId, op: PendingStoreOp) -> PendingStoreOp {
         let stored = match self.updater.read_back(id).await {
             Ok(stored) => stored,
@@ -210,8 +215,9 @@ impl IsrUpdateManager {
         PendingStoreOp { read_back: false, resign: (!resigned).then_some(epoch) }
     }
 
-    /// Resigns from the leadership of this epoch, given the stored value. Returns false if that must be retried.
-    /// Returns true without a resignation if this broker does not lead in the epoch, or no other replica is in sync.
+    /// Resigns from the leadership of this epoch, given the stored value and its revision. Returns false if the
+    /// resignation must be retried. Returns true without a resignation if this broker does not lead in the epoch, if no
+    /// other replica is in sync, or if the topic is not hosted.
     async fn resign_from(
         &self,
         id: PartitionId,
@@ -225,7 +231,7 @@ impl IsrUpdateManager {
             // The only in-sync replica would be elected again. As the leader, it still serves its records.
             return true;
         }
-        // The topic is no longer hosted.
+        // The topic is not hosted, so its configuration is unavailable.
         let Some(config) = self.partitions.config(id) else { return true };
         let value = value.resign(self.me, config.min_insync_replicas);
         let update = PartitionUpdate { id, expected_revision: revision, value, guards: Vec::new() };
@@ -243,15 +249,16 @@ impl IsrUpdateManager {
     }
 }
 
-/// Translates the result of the store to the outcome for the proposing leader.
+/// Converts the result of an update to the outcome for the leader that proposed it.
 fn outcome(id: PartitionId, result: UpdateOutcome) -> ProposalOutcome {
     match result {
         UpdateOutcome::Done(revision) => ProposalOutcome::Committed(revision),
         UpdateOutcome::Conflict(Some((value, revision))) => ProposalOutcome::CurrentValue(value, revision),
-        // There is no readable value, so the leader must not continue as if the old value were stored.
+        // The stored value is missing or unreadable, so the leader must not continue as if the old value were stored.
         UpdateOutcome::Conflict(None) => ProposalOutcome::Deleted,
         UpdateOutcome::GuardFailed => unreachable!("the update has no guard for all changes"),
-        // The change was not applied, or may have been applied: a read-back shows the stored value.
+        // The change may or may not have been applied. After `Unknown`, the leader requests a read-back, which shows
+        // the stored value.
         UpdateOutcome::Unknown(error) | UpdateOutcome::Failed(error) => {
             tracing::debug!(partition = %id, %error, "the outcome of an ISR proposal is unknown: reading the key back");
             ProposalOutcome::Unknown
@@ -300,7 +307,7 @@ mod tests {
             PartitionValue::decode(&key, &entry.value).expect("the value is valid")
         }
 
-        /// Resigns from an epoch. Returns true if nothing is left to do.
+        /// Runs one attempt to resign from an epoch. Returns true if no retry is needed.
         async fn resign(&self, epoch: u32) -> bool {
             let op = PendingStoreOp { read_back: false, resign: Some(LeaderEpoch(epoch)) };
             self.isr_updates.run_store_op(self.id, op).await.resign.is_none()
@@ -333,8 +340,8 @@ mod tests {
         assert_eq!((after.leader, after.leader_epoch, after.isr), (None, LeaderEpoch(4), vec![BrokerId(2)]));
     }
 
-    /// A broker that was removed from the sets after its acknowledgement, and registered again, may lack the
-    /// acknowledged records.
+    /// A broker that registered again after its acknowledgement may lack the acknowledged records. So the proposal to
+    /// admit its earlier registration must fail.
     #[tokio::test]
     async fn isr_admission_requires_unchanged_broker_epoch() {
         let bench = Bench::new();

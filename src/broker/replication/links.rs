@@ -1,8 +1,8 @@
-//! Outbound links: one for each broker that leads a partition which this broker follows.
+//! Outbound links: one to each broker that leads a partition with a follower on this broker.
 //!
-//! Partitions name their leaders ([`ReplicationLinks`]). A link is opened when the first partition names its broker,
-//! and reopened whenever it breaks: at once, then after pauses that grow to a second. A link ends when a new broker
-//! epoch of either side begins. The end of a link is reported to the peer table.
+//! Partitions name the leaders that they follow ([`ReplicationLinks`]). The link to a broker is opened when the first
+//! partition names the broker as its leader. A broken link is reopened: at once, then after pauses that grow to a
+//! second. A link ends when a new broker epoch of either side begins. A lost link is reported to the peer table.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -28,10 +28,10 @@ use crate::{
 /// Version of the protocol between brokers.
 pub(super) const PROTOCOL_VERSION: u32 = 1;
 
-/// Timeout for a connection, and for the peer's Welcome.
+/// Timeout for opening a connection, and separately for the peer's Welcome.
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// First pause before a link is reopened.
+/// First pause before a link is reopened, after it was reopened once without a pause.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(20);
 
 /// Longest pause before a link is reopened.
@@ -42,16 +42,16 @@ pub(super) struct LinkManager {
     peer_table: Arc<PeerTable>,
     peers: PeerClient,
     state: Mutex<LinkTable>,
-    /// Bytes of received batches, by leader.
+    /// Bytes of received batches, by the leader's broker.
     received: PeerCounters,
     tasks: Tasks,
 }
 
 #[derive(Default)]
 struct LinkTable {
-    /// Leader that each partition follows.
+    /// Leader that each local follower follows.
     leaders: BTreeMap<PartitionId, BrokerId>,
-    /// Requests of partitions to each leader's broker.
+    /// Link to each leader's broker, as the requests of its partitions. Links are never removed.
     links: BTreeMap<BrokerId, Arc<LinkRequests>>,
 }
 
@@ -77,7 +77,7 @@ enum LinkFailure {
 }
 
 impl LinkManager {
-    /// Creates links that run as tasks of `tasks`. Received bytes are counted in `received`.
+    /// Creates a manager without links. Links will run as tasks of `tasks`. Received bytes are counted in `received`.
     pub(super) fn new(
         peer_table: Arc<PeerTable>,
         peers: PeerClient,
@@ -87,7 +87,7 @@ impl LinkManager {
         Arc::new(Self { peer_table, peers, state: Mutex::default(), received, tasks })
     }
 
-    /// Returns the link on which a partition follows.
+    /// Returns the link on which a partition follows; `None` if the partition does not follow.
     fn link(&self, partition: PartitionId) -> Option<Arc<LinkRequests>> {
         let state = self.state.lock();
         state.links.get(state.leaders.get(&partition)?).cloned()
@@ -98,8 +98,8 @@ impl LinkManager {
         self.peer_table.partition(partition).map_or(LeaderEpoch::default(), |partition| partition.epoch())
     }
 
-    /// Starts a task for the link to `leader`. The task owns the requests of the partitions, and may outlive the
-    /// returned handle.
+    /// Starts a task that opens and reopens the link to `leader` until the broker stops. Returns the requests that the
+    /// partitions and this task share.
     fn open(&self, leader: BrokerId) -> Arc<LinkRequests> {
         let requests = Arc::new(LinkRequests::default());
         let link = OutboundLink {
@@ -153,7 +153,7 @@ impl ReplicationLinks for LinkManager {
     }
 }
 
-/// Link to one broker.
+/// Link to one broker, and the task that runs it.
 struct OutboundLink {
     leader: BrokerId,
     requests: Arc<LinkRequests>,
@@ -164,7 +164,7 @@ struct OutboundLink {
     tasks: Tasks,
 }
 
-/// Log throttles for the links to one registration of a broker, because links may break and reopen without a pause.
+/// Log throttles for the links to one registration of a broker, because links may break and reopen many times a second.
 #[derive(Default)]
 struct LinkLog {
     epoch: Revision,
@@ -173,9 +173,10 @@ struct LinkLog {
 }
 
 impl OutboundLink {
-    /// Opens the link whenever a partition follows on it, until the broker stops.
+    /// Opens the link while a partition follows on it, runs it to its end, and reopens it. Returns when the broker
+    /// stops.
     async fn run(self) {
-        // Last pause; `None` if the next link is opened at once.
+        // Last pause; `None` if the next link must be opened without a pause.
         let mut pause: Option<Duration> = None;
         loop {
             let ready = async {
@@ -192,7 +193,7 @@ impl OutboundLink {
                 return;
             }
             self.report_link_end(&peer.address, peer_epoch, &failure);
-            // A link that was up for some time is reopened at once.
+            // A link that lasted for some time, or that this broker stopped, is reopened at once.
             if matches!(failure, LinkFailure::Stopped) || began.elapsed() > CONNECT_TIMEOUT + MAX_RETRY_DELAY {
                 pause = None;
             }
@@ -204,8 +205,8 @@ impl OutboundLink {
         }
     }
 
-    /// Logs how a link ended. Reports a lost link to the peer table; other failures prove nothing about the peer's
-    /// process.
+    /// Logs how a link ended, or why it was not opened. Reports a lost link to the peer table. Other failures prove
+    /// nothing about the peer's process, and are not reported.
     fn report_link_end(&self, address: &str, epoch: Revision, failure: &LinkFailure) {
         let reason = match failure {
             LinkFailure::Call(PeerError::Lost { reason, .. }) => Some(*reason),
@@ -214,7 +215,7 @@ impl OutboundLink {
             _ => None,
         };
         let leader = self.leader;
-        // Number of links since the last log line; `None` if no log line is due.
+        // Number of ended links since the last log line; `None` if the log throttle permits no line.
         let links = match failure {
             LinkFailure::Stopped => Some(1),
             _ => self.count_event(epoch, |log| &mut log.ended),
@@ -254,7 +255,8 @@ impl OutboundLink {
         }
     }
 
-    /// Counts a link event. Returns the number of events since the last log line if one is due.
+    /// Counts an opened or ended link, in the log throttle that `throttle` selects. Returns the number since the last
+    /// log line if the caller must log a line. A new broker epoch of the peer starts with new throttles.
     fn count_event(&self, epoch: Revision, throttle: impl FnOnce(&mut LinkLog) -> &mut LogThrottle) -> Option<u64> {
         let mut log = self.log.lock();
         if log.epoch != epoch {
@@ -287,7 +289,7 @@ impl OutboundLink {
         let following = replication::run_receiver(&self.requests, &find, receiver, sender, &self.received, &link);
         let ended = tokio::select! {
             biased;
-            // Never completes: the receiver ends after this future has cancelled the link.
+            // Never completes: this future cancels the link after a change, and `run_receiver` then returns.
             () = async {
                 self.peer_table.cancel_at_change(own_epoch, self.leader, *peer_epoch, &link).await;
                 std::future::pending().await
@@ -302,8 +304,8 @@ impl OutboundLink {
         }
     }
 
-    /// Opens the stream and waits for the peer's Welcome. Returns the stream and the peer's broker epoch, which is
-    /// verified.
+    /// Opens the stream and waits for the peer's Welcome. Verifies the broker id and the broker epoch in the Welcome.
+    /// Returns the stream and this broker epoch.
     async fn open_stream(
         &self,
         own_epoch: Revision,

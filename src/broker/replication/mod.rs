@@ -1,6 +1,6 @@
 //! Replication between this broker and its peers: links in both directions, failure detection, and ISR updates.
 //!
-//! [`ReplicationManager`] composes the parts. Nothing here opens, closes or assigns a partition.
+//! [`ReplicationManager`] composes the parts. They open, close or assign no partition; the reconciler does.
 
 mod claim_verifier;
 mod failure_detector;
@@ -43,15 +43,16 @@ pub(super) struct ReplicationManager {
     links: Arc<LinkManager>,
     server: Arc<PeerServer>,
     isr_updates: Arc<IsrUpdateManager>,
-    /// Registrations without a peer address, each of which was logged.
+    /// Registrations without a peer address, which were already logged.
     unreachable: Mutex<BTreeMap<BrokerId, Revision>>,
-    /// Tasks of links and probes. These tasks end after the partitions, which unsubscribe over the links.
+    /// Tasks of links and of the failure detector. These tasks end after the partitions, which unsubscribe over the
+    /// links.
     tasks: Tasks,
 }
 
 impl ReplicationManager {
-    /// Creates the links and the failure detector of a broker that is being opened. Before its registration, the broker
-    /// only identifies itself to peers.
+    /// Creates the parts of a broker that is being opened. Until [`Self::begin_serving`], the broker only identifies
+    /// itself to peers.
     pub(super) fn new(
         ctx: &NodeContext,
         connect: Arc<dyn Connector>,
@@ -102,7 +103,7 @@ impl ReplicationManager {
         peer_server::service(&self.server)
     }
 
-    /// Updates the peers from the registrations. Logs each registration without a peer address once.
+    /// Updates the peer table from the registrations. Logs each registration without a peer address once.
     pub(super) fn update_peers(&self, state: &MetadataSnapshot) {
         let peers = state
             .brokers()
@@ -122,7 +123,7 @@ impl ReplicationManager {
         *logged = unreachable;
     }
 
-    /// Starts to track this broker's own registration, and to send ISR updates, as tasks of `tasks`.
+    /// Starts two activities as tasks of `tasks`: tracking this broker's own broker epoch, and sending ISR updates.
     pub(super) fn activate(&self, session: &Session, tasks: &Tasks) {
         let (mut status, peer_table, stop) = (session.state(), Arc::clone(&self.peer_table), tasks.clone());
         peer_table.set_own_epoch(session.epoch());
@@ -138,12 +139,12 @@ impl ReplicationManager {
         self.isr_updates.spawn(tasks);
     }
 
-    /// Serves all requests of peers from now on. Before this call, the broker only identifies itself.
+    /// From this call on, all requests of peers are served. Before this call, the broker only identifies itself.
     pub(super) fn begin_serving(&self) {
         self.server.begin();
     }
 
-    /// Ends all links.
+    /// Ends all links and probes.
     pub(super) async fn stop(&self) {
         self.tasks.stop().await;
     }

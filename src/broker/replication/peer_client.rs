@@ -1,7 +1,7 @@
-//! Calls between brokers: the replication stream, and requests from one broker to another.
+//! Client side of calls between brokers: the replication stream, and unary requests.
 //!
-//! Each call names its address and its time limit. Nothing is retried here; the caller decides what a missing response
-//! means.
+//! Each call has its address and timeout as arguments. No call is retried here; the caller decides what a missing
+//! response means.
 
 use std::{error::Error, sync::Arc, time::Duration};
 
@@ -18,20 +18,23 @@ use crate::{
     },
 };
 
-/// Messages of a replication stream that wait for the connection. Data in flight on a link is bounded by its windows; a
-/// longer queue would only delay acknowledgements.
+/// Maximum number of messages to the leader's broker that wait for the connection of a replication stream. A longer
+/// queue would only delay acknowledgements.
 const QUEUE_LEN: usize = 1;
 
-/// Reason for the end of a connection or of a call on it. Conclusions about the peer's process depend on it.
+/// Reason why a connection to a peer failed or ended. The failure detector derives from it whether the peer's process
+/// may be gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum DisconnectReason {
-    /// The host refused the connection: no process listens at the address.
+    /// The host refused the connection: no process listens at the address. Also used for a call that was never sent on
+    /// a connection.
     Refused,
     /// The connection broke.
     Reset,
     /// The peer ended the stream normally.
     Closed,
-    /// No data arrived for too long: the process, host or network may be down, slow or partitioned.
+    /// No response or data arrived in time, or a connection failed for another reason than a refusal. The process, host
+    /// or network may be down, slow or partitioned.
     TimedOut,
 }
 
@@ -46,12 +49,12 @@ pub(super) enum PeerError {
     Lost {
         /// Address of the broker.
         address: String,
-        /// Reason for the end of the connection.
+        /// Reason why the connection failed or ended.
         reason: DisconnectReason,
         /// Error text of the connection.
         problem: String,
     },
-    /// Error returned by the broker.
+    /// Error that the broker returned as its response.
     #[error("{0}")]
     Refused(ApiError),
 }
@@ -63,7 +66,7 @@ pub(in crate::broker) struct PeerClient {
     connect_timeout: Duration,
 }
 
-/// Open replication stream of the follower's broker.
+/// Open replication stream, as the follower's broker uses it.
 #[derive(Debug)]
 pub(super) struct ReplicationStream {
     /// Messages to the leader's broker.
@@ -73,7 +76,7 @@ pub(super) struct ReplicationStream {
 }
 
 impl PeerClient {
-    /// Creates a client over these connections. An attempt to connect fails after `connect_timeout`.
+    /// Creates a client that opens connections with `connect`. An attempt to connect fails after `connect_timeout`.
     pub(super) fn new(connect: Arc<dyn Connector>, connect_timeout: Duration) -> Self {
         Self { pool: Arc::new(ConnectionPool::new(connect, connect_timeout)), connect_timeout }
     }
@@ -82,7 +85,8 @@ impl PeerClient {
     /// response to `hello`.
     ///
     /// # Errors
-    /// The connection cannot be made, or the response does not start within the connect timeout.
+    /// The address is invalid, the connection cannot be made, the broker rejects the call, or its response does not
+    /// start within the connect timeout.
     pub(super) async fn replicate(&self, address: &str, hello: v1::Hello) -> Result<ReplicationStream, PeerError> {
         let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
         let channel =
@@ -100,7 +104,7 @@ impl PeerClient {
     /// Requests the identity of the broker at an address, on a separate connection: a probe.
     ///
     /// # Errors
-    /// No broker responds within `timeout`, or the process at the address is no broker.
+    /// The address is invalid, no broker responds within `timeout`, or the process at the address is no broker.
     pub(super) async fn get_identity(
         &self,
         address: &str,
@@ -111,10 +115,11 @@ impl PeerClient {
         call_with_timeout(&address, timeout, client(channel).get_identity(v1::GetIdentityRequest {})).await
     }
 
-    /// Reports to the controller that a process has exited.
+    /// Sends a failure report to the controller at an address.
     ///
     /// # Errors
-    /// No response arrives within `timeout`; the controller may have acted.
+    /// No response arrives within `timeout`, or the controller rejects the report. After a timeout, the controller may
+    /// still have deleted the registration.
     pub(super) async fn report_failure(
         &self,
         address: &str,
@@ -152,7 +157,8 @@ impl PeerClient {
         call_with_timeout(&address, timeout, client(channel).get_broker_stats(v1::GetBrokerStatsRequest {})).await
     }
 
-    /// Returns the connection that all requests to one address share; connects within `timeout` if there is none.
+    /// Returns the parsed address, and the connection that all unary requests to it share. Connects within `timeout` if
+    /// there is no connection.
     async fn shared_channel(
         &self,
         address: &str,
@@ -170,7 +176,7 @@ fn client(channel: BrokerChannel) -> peer_client::PeerClient<BrokerChannel> {
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES)
 }
 
-/// Waits for a connection to `address`.
+/// Waits for a connection to `address`, at most `timeout`.
 async fn connect_with_timeout(
     address: &BrokerAddress,
     timeout: Duration,
@@ -182,7 +188,7 @@ async fn connect_with_timeout(
     }
 }
 
-/// Waits for the response to a call to `address`.
+/// Waits for the response to a call to `address`, at most `timeout`.
 async fn call_with_timeout<T>(
     address: &BrokerAddress,
     timeout: Duration,
@@ -204,13 +210,15 @@ fn timeout_error(address: &BrokerAddress, timeout: Duration) -> PeerError {
     }
 }
 
-/// Converts the error of a failed attempt to connect to `address`.
+/// Converts the error of an attempt to connect to `address`. Every failure but a refused connection counts as a
+/// timeout, which proves nothing about the process.
 fn connection_error(address: &BrokerAddress, error: &ConnectError) -> PeerError {
     let reason = if error.is_refused() { DisconnectReason::Refused } else { DisconnectReason::TimedOut };
     PeerError::Lost { address: address.as_str().to_owned(), reason, problem: error.problem() }
 }
 
-/// Converts the status that ended a call to `address`, or a stream, into an error.
+/// Converts the status that ended a call to `address`, or a stream, into an error: the error of the broker, or a lost
+/// connection.
 pub(super) fn error_from_status(address: &str, status: &Status) -> PeerError {
     if is_broker_status(status) {
         return PeerError::Refused(ApiError::from(status));
@@ -222,8 +230,8 @@ pub(super) fn error_from_status(address: &str, status: &Status) -> PeerError {
     PeerError::Lost { address: address.to_owned(), reason, problem }
 }
 
-/// Returns the reason for a broken connection. A peer that does not respond to pings is
-/// [`DisconnectReason::TimedOut`]. Every other break was signalled by the peer's host or by an intermediary.
+/// Returns the reason for a broken connection: [`DisconnectReason::TimedOut`] for a timeout, such as an unanswered
+/// keepalive ping, else [`DisconnectReason::Reset`]. A reset was sent by the peer's host or by an intermediary.
 fn disconnect_reason(status: &Status) -> DisconnectReason {
     let mut source = status.source();
     while let Some(error) = source {
@@ -271,7 +279,7 @@ mod tests {
             drop((listener, stream));
         });
         let error = result.unwrap_err();
-        // The transport may have repeated a request that was not sent.
+        // The transport may repeat a request that was not sent on a new connection, which is then refused.
         assert!(
             matches!(&error, PeerError::Lost { reason: DisconnectReason::Reset | DisconnectReason::Refused, .. }),
             "{error:?}"

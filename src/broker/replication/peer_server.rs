@@ -1,9 +1,9 @@
 //! The `Peer` service, which other brokers call.
 //!
-//! At most one inbound replication stream per broker is open. A link with a newer broker epoch ends the previous link.
-//! A link with the same epoch does so only if the previous link does not respond to a ping: brokers do not
-//! authenticate. The new link starts after every partition has processed the end of the previous one. So a late message
-//! of the old link cannot end a subscription on the new one.
+//! At most one inbound link of each follower's broker is open. A link with a newer broker epoch ends the previous link.
+//! Brokers do not authenticate, so a link with the same broker epoch ends the previous link only if that link does not
+//! respond to a ping. The new link starts after every partition has processed the end of the previous link. So a late
+//! message of the old link cannot end a subscription on the new one.
 
 use std::{
     collections::BTreeMap,
@@ -47,18 +47,19 @@ use crate::{
 /// Timeout for the Hello of a new stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Maximum time until the connection takes the error with which a stream ends.
+/// Maximum time for passing the final error of a stream to its connection.
 const LAST_RESPONSE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Timeout of a ping on the existing link, sent when another link with the same broker epoch arrives.
+/// Timeout of a ping on the existing link. The ping is sent when another link with the same broker epoch arrives.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Maximum number of messages that wait for the connection. The link's sender does the batching.
+/// Maximum number of messages of a link that wait for the connection. The link's sender collects data in each message,
+/// so a longer queue is of no use.
 const QUEUE_LEN: usize = 1;
 
 type ReplicateStream = Pin<Box<dyn Stream<Item = Result<v1::ReplicateResponse, Status>> + Send>>;
 
-/// Inbound link of one broker.
+/// Inbound link of one follower's broker.
 struct InboundLink {
     /// Broker epoch of the follower's broker.
     epoch: Revision,
@@ -73,7 +74,8 @@ struct InboundLink {
 /// Callbacks that serve requests of peers.
 pub(super) struct PeerCallbacks {
     pub(super) stats: BrokerStatsSource,
-    /// Verifies a report. Returns true if the registration was deleted, and an error if the report must be repeated.
+    /// Verifies a failure report. Returns true if the reported registration was deleted, and an error if the reporter
+    /// must send the report again.
     pub(super) report: Box<dyn Fn(FailureReport) -> BoxFuture<'static, Result<bool, ApiError>> + Send + Sync>,
 }
 
@@ -85,18 +87,18 @@ pub(super) struct PeerServer {
     catch_up: Arc<CatchUpThrottle>,
     /// False while this broker serves only `GetIdentity`.
     is_started: AtomicBool,
-    /// Bytes of sent batches, by follower.
+    /// Bytes of sent batches, by the follower's broker.
     sent: PeerCounters,
-    /// Inbound link of each following broker.
+    /// Inbound link of each follower's broker.
     links: Mutex<BTreeMap<BrokerId, InboundLink>>,
-    /// Log throttle for the links of each broker's registration.
+    /// Broker epoch of each follower's broker, and the log throttle for the links of that registration.
     link_logs: Mutex<BTreeMap<BrokerId, (Revision, LogThrottle)>>,
     tasks: Tasks,
 }
 
 impl PeerServer {
-    /// Creates the server of the process with this incarnation. Replicas that catch up share the rate limit, if there
-    /// is one. Sent bytes are counted in `sent`. Links run as tasks of `tasks`.
+    /// Creates the server of the process with this incarnation. `catchup_bytes_per_second` limits the bytes that are
+    /// sent to all catching-up replicas together. Sent bytes are counted in `sent`. Links run as tasks of `tasks`.
     pub(super) fn new(
         peers: Arc<PeerTable>,
         incarnation: String,
@@ -119,13 +121,13 @@ impl PeerServer {
         })
     }
 
-    /// Serves all requests from now on. Before this call, the broker only identifies itself, so that peers can see that
-    /// its earlier process is gone.
+    /// From this call on, all requests are served. Before this call, only `GetIdentity` is served, from which peers can
+    /// conclude that the broker's earlier process is gone.
     pub(super) fn begin(&self) {
         self.is_started.store(true, Ordering::Release);
     }
 
-    /// Returns the server if it serves all requests, else an error.
+    /// Returns the server once it serves all requests, and `NOT_READY` before.
     fn started(&self) -> Result<&Self, ApiError> {
         let is_started = self.is_started.load(Ordering::Acquire);
         is_started.then_some(self).ok_or_else(|| ApiError::new(ErrorCode::NotReady, "this broker is starting: retry"))
@@ -166,14 +168,15 @@ impl PeerServer {
         let server = Arc::clone(self);
         self.tasks.spawn("replicate", async move {
             if let Err(error) = server.serve(incoming, &outgoing).await {
-                // The stream ends with the error. A peer that is gone does not receive the error.
+                // The stream ends with this error. A timeout or a closed channel means that the peer is gone.
                 let _gone = tokio::time::timeout(LAST_RESPONSE_TIMEOUT, outgoing.send(Err(error.into()))).await;
             }
         });
         Box::pin(ReceiverStream::new(messages))
     }
 
-    /// Verifies the Hello of a stream, replaces the previous link of its broker, and runs the link to its end.
+    /// Verifies the Hello of a stream, replaces the previous link of the follower's broker, and runs the link until it
+    /// ends.
     async fn serve(
         &self,
         mut incoming: Streaming<v1::ReplicateRequest>,
@@ -200,7 +203,7 @@ impl PeerServer {
         self.replace_link(peer, inbound).await?;
         let result = self.run_link(peer, own_epoch, probe, incoming, outgoing, &link).await;
         drop(end_sender);
-        // A newer link of the broker stays.
+        // Removes only this link: a newer link of the broker, whose `ended` channel is open, stays.
         let mut links = self.links.lock();
         if links.get(&peer.broker).is_some_and(|link| link.ended.has_changed().is_err()) {
             links.remove(&peer.broker);
@@ -208,7 +211,8 @@ impl PeerServer {
         result
     }
 
-    /// Verifies a Hello. Returns the follower's broker and this broker's own broker epoch.
+    /// Verifies a Hello. Returns the follower's broker with its confirmed broker epoch, and this broker's own broker
+    /// epoch.
     async fn admit(&self, hello: &v1::Hello) -> Result<(PeerId, Revision), ApiError> {
         let (me, broker) = (self.peers.me(), BrokerId(hello.broker_id));
         if hello.version != PROTOCOL_VERSION {
@@ -245,10 +249,10 @@ impl PeerServer {
         )))
     }
 
-    /// Replaces the broker's previous link, and waits until that link has ended. Fails if the previous link has a later
-    /// broker epoch, or has the same one and responds to a ping.
+    /// Stores `link` as the link of the broker of `peer`, and waits until its previous link has ended. Fails if the
+    /// previous link has a later broker epoch, or has the same one and responds to a ping.
     async fn replace_link(&self, peer: PeerId, link: InboundLink) -> Result<(), ApiError> {
-        // Probe of the last existing link that ended or did not respond.
+        // Probe of the last link in `links` that ended, or did not respond in time.
         let mut unresponsive: Option<Arc<LinkProbe>> = None;
         let previous = loop {
             let (probe, mut ended) = {
@@ -288,7 +292,7 @@ impl PeerServer {
         Ok(())
     }
 
-    /// Sends the Welcome, and serves the link until its end. Reports a lost link.
+    /// Sends the Welcome, and serves the link until it ends. Reports a lost link to the peer table.
     async fn run_link(
         &self,
         peer: PeerId,
@@ -319,7 +323,7 @@ impl PeerServer {
         let config = SenderConfig { peer, find, catch_up: Arc::clone(&self.catch_up), probe, stored_epoch, sent };
         let ended = tokio::select! {
             biased;
-            // Never completes: the sender ends after this future has cancelled the link.
+            // Never completes: this future cancels the link after a change, and `run_sender` then returns.
             () = async {
                 self.peers.cancel_at_change(own_epoch, peer.broker, peer.epoch, link).await;
                 std::future::pending().await
@@ -348,8 +352,8 @@ impl PeerServer {
         }
     }
 
-    /// Applies `update` to the log throttle for the links of a broker's registration. Links may open and break many
-    /// times a second.
+    /// Applies `update` to the log throttle for the links of this registration, because links may open and break many
+    /// times a second. A new registration starts with a new throttle.
     fn link_log<T>(&self, peer: PeerId, update: impl FnOnce(&mut LogThrottle) -> T) -> T {
         let mut logs = self.link_logs.lock();
         let (epoch, log) = logs.entry(peer.broker).or_default();
@@ -364,7 +368,7 @@ impl PeerServer {
 #[derive(Clone)]
 pub struct PeerService(Arc<PeerServer>);
 
-/// Returns the service with its message limits.
+/// Returns the `Peer` service with its message limits.
 pub(super) fn service(server: &Arc<PeerServer>) -> peer_server::PeerServer<PeerService> {
     peer_server::PeerServer::new(PeerService(Arc::clone(server)))
         .max_decoding_message_size(limits::MAX_PEER_REQUEST_BYTES)
@@ -442,7 +446,7 @@ fn invalid(message: String) -> ApiError {
     ApiError::new(ErrorCode::InvalidRequest, message)
 }
 
-/// Returns the error with which a link ends that this broker has cancelled.
+/// Returns the error that ends a link which this broker cancelled.
 fn link_ended() -> ApiError {
     let message = "the link ended: this broker is stopping, or another link of the same broker replaced it";
     ApiError::new(ErrorCode::NotReady, message)

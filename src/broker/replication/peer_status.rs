@@ -1,6 +1,8 @@
-//! Reports of brokers about themselves and about their replicas: the local ones at once, those of peers by a request.
+//! Reports of brokers about themselves and about their replicas. Local reports are read directly, and the reports of
+//! peers are requested from them.
 //!
-//! A broker that does not respond in time delays a description by that time once, for any number of partitions.
+//! All peers are queried concurrently. A peer that does not respond delays the result by one [`REQUEST_TIMEOUT`], for
+//! any number of partitions.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -26,29 +28,29 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug)]
 pub(in crate::broker) struct ReplicaReport {
     pub(in crate::broker) watermarks: Watermarks,
-    /// Epoch of the last batch; `None` for an empty log.
+    /// Leader epoch of the last batch; `None` for an empty log.
     pub(in crate::broker) last_epoch: Option<LeaderEpoch>,
-    /// Bytes on the disk.
+    /// Bytes of the replica on the disk of its broker.
     pub(in crate::broker) local_bytes: u64,
-    /// Bytes in the object store.
+    /// Bytes of the partition in the object store, as this replica's broker reports them.
     pub(in crate::broker) tiered_bytes: u64,
-    /// Reason why the replica accepts no writes; `None` if it does.
+    /// Reason why the replica accepts no writes; `None` if it accepts writes.
     pub(in crate::broker) failed: Option<String>,
 }
 
-/// Reports of a broker about the requested replicas, or the reason why a replica is unusable. Replicas that the broker
-/// does not have are left out.
+/// Response of one broker: for each requested replica its report, or the reason why the replica is offline. Replicas
+/// that are neither open nor offline are left out. The outer error means that the broker did not respond.
 pub(in crate::broker) type ReportResult = Result<BTreeMap<PartitionId, Result<ReplicaReport, String>>, ApiError>;
 
 /// Source of this broker's own stats.
 pub(in crate::broker) type BrokerStatsSource = Arc<dyn Fn() -> v1::GetBrokerStatsResponse + Send + Sync>;
 
-/// Requests for the reports of all brokers.
+/// Source of reports about all brokers and their replicas.
 pub(in crate::broker) struct PeerStatus {
     id: BrokerId,
     metadata: MetadataCache,
     partitions: Arc<PartitionTable>,
-    /// `None` for a standalone broker.
+    /// Client for requests to peers; `None` for a standalone broker.
     peers: Option<PeerClient>,
     stats: BrokerStatsSource,
 }
@@ -63,7 +65,7 @@ impl PeerStatus {
         Self { id: ctx.id, metadata: ctx.metadata.clone(), partitions, peers, stats }
     }
 
-    /// Requests replica reports from brokers, concurrently.
+    /// Requests replica reports from these brokers, concurrently. The result has an entry for each broker.
     pub(in crate::broker) async fn request_reports(
         &self,
         requested: BTreeMap<BrokerId, Vec<PartitionId>>,
@@ -97,7 +99,7 @@ impl PeerStatus {
         Ok(reports)
     }
 
-    /// Requests stats from brokers, concurrently.
+    /// Requests stats from these brokers, concurrently. The result has an entry for each broker.
     pub(in crate::broker) async fn request_stats(
         &self,
         brokers: Vec<BrokerId>,
@@ -128,7 +130,8 @@ impl PeerStatus {
         })
     }
 
-    /// Returns the client and the address for requests to a peer.
+    /// Returns the client and the address for requests to a peer. Fails if the peer is not registered or has no peer
+    /// address.
     fn route_to(&self, broker: BrokerId) -> Result<(&PeerClient, String), ApiError> {
         let state = self.metadata.state();
         let entry = state.brokers().get(&broker);
@@ -152,8 +155,8 @@ fn replica_report(partition: &Arc<Partition>) -> ReplicaReport {
     }
 }
 
-/// Parses a peer's report about its replica: the report, or the reason why the replica is offline. Returns `None` if
-/// the peer has no such replica.
+/// Parses a peer's report about its replica. The inner error is the reason why the replica is offline. Returns `None`
+/// if the replica is neither open nor offline.
 fn parse_report(report: v1::ReplicaReport) -> Option<Result<ReplicaReport, String>> {
     let failed = Some(report.failed).filter(|reason| !reason.is_empty());
     if !report.exists {
@@ -176,7 +179,7 @@ fn parse_report(report: v1::ReplicaReport) -> Option<Result<ReplicaReport, Strin
     }))
 }
 
-/// Returns the error for a replica that its broker cannot open.
+/// Returns the error for a replica that its broker reports as offline.
 pub(in crate::broker) fn replica_offline(broker: BrokerId, reason: &str) -> ApiError {
     ApiError::new(ErrorCode::StorageFailed, format!("the replica on broker {broker} is offline: {reason}"))
 }

@@ -1,5 +1,6 @@
-//! State about other brokers for both directions of replication: their addresses and broker epochs, and this broker's
-//! own epoch. Warns about two brokers whose clocks differ by much; no decision between brokers depends on a clock.
+//! State that outbound and inbound links share: the addresses and broker epochs of peers, and this broker's own broker
+//! epoch. Also warns about peers whose clocks differ by much from the local clock; no decision between brokers depends
+//! on a clock.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -23,15 +24,16 @@ use crate::{
 /// Registration of a peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct PeerInfo {
-    /// Address for connections between brokers.
+    /// Address at which the peer accepts connections of other brokers.
     pub(super) address: String,
     /// Broker epoch of the registration.
     pub(super) epoch: Revision,
 }
 
-/// Receiver of lost links, which may mean that a process is gone.
+/// Receiver of lost links. A lost link may mean that the peer's process is gone.
 pub(super) trait LinkLossListener: Send + Sync + 'static {
-    /// Handles a link to or from this registration of a broker that ended, or that could not be opened. Must not block.
+    /// Handles a lost link to or from `broker`, registered with this broker epoch: the link ended or could not be
+    /// opened. Must not block.
     fn link_lost(self: Arc<Self>, broker: BrokerId, epoch: Revision, reason: DisconnectReason);
 }
 
@@ -43,14 +45,14 @@ pub(super) struct PeerTable {
     partitions: Arc<PartitionTable>,
     link_loss_listener: Arc<dyn LinkLossListener>,
     verifier: Arc<ClaimVerifier>,
-    /// Comparison of the peers' clocks with the local clock.
+    /// Comparison of each peer's clock with the local clock.
     pub(super) clocks: ClockComparison,
 }
 
-/// Reason for rejecting a broker whose reported broker epoch is not confirmed.
+/// Reason for rejecting a broker whose reported broker epoch could not be confirmed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Unconfirmed {
-    /// The broker has registered again since.
+    /// The broker is registered with a later broker epoch.
     #[error(
         "broker {broker} has broker epoch {reported}, and is registered with the later epoch {registered}: reconnect"
     )]
@@ -61,14 +63,14 @@ pub(super) enum Unconfirmed {
         /// Registered broker epoch.
         registered: Revision,
     },
-    /// The metadata store has no such registration.
+    /// The metadata store has no registration of the broker, or one with an earlier broker epoch.
     #[error("broker {broker} is not registered with broker epoch {reported}")]
     Unknown {
         broker: BrokerId,
         /// Broker epoch that the peer reported.
         reported: Revision,
     },
-    /// The metadata cache has no such registration, and the metadata store could not be read.
+    /// The metadata cache does not contain the registration, and the metadata store could not be read.
     #[error(
         "broker {broker} is not registered with broker epoch {reported} in the metadata cache, and could not be \
          verified: {reason}"
@@ -86,7 +88,7 @@ impl From<Unconfirmed> for ApiError {
     fn from(error: Unconfirmed) -> Self {
         let code = match error {
             Unconfirmed::Older { .. } => ErrorCode::InvalidRequest,
-            // The broker may be about to register.
+            // This registration may become visible later, so the peer may retry.
             Unconfirmed::Unknown { .. } | Unconfirmed::Unsure { .. } => ErrorCode::NotReady,
         };
         Self::new(code, error.to_string())
@@ -96,14 +98,16 @@ impl From<Unconfirmed> for ApiError {
 /// Registrations of this broker and of its peers.
 #[derive(Clone, Default)]
 struct PeerTableState {
-    /// Broker epoch of this broker; the last one while this broker is not registered; `None` before the first.
+    /// Current or, while this broker is not registered, last broker epoch of this broker; `None` before its first
+    /// registration.
     own_epoch: Option<Revision>,
     is_registered: bool,
     peers: Arc<BTreeMap<BrokerId, PeerInfo>>,
 }
 
 impl PeerTable {
-    /// Creates an empty table for this broker. `verifier` reads registrations and leader epochs in the metadata store.
+    /// Creates a table without peers for this broker. `verifier` reads registrations and leader epochs in the metadata
+    /// store.
     pub(super) fn new(
         me: BrokerId,
         cluster: String,
@@ -116,8 +120,8 @@ impl PeerTable {
         Arc::new(Self { me, cluster, state, partitions, link_loss_listener, verifier, clocks })
     }
 
-    /// Replaces the registered brokers with their peer addresses and broker epochs. Called at every change of a
-    /// registration.
+    /// Replaces the peers by the registered brokers, each with its peer address and broker epoch. Called at every
+    /// change of a registration.
     pub(super) fn update_peers(&self, registered: BTreeMap<BrokerId, (String, Revision)>) {
         let peers = registered.into_iter().map(|(id, (address, epoch))| (id, PeerInfo { address, epoch }));
         let peers: BTreeMap<_, _> = peers.collect();
@@ -128,9 +132,9 @@ impl PeerTable {
         });
     }
 
-    /// Updates this broker's own broker epoch; `None` while this broker is not registered. Links continue meanwhile,
-    /// and new links use the last epoch: a lost lease does not affect the content of a log, and the store may be
-    /// unavailable. A broker epoch ends when the next one begins.
+    /// Updates this broker's own broker epoch; `None` if this broker is not registered. Without a registration, links
+    /// continue, and new links use the last broker epoch: a lost lease does not affect the content of a log, and the
+    /// metadata store may be unavailable. A broker epoch ends when the next one begins.
     pub(super) fn set_own_epoch(&self, epoch: Option<Revision>) {
         self.state.send_if_modified(|state| {
             state.is_registered = epoch.is_some();
@@ -147,8 +151,8 @@ impl PeerTable {
         &self.cluster
     }
 
-    /// Returns this broker's own broker epoch, or the last one while this broker is not registered; `None` before the
-    /// first.
+    /// Returns this broker's own broker epoch, or its last one while it is not registered; `None` before its first
+    /// registration.
     pub(super) fn own_epoch(&self) -> Option<Revision> {
         self.state.borrow().own_epoch
     }
@@ -159,13 +163,13 @@ impl PeerTable {
         state.own_epoch.filter(|_| state.is_registered)
     }
 
-    /// Returns the registration of a broker.
+    /// Returns the registration of a peer; `None` if the metadata cache has none with a peer address.
     pub(super) fn get(&self, broker: BrokerId) -> Option<PeerInfo> {
         self.state.borrow().peers.get(&broker).cloned()
     }
 
-    /// Verifies that a broker is registered under the broker epoch that it reports. Reads the metadata store if the
-    /// metadata cache is older than the reported epoch.
+    /// Verifies that a broker is registered with the broker epoch that it reports. Reads the metadata store if the
+    /// metadata cache has no registration of the broker, or one with an earlier broker epoch.
     pub(super) async fn confirm(&self, broker: BrokerId, reported: Revision) -> Result<(), Unconfirmed> {
         match self.get(broker).map(|peer| peer.epoch) {
             Some(registered) if registered == reported => return Ok(()),
@@ -182,23 +186,23 @@ impl PeerTable {
         }
     }
 
-    /// Returns the local partition with this id.
+    /// Returns the open local replica of a partition.
     pub(super) fn partition(&self, id: PartitionId) -> Option<Arc<Partition>> {
         self.partitions.by_id(id)
     }
 
-    /// Returns why the local replica is offline.
+    /// Returns why the local replica of a partition is offline; `None` if it is not.
     pub(super) fn offline_reason(&self, id: PartitionId) -> Option<String> {
         self.partitions.offline_reason(id)
     }
 
-    /// Returns the function with which a link finds local partitions.
+    /// Returns the function with which a link finds open local replicas.
     pub(super) fn partition_lookup(&self) -> PartitionLookup {
         let partitions = Arc::clone(&self.partitions);
         Arc::new(move |id| partitions.by_id(id))
     }
 
-    /// Returns the function with which a link reads leader epochs in the metadata store.
+    /// Returns the function with which a link reads the leader epoch of a partition in the metadata store.
     pub(super) fn leader_epoch_reader(&self) -> StoredEpoch {
         let verifier = Arc::clone(&self.verifier);
         Arc::new(move |id| {
@@ -207,13 +211,13 @@ impl PeerTable {
         })
     }
 
-    /// Reports a lost link to or from this registration.
+    /// Reports a lost link to or from `broker`, registered with this broker epoch, to the failure detector.
     pub(super) fn on_link_lost(&self, broker: BrokerId, epoch: Revision, reason: DisconnectReason) {
         Arc::clone(&self.link_loss_listener).link_lost(broker, epoch, reason);
     }
 
-    /// Waits until the other broker is registered and this broker has been registered once. Returns this broker's
-    /// epoch, which is the last one while this broker is not registered, and the registration of the other broker.
+    /// Waits until `broker` is registered and this broker has been registered once. Returns this broker's own broker
+    /// epoch, as [`Self::own_epoch`] does, and the registration of `broker`.
     pub(super) async fn wait_for_registrations(&self, broker: BrokerId) -> (Revision, PeerInfo) {
         let mut state = self.state.subscribe();
         loop {
@@ -228,8 +232,8 @@ impl PeerTable {
         }
     }
 
-    /// Waits until this broker or the peer has another broker epoch than these, and then cancels the tasks of their
-    /// link.
+    /// Waits until this broker has another broker epoch than `own_epoch`, or the peer `broker` has a later one than
+    /// `epoch`. Then cancels the tasks of their link, and returns.
     pub(super) async fn cancel_at_change(&self, own_epoch: Revision, broker: BrokerId, epoch: Revision, link: &Tasks) {
         let mut state = self.state.subscribe();
         loop {
@@ -247,11 +251,11 @@ impl PeerTable {
     }
 }
 
-/// Difference from which a warning is logged, in milliseconds. The value is far above the effect of a link's delay on
-/// equal clocks.
+/// Difference between two clocks from which a warning is logged, in milliseconds. Equal clocks seem to differ by the
+/// delay of a message, which is far shorter.
 const MAX_CLOCK_SKEW_MS: u64 = 10_000;
 
-/// Comparison of other brokers' clocks with the local clock.
+/// Comparison of other brokers' clocks with the local clock: the log throttle of each broker.
 #[derive(Debug, Default)]
 pub(super) struct ClockComparison(Mutex<BTreeMap<BrokerId, LogThrottle>>);
 
@@ -271,7 +275,8 @@ impl ClockComparison {
     }
 }
 
-/// Returns the seconds by which the first clock is ahead, if the difference is large. Negative if that clock is behind.
+/// Returns the seconds by which the clock of `theirs_ms` is ahead of the clock of `ours_ms`; negative if it is behind.
+/// Returns `None` if the difference is below [`MAX_CLOCK_SKEW_MS`].
 fn clock_skew_seconds(theirs_ms: i64, ours_ms: i64) -> Option<i64> {
     let ahead_ms = theirs_ms.saturating_sub(ours_ms);
     (ahead_ms.unsigned_abs() >= MAX_CLOCK_SKEW_MS).then_some(ahead_ms / 1000)

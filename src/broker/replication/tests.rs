@@ -1,5 +1,5 @@
-//! Replication between two brokers over TCP: partitions, links in both directions, and the service. The metadata stores
-//! only confirm broker epochs: each test assigns the leaders.
+//! Replication between two brokers over TCP: partitions, links in both directions, and the `Peer` service. The metadata
+//! stores only confirm broker epochs; each test assigns the leaders itself.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -36,7 +36,7 @@ use crate::{
 
 const WAIT: Duration = Duration::from_secs(20);
 
-/// One of the brokers.
+/// One of the two brokers: the parts that replication needs.
 struct Node {
     id: BrokerId,
     address: String,
@@ -45,14 +45,14 @@ struct Node {
     links: Arc<LinkManager>,
     peer_table: Arc<PeerTable>,
     peers: PeerClient,
-    /// Metadata store in which this broker verifies claims of others.
+    /// Metadata store in which this broker verifies claims of other brokers.
     store: EmbeddedStore,
     keys: Keys,
     lost: mpsc::Receiver<(BrokerId, Revision, DisconnectReason)>,
     tasks: Tasks,
 }
 
-/// Recorder of lost links.
+/// Sends each lost link to a channel that the test reads.
 struct LinkLossRecorder(mpsc::Sender<(BrokerId, Revision, DisconnectReason)>);
 
 impl LinkLossListener for LinkLossRecorder {
@@ -143,10 +143,11 @@ impl Node {
         self.partitions.set(id_of(number), HostedPartition::Online(partition));
     }
 
-    /// Registers a broker with this epoch in the metadata store alone.
+    /// Registers a broker with this broker epoch in the metadata store. The peer table, as a stale metadata cache, does
+    /// not change.
     async fn register(&self, broker: BrokerId, epoch: Revision) {
         let value = BrokerValue::running_at("a:1".to_owned()).encode();
-        // The transaction creates the key at this revision, so the store must be one revision behind.
+        // A broker epoch is the create revision of the key, so the store must be one revision before `epoch`.
         let (filler, key) = (self.keys.broker(BrokerId(99)), self.keys.broker(broker));
         while self.store.get(&key).await.unwrap().revision.0 + 1 < epoch.0 {
             self.store.transact(Transaction::new().put(filler.clone(), value.clone())).await.unwrap();
@@ -223,7 +224,7 @@ async fn acknowledged_records_are_on_both_brokers() {
     assert!(copied.len() > 3 << 20);
     assert!(copied == read(&one).await, "the copies are equal");
 
-    // The second broker leads partition 0, so partitions are replicated in both directions.
+    // The second broker becomes the leader of partition 0, so partitions are replicated in both directions.
     for node in [&two, &one] {
         node.assign(0, 2, 2).await;
     }
@@ -234,7 +235,7 @@ async fn acknowledged_records_are_on_both_brokers() {
     two.stop().await;
 }
 
-/// Responds to the next ping of a stream.
+/// Waits for a ping on the stream and responds to it.
 async fn respond_to_ping(stream: &mut ReplicationStream) {
     let message = stream.receiver.message().await.unwrap().unwrap();
     let Some(v1::replicate_response::Message::Ping(ping)) = message.message else { panic!("{message:?}") };
@@ -242,7 +243,8 @@ async fn respond_to_ping(stream: &mut ReplicationStream) {
     stream.sender.send(v1::ReplicateRequest { message: Some(pong), ..Default::default() }).await.unwrap();
 }
 
-/// Covers each field of a Hello that is wrong or outdated.
+/// A Hello with a wrong or outdated field is rejected. A second link with the same broker epoch replaces the first link
+/// only if that link does not respond to a ping. A newer broker epoch replaces the link at once.
 #[tokio::test(flavor = "multi_thread")]
 async fn invalid_hello_is_rejected_with_reason() {
     let (one, two) = pair(0).await;
@@ -287,14 +289,14 @@ async fn invalid_hello_is_rejected_with_reason() {
         let mut next = next.unwrap();
         match next.receiver.message().await {
             Err(status) => break status,
-            // The response took more than a second. Other work on this machine may be the cause, so the test tries
-            // again.
+            // The response to the ping took more than a second, so the first link was replaced. Other work on this
+            // machine may be the cause, and the test tries again.
             Ok(_welcome) => (stream, tries) = (next, tries + 1),
         }
         assert!(began.elapsed() >= Duration::from_secs(1) && tries < 3, "the first link stays");
     };
     assert!(status.message().contains("already has a link to this broker, and that link responds"), "{status:?}");
-    // This link does not respond and is replaced.
+    // The stream does not respond to the ping that the next link causes, so the next link replaces it.
     let mut next = peers.replicate(&one.address, good.clone()).await.unwrap();
     assert!(matches!(
         next.receiver.message().await.unwrap().unwrap().message,
@@ -307,7 +309,7 @@ async fn invalid_hello_is_rejected_with_reason() {
         }
     };
     assert!(status.message().contains("another link of the same broker replaced it"), "{status:?}");
-    // A newer broker epoch that only the store contains yet replaces the link at once.
+    // A link with a newer broker epoch, which only the metadata store contains yet, replaces the link at once.
     one.register(two.id, Revision(21)).await;
     let mut newest = peers.replicate(&one.address, v1::Hello { broker_epoch: 21, ..good }).await.unwrap();
     assert!(newest.receiver.message().await.unwrap().is_some());
@@ -322,12 +324,13 @@ async fn invalid_hello_is_rejected_with_reason() {
 async fn broken_link_is_reported_and_reopened() {
     let (mut one, two) = pair(1).await;
     acked(append(&one.partition(0), b"first").await).await;
-    // The follower's broker gets another broker epoch: its link is reopened, which is no failure.
+    // The follower's broker registers again: its link is reopened with the new broker epoch. Such an end is not a lost
+    // link.
     two.peer_table.set_own_epoch(Some(Revision(21)));
     one.peer_table.update_peers([(two.id, (two.address.clone(), Revision(21)))].into());
     one.partition(0).on_broker_status(two.id, BrokerStatus::Registered(Revision(21))).await;
     acked(append(&one.partition(0), b"second").await).await;
-    // Without a lease, the broker reports no broker epoch, and its link continues.
+    // A broker whose lease is lost reports no broker epoch, but its link continues.
     two.peer_table.set_own_epoch(None);
     acked(append(&one.partition(0), b"third").await).await;
     let identity = one.peers.get_identity(&two.address, WAIT).await.unwrap();
@@ -351,7 +354,8 @@ async fn broken_link_is_reported_and_reopened() {
     one.stop().await;
 }
 
-/// Followers report that a process is gone before any lease has expired.
+/// When the process of a leader has exited, its follower's connection attempts are refused and reported at once. The
+/// link is reopened when the broker is registered at another address.
 #[tokio::test(flavor = "multi_thread")]
 async fn exited_leader_process_is_reported_at_once() {
     let (one, mut two) = pair(1).await;
@@ -368,7 +372,7 @@ async fn exited_leader_process_is_reported_at_once() {
     });
     let seen = lost.await.expect("the refused connection is reported");
     assert!(!seen.contains(&DisconnectReason::TimedOut), "{seen:?}");
-    // The broker returns at another address, with another broker epoch, as the leader of another leader epoch.
+    // The broker starts again at another address, with a new broker epoch, and leads in a new leader epoch.
     let restarted = Node::start(1).await;
     let epoch = Revision(11);
     restarted.peer_table.set_own_epoch(Some(epoch));

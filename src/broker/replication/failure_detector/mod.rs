@@ -2,27 +2,30 @@
 //!
 //! # Overview
 //!
-//! A broken link alone proves little. A refused connection proves that no process listens at the address: the host
-//! responded, and the process is gone. So a lost link is followed by probes. An inconclusive probe is repeated: an
-//! exiting process accepts connections until its last moment, its successor accepts them before it responds, and a busy
-//! host responds late.
+//! A lost link alone proves little, so it is followed by probes. A refused connection proves that no process listens at
+//! the address: the host responded, and the process is gone. An inconclusive probe is repeated: an exiting process
+//! accepts connections until its last moment, its successor accepts them before it responds, and a busy host responds
+//! late.
 //!
-//! If two probes in a row are refused or reach another process of that broker, two things happen:
+//! If two probes in a row are refused or reach another process of the peer's broker, two things happen:
 //!
 //! - Leaders on this broker remove the peer from the ISR at once (`DisconnectCause::ProcessGone`), so that `acks=all`
 //!   does not wait for the lease.
-//! - The controller receives a failure report. The controller probes the peer itself, for any reporter, deletes the
-//!   registration with a compare on the broker epoch, and then elects other leaders. If the controller is the suspect,
-//!   the other brokers delete its registration, in the order of their ids, each a little later than the one before.
+//! - The controller receives a failure report. For any reporter, the controller probes the peer itself. If the process
+//!   is gone, the controller deletes the registration with a compare on the broker epoch, and then elects other
+//!   leaders. If there is no controller, or the controller is the suspect, the other brokers try to delete the
+//!   registration, in the order of their ids with growing delays.
 //!
-//! A timeout is no failure here: a host that disappeared or is unreachable keeps its lease until the lease expires.
+//! A link that was lost by a timeout is not followed by probes: a host that disappeared or is unreachable keeps its
+//! registration until its lease expires.
 //!
 //! # Invariants
 //!
 //! - A false report costs time, never correctness: the broker registers again under a new broker epoch, and every
 //!   partition update is a compare-and-set.
-//! - A process that registers again after it was declared gone was running, so something between the brokers refuses
-//!   connections. After a deletion, reports about the same incarnation are ignored for [`REVOKE_COOLDOWN`].
+//! - If an incarnation registers again after its registration was deleted, it was running, and something between the
+//!   brokers refuses connections. So the controller ignores reports about that incarnation for [`REVOKE_COOLDOWN`]
+//!   after the deletion.
 
 mod probe;
 mod shared_checks;
@@ -58,62 +61,70 @@ use crate::{
     telemetry::LogThrottle,
 };
 
-/// First and longest pause before an inconclusive check is repeated. The pause doubles each time: the successor of an
-/// exited process may not respond yet.
+/// First pause before inconclusive probes are repeated, because the successor of an exited process may not respond yet.
+/// The pause doubles each time.
 const MIN_CHECK_DELAY: Duration = Duration::from_millis(500);
+
+/// Longest pause before inconclusive probes are repeated.
 const MAX_CHECK_DELAY: Duration = Duration::from_secs(2);
 
-/// Maximum time for the partitions to process the failure. A partition that is too busy receives the end of the
-/// registration instead.
+/// Maximum time for the led partitions to process that a follower's process is gone. A partition that is too busy
+/// processes the deletion of the registration later instead.
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Timeout of a report, in which the controller probes the peer and deletes its registration.
+/// Timeout of a report. The controller responds after it has probed the peer and deleted its registration.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Maximum number of report attempts, and the pause between them.
+/// Maximum number of attempts to report one failed process.
 const MAX_REPORT_ATTEMPTS: u32 = 10;
+
+/// Pause between two such attempts.
 const REPORT_RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Maximum number of brokers that are probed concurrently because of reports.
 const MAX_CONCURRENT_REPORT_PROBES: usize = 4;
 
-/// Maximum number of attempts to delete a registration. A second deletion has no effect.
+/// Maximum number of attempts to delete a registration. Retries are safe, because the deletion compares the broker
+/// epoch.
 const MAX_REVOKE_ATTEMPTS: u32 = 3;
 
-/// Delay between two successive brokers that act when the controller itself is gone.
+/// Delay between the attempts of two brokers with successive ids to delete a registration while there is no controller.
 const FALLBACK_DELAY: Duration = Duration::from_millis(30);
 
-/// Time after the deletion of a registration for which reports about the same incarnation are ignored.
+/// Time for which reports about an incarnation are ignored after its registration was deleted.
 const REVOKE_COOLDOWN: Duration = Duration::from_secs(60);
 
-/// Registrations that this broker deleted, the last one of each broker id.
+/// Registrations that this broker deleted as the controller, the last one of each broker id.
 #[derive(Default)]
 struct RevokeCooldown(BTreeMap<BrokerId, RevokedRegistration>);
 
-/// A registration that this broker deleted.
+/// A registration that this broker deleted as the controller.
 struct RevokedRegistration {
     incarnation: String,
     epoch: Revision,
     /// Time of the deletion.
     at: Instant,
-    /// Log throttle for reports about this broker that the cooldown ignores.
+    /// Log throttle for reports about the broker of this registration that are ignored during the cooldown.
     ignored_reports: LogThrottle,
 }
 
 impl RevokeCooldown {
-    /// Returns true if this registration was deleted. The metadata cache may contain it a moment longer.
+    /// Returns true if this broker has deleted the registration with this broker epoch. The metadata cache may still
+    /// contain the registration for a moment.
     fn is_revoked(&self, broker: BrokerId, epoch: Revision) -> bool {
         self.0.get(&broker).is_some_and(|revoked| revoked.epoch == epoch)
     }
 
-    /// Returns true if a registration of this incarnation may be deleted now.
+    /// Returns true if a registration of this incarnation may be deleted now: no cooldown of the incarnation is in
+    /// progress.
     fn allows(&self, broker: BrokerId, incarnation: &str, now: Instant) -> bool {
         self.0.get(&broker).is_none_or(|revoked| {
             revoked.incarnation != incarnation || now.duration_since(revoked.at) >= REVOKE_COOLDOWN
         })
     }
 
-    /// Counts an ignored report about a broker. Returns the number of ignored reports if the caller must log them.
+    /// Counts an ignored report about a broker. Returns the number of ignored reports since the last log line, if the
+    /// caller must log a line.
     fn count_ignored(&mut self, broker: BrokerId, now: Instant) -> Option<u64> {
         self.0.get_mut(&broker)?.ignored_reports.occur(now)
     }
@@ -124,11 +135,11 @@ impl RevokeCooldown {
 pub(super) struct FailureReport {
     /// Reporting broker, as named by the unauthenticated caller. Used in the log only.
     pub(super) reporter: BrokerId,
-    /// Broker of the process.
+    /// Broker whose process is reported as gone.
     pub(super) broker: BrokerId,
-    /// Broker epoch of the process.
+    /// Broker epoch of the reported registration.
     pub(super) epoch: Revision,
-    /// Observation of the reporter.
+    /// Result of the reporter's probe as text. Used in the log only.
     pub(super) observation: String,
 }
 
@@ -142,11 +153,11 @@ pub(super) struct FailureDetector {
     partitions: Arc<PartitionTable>,
     peers: PeerClient,
     tasks: Tasks,
-    /// Registrations whose processes are being probed after a lost link. A broker has several links, and all of them
-    /// break at once.
+    /// Registrations whose processes are being probed or reported after a lost link. Several links to and from one
+    /// broker may break at once.
     checks: Mutex<BTreeSet<(BrokerId, Revision)>>,
     cooldown: Mutex<RevokeCooldown>,
-    /// Reports of other brokers that are being verified.
+    /// Verifications of reports from other brokers, by registration.
     reports: SharedChecks<(BrokerId, Revision), Result<bool, MetaStoreError>>,
     /// Log throttle for reports about brokers that respond.
     false_reports: Mutex<LogThrottle>,
@@ -154,7 +165,7 @@ pub(super) struct FailureDetector {
 
 impl LinkLossListener for FailureDetector {
     fn link_lost(self: Arc<Self>, broker: BrokerId, epoch: Revision, reason: DisconnectReason) {
-        // A timeout proves nothing about the process.
+        // A timeout proves nothing about the process. One task per registration is enough.
         if reason == DisconnectReason::TimedOut
             || self.tasks.is_cancelled()
             || !self.checks.lock().insert((broker, epoch))
@@ -188,8 +199,8 @@ impl FailureDetector {
         }
     }
 
-    /// Probes the process of a lost link and handles its failure. Returns when the result is conclusive, or the
-    /// registration is gone.
+    /// Probes the process of this registration until the result is conclusive. If the process is gone, removes it from
+    /// the ISRs of led partitions and reports it. Returns early if the registration is gone.
     async fn probe_peer(&self, broker: BrokerId, epoch: Revision) {
         let mut backoff = Backoff::new(MIN_CHECK_DELAY, MAX_CHECK_DELAY);
         let result = loop {
@@ -210,8 +221,8 @@ impl FailureDetector {
         probe(&self.peers, suspect).await
     }
 
-    /// Removes a broker from the ISR of all partitions led here. A partition that is blocked by its disk delays no
-    /// other partition, and the call does not wait for it longer than a bounded time.
+    /// Requests the removal of a broker from the ISR of every partition that this broker leads. A partition that is
+    /// blocked by its disk delays no other partition. The call returns after [`DISCONNECT_TIMEOUT`] at the latest.
     async fn remove_from_isrs(&self, peer: PeerId) {
         let led = self.partitions.open().into_iter().filter(|partition| partition.status().role.leads());
         let notified = stream::iter(led).for_each_concurrent(None, |partition| async move {
@@ -225,8 +236,9 @@ impl FailureDetector {
         }
     }
 
-    /// Reports a failed process until its registration is deleted, until the process responds, or for the maximum
-    /// number of attempts. If the controller failed at the same time, another controller is elected soon.
+    /// Reports a failed process until its registration is deleted, until the process responds to a probe, or for
+    /// [`MAX_REPORT_ATTEMPTS`]. Attempts are repeated because a controller that failed at the same time is replaced
+    /// soon.
     async fn report(&self, broker: BrokerId, epoch: Revision, result: ProbeResult) {
         for _ in 0..MAX_REPORT_ATTEMPTS {
             if registered(&self.metadata.state(), broker, epoch).is_none()
@@ -246,19 +258,20 @@ impl FailureDetector {
         );
     }
 
-    /// Reports a failed process once. Returns true if its registration was deleted.
+    /// Makes one attempt to have the registration of a failed process deleted: by the controller or, without a live
+    /// controller, by this broker. Returns true if that deleted the registration.
     async fn report_once(&self, broker: BrokerId, epoch: Revision, result: ProbeResult) -> bool {
         let me = self.id;
         let state = self.metadata.state();
         let controller = state.controller().filter(|controller| *controller != broker);
         let registration = controller.and_then(|id| state.brokers().get(&id));
         let address = registration.map(|registration| registration.value.listeners.peer().map(str::to_owned));
-        // Position of this broker among the remaining brokers.
+        // Number of registered brokers with lower ids than this broker, without the suspect.
         let rank = state.brokers().keys().filter(|id| **id != broker && **id < me).count();
         drop(state);
         let report = FailureReport { reporter: me, broker, epoch, observation: result.describe().to_owned() };
         match (controller, address) {
-            // This broker is the controller and has already probed.
+            // This broker is the controller, and has already probed the process.
             (Some(controller), _) if controller == me => {
                 self.delete_registration(report).await.is_ok_and(|revoked| revoked)
             }
@@ -280,27 +293,27 @@ impl FailureDetector {
                 // Not revoked: the controller's probe was inconclusive, or another broker is the controller by now.
                 response.is_ok_and(|response| response.revoked)
             }
-            // The controller is the suspect, is not registered, or does not exist: the first of the remaining brokers
-            // acts in its place.
+            // The controller is the suspect, is not registered, or does not exist: each remaining broker tries to
+            // delete the registration itself, after a delay that grows with its rank.
             (None, _) | (Some(_), None) => {
                 tokio::time::sleep(FALLBACK_DELAY * u32::try_from(rank).unwrap_or(u32::MAX)).await;
                 let revoked = self.revoke(broker, epoch).await;
                 if let Err(error) = &revoked {
                     tracing::debug!(%broker, %error, "could not delete the registration");
                 }
-                // The compare failed because another broker was faster, or because the controller changed. The metadata
-                // cache will show which.
+                // If nothing was deleted, another broker deleted the registration first, or the controller has changed.
+                // The metadata cache will show that before the next attempt.
                 revoked == Ok(true)
             }
         }
     }
 
-    /// Verifies a report that arrived over the network, if this broker is the controller: this broker probes the
-    /// suspect itself, for any reporter. Waiting reports about one registration share one probe, so reports about one
-    /// live broker do not delay reports about other brokers. Returns true if the registration was deleted.
+    /// Handles a report from another broker. If this broker is the controller, it probes the suspect itself, and
+    /// deletes the registration if the process is gone. Waiting reports about one registration share one probe, so many
+    /// reports about one broker do not delay reports about other brokers. Returns true if the registration was deleted.
     ///
     /// # Errors
-    /// The metadata store did not apply the deletion: the reporter must report again.
+    /// The metadata store did not apply the deletion, or its response is unknown: the reporter must report again.
     pub(super) async fn confirm_failure(&self, report: FailureReport) -> Result<bool, MetaStoreError> {
         let FailureReport { reporter, broker, epoch, .. } = report;
         if self.metadata.state().controller() != Some(self.id) {
@@ -330,8 +343,9 @@ impl FailureDetector {
         self.reports.run((broker, epoch), check).await
     }
 
-    /// Deletes the registration of a process that this broker found gone, if this broker is the controller and the
-    /// cooldown of the incarnation permits that. Returns true if the registration is deleted.
+    /// Deletes the registration of a process that this broker found gone, if this broker is the controller and no
+    /// cooldown of the incarnation is in progress. A deletion starts a cooldown. Returns true if this call or an
+    /// earlier one deleted the registration.
     async fn delete_registration(&self, report: FailureReport) -> Result<bool, MetaStoreError> {
         let FailureReport { reporter, broker, epoch, observation: seen } = report;
         if self.metadata.state().controller() != Some(self.id) {
@@ -343,7 +357,7 @@ impl FailureDetector {
         }
         let now = clock::monotonic();
         if !self.cooldown.lock().allows(broker, &entry.value.incarnation, now) {
-            // The report is repeated while the registration exists.
+            // Reporters repeat the report while the registration exists, so the line is throttled.
             let reports = self.cooldown.lock().count_ignored(broker, now);
             if let Some(reports) = reports {
                 tracing::info!(
@@ -366,7 +380,8 @@ impl FailureDetector {
         Ok(revoked)
     }
 
-    /// Deletes a registration if it still has this broker epoch. Returns true if this call deleted the registration.
+    /// Deletes a registration if it still has this broker epoch, with at most [`MAX_REVOKE_ATTEMPTS`]. Returns true if
+    /// this call deleted the registration.
     async fn revoke(&self, broker: BrokerId, epoch: Revision) -> Result<bool, MetaStoreError> {
         let mut attempts = 1;
         loop {
@@ -381,7 +396,8 @@ impl FailureDetector {
         }
     }
 
-    /// Makes one attempt of [`Self::revoke`]. Also deletes the controller key, if the same broker holds it.
+    /// Makes one attempt of [`Self::revoke`]. If the same broker holds the controller key, deletes that key in the same
+    /// transaction.
     async fn revoke_once(&self, broker: BrokerId, epoch: Revision) -> Result<bool, MetaStoreError> {
         let key = self.keys.broker(broker);
         let mut transaction = Transaction::new().when(Compare::CreateRevision(key.clone(), epoch)).delete(key);
@@ -395,7 +411,7 @@ impl FailureDetector {
     }
 }
 
-/// Returns the registration with this broker epoch, while the metadata cache contains it.
+/// Returns the registration with this broker epoch; `None` if the snapshot does not contain it.
 fn registered(state: &MetadataSnapshot, broker: BrokerId, epoch: Revision) -> Option<Arc<Versioned<BrokerValue>>> {
     state.brokers().get(&broker).filter(|entry| entry.create_revision == epoch).cloned()
 }
@@ -431,8 +447,8 @@ mod tests {
         assert_eq!(logged, [Some(1), None, Some(1)], "each broker has its own log throttle");
     }
 
-    /// Regression: a process exited while the store had no leader. The partitions waited until the lease of that
-    /// process expired, although all peers had detected the exit.
+    /// A deletion that the metadata store rejects is retried. Regression: a process exited while etcd had no leader.
+    /// Its partitions had no leader until the lease of the process expired, although all peers had detected the exit.
     #[tokio::test]
     async fn failed_deletion_of_registration_is_retried() {
         let dir = tempfile::tempdir().unwrap();
@@ -458,7 +474,7 @@ mod tests {
             bench.store.get(&key).await.unwrap().entry.is_none().then_some(())
         })
         .await;
-        // The same process is registered again, so the report was false, and further reports are ignored.
+        // The same incarnation is registered again, so the first report was false, and further reports are ignored.
         bench.change(Transaction::new().put(key.clone(), gone.encode())).await;
         let epoch = bench.store.get(&key).await.unwrap().entry.unwrap().create_revision;
         let report = FailureReport { reporter: BrokerId(1), broker: BrokerId(2), epoch, observation: String::new() };

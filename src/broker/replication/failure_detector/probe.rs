@@ -1,5 +1,5 @@
-//! Probes a process at its peer address. A refused connection proves that the process is gone; a timeout proves
-//! nothing.
+//! Probes the process of a broker at its peer address. A refused connection, or the response of another incarnation, is
+//! evidence that the process is gone; a timeout proves nothing.
 
 use std::time::Duration;
 
@@ -14,10 +14,11 @@ use crate::{
 /// Timeout of a probe.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Pause between two probes. A port that refuses connections for a shorter time is being taken over by another process.
+/// Pause between two probes. Two refused probes in a row are required, because a port may refuse connections for a
+/// moment while a process takes it over.
 pub(super) const PROBE_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Maximum time for which inconclusive probes are repeated.
+/// Time after which an inconclusive probe is not repeated.
 const INCONCLUSIVE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Result of a probe.
@@ -25,16 +26,17 @@ const INCONCLUSIVE_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) enum ProbeResult {
     /// No process listens at the address.
     Refused,
-    /// Another process responds.
+    /// Another incarnation of the same broker responds.
     Replaced,
-    /// The process responds.
+    /// The registered process responds, also if it responds with an error.
     Alive,
-    /// Inconclusive: the connection broke, or no response arrived in time.
+    /// The connection broke, no response arrived in time, another broker or cluster responds, or there is no valid
+    /// address.
     Inconclusive,
 }
 
 impl ProbeResult {
-    /// Returns the result as text for the log and for reports.
+    /// Returns the text of the result for the log and for failure reports.
     pub(super) fn describe(self) -> &'static str {
         match self {
             Self::Refused => "connections are refused",
@@ -58,8 +60,8 @@ pub(super) struct SuspectedPeer<'a> {
     pub(super) registered: &'a BrokerValue,
 }
 
-/// Probes until the process responds, until two probes in a row found it gone, or until probes were inconclusive for
-/// too long.
+/// Probes a process repeatedly and returns the last result. The last probe is one that reaches the process, the second
+/// in a row that finds it gone, or an inconclusive one after [`INCONCLUSIVE_TIMEOUT`].
 pub(super) async fn probe(peers: &PeerClient, suspect: SuspectedPeer<'_>) -> ProbeResult {
     let deadline = clock::monotonic() + INCONCLUSIVE_TIMEOUT;
     let mut was_gone = false;
@@ -85,11 +87,11 @@ async fn probe_once(peers: &PeerClient, suspect: SuspectedPeer<'_>) -> ProbeResu
 }
 
 impl SuspectedPeer<'_> {
-    /// Derives the state of the process from the response at its address.
+    /// Derives the result of a probe from the response at the address.
     fn evaluate(self, response: &Result<v1::GetIdentityResponse, PeerError>) -> ProbeResult {
         let Self { cluster, broker, registered } = self;
         match response {
-            // An address that leads to another broker proves nothing about the process.
+            // A response of another broker at the address proves nothing about the suspected process.
             Ok(identity) if identity.cluster != cluster || identity.broker_id != broker.0 => ProbeResult::Inconclusive,
             Ok(identity) if identity.incarnation != registered.incarnation => ProbeResult::Replaced,
             Ok(_) | Err(PeerError::Refused(_)) => ProbeResult::Alive,
@@ -121,12 +123,13 @@ mod tests {
     }
 
     /// A killed process accepts connections until its listener is closed, which may be after its other sockets.
-    /// Regression: after one such probe, the partitions of the process waited until its lease expired.
+    /// Regression: a probe at that moment was inconclusive and not repeated, so partitions had no leader until the
+    /// lease expired.
     #[tokio::test]
     async fn process_exiting_during_probe_is_detected() {
         let (peers, listener, registered) = listening().await;
         let (result, ()) = tokio::join!(probe(&peers, suspect(&registered)), async {
-            // One connection breaks, one gets no response, then the listener is closed.
+            // The first connection breaks, the second gets no response, and then the listener is closed.
             drop(listener.accept().await.unwrap());
             let silent = listener.accept().await.unwrap();
             tokio::time::sleep(PROBE_TIMEOUT).await;

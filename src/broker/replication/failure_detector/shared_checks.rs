@@ -1,5 +1,5 @@
-//! Checks that many callers request at the same time. All waiting callers of one key share one check and its outcome.
-//! The callers provide the check; this file does no I/O.
+//! Checks that many callers request at the same time. Callers that wait for a check of the same key share one check and
+//! its outcome. The callers provide the check as a future; this file does no I/O.
 
 use std::{
     collections::BTreeMap,
@@ -13,14 +13,14 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
-/// Checks by key. One check per key runs at a time, and a bounded number in total.
+/// Checks by key. One check of each key runs at a time, and a bounded number of checks in total.
 pub(super) struct SharedChecks<K, T> {
     /// Permits for concurrent checks.
     permits: Semaphore,
     checks: Mutex<BTreeMap<K, Weak<KeyChecks<T>>>>,
 }
 
-/// Checks of one key, kept while a caller waits.
+/// Checks of one key. Exists while a caller of this key waits.
 struct KeyChecks<T> {
     /// Number of checks that have started.
     started: AtomicU64,
@@ -35,8 +35,8 @@ impl<K: Ord, T: Clone> SharedChecks<K, T> {
         Self { permits: Semaphore::new(max), checks: Mutex::default() }
     }
 
-    /// Returns the outcome of a check that starts after this call: a check in progress may have observed an older state
-    /// than the caller. The first of the waiting callers runs the check.
+    /// Returns the outcome of a check that starts after this call, because a check in progress may have observed an
+    /// older state than the caller. The first waiting caller runs its `check`, and the other callers get its outcome.
     pub(super) async fn run<F>(&self, key: K, check: impl FnOnce() -> F) -> T
     where
         F: Future<Output = T>,
@@ -56,7 +56,8 @@ impl<K: Ord, T: Clone> SharedChecks<K, T> {
         outcome
     }
 
-    /// Returns the checks of a key. Removes the entries of keys without waiting callers.
+    /// Returns the checks of a key, and creates them if there are none. Removes the entries of keys without waiting
+    /// callers.
     fn of(&self, key: K) -> Arc<KeyChecks<T>> {
         let mut checks = self.checks.lock();
         checks.retain(|_, of_key| of_key.strong_count() > 0);
@@ -81,7 +82,8 @@ mod tests {
     /// Duration of one check.
     const CHECK: Duration = Duration::from_secs(1);
 
-    /// Regression: a flood of reports about live brokers delayed a true report until all of their probes had ended.
+    /// Regression: each report about a live broker was probed on its own, so a flood of such reports delayed a true
+    /// report about another broker.
     #[tokio::test(start_paused = true)]
     async fn callers_of_one_key_share_one_check() {
         let (checks, runs) = (SharedChecks::new(1), AtomicUsize::new(0));
@@ -101,14 +103,13 @@ mod tests {
             (outcome, began.elapsed())
         });
         assert_eq!(outcomes, [1; 1000]);
-        // One check for the first caller, one for those that arrived meanwhile, and one for the other key, which waits
-        // for the first check only.
+        // Key 1 has two checks: one for its first caller, and one for the callers that arrived during that check. Key 2
+        // has one check, which waits for the first check of key 1 only.
         assert_eq!((late, runs.into_inner()), ((2, 2 * CHECK), 3));
         assert_eq!(checks.checks.lock().values().filter(|check| check.strong_count() > 0).count(), 0);
     }
 
-    /// A process that exits during a probe may have responded to that probe. A report that arrives then concerns a
-    /// later moment.
+    /// A process may respond to a probe and exit during it. So a report that arrives during a probe needs a new probe.
     #[tokio::test(start_paused = true)]
     async fn caller_during_check_gets_next_outcome() {
         let (checks, runs) = (SharedChecks::new(4), AtomicUsize::new(0));
@@ -126,7 +127,7 @@ mod tests {
         assert_eq!((first, second, third), (0, 1, 1));
     }
 
-    /// A dropped caller takes no outcome with it.
+    /// If the caller that runs a check is dropped, the next waiting caller runs its own check.
     #[tokio::test(start_paused = true)]
     async fn dropped_check_is_run_by_next_caller() {
         let checks = SharedChecks::new(1);
