@@ -1,7 +1,8 @@
-//! Description of a topic, as the leaders of its partitions report it, and routing metadata for clients.
+//! Description of a topic, from the metadata and from the reports of the partitions' leaders; and routing metadata for
+//! clients.
 //!
-//! The metadata contains the replicas, and only the leader has the current end of its log. If a leader does not
-//! respond, the watermarks of its partitions are unknown, and the description contains the error.
+//! The metadata contains the replicas, but only the leader of a partition has its current watermarks. If a leader does
+//! not respond, the description contains its error, and only the log start and tiered end of the metadata.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -39,7 +40,8 @@ pub(in crate::broker) struct Describe {
 }
 
 impl Describe {
-    /// Describes a topic: its partitions according to the metadata and to their leaders, and its configuration.
+    /// Describes a topic: its configuration, and its partitions according to the metadata and to their leaders. A
+    /// failed replica on this broker adds an error to its partition.
     pub(in crate::broker) async fn describe_topic(&self, topic: &str) -> Result<v1::DescribeTopicResponse, ApiError> {
         let name = parse_topic_name(topic)?;
         let state = self.ctx.metadata.state();
@@ -76,7 +78,8 @@ impl Describe {
         })
     }
 
-    /// Returns the leader's report about a partition, or the reason why there is none.
+    /// Returns the leader's report about a partition from `reports`. The error says why there is none: no leader, no
+    /// response, or a replica that is offline or not open.
     fn leader_report(
         &self,
         topic: &TopicName,
@@ -104,7 +107,8 @@ impl Describe {
         }
     }
 
-    /// Returns all brokers and the requested topics.
+    /// Returns routing metadata: all registered brokers, and the requested topics or all topics. Fails if too many
+    /// topics are requested, or one topic twice.
     pub(in crate::broker) fn metadata(
         &self,
         request: &v1::GetMetadataRequest,
@@ -123,7 +127,7 @@ impl Describe {
             )));
         }
         let state = self.ctx.metadata.state();
-        // Clients contact brokers in the order of this list, so brokers that shut down come last.
+        // Clients contact brokers in the order of this list, so brokers that are shutting down come last.
         let (running, stopping): (Vec<_>, Vec<_>) =
             state.brokers().iter().partition(|(_, entry)| entry.value.state == BrokerState::Running);
         let brokers = running.into_iter().chain(stopping).map(|(id, entry)| v1::Broker {
@@ -192,8 +196,8 @@ fn config_sources(defaults: &ConfigMap, topic_config: &ConfigMap) -> HashMap<Str
     TOPIC_CONFIG_KEYS.iter().map(|key| (key.name.to_owned(), source(key.name).into())).collect()
 }
 
-/// Returns the advice for a leaderless partition: the brokers that could lead it or, if there are none, the election
-/// that an operator can run.
+/// Returns the end of the error message about a leaderless partition: the brokers of the ISR and ELR, one of which must
+/// start, or, if there are none, the election that an operator can run.
 fn election_advice(topic: &TopicName, number: u32, value: &PartitionValue) -> String {
     let candidates: Vec<String> = value.isr.iter().chain(&value.elr).map(ToString::to_string).collect();
     if !candidates.is_empty() {
@@ -205,7 +209,7 @@ fn election_advice(topic: &TopicName, number: u32, value: &PartitionValue) -> St
     )
 }
 
-/// Groups the partitions of a topic by leader. Leaderless partitions are left out.
+/// Groups the partitions of a topic by leader, without leaderless partitions.
 fn partitions_by_leader(topic: TopicId, entries: &[(u32, PartitionEntry)]) -> BTreeMap<BrokerId, Vec<PartitionId>> {
     let mut leaders: BTreeMap<BrokerId, Vec<PartitionId>> = BTreeMap::new();
     for (number, entry) in entries {
@@ -236,7 +240,7 @@ fn from_metadata(number: u32, value: Option<&PartitionValue>) -> v1::PartitionDe
     state
 }
 
-/// Adds the leader's report to the description.
+/// Adds the leader's report to the description of its partition.
 fn add_report(state: &mut v1::PartitionDescription, report: &ReplicaReport) {
     let Watermarks { log_start, local_start, tiered_end, high_watermark, persisted_end, log_end } = report.watermarks;
     state.log_start = log_start.as_i64();

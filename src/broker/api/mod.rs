@@ -1,7 +1,7 @@
-//! The requests of clients and operators: one part per family of requests, and the one mapping from errors to
-//! responses.
+//! The requests of clients and operators: one module for each family of requests, and `errors` with the only mapping
+//! from errors to responses.
 //!
-//! Every request takes the same steps: validate, look up the partition (or reject with the leader), serve.
+//! A request for a partition takes three steps: validate, look up the partition (an error names its leader), serve.
 
 mod describe;
 mod errors;
@@ -42,7 +42,7 @@ pub(super) struct Api {
     pub(super) operations: Operations,
     rebuilder: ManifestRebuilder,
     budgets: Budgets,
-    /// Cancels the streams of clients.
+    /// Its cancellation ends the streams of clients.
     streams: Tasks,
 }
 
@@ -56,7 +56,7 @@ impl Api {
         let SharedState { partitions, failures, health, topics, budgets, produce_memory, commits } = shared;
         let (streams, peer_status) = (Tasks::new(), Arc::new(peer_status));
         let lookup = ReplicaLookup::new(ctx, Arc::clone(&partitions));
-        // One decompressor for all compressed batches bounds their memory.
+        // All handlers share one decompressor, which bounds the memory of decompressed batches.
         let decompressor = Decompressor::new(ctx.config.limits.decompression_memory_bytes);
         let lease = &background.lease;
         Self {
@@ -102,12 +102,13 @@ impl Api {
         &self.budgets
     }
 
-    /// Returns the memory of a call that arrived on no connection.
+    /// Returns the memory of a call without a connection of its own, with new shares that no other call uses.
     pub(super) fn call_memory(&self) -> CallMemory {
         CallMemory::new(self.budgets.clone(), self.budgets.connection(|| {}))
     }
 
-    /// Ends the streams of clients.
+    /// Signals all streams of clients to end. A produce stream ends after it has returned the responses to all received
+    /// writes.
     pub(super) async fn stop(&self) {
         self.streams.stop().await;
     }

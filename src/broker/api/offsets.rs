@@ -1,4 +1,4 @@
-//! Finding offsets: the start and end of a partition, and the first record for a timestamp.
+//! The `ListOffsets` call: the start and end of a partition, and the first record at or after a timestamp.
 
 use std::{
     sync::{
@@ -24,18 +24,19 @@ use crate::{
     task::clock,
 };
 
-/// Maximum number of concurrent look-ups of one request. A look-up by timestamp may read a file or the object store.
+/// Maximum number of queries of one request that run concurrently. A query by timestamp may read a file or the object
+/// store.
 const MAX_CONCURRENT_LOOKUPS: usize = 8;
 
-/// Maximum time that one request waits for new leaders whose epoch is not committed yet.
+/// Maximum time that one request waits for new leaders whose leader epoch is not committed yet.
 const EPOCH_COMMIT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Limits on the waits of one request.
+/// Limits on the waits of one request, shared by its queries.
 #[derive(Clone, Copy)]
 struct Waits<'a> {
-    /// Deadline for new leaders whose epoch is not committed yet.
+    /// Deadline of the wait for new leaders whose leader epoch is not committed yet.
     epoch_deadline: Instant,
-    /// True after a look-up waited for memory in vain. The other look-ups do not wait then.
+    /// True after a query waited for memory in vain. Further queries of the request then do not wait for memory.
     out_of_memory: &'a AtomicBool,
 }
 
@@ -45,12 +46,13 @@ pub(in crate::broker) struct OffsetFinder {
     pub(super) decompressor: Decompressor,
     /// True while the lease has expired.
     pub(super) lease: watch::Receiver<bool>,
-    /// Maximum time that a look-up waits for memory.
+    /// Maximum time that a query by timestamp waits for memory.
     pub(super) max_wait: Duration,
 }
 
 impl OffsetFinder {
-    /// Returns the results of the queries, in their order.
+    /// Returns the result of each query, in the order of the queries. A failed query has an error in its result and
+    /// does not fail the call.
     pub(in crate::broker) async fn list_offsets(
         &self,
         request: v1::ListOffsetsRequest,
@@ -64,8 +66,7 @@ impl OffsetFinder {
             )));
         }
         self.lookup.wait_for_topics(request.queries.iter().map(|query| (query.topic.as_str(), ""))).await;
-        // One deadline for all queries: thousands of partitions below min ISR must not be waited for one after the
-        // other.
+        // One deadline for all queries: the waits for thousands of partitions below min ISR must not add up.
         let now = clock::monotonic();
         let out_of_memory = AtomicBool::new(false);
         let waits = Waits { epoch_deadline: now + EPOCH_COMMIT_TIMEOUT, out_of_memory: &out_of_memory };
@@ -77,14 +78,16 @@ impl OffsetFinder {
                 leader_epoch: -1,
             })
         });
-        // Checked before and after: if the lease is renewed meanwhile, a result may still be from before the renewal.
+        // Checked before and after the queries: if the lease is renewed during them, a result may still be from before
+        // the renewal.
         let lease_expired = *self.lease.borrow();
         let results = results.buffered(MAX_CONCURRENT_LOOKUPS).collect().await;
         Ok(v1::ListOffsetsResponse { results, lease_expired: lease_expired || *self.lease.borrow() })
     }
 
-    /// Returns the offset for a query. An offset other than the earliest requires a committed leader epoch, for which
-    /// this function waits.
+    /// Returns the offset for a query. Every query but for the earliest offset requires a committed leader epoch, for
+    /// which this function waits until [`Waits::epoch_deadline`]. A timestamp after the last record gives the latest
+    /// offset.
     async fn find_offset(
         &self,
         query: &v1::OffsetQuery,
@@ -113,8 +116,9 @@ impl OffsetFinder {
         Ok(v1::OffsetResult { error: None, offset: offset.as_i64(), timestamp_ms, leader_epoch: epoch.as_i32() })
     }
 
-    /// Returns the offset, timestamp and leader epoch of the first record for a timestamp; `None` if there is no such
-    /// record. Takes memory for batches of the usual size first, and for a larger batch once one was found.
+    /// Returns the offset, timestamp and leader epoch of the first record at or after `time`; `None` if there is no
+    /// such record. The search begins with memory for batches of the usual size. If it finds a larger batch, the search
+    /// starts again with memory for that batch.
     async fn find_time(
         &self,
         partition: &Partition,
@@ -124,7 +128,7 @@ impl OffsetFinder {
     ) -> Result<Option<(Offset, i64, LeaderEpoch)>, ApiError> {
         let (decompressor, mut batch_bytes) = (memory.decompressor(&self.decompressor), limits::SEARCH_BYTES);
         loop {
-            // Memory for chunks from the object store, and for the batch that is assembled from them.
+            // The memory is for chunks from the object store, and for the batch that is assembled from them.
             let out_of_memory = waits.out_of_memory.load(Ordering::Relaxed);
             let timeout = if out_of_memory { Duration::ZERO } else { self.max_wait };
             let grant = tokio::time::timeout(timeout, memory.read(2 * batch_bytes)).await;
@@ -143,8 +147,8 @@ impl OffsetFinder {
     }
 }
 
-/// Waits until the epoch of the partition's leader is committed. Returns false if that does not happen in time, or if
-/// this broker does not lead.
+/// Waits until this broker leads the partition in a committed leader epoch. Returns false if the deadline passes first,
+/// or if this broker does not lead.
 async fn wait_for_committed_epoch(partition: &Partition, deadline: Instant) -> bool {
     if partition.status().role == (ReplicaRole::Leader { epoch_committed: true }) || mutant!(LatestBeforeEpochCommitted)
     {
@@ -159,7 +163,7 @@ async fn wait_for_committed_epoch(partition: &Partition, deadline: Instant) -> b
                 ReplicaRole::Leader { epoch_committed: false } => ready.wait_for_index().await,
                 ReplicaRole::Idle | ReplicaRole::Follower { .. } => return false,
             }
-            // The role is read again after this, so these notifications are covered.
+            // The role is read after these marks were taken, so no change is missed.
             while ready.take().is_some() {}
         }
     };

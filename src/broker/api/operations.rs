@@ -1,7 +1,7 @@
-//! Cluster description and admin operations: translates requests to `cluster::ClusterOperations`.
+//! Cluster description and admin operations: converts requests to calls of `cluster::ClusterOperations`.
 //!
-//! The response to an operation is sent when the operation is committed and this broker's metadata cache contains it,
-//! so that the next request finds it.
+//! The response to an operation is sent after the operation was committed and this broker's metadata cache contains it.
+//! So the next request to this broker observes the operation.
 
 use std::sync::Arc;
 
@@ -44,7 +44,8 @@ impl Operations {
         Self { ctx, operations, peers, lease, health }
     }
 
-    /// Describes all brokers, with the stats that they report themselves, and the partitions of the cluster.
+    /// Describes all brokers of the metadata, with the stats that registered brokers report, and the number of
+    /// partitions in each state.
     pub(in crate::broker) async fn describe_cluster(&self) -> v1::DescribeClusterResponse {
         let alive = self.ctx.metadata.state().brokers().keys().copied().collect();
         let mut broker_stats = self.peers.request_stats(alive).await;
@@ -63,7 +64,8 @@ impl Operations {
             if let Some(registration) = state.brokers().get(id) {
                 describe_registration(&mut broker, registration);
                 if *id == self.ctx.id {
-                    // The registration shows this state late, and on a standalone broker never.
+                    // The registration contains the disk states of this broker with a delay, and on a standalone broker
+                    // never.
                     broker.disk_pressure |= self.ctx.metrics.disk_pressure.get() > 0;
                     broker.disk_full |= self.health.is_full();
                 }
@@ -97,7 +99,8 @@ impl Operations {
         }
     }
 
-    /// Marks a broker as drained: the controller moves its leaderships and replicas to other brokers.
+    /// Marks a broker as draining: the controller then moves its leaderships and replicas to other brokers. The
+    /// response lists what must be moved and what blocks the drain.
     pub(super) async fn drain_broker(&self, broker: u32) -> Result<v1::DrainBrokerResponse, ApiError> {
         let drained = self.operations.drain(BrokerId(broker), clock::wall_ms()).await?;
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
@@ -116,7 +119,8 @@ impl Operations {
         Ok(v1::UndrainBrokerResponse { changed: self.operations.undrain(BrokerId(broker)).await? })
     }
 
-    /// Requests a reassignment of a partition, or of all partitions of a topic, to these replicas.
+    /// Requests a reassignment of a partition, or of all partitions of a topic, to the replicas in the request. The
+    /// controller runs the reassignment after the response.
     pub(super) async fn reassign(
         &self,
         request: v1::ReassignPartitionsRequest,
@@ -150,7 +154,7 @@ impl Operations {
         Ok(v1::CancelReassignmentResponse { partitions: self.reassignments(&results).await })
     }
 
-    /// Elects the preferred leader of a partition, or runs an unclean election.
+    /// Elects the preferred leader of a partition, or runs an unclean election if the request sets `unclean`.
     pub(super) async fn elect_leader(
         &self,
         request: v1::ElectLeaderRequest,
@@ -171,9 +175,10 @@ impl Operations {
 
     /// Runs an unclean election of a leaderless partition.
     ///
-    /// A request with a leader and a revision, from an earlier response to `validate_only`, elects this leader if the
-    /// partition has not changed since. Any other request requests the reports of the replicas and elects the one that
-    /// loses the fewest records; with `validate_only`, the response only names that replica.
+    /// A request with a leader and a revision, both from an earlier response to `validate_only`, elects this leader if
+    /// the partition still has that revision. For a request without them, this broker collects the reports of the
+    /// replicas and elects the replica that loses the fewest records. With `validate_only`, the response only names
+    /// that replica.
     async fn elect_unclean(
         &self,
         topic: &TopicName,
@@ -196,7 +201,8 @@ impl Operations {
         let leaderless = self.operations.leaderless_partition(topic, partition)?;
         let reports = self.request_replica_reports(&leaderless).await;
         let tiered_end = self.ctx.metadata.partition(leaderless.id).as_ref().map_or(Offset::ZERO, committed_tiered_end);
-        // Last resort: an offline replica that restarts at the tiered end. The lost offsets are unknown then.
+        // If no usable replica responded, but all registered replicas have reported, an offline replica can be elected,
+        // which restarts at the tiered end. The lost offsets are unknown then.
         let offline_candidate = || {
             let broker = reports.offline.filter(|_| tiered_end > Offset::ZERO && !reports.is_incomplete)?;
             Some(UncleanCandidate { broker, loss: None })
@@ -221,8 +227,8 @@ impl Operations {
         Ok(v1::ElectLeaderResponse { replicas: reports.replicas, discard_local: discard, ..response })
     }
 
-    /// Rejects the election if the replica to be elected responded earlier and does not now. The operator did not agree
-    /// to the loss of its log.
+    /// Fails if the candidate, whose log the operator wants to keep, does not report a usable log now. Does nothing
+    /// with `discard`, because the operator agreed to the loss of the candidate's log.
     async fn check_still_usable(
         &self,
         topic: &TopicName,
@@ -230,8 +236,8 @@ impl Operations {
         candidate: BrokerId,
         discard: bool,
     ) -> Result<(), ElectError> {
-        // An error here means that an earlier attempt of this operation succeeded, or the operation itself returns the
-        // error.
+        // If the partition is not leaderless, an earlier attempt of this operation may have succeeded. The election
+        // itself returns any other error.
         let Ok(leaderless) = self.operations.leaderless_partition(topic, partition) else { return Ok(()) };
         if discard {
             return Ok(());
@@ -243,7 +249,8 @@ impl Operations {
         Err(ElectError::LogUnusable { partition: format!("{topic}/{partition}"), id: candidate })
     }
 
-    /// Counts an election, waits until this broker's metadata cache contains it, and returns the response.
+    /// Counts an election that changed the leader, waits until this broker's metadata cache contains it, and returns
+    /// the response.
     async fn complete_election(&self, cause: &'static str, election: &OperationResult) -> v1::ElectLeaderResponse {
         if election.changed {
             self.ctx.metrics.elections.count(cause);
@@ -252,7 +259,7 @@ impl Operations {
         election_response(election)
     }
 
-    /// Requests the reports of a leaderless partition's replicas from their brokers.
+    /// Requests the reports of a leaderless partition's replicas from all of their brokers that are registered.
     async fn request_replica_reports(&self, leaderless: &OperationResult) -> ReplicaReports {
         let (id, value) = (leaderless.id, &leaderless.value);
         let state = self.ctx.metadata.state();
@@ -283,7 +290,7 @@ impl Operations {
                     replica.error = Some(replica_offline(*broker, &reason).into());
                     reports.offline = reports.offline.or(Some(*broker));
                 }
-                // The broker responded without this replica.
+                // The broker responded, and its replica is neither open nor offline.
                 Some(Ok(None)) => {
                     replica.error = Some(not_open(*broker).into());
                     reports.is_incomplete = true;
@@ -300,7 +307,8 @@ impl Operations {
         reports
     }
 
-    /// Waits until this broker's metadata cache contains the results of an operation, and describes them.
+    /// Waits until this broker's metadata cache contains the results of an operation, and describes the reassignment of
+    /// each partition.
     async fn reassignments(&self, results: &[OperationResult]) -> Vec<v1::Reassignment> {
         self.operations.wait_until_cached(results).await;
         let mut reassignments = Vec::with_capacity(results.len());
@@ -311,7 +319,8 @@ impl Operations {
         reassignments
     }
 
-    /// Describes the reassignment of a partition. A queued reassignment is described as it will be when it has started.
+    /// Describes the reassignment of a partition. A queued reassignment is described with the values that it will have
+    /// after its start.
     fn reassignment(&self, result: &OperationResult) -> v1::Reassignment {
         let value = &result.value;
         let queued = value.has_queued() && !value.is_reassigning();
@@ -339,7 +348,7 @@ impl Operations {
     }
 }
 
-/// Adds the content of a broker's registration.
+/// Adds the content of a broker's registration to its description.
 fn describe_registration(broker: &mut v1::BrokerDescription, registration: &Versioned<BrokerValue>) {
     let value = &registration.value;
     broker.alive = true;
@@ -355,7 +364,8 @@ fn describe_registration(broker: &mut v1::BrokerDescription, registration: &Vers
     broker.max_replicas = value.max_replicas.unwrap_or_default();
 }
 
-/// Returns the response that describes a partition after an election, or before it with `validate_only`.
+/// Returns the response with the leader, leader epoch and revision in `result`: the result of an election, or the
+/// leaderless value with `validate_only`.
 fn election_response(result: &OperationResult) -> v1::ElectLeaderResponse {
     v1::ElectLeaderResponse {
         leader: result.value.leader.map(|leader| leader.0).unwrap_or_default(),
@@ -366,7 +376,7 @@ fn election_response(result: &OperationResult) -> v1::ElectLeaderResponse {
     }
 }
 
-/// Returns the tiered end in the metadata; zero without a tier state.
+/// Returns the tiered end of a partition in the metadata; zero without a tier state.
 fn committed_tiered_end(entry: &PartitionEntry) -> Offset {
     entry.tier.as_ref().map_or(Offset::ZERO, |tier| tier.value.tiered_end())
 }
@@ -376,11 +386,11 @@ fn committed_tiered_end(entry: &PartitionEntry) -> Offset {
 struct ReplicaReports {
     /// Entries for the response, in the order of the replicas.
     replicas: Vec<v1::ReplicaDescription>,
-    /// Log positions of the replicas whose brokers responded.
+    /// Log positions of the open replicas.
     positions: Vec<ReplicaPosition>,
-    /// First registered broker whose replica is offline.
+    /// First broker, in the order of the replicas, that reported its replica as offline.
     offline: Option<BrokerId>,
-    /// True if a registered broker has not responded, or has not opened its replica yet.
+    /// True if a registered broker did not respond, or has not opened its replica yet.
     is_incomplete: bool,
 }
 
@@ -399,7 +409,8 @@ fn parse_partition(partition: Option<i32>) -> Result<Option<u32>, ApiError> {
     u32::try_from(number).map(Some).map_err(|_| invalid(format!("partition {number} is negative: use 0 or more")))
 }
 
-/// Parses the scope of a request: all topics, one topic, or one partition.
+/// Parses the scope of a request: all topics (an empty name), one topic, or one partition. A partition number requires
+/// a topic.
 fn parse_scope(topic: &str, partition: Option<i32>) -> Result<(Option<TopicName>, Option<u32>), ApiError> {
     let partition = parse_partition(partition)?;
     if topic.is_empty() {

@@ -1,5 +1,5 @@
-//! `RebuildManifest`: an operator decides about a lost manifest. Any broker serves the request, because the commit is a
-//! compare-and-set in the leader's epoch.
+//! `RebuildManifest`: an operator has a lost manifest built again from the objects that exist. Any broker with an
+//! object store serves the request, because the commit is a compare-and-set that requires the current leader epoch.
 
 use std::sync::Arc;
 
@@ -28,9 +28,9 @@ impl ManifestRebuilder {
         Self { ctx, commits, updater }
     }
 
-    /// Surveys the objects of a partition whose manifest is lost, and returns a plan of the new manifest. Commits the
-    /// new manifest if the request contains exactly this plan. Rejects a request with another plan, and a request for a
-    /// partition whose manifest exists.
+    /// Surveys the objects of a partition whose manifest is lost, and returns a plan of the new manifest. If the
+    /// request contains the id of exactly this plan, also commits the new manifest. Rejects a request with another
+    /// plan, and a request for a partition whose manifest exists.
     pub(super) async fn rebuild_manifest(
         &self,
         request: v1::RebuildManifestRequest,
@@ -81,7 +81,8 @@ impl ManifestRebuilder {
         Ok(response(survey, lost, plan_id, is_confirmed))
     }
 
-    /// Writes the manifest of the surveyed objects, and commits it in the leader epoch of the partition.
+    /// Writes the manifest of the surveyed objects to the object store, and commits it in the partition's current
+    /// leader epoch. Fails with `CONFLICT` if the tier state or the leader epoch changes before the commit.
     async fn commit_rebuilt(&self, tier: &PartitionTier, survey: &Survey) -> Result<(), ApiError> {
         let id = tier.id();
         let Some((value, _)) = self.updater.read_back(id).await? else { return Err(partition_being_deleted()) };
@@ -97,15 +98,15 @@ impl ManifestRebuilder {
     }
 }
 
-/// Returns an identifier of this survey result. A different result has a different identifier, so an operator confirms
-/// only the displayed plan.
+/// Returns the identifier of the plan that follows from a survey. A survey with other objects gives another identifier,
+/// so an operator confirms only the displayed plan.
 fn plan_id(survey: &Survey) -> String {
     let mut attempts = Vec::with_capacity(survey.chain.len() * 16);
     survey.chain.iter().for_each(|entry| attempts.extend_from_slice(entry.stamp.attempt.as_bytes()));
     format!("{}-{}-{:08x}", survey.state.version(), survey.log_start, crc32c::crc32c(&attempts))
 }
 
-/// Returns the response about a survey. `lost` is the name of the lost manifest.
+/// Returns the response about a survey. `lost` is the name of the lost manifest object.
 fn response(survey: Survey, lost: String, plan: String, committed: bool) -> v1::RebuildManifestResponse {
     let range = |(from, to): &(Offset, Offset)| v1::OffsetRange { start: from.as_i64(), end: to.as_i64() };
     v1::RebuildManifestResponse {
@@ -129,7 +130,7 @@ fn partition_being_deleted() -> ApiError {
     ApiError::new(ErrorCode::Conflict, "the partition is being deleted: its manifest cannot be rebuilt")
 }
 
-/// Returns the error for a tier state that could not be read or committed.
+/// Converts the error of reading or committing the tier state.
 fn commit_error(error: TierCommitError) -> ApiError {
     match error {
         TierCommitError::Store(error) => error.into(),
@@ -139,12 +140,12 @@ fn commit_error(error: TierCommitError) -> ApiError {
     }
 }
 
-/// Returns the error for a manifest that exists and could not be read.
+/// Converts the error of a check that could not tell whether the manifest exists.
 fn read_error(error: &TierReadError) -> ApiError {
     ApiError::new(ErrorCode::ObjectStoreUnavailable, error.to_string())
 }
 
-/// Returns the error for a survey, or for a write of the new manifest, that failed.
+/// Converts the error of a survey, or of writing the new manifest.
 fn upload_error(error: &UploadError) -> ApiError {
     let code = match error {
         UploadError::Deposed { .. } => ErrorCode::Conflict,

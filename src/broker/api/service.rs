@@ -1,4 +1,4 @@
-//! The gRPC services. Each method calls its handler and maps the error once.
+//! The gRPC services `Log` and `Admin`. Each method calls its handler and converts the error to a status.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::{
     },
 };
 
-/// Messages of a request that is a stream.
+/// Messages of a streaming request.
 pub type Requests<T> = BoxStream<'static, Result<T, Status>>;
 
 /// The `Log` service of a broker.
@@ -38,7 +38,8 @@ impl AdminService {
         admin_server::AdminServer::new(self)
     }
 
-    /// Returns the handlers for an operation that needs the metadata store. Fails while the store is unavailable.
+    /// Returns the handlers for an operation that needs the metadata store. Fails if the lease has expired, or if the
+    /// store has returned to an older state.
     fn available_api(&self) -> Result<&Api, Status> {
         self.lease.check_metadata_available()?;
         Ok(&self.api)
@@ -49,7 +50,8 @@ fn into_response<T>(result: Result<T, ApiError>) -> Result<Response<T>, Status> 
     result.map(Response::new).map_err(Status::from)
 }
 
-/// Returns the quota of the request's connection. A request that arrived on no listener gets a quota of its own.
+/// Returns the quota of the request's connection, which the listener has added to the request. A request without it
+/// gets a new quota.
 fn quota<T>(request: &Request<T>) -> ProducerIdQuota {
     request.extensions().get().cloned().unwrap_or_default()
 }
@@ -59,7 +61,7 @@ impl LogService {
         Self(api)
     }
 
-    /// Returns the server of the unary calls, with its message limits.
+    /// Returns the `Log` service with its message limits. The broker's listener uses it for the unary calls only.
     pub fn server(self) -> log_server::LogServer<Self> {
         log_server::LogServer::new(self)
             .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
@@ -84,7 +86,8 @@ impl LogService {
         self.0.fetch.fetch(request.into_inner(), memory)
     }
 
-    /// Returns the memory of a call. A call that arrived on no listener gets a connection of its own.
+    /// Returns the memory of a call, which the listener has added to the request. A request without it gets memory with
+    /// shares of its own.
     fn memory<T>(&self, request: &Request<T>) -> CallMemory {
         request.extensions().get().cloned().unwrap_or_else(|| self.0.call_memory())
     }
@@ -97,7 +100,8 @@ impl log_server::Log for LogService {
         into_response(self.0.produce.append(request.into_inner(), &quota, &memory).await)
     }
 
-    // The broker's own listener serves the streams through `server/streams`.
+    // The broker's listener serves the streams through `server/streams`, with `serve_produce` and `serve_fetch`, and
+    // does not call this method.
     type ProduceStream = BoxStream<'static, Result<v1::ProduceResponse, Status>>;
 
     async fn produce(
@@ -110,8 +114,8 @@ impl log_server::Log for LogService {
     async fn read(&self, request: Request<v1::ReadRequest>) -> Result<Response<v1::ReadResponse>, Status> {
         let memory = self.memory(&request);
         let request = request.into_inner();
-        // A read may wait for a minute, and keeps only the names of the partitions from its request. Longer lists are
-        // rejected.
+        // A read may wait for a minute, so the memory of its request is freed now. The read keeps only the names of the
+        // partitions, and rejects a request with more partitions than this.
         if request.partitions.len() <= limits::MAX_FETCH_PARTITIONS {
             drop(memory.take_request());
         }

@@ -1,7 +1,7 @@
-//! Topic administration: translates requests to `cluster::Topics`.
+//! Topic administration: converts requests to calls of `cluster::Topics`.
 //!
-//! The response to a change is sent after this broker has applied the change, so a created topic accepts records at
-//! once.
+//! The response to a change is sent after this broker has applied the change, or after [`APPLY_TIMEOUT`]. So this
+//! broker hosts a created topic when the client sends its next request.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -15,8 +15,8 @@ use crate::{
     },
 };
 
-/// Maximum time that a response waits for this broker to apply the change. The response is sent afterwards in any case,
-/// because the change is committed.
+/// Maximum time that a response waits until this broker has applied the change. After this time the response is sent
+/// without it, because the change is committed.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Handler of topic administration.
@@ -32,7 +32,7 @@ impl TopicAdmin {
         &self.topics
     }
 
-    /// Creates a topic, or only validates the request if `validate_only` is set.
+    /// Creates a topic and waits until this broker has applied it. With `validate_only`, only validates the request.
     pub(super) async fn create_topic(
         &self,
         request: v1::CreateTopicRequest,
@@ -62,7 +62,7 @@ impl TopicAdmin {
 
     pub(super) async fn alter_topic(&self, request: v1::AlterTopicRequest) -> Result<v1::AlterTopicResponse, ApiError> {
         let topic = parse_topic_name(&request.name)?;
-        // Zero means that the replication factor stays.
+        // In the request, 0 means that the replication factor does not change.
         let factor = Some(request.replication_factor).filter(|factor| *factor > 0);
         let info = self.topics.alter(&topic, request.set.into_iter().collect(), request.unset, factor).await?;
         self.wait_until_applied(&info).await;
@@ -78,8 +78,8 @@ impl TopicAdmin {
         Ok(v1::AddPartitionsResponse { topic: Some(topic_summary(&info.name, &info.value)) })
     }
 
-    /// Deletes a topic and waits until this broker has dropped it, for a bounded time. The response contains the
-    /// maximum time for which its objects remain in the object store.
+    /// Deletes a topic and waits until this broker has removed it, at most [`APPLY_TIMEOUT`]. With an object store, the
+    /// response contains the maximum time for which the topic's objects remain there.
     pub(super) async fn delete_topic(&self, topic: &str) -> Result<v1::DeleteTopicResponse, ApiError> {
         let topic = parse_topic_name(topic)?;
         let id: TopicId = self.topics.delete(&topic).await?;
@@ -92,7 +92,7 @@ impl TopicAdmin {
         })
     }
 
-    /// Waits until this broker has applied a change, for a bounded time.
+    /// Waits until this broker has applied a change of a topic, at most [`APPLY_TIMEOUT`].
     async fn wait_until_applied(&self, info: &TopicInfo) {
         let (name, value) = (&info.name, &info.value);
         let applied = self.partitions.until(|partitions| {

@@ -1,4 +1,4 @@
-//! The one mapping from errors of the inner modules to API errors.
+//! The only mapping from errors of the inner modules to API errors.
 
 mod operations;
 
@@ -84,7 +84,7 @@ impl From<ReadError> for ApiError {
     }
 }
 
-/// Converts the error of a batch. (A `From` cannot be implemented here: both types are of other packages.)
+/// Converts the error of a malformed batch. This is no `From` impl, because both types belong to other packages.
 pub(super) fn malformed_batch(error: MalformedBatch) -> ApiError {
     let code = match error {
         MalformedBatch::NoMemory { .. } => ErrorCode::RecordTooLarge,
@@ -168,14 +168,14 @@ impl From<DeleteError> for ApiError {
     }
 }
 
-/// Returns the error for more replicas than eligible brokers.
+/// Returns the error for a topic with more replicas than eligible brokers.
 fn too_few_brokers(message: String, requested: u32, counts: BrokerCounts) -> ApiError {
     ApiError::new(ErrorCode::InvalidRequest, message)
         .with("replication_factor", requested)
         .with("brokers", counts.eligible_brokers())
 }
 
-/// Returns the error for more replicas on a broker than its limit.
+/// Returns the error for a change that would exceed the maximum number of replicas of a broker.
 fn above_bound(message: String, bound: ReplicaBound) -> ApiError {
     ApiError::new(ErrorCode::FailedPrecondition, message)
         .with("broker", bound.broker)
@@ -184,13 +184,13 @@ fn above_bound(message: String, bound: ReplicaBound) -> ApiError {
         .with("setting", "broker.max_replicas")
 }
 
-/// Returns the status with which a call ends after its stream of requests failed with `status`. The returned status has
-/// a stable error code if the transport rejected a request.
+/// Returns the status that ends a call whose stream of requests failed with `status`. If the transport rejected a
+/// request, the returned status has a stable error code; else it is `status`.
 pub(super) fn request_stream_error(status: Status) -> Status {
     from_transport(&status, "").map_or(status, Status::from)
 }
 
-/// Returns the error for an invalid request.
+/// Returns an `INVALID_REQUEST` error.
 pub(super) fn invalid(message: impl Into<String>) -> ApiError {
     ApiError::new(ErrorCode::InvalidRequest, message)
 }
@@ -206,7 +206,7 @@ pub(super) fn parse_topic_id(text: &str) -> Result<Option<TopicId>, ApiError> {
     })
 }
 
-/// Parses an offset of a request.
+/// Parses an offset of a request, which must not be negative.
 pub(super) fn parse_offset(value: i64) -> Result<Offset, ApiError> {
     Offset::from_i64(value).ok_or_else(|| invalid(format!("offset {value} is negative: use 0 or more")))
 }

@@ -1,4 +1,4 @@
-//! Mapping from errors of admin operations to API errors.
+//! The part of the mapping to API errors for errors of admin operations.
 
 use crate::{
     cluster::{

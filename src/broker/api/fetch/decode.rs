@@ -20,22 +20,26 @@ use crate::{
     record::{Batch, MalformedBatch, Record},
 };
 
-/// Maximum bytes of records in a decoded response. A first record is accepted up to this size.
+/// Maximum bytes of all records in a decoded response. The first returned record of a partition may exceed
+/// [`Decoder::max_bytes`], but not this limit.
 const MAX_DECODED_BYTES: usize = limits::MAX_MESSAGE_BYTES - (4 << 20);
 
-/// A first record needs more memory than was reserved for one.
+/// The first returned record of a partition needs more memory than is reserved. The request is read again with a
+/// reservation of `bytes` for this record.
 pub(super) struct RecordTooLarge {
     pub(super) bytes: usize,
 }
 
 impl FetchSession {
-    /// Replaces the batches of a response by their records. Returns the bytes of the records.
+    /// Replaces the batches of a response by their records, and returns the bytes of the records. A partition whose
+    /// records cannot be decoded or do not fit gets an error in its entry.
     ///
     /// # Errors
     /// `RecordTooLarge`: the response must be read again with more memory.
     pub(super) async fn decode(&mut self, builder: &mut FetchResponseBuilder) -> Result<usize, RecordTooLarge> {
         self.try_reclaim();
-        // A batch that is being decompressed stays charged after its call has ended.
+        // The decompressor holds a part of the charge. So a batch that is still being decompressed when its call ends
+        // stays charged.
         let charge = Arc::new(self.response_memory.as_mut().map(ResponseMemory::split));
         let mut decoder = Decoder {
             decompressor: self
@@ -71,7 +75,8 @@ impl FetchSession {
     }
 }
 
-/// Reason why a response has no records of a partition.
+/// Reason why a response has no records of a partition: an error for the client, or a record for which the response
+/// must be read again.
 enum Undecoded {
     Refused(ApiError),
     TooLarge(RecordTooLarge),
@@ -87,22 +92,23 @@ impl<E: Into<ApiError>> From<E> for Undecoded {
 struct Decoder<'a> {
     decompressor: Decompressor,
     memory: &'a CallMemory,
-    /// Bytes of records after which the response takes no more.
+    /// Bytes of records in the response after which it takes no more records.
     max_bytes: usize,
-    /// Bytes reserved for one first record.
+    /// Bytes of the session's reservation for one record that exceeds the space of the response; 0 without one.
     record_bytes: usize,
-    /// True once a record used this reservation.
+    /// True once a record of this response used the reservation.
     has_used_reservation: bool,
     /// Bytes of batches and records decoded since the last yield to other tasks.
     decoded_bytes: usize,
 }
 
 impl Decoder<'_> {
-    /// Replaces the batches of a partition by their records from an offset on, while there is space. Adds the bytes of
-    /// the records to `used_bytes`, the total of all partitions.
+    /// Replaces the batches of a partition by their records from the offset `from` on, while there is space in the
+    /// response. Sets `next_offset` to the first record that is left out. Adds the bytes of the records to
+    /// `used_bytes`, the total of all partitions.
     ///
-    /// An error means that the partition has no records in the response. If records precede a corrupt batch, the next
-    /// read returns the error.
+    /// An error means that the partition has no records in the response. If records of the partition precede an
+    /// undecodable batch, they are returned without an error, and the next read returns the error.
     async fn decode(
         &mut self,
         fetched: &mut v1::FetchedPartition,
@@ -114,7 +120,8 @@ impl Decoder<'_> {
             let batch = Batch::split_from(&mut bytes).map_err(errors::malformed_batch)?;
             let is_first = fetched.records.is_empty();
             if *used_bytes >= self.max_bytes && !(is_first && batch.compression() == Compression::None) {
-                // The space is used up, so the following batches need not be decompressed.
+                // The space is used up, so the remaining batches are not decompressed. An uncompressed first batch is
+                // opened, because its first record may still be returned.
                 fetched.next_offset = from.max(batch.base_offset()).as_i64();
                 return if is_first { Err(self.response_full(fetched)) } else { Ok(()) };
             }
@@ -124,7 +131,8 @@ impl Decoder<'_> {
                 && records.is_empty()
                 && *used_bytes + *size <= MAX_DECODED_BYTES
             {
-                // The first record is returned at any size for which there is memory.
+                // The first returned record of the partition exceeds the space. It is returned if there is memory for
+                // it.
                 let size = *size;
                 self.reserve_record(size)?;
                 decoded = self.open((id, &batch), from, size).await;
@@ -142,7 +150,7 @@ impl Decoder<'_> {
                     fetched.next_offset = offset.as_i64();
                     return match fetched.records.is_empty() {
                         true if size > MAX_DECODED_BYTES => Err(record_too_large(fetched, size).into()),
-                        // One message cannot hold this record together with those of other partitions.
+                        // This record does not fit into one message together with the records of other partitions.
                         true => Err(self.response_full(fetched)),
                         false => Ok(()),
                     };
@@ -165,22 +173,22 @@ impl Decoder<'_> {
         response_full(fetched, self.max_bytes < DECODED_BYTES).into()
     }
 
-    /// Reserves memory for a first record that exceeds the space of the response. Uses the session's reservation for
-    /// one such record first.
+    /// Reserves memory for the first returned record of a partition, if that record exceeds the remaining space of the
+    /// response. Once per response, a record of at most `record_bytes` uses the session's reservation instead.
     fn reserve_record(&mut self, bytes: usize) -> Result<(), Undecoded> {
         if bytes <= self.record_bytes && !std::mem::replace(&mut self.has_used_reservation, true) {
             return Ok(());
         }
         match self.memory.reserve_more(2 * bytes) {
-            // For a record larger than all before, the response is read again, and memory for the record is then
-            // reserved with that of the response.
+            // For a record larger than the session's reservation, the response is read again, with a larger reservation
+            // that is part of the response's memory.
             Err(_) if bytes > self.record_bytes => Err(Undecoded::TooLarge(RecordTooLarge { bytes })),
             reserved => Ok(reserved?),
         }
     }
 
-    /// Decompresses a batch and takes its records from an offset on, up to `max_bytes`. A connection decompresses one
-    /// batch at a time.
+    /// Decompresses a batch and takes its records from the offset `from` on, up to `max_bytes`. A connection
+    /// decompresses one batch at a time.
     async fn open(
         &self,
         (id, batch): (PartitionId, &Batch),
@@ -202,15 +210,16 @@ struct DecodedRecords {
     omitted: Option<(Offset, usize)>,
 }
 
-/// Takes the records of a batch from an offset on, up to `max_bytes`. Fails if the batch decompresses to more than
-/// `decompressed_bytes`.
+/// Takes the records of a batch from the offset `from` on, up to `max_bytes`. Fails if the batch decompresses to more
+/// than `decompressed_bytes`.
 fn take_records(
     batch: &Batch,
     decompressed_bytes: usize,
     from: Offset,
     max_bytes: usize,
 ) -> Result<DecodedRecords, MalformedBatch> {
-    // A slice would keep all decompressed bytes in memory until the response is sent.
+    // Records of a compressed batch are copied: slices would keep all decompressed bytes in memory until the response
+    // is sent.
     let copies = batch.compression() != Compression::None;
     let detach = |bytes: Bytes| if copies { Bytes::copy_from_slice(&bytes) } else { bytes };
     let mut decoded = DecodedRecords { records: Vec::new(), bytes: 0, omitted: None };
@@ -237,15 +246,15 @@ fn take_records(
     Ok(decoded)
 }
 
-/// Returns the maximum bytes of a record in a response.
+/// Returns an upper bound of the bytes that a record takes in a response message.
 fn record_bytes(record: &Record) -> usize {
     let length = |bytes: &Option<Bytes>| bytes.as_ref().map_or(0, Bytes::len);
     let headers = record.headers.iter().map(|header| header.key.len() + length(&header.value) + 32);
     length(&record.key) + length(&record.value) + headers.sum::<usize>() + 64
 }
 
-/// Returns the error for a partition whose records do not fit, because those of other partitions fill the response. A
-/// retry of the same request fails again, unless the response was small.
+/// Returns the error for a partition whose records do not fit, because the records of other partitions fill the
+/// response. `is_small` is true for a response with little memory: only then may a retry of the same request succeed.
 fn response_full(fetched: &v1::FetchedPartition, is_small: bool) -> ApiError {
     let message = format!(
         "the response is full before the records of topic {}, partition {}: read this partition again, alone or first",
@@ -254,7 +263,7 @@ fn response_full(fetched: &v1::FetchedPartition, is_small: bool) -> ApiError {
     ApiError { retryable: is_small, ..ApiError::new(ErrorCode::Overloaded, message) }
 }
 
-/// Returns the error for a record that fits into no decoded response, and must be read as a batch.
+/// Returns the error for a record that fits into no decoded response, so that the client must read its batch.
 fn record_too_large(fetched: &v1::FetchedPartition, size: usize) -> ApiError {
     let message = format!(
         "the record at offset {} has {size} bytes, more than a decoded response holds: read its batch without decode",

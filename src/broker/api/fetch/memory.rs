@@ -1,5 +1,5 @@
-//! Memory of a reader's responses: taken before anything is read for a response, and freed when the response has been
-//! sent.
+//! Memory of a reader's responses. It is taken before anything is read for a response, and freed when the response has
+//! been sent.
 
 use futures::stream::FuturesUnordered;
 
@@ -10,70 +10,74 @@ use crate::{
     partition::{FetchedBatches, ReadError},
 };
 
-/// Minimum bytes of a read beside other reads of the same response, if the response has space for them.
+/// Bytes that each of several reads for one response may return at least, if the response has space for that many.
 pub(super) const MIN_READ_BYTES: usize = 1 << 20;
 
-/// Maximum bytes of batches in a response with little memory.
+/// Maximum bytes of batches in a small response. A response is small if there is not enough memory for a full one.
 pub(super) const SMALL_RESPONSE_BYTES: usize = 64 << 10;
 
 /// Bytes of records after which a decoded response takes no more. Compressed records can grow a thousandfold, but a
 /// response must fit into one message, and into memory until it is sent.
 pub(super) const DECODED_BYTES: usize = limits::MAX_FETCH_BYTES;
 
-/// The same limit for a response with little memory, in bytes.
+/// Bytes of records after which a small decoded response takes no more.
 const SMALL_DECODED_BYTES: usize = DECODED_BYTES / 16;
 
-/// Maximum bytes per partition of the response message itself, in addition to the batches.
+/// Maximum bytes of one partition's entry in a response, without its batches and records.
 const PARTITION_BYTES: usize = 512;
 
-/// Memory taken for a response.
+/// Memory taken for a response, and the limits that follow from its size.
 pub(super) struct ResponseMemory {
     grant: ResponseGrant,
-    /// Bytes for batches, and for the message that is built from them.
+    /// Bytes of memory for batches, and for the message that is built from them.
     bytes: usize,
-    /// Bytes for decoded records, and for the message that is built from them.
+    /// Bytes of memory for decoded records, and for the message that is built from them; 0 without `decode`.
     pub(super) records: usize,
     /// Maximum bytes of batches in the response.
     pub(super) max_bytes: usize,
     /// Maximum bytes of a batch that one read may return.
     pub(super) batch_bytes: usize,
-    /// True if there is little memory: reads run one at a time.
+    /// True for a small response, whose reads run one at a time.
     is_small: bool,
-    /// Values of `bytes` and `records` before memory was freed; `None` if nothing was freed.
+    /// Values of `bytes` and `records` before a part of the memory was freed or left to dropped reads; `None` if all
+    /// memory is there.
     released: Option<(usize, usize)>,
-    /// True if the freed memory could not be taken back: nothing more is read.
+    /// True if the missing memory could not be taken back. Nothing more is read for this response then.
     is_used_up: bool,
 }
 
 impl ResponseMemory {
-    /// Splits off the memory of one read. The read holds this memory until it ends, which may be after the response is
-    /// built or the call has ended.
+    /// Splits off the memory of one read. The read holds this memory until it ends, also if it ends after the response
+    /// was built or after the call.
     pub(super) fn begin_read(&mut self) -> Grant {
         self.grant.split(self.batch_bytes)
     }
 
-    /// Merges the memory of an ended read and frees the excess. A read for an earlier response returns memory of that
-    /// response.
+    /// Merges the memory of an ended read, and frees what exceeds the memory of this response. The excess comes from
+    /// reads that were started for an earlier response.
     pub(super) fn end_read(&mut self, charge: Grant) {
         self.grant.merge(charge);
         self.grant.shrink(self.bytes + self.records);
     }
 
-    /// Splits off all memory, for work that may outlive the call.
+    /// Splits off all memory of the response, for decoding. A decompression may hold a part of it after the call has
+    /// ended.
     pub(super) fn split(&mut self) -> Grant {
         self.grant.split(self.bytes + self.records)
     }
 }
 
 impl FetchSession {
-    /// Returns true if there is something to read, or already read, without memory for it.
+    /// Returns true if the next response must reserve memory: it has none, and there is a deferred outcome, a read in
+    /// progress or a ready partition.
     pub(super) fn needs_memory(&self) -> bool {
         self.response_memory.is_none() && (self.deferred.is_some() || !self.reads.is_empty() || self.ready.is_marked())
     }
 
-    /// Takes memory for a response before any read: for the batches, and for the message that is built from them. Waits
-    /// for the memory. Decoded records take as much again. The response is small if other responses hold too much
-    /// memory. The size of a larger batch is known after a read failed for lack of memory.
+    /// Takes memory for a response, and waits for it. Called before any read for the response. The memory is for the
+    /// batches and for the message that is built from them. With `decode`, more memory is taken for the records. If
+    /// other responses hold too much memory, the response is small. Batches above the expected size get memory only
+    /// after a read has failed because of their size.
     pub(super) async fn reserve(&mut self, decode: bool) {
         let max_bytes = self.limits.max_bytes;
         let reads = self.partitions.len().clamp(1, MAX_CONCURRENT_READS);
@@ -88,7 +92,8 @@ impl FetchSession {
         let (grant, granted_bytes) = match self.memory.try_response(wanted_bytes, min_bytes) {
             Some(granted) => granted,
             None => {
-                // Ended reads that wait here would keep the memory that this call waits for.
+                // Ended reads keep their memory until their outcomes are taken, which does not happen during the wait.
+                // So the reads are dropped.
                 self.drop_reads();
                 self.memory.response(wanted_bytes, min_bytes).await
             }
@@ -113,13 +118,15 @@ impl FetchSession {
         });
     }
 
-    /// Returns true if one more read may start.
+    /// Returns true if one more read may start: the response has all of its memory, and not the maximum number of reads
+    /// in progress.
     pub(super) fn may_begin_read(&self) -> bool {
         let Some(ResponseMemory { is_small, released: None, .. }) = self.response_memory else { return false };
         self.reads.len() < if is_small { 1 } else { MAX_CONCURRENT_READS }
     }
 
-    /// Returns true if partitions that become ready are processed before the reads in progress have ended.
+    /// Returns true if a partition that becomes ready must end a wait, because its read could start beside the reads in
+    /// progress.
     pub(super) fn awaits_marks(&self) -> bool {
         match self.response_memory {
             Some(ResponseMemory { is_used_up: true, .. }) => false,
@@ -128,7 +135,8 @@ impl FetchSession {
         }
     }
 
-    /// Frees the memory of a delayed response, except that for its batches and for the reads in progress.
+    /// Frees memory of a response that waits for more records, except the memory for its batches and for the reads in
+    /// progress. Does nothing if a partition is ready.
     pub(super) fn release_unused(&mut self, builder: &FetchResponseBuilder) {
         let Some(memory) = &mut self.response_memory else { return };
         if self.ready.is_marked() {
@@ -145,14 +153,16 @@ impl FetchSession {
         }
     }
 
-    /// Takes freed memory back if there is more to read. If there is not enough, the response gets no more records.
+    /// Takes freed memory back if a partition is ready. If there is not enough memory, a response with records becomes
+    /// full and is sent.
     pub(super) fn reclaim_if_ready(&mut self, builder: &mut FetchResponseBuilder) {
         if self.ready.is_marked() && !self.try_reclaim() {
             builder.full |= builder.bytes > 0;
         }
     }
 
-    /// Takes freed memory back. Returns true if the response has all of its memory.
+    /// Takes freed memory back, without waiting. Returns true if the response has all of its memory, or no memory was
+    /// reserved.
     pub(super) fn try_reclaim(&mut self) -> bool {
         let Some(memory) = &mut self.response_memory else { return true };
         let Some((bytes, records)) = memory.released else { return true };
@@ -164,7 +174,8 @@ impl FetchSession {
         !memory.is_used_up
     }
 
-    /// Restarts the request at its first offsets, with memory for a first record of `record_bytes`.
+    /// Restarts a unary read at its first offsets, with a reservation for one record of `record_bytes`. The entries of
+    /// rejected partitions in `builder` are kept for the next response.
     pub(super) fn read_again(&mut self, record_bytes: usize, builder: FetchResponseBuilder) {
         self.record_bytes = record_bytes;
         (self.response_memory, self.deferred, self.reads) = (None, None, FuturesUnordered::new());
@@ -177,8 +188,9 @@ impl FetchSession {
         }
     }
 
-    /// Returns the bytes of the batches that a read found, or would have found, if there is no memory for them. Returns
-    /// `None` if there is, or if the read found nothing.
+    /// Returns the bytes of the batches of a read, if there is no memory for them: of batches that it returned, or of a
+    /// batch above its limit. Returns `None` if there is memory for them, or if the read found nothing or failed
+    /// otherwise. May reserve more memory.
     pub(super) fn bytes_without_memory(
         &self,
         outcome: &Result<Option<FetchedBatches>, ReadError>,
@@ -191,10 +203,11 @@ impl FetchSession {
         }
     }
 
-    /// Marks a partition for another read, for which there must be memory for a batch of `batch_bytes`. An empty
-    /// response frees its memory and restarts its reads in progress. A response with records is full.
+    /// Marks a partition for another read, whose memory must suffice for a batch of `batch_bytes`. A response with
+    /// records becomes full, and is sent first. An empty response frees its memory and drops its reads in progress, so
+    /// that the caller reserves memory again.
     pub(super) fn read_later(&mut self, index: usize, batch_bytes: usize, builder: &mut FetchResponseBuilder) {
-        // Rounded up: batches that grow byte by byte would restart the reads each time.
+        // The size is rounded up. Otherwise, batches that grow byte by byte would cause another read each time.
         self.max_batch_bytes = self.max_batch_bytes.max(batch_bytes.next_power_of_two());
         self.partitions[index].is_reading = false;
         self.ready.mark(index);
@@ -206,7 +219,8 @@ impl FetchSession {
         self.drop_reads();
     }
 
-    /// Drops the reads in progress, which keep their memory until they end, and marks their partitions as ready.
+    /// Drops the reads in progress, and marks their partitions as ready. Blocking work of a dropped read continues, and
+    /// holds the read's memory until it ends.
     pub(super) fn drop_reads(&mut self) {
         if let Some(memory) = &mut self.response_memory
             && !self.reads.is_empty()
@@ -219,29 +233,31 @@ impl FetchSession {
         for (index, state) in self.partitions.iter_mut().enumerate() {
             if state.is_reading && deferred != Some(index) {
                 state.is_reading = false;
-                // Marked before all others: other partitions with new records would delay this partition for ever.
+                // This partition is read before all other ready partitions. Otherwise, partitions with new records
+                // could delay it for ever.
                 self.ready.put_back(index);
             }
         }
     }
 
-    /// Returns true if there is memory for a batch that was read, reserving more if needed. A batch may be larger than
-    /// expected.
+    /// Returns true if there is memory for batches of `batch_bytes` that were read, in addition to the response. If the
+    /// memory of the response does not suffice, because a batch was larger than expected, reserves more.
     fn has_memory_for(&self, batch_bytes: usize, builder: &FetchResponseBuilder) -> bool {
         let Some(ResponseMemory { bytes, .. }) = self.response_memory else { return true };
         let needed = 2 * (builder.bytes + batch_bytes);
         needed <= bytes || self.memory.reserve_more((needed - bytes).min(2 * batch_bytes)).is_ok()
     }
 
-    /// Returns the maximum bytes of one read if the response has space for `remaining_bytes`.
+    /// Returns the maximum bytes of one read, if the response has space for `remaining_bytes`: an equal part for each
+    /// concurrent read, but at least [`MIN_READ_BYTES`] if there is space for that many.
     pub(super) fn read_bytes(&self, remaining_bytes: usize) -> usize {
         let reads = self.partitions.len().clamp(1, MAX_CONCURRENT_READS);
         (remaining_bytes / reads).max(remaining_bytes.min(MIN_READ_BYTES))
     }
 
-    /// Passes the memory of a built response to its call, which frees the memory when the response has been sent. Reads
-    /// in progress have their own memory. An outcome that is deferred to the next response keeps a part of the memory
-    /// of this response.
+    /// Passes the memory of a built response to its call, which frees the memory when the response has been sent.
+    /// Memory that the response does not need is freed now. Reads in progress have their own memory. A deferred outcome
+    /// keeps a part of the memory of this response until the response has been sent.
     pub(super) fn on_response_built(&mut self, batch_bytes: usize, partitions: usize) {
         if let Some(memory) = self.response_memory.take() {
             let deferred_bytes = match &self.deferred {
@@ -253,7 +269,8 @@ impl FetchSession {
         }
     }
 
-    /// Returns the bytes at which the response is no longer delayed: at most its capacity.
+    /// Returns the bytes of batches from which the response waits no longer: `min_bytes` of the request, but at most
+    /// the maximum of this response.
     pub(super) fn min_bytes(&self) -> usize {
         let min_bytes = self.limits.min_bytes;
         self.response_memory.as_ref().map_or(min_bytes, |memory| min_bytes.min(memory.max_bytes))

@@ -1,18 +1,18 @@
-//! Fetching: the fetch stream and the unary read.
+//! Fetching: the `Fetch` stream and the unary `Read` call.
 //!
 //! # Overview
 //!
-//! A [`FetchSession`] holds the partitions of one reader and its position in each. [`WakeSet`] reports the partitions
-//! with new records, so a reader of ten thousand idle partitions costs nothing. Reads of several partitions run
-//! concurrently: a read from the object store does not delay partitions whose records are in memory.
+//! A [`FetchSession`] contains the partitions of one reader and its position in each. A [`WakeSet`] collects the
+//! partitions with new records, so idle partitions cost no work. Reads of several partitions run concurrently: a read
+//! from the object store does not delay partitions whose records are in memory.
 //!
-//! A reader that accepts any replica is also served by an in-sync follower, below the high watermark known to that
-//! follower. The role of a partition is checked after each read: a follower that was removed from the ISR sends its
-//! readers to the leader. Only a leader rejects an offset above the log end. An offset below the committed log start is
-//! out of range on every replica.
+//! A reader that accepts any replica is also served by an in-sync follower, up to the high watermark that the follower
+//! has received. The role of the local replica is checked after each read. If it is a follower that was removed from
+//! the ISR, the reader gets an error with the leader. Only a leader rejects an offset above the log end. An offset
+//! below the committed log start is out of range on every replica.
 //!
 //! `max_wait_ms` bounds the wait for records that do not exist yet. A unary read waits for existing records, on disk or
-//! in the object store, within a separate bound.
+//! in the object store, at most `tier.fetch_max_wait`.
 
 mod decode;
 mod memory;
@@ -53,17 +53,19 @@ use crate::{
 /// Maximum number of concurrent reads of one session.
 const MAX_CONCURRENT_READS: usize = 8;
 
-/// Maximum time that a response with `min_bytes` waits for reads in progress. A unary call ends the reads in progress
-/// with its response. Without the wait, partitions in memory would keep partitions on disk out of every response.
+/// Maximum time that the response of a unary read, once it has `min_bytes`, waits for reads in progress. The end of the
+/// call drops these reads. Without the wait, records in memory would keep the records of partitions on disk out of
+/// every response.
 const OTHER_READS_DELAY: Duration = Duration::from_millis(100);
 
-/// Default for the maximum bytes of a response.
+/// Maximum bytes of a response if the request sets none.
 const DEFAULT_BYTES: usize = 1 << 20;
 
-/// Maximum number of partitions of a fetch or read that is not charged for them.
+/// Number of partitions up to which a fetch or read is not charged for their state.
 const FEW_PARTITIONS: usize = 16;
 
-/// Memory of one partition of a fetch or read, with its entry in a response and without the topic name, in bytes.
+/// Memory charged for the state of one partition of a fetch or read, in bytes: with its entry in a response, without
+/// the topic name.
 const PARTITION_STATE_BYTES: usize = 512;
 
 /// Handler of reads.
@@ -77,10 +79,11 @@ pub(in crate::broker) struct Fetch {
     pub(super) stop: Tasks,
 }
 
-/// Index of a partition in its session, and the outcome of a read; `Ok(None)` if there are no records at the position.
+/// Index of a partition in its session, and the outcome of a read of that partition; `Ok(None)` if there are no records
+/// at the position.
 type ReadOutcome = (usize, Result<Option<FetchedBatches>, ReadError>);
 
-/// Outcome of a read, with the memory that the read held; `None` if other work still holds that memory.
+/// Outcome of a read, and the memory of the read; `None` if blocking work of the read still uses that memory.
 type EndedRead = (ReadOutcome, Option<Grant>);
 
 /// One partition of a session.
@@ -89,20 +92,23 @@ struct FetchPartitionState {
     /// Topic name and partition number of the request.
     topic: String,
     partition: i32,
-    /// `None` after a failure: the session skips the partition from then on.
+    /// Reader of the local replica; `None` after an error was returned for the partition. The session then skips the
+    /// partition.
     reader: Option<PartitionReader>,
     /// Offset that the client requested.
     from: Offset,
     /// Offset of the next read.
     position: Offset,
-    /// True while a read from `position` is in progress. A second read would return the same records again.
+    /// True while a read from `position` is in progress, or its outcome is deferred. A second read would return the
+    /// same records again.
     is_reading: bool,
-    /// True if the partition became ready again during that read.
+    /// True if the partition became ready again while `is_reading` was true.
     is_ready_again: bool,
 }
 
 impl FetchPartitionState {
-    /// Returns true if this broker has committed records at or above the position.
+    /// Returns true if the local replica has committed records at or above the position, and the session does not skip
+    /// the partition.
     fn has_more(&self) -> bool {
         self.reader.as_ref().is_some_and(|reader| self.position < reader.watermarks().high_watermark)
     }
@@ -114,7 +120,7 @@ struct FetchLimits {
     min_bytes: usize,
     max_bytes: usize,
     max_wait: Duration,
-    /// Maximum bytes of several reads together: the size of one message.
+    /// Maximum bytes of batches in one message. Only the batches of a single read may exceed it.
     message_bytes: usize,
 }
 
@@ -143,7 +149,7 @@ struct FetchResponseBuilder {
     bytes: usize,
     /// True if an entry contains an error.
     failed: bool,
-    /// True if the next read outcome does not fit, so nothing more is added.
+    /// True if the response takes no more records: the next read outcome does not fit, or there is no memory for more.
     full: bool,
 }
 
@@ -151,28 +157,31 @@ struct FetchResponseBuilder {
 struct FetchSession {
     fetch: Arc<Fetch>,
     partitions: Vec<FetchPartitionState>,
-    /// Indexes of the partitions with records to read.
+    /// Indexes in `partitions` of the partitions that may have records to read.
     ready: Arc<WakeSet>,
     /// Reads in progress.
     reads: FuturesUnordered<Pin<Box<dyn Future<Output = EndedRead> + Send>>>,
     /// Read outcome that did not fit into the last response. The next response starts with this outcome, so small
-    /// batches cannot delay a large one for ever.
+    /// batches cannot delay a large batch for ever.
     deferred: Option<ReadOutcome>,
     limits: FetchLimits,
     memory: CallMemory,
-    /// Memory for the partitions, if there are many.
+    /// Memory for the state of the partitions; `None` for at most [`FEW_PARTITIONS`].
     partitions_grant: Option<Grant>,
     /// Memory for the response being built; `None` until it is reserved.
     response_memory: Option<ResponseMemory>,
-    /// Size of the largest expected batch, in bytes.
+    /// Largest `max.message.bytes` of the partitions, but at most [`MIN_READ_BYTES`]: the size for which each read gets
+    /// memory at first.
     expected_batch_bytes: usize,
-    /// Size of the largest batch for which a read had not enough memory, in bytes.
+    /// Size of the largest batch for which a read had not enough memory, in bytes, rounded up to a power of two; 0 if
+    /// none.
     max_batch_bytes: usize,
-    /// Size of a first decoded record with a separate reservation, in bytes.
+    /// Size of the session's reservation for one decoded record that exceeds the space of a response, in bytes; 0
+    /// without one. See [`RecordTooLarge`].
     record_bytes: usize,
     /// True if in-sync followers may serve this session.
     any_replica: bool,
-    /// Rejected partitions, to be reported in the next response.
+    /// Entries of rejected partitions, each with its error, which the next response returns.
     refused: Vec<v1::FetchedPartition>,
 }
 
@@ -197,8 +206,10 @@ impl FetchSession {
         }
     }
 
-    /// Replaces the partitions of the session. A partition that is already being read continues at its position, unless
-    /// `restart`.
+    /// Replaces the partitions of the session. Unless `restart` is set, a partition that was already in the session
+    /// continues at its position, not at the requested offset. A partition that this broker does not serve is not an
+    /// error: the next response reports it. Fails on too many or duplicate partitions, on an invalid offset, or without
+    /// memory for their state.
     fn assign(&mut self, requests: Vec<v1::FetchPartition>, restart: bool, any_replica: bool) -> Result<(), ApiError> {
         self.any_replica = any_replica;
         if requests.len() > limits::MAX_FETCH_PARTITIONS {
@@ -233,7 +244,8 @@ impl FetchSession {
         for requested in requests {
             match self.fetch.readable(&requested, any_replica) {
                 Ok(replica) => {
-                    // Matched by id, not by name: a recreated topic is another topic.
+                    // The position is found by partition id and not by name, because a recreated topic is another
+                    // topic.
                     let from = match positions.get(&replica.id()) {
                         Some(position) => *position,
                         None => errors::parse_offset(requested.offset)?,
@@ -262,7 +274,8 @@ impl FetchSession {
         Ok(())
     }
 
-    /// Starts reads of ready partitions, each of at most `max_bytes`, while the limits on concurrent reads permit.
+    /// Starts reads of ready partitions, each of at most `max_bytes`, up to the maximum number of concurrent reads.
+    /// Starts none without memory for the response.
     fn begin_reads(&mut self, max_bytes: usize) {
         while self.may_begin_read()
             && let Some(memory) = &mut self.response_memory
@@ -286,7 +299,7 @@ impl FetchSession {
         }
     }
 
-    /// Adds the outcome of a read to the response, and the memory of the read to that of the response.
+    /// Adds the outcome of a read to the response, and returns the memory of the read to the memory of the response.
     fn add_ended_read(&mut self, (outcome, charge): EndedRead, builder: &mut FetchResponseBuilder) {
         if let (Some(memory), Some(charge)) = (&mut self.response_memory, charge) {
             memory.end_read(charge);
@@ -294,15 +307,16 @@ impl FetchSession {
         self.add_outcome(outcome, builder);
     }
 
-    /// Adds the outcome of a read to the response. An outcome that does not fit is deferred to the next response.
-    /// Without memory for the records, the partition is read again later. If this broker no longer serves the
-    /// partition, its entry gets an error.
+    /// Adds the outcome of a read to the response. An outcome that does not fit is deferred to the next response, and
+    /// so is an error of a partition with records in this response. Without memory for the records, the partition is
+    /// read again later. If the read failed or this broker no longer serves the partition, its entry gets an error, and
+    /// the session skips it.
     fn add_outcome(&mut self, (index, outcome): ReadOutcome, builder: &mut FetchResponseBuilder) {
         if let Ok(Some(fetched)) = &outcome
             && builder.bytes > 0
             && builder.bytes + fetched.bytes > self.limits.message_bytes
         {
-            // One message cannot hold both.
+            // One message cannot contain the gathered batches and these.
             builder.full = true;
             self.deferred = Some((index, outcome));
             return;
@@ -313,7 +327,8 @@ impl FetchSession {
         let state = &mut self.partitions[index];
         let status = state.replica.status();
         let is_not_served = match &outcome {
-            // The records are committed in any case, and the client reads them again from a replica that serves it.
+            // The records are committed, but a removed follower must not serve them. The client reads them from a
+            // replica that serves it.
             Ok(_) => !status.role.serves(self.any_replica),
             Err(ReadError::OutOfRange { offset, .. }) => {
                 !status.role.leads() && *offset >= state.replica.committed_log_start()
@@ -321,7 +336,7 @@ impl FetchSession {
             Err(_) => false,
         };
         if (is_not_served || outcome.is_err()) && builder.has_records(index) {
-            // The records before the error form a response of their own.
+            // The response with the records before the error is sent first, without the error.
             builder.full = true;
             self.deferred = Some((index, outcome));
             return;
@@ -359,7 +374,8 @@ impl FetchSession {
         }
     }
 
-    /// Gathers everything that is available without waiting.
+    /// Adds to the response everything that is available without waiting: rejected partitions, the deferred outcome,
+    /// and the outcomes of reads that complete at once.
     fn gather_now(&mut self, builder: &mut FetchResponseBuilder) {
         builder.failed |= !self.refused.is_empty();
         self.refused.drain(..).for_each(|refused| builder.add_refused(refused));
@@ -377,12 +393,14 @@ impl FetchSession {
             }
         }
         if builder.bytes == 0 && self.reads.is_empty() {
-            // Nothing was found. A response that waits for records holds no memory.
+            // There is nothing to return and no read in progress. While the response waits for records, it needs no
+            // memory.
             self.response_memory = None;
         }
     }
 
-    /// Adds an error to the response for each partition that is still being read.
+    /// Adds an error to the response for each partition with a read in progress, because `tier.fetch_max_wait` has
+    /// passed.
     fn time_out_reads(&self, builder: &mut FetchResponseBuilder) {
         let states = self.partitions.iter().enumerate();
         for (index, state) in states.filter(|(_, state)| state.is_reading && state.reader.is_some()) {
@@ -401,8 +419,8 @@ impl FetchSession {
         }
     }
 
-    /// Marks the partitions with unread records as ready, if the response has neither records nor errors. Returns true
-    /// if there are such partitions.
+    /// If the response has neither records nor errors, marks each partition with unread records as ready. Returns true
+    /// if it marked any.
     fn mark_unread(&self, builder: &FetchResponseBuilder) -> bool {
         if builder.bytes > 0 || builder.failed {
             return false;
@@ -420,8 +438,9 @@ impl FetchSession {
         }
     }
 
-    /// Gathers the response of a unary read: until it has `min_bytes` or an error, or until the deadline. Records that
-    /// are being read at the deadline get `tier.fetch_max_wait`.
+    /// Gathers the response of a unary read: until it has `min_bytes` or an error, or until the deadline. While the
+    /// response is empty and reads are in progress, it waits for them up to `tier.fetch_max_wait` instead of the
+    /// deadline.
     async fn gather(&mut self, decode: bool, deadline: Instant) -> Result<FetchResponseBuilder, ApiError> {
         let max_wait = self.fetch.ctx.config.tier.fetch_max_wait;
         let mut builder = FetchResponseBuilder::default();
@@ -430,7 +449,7 @@ impl FetchSession {
             if self.needs_memory() {
                 let reserved = tokio::time::timeout(max_wait, self.reserve(decode)).await;
                 reserved.map_err(|_| self.memory.no_response_memory())?;
-                // The time so far was spent on memory, not on the disk.
+                // The time until now was spent on waiting for memory, so the bound on reads starts again.
                 reading_since = None;
             }
             self.gather_now(&mut builder);
@@ -442,7 +461,8 @@ impl FetchSession {
                 }
                 continue;
             }
-            // Records that are being read exist, so the wait for them has a separate bound.
+            // The response is empty and reads are in progress, so records probably exist, and the wait for them has a
+            // separate bound.
             let awaits_records = builder.bytes == 0 && !self.reads.is_empty();
             let until = if awaits_records {
                 *reading_since.get_or_insert_with(clock::monotonic) + max_wait
@@ -456,7 +476,8 @@ impl FetchSession {
             if awaits_records {
                 self.time_out_reads(&mut builder);
             }
-            // Records that arrived since the last check still go into this response.
+            // At the deadline, records that arrived since the last check still go into this response. This second look
+            // happens once.
             if awaits_records || std::mem::replace(&mut has_rechecked, true) || !self.mark_unread(&builder) {
                 break;
             }
@@ -465,13 +486,14 @@ impl FetchSession {
         Ok(builder)
     }
 
-    /// Waits for one more read outcome. Returns false if no read is in progress.
+    /// Waits for one more read outcome and adds it to the response. Returns false if no read is in progress.
     async fn next_read(&mut self, builder: &mut FetchResponseBuilder) -> bool {
         let ended = self.reads.next().await;
         ended.map(|ended| self.add_ended_read(ended, builder)).is_some()
     }
 
-    /// Waits for one more read outcome, or until a partition becomes ready.
+    /// Waits for one more read outcome and adds it to the response, or waits until a partition becomes ready. Frees
+    /// unused memory of the response first.
     async fn wait_for_data(&mut self, builder: &mut FetchResponseBuilder) {
         self.release_unused(builder);
         let (ready, awaits_marks) = (Arc::clone(&self.ready), self.awaits_marks());
@@ -492,13 +514,13 @@ impl Fetch {
         &self.lookup
     }
 
-    /// Returns the partition for a reader, if this broker serves it.
+    /// Returns the local replica for a reader, if this broker serves the partition to that reader.
     fn readable(&self, requested: &v1::FetchPartition, any_replica: bool) -> Result<Arc<Partition>, ApiError> {
         self.lookup.readable(requested, errors::parse_topic_id(&requested.topic_id)?, any_replica)
     }
 
-    /// Returns the response entry of a partition that is not read here, with the watermarks of the replica if one is
-    /// open.
+    /// Returns the response entry of a partition that this broker rejects, with `error` and, if a local replica is
+    /// open, with its watermarks.
     fn refused_partition(&self, requested: v1::FetchPartition, error: ApiError) -> v1::FetchedPartition {
         let id = errors::parse_topic_id(&requested.topic_id).ok();
         let replica = id.and_then(|id| self.lookup.open_replica(&requested.topic, id, requested.partition));
@@ -513,14 +535,15 @@ impl Fetch {
         refused
     }
 
-    /// Returns the error for a rejected read. If another broker leads the partition now, the error names that leader.
+    /// Converts the error of a read. If the local replica was closed and another broker leads the partition, the error
+    /// names that leader.
     fn read_refused(&self, id: PartitionId, error: ReadError) -> ApiError {
         let is_led_elsewhere = matches!(error, ReadError::Closed);
         let error = ApiError::from(error);
         if is_led_elsewhere { self.lookup.with_leader_hint(id, error) } else { error }
     }
 
-    /// Counts the bytes of a read by their source, and by the role of the replica.
+    /// Counts the bytes of a read in two metrics: by their source, and by the role of the local replica.
     fn count_bytes(&self, source: ReadSource, bytes: usize, is_leader: bool) {
         let (by_source, by_role) = (&self.ctx.metrics.fetch_bytes, &self.ctx.metrics.fetch_role_bytes);
         let counter = match source {
@@ -533,7 +556,8 @@ impl Fetch {
         counter.inc_by(bytes as u64);
     }
 
-    /// Returns a receiver of lease expiry and its end. A lease that has already expired counts as a change.
+    /// Returns a receiver that changes when the lease expires or is renewed. If the lease has already expired, the
+    /// receiver counts that as a change.
     fn lease_expiry(&self) -> watch::Receiver<bool> {
         let mut expiry = self.lease.clone();
         if *expiry.borrow_and_update() {
@@ -542,7 +566,8 @@ impl Fetch {
         expiry
     }
 
-    /// Serves a unary read.
+    /// Serves a unary read. With `decode`, if a record needs more memory than was reserved, everything is read again
+    /// from the first offsets.
     pub(in crate::broker) async fn read(
         self: &Arc<Self>,
         request: v1::ReadRequest,
@@ -571,7 +596,7 @@ impl Fetch {
         }
     }
 
-    /// Serves a fetch stream.
+    /// Serves a fetch stream. The returned stream reads `requests` itself.
     pub(super) fn fetch(
         self: &Arc<Self>,
         requests: Requests<v1::FetchRequest>,
@@ -589,8 +614,8 @@ impl FetchResponseBuilder {
         self.entry(index, state).chunks.extend(fetched.chunks);
     }
 
-    /// Returns the entry of a partition in the response, updated to its current watermarks. Adds the entry if there is
-    /// none.
+    /// Returns the entry of a partition in the response, and adds it if there is none. Updates the watermarks, next
+    /// offset, role and leader epoch of the entry.
     fn entry(&mut self, index: usize, state: &FetchPartitionState) -> &mut v1::FetchedPartition {
         let entry_index = *self.entries.entry(index).or_insert_with(|| {
             let (topic, partition) = (state.topic.clone(), state.partition);
@@ -613,13 +638,13 @@ impl FetchResponseBuilder {
         self.entries.get(&index).is_some_and(|entry_index| !self.partitions[*entry_index].chunks.is_empty())
     }
 
-    /// Adds the entry of a partition that this broker does not serve.
+    /// Adds the entry of a rejected partition, which is not in the session.
     fn add_refused(&mut self, refused: v1::FetchedPartition) {
         self.partitions.push(refused);
         self.session_indexes.push(None);
     }
 
-    /// Returns true if the response need not wait for more records.
+    /// Returns true if the response must not wait for more records: it has `min_bytes` or an error, or is full.
     fn is_enough(&self, min_bytes: usize) -> bool {
         self.failed || self.full || self.bytes >= min_bytes
     }

@@ -1,4 +1,5 @@
-//! The fetch stream: a session whose partitions the client may change, and whose responses are sent as records arrive.
+//! The fetch stream. Its client may replace the partitions of the session at any time, and responses are sent as
+//! records arrive.
 
 use std::sync::Arc;
 
@@ -20,11 +21,13 @@ use crate::{
 pub(super) struct FetchStreamState {
     session: FetchSession,
     requests: Requests<v1::FetchRequest>,
-    /// True while the lease has expired. Each change causes a response, because records may never arrive.
+    /// True while the lease has expired. Each change is reported at once in a response, because a response with records
+    /// may never follow.
     lease_expiry: watch::Receiver<bool>,
-    /// True once the client has named its partitions.
+    /// True once the first request has set the partitions.
     has_assignment: bool,
-    /// True once the client sends no more requests. The client still receives records of its last assignment.
+    /// True once the client sends no more requests. The client still receives records of the partitions in its last
+    /// request.
     requests_ended: bool,
 }
 
@@ -35,14 +38,15 @@ impl FetchStreamState {
         Self { session, requests, lease_expiry, has_assignment: false, requests_ended: false }
     }
 
-    /// Returns the next response, once it has `min_bytes`, an error, or records for `max_wait_ms`; `None` ends the
-    /// stream.
+    /// Returns the next response: once it has `min_bytes` or an error, `max_wait_ms` after its first records, or when
+    /// the lease expires or is renewed. `None` ends the stream: the broker stops, or the client ended its requests
+    /// without naming partitions.
     pub(super) async fn next(&mut self) -> Option<Result<v1::FetchResponse, Status>> {
         let mut builder = FetchResponseBuilder::default();
         let mut deadline: Option<Instant> = None;
         loop {
             if self.session.needs_memory() {
-                // The next response waits until enough of the previous responses has been sent.
+                // This wait ends when enough earlier responses have been sent to free their memory.
                 let fetch = Arc::clone(&self.session.fetch);
                 tokio::select! {
                     biased;
@@ -70,7 +74,8 @@ impl FetchStreamState {
                 () = fetch.stop.cancelled() => return None,
                 request = self.requests.try_next(), if !self.requests_ended => match request {
                     Ok(Some(request)) => {
-                        // Records of the old assignment are sent first, because the positions are past them.
+                        // Gathered records of the previous request's partitions are sent at once, because the positions
+                        // of the session are past them.
                         let topics = request.partitions.iter();
                         let topics = topics.map(|requested| (requested.topic.as_str(), requested.topic_id.as_str()));
                         fetch.lookup.wait_for_topics(topics).await;
@@ -96,9 +101,10 @@ impl FetchStreamState {
         Some(Ok(v1::FetchResponse { partitions: builder.partitions, lease_expired }))
     }
 
-    /// Replaces the partitions of the session by those of a request. The limits are those of the first request.
+    /// Replaces the partitions of the session by the partitions of a request. Only the first request sets the limits of
+    /// the session.
     fn apply_request(&mut self, request: v1::FetchRequest) -> Result<(), ApiError> {
-        // The request stays charged until the session has its own memory.
+        // The memory of the request is freed at the return, after the session has taken memory for its partitions.
         let _request_memory = self.session.memory.take_request();
         if !self.has_assignment {
             self.session.limits = FetchLimits::new(request.min_bytes, request.max_bytes, request.max_wait_ms);

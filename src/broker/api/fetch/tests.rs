@@ -14,7 +14,8 @@ use crate::{
     },
 };
 
-/// Regression: a batch as large as a message was read again and again, because a small batch came first each time.
+/// A read outcome that does not fit into a response is the first of the next response. Regression: a batch as large as
+/// a message was read again and again, because a small batch of another partition came first each time.
 #[tokio::test]
 async fn batch_that_does_not_fit_opens_next_response() {
     const MESSAGE: usize = 2500;
@@ -42,7 +43,7 @@ async fn batch_that_does_not_fit_opens_next_response() {
     assert_eq!(partitions(&builder)[0], 1, "the large batch comes first");
     assert!(builder.bytes <= MESSAGE);
 
-    // A new assignment loses nothing of a deferred outcome.
+    // A new assignment drops the deferred outcome, and its partition continues at the offset of that outcome.
     session.assign(vec![want(0), want(1)], true, false).unwrap();
     let read = session.partitions[1].reader.clone().unwrap().read(Offset::ZERO, MESSAGE.into()).await;
     session.add_outcome((1, read), &mut FetchResponseBuilder { bytes: 200, ..FetchResponseBuilder::default() });
@@ -51,8 +52,8 @@ async fn batch_that_does_not_fit_opens_next_response() {
     bench.stop().await;
 }
 
-/// Regression: clients that checked the error first lost the records of the same response. The records before corrupt
-/// data were unreadable.
+/// An entry has records or an error, never both. Regression: clients that checked the error first lost the records of
+/// the same entry, so the records before corrupt data were unreadable.
 #[tokio::test]
 async fn records_before_error_form_separate_response() {
     let dir = tempfile::tempdir().unwrap();
@@ -81,7 +82,8 @@ async fn records_before_error_form_separate_response() {
     bench.stop().await;
 }
 
-/// Regression: a stream that named 10,000 partitions kept 3 MB, and a thousand such streams 3 GB.
+/// A session with many partitions holds response memory for them until another assignment. Regression: a stream that
+/// named 10,000 partitions held 3 MB uncharged, and a thousand such streams 3 GB.
 #[tokio::test]
 async fn named_partitions_are_charged_while_named() {
     let dir = tempfile::tempdir().unwrap();
@@ -109,7 +111,7 @@ async fn named_partitions_are_charged_while_named() {
     bench.stop().await;
 }
 
-/// Regression: a set of 6 MB that named one partition 10,000 times delayed appends for 15 s.
+/// Regression: a request of 6 MB that named one partition 10,000 times delayed appends for 15 s.
 #[tokio::test]
 async fn duplicate_partition_in_fetch_is_rejected() {
     let dir = tempfile::tempdir().unwrap();
@@ -128,8 +130,8 @@ async fn duplicate_partition_in_fetch_is_rejected() {
     bench.stop().await;
 }
 
-/// Regression: the partition in memory was always ready first, and the read of the partition on disk ended with each
-/// call.
+/// Regression: each response contained only the partition in memory, which was ready first, and the read of the
+/// partition on disk was dropped at the end of each call.
 #[tokio::test]
 async fn read_of_memory_and_disk_returns_both_partitions() {
     let dir = tempfile::tempdir().unwrap();
@@ -211,8 +213,8 @@ async fn request_with_id_of_deleted_topic_is_rejected() {
     bench.stop().await;
 }
 
-/// Regression: a new set continued at the position of the old topic's reader, if the end of that reader had not been
-/// noticed.
+/// A partition of a recreated topic starts at the requested offset. Regression: the new assignment continued at the
+/// position in the deleted topic, if the reader of the deleted topic had not failed yet.
 #[tokio::test]
 async fn recreated_topic_starts_at_requested_offset() {
     let dir = tempfile::tempdir().unwrap();
@@ -242,8 +244,8 @@ fn decoded_read() -> v1::ReadRequest {
     v1::ReadRequest { partitions: vec![want], decode: true, ..Default::default() }
 }
 
-/// Regression: a record above 16 MiB needed more than its response had left of the connection's share, and was rejected
-/// on every retry.
+/// Regression: the memory for a record above 16 MiB exceeded the rest of the connection's share beside the response, so
+/// the record was rejected on every retry.
 #[tokio::test]
 async fn decoded_record_above_connection_share_is_read() {
     const BYTES: usize = 17 << 20;
@@ -287,14 +289,15 @@ fn with_one_blocking_thread(test: impl Future<Output = ()>) {
     runtime.enable_all().max_blocking_threads(1).build().unwrap().block_on(test);
 }
 
-/// Occupies the thread for blocking work until the returned sender is used.
+/// Occupies the only thread for blocking work until the test sends on the returned channel.
 fn occupy_thread() -> std::sync::mpsc::SyncSender<()> {
     let (free, freed) = std::sync::mpsc::sync_channel(1);
     assert!(Box::pin(task::run_blocking(move || freed.recv())).now_or_never().is_none());
     free
 }
 
-/// Regression: reset calls freed their memory at once, while 32 of their reads of 10 MiB each continued uncharged.
+/// A call that its client resets stays charged until its blocking work ends. Regression: such calls freed their memory
+/// at once, while 32 of their reads of 10 MiB each continued uncharged.
 #[test]
 fn reset_call_is_charged_until_blocking_work_ends() {
     with_one_blocking_thread(async {
@@ -326,8 +329,8 @@ fn reset_call_is_charged_until_blocking_work_ends() {
     });
 }
 
-/// Regression: a stream started reads again and again, by naming its partitions again, within the memory of one
-/// response.
+/// Reads that a new assignment drops stay charged until their blocking work ends. Regression: a client that sent its
+/// partitions again and again started any number of reads within the memory of one response.
 #[test]
 fn dropped_reads_stay_charged_until_they_end() {
     with_one_blocking_thread(async {
@@ -364,7 +367,8 @@ fn dropped_reads_stay_charged_until_they_end() {
     });
 }
 
-/// A stream that waits for memory takes no read outcomes, so the memory of its own reads would not be freed.
+/// A stream takes no read outcomes while it waits for memory. Without dropping its own reads, it would wait for memory
+/// that they hold.
 #[test]
 fn stream_waiting_for_memory_drops_its_reads() {
     with_one_blocking_thread(async {
@@ -393,7 +397,8 @@ fn stream_waiting_for_memory_drops_its_reads() {
     });
 }
 
-/// Regression: a read of the last records of a large batch decoded all preceding records on the task of its call.
+/// Decoding of large data yields before it completes. Regression: a read of the last records of a large batch decoded
+/// all preceding records without a yield.
 #[tokio::test]
 async fn decoding_yields_to_other_tasks() {
     const RECORDS: i64 = 100_000;
@@ -432,7 +437,8 @@ async fn decoding_yields_to_other_tasks() {
     bench.stop().await;
 }
 
-/// Regression: the response kept 32 MiB.
+/// After it is built, a response is charged only its own size. Regression: a decoded response with one small record
+/// kept 32 MiB until it was sent.
 #[tokio::test]
 async fn decoded_response_is_charged_its_size() {
     let dir = tempfile::tempdir().unwrap();
@@ -449,7 +455,8 @@ async fn decoded_response_is_charged_its_size() {
     bench.stop().await;
 }
 
-/// Regression: a consumer of eight partitions held 9 MiB while `min_bytes` delayed its response.
+/// A response that waits for `min_bytes` frees the memory that it does not need. Regression: a consumer of eight
+/// partitions held 9 MiB during the wait.
 #[tokio::test]
 async fn delayed_response_frees_unused_memory() {
     let dir = tempfile::tempdir().unwrap();
@@ -473,7 +480,8 @@ async fn delayed_response_frees_unused_memory() {
     let taken = budgets.taken().1;
     assert!((1..=4 << 10).contains(&taken), "{taken}");
 
-    // More records arrive: the memory is taken back, or the response is sent.
+    // When more records arrive, the response takes the memory back. If other responses hold the memory, the response is
+    // sent as it is.
     bench.append(1, 100, 0).await.unwrap();
     session.wait_for_data(&mut builder).await;
     session.gather_now(&mut builder);
@@ -493,7 +501,8 @@ async fn delayed_response_frees_unused_memory() {
     bench.stop().await;
 }
 
-/// Regression: the small pool served 26 readers at a time while large responses held the large pool.
+/// A small response starts with memory for a batch of 64 KiB, and takes more after a read has found a larger batch.
+/// Regression: every small response took more at its start, so the small pool served only 26 readers at a time.
 #[tokio::test]
 async fn small_response_grows_for_larger_batch() {
     let dir = tempfile::tempdir().unwrap();
@@ -515,12 +524,13 @@ async fn small_response_grows_for_larger_batch() {
     bench.stop().await;
 }
 
-/// Regression: the first reads of large batches ran before there was memory for them, eight at a time.
+/// A read of a batch on disk fails if its memory does not suffice for the batch, and is repeated with enough memory.
+/// Regression: the first reads of large batches ran without memory for them, eight at a time.
 #[tokio::test]
 async fn large_batch_on_disk_waits_for_memory() {
     const BYTES: usize = 5 << 20;
     let dir = tempfile::tempdir().unwrap();
-    // Later appends replace the batches in memory.
+    // The appends below evict the batch of partition 0 from the tail cache, so its read needs the disk.
     let bench = TestBroker::start(dir.path(), true).await;
     let config = [("max.message.bytes".to_owned(), "67108864".to_owned())].into_iter().collect();
     bench.create_with(&TopicName::new("t").unwrap(), 2, config).await;
@@ -546,8 +556,8 @@ async fn large_batch_on_disk_waits_for_memory() {
     bench.stop().await;
 }
 
-/// Regression: the records of one partition and the first record of the next exceeded one message, so the call failed
-/// on each retry.
+/// The records of a decoded response fit into one message. Regression: the records of one partition and the first
+/// record of the next one exceeded a message, so the call failed on each retry.
 #[tokio::test]
 async fn decoded_response_ends_before_record_that_does_not_fit() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,4 +1,5 @@
-//! The batch of a write before it is queued: checked, in the codec of its topic, and with its produce memory.
+//! Preparation of the batch of a write, before the partition queues it: checks, recompression with the codec of the
+//! topic, and produce memory.
 
 use prost::Message as _;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
@@ -17,25 +18,27 @@ use crate::{
     task::clock,
 };
 
-/// Maximum bytes of a message besides its batch with which the batch shares the memory of the message.
+/// Maximum difference between the sizes of a message and its batch, in bytes, with which the batch shares the memory of
+/// the message. With a larger difference, the batch is copied.
 const MAX_SURPLUS_BYTES: usize = 4 << 10;
 
 /// A checked batch of a write, and its properties.
 pub(super) struct IncomingBatch {
     pub(super) batch: Batch,
-    /// Fingerprint of the batch that the client sent; `None` if the client sent records.
+    /// Fingerprint of the batch as the client sent it; `None` if the client sent records.
     pub(super) fingerprint: Option<Fingerprint>,
-    /// Range of the timestamps that the client set.
+    /// Range of the timestamps that the client set, without those that this broker adds.
     pub(super) timestamps: TimestampRange,
-    /// Reason why the topic rejects the batch.
+    /// Reason why the batch must be rejected, if there is one.
     pub(super) refusal: Option<AdmitError>,
-    /// Produce memory, if it was taken before the batch was built.
+    /// Produce memory of the batch, if the recompression has taken it.
     permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Produce {
     /// Checks the payload of a message of `message_bytes`, and builds the batch if the payload is a list of records. A
-    /// batch above the topic's maximum size gets a refusal.
+    /// batch whose final size is above the topic's maximum gets a refusal. A batch with an unassigned producer id
+    /// counts against `quota`.
     pub(super) async fn read_payload(
         &self,
         payload: Option<Payload>,
@@ -48,7 +51,7 @@ impl Produce {
             Some(Payload::Batch(bytes)) => {
                 let (mut batch, timestamps) = parse_batch(bytes).map_err(errors::malformed_batch)?;
                 if message_bytes > batch.encoded_len() + MAX_SURPLUS_BYTES {
-                    // The batch would keep its entire message in memory.
+                    // Without the copy, the batch would keep its entire message in memory.
                     batch.detach();
                 }
                 if let Some(stamp) = batch.producer() {
@@ -58,7 +61,8 @@ impl Produce {
                 (batch, Some(fingerprint), timestamps)
             }
             Some(Payload::Records(records)) => {
-                // Larger record lists are compressed by `recompress`, one at a time per connection, as batches are.
+                // A larger record list becomes an uncompressed batch here. `recompress` compresses it, one batch at a
+                // time per connection.
                 let codec = config.compression.filter(|_| records.encoded_len() <= INLINE_BYTES);
                 let (batch, timestamps) = build_batch(&records, codec.unwrap_or_default())?;
                 (batch, None, timestamps)
@@ -66,15 +70,16 @@ impl Produce {
             None => return Err(errors::invalid("the request has neither a batch nor records: set one of them")),
         };
         let bytes = batch.encoded_len();
-        // Records that are not compressed yet may still become small enough.
+        // A batch that the client sent is checked at the size that it was sent with. A batch of records that
+        // `recompress` will compress may still become small enough.
         let is_final_size =
             fingerprint.is_some() || config.compression.is_none_or(|codec| codec == batch.compression());
         let refusal = (is_final_size && bytes > config.max_message_bytes).then(|| too_large(partition, config, bytes));
         Ok(IncomingBatch { batch, fingerprint, timestamps, refusal, permit: None })
     }
 
-    /// Recompresses the batch with the topic's codec, if the batch has another one and no refusal. Takes produce memory
-    /// for the result first. A result that the topic does not allow sets the refusal.
+    /// Recompresses the batch with the topic's codec, if the batch has another codec and no refusal. Takes produce
+    /// memory for the largest allowed result first. A result above the topic's maximum size sets the refusal.
     pub(super) async fn recompress(
         &self,
         incoming: &mut IncomingBatch,
@@ -87,12 +92,13 @@ impl Produce {
             Some(codec) if codec != incoming.batch.compression() && incoming.refusal.is_none() => codec,
             _ => return Ok(()),
         };
-        // A connection recompresses one batch at a time. An append waits for that permit before it takes memory that
-        // other appends need.
+        // A connection recompresses one batch at a time. An append waits for the permit before it takes produce memory,
+        // which other connections need.
         let permitted =
             tokio::time::timeout_at(deadline, memory.rewriter(&self.decompressor).with_caller_permit()).await;
         let decompressor = permitted.map_err(|_| deadline_passed())?;
-        // The size is known after recompression, so memory for the largest batch is taken before.
+        // The size of the result is not known before the recompression, so memory for the largest allowed batch is
+        // taken.
         let max_bytes = config.max_message_bytes;
         let mut permit = self.produce_permit(partition, max_bytes, deadline).await?;
         match recompress_batch(&decompressor, &incoming.batch, codec, partition, max_bytes).await? {
@@ -110,8 +116,8 @@ impl Produce {
         Ok(())
     }
 
-    /// Returns the produce memory of the batch, and takes it if it was not taken before. Waits until the deadline,
-    /// except for a refused batch.
+    /// Returns the produce memory of the batch: the memory that the recompression took, or else new memory. Waits for
+    /// new memory until the deadline, but not for a refused batch.
     pub(super) async fn produce_memory_of(
         &self,
         incoming: &mut IncomingBatch,
@@ -125,8 +131,8 @@ impl Produce {
         if incoming.refusal.is_none() {
             return self.produce_permit(partition, bytes, deadline).await;
         }
-        // The partition drops a rejected batch after it has checked the producer's sequence, so the append does not
-        // wait for memory.
+        // The partition only checks the producer's sequence of a refused batch and then drops the batch, so the append
+        // does not wait for memory.
         let memory = self.memory.of(bytes);
         memory.try_take(bytes).ok_or_else(|| match &incoming.refusal {
             Some(refused @ AdmitError::StoreUnavailable { .. }) => AppendError::Refused(refused.clone()).into(),
@@ -134,7 +140,8 @@ impl Produce {
         })
     }
 
-    /// Takes memory for a batch, and waits for it until the deadline.
+    /// Takes produce memory for a batch, and waits for it until the deadline. Fails if the deadline passes or the
+    /// broker stops.
     async fn produce_permit(
         &self,
         partition: &Partition,
@@ -150,8 +157,8 @@ impl Produce {
                 return Err(no_produce_memory(bytes, memory));
             }
         };
-        // After the deadline no client waits for the response. The client sends the batch again, which would then be
-        // stored twice.
+        // After the deadline no client waits for the response. The client may send the batch again, and if this one
+        // were appended too, its records would be stored twice.
         if clock::monotonic() >= deadline {
             return Err(deadline_passed());
         }
@@ -181,7 +188,7 @@ fn no_produce_memory(bytes: usize, memory: &MemoryBudget) -> ApiError {
 
 /// Parses and checks a batch that a client built. Uncompressed records are checked too: invalid framing would break
 /// consumers of other clients, and wrong timestamps in the header would break retention and search by time. Of
-/// compressed records only the beginning is decoded; readers decode the rest.
+/// compressed records, only the first ones are decoded; readers decode the rest.
 fn parse_batch(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), MalformedBatch> {
     let mut batch = Batch::parse(bytes)?;
     batch.check_client()?;
@@ -190,11 +197,11 @@ fn parse_batch(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), Malformed
     Ok((batch, timestamps))
 }
 
-/// Recompresses a batch with the topic's codec, within the memory for decompression.
+/// Recompresses a batch with `codec`, within the memory for decompression.
 ///
 /// # Errors
-/// The inner error is a refusal: the uncompressed batch proved larger than the topic allows. The outer error is a batch
-/// that cannot be decompressed.
+/// The inner error is a refusal: the codec of the topic is `none`, and the batch decompresses to more than `max_bytes`.
+/// The outer error means that the batch cannot be decompressed.
 async fn recompress_batch(
     decompressor: &Decompressor,
     batch: &Batch,
@@ -202,7 +209,8 @@ async fn recompress_batch(
     partition: &Partition,
     max_bytes: usize,
 ) -> Result<Result<(Batch, TimestampRange), AdmitError>, ApiError> {
-    // Without a codec, the stored batch is as large as its records.
+    // With the codec `none`, the stored batch has the size of its header and its records, so decompression may stop at
+    // that size.
     let uncompressed = max_bytes.saturating_sub(HEADER_BYTES);
     let bound = limits::MAX_RECOMPRESSED_BYTES.min(if codec == Compression::None { uncompressed } else { usize::MAX });
     let work = move |batch: &Batch, limit: usize| batch.recompress_within(codec, limit);
@@ -214,7 +222,8 @@ async fn recompress_batch(
     }
 }
 
-/// Builds a batch from the records of a request.
+/// Builds a batch from the records of a request. Records without a timestamp get the current time. Returns the batch,
+/// and the range of the timestamps that the client set.
 fn build_batch(records: &v1::RecordList, codec: Compression) -> Result<(Batch, TimestampRange), ApiError> {
     if records.records.is_empty() {
         return Err(errors::invalid("the request has no records: send at least one"));
@@ -227,7 +236,7 @@ fn build_batch(records: &v1::RecordList, codec: Compression) -> Result<(Batch, T
             .iter()
             .map(|header| Header { key: header.key.clone(), value: header.value.clone() })
             .collect();
-        // Only the client's timestamps are checked, not those of this broker.
+        // Only timestamps that the client set are checked against the limits of the topic.
         record.timestamp_ms.into_iter().for_each(|timestamp_ms| timestamps.extend(timestamp_ms));
         let timestamp_ms = record.timestamp_ms.unwrap_or(now_ms);
         builder

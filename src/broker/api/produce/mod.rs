@@ -1,7 +1,7 @@
-//! Producing: unary append and the pipelined stream.
+//! Producing: the unary `Append` call and the pipelined `Produce` stream.
 //!
-//! The handler checks a batch before anything is stored, finds its partition, takes memory for the batch, and queues
-//! it. The partition's actor completes the append when the acknowledgement that the request asks for holds.
+//! The handler finds the partition of a batch, checks the batch, takes memory for it, and queues it at the partition.
+//! The partition's actor completes the append when the condition of the requested `acks` holds.
 
 mod incoming;
 
@@ -42,17 +42,17 @@ use crate::{
     tier::Outage,
 };
 
-/// Maximum number of requests of one stream in progress. Further requests wait in the HTTP/2 window.
+/// Maximum number of requests of one stream without a response. Further requests wait in the HTTP/2 window.
 const MAX_STREAM_REQUESTS: usize = 4096;
 
-/// Number of responses of one stream after which its task yields. Without a pause, HTTP/2 would collect as many
-/// responses as the client's window permits before it sends the first.
+/// Number of responses of one stream after which its task yields. Without a yield, HTTP/2 would collect as many
+/// responses as the client's window permits before it sends the first one.
 const RESPONSES_PER_YIELD: usize = 16;
 
-/// Timeout of the acknowledgement if the request sets none.
+/// Timeout of an append if the request sets none.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A write in the queue of its partition, whose outcome is pending.
+/// A write that was queued at its partition, and whose outcome is pending.
 struct QueuedAppend {
     partition: PartitionId,
     /// `None` with `acks=none`.
@@ -63,20 +63,20 @@ struct QueuedAppend {
     began: Instant,
     bytes: u64,
     records: u64,
-    /// Set with `acks=tiered`.
+    /// State of an append with `acks=tiered`; `None` with any other `acks`.
     tiered: Option<TieredAck>,
 }
 
-/// State of an append that waits for the object store.
+/// State of an append with `acks=tiered`, which waits for the object store.
 struct TieredAck {
-    /// Offsets of the append, once it is stored here.
+    /// Offsets of the append, once the append is stored on this broker.
     stored: Stored,
-    /// Permits for appends that wait for the object store: of the connection, and of the broker.
+    /// Permits for appends with `acks=tiered`: one of the connection, and one of the broker.
     _permits: [OwnedSemaphorePermit; 2],
 }
 
-/// Pending acknowledgement of a write. The partition is notified if the wait ends early, because of a timeout or
-/// because the client is gone.
+/// Pending acknowledgement of a write. If this value is dropped before the result, because of a timeout or because the
+/// client is gone, the partition is notified, so that it can free the memory of the write.
 struct PendingAck {
     /// `None` once the result was received.
     result: Option<oneshot::Receiver<AppendResult>>,
@@ -84,7 +84,7 @@ struct PendingAck {
 }
 
 impl PendingAck {
-    /// Waits for the result. An error means that the partition was closed.
+    /// Waits for the result of the write. The outer error means that the partition was closed.
     async fn await_result(mut self) -> Result<AppendResult, oneshot::error::RecvError> {
         let outcome = self.result.as_mut().expect("a new value has the receiver").await;
         self.result = None;
@@ -107,7 +107,7 @@ pub(in crate::broker) struct Produce {
     pub(super) lookup: ReplicaLookup,
     /// Memory of unacknowledged writes.
     pub(super) memory: Pools,
-    /// Permits for appends that wait for the object store.
+    /// Permits of the broker for appends with `acks=tiered`.
     pub(super) tiered_appends: Arc<Semaphore>,
     pub(super) decompressor: Decompressor,
     pub(super) producer_ids: Arc<ProducerIds>,
@@ -127,7 +127,7 @@ impl Produce {
         &self.decompressor
     }
 
-    /// Assigns the id of a new idempotent producer.
+    /// Assigns the id of a new idempotent producer, which counts against the quota of its connection.
     pub(super) async fn init_producer_id(
         &self,
         quota: &ProducerIdQuota,
@@ -135,7 +135,8 @@ impl Produce {
         Ok(v1::InitProducerIdResponse { producer_id: self.producer_ids.assign(quota).await?, producer_epoch: 0 })
     }
 
-    /// Appends a batch and waits for the acknowledgement.
+    /// Appends a batch and waits for the acknowledgement, at most for the timeout of the request. With `acks=none`,
+    /// returns once the write is queued.
     pub(in crate::broker) async fn append(
         &self,
         request: v1::AppendRequest,
@@ -149,7 +150,8 @@ impl Produce {
         self.await_outcome(queued).await
     }
 
-    /// Serves a stream of writes. Requests are queued in the order of their arrival.
+    /// Serves a stream of writes. Requests are queued in the order of their arrival, and their responses are sent in
+    /// the order in which they complete.
     pub(super) fn produce(
         self: &Arc<Self>,
         requests: Requests<v1::ProduceRequest>,
@@ -174,15 +176,15 @@ impl Produce {
         })
     }
 
-    /// Checks a write and puts it into the queue of its partition. Waits for a topic that this broker does not have
-    /// yet, and for memory.
+    /// Checks a write and queues it at its partition. Waits for a topic that this broker does not host yet, for a
+    /// permit to recompress the batch, and for memory.
     async fn queue(
         &self,
         request: v1::AppendRequest,
         quota: &ProducerIdQuota,
         memory: &CallMemory,
     ) -> Result<QueuedAppend, ApiError> {
-        // The request's memory, freed at the return, when the batch has produce memory.
+        // The memory of the request is freed when this function returns. The batch has produce memory by then.
         let received = memory.take_request();
         let began = clock::monotonic();
         self.ctx.metrics.produce_requests.inc();
@@ -204,8 +206,9 @@ impl Produce {
         let mut incoming = self.read_payload(request.payload, received.bytes, &partition, &config, quota).await?;
         incoming.refusal = incoming.refusal.or_else(|| self.refuse_without_store(tiered.as_ref()));
         self.recompress(&mut incoming, &partition, &config, memory, deadline).await?;
-        // A rejected batch of an idempotent producer still goes to the partition, which recognises retries. The batch
-        // may have been stored before the topic's configuration changed, or before the outage of the object store.
+        // A refused batch of an idempotent producer still goes to the partition, which acknowledges it if it is a retry
+        // of a stored batch. The batch may have been stored before the topic's configuration changed, or before the
+        // outage of the object store.
         if let Some(refused) = incoming.refusal.take_if(|_| incoming.batch.producer().is_none() || acks == Acks::None) {
             return Err(AppendError::Refused(refused).into());
         }
@@ -222,19 +225,19 @@ impl Produce {
         Ok(QueuedAppend { partition: id, ack, timeout, began, bytes, records, tiered })
     }
 
-    /// Returns the refusal of an append with `acks=tiered` during an outage of the object store. Returns `None` for
-    /// other appends, and without an outage.
+    /// Returns the refusal of an append with `acks=tiered` during an outage of the object store. Returns `None` for an
+    /// append with any other `acks`, and without an outage.
     fn refuse_without_store(&self, tiered: Option<&TieredAck>) -> Option<AdmitError> {
         tiered
             .and_then(|_| self.store_outage())
             .map(|outage| AdmitError::StoreUnavailable { outage: outage.to_string() })
     }
 
-    /// Takes permits for an append with `acks=tiered`. Rejects the append if too many appends wait for the object
-    /// store.
+    /// Takes the permits for an append with `acks=tiered`. Fails if the connection or the broker has no free permit:
+    /// during an outage with `OBJECT_STORE_UNAVAILABLE`, else with `OVERLOADED`.
     fn admit_tiered(&self, memory: &CallMemory) -> Result<TieredAck, ApiError> {
         let overloaded = |scope: &str, max: usize| match self.store_outage() {
-            // The admitted appends wait because of the outage, so the outage is the cause, not their number.
+            // The permits are in use because of the outage, so the error names the outage and not the limit.
             Some(outage) => AppendError::Refused(AdmitError::StoreUnavailable { outage: outage.to_string() }).into(),
             None => {
                 let message =
@@ -250,7 +253,8 @@ impl Produce {
         Ok(TieredAck { stored: Stored::default(), _permits: [of_connection, of_broker] })
     }
 
-    /// Returns the error for a rejected write. If another broker leads the partition now, the error names that leader.
+    /// Converts the error of a write. If another broker leads the partition instead of this one, the error names that
+    /// leader.
     fn append_refused(&self, id: PartitionId, error: AppendError) -> ApiError {
         let is_led_elsewhere =
             matches!(error, AppendError::NotLeader { .. } | AppendError::Deposed | AppendError::Closing);
@@ -258,12 +262,13 @@ impl Produce {
         if is_led_elsewhere { self.lookup.with_leader_hint(id, error) } else { error }
     }
 
-    /// Returns the outage of the object store, if there is one.
+    /// Returns the confirmed outage of the object store, if there is one.
     fn store_outage(&self) -> Option<Outage> {
         self.ctx.tier.as_ref()?.store.confirmed_outage()
     }
 
-    /// Waits until the object store is unavailable; for ever on a broker without an object store.
+    /// Waits until the object store is unavailable, and returns the outage. Never returns on a broker without an object
+    /// store.
     async fn until_store_outage(&self) -> Outage {
         match &self.ctx.tier {
             Some(tier) => tier.store.wait_until_unavailable().await,
@@ -271,8 +276,8 @@ impl Produce {
         }
     }
 
-    /// Waits for the acknowledgement of a queued append, for the rest of its timeout. Counts the outcome, unless the
-    /// append needs no acknowledgement.
+    /// Waits for the acknowledgement of a queued append, for the rest of its timeout. Counts the outcome in the
+    /// metrics. An append with `acks=none` returns at once and is not counted.
     async fn await_outcome(&self, queued: QueuedAppend) -> Result<v1::AppendResponse, ApiError> {
         let Some(ack) = queued.ack else { return Ok(unacknowledged()) };
         // The append may have waited for memory before, within the same timeout.
@@ -294,8 +299,9 @@ impl Produce {
         outcome
     }
 
-    /// Returns the error for an acknowledgement that did not arrive in time. For an append that is stored here and
-    /// waits for the object store, the error contains the offsets, so that the client does not write the records twice.
+    /// Returns the error for an acknowledgement that did not arrive in time. For an append with `acks=tiered` that is
+    /// stored on this broker, the error contains the offsets and why the records are not in the object store, so that
+    /// the client does not write the records twice.
     fn timed_out(&self, id: PartitionId, timeout: Duration, tiered: Option<&TieredAck>) -> ApiError {
         let ms = timeout.as_millis();
         let Some(stored) = tiered.and_then(|tiered| tiered.stored.get()) else {
@@ -325,8 +331,8 @@ impl Produce {
             .with("end_offset", end)
     }
 
-    /// Waits for the outcome of an append of a stream. An append that waits only for the object store returns a notice
-    /// first, once the store is unavailable or does not accept uploads of the partition.
+    /// Waits for the outcome of a queued append of a stream. An append that is stored and waits only for the object
+    /// store first returns a notice, once the store is unavailable or uploads of the partition fail.
     async fn next_step(self: Arc<Self>, correlation_id: u64, queued: QueuedAppend) -> Step {
         let (stored, partition) = (queued.tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored)), queued.partition);
         let produce = Arc::clone(&self);
@@ -335,7 +341,7 @@ impl Produce {
         let Some(stored) = stored else { return response.await };
         let mut response = Box::pin(response);
         let cause = async {
-            // Before the append is stored, it may still be rejected, or it waits for other brokers.
+            // An append that is not stored yet may still be rejected or wait for other brokers, so it gets no notice.
             stored.wait().await;
             tokio::select! {
                 biased;
@@ -358,14 +364,14 @@ impl Produce {
     }
 }
 
-/// Event of an append of a stream.
+/// Next message to the client about one append of a stream.
 enum Step {
     Response(v1::ProduceResponse),
     /// Notice with the reason why there is no response yet, and the future of the response.
     Notice(v1::ProduceResponse, BoxFuture<'static, Step>),
 }
 
-/// Correlation id of a request, and the result of queueing that request.
+/// Correlation id of a request, and the outcome of queueing its append.
 type QueueResult = (u64, Result<QueuedAppend, ApiError>);
 
 /// One produce stream: requests are read, and responses are sent as they complete.
@@ -374,12 +380,12 @@ struct ProducePipeline {
     requests: Requests<v1::ProduceRequest>,
     quota: ProducerIdQuota,
     memory: CallMemory,
-    /// The last request, while it waits for memory. The next request is read after this one is queued.
+    /// Task of the last request, while it waits to be queued. The next request is read only after that.
     queueing: Option<AbortOnDropHandle<QueueResult>>,
-    /// Queued or rejected requests without a response yet.
+    /// Queued or rejected requests whose responses have not been returned.
     pending: FuturesUnordered<BoxFuture<'static, Step>>,
-    /// Set when no more requests arrive: the producer ended the stream, or its data cannot be read. The stream ends
-    /// with this result.
+    /// Set when no more requests arrive: the producer ended the stream, or its data cannot be read. The response stream
+    /// ends with this result after the last response.
     ended: Option<Result<(), Status>>,
 }
 
@@ -387,7 +393,7 @@ impl ProducePipeline {
     /// Returns the next response or notice; `None` ends the stream.
     async fn next(&mut self) -> Option<Result<v1::ProduceResponse, Status>> {
         loop {
-            // Queued requests are completed before anything that arrived later.
+            // The biased `select!` below returns completed responses before it reads further requests.
             let is_idle = self.pending.is_empty() && self.queueing.is_none();
             if is_idle && let Some(ended) = &mut self.ended {
                 // An error is returned once. The next call ends the stream.
@@ -402,7 +408,7 @@ impl ProducePipeline {
                         return Some(Ok(notice));
                     }
                 },
-                // Every received write has its response, so a stop need not wait for an idle producer.
+                // The stream is idle, so every received write has its response, and the stream can end.
                 () = self.produce.stop.cancelled(), if is_idle => return None,
                 queued = until_queued(&mut self.queueing), if self.queueing.is_some() => self.await_ack(queued),
                 request = self.requests.try_next(), if self.may_read_request() => {
@@ -416,12 +422,14 @@ impl ProducePipeline {
         }
     }
 
-    /// Returns true if the next request may be read.
+    /// Returns true if the next request may be read: requests still arrive, none is being queued, and fewer than
+    /// [`MAX_STREAM_REQUESTS`] are pending.
     fn may_read_request(&self) -> bool {
         self.ended.is_none() && self.queueing.is_none() && self.pending.len() < MAX_STREAM_REQUESTS
     }
 
-    /// Queues the append of a request. If that must wait for memory or for a topic, it continues in a task.
+    /// Queues the append of a request. If queueing must wait, for example for memory or for a topic, it continues in a
+    /// task.
     fn begin_queueing(&mut self, request: v1::ProduceRequest) {
         let (produce, quota, memory) = (Arc::clone(&self.produce), self.quota.clone(), self.memory.clone());
         let mut queueing = Box::pin(async move {
@@ -436,13 +444,14 @@ impl ProducePipeline {
         });
         match (&mut queueing).now_or_never() {
             Some(queued) => self.await_ack(queued),
-            // The request waits in a task of its own, because the stream is not polled while its client reads no
+            // Queueing continues in a task of its own, because the stream is not polled while its client reads no
             // responses.
             None => self.queueing = Some(AbortOnDropHandle::new(self.produce.ctx.tasks.spawn("append", queueing))),
         }
     }
 
-    /// Adds a queued or rejected request to those without a response.
+    /// Adds a queued or rejected request to `pending`. A rejected request is counted and gets its error as the
+    /// response.
     fn await_ack(&mut self, (correlation_id, queued): QueueResult) {
         let produce = Arc::clone(&self.produce);
         self.pending.push(Box::pin(async move {
@@ -465,14 +474,15 @@ fn append_response(correlation_id: u64, outcome: Result<v1::AppendResponse, ApiE
     v1::ProduceResponse { correlation_id, result: Some(result) }
 }
 
-/// Waits until the last request is queued or rejected. There must be such a request.
+/// Waits until the request in `queueing` is queued or rejected, and clears `queueing`, which must contain a request.
 async fn until_queued(queueing: &mut Option<AbortOnDropHandle<QueueResult>>) -> QueueResult {
     let queued = queueing.as_mut().expect("a request is being queued").await;
     *queueing = None;
     queued.expect("the task is not aborted while it is awaited")
 }
 
-/// Parses the maximum time that an append waits for its acknowledgement; the default if the request sets none.
+/// Parses the timeout of an append; the default if the request sets none. Fails above
+/// [`limits::MAX_APPEND_TIMEOUT_MS`].
 fn parse_timeout(ms: u32) -> Result<Duration, ApiError> {
     if ms > limits::MAX_APPEND_TIMEOUT_MS {
         let max = limits::MAX_APPEND_TIMEOUT_MS;
@@ -481,7 +491,7 @@ fn parse_timeout(ms: u32) -> Result<Duration, ApiError> {
     Ok(if ms == 0 { DEFAULT_TIMEOUT } else { Duration::from_millis(ms.into()) })
 }
 
-/// Parses the acknowledgement that a request requires; `all` if the request sets none.
+/// Parses the `acks` of a request; `all` if the request sets none.
 fn parse_acks(value: i32) -> Result<Acks, ApiError> {
     match v1::Acks::try_from(value) {
         Ok(v1::Acks::Unspecified | v1::Acks::All) => Ok(Acks::All),
@@ -492,7 +502,7 @@ fn parse_acks(value: i32) -> Result<Acks, ApiError> {
     }
 }
 
-/// Returns the response to an append with `acks=none`: its offsets are not known yet.
+/// Returns the response to an append with `acks=none`, whose offsets are unknown when the response is sent.
 fn unacknowledged() -> v1::AppendResponse {
     v1::AppendResponse {
         base_offset: -1,
