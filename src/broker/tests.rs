@@ -1,4 +1,5 @@
-//! One broker on a real disk with its metadata in memory: its behaviour when the metadata changes.
+//! Behaviour of one broker when the metadata changes. The data directory is on a real disk, and the metadata store is
+//! in memory.
 
 use std::{path::Path, time::Duration};
 
@@ -31,7 +32,7 @@ use crate::{
 pub(super) struct TestBroker {
     pub(super) broker: Arc<Broker>,
     pub(super) store: EmbeddedStore,
-    /// The store as the broker reaches it, with injected faults.
+    /// The same store as the broker uses it, with injected faults.
     pub(super) faulty_store: FaultyStore,
     pub(super) keys: Keys,
     pub(super) tasks: Tasks,
@@ -42,13 +43,14 @@ impl TestBroker {
         Self::with_store(dir, standalone, EmbeddedStore::in_memory()).await
     }
 
-    /// Starts as a broker of a cluster does: opens its replicas, verifies them, registers, and becomes active.
+    /// Starts the broker in the order of a real start: opens its replicas, verifies them, registers, and activates the
+    /// broker.
     pub(super) async fn with_store(dir: &Path, standalone: bool, store: EmbeddedStore) -> Self {
         let id = BrokerId(1);
         let identity = DataDirIdentity { cluster: "test".to_owned(), broker: id };
         let options = LogOptions { journal_bytes: 8 << 20, ..LogOptions::default() };
         let open = || DataDir::open(Arc::new(RealDisk::default()), dir, &identity, options.clone());
-        // A task that was cancelled at the previous stop may hold the directory for a moment.
+        // A task that was cancelled when an earlier broker of the test stopped may use the directory for a moment.
         let log = wait_for("the data directory is not in use", async || match open() {
             Err(DataDirError::InUse { .. }) => None,
             opened => Some(opened.unwrap()),
@@ -125,17 +127,18 @@ impl TestBroker {
         created.value.id
     }
 
-    /// Changes the metadata directly in the store, and returns when the broker has applied that.
+    /// Runs a transaction on the metadata store directly, and returns when the broker has applied the change.
     pub(super) async fn change(&self, transaction: Transaction) {
         self.store.transact(transaction).await.unwrap();
-        // A later change is applied later, so its end shows that this change is applied.
+        // The broker applies changes in order. So this change is applied once the creation and deletion of another
+        // topic are.
         let later = TopicName::new("later").unwrap();
         self.create(&later, 1).await;
         self.broker.api.topics.topics().delete(&later).await.unwrap();
         self.broker.partitions.until(|hosted| hosted.topic(&later).is_none()).await;
     }
 
-    /// Appends one record of this size to topic `t`.
+    /// Appends one record of this size to a partition of topic `t`. A timeout of 0 means the default.
     pub(super) async fn append(
         &self,
         partition: i32,
@@ -149,12 +152,12 @@ impl TestBroker {
         self.broker.api.produce.append(request, &ProducerIdQuota::default(), &self.broker.api.call_memory()).await
     }
 
-    /// Returns partition 0 of topic `t`, if it is led here.
+    /// Returns partition 0 of topic `t`, if this broker leads it.
     fn partition_0(&self) -> Result<Arc<Partition>, ApiError> {
         self.broker.api.fetch.lookup().partition("t", 0)
     }
 
-    /// Returns the number of open partitions of a topic, and of its replicas on the disk.
+    /// Returns the number of open partitions of a topic, and the number of its replicas on the disk.
     fn holds(&self, topic: TopicId) -> (usize, usize) {
         let open = self.broker.partitions.open().iter().filter(|partition| partition.id().topic == topic).count();
         (open, self.broker.ctx.log.partitions().iter().filter(|id| id.topic == topic).count())
@@ -252,7 +255,7 @@ async fn request_for_foreign_partition_returns_leader() {
     assert_eq!(error.number("leader_epoch"), Some(i64::from(led.leader_epoch.as_i32())));
     assert_eq!(error.metadata.get("address").map(String::as_str), Some("broker-2:9460"));
     assert!(error.message.contains("broker 2 at broker-2:9460"), "{error}");
-    // Broker 2 is gone, and no other replica is in sync, so the controller elects no leader.
+    // Broker 2 is no longer registered, and no other replica is in the ISR, so the controller elects no leader.
     let leaderless = PartitionValue { isr: vec![other], ..led.leaderless() };
     bench.change(Transaction::new().delete(bench.keys.broker(other)).put(key, leaderless.encode())).await;
     let error = bench.partition_0().err().unwrap();
@@ -260,8 +263,8 @@ async fn request_for_foreign_partition_returns_leader() {
     bench.stop().await;
 }
 
-/// Regression: one check in a leaderless moment ended the start for good. The rolling restart continued before any
-/// replica here was in sync.
+/// A start is not over while a partition is leaderless only for a moment. Regression: one check at such a moment ended
+/// the start, and a rolling restart continued before any local replica was in sync.
 #[tokio::test]
 async fn start_continues_while_partition_is_leaderless() {
     let dir = tempfile::tempdir().unwrap();
@@ -284,7 +287,8 @@ async fn start_continues_while_partition_is_leaderless() {
     let bench = TestBroker::with_store(dir.path(), false, store).await;
     assert_eq!(bench.broker.health.catching_up(), 1, "a leader may be elected");
     assert!(!bench.broker.health.is_started());
-    // The listener accepts connections and sends nothing, so the broker is not declared gone.
+    // Broker 2 is registered at a listener that accepts connections and sends nothing, so probes are inconclusive and
+    // its registration stays.
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let theirs = BrokerValue::running_at(silent.local_addr().unwrap().to_string());
     bench.change(Transaction::new().put(bench.keys.broker(other), theirs.encode()).put(key, led.encode())).await;
@@ -334,11 +338,11 @@ async fn watermarks_of_unresponsive_leader_are_unknown() {
         ..PartitionValue::decode(&key, &before).unwrap()
     };
     let registered = bench.store.get(&bench.keys.broker(BrokerId(1))).await.unwrap().entry.unwrap().value;
-    // No process listens at that port.
+    // Broker 2 is registered with the addresses of broker 1: port 1 of this host, where no process listens.
     let silent = BrokerValue { incarnation: "q".to_owned(), ..BrokerValue::decode("brokers/1", &registered).unwrap() };
     bench.change(Transaction::new().put(bench.keys.broker(other), silent.encode()).put(key, theirs.encode())).await;
 
-    // Partition 0 is led here as soon as it is open.
+    // Broker 1 reports partition 0 as soon as it is open.
     let described = wait_for("partition 0 is served", async || {
         let described = bench.broker.api.describe.describe_topic("t").await.unwrap().partitions;
         described[0].leader_error.is_none().then_some(described)
@@ -355,8 +359,9 @@ async fn watermarks_of_unresponsive_leader_are_unknown() {
     bench.stop().await;
 }
 
-/// A suspended process resumes, and its broker id leads in a newer epoch. The leader is a process that was started on a
-/// copy of its directory.
+/// While a broker's process is suspended, another process is started on a copy of its data directory, registers with
+/// the same id, and leads in a newer epoch. The resumed process must not lead, although the metadata names its id as
+/// the leader.
 #[tokio::test]
 async fn superseded_broker_leads_no_partition() {
     let dir = tempfile::tempdir().unwrap();
@@ -380,8 +385,8 @@ async fn superseded_broker_leads_no_partition() {
     bench.stop().await;
 }
 
-/// Regression: appends may wait for hours for replicas that are offline. A producer that retried took all of the
-/// produce memory, and blocked all writes.
+/// An append frees its memory after its timeout. Regression: appends kept their memory for as long as replicas were
+/// offline. A producer that retried took all of the produce memory, and blocked all writes.
 #[tokio::test]
 async fn timed_out_append_holds_no_memory() {
     let dir = tempfile::tempdir().unwrap();
@@ -394,7 +399,7 @@ async fn timed_out_append_holds_no_memory() {
     let replicated = PartitionValue { replicas: both.clone(), isr: both, ..value };
     let silent = BrokerValue::running_at("127.0.0.1:1".to_owned()).encode();
     bench.change(Transaction::new().put(bench.keys.broker(BrokerId(2)), silent)).await;
-    // No member can be removed from the ISR meanwhile.
+    // The store rejects the leader's transactions, so no member is removed from the ISR.
     bench.faulty_store.fail_transactions(vec![Some(faulty::Fault::Refused); 100_000]);
     bench.store.transact(Transaction::new().put(key, replicated.encode())).await.unwrap();
     let append = async |partition, timeout_ms| {
@@ -413,7 +418,8 @@ async fn timed_out_append_holds_no_memory() {
     append(1, 30_000).await.expect("the ISR is this broker alone");
     wait_for("all memory is freed", async || (bench.broker.api.produce.memory().taken() == 0).then_some(())).await;
 
-    // The wait for memory counts: only the rest of the time is for the acknowledgement.
+    // The timeout includes the wait for memory: an append that waited for memory waits for the acknowledgement only for
+    // the rest.
     let since = clock::monotonic();
     let holding = futures::future::join_all((0..3).map(|_| bench.append(0, 300_000, 3000)));
     let (_held, late) = futures::join!(holding, bench.append(0, 300_000, 4000));
@@ -423,15 +429,15 @@ async fn timed_out_append_holds_no_memory() {
     bench.stop().await;
 }
 
-/// Regression: a batch without remaining time was written all the same. The client got a timeout and sent the batch
-/// again.
+/// Regression: a batch was written although the timeout of its append had passed. The client got a timeout error and
+/// sent the batch again.
 #[tokio::test]
 async fn append_past_its_deadline_is_not_written() {
     let dir = tempfile::tempdir().unwrap();
     let bench = TestBroker::start(dir.path(), false).await;
     let name = TopicName::new("t").unwrap();
     let created = async {
-        // The append has begun before, and waits a moment for the unknown topic.
+        // The append below starts first, and waits for the unknown topic until this task creates it.
         let since = clock::monotonic();
         wait_until("the timeout of the append has passed", || since.elapsed() > Duration::from_millis(1)).await;
         bench.create(&name, 1).await
@@ -444,8 +450,8 @@ async fn append_past_its_deadline_is_not_written() {
     bench.stop().await;
 }
 
-/// Regression: the store was unavailable for a moment after the metadata cache showed the deletion. The files stayed
-/// until the next start.
+/// If the tombstone cannot be read, the read is retried. Regression: the metadata store was unavailable for a moment
+/// after a topic was deleted, and the topic's files stayed until the next start.
 #[tokio::test]
 async fn topic_deletion_is_completed_after_store_outage() {
     let dir = tempfile::tempdir().unwrap();
@@ -461,7 +467,8 @@ async fn topic_deletion_is_completed_after_store_outage() {
     bench.stop().await;
 }
 
-/// Creates one topic of one partition, which was led in an incarnation that has ended.
+/// Starts a broker, creates topic `t` with one partition that the broker leads, and stops the broker. Returns the
+/// partition's value before the stop.
 async fn led_before(dir: &Path, store: &EmbeddedStore) -> (TopicName, PartitionId, PartitionValue) {
     let bench = TestBroker::with_store(dir, false, store.clone()).await;
     let name = TopicName::new("t").unwrap();
@@ -481,8 +488,9 @@ async fn stored_value(store: &EmbeddedStore, keys: &Keys, id: PartitionId) -> Pa
     PartitionValue::decode(&entry.key, &entry.value).unwrap()
 }
 
-/// Regression: the value was unreadable at the start, so nothing was verified or released. Once the value was restored,
-/// the broker led in an epoch from before its process, and assigned the offsets of lost records again.
+/// Regression: a partition value was unreadable at the start, so the startup verification did not release its
+/// leadership. After the value was restored, the broker led in an epoch from before its process, and assigned the
+/// offsets of lost records again.
 #[tokio::test]
 async fn restored_value_grants_no_leadership_until_restart() {
     let (dir, store) = (tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
@@ -505,7 +513,8 @@ async fn restored_value_grants_no_leadership_until_restart() {
     })
     .await;
     let after = stored_value(&store, &bench.keys, id).await;
-    // The broker released that leadership and was elected again.
+    // After the restart, the startup verification released the old leadership, and the broker was elected again: two
+    // epochs later.
     assert_eq!((after.leader_epoch.0, &after.isr), (before.leader_epoch.0 + 2, &before.isr));
     assert_eq!(bench.broker.partitions.by_id(id).unwrap().epoch(), after.leader_epoch);
     bench.stop().await;
@@ -513,8 +522,8 @@ async fn restored_value_grants_no_leadership_until_restart() {
 
 const UNREADABLE: &str = "{\"replicas\":[";
 
-/// Creates a topic as [`led_before`] does, and returns its partition value with broker 2 as a second in-sync replica.
-/// The value is not stored.
+/// Creates a topic as [`led_before`] does, with a replication factor of 2. Returns its partition value with broker 2 as
+/// a second in-sync replica. This value is not stored.
 async fn led_with_peer(dir: &Path, store: &EmbeddedStore) -> (Keys, PartitionId, PartitionValue) {
     let (name, id, before) = led_before(dir, store).await;
     let keys = Keys::new("test").unwrap();
@@ -531,8 +540,9 @@ async fn register_peer(store: &EmbeddedStore, keys: &Keys, id: BrokerId) {
     store.transact(Transaction::new().put(keys.broker(id), value.encode())).await.unwrap();
 }
 
-/// Regression: the leader resigned although the replicas of all other ISR members were offline or held back too. So the
-/// intact replica was no longer in the ISR, and no restart made the broker the leader again.
+/// A broker that holds back its replica stays the leader in the metadata if no other ISR member is certain to be
+/// verified. Regression: it resigned although the replicas of all other members were offline or held back too. Its
+/// intact replica left the ISR, and no restart made it the leader again.
 #[tokio::test]
 async fn held_back_leader_stays_without_verified_successor() {
     for peer_restarted in [false, true] {
@@ -557,7 +567,8 @@ async fn held_back_leader_stays_without_verified_successor() {
     }
 }
 
-/// A peer that registered before the unreadable value was written has verified its replica.
+/// If another ISR member registered before the unreadable value was written, that member has verified its replica. So
+/// the broker that holds back its replica resigns, and then follows.
 #[tokio::test]
 async fn held_back_leader_resigns_for_verified_peer_and_follows() {
     let (dir, store) = (tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
@@ -566,7 +577,7 @@ async fn held_back_leader_resigns_for_verified_peer_and_follows() {
     store.transact(Transaction::new().put(keys.partition(id), UNREADABLE)).await.unwrap();
     let bench = TestBroker::with_store(dir.path(), false, store.clone()).await;
     bench.change(Transaction::new().put(keys.partition(id), value.encode())).await;
-    // The broker is in no set then, so its replica needs no verification.
+    // After the resignation, the broker is in neither ISR nor ELR, so its replica needs no verification.
     wait_until("the replica is open", || bench.broker.partitions.by_id(id).is_some()).await;
     let after = stored_value(&store, &keys, id).await;
     assert_eq!(after.isr, [BrokerId(2)]);
@@ -574,7 +585,8 @@ async fn held_back_leader_resigns_for_verified_peer_and_follows() {
     bench.stop().await;
 }
 
-/// Regression: a replica that was being added was held back too, so the reassignment did not complete.
+/// An unverified replica outside ISR and ELR is not held back. Regression: a replica that a reassignment added was held
+/// back, so the reassignment did not complete.
 #[tokio::test]
 async fn restored_value_opens_replica_outside_isr_and_elr() {
     let (dir, other, store) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
@@ -592,8 +604,9 @@ async fn restored_value_opens_replica_outside_isr_and_elr() {
     bench.stop().await;
 }
 
-/// Regression: the broker could not open the replicas of a topic with an unreadable value, took them for lost, and left
-/// the ISR and ELR. If all brokers started so, no replica could lead without loss.
+/// Replicas of a topic with an unreadable value stay in the ISR and ELR at a start. Regression: a starting broker did
+/// not open them, treated them as lost, and left the ISR and ELR. After a start of all brokers, no replica could lead
+/// without loss.
 #[tokio::test]
 async fn unreadable_topic_at_start_keeps_isr_membership() {
     let (dir, store) = (tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
@@ -611,7 +624,8 @@ async fn unreadable_topic_at_start_keeps_isr_membership() {
     bench.stop().await;
 }
 
-/// Regression: thousands of small batches waited for memory in their large form, uncharged.
+/// Regression: batches were recompressed first and waited for produce memory afterwards. Thousands of small batches
+/// were in memory in their larger form, uncharged.
 #[tokio::test]
 async fn recompression_takes_memory_before_decompression() {
     let dir = tempfile::tempdir().unwrap();
@@ -636,7 +650,8 @@ async fn recompression_takes_memory_before_decompression() {
     bench.stop().await;
 }
 
-/// Regression: records were compressed on the thread of the call, up to 64 MiB at once.
+/// Regression: lists of records were compressed on the thread of the call, up to 64 MiB at once, without a limit per
+/// connection.
 #[tokio::test]
 async fn large_record_list_waits_for_compression_permit() {
     let dir = tempfile::tempdir().unwrap();

@@ -78,8 +78,8 @@ impl Describe {
         })
     }
 
-    /// Returns the leader's report about a partition from `reports`. The error says why there is none: no leader, no
-    /// response, or a replica that is offline or not open.
+    /// Returns the leader's report about a partition from `reports`. The error is the reason why there is none: no
+    /// leader, no response, or a replica that is offline or not open.
     fn leader_report(
         &self,
         topic: &TopicName,

@@ -140,7 +140,7 @@ fn commit_error(error: TierCommitError) -> ApiError {
     }
 }
 
-/// Converts the error of a check that could not tell whether the manifest exists.
+/// Converts the error of a check that could not determine whether the manifest is lost.
 fn read_error(error: &TierReadError) -> ApiError {
     ApiError::new(ErrorCode::ObjectStoreUnavailable, error.to_string())
 }

@@ -1,5 +1,5 @@
-//! Probes the process of a broker at its peer address. A refused connection, or the response of another incarnation, is
-//! evidence that the process is gone; a timeout proves nothing.
+//! Probes the process of a broker at its peer address. A refused connection, or the response of another incarnation,
+//! shows that the process is gone; a timeout proves nothing.
 
 use std::time::Duration;
 
