@@ -1,8 +1,8 @@
-//! Real broker processes, and the command line as a user runs it.
+//! Starts real broker processes, and runs the command line as a user does.
 //!
 //! A [`BrokerInstance`] holds the folder and the ports of one broker. [`BrokerInstance::start`] returns a [`Broker`]
-//! that is ready. Dropping the [`Broker`] kills its process by process id. Its output goes to `broker.log` in that
-//! folder. A failed test prints the last lines of the output.
+//! that is ready. Dropping the [`Broker`] kills its process. The output of the process goes to `broker.log` in the
+//! folder. A failed test prints its last lines.
 
 use std::{
     fmt::Write as _,
@@ -31,7 +31,8 @@ const BINARY: &str = env!("CARGO_BIN_EXE_strandline");
 /// User and group id of `nobody`.
 pub(crate) const NOBODY: u32 = 65_534;
 
-/// Folder, ports and configuration of one broker. The value outlives the processes that are started from it.
+/// Folder, ports and configuration of one broker, from which several processes may be started in succession. Dropping
+/// the value deletes the folder.
 pub(crate) struct BrokerInstance {
     folder: tempfile::TempDir,
     id: u32,
@@ -46,14 +47,14 @@ pub(crate) struct BrokerInstance {
     object_store: Option<String>,
     settings: Vec<(&'static str, String)>,
     environment: Vec<(&'static str, &'static str)>,
-    /// Maximum number of open files of the process; the system's limit if not set.
+    /// Maximum number of open files of the process; `None` for the limit of the test process.
     open_files: Option<u32>,
     /// True if the process runs as [`NOBODY`].
     nobody: bool,
 }
 
 impl BrokerInstance {
-    /// Creates an instance whose object store is a folder beside the data directory.
+    /// Creates an instance of a standalone broker with id 1, whose object store is a folder beside the data directory.
     pub(crate) fn new() -> Self {
         let folder = tempfile::Builder::new().prefix("strandline-it-").tempdir().expect("a folder for the test");
         let object_store = Some(format!("file://{}", folder.path().join("bucket").display()));
@@ -87,7 +88,8 @@ impl BrokerInstance {
         Self { nobody: true, ..self }
     }
 
-    /// Creates an instance for several brokers in one process, with consecutive ports.
+    /// Creates an instance for [`BrokerInstance::start_dev_cluster`]: this number of brokers in one process, with
+    /// consecutive ports from the gRPC port on.
     pub(crate) fn cluster(brokers: usize) -> Self {
         let ports = 2 * brokers;
         let (grpc, http) = (0..100)
@@ -100,11 +102,10 @@ impl BrokerInstance {
         Self { grpc, http, ..Self::new() }
     }
 
-    /// Creates an instance of a cluster broker with this id, in one of three racks, with this etcd as the metadata
-    /// store.
+    /// Creates an instance of a broker in a cluster, with this id and this etcd as the metadata store.
     pub(crate) fn member(id: u32, etcd: &Etcd) -> Self {
         let instance = Self { id, ..Self::new() }.setting("metadata.session_timeout", "\"2s\"");
-        // The disk usage of this machine must not matter.
+        // The threshold of 100 percent excludes disk pressure, whatever the disk usage of this machine is.
         instance.setting("log.journal_bytes", 16 << 20).setting("broker.disk_pressure_percent", 100).at_etcd(etcd)
     }
 
@@ -113,18 +114,18 @@ impl BrokerInstance {
         self.setting("metadata.etcd", format!("{:?}", etcd.endpoints()))
     }
 
-    /// Sets the name of another cluster.
+    /// Sets the name of the cluster.
     pub(crate) fn of_cluster(self, cluster: &'static str) -> Self {
         Self { cluster, ..self }
     }
 
-    /// Runs the process in a network namespace, and listens at the address of that namespace.
+    /// Runs the process in a network namespace, with listeners at `ip`, the address of that namespace.
     pub(crate) fn in_namespace(self, namespace: &str, ip: Ipv4Addr) -> Self {
         let at = |port| SocketAddr::from((ip, port));
         Self { namespace: Some(namespace.to_owned()), grpc: at(9460), http: at(9461), peer: at(9470), ..self }
     }
 
-    /// Sets this folder as the object store.
+    /// Sets a folder as the object store.
     pub(crate) fn bucket_of(mut self, folder: &Path) -> Self {
         self.object_store = Some(format!("file://{}", folder.display()));
         self
@@ -135,7 +136,7 @@ impl BrokerInstance {
         Self { open_files: Some(max), ..self }
     }
 
-    /// Removes the object store.
+    /// Removes the object store from the configuration.
     pub(crate) fn without_object_store(mut self) -> Self {
         self.object_store = None;
         self
@@ -156,20 +157,20 @@ impl BrokerInstance {
             .setting("object_store.path_style", "true")
     }
 
-    /// Sets `section.key` to a TOML value. The last value of a key applies.
+    /// Sets `section.key` of the configuration file to a TOML value, instead of any earlier value.
     pub(crate) fn setting(mut self, key: &'static str, value: impl ToString) -> Self {
         self.settings.retain(|(known, _)| *known != key);
         self.settings.push((key, value.to_string()));
         self
     }
 
-    /// Advertises this address to clients instead of the listener's.
+    /// Advertises this address to clients instead of the address of the gRPC listener.
     pub(crate) fn advertise(mut self, address: SocketAddr) -> Self {
         self.advertise = Some(address);
         self
     }
 
-    /// Advertises this address to peers instead of the listener's.
+    /// Advertises this address to peers instead of the address of the peer listener.
     pub(crate) fn peer_advertise(mut self, address: SocketAddr) -> Self {
         self.peer_advertise = Some(address);
         self
@@ -183,19 +184,19 @@ impl BrokerInstance {
         self.folder.path().join("data")
     }
 
-    /// Returns the folder that is the object store.
+    /// Returns the folder that is the object store of an instance from [`BrokerInstance::new`].
     pub(crate) fn bucket(&self) -> PathBuf {
         self.folder.path().join("bucket")
     }
 
-    /// Returns the value of one metric of `/metrics`. The name includes the labels.
+    /// Returns the value of one metric on the `/metrics` page. `name` includes the labels.
     pub(crate) fn metric(&self, name: &str) -> f64 {
         let [value] = self.metrics([name]);
         value
     }
 
-    /// Returns the values of several metrics of one `/metrics` page. Values of two pages cannot be compared, because
-    /// the broker continues between them.
+    /// Returns the values of several metrics, all from one request for `/metrics`, so that the values belong to the
+    /// same moment.
     pub(crate) fn metrics<const N: usize>(&self, names: [&str; N]) -> [f64; N] {
         let (_, page) = http_get(self.http, "/metrics").expect("the metrics page responds");
         names.map(|name| {
@@ -220,7 +221,7 @@ impl BrokerInstance {
         self.http
     }
 
-    /// Returns all output of the brokers of this instance.
+    /// Returns all output of the processes that were started from this instance.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.log_path()).unwrap_or_default()
     }
@@ -253,7 +254,7 @@ impl BrokerInstance {
         if let Some(advertise) = self.peer_advertise {
             writeln!(text, "advertise = \"{advertise}\"").expect("writing to a string succeeds");
         }
-        // Dotted keys before every section, so that several keys may belong to one section.
+        // All other settings are dotted keys, which TOML allows only before the first section.
         let url = self.object_store.iter().map(|url| format!("object_store.url = {url:?}\n"));
         let settings = others.iter().map(|(key, value)| format!("{key} = {value}\n"));
         text.insert_str(0, &url.chain(settings).collect::<String>());
@@ -269,8 +270,8 @@ impl BrokerInstance {
         path
     }
 
-    /// Starts `strandline broker` and waits until it is ready. Chooses new ports, up to five times, if one of the ports
-    /// is in use.
+    /// Starts `strandline broker` and waits until it is ready. If one of the ports is in use, chooses new ports and
+    /// starts again, up to five times.
     pub(crate) fn start(&mut self) -> Broker {
         for _ in 0..5 {
             let mut broker = self.spawn();
@@ -286,7 +287,7 @@ impl BrokerInstance {
         panic!("five pairs of ports were all in use\n{}", self.log());
     }
 
-    /// Starts `strandline broker` without waiting for it.
+    /// Starts `strandline broker` and does not wait until it is ready.
     pub(crate) fn spawn(&self) -> Broker {
         let config = self.write_config();
         let mut command = in_namespace(self.namespace.as_deref(), Path::new(BINARY));
@@ -324,7 +325,7 @@ impl BrokerInstance {
         if let Err(reason) = broker.wait_ready() {
             panic!("strandline dev did not become ready: {reason}\n{}", self.log());
         }
-        // The first broker is ready before the others.
+        // `/readyz` is a page of the first broker, which is ready before the other brokers and the greeting.
         eventually("the greeting is printed", || (greetings() > before).then_some(()));
         broker
     }
@@ -355,7 +356,7 @@ impl BrokerInstance {
         Broker { child, http: self.http, log: self.log_path() }
     }
 
-    /// Returns a command line that calls this broker.
+    /// Returns a command line with this broker as the bootstrap broker.
     pub(crate) fn cli(&self) -> Cli {
         Cli { bootstrap: Some(self.grpc.to_string()), folder: self.folder.path().to_owned() }
     }
@@ -369,7 +370,7 @@ pub(crate) struct Broker {
 }
 
 impl Broker {
-    /// Waits until `/readyz` returns 200. Returns an error if the process exits first or the timeout passes.
+    /// Waits until `/readyz` returns 200. Returns an error if the process exits first, or if [`TEST_TIMEOUT`] passes.
     pub(crate) fn wait_ready(&mut self) -> Result<(), String> {
         let mut last = String::new();
         let became = poll(TEST_TIMEOUT, || {
@@ -386,7 +387,7 @@ impl Broker {
         became.unwrap_or_else(|| Err(format!("not ready after {TEST_TIMEOUT:?}: {last}")))
     }
 
-    /// Kills the process with SIGKILL, as a failing machine would, and waits for its exit.
+    /// Kills the process with SIGKILL, which lets it write nothing more, and waits for its exit.
     pub(crate) fn kill9(mut self) {
         self.child.kill().expect("the process can be killed");
         self.child.wait().expect("the process exits");
@@ -404,13 +405,12 @@ impl Broker {
         self.wait_for_exit()
     }
 
-    /// Waits until the process exits.
+    /// Waits until the process exits, and returns its exit status.
     pub(crate) fn wait_for_exit(&mut self) -> ExitStatus {
         eventually("the broker has exited", || self.child.try_wait().expect("the child process exists"))
     }
 
-    /// Stops the process as a frozen machine would stop, or resumes it. A stopped process keeps its connections open
-    /// and sends nothing.
+    /// Suspends the process (SIGSTOP) or resumes it. A suspended process keeps its connections open and sends nothing.
     pub(crate) fn freeze(&self, frozen: bool) {
         let signal = if frozen { Signal::STOP } else { Signal::CONT };
         rustix::process::kill_process(Pid::from_child(&self.child), signal).expect("the process is a child");
@@ -428,7 +428,7 @@ impl Broker {
 
 impl Drop for Broker {
     fn drop(&mut self) {
-        // The process may have exited already. Both calls then fail, and nothing remains to do.
+        // Both calls fail if the process has already exited, which does not matter.
         let _ = self.child.kill();
         let _ = self.child.wait();
         if thread::panicking() {
@@ -439,7 +439,7 @@ impl Drop for Broker {
     }
 }
 
-/// The command line, with the addresses of its bootstrap brokers.
+/// Runs `strandline` commands with these bootstrap brokers, in a working folder.
 pub(crate) struct Cli {
     bootstrap: Option<String>,
     folder: PathBuf,
@@ -472,7 +472,7 @@ impl Output {
 }
 
 impl Cli {
-    /// Returns a command line that calls any of these brokers.
+    /// Returns a command line with these bootstrap brokers.
     pub(crate) fn of(brokers: &[SocketAddr], folder: &Path) -> Self {
         let addresses: Vec<String> = brokers.iter().map(SocketAddr::to_string).collect();
         Self { bootstrap: Some(addresses.join(",")), folder: folder.to_owned() }
@@ -483,12 +483,12 @@ impl Cli {
         Self { bootstrap: None, folder: folder.to_owned() }
     }
 
-    /// Runs a command without input.
+    /// Runs a command with empty input, and returns its output.
     pub(crate) fn run(&self, arguments: &[&str]) -> Output {
         self.run_with(arguments, b"")
     }
 
-    /// Runs a command that must succeed.
+    /// Runs a command with empty input, which must succeed.
     pub(crate) fn ok(&self, arguments: &[&str]) -> Output {
         self.ok_with(arguments, b"")
     }
@@ -500,7 +500,8 @@ impl Cli {
         output
     }
 
-    /// Creates a topic as soon as the metadata store accepts operations. A creation whose response was lost counts too.
+    /// Retries the creation of a topic until the topic exists. The topic may exist after a failed attempt too, if only
+    /// the response was lost.
     pub(crate) fn create_when_possible(&self, topic: &str) {
         eventually("the topic is created", || {
             let created = self.run(&["topic", "create", topic]);
@@ -508,7 +509,7 @@ impl Cli {
         });
     }
 
-    /// Returns a command that is not started yet.
+    /// Returns a `strandline` command that the caller starts.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(BINARY);
         clean(&mut command);
@@ -519,7 +520,8 @@ impl Cli {
         command
     }
 
-    /// Runs a command with input to its exit. Panics if the command runs for more than twice `TEST_TIMEOUT`.
+    /// Runs a command with input, and waits until it exits. Panics if the command runs for more than twice
+    /// [`TEST_TIMEOUT`].
     pub(crate) fn run_with(&self, arguments: &[&str], input: &[u8]) -> Output {
         let mut child = self
             .command(arguments)
@@ -560,7 +562,7 @@ fn drain(mut from: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> {
     })
 }
 
-/// Removes all `STRANDLINE_` variables from the environment of a command.
+/// Removes all `STRANDLINE_` variables from the environment of a command, and disables colours.
 fn clean(command: &mut Command) -> &mut Command {
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("STRANDLINE_") {
@@ -570,7 +572,8 @@ fn clean(command: &mut Command) -> &mut Command {
     command.env("NO_COLOR", "1").env("RUST_BACKTRACE", "1")
 }
 
-/// Returns a loopback address with a free port, which stays free while a broker restarts.
+/// Returns a loopback address with a free port. No client connection and no other test of this process gets the port,
+/// so a broker can use it again after a restart.
 pub(crate) fn free_address() -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()))
 }

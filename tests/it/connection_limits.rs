@@ -1,4 +1,4 @@
-//! More connections than the open files that the broker process may have.
+//! A broker that gets more connections than its process may have open files.
 
 use std::{future::Future, net::TcpStream};
 
@@ -12,8 +12,8 @@ use crate::{
     wire,
 };
 
-/// Calls over an open connection. Repeats the call if the connection was idle and was closed for a new one at that
-/// moment.
+/// Makes a call, and repeats it after a transport error: the broker may have closed the idle connection for a new one
+/// at that moment. A topic that already exists counts as a success.
 async fn call<T, F: Future<Output = Result<T, Status>>>(what: &str, attempt: impl Fn() -> F) {
     eventually_async(what, || async {
         match attempt().await {
@@ -59,7 +59,7 @@ async fn idle_connections_take_no_open_files_from_the_log() {
         .filter_map(|number| TcpStream::connect(if number % 2 == 0 { instance.grpc() } else { instance.http() }).ok())
         .collect();
     assert!(crowd.len() > 250, "the system accepts the connections");
-    // Existing connections are served, also with requests that need new files.
+    // Requests on existing connections are served, also requests that need new files.
     for number in 0..20 {
         let topic = format!("crowded-{number}");
         create(&admin, &topic).await;
@@ -67,8 +67,8 @@ async fn idle_connections_take_no_open_files_from_the_log() {
             append(&log, &topic, partition).await;
         }
     }
-    // Accepted connections that send nothing are closed. New connections are served, although the idle clients keep
-    // their sockets open.
+    // The broker closes accepted connections that send nothing. So new connections are served, although the idle
+    // clients do not close their sockets.
     tokio::task::block_in_place(|| {
         let ready = || http_get(instance.http(), "/readyz").is_ok_and(|(code, _)| code == 200);
         eventually("a new client is served", || ready().then_some(()));

@@ -1,5 +1,5 @@
 //! Data on disk or in the object store is corrupt, missing or unreachable. Brokers never serve wrong data, lose no more
-//! than is corrupt, and resume without a restart.
+//! than is corrupt, and need no restart once missing data is back.
 
 use std::{
     fs,
@@ -13,7 +13,7 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Returns lines that all differ, so that any wrong byte is detected.
+/// Returns `count` different lines, so that a line at the wrong offset is detected.
 pub(crate) fn lines(count: usize) -> String {
     (0..count).map(|n| format!("line {n} of the log, which is {:x}\n", n.wrapping_mul(0x9e37_79b9))).collect()
 }
@@ -35,7 +35,7 @@ pub(crate) fn files(folder: &Path, ending: &str) -> Vec<PathBuf> {
     found
 }
 
-fn flip(path: &Path, at: usize) {
+fn flip_bit(path: &Path, at: usize) {
     let mut bytes = fs::read(path).expect("a file");
     bytes[at] ^= 0x04;
     fs::write(path, bytes).expect("the file is written");
@@ -45,8 +45,9 @@ pub(crate) fn partition(cli: &Cli, topic: &str) -> Value {
     cli.ok(&["topic", "describe", topic, "--output", "json"]).json()["partitions"][0].clone()
 }
 
-/// Starts a broker with one topic that has records. If `tiered` is true, only the object store has these records.
-fn fed(tiered: bool, text: &str) -> (BrokerInstance, Broker) {
+/// Starts a broker with the topics `victim`, which contains the lines of `text`, and `calm`. If `tiered` is true, waits
+/// until only the object store has the records of `victim`.
+fn start_with_records(tiered: bool, text: &str) -> (BrokerInstance, Broker) {
     let mut instance = BrokerInstance::new();
     let broker = instance.start();
     let cli = instance.cli();
@@ -66,9 +67,9 @@ fn fed(tiered: bool, text: &str) -> (BrokerInstance, Broker) {
     (instance, broker)
 }
 
-/// Checks that a read of the topic `victim` fails, that all output before the failure is right, and that another topic
-/// is served.
-fn fails_without_a_wrong_byte(cli: &Cli, text: &str) {
+/// Checks that a read of the topic `victim` fails, that its output before the failure is the beginning of `text`, and
+/// that the topic `calm` accepts records.
+fn check_read_fails_after_correct_prefix(cli: &Cli, text: &str) {
     let read = cli.run(&["consume", "victim", "--from", "earliest", "--until-end"]);
     assert_eq!(read.code, 1, "a corrupt object is an error: {}", read.stderr);
     assert!(text.as_bytes().starts_with(&read.stdout), "the printed records are correct");
@@ -80,30 +81,30 @@ fn fails_without_a_wrong_byte(cli: &Cli, text: &str) {
 #[test]
 fn flipped_bit_in_segment_file_is_never_served() {
     let text = lines(20_000);
-    let (mut instance, broker) = fed(false, &text);
+    let (mut instance, broker) = start_with_records(false, &text);
     assert!(broker.terminate().success(), "{}", instance.log());
     let bytes = |path: &PathBuf| fs::metadata(path).map_or(0, |file| file.len());
     let victims: Vec<PathBuf> =
         files(&instance.data_dir(), ".log").into_iter().filter(|path| bytes(path) > 0).collect();
     assert!(victims.len() > 3, "sealed segments exist: {victims:?}");
-    // The middle of the file, whatever its size: the scheduler decides how records form batches.
-    flip(&victims[1], usize::try_from(bytes(&victims[1]) / 2).expect("a small segment"));
+    // The offset is relative to the size, because the size varies: timing decides how records form batches.
+    flip_bit(&victims[1], usize::try_from(bytes(&victims[1]) / 2).expect("a small segment"));
     let _broker = instance.start();
-    fails_without_a_wrong_byte(&instance.cli(), &text);
+    check_read_fails_after_correct_prefix(&instance.cli(), &text);
 }
 
 #[test]
 fn flipped_bit_in_object_makes_only_that_object_unreadable() {
     let text = lines(20_000);
-    let (mut instance, broker) = fed(true, &text);
+    let (mut instance, broker) = start_with_records(true, &text);
     assert!(broker.terminate().success(), "{}", instance.log());
     let objects = files(&instance.bucket(), ".segment");
     assert!(objects.len() > 3, "segment objects exist: {objects:?}");
-    // The middle of the object, whatever its size: the scheduler decides how records form batches.
+    // The offset is relative to the size, because the size varies: timing decides how records form batches.
     let bytes = fs::metadata(&objects[1]).expect("an object").len();
-    flip(&objects[1], usize::try_from(bytes / 2).expect("a small object"));
+    flip_bit(&objects[1], usize::try_from(bytes / 2).expect("a small object"));
     let _broker = instance.start();
-    fails_without_a_wrong_byte(&instance.cli(), &text);
+    check_read_fails_after_correct_prefix(&instance.cli(), &text);
     // Records after the corrupt object are readable.
     let name = objects[2].file_name().and_then(|name| name.to_str()).expect("a name");
     let base: usize = name.split('-').next().expect("the base offset").parse().expect("a number");
@@ -116,13 +117,13 @@ fn flipped_bit_in_object_makes_only_that_object_unreadable() {
 #[test]
 fn missing_object_is_reported_and_served_when_restored() {
     let text = lines(20_000);
-    let (mut instance, broker) = fed(true, &text);
+    let (mut instance, broker) = start_with_records(true, &text);
     assert!(broker.terminate().success(), "{}", instance.log());
     let object = files(&instance.bucket(), ".segment").remove(1);
     let away = instance.path().join("away");
     fs::rename(&object, &away).expect("the file is moved");
     let _broker = instance.start();
-    fails_without_a_wrong_byte(&instance.cli(), &text);
+    check_read_fails_after_correct_prefix(&instance.cli(), &text);
     fs::rename(&away, &object).expect("the file is moved back");
     let whole = eventually("the object is served again", || {
         let read = instance.cli().run(&["consume", "victim", "--from", "earliest", "--until-end"]);
@@ -131,16 +132,16 @@ fn missing_object_is_reported_and_served_when_restored() {
     assert!(whole == text.as_bytes(), "{} of {} bytes", whole.len(), text.len());
 }
 
-/// Uploads fail while the object store is away, appends do not. When the object store returns, the remaining uploads
-/// follow without a restart.
+/// While the object store is missing, uploads fail and appends succeed. When it is back, the remaining uploads follow
+/// without a restart.
 #[test]
 fn missing_object_store_loses_no_records() {
     let text = lines(20_000);
-    let (instance, mut broker) = fed(true, &text);
+    let (instance, mut broker) = start_with_records(true, &text);
     let cli = instance.cli();
     let away = instance.path().join("bucket-away");
     fs::rename(instance.bucket(), &away).expect("the file is moved");
-    // A file instead of the folder, so that nothing can be created below this path.
+    // A file at the path of the folder prevents the broker from creating the folder again.
     fs::write(instance.bucket(), "no bucket").expect("written");
     cli.ok_with(&["produce", "victim"], text.as_bytes());
     let state = partition(&cli, "victim");
@@ -159,7 +160,7 @@ fn missing_object_store_loses_no_records() {
 
 #[test]
 fn object_store_of_another_cluster_is_refused() {
-    let (instance, _broker) = fed(true, &lines(10));
+    let (instance, _broker) = start_with_records(true, &lines(10));
     let other = BrokerInstance::new();
     let text = fs::read_to_string(other.write_config()).expect("a configuration");
     let text = text.replace("cluster = \"it\"", "cluster = \"someone-else\"");

@@ -1,9 +1,9 @@
-//! A real broker process is killed with SIGKILL at random moments under load. Acknowledged records are kept.
+//! A real broker process is killed with SIGKILL at random times under load. No acknowledged record may be lost.
 //!
-//! Several producers pipeline into several partitions of two topics, one for each durability. Segments are small and
-//! soon evicted, so that kills also hit rolls, uploads, tier commits and evictions. Some kills hit the recovery from
-//! the previous kill, and some are clean stops. `history` checks the results. Each payload follows from its own number,
-//! so that corruption is detected.
+//! Several producers send pipelined requests to several partitions of two topics, one topic for each durability.
+//! Segments are small and soon evicted, so that kills also interrupt rolls, uploads, tier commits and evictions. Some
+//! kills interrupt the recovery from the previous kill. Some restarts begin with a clean stop. `history` checks the
+//! results. All bytes of a payload are derived from its number, so that corruption is detected.
 
 use std::{
     collections::HashMap,
@@ -37,51 +37,51 @@ use crate::{
 };
 
 const TOPICS: [(&str, &str); 2] = [("synced", "persisted"), ("cached", "replicated")];
-/// Configuration of a topic whose segments are soon sealed, uploaded and evicted.
+/// Configuration of a topic with small segments, which are soon sealed, uploaded and evicted.
 pub(crate) const SMALL: [(&str, &str); 4] =
     [("segment.bytes", "65536"), ("segment.ms", "500"), ("local.retention.bytes", "200000"), ("retention.ms", "-1")];
 pub(crate) const PARTITIONS: i32 = 3;
 const PRODUCERS: u32 = 3;
-const WINDOW: usize = 16;
-/// Number of requests of all producers together between two kills.
-const REQUESTS: u64 = 1000;
+const MAX_PENDING_REQUESTS: usize = 16;
+/// Maximum number of requests of all producers together between two kills.
+const REQUESTS_PER_KILL: u64 = 1000;
 
-/// Number of records below the last observed end at which a reader starts after each kill.
-const OVERLAP: i64 = 200;
+/// Number of records before the last observed end offset from which a reader starts after each kill.
+const OVERLAP_RECORDS: i64 = 200;
 /// Maximum number of old records that are read after each kill.
-const PIECE: i64 = 1000;
+const MAX_OLD_RECORDS: i64 = 1000;
 
-/// Number of records of one log that are read before the leader is looked up again.
-const READ_AT_ONCE: i64 = 20_000;
+/// Maximum number of records that are read from one log before its leader is looked up again.
+const MAX_RECORDS_PER_READ: i64 = 20_000;
 
-/// Number of kills between two checks of all results so far, each with a progress line. The first kills are each
-/// followed by a check, because most runs are short.
-const ROUND: u64 = 20;
+/// Number of kills between two checks of all results so far. Before this number is reached, a check follows each kill,
+/// because most runs are short.
+const KILLS_PER_CHECK: u64 = 20;
 
-/// Returns the number in an environment variable, or the default.
+/// Returns the number in the environment variable `name`, or the default if it is not set.
 pub(crate) fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
 /// State that producers and readers share.
 pub(crate) struct Load {
-    /// Addresses of the brokers. Any broker names the leader of a log.
+    /// Addresses of the brokers. The metadata of each contains the leader of every log.
     addresses: Vec<SocketAddr>,
     /// Topics, each with [`PARTITIONS`] partitions.
     topics: Vec<&'static str>,
-    /// Counter that is the time of the history and the identity of its payloads.
+    /// Logical clock of the history. Its values are also the payload numbers.
     time: AtomicU64,
     attempts: Mutex<Vec<Attempt>>,
-    /// Log and time of each acknowledgement.
+    /// Log and time of each acknowledged record.
     moments: Mutex<Vec<(Log, Instant)>>,
-    /// Number of requests that producers may send before the next kill. Without a bound, a slow machine would get more
-    /// records during a read than it can ever read.
+    /// Number of requests that producers may still send before the next kill. Without a bound, producers on a slow
+    /// machine would write faster than the readers can read.
     budget: AtomicU64,
 }
 
 impl Load {
     pub(crate) fn new(addresses: Vec<SocketAddr>, topics: Vec<&'static str>) -> Arc<Self> {
-        let budget = AtomicU64::new(REQUESTS);
+        let budget = AtomicU64::new(REQUESTS_PER_KILL);
         let (attempts, moments) = (Mutex::default(), Mutex::default());
         Arc::new(Self { addresses, topics, time: AtomicU64::new(0), attempts, moments, budget })
     }
@@ -91,7 +91,7 @@ impl Load {
         self.addresses[0]
     }
 
-    /// Returns the address of the broker that serves a log.
+    /// Returns the address of the broker that leads a log. Waits until there is a leader.
     async fn serving(&self, log: Log) -> SocketAddr {
         if self.addresses.len() == 1 {
             return self.addresses[0];
@@ -100,8 +100,8 @@ impl Load {
         eventually_async("the log has a leader", find_leader).await
     }
 
-    /// Returns the longest time without an acknowledgement in a log since `since`. Returns `None` until there are
-    /// enough acknowledgements to show that the log continues.
+    /// Returns the longest time without an acknowledged record in a log since `since`. Returns `None` if fewer than 20
+    /// records were acknowledged since then.
     pub(crate) fn longest_silence(&self, log: Log, since: Instant) -> Option<Duration> {
         let moments = self.moments.lock();
         let moments_of_log: Vec<Instant> =
@@ -111,19 +111,19 @@ impl Load {
             .then(|| before.zip(&moments_of_log).map(|(previous, next)| *next - *previous).max().expect("not empty"))
     }
 
-    /// Lets the producers continue until the next kill.
-    fn grant(&self) {
-        self.budget.store(REQUESTS, Ordering::Relaxed);
+    /// Allows the producers another [`REQUESTS_PER_KILL`] requests.
+    fn reset_budget(&self) {
+        self.budget.store(REQUESTS_PER_KILL, Ordering::Relaxed);
     }
 
-    /// Waits for a moment of the load at which to inject a fault: after a random number of load events.
-    pub(crate) async fn moment(&self, rng: &mut StdRng) {
-        let at = self.time.load(Ordering::SeqCst) + rng.random_range(1..REQUESTS);
+    /// Waits until a random number of further requests has started or ended. The caller then injects a fault.
+    pub(crate) async fn wait_for_random_progress(&self, rng: &mut StdRng) {
+        let at = self.time.load(Ordering::SeqCst) + rng.random_range(1..REQUESTS_PER_KILL);
         eventually_async("the load continues", || async { (self.time.load(Ordering::SeqCst) >= at).then_some(()) })
             .await;
     }
 
-    fn spend(&self) -> bool {
+    fn take_request(&self) -> bool {
         self.budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
     }
 
@@ -147,7 +147,8 @@ impl Load {
     }
 }
 
-/// Returns the bytes of payload number `id`: the number, then a filler whose length and bytes follow from the number.
+/// Returns the bytes of payload number `id`: the number, then filler bytes. Length and content of the filler are
+/// derived from the number.
 pub(crate) fn value(id: u64) -> Bytes {
     let mut state = id.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = move || {
@@ -162,19 +163,19 @@ pub(crate) fn value(id: u64) -> Bytes {
     out.into()
 }
 
-/// Returns the number of a payload if every byte is right.
+/// Returns the number of a payload; `None` if any byte differs from [`value`].
 pub(crate) fn identify(bytes: &[u8]) -> Option<u64> {
     let id = u64::from_be_bytes(bytes.get(..8)?.try_into().ok()?);
     (*value(id) == *bytes).then_some(id)
 }
 
-/// Runs one producer: connection after connection until the load ends.
+/// Runs one producer until the tasks are cancelled. It opens a new connection whenever one ends.
 async fn produce(load: Arc<Load>, producer: u32, seed: u64, tasks: Tasks) {
     let mut rng = StdRng::seed_from_u64(seed);
     while !tasks.is_cancelled() {
         let mut pending = HashMap::new();
         run_connection(&load, producer, &mut rng, &tasks, &mut pending).await;
-        // The connection has ended. No response for these requests will arrive.
+        // The connection has ended, so no response to the pending requests will arrive.
         for attempts in pending.into_values() {
             load.complete(attempts, |_| Outcome::Unknown);
         }
@@ -186,7 +187,8 @@ async fn produce(load: Arc<Load>, producer: u32, seed: u64, tasks: Tasks) {
     }
 }
 
-/// Runs one connection: keeps a window of requests in flight until the connection breaks.
+/// Runs one connection until it breaks or the tasks are cancelled. Keeps up to [`MAX_PENDING_REQUESTS`] requests in
+/// flight. At the return, `pending` contains the requests without a response.
 async fn run_connection(
     load: &Load,
     producer: u32,
@@ -194,7 +196,7 @@ async fn run_connection(
     tasks: &Tasks,
     pending: &mut HashMap<u64, Vec<Attempt>>,
 ) {
-    let (requests, outgoing) = mpsc::channel(WINDOW);
+    let (requests, outgoing) = mpsc::channel(MAX_PENDING_REQUESTS);
     let mut log = wire::log(load.address());
     let opened = tokio::time::timeout(Duration::from_secs(5), log.produce(ReceiverStream::new(outgoing))).await;
     let Ok(Ok(responses)) = opened else { return };
@@ -205,16 +207,16 @@ async fn run_connection(
             biased;
             () = tasks.cancelled() => return,
             response = responses.message() => match response {
-                Ok(Some(response)) => settle(load, pending, response),
+                Ok(Some(response)) => complete_request(load, pending, response),
                 Ok(None) | Err(_) => return,
             },
-            _ = pace.tick(), if pending.len() < WINDOW => {
-                if !load.spend() {
+            _ = pace.tick(), if pending.len() < MAX_PENDING_REQUESTS => {
+                if !load.take_request() {
                     continue;
                 }
                 let (request, attempts) = next_request(load, producer, rng);
                 let correlation_id = request.correlation_id;
-                // Inserted before the send: from here on the request may be in the log.
+                // The request is inserted before it is sent, because it may be in the log from then on.
                 pending.insert(correlation_id, attempts);
                 if requests.try_send(request).is_err() {
                     return;
@@ -246,7 +248,7 @@ fn next_request(load: &Load, producer: u32, rng: &mut StdRng) -> (ProduceRequest
     (ProduceRequest { correlation_id: attempts[0].payload, append: Some(append) }, attempts)
 }
 
-fn settle(load: &Load, pending: &mut HashMap<u64, Vec<Attempt>>, response: ProduceResponse) {
+fn complete_request(load: &Load, pending: &mut HashMap<u64, Vec<Attempt>>, response: ProduceResponse) {
     let attempts = pending.remove(&response.correlation_id).expect("one response per request");
     match response.result.expect("the response has a result") {
         ProduceResult::Appended(appended) => {
@@ -257,7 +259,8 @@ fn settle(load: &Load, pending: &mut HashMap<u64, Vec<Attempt>>, response: Produ
         ProduceResult::Error(error) => {
             let failure = ApiError::from(error);
             assert!(failure.retryable, "the request is valid: {failure}");
-            // Only a request that is refused on arrival is certainly not in the log.
+            // These errors mean that the request was refused before it was appended. After any other error, the request
+            // may be in the log.
             let refused = matches!(failure.code, ErrorCode::Overloaded | ErrorCode::DiskFull);
             load.complete(attempts, |_| if refused { Outcome::Refused } else { Outcome::Unknown });
         }
@@ -265,14 +268,16 @@ fn settle(load: &Load, pending: &mut HashMap<u64, Vec<Attempt>>, response: Produ
     }
 }
 
-/// Start offset and maximum number of records of a reader. The end that the broker reports also limits the reader.
+/// Start offset and maximum number of records of one read of a log. The read also ends at the end offset that the
+/// broker reports.
 #[derive(Clone, Copy)]
 struct Part {
     from: i64,
     max_records: i64,
 }
 
-/// Reads every partition from the offset that `from` returns to the end that the broker reports first.
+/// Reads every partition, from the offset that `from` returns to the end offset that the broker reports when the read
+/// begins.
 pub(crate) async fn read(load: &Load, from: impl Fn(Log) -> i64) -> Vec<ReadPass> {
     let mut passes = Vec::new();
     for topic in 0..load.topics.len() {
@@ -287,8 +292,8 @@ pub(crate) async fn read(load: &Load, from: impl Fn(Log) -> i64) -> Vec<ReadPass
 async fn read_part(load: &Load, log: Log, part: Part) -> ReadPass {
     let (name, partition) = (load.topics[log.0], log.1);
     let (began, from) = (load.tick(), part.from);
-    // With several brokers, leadership may change at any time, for example back to the preferred leader. After an
-    // outage of the object store, brokers without readers detect its return at their next probe.
+    // With several brokers, leadership may change during a read, for example back to the preferred leader. After an
+    // outage of the object store, a broker may reject reads until its next probe detects that the store is available.
     let is_retried = |error: &ApiError| {
         load.addresses.len() > 1 && matches!(error.code, ErrorCode::NotLeader | ErrorCode::ObjectStoreUnavailable)
     };
@@ -301,7 +306,7 @@ async fn read_part(load: &Load, log: Log, part: Part) -> ReadPass {
     let to = end.min(from.saturating_add(part.max_records));
     let (mut records, mut next) = (Vec::new(), from);
     while next < to {
-        let until = to.min(next.saturating_add(READ_AT_ONCE));
+        let until = to.min(next.saturating_add(MAX_RECORDS_PER_READ));
         let read = eventually_async("a leader serves what was written", async || {
             let mut client = wire::log(load.serving(log).await);
             let read = wire::read_range(&mut client, name, partition, next, until).await;
@@ -320,10 +325,10 @@ async fn read_part(load: &Load, log: Log, part: Part) -> ReadPass {
 
 /// Results of all readers, and the offsets at which the next readers start.
 ///
-/// After each start of the broker, while the producers continue, a reader reads every partition from a little below the
-/// previous end. Another reader reads a randomly placed piece of old records. A kill therefore costs the same whether
-/// it is the first or the last. Every record is read soon after it was written, and old records are read again after
-/// later kills. At the end everything is read once more, and must equal the earlier results.
+/// After each start of the broker, while the producers continue, a reader reads every partition from a little before
+/// its previous end. Another reader reads a random range of old records of one partition. So the cost of a kill does
+/// not grow with the number of kills. Every record is read soon after it was written, and old records are read again
+/// after later kills. At the end, all records are read once more, and must equal the earlier results.
 #[derive(Default)]
 struct Readers {
     passes: Vec<ReadPass>,
@@ -331,18 +336,21 @@ struct Readers {
 }
 
 impl Readers {
-    /// Reads all new records and a piece of the old ones, after a kill.
+    /// Reads all new records of each partition, and up to [`MAX_OLD_RECORDS`] old records of one partition.
     async fn read_after_kill(&mut self, load: &Load, rng: &mut StdRng) {
         let ends = &self.ends;
-        let new = read(load, |log| ends.get(&log).map_or(0, |end| (end - OVERLAP).max(0))).await;
+        let new = read(load, |log| ends.get(&log).map_or(0, |end| (end - OVERLAP_RECORDS).max(0))).await;
         let log: Log = (rng.random_range(0..load.topics.len()), rng.random_range(0..PARTITIONS));
-        let old = Part { from: rng.random_range(0..=self.ends.get(&log).copied().unwrap_or(0)), max_records: PIECE };
+        let old = Part {
+            from: rng.random_range(0..=self.ends.get(&log).copied().unwrap_or(0)),
+            max_records: MAX_OLD_RECORDS,
+        };
         let old = read_part(load, log, old).await;
         self.ends.extend(new.iter().map(|pass| (pass.log, pass.end)));
         self.passes.extend(new.into_iter().chain([old]));
     }
 
-    /// Reads everything from the beginning.
+    /// Reads every partition from offset 0.
     async fn read_all_again(&mut self, load: &Load) {
         self.passes.extend(read(load, |_| 0).await);
     }
@@ -352,7 +360,8 @@ impl Readers {
     }
 }
 
-/// Kills or stops the process and starts it again. Sometimes kills the process once more during recovery.
+/// Kills the process, or stops it in one of six cases, and starts it again. In one of four cases, kills the new process
+/// during its start and starts another.
 pub(crate) fn restart(instance: &mut BrokerInstance, broker: Broker, rng: &mut StdRng) -> Broker {
     if rng.random_ratio(1, 6) {
         let status = broker.terminate();
@@ -375,8 +384,8 @@ pub(crate) fn check_passes(load: &Load, passes: &[ReadPass]) {
     assert!(violations.is_empty(), "{} violations, the first: {first:#?}", violations.len());
 }
 
-/// `STRANDLINE_KILLS` is the number of kills (`make crash-test`: 200). `STRANDLINE_SEED` repeats the choices of a run,
-/// but not the scheduler's.
+/// `STRANDLINE_KILLS` is the number of kills (`make crash-test`: 200). `STRANDLINE_SEED` repeats the random choices of
+/// a run, but not the timing of its tasks and processes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sigkill_loses_no_acknowledged_records() {
     let kills = setting("STRANDLINE_KILLS", 6);
@@ -397,12 +406,12 @@ async fn sigkill_loses_no_acknowledged_records() {
     }
     let mut readers = Readers::default();
     for kill in 1..=kills {
-        load.grant();
-        load.moment(&mut rng).await;
+        load.reset_budget();
+        load.wait_for_random_progress(&mut rng).await;
         broker = tokio::task::block_in_place(|| restart(&mut instance, broker, &mut rng));
         assert_eq!(instance.grpc(), load.address(), "the port of the broker is free");
         readers.read_after_kill(&load, &mut rng).await;
-        if kill < ROUND || kill.is_multiple_of(ROUND) {
+        if kill < KILLS_PER_CHECK || kill.is_multiple_of(KILLS_PER_CHECK) {
             check_passes(&load, &readers.passes);
             println!("crash: kill {kill} of {kills}, {} records so far", readers.records());
         }

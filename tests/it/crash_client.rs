@@ -1,8 +1,8 @@
 //! The Rust client, while its broker is killed again and again: the client delivers everything, once and in order.
 //!
-//! `crash` tests what the broker keeps. These tests check the client: retries of an idempotent producer across kills
-//! neither lose nor duplicate records, and a following consumer reads every record once, without an error. Faults are a
-//! quarter as frequent as kills in `crash`.
+//! `crash` checks that the broker loses no acknowledged record. These tests check the client: retries of an idempotent
+//! producer across kills neither lose nor duplicate records, and a following consumer reads every record once, without
+//! an error. `STRANDLINE_KILLS` is divided by four for these tests.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -33,7 +33,7 @@ pub(crate) const TOPIC: &str = "exactly";
 /// Maximum number of unacknowledged records of one producer.
 const OUTSTANDING: usize = 100;
 
-/// Sends until the tasks are cancelled, then waits for all deliveries. Every record must be acknowledged.
+/// Sends records until the tasks are cancelled, and then waits for all deliveries. Every record must be acknowledged.
 async fn produce(load: Arc<Load>, number: u32, producer: Producer, seed: u64, tasks: Tasks) {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut outstanding: VecDeque<(Attempt, Delivery)> = VecDeque::new();
@@ -57,22 +57,23 @@ async fn produce(load: Arc<Load>, number: u32, producer: Producer, seed: u64, ta
         let delivery = producer.send(TOPIC, record).await.expect("the record is queued");
         outstanding.push_back((attempt, delivery));
         if outstanding.len() > OUTSTANDING {
-            settle(&load, outstanding.pop_front().expect("not empty")).await;
+            complete_delivery(&load, outstanding.pop_front().expect("not empty")).await;
         }
     }
     for one in outstanding {
-        settle(&load, one).await;
+        complete_delivery(&load, one).await;
     }
     producer.close().await.expect("every record is delivered");
 }
 
-async fn settle(load: &Load, (attempt, delivery): (Attempt, Delivery)) {
+async fn complete_delivery(load: &Load, (attempt, delivery): (Attempt, Delivery)) {
     let ack = delivery.await.unwrap_or_else(|error| panic!("{attempt:?} failed: {error}"));
     let offset = ack.offset.expect("acks=all names the offset").as_i64();
     load.complete(vec![attempt], |_| Outcome::Acknowledged { offset });
 }
 
-/// Reads all partitions from their start, up to the ends that `ends` finally reports.
+/// Reads all partitions of the consumer until it has reached the end offsets in `ends`, which are set when the
+/// producers have finished. Returns offset and payload number of each record.
 async fn run(
     mut consumer: Consumer,
     mut ends: watch::Receiver<Option<HashMap<Log, i64>>>,
@@ -100,7 +101,7 @@ async fn run(
     }
 }
 
-/// Producers and a following consumer under load, all through the library's client.
+/// Producers and a following consumer, which use the library's client.
 pub(crate) struct ClientLoad {
     pub(crate) load: Arc<Load>,
     tasks: Tasks,
@@ -110,19 +111,19 @@ pub(crate) struct ClientLoad {
 }
 
 impl ClientLoad {
-    /// Starts the load on a new topic. Clients connect to `bootstrap`, the final readers to `direct`.
+    /// Starts the load on a new topic. The clients connect to `bootstrap`, and the readers at the end connect to
+    /// `direct`.
     async fn start(bootstrap: SocketAddr, direct: SocketAddr, rng: &mut StdRng) -> Self {
         wire::create_topic(direct, TOPIC, PARTITIONS.unsigned_abs(), &SMALL).await;
         Self::on_topic(&bootstrap.to_string(), vec![direct], rng).await
     }
 
-    /// Starts the load on the existing topic.
+    /// Starts the load on the existing topic [`TOPIC`].
     pub(crate) async fn on_topic(bootstrap: &str, direct: Vec<SocketAddr>, rng: &mut StdRng) -> Self {
         Self::with_reader(bootstrap, direct, ConsumerOptions::default(), rng).await
     }
 
-    /// Starts as [`ClientLoad::on_topic`] does, with a consumer of these options. The consumer refreshes its metadata
-    /// every second.
+    /// Starts the load as [`ClientLoad::on_topic`] does, with these options for the consumer.
     pub(crate) async fn with_reader(
         bootstrap: &str,
         direct: Vec<SocketAddr>,
@@ -147,8 +148,8 @@ impl ClientLoad {
         Self { load, tasks, producers, follower, end_offsets }
     }
 
-    /// Ends the load after this number of faults. Everything sent must have been delivered once and consumed. Returns
-    /// the number of records.
+    /// Ends the load after `blows` injected faults. Every sent record must have been delivered once and consumed.
+    /// Returns the number of records.
     pub(crate) async fn finish(self, blows: u64) -> i64 {
         self.tasks.cancel();
         for producer in self.producers {
@@ -157,7 +158,7 @@ impl ClientLoad {
         let mut passes = read(&self.load, |_| 0).await;
         let ends: HashMap<Log, i64> = passes.iter().map(|pass| (pass.log, pass.end)).collect();
         self.end_offsets.send(Some(ends.clone())).expect("the consumer still follows");
-        // The consumer may lag by a part of the delay that each fault caused.
+        // The timeout grows with the number of faults, because each fault delays the consumer.
         let seen = tokio::time::timeout(Duration::from_secs(60 + blows), self.follower).await;
         for (log, records) in seen.expect("the consumer reaches the ends").expect("the consumer followed") {
             passes.push(ReadPass {
@@ -188,7 +189,7 @@ async fn client_delivers_once_and_in_order_across_kills() {
     let mut broker = tokio::task::block_in_place(|| instance.start());
     let work = ClientLoad::start(instance.grpc(), instance.grpc(), &mut rng).await;
     for kill in 1..=kills {
-        work.load.moment(&mut rng).await;
+        work.load.wait_for_random_progress(&mut rng).await;
         broker = tokio::task::block_in_place(|| restart(&mut instance, broker, &mut rng));
         assert_eq!(instance.grpc(), work.load.address(), "the port of the broker is free");
         println!("crash: kill {kill} of {kills} under the client, {} records so far", work.load.acknowledged());
@@ -198,9 +199,9 @@ async fn client_delivers_once_and_in_order_across_kills() {
     assert!(broker.terminate().success(), "{}", instance.log());
 }
 
-/// A kill seldom falls between an append and its response, so the proxy drops responses. Only the recognition of
-/// retries prevents duplicate records. A kill follows some losses, so that recovery must restore the producer state
-/// too.
+/// Retries of records whose responses were lost are recognised as duplicates. A kill rarely happens between an append
+/// and its response, so a proxy drops responses. After some of these losses the broker is killed or stopped, so
+/// recovery must restore the producer state too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lost_responses_and_kills_duplicate_no_records() {
     let losses = setting("STRANDLINE_KILLS", 32).div_ceil(4);
@@ -214,7 +215,7 @@ async fn lost_responses_and_kills_duplicate_no_records() {
     let link = proxy.forward_to(instance.grpc());
     let work = ClientLoad::start(bootstrap, instance.grpc(), &mut rng).await;
     for loss in 1..=losses {
-        work.load.moment(&mut rng).await;
+        work.load.wait_for_random_progress(&mut rng).await;
         let mute = Duration::from_millis(rng.random_range(5..60));
         link.drop_responses(mute).await;
         if rng.random_ratio(1, 4) {

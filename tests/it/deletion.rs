@@ -1,5 +1,5 @@
-//! Remains of a deleted topic, their places and their lifetimes. All data of the topic is deleted, its tombstone last.
-//! Data without a tombstone stays.
+//! Deletion of a topic: its records on disk and in the object store are deleted, and last of all its tombstone. Data of
+//! an unknown topic without a tombstone stays.
 
 use std::{
     fs,
@@ -23,14 +23,14 @@ use crate::{
     wire,
 };
 
-/// Milliseconds, a little longer than tombstones outlive their topics.
+/// A little more than the time for which a tombstone outlives the last data of its topic, in milliseconds.
 const LONG_MS: i64 = 31 * 24 * 3600 * 1000;
 
 fn keys() -> Keys {
     Keys::new("it").expect("valid")
 }
 
-/// Runs a function on the metadata of a stopped broker.
+/// Runs a function on the metadata store of a stopped standalone broker.
 fn metadata<T>(instance: &BrokerInstance, work: impl AsyncFnOnce(&EmbeddedStore) -> T) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
@@ -51,8 +51,8 @@ fn put_tombstone(instance: &BrokerInstance, id: TopicId, purged_since_ms: Option
     metadata(instance, async |store| store.transact(put).await).expect("responses");
 }
 
-/// Waits until a garbage collection has started and ended after this call.
-fn searched(instance: &BrokerInstance) {
+/// Waits until a garbage collection that started after this call has ended: the second to end from now on.
+fn wait_for_garbage_collection(instance: &BrokerInstance) {
     let searches = || instance.metric("strandline_garbage_collections_total");
     let before = searches();
     eventually("a garbage collection", || (searches() >= before + 2.0).then_some(()));
@@ -91,8 +91,8 @@ fn tombstone_is_deleted_last_and_data_without_one_stays() {
     let id: TopicId = described["id"].as_str().and_then(|id| id.parse().ok()).expect("an id");
     let folder = |id: TopicId| instance.bucket().join("topics").join(id.to_string());
     assert!(!files(&folder(id), "").is_empty());
-    // The first topic is unknown, and no operator deleted it: its metadata may have been lost. The second topic was
-    // deleted, and a foreign object remains in its folder.
+    // `unknown` is a topic without metadata and tombstone: its metadata may have been lost. `held` is a deleted topic
+    // whose folder contains a foreign object.
     let (unknown, held) = (TopicId::from_bytes([1; 16]), TopicId::from_bytes([2; 16]));
     let at = |offset| Offset::new(offset).expect("small");
     let history = ObjectId::draw(at(0), at(9), LeaderEpoch(0)).segment();
@@ -103,7 +103,7 @@ fn tombstone_is_deleted_last_and_data_without_one_stays() {
     }
     cli.ok(&["topic", "delete", "gone", "--yes"]);
     eventually("the objects are deleted", || files(&folder(id), "").is_empty().then_some(()));
-    searched(&instance);
+    wait_for_garbage_collection(&instance);
     assert!(broker.terminate().success(), "{}", instance.log());
     let now_ms = clock::wall_ms();
     let since_ms =
@@ -113,7 +113,7 @@ fn tombstone_is_deleted_last_and_data_without_one_stays() {
     put_tombstone(&instance, id, Some(now_ms - LONG_MS));
     put_tombstone(&instance, held, Some(now_ms - LONG_MS));
     let broker = instance.start();
-    searched(&instance);
+    wait_for_garbage_collection(&instance);
     assert!(broker.terminate().success(), "{}", instance.log());
     assert_eq!(tombstone(&instance, id), None);
     assert_eq!(tombstone(&instance, held).expect("the tombstone exists").purged_since_ms, None, "the count restarts");
@@ -135,13 +135,13 @@ fn topic_with_unopenable_partitions_is_deleted() {
     instance.cli().ok_with(&["produce", "broken", "--key-separator", ":"], keyed.as_bytes());
     let folder = local_folder(&instance, "broken");
     assert!(broker.terminate().success(), "{}", instance.log());
-    // The journal of the next start does not hold the records.
+    // After one more start and stop, the journal no longer contains the records.
     assert!(instance.start().terminate().success(), "{}", instance.log());
     let segments = files(&folder, ".log");
     assert_eq!(segments.len(), 2, "{segments:?}");
     fs::write(&segments[0], "").expect("the file is truncated");
     fs::remove_file(&segments[1]).expect("the file is removed");
-    // Segments are read only after an unclean stop.
+    // A start reads segments only after an unclean stop, so the broker is killed.
     instance.start().kill9();
 
     let broker = instance.start();
@@ -174,7 +174,7 @@ fn topic_with_invalid_configuration_is_deleted_with_files() {
     assert!(broker.terminate().success(), "{}", instance.log());
 }
 
-/// Returns the content of a folder, which may not exist.
+/// Returns the content of a folder; empty if the folder does not exist.
 fn files_or_none(folder: &Path) -> Vec<PathBuf> {
     match fs::read_dir(folder) {
         Ok(entries) => entries.filter_map(|entry| Some(entry.ok()?.path())).collect(),
@@ -183,8 +183,8 @@ fn files_or_none(folder: &Path) -> Vec<PathBuf> {
     }
 }
 
-/// Regression, found by a user of another system: a consumer that was away meanwhile continued at its old offset in the
-/// new topic. The consumer silently skipped the first records.
+/// A consumer whose topic was deleted and recreated gets an error. Regression, found by a user of another system: the
+/// consumer continued at its old offset in the new topic, and silently skipped the first records.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn consumer_of_a_recreated_topic_fails_and_skips_nothing() {
     let mut instance = BrokerInstance::new();
@@ -209,7 +209,7 @@ async fn consumer_of_a_recreated_topic_fails_and_skips_nothing() {
     let next =
         tokio::time::timeout(Duration::from_secs(20), consumer.next()).await.expect("a result within the timeout");
     let Err(ConsumeError::Refused { error: failure, .. }) = next else { panic!("{next:?}") };
-    // A request between the two commands finds no topic at all.
+    // A request that the broker handles after the deletion and before the creation finds no topic with this name.
     assert!(matches!(failure.code, ErrorCode::TopicIdMismatch | ErrorCode::UnknownTopic), "{failure:?}");
     // A consumer that is assigned again reads the new topic from the beginning.
     consumer.assign_at("t", 0, Offset::ZERO).await.expect("the topic exists");
@@ -218,7 +218,8 @@ async fn consumer_of_a_recreated_topic_fails_and_skips_nothing() {
     }
 }
 
-/// Regression: a producer that was active meanwhile silently continued to write into the new topic.
+/// A producer whose topic was deleted and recreated gets an error. Regression: it silently continued to write into the
+/// new topic.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn producer_to_a_recreated_topic_fails_and_writes_nothing() {
     let mut instance = BrokerInstance::new();

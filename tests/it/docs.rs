@@ -1,4 +1,5 @@
-//! Checks of the documentation: links have targets, and `docs/errors.md` has the errors of the code.
+//! Checks of the documentation: links have targets, and pages agree with the code about errors, functions, commands and
+//! the configuration in the README.
 
 use std::{
     fs,
@@ -13,7 +14,7 @@ use crate::{
     running::Running,
 };
 
-/// Returns the first three cells of each row that the page must have, in order.
+/// Returns the first three cells of each row that the table in `docs/errors.md` must have, in order.
 fn expected() -> Vec<String> {
     let retry = |reason: &ErrorCode| if reason.retryable() { "yes" } else { "no" };
     ErrorCode::ALL
@@ -46,7 +47,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Returns every page: those at the top and those of `docs/`.
+/// Returns every Markdown page in the root folder and below `docs/`.
 fn pages() -> Vec<PathBuf> {
     let (mut folders, mut found) = (vec![root().join("docs")], Vec::new());
     let markdown = |path: &Path| path.extension().is_some_and(|extension| extension == "md");
@@ -69,7 +70,7 @@ fn pages() -> Vec<PathBuf> {
     found
 }
 
-/// Returns the targets of a page's links that lead into this repository.
+/// Returns the targets of a page's links to files of this repository, without anchors.
 fn links(page: &str) -> Vec<&str> {
     let after = page.split("](").skip(1);
     let targets = after.filter_map(|rest| rest.split([')', '#']).next());
@@ -107,8 +108,9 @@ fn every_decision_is_listed() {
     }
 }
 
-/// Returns the code that a page names as `module/file::function`: the file below a source folder, and the function.
-fn named(page: &str) -> Vec<(&str, &str)> {
+/// Returns the functions that a page names as `` `module/file::function` ``: the file below a source folder, and the
+/// function.
+fn named_functions(page: &str) -> Vec<(&str, &str)> {
     let quoted = page.split('`').skip(1).step_by(2);
     let code = quoted.filter(|text| text.chars().all(|c| c.is_ascii_lowercase() || "_/:".contains(c)));
     code.filter_map(|text| text.split_once("::")).collect()
@@ -117,7 +119,7 @@ fn named(page: &str) -> Vec<(&str, &str)> {
 #[test]
 fn architecture_page_names_existing_functions() {
     let page = fs::read_to_string(root().join("docs/architecture.md")).expect("the page");
-    let named = named(&page);
+    let named = named_functions(&page);
     assert!(named.len() > 20, "names exist: {named:?}");
     for (file, function) in named {
         let folders = ["src", "src/core"].map(|folder| format!("{folder}/{file}"));
@@ -129,10 +131,10 @@ fn architecture_page_names_existing_functions() {
         let there = text.split(&begins).skip(1).any(|rest| rest.starts_with(['(', '<']));
         assert!(there, "docs/architecture.md names `{file}::{function}`, which {file} does not have");
     }
-    assert_eq!(self::named("`a/b::c` and `D::E` and ``x`` and `a`"), [("a/b", "c")]);
+    assert_eq!(self::named_functions("`a/b::c` and `D::E` and ``x`` and `a`"), [("a/b", "c")]);
 }
 
-/// Every make command that a page shows exists.
+/// Each indented line `make TARGET` of a page must name a target of the Makefile.
 #[test]
 fn every_make_command_in_the_documentation_exists() {
     let makefile = fs::read_to_string(root().join("Makefile")).expect("the Makefile");
@@ -154,8 +156,8 @@ fn every_make_command_in_the_documentation_exists() {
     }
 }
 
-/// Regression: the configuration advertised a name that does not exist. The first record of a user who copied the
-/// configuration waited for a minute.
+/// Regression: the configuration in the README advertised a host name that does not exist. The first record of a user
+/// who copied it was sent only after a minute.
 #[test]
 fn readme_configuration_works_as_copied() {
     let page = fs::read_to_string(root().join("README.md")).expect("the page exists");
@@ -164,7 +166,7 @@ fn readme_configuration_works_as_copied() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("broker.toml");
     fs::write(&file, text).expect("written");
-    // The ports may be in use on the machine of the test.
+    // The default ports may be in use on the machine of the test, so the command line sets other ports.
     let (grpc, http) = (free_address(), free_address());
     let (listen, pages) = (grpc.to_string(), http.to_string());
     let command = ["broker", "--config", "broker.toml", "--listen", &listen, "--http", &pages];

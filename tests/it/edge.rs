@@ -1,4 +1,5 @@
-//! The gRPC interface as any client sees it: the ends of streams, the errors of calls, health and reflection.
+//! The gRPC interface as a client in any language observes it: the ends of streams, errors, health, reflection, and the
+//! checks of batches.
 
 use std::{io::Write as _, time::Duration};
 
@@ -20,13 +21,13 @@ use crate::{
     wire,
 };
 
-/// Maximum wait for a result that is due at once.
+/// Maximum time that a test waits for a response.
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 async fn running() -> (BrokerInstance, Broker) {
     let mut instance = BrokerInstance::new();
     let broker = tokio::task::block_in_place(|| instance.start());
-    // Records of any timestamp are kept.
+    // Retention by time is disabled, because the records have old timestamps.
     wire::create_topic(instance.grpc(), "edge", 2, &[("retention.ms", "-1")]).await;
     (instance, broker)
 }
@@ -36,8 +37,8 @@ fn write(correlation_id: u64, value: &[u8]) -> ProduceRequest {
     ProduceRequest { correlation_id, append: Some(append) }
 }
 
-/// Regression: a client that half-closes and continues to read, as Python's
-/// `for answer in stub.Produce(iter(requests))` does, waited forever.
+/// Regression: a client that half-closes the stream and then reads all responses, as Python's `for answer in
+/// stub.Produce(iter(requests))` does, waited for ever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn produce_stream_ends_after_all_responses() {
     let (instance, _broker) = running().await;
@@ -59,7 +60,8 @@ async fn produce_stream_ends_after_all_responses() {
     }
 }
 
-/// A request that the transport refuses ends the stream with a named error. Earlier requests get their responses.
+/// A request that the transport refuses ends the stream with a stable error code, after the responses to earlier
+/// requests.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn too_large_message_is_refused_after_earlier_responses() {
     let (instance, _broker) = running().await;
@@ -71,20 +73,20 @@ async fn too_large_message_is_refused_after_earlier_responses() {
     let first = tokio::time::timeout(TEST_TIMEOUT, responses.message()).await.expect("in time").expect("a response");
     assert_eq!(first.map(|response| response.correlation_id), Some(1));
     let status = tokio::time::timeout(TEST_TIMEOUT, responses.message()).await.expect("in time").expect_err("refused");
-    expect(&status, ErrorCode::RequestTooLarge, Code::ResourceExhausted);
+    check_error(&status, ErrorCode::RequestTooLarge, Code::ResourceExhausted);
 
     let status = log.append(large.append.expect("set")).await.expect_err("refused");
-    expect(&status, ErrorCode::RequestTooLarge, Code::ResourceExhausted);
+    check_error(&status, ErrorCode::RequestTooLarge, Code::ResourceExhausted);
     assert!(status.message().contains(&limits::MAX_MESSAGE_BYTES.to_string()), "{status:?}");
 }
 
-fn expect(status: &Status, reason: ErrorCode, code: Code) {
+fn check_error(status: &Status, reason: ErrorCode, code: Code) {
     let error = ApiError::from(status);
     assert_eq!((error.code, status.code()), (reason, code), "{status:?}");
     assert!(error.message.len() > 15, "{error}");
 }
 
-/// Calls a method with a message of any bytes.
+/// Calls the method at a path with these bytes as the message.
 async fn call(channel: &Channel, path: &'static str, message: Bytes) -> Result<(), Status> {
     let mut grpc = tonic::client::Grpc::new(channel.clone());
     grpc.ready().await.expect("a connection");
@@ -92,7 +94,7 @@ async fn call(channel: &Channel, path: &'static str, message: Bytes) -> Result<(
     grpc.unary(tonic::Request::new(message), path, Raw).await.map(drop)
 }
 
-/// Codec for messages that are already encoded.
+/// Codec whose requests are encoded already. Responses are decoded as [`v1::AppendResponse`].
 #[derive(Clone, Copy)]
 struct Raw;
 
@@ -150,10 +152,10 @@ async fn errors_of_the_transport_have_stable_names() {
     let mut request = tonic::Request::new(wire::append_plain("edge", 0, vec![Bytes::from_static(b"x")]));
     request.metadata_mut().insert("grpc-encoding", "gzip".parse().expect("ASCII"));
     let status = wire::log(instance.grpc()).append(request).await.expect_err("compressed by gRPC");
-    expect(&status, ErrorCode::UnsupportedEncoding, Code::Unimplemented);
-    // Errors of the services themselves are unchanged.
+    check_error(&status, ErrorCode::UnsupportedEncoding, Code::Unimplemented);
+    // An error that the service itself returns keeps its code.
     let status = wire::log(instance.grpc()).append(wire::append_plain("nobody", 0, vec![])).await.expect_err("unknown");
-    expect(&status, ErrorCode::UnknownTopic, Code::NotFound);
+    check_error(&status, ErrorCode::UnknownTopic, Code::NotFound);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -171,7 +173,8 @@ async fn health_reports_the_server_and_each_service() {
     assert!(tokio::task::block_in_place(|| broker.terminate()).success());
 }
 
-/// Returns the response of reflection to a request of one of its versions.
+/// Sends one query to the reflection service of a version, `v1` or `v1alpha`. The query `(true, _)` returns the names
+/// of all services. The query `(false, symbol)` returns the number of files that describe the symbol.
 macro_rules! reflect {
     ($version:ident, $channel:expr, $query:expr) => {{
         use tonic_reflection::pb::$version::{
@@ -204,7 +207,8 @@ macro_rules! reflect {
     }};
 }
 
-/// Regression: reflection listed the service for brokers, also on a broker that does not serve that service.
+/// Reflection lists only services for clients. Regression: it listed the `Peer` service, also on a broker that does not
+/// serve it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reflection_lists_client_services_in_both_versions() {
     let (instance, _broker) = running().await;
@@ -233,13 +237,13 @@ async fn reflection_can_be_switched_off() {
     }
 }
 
-/// Regression: one batch that cannot be decompressed made every partition of the call unreadable.
+/// Regression: one undecodable batch failed the entire call, with all of its partitions.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn undecodable_batch_fails_only_its_partition() {
     let (instance, _broker) = running().await;
     let mut log = wire::log(instance.grpc());
     let good = |partition| wire::append_batch("edge", partition, wire::batch(&[b"good"]));
-    // The corrupt record is the last one, beyond the part that the append decodes.
+    // The corrupt record is the last one. An append decodes only the first records, and does not detect the corruption.
     let mut records = wire::batch(&[&[b'x'; 4096], b"two", b"three"])[61..].to_vec();
     *records.last_mut().expect("records") = 0x55;
     let bad = wire::append_batch("edge", 0, wire::frame(&gzip(&records), 3, 1));
@@ -254,7 +258,7 @@ async fn undecodable_batch_fails_only_its_partition() {
         partitions.sort_by_key(|part| part.partition);
         partitions
     };
-    // Records before the corrupt batch are served, and the next read starts with that batch.
+    // The first read returns the record before the corrupt batch, and the next read starts at that batch.
     let parts = read(vec![fetch_partition(0, 0)]).await;
     assert_eq!((parts[0].records.len(), parts[0].next_offset, parts[0].error.clone()), (1, 1, None));
     let parts = read(vec![fetch_partition(0, 1), fetch_partition(1, 0)]).await;
@@ -269,15 +273,16 @@ async fn undecodable_batch_fails_only_its_partition() {
     assert_eq!((parts[0].records.len(), parts[0].next_offset), (1, 5), "{parts:?}");
 }
 
-/// Regression: six batches of 255 KB, which decompress to 250 MiB, took 2.7 GB of memory in a topic that sets
-/// `compression.type`.
+/// Recompression of decompression bombs takes bounded memory. Regression: six batches of 255 KB, each of which
+/// decompresses to 250 MiB, took 2.7 GB in a topic that sets `compression.type`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bombs_into_a_recompressing_topic_take_no_memory() {
     let (instance, broker) = running().await;
     for (topic, codec) in [("zstd", "zstd"), ("plain", "uncompressed")] {
         wire::create_topic(instance.grpc(), topic, 1, &[("compression.type", codec), ("retention.ms", "-1")]).await;
     }
-    // Compressed in several members, so that the length in the last one does not cover the first.
+    // The batch is compressed as several gzip members. So the length in the trailer of the last member is not the
+    // length of the whole.
     let mut record = Vec::new();
     let value_bytes = 249 << 20;
     wire::varint(&mut record, value_bytes + 20);
@@ -305,8 +310,8 @@ async fn bombs_into_a_recompressing_topic_take_no_memory() {
     assert!(grown < 600 << 20, "{} MiB more than before", grown >> 20);
 }
 
-/// A read of decoded records from such batches gets a response of bounded size. The next read continues at the end of
-/// the response.
+/// A read of decoded records from a batch that decompresses to 60 MiB returns a response of bounded size. The next read
+/// continues at the end of that response.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn decoded_reads_of_bombs_have_bounded_responses() {
     let (instance, broker) = running().await;
@@ -332,7 +337,7 @@ async fn decoded_reads_of_bombs_have_bounded_responses() {
     assert!(grown < 600 << 20, "{} MiB more than before", grown >> 20);
 }
 
-/// Returns the peak memory of a process in bytes, as counted by the system.
+/// Returns the peak resident memory of a process in bytes.
 fn resident_bytes(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process is running");
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("the peak is present");
@@ -354,8 +359,8 @@ fn gzip_of_zeros(bytes: usize) -> Vec<u8> {
     encoder.finish().expect("writing to a vector succeeds")
 }
 
-/// Regression: `maxTimestamp` is set by the producer. A value of 1970 caused the deletion of a new record within
-/// seconds. A value of 2^62 was found for any time.
+/// The broker corrects `maxTimestamp`, which a producer may set wrongly. Regression: with a value in 1970, a new record
+/// was deleted within seconds. With a value of 2^62, the record was the result of every search by timestamp.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wrong_max_timestamp_of_a_batch_is_corrected() {
     let (instance, _broker) = running().await;
@@ -389,7 +394,7 @@ async fn every_refused_request_counts_as_request_and_error() {
     let mut log = wire::log(instance.grpc());
     let bad = wire::append_batch("edge", 0, vec![0; 100]);
     for request in [wire::append_batch("edge", 0, wire::batch(&[b"x"])), bad, wire::append_plain("nobody", 0, vec![])] {
-        let _answer = log.append(request).await;
+        let _response = log.append(request).await;
     }
     let names = [("nobody", 0), ("edge", 7), ("edge", 0)];
     let partitions =

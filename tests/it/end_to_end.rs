@@ -1,5 +1,5 @@
-//! A user's way through the system: the commands of the binary, a real log file, old records in the object store, a
-//! restart.
+//! The commands of the binary as a user runs them: a real log file, old records in the object store, a restart, and
+//! errors.
 
 use std::{fs, path::PathBuf};
 
@@ -10,7 +10,7 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Returns tens of thousands of lines of real text from this machine.
+/// Returns at least 30,000 lines of text, from log files of this machine as far as there are any.
 fn real_text() -> Vec<u8> {
     const WANTED: usize = 30_000;
     let candidates = [
@@ -28,7 +28,7 @@ fn real_text() -> Vec<u8> {
             text.extend(fs::read(path).unwrap_or_default());
         }
     }
-    // A machine without logs gets generated lines of that form.
+    // Missing lines are generated, in the form of a package manager's log.
     for n in lines(&text)..WANTED {
         let (hour, minute, second) = (n / 3600 % 24, n / 60 % 60, n % 60);
         let line = format!(
@@ -53,7 +53,7 @@ fn number(value: &Value, name: &str) -> i64 {
     value[name].as_i64().unwrap_or_else(|| panic!("{name} is a number in {value}"))
 }
 
-/// The main use case: produce, tier, evict, restart, consume. Every byte is unchanged.
+/// The main use case: produce, upload, evict, restart, consume. Every byte is unchanged.
 #[test]
 fn real_log_is_read_unchanged_from_object_store() {
     let mut instance = BrokerInstance::new();
@@ -84,19 +84,19 @@ fn real_log_is_read_unchanged_from_object_store() {
     let read = cli.ok(&["consume", "history", "--from", "earliest", "--until-end"]);
     let differs = read.stdout.iter().zip(&text).position(|(read, written)| read != written);
     assert_eq!((read.stdout.len(), differs), (text.len(), None), "byte for byte");
-    // The broker still accepts records afterwards.
+    // After the read, the broker accepts records.
     cli.ok_with(&["produce", "history"], b"one more\n");
     let last = cli.ok(&["consume", "history", "--from", &count.to_string(), "--until-end"]);
     assert_eq!(last.text(), "one more\n");
     assert!(broker.terminate().success(), "{}", instance.log());
 }
 
-/// The README's first command, with another data directory and other ports.
+/// Runs `strandline dev`, the first command of the README, with another data directory and other ports.
 #[test]
 fn dev_prints_its_addresses_and_keeps_data() {
     let instance = BrokerInstance::new();
     let broker = instance.start_dev();
-    // The broker serves a moment before the greeting is complete.
+    // The broker is ready a moment before the greeting is complete.
     let greeting = eventually("the greeting is complete", || {
         let log = instance.log();
         log.contains("the data is kept").then_some(log)
@@ -116,7 +116,8 @@ fn dev_prints_its_addresses_and_keeps_data() {
     assert!(broker.terminate().success(), "{}", instance.log());
 }
 
-/// The smallest inputs that a line reader may handle wrongly.
+/// Covers the smallest inputs that a line reader may handle wrongly: empty lines, carriage returns, a missing final
+/// newline and arbitrary bytes.
 #[test]
 fn produce_sends_one_record_per_line_with_its_bytes_unchanged() {
     let mut instance = BrokerInstance::new();
@@ -181,7 +182,7 @@ fn consume_starts_and_ends_at_the_given_offsets() {
     cli.ok_with(&["produce", "ten", "--partition", "1"], five.as_bytes());
     let read = |more: &[&str]| -> String { cli.ok(&[&["consume", "ten", "--until-end"], more].concat()).text() };
     let middle = cli.ok(&["consume", "ten", "--from", "earliest", "--until-end", "--format", "json"]).json_lines();
-    // The second half has later timestamps.
+    // The second five records must have later timestamps than the first five.
     let last_ms = middle.iter().filter_map(|record| record["timestamp"].as_i64()).max().expect("records");
     eventually("the clock advances", || (strandline::task::clock::wall_ms() > last_ms + 5).then_some(()));
     let later: String = (5..10).map(|n| format!("{n}\n")).collect();
@@ -257,7 +258,7 @@ fn topics_are_created_described_altered_grown_and_deleted() {
     );
 }
 
-/// A failed command exits with code 1 and names its subject.
+/// A failed command exits with code 1, and its error names the topic, option, value or file that is wrong.
 #[test]
 fn failed_command_names_its_subject_and_exits_with_1() {
     let mut instance = BrokerInstance::new();
@@ -304,7 +305,8 @@ fn failed_command_names_its_subject_and_exits_with_1() {
     assert_eq!(list.as_array().map(Vec::len), Some(1), "no topic is partly created: {list}");
 }
 
-/// A program that reads the JSON output must find the error there.
+/// With `--output json`, the JSON output contains an error that occurs before a record is sent, with the counts of
+/// records.
 #[test]
 fn error_before_sending_is_in_the_json_output() {
     let mut instance = BrokerInstance::new();
@@ -330,7 +332,7 @@ fn error_before_sending_is_in_the_json_output() {
     assert_eq!((&accepted["accepted"], &accepted["acknowledged"]), (&2.into(), &Value::Null), "{accepted}");
 }
 
-/// Nothing is printed if one of the partitions does not have the start offset.
+/// If the start offset is out of range in one of the partitions, the command fails and prints no record.
 #[test]
 fn consume_checks_start_offset_before_printing() {
     let mut instance = BrokerInstance::new();
@@ -348,7 +350,7 @@ fn consume_checks_start_offset_before_printing() {
     assert_eq!(json[0]["value"], "0", "--output json selects the format");
 }
 
-/// Records larger than a producer's usual memory.
+/// A record of 60 MB, larger than the memory that a producer has by default, is sent and read.
 #[test]
 fn line_of_the_maximum_record_size_is_one_record() {
     let mut instance = BrokerInstance::new();
@@ -360,7 +362,8 @@ fn line_of_the_maximum_record_size_is_one_record() {
     assert!(cli.ok(&["consume", "large", "--until-end"]).stdout == line, "byte for byte");
 }
 
-/// A benchmark measures the requested load, or fails.
+/// A benchmark with a rate and a duration runs for the whole duration. A benchmark without an acknowledged record
+/// fails.
 #[test]
 fn bench_runs_its_full_time_or_fails_without_records() {
     let mut instance = BrokerInstance::new();
@@ -394,7 +397,7 @@ fn wrong_usage_exits_with_2() {
         assert_eq!(output.code, 2, "{arguments:?}: {output:?}");
         assert!(!output.stderr.is_empty() && output.stdout.is_empty(), "{arguments:?}: {output:?}");
     }
-    // An option that the environment sets is not shown as required.
+    // The usage line does not show `--bootstrap` as required, because the environment sets it.
     let twice = instance.cli().run(&["bench", "produce", "--topic", "t", "--records", "1", "--seconds", "1"]);
     assert!(twice.code == 2 && !twice.stderr.contains("--bootstrap"), "{twice:?}");
 }
@@ -410,7 +413,7 @@ fn unreachable_broker_is_named_after_a_bounded_wait() {
     }
 }
 
-/// The output states what an acknowledgement meant, correctly for each kind.
+/// The output names the place where acknowledged records are stored, for each value of `--acks` and each durability.
 #[test]
 fn produce_prints_the_durability_of_acknowledgements() {
     let mut instance = BrokerInstance::new();
@@ -431,7 +434,8 @@ fn produce_prints_the_durability_of_acknowledgements() {
     }
 }
 
-/// Every codec, through the client, the disk and back. `segment dump` reads the segment on disk.
+/// Records of every codec are written and read back through the broker. `segment dump` prints the batches and records
+/// of their segment on disk.
 #[test]
 fn every_codec_can_be_read_back_and_dumped() {
     let mut instance = BrokerInstance::new();
@@ -491,7 +495,8 @@ fn config_print_shows_defaults_as_configuration_file() {
     assert_eq!((&json["broker"]["id"], &json["grpc"]["listen"]), (&1.into(), &"127.0.0.1:9460".into()));
 }
 
-/// Regression: `\\t` was used as two characters, which no line held, and every record was sent without its key.
+/// Regression: the separator `\\t` was used as two characters, which no line contained, so every record was sent
+/// without a key.
 #[test]
 fn key_separator_may_have_escapes_and_hints_if_unused() {
     let mut instance = BrokerInstance::new();
@@ -537,7 +542,8 @@ fn topic_describe_shows_the_source_of_each_value() {
     assert!(line.contains("1000") && line.trim_end().ends_with("broker"), "{line}");
 }
 
-/// A command that ignored the variable would call another cluster than intended.
+/// An environment variable with a mistyped name fails every command. A command that ignored it might call another
+/// cluster than intended.
 #[test]
 fn mistyped_variable_fails_every_command_before_any_call() {
     let mut instance = BrokerInstance::new();
@@ -572,7 +578,7 @@ fn mistyped_variable_fails_every_command_before_any_call() {
         cli.command(&["topic", "list"]).env("STRANDLINE_BROKER_DATA_DIR", value).output().expect("the program starts");
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && text.contains("STRANDLINE_BROKER_DATA_DIR is not valid UTF-8"), "{text}");
-    // Variables that Kubernetes sets for a service of that name are valid.
+    // Variables that Kubernetes sets for a service named `strandline` are accepted.
     let output = cli
         .command(&["topic", "list"])
         .env("STRANDLINE_SERVICE_HOST", "10.0.0.1")

@@ -1,9 +1,9 @@
-//! The batch format against the independent `kafka-protocol` crate (its LZ4 is the C library), in both directions and
-//! every codec.
+//! Compares the batch format with the independent `kafka-protocol` crate (its LZ4 is the C library), in both directions
+//! and for every codec.
 //!
-//! The limits of that crate bound the inputs. The crate stores headers in a map, so names are unique here. The crate
-//! splits a batch at a gap in the sequences, so sequences are consecutive. The crate does not check timestamps for
-//! overflow, so timestamps stay within centuries.
+//! The generated batches respect the limits of that crate. It stores headers in a map, so header names are unique. It
+//! splits a batch at a gap in the sequences, so sequences are consecutive. It does not check timestamps for overflow,
+//! so timestamps are within about 1,100 years of 1970.
 
 #![allow(clippy::unwrap_used, reason = "in a test it is an assertion")]
 
@@ -29,7 +29,7 @@ const CODECS: [(Compression, theirs::Compression); 5] = [
     (Compression::Zstd, theirs::Compression::Zstd),
 ];
 
-/// Content of a batch that a test writes and must read back.
+/// Content of a batch that one implementation encodes and the other must decode.
 #[derive(Clone, Debug)]
 struct Written {
     base_offset: i64,
@@ -39,7 +39,7 @@ struct Written {
 }
 
 fn any_bytes(max_bytes: usize) -> impl Strategy<Value = Option<Bytes>> {
-    // Half random bytes and half one repeated byte, so that codecs can compress.
+    // Random bytes and then one repeated byte, so that codecs can compress a part.
     let bytes = (proptest::collection::vec(any::<u8>(), 0..max_bytes), 0..max_bytes, any::<u8>())
         .prop_map(|(random, run, byte)| Bytes::from([random, vec![byte; run]].concat()));
     proptest::option::of(bytes)
@@ -65,7 +65,7 @@ fn any_written() -> impl Strategy<Value = Written> {
 }
 
 impl Written {
-    fn by_us(&self, codec: Compression) -> Batch {
+    fn encode_with_strandline(&self, codec: Compression) -> Batch {
         let mut builder = BatchBuilder::new(codec);
         for Record { timestamp_ms, key, value, headers } in &self.records {
             builder.push(*timestamp_ms, key.as_deref(), value.as_deref(), headers).unwrap();
@@ -78,8 +78,8 @@ impl Written {
         batch
     }
 
-    /// Returns the same records as types of the other implementation.
-    fn in_their_words(&self) -> Vec<theirs::Record> {
+    /// Returns the records as types of the `kafka-protocol` crate.
+    fn as_their_records(&self) -> Vec<theirs::Record> {
         let record = |(at, record): (i32, &Record)| theirs::Record {
             transactional: false,
             control: false,
@@ -102,10 +102,10 @@ impl Written {
         (0..).zip(&self.records).map(record).collect()
     }
 
-    fn by_them(&self, codec: theirs::Compression) -> Bytes {
+    fn encode_with_kafka_protocol(&self, codec: theirs::Compression) -> Bytes {
         let mut bytes = BytesMut::new();
         let options = RecordEncodeOptions { version: 2, compression: codec };
-        RecordBatchEncoder::encode(&mut bytes, &self.in_their_words(), &options).unwrap();
+        RecordBatchEncoder::encode(&mut bytes, &self.as_their_records(), &options).unwrap();
         bytes.freeze()
     }
 }
@@ -120,18 +120,18 @@ proptest! {
     #[test]
     fn other_implementation_reads_our_batches(written in any_written()) {
         for (ours, their) in CODECS {
-            let mut bytes = written.by_us(ours).to_bytes();
+            let mut bytes = written.encode_with_strandline(ours).to_bytes();
             let set = RecordBatchDecoder::decode(&mut bytes).unwrap();
             prop_assert!(bytes.is_empty(), "nothing is left over");
             prop_assert_eq!(set.compression, their);
-            prop_assert_eq!(set.records, written.in_their_words());
+            prop_assert_eq!(set.records, written.as_their_records());
         }
     }
 
     #[test]
     fn batches_of_other_implementation_are_read(written in any_written()) {
         for (ours, their) in CODECS {
-            let batch = Batch::parse(written.by_them(their)).unwrap();
+            let batch = Batch::parse(written.encode_with_kafka_protocol(their)).unwrap();
             prop_assert_eq!(batch.compression(), ours);
             prop_assert_eq!(batch.base_offset().as_i64(), written.base_offset);
             prop_assert_eq!(batch.leader_epoch().unwrap().as_i32(), written.epoch);
@@ -146,12 +146,12 @@ proptest! {
     #[test]
     fn other_implementation_reads_recompressed_batches(written in any_written()) {
         for (_, from) in CODECS {
-            let batch = Batch::parse(written.by_them(from)).unwrap();
+            let batch = Batch::parse(written.encode_with_kafka_protocol(from)).unwrap();
             for (to, their) in CODECS {
                 let mut bytes = batch.recompress(to).unwrap().to_bytes();
                 let set = RecordBatchDecoder::decode(&mut bytes).unwrap();
                 prop_assert_eq!(set.compression, their);
-                prop_assert_eq!(set.records, written.in_their_words());
+                prop_assert_eq!(set.records, written.as_their_records());
             }
         }
     }
@@ -161,7 +161,8 @@ proptest! {
 fn append_time_is_read_by_other_implementation() {
     let record = Record { timestamp_ms: 5, value: Some(Bytes::from_static(b"v")), ..Record::default() };
     let producer = ProducerSequence { id: 1, epoch: 0, base_sequence: 0 };
-    let mut batch = Written { base_offset: 9, epoch: 2, producer, records: vec![record; 3] }.by_us(Compression::Zstd);
+    let mut batch = Written { base_offset: 9, epoch: 2, producer, records: vec![record; 3] }
+        .encode_with_strandline(Compression::Zstd);
     batch.set_append_time(1_700_000_000_000);
     let info = RecordBatchDecoder::decode_batch_info(&mut batch.to_bytes()).unwrap();
     assert_eq!(info[0].timestamp_type, TheirTimestampType::LogAppend);
@@ -169,8 +170,8 @@ fn append_time_is_read_by_other_implementation() {
     assert!(decode(&batch).iter().all(|(_, record)| record.timestamp_ms == 1_700_000_000_000));
 }
 
-/// Runs Kafka's DumpLogSegments on a segment of batches in every codec. `KAFKA_DUMP` names the script that runs
-/// DumpLogSegments.
+/// Runs Kafka's DumpLogSegments on a segment with batches of every codec, as built and recompressed. `KAFKA_DUMP` is
+/// the path of the script that runs DumpLogSegments.
 #[test]
 #[ignore = "needs a JDK and Kafka's jars: make kafka-reader KAFKA_DUMP=script"]
 fn kafkas_own_reader_accepts_every_codec() {
@@ -189,7 +190,7 @@ fn kafkas_own_reader_accepts_every_codec() {
     for (codec, _) in CODECS {
         let producer = ProducerSequence { id: 7, epoch: 0, base_sequence: i32::try_from(end).unwrap() };
         let written = Written { base_offset: end, epoch: 4, producer, records: records.clone() };
-        let batch = written.by_us(codec);
+        let batch = written.encode_with_strandline(codec);
         segment.extend_from_slice(&batch.to_bytes());
         end = batch.end_offset().as_i64();
         let mut stamped = batch.recompress(Compression::Lz4).unwrap();

@@ -1,8 +1,8 @@
-//! A disk that is really full. Appends are refused and may be retried, and everything else continues. Free space is all
-//! that appends need to resume.
+//! A broker on a file system that is really full. Appends are refused with a retryable error, reads continue, and no
+//! restart is needed. Appends resume as soon as there is free space.
 //!
-//! The data directory is a file system of its own of 96 MiB, which only root can mount. Without root, the tests print a
-//! message and end. The tests of `log` on the simulated disk run everywhere.
+//! The data directory is a mounted file system of 96 MiB, which only root can mount. Without root, the tests print a
+//! message and pass. The unit tests of `log` cover a full disk too, on a simulated disk and without root.
 
 use std::{
     fs,
@@ -37,7 +37,7 @@ pub(crate) struct Mount {
 }
 
 impl Mount {
-    /// Mounts a file system. Returns `None` and prints the reason if this user may not mount.
+    /// Mounts a file system of 96 MiB at a path. Returns `None` and prints the reason if this user may not mount.
     pub(crate) fn new(at: PathBuf) -> Option<Self> {
         fs::create_dir_all(&at).expect("a folder");
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=96m", "strandline"]).arg(&at).output();
@@ -56,7 +56,7 @@ impl Mount {
         stat.f_bavail * stat.f_frsize
     }
 
-    /// Writes a foreign file that leaves this number of bytes free.
+    /// Writes a file that is not of the broker and leaves this number of bytes free. Returns its path.
     fn fill(&self, leave: u64) -> PathBuf {
         let path = self.at.join("filler");
         let bytes = self.free().saturating_sub(leave);
@@ -65,7 +65,8 @@ impl Mount {
         path
     }
 
-    /// Writes a foreign file until the disk is full. The file takes all free space, also space that is freed meanwhile.
+    /// Appends to a file that is not of the broker until the disk is full. Returns its path. A further call takes the
+    /// space that was freed since.
     pub(crate) fn fill_up(&self) -> PathBuf {
         let path = self.at.join("filler");
         let mut filler = fs::OpenOptions::new().create(true).append(true).open(&path).expect("the file opens");
@@ -82,26 +83,27 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        // A lazy unmount: a broker that is being killed may have files open for a moment.
+        // The unmount is lazy, because a killed broker may have files open for a moment.
         let _ = Command::new("umount").arg("-l").arg(&self.at).status();
     }
 }
 
-/// Fields are dropped in this order: the broker first.
-struct Full {
+/// A broker whose data directory is a small mounted file system. The broker is dropped before the mount, in the order
+/// of the fields.
+struct BrokerOnSmallDisk {
     broker: Broker,
     mount: Mount,
     instance: BrokerInstance,
 }
 
-fn start(instance: BrokerInstance) -> Option<Full> {
+fn start(instance: BrokerInstance) -> Option<BrokerOnSmallDisk> {
     let mut instance = instance.setting("log.journal_bytes", "\"16MiB\"");
     let mount = Mount::new(instance.data_dir())?;
     let broker = instance.start();
-    Some(Full { broker, mount, instance })
+    Some(BrokerOnSmallDisk { broker, mount, instance })
 }
 
-/// Returns nearly 1 MiB that no codec can compress, distinct for each number.
+/// Returns 1 MB of random bytes, which no codec can compress, different for each number.
 fn payload(number: u64) -> Bytes {
     let mut bytes = vec![0; 1_000_000];
     StdRng::seed_from_u64(number).fill_bytes(&mut bytes);
@@ -112,8 +114,9 @@ fn request(topic: &str, number: u64) -> AppendRequest {
     wire::append_plain(topic, 0, vec![payload(number)])
 }
 
-/// Appends record after record until one is refused. Returns the number of the refused record, and the error.
-async fn until_full(log: &mut LogClient<Channel>, topic: &str, from: u64) -> (u64, ApiError) {
+/// Appends records, the first with the number `from`, until one is refused. Returns the number of the refused record,
+/// and the error.
+async fn append_until_full(log: &mut LogClient<Channel>, topic: &str, from: u64) -> (u64, ApiError) {
     for number in from..from + 300 {
         if let Err(error) = wire::append(log, request(topic, number)).await {
             return (number, error);
@@ -122,7 +125,7 @@ async fn until_full(log: &mut LogClient<Channel>, topic: &str, from: u64) -> (u6
     panic!("300 MB were written to a disk of 96 MiB");
 }
 
-async fn append_until_taken(log: &mut LogClient<Channel>, topic: &str, number: u64) {
+async fn append_until_accepted(log: &mut LogClient<Channel>, topic: &str, number: u64) {
     eventually_async("appends resume", || {
         let (mut log, request) = (log.clone(), request(topic, number));
         async move {
@@ -138,8 +141,8 @@ async fn append_until_taken(log: &mut LogClient<Channel>, topic: &str, number: u
     .await;
 }
 
-/// Checks that every record is at its offset, with its bytes.
-async fn holds(log: &mut LogClient<Channel>, topic: &str, count: u64) {
+/// Checks that the topic contains exactly the records with the numbers below `count`, each at the offset of its number.
+async fn check_records(log: &mut LogClient<Channel>, topic: &str, count: u64) {
     let end = i64::try_from(count).expect("the number is small");
     assert_eq!(wire::latest(log, topic, 0).await.expect("a response"), end);
     let records = wire::read_range(log, topic, 0, 0, end).await.expect("the read succeeds");
@@ -149,8 +152,8 @@ async fn holds(log: &mut LogClient<Channel>, topic: &str, count: u64) {
     }
 }
 
-/// Regression: appends were refused, and `cluster describe`, the metric and `/readyz` reported no problem. A standalone
-/// broker did not check its disk. The log leaves a third of so small a disk free, so that disk usage is below
+/// Regression: appends were refused, but `cluster describe`, the metric and `/readyz` reported no problem, because a
+/// standalone broker did not check its disk. The log leaves a third of this small disk free, so disk usage stays below
 /// `broker.disk_pressure_percent`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn full_disk_is_reported_everywhere_until_space_is_free() {
@@ -158,7 +161,7 @@ async fn full_disk_is_reported_everywhere_until_space_is_free() {
     let address = full.instance.grpc();
     wire::create_topic(address, "t", 1, &[("remote.storage.enable", "false"), SMALL[0]]).await;
     let filler = full.mount.fill(50 << 20);
-    let (_, error) = until_full(&mut wire::log(address), "t", 0).await;
+    let (_, error) = append_until_full(&mut wire::log(address), "t", 0).await;
     assert_eq!(error.code, ErrorCode::DiskFull);
     tokio::task::block_in_place(|| {
         let (http, cli) = (full.instance.http(), full.instance.cli());
@@ -182,7 +185,7 @@ async fn full_disk_is_reported_everywhere_until_space_is_free() {
         assert_eq!((health.code, &health.json()["healthy"]), (1, &false.into()));
         fs::remove_file(filler).expect("the file exists");
     });
-    append_until_taken(&mut wire::log(address), "t", 1000).await;
+    append_until_accepted(&mut wire::log(address), "t", 1000).await;
     tokio::task::block_in_place(|| {
         let over = || http_get(full.instance.http(), "/readyz").is_ok_and(|(_, page)| page == "ok\n");
         eventually("the condition is over", || over().then_some(()));
@@ -201,29 +204,29 @@ async fn full_disk_refuses_appends_until_space_is_free() {
     wire::create_topic(address, "t", 1, &local).await;
     let mut log = wire::log(address);
     let filler = full.mount.fill(50 << 20);
-    let (count, error) = until_full(&mut log, "t", 0).await;
+    let (count, error) = append_until_full(&mut log, "t", 0).await;
     assert!(count > 5, "{count} records were stored");
     assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
     assert!(error.code.retryable());
-    // Repeated refusals break nothing, and operations that need little space continue.
+    // After many refused appends, reads and the creation of a topic, which needs little space, still succeed.
     for _ in 0..20 {
         let error = wire::append(&mut log, request("t", count)).await.expect_err("the disk is still full");
         assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
     }
-    holds(&mut log, "t", count).await;
+    check_records(&mut log, "t", count).await;
     wire::create_topic(address, "another", 1, &local).await;
     fs::remove_file(filler).expect("removed");
-    append_until_taken(&mut log, "t", count).await;
-    // More than the journal holds, so that its ring wraps around.
+    append_until_accepted(&mut log, "t", count).await;
+    // These records exceed the size of the journal, so its ring wraps around.
     for number in count + 1..count + 15 {
         wire::append(&mut log, request("t", number)).await.expect("the disk is not full");
     }
-    holds(&mut log, "t", count + 15).await;
+    check_records(&mut log, "t", count + 15).await;
     wire::append(&mut log, request("another", 0)).await.expect("the disk is not full");
 }
 
-/// The log leaves a reserve. A tier commit precedes the eviction of segments, a checkpoint precedes the reuse of
-/// journal files, and both may need space themselves.
+/// Appends leave a reserve free, so that the operations that free space succeed on a full disk. A tier commit precedes
+/// the eviction of segments, a checkpoint precedes the reuse of journal files, and both need some space.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn disk_full_of_untiered_records_recovers_with_object_store() {
     let server = S3::start().await;
@@ -232,22 +235,23 @@ async fn disk_full_of_untiered_records_recovers_with_object_store() {
     wire::create_topic(full.instance.grpc(), "t", 1, SMALL).await;
     let mut log = wire::log(full.instance.grpc());
     server.faults().set_down(true);
-    let (count, error) = until_full(&mut log, "t", 0).await;
+    let (count, error) = append_until_full(&mut log, "t", 0).await;
     assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
     let free = full.mount.free();
     server.faults().set_down(false);
-    append_until_taken(&mut log, "t", count).await;
+    append_until_accepted(&mut log, "t", count).await;
     tokio::task::block_in_place(|| {
         eventually("all records are in the object store", || {
             let state = partition(&full.instance.cli(), "t");
             (state["tiered_end"] == count + 1 && state["local_start"] == count + 1).then_some(())
         });
     });
-    holds(&mut log, "t", count + 1).await;
+    check_records(&mut log, "t", count + 1).await;
     assert!(free > 16 << 20, "the log leaves space for the operations that free space: {free}");
 }
 
-/// Another process takes the last byte, the reserve included.
+/// Another process takes the last free byte, also after the broker has freed its reserve. When the space is free again,
+/// the broker resumes without a restart.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn disk_without_one_free_byte_needs_no_restart() {
     let server = S3::start().await;
@@ -260,11 +264,11 @@ async fn disk_without_one_free_byte_needs_no_restart() {
         wire::append(&mut log, request("t", number)).await.expect("the disk is not full");
     }
     let filler = full.mount.fill_up();
-    let (count, error) = until_full(&mut log, "t", 15).await;
+    let (count, error) = append_until_full(&mut log, "t", 15).await;
     assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
     let another = |n| CreateTopicRequest { name: format!("another{n}"), partitions: 1, ..Default::default() };
-    // The space that the log frees is taken as well: its reserve, once, and the four segments that the object store may
-    // receive meanwhile.
+    // The test also takes the space that the log frees: its reserve, once, and up to four segments that are uploaded
+    // and evicted during the loop.
     let mut attempt = 0;
     let refused = loop {
         match wire::admin(address).create_topic(another(attempt)).await {
@@ -277,20 +281,20 @@ async fn disk_without_one_free_byte_needs_no_restart() {
     let error = ApiError::from(&refused);
     assert_eq!(error.code, ErrorCode::MetadataUnavailable, "{error:?}");
     assert!(error.code.retryable() && error.message.contains("full"), "{error:?}");
-    holds(&mut log, "t", count).await;
+    check_records(&mut log, "t", count).await;
     fs::remove_file(filler).expect("removed");
-    append_until_taken(&mut log, "t", count).await;
+    append_until_accepted(&mut log, "t", count).await;
     wire::admin(address).create_topic(another(99)).await.expect("the disk is not full");
     tokio::task::block_in_place(|| {
         eventually("all records are in the object store", || {
             (partition(&full.instance.cli(), "t")["tiered_end"] == count + 1).then_some(())
         });
     });
-    holds(&mut log, "t", count + 1).await;
+    check_records(&mut log, "t", count + 1).await;
 }
 
-/// Checks that all records from the log start on are readable. Returns the log start.
-async fn holds_the_end(full: &Full, log: &mut LogClient<Channel>, count: u64) -> u64 {
+/// Checks that the records from the log start to the number `count`, not included, are readable. Returns the log start.
+async fn check_records_from_log_start(full: &BrokerOnSmallDisk, log: &mut LogClient<Channel>, count: u64) -> u64 {
     let state = tokio::task::block_in_place(|| partition(&full.instance.cli(), "t"));
     let start = state["log_start"].as_u64().expect("a number");
     let (from, end) =
@@ -303,27 +307,28 @@ async fn holds_the_end(full: &Full, log: &mut LogClient<Channel>, count: u64) ->
     start
 }
 
-/// A user with a full disk lowers the retention.
+/// A lower `retention.bytes` frees space on a full disk, and appends resume.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lower_retention_frees_a_full_disk_without_a_restart() {
     let Some(full) = tokio::task::block_in_place(|| start(BrokerInstance::new())) else { return };
     wire::create_topic(full.instance.grpc(), "t", 1, &[("remote.storage.enable", "false"), SMALL[0], SMALL[3]]).await;
     let mut log = wire::log(full.instance.grpc());
-    let (count, error) = until_full(&mut log, "t", 0).await;
+    let (count, error) = append_until_full(&mut log, "t", 0).await;
     assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
     let free = full.mount.free();
     tokio::task::block_in_place(|| {
         full.instance.cli().ok(&["topic", "alter", "t", "--config", "retention.bytes=10000000"]);
     });
-    append_until_taken(&mut log, "t", count).await;
+    append_until_accepted(&mut log, "t", count).await;
     tokio::task::block_in_place(|| {
         eventually("disk space is free again", || (full.mount.free() > free + (10 << 20)).then_some(()));
     });
-    let start = holds_the_end(&full, &mut log, count + 1).await;
+    let start = check_records_from_log_start(&full, &mut log, count + 1).await;
     assert!(start > 0 && count + 1 - start >= 10, "{start} of {count}");
 }
 
-/// A broker must start on such a disk. Otherwise its retention could not be lowered either.
+/// A killed broker starts on a disk without a free byte, serves reads, and accepts a lower retention, which frees
+/// space.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn broker_starts_on_a_disk_without_one_free_byte() {
     let Some(full) = tokio::task::block_in_place(|| start(BrokerInstance::new())) else { return };
@@ -333,7 +338,7 @@ async fn broker_starts_on_a_disk_without_one_free_byte() {
     for number in 0..25 {
         wire::append(&mut log, request("t", number)).await.expect("the disk is not full");
     }
-    let (Full { broker, mount, mut instance }, filler) = tokio::task::block_in_place(|| {
+    let (BrokerOnSmallDisk { broker, mount, mut instance }, filler) = tokio::task::block_in_place(|| {
         let filler = full.mount.fill_up();
         (full, filler)
     });
@@ -341,21 +346,21 @@ async fn broker_starts_on_a_disk_without_one_free_byte() {
         broker.kill9();
         instance.start()
     });
-    let full = Full { broker, mount, instance };
+    let full = BrokerOnSmallDisk { broker, mount, instance };
     let mut log = wire::log(full.instance.grpc());
-    holds(&mut log, "t", 25).await;
+    check_records(&mut log, "t", 25).await;
     let error = wire::append(&mut log, request("t", 25)).await.expect_err("the disk is full");
     assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
     tokio::task::block_in_place(|| {
         full.instance.cli().ok(&["topic", "alter", "t", "--config", "retention.bytes=5000000"]);
         eventually("disk space is free again", || (full.mount.free() > 10 << 20).then_some(()));
     });
-    assert!(holds_the_end(&full, &mut log, 25).await > 10);
+    assert!(check_records_from_log_start(&full, &mut log, 25).await > 10);
     fs::remove_file(filler).expect("removed");
-    append_until_taken(&mut log, "t", 25).await;
+    append_until_accepted(&mut log, "t", 25).await;
 }
 
-/// Not even root can write there.
+/// A read-only mount is used, because permissions do not prevent root from writing.
 #[test]
 fn data_directory_on_read_only_file_system_is_refused() {
     let instance = BrokerInstance::new();

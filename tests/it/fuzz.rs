@@ -1,6 +1,8 @@
-//! The entries of the fuzzers on a stable compiler: known regressions, then a bounded run of mutations of valid inputs.
+//! Runs the entries of the fuzzers with a stable compiler: on the inputs of known regressions, on seeds, and on a
+//! bounded number of mutated seeds.
 //!
-//! `FUZZ_ITERATIONS` and `FUZZ_SEED` make a run longer or different. A failure prints its input.
+//! `FUZZ_ITERATIONS` is the number of mutated inputs, and `FUZZ_SEED` the seed of the mutations. A failure prints its
+//! input.
 
 #![allow(clippy::unwrap_used, reason = "in a test it is an assertion")]
 
@@ -12,10 +14,11 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 mod entries;
 mod seeds;
 
-/// Number of mutated inputs of each entry, divided by its weight: some seconds of a debug build.
+/// Default number of mutated inputs of each entry, which is divided by the weight of the entry. A debug build runs them
+/// in some seconds.
 const ITERATIONS: u64 = 20_000;
 
-/// Guard that prints the input if the entry panics.
+/// Guard with the name of an entry and its input, which it prints if the entry panics.
 struct PanicReport<'a>(&'a str, &'a [u8]);
 
 impl Drop for PanicReport<'_> {
@@ -46,7 +49,7 @@ fn files(folder: &str) -> Vec<(String, Vec<u8>)> {
     paths.iter().map(|path| (name(path), std::fs::read(path).unwrap())).collect()
 }
 
-/// Applies one to eight changes of the kinds that parsers often handle wrongly.
+/// Returns one of the seeds with one to eight random changes that parsers often handle wrongly.
 fn mutate(rng: &mut StdRng, seeds: &[Vec<u8>]) -> Vec<u8> {
     const NUMBERS: [&[u8]; 8] = [
         &[0],
@@ -100,7 +103,8 @@ fn known_regressions_stay_fixed() {
     assert!(cases > 15, "cases were found: {cases}");
 }
 
-/// Files of an earlier version are readable. A format that changes gets a new version and keeps its old seeds.
+/// The seeds are files that earlier versions wrote, which must stay readable. A format that changes gets a new version
+/// and keeps its old seeds.
 #[test]
 fn every_seed_is_accepted() {
     for entry in entries::ENTRIES {
@@ -112,7 +116,7 @@ fn every_seed_is_accepted() {
     }
 }
 
-/// Output of this version is readable, whatever `fuzz/seeds` contains.
+/// The entries accept the output that this version writes, which may not be in `fuzz/seeds`.
 #[test]
 fn output_of_this_version_is_accepted() {
     for (target, name, seed) in seeds::all() {

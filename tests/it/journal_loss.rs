@@ -1,5 +1,5 @@
-//! Files of a data directory are lost. A broker that starts on the remaining files reports the loss, and loses nothing
-//! that is restored.
+//! Files of a data directory are lost or corrupt. A broker that starts on the remaining files reports the loss and
+//! changes nothing. Once the files are restored, a start finds all records.
 
 use std::{fs, net::TcpStream, os::unix::process::ExitStatusExt as _, path::Path};
 
@@ -11,9 +11,8 @@ use crate::{
 
 const LINES: usize = 5000;
 
-/// Starts a broker that takes records, and kills the broker. Some records are then in its journal and nowhere else
-/// safely.
-fn killed(instance: BrokerInstance) -> BrokerInstance {
+/// Starts a broker, appends records, and kills the broker. Some records are then synced in the journal only.
+fn start_and_kill(instance: BrokerInstance) -> BrokerInstance {
     let mut instance = instance;
     let broker = instance.start();
     let cli = instance.cli();
@@ -24,7 +23,7 @@ fn killed(instance: BrokerInstance) -> BrokerInstance {
 }
 
 /// Runs a start that must fail. Returns its output.
-fn refused(instance: &BrokerInstance) -> Output {
+fn run_refused_start(instance: &BrokerInstance) -> Output {
     let config = instance.write_config();
     let output =
         Cli::without_broker(instance.path()).run(&["broker", "--config", config.to_str().expect("the path is UTF-8")]);
@@ -37,55 +36,56 @@ fn segment_bytes(instance: &BrokerInstance) -> u64 {
     files(&instance.data_dir(), ".log").iter().map(|path| fs::metadata(path).expect("a file").len()).sum()
 }
 
-fn all_is_there(instance: &mut BrokerInstance) -> Broker {
+fn start_and_check_records(instance: &mut BrokerInstance) -> Broker {
     let broker = instance.start();
     let read = instance.cli().ok(&["consume", "kept", "--from", "earliest", "--until-end"]);
     assert!(read.stdout == lines(LINES).as_bytes(), "{} bytes", read.stdout.len());
     broker
 }
 
-/// Regression: the broker started as if the directory were new, and emptied every segment.
+/// Regression: without the identity file, the broker started as if the directory were new, and truncated every segment
+/// to nothing.
 #[test]
 fn data_directory_without_its_identity_file_is_refused() {
-    let mut instance = killed(BrokerInstance::new());
+    let mut instance = start_and_kill(BrokerInstance::new());
     let (marker, away) = (instance.data_dir().join("strandline.json"), instance.path().join("away.json"));
     fs::rename(&marker, &away).expect("the file is moved");
     let before = segment_bytes(&instance);
-    let output = refused(&instance).stderr;
+    let output = run_refused_start(&instance).stderr;
     for part in ["strandline.json", "checkpoint", "a journal", "metadata.redb"] {
         assert!(output.contains(part), "{part}: {output}");
     }
     assert_eq!(segment_bytes(&instance), before);
     fs::rename(&away, &marker).expect("the file is moved back");
-    all_is_there(&mut instance);
+    start_and_check_records(&mut instance);
 }
 
 #[test]
 fn lost_journal_is_refused_only_after_an_unclean_stop() {
-    let mut instance = killed(BrokerInstance::new());
+    let mut instance = start_and_kill(BrokerInstance::new());
     let (journal, away) = (instance.data_dir().join("journal"), instance.path().join("away"));
     fs::rename(&journal, &away).expect("the file is moved");
-    // The state of an unsynced segment after a power failure.
+    // Half of the segment is cut off, as may happen to an unsynced file at a power failure.
     let segment = files(&instance.data_dir(), ".log").remove(0);
     let content = fs::read(&segment).expect("a segment");
     fs::write(&segment, &content[..content.len() / 2]).expect("the file is truncated");
-    let output = refused(&instance).stderr;
+    let output = run_refused_start(&instance).stderr;
     assert!(
         output.contains(journal.to_str().expect("the path is UTF-8")) && output.contains("accept_journal_loss"),
         "{output}"
     );
     assert_eq!(fs::read(&segment).expect("a segment").len(), content.len() / 2, "no file is truncated");
     fs::rename(&away, &journal).expect("the file is moved back");
-    let broker = all_is_there(&mut instance);
+    let broker = start_and_check_records(&mut instance);
     assert!(broker.terminate().success(), "{}", instance.log());
     fs::remove_dir_all(&journal).expect("removed");
-    all_is_there(&mut instance);
+    start_and_check_records(&mut instance);
 }
 
 #[test]
 fn records_before_a_corrupt_batch_are_consumed() {
-    let mut instance = killed(BrokerInstance::new());
-    let broker = all_is_there(&mut instance);
+    let mut instance = start_and_kill(BrokerInstance::new());
+    let broker = start_and_check_records(&mut instance);
     assert!(broker.terminate().success(), "{}", instance.log());
     let segment = files(&instance.data_dir(), ".log").remove(0);
     let dump = |cli: &Cli| cli.run(&["segment", "dump", segment.to_str().expect("a path"), "--output", "json"]);
@@ -136,8 +136,8 @@ fn data_directory_is_checked_before_object_store_and_journal() {
     }
 }
 
-/// A signal may arrive at any moment of a start, before the signal handlers exist or in the middle of journal recovery.
-/// The process exits, and the next start finds all records.
+/// A stop signal may arrive at any time during a start, also before the signal handlers exist or during the recovery of
+/// the journal. The process exits, and the next start finds all records.
 #[test]
 fn stop_at_any_moment_of_a_start_loses_nothing() {
     let anything = |_: &BrokerInstance| true;
@@ -146,11 +146,11 @@ fn stop_at_any_moment_of_a_start_loses_nothing() {
         |instance: &BrokerInstance| instance.log().matches("the object store belongs to this cluster").count() == 2;
     let moments: [fn(&BrokerInstance) -> bool; 3] = [anything, listening, recovered];
     for moment in moments {
-        let mut instance = killed(BrokerInstance::new());
+        let mut instance = start_and_kill(BrokerInstance::new());
         let broker = instance.spawn();
         eventually("the start has reached the step", || moment(&instance).then_some(()));
         let status = broker.terminate();
         assert!(status.success() || status.signal() == Some(15), "{status}\n{}", instance.log());
-        all_is_there(&mut instance);
+        start_and_check_records(&mut instance);
     }
 }

@@ -1,10 +1,10 @@
-//! Kafka's own reader on whole data directories of a real broker. Every segment, sealed or active and in every codec,
-//! is a valid Kafka segment, and nothing follows its last batch. This holds after a clean stop, and after a kill with
-//! its recovery.
+//! Runs Kafka's own reader on whole data directories of a real broker. Every segment, sealed or active and in every
+//! codec, is a valid Kafka segment, and nothing follows its last batch. This holds after a clean stop, and after a kill
+//! and the recovery.
 //!
-//! The test needs a JDK and Kafka's jars, and a second for each segment, so `make kafka-reader` runs this test.
-//! `KAFKA_DUMP` names the script that takes segment files, prints the output of DumpLogSegments, and fails if that
-//! reports an error.
+//! The test needs a JDK and Kafka's jars, and a second for each segment, so only `make kafka-reader` runs it.
+//! `KAFKA_DUMP` is the path of a script: it takes segment files, prints the output of DumpLogSegments, and fails if
+//! DumpLogSegments reports an error.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,15 +23,15 @@ use strandline::{
 
 use crate::{broker::BrokerInstance, crash, wire};
 
-/// Both durabilities, both kinds of timestamps, and batches that the broker recompresses.
+/// Topics and their configuration: both durabilities, both timestamp types, and batches that the broker recompresses.
 const TOPICS: [(&str, &[(&str, &str)]); 3] = [
     ("synced", &[]),
     ("cached", &[("durability", "replicated"), ("message.timestamp.type", "LogAppendTime")]),
     ("squeezed", &[("compression.type", "gzip")]),
 ];
 const PARTITIONS: u32 = 2;
-/// Above the size of most batches and below that of the large ones, so that some segments hold many batches and some
-/// hold one.
+/// Value of `segment.bytes`: above the size of most batches and below the size of the large ones, so some segments have
+/// many batches and some have one.
 const SEGMENT_BYTES: &str = "100000";
 const BIG_BYTES: u64 = 300_000;
 const CODECS: [Compression; 5] =
@@ -39,8 +39,8 @@ const CODECS: [Compression; 5] =
 /// Number of records of each codec in each topic.
 const RECORDS: u64 = 300;
 
-/// Sends a record whose shape depends on its number: null keys and values, duplicate headers, text, noise, one large
-/// record.
+/// Queues a record whose shape depends on its number: null keys and values, duplicate headers, text, random bytes, and
+/// one large record in each topic.
 async fn send(producer: &Producer, topic: &str, number: u64, big: &[u8]) -> Delivery {
     let header =
         |value: Option<&'static [u8]>| Header { key: "trace".to_owned(), value: value.map(Bytes::from_static) };
@@ -58,10 +58,10 @@ async fn send(producer: &Producer, topic: &str, number: u64, big: &[u8]) -> Deli
     producer.send(topic, record).await.expect("the record is queued")
 }
 
-/// Sends [`RECORDS`] records in one codec to each topic. Every record must be acknowledged, whatever happens to the
-/// broker.
+/// Sends [`RECORDS`] records in one codec to each topic. Every record must be acknowledged, also if the broker is
+/// killed and started again during the call.
 async fn produce(client: Client, codec: Compression) {
-    // Long enough for batches of many records.
+    // The linger is long enough for batches of many records.
     let linger = Duration::from_millis(5);
     let options = ProducerOptions { compression: codec, linger, ..ProducerOptions::default() };
     let producer = client.producer(options).await.expect("an idempotent producer");
@@ -78,7 +78,7 @@ async fn produce(client: Client, codec: Compression) {
     producer.close().await.expect("every record is delivered");
 }
 
-/// Returns the ends of all partitions, sorted.
+/// Returns the end offsets of all partitions, sorted, as the broker reports them.
 async fn ends(instance: &BrokerInstance) -> Vec<i64> {
     let mut log = wire::log(instance.grpc());
     let mut ends = Vec::new();
@@ -124,8 +124,8 @@ impl Batch {
     }
 }
 
-/// Returns every segment below a folder: by the folder of its partition, and sorted by name, which is the segment
-/// order.
+/// Returns the segments below a folder, by the folder of their partition. The segments of a partition are sorted by
+/// name, and so by base offset.
 fn segments(folder: &Path) -> BTreeMap<PathBuf, Vec<PathBuf>> {
     let mut found: BTreeMap<PathBuf, Vec<PathBuf>> = BTreeMap::new();
     let mut folders = vec![folder.to_owned()];
@@ -143,7 +143,7 @@ fn segments(folder: &Path) -> BTreeMap<PathBuf, Vec<PathBuf>> {
     found
 }
 
-/// Returns the output of Kafka's reader for these files. The reader must accept the files.
+/// Runs Kafka's reader on these files, which it must accept, and returns its output.
 fn dump(files: &[PathBuf]) -> String {
     let script = std::env::var("KAFKA_DUMP").expect("KAFKA_DUMP is the path of the script");
     let output = Command::new(script).args(files).output().expect("the script starts");
@@ -153,7 +153,8 @@ fn dump(files: &[PathBuf]) -> String {
     text
 }
 
-/// Checks a data directory with Kafka's reader. Returns the ends of the partitions that the reader found, sorted.
+/// Checks all segments of a data directory with Kafka's reader. Adds the codecs and record shapes in its output to
+/// `seen`. Returns the end offsets of the partitions according to that output, sorted.
 fn check(instance: &BrokerInstance, seen: &mut BTreeSet<String>) -> Vec<i64> {
     let (mut ends, mut files, mut batches) = (Vec::new(), 0, 0);
     for (folder, segments) in segments(&instance.data_dir()) {
@@ -219,7 +220,8 @@ async fn kafkas_own_reader_accepts_a_data_directory() {
         ["gzip", "headerKeys: [trace,trace]", "keySize: -1 ", "lz4", "none", "snappy", "valueSize: -1 ", "zstd"];
     assert_eq!(seen.iter().map(String::as_str).collect::<Vec<_>>(), expected);
 
-    // Killed while all codecs are in flight. Recovery truncates torn batches, and the producers' retries send the rest.
+    // The broker is killed while batches of all codecs are in flight. Recovery truncates torn batches, and the
+    // producers send unacknowledged batches again.
     let broker = tokio::task::block_in_place(|| instance.start());
     let tasks = Tasks::new();
     let producers: Vec<_> =

@@ -1,8 +1,8 @@
-//! The one integration binary: real processes, real files, real HTTP.
+//! The only integration test binary: real processes, real files, real HTTP.
 //!
-//! There is one binary because linking takes most of the build time. Each file is one subject. `broker` starts and
-//! kills processes, `test_timeout` waits for conditions, `wire` sends raw gRPC, and `history` checks what clients
-//! observed.
+//! There is only one binary because linking takes most of the build time. Each module tests one subject. Other modules
+//! serve the tests: `broker` starts and kills processes, `test_timeout` waits for conditions, `wire` sends raw gRPC,
+//! and `history` checks what clients observed.
 
 mod architecture;
 mod broker;
@@ -40,7 +40,7 @@ mod python;
 mod retention;
 mod running;
 mod test_timeout;
-// For clippy: code that is compiled only for tests may unwrap.
+// The attribute is for clippy, which permits `unwrap` in code that is compiled only for tests.
 #[cfg(test)]
 mod s3;
 mod skipped;

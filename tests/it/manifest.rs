@@ -1,5 +1,5 @@
-//! The manifest of a partition is lost from a real object store behind a real broker. The manifest is rebuilt
-//! automatically if the remaining objects are the committed ones, and otherwise by an operator's command.
+//! The manifest of a partition is deleted from the object store of a real broker. The broker rebuilds it automatically
+//! if the segment objects contain all committed records, and otherwise on an operator's command.
 
 use std::{
     fs,
@@ -16,11 +16,11 @@ use crate::{
 /// Configuration of a topic with small segments that are evicted as soon as the object store has them.
 const EAGER: &[&str] = &["segment.bytes=65536", "segment.ms=200", "local.retention.bytes=0", "retention.ms=-1"];
 
-/// Number of records in each piece that a test starts with.
+/// Number of records that are produced at a time.
 const RECORDS: usize = 3000;
 
-/// Returns a stopped broker. Its topic `t` has this number of pieces in the object store, each of several segments, and
-/// no records on disk.
+/// Returns an S3 server and the instance of a stopped broker. Topic `t` has [`RECORDS`] records `pieces` times, in
+/// several segments each, all of them only in the object store.
 fn stopped_with(pieces: usize) -> (S3, BrokerInstance) {
     let server = S3::begin();
     let mut instance = BrokerInstance::new().object_store(&server);
@@ -42,7 +42,7 @@ fn wait_until_evicted(cli: &Cli, end: i64) {
     });
 }
 
-/// Returns the objects whose file names start or end with `part`.
+/// Returns the files of the objects whose names start or end with `part`.
 fn objects(server: &S3, part: &str) -> Vec<PathBuf> {
     let all = files(&server.bucket(), "").into_iter();
     let named = |path: &PathBuf| {
@@ -54,7 +54,7 @@ fn objects(server: &S3, part: &str) -> Vec<PathBuf> {
     objects
 }
 
-/// Returns the offsets in the name of a segment object.
+/// Returns the base offset and the end offset in the name of a segment object.
 fn range(object: &Path) -> (i64, i64) {
     let name = object.file_name().and_then(|name| name.to_str()).expect("a name");
     let mut parts = name.split('-').map(|part| part.parse().expect("a number"));
@@ -75,7 +75,7 @@ fn start(instance: &mut BrokerInstance) -> (Cli, Broker) {
 fn lost_manifest_is_rebuilt_despite_a_duplicate_segment() {
     let (server, mut instance) = stopped_with(3);
     let segments = objects(&server, ".segment");
-    // The remains of a retried upload: the same records under the name of another attempt.
+    // A retried upload may leave a second object with the same records, under the name of another attempt.
     let name = segments[1].file_name().and_then(|name| name.to_str()).expect("a name");
     let (stem, _) = name.rsplit_once(".segment").expect("a segment");
     let copy = format!("{}00000000-0000-4000-8000-000000000001.segment", &stem[..stem.len() - 36]);

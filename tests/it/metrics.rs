@@ -1,4 +1,5 @@
-//! `/metrics` while real records are appended, uploaded and read. Every metric that counts them changes.
+//! `/metrics` of a real broker while records are appended, uploaded and read: the metrics of each of these operations
+//! change.
 
 use strandline::proto::v1::GetMetadataRequest;
 
@@ -35,7 +36,7 @@ fn every_metric_changes_with_its_events() {
     assert_eq!(uploaded, tiered);
     assert!(broker.terminate().success(), "{}", instance.log());
 
-    // Nothing is in memory or in the cache after a start.
+    // After a restart, no record is in memory or in the chunk cache, so the first read fetches each chunk.
     let _broker = instance.start();
     let cli = instance.cli();
     let read =

@@ -8,8 +8,8 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Runs a command that must fail. Returns its error output.
-fn refused(cli: &Cli, line: &str) -> String {
+/// Runs a command that must fail and print nothing to stdout. Returns its error output.
+fn run_failing(cli: &Cli, line: &str) -> String {
     let output = run(cli, line);
     assert_eq!((output.code, output.text().as_str()), (1, ""), "{line}: {output:?}");
     output.stderr
@@ -76,7 +76,7 @@ fn standalone_broker_runs_and_validates_operations() {
         ("partition elect orders/5", &["no partition 5"]),
         ("partition elect orders/0 --unclean", &["broker 1 leads orders/0"]),
     ] {
-        let error = refused(&cli, line);
+        let error = run_failing(&cli, line);
         assert!(parts.iter().all(|part| error.contains(part)), "{line}: {error}");
     }
     let wrong = run(&cli, "partition reassign cancel");
@@ -110,7 +110,7 @@ fn standalone_broker_runs_and_validates_operations() {
         "{again}"
     );
     assert_eq!(json_of(&cli, "cluster describe")["brokers"][0]["state"], "draining");
-    let full = refused(&cli, "topic create more");
+    let full = run_failing(&cli, "topic create more");
     assert!(full.contains("1 is online, of which 1 is stopping or drained"), "{full}");
     assert_eq!(json_of(&cli, "broker undrain 1"), json!({ "broker": 1, "draining": false, "changed": true }));
     assert_eq!(output_of(&cli, "broker undrain 1"), "broker 1 was not draining: nothing changed\n");
@@ -118,8 +118,8 @@ fn standalone_broker_runs_and_validates_operations() {
     broker.terminate();
 }
 
-/// Regression: 100,000 partitions took 6 GB of a broker's memory before the first directory was created, and as much at
-/// each start.
+/// `broker.max_replicas` bounds the partitions of a standalone broker. Regression: the creation of 100,000 partitions
+/// took 6 GB of memory, and so did each start afterwards.
 #[test]
 fn standalone_broker_refuses_too_many_partitions() {
     let mut instance = BrokerInstance::new().setting("limits.memory_bytes", "\"64MiB\"");
@@ -129,18 +129,18 @@ fn standalone_broker_refuses_too_many_partitions() {
     let contains_limit = |error: &str, total: &str| {
         assert!(bound.iter().chain([&total]).all(|part| error.contains(part)), "{total}: {error}");
     };
-    contains_limit(&refused(&cli, "topic create many --partitions 100000"), "100000");
+    contains_limit(&run_failing(&cli, "topic create many --partitions 100000"), "100000");
     assert!(!output_of(&cli, "topic list").contains("many"));
     output_of(&cli, "topic create orders --partitions 2");
-    contains_limit(&refused(&cli, "topic add-partitions orders --partitions 4097"), "4097");
+    contains_limit(&run_failing(&cli, "topic add-partitions orders --partitions 4097"), "4097");
     let broker_entry = json_of(&cli, "cluster describe")["brokers"][0].clone();
     assert_eq!((&broker_entry["replica_count"], &broker_entry["max_replicas"]), (&json!(2), &json!(4096)));
     broker.terminate();
 
-    // A lowered limit closes no replica, and admits no more.
+    // With a limit below the number of replicas, all replicas stay open, and new ones are refused.
     instance = instance.setting("broker.max_replicas", 1);
     let broker = instance.start();
-    let error = refused(&instance.cli(), "topic create more");
+    let error = run_failing(&instance.cli(), "topic create more");
     assert!(error.contains("would hold 3") && error.contains("its limit is 1"), "{error}");
     instance.cli().ok_with(&["produce", "orders"], b"one\n");
     let text = output_of(&instance.cli(), "cluster describe");
@@ -154,12 +154,12 @@ fn cluster_places_no_more_replicas_than_brokers_allow() {
     let broker =
         instance.start_dev_cluster_with(3, &["--set", "broker.max_replicas=5", "--set", "controller.balance=false"]);
     let cli = instance.cli();
-    // The first broker is ready before the others.
+    // The other brokers of the process may not be registered yet, although the first one is ready.
     eventually("all replicas exist", || {
         (json_of(&cli, "cluster describe")["brokers"].as_array().map(Vec::len) == Some(3)).then_some(())
     });
     let single = "--replication-factor 1 --config min.insync.replicas=1";
-    let error = refused(&cli, &format!("topic create many --partitions 16 {single}"));
+    let error = run_failing(&cli, &format!("topic create many --partitions 16 {single}"));
     assert!(error.contains("would hold 6") && error.contains("its limit is 5"), "{error}");
     output_of(&cli, &format!("topic create orders --partitions 6 {single}"));
     for line in [
@@ -167,7 +167,7 @@ fn cluster_places_no_more_replicas_than_brokers_allow() {
         "topic alter orders --replication-factor 3",
         "partition reassign orders --replicas 1",
     ] {
-        let error = refused(&cli, line);
+        let error = run_failing(&cli, line);
         assert!(error.contains("its limit is 5 (broker.max_replicas)"), "{line}: {error}");
     }
     output_of(&cli, "topic alter orders --replication-factor 2");
@@ -190,7 +190,7 @@ fn dev_cluster_replicates_reassigns_and_drains() {
     let instance = BrokerInstance::cluster(3);
     let broker = instance.start_dev_cluster(3);
     let cli = instance.cli();
-    let error = refused(&cli, "topic create four --replication-factor 4");
+    let error = run_failing(&cli, "topic create four --replication-factor 4");
     assert!(error.contains("factor of 4") && error.contains("3 are online"), "{error}");
 
     output_of(&cli, "topic create orders");
@@ -251,7 +251,8 @@ fn dev_cluster_replicates_reassigns_and_drains() {
     assert!(broker.terminate().success(), "{}", instance.log());
 }
 
-/// The last in-sync replica is lost permanently. The remaining replica is older.
+/// The only in-sync replica is lost permanently. The other replica lacks the last record, or is empty. An unclean
+/// election needs `--yes`, and names the loss.
 #[test]
 fn unclean_election_needs_consent_and_names_its_loss() {
     let etcd = etcd(1);
@@ -287,9 +288,9 @@ fn unclean_election_needs_consent_and_names_its_loss() {
         (&lost["state"], &lost["replica_count"], &lost["address"]),
         (&json!("offline"), &json!(2), &Value::Null)
     );
-    let error = refused(&cli, "partition elect orders/0");
+    let error = run_failing(&cli, "partition elect orders/0");
     assert!(error.contains("waits for broker 1") && error.contains("--unclean"), "{error}");
-    let error = refused(&cli, "partition elect orders/0 --unclean");
+    let error = run_failing(&cli, "partition elect orders/0 --unclean");
     assert!(error.contains("broker 1 is not registered") && error.contains("--yes"), "{error}");
     let elected = json_of(&cli, "partition elect orders/0 --unclean --yes");
     assert_eq!((&elected["leader"], &elected["unclean"], &elected["changed"]), (&json!(2), &json!(true), &json!(true)));
@@ -300,7 +301,7 @@ fn unclean_election_needs_consent_and_names_its_loss() {
     assert_eq!(held["unclean_epoch"], held["leader_epoch"], "{held}");
     cli.ok_with(&["produce", "orders"], b"four\n");
 
-    let error = refused(&cli, "partition elect late/0 --unclean");
+    let error = run_failing(&cli, "partition elect late/0 --unclean");
     assert!(error.contains("broker 2 is empty: all records of late/0"), "{error}");
     let elected = json_of(&cli, "partition elect late/0 --unclean --yes");
     assert_eq!((&elected["leader"], &elected["replicas"][1]["empty"]), (&json!(2), &json!(true)), "{elected}");

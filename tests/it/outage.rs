@@ -1,5 +1,5 @@
-//! The object store is an S3 server that is down, refuses requests, loses responses, is slow, or loses an object. A
-//! real broker continues with its own data, loses nothing, and catches up by itself.
+//! The object store of a real broker is an S3 server that is down, refuses requests, loses responses, is slow, or loses
+//! an object. The broker serves its local records, loses no record, and catches up without a restart.
 
 mod known;
 
@@ -46,7 +46,7 @@ fn partition_offset(cli: &Cli, topic: &str, name: &str) -> i64 {
     partition(cli, topic)[name].as_i64().expect("a number")
 }
 
-/// Waits until only the object store holds the first `end` records, which are all records.
+/// Waits until the topic has `end` records and all of them are only in the object store.
 fn wait_until_tiered(cli: &Cli, topic: &str, end: i64) {
     eventually("all records are only in the object store", || {
         let state = partition(cli, topic);
@@ -63,7 +63,7 @@ fn segments(folder: &Path) -> Vec<PathBuf> {
     files(folder, ".segment")
 }
 
-/// Returns the offsets in the name of a segment object.
+/// Returns the base offset and the end offset in the name of a segment object.
 fn range(object: &Path) -> (i64, i64) {
     let name = object.file_name().and_then(|name| name.to_str()).expect("a name");
     let mut parts = name.split('-').map(|part| part.parse().expect("a number"));
@@ -82,7 +82,7 @@ fn object_store_outage_loses_no_record_and_needs_no_restart() {
         cli.ok_with(&["produce", "t"], text.as_bytes());
     }
     check_read(&cli, "t", "20000", &text.repeat(3));
-    // The broker serves, is therefore ready, and reports the impairment.
+    // The broker serves requests, so it is ready, and it reports the impairment.
     let page = || http_get(instance.http(), "/readyz").expect("the broker responds");
     let is_reported = || page().1.lines().any(|line| line.starts_with("impaired: object store unavailable since "));
     eventually("the object store is reported as unavailable", || is_reported().then_some(()));
@@ -107,8 +107,8 @@ fn object_store_outage_loses_no_record_and_needs_no_restart() {
     check_read(&cli, "t", "earliest", &text.repeat(4));
 }
 
-/// Regression, found by a user: a reader of old records printed nothing until the object store returned, however long
-/// that took.
+/// A reader of records in an unavailable object store reports its wait, and fails after its timeout. Regression, found
+/// by a user: such a reader printed nothing until the object store was available again.
 #[test]
 fn reader_of_tiered_records_reports_its_wait_and_timeout() {
     let (server, mut instance, broker) = start(|instance| instance);
@@ -191,8 +191,9 @@ fn slow_object_store_delays_no_acknowledgement() {
     check_read(&cli, "t", "earliest", &text.repeat(2));
 }
 
-/// Regression: a stream with a request that waited for memory processed none of its responses meanwhile. Appends that
-/// had timed out kept their memory, and no client could write to any topic before the object store returned.
+/// Regression: while one request of a produce stream waited for memory, the stream processed no responses. So appends
+/// that had timed out kept their memory, and no client could write to any topic until the object store was available
+/// again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streams_that_wait_for_object_store_block_no_others() {
     const SOON: Duration = Duration::from_secs(20);
@@ -221,7 +222,7 @@ async fn streams_that_wait_for_object_store_block_no_others() {
     }
 }
 
-/// Returns the final response to an append of a stream. Skips notices.
+/// Returns the next final response of a produce stream. Skips notices of appends that wait for the object store.
 async fn final_answer(
     responses: &mut tonic::Streaming<v1::ProduceResponse>,
     within: Duration,
@@ -264,7 +265,7 @@ async fn missing_object_makes_only_its_own_offsets_unreadable() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn acks_tiered_does_not_wait_for_a_full_segment() {
     let (server, instance, _broker) = tokio::task::block_in_place(|| start(|instance| instance));
-    // A segment that reaches neither `segment.bytes` nor `segment.ms` within this test.
+    // The segment neither fills nor reaches its maximum age within this test.
     wire::create_topic(instance.grpc(), "t", 1, &[("segment.ms", "86400000")]).await;
     let mut log = wire::log(instance.grpc());
     let tiered = |value: &'static [u8], timeout_ms| {
@@ -337,8 +338,8 @@ fn size_retention_covers_both_tiers_and_deletes_objects() {
     check_read(&cli, "t", "earliest", &rest);
 }
 
-/// The object store serves reads and accepts no object. Each upload retries for 20 s. Regression: with four workers and
-/// this number of partitions, retention ran once in three minutes.
+/// Retention continues while the object store serves reads and rejects every upload. Regression: each upload is retried
+/// for 20 s, and the same four workers ran uploads and retention, so retention ran once in three minutes.
 #[test]
 fn retention_continues_while_uploads_fail() {
     const PARTITIONS: u32 = 40;
@@ -377,14 +378,15 @@ fn retention_continues_while_uploads_fail() {
     }
 }
 
-/// Returns an append of one record that waits for the object store.
+/// Returns an append of one record with `acks=tiered` to topic `t`.
 fn tiered(timeout_ms: u32) -> v1::AppendRequest {
     let append = wire::append_plain("t", 0, vec![Bytes::from_static(b"x")]);
     v1::AppendRequest { acks: Acks::Tiered.into(), timeout_ms, ..append }
 }
 
-/// Regression: after `mv bucket away`, as when a disk is unmounted, the folder was created again without its cluster
-/// marker. `acks=tiered` then reported records as tiered.
+/// An object store whose folder has disappeared accepts no records. Regression: after `mv bucket away`, or when its
+/// disk was unmounted, the broker created the folder again, without its cluster marker, and acknowledged records with
+/// `acks=tiered`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn missing_folder_accepts_no_tiered_record() {
     let mut instance = BrokerInstance::new();
@@ -408,8 +410,8 @@ async fn missing_folder_accepts_no_tiered_record() {
     assert_eq!((appended.base_offset, appended.durability()), (3, strandline::proto::v1::AckDurability::Tiered));
 }
 
-/// Regression: at a restart, an empty folder was claimed as a new object store, and the tiered records in the metadata
-/// counted as corrupt.
+/// Regression: at a restart, the broker used an empty folder as a new object store, and treated the tiered records in
+/// the metadata as corrupt.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn empty_object_store_at_a_restart_is_not_claimed() {
     let mut instance = BrokerInstance::new();

@@ -1,5 +1,5 @@
-//! Permissions of a broker's files. Only its user has access. The broker follows no link inside its data directory, and
-//! refuses files of other users.
+//! Permissions of a broker's files. Only the user of the broker has access. The broker follows no symbolic link inside
+//! its data directory, and refuses to start on files of other users.
 
 use std::{
     fs,
@@ -12,11 +12,11 @@ use crate::{
     skipped::skipped,
 };
 
-/// Returns everything below a folder: the path, true for a folder, and the permission bits.
+/// Returns path, true for a folder, and permission bits of everything below a folder.
 fn modes(folder: &Path) -> Vec<(PathBuf, bool, u32)> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).expect("the folder is readable").map(|entry| entry.expect("an entry").path()) {
-        // A temporary file may be renamed meanwhile.
+        // A temporary file may have been renamed since the folder was read.
         let metadata = match fs::symlink_metadata(&entry) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
             metadata => metadata.expect("the file has metadata"),
@@ -33,13 +33,13 @@ fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("the test owns the file");
 }
 
-fn all_are_private(folder: &Path) {
+fn check_modes_are_private(folder: &Path) {
     for (path, is_folder, mode) in modes(folder) {
         assert_eq!(mode, if is_folder { 0o700 } else { 0o600 }, "{mode:o} {}", path.display());
     }
 }
 
-/// Appends some records, a part of them to the object store.
+/// Appends three records, of which two are in the object store at the return.
 fn write(instance: &BrokerInstance) {
     let cli = instance.cli();
     cli.ok(&["topic", "create", "t"]);
@@ -47,7 +47,7 @@ fn write(instance: &BrokerInstance) {
     cli.ok_with(&["produce", "t"], b"c\n");
 }
 
-fn reads_all(instance: &BrokerInstance) {
+fn check_all_records(instance: &BrokerInstance) {
     let read = instance.cli().ok(&["consume", "t", "--from", "earliest", "--until-end"]);
     assert_eq!(read.text(), "a\nb\nc\n");
 }
@@ -57,8 +57,8 @@ fn files_are_private_and_wider_modes_are_corrected() {
     let mut instance = BrokerInstance::new();
     let broker = instance.start();
     write(&instance);
-    all_are_private(&instance.data_dir());
-    all_are_private(&instance.bucket());
+    check_modes_are_private(&instance.data_dir());
+    check_modes_are_private(&instance.bucket());
     assert!(modes(&instance.bucket()).len() > 3, "a segment and its manifest exist");
     assert!(broker.terminate().success(), "{}", instance.log());
     for (path, is_folder, _) in modes(&instance.data_dir()) {
@@ -66,7 +66,7 @@ fn files_are_private_and_wider_modes_are_corrected() {
     }
     set_mode(&instance.data_dir(), 0o755);
     let _broker = instance.start();
-    reads_all(&instance);
+    check_all_records(&instance);
     let top = fs::metadata(instance.data_dir()).expect("the entry exists").permissions().mode();
     assert_eq!(top & 0o777, 0o700);
     for entry in fs::read_dir(instance.data_dir()).expect("listed").map(|entry| entry.expect("an entry")) {
@@ -75,8 +75,8 @@ fn files_are_private_and_wider_modes_are_corrected() {
     }
 }
 
-/// Runs a start that must fail. Returns its log.
-fn refused(instance: &BrokerInstance) -> String {
+/// Runs a start that must fail. Returns all output of the instance.
+fn run_refused_start(instance: &BrokerInstance) -> String {
     let mut broker = instance.spawn();
     assert_eq!(broker.wait_for_exit().code(), Some(1), "{}", instance.log());
     instance.log()
@@ -92,22 +92,23 @@ fn link_in_a_data_directory_fails_the_start_unwritten() {
     fs::write(&victim, "theirs").expect("written");
     let link = instance.data_dir().join("checkpoint.tmp");
     symlink(&victim, &link).expect("the file is created");
-    let output = refused(&instance);
+    let output = run_refused_start(&instance);
     assert!(output.contains("checkpoint.tmp is a symbolic link"), "{output}");
     assert_eq!(fs::read(&victim).expect("the entry exists"), b"theirs");
     fs::remove_file(&link).expect("removed");
-    // A journal on another disk has a setting. A link in its place is refused.
+    // A user may move the journal to another disk with `log.journal_dir`, but not with a symbolic link.
     let (journal, elsewhere) = (instance.data_dir().join("journal"), instance.path().join("elsewhere"));
     fs::rename(&journal, &elsewhere).expect("moved");
     symlink(&elsewhere, &journal).expect("the file is created");
-    let output = refused(&instance);
+    let output = run_refused_start(&instance);
     assert!(output.contains("log.journal_dir"), "{output}");
     let mut instance = instance.setting("log.journal_dir", format!("{:?}", journal.display().to_string()));
     let _broker = instance.start();
-    reads_all(&instance);
+    check_all_records(&instance);
 }
 
-/// A volume that Kubernetes mounts for `fsGroup`: owned by root, writable for the group.
+/// The data directory is a link to a volume as Kubernetes mounts it for `fsGroup`: owned by root, writable for the
+/// group. The broker of another user starts on it, and refuses a file of root inside it.
 #[test]
 fn unprivileged_broker_uses_root_volume_not_foreign_files() {
     if !rustix::process::geteuid().is_root() {
@@ -124,17 +125,17 @@ fn unprivileged_broker_uses_root_volume_not_foreign_files() {
     write(&instance);
     let metadata = fs::metadata(&volume).expect("the entry exists");
     assert_eq!((metadata.uid(), metadata.mode() & 0o7777), (0, 0o2775), "the volume keeps its mode");
-    all_are_private(&volume);
+    check_modes_are_private(&volume);
     assert!(modes(&volume).iter().all(|(path, ..)| fs::metadata(path).expect("the file exists").uid() == NOBODY));
     assert_eq!(instance.log().matches("this directory keeps its mode").count(), 1, "{}", instance.log());
     broker.kill9();
     let checkpoint = volume.join("checkpoint");
     chown(&checkpoint, Some(0), None).expect("the test runs as root");
     set_mode(&checkpoint, 0o666);
-    let output = refused(&instance);
+    let output = run_refused_start(&instance);
     assert!(output.contains("checkpoint belongs to user 0, and this process runs as user 65534"), "{output}");
     chown(&checkpoint, Some(NOBODY), None).expect("the test runs as root");
     let _broker = instance.start();
-    reads_all(&instance);
-    all_are_private(&volume);
+    check_all_records(&instance);
+    check_modes_are_private(&volume);
 }

@@ -1,5 +1,5 @@
-//! Idempotent producers under foreign clients and restarts: the recognition of retries, the validity of producer ids,
-//! and the expiry of producers.
+//! Idempotent producers: the recognition of retries across restarts and changes of the topic, invalid and foreign
+//! producer ids, and the expiry of producers.
 
 use futures::StreamExt as _;
 use strandline::{
@@ -34,7 +34,7 @@ async fn producer_id(log: &mut LogClient<Channel>) -> i64 {
     log.init_producer_id(InitProducerIdRequest {}).await.expect("an id").into_inner().producer_id
 }
 
-/// Returns a batch of one record with the fields of a producer, at a timestamp.
+/// Returns a batch of one record with this producer id, epoch and sequence, at a timestamp.
 fn stamped_at(value: &[u8], stamp: (i64, i16, i32), timestamp_ms: i64) -> Vec<u8> {
     stamp_batch(wire::batch(&[value]), stamp, timestamp_ms)
 }
@@ -69,7 +69,7 @@ async fn foreign_client_with_a_producers_sequence_hides_no_record() {
     let mut log = wire::log(instance.grpc());
     let id = producer_id(&mut log).await;
     assert_eq!(append(&mut log, stamped(b"first", (id, 0, 0))).await.expect("stored").base_offset, 0);
-    // The foreign client has read the producer id in a batch.
+    // A foreign client, which may have read the id in a stored batch, uses the next sequence of the producer.
     assert_eq!(append(&mut log, stamped(b"from another producer", (id, 0, 1))).await.expect("stored").base_offset, 1);
     let victim = append(&mut log, stamped(b"second", (id, 0, 1))).await.expect_err("the record is not stored");
     assert_eq!(victim.code, ErrorCode::OutOfOrderSequence, "{victim:?}");
@@ -99,8 +99,8 @@ async fn retry_is_a_duplicate_after_alter_and_restart() {
     }
 }
 
-/// Regression: the response to a stored batch was lost, and the topic's maximum batch size was lowered. The producer's
-/// retry was refused.
+/// A retry of a stored batch is recognised although the topic now refuses a batch of its size. Regression: after the
+/// response was lost and `max.message.bytes` was lowered, the retry was refused.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn retry_of_a_batch_above_a_lowered_limit_is_a_duplicate() {
     let (instance, _broker) = running(&[]).await;
@@ -127,7 +127,8 @@ async fn retry_of_a_batch_above_a_lowered_limit_is_a_duplicate() {
     }
 }
 
-/// Regression: a stored batch was refused like a new one, and its producer failed a record that was stored.
+/// During an outage of the object store, a retry with `acks=tiered` of a stored batch is recognised. Regression: the
+/// retry was refused like a new batch, so the producer reported a stored record as failed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn retry_with_acks_tiered_is_found_during_an_outage() {
     let server = S3::begin();
@@ -136,7 +137,8 @@ async fn retry_with_acks_tiered_is_found_during_an_outage() {
     wire::create_topic(instance.grpc(), TOPIC, 1, &[("retention.ms", "-1")]).await;
     let mut log = wire::log(instance.grpc());
     let id = producer_id(&mut log).await;
-    // Current timestamps, so that the records of another writer do not expire the producer.
+    // The batches have current timestamps, as the records of the other writer do. Older timestamps would expire the
+    // producer.
     let now_ms = clock::wall_ms();
     let own = |sequence| stamped_at(b"own", (id, 0, sequence), now_ms);
     let tiered = |sequence: i32, timeout_ms| {
@@ -164,7 +166,7 @@ async fn retry_with_acks_tiered_is_found_during_an_outage() {
         let new = wire::append(&mut log, tiered(sequence, 30_000)).await.expect_err("the append would only wait");
         assert_eq!(new.code, ErrorCode::ObjectStoreUnavailable, "{sequence}: {new:?}");
     }
-    // The stream sends no notice of a wait for an append that is refused.
+    // A refused append on a stream gets its error directly, without a notice before.
     let streamed = v1::ProduceRequest { correlation_id: 7, append: Some(tiered(2, 30_000)) };
     let requests = futures::stream::iter([streamed]).chain(futures::stream::pending());
     let mut responses = log.produce(requests).await.expect("a stream").into_inner();
@@ -197,7 +199,8 @@ async fn invalid_producer_fields_are_refused() {
         let refused = append(&mut log, stamped(b"x", stamp)).await.expect_err("impossible");
         assert_eq!((refused.code, refused.retryable), (ErrorCode::MalformedBatch, false), "{stamp:?}: {refused:?}");
     }
-    // As Java, Sarama and KafkaJS write batches without idempotence.
+    // The clients for Java, Sarama and KafkaJS write these values in batches without idempotence. The last stamp is of
+    // an assigned id.
     for stamp in [(-1, -1, -1), (-1, -1, 0), (-1, 0, 0), (id, 0, 0)] {
         append(&mut log, stamped(b"x", stamp)).await.expect("possible");
     }
@@ -213,7 +216,7 @@ async fn invented_producer_ids_are_refused_and_expire_no_producer() {
     append(&mut honest, stamped(b"own", (id, 0, 0))).await.expect("stored");
     let mut reasons = Vec::new();
     for invented in 0..200 {
-        // Ids near a real one, and small numbers.
+        // Invented ids are near an assigned id, or small numbers.
         let invented = if invented % 2 == 0 { id ^ (invented + 1) } else { invented };
         let refused = append(&mut hostile, stamped(b"x", (invented, 0, 0)))
             .await
@@ -226,10 +229,10 @@ async fn invented_producer_ids_are_refused_and_expire_no_producer() {
     let count = |reason| reasons.iter().filter(|found| **found == reason).count();
     assert!(count(ErrorCode::UnknownProducer) >= 100 && count(ErrorCode::Overloaded) > 0, "{reasons:?}");
     assert_eq!(count(ErrorCode::UnknownProducer) + count(ErrorCode::Overloaded), 200, "{reasons:?}");
-    // Each connection has one quota, for both kinds of requests.
+    // Per connection, `InitProducerId` requests and appends with unassigned producer ids share one quota.
     let mut refusal = None;
     for _ in 0..5 {
-        // The quota admits another request every 600 ms.
+        // The quota admits another request every 600 ms, so one of several requests may succeed.
         refusal = refusal.or(hostile.init_producer_id(InitProducerIdRequest {}).await.err());
     }
     let status = refusal.expect("the quota is used up");
@@ -268,7 +271,7 @@ async fn producer_expires_by_timestamps_and_not_by_a_clock() {
     let (id, other) = (producer_id(&mut log).await, producer_id(&mut log).await);
     let start = 1_700_000_000_000;
     append(&mut log, stamped_at(b"own", (id, 0, 0), start)).await.expect("stored");
-    // A retry is recognised however late it arrives.
+    // Expiry depends on record timestamps only, so a retry of the last batch is recognised at any time.
     assert!(append(&mut log, stamped_at(b"own", (id, 0, 0), start)).await.expect("a retry").duplicate);
     append(&mut log, stamped_at(b"other", (other, 0, 0), start + 2)).await.expect("stored");
     for restarted in [false, true] {

@@ -1,4 +1,5 @@
-//! `tools/protoc` serves the files of `etcd-client`, so that a build needs no protoc. The script serves no other files.
+//! The script `tools/protoc` replaces protoc in the build of `etcd-client`: for exactly the .proto files of that crate,
+//! it returns a stored result. For other files, it runs a real protoc.
 
 use std::{
     fs,
@@ -7,8 +8,8 @@ use std::{
     process::{Command, Output},
 };
 
-/// Files that the crate's build script requests, as prost-build does.
-const ASKED: [&str; 5] = [
+/// Files for which the build script of `etcd-client` runs protoc.
+const REQUESTED_FILES: [&str; 5] = [
     "proto/etcd/api/authpb/auth.proto",
     "proto/etcd/api/etcdserverpb/rpc.proto",
     "proto/etcd/api/mvccpb/kv.proto",
@@ -20,7 +21,7 @@ fn tools() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tools")
 }
 
-/// Runs the script in a folder. `path` is the place of a real protoc.
+/// Runs the script in `folder`. `path` is a folder in PATH that may contain a real protoc.
 fn protoc(folder: &Path, path: &Path, out: &Path, files: &[&str]) -> Output {
     Command::new(tools().join("protoc"))
         .args(["--include_imports", "--include_source_info", "-o"])
@@ -33,7 +34,8 @@ fn protoc(folder: &Path, path: &Path, out: &Path, files: &[&str]) -> Output {
         .expect("the program starts")
 }
 
-/// Returns the host platform. Packages of other platforms may not be downloaded on this machine.
+/// Returns the platform of this machine, such as `x86_64-unknown-linux-gnu`. The packages of other platforms may not be
+/// downloaded, so `cargo metadata` is limited to this platform.
 fn host() -> String {
     let rustc = Path::new(env!("CARGO")).with_file_name("rustc");
     let output = Command::new(rustc).arg("-vV").output().expect("the compiler starts");
@@ -73,7 +75,7 @@ fn copy(from: &Path, to: &Path) {
 fn build_of_etcd_client_needs_no_protoc() {
     let folder = tempfile::tempdir().expect("a folder");
     let out = folder.path().join("set");
-    let result = protoc(&crate_folder(), folder.path(), &out, &ASKED);
+    let result = protoc(&crate_folder(), folder.path(), &out, &REQUESTED_FILES);
     assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
     let kept = fs::read(tools().join("etcd-client.fds")).expect("the file exists");
     assert!(fs::read(out).expect("the file was written") == kept);
@@ -83,13 +85,13 @@ fn build_of_etcd_client_needs_no_protoc() {
 fn other_files_need_a_real_protoc() {
     let folder = tempfile::tempdir().expect("a folder");
     let (folder, out) = (folder.path(), folder.path().join("set"));
-    // The same names, with one more line in one of the files: another version of the crate.
+    // The files have the same names, and one of them has one more line, as in another version of the crate.
     copy(&crate_folder().join("proto"), &folder.join("proto"));
-    let changed = folder.join(ASKED[2]);
+    let changed = folder.join(REQUESTED_FILES[2]);
     fs::write(&changed, [&fs::read(&changed).expect("the file was copied")[..], b"\n"].concat())
         .expect("the file is written");
-    for files in [&ASKED[..], &ASKED[..4], &["other.proto"]] {
-        // A build machine may have a real protoc at a usual place, which would refuse these files too.
+    for files in [&REQUESTED_FILES[..], &REQUESTED_FILES[..4], &["other.proto"]] {
+        // A machine may have a real protoc in `/usr/bin`, which the script then runs. The checks do not apply there.
         let result = protoc(folder, folder, &out, files);
         assert!(!result.status.success() || Path::new("/usr/bin/protoc").exists(), "{files:?}");
         let output = String::from_utf8_lossy(&result.stderr);
@@ -99,7 +101,10 @@ fn other_files_need_a_real_protoc() {
     fs::create_dir(&real).expect("a folder");
     fs::write(real.join("protoc"), "#!/bin/sh\necho asked: \"$@\"\n").expect("the file is written");
     fs::set_permissions(real.join("protoc"), fs::Permissions::from_mode(0o755)).expect("the test owns the file");
-    let result = protoc(folder, &real, &out, &ASKED);
+    let result = protoc(folder, &real, &out, &REQUESTED_FILES);
     let output = String::from_utf8(result.stdout).expect("text");
-    assert!(output.starts_with("asked: --include_imports") && output.trim_end().ends_with(ASKED[4]), "{output}");
+    assert!(
+        output.starts_with("asked: --include_imports") && output.trim_end().ends_with(REQUESTED_FILES[4]),
+        "{output}"
+    );
 }

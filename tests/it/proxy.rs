@@ -1,8 +1,8 @@
-//! A network that loses or corrupts responses: a proxy in front of a broker, whose connections can be muted and then
-//! cut. Between brokers, the proxy can also corrupt responses: see [`Link::set_corrupting`].
+//! A proxy in front of a broker, which simulates a network that loses or corrupts responses. Its connections can be
+//! muted and then cut ([`Link::drop_responses`]), or change bytes ([`Link::set_corrupting`]).
 //!
-//! While a link is muted, requests reach the broker and its responses are dropped. A cut ends every connection. In this
-//! sequence, the client's request was executed, and its response never arrives.
+//! While a link is muted, requests reach the broker, and its responses are dropped. A cut ends every connection. So a
+//! client's request was executed, and its response never arrives.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -16,14 +16,14 @@ use tokio::{
     sync::watch,
 };
 
-/// Byte of which corruptible records are made. Bytes are changed only in long runs of this byte, so that the
-/// surrounding frames stay intact.
+/// Byte that fills the values of records which may be corrupted. Only long runs of this byte are changed, so the
+/// structure of the surrounding messages stays intact.
 pub(crate) const FILLER: u8 = b'#';
 
-/// Length of such a run in bytes.
+/// Minimum length of a run of [`FILLER`] that may be changed, in bytes.
 const RUN: usize = 256;
 
-/// One of this number of reads with such a run is corrupted.
+/// Of this number of reads from the socket with such a run, one is corrupted.
 const CORRUPTED_ONE_IN: u32 = 3;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -34,27 +34,27 @@ struct LinkFaults {
     cuts: u32,
 }
 
-/// A bound proxy without a target.
+/// A proxy that is bound to its address and does not forward yet.
 pub(crate) struct Proxy {
     listener: TcpListener,
     address: SocketAddr,
 }
 
-/// A running proxy. [`Link::stop`] ends the proxy.
+/// A proxy that forwards connections, until [`Link::stop`].
 pub(crate) struct Link {
     faults: watch::Sender<LinkFaults>,
     tasks: Tasks,
 }
 
 impl Proxy {
-    /// Binds a port, so that a broker can advertise the address.
+    /// Binds a free port. A broker can advertise the address before it is started.
     pub(crate) async fn bind() -> Self {
         let listener = TcpListener::bind(crate::broker::free_address()).await.expect("a free port");
         let address = listener.local_addr().expect("the listener is bound");
         Self { listener, address }
     }
 
-    /// Returns the address for clients.
+    /// Returns the address to which clients connect.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
@@ -76,7 +76,7 @@ impl Link {
         self.faults.send_modify(|faults| *faults = LinkFaults { muted: false, cuts: faults.cuts + 1, ..*faults });
     }
 
-    /// Enables or disables occasional byte changes in data from the broker.
+    /// Enables or disables the corruption of data from the broker.
     pub(crate) fn set_corrupting(&self, corrupting: bool) {
         self.faults.send_modify(|faults| faults.corrupting = corrupting);
     }
@@ -94,7 +94,7 @@ async fn accept(listener: TcpListener, target: SocketAddr, faults: watch::Receiv
             () = tasks.cancelled() => return,
             accepted = listener.accept() => {
                 let (client, _) = accepted.expect("the listener continues");
-                // If the broker does not listen, the client's connection ends, as it would without the proxy.
+                // If the broker does not listen, the client's connection is closed.
                 if let Ok(broker) = TcpStream::connect(target).await {
                     tasks.spawn("forward", forward(client, broker, faults.clone(), tasks.clone()));
                 }
@@ -119,7 +119,7 @@ async fn forward(client: TcpStream, broker: TcpStream, mut faults: watch::Receiv
     }
 }
 
-/// Forwards bytes, drops them while muted, or changes some.
+/// Forwards bytes in one direction until either socket ends. Drops them while muted, and changes some while corrupting.
 async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, faults: impl Fn() -> LinkFaults) {
     let (mut bytes, mut runs) = (vec![0; 64 << 10], 0);
     while let Ok(read) = from.read(&mut bytes).await {
@@ -136,7 +136,7 @@ async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, faults: impl Fn()
     }
 }
 
-/// Returns a byte in the middle of the first long run of the filler.
+/// Returns a byte inside the first run of at least [`RUN`] filler bytes; `None` if there is no such run.
 fn find_run(bytes: &mut [u8]) -> Option<&mut u8> {
     let at = bytes.windows(RUN).position(|window| window.iter().all(|byte| *byte == FILLER))?;
     bytes.get_mut(at + RUN / 2)

@@ -1,7 +1,7 @@
 //! A client in another language, generated from the .proto files alone.
 //!
-//! Most machines have Python. Its gRPC tools are installed once, in a folder of the build. If Python or these tools are
-//! not available, the test prints a message and passes, except on CI (`CI=true`).
+//! The first run installs the gRPC tools of Python in a folder of the build. If Python or these tools are not
+//! available, the test prints a message and passes, except on CI (`CI=true`), where it fails.
 
 use std::{
     fs,
@@ -11,7 +11,7 @@ use std::{
 
 use crate::{broker::BrokerInstance, skipped::skipped};
 
-/// Runs a step that must succeed. Returns its output, or an error with its output.
+/// Runs a command. Returns its standard output, or an error with all of its output if it fails.
 fn step(what: &str, command: &mut Command) -> Result<String, String> {
     let output = command.output().map_err(|error| format!("{what}: {error}"))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -22,7 +22,7 @@ fn step(what: &str, command: &mut Command) -> Result<String, String> {
     }
 }
 
-/// Returns a Python that can generate and use gRPC code.
+/// Returns the path of a Python that can generate and use gRPC code. Installs its gRPC tools if they are missing.
 fn python() -> Result<PathBuf, String> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("python");
     let python = folder.join("bin/python");
@@ -36,7 +36,7 @@ fn python() -> Result<PathBuf, String> {
     Ok(python)
 }
 
-/// Generates the code of the .proto files into a folder that holds nothing else.
+/// Generates Python code from the .proto files into the new folder `into`.
 fn generate(python: &Path, into: &Path) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     fs::create_dir_all(into).expect("a folder");

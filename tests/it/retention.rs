@@ -1,5 +1,5 @@
-//! Retention of a log that is not uploaded. The newest records are kept, disk space is freed, and neither a kill nor a
-//! restart changes what can be read.
+//! Retention by size without uploads, and retention by time. The newest records are kept, disk space is freed, and
+//! neither a kill nor a restart changes the readable records.
 
 use std::{path::Path, time::Duration};
 
@@ -28,7 +28,7 @@ use crate::{
 
 const LIMIT: u64 = 300_000;
 
-/// Bytes that a segment of 64 KiB and the batch that did not fit into that segment may add.
+/// Maximum excess over `retention.bytes`: a segment of 64 KiB, and a batch that did not fit into it.
 const SLACK: u64 = 140_000;
 
 fn on_disk(instance: &BrokerInstance) -> u64 {
@@ -44,8 +44,8 @@ fn wait_until_freed(instance: &BrokerInstance) {
     });
 }
 
-/// Checks that the readable records are the end of `text` and at least as large as the limit, and that the log is
-/// complete on disk. Returns the log start.
+/// Checks that the readable records are the last lines of `text`, that at least [`LIMIT`] bytes are on disk, and that
+/// all readable records are on disk. Returns the log start.
 fn check_newest_records(instance: &BrokerInstance, text: &str) -> u64 {
     let cli = instance.cli();
     let (state, read) = eventually("the log start and the end no longer move", || {
@@ -83,7 +83,7 @@ fn check_retention(mut instance: BrokerInstance) {
         broker = instance.start();
         assert_eq!(check_newest_records(&instance, &text), start, "a restart changes nothing");
     }
-    // Segments are sealed and checked one after the other. Each check deletes the oldest segments and no more.
+    // Retention also continues for later records: the oldest segments are deleted as new ones are sealed.
     let more = lines(52_000);
     instance.cli().ok_with(&["produce", "t"], &more.as_bytes()[text.len()..]);
     wait_until_freed(&instance);
@@ -101,8 +101,8 @@ fn broker_without_object_store_keeps_limit_and_frees_disk() {
     check_retention(BrokerInstance::new().without_object_store());
 }
 
-/// The age of a segment that no checkpoint describes is taken from its file. Neither the restart nor the timestamps of
-/// its records count.
+/// After a kill, no checkpoint contains the age of a segment, so it is taken from the modification time of the file.
+/// Neither the time of the restart nor record timestamps determine the age.
 #[test]
 fn segment_is_as_old_as_its_file_after_a_kill() {
     const DAY: Duration = Duration::from_secs(86_400);
@@ -128,7 +128,7 @@ fn segment_is_as_old_as_its_file_after_a_kill() {
     eventually("disk space is free again", || (partition(&cli, "t")["local_start"].as_u64()? >= tiered).then_some(()));
 }
 
-/// A timestamp that no clock shows.
+/// A timestamp in milliseconds that is millions of years in the future.
 const FUTURE: i64 = 1 << 62;
 
 fn build(timestamps: &[i64], codec: Compression) -> Bytes {
@@ -192,7 +192,7 @@ async fn timestamps_beyond_topic_limits_are_refused() {
             assert!(details.iter().all(|detail| error.message.contains(detail)), "{error}");
         }
     }
-    // A header that hides the timestamp of the first record.
+    // The maximum timestamp in the header is within the limits, and the timestamp of the first record is not.
     for codec in [Compression::None, Compression::Gzip] {
         let batch = with_max(build(&[FUTURE], codec), now);
         let error = append_payload(&mut log, Payload::Batch(batch)).await.expect_err("out of bounds");
@@ -200,7 +200,7 @@ async fn timestamps_beyond_topic_limits_are_refused() {
     }
     assert_eq!(wire::latest(&mut log, "t", 0).await.expect("a response"), 0, "no record was stored");
 
-    // Without a timestamp, and within the limits.
+    // Records without a timestamp (-1), or with one within the limits, are accepted.
     for form in forms {
         append_at(&mut log, &[-1, now, now + 3_500_000, now - 80_000_000], form).await.expect("stored");
     }
@@ -214,8 +214,9 @@ async fn timestamps_beyond_topic_limits_are_refused() {
     append_at(&mut log, &[FUTURE], None).await.expect("the broker sets the timestamp");
 }
 
-/// Only the header of a compressed batch that is stored unchanged is checked. A batch that is decompressed anyway is
-/// checked completely.
+/// If a compressed batch is stored unchanged, only its header and first record are checked, so a wrong timestamp of
+/// another record is stored but does not count. If the broker recompresses the batch, all of its timestamps are
+/// checked.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn compressed_batch_cannot_exceed_the_timestamp_limit() {
     let mut instance = BrokerInstance::new();
@@ -235,15 +236,15 @@ async fn compressed_batch_cannot_exceed_the_timestamp_limit() {
     assert_eq!(error.metadata["timestamp"], FUTURE.to_string());
 }
 
-/// Regression: an upload that started before a limit was exceeded was retried again and again, and the partition was
-/// not checked meanwhile. If the object store held segments, the log start waited for the manifest.
+/// Regression: while an upload was retried during an outage, the retention of its partition was not checked. If the
+/// object store contained segments of the partition, the log start also waited for the manifest.
 #[test]
 fn retention_continues_during_an_object_store_outage() {
     check_retention_without_object_store(false);
 }
 
-/// Regression: the broker could not determine which segments the object store had, and deleted nothing until the object
-/// store returned.
+/// Regression: after a start during an outage, the broker could not read which segments the object store has, and
+/// deleted nothing until the store was available again.
 #[test]
 fn retention_continues_after_a_start_during_an_outage() {
     check_retention_without_object_store(true);
@@ -284,16 +285,17 @@ fn check_retention_without_object_store(after_a_start: bool) {
     drop(broker);
 }
 
-/// Regression: one record of the far future kept itself and all later records, on disk and in the object store.
+/// Regression: one record with a timestamp in the far future prevented the deletion of its segment and of all later
+/// segments, on disk and in the object store.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn future_timestamp_does_not_stop_retention() {
-    records_from_the_future_expire(|_, _| {}).await;
+    check_future_records_expire(|_, _| {}).await;
 }
 
-/// The segment object provides the creation time if the manifest has none.
+/// If the manifest has no creation time for a segment, the creation time of the segment object is used.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn future_record_expires_by_creation_time_of_its_object() {
-    records_from_the_future_expire(|instance, broker| {
+    check_future_records_expire(|instance, broker| {
         assert!(broker.take().expect("the process is running").terminate().success());
         let manifests = files(&instance.bucket(), "")
             .into_iter()
@@ -305,8 +307,8 @@ async fn future_record_expires_by_creation_time_of_its_object() {
     .await;
 }
 
-/// Sets the creation time to 0 in the manifest entries of segments with these maximum timestamps, which precede that
-/// field. Returns the number of these entries.
+/// Sets the creation time to 0 in each manifest entry of a segment with one of these maximum timestamps. In an entry,
+/// the creation time follows the maximum timestamp. Returns the number of changed entries.
 fn forget_creation(manifest: &Path, largest: &[i64]) -> usize {
     let mut bytes = std::fs::read(manifest).expect("the manifest");
     let mut forgotten = 0;
@@ -325,9 +327,9 @@ fn forget_creation(manifest: &Path, largest: &[i64]) -> usize {
     forgotten
 }
 
-/// Stores records of the far future around a current one, and waits until the records expire from disk. Then calls
-/// `meanwhile`, and waits until the records expire from the object store.
-async fn records_from_the_future_expire(meanwhile: impl FnOnce(&mut BrokerInstance, &mut Option<Broker>)) {
+/// Stores two records with timestamps in the far future and a current one, and waits until they are evicted from the
+/// disk by time. Then calls `meanwhile`, and waits until they are deleted by time.
+async fn check_future_records_expire(meanwhile: impl FnOnce(&mut BrokerInstance, &mut Option<Broker>)) {
     let mut instance = BrokerInstance::new();
     let mut broker = Some(tokio::task::block_in_place(|| instance.start()));
     let config = [("message.timestamp.after.max.ms", "-1"), ("retention.ms", "-1"), ("segment.ms", "200")];

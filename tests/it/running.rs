@@ -13,7 +13,7 @@ use strandline::task;
 
 use crate::{broker::Cli, test_timeout::eventually};
 
-/// A command that runs while the test continues. Dropping the value kills the process.
+/// A command that runs while the test continues, with its output so far. Dropping the value kills the process.
 pub(crate) struct Running {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -39,7 +39,7 @@ impl Running {
         self.stdin.as_mut().expect("open").write_all(bytes).expect("the command reads its input");
     }
 
-    /// Waits until the stream contains this text.
+    /// Waits until `stream`, which is `stdout` or `stderr`, contains this text.
     pub(crate) fn wait_for_output(&self, stream: &Mutex<String>, text: &str) {
         let output = || stream.lock().clone();
         eventually(&format!("the output contains {text:?}"), || output().contains(text).then_some(()));

@@ -1,7 +1,7 @@
 //! A real S3 server over HTTP for the tests, with faults on demand, and the tests of `tier` against this server.
 //!
-//! The server is `s3s-fs` on a loopback port, on a thread of its own, so that a blocked test does not stop the server.
-//! [`Faults`] is between the socket and the service.
+//! The server is `s3s-fs`, usually on a loopback port. It runs on a thread of its own, so that a blocked test does not
+//! stop it. [`Faults`] are injected between the socket and the service.
 
 mod faults;
 mod fs;
@@ -32,7 +32,7 @@ use tokio::{net::TcpListener, sync::Mutex};
 
 pub(crate) use faults::{Fault, Faults, Op};
 
-/// Bucket that every server starts with.
+/// Bucket that every server has at its start.
 pub(crate) const BUCKET: &str = "strandline";
 /// Value of `AWS_ACCESS_KEY_ID`.
 pub(crate) const ACCESS_KEY: &str = "AKTEST";
@@ -49,8 +49,8 @@ pub(crate) struct S3 {
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
-/// One service for all connections, with locks that make its conditional puts atomic. Without the locks they are not
-/// atomic.
+/// The service that all connections share. Conditional puts of `s3s-fs` are not atomic, so each put holds one of the
+/// locks, which the path of the object selects.
 struct Shared {
     service: S3Service,
     stripes: [Mutex<()>; 64],
@@ -58,17 +58,17 @@ struct Shared {
 }
 
 impl S3 {
-    /// Starts a server on a free port, with an empty bucket.
+    /// Starts a server on a free loopback port, with an empty bucket.
     pub(crate) async fn start() -> Self {
         Self::begin()
     }
 
-    /// Starts a server as [`S3::start`] does, outside of a runtime.
+    /// Starts a server as [`S3::start`] does. Needs no async runtime.
     pub(crate) fn begin() -> Self {
         Self::at(Ipv4Addr::LOCALHOST)
     }
 
-    /// Starts a server as [`S3::start`] does, at an address of this machine.
+    /// Starts a server as [`S3::start`] does, at this address instead of the loopback address.
     pub(crate) fn at(ip: Ipv4Addr) -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir(folder.path().join(BUCKET)).unwrap();
@@ -99,22 +99,22 @@ impl S3 {
         format!("http://{}", self.address)
     }
 
-    /// Returns the faults of the server.
+    /// Returns the faults, through which a test injects faults.
     pub(crate) fn faults(&self) -> &Faults {
         &self.faults
     }
 
-    /// Returns the keys of the multipart uploads that have not ended.
+    /// Returns the object keys of the multipart uploads that were neither completed nor aborted.
     pub(crate) fn open_uploads(&self) -> Vec<String> {
         self.uploads.keys()
     }
 
-    /// Makes the multipart uploads that have not ended older by this time.
+    /// Increases the age of the open multipart uploads by this time.
     pub(crate) fn age_uploads(&self, by: Duration) {
         self.uploads.age(by);
     }
 
-    /// Returns the environment variables that give a process access.
+    /// Returns the environment variables with the access keys of the server.
     pub(crate) fn environment(&self) -> [(&'static str, &'static str); 2] {
         [("AWS_ACCESS_KEY_ID", ACCESS_KEY), ("AWS_SECRET_ACCESS_KEY", SECRET_KEY)]
     }
@@ -147,7 +147,7 @@ impl Drop for S3 {
     fn drop(&mut self) {
         self.tasks.cancel();
         if let Some(thread) = self.thread.take() {
-            // A panic of the server was printed already. The failed test shows the rest.
+            // A panic of the server thread was already printed. The tests that use the server then fail themselves.
             let _panicked = thread.join();
         }
     }
@@ -178,13 +178,13 @@ async fn serve(listener: std::net::TcpListener, shared: Arc<Shared>, tasks: Task
         let shared = Arc::clone(&shared);
         tasks.spawn("s3 connection", async move {
             let service = service_fn(|request| respond(Arc::clone(&shared), request));
-            // Faults and clients both break connections.
+            // An error only means that a fault or the client broke the connection.
             let _broken = http1::Builder::new().serve_connection(TokioIo::new(socket), service).await;
         });
     }
 }
 
-/// The connection is closed without a response.
+/// Error that closes the connection without a response.
 #[derive(Debug, thiserror::Error)]
 #[error("connection closed")]
 struct Cut;
@@ -240,7 +240,7 @@ async fn change_body(
     Ok(hyper::Response::from_parts(head, Body::from(change(body_bytes))))
 }
 
-/// Flips one bit in the middle.
+/// Flips one bit of the middle byte; empty content stays unchanged.
 fn flip(content: bytes::Bytes) -> bytes::Bytes {
     let mut content = content.to_vec();
     if let Some(byte) = (content.len() / 2 < content.len()).then_some(content.len() / 2) {

@@ -1,4 +1,4 @@
-//! Tests that this machine cannot run. Each skip is printed at once, and `.ci/run` shows the skip among its closing
+//! Reports tests that this machine cannot run. Each report is printed at once, and `.ci/run` repeats it in its last
 //! lines.
 
 use std::io::Write as _;

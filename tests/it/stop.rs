@@ -1,4 +1,5 @@
-//! Stops of a broker despite an obstacle, and an exit without a stop request.
+//! A broker stops on request although its disk or object store prevents work, and exits by itself if its object store
+//! belongs to another cluster.
 
 use std::{fs, time::Duration};
 
@@ -11,15 +12,16 @@ use strandline::{
 
 use crate::{broker::BrokerInstance, s3::S3, test_timeout::eventually, wire};
 
-/// Returns a payload that is small enough for the journal, and that no codec can compress.
+/// Returns 100 KB of random bytes, which no codec can compress.
 fn payload(number: u64) -> Bytes {
     let mut bytes = vec![0; 100_000];
     StdRng::seed_from_u64(number).fill_bytes(&mut bytes);
     bytes.into()
 }
 
-/// Waits until nothing was written to the journal for a second. The checkpoint is tried several times in that second.
-fn full(instance: &BrokerInstance) -> f64 {
+/// Waits until the journal is full: until nothing was written to it for a second, in which the checkpoint is tried
+/// several times. Returns the number of written bytes.
+fn wait_until_journal_is_full(instance: &BrokerInstance) -> f64 {
     let (mut written, mut since) = (0.0, clock::monotonic());
     eventually("the journal is full", || {
         let now = instance.metric("strandline_journal_bytes_total");
@@ -30,14 +32,14 @@ fn full(instance: &BrokerInstance) -> f64 {
     })
 }
 
-/// Writers wait for the journal, and the journal waits until a checkpoint can be written. Regression: a broker whose
-/// disk prevented the checkpoint did not stop, and had to be killed.
+/// With a full journal, writers wait for the journal, and the journal waits until a checkpoint can be written. A stop
+/// ends these waits. Regression: a broker that could not write its checkpoint did not stop, and had to be killed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn broker_that_cannot_write_its_checkpoint_stops() {
     let mut instance = BrokerInstance::new().setting("log.journal_bytes", 16 << 20);
     let broker = tokio::task::block_in_place(|| instance.start());
     wire::create_topic(instance.grpc(), "t", 1, &[("remote.storage.enable", "false")]).await;
-    // A folder at the path to which the checkpoint is written before its rename.
+    // A folder at the path of the temporary checkpoint file prevents the checkpoint.
     let blocker = instance.data_dir().join("checkpoint.tmp");
     fs::create_dir(&blocker).expect("a folder");
     let log = wire::log(instance.grpc());
@@ -53,8 +55,8 @@ async fn broker_that_cannot_write_its_checkpoint_stops() {
             unreachable!("the journal has an end")
         }
     });
-    let bytes = tokio::task::block_in_place(|| full(&instance));
-    // More appends arrive all the time, so the log always holds records that its segment is not synced with yet.
+    let bytes = tokio::task::block_in_place(|| wait_until_journal_is_full(&instance));
+    // Appends continue to arrive during the stop, so the segment always has unsynced records.
     let (many, under_way) = tokio::sync::oneshot::channel();
     let others = tasks.spawn("others", async move {
         let each = Tasks::new();
@@ -93,7 +95,8 @@ async fn broker_that_cannot_write_its_checkpoint_stops() {
     assert!((0..).zip(records).all(|(number, record)| record.value == Some(payload(number))));
 }
 
-/// Regression: the broker requested the owner of the object store again and again, and could only be killed.
+/// Regression: the broker repeated its request for the owner of an unavailable object store for ever, and could only be
+/// killed.
 #[test]
 fn broker_stops_without_a_response_of_object_store() {
     let server = S3::begin();
@@ -102,7 +105,8 @@ fn broker_stops_without_a_response_of_object_store() {
     assert!(instance.start().terminate().success(), "{}", instance.log());
 }
 
-/// The object store names its owner only in a response, and a start does not wait for that.
+/// A start does not wait for the object store. When the store is available and turns out to belong to another cluster,
+/// the broker exits.
 #[test]
 fn broker_exits_if_object_store_is_of_another_cluster() {
     let server = S3::begin();

@@ -1,4 +1,5 @@
-//! Cost of many fetch streams for appends. `make streams` runs this test on a release build, which takes some minutes.
+//! Measures how much many fetch streams delay appends. `make streams` runs this test with a release build; the test
+//! takes some minutes.
 
 use std::time::Duration;
 
@@ -12,11 +13,11 @@ use tonic::{Streaming, transport::Channel};
 
 use crate::{broker::BrokerInstance, wire};
 
-/// Number of streams on one connection.
+/// Maximum number of streams on one connection.
 const PER_CONNECTION: usize = 100;
 
-/// Appends to one partition, one record after the other, with a pause before each. Returns the 99th percentile of the
-/// acknowledgement time.
+/// Appends records to one partition, each after the acknowledgement of the previous one and a pause. Returns the 99th
+/// percentile of the time until the acknowledgement.
 async fn p99(log: &mut LogClient<Channel>, appends: usize, pause: Duration) -> Duration {
     let mut took = Vec::new();
     for _ in 0..appends {
@@ -29,8 +30,8 @@ async fn p99(log: &mut LogClient<Channel>, appends: usize, pause: Duration) -> D
     took[took.len() * 99 / 100]
 }
 
-/// Appends until no stream gets another response, so that later measurements have only streams that take nothing.
-/// Returns the number of appends.
+/// Appends until no stream gets another response, because the HTTP/2 windows of all streams are full. Later appends
+/// then cause no responses. Returns the number of appends.
 async fn fill_windows(instance: &BrokerInstance, log: &mut LogClient<Channel>) -> usize {
     let responses = || tokio::task::block_in_place(|| instance.metric("strandline_fetch_requests_total"));
     let (begin, mut appends, mut made) = (clock::monotonic(), 0, responses());
@@ -49,7 +50,7 @@ async fn fill_windows(instance: &BrokerInstance, log: &mut LogClient<Channel>) -
     }
 }
 
-/// Opens this number of streams on partition 0, from `offset`.
+/// Opens this number of fetch streams on partition 0, which start at `offset`.
 async fn open(instance: &BrokerInstance, count: usize, offset: i64) -> Vec<Streaming<v1::FetchResponse>> {
     let mut opened = Vec::new();
     for _ in 0..count.div_ceil(PER_CONNECTION) {

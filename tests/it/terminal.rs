@@ -1,4 +1,4 @@
-//! The command line at a terminal, which `script` provides.
+//! The command line at a terminal, which the program `script` simulates.
 
 use std::{
     io::Write as _,
@@ -10,8 +10,8 @@ use crate::{
     skipped::skipped,
 };
 
-/// Runs a command at a terminal with this typed input. Returns true if the command succeeded, and the terminal output.
-/// Returns `None` if there is no `script`.
+/// Runs a command at a terminal with `typed` as the typed input. Returns true if the command succeeded, and the
+/// terminal output. Returns `None` if the program `script` is not installed.
 fn run_at_terminal(instance: &BrokerInstance, cli: &Cli, arguments: &str, typed: &str) -> Option<(bool, String)> {
     let program = cli.command(&[]).get_program().to_owned();
     let mut command = Command::new("script");
@@ -40,7 +40,7 @@ fn topic_deletion_asks_for_the_name_at_a_terminal() {
     assert!(is_success && output.contains("deleted topic orders"), "{output}");
 }
 
-/// Regression: a record cleared the screen of its reader.
+/// Regression: control characters in a record cleared the screen of a user who consumed the record.
 #[test]
 fn records_are_printed_with_escapes_only_at_a_terminal() {
     const RECORD: &str = "a\x1b[2Jb\u{202e}c\n";

@@ -1,17 +1,17 @@
-//! Waiting for a condition: polled at short intervals, with a timeout. Only injected faults of a fixed duration wait
-//! otherwise.
+//! Functions that wait for a condition: they poll it at short intervals, with a timeout. Tests use fixed waits only for
+//! injected faults of a fixed duration.
 
 use std::{future::Future, thread, time::Duration};
 
 use strandline::task::clock;
 
-/// Maximum wait for a condition.
+/// Maximum time that a test waits for a condition.
 pub(crate) const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Interval between polls.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Calls `attempt` until it returns a value; `None` after the timeout.
+/// Calls `attempt` until it returns a value, and returns that value. Returns `None` after the timeout.
 pub(crate) fn poll<T>(timeout: Duration, mut attempt: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = clock::monotonic() + timeout;
     loop {
@@ -23,7 +23,8 @@ pub(crate) fn poll<T>(timeout: Duration, mut attempt: impl FnMut() -> Option<T>)
     }
 }
 
-/// Calls `attempt` until it returns a value. `condition` is part of the panic message.
+/// Calls `attempt` until it returns a value, and returns that value. Panics after [`TEST_TIMEOUT`]; `condition` is part
+/// of the panic message.
 pub(crate) fn eventually<T>(condition: &str, attempt: impl FnMut() -> Option<T>) -> T {
     poll(TEST_TIMEOUT, attempt).unwrap_or_else(|| panic!("{condition}: timeout after {TEST_TIMEOUT:?}"))
 }

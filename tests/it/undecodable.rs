@@ -1,5 +1,5 @@
-//! Batches that cannot be decoded. An append refuses them as far as their beginning shows the corruption. Consumers
-//! stop at a stored one, or skip that batch if the user chose to.
+//! Batches that cannot be decoded. An append decodes only the first records, and refuses the batch if they are corrupt.
+//! A consumer stops at an undecodable batch that is stored, or skips it with `--skip-corrupt`.
 
 use std::io::Write as _;
 
@@ -12,7 +12,7 @@ use strandline::proto::{
 
 use crate::{broker::BrokerInstance, running::Running, wire};
 
-/// Attributes of a batch with gzip records.
+/// Value of the attributes field of a batch with gzip records.
 const GZIP: i16 = 1;
 
 fn gzip(plain: &[u8]) -> Vec<u8> {
@@ -21,12 +21,13 @@ fn gzip(plain: &[u8]) -> Vec<u8> {
     encoder.finish().expect("memory can be written")
 }
 
-/// Returns the records section of a batch with `count` records. The last record is corrupt if `breaks_last` is true.
-fn framed(count: usize, breaks_last: bool) -> Vec<u8> {
+/// Returns the uncompressed records of a batch, without its header. The last record is corrupt if `breaks_last` is
+/// true.
+fn encode_records(count: usize, breaks_last: bool) -> Vec<u8> {
     let values = vec![&b"0123456789abcdef"[..]; count];
     let mut records = wire::batch(&values)[61..].to_vec();
     if breaks_last {
-        // The header count of the last record.
+        // The last byte is the header count of the last record.
         *records.last_mut().expect("records") = 0x55;
     }
     records
@@ -40,9 +41,9 @@ async fn batches_with_an_undecodable_beginning_are_refused() {
     let mut log = wire::log(instance.grpc());
     let noise: Vec<u8> = (0..200_u32).map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
     for (what, count, stored) in [
-        ("one record, and a header that declares 10^6", 1_000_000, gzip(&framed(1, false))),
+        ("one record, and a header that declares 10^6", 1_000_000, gzip(&encode_records(1, false))),
         ("noise", 1, noise),
-        ("a broken record", 3, gzip(&framed(3, true))),
+        ("a broken record", 3, gzip(&encode_records(3, true))),
     ] {
         let refused = wire::append(&mut log, wire::append_batch("orders", 0, wire::frame(&stored, count, GZIP))).await;
         let refused = refused.expect_err(what);
@@ -50,7 +51,8 @@ async fn batches_with_an_undecodable_beginning_are_refused() {
         assert!(!refused.message.contains("fewer records"), "{what}: {refused:?}");
     }
     let stored =
-        wire::append(&mut log, wire::append_batch("orders", 0, wire::frame(&gzip(&framed(3, false)), 3, GZIP))).await;
+        wire::append(&mut log, wire::append_batch("orders", 0, wire::frame(&gzip(&encode_records(3, false)), 3, GZIP)))
+            .await;
     assert_eq!(stored.expect("a valid batch").base_offset, 0);
 }
 
@@ -69,7 +71,8 @@ async fn batch_above_the_decompression_limit_names_the_setting() {
     assert!(refused.message.contains(SETTING) && !refused.retryable, "{refused:?}");
     assert_eq!(wire::latest(&mut log, "opened", 0).await.expect("a response"), 0, "no record is stored");
 
-    // The stored batch is decompressed for readers of decoded records, and by clients themselves.
+    // The broker decompresses the stored batch for a read of decoded records, which exceeds the limit. The consumer
+    // decompresses the batch itself, without this limit.
     wire::append(&mut log, wire::append_batch("kept", 0, large)).await.expect("the batch is stored unchanged");
     let partition = v1::FetchPartition { topic: "kept".to_owned(), ..Default::default() };
     let request = v1::ReadRequest { partitions: vec![partition], decode: true, ..Default::default() };
@@ -81,7 +84,7 @@ async fn batch_above_the_decompression_limit_names_the_setting() {
     assert_eq!(consumed.stdout.len(), (4 << 20) + 1);
 }
 
-/// The corrupt record lies beyond the part that the append checks.
+/// The corrupt record is the last of its batch, which an append does not check, so the batch is stored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn consume_skips_an_undecodable_batch_only_on_request() {
     let mut instance = BrokerInstance::new();
@@ -90,9 +93,9 @@ async fn consume_skips_an_undecodable_batch_only_on_request() {
     let mut log = wire::log(instance.grpc());
     for batch in [
         wire::batch(&[b"before"]),
-        wire::frame(&gzip(&framed(1_000, true)), 1_000, GZIP),
+        wire::frame(&gzip(&encode_records(1_000, true)), 1_000, GZIP),
         wire::batch(&[b"after"]),
-        wire::frame(&gzip(&framed(1_000, true)), 1_000, GZIP),
+        wire::frame(&gzip(&encode_records(1_000, true)), 1_000, GZIP),
     ] {
         wire::append(&mut log, wire::append_batch("orders", 0, batch)).await.expect("stored");
     }
@@ -113,7 +116,7 @@ async fn consume_skips_an_undecodable_batch_only_on_request() {
     for words in ["skipped up to offset 1001", "skipped up to offset 2002", "skipped 2 records"] {
         assert!(skipped.stderr.contains(words), "{words}: {}", skipped.stderr);
     }
-    // A following consumer ends at a signal, and its user gets the same information.
+    // A consumer that follows the topic ends at a signal, and prints the same information about skipped records.
     let follows = Running::start(&cli, &["consume", "orders", "--from", "earliest", "--skip-corrupt"]);
     let stderr = follows.stderr.clone();
     tokio::task::block_in_place(|| {

@@ -1,4 +1,5 @@
-//! Commands that wait: their output meanwhile, the end of the wait, and their continuation.
+//! Commands that wait for a broker or for records: their output during the wait, the end of the wait, and the
+//! continuation after it.
 
 use rustix::process::Signal;
 
@@ -8,7 +9,7 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Regression, found by a user: with an unreachable address, `produce` printed nothing for two minutes.
+/// Regression, found by a user: if the leader's address was unreachable, `produce` printed nothing for two minutes.
 #[test]
 fn unreachable_leader_is_reported_until_the_timeout() {
     let closed_port = free_address();
@@ -29,7 +30,7 @@ fn unreachable_leader_is_reported_until_the_timeout() {
     assert!(output.code == 1 && output.stderr.contains(&expected), "{output:?}");
 }
 
-/// Regression, found by a user: a reader of a killed broker was as silent as a reader of an idle topic.
+/// Regression, found by a user: after the broker was killed, `consume` printed no warning, as if the topic were idle.
 #[test]
 fn consumer_reports_a_killed_broker_and_resumes() {
     let mut instance = BrokerInstance::new();
@@ -62,7 +63,7 @@ fn consumer_and_producer_use_added_partitions() {
     cli.ok(&["topic", "add-partitions", "t", "--partitions", "2"]);
     cli.ok_with(&["produce", "t", "--partition", "1"], b"two\n");
     reader.wait_for_output(&reader.stdout, "two\n");
-    // Records without a key change partitions with each batch, so one finally reaches the new partition.
+    // Each batch of records without a key may go to another partition, so one of them reaches the new partition.
     let log_end =
         || cli.ok(&["topic", "describe", "t", "--output", "json"]).json()["partitions"][1]["log_end"].as_i64();
     eventually("the producer writes to the new partition", || {
@@ -91,7 +92,8 @@ fn producer_ends_at_either_signal_with_its_summary() {
     }
 }
 
-/// Regression, found by a user: the port of the metrics, named first, hid the broker named second.
+/// Regression, found by a user: if the first bootstrap address was the HTTP port of a broker, the second address was
+/// not used.
 #[test]
 fn invalid_bootstrap_address_does_not_hide_the_next() {
     let mut instance = BrokerInstance::new();

@@ -1,6 +1,8 @@
-//! Raw gRPC to a broker, and batches made by hand: the requests of a client in any language, right or wrong.
+//! Raw gRPC calls to a broker, and batches that are encoded by hand: valid and invalid requests as a client in any
+//! language may send them.
 //!
-//! Nothing here uses the library's own client or batch builder, so that a mistake common to both is not hidden.
+//! These functions do not use the library's client or batch builder. A mistake that the broker and the library share
+//! would otherwise stay hidden.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -19,7 +21,7 @@ use strandline::{
 };
 use tonic::transport::{Channel, Endpoint};
 
-/// Returns a connection that is made at the first call. Must be called within a runtime.
+/// Returns a channel that connects at its first call. Must be called within an async runtime.
 fn channel(address: SocketAddr) -> Channel {
     Endpoint::from_shared(format!("http://{address}"))
         .expect("an address is a URI")
@@ -28,12 +30,12 @@ fn channel(address: SocketAddr) -> Channel {
         .connect_lazy()
 }
 
-/// Returns a client of the log service at an address.
+/// Returns a client of the `Log` service at an address. The client connects at its first call.
 pub(crate) fn log(address: SocketAddr) -> LogClient<Channel> {
     LogClient::new(channel(address)).max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
 }
 
-/// Returns a client of the admin service at an address.
+/// Returns a client of the `Admin` service at an address. The client connects at its first call.
 pub(crate) fn admin(address: SocketAddr) -> AdminClient<Channel> {
     AdminClient::new(channel(address))
 }
@@ -45,8 +47,9 @@ pub(crate) async fn create_topic(address: SocketAddr, name: &str, partitions: u3
     admin(address).create_topic(request).await.expect("the topic is created");
 }
 
-/// Returns the address of a partition's leader, from the broker with the newest leader epoch. A broker that was
-/// isolated reports an older leader for a moment.
+/// Returns the address of a partition's leader, from the metadata of the broker that reports the newest leader epoch,
+/// because a broker that was isolated may report an older leader. Returns `None` if there is no leader or no broker
+/// responds.
 pub(crate) async fn leader(brokers: &[SocketAddr], topic: &str, partition: i32) -> Option<SocketAddr> {
     let mut newest = None;
     for address in brokers {
@@ -61,13 +64,13 @@ pub(crate) async fn leader(brokers: &[SocketAddr], topic: &str, partition: i32) 
     newest?.1
 }
 
-/// Returns an append of a list of records.
+/// Returns an append request with a list of records that have these values.
 pub(crate) fn append_plain(topic: &str, partition: i32, values: Vec<Bytes>) -> AppendRequest {
     let records = values.into_iter().map(|value| Record { value: Some(value), ..Default::default() }).collect();
     request(topic, partition, Payload::Records(RecordList { records }))
 }
 
-/// Returns an append of bytes that claim to be a batch.
+/// Returns an append request with these bytes as the batch, valid or not.
 pub(crate) fn append_batch(topic: &str, partition: i32, batch: impl Into<Bytes>) -> AppendRequest {
     request(topic, partition, Payload::Batch(batch.into()))
 }
@@ -83,12 +86,12 @@ fn request(topic: &str, partition: i32, payload: Payload) -> AppendRequest {
     }
 }
 
-/// Appends. Returns a failure as the [`ApiError`] in its status.
+/// Makes one append call. Returns a failure as the [`ApiError`] in its status.
 pub(crate) async fn append(log: &mut LogClient<Channel>, request: AppendRequest) -> Result<AppendResponse, ApiError> {
     log.append(request).await.map(tonic::Response::into_inner).map_err(|status| ApiError::from(&status))
 }
 
-/// Returns the first offset that is not committed.
+/// Returns the latest offset of a partition: the first offset that is not committed.
 pub(crate) async fn latest(log: &mut LogClient<Channel>, topic: &str, partition: i32) -> Result<i64, ApiError> {
     let query = OffsetQuery { topic: topic.to_owned(), partition, at: Some(At::Latest(true)) };
     let response = log.list_offsets(ListOffsetsRequest { queries: vec![query] }).await;
@@ -97,7 +100,8 @@ pub(crate) async fn latest(log: &mut LogClient<Channel>, topic: &str, partition:
     response.error.map_or(Ok(response.offset), |error| Err(error.into()))
 }
 
-/// Reads the records of `from..end` on arrival. Returns fewer if no more arrive for half a minute.
+/// Reads the records of `from..end`, and waits for records that do not exist yet. Returns fewer records if none arrives
+/// for 30 s.
 pub(crate) async fn read_range(
     log: &mut LogClient<Channel>,
     topic: &str,
@@ -130,7 +134,7 @@ pub(crate) async fn read_range(
     Ok(records)
 }
 
-/// Returns a Kafka record batch, version 2, with these values, like one of a producer.
+/// Returns an uncompressed Kafka record batch, version 2, with these values, as a producer sends it.
 pub(crate) fn batch(values: &[&[u8]]) -> Vec<u8> {
     let mut records = Vec::new();
     for (delta, value) in values.iter().enumerate() {
@@ -147,7 +151,7 @@ pub(crate) fn batch(values: &[&[u8]]) -> Vec<u8> {
     frame(&records, i32::try_from(values.len()).expect("few records"), 0)
 }
 
-/// Returns any bytes after a batch header that is right in every field.
+/// Returns a batch with a valid header for `count` records, followed by the bytes `records`, which need not be valid.
 pub(crate) fn frame(records: &[u8], count: i32, attributes: i16) -> Vec<u8> {
     let mut out = Vec::with_capacity(61 + records.len());
     out.extend_from_slice(&0_i64.to_be_bytes());
@@ -168,13 +172,13 @@ pub(crate) fn frame(records: &[u8], count: i32, attributes: i16) -> Vec<u8> {
     out
 }
 
-/// Sets the CRC to that of the bytes.
+/// Sets the CRC field of a batch to the checksum of its current bytes.
 pub(crate) fn renew_crc(batch: &mut [u8]) {
     let crc = crc32c::crc32c(&batch[21..]);
     batch[17..21].copy_from_slice(&crc.to_be_bytes());
 }
 
-/// Appends Kafka's zigzag varint.
+/// Appends a number as a zigzag varint, as Kafka encodes it.
 pub(crate) fn varint(out: &mut Vec<u8>, value: i64) {
     let mut rest = ((value << 1) ^ (value >> 63)).cast_unsigned();
     while rest >= 0x80 {
