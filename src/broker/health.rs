@@ -68,7 +68,7 @@ enum Phase {
 /// Progress of the start.
 #[derive(Debug)]
 enum StartState {
-    /// The replicas are idle.
+    /// Before the activation: the replicas are idle.
     Opening,
     /// The replicas have their roles, and some have not been in sync yet.
     CatchingUp {
@@ -98,7 +98,7 @@ impl Health {
         *self.start.lock() = StartState::CatchingUp { since: clock::monotonic(), pending: None };
     }
 
-    /// Enters the phase in which requests are served.
+    /// Enters the phase in which requests are served. Called at the end of the activation.
     pub(super) fn begin_serving(&self) {
         *self.phase.lock() = Phase::Serving;
     }
@@ -108,7 +108,7 @@ impl Health {
         *self.phase.lock() = Phase::Stopping;
     }
 
-    /// Sets the disk-full state.
+    /// Sets whether records do not fit on the disk.
     pub(super) fn set_full(&self, full: bool) {
         update_since(&self.full, full);
     }
@@ -273,7 +273,7 @@ fn lease_expiry_reason(silence: Duration) -> String {
     }
 }
 
-/// Returns true if the replica is in the ISR. A leader always is.
+/// Returns true if the local replica leads, or follows as a member of the ISR.
 fn is_in_sync(partition: &Partition) -> bool {
     matches!(partition.status().role, ReplicaRole::Leader { .. } | ReplicaRole::Follower { in_sync: true, .. })
 }

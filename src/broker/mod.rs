@@ -2,7 +2,8 @@
 //!
 //! # Overview
 //!
-//! [`Broker`] composes parts, and each part has only what it needs. Imports go down only:
+//! [`Broker`] composes parts, and each part gets only the values that it needs. A part imports only the parts to its
+//! right:
 //!
 //! ```text
 //!   api ─▶ background ─▶ replication ─▶ partitions ─▶ node_context
@@ -95,7 +96,7 @@ struct SharedState {
     commits: TierCommits,
 }
 
-/// A broker whose replicas are open and idle.
+/// A broker before its activation: its replicas are open and idle.
 pub struct OpenedBroker {
     ctx: NodeContext,
     shared: SharedState,
@@ -106,8 +107,8 @@ pub struct OpenedBroker {
 }
 
 impl OpenedBroker {
-    /// Opens every replica that the metadata assigns to this broker and that is on disk. A standalone broker also
-    /// creates missing replicas. All replicas stay idle until the broker is activated.
+    /// Opens every replica that the metadata assigns to this broker and that has files on disk. A standalone broker
+    /// also creates replicas without files. All replicas stay idle until the broker is activated.
     pub async fn open(ctx: NodeContext, connect: Arc<dyn Connector>) -> Self {
         let (partitions, failures): (Arc<PartitionTable>, Arc<MaintenanceFailures>) = Default::default();
         let health = Arc::new(Health::new(ctx.clone(), Arc::clone(&partitions), Arc::clone(&failures)));
@@ -209,7 +210,7 @@ impl OpenedBroker {
     }
 }
 
-/// Stops the tasks, the partitions and the links, in this order.
+/// Stops the tasks of the broker, then the partitions, then the links.
 async fn stop(ctx: &NodeContext, partitions: &PartitionTable, replication: Option<&ReplicationManager>) {
     // A partition stops only after the journal has completed the partition's entries. This call bounds the time that
     // the journal waits for a free file, so the stop cannot hang on a full journal.
@@ -252,12 +253,12 @@ impl Broker {
         self.api.budgets()
     }
 
-    /// Returns the reason why this process should be restarted, if there is one.
+    /// Returns an error if this process should be restarted, because its data directory accepts no writes.
     pub fn health(&self) -> Result<(), String> {
         self.health.health()
     }
 
-    /// Returns the readiness of the broker and its impairments.
+    /// Returns the readiness of the broker, with its impairments if it is ready.
     pub fn readiness(&self) -> Readiness {
         self.health.readiness()
     }
@@ -279,7 +280,7 @@ impl Broker {
         self.ctx.metadata.wait_until(|state| state.brokers().len() >= brokers).await;
     }
 
-    /// Returns the number of open partitions.
+    /// Returns the number of partitions with an open local replica.
     pub fn partitions(&self) -> usize {
         self.partitions.open().len()
     }

@@ -1,6 +1,6 @@
 //! The context of one node: its configuration, its stores, and what all parts of a broker share. Cheap to clone.
 //!
-//! A part that needs only one or two of these values takes them instead of the context.
+//! A part of the broker that needs only one or two of these values gets the values instead of the context.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::{
     tier::{ChunkCache, TierStore},
 };
 
-/// The object store and the chunk cache in front of it.
+/// The object store, and the chunk cache for reads from it.
 #[derive(Clone)]
 pub struct TierHandle {
     pub store: TierStore,
@@ -27,15 +27,12 @@ pub struct TierHandle {
 #[derive(Clone)]
 pub struct NodeContext {
     pub config: Arc<Config>,
-    /// Broker id of the configuration.
+    /// Id of this broker, from its configuration.
     pub id: BrokerId,
-    /// Data directory.
     pub log: DataDir,
-    /// Metadata store.
     pub store: Arc<dyn MetaStore>,
     /// Keys of the cluster in the metadata store.
     pub keys: Keys,
-    /// Metadata cache.
     pub metadata: MetadataCache,
     /// Object store; `None` for a broker without one.
     pub tier: Option<TierHandle>,
@@ -54,7 +51,8 @@ impl NodeContext {
         self.standalone || self.metadata.state().controller() == Some(self.id)
     }
 
-    /// Returns the number of records of a partition that are not in the object store yet; 0 without tiering.
+    /// Returns the number of records of a partition that are not in the object store yet; 0 if the topic or the broker
+    /// uses no object store.
     pub(super) fn tier_lag(&self, partition: &Partition) -> u64 {
         if !partition.config().tiered || self.tier.is_none() {
             return 0;

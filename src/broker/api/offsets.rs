@@ -139,7 +139,7 @@ impl OffsetFinder {
             let charge: Charge = Arc::new(grant);
             let decompressor = decompressor.charged(Arc::clone(&charge));
             match partition.reader().charged(charge).offset_for_time(time, batch_bytes, &decompressor).await {
-                // Rounded up: batches that grow byte by byte would restart the search each time.
+                // The size is rounded up. Otherwise, batches that grow byte by byte would each restart the search.
                 Err(ReadError::BatchTooLarge { bytes }) => batch_bytes = bytes.next_power_of_two(),
                 found => return Ok(found?),
             }

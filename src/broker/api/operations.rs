@@ -143,8 +143,8 @@ impl Operations {
         Ok(v1::ListReassignmentsResponse { partitions: self.reassignments(&results).await })
     }
 
-    /// Cancels reassignments in progress and queued ones. The response describes the partitions whose reassignments
-    /// were cancelled.
+    /// Cancels the reassignments, in progress or queued, of all topics, one topic or one partition. The response
+    /// describes the affected partitions.
     pub(super) async fn cancel_reassignment(
         &self,
         request: &v1::CancelReassignmentRequest,
@@ -381,7 +381,7 @@ fn committed_tiered_end(entry: &PartitionEntry) -> Offset {
     entry.tier.as_ref().map_or(Offset::ZERO, |tier| tier.value.tiered_end())
 }
 
-/// Reports of a partition's replicas.
+/// Reports of the replicas of one partition, and what they show together.
 #[derive(Default)]
 struct ReplicaReports {
     /// Entries for the response, in the order of the replicas.

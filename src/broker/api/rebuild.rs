@@ -152,7 +152,7 @@ fn upload_error(error: &UploadError) -> ApiError {
         UploadError::Store(TierStoreError::Denied { .. }) | UploadError::Binding(BindingError::Foreign { .. }) => {
             ErrorCode::FailedPrecondition
         }
-        // A rebuild reads no segment file, so it never returns `Source`.
+        // `Source` is the error of a local segment file, which a rebuild does not read.
         UploadError::Source(_)
         | UploadError::Binding(_)
         | UploadError::Store(_)

@@ -94,7 +94,7 @@ impl GarbageRun {
 
     /// Aborts multipart uploads older than [`ABANDONED_UPLOAD_AGE`], which a killed broker did not complete.
     async fn abort_uploads(&mut self, tier: &TierHandle, now_ms: i64) {
-        // Boxed, because the futures of the SDK are large.
+        // The future is boxed, because the futures of the S3 library are large.
         let aborted = Box::pin(abort_abandoned_uploads(&tier.store, ABANDONED_UPLOAD_AGE, now_ms)).await;
         match aborted {
             Ok(report) => {

@@ -133,7 +133,7 @@ impl Maintenance {
         has_store_outage || !self.lease.metadata_staleness().is_zero()
     }
 
-    /// Retries failed steps as soon as an outage of the object store is over.
+    /// Retries failed steps as soon as an outage of the object store is over. Never returns.
     async fn resume_after_outages(&self, store: &TierStore) {
         loop {
             store.wait_until_unavailable().await;

@@ -1,4 +1,5 @@
-//! Metrics: counters are updated where the events happen, and gauges are read for each scrape.
+//! Gauges of a broker, which are computed for each scrape of `/metrics`. Counters are updated where their events
+//! happen.
 //!
 //! A scrape costs one pass over the partitions of the metadata cache, and one over the partitions that are open here.
 //! Without scrapes there is no cost.

@@ -87,7 +87,7 @@ pub(in crate::broker) struct ProducerIds {
     topics: Topics,
     log: DataDir,
     metadata: MetadataCache,
-    /// Maximum number of new producers per connection and minute.
+    /// Quota of each connection, in new producers per minute.
     per_minute: u32,
     /// The cluster's key, from which the check values of all its ids are computed; empty until it was read. The key
     /// never changes.

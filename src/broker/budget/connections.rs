@@ -18,8 +18,8 @@ use tokio::{sync::Semaphore, time::Instant};
 use super::{METADATA_CALLS, Pools};
 use crate::{limits, partition::MemoryBudget, task::clock};
 
-/// Maximum time that a client may take nothing of its responses while other calls wait for memory. A consumer that
-/// pauses for longer connects again.
+/// Maximum time that a client may take nothing of its responses while other calls wait for memory. The connection is
+/// then closed, and a consumer that paused must connect again.
 pub(super) const UNREAD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Minimum rate at which a client must take its responses while other calls wait for memory, in bytes per second.

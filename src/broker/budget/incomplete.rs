@@ -87,7 +87,7 @@ impl IncompleteRequests {
         let min_age = if bytes <= SMALL_BYTES { SMALL_GRACE } else { LARGE_GRACE };
         for request in self.0.lock().of(bytes).values() {
             let age = now.saturating_duration_since(request.since);
-            // All further requests are younger.
+            // The requests are sorted by age, so all further ones are younger.
             if age < min_age || freed_bytes >= wanted_bytes {
                 return;
             }
@@ -97,7 +97,7 @@ impl IncompleteRequests {
             if !request.ended.swap(true, Ordering::AcqRel) {
                 request.waker.wake();
             } else if request.account.is_stalled(now) {
-                // The call does not run and cannot free its memory.
+                // HTTP/2 does not poll the call, so the call cannot free its memory.
                 request.account.close();
             }
             freed_bytes += request.bytes;

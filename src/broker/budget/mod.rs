@@ -7,9 +7,9 @@
 //! Small requests that have arrived completely use a third pool, which no client can occupy by sending nothing. If that
 //! pool is used up, they use the pool for small messages.
 //!
-//! A connection takes memory from its own share of a pool first, then from the pool. Requests of one connection can
-//! therefore queue at a pool for at most the share of that connection. Memory for all announced bytes is taken at once:
-//! no request holds a part of its memory while it waits for the rest.
+//! A connection takes memory from its own share of a pool first, then from the pool. So the requests of one connection
+//! that wait at a pool never want more than the share of that connection. Memory for all announced bytes is taken at
+//! once: no request holds a part of its memory while it waits for the rest.
 //!
 //! The parts of a request (its repeated elements) have pools of their own. Their memory is also taken at once, when the
 //! request has arrived completely. Every request takes the memory for its bytes before the memory for its parts, so no
@@ -74,7 +74,7 @@ const UNCHARGED_BYTES: usize = 4 << 10;
 /// Share of response memory for the state of the partitions that fetches and reads name, as a divisor.
 const SESSION_SHARE: u64 = 8;
 
-/// Maximum time that a request waits for memory.
+/// Maximum time that a request waits for memory: once for its bytes, and once for its parts.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Maximum time that a small request may be incomplete while other requests wait for memory.
@@ -123,7 +123,7 @@ struct Inner {
     /// Requests that wait for the small pool and for the large pool of `requests`.
     queues: [RequestQueue; 2],
     responses: Pools,
-    /// Memory for the partitions named in fetches and reads.
+    /// Memory for the state of the partitions that fetches and reads name.
     sessions: MemoryBudget,
     request_bytes: u64,
     response_bytes: u64,
@@ -149,7 +149,7 @@ impl Pools {
         Self { small: MemoryBudget::new(bytes / 2), large: MemoryBudget::new(bytes - bytes / 2) }
     }
 
-    /// Returns the pool for a message of `bytes`.
+    /// Returns the pool, small or large, for a message of `bytes`.
     pub(super) const fn of(&self, bytes: usize) -> &MemoryBudget {
         if bytes <= SMALL_BYTES { &self.small } else { &self.large }
     }
@@ -240,7 +240,7 @@ pub struct CallMemory {
 /// Size and memory of a request that was read. Dropping this value frees the memory.
 #[derive(Debug, Default)]
 pub struct ReceivedRequest {
-    /// Size of the message in bytes; 0 for a request that arrived on no connection.
+    /// Size of the message in bytes; 0 for a request that did not arrive over the listener.
     pub(super) bytes: usize,
     grants: Grants,
 }
@@ -346,14 +346,15 @@ impl CallMemory {
         granted.map_err(|_| self.budgets.no_request_memory(bytes, reason))
     }
 
-    /// Stores the memory of a completely read request of `bytes` until its handler takes that memory.
+    /// Stores size and memory of a completely read request until its handler calls [`Self::take_request`].
     pub fn deliver(&self, bytes: usize, grants: impl IntoIterator<Item = Grant>) {
         let mut call = self.call.lock();
         call.request.bytes = bytes;
         call.request.grants.extend(grants);
     }
 
-    /// Takes over the memory of the request that was read last. Dropping the value frees the memory.
+    /// Returns size and memory of the request that was read last, and removes them from the call. Dropping the value
+    /// frees the memory.
     pub fn take_request(&self) -> ReceivedRequest {
         std::mem::take(&mut self.call.lock().request)
     }
@@ -552,7 +553,7 @@ impl Drop for SendingResponse {
     }
 }
 
-/// Memory for one response.
+/// Memory of one response, before the response is complete.
 #[derive(Debug)]
 pub(super) struct ResponseGrant {
     grant: Grant,

@@ -1,4 +1,5 @@
-//! Request and response memory is shared, freed, and reclaimed from clients that do not send or read.
+//! Tests of request and response memory: the shares of connections, and the ends of requests and connections whose
+//! clients do not send or read.
 
 use super::{connections::UNREAD_TIMEOUT, queue::MAX_ENDED_BYTES, *};
 use crate::limits;

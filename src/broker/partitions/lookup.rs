@@ -1,4 +1,4 @@
-//! Finds the broker that serves a partition: this broker, or the leader in the metadata.
+//! Finds the local replica that serves a request, or the leader in the metadata, which the error then names.
 
 use std::{sync::Arc, time::Duration};
 
@@ -61,7 +61,7 @@ pub(in crate::broker) enum LookupError {
     Replaced {
         topic: String,
         id: TopicId,
-        /// Requested id.
+        /// Id that the request contains.
         requested: TopicId,
     },
     /// The topic has no partition with this number.
@@ -260,7 +260,8 @@ impl ReplicaLookup {
         }
     }
 
-    /// Returns the error for a read of a partition that this broker no longer leads.
+    /// Returns the `NOT_LEADER` error for a read of a partition that this broker no longer serves, with the leader in
+    /// the metadata.
     pub(in crate::broker) fn not_leader(&self, topic: &str, partition: i32, id: PartitionId) -> ApiError {
         LookupError::NotLeader { topic: topic.to_owned(), partition, leader: self.leader(id) }.into()
     }

@@ -49,7 +49,6 @@ struct FailingPartition {
     log: LogThrottle,
     /// Time of the first of the consecutive failed steps.
     since: Instant,
-    /// Topic of the partition.
     topic: TopicName,
     /// Error of the last step; `None` after a success, or for a failure that is reported elsewhere, such as an outage
     /// of a store.
@@ -216,7 +215,8 @@ const fn is_of_another_leader(error: &MaintenanceError) -> bool {
     matches!(error, MaintenanceError::Commit(TierCommitError::Deposed { .. }))
 }
 
-/// Returns true if the metadata store responds but rejects the commits of all partitions.
+/// Returns true if the metadata store responds and rejects tier commits of every partition: it has no space, or has
+/// returned to an older state.
 const fn refuses_commits(error: &MaintenanceError) -> bool {
     let MaintenanceError::Commit(TierCommitError::Store(error)) = error else { return false };
     matches!(error, MetaStoreError::NoSpace { .. } | MetaStoreError::Regressed(_))

@@ -22,7 +22,7 @@ const MAX_OPENED_PER_BATCH: usize = 64;
 /// Maximum number of such blocking tasks at a time. Opening a partition may recover the tail of its log.
 const MAX_CONCURRENT_OPENS: usize = 4;
 
-/// Opens replicas with the context of this broker.
+/// Opens replicas, and sets their entries in the partition table.
 pub(super) struct PartitionOpener {
     pub(super) ctx: NodeContext,
     pub(super) partitions: Arc<PartitionTable>,
@@ -66,7 +66,7 @@ impl PartitionOpener {
                     value.isr == [me] && value.discard_local && value.unclean_epoch.is_some_and(|epoch| epoch > since)
                 }
                 Some(_) => !is_member,
-                // There is no leader to copy from, so the files stay even if the replica cannot be opened.
+                // There is no leader to copy from, so the files of the failed replica stay.
                 None => false,
             });
         let discard_local = discard_local && !standalone;

@@ -135,7 +135,7 @@ impl Reconciler {
                     () = self.strays.due() => Some(ReconcilerEvent::StraysDue),
                 }
             };
-            // The broker stops, or the metadata cache was stopped.
+            // `None` means that the broker stops, or that the metadata cache was stopped.
             let Some(event) = tasks.run_until_cancelled(next).await.flatten() else { return };
             match event {
                 ReconcilerEvent::StraysDue => self.strays.process().await,
@@ -177,7 +177,8 @@ impl Reconciler {
                 }
                 Key::Tier(id) => self.pass_tier_state(*id, state).await,
                 Key::Broker(id) => brokers.push(*id),
-                // A topic that was never hosted, because its configuration was unreadable, is deleted too.
+                // This also deletes the files of a topic that was not hosted, because its value or configuration was
+                // invalid.
                 Key::Tombstone(id) if state.name(*id).is_none() => deleted_topics.push(*id),
                 // Topic keys were applied above. Other keys do not concern the partitions of this broker.
                 _ => {}
@@ -416,7 +417,8 @@ impl Reconciler {
         }
     }
 
-    /// Sends the status of these brokers to the partitions that this broker leads according to the metadata.
+    /// Sends the status of each of these brokers to the partitions that this broker leads and in which that broker has
+    /// a replica.
     async fn notify_leaders(&self, brokers: &[BrokerId], state: &MetadataSnapshot) {
         let me = self.ctx.id;
         let led = self.partitions.open().into_iter().filter_map(|partition| {

@@ -228,7 +228,8 @@ impl IsrUpdateManager {
         let leads = value.leader == Some(self.me) && value.leader_epoch == epoch;
         let has_successor = value.isr.iter().any(|member| *member != self.me);
         if !leads || !has_successor {
-            // The only in-sync replica would be elected again. As the leader, it still serves its records.
+            // If this is the only in-sync replica, it would be elected again at once. As the leader, it can still serve
+            // its records.
             return true;
         }
         // The topic is not hosted, so its configuration is unavailable.

@@ -225,7 +225,7 @@ impl OutboundLink {
                 tracing::debug!(%leader, address, reason = %failure, "the link to the leader's broker ended again");
             }
             LinkFailure::Stopped => tracing::debug!(%leader, "reopening the link to the leader's broker"),
-            // One of the two brokers may not have received the registration of the other yet.
+            // The metadata cache may not contain the peer's registration yet, and the metadata store could not be read.
             LinkFailure::Unconfirmed(Unconfirmed::Unsure { .. }) => {
                 tracing::info!(
                     %leader, address, links, reason = %failure,
@@ -244,7 +244,7 @@ impl OutboundLink {
                     "lost the link to the leader's broker: reopening it"
                 )
             }
-            // The failure repeats until one of the two brokers is repaired.
+            // The failure will repeat until the configuration or version of one of the two brokers is corrected.
             _ => tracing::warn!(
                 %leader, address, links, reason = %failure,
                 "could not open the link to the leader's broker: retrying"

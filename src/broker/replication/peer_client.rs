@@ -29,7 +29,7 @@ pub(super) enum DisconnectReason {
     /// The host refused the connection: no process listens at the address. Also used for a call that was never sent on
     /// a connection.
     Refused,
-    /// The connection broke.
+    /// The connection was reset, or broke for a reason other than a timeout.
     Reset,
     /// The peer ended the stream normally.
     Closed,
@@ -44,7 +44,7 @@ pub(super) enum PeerError {
     /// The address in the metadata is invalid.
     #[error(transparent)]
     Address(ConnectError),
-    /// The connection could not be made, broke, or timed out.
+    /// The connection could not be made or broke, or no response arrived in time.
     #[error("{address}: {problem}")]
     Lost {
         /// Address of the broker.

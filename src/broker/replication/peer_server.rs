@@ -63,11 +63,11 @@ type ReplicateStream = Pin<Box<dyn Stream<Item = Result<v1::ReplicateResponse, S
 struct InboundLink {
     /// Broker epoch of the follower's broker.
     epoch: Revision,
-    /// Sends pings on the link.
+    /// Sends pings on the link, to test whether the follower's broker responds.
     probe: Arc<LinkProbe>,
     /// Cancels the link.
     link: Tasks,
-    /// Closed when the link has ended and every partition has processed that.
+    /// Closed when the link has ended and every partition has processed its end.
     ended: watch::Receiver<()>,
 }
 
@@ -237,7 +237,7 @@ impl PeerServer {
         Ok((PeerId { broker, epoch }, own_epoch))
     }
 
-    /// Fails unless this is the name of this broker's cluster.
+    /// Fails unless `cluster` is the name of this broker's cluster.
     fn check_cluster(&self, cluster: &str) -> Result<(), ApiError> {
         let ours = self.peers.cluster();
         if cluster == ours {
@@ -274,7 +274,7 @@ impl PeerServer {
             };
             tokio::select! {
                 biased;
-                // The value never changes: this resolves when the channel is closed.
+                // The value in the channel never changes, so this branch runs when the channel is closed.
                 _closed = ended.changed() => {}
                 () = probe.ping_and_wait() => {
                     let broker = peer.broker;

@@ -182,8 +182,8 @@ async fn acked(response: tokio::sync::oneshot::Receiver<AppendResult>) {
     tokio::time::timeout(WAIT, response).await.expect("in time").expect("a response").expect("an acknowledgement");
 }
 
-/// Starts two brokers that are registered with each other and hold this number of partitions, led by the first broker
-/// in epoch 1.
+/// Starts two brokers, each with the other in its peer table and with replicas of this number of partitions. The first
+/// broker leads them in epoch 1.
 async fn pair(partitions: u32) -> (Node, Node) {
     let (one, two) = (Node::start(1).await, Node::start(2).await);
     one.update_peers(&[&one, &two]);
@@ -335,7 +335,7 @@ async fn broken_link_is_reported_and_reopened() {
     acked(append(&one.partition(0), b"third").await).await;
     let identity = one.peers.get_identity(&two.address, WAIT).await.unwrap();
     assert_eq!(identity.broker_epoch, None);
-    // The process exits, which closes the connection at once.
+    // The stop of broker 2 closes its connections, as an exit of its process does.
     two.stop().await;
     drop(two);
     let lost = tokio::time::timeout(WAIT, async {

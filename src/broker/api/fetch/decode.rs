@@ -168,7 +168,7 @@ impl Decoder<'_> {
         Ok(())
     }
 
-    /// Returns the error for a partition whose records do not fit into the response.
+    /// Returns the error for a partition of which no record fits into the response.
     fn response_full(&self, fetched: &v1::FetchedPartition) -> Undecoded {
         response_full(fetched, self.max_bytes < DECODED_BYTES).into()
     }
@@ -206,7 +206,7 @@ struct DecodedRecords {
     records: Vec<v1::Record>,
     /// Bytes of the records.
     bytes: usize,
-    /// Offset and size of the first record that does not fit; `None` if all records fit.
+    /// Offset and size of the first record that was left out because it does not fit; `None` if all records fit.
     omitted: Option<(Offset, usize)>,
 }
 

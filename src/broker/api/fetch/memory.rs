@@ -16,8 +16,8 @@ pub(super) const MIN_READ_BYTES: usize = 1 << 20;
 /// Maximum bytes of batches in a small response. A response is small if there is not enough memory for a full one.
 pub(super) const SMALL_RESPONSE_BYTES: usize = 64 << 10;
 
-/// Bytes of records after which a decoded response takes no more. Compressed records can grow a thousandfold, but a
-/// response must fit into one message, and into memory until it is sent.
+/// Bytes of records after which a decoded response takes no more records. Compressed records can grow a thousandfold,
+/// but a response must fit into one message, and into memory until it is sent.
 pub(super) const DECODED_BYTES: usize = limits::MAX_FETCH_BYTES;
 
 /// Bytes of records after which a small decoded response takes no more.

@@ -143,9 +143,9 @@ struct FetchResponseBuilder {
     partitions: Vec<v1::FetchedPartition>,
     /// Index in the session of each of `partitions`; `None` for rejected partitions.
     session_indexes: Vec<Option<usize>>,
-    /// Index in `partitions`, by index in the session.
+    /// Index in `partitions` of each entry that belongs to the session, by index in the session.
     entries: BTreeMap<usize, usize>,
-    /// Bytes of the batches.
+    /// Bytes of the batches in `partitions`.
     bytes: usize,
     /// True if an entry contains an error.
     failed: bool,

@@ -55,7 +55,7 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 /// A write that was queued at its partition, and whose outcome is pending.
 struct QueuedAppend {
     partition: PartitionId,
-    /// `None` with `acks=none`.
+    /// Acknowledgement to wait for; `None` with `acks=none`.
     ack: Option<PendingAck>,
     /// Maximum time from `began` to the acknowledgement.
     timeout: Duration,
@@ -78,7 +78,7 @@ struct TieredAck {
 /// Pending acknowledgement of a write. If this value is dropped before the result, because of a timeout or because the
 /// client is gone, the partition is notified, so that it can free the memory of the write.
 struct PendingAck {
-    /// `None` once the result was received.
+    /// Channel for the result; `None` once the result was received.
     result: Option<oneshot::Receiver<AppendResult>>,
     partition: Arc<Partition>,
 }
@@ -105,7 +105,7 @@ impl Drop for PendingAck {
 pub(in crate::broker) struct Produce {
     pub(super) ctx: NodeContext,
     pub(super) lookup: ReplicaLookup,
-    /// Memory of unacknowledged writes.
+    /// Memory of batches that are not acknowledged yet.
     pub(super) memory: Pools,
     /// Permits of the broker for appends with `acks=tiered`.
     pub(super) tiered_appends: Arc<Semaphore>,

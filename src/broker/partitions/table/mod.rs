@@ -115,7 +115,7 @@ impl HostedTopic {
 /// state of each partition.
 pub(in crate::broker) struct PartitionTable {
     topics: ShardedMap<TopicName, HostedTopic>,
-    /// Name of the topic with each id.
+    /// Topic names by topic id.
     ids: ShardedMap<TopicId, TopicName>,
     /// Wakes the callers of [`PartitionTable::until`] after changes.
     changed: watch::Sender<()>,
@@ -167,7 +167,7 @@ impl PartitionTable {
         self.topics.all().flat_map(|part| part.keys().cloned().collect::<Vec<_>>()).collect()
     }
 
-    /// Returns the open replica of a partition, in any role.
+    /// Returns the open local replica of a partition, in any role.
     pub(in crate::broker) fn by_id(&self, id: PartitionId) -> Option<Arc<Partition>> {
         match &*self.get(id)? {
             HostedPartition::Online(partition) => Some(Arc::clone(partition)),
@@ -175,7 +175,7 @@ impl PartitionTable {
         }
     }
 
-    /// Returns the state of a partition.
+    /// Returns the state of a partition on this broker; `None` if its topic is not hosted.
     pub(in crate::broker) fn get(&self, id: PartitionId) -> Option<Arc<HostedPartition>> {
         let ids = self.ids.of(&id.topic);
         let name = ids.get(&id.topic)?;
@@ -208,7 +208,7 @@ impl PartitionTable {
         }
     }
 
-    /// Returns all open replicas.
+    /// Returns all open local replicas.
     pub(in crate::broker) fn open(&self) -> Vec<Arc<Partition>> {
         let mut open = Vec::new();
         for part in self.topics.all() {

@@ -455,7 +455,7 @@ mod tests {
         let bench = TestBroker::start(dir.path(), false).await;
         bench.broker.ctx.metadata.wait_until(|state| state.controller() == Some(BrokerId(1))).await;
         let key = bench.keys.broker(BrokerId(2));
-        // No process listens at that port.
+        // No process listens at port 1.
         let gone = BrokerValue::running_at("127.0.0.1:1".to_owned());
         bench.store.transact(Transaction::new().put(key.clone(), gone.encode())).await.unwrap();
         let epoch = bench.store.get(&key).await.unwrap().entry.unwrap().create_revision;
