@@ -582,7 +582,7 @@ pub(crate) fn free_address() -> SocketAddr {
 pub(crate) fn http_get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    // One write: a server may respond and close the connection before a second write arrives.
+    // The request is sent in one write, because the server may respond and close the connection before a second write.
     let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes())?;
     let mut bytes = Vec::new();

@@ -48,7 +48,7 @@ const REQUESTS_PER_KILL: u64 = 1000;
 
 /// Number of records before the last observed end offset from which a reader starts after each kill.
 const OVERLAP_RECORDS: i64 = 200;
-/// Maximum number of old records that are read after each kill.
+/// Maximum number of old records that are read again after each kill.
 const MAX_OLD_RECORDS: i64 = 1000;
 
 /// Maximum number of records that are read from one log before its leader is looked up again.

@@ -155,7 +155,8 @@ fn topic_with_unopenable_partitions_is_deleted() {
     assert!(broker.terminate().success(), "{}", instance.log());
 }
 
-/// Regression: files of a topic that the broker does not serve stayed on its disk until the next start.
+/// The files of a topic are deleted also if the broker does not serve the topic, because its configuration is invalid.
+/// Regression: such files stayed on the disk until the next start.
 #[test]
 fn topic_with_invalid_configuration_is_deleted_with_files() {
     let mut instance = BrokerInstance::new();

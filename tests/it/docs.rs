@@ -131,7 +131,7 @@ fn architecture_page_names_existing_functions() {
         let there = text.split(&begins).skip(1).any(|rest| rest.starts_with(['(', '<']));
         assert!(there, "docs/architecture.md names `{file}::{function}`, which {file} does not have");
     }
-    assert_eq!(self::named_functions("`a/b::c` and `D::E` and ``x`` and `a`"), [("a/b", "c")]);
+    assert_eq!(named_functions("`a/b::c` and `D::E` and ``x`` and `a`"), [("a/b", "c")]);
 }
 
 /// Each indented line `make TARGET` of a page must name a target of the Makefile.

@@ -268,7 +268,7 @@ async fn undecodable_batch_fails_only_its_partition() {
     assert!(error.message.contains("edge") && error.message.contains("offset 1"), "{error}");
     assert!(parts[0].records.is_empty());
     assert_eq!((parts[1].error.clone(), parts[1].records.len()), (None, 1), "{parts:?}");
-    // Reads continue after the corrupt batch.
+    // A read that starts after the corrupt batch succeeds.
     let parts = read(vec![fetch_partition(0, 4)]).await;
     assert_eq!((parts[0].records.len(), parts[0].next_offset), (1, 5), "{parts:?}");
 }

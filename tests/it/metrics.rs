@@ -27,7 +27,7 @@ fn every_metric_changes_with_its_events() {
         (state["tiered_end"] == 20_000 && state["local_start"] == 20_000).then_some(())
     });
     eventually("the lag is 0", || (instance.metric("strandline_tier_lag_records") == 0.0).then_some(()));
-    // The journal is idle by now.
+    // The journal is idle now, so both counters are final.
     let [rounds, syncs] =
         instance.metrics(["strandline_journal_writes_total", "strandline_journal_sync_seconds_count"]);
     assert_eq!(syncs, rounds, "each frame is one sync");

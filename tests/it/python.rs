@@ -1,4 +1,4 @@
-//! A client in another language, generated from the .proto files alone.
+//! A Python client whose code is generated from the .proto files alone creates a topic, appends and reads.
 //!
 //! The first run installs the gRPC tools of Python in a folder of the build. If Python or these tools are not
 //! available, the test prints a message and passes, except on CI (`CI=true`), where it fails.

@@ -64,7 +64,7 @@ impl NamedPath {
 
 /// A parsed file.
 pub(crate) struct SourceFile {
-    /// Path below the root of the sources, with `/`.
+    /// Path of the file below the root of the sources, with `/` between its parts.
     pub(crate) name: String,
     pub(crate) text: String,
     pub(crate) is_test: bool,
@@ -72,7 +72,7 @@ pub(crate) struct SourceFile {
     pub(crate) paths: Vec<NamedPath>,
 }
 
-/// Names that a module has in scope.
+/// Names in the scope of one module: its items, its imports, and its glob imports.
 #[derive(Default)]
 struct Module {
     file: usize,
@@ -88,7 +88,8 @@ enum Resolved {
     Item(usize),
 }
 
-/// The files of a tree of modules. The packages that the root package re-exports are modules of the tree.
+/// All source files, and the modules that they define. The packages that the root package re-exports count as its
+/// modules.
 pub(crate) struct Sources {
     pub(crate) files: Vec<SourceFile>,
     modules: BTreeMap<String, Module>,
@@ -134,7 +135,8 @@ impl Sources {
         sources
     }
 
-    /// Returns the index of the file that defines the item that `path` names. A module is not an item.
+    /// Returns the index of the file that defines the item of `path`. Returns `None` for a module, and for a path
+    /// outside of these sources.
     pub(crate) fn defining_file(&self, path: &NamedPath) -> Option<usize> {
         match self.resolve(&path.module, &path.segments, 0)? {
             Resolved::Item(file) => Some(file),
@@ -168,7 +170,8 @@ impl Sources {
         Some(target)
     }
 
-    /// Looks a name up in a module. `is_last` prefers items to modules of the same name.
+    /// Looks a name up in a module: its items and child modules, then its imports, then its glob imports. If the name
+    /// `is_last` in its path, an item is preferred to a child module of the same name, else the child module.
     fn find(&self, module: &str, name: &str, is_last: bool, depth: usize) -> Option<Resolved> {
         let child = join(module, name);
         let child = self.modules.contains_key(&child).then_some(Resolved::Module(child));
@@ -194,7 +197,7 @@ fn module_of(name: &str) -> String {
     path.trim_end_matches("/mod").replace('/', "::")
 }
 
-/// Returns the module that `crate` names in `module`: the modules `client` and `proto` are packages of their own.
+/// Returns the module to which `crate` refers inside `module`: `client` or `proto` in these packages, else the root.
 fn crate_root(module: &str) -> &str {
     ["client", "proto"].into_iter().find(|package| is_within(module, package)).unwrap_or_default()
 }
@@ -223,7 +226,7 @@ fn is_test(attributes: &[Attribute]) -> bool {
     })
 }
 
-/// Collects what one file defines and names.
+/// Visitor that collects the definitions, imports and paths of one file.
 struct FileReader {
     file: usize,
     module: String,
@@ -335,7 +338,8 @@ impl FileReader {
         }
     }
 
-    /// Runs `read` on an item with these attributes.
+    /// Runs `read` for an item with these attributes. Everything that `read` adds counts as test code if the attributes
+    /// limit the item to tests.
     fn within(&mut self, attributes: &[Attribute], read: impl FnOnce(&mut Self)) {
         let outer = self.in_test;
         self.in_test |= is_test(attributes);
@@ -448,6 +452,6 @@ impl<'ast> Visit<'ast> for FileReader {
         visit::visit_macro(self, call);
     }
 
-    // The paths of attributes are not code of this crate.
+    // Paths in attributes are not visited, because they are not code.
     fn visit_attribute(&mut self, _: &'ast Attribute) {}
 }
