@@ -116,6 +116,7 @@ impl TestBroker {
         self.create_with(name, partitions, ConfigMap::new()).await
     }
 
+    /// Creates a topic with this configuration, and waits until this broker hosts it.
     pub(super) async fn create_with(&self, name: &TopicName, partitions: u32, config: ConfigMap) -> TopicId {
         let replication_factor = 1;
         let spec = TopicSpec { name: name.clone(), partitions, replication_factor, config, validate_only: false };

@@ -60,6 +60,8 @@ impl TopicAdmin {
         v1::ListTopicsResponse { topics }
     }
 
+    /// Changes the configuration or the replication factor of a topic, and waits until this broker has applied the
+    /// change.
     pub(super) async fn alter_topic(&self, request: v1::AlterTopicRequest) -> Result<v1::AlterTopicResponse, ApiError> {
         let topic = parse_topic_name(&request.name)?;
         // In the request, 0 means that the replication factor does not change.
@@ -69,6 +71,7 @@ impl TopicAdmin {
         Ok(v1::AlterTopicResponse { topic: Some(topic_summary(&info.name, &info.value)) })
     }
 
+    /// Increases the number of partitions of a topic, and waits until this broker has applied the change.
     pub(super) async fn add_partitions(
         &self,
         request: v1::AddPartitionsRequest,

@@ -107,6 +107,7 @@ impl ProducerIds {
         Self::with_quota(topics, ctx.log.clone(), ctx.metadata.clone(), per_minute)
     }
 
+    /// Creates the ids of a broker without any reserved block. `per_minute` is the quota of each connection.
     fn with_quota(topics: Topics, log: DataDir, metadata: MetadataCache, per_minute: u32) -> Self {
         Self {
             topics,

@@ -39,7 +39,8 @@ pub(in crate::broker) struct ReplicaReport {
 }
 
 /// Response of one broker: for each requested replica its report, or the reason why the replica is offline. Replicas
-/// that are neither open nor offline are left out. The outer error means that the broker did not respond.
+/// that are neither open nor offline are left out. The outer error means that the broker is not registered, has no peer
+/// address or did not respond.
 pub(in crate::broker) type ReportResult = Result<BTreeMap<PartitionId, Result<ReplicaReport, String>>, ApiError>;
 
 /// Source of this broker's own stats.

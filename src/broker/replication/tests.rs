@@ -74,6 +74,8 @@ fn epoch_of(id: BrokerId) -> Revision {
 }
 
 impl Node {
+    /// Starts a broker that accepts links, with an empty peer table and topic `events`, whose four partitions are not
+    /// open.
     async fn start(id: u32) -> Self {
         let (id, tasks) = (BrokerId(id), Tasks::new());
         let identity = DataDirIdentity { cluster: "test".to_owned(), broker: id };
@@ -126,6 +128,7 @@ impl Node {
         self.partitions.by_id(id_of(number)).unwrap()
     }
 
+    /// Opens the local replica of a partition, without a role.
     fn open(&self, number: u32) {
         let spec = ReplicaSpec {
             id: id_of(number),

@@ -104,7 +104,7 @@ struct Decoder<'a> {
 
 impl Decoder<'_> {
     /// Replaces the batches of a partition by their records from the offset `from` on, while there is space in the
-    /// response. Sets `next_offset` to the first record that is left out. Adds the bytes of the records to
+    /// response. If records are left out, sets `next_offset` to the first of them. Adds the bytes of the records to
     /// `used_bytes`, the total of all partitions.
     ///
     /// An error means that the partition has no records in the response. If records of the partition precede an

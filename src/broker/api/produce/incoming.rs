@@ -170,12 +170,14 @@ fn too_large(partition: &Partition, config: &TopicConfig, bytes: usize) -> Admit
     AdmitError::TooLarge { topic: partition.topic().clone(), bytes, max_bytes: config.max_message_bytes }
 }
 
+/// Returns the error for a batch that was not queued before the timeout of its request. The batch was not written.
 fn deadline_passed() -> ApiError {
     let message =
         "the timeout of the request passed before its batch could be appended: the batch was not written; retry";
     ApiError::new(ErrorCode::Overloaded, message)
 }
 
+/// Returns the error for a batch of up to `bytes` for which `memory` had not enough within the timeout.
 fn no_produce_memory(bytes: usize, memory: &MemoryBudget) -> ApiError {
     let max = memory.bytes();
     let message = format!(
