@@ -1,8 +1,8 @@
 //! Starts real broker processes, and runs the command line as a user does.
 //!
-//! A [`BrokerInstance`] holds the folder and the ports of one broker. [`BrokerInstance::start`] returns a [`Broker`]
-//! that is ready. Dropping the [`Broker`] kills its process. The output of the process goes to `broker.log` in the
-//! folder. A failed test prints its last lines.
+//! A [`BrokerInstance`] contains the folder, the ports and the configuration of one broker. [`BrokerInstance::start`]
+//! returns a [`Broker`] that is ready. Dropping the [`Broker`] kills its process. The output of the process goes to
+//! `broker.log` in the folder. A failed test prints its last lines.
 
 use std::{
     fmt::Write as _,
@@ -330,6 +330,7 @@ impl BrokerInstance {
         broker
     }
 
+    /// Starts a command as a process of this instance: with its limits, user, environment and log file.
     fn launch(&self, mut command: Command) -> Broker {
         if let Some(max) = self.open_files {
             let mut limited = Command::new("prlimit");
@@ -554,6 +555,7 @@ impl Cli {
     }
 }
 
+/// Reads a pipe to its end on a thread, so that a full pipe does not block the process. The thread returns the bytes.
 fn drain(mut from: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> {
     task::spawn_thread("drain", move || {
         let mut bytes = Vec::new();

@@ -35,6 +35,7 @@ pub(crate) fn files(folder: &Path, ending: &str) -> Vec<PathBuf> {
     found
 }
 
+/// Flips one bit of the byte at the offset `at` of a file.
 fn flip_bit(path: &Path, at: usize) {
     let mut bytes = fs::read(path).expect("a file");
     bytes[at] ^= 0x04;

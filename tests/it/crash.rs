@@ -123,14 +123,17 @@ impl Load {
             .await;
     }
 
+    /// Takes one request from the budget until the next kill. Returns false if the budget is used up.
     fn take_request(&self) -> bool {
         self.budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
     }
 
+    /// Advances the logical clock and returns its new time.
     pub(crate) fn tick(&self) -> u64 {
         self.time.fetch_add(1, Ordering::SeqCst) + 1
     }
 
+    /// Adds completed attempts to the history. `outcome` gets the index of each attempt.
     pub(crate) fn complete(&self, attempts: Vec<Attempt>, outcome: impl Fn(i64) -> Outcome) {
         let responded = self.tick();
         let now = clock::monotonic();
@@ -141,6 +144,7 @@ impl Load {
         self.attempts.lock().extend(completed);
     }
 
+    /// Returns the number of acknowledged records so far.
     pub(crate) fn acknowledged(&self) -> usize {
         let attempts = self.attempts.lock();
         attempts.iter().filter(|attempt| matches!(attempt.outcome, Outcome::Acknowledged { .. })).count()
@@ -226,6 +230,7 @@ async fn run_connection(
     }
 }
 
+/// Returns an append of one to seven new records to a random log, and one attempt for each record.
 fn next_request(load: &Load, producer: u32, rng: &mut StdRng) -> (ProduceRequest, Vec<Attempt>) {
     let log: Log = (rng.random_range(0..load.topics.len()), rng.random_range(0..PARTITIONS));
     let attempts: Vec<Attempt> = (0..rng.random_range(1..8))
@@ -248,6 +253,7 @@ fn next_request(load: &Load, producer: u32, rng: &mut StdRng) -> (ProduceRequest
     (ProduceRequest { correlation_id: attempts[0].payload, append: Some(append) }, attempts)
 }
 
+/// Completes the attempts of the request to which this response belongs, and removes them from `pending`.
 fn complete_request(load: &Load, pending: &mut HashMap<u64, Vec<Attempt>>, response: ProduceResponse) {
     let attempts = pending.remove(&response.correlation_id).expect("one response per request");
     match response.result.expect("the response has a result") {
@@ -289,6 +295,8 @@ pub(crate) async fn read(load: &Load, from: impl Fn(Log) -> i64) -> Vec<ReadPass
     passes
 }
 
+/// Reads a part of a log. Panics if a record is corrupt. With several brokers, waits until the log has a leader that
+/// serves it.
 async fn read_part(load: &Load, log: Log, part: Part) -> ReadPass {
     let (name, partition) = (load.topics[log.0], log.1);
     let (began, from) = (load.tick(), part.from);
@@ -377,6 +385,7 @@ pub(crate) fn restart(instance: &mut BrokerInstance, broker: Broker, rng: &mut S
     instance.start()
 }
 
+/// Checks with `history` that the read records agree with the attempts so far. Panics with the first violations.
 pub(crate) fn check_passes(load: &Load, passes: &[ReadPass]) {
     let attempts = load.attempts.lock().clone();
     let violations = History { attempts, passes: passes.to_vec() }.check();

@@ -66,6 +66,7 @@ async fn produce(load: Arc<Load>, number: u32, producer: Producer, seed: u64, ta
     producer.close().await.expect("every record is delivered");
 }
 
+/// Waits until a sent record is acknowledged, and adds it to the history. Panics if the delivery fails.
 async fn complete_delivery(load: &Load, (attempt, delivery): (Attempt, Delivery)) {
     let ack = delivery.await.unwrap_or_else(|error| panic!("{attempt:?} failed: {error}"));
     let offset = ack.offset.expect("acks=all names the offset").as_i64();

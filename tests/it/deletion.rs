@@ -39,12 +39,14 @@ fn metadata<T>(instance: &BrokerInstance, work: impl AsyncFnOnce(&EmbeddedStore)
     })
 }
 
+/// Reads the tombstone of a topic from the metadata store of a stopped broker.
 fn tombstone(instance: &BrokerInstance, id: TopicId) -> Option<TombstoneValue> {
     let key = keys().path(&Key::Tombstone(id));
     let entry = metadata(instance, async |store| store.get(&key).await).expect("responses").entry;
     entry.map(|entry| TombstoneValue::decode(&key, &entry.value).expect("the value is valid"))
 }
 
+/// Writes a tombstone for a topic into the metadata store of a stopped broker.
 fn put_tombstone(instance: &BrokerInstance, id: TopicId, purged_since_ms: Option<i64>) {
     let value = TombstoneValue { name: "gone".parse().expect("valid"), purged_since_ms };
     let put = Transaction::new().put(keys().path(&Key::Tombstone(id)), value.encode());

@@ -24,6 +24,7 @@ use crate::{
 /// Maximum time that a test waits for a response.
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Starts a broker with topic `edge`, which has two partitions.
 async fn running() -> (BrokerInstance, Broker) {
     let mut instance = BrokerInstance::new();
     let broker = tokio::task::block_in_place(|| instance.start());
@@ -80,6 +81,7 @@ async fn too_large_message_is_refused_after_earlier_responses() {
     assert!(status.message().contains(&limits::MAX_MESSAGE_BYTES.to_string()), "{status:?}");
 }
 
+/// Checks error code, gRPC code and the presence of a message.
 fn check_error(status: &Status, reason: ErrorCode, code: Code) {
     let error = ApiError::from(status);
     assert_eq!((error.code, status.code()), (reason, code), "{status:?}");

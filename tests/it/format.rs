@@ -65,6 +65,7 @@ fn any_written() -> impl Strategy<Value = Written> {
 }
 
 impl Written {
+    /// Encodes the batch with the library under test.
     fn encode_with_strandline(&self, codec: Compression) -> Batch {
         let mut builder = BatchBuilder::new(codec);
         for Record { timestamp_ms, key, value, headers } in &self.records {
@@ -102,6 +103,7 @@ impl Written {
         (0..).zip(&self.records).map(record).collect()
     }
 
+    /// Encodes the batch with the `kafka-protocol` crate.
     fn encode_with_kafka_protocol(&self, codec: theirs::Compression) -> Bytes {
         let mut bytes = BytesMut::new();
         let options = RecordEncodeOptions { version: 2, compression: codec };

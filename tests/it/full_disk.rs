@@ -96,6 +96,7 @@ struct BrokerOnSmallDisk {
     instance: BrokerInstance,
 }
 
+/// Starts a broker whose data directory is a mounted file system of 96 MiB. Returns `None` if this user may not mount.
 fn start(instance: BrokerInstance) -> Option<BrokerOnSmallDisk> {
     let mut instance = instance.setting("log.journal_bytes", "\"16MiB\"");
     let mount = Mount::new(instance.data_dir())?;
@@ -125,6 +126,7 @@ async fn append_until_full(log: &mut LogClient<Channel>, topic: &str, from: u64)
     panic!("300 MB were written to a disk of 96 MiB");
 }
 
+/// Repeats the append of record `number` until it succeeds. Every error before must be `DISK_FULL`.
 async fn append_until_accepted(log: &mut LogClient<Channel>, topic: &str, number: u64) {
     eventually_async("appends resume", || {
         let (mut log, request) = (log.clone(), request(topic, number));

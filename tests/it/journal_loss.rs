@@ -36,6 +36,7 @@ fn segment_bytes(instance: &BrokerInstance) -> u64 {
     files(&instance.data_dir(), ".log").iter().map(|path| fs::metadata(path).expect("a file").len()).sum()
 }
 
+/// Starts the broker and checks that topic `kept` has all of its records. Returns the running broker.
 fn start_and_check_records(instance: &mut BrokerInstance) -> Broker {
     let broker = instance.start();
     let read = instance.cli().ok(&["consume", "kept", "--from", "earliest", "--until-end"]);

@@ -104,6 +104,7 @@ struct Batch {
 }
 
 impl Batch {
+    /// Parses a line about a batch in the output of Kafka's reader. Panics if the reader calls the batch invalid.
     fn parse(line: &str) -> Self {
         let words: Vec<&str> = line.split_whitespace().collect();
         let field = |name: &str| {

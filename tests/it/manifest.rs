@@ -35,6 +35,7 @@ fn stopped_with(pieces: usize) -> (S3, BrokerInstance) {
     (server, instance)
 }
 
+/// Waits until topic `t` ends at the offset `end` and all of its records are only in the object store.
 fn wait_until_evicted(cli: &Cli, end: i64) {
     eventually("all records are only in the object store", || {
         let state = partition(cli, "t");

@@ -30,6 +30,7 @@ use crate::{
 /// Configuration of a topic with small segments that are evicted as soon as the object store has them.
 const EAGER: &[&str] = &["segment.bytes=65536", "segment.ms=200", "local.retention.bytes=0", "retention.ms=-1"];
 
+/// Starts an S3 server, and a broker that uses it as the object store. `with` changes the configuration of the broker.
 fn start(with: impl FnOnce(BrokerInstance) -> BrokerInstance) -> (S3, BrokerInstance, Broker) {
     let server = S3::begin();
     let mut instance = with(BrokerInstance::new().object_store(&server));

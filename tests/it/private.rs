@@ -33,6 +33,7 @@ fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("the test owns the file");
 }
 
+/// Checks that only the owner has access to everything below a folder.
 fn check_modes_are_private(folder: &Path) {
     for (path, is_folder, mode) in modes(folder) {
         assert_eq!(mode, if is_folder { 0o700 } else { 0o600 }, "{mode:o} {}", path.display());

@@ -22,6 +22,7 @@ use crate::{
 
 const TOPIC: &str = "orders";
 
+/// Starts a broker with topic [`TOPIC`], which has one partition and this configuration.
 async fn running(config: &[(&str, &str)]) -> (BrokerInstance, Broker) {
     let mut instance = BrokerInstance::new();
     let broker = tokio::task::block_in_place(|| instance.start());
@@ -39,6 +40,7 @@ fn stamped_at(value: &[u8], stamp: (i64, i16, i32), timestamp_ms: i64) -> Vec<u8
     stamp_batch(wire::batch(&[value]), stamp, timestamp_ms)
 }
 
+/// Sets producer id, epoch and sequence in the header of a batch, and both of its timestamps.
 fn stamp_batch(mut batch: Vec<u8>, (id, epoch, sequence): (i64, i16, i32), timestamp_ms: i64) -> Vec<u8> {
     batch[27..35].copy_from_slice(&timestamp_ms.to_be_bytes());
     batch[35..43].copy_from_slice(&timestamp_ms.to_be_bytes());

@@ -87,6 +87,7 @@ impl Link {
     }
 }
 
+/// Accepts connections and forwards each of them in a task, until the tasks are cancelled.
 async fn accept(listener: TcpListener, target: SocketAddr, faults: watch::Receiver<LinkFaults>, tasks: Tasks) {
     loop {
         tokio::select! {

@@ -36,6 +36,7 @@ fn on_disk(instance: &BrokerInstance) -> u64 {
     files(&instance.data_dir(), ".log").iter().map(|path| size(path)).sum()
 }
 
+/// Waits until the log on disk has no more than [`LIMIT`] and [`SLACK`] bytes, and the local start is the log start.
 fn wait_until_freed(instance: &BrokerInstance) {
     let cli = instance.cli();
     eventually("disk space is free again", || {
@@ -62,6 +63,8 @@ fn check_newest_records(instance: &BrokerInstance, text: &str) -> u64 {
     state["log_start"].as_u64().expect("a number")
 }
 
+/// Checks for a topic without uploads that a lowered `retention.bytes` deletes the oldest segments, across a kill and a
+/// clean restart.
 fn check_retention(mut instance: BrokerInstance) {
     let broker = instance.start();
     let cli = instance.cli();
@@ -250,6 +253,8 @@ fn retention_continues_after_a_start_during_an_outage() {
     check_retention_without_object_store(true);
 }
 
+/// Checks that retention deletes records which are not uploaded during an outage of the object store, and that uploads
+/// continue afterwards. With `after_a_start`, the broker is killed and started during the outage.
 fn check_retention_without_object_store(after_a_start: bool) {
     let server = S3::begin();
     let mut instance = BrokerInstance::new().object_store(&server);

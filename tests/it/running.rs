@@ -63,6 +63,7 @@ impl Drop for Running {
     }
 }
 
+/// Appends the output of a command to `into` on a thread, until the output ends.
 fn gather(mut from: impl Read + Send + 'static, into: Arc<Mutex<String>>) -> thread::JoinHandle<()> {
     task::spawn_thread("gather", move || {
         let mut bytes = [0; 4096];

@@ -164,6 +164,8 @@ pub(crate) async fn stage(
     batch.finish().await
 }
 
+/// Accepts connections and serves each in a task, until the tasks are cancelled. Drops new connections while the server
+/// is down.
 async fn serve(listener: std::net::TcpListener, shared: Arc<Shared>, tasks: Tasks) {
     let listener = TcpListener::from_std(listener).unwrap();
     loop {
@@ -191,6 +193,7 @@ struct Cut;
 
 type HttpResponse = hyper::Response<Body>;
 
+/// Serves one request with the injected fault for it, if there is one.
 async fn respond(shared: Arc<Shared>, request: hyper::Request<Incoming>) -> Result<HttpResponse, Cut> {
     if shared.faults.is_down() {
         return Err(Cut);

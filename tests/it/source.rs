@@ -114,6 +114,7 @@ pub(crate) fn read_folder(folder: &Path, extensions: &[&str]) -> Vec<(String, St
 }
 
 impl Sources {
+    /// Parses source files, given as pairs of name and text. Panics on a syntax error.
     pub(crate) fn parse(texts: Vec<(String, String)>) -> Self {
         let mut sources = Self { files: Vec::new(), modules: BTreeMap::new() };
         let mut test_modules = Vec::new();
@@ -144,6 +145,7 @@ impl Sources {
         }
     }
 
+    /// Finds the module or item of a path that is used in `module`. `depth` bounds the recursion through imports.
     fn resolve(&self, module: &str, path: &[String], depth: usize) -> Option<Resolved> {
         let (first, mut rest) = path.split_first().filter(|_| depth < 20)?;
         let mut target = match first.as_str() {
@@ -273,6 +275,7 @@ impl FileReader {
         self.paths.push(NamedPath { segments, line: span.start().line, module, usage, in_test });
     }
 
+    /// Adds the imports of a `use` tree to the scope and to the paths. `prefix` is the path before `tree`.
     fn add_import(&mut self, tree: &UseTree, prefix: &[String], usage: Use) {
         let (name, alias) = match tree {
             UseTree::Path(path) => {

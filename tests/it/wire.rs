@@ -75,6 +75,7 @@ pub(crate) fn append_batch(topic: &str, partition: i32, batch: impl Into<Bytes>)
     request(topic, partition, Payload::Batch(batch.into()))
 }
 
+/// Returns an append request with `acks=all` and a timeout of 10 s.
 fn request(topic: &str, partition: i32, payload: Payload) -> AppendRequest {
     AppendRequest {
         topic: topic.to_owned(),
