@@ -12,8 +12,7 @@ use crate::{
 };
 
 /// Accepted prefixes of `object_store.url`.
-const SCHEMES: &[&str] =
-    &["s3://", "s3a://", "gs://", "az://", "azure://", "abfs://", "abfss://", "adl://", "file://", "memory://"];
+const SCHEMES: &[&str] = &["s3://", "s3a://", "gs://", "az://", "azure://", "abfs://", "file://", "memory://"];
 
 /// Settings that have an effect only together with `metadata.etcd`.
 const ETCD_SETTINGS: [&str; 5] = [

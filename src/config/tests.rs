@@ -186,6 +186,7 @@ fn invalid_value_error_names_source_and_allowed_values() {
             ["s.toml:2:1", "object_store.url", "\"file://data\"", "absolute path"],
         ),
         ("[object_store]\nurl = \"ftp://x\"", ["s.toml:2:1", "object_store.url", "\"ftp://x\"", "s3://"]),
+        ("[object_store]\nurl = \"abfss://x\"", ["s.toml:2:1", "object_store.url", "\"abfss://x\"", "abfs://"]),
         ("[object_store]\nurl = \"s3://\"", ["s.toml:2:1", "object_store.url", "\"s3://\"", "a bucket's name"]),
         (
             "[topic_defaults]\n\"segment.bytes\" = 12",
