@@ -205,9 +205,7 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
     }
     if !broker.alive && broker.replica_count > 0 {
         let replicas = output::count(broker.replica_count.into(), "replica");
-        notes.push(format!(
-            "broker {id} is offline with {replicas}: start it, or replace its replicas with `strandline broker drain {id}`"
-        ));
+        notes.push(format!("broker {id} is offline with {replicas}: start it, or run `strandline broker drain {id}`"));
     }
     if broker.draining_since_ms.is_some() {
         let remaining = output::count(broker.replica_count.into(), "replica");
@@ -257,10 +255,7 @@ fn stats_notes(id: BrokerId, stats: &BrokerStats) -> impl Iterator<Item = String
         regressed.map(|reason| format!("broker {id} rejects admin operations (METADATA_REGRESSED): {reason}"));
     let failed = stats.failed.as_ref();
     let failed = failed.map(|reason| {
-        format!(
-            "broker {id} accepts no writes: {reason}; replace its disk, or move its replicas with \
-             `strandline broker drain {id}`"
-        )
+        format!("broker {id} accepts no writes: {reason}; replace its disk, or run `strandline broker drain {id}`")
     });
     let store = stats.object_store.as_ref();
     let store = store.map(|reason| format!("no object store request of broker {id} has succeeded {reason}"));
