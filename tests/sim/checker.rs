@@ -1,4 +1,4 @@
-//! Checker of the rules that hold at every moment (design.md §13). It reads the disks, the metadata store and the
+//! Checker of the rules that hold at every moment. It reads the disks, the metadata store and the
 //! client history.
 
 use std::{

@@ -1,6 +1,6 @@
 //! Disks that sync slowly or fail to sync.
 //!
-//! A broker does not retry a failed sync (design.md §4): the unsynced data may be lost already, and a second sync would
+//! A broker does not retry a failed sync: the unsynced data may be lost already, and a second sync would
 //! not report this. The broker resigns as leader of the partitions on that disk and still serves reads. An operator
 //! restarts the broker, on the repaired disk or another.
 

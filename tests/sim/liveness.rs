@@ -1,4 +1,4 @@
-//! Liveness after the faults (design.md §13, *live*): metadata caches equal the store, sealed segments are in the
+//! Liveness after the faults: metadata caches equal the store, sealed segments are in the
 //! object store, and orphan objects are deleted.
 //!
 //! `run` checks that every request has a response and that every replica is in sync.

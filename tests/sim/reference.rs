@@ -1,4 +1,4 @@
-//! Reference model of every partition, built from the events of the brokers and checked at each event (design.md §13).
+//! Reference model of every partition, built from the events of the brokers and checked at each event.
 //!
 //! [`ReferenceModel`] is the observer of a run (`task::sim_event`). The model records the content of the metadata
 //! store, the log end and epochs of each replica, and all records that were ever committed. Each event is checked

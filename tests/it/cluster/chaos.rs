@@ -180,7 +180,7 @@ async fn random_faults_lose_duplicate_or_reorder_no_records() {
     let (until, mut strikes) = (clock::monotonic() + time, 0);
     let mut remaining_faults = Vec::new();
     while clock::monotonic() < until {
-        work.load.moment(&mut rng).await;
+        work.load.wait_for_random_progress(&mut rng).await;
         // Each kind of fault happens once before any happens again, so that a short run covers all kinds.
         if remaining_faults.is_empty() {
             remaining_faults.clone_from(&faults);

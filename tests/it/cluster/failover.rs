@@ -161,7 +161,7 @@ async fn broker_kills_lose_or_duplicate_no_records() {
     let (mut cluster, work) = start_with_load(&mut rng).await;
     let mut silences: Vec<Duration> = Vec::new();
     for kill in 1..=kills {
-        work.load.moment(&mut rng).await;
+        work.load.wait_for_random_progress(&mut rng).await;
         let victim = rng.random_range(1..=3);
         let since = clock::monotonic();
         tokio::task::block_in_place(|| {

@@ -22,7 +22,7 @@ async fn rolling_restart_fails_no_client_call() {
     let (mut cluster, work) = start_with_load(&mut rng).await;
     let mut longest: Vec<Duration> = Vec::new();
     for broker in 1..=3 {
-        work.load.moment(&mut rng).await;
+        work.load.wait_for_random_progress(&mut rng).await;
         let since = clock::monotonic();
         tokio::task::block_in_place(|| {
             cluster.stop(broker);
