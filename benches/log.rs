@@ -84,7 +84,7 @@ fn persist_all(replicas: &mut [ReplicaLog]) {
 
 /// Seals and evicts the active segment if it has reached its size.
 fn roll_and_evict(replica: &mut ReplicaLog) {
-    if replica.active().bytes >= SEGMENT_BYTES {
+    if replica.active_segment().bytes >= SEGMENT_BYTES {
         replica.roll().expect("the disk is not full");
         replica.evict(replica.log_end()).expect("the segment files are removable");
     }

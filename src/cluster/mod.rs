@@ -87,7 +87,7 @@ pub use operations::{
 };
 pub use partition_updates::{PartitionUpdate, PartitionUpdater, UpdateOutcome};
 pub use partition_value::{PartitionValue, ReplicaIntegrity};
-pub use placement::{BrokerLoad, Placement, PlacementError, ReplicaBound};
+pub use placement::{BrokerLoad, Placement, PlacementError, ReplicaLimitExceeded};
 pub use producer_ids::{ANONYMOUS, ProducerIdKey};
 pub use session::{RegisterError, RegistrationRequest, Session, SessionState};
 pub use startup_verification::{LocalInventory, VerificationResult, verify_inventory};

@@ -35,7 +35,7 @@ pub struct BrokerLoad {
     "broker {broker} would hold {replicas} replicas, and its limit is {max} (broker.max_replicas): request fewer, add \
      brokers, or raise the setting there"
 )]
-pub struct ReplicaBound {
+pub struct ReplicaLimitExceeded {
     pub broker: BrokerId,
     /// Number of replicas that the broker would hold.
     pub replicas: usize,
@@ -49,7 +49,7 @@ pub enum PlacementError {
     /// There are fewer eligible brokers than replicas of a partition.
     TooFewBrokers,
     /// There are enough brokers, but a broker would exceed its replica limit.
-    LimitExceeded(ReplicaBound),
+    LimitExceeded(ReplicaLimitExceeded),
 }
 
 /// A live broker that replicas may be placed on.
@@ -166,7 +166,7 @@ impl Placement {
         if place_replicas(&mut unlimited).is_none() {
             return Err(PlacementError::TooFewBrokers);
         }
-        let counts = unlimited.brokers.iter().map(|(id, candidate)| ReplicaBound {
+        let counts = unlimited.brokers.iter().map(|(id, candidate)| ReplicaLimitExceeded {
             broker: *id,
             replicas: candidate.load.replicas,
             max: bounds[id],
@@ -375,7 +375,7 @@ mod tests {
         };
         let placed = placement.clone().within_bounds(many(40)).expect("as many as both limits permit");
         assert_eq!(placed.iter().filter(|replicas| **replicas == [BrokerId(2)]).count(), 30);
-        let bound = ReplicaBound { broker: BrokerId(1), replicas: 21, max: 10 };
+        let bound = ReplicaLimitExceeded { broker: BrokerId(1), replicas: 21, max: 10 };
         assert_eq!(placement.clone().within_bounds(many(41)), Err(PlacementError::LimitExceeded(bound)));
         let text = bound.to_string();
         assert!(["broker 1", "21", "10", "broker.max_replicas"].iter().all(|part| text.contains(part)), "{text}");

@@ -35,7 +35,7 @@ use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 
 use super::{
-    keys::{BrokerState, BrokerValue, DirectoryValue, Key, Keys, Value},
+    keys::{BrokerState, BrokerValue, DirectoryValue, Keys, Value},
     metadata::{MetadataCache, MetadataSnapshot},
     store::{Compare, KeyValue, LeaseId, MetaStore, MetaStoreError, Revision, Transaction, TxnOutcome},
 };

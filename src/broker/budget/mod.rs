@@ -293,7 +293,7 @@ impl CallMemory {
         })
     }
 
-    /// Waits for memory for a request, at most [`REQUEST_TIMEOUT`]. During the wait, nothing more of the request is
+    /// Waits for memory for a request, at most `REQUEST_TIMEOUT`. During the wait, nothing more of the request is
     /// read, so the HTTP/2 window stops the sender. The wait ends stalled incomplete requests, and closes connections
     /// whose clients do not read.
     ///
@@ -329,7 +329,7 @@ impl CallMemory {
         Pools::try_take(&self.connection.0.parts, &self.budgets.0.parts, parts * PART_BYTES)
     }
 
-    /// Waits for memory for the parts of a request, at most [`REQUEST_TIMEOUT`]. The caller holds back the last bytes
+    /// Waits for memory for the parts of a request, at most `REQUEST_TIMEOUT`. The caller holds back the last bytes
     /// of the request during the wait, so the request is not decoded.
     ///
     /// # Errors

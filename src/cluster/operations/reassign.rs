@@ -10,7 +10,7 @@ use crate::{
         keys::BrokerValue,
         metadata::MetadataSnapshot,
         partition_value::PartitionValue,
-        placement::{ReplicaBound, is_unreachable},
+        placement::{ReplicaLimitExceeded, is_unreachable},
     },
     model::{BrokerId, PartitionId, TopicName},
 };
@@ -87,7 +87,7 @@ pub enum ReassignError {
     },
     /// A broker would exceed its replica limit.
     #[error(transparent)]
-    Bound(#[from] ReplicaBound),
+    ReplicaLimit(#[from] ReplicaLimitExceeded),
     /// The values could not be written.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -210,7 +210,11 @@ fn check_brokers(state: &MetadataSnapshot, topic: &TargetTopic, replicas: &[Brok
 /// Checks that no requested broker would exceed its replica limit. A broker's count contains each partition that has a
 /// replica there, also one that is being removed, or would get one: by the request for a partition in `ids`, by the
 /// queued reassignment for any other partition. A broker that gains no replica by the request is not checked.
-fn check_bounds(state: &MetadataSnapshot, ids: &[PartitionId], replicas: &[BrokerId]) -> Result<(), ReplicaBound> {
+fn check_bounds(
+    state: &MetadataSnapshot,
+    ids: &[PartitionId],
+    replicas: &[BrokerId],
+) -> Result<(), ReplicaLimitExceeded> {
     let ids: BTreeSet<PartitionId> = ids.iter().copied().collect();
     // For each requested broker: the number of its replicas, and whether the request adds one.
     let mut counts: BTreeMap<BrokerId, (usize, bool)> = replicas.iter().map(|id| (*id, (0, false))).collect();
@@ -230,7 +234,7 @@ fn check_bounds(state: &MetadataSnapshot, ids: &[PartitionId], replicas: &[Broke
         let max = state.brokers().get(&broker).and_then(|broker| broker.value.max_replicas);
         if let Some(max) = max.and_then(|max| usize::try_from(max).ok()).filter(|max| gains_replica && replicas > *max)
         {
-            return Err(ReplicaBound { broker, replicas, max });
+            return Err(ReplicaLimitExceeded { broker, replicas, max });
         }
     }
     Ok(())

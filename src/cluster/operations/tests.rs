@@ -9,7 +9,7 @@ use crate::{
         endpoints::Endpoints,
         faulty::{Fault, FaultyStore},
         keys::{BrokerState, BrokerValue, DrainValue, Key, Value},
-        placement::ReplicaBound,
+        placement::ReplicaLimitExceeded,
         stats::{LeaderStats, ReplicaCounts},
         store::{Transaction, TxnOutcome},
     },
@@ -207,13 +207,13 @@ async fn broker_at_replica_limit_gets_no_new_replicas() {
     cluster.put(&Key::Broker(BrokerId(3)), &bounded).await;
     let reassign = async |partition, to: &[u32]| cluster.operations.reassign(&name(), partition, &ids(to)).await;
     let error = reassign(None, &[1, 3]).await.expect_err("above the replica limit");
-    assert_eq!(error, ReassignError::Bound(ReplicaBound { broker: BrokerId(3), replicas: 3, max: 2 }));
+    assert_eq!(error, ReassignError::ReplicaLimit(ReplicaLimitExceeded { broker: BrokerId(3), replicas: 3, max: 2 }));
     assert!(cluster.operations.list_reassignments(None, None).expect("listed").is_empty(), "nothing is queued");
 
     let first = reassign(Some(0), &[1, 3]).await.expect("within the limit");
     cluster.operations.wait_until_cached(&first).await;
     let second = reassign(Some(2), &[1, 3]).await;
-    assert!(matches!(second, Err(ReassignError::Bound(_))), "queued replicas count: {second:?}");
+    assert!(matches!(second, Err(ReassignError::ReplicaLimit(_))), "queued replicas count: {second:?}");
     reassign(Some(1), &[3, 2]).await.expect("the broker holds a replica already");
 }
 

@@ -7,7 +7,7 @@ use crate::{
         keys::{TombstoneValue, TopicValue, Value as _},
         metadata::MetadataSnapshot,
         outcome::known_outcome,
-        placement::{Placement, PlacementError, ReplicaBound},
+        placement::{Placement, PlacementError, ReplicaLimitExceeded},
         store::{Compare, MetaStoreError, Transaction, TxnOp, TxnOutcome},
     },
     limits,
@@ -43,7 +43,7 @@ pub enum AlterError {
     },
     /// A broker would exceed its replica limit.
     #[error(transparent)]
-    Bound(#[from] ReplicaBound),
+    ReplicaLimit(#[from] ReplicaLimitExceeded),
     /// Other writers changed the topic in each of `MAX_ATTEMPTS` attempts.
     #[error("other writers keep changing topic {:?}: try again", name.as_str())]
     Conflict { name: TopicName },
@@ -84,7 +84,7 @@ pub enum AddPartitionsError {
     },
     /// A broker would exceed its replica limit.
     #[error(transparent)]
-    Bound(#[from] ReplicaBound),
+    ReplicaLimit(#[from] ReplicaLimitExceeded),
     /// Other writers changed the topic in each of `MAX_ATTEMPTS` attempts.
     #[error("other writers keep changing topic {:?}: try again", name.as_str())]
     Conflict { name: TopicName },

@@ -8,7 +8,7 @@ use crate::{
         keys::{TopicValue, Value as _},
         metadata::MetadataSnapshot,
         outcome::known_outcome,
-        placement::{PlacementError, ReplicaBound, is_leaving, is_unreachable},
+        placement::{PlacementError, ReplicaLimitExceeded, is_leaving, is_unreachable},
         store::{Compare, MetaStoreError, Revision, Transaction, TxnOp, TxnOutcome},
     },
     limits,
@@ -60,7 +60,7 @@ pub enum CreateError {
     },
     /// A broker would exceed its replica limit.
     #[error(transparent)]
-    Bound(#[from] ReplicaBound),
+    ReplicaLimit(#[from] ReplicaLimitExceeded),
     /// The cluster has the maximum number of topics.
     #[error("the cluster has {} topics, which is the maximum: delete some", limits::MAX_TOPICS)]
     TooManyTopics,

@@ -10,7 +10,7 @@ use crate::{
         faulty::{Fault, FaultyStore},
         keys::{BrokerValue, Key},
         metadata::PartitionEntry,
-        placement::ReplicaBound,
+        placement::ReplicaLimitExceeded,
     },
     limits,
     model::{BrokerId, TopicId},
@@ -146,22 +146,22 @@ async fn invalid_creation_fails_with_numbers_and_writes_nothing() {
 async fn replica_limit_rejects_creation_with_both_numbers() {
     let cluster = TestCluster::of(1).await;
     cluster.limit_replicas(1, 500).await;
-    let bound = ReplicaBound { broker: BrokerId(1), replicas: 100_000, max: 500 };
+    let bound = ReplicaLimitExceeded { broker: BrokerId(1), replicas: 100_000, max: 500 };
     let error = cluster.create("a", 100_000, 1).await.expect_err("above the replica limit");
-    assert_eq!(error, CreateError::Bound(bound));
+    assert_eq!(error, CreateError::ReplicaLimit(bound));
     let text = error.to_string();
     assert!(["100000", "500", "broker.max_replicas"].iter().all(|part| text.contains(part)), "{text}");
     let checked = cluster.topics.create(TopicSpec { validate_only: true, ..spec("a", 501, 1) }).await;
-    assert_eq!(checked, Err(CreateError::Bound(ReplicaBound { replicas: 501, ..bound })));
+    assert_eq!(checked, Err(CreateError::ReplicaLimit(ReplicaLimitExceeded { replicas: 501, ..bound })));
     assert_eq!((cluster.paths("topics/").await.len(), cluster.paths("partitions/").await.len()), (0, 0));
 
     cluster.create("a", 400, 1).await.expect("created");
     let extended = cluster.topics.add_partitions(&name("a"), 501).await;
-    assert_eq!(extended, Err(AddPartitionsError::Bound(ReplicaBound { replicas: 501, ..bound })));
+    assert_eq!(extended, Err(AddPartitionsError::ReplicaLimit(ReplicaLimitExceeded { replicas: 501, ..bound })));
     cluster.topics.add_partitions(&name("a"), 500).await.expect("at the replica limit");
     cluster.catch_up().await;
     let rejected = cluster.create("b", 1, 1).await;
-    assert_eq!(rejected, Err(CreateError::Bound(ReplicaBound { replicas: 501, ..bound })));
+    assert_eq!(rejected, Err(CreateError::ReplicaLimit(ReplicaLimitExceeded { replicas: 501, ..bound })));
     cluster.topics.delete(&name("a")).await.expect("deleted");
     cluster.catch_up().await;
     cluster.create("b", 1, 1).await.expect("below the limit again");
@@ -197,7 +197,7 @@ async fn factor_above_replica_limits_is_rejected() {
         cluster.limit_replicas(broker, 9).await;
     }
     let raise = async |factor| cluster.topics.alter(&name("a"), ConfigMap::new(), vec![], Some(factor)).await;
-    assert!(matches!(raise(3).await, Err(AlterError::Bound(ReplicaBound { replicas: 12, max: 9, .. }))));
+    assert!(matches!(raise(3).await, Err(AlterError::ReplicaLimit(ReplicaLimitExceeded { replicas: 12, max: 9, .. }))));
     raise(2).await.expect("eight replicas per broker");
 }
 
@@ -213,7 +213,7 @@ async fn concurrent_creations_respect_replica_limits() {
     cluster.catch_up().await;
     assert_eq!(cluster.paths("partitions/").await.len(), 900, "rejected creations wrote nothing");
     cluster.create("small", 100, 1).await.expect("rejected creations hold no reservation");
-    assert!(matches!(cluster.create("more", 1, 1).await, Err(CreateError::Bound(_))));
+    assert!(matches!(cluster.create("more", 1, 1).await, Err(CreateError::ReplicaLimit(_))));
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ use super::{DirEntry, Disk, File, OpenMode, PrivateDir, writeback};
 
 /// The file system of the machine.
 ///
-/// Files are opened only below a configured directory ([`PrivateDir`]). [`Disk::enter`] makes a directory configured.
+/// Files are opened only below a configured directory ([`PrivateDir`]). [`Disk::register_root`] registers one.
 /// For a path outside of all configured directories, the created or listed directory becomes one, and so does the
 /// parent directory of a file that is accessed.
 #[derive(Debug, Default)]

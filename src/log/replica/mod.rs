@@ -131,7 +131,7 @@ struct RecoveryPoint {
 }
 
 impl LogState {
-    fn active(&self) -> &Segment {
+    fn active_segment(&self) -> &Segment {
         self.segments.last().expect("a log has an active segment")
     }
 
@@ -140,7 +140,7 @@ impl LogState {
     }
 
     fn log_end(&self) -> Offset {
-        self.active().info.end
+        self.active_segment().info.end
     }
 
     fn local_start(&self) -> Offset {
@@ -170,7 +170,11 @@ impl LogState {
 
     /// Returns the recovery point at the log end.
     fn recovery_point(&self) -> RecoveryPoint {
-        RecoveryPoint { segment: self.active().info, epochs: self.epochs.clone(), producers: self.producers.clone() }
+        RecoveryPoint {
+            segment: self.active_segment().info,
+            epochs: self.epochs.clone(),
+            producers: self.producers.clone(),
+        }
     }
 }
 
@@ -303,7 +307,7 @@ impl ReplicaInner {
 
     /// Creates the file of the active segment, unsynced. Called when the replica is created.
     pub(super) fn create_file(&self) -> io::Result<()> {
-        let file = self.state().active().file.clone();
+        let file = self.state().active_segment().file.clone();
         self.ctx.disk.open(&file.path, OpenMode::Write)?;
         file.dirty.store(true, Ordering::Release);
         self.on_names_changed();

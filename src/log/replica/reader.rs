@@ -200,9 +200,9 @@ impl LogReader {
         Ok(SegmentView { info: segment.info, file, sealed, generation, epochs })
     }
 
-    /// Returns the index entry at which a read starts: the one that `pick` chooses, or the first batch. Loads the index
-    /// if it is not in memory: that of the active segment into the state of the log, that of a sealed one into the file
-    /// cache.
+    /// Returns the index entry at which a read starts: the one that `pick` chooses, or else the entry of the first batch.
+    /// Loads the index if it is not in memory. The state of the log keeps the index of the active segment, and the file
+    /// cache keeps those of sealed segments.
     fn start_entry(
         &self,
         view: &SegmentView,
@@ -217,13 +217,14 @@ impl LogReader {
                 state = self.inner.state();
                 // While the lock was released, the writer may have loaded an index itself, or appended batches that
                 // this index lacks.
-                let is_current = state.active().info.bytes == view.info.bytes && state.generation == view.generation;
+                let is_current =
+                    state.active_segment().info.bytes == view.info.bytes && state.generation == view.generation;
                 if state.index.is_none() && is_current {
                     state.index = Some(index);
                 }
             }
             // Otherwise the segment has been sealed or replaced since `view` was created.
-            if state.active().info.base == view.info.base {
+            if state.active_segment().info.base == view.info.base {
                 return Ok(state.index.as_ref().and_then(&pick).unwrap_or(first));
             }
         }

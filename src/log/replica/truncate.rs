@@ -102,7 +102,7 @@ impl ReplicaLog {
             self.remove(segment)?;
         }
         remove_caches_above(&*ctx.disk, &self.inner.dir, last.end)?;
-        let file = self.inner.state().active().file.clone();
+        let file = self.inner.state().active_segment().file.clone();
         let open = ctx.files.get(file.serial, &file.path, OpenMode::Write)?;
         // The cached index describes the longer file.
         drop(open.index.lock().take());

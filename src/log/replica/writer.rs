@@ -174,8 +174,8 @@ impl ReplicaLog {
     }
 
     /// Returns the active segment.
-    pub fn active(&self) -> SegmentInfo {
-        self.inner.state().active().info
+    pub fn active_segment(&self) -> SegmentInfo {
+        self.inner.state().active_segment().info
     }
 
     /// Appends batches with offsets and leader epochs, with one write to the page cache. They can be read at once, and
@@ -193,12 +193,12 @@ impl ReplicaLog {
         if !self.inner.ctx.reserve_append(bytes as u64) {
             return Err(self.disk_is_full());
         }
-        if self.active().bytes + bytes as u64 > MAX_SEGMENT_BYTES {
+        if self.active_segment().bytes + bytes as u64 > MAX_SEGMENT_BYTES {
             self.roll()?;
         }
         let (info, file) = {
             let state = self.inner.state();
-            (state.active().info, state.active().file.clone())
+            (state.active_segment().info, state.active_segment().file.clone())
         };
         self.write(&info, &file, batches)?;
         let end = self.publish(batches);
@@ -363,7 +363,7 @@ impl ReplicaLog {
     /// Returns true if `next_bytes` more would extend the active segment beyond `segment_bytes`, so that it should be
     /// sealed first. An empty segment is never full.
     pub fn is_full(&self, segment_bytes: u64, next_bytes: usize) -> bool {
-        let bytes = self.active().bytes;
+        let bytes = self.active_segment().bytes;
         bytes > 0 && bytes + next_bytes as u64 > segment_bytes.min(MAX_SEGMENT_BYTES)
     }
 
@@ -372,7 +372,7 @@ impl ReplicaLog {
         if let Some(reason) = self.inner.refusal() {
             return Err(LogAppendError::Failed { reason });
         }
-        let info = self.active();
+        let info = self.active_segment();
         if info.bytes == 0 {
             return Ok(());
         }
@@ -458,7 +458,7 @@ impl ReplicaInner {
         let (info, index, snapshot) = {
             let state = self.state();
             let snapshot = Snapshot::encode(&state.epochs, &state.producers, state.log_end());
-            (state.active().info, state.index.clone(), snapshot)
+            (state.active_segment().info, state.index.clone(), snapshot)
         };
         if info.bytes == 0 {
             // The snapshot at the base of an empty segment was written earlier. If that base is the local start, the

@@ -227,7 +227,7 @@ impl RandomHistory {
         let model = self.models.get_mut(&number).unwrap();
         let operation = self.rng.roll(100);
         if std::env::var("STRANDLINE_SEED").is_ok() {
-            let (active, failed) = (replica.active(), replica.failed());
+            let (active, failed) = (replica.active_segment(), replica.failed());
             eprintln!("{number}: {operation} at {:?}, {active:?} failed {failed:?}", model.end());
         }
         if replica.failed().is_some() && (86..97).contains(&operation) {

@@ -233,14 +233,14 @@ fn later() -> i64 {
 #[test]
 fn written_time_of_a_segment_survives_stop_and_crash() {
     let times = |replica: &ReplicaLog| {
-        let segments = replica.sealed().into_iter().chain([replica.active()]);
+        let segments = replica.sealed().into_iter().chain([replica.active_segment()]);
         segments.map(|info| (info.created_ms, info.written_ms)).collect::<Vec<_>>()
     };
     for clean in [true, false] {
         let disk = SimDisk::new();
         let log = open(&disk);
         let mut replica = log.open_replica(partition(0), at(0)).unwrap();
-        let created = replica.active().written_ms;
+        let created = replica.active_segment().written_ms;
         let first_write = later();
         write(&log, &mut replica, &[batch(0, 1, 1, 1 << 62, 1000)]);
         later();
@@ -277,10 +277,10 @@ fn written_time_survives_truncation() {
     let mut replica = log.open_replica(partition(0), at(0)).unwrap();
     write(&log, &mut replica, &[batch(0, 1, 1, 5, 1000)]);
     write(&log, &mut replica, &[batch(1, 1, 1, 5, 1000)]);
-    let before = replica.active();
+    let before = replica.active_segment();
     later();
     replica.truncate(at(1)).unwrap();
-    let after = replica.active();
+    let after = replica.active_segment();
     assert_eq!((after.created_ms, after.written_ms), (before.created_ms, before.written_ms));
     assert_eq!(after.end, at(1));
 }
@@ -295,7 +295,7 @@ fn written_time_in_the_future_is_set_to_now() {
     write(&log, &mut replica, &[batch(0, 1, 1, 5, 1000)]);
     replica.roll().unwrap();
     write(&log, &mut replica, &[batch(1, 1, 1, 5, 1000)]);
-    let written = |replica: &ReplicaLog| [replica.sealed()[0].written_ms, replica.active().written_ms];
+    let written = |replica: &ReplicaLog| [replica.sealed()[0].written_ms, replica.active_segment().written_ms];
     let before = written(&replica);
     replica.correct_written_times(before[1] + 1);
     assert_eq!(written(&replica), before, "no time is in the future");

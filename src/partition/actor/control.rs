@@ -78,7 +78,7 @@ impl Actor {
                 self.update_isr_tracker(|tracker| tracker.on_broker_status(broker, status));
             }
             ControlMessage::IsrOutcome(outcome) => self.on_isr_outcome(*outcome),
-            ControlMessage::NewerEpoch(epoch) => self.on_newer_epoch(epoch),
+            ControlMessage::NewerEpoch(epoch) => self.on_reported_epoch(epoch),
             ControlMessage::Link(event) => self.on_link_event(event).await,
             ControlMessage::BootstrapReady(request_id, tables) => self.on_tables_read(request_id, tables).await,
         }
@@ -243,7 +243,7 @@ impl Actor {
     /// Handles a report of a leader epoch. If the reported epoch is newer than the applied value's, a leading task
     /// becomes idle, and a task that waits for tables does not start to lead. The task stays idle until the metadata
     /// contains the newer epoch.
-    pub(super) fn on_newer_epoch(&mut self, reported: LeaderEpoch) {
+    pub(super) fn on_reported_epoch(&mut self, reported: LeaderEpoch) {
         self.metadata.on_reported_epoch(reported);
         let epoch = self.metadata.epoch();
         let leads = matches!(self.role, RoleState::Leading(_)) || self.bootstrap_request.is_for_leadership();
@@ -261,7 +261,7 @@ impl Actor {
     /// records below them, so this leader is deposed first.
     pub(super) fn apply_tier_state(&mut self, state: &TierState) {
         if !mutant!(AdoptNewerTieredEnd) {
-            self.on_newer_epoch(state.epoch);
+            self.on_reported_epoch(state.epoch);
         }
         self.tiered_end = self.tiered_end.max(state.tiered_end());
         self.log_start = self.log_start.max(state.log_start);

@@ -266,7 +266,7 @@ impl Actor {
             ValueUpdate::Deposed { .. } => match current {
                 // This broker leads in a newer epoch when the metadata cache delivers the value, and is idle until
                 // then.
-                Some((value, _)) if value.leader == Some(self.broker) => self.on_newer_epoch(value.leader_epoch),
+                Some((value, _)) if value.leader == Some(self.broker) => self.on_reported_epoch(value.leader_epoch),
                 Some((value, revision)) => self.apply_partition_value(value.into(), revision),
                 None => {}
             },

@@ -108,13 +108,13 @@ impl Actor {
     ) -> bool {
         // Barrier: readers must see the new role and high watermark before the records are removed.
         self.publish();
-        let active = self.log.active();
+        let active = self.log.active_segment();
         match self.log.run_blocking(change).await {
             Ok(()) => {
                 // The change synced the remaining records. The journal's result for an earlier submission does not
                 // count.
                 self.persisted_submit_end = self.log.persisted_end();
-                let remaining = self.log.active();
+                let remaining = self.log.active_segment();
                 if remaining.base != active.base || remaining.bytes == 0 {
                     self.active_since = active_since(&remaining);
                 }

@@ -208,7 +208,7 @@ pub(super) struct Actor {
 impl Actor {
     pub(super) fn new(parts: ActorConfig) -> Self {
         let config = parts.published.config();
-        let active = parts.replica.active();
+        let active = parts.replica.active_segment();
         let mut replica = parts.replica;
         replica.set_journaled(config.durability == Durability::Persisted);
         replica.set_producer_expiration(config.producer_expiration);
@@ -376,7 +376,7 @@ impl Actor {
                 self.log.correct_written_times(clock::wall_ms());
                 let _dropped_receiver = responder.send(LocalSegments {
                     sealed: self.log.sealed(),
-                    active: self.log.active(),
+                    active: self.log.active_segment(),
                     active_age: self.active_since.map(|since| since.elapsed()),
                     awaits_tier: self.awaits_tier(),
                     leads: match &self.role {
@@ -437,7 +437,7 @@ impl Actor {
         };
         sim_event!(WatermarksPublished { partition: self.id, watermarks, role: self.sim_role() });
         let (published_high_watermark, sealed_end) =
-            (self.published.watermarks().high_watermark, self.log.active().base);
+            (self.published.watermarks().high_watermark, self.log.active_segment().base);
         let commits_sealed =
             published_high_watermark < watermarks.high_watermark && published_high_watermark < sealed_end;
         if commits_sealed && (sealed_end <= watermarks.high_watermark || self.awaits_tier()) {

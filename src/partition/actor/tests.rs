@@ -159,7 +159,7 @@ async fn maintenance_is_queued_when_awaited_segment_is_committed() {
     actor.roll_now();
     assert!(is_queued(&actor) && !is_queued(&actor));
     take_signals(&mut actor);
-    assert_eq!((actor.high_watermark().get(), actor.log.active().base.get()), (1, 2));
+    assert_eq!((actor.high_watermark().get(), actor.log.active_segment().base.get()), (1, 2));
     assert!(is_queued(&actor));
 }
 

@@ -16,13 +16,13 @@
 //! - An acknowledgement counts only in this leader epoch and for the broker epoch of the link on which that replica
 //!   subscribed. It has the log end and the persisted end. The topic's durability decides which of them counts, in this
 //!   module and nowhere else.
-//! - The *maximal* ISR is the committed ISR and every ISR that was proposed since and may still come true. The high
+//! - The *maximal* ISR is the committed ISR and every ISR that was proposed since and may still be committed. The high
 //!   watermark is the minimum acknowledged end over the maximal ISR. So whichever of these ISRs is current, all its
 //!   members hold the records below the high watermark.
 //! - The high watermark moves only while the *committed* ISR has the minimum size and the committed ELR is empty. A
 //!   proposed larger ISR does not count: if the store refuses it, an eligible replica for which no commit waited may be
 //!   elected.
-//! - A proposal with an unknown outcome may come true until the key has another revision. The old value, read back,
+//! - A proposal with an unknown outcome may be committed until the key has another revision. The old value, read back,
 //!   does not show that the proposal failed. So the proposed members stay in the maximal ISR until this broker reads
 //!   another revision.
 //! - A replica is admitted when it has acknowledged, in this epoch, all committed records and all records below the
@@ -550,7 +550,7 @@ impl IsrTracker {
         }
         let old_value = std::mem::replace(&mut self.value, value.clone());
         self.revision = revision;
-        // A proposal at an older revision can no longer come true.
+        // A proposal at an older revision can no longer be committed.
         self.maybe_committed.clear();
         (self.needs_read_back, self.awaits_metadata) = (false, false);
         for (id, member) in &mut self.members {
@@ -575,7 +575,7 @@ impl IsrTracker {
         member.acked.is_some_and(|progress| progress.acked_for(self.rules.durability) >= self.progress.log_end)
     }
 
-    /// Returns every member of the committed ISR and of proposed ISRs that may come true; some more than once.
+    /// Returns every member of the committed ISR and of proposed ISRs that may be committed; some more than once.
     fn maximal_isr(&self) -> impl Iterator<Item = BrokerId> + '_ {
         let proposed = self.in_flight.iter().flat_map(|proposal| &proposal.value.isr).chain(&self.maybe_committed);
         let proposed = proposed.filter(|_| !mutant!(HighWatermarkOverCommittedIsr));

@@ -50,7 +50,7 @@ pub struct FetchedBatches {
 /// Error of a read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReadError {
-    /// The offset cannot be read.
+    /// The offset is below `start`, or above `end` on a leader whose epoch is committed.
     #[error("offset {offset} is out of range: the partition holds {start} to {end}")]
     OutOfRange {
         /// Requested offset.

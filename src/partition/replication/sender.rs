@@ -140,7 +140,7 @@ struct ReplicationSender {
     written: Arc<WakeSet>,
     /// Slots of the partitions whose high watermark moved.
     committed: Arc<WakeSet>,
-    /// Reads in progress.
+    /// Reads of batches for subscriptions, at most one for each subscription.
     reads: FuturesUnordered<ReadFuture>,
     /// Notifications that are being delivered, at most one for each slot.
     notifications: FuturesUnordered<NotifyFuture>,

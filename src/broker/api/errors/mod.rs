@@ -6,7 +6,7 @@ use tonic::Status;
 
 use crate::{
     cluster::{
-        AddPartitionsError, AlterError, BrokerCounts, CreateError, DeleteError, MetaStoreError, ReplicaBound,
+        AddPartitionsError, AlterError, BrokerCounts, CreateError, DeleteError, MetaStoreError, ReplicaLimitExceeded,
         UnknownTopic,
     },
     model::{Offset, TopicId},
@@ -118,7 +118,7 @@ impl From<CreateError> for ApiError {
                 Self::new(ErrorCode::InvalidRequest, message)
             }
             CreateError::Brokers { requested, counts } => too_few_brokers(message, requested, counts),
-            CreateError::Bound(bound) => above_bound(message, bound),
+            CreateError::ReplicaLimit(error) => replica_limit_exceeded(message, error),
             CreateError::Config(_) => Self::new(ErrorCode::InvalidTopic, message),
             CreateError::Conflict { .. } => Self::new(ErrorCode::Conflict, message),
             CreateError::Store(error) => error.into(),
@@ -134,7 +134,7 @@ impl From<AlterError> for ApiError {
             AlterError::Config(_) | AlterError::SetAndUnset { .. } => Self::new(ErrorCode::InvalidTopic, message),
             AlterError::Replicas { .. } => Self::new(ErrorCode::InvalidRequest, message),
             AlterError::Brokers { requested, counts } => too_few_brokers(message, requested, counts),
-            AlterError::Bound(bound) => above_bound(message, bound),
+            AlterError::ReplicaLimit(error) => replica_limit_exceeded(message, error),
             AlterError::Conflict { .. } => Self::new(ErrorCode::Conflict, message),
             AlterError::Store(error) => error.into(),
         }
@@ -150,7 +150,7 @@ impl From<AddPartitionsError> for ApiError {
                 Self::new(ErrorCode::InvalidRequest, message)
             }
             AddPartitionsError::Brokers { requested, counts } => too_few_brokers(message, requested, counts),
-            AddPartitionsError::Bound(bound) => above_bound(message, bound),
+            AddPartitionsError::ReplicaLimit(error) => replica_limit_exceeded(message, error),
             AddPartitionsError::Conflict { .. } => Self::new(ErrorCode::Conflict, message),
             AddPartitionsError::Store(error) => error.into(),
         }
@@ -175,12 +175,12 @@ fn too_few_brokers(message: String, requested: u32, counts: BrokerCounts) -> Api
         .with("brokers", counts.eligible_brokers())
 }
 
-/// Returns the error for a change that would exceed the maximum number of replicas of a broker.
-fn above_bound(message: String, bound: ReplicaBound) -> ApiError {
+/// Returns the API error for a broker that would exceed its replica limit.
+fn replica_limit_exceeded(message: String, error: ReplicaLimitExceeded) -> ApiError {
     ApiError::new(ErrorCode::FailedPrecondition, message)
-        .with("broker", bound.broker)
-        .with("replicas", bound.replicas)
-        .with("max", bound.max)
+        .with("broker", error.broker)
+        .with("replicas", error.replicas)
+        .with("max", error.max)
         .with("setting", "broker.max_replicas")
 }
 

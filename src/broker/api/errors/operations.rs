@@ -76,7 +76,7 @@ impl From<ReassignError> for ApiError {
             | ReassignError::Unreachable { ids, .. } => {
                 Self::new(ErrorCode::FailedPrecondition, message).with("brokers", join_ids(&ids))
             }
-            ReassignError::Bound(bound) => super::above_bound(message, bound),
+            ReassignError::ReplicaLimit(error) => super::replica_limit_exceeded(message, error),
             ReassignError::Write(error) => error.into(),
         }
     }

@@ -242,7 +242,7 @@ fn proposed_member_holds_the_high_watermark_back() {
     assert_eq!(leader.high_watermark(), at(5), "the proposed member may be in the ISR already");
     assert_eq!(leader.proposal(), None, "one proposal is pending at a time");
 
-    // The outcome is unknown, and the old value is still stored: the proposal may come true.
+    // The outcome is unknown, and the old value is still stored: the proposal may be committed.
     assert_eq!(leader.on_outcome(ProposalOutcome::Unknown), ValueUpdate::Unchanged);
     assert!(leader.needs_read_back() && leader.proposal().is_none());
     assert_eq!(
@@ -252,21 +252,23 @@ fn proposed_member_holds_the_high_watermark_back() {
     leader.update_local(synced_to(10));
     assert_eq!(leader.high_watermark(), at(5));
 
-    // Another value was written: the proposal can no longer come true.
+    // Another value was written: the proposal can no longer be committed.
     assert_eq!(leader.on_value(&value(&[1], &[]), Revision(21)), ValueUpdate::Adopted);
     leader.update_local(synced_to(11));
     assert_eq!(leader.high_watermark(), at(11));
 }
 
+/// The store refused the proposal and returned the value that the leader already has, of revision 20. The leader proposes
+/// again after the next tick.
 #[test]
-fn refused_proposal_waits_for_metadata_or_tick() {
+fn refused_proposal_is_repeated_after_a_tick() {
     let mut leader = leader(&[1], &[], 1);
     start_following(&mut leader, 2, 5);
     assert!(leader.proposal().is_some());
     leader.on_outcome(ProposalOutcome::CurrentValue(value(&[1], &[]), Revision(20)));
     assert!(leader.proposal().is_none() && leader.wants_ticks());
     leader.update_local(synced_to(6));
-    assert_eq!(leader.high_watermark(), at(6), "the refused proposal can no longer come true");
+    assert_eq!(leader.high_watermark(), at(6), "the refused proposal can no longer be committed");
     leader.on_acknowledged(peer(2), EPOCH, synced_to(6)).unwrap();
     leader.tick(0);
     assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1, 2], vec![])));
