@@ -263,8 +263,9 @@ impl Broker {
         self.health.readiness()
     }
 
-    /// Updates the gauges. Only one call may run at a time: each call sets the gauges of its followers' brokers and
-    /// then removes the gauges of all other brokers.
+    /// Updates this broker's gauges; called before each rendering of the metrics page. Only one call may run at a time:
+    /// each call removes the lag gauges of all followers' brokers and sets them again, so a second call could remove
+    /// gauges that the first one has just set.
     pub fn observe(&self) {
         self.background.observe();
     }

@@ -60,8 +60,8 @@ const COMMON: &str = "Common options";
 struct CommonArgs {
     /// Broker addresses for the first connection; default: STRANDLINE_BOOTSTRAP of the environment, else
     /// 127.0.0.1:9460
-    // `bootstrap()` reads the variable, not clap: clap's usage lines show an option that the environment sets as
-    // required.
+    // `bootstrap()` reads the variable itself. If clap read it, clap's usage lines would show --bootstrap as a required
+    // option whenever the variable is set.
     #[arg(long, global = true, value_name = "ADDR[,ADDR]", help_heading = COMMON)]
     bootstrap: Option<String>,
     /// Output format of results

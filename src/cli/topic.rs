@@ -284,7 +284,7 @@ fn notes(partition: &PartitionDescription) -> Vec<String> {
         notes.push(format!("the watermarks of partition {number} are unavailable: {error}"));
     }
     if let Some(error) = &partition.error {
-        notes.push(format!("partition {number} accepts no writes: {error}"));
+        notes.push(format!("partition {number} accepts no writes: {error}; see `strandline cluster describe`"));
     }
     if !(partition.adding.is_empty() && partition.removing.is_empty()) {
         let changes: Vec<String> = [("adding", &partition.adding), ("removing", &partition.removing)]

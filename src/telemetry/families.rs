@@ -86,7 +86,7 @@ impl PeerCounters {
 pub struct PeerGauges(Family<PeerLabel, GaugeU64>);
 
 impl PeerGauges {
-    /// Sets the values of these brokers, and removes the gauges of all other brokers.
+    /// Removes all gauges, and sets those of these brokers.
     pub fn set_all(&self, values: impl IntoIterator<Item = (u32, u64)>) {
         self.0.clear();
         for (peer, value) in values {
@@ -100,7 +100,7 @@ impl PeerGauges {
 pub struct PeerGaugesF64(Family<PeerLabel, GaugeF64>);
 
 impl PeerGaugesF64 {
-    /// Sets the values of these brokers, and removes the gauges of all other brokers.
+    /// Removes all gauges, and sets those of these brokers.
     pub fn set_all(&self, values: impl IntoIterator<Item = (u32, Duration)>) {
         self.0.clear();
         for (peer, time) in values {

@@ -114,7 +114,7 @@ impl MaintenanceFailures {
     ) -> u32 {
         let (id, now) = (partition.id(), clock::monotonic());
         let is_reported_elsewhere =
-            is_of_another_leader(error) || refuses_commits(error) || error.is_outage() && has_outage;
+            is_deposed(error) || refuses_commits(error) || error.is_outage() && has_outage;
         if !is_reported_elsewhere {
             self.on_upload(Err(error));
         }
@@ -146,7 +146,7 @@ impl MaintenanceFailures {
     /// debug line, because the clients of the stores log their outages.
     fn log_failure(&self, partition: &Partition, error: &MaintenanceError, failures: Option<u64>, steps: u32) {
         let (id, topic) = (partition.id(), partition.topic());
-        if is_of_another_leader(error) {
+        if is_deposed(error) {
             tracing::debug!(
                 partition = %id, %topic, %error,
                 "another broker leads the partition and continues its uploads"
@@ -209,9 +209,9 @@ impl fmt::Display for MaintenanceFailures {
     }
 }
 
-/// Returns true if the step failed because another broker leads the partition now. The new leader continues the
-/// maintenance.
-const fn is_of_another_leader(error: &MaintenanceError) -> bool {
+/// Returns true if the partition's leader epoch in the metadata store is not the one of this step any longer. The leader
+/// of the new epoch continues the maintenance.
+const fn is_deposed(error: &MaintenanceError) -> bool {
     matches!(error, MaintenanceError::Commit(TierCommitError::Deposed { .. }))
 }
 

@@ -371,9 +371,10 @@ impl Reconciler {
         }
     }
 
-    /// Returns true if the local replica is not unverified, or if another ISR member is certain to be verified. If no
-    /// other member were verified, the brokers of all members might hold back their replicas and resign. Each
-    /// resignation would remove one intact replica from the ISR.
+    /// Returns true if this broker may resign the leadership of a partition whose local replica is offline. A resignation
+    /// also removes this broker from the ISR. An unverified replica stays offline and may be the only intact one. So the
+    /// broker resigns only if another running ISR member is certain to be verified: its broker epoch is below the revision
+    /// of the unreadable value, so its startup verification read an earlier, valid value.
     fn may_resign(&self, id: PartitionId, value: &PartitionValue, state: &MetadataSnapshot) -> bool {
         let Some(unreadable) = self.unverified.get(&id) else { return true };
         value.isr.iter().filter(|member| **member != self.ctx.id).any(|member| match broker_status(state, *member) {

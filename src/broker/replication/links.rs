@@ -205,8 +205,8 @@ impl OutboundLink {
         }
     }
 
-    /// Logs how a link ended, or why it was not opened. Reports a lost link to the peer table. Other failures prove
-    /// nothing about the peer's process, and are not reported.
+    /// Logs how a link ended, or why it could not be opened. If the connection failed or ended, reports that to the peer
+    /// table: the peer's process may have exited. Other failures prove nothing about the process, and are not reported.
     fn report_link_end(&self, address: &str, epoch: Revision, failure: &LinkFailure) {
         let reason = match failure {
             LinkFailure::Call(PeerError::Lost { reason, .. }) => Some(*reason),
@@ -244,7 +244,8 @@ impl OutboundLink {
                     "lost the link to the leader's broker: reopening it"
                 )
             }
-            // The failure will repeat until the configuration or version of one of the two brokers is corrected.
+            // Usually a wrong configuration or version of one of the two brokers, which an operator has to correct. A
+            // broker epoch that could not be confirmed may also be temporary, after a registration.
             _ => tracing::warn!(
                 %leader, address, links, reason = %failure,
                 "could not open the link to the leader's broker: retrying"

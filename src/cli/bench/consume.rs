@@ -139,7 +139,11 @@ async fn shares(common: &CommonArgs, command: &BenchConsumeArgs) -> anyhow::Resu
     }
     shares.retain(|share| !share.partitions.is_empty());
     if shares.is_empty() {
-        bail!("no records in topic {:?} from this position; write some with `strandline bench produce`", command.topic);
+        bail!(
+            "no records in topic {:?} from the position of --from: choose an earlier one, or write records with \
+             `strandline bench produce`",
+            command.topic
+        );
     }
     Ok(shares)
 }

@@ -24,7 +24,7 @@ pub struct ManifestRebuild {
     pub obstacle: Option<String>,
     /// Parts of `range` that no usable segment object covers.
     pub missing: Vec<Range<Offset>>,
-    /// Names of objects that cannot be used.
+    /// Errors of the objects that cannot be used. Each text names its object.
     pub unusable: Vec<String>,
     /// Number of usable segment objects that the rebuild leaves out.
     pub left_over: u32,

@@ -111,7 +111,8 @@ struct EmbeddedInner {
     /// One permit. The caller that holds it commits all queued transactions; further ones queue during the commit.
     commit_permit: Arc<Semaphore>,
     queue: Mutex<VecDeque<PendingTransaction>>,
-    /// Newest revision in the file. Locked during a whole commit, so it is locked only within `EmbeddedStore::access`.
+    /// Newest revision in the file. A commit holds this lock until its sync has ended, so a wait for the lock may block
+    /// for long. It is taken only within `EmbeddedStore::access`, which runs on a blocking thread.
     writer: Mutex<Revision>,
     /// Reason of the first failed commit. Once it is set, every request except `watch` fails.
     failed: OnceLock<String>,

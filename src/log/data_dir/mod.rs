@@ -172,8 +172,9 @@ impl DataDir {
         identity::generation(&*self.inner.ctx.disk, &self.inner.ctx.dir)
     }
 
-    /// Writes durably that this directory takes part in a cluster generation. A generation that is not higher than the
-    /// stored one changes nothing. Blocks.
+    /// Stores the cluster generation durably in the identity file, if it is higher than the stored one. An operator raises
+    /// the generation after etcd was restored from a backup. A later start fails if etcd then has a lower generation than
+    /// this directory, because etcd is from an older backup. Blocks.
     pub fn record_generation(&self, generation: u64) -> Result<(), DataDirError> {
         identity::record_generation(&*self.inner.ctx.disk, &self.inner.ctx.dir, generation)
     }

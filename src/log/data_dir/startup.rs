@@ -77,7 +77,7 @@ pub(super) fn load(
         return Ok(LoadedState { first_frame, generation, clean: true, replicas });
     }
     let (journaled, records) = if kind == CheckpointKind::Replayed {
-        (ReplayResult::nothing(first_frame), replicas)
+        (ReplayResult::empty(first_frame), replicas)
     } else {
         let replayed = replay::read(disk, &journal_dir, directory, first_frame);
         let mut journaled = replayed.map_err(io_error(&journal_dir, "read the journal"))?;
@@ -134,7 +134,7 @@ fn recover_without_journal(
     // The lost journal may reappear. With a large gap, its frames and those of the new journal have different
     // sequences.
     let next_frame = Some(first_frame + (1 << 32)).filter(|sequence| *sequence <= MAX_NUMBER).unwrap_or(first_frame);
-    let mut journaled = ReplayResult::nothing(next_frame);
+    let mut journaled = ReplayResult::empty(next_frame);
     journaled.generation = 1;
     Ok((journaled, records))
 }

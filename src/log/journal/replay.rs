@@ -113,7 +113,7 @@ fn files(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Vec<PathBuf>>> {
 /// Reads the journal in `dir` from the frame `first_frame` on. A torn last frame is dropped. Earlier frames that are
 /// missing or corrupt are part of the result. Only an error of the disk fails the call.
 pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_frame: u64) -> io::Result<ReplayResult> {
-    let mut journaled = ReplayResult::nothing(first_frame);
+    let mut journaled = ReplayResult::empty(first_frame);
     let mut corrupt_frames: Vec<u64> = Vec::new();
     let Some(paths) = files(disk, dir)? else {
         journaled.missing = Some("the directory does not exist".to_owned());
@@ -166,8 +166,9 @@ pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_f
 }
 
 impl ReplayResult {
-    /// Returns the result for a journal of which nothing is needed. The next frame is `next_frame`.
-    pub(in crate::log) fn nothing(next_frame: u64) -> Self {
+    /// Returns a result without entries: no replica has a state to replay, and the generation is 0. Used if the journal
+    /// was already replayed or is lost, and as the start value of [`read`]. The next frame to write is `next_frame`.
+    pub(in crate::log) fn empty(next_frame: u64) -> Self {
         Self { next_frame, ..Self::default() }
     }
 

@@ -122,8 +122,8 @@ pub enum SubscribeError {
         /// Addition in the leader's metadata.
         known: Option<u64>,
     },
-    /// The leader has received a newer incarnation of the follower's broker.
-    #[error("a newer incarnation of this broker is known: connect again with its broker epoch")]
+    /// The leader has received a newer broker epoch of the follower's broker.
+    #[error("a newer broker epoch of this broker is known: connect again with that epoch")]
     OlderBroker,
     /// The follower's log has batches of a newer epoch than the leader's.
     #[error(

@@ -308,7 +308,7 @@ impl IsrTracker {
         };
         let has_lost = remaining_end < self.high_watermark && self.value.isr.contains(&peer.broker);
         let member = self.members.entry(peer.broker).or_default();
-        // The earlier acknowledgement may be of another incarnation.
+        // The earlier acknowledgement may be of another broker epoch.
         member.acked = None;
         member.link = matches!(outcome, SubscribeOutcome::Accepted(_)).then_some(peer.epoch);
         member.departed = false;
@@ -317,7 +317,7 @@ impl IsrTracker {
     }
 
     /// Checks that the follower may subscribe now: in this epoch, as a replica by the same addition, in its newest
-    /// incarnation, and without batches of a newer epoch.
+    /// broker epoch, and without batches of a newer leader epoch.
     fn check_subscription(
         &self,
         peer: PeerId,
@@ -385,8 +385,8 @@ impl IsrTracker {
         Ok(())
     }
 
-    /// Ends the subscription of this incarnation of a follower. A follower that exited or shuts down leaves the ISR
-    /// with the next proposal. A report about an incarnation older than the subscribed one is ignored.
+    /// Ends the subscription of a follower's broker in this broker epoch. A follower that exited or shuts down leaves the
+    /// ISR with the next proposal. A report about an older broker epoch than that of the subscribed link is ignored.
     pub fn on_disconnected(&mut self, peer: PeerId, cause: DisconnectCause) {
         if peer.broker == self.me || !self.value.replicas.contains(&peer.broker) {
             return;

@@ -5,7 +5,7 @@ use crate::{
     model::{BrokerId, Durability, LeaderEpoch, Offset},
 };
 
-/// One incarnation of another broker: the other end of a link.
+/// Another broker in one broker epoch: the other end of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PeerId {
     pub broker: BrokerId,
@@ -65,8 +65,8 @@ pub enum AckError {
         /// Leader epoch of this leader.
         leader_epoch: LeaderEpoch,
     },
-    /// The replica has no accepted subscription on that link in this epoch: the subscription has ended, the link is an
-    /// older incarnation's, or the broker is no replica.
+    /// The replica has no accepted subscription on that link in this epoch: the subscription has ended, the link has
+    /// an older broker epoch, or the broker is no replica.
     #[error("broker {broker} has no subscription on a link with broker epoch {epoch}")]
     NotSubscribed {
         /// Sender of the acknowledgement.

@@ -270,7 +270,7 @@ impl<'a> ReplicationReceiver<'a> {
         if self.retry_at.contains_key(&id) {
             return;
         }
-        self.reset_pause(id);
+        self.reset_backoff_if_stable(id);
         let backoff = self.backoffs.entry(id).or_insert_with(|| Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY));
         let retry_at = clock::monotonic() + backoff.next_pause();
         self.retry_queue.insert((retry_at, id));
@@ -333,7 +333,7 @@ impl<'a> ReplicationReceiver<'a> {
 
     /// Resets the partition's pause if the leader accepted its subscription at least [`MAX_RETRY_DELAY`] ago. After a
     /// shorter subscription, the pauses keep growing.
-    fn reset_pause(&mut self, id: PartitionId) {
+    fn reset_backoff_if_stable(&mut self, id: PartitionId) {
         let subscription = self.slot_of.get(&id).and_then(|index| self.slots[*index].subscription.as_ref());
         let accepted_at = subscription.and_then(|subscription| subscription.accepted_at);
         let has_lasted = |since: Instant| clock::monotonic().saturating_duration_since(since) >= MAX_RETRY_DELAY;
@@ -342,10 +342,11 @@ impl<'a> ReplicationReceiver<'a> {
         }
     }
 
-    /// Removes the current subscription of a partition, and returns it; `None` if the partition has none. Sends
+    /// Removes the current subscription of a partition, and returns it; `None` if the partition has none. If the leader
+    /// accepted it at least [`MAX_RETRY_DELAY`] ago, the next pause of the partition is the shortest one again. Sends
     /// nothing.
     fn end_subscription(&mut self, id: PartitionId) -> Option<ReceiverSubscription> {
-        self.reset_pause(id);
+        self.reset_backoff_if_stable(id);
         let index = *self.slot_of.get(&id)?;
         let subscription = self.slots[index].subscription.take()?;
         self.subscriptions.remove(&subscription.number);
@@ -403,6 +404,7 @@ impl<'a> ReplicationReceiver<'a> {
             && let Some(index) = self.ready.take()
         {
             let Some(subscription) = &mut self.slots[index].subscription else { continue };
+            // The mark can be dropped: when the partition applies the acceptance, it marks its slot again.
             if subscription.accepted_at.is_none() {
                 continue;
             }

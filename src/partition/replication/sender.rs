@@ -70,7 +70,7 @@ const MAX_CONCURRENT_DISCONNECTS: usize = 64;
 
 /// Input of the leader's side of a link.
 pub struct SenderConfig {
-    /// The follower's broker, in one incarnation.
+    /// The follower's broker, in one broker epoch.
     pub peer: PeerId,
     /// Finds this broker's partitions.
     pub find: PartitionLookup,

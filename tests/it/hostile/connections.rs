@@ -150,7 +150,7 @@ fn open_streams_leave_connections_for_others_and_probes() {
     }
     assert!(instance.metric("strandline_connections_refused_total") >= MAX_GRPC_CONNECTIONS as f64);
 
-    // Connections whose streams have ended hold nothing that other clients need.
+    // The dropped attacker closes its connections, and new clients get the free places.
     drop(second);
     eventually("a new client is served", || {
         let served = runtime.block_on(async {

@@ -153,7 +153,8 @@ struct FetchResponseBuilder {
     full: bool,
 }
 
-/// The partitions of one reader.
+/// State of one client's fetch: its partitions with the position in each, the reads in progress, and the memory for the
+/// responses.
 struct FetchSession {
     fetch: Arc<Fetch>,
     partitions: Vec<FetchPartitionState>,

@@ -226,7 +226,7 @@ fn acknowledgement_counts_for_its_epoch_and_link_only() {
         assert!(leader.on_acknowledged(from, epoch, progress).is_err(), "{from:?} {epoch} {progress:?}");
         assert_eq!(leader, before, "a rejected acknowledgement changes nothing");
     }
-    // A newer incarnation is known: messages on the old link may be of a process that has exited.
+    // A newer broker epoch is known: messages on the old link may be of a process that has exited.
     leader.on_broker_status(BrokerId(2), BrokerStatus::Registered(Revision(12)));
     assert_eq!(leader.on_acknowledged(peer(2), EPOCH, synced_to(5)), Err(not_subscribed));
     assert_eq!(subscribe(&mut leader, peer(2), 5), SubscribeOutcome::Rejected(SubscribeError::OlderBroker));
