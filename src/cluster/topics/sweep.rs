@@ -60,7 +60,8 @@ impl Topics {
     }
 
     /// Deletes the keys of `strays`, each only at the revision that `strays` contains: a repeated addition of partitions
-    /// may have written a key again. Returns false, with some keys deleted, if a key or `condition` has changed.
+    /// may have written a key again. Returns false, with some keys deleted, if a key or `condition` has changed. A later
+    /// sweep deletes the remaining keys. After an unknown outcome, an applied first attempt counts as a change too.
     pub(super) async fn delete_stale_keys(
         &self,
         id: TopicId,
