@@ -94,7 +94,8 @@ error_codes! {
     DiskFull = "DISK_FULL", ResourceExhausted, true;
     /// A write to the disk of this broker failed. The broker accepts no more writes to the partition.
     StorageFailed = "STORAGE_FAILED", Unavailable, true;
-    /// The data of the replica is corrupt. This broker cannot read the named offsets.
+    /// Stored data fails its checks and is not served; or, with `decode`, the records of a batch cannot be decoded. The
+    /// message names the offsets.
     DataCorrupt = "DATA_CORRUPT", DataLoss, false;
     /// The object store did not respond, or with an error.
     ObjectStoreUnavailable = "OBJECT_STORE_UNAVAILABLE", Unavailable, true;

@@ -207,7 +207,8 @@ struct RequestMemory {
     schemas: Arc<RequestSchemas>,
 }
 
-/// Returns the services for clients, which reflection lists. The peer service is on another listener.
+/// Returns the services for clients. With `reflection`, also the reflection service, which lists them. The peer service
+/// is on another listener.
 pub(super) fn routes(
     broker: &Broker,
     health: tonic_health::pb::health_server::HealthServer<impl tonic_health::pb::health_server::Health>,
@@ -226,6 +227,8 @@ pub(super) fn routes(
             routes.add_service(reflection_builder().build_v1()?).add_service(reflection_builder().build_v1alpha()?);
     }
     let memory = RequestMemory { budgets: broker.budgets().clone(), schemas: Arc::new(RequestSchemas::of_clients()) };
+    // `streams` serves Produce and Fetch. Its exact paths take precedence over the wildcard path of the `Log` service,
+    // which therefore serves only the unary calls.
     Ok(layered(routes.into_axum_router().merge(streams::routes(&log)), Some(memory)))
 }
 

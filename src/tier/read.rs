@@ -217,7 +217,8 @@ struct SegmentScan<'a> {
     /// Result of the scan: pieces of complete batches, and their bytes in total.
     pieces: Vec<Bytes>,
     bytes: usize,
-    /// Range of consecutive batches in one chunk, which are returned as one piece.
+    /// Byte positions, in the object, of the batches of the next piece: consecutive batches in one chunk, or one batch that
+    /// crosses chunks. `None` between two pieces.
     piece: Option<Range<u64>>,
 }
 

@@ -113,8 +113,7 @@ impl MaintenanceFailures {
         has_outage: bool,
     ) -> u32 {
         let (id, now) = (partition.id(), clock::monotonic());
-        let is_reported_elsewhere =
-            is_deposed(error) || refuses_commits(error) || error.is_outage() && has_outage;
+        let is_reported_elsewhere = is_deposed(error) || refuses_commits(error) || error.is_outage() && has_outage;
         if !is_reported_elsewhere {
             self.on_upload(Err(error));
         }

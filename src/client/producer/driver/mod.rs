@@ -39,6 +39,10 @@ use crate::{
 /// records are added to the open batch.
 const STREAM_WINDOW: usize = 256;
 
+/// Maximum time, in milliseconds, that one attempt asks the broker to wait for the acknowledgement. A batch whose attempt
+/// ends with `TIMEOUT` is sent again until its delivery timeout.
+const MAX_ATTEMPT_TIMEOUT_MS: u32 = 30_000;
+
 /// Command of a handle to the task.
 pub(super) enum ProducerCommand {
     /// Seal all open batches, and return the completions of all batches without a result.
@@ -256,8 +260,9 @@ impl ProducerDriver {
         self.set_next_timer(index);
     }
 
-    /// Sends one batch: `entry` is its index among the in-flight batches. Returns false if the batch must wait: for a
-    /// leader in the metadata, for responses of the old leader, or for capacity in the stream.
+    /// Sends the batch at position `entry` of the batches that queue `index` has taken and that have no final result.
+    /// Returns false if the batch must wait: for a leader in the metadata, for responses of the old leader, or for
+    /// capacity in the stream. Returns true if the batch was sent, or failed because it cannot be built.
     fn send(&mut self, index: usize, entry: usize) -> bool {
         let state = &self.queues[index];
         let Some(address) = self.inner.client.routing().leader(&state.queue.topic, state.queue.partition) else {
@@ -293,7 +298,9 @@ impl ProducerDriver {
                     topic: state.queue.topic.clone(),
                     partition: i32::try_from(state.queue.partition).expect("partitions are few"),
                     acks: acks_to_proto(options.acks).into(),
-                    timeout_ms: u32::try_from(options.delivery_timeout.as_millis()).unwrap_or(u32::MAX).min(30_000),
+                    timeout_ms: u32::try_from(options.delivery_timeout.as_millis())
+                        .unwrap_or(u32::MAX)
+                        .min(MAX_ATTEMPT_TIMEOUT_MS),
                     batch,
                     topic_id,
                 };
