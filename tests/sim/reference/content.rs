@@ -82,7 +82,7 @@ impl Content {
             };
             if let Some((id, epoch, sequence)) = batch.producer {
                 let count = i32::try_from(batch.end.as_i64() - next.as_i64()).unwrap();
-                // After the largest sequence, sequences start again at 0. No run has so many records.
+                // After the largest sequence, sequences start again at 0. No run has that number of records.
                 let known = self.producers.get(&id).copied();
                 let expected = known.filter(|known| known.epoch == epoch).map_or(0, |known| known.next);
                 if sequence != expected || known.is_some_and(|known| known.epoch > epoch) {

@@ -309,8 +309,8 @@ impl FailureDetector {
     }
 
     /// Handles a report from another broker. If this broker is the controller, it probes the suspect itself, and
-    /// deletes the registration if the process is gone. Waiting reports about one registration share one probe, so many
-    /// reports about one broker do not delay reports about other brokers. Returns true if the registration was deleted.
+    /// deletes the registration if the process is gone. Waiting reports about one registration share one probe. Reports
+    /// about one broker therefore do not delay reports about other brokers. Returns true if the registration was deleted.
     ///
     /// # Errors
     /// The metadata store did not apply the deletion, or its response is unknown: the reporter must report again.
