@@ -9,7 +9,7 @@ use tonic::{
 };
 use tonic_prost::ProstDecoder;
 
-/// Maximum number of bytes that the codec passes to HTTP/2 at once.
+/// Number of encoded bytes after which the codec passes them to HTTP/2. A larger message is passed as one piece.
 const YIELD_BYTES: usize = 1 << 20;
 
 /// Initial size of the buffers of a call: enough for a small message. A waiting call keeps its buffers, so larger ones

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::{
     CommonArgs,
-    cluster::key_that_hides_replicas,
+    cluster::first_invalid_placement_key,
     connect::{connect, explain_call},
     output::{self, OutputFormat, format_ids},
     retry_output::RetryMonitor,
@@ -63,9 +63,9 @@ enum BrokerCommand {
     /// Move all leaderships and replicas off a broker, and assign it no new ones
     ///
     /// Returns when the drain is stored or, with --wait, when the broker is empty. `strandline cluster describe` shows
-    /// the progress. The exit code is 1 if no replica can move: too few other brokers are eligible, a broker that the
-    /// moves need is offline, or the partitions have no leader. With --wait, the exit code is 1 only after no replica
-    /// has been able to move for a minute. The drain stays in effect either way.
+    /// the progress. The exit code is 1 if no replica can move, because too few other brokers are eligible or a broker
+    /// that the moves need is offline. With --wait, the exit code is 1 only after no replica has been able to move for a
+    /// minute; the cause can then also be partitions without a leader. The drain stays in effect either way.
     ///
     /// A broker that is permanently lost can be drained too: its replicas are then replaced at once. Replicas of
     /// partitions without a leader are not replaced, because there is no leader to copy from;
@@ -295,7 +295,7 @@ async fn wait_until_empty(
             let error = anyhow!("the drain of broker {id} was cancelled during the wait");
             return Err(PollError::Fatal(error));
         }
-        if let Some(key) = key_that_hides_replicas(&cluster).filter(|_| broker.replica_count == 0) {
+        if let Some(key) = first_invalid_placement_key(&cluster).filter(|_| broker.replica_count == 0) {
             let error = anyhow!(
                 "broker {id} has no replicas in the readable metadata, but the value of {key} is invalid: do not stop \
                  the broker for good before that value is repaired; `strandline cluster describe` shows the error"

@@ -121,7 +121,7 @@ fn lines(cluster: &ClusterDescription) -> String {
             cluster
                 .brokers
                 .iter()
-                .flat_map(|broker| notes(broker, key_that_hides_replicas(cluster), cluster.brokers.len() == 1)),
+                .flat_map(|broker| notes(broker, first_invalid_placement_key(cluster), cluster.brokers.len() == 1)),
         )
         .chain(unreadable(cluster))
         .collect();
@@ -215,8 +215,8 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
             }
             0 => format!("broker {id} is drained: it can be stopped for good"),
             _ if broker.blocked > 0 => format!(
-                "broker {id} is draining: {remaining} to move, {} of them blocked: too few eligible brokers, or no \
-                 leader",
+                "broker {id} is draining: {remaining} to move, {} of them blocked: too few eligible brokers, a needed \
+                 broker is offline, or no leader",
                 broker.blocked
             ),
             _ => format!("broker {id} is draining: {remaining} to move"),
@@ -268,7 +268,7 @@ fn stats_notes(id: BrokerId, stats: &BrokerStats) -> impl Iterator<Item = String
 
 /// Returns the key of the first invalid topic or partition value; `None` if all are valid. Replicas in an invalid value
 /// are missing from the counts of the description.
-pub(super) fn key_that_hides_replicas(cluster: &ClusterDescription) -> Option<&str> {
+pub(super) fn first_invalid_placement_key(cluster: &ClusterDescription) -> Option<&str> {
     let mut keys = cluster.unreadable.iter().map(|unreadable| &*unreadable.key);
     keys.find(|key| key.contains("/topics/") || key.contains("/partitions/"))
 }
@@ -458,10 +458,10 @@ pub(super) mod tests {
     fn broker_is_not_drained_while_values_are_unreadable() {
         let empty = BrokerDescription { draining_since_ms: Some(1), replica_count: 0, ..running(1, "") };
         assert_eq!(
-            notes(&empty, key_that_hides_replicas(&calm()), false),
+            notes(&empty, first_invalid_placement_key(&calm()), false),
             ["broker 1 is drained: it can be stopped for good"]
         );
-        let note = notes(&empty, key_that_hides_replicas(&troubled()), false).remove(0);
+        let note = notes(&empty, first_invalid_placement_key(&troubled()), false).remove(0);
         assert!(note.ends_with("do not stop it for good"), "{note}");
     }
 

@@ -46,7 +46,7 @@ pub(super) struct ConsumeArgs {
     /// Start position: earliest, latest, an offset, or @ and a time in milliseconds or RFC 3339
     #[arg(long, value_name = "POSITION", default_value = "earliest")]
     from: StartPosition,
-    /// Stop at the current log end instead of waiting for new records
+    /// Stop at the current end of the committed records instead of waiting for new ones
     #[arg(long)]
     until_end: bool,
     /// With --until-end: exit with code 1 after this many seconds without a record

@@ -184,7 +184,7 @@ impl Client {
     /// Returns the routing metadata of a topic. Requests the metadata from a broker if the client has none.
     ///
     /// # Errors
-    /// The topic does not exist, or no broker responds within the request timeout.
+    /// The topic does not exist, no broker can be reached, or none responds within the request timeout.
     pub async fn topic(&self, name: &str) -> Result<Arc<TopicRoute>, CallError> {
         if let Some(Ok(route)) = self.inner.routing.topic(name) {
             return Ok(route);

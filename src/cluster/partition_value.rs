@@ -9,7 +9,7 @@
 //! | --- | --- | --- | --- | --- |
 //! | [`shrink`] | leader | unchanged | loses members | gains them below the min ISR, else empty |
 //! | [`expand`] | leader | unchanged | gains members | empty once the ISR has the min ISR |
-//! | [`elect`] | controller, operator | new | its live members, or the elected replica alone | gains the other members below the min ISR, else empty |
+//! | [`elect`] | controller, operator | new | its live members, or the elected replica alone | below the min ISR, gains the members that are not live; else empty |
 //! | [`elect_unclean`] | operator | new | the elected replica alone | empty |
 //! | [`after_restart`] | starting broker | none if the broker led | loses the broker if it may lack records | loses the broker if it may lack records |
 //! | [`leaderless`] | controller, leader that resigns | none | unchanged | unchanged |
@@ -168,9 +168,9 @@ impl PartitionValue {
     /// Elects `to` cleanly; returns `None` if `to` may not lead ([`Self::may_elect`]) or leads already.
     ///
     /// If `to` is in the ISR, the live ISR members stay. If `to` is in the ELR, it becomes the only ISR member: the
-    /// earlier ISR members are offline and may have records that this leader lacks. Below the min ISR, the other
-    /// members enter the ELR. Every commit waited for them, and the new leader commits nothing until it has the min ISR
-    /// and the ELR is empty.
+    /// earlier ISR members are offline and may have records that this leader lacks. Below the min ISR, the ISR
+    /// members that are not live enter the ELR. Every commit waited for them, and the new leader commits nothing until
+    /// it has the min ISR and the ELR is empty.
     #[must_use]
     pub fn elect(&self, to: BrokerId, is_live: impl Fn(BrokerId) -> bool, min_insync: usize) -> Option<Self> {
         if self.leader == Some(to) || !self.may_elect(to, &is_live) {

@@ -111,7 +111,7 @@ impl Placement {
         placement
     }
 
-    /// Adds a live broker.
+    /// Adds a live broker without a limit of replicas.
     pub fn add(&mut self, id: BrokerId, rack: Option<String>, load: BrokerLoad) {
         self.brokers.insert(id, Candidate { rack, load, accepts_replicas: true, max: usize::MAX });
     }

@@ -176,7 +176,8 @@ impl ResolvedValues {
         self.reject_text(key, &text, allowed, origin);
     }
 
-    /// Adds the error that a key does not accept a text. The message masks passwords and is truncated.
+    /// Adds the error that a key does not accept a text. The text in the message is truncated, and its passwords are
+    /// masked.
     fn reject_text(&mut self, key: &str, text: &str, allowed: impl Into<String>, origin: ValueSource) {
         let value = mask_passwords(text).chars().take(MAX_SHOWN_CHARS).collect();
         self.errors.push(ConfigError::Value { origin, key: key.to_owned(), value, allowed: allowed.into() });

@@ -38,7 +38,7 @@ pub(super) fn create_folder(path: &Path) -> io::Result<()> {
 /// received each piece; this makes nothing durable.
 #[derive(Debug, Default)]
 pub(super) struct PieceWriter {
-    /// Held while one piece is written.
+    /// Held while one piece is written, and during the pause after it.
     piece_lock: Mutex<()>,
 }
 

@@ -119,7 +119,7 @@ pub(super) struct SegmentBatches {
     skipped: SkippedPrefix,
 }
 
-/// The front part of a segment that is not uploaded, and the identity of the uploaded part.
+/// The first part of a segment, which an upload skips, and the identity of the uploaded rest.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SkippedPrefix {
     /// Batches that end at or below this offset are skipped: they are in the object store or below the log start.

@@ -17,7 +17,7 @@ const ZERO_FILL_BYTES: usize = 256 << 10;
 /// Minimum number of files of a ring. A single file could never be reused, because it stays active.
 const MIN_FILES: usize = 2;
 
-/// Number of files of a ring, or more if a file would otherwise exceed [`MAX_FILE_BYTES`].
+/// Maximum number of files of a ring. A larger ring has more files, so that no file exceeds [`MAX_FILE_BYTES`].
 const RING_FILES: u64 = 16;
 
 /// Maximum size of a file: it is filled with zeros before its first use, which must not take long.

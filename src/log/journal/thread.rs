@@ -70,8 +70,8 @@ impl Journal {
         false
     }
 
-    /// Writes the queued entries and makes space for the two frames of a change (its first entry and its completion),
-    /// in step mode. Returns false if there is no space.
+    /// Writes the queued entries and makes space for the two frames of a replica's truncation, reset or deletion, in
+    /// step mode. Returns false if there is no space.
     pub(in crate::log) fn ensure_change_space(&self, host: &dyn JournalHost) -> bool {
         while self.has_queued_entries() {
             if !self.write_next_frame(host) {

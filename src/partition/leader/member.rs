@@ -35,7 +35,7 @@ impl ReplicaProgress {
 /// Reason why a follower is disconnected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DisconnectCause {
-    /// The link ended. The follower may return soon; its time to catch up keeps running.
+    /// The link or the subscription ended. The follower may subscribe again soon; its time to catch up keeps running.
     LinkLost,
     /// The process has exited.
     ProcessGone,

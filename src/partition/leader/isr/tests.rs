@@ -458,7 +458,7 @@ fn subscription_is_rejected_with_the_reason() {
 }
 
 /// Input of a tracker. The fields have this order: broker, its broker epoch, leader epoch, log end, persisted end. A
-/// last `u8` selects the disconnect cause or the outcome; `Configure` has `persisted` and the min ISR.
+/// last `u8` selects the disconnect cause or the outcome. `Configure` has `persisted` and the min ISR, `Tick` the time.
 #[derive(Clone, Debug)]
 enum Event {
     Local(u64, u64),
