@@ -9,7 +9,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{
@@ -21,7 +20,7 @@ use crate::{
     model::PartitionId,
     partition::{Partition, ReplicaRole},
     proto::v1,
-    task::clock,
+    task::{clock, lock::Mutex},
 };
 
 /// Minimum pause between two checks whether the start is over.

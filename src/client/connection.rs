@@ -2,7 +2,6 @@
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
-use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 
 pub(super) use super::address::BrokerAddress;
@@ -13,6 +12,7 @@ use super::{
 use crate::{
     limits,
     proto::v1::{admin_client::AdminClient, log_client::LogClient},
+    task::lock::Mutex,
 };
 
 /// Connections of one client, or of one broker to the other brokers.

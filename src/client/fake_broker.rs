@@ -10,7 +10,6 @@ use std::{
 
 use bytes::Bytes;
 use futures::Stream;
-use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
@@ -22,7 +21,10 @@ use crate::{
         v1::{self, admin_server, log_server},
     },
     record::Batch,
-    task::Tasks,
+    task::{
+        Tasks,
+        lock::{Mutex, MutexGuard},
+    },
 };
 
 /// Action of the fake for one produce request.

@@ -46,7 +46,6 @@ mod transport;
 use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream::FuturesUnordered};
-use parking_lot::Mutex;
 use tokio::sync::watch;
 use tonic::Status;
 
@@ -80,7 +79,7 @@ use crate::{
         error::{ApiError, ErrorCode},
         v1,
     },
-    task::clock,
+    task::{clock, lock::Mutex},
 };
 
 /// Client of one cluster. Clones share connections and routing metadata.

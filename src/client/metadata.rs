@@ -9,8 +9,6 @@ use std::{
     sync::Arc,
 };
 
-use parking_lot::Mutex;
-
 use super::{address::BrokerAddress, error::CallError, replica_selector::select_replica, route::TopicRoute};
 use crate::{
     model::{BrokerId, LeaderEpoch, TopicId},
@@ -18,6 +16,7 @@ use crate::{
         error::{ApiError, ErrorCode},
         v1,
     },
+    task::lock::Mutex,
 };
 
 /// Address and rack of a broker.

@@ -6,10 +6,9 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 
-use crate::task::clock;
+use crate::task::{clock, lock::Mutex};
 
 /// Work that failed and is being retried.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,8 +2,6 @@
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use parking_lot::Mutex;
-
 use super::{
     embedded::EmbeddedStore,
     store::{
@@ -11,6 +9,7 @@ use super::{
         Watch,
     },
 };
+use crate::task::lock::Mutex;
 
 /// Fault of one transaction. Each injected fault occurs once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

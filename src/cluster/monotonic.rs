@@ -225,10 +225,9 @@ impl MetaStore for MonotonicStore {
 
 #[cfg(test)]
 mod tests {
-    use parking_lot::Mutex;
 
     use super::*;
-    use crate::cluster::embedded::EmbeddedStore;
+    use crate::{cluster::embedded::EmbeddedStore, task::lock::Mutex};
 
     /// A store that can be reset to an older copy of itself, like a restored etcd.
     #[derive(Debug)]

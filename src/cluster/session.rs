@@ -31,7 +31,6 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 
 use super::{
@@ -41,7 +40,7 @@ use super::{
 };
 use crate::{
     model::BrokerId,
-    task::{Tasks, clock},
+    task::{Tasks, clock, lock::Mutex},
     telemetry::LogThrottle,
 };
 

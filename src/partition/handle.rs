@@ -5,7 +5,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use parking_lot::Mutex;
 use tokio::{
     sync::{
         OwnedSemaphorePermit,
@@ -37,7 +36,7 @@ use crate::{
     log::{ChangeError, DataDir, LogReader, ReplicaError, ReplicaLog},
     model::{Acks, BrokerId, LeaderEpoch, Offset, PartitionId, TopicConfig, TopicName, Watermarks},
     record::{Batch, Fingerprint},
-    task::Tasks,
+    task::{Tasks, lock::Mutex},
     tier::{PartitionTier, TierState},
 };
 

@@ -6,10 +6,12 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
 use tokio::{sync::Notify, time::Instant};
 
-use crate::{model::PartitionId, task::clock};
+use crate::{
+    model::PartitionId,
+    task::{clock, lock::Mutex},
+};
 
 /// Queue of partitions without duplicates. Clones share it.
 #[derive(Clone, Debug, Default)]

@@ -9,7 +9,6 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use parking_lot::Mutex;
 use tokio::{sync::Notify, time::Instant};
 
 use super::{
@@ -20,7 +19,7 @@ use super::{
 };
 use crate::{
     model::{BrokerId, LeaderEpoch, Offset, TopicConfig, Watermarks},
-    task::{Tasks, clock},
+    task::{Tasks, clock, lock::Mutex},
     telemetry::LogThrottle,
 };
 

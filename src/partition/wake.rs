@@ -16,11 +16,10 @@ use std::{
     },
 };
 
-use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::role::WatermarkKind;
-use crate::task::Tasks;
+use crate::task::{Tasks, lock::Mutex};
 
 /// Maximum number of listeners that the caller of a wake-up marks itself. More listeners are marked by a new task.
 const MAX_INLINE_WAKES: usize = 16;

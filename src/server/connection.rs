@@ -17,7 +17,6 @@ use std::{
 };
 
 use futures::{Stream, StreamExt as _, task::AtomicWaker};
-use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -31,7 +30,7 @@ use super::{
 };
 use crate::{
     broker::{Budgets, ConnectionMemory, ProducerIdQuota},
-    task::{Tasks, clock},
+    task::{Tasks, clock, lock::Mutex},
     telemetry::{Counter, GaugeU64, LogThrottle, Metrics},
 };
 

@@ -15,10 +15,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use parking_lot::Mutex;
 use rustix::fs::{Advice, OFlags, fadvise};
 
-use crate::log::{PrivateDir, disk::PIECE_BYTES, free_in_steps, write_out};
+use crate::{
+    log::{PrivateDir, disk::PIECE_BYTES, free_in_steps, write_out},
+    task::lock::Mutex,
+};
 
 /// Pause after each piece, in which the device serves appends.
 const PIECE_PAUSE: Duration = Duration::from_millis(1);

@@ -8,10 +8,9 @@
 
 use std::{fmt, time::Duration};
 
-use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 
-use crate::task::clock;
+use crate::task::{clock, lock::Mutex};
 
 /// Time of failures without a success, after which a failed probe confirms the outage. Occasional failures are retried
 /// without a log line.

@@ -7,8 +7,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use parking_lot::Mutex;
-
 use super::{
     chunk_cache::{CachedMetadata, ChunkCache},
     codec::InvalidObject,
@@ -24,7 +22,7 @@ use super::{
 };
 use crate::{
     model::{LeaderEpoch, Offset, PartitionId},
-    task::{clock, random},
+    task::{clock, lock::Mutex, random},
     telemetry::LogThrottle,
 };
 

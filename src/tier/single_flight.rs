@@ -4,11 +4,10 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::error::{TierReadError, TierStoreError};
-use crate::task::Tasks;
+use crate::task::{Tasks, lock::Mutex};
 
 type Outcome<V> = Option<Result<V, TierReadError>>;
 

@@ -16,14 +16,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use strandline::{
     proto::{
         error::{ApiError, ErrorCode},
         v1::{ProduceRequest, ProduceResponse, produce_response::Result as ProduceResult},
     },
-    task::{Tasks, clock},
+    task::{Tasks, clock, lock::Mutex},
 };
 use tokio::{net::TcpStream, sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;

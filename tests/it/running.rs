@@ -7,9 +7,8 @@ use std::{
     thread,
 };
 
-use parking_lot::Mutex;
 use rustix::process::{Pid, Signal};
-use strandline::task;
+use strandline::{task, task::lock::Mutex};
 
 use crate::{broker::Cli, test_timeout::eventually};
 

@@ -6,11 +6,10 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
 use strandline::{
     client::{Client, ConsumerOptions, Delivery, NewRecord, OffsetSpec, ProducerOptions},
     model::{Acks, Offset},
-    task::{Tasks, random},
+    task::{Tasks, lock::Mutex, random},
 };
 
 use crate::{

@@ -7,13 +7,12 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use futures::stream;
-use parking_lot::Mutex;
 use strandline::{
     cluster::{
         EmbeddedStore, GetResult, LeaseId, ListResult, MetaStore, MetaStoreError, Revision, StoreFuture, Transaction,
         TxnOutcome, Watch,
     },
-    task::{Tasks, random},
+    task::{Tasks, lock::Mutex, random},
 };
 
 /// Maximum time that a request, and then its response, waits for a blocked link.

@@ -7,8 +7,8 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-use parking_lot::Mutex;
 use strandline::task::{
+    lock::Mutex,
     mutation::{self, Mutation},
     run_scoped,
 };

@@ -19,10 +19,9 @@ use bytes::Bytes;
 use futures::{StreamExt as _, future::BoxFuture, stream};
 use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Frame;
-use parking_lot::Mutex;
 use strandline::{
     client::{BrokerAddress, BrokerChannel, CallResult, ConnectError, Connector, NotSent, RpcTransport},
-    task::{Tasks, random},
+    task::{Tasks, lock::Mutex, random},
 };
 use tokio::sync::{Notify, mpsc, oneshot};
 use tonic::{Status, body::Body, codegen::Service as _, codegen::http, service::Routes};

@@ -18,10 +18,9 @@ use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt as _,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory, path::Path,
 };
-use parking_lot::Mutex;
 use strandline::{
     model::PartitionId,
-    task::{clock, random},
+    task::{clock, lock::Mutex, random},
 };
 use tokio::time::Instant;
 

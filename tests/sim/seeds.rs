@@ -10,8 +10,11 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::{Condvar, Mutex};
-use strandline::task::{clock, run_scoped};
+use strandline::task::{
+    clock,
+    lock::{Condvar, Mutex},
+    run_scoped,
+};
 use tokio::time::Instant;
 
 use crate::{
@@ -144,8 +147,8 @@ fn watch(
 ) {
     let began = clock::monotonic();
     loop {
-        let mut now = progress.lock();
-        if !ended.wait_while_for(&mut now, &is_running, REPORT_INTERVAL).timed_out() {
+        let mut now = ended.wait_while_for(progress.lock(), &is_running, REPORT_INTERVAL);
+        if !is_running(&mut now) {
             return;
         }
         println!("{}", now.so_far(shape, began));

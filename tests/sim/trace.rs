@@ -9,8 +9,7 @@ use std::{
     sync::Arc,
 };
 
-use parking_lot::Mutex;
-use strandline::task::{clock, process::SimProcess};
+use strandline::task::{clock, lock::Mutex, process::SimProcess};
 use tokio::time::Instant;
 
 thread_local! {

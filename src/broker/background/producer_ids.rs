@@ -13,7 +13,6 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::{
@@ -21,7 +20,7 @@ use crate::{
     cluster::{ANONYMOUS, MetaStoreError, MetadataCache, ProducerIdKey, Topics},
     log::DataDir,
     proto::error::{ApiError, ErrorCode},
-    task::{self, clock},
+    task::{self, clock, lock::Mutex},
 };
 
 /// Number of unassigned ids below which another block is reserved.

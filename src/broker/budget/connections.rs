@@ -11,12 +11,15 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
 use slab::Slab;
 use tokio::{sync::Semaphore, time::Instant};
 
 use super::{METADATA_CALLS, Pools};
-use crate::{limits, partition::MemoryBudget, task::clock};
+use crate::{
+    limits,
+    partition::MemoryBudget,
+    task::{clock, lock::Mutex},
+};
 
 /// Maximum time that a client may take nothing of its responses while other calls wait for memory. The connection is
 /// then closed, and a consumer that paused must connect again.

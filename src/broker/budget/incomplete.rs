@@ -11,10 +11,10 @@ use std::{
 };
 
 use futures::task::AtomicWaker;
-use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{LARGE_GRACE, SMALL_BYTES, SMALL_GRACE, connections::Account, grace};
+use crate::task::lock::Mutex;
 
 /// All incomplete requests of a broker.
 #[derive(Debug, Default)]

@@ -32,7 +32,6 @@ mod queue;
 
 use std::{sync::Arc, time::Duration};
 
-use parking_lot::Mutex;
 use smallvec::SmallVec;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
@@ -45,7 +44,7 @@ use self::{
 use crate::{
     partition::{Decompressor, MemoryBudget},
     proto::error::{ApiError, ErrorCode},
-    task::clock,
+    task::{clock, lock::Mutex},
 };
 
 /// Maximum size of a message that uses a small pool, in bytes: a batch of 64 KiB, the most common size, and the rest of

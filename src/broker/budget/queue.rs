@@ -6,10 +6,10 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::SMALL_GRACE;
+use crate::task::lock::Mutex;
 
 /// Bytes after which one search ends no further incomplete requests, unless a larger request waits. Clients send ended
 /// requests again, and a bounded number of them takes little CPU.

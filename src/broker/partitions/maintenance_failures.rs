@@ -5,7 +5,6 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use parking_lot::Mutex;
 use tokio::{
     sync::Notify,
     time::{Duration, Instant},
@@ -15,7 +14,7 @@ use crate::{
     cluster::{MetaStoreError, TierCommitError},
     model::{PartitionId, TopicName},
     partition::{MaintenanceError, Partition},
-    task::clock,
+    task::{clock, lock::Mutex},
     telemetry::LogThrottle,
     tier::{self, UploadError},
 };

@@ -36,7 +36,6 @@ use std::{
 };
 
 use futures::{StreamExt as _, stream};
-use parking_lot::Mutex;
 
 use super::{
     opener::PartitionOpener,
@@ -48,7 +47,7 @@ use crate::{
     cluster::{BrokerState, Key, MetadataChange, MetadataSnapshot, PartitionValue, Revision, TopicValue},
     model::{BrokerId, PartitionId, TopicConfig, TopicName},
     partition::{IsrUpdater, MaintenanceQueue, PartitionAssignment, PartitionContext, leader::member::BrokerStatus},
-    task::clock,
+    task::{clock, lock::Mutex},
     telemetry::LogThrottle,
     tier::TopicRecord,
 };

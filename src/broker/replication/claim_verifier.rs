@@ -6,14 +6,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use parking_lot::Mutex;
-
 use crate::{
     broker::token_bucket::TokenBucket,
     cluster::{Keys, MetaStore, PartitionValue, Revision, Value as _},
     model::{BrokerId, LeaderEpoch, PartitionId},
     proto::error::{ApiError, ErrorCode},
-    task::clock,
+    task::{clock, lock::Mutex},
 };
 
 /// Maximum number of look-ups per minute, for registrations and for partitions each.

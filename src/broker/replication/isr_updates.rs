@@ -23,7 +23,6 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream};
-use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::{
@@ -37,7 +36,7 @@ use crate::{
             member::PeerId,
         },
     },
-    task::{Backoff, Tasks},
+    task::{Backoff, Tasks, lock::Mutex},
 };
 
 /// First pause before operations that failed are retried.

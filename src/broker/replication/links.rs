@@ -6,8 +6,6 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use parking_lot::Mutex;
-
 use super::{
     peer_client::{DisconnectReason, PeerClient, PeerError, ReplicationStream, error_from_status},
     peer_table::{PeerInfo, PeerTable, Unconfirmed},
@@ -21,7 +19,7 @@ use crate::{
         replication::{self, LinkEnd, LinkRequests},
     },
     proto::v1,
-    task::{Tasks, clock},
+    task::{Tasks, clock, lock::Mutex},
     telemetry::{Counter, LogThrottle, PeerCounters},
 };
 

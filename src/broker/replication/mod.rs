@@ -15,8 +15,6 @@ mod tests;
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use parking_lot::Mutex;
-
 use self::{
     claim_verifier::ClaimVerifier,
     failure_detector::FailureDetector,
@@ -33,7 +31,7 @@ use crate::{
     model::BrokerId,
     partition::{PartitionContext, PartitionCounters},
     proto::v1::peer_server as peer_service,
-    task::Tasks,
+    task::{Tasks, lock::Mutex},
 };
 
 /// Links, failure detection and ISR updates of one broker.

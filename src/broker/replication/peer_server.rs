@@ -16,7 +16,6 @@ use std::{
 };
 
 use futures::{Stream, future::BoxFuture};
-use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -40,7 +39,7 @@ use crate::{
         error::{ApiError, ErrorCode},
         v1::{self, peer_server, replicate_request, replicate_response},
     },
-    task::{Tasks, clock},
+    task::{Tasks, clock, lock::Mutex},
     telemetry::{LogThrottle, PeerCounters},
 };
 

@@ -4,7 +4,6 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::{claim_verifier::ClaimVerifier, peer_client::DisconnectReason};
@@ -17,7 +16,7 @@ use crate::{
         replication::{PartitionLookup, StoredEpoch},
     },
     proto::error::{ApiError, ErrorCode},
-    task::{Tasks, clock},
+    task::{Tasks, clock, lock::Mutex},
     telemetry::LogThrottle,
 };
 

@@ -8,13 +8,13 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::super::error::SendError;
 use crate::{
     model::{AckDurability, LeaderEpoch, Offset},
     proto::v1,
+    task::lock::Mutex,
 };
 
 /// Returns the durability in a response. An unknown value, as of a newer broker, is taken as the weakest: the leader's

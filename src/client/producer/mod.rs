@@ -46,7 +46,6 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
 use self::{
@@ -71,7 +70,10 @@ use crate::{
     model::{Acks, Compression},
     proto::v1,
     record::{Batch, BatchBuilder, HEADER_BYTES, Header},
-    task::Tasks,
+    task::{
+        Tasks,
+        lock::{Mutex, RwLock},
+    },
 };
 
 /// Settings of a producer.

@@ -10,7 +10,6 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{
@@ -21,7 +20,7 @@ use super::{
 use crate::{
     model::Compression,
     record::{Batch, BatchBuilder, BuildError, ProducerSequence},
-    task::clock,
+    task::{clock, lock::Mutex},
 };
 
 /// Content of a batch until its first send.

@@ -28,7 +28,6 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
 use redb::{Database, DatabaseError, StorageError, backends::FileBackend};
 use rustix::fs::OFlags;
 use tokio::{
@@ -45,7 +44,7 @@ use super::store::{
 };
 use crate::{
     log::PrivateDir,
-    task::{self, Tasks, clock},
+    task::{self, Tasks, clock, lock::Mutex},
 };
 
 mod history;

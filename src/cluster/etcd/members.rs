@@ -13,7 +13,6 @@ use std::{
 };
 
 use etcd_client::{Client, Error, KvClient, LeaseClient, ResponseHeader, WatchClient};
-use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 
 use super::{
@@ -21,7 +20,10 @@ use super::{
     error::{ErrorClass, EtcdAttemptError},
     options::{EtcdLogin, EtcdOptions, EtcdOptionsError},
 };
-use crate::cluster::store::{Regression, Revision};
+use crate::{
+    cluster::store::{Regression, Revision},
+    task::lock::Mutex,
+};
 
 /// Maximum size of a read response. A page of a list that exceeds it is requested again with fewer keys.
 const MAX_READ_BYTES: usize = 64 << 20;

@@ -15,7 +15,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use parking_lot::Mutex;
 use tokio::{
     sync::{broadcast, watch},
     time::Instant,
@@ -27,7 +26,7 @@ use super::{
 };
 use crate::{
     model::PartitionId,
-    task::{Backoff, Tasks, clock},
+    task::{Backoff, Tasks, clock, lock::Mutex},
     telemetry::{Counter, LogThrottle},
 };
 

@@ -6,7 +6,6 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
 use crate::{
@@ -17,6 +16,7 @@ use crate::{
     },
     model::BrokerId,
     task,
+    task::lock::Mutex,
 };
 
 /// The reservations of this broker. Cheap to clone.

@@ -1,4 +1,4 @@
-//! Task sets, threads, clocks and randomness. No other module spawns, reads a clock or draws a random number.
+//! Task sets, threads, locks, clocks and randomness. No other module spawns, reads a clock or draws a random number.
 //!
 //! A [`Tasks`] is a set of tasks with one cancellation token. The owner of a set ends it with [`Tasks::stop`], which
 //! cancels the token and joins every task. A long-running task runs each wait through [`Tasks::run_until_cancelled`].
@@ -12,6 +12,7 @@ use tracing::{Instrument as _, Span};
 
 mod backoff;
 pub mod clock;
+pub mod lock;
 #[cfg(any(test, feature = "test-util"))]
 pub mod mutation;
 #[cfg(feature = "sim")]
@@ -206,10 +207,9 @@ pub fn run_scoped(name: &str, threads: usize, work: impl Fn(usize) + Sync) {
 mod tests {
     use std::sync::Arc;
 
-    use parking_lot::Mutex;
     use tracing_subscriber::fmt::MakeWriter;
 
-    use super::*;
+    use super::{lock::Mutex, *};
 
     /// Collects the log output of a test.
     #[derive(Clone, Default)]

@@ -17,9 +17,10 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
 use rand::{Rng, RngExt as _, SeedableRng as _, rngs::StdRng};
 use tokio::{task::AbortHandle, time::Instant};
+
+use super::lock::Mutex;
 
 /// Start of simulated time, in milliseconds since 1970.
 const SIM_START_MS: i64 = 1_700_000_000_000;

@@ -19,7 +19,6 @@ use std::{
     thread::JoinHandle,
 };
 
-use parking_lot::Mutex;
 use uuid::Uuid;
 
 pub use self::{
@@ -41,6 +40,7 @@ use crate::{
     },
     model::PartitionId,
     task,
+    task::lock::Mutex,
 };
 
 /// One data directory. Clones share it. Dropping the last clone stops it without a clean shutdown.

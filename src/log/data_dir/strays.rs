@@ -6,8 +6,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use parking_lot::Mutex;
-
 use super::{registry::UnopenedReplica, startup::remove_replicas};
 use crate::{
     log::{
@@ -17,6 +15,7 @@ use crate::{
         replica::context::LogContext,
     },
     model::{PartitionId, TopicId},
+    task::lock::Mutex,
 };
 
 /// Origin of a stray replica.

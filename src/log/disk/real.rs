@@ -12,7 +12,6 @@ use std::{
     },
 };
 
-use parking_lot::RwLock;
 use rustix::{
     fs::{FlockOperation, OFlags},
     io::{Errno, ReadWriteFlags},
@@ -20,6 +19,7 @@ use rustix::{
 };
 
 use super::{DirEntry, Disk, File, OpenMode, PrivateDir, writeback};
+use crate::task::lock::RwLock;
 
 /// The file system of the machine.
 ///

@@ -16,10 +16,8 @@ use std::{
     sync::Arc,
 };
 
-use parking_lot::Mutex;
-
 use super::{DirEntry, Disk, File, OpenMode};
-use crate::task::clock;
+use crate::task::{clock, lock::Mutex};
 
 const SECTOR: usize = 512;
 const PAGE: usize = 4096;

@@ -35,7 +35,6 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::{Condvar, Mutex};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -52,7 +51,10 @@ use crate::{
     },
     model::Offset,
     record::Batch,
-    task::clock,
+    task::{
+        clock,
+        lock::{Condvar, Mutex},
+    },
     telemetry::Metrics,
 };
 
@@ -223,9 +225,8 @@ impl Journal {
 
     /// Waits until an entry is queued. Returns false if the journal is closed and the queue is empty.
     fn wait_for_entries(&self) -> bool {
-        let mut queue = self.queue.lock();
-        self.queued.wait_while(&mut queue, |queue| queue.entries.is_empty() && !queue.closed);
-        !queue.entries.is_empty()
+        let has_none = |queue: &mut EntryQueue| queue.entries.is_empty() && !queue.closed;
+        !self.queued.wait_while(self.queue.lock(), has_none).entries.is_empty()
     }
 
     /// Closes the journal: queued entries are still written, and new ones are refused.

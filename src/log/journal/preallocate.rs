@@ -84,7 +84,7 @@ impl Journal {
     /// Waits until the ring needs another file. Returns false if the journal is closed or has failed.
     fn wait_until_file_wanted(&self) -> bool {
         let idle = |ring: &mut Ring| !ring.wants_file() && !self.has_ended();
-        self.entered.wait_while(&mut self.ring.lock(), idle);
+        drop(self.entered.wait_while(self.ring.lock(), idle));
         !self.has_ended()
     }
 
@@ -108,6 +108,6 @@ impl Journal {
             return;
         }
         let may_pause = |_: &mut Ring| !self.has_ended() && !self.writer_waiting.load(Ordering::Acquire);
-        self.entered.wait_while_for(&mut self.ring.lock(), may_pause, YIELD_INTERVAL);
+        drop(self.entered.wait_while_for(self.ring.lock(), may_pause, YIELD_INTERVAL));
     }
 }

@@ -146,7 +146,7 @@ impl Journal {
     /// Waits until a file is free or the journal is closed, at most for `timeout`.
     pub(super) fn wait_for_file(&self, timeout: Duration) {
         let is_waiting = |ring: &mut Ring| !ring.has_free() && !self.is_closed();
-        self.released.wait_while_for(&mut self.ring.lock(), is_waiting, timeout);
+        drop(self.released.wait_while_for(self.ring.lock(), is_waiting, timeout));
     }
 
     /// Fails the journal if no sync pass will release a file of its ring. Otherwise all writers would wait, and no

@@ -10,11 +10,13 @@ use std::{
 };
 
 use lru::LruCache;
-use parking_lot::Mutex;
 
-use crate::log::{
-    disk::{Disk, File, OpenMode},
-    format::Index,
+use crate::{
+    log::{
+        disk::{Disk, File, OpenMode},
+        format::Index,
+    },
+    task::lock::Mutex,
 };
 
 /// Divisor of the maximum number of open files: at most a quarter of them are removed files that are still open.

@@ -27,7 +27,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use parking_lot::{Mutex, MutexGuard};
 
 pub use export::SegmentExport;
 pub use reader::{LogReader, ReadLimits};
@@ -47,6 +46,7 @@ use crate::{
         journal::JournalClient,
     },
     model::{Offset, PartitionId},
+    task::lock::{Mutex, MutexGuard},
 };
 
 /// Complete batches. The concatenated chunks are their bytes. The first batch may start before the requested offset.

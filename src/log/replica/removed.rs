@@ -3,10 +3,11 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use parking_lot::{Condvar, Mutex};
-
 use super::file_cache::{OpenFile, REMOVED_FILES_SHARE};
-use crate::log::disk::File;
+use crate::{
+    log::disk::File,
+    task::lock::{Condvar, Mutex},
+};
 
 /// Queue of removed files that are still open.
 pub(in crate::log) struct RemovedFiles {
@@ -97,8 +98,7 @@ impl RemovedFiles {
     /// Waits for the next file and takes it from the queue. Returns `None` at a stop.
     fn next(&self) -> Option<Arc<OpenFile>> {
         let is_idle = |state: &mut State| state.files.is_empty() && !state.is_stopped;
-        let mut state = self.state.lock();
-        self.wake.wait_while(&mut state, is_idle);
+        let mut state = self.wake.wait_while(self.state.lock(), is_idle);
         if state.is_stopped { None } else { state.files.pop_front() }
     }
 }

@@ -10,7 +10,6 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::{Condvar, Mutex};
 use tokio::time::Instant;
 
 use super::ReplicaInner;
@@ -21,7 +20,10 @@ use crate::{
         journal::{JournalClient, JournalEntry, PersistCallback},
         options::{LogOptions, SimHook},
     },
-    task::clock,
+    task::{
+        clock,
+        lock::{Condvar, Mutex},
+    },
 };
 
 /// Average number of unsynced bytes per dirty replica below which their total makes no sync pass due. A sync costs per
@@ -247,12 +249,12 @@ impl SyncQueue {
                 Some(since) => Some(after(since, self.sync_after)),
                 None => None,
             };
-            match remaining {
+            state = match remaining {
                 Some(remaining) if remaining.is_zero() => return SyncAction::Pass,
                 _ if !state.pieces.is_empty() => return SyncAction::WriteOut,
-                Some(remaining) => _ = self.wake.wait_for(&mut state, remaining),
-                None => self.wake.wait(&mut state),
-            }
+                Some(remaining) => self.wake.wait_for(state, remaining),
+                None => self.wake.wait(state),
+            };
         }
     }
 
@@ -261,7 +263,7 @@ impl SyncQueue {
     pub(in crate::log) fn wait_for_retry(&self) {
         let mut state = self.state.lock();
         state.urgent = true;
-        self.wake.wait_while_for(&mut state, |state| !state.is_stopped, CHECKPOINT_RETRY_INTERVAL);
+        drop(self.wake.wait_while_for(state, |state| !state.is_stopped, CHECKPOINT_RETRY_INTERVAL));
     }
 
     /// Ends the sync thread after its current action.

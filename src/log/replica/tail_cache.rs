@@ -11,12 +11,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use parking_lot::Mutex;
 
 use super::ReadBatches;
 use crate::{
     model::Offset,
     record::{Batch, HEADER_BYTES},
+    task::lock::Mutex,
 };
 
 /// Size in bytes below which a batch is copied, so that the cached batch does not keep its larger receive buffer in

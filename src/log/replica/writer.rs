@@ -7,8 +7,6 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::MutexGuard;
-
 use super::{LogState, ReplicaInner, file_cache::OpenFile, reader::LogReader, sync_queue::SyncJob};
 use crate::{
     log::{
@@ -19,7 +17,7 @@ use crate::{
     },
     model::{LeaderEpoch, Offset, PartitionId},
     record::Batch,
-    task::clock,
+    task::{clock, lock::MutexGuard},
 };
 
 /// Maximum payload in bytes of a journal entry that combines several appends. The batches of one append are never

@@ -23,12 +23,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use parking_lot::Mutex;
 
 use super::*;
 use crate::{
     model::{BrokerId, LeaderEpoch, Offset, PartitionId, TopicId},
     record::Batch,
+    task::lock::Mutex,
     telemetry::Metrics,
 };
 

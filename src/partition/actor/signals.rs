@@ -1,13 +1,13 @@
 //! Signals to the task that never block the sender: journal results, acknowledgements of followers, clock ticks and
 //! dropped receivers.
 
-use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::{
     log::PersistError,
     model::{BrokerId, LeaderEpoch, Offset},
     partition::leader::member::{PeerId, ReplicaProgress},
+    task::lock::Mutex,
 };
 
 /// Latest signals. A sender replaces its pending signal and wakes the task, so the journal, the links and the clock

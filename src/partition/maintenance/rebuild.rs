@@ -5,10 +5,9 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use crate::model::PartitionId;
+use crate::{model::PartitionId, task::lock::Mutex};
 
 /// Pause after a failed attempt to rebuild a manifest, before the next attempt.
 const RETRY_INTERVAL: Duration = Duration::from_secs(600);

@@ -16,7 +16,6 @@
 
 use std::{collections::VecDeque, num::NonZero, sync::Arc, thread};
 
-use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::memory_budget::{Charge, MemoryBudget};
@@ -25,6 +24,7 @@ use crate::{
     model::{Compression, Offset, PartitionId},
     record::{Batch, MalformedBatch},
     task,
+    task::lock::Mutex,
 };
 
 /// Maximum uncompressed size, in bytes, of records that the caller's thread decodes or compresses itself, because a
@@ -376,7 +376,7 @@ mod tests {
         let (decompressor, permits) = (Decompressor::new(64 << 20), Arc::new(Semaphore::new(1)));
         let (batch, uncompressed) = zeros(Compression::Zstd, INLINE_BYTES + 1);
         let (end, ended) = std::sync::mpsc::sync_channel(1);
-        let ended = Arc::new(parking_lot::Mutex::new(ended));
+        let ended = Arc::new(crate::task::lock::Mutex::new(ended));
         let work = move |_: &Batch, _: usize| Ok(ended.lock().recv().is_ok());
         for has_permit in [false, true] {
             let caller = decompressor.for_caller(Arc::clone(&permits));

@@ -10,10 +10,12 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use crate::{model::Offset, task::clock};
+use crate::{
+    model::Offset,
+    task::{clock, lock::Mutex},
+};
 
 /// Limit on the bytes in flight of one subscription, which is not read at the limit. A read returns at least one batch,
 /// so the last read may exceed the limit by one batch.

@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::messages::SubscribeRequest;
@@ -16,6 +15,7 @@ use crate::{
         handle::Partition,
         leader::{divergence::LogPosition, member::ReplicaProgress},
     },
+    task::lock::Mutex,
 };
 
 /// Number of a subscription request, among all requests to one link.

@@ -4,7 +4,6 @@
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream::BoxStream};
-use parking_lot::Mutex;
 use tokio::{
     sync::{Semaphore, mpsc},
     task::JoinHandle,
@@ -28,7 +27,7 @@ use crate::{
     },
     proto::v1::{replicate_request, replicate_response, subscribe_response},
     record::{Batch, BatchBuilder, ChunkedBatches},
-    task::{Tasks, test_timeout::wait_until},
+    task::{Tasks, lock::Mutex, test_timeout::wait_until},
     telemetry::Counter,
 };
 

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 
 use futures::{FutureExt as _, future::poll_fn};
-use parking_lot::Mutex;
 
 use super::*;
-use crate::proto::v1::{ProduceRequest, ProduceResponse};
+use crate::{
+    proto::v1::{ProduceRequest, ProduceResponse},
+    task::lock::Mutex,
+};
 
 fn framed(message: &impl Message) -> Vec<u8> {
     let mut out = BytesMut::new();

@@ -10,10 +10,9 @@ use std::{
 };
 
 use futures::FutureExt as _;
-use parking_lot::Mutex;
 
 use super::{chunk_cache::CachedMetadata, *};
-use crate::log::ReadLimits;
+use crate::{log::ReadLimits, task::lock::Mutex};
 
 /// Magic number of tmpfs, which consists only of page cache (statfs(2)).
 const TMPFS_MAGIC: i64 = 0x0102_1994;

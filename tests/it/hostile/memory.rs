@@ -168,7 +168,7 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
             }
         }));
     }
-    let waits = Arc::new(parking_lot::Mutex::new(Vec::new()));
+    let waits = Arc::new(strandline::task::lock::Mutex::new(Vec::new()));
     let (mut reader, seen, request) = (wire::log(target.address()), Arc::clone(&waits), plain("empty"));
     let mut reads = JoinSet::new();
     reads.spawn(async move {

@@ -5,8 +5,8 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures::StreamExt;
 use hyper::Method;
-use parking_lot::Mutex;
 use s3s::Body;
+use strandline::task::lock::Mutex;
 
 /// Operation of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

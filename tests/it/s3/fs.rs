@@ -11,10 +11,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use parking_lot::Mutex;
-
 use s3s::{S3, S3Request, S3Response, S3Result, dto::*, s3_error};
 use s3s_fs::FileSystem;
+use strandline::task::lock::Mutex;
 
 /// Number of uploads in one page of a list.
 const PAGE: i32 = 3;

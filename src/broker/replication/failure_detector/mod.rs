@@ -37,7 +37,6 @@ use std::{
 };
 
 use futures::{StreamExt as _, stream};
-use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use self::{
@@ -57,7 +56,7 @@ use crate::{
     model::BrokerId,
     partition::leader::member::{DisconnectCause, PeerId},
     proto::v1,
-    task::{Backoff, Tasks, clock},
+    task::{Backoff, Tasks, clock, lock::Mutex},
     telemetry::LogThrottle,
 };
 

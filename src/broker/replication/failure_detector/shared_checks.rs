@@ -10,8 +10,9 @@ use std::{
     },
 };
 
-use parking_lot::Mutex;
 use tokio::sync::Semaphore;
+
+use crate::task::lock::Mutex;
 
 /// Checks by key. One check of each key runs at a time, and a bounded number of checks in total.
 pub(super) struct SharedChecks<K, T> {

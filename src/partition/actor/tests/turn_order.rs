@@ -3,14 +3,13 @@
 
 use std::sync::OnceLock;
 
-use parking_lot::Mutex;
-
 use super::*;
 use crate::{
     partition::{
         context::{IsrUpdater, ReplicationLinks},
         leader::isr::IsrProposal,
     },
+    task::lock::Mutex,
     tier::TierState,
 };
 

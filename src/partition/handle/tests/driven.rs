@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt as _;
-use parking_lot::Mutex;
 
 use crate::{
     cluster::{PartitionValue, Revision},
@@ -24,6 +23,7 @@ use crate::{
     record::Batch,
     task::{
         Tasks,
+        lock::Mutex,
         mutation::{self, Mutation},
         test_timeout::wait_until,
     },

@@ -10,10 +10,8 @@ use std::{
 };
 use tokio::sync::oneshot;
 
-use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
-use crate::partition::*;
 use crate::{
     cluster::{
         Compare, EmbeddedStore, Keys, MetaStore, PartitionValue, Revision, TierCommits, Transaction, TxnOutcome,
@@ -33,6 +31,7 @@ use crate::{
     telemetry::Metrics,
     tier::{ChunkCache, ChunkCacheOptions, ObjectStoreOptions, PartitionTier, TierState, TierStore},
 };
+use crate::{partition::*, task::lock::Mutex};
 
 /// Index in the wake set of a subscription. Marked when the leader's log end or high watermark moved.
 const LEADER_MOVED: usize = 0;
