@@ -11,7 +11,8 @@
 //! Reordered responses are no regression: each response is compared with the newest revision at the start of its call,
 //! so a newer response that arrives earlier does not matter. Responses of watches, keepalives and status requests are
 //! never compared, because a lagging member may send them. The response to a committed transaction with a put must have
-//! a newer revision, not an equal one.
+//! a newer revision, not an equal one. `session` reads a key with every keepalive, so that a broker without other
+//! requests also detects a regression.
 //!
 //! # Invariants
 //!
@@ -34,12 +35,6 @@ use super::store::{
     GetResult, LeaseId, ListResult, MetaStore, MetaStoreError, Regression, Revision, StoreFuture, Transaction, TxnOp,
     TxnOutcome, Watch, WatchBatch, WatchEvent,
 };
-
-/// Key that is read with every keepalive, for the revision of the response. The key never exists.
-const PROBE_KEY: &str = "/strandline/";
-
-/// Maximum time that a keepalive waits for the read of [`PROBE_KEY`].
-const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// A store and the newest revision of its responses. Clones share both.
 #[derive(Clone)]
@@ -202,16 +197,8 @@ impl MetaStore for MonotonicStore {
         })
     }
 
-    /// Renews the lease and also reads a key: a broker without other requests would not detect a regression.
     fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
-        Box::pin(async move {
-            let renewed = self.inner.store.keep_alive(lease).await;
-            if self.inner.check_regression().is_ok() {
-                // A failed or late read is no error of the keepalive. An old response sets the regression.
-                let _probe = tokio::time::timeout(PROBE_TIMEOUT, self.get(PROBE_KEY)).await;
-            }
-            renewed
-        })
+        self.inner.store.keep_alive(lease)
     }
 
     fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
@@ -225,9 +212,17 @@ impl MetaStore for MonotonicStore {
 
 #[cfg(test)]
 mod tests {
-
     use super::*;
-    use crate::{cluster::embedded::EmbeddedStore, task::lock::Mutex};
+    use crate::{
+        cluster::{
+            embedded::EmbeddedStore,
+            keys::{BrokerValue, Keys},
+            metadata::MetadataCache,
+            session::{RegistrationRequest, SessionState},
+        },
+        model::BrokerId,
+        task::{Tasks, lock::Mutex},
+    };
 
     /// A store that can be reset to an older copy of itself, like a restored etcd.
     #[derive(Debug)]
@@ -327,14 +322,44 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn keepalive_detects_regression_and_renews_lease() {
+    async fn lease_is_renewed_and_revoked_after_regression() {
         let (restorable, store, older) = restorable_store(1).await;
         let lease = older.grant(Duration::from_secs(60)).await.expect("granted");
         restorable.restore(&older);
-        assert_eq!(store.keep_alive(lease).await, Ok(()));
+        store.get("/k").await.expect_err("2 is older than revision 4");
         assert!(store.regression().is_some());
         assert_eq!(store.keep_alive(lease).await, Ok(()));
         assert_eq!(store.revoke(lease).await, Ok(()));
+    }
+
+    /// The restored store has the session's lease, so the renewals succeed, and the session sends no other requests.
+    #[tokio::test(start_paused = true)]
+    async fn session_without_requests_detects_regression() {
+        let (restorable, store, older) = restorable_store(1).await;
+        let (keys, tasks) = (Keys::new("test").expect("valid"), Tasks::new());
+        // The cache reads another store, because a list of the restored store would detect the regression too.
+        let metadata = MetadataCache::start(Arc::new(EmbeddedStore::in_memory()), keys.clone(), &tasks);
+        let registration = RegistrationRequest {
+            store: Arc::new(store.clone()),
+            keys,
+            id: BrokerId(1),
+            value: BrokerValue::running_at("b:1".to_owned()),
+            session_timeout: Duration::from_secs(9),
+        };
+        let session = registration.register(None, &metadata, &tasks).await.expect("registered");
+        // An embedded store numbers its leases from 1.
+        let lease = older.grant(Duration::from_secs(60)).await.expect("granted");
+        restorable.restore(&older);
+        let detected = async {
+            while store.regression().is_none() {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), detected).await.expect("a renewal detects the regression");
+        let state = session.state().borrow().clone();
+        assert!(matches!(state, SessionState::Registered { lease: own, .. } if own == lease), "{state:?}");
+        session.leave().await;
+        tasks.stop().await;
     }
 
     /// A store whose reads wait for a permit before they return, so that later responses overtake them.
@@ -381,7 +406,7 @@ mod tests {
         let store = MonotonicStore::new(Arc::clone(&late) as _);
         put(&store, 1).await.expect("written");
         let reader = store.clone();
-        let tasks = crate::task::Tasks::new();
+        let tasks = Tasks::new();
         let reading = tasks.spawn("late", async move { reader.get("/k").await });
         tokio::task::yield_now().await;
         put(&store, 4).await.expect("written");

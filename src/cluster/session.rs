@@ -8,7 +8,7 @@
 //! 3. The broker registers ([`RegistrationRequest::register`]) in one transaction with its directory record. The
 //!    transaction fails if the record has changed since the verification read it.
 //! 4. A task renews the lease and watches the key in the metadata cache. If the key was deleted, the task registers the
-//!    broker again under a new epoch.
+//!    broker again under a new epoch. With each renewal, the task reads the key, to detect a restored store.
 //!
 //! # Invariants
 //!
@@ -43,6 +43,9 @@ use crate::{
     task::{Tasks, clock, lock::Mutex},
     telemetry::LogThrottle,
 };
+
+/// Maximum time that a renewal of the lease waits for the read of a key: see [`RegistrationRequest::probe_revision`].
+const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Maximum time that a stop waits for the revocation of the lease.
 const REVOKE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -186,6 +189,17 @@ impl RegistrationRequest {
         };
         session_tasks.spawn("broker session", keeper.run(metadata.watch(), session_tasks.clone()));
         Ok(Session { registration, state, flags, last_renewal, tasks: session_tasks })
+    }
+
+    /// Reads the key of the registration, so that `MonotonicStore` compares the revision of the response. Responses to
+    /// keepalives are not compared, so a broker without other requests would not detect a restored store. Ignores the
+    /// result: a failed or late read is no failed renewal. The key is below the cluster's prefix, to which the
+    /// permission of an etcd user may be limited.
+    async fn probe_revision(&self) {
+        if self.store.regression().is_none() {
+            let key = self.keys.broker(self.id);
+            let _probe = tokio::time::timeout(PROBE_TIMEOUT, self.store.get(&key)).await;
+        }
     }
 
     /// Returns the directory record that this process writes with its registration.
@@ -448,7 +462,9 @@ impl LeaseKeeper {
             return self.reregister().await;
         }
         let started = clock::monotonic();
-        match self.registration.store.keep_alive(self.lease).await {
+        let renewed = self.registration.store.keep_alive(self.lease).await;
+        self.registration.probe_revision().await;
+        match renewed {
             Ok(()) => {
                 *self.last_renewal.lock() = started;
                 if self.renewal_failures.recover().is_some() {

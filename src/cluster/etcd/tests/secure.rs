@@ -4,6 +4,7 @@ use etcd_client::{Client, Permission, PermissionType};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
 use super::*;
+use crate::cluster::{embedded::EmbeddedStore, monotonic::MonotonicStore, session::RegistrationRequest};
 
 const SECRET: &str = "correct horse";
 
@@ -88,12 +89,12 @@ fn user(name: &str, password: &str) -> Option<EtcdLogin> {
     Some(EtcdLogin { user: name.to_owned(), password: password.to_owned() })
 }
 
-/// Creates users: root, and a broker with access to the keys below `/ours/`.
-async fn enable_users(client: &mut Client) {
+/// Creates users: root, and a broker with access to the keys below `prefix`.
+async fn enable_users(client: &mut Client, prefix: &str) {
     client.user_add("root", SECRET, None).await.expect("etcd responds");
     client.user_grant_role("root", "root").await.expect("etcd responds");
     client.role_add("broker").await.expect("etcd responds");
-    let permission = Permission::new(PermissionType::Readwrite, "/ours/").with_prefix();
+    let permission = Permission::new(PermissionType::Readwrite, prefix).with_prefix();
     client.role_grant_permission("broker", permission).await.expect("etcd responds");
     client.user_add("broker", SECRET, None).await.expect("etcd responds");
     client.user_grant_role("broker", "broker").await.expect("etcd responds");
@@ -107,7 +108,7 @@ async fn login_is_renewed_and_its_failure_is_explained() {
     let store = with(user("broker", SECRET)).await.expect("valid options");
     put(&store, "/ours/n", "before").await.expect("etcd has no users yet");
     let mut root = client(etcd.endpoint(0), ConnectOptions::new()).await;
-    enable_users(&mut root).await;
+    enable_users(&mut root, "/ours/").await;
 
     let revision = put(&store, "/ours/n", "1").await.expect("the store logs in");
     let mut watch = store.watch("/ours/", revision).await.expect("the watch starts");
@@ -133,4 +134,47 @@ async fn login_is_renewed_and_its_failure_is_explained() {
     let error = put(&store, "/theirs/n", "3").await.expect_err("no permission for the key");
     assert!(!error.outcome_unknown() && error.to_string().contains("permission denied"), "{error}");
     assert_eq!(value(&store, "/ours/n").await.as_deref(), Some("2"));
+}
+
+/// A session whose user may only access the keys of its cluster detects a restored etcd by its renewals. Regression:
+/// each renewal read the key `/strandline/`. etcd rejected the read, so that only other requests detected the restore.
+#[tokio::test]
+async fn session_of_limited_user_detects_restored_etcd() {
+    let mut etcd = Etcd::start(1).await;
+    let keys = Keys::new("ours").expect("valid");
+    let mut root = client(etcd.endpoint(0), ConnectOptions::new()).await;
+    enable_users(&mut root, keys.prefix()).await;
+    let options = EtcdOptions { login: user("broker", SECRET), ..etcd.options() };
+    let direct = EtcdStore::open(options).await.expect("valid options");
+    let store = MonotonicStore::new(Arc::new(direct.clone()));
+    let tasks = Tasks::new();
+    // The cache reads another store, because a list of the restored etcd would detect the restore too.
+    let metadata = MetadataCache::start(Arc::new(EmbeddedStore::in_memory()), keys.clone(), &tasks);
+    let registration = RegistrationRequest {
+        store: Arc::new(store.clone()),
+        keys: keys.clone(),
+        id: BrokerId(1),
+        value: BrokerValue::running_at("b:1".to_owned()),
+        // Long enough that the lease does not end during the restarts of etcd.
+        session_timeout: Duration::from_secs(15),
+    };
+    let session = registration.register(None, &metadata, &tasks).await.expect("registered");
+    etcd.kill_all();
+    etcd.back_up("registered");
+    etcd.run_all();
+    etcd.wait_until_ready(&direct).await;
+    put_with_retries(&direct, &keys.generation(), "newer").await;
+    store.get(&keys.generation()).await.expect("etcd responds");
+    etcd.kill_all();
+    etcd.restore("registered");
+    etcd.run_all();
+    etcd.wait_until_ready(&direct).await;
+    let detected = async {
+        while store.regression().is_none() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(TEST_TIMEOUT, detected).await.expect("a renewal detects the restore");
+    session.leave().await;
+    tasks.stop().await;
 }
