@@ -445,8 +445,8 @@ impl LeaseKeeper {
     }
 
     /// Returns true if `snapshot` is at least as new as this broker's registration and does not contain that
-    /// registration, also because its value is unreadable. Always false in the state `Lost`: there, only the renewal timer
-    /// triggers registrations.
+    /// registration, also because its value is unreadable. Always false in the state `Lost`: there, only the renewal
+    /// timer triggers registrations.
     fn is_missing(&self, snapshot: &MetadataSnapshot) -> bool {
         if snapshot.revision() < self.epoch || matches!(*self.state.borrow(), SessionState::Lost) {
             return false;

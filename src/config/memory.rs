@@ -57,8 +57,8 @@ impl ResolvedValues {
             let (keys, sum, total) = (keys.join(", "), format_bytes(configured_bytes), format_bytes(total));
             format!("{keys} together are {sum}, more than {MEMORY}, which is {total}: lower them, or raise {MEMORY}")
         });
-        // An unset share gets its sixteenths of the total. If the configured shares leave less for the unset ones, it
-        // gets its proportion of the remaining memory.
+        // An unset share gets its sixteenths of the total, at most its maximum. If the configured shares leave less for
+        // the unset ones, it gets its proportion of the remaining memory.
         let remaining = total.saturating_sub(configured_bytes);
         let unset_sixteenths: u64 = unset.iter().map(|share| share.sixteenths).sum();
         for Share { setting, sixteenths, max_bytes } in unset {

@@ -141,8 +141,8 @@ impl PartitionTier {
         self.inner.id
     }
 
-    /// Makes a state that was read from the metadata store the current one, unless the current state is as new or
-    /// newer.
+    /// Makes `state` the current state if it is newer. This broker committed `state`, or read it from the metadata
+    /// store. States are compared by manifest version, then by log start, then by leader epoch.
     pub fn apply_state(&self, state: TierState) {
         let mut shared = self.inner.state.lock();
         let order = |state: &TierState| (state.version(), state.log_start, state.epoch);

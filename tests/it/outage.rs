@@ -197,7 +197,7 @@ fn slow_object_store_delays_no_acknowledgement() {
 /// again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streams_that_wait_for_object_store_block_no_others() {
-    const SOON: Duration = Duration::from_secs(20);
+    const RESPONSE_TIMEOUT: Duration = Duration::from_secs(20);
     let (server, instance, _broker) =
         tokio::task::block_in_place(|| start(|instance| instance.setting("limits.produce_memory_bytes", 1 << 20)));
     tokio::task::block_in_place(|| ["t", "other"].map(|topic| create(&instance.cli(), topic, EAGER)));
@@ -214,10 +214,11 @@ async fn streams_that_wait_for_object_store_block_no_others() {
         streams.push(log.produce(requests).await.expect("a stream").into_inner());
     }
     let other = wire::append(&mut log, wire::append_plain("other", 0, vec![Bytes::from_static(b"x")]));
-    tokio::time::timeout(SOON, other).await.expect("memory is free").expect("acknowledged");
+    tokio::time::timeout(RESPONSE_TIMEOUT, other).await.expect("memory is free").expect("acknowledged");
     for responses in &mut streams {
         for _ in 0..8 {
-            let reason = final_answer(responses, SOON).await.expect_err("the object store is unavailable").code;
+            let reason =
+                final_answer(responses, RESPONSE_TIMEOUT).await.expect_err("the object store is unavailable").code;
             assert!(matches!(reason, ErrorCode::Timeout | ErrorCode::ObjectStoreUnavailable), "{reason:?}");
         }
     }

@@ -84,7 +84,8 @@ async fn batch_above_the_decompression_limit_names_the_setting() {
     assert_eq!(consumed.stdout.len(), (4 << 20) + 1);
 }
 
-/// The corrupt record is the last of its batch, which an append does not check, so the batch is stored.
+/// An append checks only the records in the first 4 KiB of decompressed bytes. The corrupt record is the last of 1,000,
+/// so the batch is stored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn consume_skips_an_undecodable_batch_only_on_request() {
     let mut instance = BrokerInstance::new();

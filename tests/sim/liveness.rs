@@ -23,14 +23,14 @@ use crate::{
 
 /// Maximum time after the faults until metadata caches and uploads are complete. A leader retries a failed upload
 /// within eight seconds.
-const SOON: Duration = Duration::from_secs(30);
+const COMPLETION_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Interval between two checks of a condition.
 const CHECK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Waits until every metadata cache equals the store and all sealed segments are in the object store.
 pub(crate) async fn wait_for_caches_and_uploads(world: &Simulation, checker: &StateChecker) {
-    until(SOON, async || match check_metadata_caches(&world.machines, checker).await {
+    until(COMPLETION_TIMEOUT, async || match check_metadata_caches(&world.machines, checker).await {
         None => uploaded(checker).await,
         wrong => wrong,
     })
@@ -40,7 +40,7 @@ pub(crate) async fn wait_for_caches_and_uploads(world: &Simulation, checker: &St
 /// Waits until no orphan object remains in the object store. The timeout is long enough for two garbage collections
 /// after the last fault, because the first may find an object too young. Panics if a referenced object is missing.
 pub(crate) async fn wait_for_garbage_collection(world: &Simulation, checker: &StateChecker) {
-    until(3 * GRACE + SOON, async || garbage(&world.shared.objects, checker).await).await;
+    until(3 * GRACE + COMPLETION_TIMEOUT, async || garbage(&world.shared.objects, checker).await).await;
 }
 
 /// Waits until `wrong`, which describes an unmet condition, returns `None`. Panics with the description after `within`.

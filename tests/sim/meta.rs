@@ -16,7 +16,7 @@ use strandline::{
 };
 
 /// Maximum time that a request, and then its response, waits for a blocked link.
-const CALL: Duration = Duration::from_secs(1);
+const LINK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Interval at which a blocked call or watch checks whether the link is open.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
@@ -92,7 +92,7 @@ impl SimMeta {
     }
 
     /// Waits as long as a message needs to pass the link in one direction, and while the link is blocked. Fails after
-    /// the timeout `CALL`.
+    /// [`LINK_TIMEOUT`].
     async fn pass(&self) -> Result<(), MetaStoreError> {
         tokio::time::sleep(Duration::from_micros(random::in_range(200..2000))).await;
         let open = async {
@@ -100,7 +100,7 @@ impl SimMeta {
                 tokio::time::sleep(CHECK_INTERVAL).await;
             }
         };
-        tokio::time::timeout(CALL, open).await.map_err(|_| MetaStoreError::unavailable("isolated"))
+        tokio::time::timeout(LINK_TIMEOUT, open).await.map_err(|_| MetaStoreError::unavailable("isolated"))
     }
 
     /// Sends a call over the link. The call changes nothing, or its caller may repeat it: a lost response is reported

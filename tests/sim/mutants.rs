@@ -48,8 +48,8 @@ const MUTANTS: &[(Mutation, Topology, u64)] = &[
     (Mutation::CountOlderEpochAcks, Topology::THREE.about(FaultProfile::Leases), 40),
 ];
 
-/// Mutations without a stated number of seeds. The model check (`partition/model_check`) detects those of
-/// `partition/leader` in every test run.
+/// Mutations that few seeds detect, with the number of seeds to search. The model check (`partition/model_check`)
+/// detects the mutations of `partition/leader` in every test run.
 ///
 /// | mutation | why it is rare |
 /// | --- | --- |

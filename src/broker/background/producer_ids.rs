@@ -141,20 +141,20 @@ impl ProducerIds {
         Ok(self.key.get_or_init(|| key))
     }
 
-    /// Takes the next counter of the reserved blocks; `None` if all are assigned. Requests a refill if fewer than
-    /// [`REFILL_BELOW`] remain.
+    /// Takes the next counter of the reserved blocks; `None` if no reserved block has an unassigned counter. Requests a
+    /// refill if fewer than [`REFILL_BELOW`] remain.
     fn take_counter(&self) -> Option<i64> {
         let mut blocks = self.blocks.lock();
-        let id = loop {
+        let counter = loop {
             match blocks.front_mut()?.next() {
-                Some(id) => break id,
+                Some(counter) => break counter,
                 None => drop(blocks.pop_front()),
             }
         };
         if remaining(&blocks) < REFILL_BELOW {
             self.low.notify_one();
         }
-        Some(id)
+        Some(counter)
     }
 
     /// Reserves a block if fewer than `min_ids` ids are unassigned, and writes its end to the data directory.

@@ -130,8 +130,9 @@ impl PartitionQueue {
         self.queued.store(false, Ordering::Release);
     }
 
-    /// Appends a record to the open batch. The record holds `permits` bytes of memory and takes at most `bytes` in a
-    /// batch. If it would exceed `batch_bytes`, the open batch is sealed first and the record starts the next one.
+    /// Appends a record to the open batch. The record holds `permits` bytes of the producer's memory and takes at most
+    /// `bytes` bytes of a batch. If the batch would exceed `batch_bytes` with the record, it is sealed first and the
+    /// record starts the next batch. A batch that reaches `batch_bytes` is sealed at once.
     pub(super) fn append(
         &self,
         record: &NewRecord<'_>,

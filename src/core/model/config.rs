@@ -90,7 +90,7 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         name: "producer.id.expiration.ms",
         default: "86400000",
         allowed: "a number of milliseconds from 1 to 2305843009213693951",
-        doc: "How long a partition remembers an idempotent producer after its last write. The time is measured by the largest timestamp in the partition, not by a clock. Has no effect with `message.timestamp.after.max.ms=-1`.",
+        doc: "How long a partition keeps the state of an idempotent producer after its last write. The time is measured by the largest timestamp in the partition, not by a clock. Has no effect with `message.timestamp.after.max.ms=-1`.",
     },
     ConfigKey {
         name: "remote.storage.enable",

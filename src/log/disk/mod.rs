@@ -145,7 +145,7 @@ pub struct DirEntry {
     pub len: u64,
 }
 
-/// An open file. Threads share its handle, and every call states its position.
+/// An open file. Threads share its handle, so every read and write states its position.
 pub trait File: Send + Sync {
     /// Returns the length in bytes.
     fn size(&self) -> io::Result<u64>;

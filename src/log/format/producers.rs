@@ -348,8 +348,9 @@ impl BatchMetadata {
         out.put_u8(self.fingerprint.compression as u8 | time);
     }
 
-    /// Decodes the output of [`Self::encode`]. Returns `None` if no batch can have the number of records, or if the end
-    /// exceeds the maximum offset: the response to a retry contains the end.
+    /// Decodes the output of [`Self::encode`]. Returns `None` if bytes are missing, if the codec is unknown, if no
+    /// batch can have the number of records, or if the end exceeds the maximum offset: the response to a retry contains
+    /// the end.
     fn decode(from: &mut impl Buf) -> Option<Self> {
         let (sequence, count) = (from.try_get_i32().ok()?, from.try_get_u32().ok()?);
         let base = Offset::new(from.try_get_u64().ok()?)?;

@@ -92,7 +92,8 @@ pub(super) struct ReplicaInner {
 struct LogState {
     /// Segments, never empty. Each starts at the end of the previous one; the last is active.
     segments: Vec<Segment>,
-    /// First offset that can be read from any tier. The leader of the partition advances it.
+    /// First offset that can be read from any tier. The partition's task advances it, at most to the log end. A reset
+    /// sets it to the new start.
     log_start: Offset,
     /// First offset that may not be durable. The journal and the sync thread advance it; a truncation or reset moves it
     /// back.

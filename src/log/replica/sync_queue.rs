@@ -34,6 +34,10 @@ const MIN_SYNC_BYTES_PER_REPLICA: u64 = 512 << 10;
 /// unsynced data pins few ring files. With many dirty replicas the share is larger.
 const RING_SHARE: u64 = 8;
 
+/// Divisor of the journal's ring size. A sync pass is due after this share of the ring is unsynced, however many
+/// replicas are dirty, so that the ring keeps free files.
+const MAX_RING_SHARE: u64 = 4;
+
 /// Minimum interval between two passes. Under load each pass covers more data for the same number of file system
 /// commits.
 const MIN_PASS_INTERVAL: Duration = Duration::from_millis(50);
@@ -125,7 +129,7 @@ impl SyncQueue {
     pub(super) fn new(options: &LogOptions) -> Self {
         Self {
             due_bytes: options.sync_bytes.min(options.journal_bytes / RING_SHARE),
-            max_due_bytes: options.journal_bytes / 4,
+            max_due_bytes: options.journal_bytes / MAX_RING_SHARE,
             sync_after: options.sync_after,
             step_mode: options.step_mode,
             sim_hook: options.sim_hook.clone(),
@@ -168,8 +172,7 @@ impl SyncQueue {
     }
 
     /// Returns true if enough bytes are unsynced for a sync pass. Many dirty replicas raise the threshold, because a
-    /// sync costs per file. The threshold never exceeds a quarter of the journal's ring, so that the ring keeps free
-    /// files.
+    /// sync costs per file. The threshold never exceeds the share [`MAX_RING_SHARE`] of the journal's ring.
     fn is_due(&self, state: &SyncQueueState) -> bool {
         let min_bytes = (state.dirty.len() as u64 * MIN_SYNC_BYTES_PER_REPLICA).min(self.max_due_bytes);
         state.dirty_bytes >= self.due_bytes.max(min_bytes)

@@ -175,7 +175,8 @@ impl ReplicaLog {
         Ok(())
     }
 
-    /// Writes the snapshot with which a reset log starts. On a full disk nothing changes.
+    /// Writes the snapshot with which a reset log starts. On a full disk nothing changes. Any other error fails the
+    /// replica.
     fn write_reset_snapshot(&self, snapshot: &[u8], at: Offset) -> Result<(), ChangeError> {
         let inner = &self.inner;
         let path = inner.path(at, snapshot::RESET_EXTENSION);

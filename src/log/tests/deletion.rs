@@ -159,7 +159,7 @@ fn reopen_and_close(disk: &SimDisk, operations: u64) {
 }
 
 /// An eviction removes all snapshots below the local start. Regression: each clean shutdown wrote a snapshot at the log
-/// end. Where no segment started later, the snapshot was never removed.
+/// end. If no segment started at that offset later, the snapshot was never removed.
 #[test]
 fn snapshots_of_earlier_stops_are_evicted_with_segments() {
     let disk = SimDisk::new();

@@ -477,8 +477,8 @@ impl FetchSession {
             if awaits_records {
                 self.time_out_reads(&mut builder);
             }
-            // At the deadline, records that arrived since the last check still go into this response. This second look
-            // happens once.
+            // At the deadline, an empty response is checked once more: records that arrived since the last check still
+            // go into it.
             if awaits_records || std::mem::replace(&mut has_rechecked, true) || !self.mark_unread(&builder) {
                 break;
             }
