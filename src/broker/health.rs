@@ -162,7 +162,7 @@ impl Health {
             }),
             self.full.lock().map(|at| {
                 format!(
-                    "disk full {}, appends are rejected: add space, or lower local.retention.* or retention.*",
+                    "disk full {}, appends are refused: add space, or lower local.retention.* or retention.*",
                     format_since(at.elapsed())
                 )
             }),

@@ -346,6 +346,7 @@ pub(super) mod tests {
     use super::*;
     use crate::{
         client::UnreadableKey,
+        cluster::{Regression, Revision},
         proto::error::{ApiError, ErrorCode},
     };
 
@@ -398,7 +399,8 @@ pub(super) mod tests {
     }
 
     /// Returns a cluster of five brokers: broker 1 runs, 2 stops and does not report stats, 3 drains, 4 reports failures
-    /// and a full disk, 5 is offline. The cluster has every other problem that a description can show.
+    /// and a full disk, 5 is offline. The cluster has every other problem that a description can show. The texts of
+    /// `impaired` and `metadata_regressed` are those of a broker (`broker::health`).
     pub(in crate::cli) fn troubled() -> ClusterDescription {
         let silent = ApiError::new(ErrorCode::NotReady, "broker 2 did not respond within 1s");
         let two = BrokerDescription { stopping: true, stats: Some(Err(silent)), in_sync_count: 18, ..running(2, "") };
@@ -406,14 +408,19 @@ pub(super) mod tests {
         let three =
             BrokerDescription { draining_since_ms: draining, blocked: 4, disk_pressure: true, ..running(3, "zone-c") };
         let three = BrokerDescription { peer_address: "10.0.0.3:9470".to_owned(), ..three };
+        let regression = Regression::Revision { newest: Revision(9), returned: Revision(6) };
         let failed = BrokerStats {
             failed: Some("the disk failed".to_owned()),
             object_store: Some("for 75 s: connection refused".to_owned()),
             maintenance: Some("2 partitions, orders/3 for 40 s: the upload failed: no such bucket".to_owned()),
-            impaired: vec!["disk full since 2026-11-25T14:00:00Z (75 s): appends are refused".to_owned()],
+            impaired: vec![
+                "disk full since 2026-11-25T14:00:00Z (75 s), appends are refused: add space, or lower \
+                 local.retention.* or retention.*"
+                    .to_owned(),
+            ],
             not_ready: None,
             future_timestamps: Some("3 segments of 2 partitions, most in orders/3".to_owned()),
-            metadata_regressed: Some("its revision fell from 9 to 6".to_owned()),
+            metadata_regressed: Some(regression.to_string()),
             ..BrokerStats::default()
         };
         let four = BrokerDescription {
@@ -452,6 +459,12 @@ pub(super) mod tests {
         }
     }
 
+    /// Returns the texts in a description that brokers sent.
+    pub(in crate::cli) fn broker_texts(cluster: &ClusterDescription) -> Vec<String> {
+        let stats = cluster.brokers.iter().filter_map(|broker| broker.stats.as_ref()?.as_ref().ok());
+        stats.flat_map(|stats| stats.impaired.iter().chain(&stats.metadata_regressed).cloned()).collect()
+    }
+
     /// The replica count excludes partitions whose values are unreadable. So a permanent stop of a drained broker with
     /// the count 0 could lose the only replica of a partition.
     #[test]
@@ -468,7 +481,8 @@ pub(super) mod tests {
     #[test]
     fn cluster_description_matches_golden_files() {
         output::golden::lines("cluster-describe.txt", &lines(&calm()));
-        output::golden::lines("cluster-describe-troubled.txt", &lines(&troubled()));
-        output::golden::json("cluster-describe.json", &description(&troubled()));
+        let troubled = troubled();
+        output::golden::lines_with_texts("cluster-describe-troubled.txt", &lines(&troubled), &broker_texts(&troubled));
+        output::golden::json("cluster-describe.json", &description(&troubled));
     }
 }

@@ -114,17 +114,18 @@ fn of_broker(broker: &BrokerDescription) -> BrokerHealth {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::cluster::tests::{calm, troubled};
+    use crate::cli::cluster::tests::{broker_texts, calm, troubled};
 
     #[test]
     fn health_prints_one_line_per_impairment() {
         let healthy = ClusterHealth::of(&calm());
         assert!(healthy.is_healthy());
         output::golden::lines("cluster-health.txt", &healthy.lines());
-        let troubled = ClusterHealth::of(&troubled());
-        assert!(!troubled.is_healthy());
-        output::golden::lines("cluster-health-troubled.txt", &troubled.lines());
-        output::golden::json("cluster-health.json", &troubled.json());
+        let cluster = troubled();
+        let health = ClusterHealth::of(&cluster);
+        assert!(!health.is_healthy());
+        output::golden::lines_with_texts("cluster-health-troubled.txt", &health.lines(), &broker_texts(&cluster));
+        output::golden::json("cluster-health.json", &health.json());
     }
 
     /// A drained broker that was stopped permanently is no impairment.

@@ -49,7 +49,7 @@ metrics! {
     produce_requests: Counter = "strandline_produce_requests", "Batches received from producers.";
     produce_records: Counter = "strandline_produce_records", "Records in acknowledged batches.";
     produce_bytes: Counter = "strandline_produce_bytes", "Bytes of acknowledged batches, as stored.";
-    produce_errors: ErrorCounters = "strandline_produce_errors", "Batches that were rejected or failed, by error code.";
+    produce_errors: ErrorCounters = "strandline_produce_errors", "Batches that were refused or failed, by error code.";
     produce_ack_seconds: Histogram = "strandline_produce_ack_seconds", "Time in seconds from the arrival of a batch to its acknowledgement.";
     produce_memory_bytes: GaugeU64 = "strandline_produce_memory_bytes", "Bytes of batches that wait for acknowledgement.";
     request_memory_bytes: GaugeU64 = "strandline_request_memory_bytes", "Bytes of requests that are being read or wait for produce memory.";
@@ -86,7 +86,7 @@ metrics! {
     disk_pressure: GaugeU64 = "strandline_disk_pressure", "1 while the disk of the data directory is fuller than broker.disk_pressure_percent, or records do not fit on it; else 0.";
     partitions_led: GaugeU64 = "strandline_partitions_led", "Partitions that this broker leads.";
     partitions_under_replicated: GaugeU64 = "strandline_partitions_under_replicated", "Led partitions with a replica that is not in sync; replicas that are being removed do not count.";
-    partitions_under_min_isr: GaugeU64 = "strandline_partitions_under_min_isr", "Led partitions with fewer in-sync replicas than min.insync.replicas: acks=all is rejected.";
+    partitions_under_min_isr: GaugeU64 = "strandline_partitions_under_min_isr", "Led partitions with fewer in-sync replicas than min.insync.replicas: acks=all is refused.";
     partitions_with_elr: GaugeU64 = "strandline_partitions_with_elr", "Led partitions with eligible leader replicas (ELR) outside the ISR.";
     partitions_leaderless: GaugeU64 = "strandline_partitions_leaderless", "Partitions of the cluster without a live leader; 0 on brokers other than the controller.";
     partitions_reassigning: GaugeU64 = "strandline_partitions_reassigning", "Partitions of the cluster that are being reassigned; 0 on brokers other than the controller.";
