@@ -215,8 +215,8 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
             }
             0 => format!("broker {id} is drained: it can be stopped for good"),
             _ if broker.blocked > 0 => format!(
-                "broker {id} is draining: {remaining} to move, {} of them blocked: too few eligible brokers, a needed \
-                 broker is offline, or no leader",
+                "broker {id} is draining: {remaining} to move, {} of them blocked:\n  \
+                 too few eligible brokers, a needed broker is offline, or no leader",
                 broker.blocked
             ),
             _ => format!("broker {id} is draining: {remaining} to move"),
