@@ -1,7 +1,8 @@
 //! Tests of names and words: none that the project gave up comes back.
 //!
-//! `names.txt` lists given-up names of types, functions, fields, constants and files, and texts such as metric names,
-//! settings and flags. `words.txt` lists phrases and coined words that have no ordinary use in this project.
+//! `names.txt` lists given-up names of types, functions, fields, constants, enum variants and files, and texts such as
+//! metric names, settings and flags. `words.txt` lists phrases and coined words that have no ordinary use in this
+//! project.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -55,7 +56,7 @@ fn names_used(list: &[GivenUp], sources: &Sources, texts: &[(String, String)]) -
             let kinds: &[&str] = match definition.kind {
                 Kind::Type => &["type"],
                 Kind::Function => &["fn", "value"],
-                Kind::Field | Kind::Constant => &["value"],
+                Kind::Field | Kind::Constant | Kind::Variant => &["value"],
             };
             used.extend(kinds.iter().map(|kind| (*kind, definition.name.as_str(), &file.name, definition.line)));
         }
@@ -88,6 +89,7 @@ fn proto_definition(line: &str) -> Option<(&'static str, &str)> {
     let words: Vec<&str> = line.split_whitespace().take_while(|word| !word.starts_with("//")).collect();
     match words[..] {
         ["message" | "enum", name, ..] => Some(("type", name)),
+        ["rpc", name, ..] => Some(("fn", name.split('(').next().unwrap_or_default())),
         [_, .., name, "=", _] => Some(("value", name)),
         _ => None,
     }
@@ -165,7 +167,9 @@ fn given_up_words_are_not_used() {
 
 #[test]
 fn given_up_name_is_found_by_kind_and_place() {
-    let list = given_up("type Told\nfn hear\nvalue doubt src/log\nfile src/log/tail\ntext old_total\n# type Kept\n");
+    let list = given_up(
+        "type Told\nfn hear\nvalue doubt src/log\nvalue Doubted\nfile src/log/tail\ntext old_total\n# type Kept\n",
+    );
     let used = |file: &str, code: &str| {
         let files = vec![(file.to_owned(), code.to_owned())];
         names_used(&list, &Sources::parse(if file.ends_with(".rs") { files.clone() } else { Vec::new() }), &files)
@@ -174,14 +178,18 @@ fn given_up_name_is_found_by_kind_and_place() {
         ("src/a.rs", "enum Told {}"),
         ("src/a.rs", "trait Store { fn hear(&self); }"),
         ("src/log/a.rs", "struct A { doubt: u8 }"),
+        ("src/log/a.rs", "enum A { B { doubt: u8 } }"),
+        ("src/a.rs", "enum A { #[default] Doubted(u8), B }"),
+        ("src/a.rs", "fn f() { enum A { B, Doubted = 2 } }"),
         ("src/log/tail.rs", ""),
         ("docs/metrics.md", "`strandline old_total`"),
         ("proto/log.proto", "message Told {"),
+        ("proto/log.proto", "  rpc hear(HearRequest) returns (stream HearResponse);"),
     ] {
         assert_eq!(used(file, code).len(), 1, "{file}: {code}: {:?}", used(file, code));
     }
     for (file, code) in [
-        ("src/a.rs", "enum Kept {}\nstruct A { hear: u8, doubt: u8 }\n// Told"),
+        ("src/a.rs", "enum Kept { Told }\nstruct A { hear: u8, doubt: u8 }\nstruct Doubted;\n// Told"),
         ("src/log/tail_cache.rs", ""),
         ("docs/metrics.md", "`very_old_total`"),
     ] {

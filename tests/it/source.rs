@@ -12,7 +12,8 @@ use std::{
 
 use proc_macro2::{Spacing, Span, TokenStream, TokenTree};
 use syn::{
-    Attribute, ExprAwait, Field, ImplItem, Item, ItemUse, Macro, Meta, Signature, TraitItem, UseTree, Visibility,
+    Attribute, ExprAwait, Field, ImplItem, Item, ItemUse, Macro, Meta, Signature, TraitItem, UseTree, Variant,
+    Visibility,
     visit::{self, Visit},
 };
 
@@ -23,9 +24,10 @@ pub(crate) enum Kind {
     Function,
     Field,
     Constant,
+    Variant,
 }
 
-/// A named item or field.
+/// A named item, field or enum variant.
 #[derive(Debug)]
 pub(crate) struct Definition {
     pub(crate) kind: Kind,
@@ -424,6 +426,13 @@ impl<'ast> Visit<'ast> for FileReader {
                 reader.define(Kind::Field, name, !matches!(field.vis, Visibility::Inherited));
             }
             visit::visit_field(reader, field);
+        });
+    }
+
+    fn visit_variant(&mut self, variant: &'ast Variant) {
+        self.within(&variant.attrs, |reader| {
+            reader.define(Kind::Variant, &variant.ident, true);
+            visit::visit_variant(reader, variant);
         });
     }
 
