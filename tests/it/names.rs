@@ -84,6 +84,16 @@ fn names_used(list: &[GivenUp], sources: &Sources, texts: &[(String, String)]) -
     used.into_iter().filter(is_given_up).map(report).collect()
 }
 
+/// Returns each place of the list that is none of these files and no folder above one, as text.
+fn missing_places(list: &[GivenUp], files: &[&str]) -> Vec<String> {
+    let mut missing = Vec::new();
+    for entry in list {
+        let unknown = entry.places.iter().filter(|place| !files.iter().any(|file| is_below(file, place)));
+        missing.extend(unknown.map(|place| format!("the {} `{}`: {place} does not exist", entry.kind, entry.name)));
+    }
+    missing
+}
+
 /// Returns kind and name of what this line of a .proto file defines.
 fn proto_definition(line: &str) -> Option<(&'static str, &str)> {
     let words: Vec<&str> = line.split_whitespace().take_while(|word| !word.starts_with("//")).collect();
@@ -154,6 +164,15 @@ fn given_up_names_are_not_used() {
     assert!(found.is_empty(), "{} names:\n{}\n", found.len(), found.join("\n"));
 }
 
+/// A file that moves takes its entries of the list along.
+#[test]
+fn places_of_given_up_names_exist() {
+    let texts = texts();
+    let files: Vec<&str> = texts.iter().map(|(name, _)| name.as_str()).collect();
+    let missing = missing_places(&given_up(include_str!("names.txt")), &files);
+    assert!(missing.is_empty(), "{} places:\n{}\n", missing.len(), missing.join("\n"));
+}
+
 #[test]
 fn given_up_words_are_not_used() {
     let phrases: Vec<&str> = include_str!("words.txt").lines().filter(|line| !line.starts_with('#')).collect();
@@ -195,6 +214,12 @@ fn given_up_name_is_found_by_kind_and_place() {
     ] {
         assert_eq!(used(file, code), Vec::<String>::new(), "{file}: {code}");
     }
+}
+
+#[test]
+fn missing_place_is_found() {
+    let list = given_up("type Told src/log src/log/tail\nvalue doubt src/lo src/log/tail.rs\nfile src/log/head\n");
+    assert_eq!(missing_places(&list, &["src/log/tail.rs"]), ["the value `doubt`: src/lo does not exist"]);
 }
 
 #[test]
