@@ -33,6 +33,17 @@ const MODULES: &[&str] = &[
     "main",
 ];
 
+/// Folders of the packages. A file belongs to the first folder that contains it.
+const PACKAGES: &[&str] = &["proto/src", "src/core", "src/client", "src"];
+
+/// Folders of each test package. Both users of `tests/common` are listed with it.
+const TEST_PACKAGES: &[&[&str]] = &[
+    &["tests/sim", "tests/common"],
+    &["tests/it", "tests/common"],
+    &["benches"],
+    &["fuzz/entries", "fuzz/fuzz_targets"],
+];
+
 /// An interface that only some files may use.
 struct RestrictedImport {
     what: &'static str,
@@ -263,26 +274,44 @@ fn listed_out_of_order(lib: &str) -> Option<String> {
 /// Reads the sources of all packages, each file under the name that it has among the modules: `model/offset.rs` for
 /// `src/core/model/offset.rs`.
 fn sources() -> Sources {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let module_file = |name: &str| match name {
-        "core/lib.rs" => None,
-        "client/lib.rs" | "proto/lib.rs" => Some(name.replace("lib.rs", "mod.rs")),
-        _ => Some(name.trim_start_matches("core/").to_owned()),
-    };
-    let own = read_folder(&root.join("src"), &["rs"]).into_iter();
-    let proto = read_folder(&root.join("proto/src"), &["rs"]).into_iter();
-    let all = own.chain(proto.map(|(name, text)| (format!("proto/{name}"), text)));
-    Sources::parse(all.filter_map(|(name, text)| Some((module_file(&name)?, text))).collect())
+    let files = files_in(&["src", "proto/src"]);
+    assert_eq!(packages_without_files(&files), Vec::<&str>::new(), "every package has files");
+    Sources::parse(files.into_iter().filter_map(|(path, text)| Some((module_file(&path)?, text))).collect())
 }
 
-fn sources_in(folder: &str) -> Sources {
-    Sources::parse(read_folder(&Path::new(env!("CARGO_MANIFEST_DIR")).join(folder), &["rs"]))
+/// Returns path and text of every source file below these folders.
+fn files_in(folders: &[&str]) -> Vec<(String, String)> {
+    let below = |folder: &&str| {
+        let files = read_folder(&Path::new(env!("CARGO_MANIFEST_DIR")).join(folder), &["rs"]);
+        files.into_iter().map(|(name, text)| (format!("{folder}/{name}"), text)).collect::<Vec<_>>()
+    };
+    folders.iter().flat_map(below).collect()
+}
+
+/// Returns the name of a source file among the modules. The root of the core package has none.
+fn module_file(path: &str) -> Option<String> {
+    match path {
+        "src/core/lib.rs" => None,
+        "src/client/lib.rs" => Some("client/mod.rs".to_owned()),
+        "proto/src/lib.rs" => Some("proto/mod.rs".to_owned()),
+        _ => {
+            let name = path.replace("proto/src/", "proto/");
+            Some(name.trim_start_matches("src/").trim_start_matches("core/").to_owned())
+        }
+    }
+}
+
+/// Returns the packages that have none of these files.
+fn packages_without_files(files: &[(String, String)]) -> Vec<&'static str> {
+    let is_below = |path: &str, folder: &str| path.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'));
+    let package = |(path, _): &(String, String)| PACKAGES.iter().copied().find(|folder| is_below(path, folder));
+    let found: BTreeSet<&str> = files.iter().filter_map(package).collect();
+    PACKAGES.iter().copied().filter(|package| !found.contains(package)).collect()
 }
 
 #[test]
 fn sources_follow_the_architecture() {
     let sources = sources();
-    assert!(sources.files.len() > 10, "sources exist");
     let mut found = violations(&sources);
     let has = |name: String| sources.files.iter().any(|file| file.name == name);
     for name in MODULES.iter().filter(|name| sources.files.iter().any(|file| top_module(file) == **name)) {
@@ -303,8 +332,8 @@ fn sources_follow_the_architecture() {
 #[test]
 fn public_type_names_of_test_packages_are_unique() {
     let mut found = Vec::new();
-    for package in ["tests/sim", "tests/it"] {
-        check_type_names(&sources_in(package), &mut found);
+    for folders in TEST_PACKAGES {
+        check_type_names(&Sources::parse(files_in(folders)), &mut found);
     }
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
@@ -445,6 +474,17 @@ fn repeated_type_name_is_found() {
     for second in ["struct A;", "#[cfg(test)]\nmod tests { pub struct A; }"] {
         assert_eq!(planted(&[("log/a.rs", "struct A;"), ("tier/b.rs", second)]), Vec::<String>::new());
     }
+}
+
+#[test]
+fn package_without_files_is_found() {
+    let without = |paths: &[&str]| {
+        packages_without_files(&paths.iter().map(|path| ((*path).to_owned(), String::new())).collect::<Vec<_>>())
+    };
+    let all = ["proto/src/error.rs", "src/core/model/ids.rs", "src/client/lib.rs", "src/log/mod.rs"];
+    assert_eq!(without(&all), Vec::<&str>::new());
+    assert_eq!(without(&["proto/src/error.rs", "src/clients.rs", "src/client/lib.rs"]), ["src/core"]);
+    assert_eq!(without(&all[..3]), ["src"]);
 }
 
 #[test]
