@@ -12,9 +12,31 @@ use crate::source::{Kind, Sources, read_folder};
 const CODE: &[&str] = &["src", "proto", "tests", "benches", "fuzz/entries", "fuzz/fuzz_targets"];
 
 /// Folders with other text, and their extensions.
-const TEXTS: &[(&str, &[&str])] = &[("proto", &["proto"]), ("docs", &["md"]), ("src", &["json", "txt", "toml"])];
+const TEXTS: &[(&str, &[&str])] = &[
+    ("proto", &["proto"]),
+    ("docs", &["md"]),
+    ("src", &["json", "txt", "toml"]),
+    ("benches", &["py"]),
+    ("tests/python", &["py"]),
+];
 
-const PAGES: &[&str] = &["CHANGELOG.md", "CONTRIBUTING.md", "Cargo.toml", "Makefile", "README.md", "tools/protoc"];
+/// Further files with text, and scripts without an extension.
+const PAGES: &[&str] = &[
+    ".cargo/config.toml",
+    ".ci/run",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "Cargo.toml",
+    "Makefile",
+    "README.md",
+    "benches/cluster",
+    "benches/pairs",
+    "benches/report",
+    "clippy.toml",
+    "deny.toml",
+    "tests/fetch-etcd",
+    "tools/protoc",
+];
 
 /// A line of `names.txt`: a kind, a name, and the files and folders in which the name is given up (none: everywhere).
 struct GivenUp<'a> {
