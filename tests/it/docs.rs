@@ -1,5 +1,5 @@
-//! Checks of the documentation: links have targets, and pages agree with the code about errors, functions, commands and
-//! the configuration in the README.
+//! Checks of the documentation: links have targets, and pages agree with the code about errors, files, functions,
+//! commands and the configuration in the README.
 
 use std::{
     fs,
@@ -108,30 +108,87 @@ fn every_decision_is_listed() {
     }
 }
 
-/// Returns the functions that a page names as `` `module/file::function` ``: the file below a source folder, and the
-/// function.
-fn named_functions(page: &str) -> Vec<(&str, &str)> {
+/// Returns the items that a page names as `` `module/file::function` `` or `` `module/file::Type::member` ``: the file
+/// below a source folder, the type, and the function, method or field.
+fn named_items(page: &str) -> Vec<(&str, Option<&str>, &str)> {
+    let is_lowercase = |text: &str| text.chars().all(|c| c.is_ascii_lowercase() || "_/".contains(c));
     let quoted = page.split('`').skip(1).step_by(2);
-    let code = quoted.filter(|text| text.chars().all(|c| c.is_ascii_lowercase() || "_/:".contains(c)));
-    code.filter_map(|text| text.split_once("::")).collect()
+    let items = quoted.filter_map(|text| {
+        let (file, item) = text.split_once("::")?;
+        let (of_type, name) = item.split_once("::").map_or((None, item), |(of_type, name)| (Some(of_type), name));
+        Some((file, of_type, name))
+    });
+    items.filter(|(file, _, name)| is_lowercase(file) && is_lowercase(name)).collect()
+}
+
+/// Returns true if this source defines the function, or the type with the method or field.
+fn defines(source: &str, of_type: Option<&str>, name: &str) -> bool {
+    let has = |start: &str, next: &[char]| source.split(start).skip(1).any(|rest| rest.starts_with(next));
+    let has_function = has(&format!("fn {name}"), &['(', '<']);
+    let Some(of_type) = of_type else { return has_function };
+    let kinds = ["struct", "enum", "trait"];
+    let has_type = kinds.iter().any(|kind| has(&format!("{kind} {of_type}"), &[' ', '<', '(', ';']));
+    has_type && (has_function || has(&format!(" {name}"), &[':']))
 }
 
 #[test]
-fn architecture_page_names_existing_functions() {
+fn architecture_page_names_existing_items() {
     let page = fs::read_to_string(root().join("docs/architecture.md")).expect("the page");
-    let named = named_functions(&page);
+    let named = named_items(&page);
     assert!(named.len() > 20, "names exist: {named:?}");
-    for (file, function) in named {
+    for (file, of_type, name) in named {
         let folders = ["src", "src/core"].map(|folder| format!("{folder}/{file}"));
         let folders = folders.into_iter().chain(file.strip_prefix("proto/").map(|file| format!("proto/src/{file}")));
         let paths: Vec<_> = folders.flat_map(|path| [format!("{path}.rs"), format!("{path}/mod.rs")]).collect();
         let text = paths.iter().find_map(|path| fs::read_to_string(root().join(path)).ok());
         let text = text.unwrap_or_else(|| panic!("docs/architecture.md names `{file}`, which is none of {paths:?}"));
-        let begins = format!("fn {function}");
-        let there = text.split(&begins).skip(1).any(|rest| rest.starts_with(['(', '<']));
-        assert!(there, "docs/architecture.md names `{file}::{function}`, which {file} does not have");
+        assert!(
+            defines(&text, of_type, name),
+            "docs/architecture.md names {of_type:?} `{name}` of `{file}`, which does not have it"
+        );
     }
-    assert_eq!(named_functions("`a/b::c` and `D::E` and ``x`` and `a`"), [("a/b", "c")]);
+    let text = "`a/b::c` and `D::E` and ``x`` and `a` and `a/b::C::d`";
+    assert_eq!(named_items(text), [("a/b", None, "c"), ("a/b", Some("C"), "d")]);
+    let source = "struct C {\n    d: u8,\n}\nfn e() {}";
+    for (of_type, name, there) in [
+        (None, "e", true),
+        (Some("C"), "d", true),
+        (Some("C"), "e", true),
+        (None, "d", false),
+        (Some("C"), "f", false),
+        (Some("D"), "d", false),
+    ] {
+        assert_eq!(defines(source, of_type, name), there, "{of_type:?} {name}");
+    }
+}
+
+/// Returns the paths that a page names as code. A capital letter in the path of a folder marks a placeholder.
+fn named_paths(page: &str) -> Vec<&str> {
+    let is_file = |text: &str| [".rs", ".md", ".proto", ".toml", ".txt"].iter().any(|end| text.ends_with(end));
+    let is_path = |text: &&str| {
+        text.contains('/')
+            && !text.starts_with('/')
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-./".contains(c))
+            && (is_file(text) || !text.contains(|c: char| c.is_ascii_uppercase()))
+    };
+    page.split('`').skip(1).step_by(2).filter(is_path).collect()
+}
+
+/// A path is that of a file or folder, or the module path of a source file. Builds create the content of `target`.
+#[test]
+fn pages_for_contributors_name_existing_files() {
+    for page in ["CONTRIBUTING.md", "docs/architecture.md"] {
+        let text = fs::read_to_string(root().join(page)).expect("the page");
+        let named = named_paths(&text);
+        assert!(named.len() > 20, "{page} names paths: {named:?}");
+        for path in named.into_iter().filter(|path| !path.starts_with("target/")) {
+            let folders = ["", "src/", "src/core/"];
+            let mut places = folders.iter().flat_map(|folder| ["", ".rs"].map(|end| format!("{folder}{path}{end}")));
+            assert!(places.any(|place| root().join(place).exists()), "{page} names `{path}`, which does not exist");
+        }
+    }
+    let text = "`src/a.rs` `src/b/` `c/d` `docs/README.md` `seeds/TARGET` `e.rs` `f/g::h` `//!` `/metrics`";
+    assert_eq!(named_paths(text), ["src/a.rs", "src/b/", "c/d", "docs/README.md"]);
 }
 
 /// Each indented line `make TARGET` of a page must name a target of the Makefile.
