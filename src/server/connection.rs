@@ -1,6 +1,6 @@
 //! The sockets of one listener and their limits. Each listener has a [`ConnectionLimiter`] with a limited number of
-//! places, one for each connection. `places` decides which connection gets a place and which one is evicted; this
-//! module closes the evicted one.
+//! slots, one for each connection. `connection_slots` decides which connection gets a slot and which one is evicted;
+//! this module closes the evicted one.
 //!
 //! A [`CloseSignal`] closes a connection: it wakes the connection's task, whose next read or write then fails.
 
@@ -26,7 +26,7 @@ use tonic::transport::server::TcpIncoming;
 
 use super::{
     connection_limits::Capacity,
-    places::{Bound, Origin, Places, Pool},
+    connection_slots::{ConnectionSlots, Origin, Pool, SlotLimit},
 };
 use crate::{
     broker::{Budgets, ConnectionMemory, ProducerIdQuota},
@@ -76,7 +76,7 @@ struct LimiterState {
     /// Number of open calls of all connections. While it is reached, a connection may begin a call only below its
     /// share.
     max_calls: usize,
-    places: Mutex<Places<Arc<CloseSignal>>>,
+    slots: Mutex<ConnectionSlots<Arc<CloseSignal>>>,
     throttles: Throttles,
     /// Gauge of open connections; `None` for a listener without this metric.
     open: Option<GaugeU64>,
@@ -96,7 +96,7 @@ struct Throttles {
 }
 
 impl ConnectionLimiter {
-    /// Creates a limiter with the places of `capacity`. One address gets at most `per_address` of these places, or half
+    /// Creates a limiter with the slots of `capacity`. One address gets at most `per_address` of these slots, or half
     /// of them if `per_address` is `None`. `memory_bytes` limits the number of open calls. `open` is the gauge of open
     /// connections, if the listener has one.
     pub(super) fn new(
@@ -108,7 +108,7 @@ impl ConnectionLimiter {
         metrics: &Metrics,
     ) -> Self {
         let max_calls = usize::try_from(memory_bytes / BYTES_PER_CALL).unwrap_or(usize::MAX);
-        let per_address = per_address.unwrap_or(capacity.places / 2).clamp(1, capacity.places);
+        let per_address = per_address.unwrap_or(capacity.slots / 2).clamp(1, capacity.slots);
         let address_raised_by = match kind {
             ListenerKind::Grpc | ListenerKind::Http => "limits.connections_per_address",
             ListenerKind::Peer => capacity.raised_by,
@@ -119,7 +119,7 @@ impl ConnectionLimiter {
             per_address,
             address_raised_by,
             max_calls,
-            places: Mutex::new(Places::new(capacity.places, per_address, max_calls)),
+            slots: Mutex::new(ConnectionSlots::new(capacity.slots, per_address, max_calls)),
             throttles: Throttles::default(),
             open,
             refused: metrics.connections_refused.clone(),
@@ -130,12 +130,12 @@ impl ConnectionLimiter {
 
     /// Admits a connection, and closes the connection that is evicted for it. If the address or the listener is at its
     /// limit, the longest idle connection of the address or of the listener is evicted. If none is idle, a connection
-    /// from this machine gets an additional place, if there is one, and any other connection serves only probes.
+    /// from this machine gets an additional slot, if there is one, and any other connection serves only probes.
     fn admit(&self, stream: TcpStream, peer: Option<SocketAddr>) -> CountedConnection {
         let peer = peer.map_or(IpAddr::from(Ipv4Addr::UNSPECIFIED), |peer| peer.ip());
         let origin = Origin::of(peer, stream.local_addr().ok().map(|local| local.ip()));
         let signal = Arc::new(CloseSignal::default());
-        let admitted = self.0.places.lock().admit(origin, Arc::clone(&signal));
+        let admitted = self.0.slots.lock().admit(origin, Arc::clone(&signal));
         if let Some(idle) = admitted.evicted {
             idle.close();
             if admitted.pool != Pool::Probe {
@@ -169,25 +169,25 @@ impl ConnectionLimiter {
     }
 
     /// Counts and logs a new connection that serves only probes because of the limit `bound`.
-    fn report_refusal(&self, bound: Bound, peer: IpAddr) {
+    fn report_refusal(&self, bound: SlotLimit, peer: IpAddr) {
         self.0.refused.inc();
         let throttle = match bound {
-            Bound::Places => &self.0.throttles.full,
-            Bound::Address => &self.0.throttles.full_for_address,
+            SlotLimit::Connections => &self.0.throttles.full,
+            SlotLimit::Address => &self.0.throttles.full_for_address,
         };
         let Some(count) = occur(throttle) else { return };
-        let (listener, places, raised_by) = (self.0.kind, self.0.capacity.places, self.0.capacity.raised_by);
+        let (listener, slots, raised_by) = (self.0.kind, self.0.capacity.slots, self.0.capacity.raised_by);
         let (per_address, address_raised_by) = (self.0.per_address, self.0.address_raised_by);
         match bound {
-            Bound::Places => tracing::warn!(
+            SlotLimit::Connections => tracing::warn!(
                 ?listener,
-                places,
+                slots,
                 raised_by,
                 refused = count,
                 "connection limit reached, with open calls on all connections: new connections serve only probes; \
                  check the clients, or raise the limit"
             ),
-            Bound::Address => tracing::warn!(
+            SlotLimit::Address => tracing::warn!(
                 ?listener,
                 %peer,
                 per_address,
@@ -205,7 +205,7 @@ impl ConnectionLimiter {
         let Some(count) = occur(&self.0.throttles.evictions) else { return };
         tracing::warn!(
             listener = ?self.0.kind,
-            places = self.0.capacity.places,
+            slots = self.0.capacity.slots,
             raised_by = self.0.capacity.raised_by,
             per_address = self.0.per_address,
             address_raised_by = self.0.address_raised_by,
@@ -250,15 +250,15 @@ impl ConnectionLimiter {
     }
 
     /// Returns the error for a call on a connection that serves only probes.
-    fn refusal(&self, bound: Bound) -> RefusedCall {
+    fn refusal(&self, bound: SlotLimit) -> RefusedCall {
         let LimiterState { kind, capacity, per_address, address_raised_by, .. } = &*self.0;
         RefusedCall(match bound {
-            Bound::Places => format!(
+            SlotLimit::Connections => format!(
                 "no capacity for another connection: all {} of this broker's {kind:?} listener have open calls: raise \
                  {}",
-                capacity.places, capacity.raised_by
+                capacity.slots, capacity.raised_by
             ),
-            Bound::Address => format!(
+            SlotLimit::Address => format!(
                 "no capacity for another connection from this address: {per_address} have open calls: raise \
                  {address_raised_by}"
             ),
@@ -330,22 +330,22 @@ impl Caller {
 
     /// Counts a call as open until the returned value is dropped. If the connection serves only probes and the call is
     /// no probe, the connection moves to the common pool, for which an idle connection may be evicted. The call is
-    /// rejected if the common pool has no place, or if the limit of open calls is reached and the connection has its
+    /// rejected if the common pool has no slot, or if the limit of open calls is reached and the connection has its
     /// share.
     pub(super) fn begin_call(&self, is_probe: bool) -> Result<OpenCall, RefusedCall> {
-        let mut places = self.limiter.0.places.lock();
-        if !places.has_room_for_call(self.id) {
-            drop(places);
+        let mut slots = self.limiter.0.slots.lock();
+        if !slots.has_capacity_for_call(self.id) {
+            drop(slots);
             return Err(self.limiter.refuse_call(self.peer));
         }
-        let pool = places.begin_call(self.id);
+        let pool = slots.begin_call(self.id);
         let call = OpenCall(self.clone());
         if pool != Some(Pool::Probe) || is_probe {
-            drop(places);
+            drop(slots);
             return Ok(call);
         }
-        let promoted = places.promote(self.id);
-        drop(places);
+        let promoted = slots.promote(self.id);
+        drop(slots);
         match promoted {
             Ok(evicted) => {
                 if let Some(idle) = evicted {
@@ -367,11 +367,11 @@ pub(super) struct OpenCall(Caller);
 
 impl Drop for OpenCall {
     fn drop(&mut self) {
-        self.0.limiter.0.places.lock().end_call(self.0.id);
+        self.0.limiter.0.slots.lock().end_call(self.0.id);
     }
 }
 
-/// One connection. It counts as open and keeps its place until it is dropped.
+/// One connection. It counts as open and keeps its slot until it is dropped.
 pub(super) struct CountedConnection {
     stream: TcpStream,
     signal: Arc<CloseSignal>,
@@ -463,7 +463,7 @@ impl CountedConnection {
 impl Drop for CountedConnection {
     fn drop(&mut self) {
         let limiter = &self.caller.limiter;
-        limiter.0.places.lock().remove(self.caller.id);
+        limiter.0.slots.lock().remove(self.caller.id);
         if let Some(open) = &limiter.0.open {
             open.dec();
         }
@@ -543,7 +543,7 @@ mod tests {
     async fn connected(kind: ListenerKind) -> (TcpStream, CountedConnection) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
-        let capacity = Capacity { places: 4, raised_by: "" };
+        let capacity = Capacity { slots: 4, raised_by: "" };
         let limiter = ConnectionLimiter::new(kind, capacity, None, 1 << 30, None, &Metrics::new());
         let (client, accepted) =
             tokio::join!(TcpStream::connect(address), async { pin!(accept(listener, limiter)).next().await });

@@ -3,7 +3,7 @@
 
 use rustix::process::{Resource, getrlimit};
 
-use super::places::{LOOPBACK_PLACES, PROBE_PLACES};
+use super::connection_slots::{LOOPBACK_SLOTS, PROBE_SLOTS};
 use crate::{
     limits,
     log::{Disk as _, RealDisk},
@@ -13,16 +13,16 @@ use crate::{
 /// the object store.
 const MIN_OTHER_FILES: u64 = 64;
 
-/// Number of places of each listener in addition to its common pool.
-const RESERVED_CONNECTIONS: u64 = (LOOPBACK_PLACES + PROBE_PLACES) as u64;
+/// Number of slots of each listener in addition to its common pool.
+const RESERVED_CONNECTIONS: u64 = (LOOPBACK_SLOTS + PROBE_SLOTS) as u64;
 
-/// Maximum number of places of the HTTP listener.
+/// Maximum number of slots of the HTTP listener.
 const MAX_HTTP: usize = 256;
 
-/// Maximum number of places of the peer listener, unless [`MIN_PEER_PER_BROKER`] requires more.
+/// Maximum number of slots of the peer listener, unless [`MIN_PEER_PER_BROKER`] requires more.
 const MAX_PEER: usize = 1024;
 
-/// Minimum number of places of each listener.
+/// Minimum number of slots of each listener.
 #[derive(Clone, Copy, Debug)]
 struct Minimum {
     grpc: usize,
@@ -33,17 +33,17 @@ struct Minimum {
 const MIN_PLACES: Minimum = Minimum { grpc: 32, http: 8, peer: 32 };
 
 /// Minimum for a broker of a cluster with fewer than [`SMALL_FILE_LIMIT`] file descriptors. From 256 file descriptors
-/// on, these places and the reserves of three listeners fit beside the files of the log.
+/// on, these slots and the reserves of three listeners fit beside the files of the log.
 const MIN_PLACES_FEW_FILES: Minimum = Minimum { grpc: 16, http: 4, peer: 8 };
 
 /// Limit of open files below which a broker of a cluster has [`MIN_PLACES_FEW_FILES`].
 const SMALL_FILE_LIMIT: u64 = 512;
 
-/// Minimum number of places of the peer listener per broker of this process. Another broker uses two connections, and
+/// Minimum number of slots of the peer listener per broker of this process. Another broker uses two connections, and
 /// one more for each probe.
 const MIN_PEER_PER_BROKER: usize = 4;
 
-/// Maximum number of places of a listener. No system has that many file descriptors.
+/// Maximum number of slots of a listener. No system has that many file descriptors.
 const MAX_PLACES: u64 = 1 << 30;
 
 /// Bytes of `limits.memory_bytes` that one gRPC connection needs; they determine the maximum number of connections. An
@@ -53,7 +53,7 @@ const BYTES_PER_CONNECTION: u64 = 256 << 10;
 /// Share of `limits.memory_bytes` for connections of other brokers, as a divisor.
 const PEER_SHARE: u64 = 8;
 
-/// Bytes of that share per place of the peer listener. A caller that is not known to be a broker can send as much in
+/// Bytes of that share per slot of the peer listener. A caller that is not known to be a broker can send as much in
 /// incomplete requests.
 const BYTES_PER_PEER: u64 = limits::MAX_PEER_REQUEST_BYTES as u64 * limits::MAX_STREAMS_PER_PEER as u64 + (256 << 10);
 
@@ -61,7 +61,7 @@ const BYTES_PER_PEER: u64 = limits::MAX_PEER_REQUEST_BYTES as u64 * limits::MAX_
 /// replaces both fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Capacity {
-    pub(super) places: usize,
+    pub(super) slots: usize,
     /// Setting or system limit that a rejection names.
     pub(super) raised_by: &'static str,
 }
@@ -84,12 +84,12 @@ impl ConnectionLimits {
         by_files.limit_to_memory(memory_bytes, min_peer(Minimum::of(files, standalone), brokers))
     }
 
-    /// Limits the places of the gRPC listener and of the peer listener to the available memory. The peer listener keeps
-    /// at least `min_peer` places.
+    /// Limits the slots of the gRPC listener and of the peer listener to the available memory. The peer listener keeps
+    /// at least `min_peer` slots.
     fn limit_to_memory(self, memory_bytes: u64, min_peer: usize) -> Self {
-        let limit = |capacity: Capacity, places: u64| {
-            let places = usize::try_from(places).unwrap_or(usize::MAX);
-            if capacity.places <= places { capacity } else { Capacity { places, raised_by: "limits.memory_bytes" } }
+        let limit = |capacity: Capacity, slots: u64| {
+            let slots = usize::try_from(slots).unwrap_or(usize::MAX);
+            if capacity.slots <= slots { capacity } else { Capacity { slots, raised_by: "limits.memory_bytes" } }
         };
         let max_peers = (memory_bytes / PEER_SHARE / BYTES_PER_PEER).max(min_peer as u64);
         Self {
@@ -99,9 +99,9 @@ impl ConnectionLimits {
         }
     }
 
-    /// Returns the places for which a limit of `files` open files leaves descriptors, beside the `segments` open
+    /// Returns the slots for which a limit of `files` open files leaves descriptors, beside the `segments` open
     /// segments of each broker, the reserves of its listeners, and an eighth of `files` for all other uses. An eighth
-    /// of the places is for the HTTP listener and an eighth for peers, within the bounds of these listeners.
+    /// of the slots is for the HTTP listener and an eighth for peers, within the bounds of these listeners.
     fn for_files(files: u64, segments: u64, brokers: usize, standalone: bool) -> Self {
         let (brokers, listeners) = (brokers.max(1) as u64, if standalone { 2 } else { 3 });
         let reserved = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES.max(files / 8);
@@ -112,12 +112,12 @@ impl ConnectionLimits {
         let min_peer = min_peer(min, usize::try_from(brokers).unwrap_or(MAX_PEER));
         let peer = (!standalone).then(|| (per_broker / 8).min(MAX_PEER).max(min_peer));
         let grpc = per_broker.saturating_sub(http + peer.unwrap_or(0)).max(min.grpc);
-        let by_files = |places| Capacity { places, raised_by: "the limit of open files (ulimit -n, LimitNOFILE)" };
+        let by_files = |slots| Capacity { slots, raised_by: "the limit of open files (ulimit -n, LimitNOFILE)" };
         Self { grpc: by_files(grpc), http: by_files(http), peer: peer.map(by_files) }
     }
 }
 
-/// Returns the minimum number of places for other brokers, with `brokers` brokers in this process.
+/// Returns the minimum number of slots for other brokers, with `brokers` brokers in this process.
 fn min_peer(min: Minimum, brokers: usize) -> usize {
     min.peer.max(MIN_PEER_PER_BROKER * brokers)
 }
@@ -151,7 +151,7 @@ mod tests {
         ] {
             let ConnectionLimits { grpc, http, peer } =
                 ConnectionLimits::for_files(files, segments, brokers, standalone);
-            let (grpc, http, peer) = (grpc.places, http.places, peer.map_or(0, |peer| peer.places));
+            let (grpc, http, peer) = (grpc.slots, http.slots, peer.map_or(0, |peer| peer.slots));
             let min = Minimum::of(files, standalone);
             assert!(grpc >= min.grpc && http >= min.http, "{files}: the minimum is always served");
             let (min_peer, listeners) = if standalone { (0, 2) } else { (min.peer.max(4 * brokers), 3) };
@@ -166,25 +166,25 @@ mod tests {
             let bound = if brokers == 1 && files >= 256 { files } else { files.max(min_total) };
             assert!(taken <= bound, "{files} files for {brokers}: {grpc}, {http} and {peer}");
         }
-        let places = |files, segments, standalone| {
+        let slots = |files, segments, standalone| {
             let ConnectionLimits { grpc, http, peer } = ConnectionLimits::for_files(files, segments, 1, standalone);
-            (grpc.places, http.places, peer.map(|peer| peer.places))
+            (grpc.slots, http.slots, peer.map(|peer| peer.slots))
         };
-        assert_eq!(places(1024, 512, true), (315, 45, None));
-        assert_eq!(places(1024, 512, false), (262, 43, Some(43)));
-        assert_eq!(places(1 << 20, 8192, false), (907_996, 256, Some(1024)));
-        assert_eq!(places(256, 128, true), (32, 8, None));
-        assert_eq!(places(256, 128, false), (16, 4, Some(8)));
+        assert_eq!(slots(1024, 512, true), (315, 45, None));
+        assert_eq!(slots(1024, 512, false), (262, 43, Some(43)));
+        assert_eq!(slots(1 << 20, 8192, false), (907_996, 256, Some(1024)));
+        assert_eq!(slots(256, 128, true), (32, 8, None));
+        assert_eq!(slots(256, 128, false), (16, 4, Some(8)));
     }
 
-    /// Regression: 20,000 connections without a call took 400 MB, with 900,000 places available.
+    /// Regression: 20,000 connections without a call took 400 MB, with 900,000 slots available.
     #[test]
     fn client_connections_are_bounded_by_memory() {
         let grpc = |files, memory_bytes| {
             ConnectionLimits::for_files(files, 128, 1, true).limit_to_memory(memory_bytes, 32).grpc
         };
-        assert_eq!(grpc(1 << 20, 512 << 20), Capacity { places: 2048, raised_by: "limits.memory_bytes" });
-        assert_eq!(grpc(1 << 20, 64 << 20).places, 256);
+        assert_eq!(grpc(1 << 20, 512 << 20), Capacity { slots: 2048, raised_by: "limits.memory_bytes" });
+        assert_eq!(grpc(1 << 20, 64 << 20).slots, 256);
         assert_eq!(grpc(1024, 512 << 20), ConnectionLimits::for_files(1024, 128, 1, true).grpc, "files are fewer");
     }
 
@@ -197,16 +197,16 @@ mod tests {
                 .peer
                 .expect("there are several brokers")
         };
-        assert_eq!(peer(512 << 20), Capacity { places: 51, raised_by: "limits.memory_bytes" });
-        assert_eq!(peer(64 << 20).places, 32, "a cluster of some brokers works with little memory too");
-        assert_eq!(peer(16 << 30).places, 1024);
+        assert_eq!(peer(512 << 20), Capacity { slots: 51, raised_by: "limits.memory_bytes" });
+        assert_eq!(peer(64 << 20).slots, 32, "a cluster of some brokers works with little memory too");
+        assert_eq!(peer(16 << 30).slots, 1024);
     }
 
-    /// Regression: one address got half of the places of the peer listener, which had at least 32. With 32 brokers on
+    /// Regression: one address got half of the slots of the peer listener, which had at least 32. With 32 brokers on
     /// one machine, seven links were rejected forever.
     #[test]
-    fn brokers_of_one_process_have_enough_peer_places() {
-        let peer = ConnectionLimits::for_files(65_536, 8192, 32, false).peer.expect("there are several brokers").places;
+    fn brokers_of_one_process_have_enough_peer_slots() {
+        let peer = ConnectionLimits::for_files(65_536, 8192, 32, false).peer.expect("there are several brokers").slots;
         assert!(peer >= 62, "two connections of 31 other brokers each: {peer}");
     }
 }

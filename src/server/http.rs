@@ -1,5 +1,5 @@
 //! The HTTP listener: `/metrics`, `/healthz`, `/readyz`. The two probes respond without a wait. Metrics are rendered on
-//! a separate thread, one page at a time. An idle connection is closed if a new one needs its place (`connection`).
+//! a separate thread, one page at a time. An idle connection is closed if a new one needs its slot (`connection`).
 
 use std::{
     io,

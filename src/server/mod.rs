@@ -34,13 +34,13 @@ mod advertised;
 mod calls;
 mod connection;
 mod connection_limits;
+mod connection_slots;
 mod generation;
 mod grpc;
 mod http;
 mod listen;
 mod multi_broker;
 mod node;
-mod places;
 mod request_body;
 mod streams;
 
@@ -286,9 +286,9 @@ impl Listeners {
     /// Starts the gRPC listener for other brokers. A standalone broker has none.
     fn serve_peers(&self, routes: Routes, peer: Option<TcpListener>, metrics: &Metrics) {
         if let (Some(peer), Some(capacity)) = (peer, self.limits.peer) {
-            // One address may use all places: brokers on one host, in one /64 or behind one NAT share an address.
+            // One address may use all slots: brokers on one host, in one /64 or behind one NAT share an address.
             let limiter =
-                ConnectionLimiter::new(ListenerKind::Peer, capacity, Some(capacity.places), u64::MAX, None, metrics);
+                ConnectionLimiter::new(ListenerKind::Peer, capacity, Some(capacity.slots), u64::MAX, None, metrics);
             self.spawn_grpc("peer", routes, peer, limiter, grpc::Windows::of_brokers());
         }
     }

@@ -16,68 +16,68 @@ fn loopback() -> Origin {
 
 #[test]
 fn longest_idle_connection_is_evicted() {
-    let mut places = Places::new(3, 3, usize::MAX);
-    let ids = ["a", "b", "c"].map(|name| places.admit(from(1), name).id);
+    let mut slots = ConnectionSlots::new(3, 3, usize::MAX);
+    let ids = ["a", "b", "c"].map(|name| slots.admit(from(1), name).id);
     // `a` became idle after `c`, and `b` has an open call.
-    places.begin_call(ids[0]);
-    places.end_call(ids[0]);
-    places.begin_call(ids[1]);
-    let first = places.admit(from(2), "d");
+    slots.begin_call(ids[0]);
+    slots.end_call(ids[0]);
+    slots.begin_call(ids[1]);
+    let first = slots.admit(from(2), "d");
     assert_eq!((first.evicted, first.pool, first.bound), (Some("c"), Pool::Common, None));
-    assert_eq!(places.admit(from(2), "e").evicted, Some("a"));
-    assert_eq!(places.connections.len(), 3);
+    assert_eq!(slots.admit(from(2), "e").evicted, Some("a"));
+    assert_eq!(slots.connections.len(), 3);
 }
 
 #[test]
 fn connection_with_open_call_is_not_evicted() {
-    let mut places = Places::new(4, 2, usize::MAX);
+    let mut slots = ConnectionSlots::new(4, 2, usize::MAX);
     for number in [1, 1, 2, 2] {
-        let id = places.admit(from(number), number).id;
+        let id = slots.admit(from(number), number).id;
         // One of two calls ends; the other stays open.
-        places.begin_call(id);
-        places.begin_call(id);
-        places.end_call(id);
+        slots.begin_call(id);
+        slots.begin_call(id);
+        slots.end_call(id);
     }
-    let third = places.admit(from(1), 1);
-    assert_eq!((third.bound, third.pool, third.evicted), (Some(Bound::Address), Pool::Probe, None));
-    let other = places.admit(from(3), 3);
-    assert_eq!((other.bound, other.pool, other.evicted), (Some(Bound::Places), Pool::Probe, None));
-    assert_eq!(places.promote(other.id), Err(Bound::Places), "all places are in use");
+    let third = slots.admit(from(1), 1);
+    assert_eq!((third.bound, third.pool, third.evicted), (Some(SlotLimit::Address), Pool::Probe, None));
+    let other = slots.admit(from(3), 3);
+    assert_eq!((other.bound, other.pool, other.evicted), (Some(SlotLimit::Connections), Pool::Probe, None));
+    assert_eq!(slots.promote(other.id), Err(SlotLimit::Connections), "all slots are in use");
 }
 
 /// An address at its limit evicts an idle connection of its own. Otherwise it could evict those of all other addresses.
 #[test]
 fn address_at_its_limit_evicts_own_connection() {
-    let mut places = Places::new(10, 2, usize::MAX);
-    let honest = places.admit(from(9), 9).id;
+    let mut slots = ConnectionSlots::new(10, 2, usize::MAX);
+    let honest = slots.admit(from(9), 9).id;
     for n in 0..50 {
-        let admitted = places.admit(from(1), 1);
+        let admitted = slots.admit(from(1), 1);
         assert_eq!((admitted.pool, admitted.evicted), (Pool::Common, (n >= 2).then_some(1)));
     }
-    assert_eq!(places.remove(honest), Some(9));
+    assert_eq!(slots.remove(honest), Some(9));
 }
 
 #[test]
-fn loopback_has_eight_additional_places() {
-    let mut places = Places::new(4, 2, usize::MAX);
-    let busy = |places: &mut Places<u32>, origin| {
-        let admitted = places.admit(origin, 0);
-        places.begin_call(admitted.id);
+fn loopback_has_eight_additional_slots() {
+    let mut slots = ConnectionSlots::new(4, 2, usize::MAX);
+    let busy = |slots: &mut ConnectionSlots<u32>, origin| {
+        let admitted = slots.admit(origin, 0);
+        slots.begin_call(admitted.id);
         admitted
     };
     for _ in 0..2 {
-        assert_eq!(busy(&mut places, loopback()).pool, Pool::Common);
+        assert_eq!(busy(&mut slots, loopback()).pool, Pool::Common);
     }
-    for _ in 0..LOOPBACK_PLACES {
-        let admitted = busy(&mut places, loopback());
-        assert_eq!((admitted.pool, admitted.bound), (Pool::Loopback, Some(Bound::Address)));
+    for _ in 0..LOOPBACK_SLOTS {
+        let admitted = busy(&mut slots, loopback());
+        assert_eq!((admitted.pool, admitted.bound), (Pool::Loopback, Some(SlotLimit::Address)));
     }
-    let ninth = places.admit(loopback(), 7);
+    let ninth = slots.admit(loopback(), 7);
     assert_eq!(ninth.pool, Pool::Probe);
     // Once one of the eight connections of the loopback pool is idle, it is evicted for the next connection.
-    let idle = places.connections.iter().find(|(_, occupant)| occupant.pool == Pool::Loopback).map(|(id, _)| *id);
-    places.end_call(idle.expect("one of eight"));
-    let tenth = places.admit(loopback(), 8);
+    let idle = slots.connections.iter().find(|(_, occupant)| occupant.pool == Pool::Loopback).map(|(id, _)| *id);
+    slots.end_call(idle.expect("one of eight"));
+    let tenth = slots.admit(loopback(), 8);
     assert_eq!((tenth.pool, tenth.evicted), (Pool::Loopback, Some(0)));
 }
 
@@ -86,19 +86,19 @@ fn loopback_has_eight_additional_places() {
 fn connection_flood_does_not_evict_probes() {
     // Number of attacking addresses, and the addresses of the probes that arrive meanwhile.
     for (attackers, probers) in [(1_u8, &[2, 2][..]), (2, &[2]), (2, &[2, 3]), (1, &[2, 3, 4])] {
-        let mut places = Places::new(1, 1, usize::MAX);
-        let holder = places.admit(from(1), 0).id;
-        places.begin_call(holder);
-        let attack = |places: &mut Places<u32>, round: u8| places.admit(from(10 + round % attackers), 0);
+        let mut slots = ConnectionSlots::new(1, 1, usize::MAX);
+        let holder = slots.admit(from(1), 0).id;
+        slots.begin_call(holder);
+        let attack = |slots: &mut ConnectionSlots<u32>, round: u8| slots.admit(from(10 + round % attackers), 0);
         for round in 0..50 {
-            attack(&mut places, round);
+            attack(&mut slots, round);
         }
-        let probes: Vec<u64> = probers.iter().map(|address| places.admit(from(*address), 7).id).collect();
+        let probes: Vec<u64> = probers.iter().map(|address| slots.admit(from(*address), 7).id).collect();
         for round in 0..200 {
-            let admitted = attack(&mut places, round);
+            let admitted = attack(&mut slots, round);
             assert_eq!((admitted.pool, admitted.evicted), (Pool::Probe, Some(0)), "{attackers}, {probers:?}: {round}");
         }
-        assert!(probes.iter().all(|probe| places.remove(*probe) == Some(7)), "{attackers}, {probers:?}");
+        assert!(probes.iter().all(|probe| slots.remove(*probe) == Some(7)), "{attackers}, {probers:?}");
     }
 }
 
@@ -106,21 +106,21 @@ fn connection_flood_does_not_evict_probes() {
 /// would keep probes out.
 #[test]
 fn oldest_probe_is_evicted_despite_open_call() {
-    let mut places = Places::new(1, 1, usize::MAX);
-    let holder = places.admit(from(1), 0).id;
-    places.begin_call(holder);
+    let mut slots = ConnectionSlots::new(1, 1, usize::MAX);
+    let holder = slots.admit(from(1), 0).id;
+    slots.begin_call(holder);
     let mut last = None;
     for n in 1..=20 {
-        let admitted = places.admit(from(2), n);
-        places.begin_call(admitted.id);
+        let admitted = slots.admit(from(2), n);
+        slots.begin_call(admitted.id);
         assert_eq!(admitted.pool, Pool::Probe);
-        assert_eq!(admitted.evicted, (n > PROBE_PLACES).then(|| n - PROBE_PLACES));
+        assert_eq!(admitted.evicted, (n > PROBE_SLOTS).then(|| n - PROBE_SLOTS));
         last = Some(admitted.id);
     }
-    places.remove(holder);
+    slots.remove(holder);
     let last = last.expect("twenty connections");
-    assert_eq!(places.promote(last), Ok(None), "a place is free");
-    assert_eq!(places.begin_call(last), Some(Pool::Common));
+    assert_eq!(slots.promote(last), Ok(None), "a slot is free");
+    assert_eq!(slots.begin_call(last), Some(Pool::Common));
 }
 
 /// Regression: the streams of one client took the memory of all clients. At the limit of calls, a connection may begin
@@ -128,24 +128,24 @@ fn oldest_probe_is_evicted_despite_open_call() {
 #[test]
 fn connection_below_its_share_may_begin_call() {
     for (max_calls, share) in [(12, 6), (6, MIN_CALLS)] {
-        let mut places = Places::new(8, 8, max_calls);
-        let [many, few] = [1, 2].map(|number| places.admit(from(number), number).id);
+        let mut slots = ConnectionSlots::new(8, 8, max_calls);
+        let [many, few] = [1, 2].map(|number| slots.admit(from(number), number).id);
         for _ in 0..max_calls {
-            assert!(places.has_room_for_call(many));
-            places.begin_call(many);
+            assert!(slots.has_capacity_for_call(many));
+            slots.begin_call(many);
         }
-        assert!(!places.has_room_for_call(many));
+        assert!(!slots.has_capacity_for_call(many));
         for _ in 0..share {
-            assert!(places.has_room_for_call(few));
-            places.begin_call(few);
+            assert!(slots.has_capacity_for_call(few));
+            slots.begin_call(few);
         }
-        assert!(!places.has_room_for_call(few));
-        places.end_call(few);
-        assert!(places.has_room_for_call(few));
+        assert!(!slots.has_capacity_for_call(few));
+        slots.end_call(few);
+        assert!(slots.has_capacity_for_call(few));
         // The calls of a removed connection no longer count.
-        places.remove(many);
-        places.begin_call(few);
-        assert!(places.has_room_for_call(few));
+        slots.remove(many);
+        slots.begin_call(few);
+        assert!(slots.has_capacity_for_call(few));
     }
 }
 
@@ -182,9 +182,9 @@ fn event() -> impl Strategy<Value = Event> {
 proptest! {
     #[test]
     fn counts_and_lists_match_connections(
-        places in 1..6_usize, per_address in 1..6_usize, events in prop::collection::vec(event(), 1..200)
+        slots in 1..6_usize, per_address in 1..6_usize, events in prop::collection::vec(event(), 1..200)
     ) {
-        let mut all = Places::new(places, per_address, usize::MAX);
+        let mut all = ConnectionSlots::new(slots, per_address, usize::MAX);
         let mut ids: Vec<u64> = Vec::new();
         let mut number = 0_u64;
         for event in events {
@@ -209,9 +209,9 @@ proptest! {
             prop_assert_eq!(all.active, all.connections.values().filter(|o| o.calls > 0).count());
             prop_assert_eq!(all.calls, all.connections.values().map(|o| o.calls).sum::<usize>());
             let of = |pool| all.connections.values().filter(move |o| o.pool == pool);
-            prop_assert!(of(Pool::Common).count() == all.common && all.common <= places);
-            prop_assert!(of(Pool::Loopback).count() == all.loopback && all.loopback <= LOOPBACK_PLACES);
-            prop_assert!(of(Pool::Probe).count() == all.probes.len() && all.probes.len() <= PROBE_PLACES);
+            prop_assert!(of(Pool::Common).count() == all.common && all.common <= slots);
+            prop_assert!(of(Pool::Loopback).count() == all.loopback && all.loopback <= LOOPBACK_SLOTS);
+            prop_assert!(of(Pool::Probe).count() == all.probes.len() && all.probes.len() <= PROBE_SLOTS);
             prop_assert_eq!(all.idle.len(), of(Pool::Common).filter(|o| o.calls == 0).count());
             prop_assert_eq!(all.loopback_idle.len(), of(Pool::Loopback).filter(|o| o.calls == 0).count());
             for (address, share) in &all.origins {

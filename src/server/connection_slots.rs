@@ -1,16 +1,16 @@
-//! Decides which connections of one listener get a place. This module handles only numbers and addresses; `connection`
+//! Decides which connections of one listener get a slot. This module handles only numbers and addresses; `connection`
 //! owns the sockets.
 //!
 //! # Invariants
 //!
 //! - A connection with an open call or stream is never evicted, except from the probe pool.
-//! - The common pool contains at most `places` connections, and at most `per_address` of them from one origin.
+//! - The common pool contains at most `slots` connections, and at most `per_address` of them from one origin.
 //! - While `max_calls` calls are open, a connection may begin a call only below its equal share of `max_calls` or below
 //!   [`MIN_CALLS`]. So the calls of one connection never keep another one from calls.
-//! - The places of the other two pools are additional: [`LOOPBACK_PLACES`] for this machine, and [`PROBE_PLACES`] for
+//! - The slots of the other two pools are additional: [`LOOPBACK_SLOTS`] for this machine, and [`PROBE_SLOTS`] for
 //!   connections that serve only probes.
 //! - If the probe pool is full, a new connection evicts the oldest one of the address with the most connections. If
-//!   several addresses have the most, the new connection's own address is preferred. So a probe always gets a place,
+//!   several addresses have the most, the new connection's own address is preferred. So a probe always gets a slot,
 //!   and a flood from one or two addresses does not evict it.
 
 use std::{
@@ -18,11 +18,11 @@ use std::{
     net::{IpAddr, Ipv6Addr},
 };
 
-/// Number of additional places for connections from this machine.
-pub(super) const LOOPBACK_PLACES: usize = 8;
+/// Number of additional slots for connections from this machine.
+pub(super) const LOOPBACK_SLOTS: usize = 8;
 
-/// Number of additional places for connections that serve only probes.
-pub(super) const PROBE_PLACES: usize = 4;
+/// Number of additional slots for connections that serve only probes.
+pub(super) const PROBE_SLOTS: usize = 4;
 
 /// Number of calls that each connection may have open, regardless of other connections.
 const MIN_CALLS: usize = 4;
@@ -53,22 +53,22 @@ impl Origin {
 
 /// Limit that keeps a connection out of the common pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Bound {
+pub(super) enum SlotLimit {
     /// The common pool is full, and each connection in it has an open call.
-    Places,
+    Connections,
     /// The address has the maximum number of connections in the common pool, each with an open call.
     Address,
 }
 
-/// Pool of places, by permitted use.
+/// Pool of slots, by permitted use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pool {
     /// Serves all calls.
     Common,
-    /// Serves all calls. Its places for connections from this machine are additional to the common pool.
+    /// Serves all calls. Its slots for connections from this machine are additional to the common pool.
     Loopback,
-    /// Serves only probes. [`Places::promote`] moves a connection to the common pool once that has a free place or an
-    /// idle connection.
+    /// Serves only probes. [`ConnectionSlots::promote`] moves a connection to the common pool once that has a free slot
+    /// or an idle connection.
     Probe,
 }
 
@@ -78,7 +78,7 @@ pub(super) struct Admitted<T> {
     /// Number of the connection.
     pub(super) id: u64,
     /// Limit that keeps the connection out of the common pool; `None` if the connection is in it.
-    pub(super) bound: Option<Bound>,
+    pub(super) bound: Option<SlotLimit>,
     pub(super) pool: Pool,
     /// Handle of the connection that was evicted for this one. The caller closes that connection.
     pub(super) evicted: Option<T>,
@@ -87,8 +87,8 @@ pub(super) struct Admitted<T> {
 /// Connections of a listener, each with a handle `T`. An evicted or removed connection's handle is returned to the
 /// caller.
 #[derive(Debug)]
-pub(super) struct Places<T> {
-    places: usize,
+pub(super) struct ConnectionSlots<T> {
+    slots: usize,
     per_address: usize,
     max_calls: usize,
     /// Number of open calls of all connections.
@@ -112,7 +112,7 @@ pub(super) struct Places<T> {
     probes: BTreeMap<u64, u64>,
 }
 
-/// An open connection and its place.
+/// An open connection and its slot.
 #[derive(Debug)]
 struct Occupant<T> {
     handle: T,
@@ -132,11 +132,11 @@ struct AddressShare {
     idle: BTreeMap<u64, u64>,
 }
 
-impl<T> Places<T> {
-    pub(super) fn new(places: usize, per_address: usize, max_calls: usize) -> Self {
+impl<T> ConnectionSlots<T> {
+    pub(super) fn new(slots: usize, per_address: usize, max_calls: usize) -> Self {
         Self {
-            places,
-            per_address: per_address.clamp(1, places.max(1)),
+            slots,
+            per_address: per_address.clamp(1, slots.max(1)),
             max_calls,
             calls: 0,
             active: 0,
@@ -151,16 +151,16 @@ impl<T> Places<T> {
         }
     }
 
-    /// Gives a new connection a place, for which another connection may be evicted. The connection is idle until a call
+    /// Gives a new connection a slot, for which another connection may be evicted. The connection is idle until a call
     /// begins.
     pub(super) fn admit(&mut self, origin: Origin, handle: T) -> Admitted<T> {
-        let (pool, bound, evicted) = match self.find_common_place(origin) {
+        let (pool, bound, evicted) = match self.find_common_slot(origin) {
             Ok(idle) => (Pool::Common, None, idle),
             Err(bound) => {
                 let longest_idle = self.loopback_idle.first_key_value().map(|(_, id)| *id);
-                let has_free_place = self.loopback < LOOPBACK_PLACES;
-                if origin.local && (has_free_place || longest_idle.is_some()) {
-                    (Pool::Loopback, Some(bound), longest_idle.filter(|_| !has_free_place))
+                let has_free_slot = self.loopback < LOOPBACK_SLOTS;
+                if origin.local && (has_free_slot || longest_idle.is_some()) {
+                    (Pool::Loopback, Some(bound), longest_idle.filter(|_| !has_free_slot))
                 } else {
                     (Pool::Probe, Some(bound), self.find_probe_to_evict(origin))
                 }
@@ -175,7 +175,7 @@ impl<T> Places<T> {
 
     /// Returns true if this connection may begin one more call: fewer than `max_calls` are open, or the connection has
     /// fewer than its equal share of `max_calls` or than [`MIN_CALLS`].
-    pub(super) fn has_room_for_call(&self, id: u64) -> bool {
+    pub(super) fn has_capacity_for_call(&self, id: u64) -> bool {
         let calls = self.connections.get(&id).map_or(0, |occupant| occupant.calls);
         self.calls < self.max_calls
             || calls < MIN_CALLS.max(self.max_calls / (self.active + usize::from(calls == 0)).max(1))
@@ -206,14 +206,14 @@ impl<T> Places<T> {
         }
     }
 
-    /// Moves a connection from the probe pool to the common pool, if the common pool has a free place or an idle
+    /// Moves a connection from the probe pool to the common pool, if the common pool has a free slot or an idle
     /// connection by now. Returns the handle of the idle connection that was evicted, if any. Fails with the limit that
     /// prevents the move. Has no effect on a connection of another pool.
-    pub(super) fn promote(&mut self, id: u64) -> Result<Option<T>, Bound> {
+    pub(super) fn promote(&mut self, id: u64) -> Result<Option<T>, SlotLimit> {
         let Some(occupant) = self.connections.get(&id).filter(|occupant| occupant.pool == Pool::Probe) else {
             return Ok(None);
         };
-        let idle = self.find_common_place(occupant.origin)?;
+        let idle = self.find_common_slot(occupant.origin)?;
         let evicted = idle.and_then(|idle| self.remove(idle));
         self.remove_from_pool(id);
         if let Some(occupant) = self.connections.get_mut(&id) {
@@ -233,21 +233,21 @@ impl<T> Places<T> {
     }
 
     /// Returns the idle connection that one more connection from this origin evicts from the common pool; `None` if a
-    /// place is free. Fails with the limit if no connection can be evicted.
-    fn find_common_place(&self, origin: Origin) -> Result<Option<u64>, Bound> {
+    /// slot is free. Fails with the limit if no connection can be evicted.
+    fn find_common_slot(&self, origin: Origin) -> Result<Option<u64>, SlotLimit> {
         if let Some(share) = self.origins.get(&origin.address).filter(|share| share.connections >= self.per_address) {
-            return share.idle.first_key_value().map(|(_, id)| Some(*id)).ok_or(Bound::Address);
+            return share.idle.first_key_value().map(|(_, id)| Some(*id)).ok_or(SlotLimit::Address);
         }
-        if self.common < self.places {
+        if self.common < self.slots {
             return Ok(None);
         }
-        self.idle.first_key_value().map(|(_, id)| Some(*id)).ok_or(Bound::Places)
+        self.idle.first_key_value().map(|(_, id)| Some(*id)).ok_or(SlotLimit::Connections)
     }
 
-    /// Returns the connection that one more connection from this origin evicts from the probe pool; `None` if a place
+    /// Returns the connection that one more connection from this origin evicts from the probe pool; `None` if a slot
     /// is free.
     fn find_probe_to_evict(&self, origin: Origin) -> Option<u64> {
-        if self.probes.len() < PROBE_PLACES {
+        if self.probes.len() < PROBE_SLOTS {
             return None;
         }
         let addresses = || self.probes.values().filter_map(|id| Some((id, self.connections.get(id)?.origin.address)));
