@@ -2,7 +2,10 @@
 //! clients do not send or read.
 
 use super::{connections::UNREAD_TIMEOUT, queue::MAX_ENDED_BYTES, *};
-use crate::limits;
+use crate::{
+    limits,
+    task::{clock, lock::Mutex},
+};
 
 const MIB: usize = 1 << 20;
 
@@ -47,7 +50,7 @@ async fn stalled_requests_end_when_others_wait_for_memory() {
             Err(error) => std::task::Poll::Ready(error),
         })
         .await;
-        let ended = |(guard, _): &(IncompleteGuard, Grant)| guard.request.is_ended(std::task::Waker::noop());
+        let ended = |(guard, _): &(IncompleteGuard, Grant)| guard.check(std::task::Waker::noop()).is_err();
         assert_eq!(full.iter().filter(|request| ended(request)).count(), 1, "one ended request is enough");
         drop(full);
         waits.join_next().await.expect("one task").expect("no panic").expect("memory was freed");
@@ -70,7 +73,7 @@ async fn incomplete_requests_end_at_bounded_rate() {
     while served.len() < 200 {
         tokio::time::sleep(SMALL_GRACE).await;
         let before = full.len();
-        full.retain(|(guard, _)| !guard.request.is_ended(std::task::Waker::noop()));
+        full.retain(|(guard, _)| guard.check(std::task::Waker::noop()).is_ok());
         max = max.max(before - full.len());
         tokio::task::yield_now().await;
         let ended = std::iter::from_fn(|| waits.try_join_next());
@@ -167,9 +170,9 @@ async fn reading_client_is_not_closed() {
     reading.complete_response(grant, SMALL_BYTES);
     let _held = reading.begin_sending(SMALL_BYTES).unwrap();
     let all: Vec<_> = std::iter::from_fn(|| {
-        let call = call(&budgets);
-        let taken = Pools::try_take(&call.connection.0.responses, &budgets.0.responses, SMALL_BYTES + 1)?;
-        Some((call, taken))
+        let connection = budgets.connection(|| {});
+        let taken = Pools::try_take(&connection.0.responses, &budgets.0.responses, SMALL_BYTES + 1)?;
+        Some((connection, taken))
     })
     .collect();
     assert!(!all.is_empty());

@@ -15,7 +15,9 @@
 //! in the object store, at most `tier.fetch_max_wait`.
 
 mod decode;
+mod handler;
 mod memory;
+mod response;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -27,27 +29,26 @@ use std::{
     time::Duration,
 };
 
-use futures::{FutureExt as _, Stream, StreamExt as _, stream::FuturesUnordered};
-use tokio::{sync::watch, time::Instant};
-use tonic::Status;
+use futures::{FutureExt as _, StreamExt as _, stream::FuturesUnordered};
+use tokio::time::Instant;
 
+pub(in crate::broker) use self::handler::Fetch;
 use self::{
-    decode::RecordTooLarge,
     memory::{MIN_READ_BYTES, ResponseMemory},
-    stream::FetchStreamState,
+    response::FetchResponseBuilder,
 };
-use super::{errors, service::Requests};
+use super::errors;
 use crate::{
-    broker::{CallMemory, Grant, node_context::NodeContext, partitions::lookup::ReplicaLookup},
+    broker::{CallMemory, Grant},
     limits,
     log::ReadLimits,
     model::{Offset, PartitionId},
-    partition::{Decompressor, FetchedBatches, Partition, PartitionReader, ReadError, ReadSource, WakeSet},
+    partition::{FetchedBatches, Partition, PartitionReader, ReadError, WakeSet},
     proto::{
         error::{ApiError, ErrorCode},
         v1,
     },
-    task::{Tasks, clock},
+    task::clock,
 };
 
 /// Maximum number of concurrent reads of one session.
@@ -67,17 +68,6 @@ const FEW_PARTITIONS: usize = 16;
 /// Memory charged for the state of one partition of a fetch or read, in bytes: with its entry in a response, without
 /// the topic name.
 const PARTITION_STATE_BYTES: usize = 512;
-
-/// Handler of reads.
-pub(in crate::broker) struct Fetch {
-    pub(super) ctx: NodeContext,
-    pub(super) lookup: ReplicaLookup,
-    pub(super) decompressor: Decompressor,
-    /// True while the lease has expired.
-    pub(super) lease: watch::Receiver<bool>,
-    /// Cancelled when the streams of clients must end.
-    pub(super) stop: Tasks,
-}
 
 /// Index of a partition in its session, and the outcome of a read of that partition; `Ok(None)` if there are no records
 /// at the position.
@@ -137,22 +127,6 @@ impl FetchLimits {
     }
 }
 
-/// A response being built.
-#[derive(Default)]
-struct FetchResponseBuilder {
-    partitions: Vec<v1::FetchedPartition>,
-    /// Index in the session of each of `partitions`; `None` for rejected partitions.
-    session_indexes: Vec<Option<usize>>,
-    /// Index in `partitions` of each entry that belongs to the session, by index in the session.
-    entries: BTreeMap<usize, usize>,
-    /// Bytes of the batches in `partitions`.
-    bytes: usize,
-    /// True if an entry contains an error.
-    failed: bool,
-    /// True if the response takes no more records: the next read outcome does not fit, or there is no memory for more.
-    full: bool,
-}
-
 /// State of one client's fetch: its partitions with the position in each, the reads in progress, and the memory for the
 /// responses.
 struct FetchSession {
@@ -178,7 +152,7 @@ struct FetchSession {
     /// none.
     max_batch_bytes: usize,
     /// Size of the session's reservation for one decoded record that exceeds the space of a response, in bytes; 0
-    /// without one. See [`RecordTooLarge`].
+    /// without one. See [`decode::RecordTooLarge`].
     record_bytes: usize,
     /// True if in-sync followers may serve this session.
     any_replica: bool,
@@ -506,147 +480,5 @@ impl FetchSession {
         if let Some(ended) = ended {
             self.add_ended_read(ended, builder);
         }
-    }
-}
-
-impl Fetch {
-    #[cfg(test)]
-    pub(in crate::broker) fn lookup(&self) -> &ReplicaLookup {
-        &self.lookup
-    }
-
-    /// Returns the local replica for a reader, if this broker serves the partition to that reader.
-    fn readable(&self, requested: &v1::FetchPartition, any_replica: bool) -> Result<Arc<Partition>, ApiError> {
-        self.lookup.readable(requested, errors::parse_topic_id(&requested.topic_id)?, any_replica)
-    }
-
-    /// Returns the response entry of a partition that this broker rejects, with `error` and, if a local replica is
-    /// open, with its watermarks.
-    fn refused_partition(&self, requested: v1::FetchPartition, error: ApiError) -> v1::FetchedPartition {
-        let id = errors::parse_topic_id(&requested.topic_id).ok();
-        let replica = id.and_then(|id| self.lookup.open_replica(&requested.topic, id, requested.partition));
-        let mut refused =
-            v1::FetchedPartition { next_offset: requested.offset, error: Some(error.into()), ..Default::default() };
-        if let Some(replica) = replica {
-            let watermarks = replica.watermarks();
-            (refused.log_start, refused.high_watermark) =
-                (watermarks.log_start.as_i64(), watermarks.high_watermark.as_i64());
-        }
-        (refused.topic, refused.partition) = (requested.topic, requested.partition);
-        refused
-    }
-
-    /// Converts the error of a read. If the local replica was closed and another broker leads the partition, the error
-    /// names that leader.
-    fn read_refused(&self, id: PartitionId, error: ReadError) -> ApiError {
-        let is_led_elsewhere = matches!(error, ReadError::Closed);
-        let error = ApiError::from(error);
-        if is_led_elsewhere { self.lookup.with_leader_hint(id, error) } else { error }
-    }
-
-    /// Counts the bytes of a read in two metrics: by their source, and by the role of the local replica.
-    fn count_bytes(&self, source: ReadSource, bytes: usize, is_leader: bool) {
-        let (by_source, by_role) = (&self.ctx.metrics.fetch_bytes, &self.ctx.metrics.fetch_role_bytes);
-        let counter = match source {
-            ReadSource::Memory => &by_source.memory,
-            ReadSource::Disk => &by_source.disk,
-            ReadSource::ObjectStore => &by_source.bucket,
-        };
-        counter.inc_by(bytes as u64);
-        let counter = if is_leader { &by_role.leader } else { &by_role.follower };
-        counter.inc_by(bytes as u64);
-    }
-
-    /// Returns a receiver that changes when the lease expires or is renewed. If the lease has already expired, the
-    /// receiver counts that as a change.
-    fn lease_expiry(&self) -> watch::Receiver<bool> {
-        let mut expiry = self.lease.clone();
-        if *expiry.borrow_and_update() {
-            expiry.mark_changed();
-        }
-        expiry
-    }
-
-    /// Serves a unary read. With `decode`, if a record needs more memory than was reserved, everything is read again
-    /// from the first offsets.
-    pub(in crate::broker) async fn read(
-        self: &Arc<Self>,
-        request: v1::ReadRequest,
-        memory: CallMemory,
-    ) -> Result<v1::ReadResponse, ApiError> {
-        let fetch_limits = FetchLimits::new(request.min_bytes, request.max_bytes, request.max_wait_ms);
-        self.lookup
-            .wait_for_topics(
-                request.partitions.iter().map(|requested| (requested.topic.as_str(), requested.topic_id.as_str())),
-            )
-            .await;
-        let mut session = FetchSession::new(Arc::clone(self), fetch_limits, memory);
-        session.assign(request.partitions, true, request.any_replica)?;
-        let deadline = clock::monotonic() + fetch_limits.max_wait;
-        loop {
-            let mut builder = session.gather(request.decode, deadline).await?;
-            let decoded = if request.decode { session.decode(&mut builder).await } else { Ok(0) };
-            match decoded {
-                Ok(record_bytes) => {
-                    session.on_response_built(builder.bytes + record_bytes, builder.partitions.len());
-                    let lease_expired = *session.fetch.lease.borrow();
-                    return Ok(v1::ReadResponse { partitions: builder.partitions, lease_expired });
-                }
-                Err(RecordTooLarge { bytes }) => session.read_again(bytes, builder),
-            }
-        }
-    }
-
-    /// Serves a fetch stream. The returned stream reads `requests` itself.
-    pub(super) fn fetch(
-        self: &Arc<Self>,
-        requests: Requests<v1::FetchRequest>,
-        memory: CallMemory,
-    ) -> impl Stream<Item = Result<v1::FetchResponse, Status>> + Send + use<> {
-        let state = FetchStreamState::new(Arc::clone(self), requests, memory);
-        futures::stream::unfold(state, |mut state| async move { Some((state.next().await?, state)) })
-    }
-}
-
-impl FetchResponseBuilder {
-    /// Adds the records of a read to the entry of a partition.
-    fn add(&mut self, index: usize, state: &FetchPartitionState, fetched: FetchedBatches) {
-        self.bytes += fetched.bytes;
-        self.entry(index, state).chunks.extend(fetched.chunks);
-    }
-
-    /// Returns the entry of a partition in the response, and adds it if there is none. Updates the watermarks, next
-    /// offset, role and leader epoch of the entry.
-    fn entry(&mut self, index: usize, state: &FetchPartitionState) -> &mut v1::FetchedPartition {
-        let entry_index = *self.entries.entry(index).or_insert_with(|| {
-            let (topic, partition) = (state.topic.clone(), state.partition);
-            self.partitions.push(v1::FetchedPartition { topic, partition, ..Default::default() });
-            self.session_indexes.push(Some(index));
-            self.partitions.len() - 1
-        });
-        let (status, watermarks) = (state.replica.status(), state.replica.watermarks());
-        let entry = &mut self.partitions[entry_index];
-        entry.log_start = watermarks.log_start.as_i64();
-        entry.high_watermark = watermarks.high_watermark.as_i64();
-        entry.next_offset = state.position.as_i64();
-        entry.from_follower = !status.role.leads();
-        entry.leader_epoch = status.epoch.as_i32();
-        entry
-    }
-
-    /// Returns true if the response has records of the partition with this index in the session.
-    fn has_records(&self, index: usize) -> bool {
-        self.entries.get(&index).is_some_and(|entry_index| !self.partitions[*entry_index].chunks.is_empty())
-    }
-
-    /// Adds the entry of a rejected partition, which is not in the session.
-    fn add_refused(&mut self, refused: v1::FetchedPartition) {
-        self.partitions.push(refused);
-        self.session_indexes.push(None);
-    }
-
-    /// Returns true if the response must not wait for more records: it has `min_bytes` or an error, or is full.
-    fn is_enough(&self, min_bytes: usize) -> bool {
-        self.failed || self.full || self.bytes >= min_bytes
     }
 }

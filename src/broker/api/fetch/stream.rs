@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use futures::TryStreamExt as _;
+use futures::{Stream, TryStreamExt as _};
 use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 
@@ -16,6 +16,18 @@ use crate::{
     proto::{error::ApiError, v1},
     task::clock,
 };
+
+impl Fetch {
+    /// Serves a fetch stream. The returned stream reads `requests` itself.
+    pub(in crate::broker::api) fn fetch(
+        self: &Arc<Self>,
+        requests: Requests<v1::FetchRequest>,
+        memory: CallMemory,
+    ) -> impl Stream<Item = Result<v1::FetchResponse, Status>> + Send + use<> {
+        let state = FetchStreamState::new(Arc::clone(self), requests, memory);
+        futures::stream::unfold(state, |mut state| async move { Some((state.next().await?, state)) })
+    }
+}
 
 /// One fetch stream.
 pub(super) struct FetchStreamState {
@@ -48,11 +60,7 @@ impl FetchStreamState {
             if self.session.needs_memory() {
                 // This wait ends when enough earlier responses have been sent to free their memory.
                 let fetch = Arc::clone(&self.session.fetch);
-                tokio::select! {
-                    biased;
-                    () = fetch.stop.cancelled() => return None,
-                    () = self.session.reserve(false) => {}
-                }
+                fetch.stop.run_until_cancelled(self.session.reserve(false)).await?;
             }
             self.session.gather_now(&mut builder);
             if builder.is_enough(self.session.min_bytes()) {

@@ -7,6 +7,7 @@ use crate::{
     broker::{Budgets, CallMemory, ProducerIdQuota, tests::TestBroker},
     cluster::EmbeddedStore,
     model::{Compression, PartitionId, TopicName},
+    partition::ReadSource,
     record::BatchBuilder,
     task::{
         self,
@@ -197,7 +198,10 @@ async fn request_with_id_of_deleted_topic_is_rejected() {
     };
     let error = read(old.to_string()).await.expect("the id is of another topic");
     assert_eq!((error.code, error.retryable), (ErrorCode::TopicIdMismatch, false));
-    assert_eq!((&error.metadata["topic_id"], &error.metadata["asked"]), (&new.to_string(), &old.to_string()));
+    assert_eq!(
+        (&error.metadata["topic_id"], &error.metadata["requested_topic_id"]),
+        (&new.to_string(), &old.to_string())
+    );
     assert_eq!(read(new.to_string()).await, None);
     assert_eq!(read(String::new()).await, None, "without an id, the name decides");
     assert_eq!(read("x".to_owned()).await.map(|error| error.code), Some(ErrorCode::InvalidRequest));
