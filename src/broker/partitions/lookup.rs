@@ -94,7 +94,7 @@ impl From<LookupError> for ApiError {
             LookupError::Replaced { topic, id, requested } => Self::new(ErrorCode::TopicIdMismatch, message)
                 .with("topic", topic)
                 .with("topic_id", id)
-                .with("asked", requested),
+                .with("requested_topic_id", requested),
             LookupError::UnknownPartition { topic, partition, count } => {
                 Self::new(ErrorCode::UnknownPartition, message)
                     .with("topic", topic)

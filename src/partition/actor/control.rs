@@ -249,7 +249,7 @@ impl Actor {
         let leads = matches!(self.role, RoleState::Leading(_)) || self.bootstrap_request.is_for_leadership();
         if leads && epoch < reported {
             tracing::info!(
-                topic = %self.topic, partition = %self.id, %epoch, known = %reported,
+                topic = %self.topic, partition = %self.id, %epoch, reported_epoch = %reported,
                 "deposed by a newer leader epoch"
             );
             self.become_idle();

@@ -53,7 +53,7 @@ impl From<AppendError> for ApiError {
                         .with("max", limit_ms)
                 }
                 AdmitError::TooManyProducers { known, max_bytes } => {
-                    Self::new(ErrorCode::Overloaded, message).with("known", known).with("max", max_bytes)
+                    Self::new(ErrorCode::Overloaded, message).with("producers", known).with("max", max_bytes)
                 }
                 AdmitError::UnknownProducer { producer, sent } => {
                     Self::new(ErrorCode::UnknownProducer, message).with("producer", producer).with("sent", sent)

@@ -210,7 +210,7 @@ impl FailureDetector {
                 result @ (ProbeResult::Refused | ProbeResult::Replaced) => break result,
             }
         };
-        tracing::info!(%broker, seen = result.describe(), "the process of a broker is gone");
+        tracing::info!(%broker, observation = result.describe(), "the process of a broker is gone");
         tokio::join!(self.remove_from_isrs(PeerId { broker, epoch }), self.report(broker, epoch, result));
     }
 
@@ -333,7 +333,7 @@ impl FailureDetector {
             let reports = self.false_reports.lock().occur(clock::monotonic());
             if let Some(reports) = reports {
                 tracing::info!(
-                    %broker, %reporter, seen = report.observation, reports,
+                    %broker, %reporter, observation = report.observation, reports,
                     "a broker was reported as gone, but it responds to the controller"
                 );
             }
@@ -346,7 +346,7 @@ impl FailureDetector {
     /// cooldown of the incarnation is in progress. A deletion starts a cooldown. Returns true if this call or an
     /// earlier one deleted the registration.
     async fn delete_registration(&self, report: FailureReport) -> Result<bool, MetaStoreError> {
-        let FailureReport { reporter, broker, epoch, observation: seen } = report;
+        let FailureReport { reporter, broker, epoch, observation } = report;
         if self.metadata.state().controller() != Some(self.id) {
             return Ok(false);
         }
@@ -360,7 +360,7 @@ impl FailureDetector {
             let reports = self.cooldown.lock().count_ignored(broker, now);
             if let Some(reports) = reports {
                 tracing::info!(
-                    %broker, %reporter, seen, reports,
+                    %broker, %reporter, observation, reports,
                     "ignoring failure report: an earlier report about this broker was false"
                 );
             }
@@ -370,7 +370,7 @@ impl FailureDetector {
             tracing::debug!(%broker, %error, "could not delete the registration yet");
         })?;
         if revoked {
-            tracing::warn!(%broker, %reporter, seen, "the process of a broker is gone: its registration was deleted");
+            tracing::warn!(%broker, %reporter, observation, "the process of a broker is gone: its registration was deleted");
             let incarnation = entry.value.incarnation.clone();
             let (at, ignored_reports) = (clock::monotonic(), LogThrottle::default());
             let revoked = RevokedRegistration { incarnation, epoch, at, ignored_reports };
