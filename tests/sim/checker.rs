@@ -16,7 +16,7 @@ use strandline::{
 
 use crate::{
     history::Log,
-    load::{Ledger, TOPICS},
+    load::{ClientHistory, TOPICS},
     logs::{self, DiskLogs, DiskReplica},
     reference::ReferenceModel,
     trace::Trace,
@@ -44,7 +44,7 @@ pub(crate) struct StateChecker {
     pub(crate) machines: Vec<MachineView>,
     pub(crate) store: EmbeddedStore,
     pub(crate) keys: Keys,
-    pub(crate) ledger: Ledger,
+    pub(crate) client_history: ClientHistory,
     pub(crate) trace: Trace,
     /// Partition values of the last check.
     values: BTreeMap<PartitionId, PartitionValue>,
@@ -55,12 +55,12 @@ impl StateChecker {
     pub(crate) fn new(
         machines: Vec<MachineView>,
         store: EmbeddedStore,
-        ledger: Ledger,
+        client_history: ClientHistory,
         trace: Trace,
         model: ReferenceModel,
     ) -> Self {
         let keys = Keys::new("strandline").unwrap();
-        Self { machines, store, keys, ledger, trace, values: BTreeMap::new(), model }
+        Self { machines, store, keys, client_history, trace, values: BTreeMap::new(), model }
     }
 
     /// Returns every partition of the topics in [`TOPICS`] from the metadata store, with its log in the history.
@@ -132,7 +132,7 @@ impl StateChecker {
 
     /// Checks that a member of ISR or ELR holds all acknowledged records, each at its acknowledged offset.
     fn check_member(&self, log: Log, member: BrokerId, replica: &DiskReplica, value: &PartitionValue) {
-        self.ledger.with_acked(log, |acked| {
+        self.client_history.with_acked(log, |acked| {
             if let Some((offset, sent)) = acked.range(replica.end.as_i64()..).next() {
                 panic!("{log:?}: broker {member} may lead but lacks {sent:x} at {offset}: {value:?}");
             }

@@ -15,7 +15,7 @@ use strandline::{
 
 use crate::{
     faults::{pause, values},
-    load::{Ledger, Load, RESPONSE_TIMEOUT, RetentionProfile, TOPICS},
+    load::{ClientHistory, Load, RESPONSE_TIMEOUT, RetentionProfile, TOPICS},
     machine::Machine,
     meta::SimMeta,
     run::{self, Topology},
@@ -89,9 +89,10 @@ async fn check_resignation(world: &mut Simulation, part: &str, resigned_within: 
     idle.send(TOPICS[1], NewRecord::value(&[0; 8])).await.unwrap().await.unwrap();
     idle.close().await.unwrap();
     let (tasks, stop) = (Tasks::new(), Tasks::new());
-    let (ledger, trace) = (Ledger::default(), world.shared.trace.clone());
+    let (client_history, trace) = (ClientHistory::default(), world.shared.trace.clone());
     let admin = client.clone();
-    let load = Load { client, ledger, trace, stop: stop.clone(), partitions: vec![3], keeps: RetentionProfile::All };
+    let load =
+        Load { client, client_history, trace, stop: stop.clone(), partitions: vec![3], keeps: RetentionProfile::All };
     let producer = tasks.spawn("producer", load.produce(0));
     let meta = world.machines[0].meta.clone();
     let whole = |value: &PartitionValue| value.leader.is_some() && value.isr.len() == 3;

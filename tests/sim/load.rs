@@ -66,29 +66,29 @@ async fn pause(burst: &mut u32, short_us: u64) {
 
 /// History of the clients. Clones share the history.
 #[derive(Clone, Default)]
-pub(crate) struct Ledger(Arc<Mutex<ClientHistory>>);
+pub(crate) struct ClientHistory(Arc<Mutex<ClientHistoryState>>);
 
 #[derive(Default)]
-struct ClientHistory {
+struct ClientHistoryState {
     history: History,
     acked: BTreeMap<Log, BTreeMap<i64, u64>>,
     now: u64,
 }
 
-impl Ledger {
+impl ClientHistory {
     /// Returns the next value of the logical clock.
     fn now(&self) -> u64 {
-        let mut book = self.0.lock();
-        book.now += 1;
-        book.now
+        let mut state = self.0.lock();
+        state.now += 1;
+        state.now
     }
 
     fn attempt(&self, attempt: Attempt) {
-        let mut book = self.0.lock();
+        let mut state = self.0.lock();
         if let Outcome::Acknowledged { offset } = attempt.outcome {
-            book.acked.entry(attempt.log).or_default().insert(offset, attempt.payload);
+            state.acked.entry(attempt.log).or_default().insert(offset, attempt.payload);
         }
-        book.history.attempts.push(attempt);
+        state.history.attempts.push(attempt);
     }
 
     /// Calls `look` with the payloads of the records that were acknowledged with `acks=all` or `acks=tiered`, by
@@ -106,7 +106,7 @@ impl Ledger {
 #[derive(Clone)]
 pub(crate) struct Load {
     pub(crate) client: Client,
-    pub(crate) ledger: Ledger,
+    pub(crate) client_history: ClientHistory,
     pub(crate) trace: Trace,
     /// Cancelled to end the load.
     pub(crate) stop: Tasks,
@@ -133,8 +133,8 @@ impl Load {
             let ack = delivery.await.unwrap_or_else(|error| panic!("{producer} {number}: {error}"));
             let offset = ack.offset.expect("acknowledged by all").as_i64();
             self.trace.record(format_args!("{producer}: {number} is at {offset} of {log:?}"));
-            (attempt.responded, attempt.outcome) = (self.ledger.now(), Outcome::Acknowledged { offset });
-            self.ledger.attempt(attempt);
+            (attempt.responded, attempt.outcome) = (self.client_history.now(), Outcome::Acknowledged { offset });
+            self.client_history.attempt(attempt);
         };
         let mut outstanding = VecDeque::new();
         let (mut number, mut burst) = (0_u64, 0);
@@ -188,7 +188,7 @@ impl Load {
                 Ok(delivery) => delivery.await,
                 Err(error) => Err(error),
             };
-            attempt.responded = self.ledger.now();
+            attempt.responded = self.client_history.now();
             match delivered {
                 Ok(ack) => {
                     let offset = ack.offset.expect("the producer waits for acknowledgements").as_i64();
@@ -199,7 +199,7 @@ impl Load {
                 }
                 Err(error) => self.trace.record(format_args!("{producer}: {number} has an unknown outcome: {error}")),
             }
-            self.ledger.attempt(attempt);
+            self.client_history.attempt(attempt);
             number += 1;
             pause(&mut burst, 3 * PAUSE_US).await;
         }
@@ -222,7 +222,7 @@ impl Load {
             once: true,
             producer,
             sequence: number,
-            sent: self.ledger.now(),
+            sent: self.client_history.now(),
             responded: 0,
             outcome: Outcome::Unknown,
         };
@@ -248,7 +248,7 @@ impl Load {
     /// Adds the pass to the history, also if the read fails. `current` is true if the latest offset must be the newest.
     pub(crate) async fn pass(&self, log: Log, whole: bool, current: bool, time: Duration) -> Result<(), String> {
         let (topic, partition) = (TOPICS[log.0], log.1.unsigned_abs());
-        let began = self.ledger.now();
+        let began = self.client_history.now();
         let ask = async |at: OffsetSpec| -> Result<i64, String> {
             let asked = tokio::time::timeout(time, self.client.admin().offset(topic, partition, at)).await;
             Ok(asked.map_err(|late| late.to_string())?.map_err(|error| error.to_string())?.as_i64())
@@ -274,7 +274,7 @@ impl Load {
         };
         let read = tokio::time::timeout(time, reading).await.unwrap_or_else(|late| Err(late.to_string()));
         consumer.close().await;
-        self.ledger.0.lock().history.passes.push(pass);
+        self.client_history.0.lock().history.passes.push(pass);
         read
     }
 }

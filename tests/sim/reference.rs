@@ -69,7 +69,7 @@ use self::{
 use crate::{panics, trace::Trace, world::Simulation};
 
 /// Description of a rule violation.
-type Violation = String;
+type RuleViolation = String;
 
 /// A broker and its process.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -187,7 +187,7 @@ impl ReferenceState {
         self.report(violation.err());
     }
 
-    fn report(&self, violation: Option<Violation>) {
+    fn report(&self, violation: Option<RuleViolation>) {
         if let Some(violation) = violation {
             self.trace.record(format_args!("VIOLATION: {violation}"));
             panics::report(violation);
@@ -196,7 +196,7 @@ impl ReferenceState {
 
     /// Applies and checks a change of a key in the metadata store. `value` is the new value with the create revision of
     /// the key, or `None` if the key was deleted.
-    fn stored(&mut self, key: &str, value: Option<(&[u8], u64)>, revision: u64) -> Result<(), Violation> {
+    fn stored(&mut self, key: &str, value: Option<(&[u8], u64)>, revision: u64) -> Result<(), RuleViolation> {
         let at = |id: PartitionId| move |violation| format!("{id}: {violation}");
         match (self.keys.parse(key), value) {
             (Some(Key::Partition(id)), Some((value, _))) => {
@@ -245,7 +245,7 @@ impl ReferenceState {
 
     /// Applies an event to the model of the journals. Fails if the segments lack durable entries of a journal file that
     /// is freed.
-    fn journals(&mut self, who: ProcessId, event: &SimEvent<'_>) -> Result<(), Violation> {
+    fn journals(&mut self, who: ProcessId, event: &SimEvent<'_>) -> Result<(), RuleViolation> {
         let Some(host) = self.machines.get(&who.broker) else { return Ok(()) };
         let disk = Disk { number: host.disk_number(), content: &host.disk };
         if let SimEvent::EntryJournaled { .. } | SimEvent::LogChangeStarted { .. } | SimEvent::JournalFileFreed { .. } =
@@ -265,7 +265,7 @@ impl ReferenceState {
     }
 
     /// Applies and checks an event of a broker's process.
-    fn done(&mut self, who: ProcessId, event: SimEvent<'_>) -> Result<(), Violation> {
+    fn done(&mut self, who: ProcessId, event: SimEvent<'_>) -> Result<(), RuleViolation> {
         self.journals(who, &event)?;
         let Some(id) = partition_of(&event) else { return Ok(()) };
         // Events of a partition that is not in the metadata store are ignored: it is being deleted.

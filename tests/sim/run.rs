@@ -14,7 +14,7 @@ use crate::{
     checker::StateChecker,
     faults::{self, FaultPlan, FaultProfile},
     liveness,
-    load::{Ledger, Load, READ_TIMEOUT, RESPONSE_TIMEOUT, RetentionProfile, TOPICS},
+    load::{ClientHistory, Load, READ_TIMEOUT, RESPONSE_TIMEOUT, RetentionProfile, TOPICS},
     operator::Operator,
     panics,
     reference::ReferenceModel,
@@ -110,11 +110,11 @@ async fn run_cluster(world: &mut Simulation, shape: Topology) {
     let client = world.client().await;
     let keeps = RetentionProfile::of(world.shared.seed);
     let (partitions, power) = create_topics(&client, shape, keeps).await;
-    let (ledger, trace) = (Ledger::default(), world.shared.trace.clone());
+    let (client_history, trace) = (ClientHistory::default(), world.shared.trace.clone());
     let stop = Tasks::new();
     let load = Load {
         client: client.clone(),
-        ledger: ledger.clone(),
+        client_history: client_history.clone(),
         trace: trace.clone(),
         stop: stop.clone(),
         partitions,
@@ -129,7 +129,7 @@ async fn run_cluster(world: &mut Simulation, shape: Topology) {
     };
     let operated = shape.brokers > 3 || shape.brokers == 3 && random::in_range(0..4) == 0;
     let mut checker =
-        StateChecker::new(world.machine_views(), world.store.clone(), ledger.clone(), trace.clone(), model);
+        StateChecker::new(world.machine_views(), world.store.clone(), client_history.clone(), trace.clone(), model);
 
     let tasks = Tasks::new();
     let alone = shape.brokers == 1;
@@ -276,8 +276,8 @@ async fn check(load: &Load, checker: &mut StateChecker) {
         }
         assert_eq!(read, Ok(()), "{log:?} is not readable to its end");
     }
-    let found = load.ledger.history().check();
+    let found = load.client_history.history().check();
     assert!(found.is_empty(), "{found:?}");
     panics::check();
-    load.trace.record(format_args!("{} acknowledged", load.ledger.history().attempts.len()));
+    load.trace.record(format_args!("{} acknowledged", load.client_history.history().attempts.len()));
 }

@@ -38,14 +38,15 @@ fn trace_setting() -> Option<String> {
 /// Runs `work`. If `STRANDLINE_LOG` is set, adds the log lines that this thread writes meanwhile to the trace.
 pub(crate) fn with_log<T>(work: impl FnOnce() -> T) -> T {
     let Some(filter) = std::env::var("STRANDLINE_LOG").ok().filter(|filter| !filter.is_empty()) else { return work() };
-    let log = tracing_subscriber::fmt().with_env_filter(filter).without_time().with_ansi(false).with_writer(|| Log);
+    let log =
+        tracing_subscriber::fmt().with_env_filter(filter).without_time().with_ansi(false).with_writer(|| TraceWriter);
     tracing::subscriber::with_default(log.finish(), work)
 }
 
 /// Writer of the log into this thread's trace, one line at a time.
-struct Log;
+struct TraceWriter;
 
-impl io::Write for Log {
+impl io::Write for TraceWriter {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let process = SimProcess::current().map_or(0, |process| process.id());
         let text = String::from_utf8_lossy(line);

@@ -231,7 +231,7 @@ pub enum SimEvent<'a> {
 #[derive(Clone, Copy, Debug)]
 pub enum SimRole {
     /// Neither follower nor leader.
-    Waiting,
+    Idle,
     /// Follows a leader of this epoch, or is about to.
     Following(LeaderEpoch),
     /// Leads.

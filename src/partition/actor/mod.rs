@@ -475,7 +475,7 @@ impl Actor {
     #[cfg(feature = "sim")]
     fn sim_role(&self) -> SimRole {
         match &self.role {
-            RoleState::Idle => SimRole::Waiting,
+            RoleState::Idle => SimRole::Idle,
             RoleState::Following(follower) => SimRole::Following(follower.epoch()),
             RoleState::Leading(LeaderRole { leader, .. }) => {
                 let (revision, min_insync) = (leader.in_sync().revision().0, leader.in_sync().rules().min_insync);

@@ -177,7 +177,7 @@ async fn random_faults_lose_duplicate_or_reorder_no_records() {
     });
     let work = ClientLoad::on_topic(&machines.cluster.bootstrap(), machines.cluster.addresses(), &mut rng).await;
     let mut waits: BTreeMap<InjectedFault, Vec<Duration>> = BTreeMap::new();
-    let (until, mut strikes) = (clock::monotonic() + time, 0);
+    let (until, mut fault_count) = (clock::monotonic() + time, 0);
     let mut remaining_faults = Vec::new();
     while clock::monotonic() < until {
         work.load.wait_for_random_progress(&mut rng).await;
@@ -199,7 +199,7 @@ async fn random_faults_lose_duplicate_or_reorder_no_records() {
         });
         println!("chaos: clients waited {waited:?}");
         waits.entry(fault).or_default().push(waited);
-        strikes += 1;
+        fault_count += 1;
     }
     for (fault, waits) in &mut waits {
         waits.sort_unstable();
@@ -213,6 +213,6 @@ async fn random_faults_lose_duplicate_or_reorder_no_records() {
             at(100)
         );
     }
-    let total = work.finish(strikes).await;
-    println!("chaos: {total} records delivered once across {strikes} faults");
+    let total = work.finish(fault_count).await;
+    println!("chaos: {total} records delivered once across {fault_count} faults");
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use strandline::model::{BrokerId, LeaderEpoch};
 
-use super::{Violation, replica::Ends};
+use super::{RuleViolation, replica::Ends};
 
 /// One acknowledgement of a follower, as a leader receives it.
 pub(super) struct Ack {
@@ -57,7 +57,7 @@ impl Acks {
         epoch: LeaderEpoch,
         follower: BrokerId,
         registered: u64,
-    ) -> Result<(), Violation> {
+    ) -> Result<(), RuleViolation> {
         let subscribed = self.0.entry(epoch).or_default().entry(follower).or_default();
         if subscribed.registered > registered {
             return Err(format!(
@@ -73,7 +73,7 @@ impl Acks {
     /// Checks and records an acknowledgement that the leader of epoch `leads` counts. `ever` is the maximum that the
     /// follower acknowledged in the epoch of the acknowledgement. An acknowledgement of an older leader epoch or broker
     /// epoch is always a violation, because its records may have been truncated since.
-    pub(super) fn counted(&mut self, leads: LeaderEpoch, ack: &Ack, ever: Ends) -> Result<(), Violation> {
+    pub(super) fn counted(&mut self, leads: LeaderEpoch, ack: &Ack, ever: Ends) -> Result<(), RuleViolation> {
         let Ack { follower, registered, epoch, ends } = ack;
         if *epoch != leads {
             return Err(format!("counts in epoch {leads} an acknowledgement of broker {follower} from epoch {epoch}"));

@@ -9,7 +9,7 @@ use strandline::{
     tier::TierState,
 };
 
-use super::{Violation, partition::Partition};
+use super::{RuleViolation, partition::Partition};
 use crate::{
     manifest::{self, ReferencedObjects},
     objects::Objects,
@@ -29,7 +29,12 @@ impl Bucket {
 
     /// Checks a committed tier state: its manifest must be valid, and its readable segments must exist and hold the
     /// committed batches. Marks these objects as referenced.
-    pub(super) fn committed(&mut self, id: PartitionId, state: &TierState, model: &Partition) -> Result<(), Violation> {
+    pub(super) fn committed(
+        &mut self,
+        id: PartitionId,
+        state: &TierState,
+        model: &Partition,
+    ) -> Result<(), RuleViolation> {
         let ReferencedObjects { objects, segments } = manifest::referenced_objects(&self.objects, id, state)?;
         for (segment, entry) in segments {
             if objects.contains(&segment) && self.read.insert(segment.clone()) {
@@ -56,7 +61,7 @@ impl Bucket {
 }
 
 /// Checks that this batch is the committed one at `next`. Returns its end, at which the next batch must begin.
-fn check_committed(batch: &Batch, next: Offset, model: &Partition) -> Result<Offset, Violation> {
+fn check_committed(batch: &Batch, next: Offset, model: &Partition) -> Result<Offset, RuleViolation> {
     let (base, end, epoch) = (batch.base_offset(), batch.end_offset(), batch.leader_epoch());
     let found = (base, epoch, end, batch.crc());
     let committed = model.committed_at(next);

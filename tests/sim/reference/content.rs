@@ -10,7 +10,7 @@ use strandline::{
     model::{LeaderEpoch, Offset},
 };
 
-use super::Violation;
+use super::RuleViolation;
 
 /// Producer id, producer epoch, and sequence of the first record.
 type Stamp = (i64, i16, i32);
@@ -50,7 +50,7 @@ impl Content {
     }
 
     /// Records an appended batch. It must equal the batch with this epoch and offset that another replica appended.
-    pub(super) fn appended(&mut self, base: Offset, epoch: LeaderEpoch, batch: Entry) -> Result<(), Violation> {
+    pub(super) fn appended(&mut self, base: Offset, epoch: LeaderEpoch, batch: Entry) -> Result<(), RuleViolation> {
         let known = *self.batches.entry((base, epoch)).or_insert(batch);
         if known == batch {
             return Ok(());
@@ -71,7 +71,7 @@ impl Content {
 
     /// Records a range, written in these epochs, as committed. The range must consist of entire batches, and each batch
     /// of a producer must have the next sequence of that producer.
-    pub(super) fn commit(&mut self, epochs: &EpochHistory, range: Range<Offset>) -> Result<(), Violation> {
+    pub(super) fn commit(&mut self, epochs: &EpochHistory, range: Range<Offset>) -> Result<(), RuleViolation> {
         let mut next = range.start;
         while next < range.end {
             let batch = epochs.at(next).and_then(|epoch| self.at(next, epoch)).filter(|batch| batch.end <= range.end);

@@ -8,7 +8,7 @@ use strandline::{
     model::{BrokerId, Offset, PartitionId},
 };
 
-use super::{ProcessId, Violation};
+use super::{ProcessId, RuleViolation};
 use crate::logs;
 
 /// Disk of a broker.
@@ -40,7 +40,7 @@ impl Journals {
 
     /// Records that a process writes its journal. A new process may reuse all journal files, because replay has applied
     /// their entries. So at its first event the segments must durably hold these entries, unless the disk was replaced.
-    pub(super) fn opened(&mut self, who: ProcessId, disk: &Disk<'_>) -> Result<(), Violation> {
+    pub(super) fn opened(&mut self, who: ProcessId, disk: &Disk<'_>) -> Result<(), RuleViolation> {
         let journal = self.of(who);
         if journal.process == who.process {
             return Ok(());
@@ -71,14 +71,14 @@ impl Journals {
     }
 
     /// Removes a journal file that is about to be reused, and checks its entries.
-    pub(super) fn freed(&mut self, who: ProcessId, file: u64, disk: &Disk<'_>) -> Result<(), Violation> {
+    pub(super) fn freed(&mut self, who: ProcessId, file: u64, disk: &Disk<'_>) -> Result<(), RuleViolation> {
         let held = self.of(who).files.remove(&file).unwrap_or_default();
         check_durable(who, &held, disk)
     }
 }
 
 /// Checks that the segments durably hold all these entries.
-fn check_durable(who: ProcessId, held: &LogEnds, disk: &Disk<'_>) -> Result<(), Violation> {
+fn check_durable(who: ProcessId, held: &LogEnds, disk: &Disk<'_>) -> Result<(), RuleViolation> {
     let lacking = held.iter().find_map(|(partition, end)| {
         let durable = logs::durable_end(disk.content, *partition);
         (durable < *end).then_some((partition, end, durable))

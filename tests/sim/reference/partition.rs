@@ -18,7 +18,7 @@ use strandline::{
 
 use self::value::Proposal;
 use super::{
-    Brokers, Machines, ProcessId, Violation,
+    Brokers, Machines, ProcessId, RuleViolation,
     acks::{Ack, Acks},
     content::{Content, Entry},
     replica::Replica,
@@ -53,7 +53,7 @@ pub(super) struct Partition {
 
 /// Result of an event: true if it moved a log or the committed end, so that the members of ISR and ELR must be checked
 /// again.
-type Moved = Result<bool, Violation>;
+type Moved = Result<bool, RuleViolation>;
 
 /// Returns the offset below which records need not be on any disk: they are in the object store, or deleted.
 fn free(tier: &TierState) -> Offset {
@@ -70,7 +70,7 @@ impl Partition {
     }
 
     /// Checks that every member of ISR ∪ ELR whose broker runs holds all committed records.
-    pub(super) fn members_hold(&self, machines: &Machines) -> Result<(), Violation> {
+    pub(super) fn members_hold(&self, machines: &Machines) -> Result<(), RuleViolation> {
         let Some((value, _)) = self.value() else { return Ok(()) };
         for member in value.isr.iter().chain(&value.elr) {
             let Some(machine) = machines.get(member).filter(|machine| machine.is_running()) else { continue };
@@ -82,7 +82,7 @@ impl Partition {
         Ok(())
     }
 
-    fn holds(&self, replica: &Replica) -> Result<(), Violation> {
+    fn holds(&self, replica: &Replica) -> Result<(), RuleViolation> {
         let (epochs, end) = &self.committed;
         let has = replica.holds(self.durability);
         if has < *end {
@@ -106,7 +106,7 @@ impl Partition {
         at: Revision,
         brokers: &Brokers,
         machines: &Machines,
-    ) -> Result<(), Violation> {
+    ) -> Result<(), RuleViolation> {
         let result = self.follows(&new, brokers, machines);
         self.values.insert(at, new);
         while self.values.len() > MAX_REMEMBERED {
@@ -116,7 +116,7 @@ impl Partition {
     }
 
     /// Checks a tier commit by the current tier state, and records it.
-    pub(super) fn tiered(&mut self, new: TierState) -> Result<(), Violation> {
+    pub(super) fn tiered(&mut self, new: TierState) -> Result<(), RuleViolation> {
         let (old, committed) = (&self.tier, self.committed.1);
         let leads = self.value().map(|(value, _)| value.leader_epoch);
         let wrong = if leads != Some(new.epoch) {
@@ -369,7 +369,7 @@ impl Partition {
         (epoch, revision, min_insync): (LeaderEpoch, Revision, usize),
         end: Offset,
         brokers: &Brokers,
-    ) -> Result<(), Violation> {
+    ) -> Result<(), RuleViolation> {
         let durability = self.durability;
         let Some(value) = self.values.get(&revision) else {
             // A standalone broker uses revision 0 and no value. A value that is older than all retained ones cannot be
@@ -424,7 +424,7 @@ impl Partition {
 
     /// Records that all offsets below `end` are committed, with the epochs of this leader's log. The newly committed
     /// range must pass [`Content::commit`].
-    fn commit(&mut self, leader: BrokerId, end: Offset) -> Result<(), Violation> {
+    fn commit(&mut self, leader: BrokerId, end: Offset) -> Result<(), RuleViolation> {
         let log = self.replica(leader).epochs.clone();
         let from = self.committed.1;
         for (epoch, start) in log.between(from, end).iter() {

@@ -28,7 +28,7 @@ struct Change<'a> {
 }
 
 impl Change<'_> {
-    fn wrong<T>(&self, reason: impl std::fmt::Display) -> Result<T, Violation> {
+    fn wrong<T>(&self, reason: impl std::fmt::Display) -> Result<T, RuleViolation> {
         Err(format!("{reason}: {:?} became {:?}", self.old, self.new))
     }
 
@@ -61,7 +61,7 @@ impl Partition {
         new: &PartitionValue,
         brokers: &Brokers,
         machines: &Machines,
-    ) -> Result<(), Violation> {
+    ) -> Result<(), RuleViolation> {
         let Some((old, replaced)) = self.value() else { return Ok(()) };
         let change = Change { old, new, replaced };
         let (was, is) = (old.leader_epoch, new.leader_epoch);
@@ -87,7 +87,7 @@ impl Partition {
 
     /// Checks that the leader proposed the new ISR, with this broker, for the replaced value, and that the broker has
     /// not registered again since the proposal.
-    fn check_admitted(&self, broker: BrokerId, change: &Change<'_>, brokers: &Brokers) -> Result<(), Violation> {
+    fn check_admitted(&self, broker: BrokerId, change: &Change<'_>, brokers: &Brokers) -> Result<(), RuleViolation> {
         let Some(proposal) = self.proposed_as(change) else {
             return change.wrong(format_args!(
                 "broker {broker} was admitted without a proposal for the value of revision {}",
@@ -114,7 +114,7 @@ impl Partition {
 
     /// Checks that within an epoch only the leader removes a replica whose broker runs from the ISR. A broker that
     /// starts may remove itself.
-    fn check_proposed(&self, change: &Change<'_>, machines: &Machines) -> Result<(), Violation> {
+    fn check_proposed(&self, change: &Change<'_>, machines: &Machines) -> Result<(), RuleViolation> {
         match change.remaining().find(|broker| !is_inactive(*broker, machines)) {
             Some(broker) if self.proposed_as(change).is_none() => {
                 change.wrong(format_args!("the running broker {broker} left the ISR without a proposal of the leader"))
@@ -126,7 +126,7 @@ impl Partition {
     /// Checks the ELR. A replica that leaves the ISR below the min ISR stays eligible until the min ISR is met again. A
     /// broker that is down or starts, or that lacks committed records, need not stay eligible. Only a member of ISR or
     /// ELR enters the new ELR.
-    fn check_elr(&self, change: &Change<'_>, machines: &Machines) -> Result<(), Violation> {
+    fn check_elr(&self, change: &Change<'_>, machines: &Machines) -> Result<(), RuleViolation> {
         let (old, new) = (change.old, change.new);
         if let Some(broker) = new.elr.iter().find(|id| !old.elr.contains(id) && !old.isr.contains(id)) {
             return change.wrong(format_args!("broker {broker} entered the ELR but was no member of ISR or ELR"));
@@ -144,7 +144,7 @@ impl Partition {
 
 /// Checks a clean election: the new leader was a member of ISR or ELR, and no other replica enters the ISR. A leader
 /// from the ELR is alone in the ISR.
-fn check_elected(leader: BrokerId, change: &Change<'_>) -> Result<(), Violation> {
+fn check_elected(leader: BrokerId, change: &Change<'_>) -> Result<(), RuleViolation> {
     let old = change.old;
     if !old.isr.contains(&leader) && !old.elr.contains(&leader) {
         return change.wrong(format_args!("broker {leader} was elected but is no member of ISR or ELR"));
