@@ -19,7 +19,7 @@ use crate::{
         replication::{self, LinkEnd, LinkRequests},
     },
     proto::v1,
-    task::{Tasks, clock, lock::Mutex},
+    task::{Backoff, Tasks, clock, lock::Mutex},
     telemetry::{Counter, LogThrottle, PeerCounters},
 };
 
@@ -174,8 +174,8 @@ impl OutboundLink {
     /// Opens the link while a partition follows on it, runs it to its end, and reopens it. Returns when the broker
     /// stops.
     async fn run(self) {
-        // Last pause; `None` if the next link must be opened without a pause.
-        let mut pause: Option<Duration> = None;
+        let mut backoff = Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY);
+        let mut reopen_at_once = true;
         loop {
             let ready = async {
                 self.requests.wait_until_followed().await;
@@ -193,11 +193,12 @@ impl OutboundLink {
             self.report_link_end(&peer.address, peer_epoch, &failure);
             // A link that lasted for some time, or that this broker stopped, is reopened at once.
             if matches!(failure, LinkFailure::Stopped) || began.elapsed() > CONNECT_TIMEOUT + MAX_RETRY_DELAY {
-                pause = None;
+                backoff.reset();
+                reopen_at_once = true;
             }
-            let next_pause = pause.map_or(Duration::ZERO, |pause| (pause * 2).clamp(MIN_RETRY_DELAY, MAX_RETRY_DELAY));
-            pause = Some(next_pause);
-            if self.tasks.sleep_until_cancelled(next_pause).await.is_none() {
+            let pause = if reopen_at_once { Duration::ZERO } else { backoff.next_pause() };
+            reopen_at_once = false;
+            if self.tasks.sleep_until_cancelled(pause).await.is_none() {
                 return;
             }
         }
