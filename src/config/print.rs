@@ -100,5 +100,5 @@ setting, and a topic default as `topic_defaults.retention.ms`. `strandline confi
 and their sources.
 
 Sizes are bytes, or text with `KiB`, `MiB`, `GiB` or `TiB`. Times are text with their unit: `500ms`, `30s`, `5m`, \
-`1h`, `7d`.
+`1h`, `7d`. The [glossary](glossary.md) defines the terms.
 ";

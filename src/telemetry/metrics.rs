@@ -138,7 +138,8 @@ impl fmt::Debug for Metrics {
 pub fn docs() -> String {
     let mut out = String::from(
         "# Metrics\n\n<!-- Generated from src/telemetry/metrics.rs; a test compares them and names the command that generates it. -->\n\n\
-         `GET /metrics` on the HTTP port returns OpenMetrics or the Prometheus text format, by the `Accept` header.\n\n\
+         `GET /metrics` on the HTTP port returns OpenMetrics or the Prometheus text format, by the `Accept` header.\n\
+         The [glossary](glossary.md) defines the terms.\n\n\
          | name | type | labels | |\n| --- | --- | --- | --- |\n",
     );
     for (name, suffix, kind, labels, help) in DECLARED {
