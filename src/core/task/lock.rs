@@ -4,6 +4,8 @@
 //! is. A waiting thread sleeps in the kernel after a short spin and never calls `sched_yield`: beside other busy
 //! threads, that call costs a time slice of some milliseconds (docs/adr/0021-locks-that-do-not-yield.md).
 
+#![expect(clippy::disallowed_types, reason = "the one place that wraps them")]
+
 use std::{
     sync::{LockResult, PoisonError, RwLockReadGuard, RwLockWriteGuard},
     time::Duration,
