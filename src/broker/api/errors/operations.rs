@@ -18,7 +18,7 @@ impl From<UnknownBrokers> for ApiError {
         let message = error.to_string();
         Self::new(ErrorCode::UnknownBroker, message)
             .with("brokers", join_ids(&error.ids))
-            .with("registered_brokers", join_ids(&error.known))
+            .with("known_brokers", join_ids(&error.known))
     }
 }
 
