@@ -239,7 +239,7 @@ impl ModelState {
     fn push_controller_steps(&self, steps: &mut Vec<Step>) {
         if self.budget.epochs > 0 {
             let leads = self.value.leader.is_some_and(|leader| self.is_registered(leader));
-            if !leads || self.budget.handovers > 0 {
+            if !leads || self.budget.transfers > 0 {
                 let can_elect =
                     |to: &usize| self.value.elect(id(*to), |id| self.is_registered(id), self.min_insync).is_some();
                 steps.extend((0..BROKERS).filter(can_elect).map(Step::Elect));
@@ -298,7 +298,7 @@ impl ModelState {
             }
             Step::Register(me) => state.register(me),
             Step::Elect(to) => {
-                state.budget.handovers -=
+                state.budget.transfers -=
                     u8::from(state.value.leader.is_some_and(|leader| state.is_registered(leader)));
                 let elected = state.value.elect(id(to), |id| state.is_registered(id), state.min_insync);
                 state.write(elected.expect("the step is offered only if the broker can be elected"));

@@ -22,7 +22,7 @@ const SMALL: &[(&str, Setup)] = &[
     ("a machine loses power", setup(Persisted, 1, Budget { appends: 1, epochs: 1, losses: 1, ..NOTHING })),
     ("a page cache is lost", setup(Replicated, 2, Budget { appends: 1, epochs: 1, losses: 1, ..NOTHING })),
     ("a disk is replaced", setup(Persisted, 1, Budget { appends: 1, epochs: 1, wipes: 1, ..NOTHING })),
-    ("leadership is transferred", setup(Persisted, 2, Budget { appends: 2, epochs: 1, handovers: 1, ..NOTHING })),
+    ("leadership is transferred", setup(Persisted, 2, Budget { appends: 2, epochs: 1, transfers: 1, ..NOTHING })),
     ("outcomes are lost", setup(Persisted, 2, Budget { appends: 1, lags: 1, unknowns: 1, ..NOTHING })),
     ("the minimum is lowered", setup(Replicated, 2, Budget { appends: 1, lags: 1, lowerings: 1, ..NOTHING })),
 ];
@@ -33,17 +33,14 @@ const LARGE: &[(&str, Budget)] = &[
     ("two kills", Budget { appends: 2, epochs: 2, kills: 2, ..NOTHING }),
     ("a kill, a lease that ends", Budget { appends: 1, epochs: 2, kills: 1, expiries: 1, ..NOTHING }),
     ("a kill, late messages", Budget { appends: 2, epochs: 1, kills: 1, late: 1, ..NOTHING }),
-    ("hand-overs", Budget { appends: 3, epochs: 2, handovers: 2, ..NOTHING }),
-    ("a hand-over, late messages", Budget { appends: 1, epochs: 2, handovers: 2, late: 1, ..NOTHING }),
-    (
-        "a hand-over, an unknown outcome",
-        Budget { appends: 1, epochs: 1, handovers: 1, lags: 1, unknowns: 1, ..NOTHING },
-    ),
+    ("transfers", Budget { appends: 3, epochs: 2, transfers: 2, ..NOTHING }),
+    ("a transfer, late messages", Budget { appends: 1, epochs: 2, transfers: 2, late: 1, ..NOTHING }),
+    ("a transfer, an unknown outcome", Budget { appends: 1, epochs: 1, transfers: 1, lags: 1, unknowns: 1, ..NOTHING }),
     ("unknown outcomes, late messages", Budget { appends: 2, lags: 2, unknowns: 2, late: 1, ..NOTHING }),
-    ("a disk is replaced, another broker dies", Budget { appends: 1, epochs: 2, kills: 1, wipes: 1, ..NOTHING }),
+    ("a disk is replaced, another broker exits", Budget { appends: 1, epochs: 2, kills: 1, wipes: 1, ..NOTHING }),
     ("a disk is replaced, late messages", Budget { appends: 1, epochs: 1, wipes: 1, late: 2, ..NOTHING }),
     ("the minimum is lowered, a kill", Budget { appends: 1, epochs: 1, kills: 1, lags: 1, lowerings: 1, ..NOTHING }),
-    ("a link breaks, late messages", Budget { appends: 2, epochs: 1, handovers: 1, breaks: 1, late: 1, ..NOTHING }),
+    ("a link breaks, late messages", Budget { appends: 2, epochs: 1, transfers: 1, breaks: 1, late: 1, ..NOTHING }),
     ("power is lost", Budget { appends: 2, epochs: 2, losses: 1, ..NOTHING }),
     ("power is lost, late messages", Budget { appends: 1, epochs: 1, losses: 1, late: 1, ..NOTHING }),
 ];
@@ -54,15 +51,15 @@ const BROKEN: &[(Mutation, Setup)] = &[
         Mutation::AcceptOlderLeaderEpochAck,
         Setup {
             in_sync: 3,
-            ..setup(Replicated, 1, Budget { appends: 1, epochs: 2, handovers: 2, late: 1, ..NOTHING })
+            ..setup(Replicated, 1, Budget { appends: 1, epochs: 2, transfers: 2, late: 1, ..NOTHING })
         },
     ),
     (Mutation::AcceptOlderBrokerEpochAck, setup(Persisted, 1, Budget { appends: 1, wipes: 1, late: 1, ..NOTHING })),
     (
         Mutation::TruncateToHighWatermark,
-        Setup { in_sync: 3, ..setup(Persisted, 1, Budget { appends: 2, epochs: 1, handovers: 1, ..NOTHING }) },
+        Setup { in_sync: 3, ..setup(Persisted, 1, Budget { appends: 2, epochs: 1, transfers: 1, ..NOTHING }) },
     ),
-    (Mutation::AdmitBelowEpochStart, setup(Persisted, 1, Budget { appends: 1, epochs: 1, handovers: 1, ..NOTHING })),
+    (Mutation::AdmitBelowEpochStart, setup(Persisted, 1, Budget { appends: 1, epochs: 1, transfers: 1, ..NOTHING })),
     (Mutation::AdmitAfterEpochCommitted, setup(Persisted, 2, Budget { appends: 1, epochs: 1, kills: 1, ..NOTHING })),
     (Mutation::HighWatermarkOverCommittedIsr, setup(Persisted, 1, Budget { appends: 1, late: 1, ..NOTHING })),
     (

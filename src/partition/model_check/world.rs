@@ -35,7 +35,7 @@ pub(super) struct Budget {
     /// Leases that expire although the process runs.
     pub(super) expiries: u8,
     /// Elections while the leader runs and is registered.
-    pub(super) handovers: u8,
+    pub(super) transfers: u8,
     /// Proposals whose outcome the leader does not receive.
     pub(super) unknowns: u8,
     /// Messages and transactions that do not arrive at once.
@@ -57,7 +57,7 @@ impl Budget {
         losses: 0,
         wipes: 0,
         expiries: 0,
-        handovers: 0,
+        transfers: 0,
         unknowns: 0,
         late: 0,
         breaks: 0,
