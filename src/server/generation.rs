@@ -18,7 +18,7 @@ use crate::{
 
 /// Maximum time that registrations outlast `metadata.session_timeout`: etcd restarts all leases when it elects a
 /// leader.
-const LEASE_GRACE: Duration = Duration::from_secs(5);
+const MAX_LEASE_EXPIRY_DELAY: Duration = Duration::from_secs(5);
 
 /// Pause between two checks for registrations.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
@@ -47,7 +47,7 @@ pub async fn raise_generation(config: &Config, above: u64) -> anyhow::Result<Rai
     let meta = open_metadata(config).await?;
     // A running standalone broker keeps the file of its store locked, so the store could not have been opened here.
     if !config.metadata.etcd.is_empty() {
-        wait_for_no_brokers(&*meta, &keys, config.metadata.session_timeout + LEASE_GRACE).await?;
+        wait_for_no_brokers(&*meta, &keys, config.metadata.session_timeout + MAX_LEASE_EXPIRY_DELAY).await?;
     }
     let objects = config.object_store.url.as_deref().map(|url| open_objects(config, url)).transpose()?;
     let bucket = match &objects {

@@ -13,7 +13,7 @@ use std::{
 use futures::task::AtomicWaker;
 use tokio::time::Instant;
 
-use super::{LARGE_GRACE, SMALL_BYTES, SMALL_GRACE, connections::Account, grace};
+use super::{MIN_LARGE_ARRIVAL_TIMEOUT, SMALL_ARRIVAL_TIMEOUT, SMALL_BYTES, arrival_timeout, connections::Account};
 use crate::task::lock::Mutex;
 
 /// All incomplete requests of a broker.
@@ -78,20 +78,20 @@ impl IncompleteRequests {
         self.0.lock().of(request.bytes).remove(&(request.since, request.number));
     }
 
-    /// Ends incomplete requests that have exceeded their [`grace`], the oldest first, until they free `wanted_bytes`
-    /// together. Only requests of the pool that a request of `bytes` uses are ended. A request that was ended by an
-    /// earlier call and still holds its memory counts too. The connection of such a request is closed if the client
-    /// reads nothing.
+    /// Ends incomplete requests that have exceeded their [`arrival_timeout`], the oldest first, until they free
+    /// `wanted_bytes` together. Only requests of the pool that a request of `bytes` uses are ended. A request that was
+    /// ended by an earlier call and still holds its memory counts too. The connection of such a request is closed if
+    /// the client reads nothing.
     pub(super) fn end_stalled(&self, bytes: usize, wanted_bytes: usize, now: Instant) {
         let mut freed_bytes = 0;
-        let min_age = if bytes <= SMALL_BYTES { SMALL_GRACE } else { LARGE_GRACE };
+        let min_age = if bytes <= SMALL_BYTES { SMALL_ARRIVAL_TIMEOUT } else { MIN_LARGE_ARRIVAL_TIMEOUT };
         for request in self.0.lock().of(bytes).values() {
             let age = now.saturating_duration_since(request.since);
             // The requests are sorted by age, so all further ones are younger.
             if age < min_age || freed_bytes >= wanted_bytes {
                 return;
             }
-            if age < grace(request.bytes) {
+            if age < arrival_timeout(request.bytes) {
                 continue;
             }
             if !request.ended.swap(true, Ordering::AcqRel) {

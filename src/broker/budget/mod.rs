@@ -18,8 +18,8 @@
 //! # Invariants
 //!
 //! - A request whose bytes do not arrive holds no memory that other requests wait for. While other requests wait for a
-//!   pool, requests of that pool that have been incomplete for longer than [`grace`] fail with `OVERLOADED`, the oldest
-//!   first.
+//!   pool, requests of that pool that have been incomplete for longer than [`arrival_timeout`] fail with `OVERLOADED`,
+//!   the oldest first.
 //! - A connection is closed (`connections`) if its client does not read and other calls wait for memory that the
 //!   connection holds.
 //! - An append request is charged until its batch has produce memory. A response above 4 KiB is charged until HTTP/2
@@ -81,11 +81,11 @@ const SESSION_SHARE: u64 = 8;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Maximum time that a small request may be incomplete while other requests wait for memory.
-const SMALL_GRACE: Duration = Duration::from_millis(10);
+const SMALL_ARRIVAL_TIMEOUT: Duration = Duration::from_millis(10);
 
-/// Maximum time that a large request may be incomplete while other requests wait for memory, in addition to the time
-/// for its bytes at [`MIN_BYTES_PER_SECOND`].
-const LARGE_GRACE: Duration = Duration::from_secs(1);
+/// Part of the [`arrival_timeout`] of a large request that does not depend on its size. The other part is the time for
+/// its bytes at [`MIN_BYTES_PER_SECOND`].
+const MIN_LARGE_ARRIVAL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Minimum rate at which a large request must arrive while other requests wait for memory. At this rate, the largest
 /// request arrives within [`REQUEST_TIMEOUT`].
@@ -103,11 +103,11 @@ fn message_bytes(request_bytes: u64) -> u64 {
 }
 
 /// Returns the maximum time that a request of this size may be incomplete while other requests wait for memory.
-fn grace(bytes: usize) -> Duration {
+fn arrival_timeout(bytes: usize) -> Duration {
     if bytes <= SMALL_BYTES {
-        return SMALL_GRACE;
+        return SMALL_ARRIVAL_TIMEOUT;
     }
-    LARGE_GRACE + Duration::from_secs((bytes / MIN_BYTES_PER_SECOND) as u64)
+    MIN_LARGE_ARRIVAL_TIMEOUT + Duration::from_secs((bytes / MIN_BYTES_PER_SECOND) as u64)
 }
 
 /// Memory budgets of a broker. Clones share them.

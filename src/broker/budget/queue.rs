@@ -8,7 +8,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::SMALL_GRACE;
+use super::SMALL_ARRIVAL_TIMEOUT;
 use crate::task::lock::Mutex;
 
 /// Bytes after which one search ends no further incomplete requests, unless a larger request waits. Clients send ended
@@ -44,14 +44,14 @@ impl<'a> QueuedRequest<'a> {
     /// number of waiting requests, so that many of them together search about as often as one.
     pub(super) fn interval(&self) -> Duration {
         let requests = u32::try_from(self.queue.requests.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
-        SMALL_GRACE.saturating_mul(requests).min(MAX_SEARCH_INTERVAL)
+        SMALL_ARRIVAL_TIMEOUT.saturating_mul(requests).min(MAX_SEARCH_INTERVAL)
     }
 
     /// Begins a search for incomplete requests. Returns the bytes that the search must free, or `None` if the last
-    /// search of this queue began less than [`SMALL_GRACE`] ago.
+    /// search of this queue began less than [`SMALL_ARRIVAL_TIMEOUT`] ago.
     pub(super) fn begin_search(&self, now: Instant) -> Option<usize> {
         let mut last_search = self.queue.last_search.lock();
-        if last_search.is_some_and(|last_search| now < last_search + SMALL_GRACE) {
+        if last_search.is_some_and(|last_search| now < last_search + SMALL_ARRIVAL_TIMEOUT) {
             return None;
         }
         *last_search = Some(now);

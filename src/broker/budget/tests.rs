@@ -71,7 +71,7 @@ async fn incomplete_requests_end_at_bounded_rate() {
     let mut waits: tokio::task::JoinSet<_> = (0..200).map(|_| call(&budgets).request(SMALL_BYTES)).collect();
     let (mut served, mut max) = (Vec::new(), 0);
     while served.len() < 200 {
-        tokio::time::sleep(SMALL_GRACE).await;
+        tokio::time::sleep(SMALL_ARRIVAL_TIMEOUT).await;
         let before = full.len();
         full.retain(|(guard, _)| guard.check(std::task::Waker::noop()).is_ok());
         max = max.max(before - full.len());

@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// Maximum time without a batch below the end offsets, after which a reader fails.
-const LATE_AFTER: Duration = Duration::from_secs(60);
+const BATCH_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct BenchConsumeArgs {
@@ -163,8 +163,8 @@ async fn read(
         // a batch that never arrives.
         let next_batch = tokio::time::timeout(Duration::from_millis(200), consumer.next_batch());
         let batch = match next_batch.await {
-            Err(_) if bounded && last_read.elapsed() >= LATE_AFTER => {
-                stats.error(&format!("no record arrived for {LATE_AFTER:?} before the log end"));
+            Err(_) if bounded && last_read.elapsed() >= BATCH_TIMEOUT => {
+                stats.error(&format!("no record arrived for {BATCH_TIMEOUT:?} before the log end"));
                 break;
             }
             Err(_) => continue,

@@ -19,7 +19,7 @@ use super::{
         retry_status::RetryReporter,
     },
     ConsumerEvent, ConsumerOptions, OffsetResetPolicy, QueuedEvent,
-    fetch_state::{self, FetchProblem, FetchStates, InvalidResponse, PartitionFetchState, STABLE_AFTER},
+    fetch_state::{self, FetchProblem, FetchStates, InvalidResponse, PartitionFetchState, STREAM_STABLE_AFTER},
     streams::{FetchStreams, StreamEvent},
 };
 use crate::{
@@ -267,7 +267,7 @@ impl ConsumerDriver {
     }
 
     /// Handles the broker's acceptance of a stream. Schedules the check that clears problems with the leader, if the
-    /// stream is still open after `STABLE_AFTER`.
+    /// stream is still open after `STREAM_STABLE_AFTER`.
     fn on_opened(&mut self, number: u64) {
         let now = clock::monotonic();
         let mut has_problem = false;
@@ -276,7 +276,7 @@ impl ConsumerDriver {
             has_problem |= state.problem.is_some();
         }
         if has_problem {
-            self.schedule_assignment(now + STABLE_AFTER);
+            self.schedule_assignment(now + STREAM_STABLE_AFTER);
         }
     }
 
@@ -579,8 +579,8 @@ impl ConsumerDriver {
         outdated.into_iter().for_each(|stream| self.drop_stream(stream));
     }
 
-    /// Clears problems with leaders whose streams have been open for `STABLE_AFTER`. Returns the time at which the next
-    /// one can be cleared.
+    /// Clears problems with leaders whose streams have been open for `STREAM_STABLE_AFTER`. Returns the time at which
+    /// the next one can be cleared.
     fn clear_stable_problems(&mut self, now: Instant) -> Option<Instant> {
         let mut next_check = None;
         for state in self.partitions.iter_mut().filter(|state| !state.failed && state.stream.is_some()) {

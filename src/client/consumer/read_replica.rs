@@ -11,11 +11,11 @@ use tokio::time::Instant;
 use super::super::metadata::{ReadTarget, RoutingTable};
 use crate::task::Backoff;
 
-/// First stay at the leader.
-const MIN_STAY: Duration = Duration::from_secs(5);
+/// First stay at the leader, after which a replica in the rack is read again.
+const MIN_FOLLOWER_RETRY_DELAY: Duration = Duration::from_secs(5);
 
 /// Longest stay at the leader, and time in the rack after which the next stay is short again.
-const MAX_STAY: Duration = Duration::from_secs(60);
+const MAX_FOLLOWER_RETRY_DELAY: Duration = Duration::from_secs(60);
 
 /// Choice between a replica in the rack and the leader for one partition.
 #[derive(Debug)]
@@ -30,12 +30,12 @@ pub(super) struct FollowerBackoff {
 
 impl FollowerBackoff {
     pub(super) fn new(now: Instant) -> Self {
-        Self { leader_until: None, stays: Backoff::new(MIN_STAY, MAX_STAY), since: now }
+        Self { leader_until: None, stays: Backoff::new(MIN_FOLLOWER_RETRY_DELAY, MAX_FOLLOWER_RETRY_DELAY), since: now }
     }
 
     /// Moves the partition to the leader for a stay, because of a problem with the follower.
     pub(super) fn leave_follower(&mut self, now: Instant) {
-        if now.duration_since(self.since) >= MAX_STAY {
+        if now.duration_since(self.since) >= MAX_FOLLOWER_RETRY_DELAY {
             self.stays.reset();
         }
         self.leader_until = Some(now + self.stays.next_pause());

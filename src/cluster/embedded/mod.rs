@@ -60,7 +60,7 @@ const CACHE_BYTES: usize = 16 << 20;
 const MIN_FREE_COMMIT_BYTES: u64 = 4 << 20;
 
 /// Interval between two checks for expired leases.
-const LEASE_TICK: Duration = Duration::from_millis(500);
+const LEASE_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Error of opening the store.
 #[derive(Debug, thiserror::Error)]
@@ -215,7 +215,7 @@ impl EmbeddedStore {
     pub fn spawn_lease_expiry(&self, tasks: &Tasks) {
         let (store, stop) = (self.clone(), tasks.clone());
         tasks.spawn("metadata leases", async move {
-            while stop.sleep_until_cancelled(LEASE_TICK).await.is_some() {
+            while stop.sleep_until_cancelled(LEASE_CHECK_INTERVAL).await.is_some() {
                 if let Err(error) = store.expire_leases(clock::monotonic()).await {
                     tracing::error!(%error, "expired leases could not be ended");
                 }
