@@ -3,10 +3,10 @@
 //!
 //! # Overview
 //!
-//! Chunks are cached in memory, and repeatedly fetched ones also in a folder. All readers that wait for a chunk share
-//! one fetch. A fetch that has begun continues even if all readers stop waiting. A chunk is written to the folder when
-//! it is fetched from the object store for the second time. So a reader that reads history once does not write all of
-//! it to the disk that appends wait for, and evicts no chunks from the folder.
+//! Chunks are cached in memory, and repeatedly fetched ones also in a folder (`disk`). All readers that wait for a
+//! chunk share one fetch. A fetch that has begun continues even if all readers stop waiting. A chunk is written to the
+//! folder when it is fetched from the object store for the second time. So a reader that reads history once does not
+//! write all of it to the disk that appends wait for, and evicts no chunks from the folder.
 //!
 //! # Invariants
 //!
@@ -14,35 +14,29 @@
 //! - A corrupt chunk is evicted and fetched again.
 //! - The folder contains no chunks after each start. Its files have a checksum, and losing them costs only requests.
 
-use std::{
-    io,
-    ops::Range,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+mod disk;
+
+use std::{io, ops::Range, path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 use futures::{
     FutureExt as _,
     future::{BoxFuture, Shared},
 };
-use moka::{future::Cache as Moka, notification::RemovalCause, policy::EvictionPolicy};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use moka::{future::Cache as Moka, policy::EvictionPolicy};
+use tokio::sync::Semaphore;
 use uuid::Uuid;
 
+use self::disk::DiskCache;
 use super::{
     error::{TierReadError, TierStoreError},
-    files::{self, CacheFolder},
+    files,
     footer::Footer,
     manifest::{ManifestPage, ManifestRoot, SegmentEntry},
     single_flight::SingleFlight,
     store::TierStore,
 };
-use crate::{
-    limits,
-    task::{self, Tasks},
-    telemetry::{Counter, Metrics},
-};
+use crate::telemetry::{Counter, Metrics};
 
 /// Size of a chunk in bytes. An object's last chunk may be shorter.
 pub(super) const CHUNK_BYTES: u64 = 1 << 20;
@@ -60,16 +54,6 @@ const MAX_CONCURRENT_PARSES: usize = 16;
 /// Maximum number of chunks that one read-ahead request fetches. Object stores charge for each request, so one request
 /// for several chunks is cheaper.
 const MAX_REQUEST_CHUNKS: u64 = 4;
-
-/// Maximum number of concurrent reads from the folder. A started read continues even if its caller no longer waits.
-const MAX_CONCURRENT_DISK_READS: usize = 32;
-
-/// Maximum number of concurrent writes to the folder. At the limit, a fetched chunk is not written, because no reader
-/// waits for the disk.
-const MAX_CONCURRENT_DISK_WRITES: u32 = 4;
-
-/// Maximum number of chunks whose first fetch is tracked, to detect the second fetch.
-const MAX_TRACKED_CHUNKS: u64 = 1 << 16;
 
 /// Location and limits of the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,19 +132,6 @@ struct ChunkCacheInner {
     read_ahead: Arc<Semaphore>,
     /// Maximum number of chunks that one read-ahead request fetches.
     max_request_chunks: u64,
-}
-
-/// Chunks in a folder on disk.
-struct DiskCache {
-    folder: Arc<CacheFolder>,
-    /// Permits to write a file.
-    write_permits: Arc<Semaphore>,
-    /// Permits to read a file. No budget counts the memory of chunks whose callers no longer wait.
-    read_permits: Arc<Semaphore>,
-    /// Chunks that exist as files, with their sizes in bytes.
-    files: Moka<ChunkKey, u32>,
-    /// Chunks that were fetched from the object store at least once: the last [`MAX_TRACKED_CHUNKS`] of them.
-    fetched: Moka<ChunkKey, ()>,
 }
 
 impl ChunkCache {
@@ -287,14 +258,14 @@ impl ChunkCache {
     pub(super) async fn evict(&self, entry: &SegmentEntry, indexes: Range<u64>) {
         // A write in progress would store its chunk after the eviction, so this waits for all writes first.
         let _all_writes = match &self.inner.disk {
-            Some(disk) => disk.write_permits.acquire_many(MAX_CONCURRENT_DISK_WRITES).await.ok(),
+            Some(disk) => Some(disk.all_write_permits().await),
             None => None,
         };
         for index in indexes {
             let key = ChunkKey { attempt: entry.stamp.attempt, index };
             self.inner.chunks.invalidate(&key).await;
             if let Some(disk) = &self.inner.disk {
-                disk.files.invalidate(&key).await;
+                disk.evict(key).await;
             }
         }
     }
@@ -303,15 +274,13 @@ impl ChunkCache {
     #[cfg(test)]
     pub(super) async fn wait_for_writes(&self) {
         let Some(disk) = &self.inner.disk else { return };
-        drop(disk.write_permits.acquire_many(MAX_CONCURRENT_DISK_WRITES).await.unwrap());
+        drop(disk.all_write_permits().await);
     }
 
     /// Acquires all permits to read from the folder.
     #[cfg(test)]
-    pub(super) async fn folder_permits(&self) -> OwnedSemaphorePermit {
-        let disk = self.inner.disk.as_ref().unwrap();
-        let permits = u32::try_from(MAX_CONCURRENT_DISK_READS).unwrap();
-        Arc::clone(&disk.read_permits).acquire_many_owned(permits).await.unwrap()
+    pub(super) async fn folder_permits(&self) -> tokio::sync::OwnedSemaphorePermit {
+        self.inner.disk.as_ref().unwrap().all_read_permits().await
     }
 
     /// Acquires all permits to fetch manifests, pages and footers.
@@ -418,8 +387,8 @@ impl ChunkCacheInner {
         entry: &SegmentEntry,
         key: ChunkKey,
     ) -> Result<Bytes, TierReadError> {
-        if let Some(disk) = self.disk.as_ref().filter(|disk| disk.files.contains_key(&key)) {
-            let permit = Arc::clone(&disk.read_permits).acquire_owned().await.expect("the semaphore is never closed");
+        if let Some(disk) = self.disk.as_ref().filter(|disk| disk.contains(key)) {
+            let permit = disk.read_permit().await;
             // While this fetch waited for its permit, all callers may have stopped waiting.
             if self.chunk_flights.is_abandoned(key) {
                 return Err(TierStoreError::Stopped.into());
@@ -443,93 +412,16 @@ impl ChunkCacheInner {
         Ok(chunk)
     }
 
-    /// Counts a fetch of a chunk from the object store. If the chunk was fetched before, starts to write it to the
-    /// folder.
+    /// Counts a fetch of a chunk from the object store, and reports the fetch to the cache on disk.
     async fn record_fetch(&self, store: &TierStore, key: ChunkKey, chunk: &Bytes) {
         self.misses.inc();
         if let Some(disk) = &self.disk {
-            if disk.fetched.contains_key(&key) {
-                Arc::clone(disk).spawn_put(key, chunk.clone(), store.tasks());
-            }
-            disk.fetched.insert(key, ()).await;
+            disk.record_fetch(key, chunk, store.tasks()).await;
         }
     }
 
     fn is_on_disk(&self, key: ChunkKey) -> bool {
-        self.disk.as_ref().is_some_and(|disk| disk.files.contains_key(&key))
-    }
-}
-
-impl DiskCache {
-    /// Opens the folder and deletes the chunks in it. The cache keeps at most `bytes` bytes of chunks, and deletes the
-    /// file of an evicted chunk.
-    fn open(folder: &Path, data_dir: Option<&Path>, bytes: u64) -> io::Result<Self> {
-        let folder = Arc::new(CacheFolder::open(folder, data_dir)?);
-        let listener_folder = Arc::clone(&folder);
-        let files = Moka::builder()
-            .eviction_policy(EvictionPolicy::lru())
-            .max_capacity(bytes)
-            .weigher(|_, bytes: &u32| *bytes)
-            .async_eviction_listener(move |key: Arc<ChunkKey>, _, cause| {
-                let folder = Arc::clone(&listener_folder);
-                Box::pin(async move {
-                    if cause != RemovalCause::Replaced {
-                        task::run_blocking(move || folder.delete(&key.file()).ok()).await;
-                    }
-                })
-            })
-            .build();
-        let fetched = Moka::builder().eviction_policy(EvictionPolicy::lru()).max_capacity(MAX_TRACKED_CHUNKS).build();
-        let [write_permits, read_permits] = [MAX_CONCURRENT_DISK_WRITES as usize, MAX_CONCURRENT_DISK_READS]
-            .map(|permits| Arc::new(Semaphore::new(permits)));
-        Ok(Self { folder, write_permits, read_permits, files, fetched })
-    }
-
-    /// Returns a chunk from its file. If the file is missing or fails its checksum, evicts the chunk and returns
-    /// `None`. `permit` is held until the file is read.
-    async fn get(&self, key: ChunkKey, permit: OwnedSemaphorePermit) -> Option<Bytes> {
-        self.files.get(&key).await?;
-        let folder = Arc::clone(&self.folder);
-        let read = task::run_blocking(move || (folder.read_whole(&key.file()), permit).0).await.ok();
-        let chunk = read.and_then(|mut bytes| {
-            let content = bytes.split_off(bytes.len().min(4));
-            (bytes.as_ref() == crc32c::crc32c(&content).to_be_bytes()).then_some(content)
-        });
-        if chunk.is_none() {
-            self.files.invalidate(&key).await;
-        }
-        chunk
-    }
-
-    /// Starts to write a chunk to the folder, unless too many writes are in progress.
-    fn spawn_put(self: Arc<Self>, key: ChunkKey, chunk: Bytes, tasks: &Tasks) {
-        let Ok(permit) = Arc::clone(&self.write_permits).try_acquire_owned() else { return };
-        if tasks.is_cancelled() {
-            return;
-        }
-        tasks.spawn("tier cache write", async move {
-            self.put(key, chunk).await;
-            drop(permit);
-        });
-    }
-
-    /// Writes a chunk to the folder. If the disk is nearly full or the write fails, the chunk is not cached there.
-    async fn put(&self, key: ChunkKey, chunk: Bytes) {
-        let folder = Arc::clone(&self.folder);
-        let bytes = weight(chunk.len() + 4);
-        let written = task::run_blocking(move || {
-            // The log needs the last space of the disk. It refuses appends below `MIN_FREE_DISK_BYTES`, so the cache
-            // stops earlier.
-            if folder.free_bytes().is_ok_and(|free| free < 2 * limits::MIN_FREE_DISK_BYTES) {
-                return Err(io::ErrorKind::StorageFull.into());
-            }
-            let crc = crc32c::crc32c(&chunk).to_be_bytes();
-            folder.write_whole(&key.file(), &[&crc, &chunk])
-        });
-        match written.await {
-            Ok(()) => self.files.insert(key, bytes).await,
-            Err(error) => tracing::debug!(%error, "cannot write a chunk to the cache folder"),
-        }
+        self.disk.as_ref().is_some_and(|disk| disk.contains(key))
     }
 }
 
