@@ -286,8 +286,9 @@ impl Broker {
         self.partitions.open().len()
     }
 
-    /// Transfers leaderships to other brokers, and waits until leaders have removed this broker from their ISR. Gives
-    /// up after the timeout. From this call on, the broker is not ready.
+    /// Publishes that this broker stops, so that the controller transfers its leaderships and leaders remove it from
+    /// their ISR. Waits, at most `timeout`, until no leadership or ISR membership is left that can be transferred. From
+    /// this call on, the broker is not ready.
     pub async fn transfer_leadership(&self, timeout: Duration) {
         self.health.begin_shutdown();
         self.background.transfer_leadership(timeout).await;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::{
     CommonArgs,
     connect::{connect, explain_call},
-    health::{ClusterHealth, state},
+    health::{ClusterHealth, state, unreadable},
     output::{self, OutputFormat},
     retry_output::RetryMonitor,
     serve::environment,
@@ -271,14 +271,6 @@ fn stats_notes(id: BrokerId, stats: &BrokerStats) -> impl Iterator<Item = String
 pub(super) fn first_invalid_placement_key(cluster: &ClusterDescription) -> Option<&str> {
     let mut keys = cluster.unreadable.iter().map(|unreadable| &*unreadable.key);
     keys.find(|key| key.contains("/topics/") || key.contains("/partitions/"))
-}
-
-/// Returns a line for each invalid value in the metadata store.
-fn unreadable(cluster: &ClusterDescription) -> impl Iterator<Item = String> + '_ {
-    cluster
-        .unreadable
-        .iter()
-        .map(|unreadable| format!("the value of {} is invalid: {}", unreadable.key, unreadable.error))
 }
 
 /// Returns the description as JSON.

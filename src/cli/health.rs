@@ -75,9 +75,15 @@ fn of_cluster(cluster: &ClusterDescription) -> Vec<String> {
         partitions(cluster.under_min_isr, "below min.insync.replicas"),
         partitions(cluster.under_replicated, "under-replicated"),
     ];
-    let unreadable =
-        cluster.unreadable.iter().map(|value| format!("the value of {} is invalid: {}", value.key, value.error));
-    counted.into_iter().flatten().chain(unreadable).collect()
+    counted.into_iter().flatten().chain(unreadable(cluster)).collect()
+}
+
+/// Returns a line for each invalid value in the metadata store.
+pub(super) fn unreadable(cluster: &ClusterDescription) -> impl Iterator<Item = String> + '_ {
+    cluster
+        .unreadable
+        .iter()
+        .map(|unreadable| format!("the value of {} is invalid: {}; restore it", unreadable.key, unreadable.error))
 }
 
 /// Returns the state of a broker, as `cluster describe` prints it.

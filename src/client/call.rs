@@ -69,7 +69,7 @@ impl NoResponse {
     }
 }
 
-/// Determines from the status of a failed call whether the broker may have received it.
+/// Classifies the status of a failed call: not sent, rejected by the broker, no broker, or a broken connection.
 fn classify_status(status: &Status) -> NoResponse {
     if let Some(problem) = transport::unsent(status) {
         return NoResponse::NotSent(problem);

@@ -412,8 +412,8 @@ impl Client {
         addresses
     }
 
-    /// Repeats a call until it succeeds, fails with a final error, or the request timeout has passed. Final are errors
-    /// that are not retryable, and all connection errors. The call must be safe to repeat.
+    /// Repeats a call until it succeeds, fails with a final error, or the request timeout has passed. An error is
+    /// final if it is not retryable, or if no broker could be reached. The call must be safe to repeat.
     async fn retried<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn() -> R,

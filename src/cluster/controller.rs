@@ -176,7 +176,7 @@ impl Controller {
             }
             let state = self.metadata.state();
             if state.revision() >= term && state.controller_revision() != Some(term) {
-                // The key was deleted or overwritten: its current holder is the controller.
+                // The key was deleted or overwritten, so this term is over.
                 return;
             }
             drop(state);

@@ -15,7 +15,7 @@
 //!
 //! Objects with the same range, the same bytes and the same epochs hold the same records, so any of them can be used.
 //! If exactly one chain remains, the verdict is [`SurveyVerdict::Committed`], and a broker commits the manifest without
-//! an operator. In every other case an operator decides about the longest chain that ends at the tiered end.
+//! an operator. In every other case an operator decides about the chain that the verdict describes.
 //!
 //! The choice is a pure function; only the survey sends requests.
 
@@ -210,7 +210,8 @@ impl PartitionTier {
     }
 }
 
-/// Returns a survey with the committed chain, or with the longest chain that ends at the tiered end.
+/// Compares the chains with the committed state. Returns a survey with the verdict, and the chain that
+/// [`SurveyVerdict`] describes for it.
 fn choose(state: TierState, candidates: Vec<SegmentCandidate>, unusable: Vec<(String, String)>) -> Survey {
     let (start, end) = (state.log_start.min(state.tiered_end), state.tiered_end);
     let count = candidates.len();

@@ -78,8 +78,8 @@ impl Background {
         self.spawn("producer ids", async move { producer_ids.keep_filled().await });
     }
 
-    /// Starts the tasks that may run only after the roles are assigned: maintenance, garbage collection, the watch over
-    /// the start, disk pressure and, in a cluster, the controller.
+    /// Starts the tasks that may run only after the roles are assigned: maintenance, garbage collection, the check
+    /// whether the start is over, disk pressure and, in a cluster, the controller.
     pub(super) fn spawn_workers(&self) {
         let ctx = &self.ctx;
         self.maintenance.spawn();

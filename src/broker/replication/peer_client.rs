@@ -18,8 +18,8 @@ use crate::{
     },
 };
 
-/// Maximum number of messages to the leader's broker that wait for the connection of a replication stream. A longer
-/// queue would only delay acknowledgements.
+/// Maximum number of messages to the leader's broker that are queued before the connection of a replication stream
+/// takes them. A longer queue would only delay acknowledgements.
 const QUEUE_LEN: usize = 1;
 
 /// Reason why a connection to a peer failed or ended. The failure detector derives from it whether the peer's process

@@ -66,7 +66,11 @@ pub(super) fn open(path: &Path) -> anyhow::Result<(FileBatches<impl Read + use<>
     let footer = footer(&mut file, len, path).with_context(unreadable)??;
     let is_foreign = log_base.is_none() && object.is_none() && footer.is_none();
     if is_foreign && read_bytes > 0 && Batch::framed_len(front).is_err() {
-        bail!("{} is not a segment file: it does not start with a record batch", path.display());
+        bail!(
+            "{} is not a segment file, because it does not start with a record batch: name a .log file of a data \
+             directory, or a .segment object",
+            path.display()
+        );
     }
     if let (Some(object), None) = (&object, &footer) {
         bail!(

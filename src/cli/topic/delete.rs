@@ -163,7 +163,7 @@ fn confirm(content: &TopicContent) -> anyhow::Result<()> {
     io::stdin().lock().read_line(&mut typed)?;
     match typed.trim() {
         name if name == content.name => Ok(()),
-        name => bail!("nothing was deleted: {name:?} is not the topic's name"),
+        typed => bail!("nothing was deleted: {typed:?} was typed, and the topic is {:?}", content.name),
     }
 }
 

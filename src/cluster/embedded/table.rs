@@ -141,7 +141,7 @@ impl WriteBatch<'_> {
         let mut keys = Vec::new();
         for row in self.entries.iter()? {
             let (key, value) = row?;
-            if lease(value.value().2).is_some_and(&is_ended) {
+            if decode_lease(value.value().2).is_some_and(&is_ended) {
                 keys.push(key.value().to_owned());
             }
         }
@@ -208,11 +208,11 @@ pub(super) fn decode_row(key: &str, (created, modified, lease_id, value): (u64, 
         value: Bytes::copy_from_slice(value),
         create_revision: Revision(created),
         mod_revision: Revision(modified),
-        lease: lease(lease_id),
+        lease: decode_lease(lease_id),
     }
 }
 
-/// Returns the lease with this id of a row; 0 means that the key has no lease.
-fn lease(id: i64) -> Option<LeaseId> {
+/// Converts the lease id of a row; 0 means that the key has no lease.
+fn decode_lease(id: i64) -> Option<LeaseId> {
     (id != 0).then_some(LeaseId(id))
 }

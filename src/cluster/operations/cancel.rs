@@ -15,7 +15,7 @@ pub enum CancelError {
     /// No reassignment is in progress or queued.
     #[error("nothing to cancel: {what}")]
     NotReassigning {
-        /// Error text that names the requested partitions.
+        /// Statement that none of the requested partitions is being reassigned.
         what: String,
     },
     /// No replica from before the reassignment is in the ISR. Or an added replica leads, and none of the earlier ISR

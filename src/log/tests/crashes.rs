@@ -120,7 +120,7 @@ struct RandomHistory {
     models: BTreeMap<u32, Model>,
     epoch: u32,
     clock: i64,
-    /// True if the last incarnation ended without a power failure.
+    /// True if no power failure has occurred since the replicas were last compared with their models.
     lossless: bool,
     /// Replicas whose deletion failed in this incarnation. The next start decides whether they exist.
     undecided: BTreeSet<u32>,

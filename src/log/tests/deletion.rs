@@ -32,7 +32,8 @@ fn segment_partly_below_the_log_start_is_kept() {
 }
 
 /// Another leader seals segments at other offsets, so the log start may lie anywhere in a segment of this replica. The
-/// batches of this segment below the log start are kept. Uploads and reads compare their epochs too.
+/// batches of this segment below the log start are kept. Uploads and reads compare the epochs of these batches,
+/// too, with the epoch history.
 #[test]
 fn kept_batches_below_the_log_start_have_their_epochs() {
     let disk = SimDisk::new();

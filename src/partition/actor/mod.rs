@@ -484,7 +484,7 @@ impl Actor {
         }
     }
 
-    /// Applies signals of the journal, the followers and the clock.
+    /// Applies signals of the journal, the followers, the clock and the writers.
     fn on_signals(&mut self, pending: PendingSignals) {
         if let Some(outcome) = pending.persisted {
             self.on_persisted(outcome);

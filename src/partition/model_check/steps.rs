@@ -342,7 +342,7 @@ impl ModelState {
         self.update_leader_progress(me);
     }
 
-    /// Passes the progress of a leader's own log to the leader.
+    /// Passes the progress of a leader's own log to the leader. Does nothing on a broker that does not lead.
     fn update_leader_progress(&mut self, me: usize) {
         let progress = self.brokers[me].progress();
         if let Role::Leading(leader) = &mut self.brokers[me].role {
