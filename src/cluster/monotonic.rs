@@ -11,8 +11,8 @@
 //! Reordered responses are no regression: each response is compared with the newest revision at the start of its call,
 //! so a newer response that arrives earlier does not matter. Responses of watches, keepalives and status requests are
 //! never compared, because a lagging member may send them. The response to a committed transaction with a put must have
-//! a newer revision, not an equal one. `session` reads a key with every keepalive, so that a broker without other
-//! requests also detects a regression.
+//! a newer revision, not an equal one. `session` reads a key as often as it renews its lease, so that a broker without
+//! other requests also detects a regression.
 //!
 //! # Invariants
 //!
@@ -355,7 +355,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(30), detected).await.expect("a renewal detects the regression");
+        tokio::time::timeout(Duration::from_secs(30), detected).await.expect("the session detects the regression");
         let state = session.state().borrow().clone();
         assert!(matches!(state, SessionState::Registered { lease: own, .. } if own == lease), "{state:?}");
         session.leave().await;

@@ -8,7 +8,8 @@
 //! 3. The broker registers ([`RegistrationRequest::register`]) in one transaction with its directory record. The
 //!    transaction fails if the record has changed since the verification read it.
 //! 4. A task renews the lease and watches the key in the metadata cache. If the key was deleted, the task registers the
-//!    broker again under a new epoch. With each renewal, the task reads the key, to detect a restored store.
+//!    broker again under a new epoch.
+//! 5. A second task reads the key as often as the lease is renewed, to detect a restored store.
 //!
 //! # Invariants
 //!
@@ -43,9 +44,6 @@ use crate::{
     task::{Tasks, clock, lock::Mutex},
     telemetry::LogThrottle,
 };
-
-/// Maximum time that a renewal of the lease waits for the read of a key: see [`RegistrationRequest::probe_revision`].
-const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Maximum time that a stop waits for the revocation of the lease.
 const REVOKE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -188,18 +186,27 @@ impl RegistrationRequest {
             registration_failures: LogThrottle::default(),
         };
         session_tasks.spawn("broker session", keeper.run(metadata.watch(), session_tasks.clone()));
+        session_tasks.spawn("store probe", Arc::clone(&registration).probe_revisions(session_tasks.clone()));
         Ok(Session { registration, state, flags, last_renewal, tasks: session_tasks })
     }
 
-    /// Reads the key of the registration, so that `MonotonicStore` compares the revision of the response. Responses to
-    /// keepalives are not compared, so a broker without other requests would not detect a restored store. Ignores the
-    /// result: a failed or late read is no failed renewal. The key is below the cluster's prefix, to which the
-    /// permission of an etcd user may be limited.
-    async fn probe_revision(&self) {
-        if self.store.regression().is_none() {
-            let key = self.keys.broker(self.id);
-            let _probe = tokio::time::timeout(PROBE_TIMEOUT, self.store.get(&key)).await;
+    /// Reads the key of the registration at the interval of the renewals, until a regression is found or `stop` is
+    /// cancelled. `MonotonicStore` compares the revision of each response. It does not compare responses to keepalives,
+    /// so a broker without other requests would not detect a restored store. The key is below the cluster's prefix, to
+    /// which the permission of an etcd user may be limited.
+    ///
+    /// The reads do not belong to the renewals, because they can take longer: a read that was cancelled before its
+    /// request timeout would never replace a connection whose reads receive no response.
+    async fn probe_revisions(self: Arc<Self>, stop: Tasks) {
+        let key = self.keys.broker(self.id);
+        while self.store.regression().is_none() && stop.sleep_until_cancelled(self.renew_interval()).await.is_some() {
+            let _probe = stop.run_until_cancelled(self.store.get(&key)).await;
         }
+    }
+
+    /// Returns the time from one renewal of the lease to the next.
+    fn renew_interval(&self) -> Duration {
+        self.session_timeout / 3
     }
 
     /// Returns the directory record that this process writes with its registration.
@@ -415,7 +422,7 @@ impl LeaseKeeper {
     /// registration is lost. When `stop` is cancelled, revokes the lease and returns. When the broker is superseded,
     /// returns without a revocation.
     async fn run(mut self, mut metadata: watch::Receiver<Arc<MetadataSnapshot>>, stop: Tasks) {
-        let renew_interval = self.registration.session_timeout / 3;
+        let renew_interval = self.registration.renew_interval();
         let mut next_renewal = clock::monotonic() + renew_interval;
         loop {
             let is_registered = tokio::select! {
@@ -463,7 +470,6 @@ impl LeaseKeeper {
         }
         let started = clock::monotonic();
         let renewed = self.registration.store.keep_alive(self.lease).await;
-        self.registration.probe_revision().await;
         match renewed {
             Ok(()) => {
                 *self.last_renewal.lock() = started;

@@ -165,8 +165,9 @@ impl Member {
     }
 
     /// Sends a request once, on the current connection. Returns that connection with an error, so that the caller can
-    /// replace it. If the request times out and no other call on the connection ended meanwhile, the connection is
-    /// replaced here.
+    /// replace it. If the request times out, the connection is replaced here in two cases: no other call on it ended
+    /// meanwhile, or it has a token. etcd may delay requests with a token without end, while it responds to keepalives:
+    /// it waits until it has applied the login that issued the token, which a restored etcd never does.
     async fn attempt<T, F>(&self, request: &impl Fn(MemberChannel) -> F) -> Result<T, (EtcdAttemptError, MemberChannel)>
     where
         F: Future<Output = Result<T, Error>>,
@@ -183,7 +184,7 @@ impl Member {
                 result.map_err(|error| (EtcdAttemptError::from_client(&error), channel))
             }
             Err(_) => {
-                if channel.0.response_count.load(Relaxed) == response_count {
+                if self.options.login.is_some() || channel.0.response_count.load(Relaxed) == response_count {
                     self.replace(&channel).await;
                 }
                 Err((EtcdAttemptError::unknown(format!("no response within {} ms", timeout.as_millis())), channel))
