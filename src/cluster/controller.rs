@@ -71,10 +71,7 @@ pub struct Controller {
 impl Controller {
     /// Starts the task, which campaigns and plans until the tasks are stopped.
     pub fn spawn(self, tasks: &Tasks) {
-        let stop = tasks.clone();
-        tasks.spawn("controller", async move {
-            stop.run_until_cancelled(self.run()).await;
-        });
+        tasks.spawn_until_cancelled("controller", self.run());
     }
 
     /// Campaigns for the controller key, runs a term after each won campaign, and repeats this without end.

@@ -430,7 +430,7 @@ async fn register_standalone(
 /// fails only if that attempt finds a fatal error. Otherwise the attempts continue in the background until one succeeds
 /// or finds a fatal error. A fatal error found later stops the broker ([`Node::must_stop`]).
 async fn bind_store(store: &TierStore, tasks: &Tasks) -> Result<(), BindingError> {
-    let (store, stop) = (store.clone(), tasks.clone());
+    let store = store.clone();
     let (first_sender, first_result) = oneshot::channel();
     let attempts = async move {
         let mut first_sender = Some(first_sender);
@@ -447,9 +447,7 @@ async fn bind_store(store: &TierStore, tasks: &Tasks) -> Result<(), BindingError
             tokio::time::sleep(BINDING_RETRY_INTERVAL).await;
         }
     };
-    tasks.spawn("store-binding", async move {
-        stop.run_until_cancelled(attempts).await;
-    });
+    tasks.spawn_until_cancelled("store-binding", attempts);
     match tokio::time::timeout(BINDING_TIMEOUT, first_result).await {
         Ok(Ok(Err(error))) if error.is_fatal_at_start() => Err(error),
         Ok(Ok(Ok(()))) => Ok(()),

@@ -72,6 +72,8 @@ where
         F: Future<Output = Result<V, TierReadError>> + Send + 'static,
     {
         let (flights, stop) = (Arc::clone(self), tasks.clone());
+        // The task would hold the future, which is large, three times.
+        let load = Box::pin(load);
         tasks.spawn("tier fetch", async move {
             let outcome = stop.run_until_cancelled(load).await.unwrap_or_else(|| Err(TierStoreError::Stopped.into()));
             flights.remove(key, &sender);

@@ -406,9 +406,7 @@ impl TierStore {
     fn suspect(&self, sent: Instant, reason: &str) {
         if self.inner.outages.on_failure(&self.inner.url, sent, reason) && !self.inner.tasks.is_cancelled() {
             let store = self.clone();
-            self.inner.tasks.spawn("object store probe", async move {
-                store.inner.tasks.run_until_cancelled(store.probe()).await;
-            });
+            self.inner.tasks.spawn_until_cancelled("object store probe", async move { store.probe().await });
         }
     }
 

@@ -62,18 +62,18 @@ impl Maintenance {
     /// Starts `tier.upload_concurrency` workers of each kind, the scheduler and, with an object store, the task that
     /// resumes after outages.
     pub(super) fn spawn(self: &Arc<Self>) {
+        let tasks = &self.ctx.tasks;
         for _ in 0..self.ctx.config.tier.upload_concurrency.max(1) {
             for (name, kind) in [("maintenance", WorkerKind::Maintenance), ("uploads", WorkerKind::Uploads)] {
-                let (this, tasks) = (Arc::clone(self), self.ctx.tasks.clone());
-                self.ctx.tasks.spawn(name, async move { tasks.run_until_cancelled(this.work(kind)).await });
+                let this = Arc::clone(self);
+                tasks.spawn_until_cancelled(name, async move { this.work(kind).await });
             }
         }
-        let (this, tasks) = (Arc::clone(self), self.ctx.tasks.clone());
-        self.ctx.tasks.spawn("maintenance-clock", async move { tasks.run_until_cancelled(this.schedule()).await });
+        let this = Arc::clone(self);
+        tasks.spawn_until_cancelled("maintenance-clock", async move { this.schedule().await });
         if let Some(tier) = &self.ctx.tier {
-            let (this, tasks, store) = (Arc::clone(self), self.ctx.tasks.clone(), tier.store.clone());
-            let resume = async move { tasks.run_until_cancelled(this.resume_after_outages(&store)).await };
-            self.ctx.tasks.spawn("maintenance-outages", resume);
+            let (this, store) = (Arc::clone(self), tier.store.clone());
+            tasks.spawn_until_cancelled("maintenance-outages", async move { this.resume_after_outages(&store).await });
         }
     }
 

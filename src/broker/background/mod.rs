@@ -68,27 +68,28 @@ impl Background {
 
     /// Starts the tasks that must run before the first role is assigned: lag ticker, lease monitor and producer ids.
     pub(super) fn spawn_monitors(&self) {
+        let tasks = &self.ctx.tasks;
         if !self.ctx.standalone {
             let partitions = Arc::clone(&self.partitions);
-            self.spawn("lag-ticker", async move { lag_ticker::run(&partitions).await });
+            tasks.spawn_until_cancelled("lag-ticker", async move { lag_ticker::run(&partitions).await });
             let lease = Arc::clone(&self.lease);
-            self.spawn("lease-monitor", async move { lease.run().await });
+            tasks.spawn_until_cancelled("lease-monitor", async move { lease.run().await });
         }
         let producer_ids = Arc::clone(&self.producer_ids);
-        self.spawn("producer ids", async move { producer_ids.keep_filled().await });
+        tasks.spawn_until_cancelled("producer ids", async move { producer_ids.keep_filled().await });
     }
 
     /// Starts the tasks that may run only after the roles are assigned: maintenance, garbage collection, the check
     /// whether the start is over, disk pressure and, in a cluster, the controller.
     pub(super) fn spawn_workers(&self) {
-        let ctx = &self.ctx;
+        let (ctx, tasks) = (&self.ctx, &self.ctx.tasks);
         self.maintenance.spawn();
         let garbage = GarbageRun::new(ctx.clone(), self.topics.clone(), self.commits.clone());
-        self.spawn("garbage", garbage.run());
+        tasks.spawn_until_cancelled("garbage", garbage.run());
         let health = Arc::clone(&self.health);
-        self.spawn("start", async move { health.watch_start().await });
+        tasks.spawn_until_cancelled("start", async move { health.watch_start().await });
         let disk_pressure = DiskPressure::new(ctx.clone(), Arc::clone(&self.health), self.session.clone());
-        self.spawn("disk-pressure", disk_pressure.run());
+        tasks.spawn_until_cancelled("disk-pressure", disk_pressure.run());
         if !ctx.standalone {
             let controller = Controller {
                 store: Arc::clone(&ctx.store),
@@ -102,12 +103,6 @@ impl Background {
             };
             controller.spawn(&ctx.tasks);
         }
-    }
-
-    /// Runs `work` as a task that ends when the broker stops.
-    fn spawn(&self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
-        let tasks = self.ctx.tasks.clone();
-        self.ctx.tasks.spawn(name, async move { tasks.run_until_cancelled(work).await });
     }
 
     /// Updates the gauges, as [`BrokerGauges::observe`] does. Only one call may run at a time.

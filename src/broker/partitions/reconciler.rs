@@ -445,7 +445,7 @@ impl Reconciler {
         if !self.ctx.standalone && first.is_none_or(|first| first.value.replicas.first() != Some(&self.ctx.id)) {
             return;
         }
-        let (store, tasks, log) = (tier.store.clone(), self.ctx.tasks.clone(), Arc::clone(&self.failed_topic_records));
+        let (store, log) = (tier.store.clone(), Arc::clone(&self.failed_topic_records));
         let record = TopicRecord {
             name: name.clone(),
             id: topic.id,
@@ -463,7 +463,7 @@ impl Reconciler {
                 );
             }
         };
-        self.ctx.tasks.spawn("topic record", async move { tasks.run_until_cancelled(write).await });
+        self.ctx.tasks.spawn_until_cancelled("topic record", write);
     }
 
     /// Removes a topic that the metadata no longer contains from the table, and closes its partitions. Deletes their

@@ -129,14 +129,10 @@ impl IsrUpdateManager {
 
     /// Starts one task for proposals and one for all other operations, so that proposals do not wait for read-backs.
     pub(super) fn spawn(self: &Arc<Self>, tasks: &Tasks) {
-        let (isr_updates, stop) = (Arc::clone(self), tasks.clone());
-        tasks.spawn("isr-updates", async move {
-            stop.run_until_cancelled(isr_updates.propose_all()).await;
-        });
-        let (isr_updates, stop) = (Arc::clone(self), tasks.clone());
-        tasks.spawn("isr-store-ops", async move {
-            stop.run_until_cancelled(isr_updates.run_store_ops()).await;
-        });
+        let isr_updates = Arc::clone(self);
+        tasks.spawn_until_cancelled("isr-updates", async move { isr_updates.propose_all().await });
+        let isr_updates = Arc::clone(self);
+        tasks.spawn_until_cancelled("isr-store-ops", async move { isr_updates.run_store_ops().await });
     }
 
     /// Sends the queued proposals to the metadata store, and the outcomes back to their partitions. Never returns.

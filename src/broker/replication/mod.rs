@@ -123,7 +123,7 @@ impl ReplicationManager {
 
     /// Starts two activities as tasks of `tasks`: tracking this broker's own broker epoch, and sending ISR updates.
     pub(super) fn activate(&self, session: &Session, tasks: &Tasks) {
-        let (mut status, peer_table, stop) = (session.state(), Arc::clone(&self.peer_table), tasks.clone());
+        let (mut status, peer_table) = (session.state(), Arc::clone(&self.peer_table));
         peer_table.set_own_epoch(session.epoch());
         let track = async move {
             while status.changed().await.is_ok() {
@@ -133,7 +133,7 @@ impl ReplicationManager {
                 });
             }
         };
-        tasks.spawn("broker-epoch", async move { stop.run_until_cancelled(track).await });
+        tasks.spawn_until_cancelled("broker-epoch", track);
         self.isr_updates.spawn(tasks);
     }
 

@@ -106,10 +106,7 @@ impl MetadataCache {
             last_contact: Arc::new(Mutex::new(clock::monotonic())),
         };
         let reflector = Reflector { store, keys, metadata: metadata.clone(), lists };
-        let stop = tasks.clone();
-        tasks.spawn("metadata-cache", async move {
-            stop.run_until_cancelled(reflector.run()).await;
-        });
+        tasks.spawn_until_cancelled("metadata-cache", reflector.run());
         metadata
     }
 

@@ -7,7 +7,8 @@
 
 use std::future::Future;
 
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use futures::FutureExt as _;
+use tokio_util::{future::FutureExt as _, sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, Span};
 
 mod backoff;
@@ -63,12 +64,8 @@ impl Tasks {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        let named = async move {
-            let output = future.await;
-            tracing::trace!(task = name, "ended");
-            output
-        }
-        .in_current_span();
+        // Not an async block, which would hold the future twice: as it was captured, and as it is awaited.
+        let named = future.inspect(move |_| tracing::trace!(task = name, "ended")).in_current_span();
         #[cfg(feature = "sim")]
         if let Some(process) = &self.process {
             #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
@@ -102,14 +99,19 @@ impl Tasks {
         self.token.cancelled().await;
     }
 
-    /// Runs a future until it completes or the set is cancelled. Returns `None` if the set is cancelled: the future is
-    /// then dropped, even if it could complete as well.
-    pub async fn run_until_cancelled<F: Future>(&self, future: F) -> Option<F::Output> {
-        tokio::select! {
-            biased;
-            () = self.cancelled() => None,
-            output = future => Some(output),
-        }
+    /// Spawns a future as a task of this set that ends when the set is cancelled: then the future is dropped.
+    pub fn spawn_until_cancelled<F>(&self, name: &'static str, future: F)
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.spawn(name, future.with_cancellation_token_owned(self.token.clone()));
+    }
+
+    /// Runs a future until it completes or the set is cancelled. Returns `None` if the set is cancelled first: then the
+    /// future is dropped.
+    pub fn run_until_cancelled<F: Future>(&self, future: F) -> impl Future<Output = Option<F::Output>> {
+        future.with_cancellation_token(&self.token)
     }
 
     /// Sleeps. Returns `None` if the set is cancelled before the end.
