@@ -174,11 +174,7 @@ impl Health {
                 format!("registration lost {}: {reason}", format_since(at.elapsed()))
             }),
             self.ctx.store.regression().map(|reason| {
-                format!(
-                    "the metadata store returned to an older state: {}; follow `Restoring etcd`, and restart this \
-                     broker",
-                    one_line(&reason.to_string())
-                )
+                format!("the metadata store returned to an older state: {}", one_line(&reason.to_string()))
             }),
             (!maintenance.is_empty()).then(|| format!("maintenance fails: {}", one_line(&maintenance))),
         ];

@@ -64,8 +64,8 @@ enum BrokerCommand {
     ///
     /// Returns when the drain is stored or, with --wait, when the broker is empty. `strandline cluster describe` shows
     /// the progress. The exit code is 1 if no replica can move, because too few other brokers are eligible or a broker
-    /// that the moves need is offline. With --wait, the exit code is 1 only after no replica has been able to move for a
-    /// minute; the cause can then also be partitions without a leader. The drain stays in effect either way.
+    /// that the moves need is offline. With --wait, this failure follows only after no replica has been able to move
+    /// for a minute; the cause can then also be partitions without a leader. The drain stays in effect either way.
     ///
     /// A broker that is permanently lost can be drained too: its replicas are then replaced at once. Replicas of
     /// partitions without a leader are not replaced, because there is no leader to copy from;
@@ -188,8 +188,8 @@ fn print(value: &Value, lines: &str, output: OutputFormat) -> anyhow::Result<()>
 fn blocked_drain_error(id: u32, causes: &str) -> String {
     format!(
         "no replica on broker {id} can move: {causes}: start an offline broker or add a broker, or lower the topics' \
-         replication factor; for partitions without a leader, `strandline topic describe` shows how to elect one; the \
-         drain stays in effect until `strandline broker undrain {id}`"
+         replication factor; for partitions without a leader, `strandline topic describe NAME` shows how they get one; \
+         the drain stays in effect until `strandline broker undrain {id}`"
     )
 }
 
@@ -340,8 +340,7 @@ fn format_drain(id: u32, drain: &DrainStatus) -> String {
     let mut lines = match (drain.replica_count, drain.leader_count) {
         (0, _) => format!("broker {id} {state}: no replicas to move"),
         (replicas, leaders) => format!(
-            "broker {id} {state}: {} to move, {leaders} of them leaders\n`strandline cluster describe` shows the \
-             progress",
+            "broker {id} {state}: {} to move (leaders: {leaders})\n`strandline cluster describe` shows the progress",
             output::count(replicas.into(), "replica"),
         ),
     };
@@ -361,7 +360,7 @@ fn format_drain(id: u32, drain: &DrainStatus) -> String {
     }
     if drain.leaderless > 0 {
         lines += &format!(
-            "\nwarning: {} cannot move while their partitions have no leader: see `strandline topic describe`",
+            "\nwarning: {} cannot move without a leader to copy from: see `strandline topic describe NAME`",
             output::count(drain.leaderless.into(), "replica"),
         );
     }
@@ -465,10 +464,7 @@ mod tests {
         );
         assert!(format_drain(2, &repeated).contains("1 replica cannot move: no other broker is eligible"));
         let leaderless = format_drain(2, &DrainStatus { leaderless: 2, ..drain(0) });
-        assert!(
-            leaderless.contains("warning: 2 replicas cannot move while their partitions have no leader"),
-            "{leaderless}"
-        );
+        assert!(leaderless.contains("warning: 2 replicas cannot move without a leader to copy from"), "{leaderless}");
         assert_eq!(
             format_drain(2, &DrainStatus { replica_count: 0, ..drain(0) }),
             "broker 2 is draining: no replicas to move"

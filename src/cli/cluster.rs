@@ -138,8 +138,8 @@ fn staleness(cluster: &ClusterDescription) -> Option<String> {
     let (broker, seconds) = (cluster.responder, cluster.metadata_staleness.as_secs());
     (!cluster.metadata_staleness.is_zero()).then(|| {
         format!(
-            "the metadata store has not responded to broker {broker} for {seconds} s: this description is from then\n\
-             no metadata changes until the metadata store responds; produce and fetch continue"
+            "the metadata store has not responded to broker {broker} for {seconds} s: this description is that old\n\
+             broker {broker} changes no metadata until the metadata store responds; produce and fetch continue"
         )
     })
 }
@@ -152,8 +152,9 @@ fn unavailable(cluster: &ClusterDescription) -> Option<String> {
     if cluster.unavailable.len() > MAX_NAMED {
         names.push("…".to_owned());
     }
-    (!names.is_empty())
-        .then(|| format!("writes with acks=all are refused: {} (see `strandline topic describe`)", names.join(" ")))
+    (!names.is_empty()).then(|| {
+        format!("writes with acks=all are refused: {} (see `strandline topic describe NAME`)", names.join(" "))
+    })
 }
 
 /// Returns a line with the number of partitions for each problem; empty if there is no problem.
@@ -215,7 +216,7 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
             }
             0 => format!("broker {id} is drained: it can be stopped for good"),
             _ if broker.blocked > 0 => format!(
-                "broker {id} is draining: {remaining} to move, {} of them blocked:\n  \
+                "broker {id} is draining: {remaining} to move (blocked: {}):\n  \
                  too few eligible brokers, a needed broker is offline, or no leader",
                 broker.blocked
             ),
@@ -223,14 +224,15 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
         });
     }
     if broker.alive && broker.disk_full {
-        let effect = if standalone { "appends are refused" } else { "leadership moves to other brokers" };
+        let effect =
+            if standalone { "appends are refused" } else { "leadership moves to other brokers where possible" };
         notes.push(format!("the disk of broker {id} is full: {effect}; add disk space"));
     } else if broker.alive && broker.disk_pressure && !standalone {
         notes.push(format!("broker {id} has disk pressure (broker.disk_pressure_percent): it gets no new replicas"));
     }
     if broker.alive && broker.max_replicas.is_some_and(|max| broker.replica_count >= max) {
         notes.push(format!(
-            "broker {id} has {}, the maximum (broker.max_replicas): it gets no new replicas",
+            "broker {id} has {}, so broker.max_replicas is reached: it gets no new replicas",
             output::count(broker.replica_count.into(), "replica")
         ));
     }
@@ -242,7 +244,7 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
     }
     match &broker.stats {
         Some(Ok(stats)) => notes.extend(stats_notes(id, stats)),
-        Some(Err(error)) => notes.push(format!("the statistics of broker {id} are unavailable: {error}")),
+        Some(Err(error)) => notes.push(format!("no statistics of broker {id}: {error}")),
         None => {}
     }
     notes
@@ -255,12 +257,15 @@ fn stats_notes(id: BrokerId, stats: &BrokerStats) -> impl Iterator<Item = String
         regressed.map(|reason| format!("broker {id} rejects admin operations (METADATA_REGRESSED): {reason}"));
     let failed = stats.failed.as_ref();
     let failed = failed.map(|reason| {
-        format!("broker {id} accepts no writes: {reason}; replace its disk, or run `strandline broker drain {id}`")
+        format!(
+            "broker {id} accepts no writes: {reason}\n  \
+             repair its disk and restart it, or run `strandline broker drain {id}`"
+        )
     });
     let store = stats.object_store.as_ref();
     let store = store.map(|reason| format!("no object store request of broker {id} has succeeded {reason}"));
     let maintenance = stats.maintenance.as_ref();
-    let maintenance = maintenance.map(|reason| format!("maintenance fails on broker {id}: {reason}"));
+    let maintenance = maintenance.map(|reason| format!("maintenance fails on broker {id}:\n  {reason}"));
     let future = stats.future_timestamps.as_ref();
     let future = future.map(|segments| format!("broker {id} has records with future timestamps: {segments}"));
     [regressed, failed, store, maintenance, future].into_iter().flatten()
@@ -374,7 +379,7 @@ pub(super) mod tests {
     /// Returns a cluster of two brokers without any problem.
     pub(in crate::cli) fn calm() -> ClusterDescription {
         ClusterDescription {
-            name: "strandline".to_owned(),
+            name: "prod".to_owned(),
             controller: Some(BrokerId(1)),
             brokers: vec![running(1, "zone-a"), running(2, "zone-b")],
             topics: 3,
@@ -391,28 +396,38 @@ pub(super) mod tests {
     }
 
     /// Returns a cluster of five brokers: broker 1 runs, 2 stops and does not report stats, 3 drains, 4 reports failures
-    /// and a full disk, 5 is offline. The cluster has every other problem that a description can show. The texts of
-    /// `impaired` and `metadata_regressed` are those of a broker (`broker::health`).
+    /// and a full disk, 5 is offline. The cluster has every other problem that a description can show. The texts are
+    /// those that brokers send.
     pub(in crate::cli) fn troubled() -> ClusterDescription {
-        let silent = ApiError::new(ErrorCode::NotReady, "broker 2 did not respond within 1s");
+        let reason = "broker 2 does not respond: 127.0.0.1:9471: no response in 1s";
+        let silent = ApiError::new(ErrorCode::NotReady, reason);
         let two = BrokerDescription { stopping: true, stats: Some(Err(silent)), in_sync_count: 18, ..running(2, "") };
         let draining = Some(1_790_000_000_000);
         let three =
             BrokerDescription { draining_since_ms: draining, blocked: 4, disk_pressure: true, ..running(3, "zone-c") };
         let three = BrokerDescription { peer_address: "10.0.0.3:9470".to_owned(), ..three };
-        let regression = Regression::Revision { newest: Revision(9), returned: Revision(6) };
+        let regression = Regression::Revision { newest: Revision(9), returned: Revision(6) }.to_string();
+        let failure = "cannot write the journal: Input/output error (os error 5)";
+        let outage = "http://minio:9000: connection refused";
+        let maintenance =
+            "2 partitions, orders/3 for 90 s: cannot upload the segment at 0: Input/output error (os error 5)";
         let failed = BrokerStats {
-            failed: Some("the disk failed".to_owned()),
-            object_store: Some("for 75 s: connection refused".to_owned()),
-            maintenance: Some("2 partitions, orders/3 for 40 s: the upload failed: no such bucket".to_owned()),
+            failed: Some(failure.to_owned()),
+            object_store: Some(format!("for 75 s: {outage}")),
+            maintenance: Some(maintenance.to_owned()),
             impaired: vec![
+                format!("the data directory accepts no writes: {failure}"),
+                "replicas that accept no writes after an error: 20".to_owned(),
                 "disk full since 2026-11-25T14:00:00Z (75 s), appends are refused: add space, or lower \
                  local.retention.* or retention.*"
                     .to_owned(),
+                format!("object store unavailable since 2026-11-25T14:00:00Z (75 s): {outage}"),
+                format!("the metadata store returned to an older state: {regression}"),
+                format!("maintenance fails: {maintenance}"),
             ],
             not_ready: None,
             future_timestamps: Some("3 segments of 2 partitions, most in orders/3".to_owned()),
-            metadata_regressed: Some(regression.to_string()),
+            metadata_regressed: Some(regression),
             ..BrokerStats::default()
         };
         let four = BrokerDescription {
@@ -435,8 +450,10 @@ pub(super) mod tests {
             stats: None,
             ..running(5, "")
         };
-        let broken =
-            UnreadableKey { key: "/strandline/strandline/topics/x".to_owned(), error: "expected value".to_owned() };
+        let broken = UnreadableKey {
+            key: "/strandline/prod/topics/x".to_owned(),
+            error: "partitions is 0: 1 to 100000".to_owned(),
+        };
         ClusterDescription {
             controller: None,
             brokers: vec![running(1, "zone-a"), two, three, four, five],

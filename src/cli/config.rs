@@ -13,8 +13,8 @@ use crate::config::{ConfigSources, docs};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ConfigCommand {
-    /// Print every setting with its value and source, as a configuration file; with --output json, only the settings
-    /// that are set
+    /// Print every setting with its value and source, as a configuration file; with --output json, only the values,
+    /// without unset settings
     Print {
         /// Configuration file
         #[arg(long, value_name = "FILE")]

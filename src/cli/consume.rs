@@ -16,7 +16,7 @@ use super::{
     CommonArgs,
     connect::{MAX_METADATA_AGE, connect, explain, explain_read},
     format::{Printer, RecordFormat},
-    output::OutputFormat,
+    output::{self, OutputFormat},
     rack::RackArgs,
     retry_output::{ExpectedWork, RetryMonitor},
     serve::stop_signal,
@@ -32,10 +32,11 @@ const BUFFER_BYTES: usize = 64 << 10;
 
 /// Print records
 ///
-/// Waits for new records unless --until-end or --max-records is set. Without --partition, partitions that are added to
-/// the topic are read from their start, within 5 seconds. A problem that delays reading is printed on standard error
-/// while the command retries. On a terminal, control characters of records, and those that change the direction of
-/// text, are printed as escapes such as \x1b.
+/// Waits for new records; --until-end and --max-records end the command, and so do Ctrl-C and SIGTERM, with exit code
+/// 0. Without --partition and --until-end, partitions that are added to the topic are read from their start, within 5
+/// seconds. A problem that delays reading is printed on standard error while the command retries. On a terminal,
+/// control characters of records, except tab and line end, and characters that change the direction of text are printed
+/// as escapes such as \x1b.
 #[derive(Debug, Args)]
 pub(super) struct ConsumeArgs {
     /// The topic
@@ -102,7 +103,7 @@ pub(super) async fn run(common: &CommonArgs, command: ConsumeArgs) -> anyhow::Re
     let flushed = out.flush();
     let skipped = plan.consumer.skipped_records();
     if skipped > 0 {
-        eprintln!("skipped {skipped} records that cannot be decoded");
+        eprintln!("skipped {} that cannot be decoded", output::count(skipped, "record"));
     }
     printed?;
     flushed?;

@@ -16,7 +16,10 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::Args;
 
-use super::serve::{Overrides, environment, keep_files_private, print_line, serve, stop_signal};
+use super::{
+    output,
+    serve::{Overrides, environment, keep_files_private, print_line, serve, stop_signal},
+};
 use crate::{
     config::{Config, ConfigSources, LoadedConfig, default_memory_bytes},
     log,
@@ -163,7 +166,7 @@ fn reject_fixed_ports(settings: &LoadedConfig) -> anyhow::Result<()> {
 /// Returns the addresses of `count` listeners. `first` is the first address, and `flag` the option that set it.
 fn ports(first: &str, count: u32, flag: &str) -> anyhow::Result<Vec<SocketAddr>> {
     let first: SocketAddr =
-        first.parse().with_context(|| format!("{flag} {first:?} is not an address: write it like 127.0.0.1:9460"))?;
+        first.parse().with_context(|| format!("{flag} {first:?} is not an IP:PORT: write it like 127.0.0.1:9460"))?;
     let mut address = first;
     let mut addresses = vec![first];
     for _ in 1..count {
@@ -192,8 +195,8 @@ fn check_standalone_dir(data_dir: &Path) -> anyhow::Result<()> {
             data_dir.display()
         ),
         brokers => bail!(
-            "{} contains a cluster of {brokers} brokers: start it with --brokers {brokers}, or choose another \
-             --data-dir",
+            "{} contains a cluster of {brokers} brokers: start it with --brokers {brokers}, and with --etcd if it ran \
+             with etcd, or choose another --data-dir",
             data_dir.display()
         ),
     }
@@ -215,10 +218,10 @@ fn excluded_brokers_warning(data_dir: &Path, brokers: u32) -> Option<String> {
     let excluded: Vec<String> = brokers_in(data_dir).iter().filter(|id| **id > brokers).map(u32::to_string).collect();
     (!excluded.is_empty()).then(|| {
         format!(
-            "warning: {} contains more brokers than are started: records that only broker {} has are unavailable until \
-             --brokers is {} again",
+            "warning: {} contains more brokers than are started: records that exist only on broker {} are unavailable \
+             until --brokers is {} again",
             data_dir.display(),
-            excluded.join(" and "),
+            excluded.join(" or broker "),
             excluded[excluded.len() - 1]
         )
     })
@@ -250,7 +253,8 @@ fn welcome(ready: &[ServingAddresses], program: &str) -> String {
     let _infallible = match others {
         [] => write!(
             text,
-            "{partitions} partitions)\n\n  clients   {}\n  metrics   http://{}/metrics\n  data      {}\n",
+            "{})\n\n  clients   {}\n  metrics   http://{}/metrics\n  data      {}\n",
+            output::count(partitions as u64, "partition"),
             first.grpc,
             first.http,
             first.data_dir.display(),
@@ -383,7 +387,7 @@ mod tests {
         assert!(check_cluster_dir(dir.path()).is_ok());
         assert_eq!(excluded_brokers_warning(dir.path(), 2), None);
         let warning = excluded_brokers_warning(dir.path(), 1).expect("broker 2 is left out");
-        assert!(warning.contains("only broker 2 has") && warning.contains("--brokers is 2"), "{warning}");
+        assert!(warning.contains("only on broker 2 are") && warning.contains("--brokers is 2"), "{warning}");
         create_identity(dir.path());
         assert!(check_cluster_dir(dir.path()).is_err());
     }

@@ -24,13 +24,14 @@ pub(super) struct DoctorArgs {
     /// Object store URL: s3://bucket/prefix, gs://…, az://…, file:///dir or memory://
     #[arg(long, value_name = "URL", env = "STRANDLINE_OBJECT_STORE_URL")]
     object_store: String,
-    /// URL of an S3-compatible server; default: Amazon S3
+    /// URL of an S3-compatible server; default: AWS_ENDPOINT_URL_S3, else AWS_ENDPOINT_URL, else Amazon S3
     #[arg(long, value_name = "URL", env = "STRANDLINE_OBJECT_STORE_ENDPOINT")]
     endpoint: Option<String>,
-    /// S3 region; default: AWS_REGION, else us-east-1
+    /// S3 region; default: that of AWS's usual sources, such as AWS_REGION, else us-east-1
     #[arg(long, value_name = "REGION", env = "STRANDLINE_OBJECT_STORE_REGION")]
     region: Option<String>,
-    /// Put the bucket name into the URL's path instead of the host name; default: true with --endpoint
+    /// Put the bucket name into the URL's path instead of the host name; default: true with an endpoint; always true if
+    /// the endpoint is an IP address
     #[arg(
         long,
         value_name = "true|false",

@@ -111,7 +111,7 @@ fn of_broker(broker: &BrokerDescription) -> BrokerHealth {
             impaired.extend(stats.not_ready.iter().map(|reason| format!("not ready: {reason}")));
             impaired.extend(stats.impaired.iter().cloned());
         }
-        Some(Err(error)) => impaired.push(format!("does not respond: {error}")),
+        Some(Err(error)) => impaired.push(format!("its health is unknown: {error}")),
         None => {}
     }
     BrokerHealth { id: broker.id.0, state: state(broker), ready, impaired }

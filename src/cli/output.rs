@@ -12,7 +12,7 @@ pub(super) use crate::model::format_ids;
 pub(super) enum OutputFormat {
     /// Tables and sentences
     Text,
-    /// One JSON value
+    /// One JSON value; for records and batches, one per line
     Json,
 }
 

@@ -44,7 +44,7 @@ const MAX_RANGES: usize = 8;
 /// Bytes are unchanged: a carriage return is kept, an empty line is an empty value, and the last line needs no line
 /// end. Exits with code 0 only if every record was acknowledged. A problem that delays acknowledgements is printed on
 /// standard error while the command retries. Partitions that are added to the topic are used within 5 seconds. Ctrl-C
-/// and SIGTERM stop the command after its summary.
+/// and SIGTERM stop the command after its summary, with exit code 1.
 #[derive(Debug, Args)]
 pub(super) struct ProduceArgs {
     /// The topic
@@ -141,7 +141,7 @@ impl PartitionAcks {
         let shown: Vec<String> =
             self.ranges.iter().take(MAX_RANGES).map(|(start, end)| format!("{start}..{end}")).collect();
         let omitted = self.ranges.len().saturating_sub(MAX_RANGES);
-        let tail = if omitted > 0 { format!(" and {omitted} more ranges") } else { String::new() };
+        let tail = if omitted > 0 { format!(" and {omitted} more") } else { String::new() };
         if shown.is_empty() { "unknown with acks=0".to_owned() } else { shown.join(", ") + &tail }
     }
 }
@@ -218,16 +218,16 @@ async fn produce(common: &CommonArgs, command: &ProduceArgs, outstanding: &mut O
     monitor.beside(&bar);
     let producer = tokio::select! {
         biased;
-        () = &mut stop => bail!("interrupted"),
+        () = &mut stop => bail!("interrupted by a signal"),
         started = monitor.run_with_retry_output(None, start(&client, command)) => started?,
     };
     let sent = tokio::select! {
         biased;
-        () = &mut stop => Err(anyhow!("interrupted")),
+        () = &mut stop => Err(anyhow!("interrupted by a signal")),
         sent = monitor.run_with_retry_output(None, send_all(command, &producer, outstanding, &bar)) => {
             tokio::select! {
                 biased;
-                () = &mut stop => sent.and(Err(anyhow!("interrupted"))),
+                () = &mut stop => sent.and(Err(anyhow!("interrupted by a signal"))),
                 finished = monitor.run_with_retry_output(None, finish(&producer, outstanding)) => sent.and(finished),
             }
         }

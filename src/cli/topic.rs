@@ -284,7 +284,9 @@ fn notes(partition: &PartitionDescription) -> Vec<String> {
         notes.push(format!("the watermarks of partition {number} are unavailable: {error}"));
     }
     if let Some(error) = &partition.error {
-        notes.push(format!("partition {number} accepts no writes: {error}; see `strandline cluster describe`"));
+        notes.push(format!(
+            "a replica of partition {number} accepts no writes: {error}\n  see `strandline cluster health`"
+        ));
     }
     if !(partition.adding.is_empty() && partition.removing.is_empty()) {
         let changes: Vec<String> = [("adding", &partition.adding), ("removing", &partition.removing)]
@@ -388,7 +390,7 @@ mod tests {
             error: None,
             leader_error: None,
         };
-        let no_leader = ApiError::new(ErrorCode::NoLeader, "partition 1 has no leader");
+        let no_leader = ApiError::new(ErrorCode::NoLeader, "partition 1 has no leader: start broker 1 or 2");
         let waiting = PartitionDescription {
             partition: 1,
             leader: None,
@@ -402,7 +404,8 @@ mod tests {
             watermarks: Watermarks { tiered_end: offset(5), ..Watermarks::default() },
             ..led.clone()
         };
-        let failed = ApiError::new(ErrorCode::StorageFailed, "the disk failed");
+        let reason = "cannot sync a segment: Input/output error (os error 5)";
+        let failed = ApiError::new(ErrorCode::StorageFailed, reason);
         let broken = PartitionDescription { partition: 2, adding: vec![], error: Some(failed), ..led.clone() };
         let config = ConfigMap::from([("retention.ms".to_owned(), "86400000".to_owned())]);
         let summary = TopicSummary {

@@ -35,7 +35,7 @@ impl fmt::Display for ValueSource {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The configuration file cannot be read.
-    #[error("configuration file {} cannot be read: {source}", path.display())]
+    #[error("configuration file {} cannot be read: {source}: name a readable file with --config", path.display())]
     Unreadable { path: PathBuf, source: io::Error },
     #[error("{origin}: there is no setting {key:?}{}", suggestion(near.as_deref()))]
     Unknown {

@@ -97,8 +97,8 @@ pub enum DataDirError {
         free: u64,
     },
     /// The identity file does not parse.
-    #[error("{} is corrupt ({reason}): restore the file, or move the data directory away so that the broker copies its \
-        data again",
+    #[error("{} is corrupt ({reason}): restore the file, or move the data directory away; a broker of a cluster then \
+        copies its replicas again, and a standalone broker starts without records",
         file.display())]
     Corrupt {
         /// Path of the file.
@@ -129,7 +129,8 @@ pub enum ReplicaError {
     },
     /// Acknowledged data is missing. The files stay unchanged.
     #[error("partition {id} has lost data below its persisted end {persisted} ({reason}), and its files in {} are kept \
-        but not served: delete this replica to copy the partition again", dir.display())]
+        but not served: a broker of a cluster copies the partition again once another broker leads it; otherwise \
+        restore the files", dir.display())]
     Lost {
         /// Partition of the replica.
         id: PartitionId,

@@ -83,7 +83,7 @@ pub enum PartitionError {
     /// standalone.
     #[error(
         "the replica of partition {id} ends at {log_end}, below {committed}, the end of the object store or the log \
-         start: the replica must copy its log again"
+         start: its log is copied again once another replica leads"
     )]
     Lost {
         id: PartitionId,

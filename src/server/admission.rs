@@ -109,8 +109,7 @@ impl ClusterAdmission<'_> {
             !known.is_empty(),
             "the metadata store has no keys below {prefix}, but this data directory belongs to that cluster: check \
              that metadata.etcd names the right etcd; if etcd lost its data, restore a backup; an empty data \
-             directory starts without \
-             the records that only this directory has"
+             directory would lack the records that only this directory has"
         );
         anyhow::bail!(
             "the metadata store has neither this data directory nor any of its topics below {prefix}: this is another \
@@ -131,9 +130,8 @@ impl ClusterAdmission<'_> {
         anyhow::ensure!(
             generation >= recorded,
             "the metadata store is at cluster generation {generation}, and this data directory at generation \
-             {recorded}: the metadata store is older than the directory. Restore a newer backup of etcd; or stop all \
-             brokers and run `strandline \
-             cluster new-generation --above {recorded}`"
+             {recorded}: the metadata store is older than the directory; restore a newer backup of etcd, or stop all \
+             brokers and run `strandline cluster new-generation --config FILE --above {recorded}`"
         );
         Ok(generation)
     }

@@ -94,8 +94,8 @@ pub enum BindingError {
     /// than the objects.
     #[error(
         "the metadata store is at cluster generation {ours}, and {url}/cluster.json at the later generation \
-         {theirs}: restore a newer backup of etcd, or stop all brokers and run `strandline cluster new-generation`, \
-         which sets a generation above both"
+         {theirs}: restore a newer backup of etcd, or stop all brokers and run `strandline cluster new-generation \
+         --config FILE`, which sets a generation above both"
     )]
     Generation { url: String, ours: u64, theirs: u64 },
     #[error("the bucket of {url} does not exist: create it, or correct object_store.url")]

@@ -144,7 +144,7 @@ fn standalone_broker_refuses_too_many_partitions() {
     assert!(error.contains("would hold 3") && error.contains("its limit is 1"), "{error}");
     instance.cli().ok_with(&["produce", "orders"], b"one\n");
     let text = output_of(&instance.cli(), "cluster describe");
-    assert!(text.contains("broker 1 has 2 replicas, the maximum (broker.max_replicas)"), "{text}");
+    assert!(text.contains("broker 1 has 2 replicas, so broker.max_replicas is reached"), "{text}");
     broker.terminate();
 }
 

@@ -42,8 +42,7 @@ impl ManifestRebuilder {
         let Some(stored) = state.topic(&topic) else { return Err(UnknownTopic::new(&request.topic).into()) };
         if number >= stored.value.partitions {
             let count = stored.value.partitions;
-            let message =
-                format!("topic {topic} has no partition {number}: it has {count} partitions, numbered from 0");
+            let message = format!("topic {topic} has no partition {number}: it has {count}, numbered from 0");
             return Err(ApiError::new(ErrorCode::UnknownPartition, message));
         }
         let id = PartitionId::new(stored.value.id, number);

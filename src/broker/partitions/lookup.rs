@@ -65,7 +65,7 @@ pub(in crate::broker) enum LookupError {
         requested: TopicId,
     },
     /// The topic has no partition with this number.
-    #[error("topic {topic:?} has no partition {partition}: it has {count} partitions, numbered from 0")]
+    #[error("topic {topic:?} has no partition {partition}: it has {count}, numbered from 0")]
     UnknownPartition {
         topic: String,
         /// Requested partition number.

@@ -43,7 +43,8 @@ pub(in crate::cli) struct BenchConsumeArgs {
     /// Start position: earliest, latest, an offset, or @ and a time
     #[arg(long, value_name = "W", default_value = "earliest")]
     from: StartPosition,
-    /// Stop after this many records, and wait for them if needed; default: stop at the current log end
+    /// Stop after this many records, and wait for them if needed; default: stop at the current end of the committed
+    /// records
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     records: Option<u64>,
     /// Number of consumers; each has its own connection and a share of the partitions

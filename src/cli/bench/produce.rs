@@ -65,7 +65,7 @@ pub(in crate::cli) struct BenchProduceArgs {
     /// Codec: none, gzip, snappy, lz4 or zstd
     #[arg(long, value_name = "CODEC", default_value = "none", value_parser = produce::compression)]
     compression: Compression,
-    /// Batch size in bytes: at most 67108864, and at most the topic's max.message.bytes
+    /// Batch size in bytes, at most 67108864; a lower max.message.bytes of the topic applies instead
     #[arg(long, value_name = "B", default_value_t = 65536, value_parser = clap::value_parser!(u32).range(1..=MAX_BATCH_BYTES))]
     batch_size: u32,
     /// Milliseconds for which a batch waits for more records

@@ -290,7 +290,7 @@ fn remaining(requested: &[Reassignment], active: &[Reassignment]) -> RemainingWo
     let remaining: Vec<&Reassignment> = active.iter().filter(is_requested).collect();
     let queued_count = remaining.iter().filter(|reassignment| reassignment.queued).count();
     let count = u64::try_from(remaining.len()).unwrap_or(u64::MAX);
-    let queued = if queued_count == 0 { String::new() } else { format!(", {queued_count} of them queued") };
+    let queued = if queued_count == 0 { String::new() } else { format!(" (queued: {queued_count})") };
     RemainingWork {
         count,
         text: format!("{} to move{queued}", output::count(count, "partition")),

@@ -12,14 +12,14 @@ use crate::{
 /// Rebuild a partition's lost manifest from the objects that are left
 ///
 /// The manifest lists a partition's segment objects. The partition's leader rebuilds a lost manifest by itself if the
-/// remaining segments are the committed ones. Else this command shows the remaining and the missing segments, and
-/// prompts before any records are abandoned.
+/// remaining segments are the committed ones. If they may differ, this command shows the remaining and the missing
+/// segments, and prompts before the rebuild, which may abandon records.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct RebuildManifestArgs {
     /// The partition
     #[arg(value_name = "TOPIC/N", value_parser = parse_partition)]
     name: TopicOrPartition,
-    /// Do not prompt; required without a terminal
+    /// Do not prompt; required without a terminal if the remaining segments may differ from the committed ones
     #[arg(long)]
     yes: bool,
 }

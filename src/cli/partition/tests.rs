@@ -57,7 +57,7 @@ fn wait_counts_only_requested_reassignments() {
     let work = |active: &[Reassignment]| remaining(&requested, active);
     assert_eq!(work(std::slice::from_ref(&other)).count, 0);
     let two = work(&[moving(), other, Reassignment { queued: true, partition: 4, ..moving() }]);
-    assert_eq!((two.count, &*two.text), (2, "2 partitions to move, 1 of them queued"));
+    assert_eq!((two.count, &*two.text), (2, "2 partitions to move (queued: 1)"));
     assert_eq!(work(&[moving()]).text, "1 partition to move");
 }
 
@@ -76,6 +76,8 @@ fn replica(broker: u32, in_sync: bool, ends: Option<(u64, u64)>) -> ReplicaDescr
 
 fn unclean() -> ElectionResult {
     let offset = |value| Offset::new(value).expect("small");
+    // An unclean election began epoch 6, and lost the records 120..150 of this replica.
+    let older = Ok((offset(150), offset(150), Some(LeaderEpoch(5))));
     ElectionResult {
         leader: BrokerId(2),
         leader_epoch: LeaderEpoch(9),
@@ -84,7 +86,7 @@ fn unclean() -> ElectionResult {
         replicas: vec![
             replica(1, true, None),
             replica(2, false, Some((100, 120))),
-            replica(3, false, Some((150, 110))),
+            ReplicaDescription { positions: older, ..replica(3, false, None) },
         ],
         lost: offset(120)..offset(150),
         discard_local: false,

@@ -153,7 +153,10 @@ pub(super) fn format_consequences(topic: &str, number: u32, dry_run: &ElectionRe
             dry_run.leader
         ));
     } else {
-        lines.push(format!("broker {} has the most complete log", dry_run.leader));
+        lines.push(format!(
+            "broker {} has the newest log: the highest last epoch, and with that epoch the highest log end",
+            dry_run.leader
+        ));
     }
     if !lost.is_empty() {
         let records = output::count(lost.end.since(lost.start), "committed record");
@@ -163,7 +166,7 @@ pub(super) fn format_consequences(topic: &str, number: u32, dry_run: &ElectionRe
         dry_run.replicas.iter().filter(|replica| replica.positions.is_err()).map(|replica| replica.broker).collect();
     match unresponsive.is_empty() {
         false => lines.push(format!(
-            "records that only broker {} has would be lost as well, acknowledged or not",
+            "records that exist only on broker {} would be lost as well, acknowledged or not",
             format_ids(&unresponsive)
         )),
         true if is_empty => {}

@@ -85,7 +85,7 @@ impl TopicContent {
         let unknown = match unresponsive {
             0 => String::new(),
             _ => format!(
-                "; the leaders of {} did not respond",
+                "; not counted: {}, without a response from the leader",
                 output::count(u64::try_from(*unresponsive).unwrap_or(u64::MAX), "partition")
             ),
         };
@@ -108,7 +108,8 @@ impl TopicContent {
                 let bytes =
                     if *unresponsive == 0 { format!(", {},", output::bytes(*tiered_bytes)) } else { String::new() };
                 format!(
-                    "{deleted}; its objects in the object store{bytes} are deleted within {} (tier.garbage_grace)",
+                    "{deleted}; its objects in the object store{bytes} are deleted within {} (tier.garbage_grace, and \
+                     the time until the next garbage collection)",
                     humantime::format_duration(Duration::from_secs(grace.as_secs().max(1)))
                 )
             }
@@ -200,13 +201,13 @@ mod tests {
         assert_eq!(
             content().deleted_message(two_hours),
             "deleted topic orders; its objects in the object store, 3.00 MiB, are deleted within 2h \
-             (tier.garbage_grace)"
+             (tier.garbage_grace, and the time until the next garbage collection)"
         );
         assert_eq!(content().deleted_message(None), "deleted topic orders");
         let empty = TopicContent { tiered_bytes: 0, ..content() };
         assert_eq!(empty.deleted_message(two_hours), "deleted topic orders");
         let partly_known = TopicContent { unresponsive: 1, ..empty };
-        assert!(partly_known.sentence().ends_with("; the leaders of 1 partition did not respond"));
+        assert!(partly_known.sentence().ends_with("; not counted: 1 partition, without a response from the leader"));
         assert!(
             partly_known.deleted_message(two_hours).contains("its objects in the object store are deleted within 2h")
         );

@@ -507,9 +507,8 @@ impl ConsumerDriver {
                 }
             } else if self.has_no_target(&topic, partition) {
                 has_leaderless = true;
-                let message = format!(
-                    "the partition has no leader: `strandline topic describe {topic}` names the awaited brokers"
-                );
+                let message =
+                    format!("the partition has no leader: `strandline topic describe {topic}` shows how it gets one");
                 self.report_problem(&topic, partition, FetchProblem::Leader, &message);
             }
         }

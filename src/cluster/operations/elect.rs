@@ -60,7 +60,7 @@ pub enum ElectError {
         id: BrokerId,
     },
     /// The requested broker has no replica or is not live.
-    #[error("broker {id} cannot lead {partition}: of its replicas, {} are online", IdList(live))]
+    #[error("broker {id} cannot lead {partition}, because it has no online replica there (online: {})", IdList(live))]
     NotLiveReplica {
         /// The partition, as `topic/number`.
         partition: String,
@@ -72,7 +72,7 @@ pub enum ElectError {
     /// An unclean election was requested, and no live replica reported a usable log. A replica with an unusable log may
     /// be elected instead, but only if the object store has records of the partition and the brokers of all live
     /// replicas respond.
-    #[error("no replica of {partition} responds, so none can lead: start {}", any_of(replicas))]
+    #[error("no replica of {partition} reports a usable log, so none can lead: start {}", any_of(replicas))]
     NoResponse {
         /// The partition, as `topic/number`.
         partition: String,
@@ -141,9 +141,9 @@ fn unclean_election_hint(waited_for: &[BrokerId]) -> String {
              none holds"
             .to_owned(),
         _ => format!(
-            "it waits for broker {}; start it, or, if it is offline permanently, elect with --unclean, which loses the \
-             records that only it holds",
-            IdList(waited_for)
+            "the partition waits for {}; start it, or, if that is permanently impossible, elect with --unclean, which \
+             loses the records that no other replica holds",
+            any_of(waited_for)
         ),
     }
 }

@@ -42,7 +42,7 @@ pub enum ReassignError {
     },
     /// Some brokers hold no replica of the partition and are offline, so they cannot copy.
     #[error(
-        "partition {partition} cannot be assigned to {}, offline and without a replica of it: start the brokers first",
+        "partition {partition} cannot be assigned to {}, offline and without a replica of it: start each first",
         BrokerList(ids)
     )]
     Offline {
@@ -53,7 +53,8 @@ pub enum ReassignError {
     },
     /// Some requested brokers are drained: the controller would move their replicas to other brokers again.
     #[error(
-        "no replica can be assigned to {}, being drained: leave it out, or run `strandline broker undrain` first",
+        "no replica can be assigned to {}, being drained: name other brokers, or run `strandline broker undrain \
+         ID` first",
         BrokerList(ids)
     )]
     Draining {
@@ -62,8 +63,8 @@ pub enum ReassignError {
     },
     /// Some brokers hold no replica of the partition and are under disk pressure.
     #[error(
-        "partition {partition} cannot be assigned to {}, under disk pressure (broker.disk_pressure_percent): leave it \
-         out, or free space there",
+        "partition {partition} cannot be assigned to {}, under disk pressure (broker.disk_pressure_percent): name \
+         other brokers, or free space there",
         BrokerList(ids)
     )]
     DiskPressure {
@@ -75,8 +76,8 @@ pub enum ReassignError {
     /// Some brokers hold no replica of the partition, and other brokers cannot reach them: a replica there would never
     /// be in sync.
     #[error(
-        "partition {partition} cannot be assigned to {}, registered without an address for other brokers: leave it \
-         out, or run the same version everywhere",
+        "partition {partition} cannot be assigned to {}, registered without an address for other brokers: name \
+         other brokers, or run the same version everywhere",
         BrokerList(ids)
     )]
     Unreachable {

@@ -26,7 +26,7 @@ pub enum AlterError {
     #[error("topic configuration {key:?} is both set and unset: choose one")]
     SetAndUnset { key: String },
     /// The replication factor is 0 or exceeds `limits::MAX_REPLICAS`.
-    #[error("a topic cannot have a replication factor of {requested}: 1 to {}", limits::MAX_REPLICAS)]
+    #[error("a topic cannot have a replication factor of {requested}: use 1 to {}", limits::MAX_REPLICAS)]
     Replicas {
         /// Requested replication factor.
         requested: u32,
@@ -69,7 +69,7 @@ pub enum AddPartitionsError {
         requested: u32,
     },
     /// The requested number of partitions exceeds `limits::MAX_PARTITIONS`.
-    #[error("a topic cannot have {requested} partitions: 1 to {}", limits::MAX_PARTITIONS)]
+    #[error("a topic cannot have {requested} partitions: use 1 to {}", limits::MAX_PARTITIONS)]
     TooMany {
         /// Requested number of partitions.
         requested: u32,

@@ -37,13 +37,13 @@ pub enum CreateError {
     #[error("topic {:?} exists already", name.as_str())]
     Exists { name: TopicName },
     /// The number of partitions is 0 or exceeds `limits::MAX_PARTITIONS`.
-    #[error("a topic cannot have {requested} partitions: 1 to {}", limits::MAX_PARTITIONS)]
+    #[error("a topic cannot have {requested} partitions: use 1 to {}", limits::MAX_PARTITIONS)]
     Partitions {
         /// Requested number of partitions.
         requested: u32,
     },
     /// The replication factor is 0 or exceeds `limits::MAX_REPLICAS`.
-    #[error("a topic cannot have a replication factor of {requested}: 1 to {}", limits::MAX_REPLICAS)]
+    #[error("a topic cannot have a replication factor of {requested}: use 1 to {}", limits::MAX_REPLICAS)]
     Replicas {
         /// Requested replication factor.
         requested: u32,

@@ -31,8 +31,8 @@ pub enum AppendError {
     DiskFull,
     /// A write or sync failed. The replica accepts no writes until the broker is restarted on an intact disk.
     #[error(
-        "writing to this broker's disk failed: {reason}: repair the disk and restart the broker; the partition \
-         accepts no writes until then"
+        "writing to this broker's disk failed: {reason}: repair the disk and restart the broker; this replica accepts \
+         no writes until then"
     )]
     StorageFailed {
         /// Cause of the failure.

@@ -93,7 +93,10 @@ pub enum AdmitError {
         needed: usize,
     },
     /// A gap in a producer's sequence: the batches before this one were not written.
-    #[error("producer {producer} sent sequence {sent} instead of {expected}: an earlier batch is missing")]
+    #[error(
+        "producer {producer} sent sequence {sent} instead of {expected}: an earlier batch is missing; start a new \
+         producer"
+    )]
     OutOfOrder {
         /// Producer id.
         producer: i64,
@@ -106,7 +109,7 @@ pub enum AdmitError {
     /// batches for one sequence.
     #[error(
         "producer {producer} sent sequence {sent}, and another batch with that sequence is stored at offset {base}: \
-         this batch is not a retry and was not appended"
+         this batch is not a retry and was not appended; start a new producer"
     )]
     SequenceConflict {
         /// Producer id.
@@ -117,7 +120,7 @@ pub enum AdmitError {
         base: Offset,
     },
     /// A newer epoch of the same producer has written.
-    #[error("producer {producer} epoch {epoch} is fenced by epoch {current}")]
+    #[error("epoch {epoch} of producer {producer} is fenced, because epoch {current} has written: stop this producer")]
     Fenced {
         /// Producer id.
         producer: i64,
@@ -144,7 +147,10 @@ pub enum AdmitError {
         limit_ms: u64,
     },
     /// The partition has no state of this producer, and the batch does not start at sequence 0.
-    #[error("the partition has no state of producer {producer}, and the batch starts at sequence {sent}, not 0")]
+    #[error(
+        "the partition has no state of producer {producer}, and the batch starts at sequence {sent}, not 0: start a \
+         new producer"
+    )]
     UnknownProducer {
         /// Producer id.
         producer: i64,

@@ -170,7 +170,7 @@ async fn clock_skew(probe: &impl StoreProbe, folder: &str) -> Result<String, Str
 async fn list(probe: &impl StoreProbe, folder: &str) -> Result<String, String> {
     let keys = probe.list(folder).await?;
     if keys.iter().any(|key| key.ends_with("/small")) {
-        Ok(format!("{} objects listed, including the new one", keys.len()))
+        Ok(format!("listed objects: {}, including the new one", keys.len()))
     } else {
         Err("a new object is not in the list".to_owned())
     }
@@ -256,7 +256,7 @@ async fn s3_checks(s3: &S3Admin, folder: &str) -> [StoreCheck; 2] {
     };
     let checksum = StoreCheck { name: CHECKSUM.0, outcome, detail, meaning: CHECKSUM.1 };
     let (outcome, detail) = match s3.uploads().await {
-        Ok(uploads) => (CheckOutcome::Pass, format!("{} incomplete uploads below this prefix", uploads.len())),
+        Ok(uploads) => (CheckOutcome::Pass, format!("incomplete uploads below this prefix: {}", uploads.len())),
         Err(error) => (CheckOutcome::Unsupported, error),
     };
     [checksum, StoreCheck { name: UPLOADS.0, outcome, detail, meaning: UPLOADS.1 }]

@@ -49,7 +49,7 @@ fn reassignments_are_queued_and_can_be_waited_for() {
     let order = ["partition", "reassign", "orders/2", "--replicas", &again.to_string(), "--wait"];
     let late = cli.run(&[&order[..], &["--timeout", "1"]].concat());
     assert_eq!(late.code, 1, "{late:?}");
-    let reason = "timed out after 1 s: 1 partition to move, 1 of them queued; the operation continues";
+    let reason = "timed out after 1 s: 1 partition to move (queued: 1); the operation continues";
     assert!(late.stderr.contains(reason), "{late:?}");
     let done = cli.ok(&[&order[..], &["--output", "json"]].concat()).json();
     assert_eq!((&done[0]["isr"], &done[0]["adding"], &done[0]["queued"]), (&json!([again]), &json!([]), &json!(false)));

@@ -61,7 +61,7 @@ impl ProducerDriver {
                 continue;
             } else {
                 let topic = &state.queue.topic;
-                format!("the partition has no leader: `strandline topic describe {topic}` names the awaited brokers")
+                format!("the partition has no leader: `strandline topic describe {topic}` shows how it gets one")
             };
             self.report_problem(index, problem);
             has_waiting = true;
