@@ -95,9 +95,10 @@ const HEAD: &str = "\
 `strandline broker --config FILE` reads a TOML file. Every setting also has an environment variable, which has \
 precedence over the file. A flag of the command line has precedence over both. An environment variable that is set and \
 empty counts as not set. A setting that does not exist, and a value that is not allowed, are errors that name the \
-line, variable or flag. A variable that begins with `STRANDLINE_` and names no setting is an error too. `--set KEY=VALUE` sets any \
-setting, and a topic default as `topic_defaults.retention.ms`. `strandline config print` prints the effective values \
-and their sources.
+line, variable or flag. A variable that begins with `STRANDLINE_` and names no setting is an error too, except \
+`STRANDLINE_BOOTSTRAP` and `STRANDLINE_RACK` of the client commands, and the variables that Kubernetes sets for a \
+service. `--set KEY=VALUE` sets any setting, and a topic default as `topic_defaults.retention.ms`. `strandline config \
+print --config FILE` prints the values of the file, the environment and the defaults, with their sources.
 
 Sizes are bytes, or text with `KiB`, `MiB`, `GiB` or `TiB`. Times are text with their unit: `500ms`, `30s`, `5m`, \
 `1h`, `7d`. The [glossary](glossary.md) defines the terms.

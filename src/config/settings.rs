@@ -220,12 +220,14 @@ settings! {
             "Rack or zone of the broker: the replicas of a partition are spread over racks. Unset: none.";
         data_dir: PathBuf = Path, Fixed("./data"), "Data directory.";
         disk_pressure_percent: u64 = Number(1..=100), Fixed("85"),
-            "Disk usage of data_dir in percent above which the broker gets no new replicas, until usage is five \
+            "Usage in percent of the disk of data_dir above which the broker gets no new replicas, until usage is five \
              percentage points lower. 100 means never.";
         max_replicas: u32 = Number(1..=10_000_000), ReplicasInMemory,
-            "Maximum number of replicas on this broker. Each replica uses memory, even while it is idle.";
+            "Maximum number of replicas that are placed on this broker. Each replica uses memory, even while it is \
+             idle.";
         shutdown_timeout: Duration = Time(0..=DAY), Fixed("30s"),
-            "Maximum time for which a stop waits for work in progress.";
+            "Maximum time for which a stop waits for open calls. Before that, the broker transfers its leaderships, \
+             for at most half of this time.";
         catch_up_timeout: Duration = Time(0..=DAY), Fixed("60s"),
             "Maximum time after the start for which /readyz fails because a replica has not been in sync yet.";
     }
@@ -244,9 +246,9 @@ settings! {
         listen: SocketAddr = Listen, PeerPort,
             "Listen address for other brokers; clients never connect to it. Port 0 selects a free port.";
         advertise: Option<String> = HostPort, Unset,
-            "Address at which other brokers connect. Unset: the port of peer.listen with the host of grpc.advertise; \
-             without grpc.advertise, the host of peer.listen, or of grpc.listen if peer.listen is 0.0.0.0 or `[::]`. \
-             Port 0 stands for the listen port.";
+            "Address at which other brokers connect. Unset: the port of peer.listen with the host of grpc.advertise. \
+             Without grpc.advertise, or if peer.listen has port 0 and one IP address, the host is that of peer.listen, \
+             or of grpc.listen if peer.listen is 0.0.0.0 or `[::]`. Port 0 stands for the listen port.";
     }
 
     http: HttpConfig, "Metrics and health." {
@@ -268,7 +270,8 @@ settings! {
             "File that contains only the password of etcd_user. Unset: no login.";
         // With a timeout below 100 ms, a busy member would count as failed.
         request_timeout: Duration = Time(100..=10 * SECOND), Fixed("1s"),
-            "Timeout of one request to one etcd member, after which another member is tried.";
+            "Timeout of one request to one etcd member. Then the next member is tried, unless the request may have \
+             changed the metadata.";
         session_timeout: Duration = Time(2 * SECOND..=60 * SECOND), Fixed("6s"),
             "Time after which an unresponsive broker loses the leadership of its partitions. The exit of its process \
              is detected sooner.";
@@ -280,34 +283,39 @@ settings! {
         url: Option<String> = Text, Unset,
             "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file:///directory or memory://. Unset: all \
              segments stay on local disk.";
-        endpoint: Option<String> = Text, Unset, "URL of an S3-compatible server. Unset: the vendor's endpoint.";
-        region: Option<String> = Text, Unset, "Region of the bucket. Unset: AWS_REGION, else us-east-1.";
+        endpoint: Option<String> = Text, Unset,
+            "URL of an S3-compatible server, for s3:// URLs only. Unset: AWS_ENDPOINT_URL_S3, else AWS_ENDPOINT_URL, \
+             else the endpoint of AWS.";
+        region: Option<String> = Text, Unset,
+            "Region of the bucket, for s3:// URLs only. Unset: AWS_REGION, else AWS_DEFAULT_REGION, else us-east-1.";
         path_style: Option<bool> = Flag, Unset,
             "Whether request URLs have the bucket name in the path instead of the host name. Unset: true if an \
-             endpoint is set, because most S3-compatible servers require this.";
+             endpoint is set, because most S3-compatible servers require this. If the endpoint has an IP address, the \
+             name is always in the path.";
     }
 
-    replication: ReplicationConfig, "Copies on other brokers. The same on every broker." {
+    replication: ReplicationConfig, "Copies on other brokers. Use the same values on every broker." {
         default_factor: u32 = Number(1..=32), Fixed("1"), "Replication factor of topics that are created without one.";
         max_lag_time: Duration = Time(SECOND..=HOUR), Fixed("6s"),
             "Maximum time for which an in-sync replica may lag behind the log end before it leaves the ISR.";
         catchup_bytes_per_second: Option<u64> = Bytes(0..=TIB), Fixed("0"),
-            "Bytes per second that out-of-sync replicas of one broker copy from this broker, all together; 0 means no \
-             limit.";
+            "Bytes per second that the out-of-sync replicas of all other brokers together copy from this broker; 0 \
+             means no limit.";
     }
 
-    controller: ControllerConfig, "Changes that the controller makes by itself. The same on every broker." {
+    controller: ControllerConfig, "Changes that the controller makes by itself. Use the same values on every broker." {
         replace_after: Option<Duration> = Time(0..=365 * DAY), Fixed("30m"),
             "Time after which the replicas of an offline broker are replaced on other brokers; 0 means never.";
         max_concurrent_reassignments: usize = Number(1..=10_000), Fixed("8"),
-            "Maximum number of partitions that are reassigned at the same time.";
+            "Maximum number of partitions that are reassigned at the same time. A reassignment that copies nothing may \
+             start above the limit.";
         balance: bool = Flag, Fixed("true"),
-            "Whether partitions move to brokers with fewer partitions, such as new brokers.";
+            "Whether replicas move to brokers with fewer replicas, such as new brokers.";
     }
 
     log: LogConfig, "Segments and journal on local disk." {
         journal_bytes: u64 = Bytes(16 * MIB..=TIB), Fixed("256MiB"),
-            "Size of the journal, the write-ahead log of all partitions, in bytes.";
+            "Maximum size of the journal, the write-ahead log of all partitions, in bytes.";
         journal_dir: Option<PathBuf> = Path, Unset,
             "Directory of the journal, for example on a separate device. Unset: in the data directory.";
         accept_journal_loss: bool = Flag, Fixed("false"),
@@ -320,8 +328,7 @@ settings! {
 
     cache: CacheConfig, "The cache for reads from the object store." {
         memory_bytes: u64 = Bytes(2 * MIB..=TIB), MemoryShare { sixteenths: 1, max_bytes: Some(128 * MIB) },
-            "Bytes of object store reads that are cached in memory. A read that needs several requests reuses the \
-             results of the earlier ones.";
+            "Bytes of segments, manifests and footers from the object store that are cached in memory.";
         disk_bytes: u64 = Bytes(0..=1024 * TIB), Fixed("1GiB"),
             "Bytes of repeated object store reads that are cached on disk; 0 means no disk cache. Reads from a \
              `file://` store are not cached on disk.";
@@ -332,38 +339,43 @@ settings! {
         upload_concurrency: usize = Number(1..=256), Fixed("4"),
             "Maximum number of segments that are uploaded at the same time.";
         garbage_grace: Duration = Time(0..=3650 * DAY), Fixed("1h"),
-            "Time after which an orphan object is deleted. An object that is uploaded and not committed yet is an \
-             orphan too: a value below a few minutes is for trials, and may delete the objects of a slow upload.";
+            "Minimum age at which garbage collection deletes an orphan object. An object that is uploaded and not \
+             committed yet is an orphan too: a value below a few minutes is for trials, and may delete the objects of \
+             a slow upload.";
         check_interval: Duration = Time(SECOND..=DAY), Fixed("5s"),
             "Interval between two checks of retention and uploads of each partition.";
         fetch_max_wait: Duration = Time(SECOND..=60 * SECOND), Fixed("5s"),
-            "Maximum time for which one read waits for records in the object store, regardless of its max_wait_ms. \
-             Kafka's remote.fetch.max.wait.ms (KIP-1018). A started fetch continues after the read ends, and the next \
-             read finds its result.";
+            "Maximum time for which one Read call waits for existing records in the object store or on disk, \
+             regardless of its max_wait_ms. Kafka's remote.fetch.max.wait.ms (KIP-1018). A started fetch from the \
+             object store continues after the call ends, and the next read finds its result.";
     }
 
     limits: LimitsConfig, "Limits on memory, connections and producer ids." {
         memory_bytes: u64 = Bytes(64 * MIB..=1024 * TIB), MachineMemory,
-            "Maximum memory in bytes that clients can make the broker use. The settings whose default is a share of it \
-             are its parts. If some parts are set, the defaults of the other parts are shares of the remaining memory.";
+            "Maximum memory in bytes that clients can make the broker use, apart from connections and producer state. \
+             The settings whose default is a share of it are its parts. If the parts that are set leave less than the \
+             shares of the other parts, these divide the remaining memory.";
         produce_memory_bytes: u64 = Bytes(MIB..=TIB), MemoryShare { sixteenths: 4, max_bytes: Some(256 * MIB) },
-            "Maximum bytes of batches that wait for their acknowledgement; above it, producers are throttled.";
+            "Maximum bytes of batches that wait for their acknowledgement. At the limit, producers wait, and get \
+             OVERLOADED after their timeout.";
         request_memory_bytes: u64 = Bytes(MIB..=TIB), MemoryShare { sixteenths: 3, max_bytes: None },
             "Maximum bytes of requests until their batches wait for an acknowledgement. One connection gets a quarter \
              of it. At the limit, the broker stops reading from senders, and requests that do not arrive in time end \
              with OVERLOADED.";
         response_memory_bytes: u64 = Bytes(MIB..=TIB), MemoryShare { sixteenths: 4, max_bytes: None },
-            "Maximum bytes of responses with records until they are sent. One connection gets a quarter of it. At the \
-             limit, responses are small and delayed.";
+            "Maximum bytes of responses until they are sent. One connection gets a quarter of it. At the limit, \
+             responses are small and delayed, or end with OVERLOADED.";
         decompression_memory_bytes: u64 = Bytes(MIB..=TIB), MemoryShare { sixteenths: 2, max_bytes: Some(512 * MIB) },
-            "Maximum bytes of all decompressed batches: for reads of decoded records, and for topics that set \
-             compression.type. A batch uses up to three times the size of its records; a larger batch is refused.";
+            "Maximum bytes of all decompressed batches: for reads of decoded records, searches by time, and topics \
+             that set compression.type. A batch uses two to three times the size of its records; a compressed batch \
+             that needs more than seven eighths of the limit is refused.";
         producer_ids_per_minute: u32 = Number(1..=1_000_000), Fixed("1000"),
             "Maximum number of idempotent producers that one connection may start per minute. Batches with a producer \
              id that the cluster never issued count too.";
         connections_per_address: Option<usize> = Number(1..=1 << 30), Unset,
             "Maximum number of connections of one address, or one /64 of IPv6, to the gRPC listener, and to the HTTP \
-             listener; above it, new connections replace idle ones. Unset: half of the listener's connections.";
+             listener. Above it, a new connection replaces an idle one, or serves only probes. Unset: half of the \
+             listener's connections.";
     }
 
     telemetry: TelemetryConfig, "Logging." {

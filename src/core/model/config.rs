@@ -36,7 +36,7 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         name: "compression.type",
         default: "producer",
         allowed: "producer, uncompressed, gzip, snappy, lz4 or zstd",
-        doc: "`producer` stores batches as the producer sent them. With any other value the leader stores every batch in that codec, and refuses a batch whose records take more than 64 MiB uncompressed.",
+        doc: "`producer` stores batches as the producer sent them. With any other value the leader stores every batch in that codec, and refuses a batch in another codec whose records take more than 64 MiB uncompressed.",
     },
     ConfigKey {
         name: "durability",
@@ -48,19 +48,19 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         name: "local.retention.bytes",
         default: "-2",
         allowed: "a number of bytes up to 2305843009213693951, -1 for no limit, or -2 for the value of retention.bytes",
-        doc: "How many bytes of each partition stay on local disk after they were uploaded to the object store. Segments below the log start are deleted from the disk at once, whatever this setting.",
+        doc: "Minimum size of the local log of each partition that eviction keeps. The oldest uploaded segment is deleted from the local disk while the other segments on it, the active one included, have at least this size. Segments below the log start are deleted regardless of this setting.",
     },
     ConfigKey {
         name: "local.retention.ms",
         default: "86400000",
         allowed: "a number of milliseconds up to 2305843009213693951, -1 for no limit, or -2 for the value of retention.ms",
-        doc: "How long segments stay on local disk after they were uploaded to the object store. The time counts from the last write to the segment, whatever the timestamps of its records.",
+        doc: "How long an uploaded segment stays on local disk. The time counts from the last write to the segment, regardless of the timestamps of its records. A segment that is not uploaded yet stays.",
     },
     ConfigKey {
         name: "max.message.bytes",
         default: "1048588",
         allowed: "a number of bytes from 1024 to 67108864",
-        doc: "Maximum size of a batch as stored.",
+        doc: "Maximum size of a batch as stored. A batch that the producer built must not exceed it as sent either.",
     },
     ConfigKey {
         name: "message.timestamp.after.max.ms",
@@ -84,13 +84,13 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         name: "min.insync.replicas",
         default: "1",
         allowed: "a number from 1 to 32",
-        doc: "How many in-sync replicas must hold a record before `acks=all` is acknowledged. With fewer in-sync replicas, such appends are refused.",
+        doc: "Minimum size of the ISR. While the ISR is smaller, appends with `acks=all` and `acks=tiered` are refused, and no record is committed. `acks=all` waits for all members of the ISR.",
     },
     ConfigKey {
         name: "producer.id.expiration.ms",
         default: "86400000",
         allowed: "a number of milliseconds from 1 to 2305843009213693951",
-        doc: "How long a partition keeps the state of an idempotent producer after its last write. The time is measured by the largest timestamp in the partition, not by a clock. Has no effect with `message.timestamp.after.max.ms=-1`.",
+        doc: "How long a partition keeps the state of an idempotent producer after its last write. The time is measured by the largest timestamp in the partition, not by a clock. A partition keeps at most 16,384 producers, the last ones that wrote. Has no effect with `message.timestamp.after.max.ms=-1`.",
     },
     ConfigKey {
         name: "remote.storage.enable",
@@ -108,13 +108,13 @@ pub const TOPIC_CONFIG_KEYS: &[ConfigKey] = &[
         name: "retention.ms",
         default: "604800000",
         allowed: "a number of milliseconds up to 2305843009213693951, or -1 for no limit",
-        doc: "How long records are kept. A segment is deleted from the local disk and the object store when its newest record is older than this.",
+        doc: "How long records are kept. A segment is deleted from the local disk and the object store when its largest timestamp is older than this. If that timestamp is missing or in the future, the time of the last write counts instead. The object itself is deleted after `tier.garbage_grace`.",
     },
     ConfigKey {
         name: "segment.bytes",
         default: "67108864",
         allowed: "a number of bytes from 16384 to 2147483647",
-        doc: "Size at which the active segment is sealed and the next one starts.",
+        doc: "Maximum size of a segment, unless one append exceeds it: the active segment is sealed before an append that does not fit.",
     },
     ConfigKey {
         name: "segment.ms",
