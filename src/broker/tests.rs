@@ -625,6 +625,28 @@ async fn unreadable_topic_at_start_keeps_isr_membership() {
     bench.stop().await;
 }
 
+/// While a topic value is unreadable, changes of its partition values are still applied. Regression: the first change,
+/// for example of the ISR, closed the replica on every broker.
+#[tokio::test]
+async fn partitions_of_unreadable_topic_follow_their_values() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), EmbeddedStore::in_memory());
+    let bench = TestBroker::with_store(dir.path(), false, store.clone()).await;
+    let name = TopicName::new("t").unwrap();
+    let id = PartitionId::new(bench.create(&name, 1).await, 0);
+    wait_for("the broker leads the partition", async || bench.partition_0().ok()).await;
+    let before = stored_value(&store, &bench.keys, id).await;
+    let epoch = LeaderEpoch(before.leader_epoch.0 + 1);
+    let after = PartitionValue { leader_epoch: epoch, ..before };
+    bench.change(Transaction::new().put(bench.keys.topic(&name), UNREADABLE)).await;
+    bench.change(Transaction::new().put(bench.keys.partition(id), after.encode())).await;
+    wait_until("the broker leads in the new epoch", || {
+        let status = bench.broker.partitions.by_id(id).map(|partition| partition.status());
+        status.is_some_and(|status| status.role.leads() && status.epoch == epoch)
+    })
+    .await;
+    bench.stop().await;
+}
+
 /// Regression: batches were recompressed first and waited for produce memory afterwards. Thousands of small batches
 /// were in memory in their larger form, uncharged.
 #[tokio::test]

@@ -102,7 +102,7 @@ impl PartitionOpener {
     /// Returns the leader epoch of a partition in the metadata cache; zero if the partition has no readable value.
     fn leader_epoch(&self, id: PartitionId) -> LeaderEpoch {
         let state = self.ctx.metadata.state();
-        let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
+        let stored = state.entry(id).and_then(|entry| entry.partition.as_ref());
         stored.map(|stored| stored.value.leader_epoch).unwrap_or_default()
     }
 

@@ -272,7 +272,8 @@ impl Reconciler {
         for id in ids {
             // Partitions of a topic that is not hosted are skipped.
             let Some(replica) = self.partitions.get(id) else { continue };
-            let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
+            // Also if the topic's new value is unreadable: the hosted topic stays as it is.
+            let stored = state.entry(id).and_then(|entry| entry.partition.as_ref());
             match stored {
                 Some(stored) if stored.value.replicas.contains(&self.ctx.id) => {
                     if self.must_hold_back(id, &stored.value) {
@@ -306,7 +307,7 @@ impl Reconciler {
             // metadata change of the partition follows.
             let to_reopen = opened.into_iter().filter_map(|id| {
                 let replica = self.partitions.get(id)?;
-                let stored = state.partition(id)?.partition.as_ref()?;
+                let stored = state.entry(id)?.partition.as_ref()?;
                 let is_offline = matches!(*replica, HostedPartition::Offline(_));
                 is_offline
                     .then(|| self.opener.spec(id, state, &stored.value, &replica, true, self.is_active))
@@ -360,7 +361,7 @@ impl Reconciler {
     /// standalone broker.
     fn resign_if_offline(&self, id: PartitionId, state: &MetadataSnapshot) {
         let is_offline = self.partitions.get(id).is_some_and(|replica| matches!(*replica, HostedPartition::Offline(_)));
-        let stored = state.partition(id).and_then(|entry| entry.partition.as_ref());
+        let stored = state.entry(id).and_then(|entry| entry.partition.as_ref());
         let leads = stored.filter(|stored| !self.ctx.standalone && stored.value.leader == Some(self.ctx.id));
         if let Some(stored) = leads
             && is_offline
@@ -392,7 +393,7 @@ impl Reconciler {
     /// Sends the assignment to a replica, if the replica is open and the partition value is readable.
     async fn assign(&self, id: PartitionId, state: &MetadataSnapshot) {
         let Some(partition) = self.partitions.by_id(id) else { return };
-        let Some(entry) = state.partition(id) else { return };
+        let Some(entry) = state.entry(id) else { return };
         let Some(stored) = &entry.partition else { return };
         let registered = stored.value.replicas.iter().map(|broker| (*broker, broker_status(state, *broker)));
         let mut value = stored.value.clone();
@@ -412,7 +413,7 @@ impl Reconciler {
     /// itself, but not a state that was unreadable when its replica was opened.
     async fn pass_tier_state(&self, id: PartitionId, state: &MetadataSnapshot) {
         let Some(partition) = self.partitions.by_id(id) else { return };
-        if let Some(stored) = state.partition(id).and_then(|entry| entry.tier.as_ref()) {
+        if let Some(stored) = state.entry(id).and_then(|entry| entry.tier.as_ref()) {
             partition.apply_tier_state(stored.value.clone()).await;
         }
     }
@@ -422,7 +423,7 @@ impl Reconciler {
     async fn notify_leaders(&self, brokers: &[BrokerId], state: &MetadataSnapshot) {
         let me = self.ctx.id;
         let led = self.partitions.open().into_iter().filter_map(|partition| {
-            let stored = state.partition(partition.id())?.partition.as_ref()?;
+            let stored = state.entry(partition.id())?.partition.as_ref()?;
             let is_replica = |broker: &&BrokerId| stored.value.replicas.contains(broker);
             let replicas: Vec<BrokerId> = brokers.iter().filter(is_replica).copied().collect();
             (stored.value.leader == Some(me) && !replicas.is_empty()).then_some((partition, replicas))
