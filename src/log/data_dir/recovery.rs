@@ -11,7 +11,7 @@ use crate::{
         error::ReplicaError,
         format::{
             ReplicaCheckpoint, SegmentInfo,
-            segment::{self, base_of, name},
+            segment::{self, base_of, name, quarantined_name},
             snapshot::{self, record_batch},
         },
         replica::segment_files::{remove_caches_above, remove_segment},
@@ -78,7 +78,7 @@ pub(super) fn quarantine_segments(disk: &dyn Disk, dir: &Path) -> io::Result<()>
         let Some(base) = base_of(&entry.name) else { continue };
         if entry.len > 0 {
             let exists = |name: &String| entries.iter().any(|existing| existing.name == *name);
-            let names = (1..).map(|n| format!("{}.quarantined-{n}", entry.name));
+            let names = (1..).map(|number| quarantined_name(&entry.name, number));
             let quarantined = names.into_iter().find(|name| !exists(name)).expect("a directory is finite");
             disk.rename(&dir.join(&entry.name), &dir.join(&quarantined))?;
             quarantined_files.push(quarantined);

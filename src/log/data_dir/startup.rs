@@ -16,7 +16,7 @@ use crate::{
         error::{DataDirError, io_error},
         format::{
             Checkpoint, CheckpointKind, EntryKind, MAX_NUMBER, ReplicaCheckpoint, SegmentInfo, Snapshot, replica_dir,
-            segment::{base_of, name},
+            segment::{base_of, is_quarantined, name},
             snapshot,
         },
         journal::replay::{self, ReplayResult, ReplicaReplayState},
@@ -281,8 +281,8 @@ fn scan_replicas(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<ReplicaCheckpoin
     Ok(records)
 }
 
-/// Repeats a reset to `at`, which may have stopped at any step: removes all files except the snapshot with which the
-/// new log starts. While that snapshot has its temporary name, the file with the name of a snapshot at `at` is one of
+/// Repeats a reset to `at`, which may have stopped at any step: removes all files except quarantined ones and the
+/// snapshot with which the new log starts. While that snapshot has its temporary name, the file with the name of a snapshot at `at` is one of
 /// the old log.
 fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
     let (reset_name, snapshot) = (name(at, snapshot::RESET_EXTENSION), name(at, "snapshot"));
@@ -292,7 +292,8 @@ fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
     };
     let has_reset_file = entries.iter().any(|entry| entry.name == reset_name);
     let kept_name = if has_reset_file { &reset_name } else { &snapshot };
-    for entry in entries.iter().rev().filter(|entry| entry.name != *kept_name) {
+    let is_kept = |name: &String| name == kept_name || is_quarantined(name);
+    for entry in entries.iter().rev().filter(|entry| !is_kept(&entry.name)) {
         disk.remove(&dir.join(&entry.name))?;
     }
     if has_reset_file {

@@ -137,6 +137,9 @@ impl SegmentFile {
     }
 }
 
+/// Part of a quarantined file's name, after the name that the file had before.
+const QUARANTINED: &str = ".quarantined-";
+
 /// Returns the name of the segment's file with this extension (`log`, `index`, `timeindex`, `snapshot`).
 pub(in crate::log) fn name(base: Offset, extension: &str) -> String {
     format!("{:020}.{extension}", base.get())
@@ -145,6 +148,16 @@ pub(in crate::log) fn name(base: Offset, extension: &str) -> String {
 /// Returns the base offset in the name of a segment file; `None` for other names.
 pub(in crate::log) fn base_of(name: &str) -> Option<Offset> {
     parse_base(name.strip_suffix(".log")?)
+}
+
+/// Returns the name of a quarantined segment file. Several files with the same base offset have different numbers.
+pub(in crate::log) fn quarantined_name(file: &str, number: u32) -> String {
+    format!("{file}{QUARANTINED}{number}")
+}
+
+/// Returns true if the name is that of a quarantined segment file.
+pub(in crate::log) fn is_quarantined(name: &str) -> bool {
+    name.contains(QUARANTINED)
 }
 
 /// Returns the base offset in the name of an index or a snapshot; `None` for other names.

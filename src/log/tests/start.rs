@@ -160,8 +160,8 @@ fn tables(replica: &ReplicaLog) -> (EpochHistory, ProducerTable) {
 }
 
 /// After a crash at any operation of a reset, the log has either its old content or the complete tables of the reset.
-/// Regression: a crash between the journal entry and the snapshot lost the tables. A retry of a batch in the object
-/// store was then not recognised.
+/// Regressions: a crash between the journal entry and the snapshot lost the tables. A retry of a batch in the object
+/// store was then not recognised. The start that repeated the reset removed quarantined files.
 #[test]
 fn interrupted_reset_has_the_old_or_the_new_tables() {
     let mut ends = BTreeSet::new();
@@ -171,6 +171,10 @@ fn interrupted_reset_has_the_old_or_the_new_tables() {
             let disk = SimDisk::new();
             let log = open(&disk);
             let (_, expected_tables) = three_segments(&log);
+            // The creation of the replica quarantines this file.
+            let dir = Path::new("/data").join(partition(1).topic.to_string()).join(partition(1).number.to_string());
+            disk.create_dir_all(&dir).unwrap();
+            disk.replace(&dir.join(format!("{:020}.log", 0)), b"foreign").unwrap();
             let mut replica = log.open_replica(partition(1), at(0)).unwrap();
             write(&log, &mut replica, &[produced(0, 6, 1, 1, 1000, (9, 0, 0))]);
             // The log has a snapshot at offset 6 already, to which the reset below goes.
@@ -210,6 +214,8 @@ fn interrupted_reset_has_the_old_or_the_new_tables() {
                 range => panic!("after {operations} operations and crash {seed} the log is {range:?}"),
             }
             assert!(!is_complete || start == at(6), "{operations} {seed}");
+            let quarantined = disk.read(&dir.join(format!("{:020}.log.quarantined-1", 0))).ok();
+            assert_eq!(quarantined.as_deref(), Some(&b"foreign"[..]), "{operations} {seed}");
             ends.insert((start, is_complete));
         }
         if is_complete {
