@@ -170,7 +170,7 @@ impl Health {
                 format!("object store unavailable {}: {}", format_since(outage.lasted), one_line(&outage.reason))
             }),
             self.unregistered.lock().map(|at| {
-                let reason = lease_expiry_reason(self.ctx.metadata.staleness());
+                let reason = lease_expiry_reason(self.ctx.metadata.unresponsive_for());
                 format!("registration lost {}: {reason}", format_since(at.elapsed()))
             }),
             self.ctx.store.regression().map(|reason| {
@@ -259,12 +259,12 @@ fn update_since(since: &Mutex<Option<Instant>>, holds: bool) {
     *since = holds.then(|| since.unwrap_or_else(clock::monotonic));
 }
 
-/// Returns the reason for a lost registration. `silence` is the time for which the metadata store has not responded;
-/// zero if it responds.
-fn lease_expiry_reason(silence: Duration) -> String {
-    match silence {
+/// Returns the reason for a lost registration. `unresponsive_for` is the time for which the metadata store has not
+/// responded; zero if it responds.
+fn lease_expiry_reason(unresponsive_for: Duration) -> String {
+    match unresponsive_for {
         Duration::ZERO => "the registration was deleted from the metadata store".to_owned(),
-        silence => format!("the metadata store has not responded for {} s", silence.as_secs()),
+        time => format!("the metadata store has not responded for {} s", time.as_secs()),
     }
 }
 

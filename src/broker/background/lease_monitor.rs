@@ -65,10 +65,10 @@ impl LeaseMonitor {
         self.expired.subscribe()
     }
 
-    /// Returns the time since the last response of the metadata store, if the lease has expired; zero otherwise. While
+    /// Returns the time for which the metadata store has not responded, if the lease has expired; zero otherwise. While
     /// the lease is renewed, the store responds, even if the metadata cache has received no change for a long time.
     pub(in crate::broker) fn metadata_staleness(&self) -> Duration {
-        if self.session.lease_remaining().is_zero() { self.ctx.metadata.staleness() } else { Duration::ZERO }
+        if self.session.lease_remaining().is_zero() { self.ctx.metadata.unresponsive_for() } else { Duration::ZERO }
     }
 
     /// Fails if an operation that needs the metadata store must not start: with `METADATA_REGRESSED` if the store has

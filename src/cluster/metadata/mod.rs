@@ -43,6 +43,10 @@ const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 /// Longest pause before a list.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
 
+/// Maximum time between two responses or events of a store that responds. The watch of etcd requests progress after two
+/// seconds without a message, and moves to another member after two more.
+const MAX_CONTACT_INTERVAL: Duration = Duration::from_secs(5);
+
 /// Maximum number of published changes that wait in a feed. A feed that lags further returns `Relisted` instead of the
 /// missed changes.
 const MAX_QUEUED_CHANGES: usize = 1024;
@@ -130,6 +134,11 @@ impl MetadataCache {
     /// changes.
     pub fn staleness(&self) -> Duration {
         self.last_contact.lock().elapsed()
+    }
+
+    /// Returns the time for which the store has not responded; zero if it responds.
+    pub fn unresponsive_for(&self) -> Duration {
+        Some(self.staleness()).filter(|time| *time > MAX_CONTACT_INTERVAL).unwrap_or_default()
     }
 
     fn update_last_contact(&self) {

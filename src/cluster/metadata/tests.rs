@@ -225,6 +225,23 @@ async fn cache_recovers_from_failing_lists_and_watches() {
     tasks.stop().await;
 }
 
+/// A pause between two responses is normal, and no outage. Regression: a broker whose registration was deleted reported
+/// that the store had not responded for 0 s.
+#[tokio::test(start_paused = true)]
+async fn store_is_unresponsive_only_after_a_long_silence() {
+    let (store, tasks) = (EmbeddedStore::in_memory(), Tasks::new());
+    let metadata = MetadataCache::start(Arc::new(store.clone()), keys(), &tasks);
+    metadata.wait_for_revision(Revision::ZERO).await;
+    tokio::time::advance(MAX_CONTACT_INTERVAL).await;
+    assert_eq!(metadata.unresponsive_for(), Duration::ZERO);
+    tokio::time::advance(Duration::from_secs(1)).await;
+    assert_eq!(metadata.unresponsive_for(), MAX_CONTACT_INTERVAL + Duration::from_secs(1));
+    let revision = put(&store, topic_path(), topic(1).encode()).await;
+    metadata.wait_for_revision(revision).await;
+    assert_eq!(metadata.unresponsive_for(), Duration::ZERO);
+    tasks.stop().await;
+}
+
 /// While watches end without a response, the pauses between lists grow. Each list returns all metadata: twenty lists
 /// per second from each broker would overload a store that has just recovered.
 #[tokio::test(start_paused = true)]
