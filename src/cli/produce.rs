@@ -194,11 +194,12 @@ impl Outstanding {
 pub(super) async fn run(common: &CommonArgs, command: ProduceArgs) -> anyhow::Result<ExitCode> {
     let mut outstanding = Outstanding::default();
     let failure = produce(common, &command, &mut outstanding).await.err();
-    report(&command, &outstanding.summary, failure.as_ref(), common.output)?;
+    let reported = report(&command, &outstanding.summary, failure.as_ref(), common.output);
     if let Some(hint) = missing_separator_hint(&command, &outstanding.summary) {
         eprintln!("{hint}");
     }
-    failure.map_or(Ok(ExitCode::SUCCESS), Err)
+    // A closed standard output must not hide a failure.
+    failure.map_or(reported, Err).map(|()| ExitCode::SUCCESS)
 }
 
 /// Sends all lines and waits for the results, which `outstanding` then holds. Records without a result count as failed.

@@ -1,7 +1,7 @@
 //! The commands of the binary as a user runs them: a real log file, old records in the object store, a restart, and
 //! errors.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, process::Stdio};
 
 use serde_json::Value;
 
@@ -303,6 +303,19 @@ fn failed_command_names_its_subject_and_exits_with_1() {
     );
     let list = cli.ok(&["topic", "list", "--output", "json"]).json();
     assert_eq!(list.as_array().map(Vec::len), Some(1), "no topic is partly created: {list}");
+}
+
+/// A failed `produce` exits with 1 even if it cannot print its summary. Regression: it exited with 0.
+#[test]
+fn failed_produce_with_closed_output_exits_with_1() {
+    let mut instance = BrokerInstance::new();
+    let _broker = instance.start();
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let mut command = instance.cli().command(&["produce", "missing", "--output", "json"]);
+    let mut child =
+        command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::null()).spawn().expect("the binary starts");
+    assert_eq!(child.wait().expect("the command exits").code(), Some(1));
 }
 
 /// With `--output json`, the JSON output contains an error that occurs before a record is sent, with the counts of
