@@ -70,7 +70,7 @@ metrics! {
     future_segments: GaugeU64 = "strandline_segments_with_future_timestamps", "Segments of led partitions with timestamps in the future; their age counts from the time of writing. Of the segments that are only in the object store, the oldest 256 of each partition with a retention limit are counted.";
     tier_uploads: Counter = "strandline_tier_uploads", "Segments uploaded and committed.";
     tier_upload_bytes: Counter = "strandline_tier_upload_bytes", "Bytes of segments uploaded and committed.";
-    tier_upload_failures: Counter = "strandline_tier_upload_failures", "Failed maintenance steps: uploads, and also reads of the manifest and commits of the log start; each is retried.";
+    maintenance_failures: Counter = "strandline_maintenance_failures", "Failed maintenance steps: uploads, and also reads of the manifest and commits of the log start; each is retried.";
     tier_objects_deleted: Counter = "strandline_tier_objects_deleted", "Objects deleted by garbage collection, also those of records that retention deleted.";
     garbage_collections: Counter = "strandline_garbage_collections", "Garbage collection runs.";
     tier_garbage_bytes: GaugeU64 = "strandline_tier_garbage_bytes", "Bytes of orphan objects younger than tier.garbage_grace, as of the last garbage collection run; 0 on brokers other than the controller, at the latest an hour after a broker's term.";

@@ -118,7 +118,7 @@ impl Maintenance {
                     queue.done(id, false);
                 }
                 Err(error) => {
-                    self.ctx.metrics.tier_upload_failures.inc();
+                    self.ctx.metrics.maintenance_failures.inc();
                     let failed_steps = failures.on_failure(&partition, &error, self.has_outage());
                     queue.failed(id, self.runner.delay(failed_steps));
                 }

@@ -207,7 +207,7 @@ fn etcd_without_space_is_waited_for_with_few_log_lines() {
         runtime.block_on(Client::connect([cluster.etcd.endpoint(0)], None)).expect("the connection succeeds");
     runtime.block_on(fill(&mut client));
     // While etcd rejects writes, segments are sealed by age, and their tier commits fail.
-    let failures = |cluster: &Cluster| cluster.instance(1).metric("strandline_tier_upload_failures_total");
+    let failures = |cluster: &Cluster| cluster.instance(1).metric("strandline_maintenance_failures_total");
     eventually("maintenance has failed repeatedly", || {
         cli.ok_with(&["produce", "t"], b"line\n");
         (failures(&cluster) >= 5.0).then_some(())
