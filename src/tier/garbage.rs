@@ -10,7 +10,8 @@
 //!    object, the `topic.json` of a deleted topic is deleted, after all objects of the topic.
 //! 2. The object is older than the grace period, by the store's clock, so that no object of an upload in progress is
 //!    deleted.
-//! 3. The partition's current manifest, read *after* the listing, does not reference the object.
+//! 3. The partition's current manifest, read *after* the listing, does not reference the object, or only as a segment
+//!    below the log start.
 //!
 //! A manifest only ever gains objects that were new when it was staged. So an object that the current manifest does not
 //! reference, and that is older than any upload in progress, is never referenced again. If a manifest cannot be read,

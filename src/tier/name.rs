@@ -12,10 +12,10 @@
 //! {prefix}/topics/{topic-id}/{n}/manifest-{version:020}-{epoch:010}-{uuid}
 //! ```
 //!
-//! Every name but the three `.json` contains a UUID that is drawn for the one attempt that writes the object. Without
-//! the UUID, a second attempt at a manifest version (after a failed commit or a lost response) would overwrite an
-//! object that may be referenced. A late duplicate of the first request could also replace the second object. Pure,
-//! except for [`ObjectId::draw`] and [`ManifestName::draw`].
+//! Every name but the three `.json` contains a UUID that is drawn for one upload, whose retries share it. Without the
+//! UUID, a second upload of a manifest version (after a failed commit) would overwrite an object that may be
+//! referenced. A late duplicate of the first upload's request could also replace the second object. Pure, except for
+//! [`ObjectId::draw`] and [`ManifestName::draw`].
 
 use std::{fmt, str::FromStr};
 

@@ -3,8 +3,8 @@
 //!
 //! After one failed or unanswered request, an outage is only *suspected*: the store may refuse one object, or one kind
 //! of request, for other reasons. A failed probe then *confirms* the outage: the store is unavailable until the next
-//! success. During a confirmed outage, reads fail at once, and uploads continue to retry. An outage is logged once, for
-//! all affected partitions together.
+//! success. During a confirmed outage, reads fail at once. Uploads end, and start again after the outage. An outage is
+//! logged once, for all affected partitions together.
 
 use std::{fmt, time::Duration};
 

@@ -203,8 +203,8 @@ async fn delete(probe: &impl StoreProbe, folder: &str) -> Result<String, String>
     }
 }
 
-const CONDITIONAL: &str =
-    "Strandline uses conditional puts if the store supports them, and is equally safe without them.";
+const CONDITIONAL: &str = "Strandline uses a conditional put for the first cluster.json if the store supports it, and is equally safe without \
+     it.";
 
 /// Checks conditional puts: one on an existing object, and several concurrent ones on a new object. A broker works
 /// without conditional puts, so the outcome is never `Fail`.
