@@ -110,6 +110,9 @@ pub(super) fn plan_all(
     let mut changed = retarget_blocked(input, cases, &mut budget, &mut placement, plan);
     changed.append(&mut start_queued(input, cases, &mut budget, &mut placement, plan));
     for case in cases.iter().filter(|case| !case.is_reassigning() && case.value.leader.is_some()) {
+        if changed.contains(&case.id) {
+            continue;
+        }
         // If the queued reassignment of a partition could start but for the limits, no other reassignment of this
         // partition starts.
         if try_start_queued(input, case, &placement).is_some() {

@@ -383,6 +383,21 @@ fn queued_reassignments_start_first_and_within_limits() {
     assert_eq!(world.partition(0).replicas, ids(&[1, 3]), "the reassignment starts when the broker is online");
 }
 
+/// Regression: a queued reassignment that started filled its new broker up to the replica limit. The plan then also
+/// replaced the replica on a drained broker of the same partition. Two changes of one partition in a plan ended the
+/// controller's process, and the next controller planned the same.
+#[test]
+fn started_reassignment_is_the_only_change_of_its_partition() {
+    let queued = value(&[1, 2], Some(1), &[1, 2]).queue_reassignment(&ids(&[1, 3]));
+    let mut world = World::of(&["", "", "", ""], 2, 1, vec![queued]);
+    world.limit_replicas(3, 1);
+    world.drain(2);
+    let (reason, started) = only_change(&world);
+    assert_eq!((reason, started.adding), (ChangeReason::ReassignmentStarted, ids(&[3])));
+    world.plan_until_stable(1);
+    assert_eq!(world.partition(0).replicas, ids(&[1, 3]));
+}
+
 #[test]
 fn changed_factor_is_applied() {
     let values = (0..6).map(|_| value(&[1], Some(1), &[1])).collect();
@@ -516,8 +531,10 @@ prop_compose! {
         stops in prop::collection::vec(1_u32..7, 0..2),
         drains in prop::collection::vec(1_u32..7, 0..2),
         bounds in prop::collection::vec((1_u32..7, 0_u32..8), 0..4),
+        queued in prop::collection::vec(prop::option::of(prop::sample::subsequence((1_u32..7).collect::<Vec<_>>(), 1..4)), 12),
     ) -> (World, usize) {
         let count = u32::try_from(racks.len()).unwrap();
+        let mut targets = queued.into_iter();
         let values = partitions.into_iter().map(|(replicas, bits)| {
             let mut replicas: Vec<u32> = replicas.into_iter().map(|id| (id - 1) % count + 1).collect();
             replicas.sort_unstable();
@@ -526,7 +543,14 @@ prop_compose! {
             replicas.rotate_left(rotation);
             let isr: Vec<u32> = replicas.iter().copied().enumerate().filter(|(n, _)| *n == 0 || bits >> n & 1 == 1).map(|(_, id)| id).collect();
             let leader = (bits & 0x80 == 0).then_some(isr[0]);
-            value(&replicas, leader, &isr)
+            let value = value(&replicas, leader, &isr);
+            match targets.next().flatten() {
+                Some(mut target) => {
+                    target.retain(|id| *id <= count);
+                    if target.is_empty() { value } else { value.queue_reassignment(&ids(&target)) }
+                }
+                None => value,
+            }
         }).collect();
         let mut world = World::of(&racks, factor.min(count), min_insync, values);
         for (number, lost) in offline.into_iter().filter(|(number, _)| *number <= count) {
