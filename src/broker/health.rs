@@ -153,7 +153,11 @@ impl Health {
         let maintenance = self.failures.to_string();
         let lines = [
             self.health().err(),
-            (failed > 0).then(|| format!("replicas that accept no writes after an error: {failed}")),
+            (failed > 0).then(|| {
+                format!(
+                    "replicas that accept no writes after an error: {failed}; repair the disk and restart this broker"
+                )
+            }),
             (unverified > 0).then(|| {
                 format!(
                     "replicas offline, because their partition values were unreadable at the start: {unverified}; \
@@ -280,7 +284,7 @@ fn has_leader(state: &MetadataSnapshot, id: PartitionId) -> bool {
 
 /// Describes a data directory that has failed for this reason.
 fn accepts_no_writes(reason: &str) -> String {
-    format!("the data directory accepts no writes: {}", one_line(reason))
+    format!("the data directory accepts no writes: {}; repair the disk and restart this broker", one_line(reason))
 }
 
 /// Returns a text of another program on one line, with single spaces.

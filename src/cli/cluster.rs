@@ -217,7 +217,8 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
             0 => format!("broker {id} is drained: it can be stopped for good"),
             _ if broker.blocked > 0 => format!(
                 "broker {id} is draining: {remaining} to move (blocked: {}):\n  \
-                 too few eligible brokers, a needed broker is offline, or no leader",
+                 too few eligible brokers, a needed broker is offline, or no leader: \
+                 start or add brokers",
                 broker.blocked
             ),
             _ => format!("broker {id} is draining: {remaining} to move"),
@@ -267,7 +268,7 @@ fn stats_notes(id: BrokerId, stats: &BrokerStats) -> impl Iterator<Item = String
     let maintenance = stats.maintenance.as_ref();
     let maintenance = maintenance.map(|reason| format!("maintenance fails on broker {id}:\n  {reason}"));
     let future = stats.future_timestamps.as_ref();
-    let future = future.map(|segments| format!("broker {id} has records with future timestamps: {segments}"));
+    let future = future.map(|segments| format!("broker {id} has records with future timestamps: {segments}\n  check the clocks of their producers"));
     [regressed, failed, store, maintenance, future].into_iter().flatten()
 }
 
@@ -410,14 +411,14 @@ pub(super) mod tests {
         let failure = "cannot write the journal: Input/output error (os error 5)";
         let outage = "http://minio:9000: connection refused";
         let maintenance =
-            "2 partitions, orders/3 for 90 s: cannot upload the segment at 0: Input/output error (os error 5)";
+            "2 partitions, longest orders/3 for 90 s: cannot upload the segment at 0: Input/output error (os error 5)";
         let failed = BrokerStats {
             failed: Some(failure.to_owned()),
             object_store: Some(format!("for 75 s: {outage}")),
             maintenance: Some(maintenance.to_owned()),
             impaired: vec![
-                format!("the data directory accepts no writes: {failure}"),
-                "replicas that accept no writes after an error: 20".to_owned(),
+                format!("the data directory accepts no writes: {failure}; repair the disk and restart this broker"),
+                "replicas that accept no writes after an error: 20; repair the disk and restart this broker".to_owned(),
                 "disk full since 2026-11-25T14:00:00Z (75 s), appends are refused: add space, or lower \
                  local.retention.* or retention.*"
                     .to_owned(),
@@ -452,7 +453,7 @@ pub(super) mod tests {
         };
         let broken = UnreadableKey {
             key: "/strandline/prod/topics/x".to_owned(),
-            error: "partitions is 0: 1 to 100000".to_owned(),
+            error: "partitions is 0, allowed are 1 to 100000".to_owned(),
         };
         ClusterDescription {
             controller: None,

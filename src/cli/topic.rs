@@ -297,7 +297,7 @@ fn notes(partition: &PartitionDescription) -> Vec<String> {
         notes.push(format!("partition {number} is being reassigned: {}", changes.join(", ")));
     }
     if let Some(epoch) = partition.unclean_epoch {
-        notes.push(format!("partition {number} may have lost committed records before epoch {epoch}"));
+        notes.push(format!("partition {number} may have lost committed records of epochs before {epoch}"));
     }
     notes
 }

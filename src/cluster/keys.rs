@@ -370,10 +370,10 @@ impl Value for GenerationValue {}
 impl Value for TopicValue {
     fn contradiction(&self) -> Option<String> {
         if self.partitions == 0 || self.partitions > limits::MAX_PARTITIONS {
-            return Some(format!("partitions is {}: 1 to {}", self.partitions, limits::MAX_PARTITIONS));
+            return Some(format!("partitions is {}, allowed are 1 to {}", self.partitions, limits::MAX_PARTITIONS));
         }
         if self.replication_factor == 0 || self.replication_factor > limits::MAX_REPLICAS {
-            return Some(format!("replication_factor is {}: 1 to {}", self.replication_factor, limits::MAX_REPLICAS));
+            return Some(format!("replication_factor is {}, allowed are 1 to {}", self.replication_factor, limits::MAX_REPLICAS));
         }
         None
     }

@@ -202,8 +202,8 @@ impl fmt::Display for MaintenanceFailures {
             };
         };
         let count = reported().count();
-        let (s, seconds) = (if count == 1 { "" } else { "s" }, longest.since.elapsed().as_secs());
-        write!(f, "{count} partition{s}, {}/{number} for {seconds} s: {reason}", longest.topic)
+        let counted = if count == 1 { "1 partition," } else { &format!("{count} partitions, longest") };
+        write!(f, "{counted} {}/{number} for {} s: {reason}", longest.topic, longest.since.elapsed().as_secs())
     }
 }
 

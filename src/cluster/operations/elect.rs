@@ -60,7 +60,11 @@ pub enum ElectError {
         id: BrokerId,
     },
     /// The requested broker has no replica or is not live.
-    #[error("broker {id} cannot lead {partition}, because it has no online replica there (online: {})", IdList(live))]
+    #[error(
+        "broker {id} cannot lead {partition}: it is offline or has no replica of the partition (online replicas: {}); \
+         start it, or elect another replica",
+        IdList(live)
+    )]
     NotLiveReplica {
         /// The partition, as `topic/number`.
         partition: String,

@@ -454,7 +454,7 @@ async fn unclean_election_requires_need_and_unchanged_value() {
         .elect_unclean(&name(), 0, BrokerId(1), Some(seen.revision), false)
         .await
         .expect_err("offline");
-    assert!(offline.to_string().contains("no online replica there (online: 3)"), "{offline}");
+    assert!(offline.to_string().contains("has no replica of the partition (online replicas: 3)"), "{offline}");
     let later = cluster.put(&Key::Partition(id(0)), &PartitionValue { leader_epoch: LeaderEpoch(6), ..waiting }).await;
     let changed = cluster.operations.elect_unclean(&name(), 0, BrokerId(3), Some(seen.revision), false).await;
     assert_eq!(changed, Err(ElectError::Changed { partition: format!("{TOPIC}/0") }));
