@@ -32,8 +32,8 @@ use tonic::{
     transport::{Server, server::TcpIncoming},
 };
 
-// The windows are the largest that a broker grants (server/grpc.rs). Frames may be larger than a broker allows, which is
-// 32 KiB.
+// The windows are the largest that a broker grants (server/grpc.rs). Frames may be larger than a broker allows, which
+// is 32 KiB.
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
 const FRAME: u32 = 256 << 10;
@@ -171,8 +171,8 @@ struct Session {
 }
 
 impl Session {
-    /// Returns the next response. Requests that have arrived are applied first; without partitions, waits for one.
-    /// Returns `None` if the client has ended its requests and named no partition.
+    /// Returns the next response. First applies the requests that have arrived; without partitions, waits for a
+    /// request. Returns `None` if the client has ended its requests and named no partition.
     async fn next(&mut self) -> Option<Result<v1::FetchResponse, Status>> {
         loop {
             let request = if self.partitions.is_empty() {

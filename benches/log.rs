@@ -139,7 +139,7 @@ fn reading(group: &mut BenchmarkGroup<'_, WallTime>) {
     let mut offset = Offset::ZERO;
     group.bench_function("read 1 MiB from memory", |b| {
         b.iter(|| {
-            let read = reader.read_memory(offset, end, READ).expect("the tail buffer contains the segment");
+            let read = reader.read_memory(offset, end, READ).expect("the tail cache contains the segment");
             offset = if read.next < end { read.next } else { Offset::ZERO };
             black_box(read)
         });

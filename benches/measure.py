@@ -240,7 +240,7 @@ class Lab:
         if free < gigabytes:
             raise Skip(f"{self.root} has {free:.0f} GB free, {gigabytes} are required: use another --dir")
 
-    def settle(self):
+    def sync_disk(self):
         """Writes the page cache of earlier runs to the disk now, and not during the next run."""
         os.sync()
         time.sleep(0.2 if self.o.short else 1)
@@ -307,7 +307,7 @@ class Broker(Process):
 
 
 def fio(lab, block, **how):
-    """Runs a fio job of sequential writes of `block` bytes. Returns MB/s and the percentiles of one durable write in ms."""
+    """Runs a fio job of sequential writes of `block` bytes. Returns MB/s and the percentiles of the time of one write in ms."""
     if not shutil.which("fio"):
         raise Skip("fio is not in PATH")
     lab.require_disk(20)
@@ -385,7 +385,7 @@ def produced(lab, durability, partitions, extra=()):
         with Broker(lab, lab.root / "produce") as broker:
             for i in range(-1, lab.repeat):
                 broker.topic("t", partitions, durability=durability, remote_storage_enable="false")
-                lab.settle()
+                lab.sync_disk()
                 with Meter(broker.pid) as m:
                     r = lab.bench(broker.address, "produce", *produce_arguments(lab, partitions, extra))
                     rss = rss_mb(broker.pid)

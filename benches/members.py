@@ -1,4 +1,4 @@
-"""The cluster of benches/cluster: three etcd members and their brokers, as processes that end with this program."""
+"""The cluster of benches/cluster and benches/pairs: three etcd members and their brokers, as processes that end with this program."""
 import json, os, pathlib, re, shutil, signal, time
 
 from measure import REPO, Process, cpu_of, environment, free_port, get, is_ready, rss_mb, run
@@ -122,7 +122,7 @@ class Cluster:
     def topic(self, name, partitions, factor, **config):
         pairs = [x for k, v in config.items() for x in ("--config", f"{k.replace('_', '.')}={v}")]
         self.cli("topic", "create", name, "--partitions", partitions, "--replication-factor", factor, *pairs)
-        self.in_sync(name, factor)
+        self.wait_until_in_sync(name, factor)
 
     def drop(self, name):
         self.cli("topic", "delete", name, "--yes")
@@ -133,7 +133,7 @@ class Cluster:
     def partitions(self, name):
         return json.loads(self.cli("topic", "describe", name, "--output", "json"))["partitions"]
 
-    def in_sync(self, name, factor, seconds=300):
+    def wait_until_in_sync(self, name, factor, seconds=300):
         """Waits until every replica of the topic is in sync. Returns the time taken, in seconds."""
         began = time.monotonic()
         while True:

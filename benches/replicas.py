@@ -1,4 +1,4 @@
-"""Cost of replicas, phase by phase, for the sections `replicas` of benches/report and benches/cluster."""
+"""Cost of replicas, phase by phase, for the sections `replicas` of benches/report, benches/cluster and benches/pairs."""
 import pathlib, re, time
 
 from measure import Broker, Figure, cpu_of, get, progress, rss_mb
@@ -174,7 +174,7 @@ def replicas(directory):
 
 
 def tabulate(table, runs):
-    """Fills the table with one column per run, and with the targets of the largest run."""
+    """Fills the table with one column per run, and with the targets of a run with 100,000 partitions."""
     names = [name for name in PHASES if any(name in run.cells for run in runs)]
     lines = ["| phase | " + " | ".join(f"{run.count:,}" for run in runs) + " |", "| --- " * (len(runs) + 1) + "|"]
     lines += [f"| {name}: {PHASES[name]} | " + " | ".join(run.cells.get(name, "") for run in runs) + " |" for name in names]

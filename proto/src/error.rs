@@ -1,7 +1,8 @@
 //! API errors: a stable code, a message and named details.
 //!
 //! A failed call carries an [`ApiError`] as `google.rpc.Status` with `ErrorInfo`. A failed part of a response carries
-//! the [`ApiError`] as [`v1::Error`]. Both forms have the same content, so that a client handles them in the same way.
+//! the [`ApiError`] as [`v1::Error`]. A client handles both forms in the same way: they have the same content, except
+//! that `retryable` of a failed call follows from the code.
 
 use std::{collections::HashMap, fmt};
 
@@ -54,9 +55,10 @@ error_codes! {
     TopicExists = "TOPIC_EXISTS", AlreadyExists, false;
     /// A topic name, configuration key or configuration value is invalid.
     InvalidTopic = "INVALID_TOPIC", InvalidArgument, false;
-    /// This broker is not the leader of the partition. The metadata has the leader.
+    /// This broker does not lead the partition, or does not have the leader epoch in the request. The metadata has the
+    /// leader.
     NotLeader = "NOT_LEADER", Unavailable, true;
-    /// No broker that can lead the partition is available. The message names these brokers.
+    /// No broker that can lead the partition without loss is available. The message names these brokers, if any.
     NoLeader = "NO_LEADER", Unavailable, true;
     /// The cluster has no broker with this id.
     UnknownBroker = "UNKNOWN_BROKER", NotFound, false;
@@ -78,21 +80,23 @@ error_codes! {
     UnknownMethod = "UNKNOWN_METHOD", Unimplemented, false;
     /// The request uses gRPC compression, which the broker does not support.
     UnsupportedEncoding = "UNSUPPORTED_ENCODING", Unimplemented, false;
-    /// The sequence of an idempotent producer has a gap.
+    /// The sequence is not the idempotent producer's next one, and the batch is not the retry of a stored batch.
     OutOfOrderSequence = "OUT_OF_ORDER_SEQUENCE", FailedPrecondition, false;
     /// The same producer has written with a newer epoch.
     ProducerFenced = "PRODUCER_FENCED", FailedPrecondition, false;
-    /// The partition has no state of this idempotent producer.
+    /// The partition has no state of this idempotent producer, or the cluster never assigned its id.
     UnknownProducer = "UNKNOWN_PRODUCER", FailedPrecondition, false;
     /// Fewer replicas are in sync than `min.insync.replicas`.
     NotEnoughReplicas = "NOT_ENOUGH_REPLICAS", Unavailable, true;
-    /// The acknowledgement did not arrive within the timeout. The write may have happened.
+    /// The acknowledgement did not arrive within the timeout, and the write may have happened. Or a read from the disk
+    /// took too long.
     Timeout = "TIMEOUT", DeadlineExceeded, true;
     /// The broker has reached a limit. Send less, or retry later.
     Overloaded = "OVERLOADED", ResourceExhausted, true;
     /// The disk is full. Appends succeed again when the disk has free space.
     DiskFull = "DISK_FULL", ResourceExhausted, true;
-    /// A write to the disk of this broker failed. The broker accepts no more writes to the partition.
+    /// A write to the disk of this broker failed, and the broker accepts no more writes to the partition. Or the broker
+    /// could not open the replica or read from its disk.
     StorageFailed = "STORAGE_FAILED", Unavailable, true;
     /// Stored data fails its checks and is not served; or, with `decode`, the records of a batch cannot be decoded. The
     /// message names the offsets.
@@ -105,7 +109,7 @@ error_codes! {
     MetadataRegressed = "METADATA_REGRESSED", FailedPrecondition, false;
     /// A concurrent request changed the same state.
     Conflict = "CONFLICT", Aborted, true;
-    /// The broker is stopping, or it is not ready yet.
+    /// The broker is stopping or not ready yet, or the epoch of a new leader is not committed yet.
     NotReady = "NOT_READY", Unavailable, true;
     /// A bug, or a response that this version cannot interpret.
     Internal = "INTERNAL", Internal, false;
@@ -183,8 +187,8 @@ impl From<ApiError> for Status {
 }
 
 impl From<&Status> for ApiError {
-    /// Converts the status of a failed call. A status without details of a broker comes from the transport or from a
-    /// proxy. Only its gRPC code determines whether the call can be retried.
+    /// Converts the status of a failed call. A status without a known [`ErrorCode`] comes from the transport, from a
+    /// proxy or from a newer broker. Only its gRPC code then determines whether the call can be retried.
     fn from(status: &Status) -> Self {
         if let Some(info) = status.get_details_error_info()
             && let Some(code) = ErrorCode::from_name(&info.reason)
@@ -217,9 +221,9 @@ pub fn is_broker_status(status: &Status) -> bool {
     status.get_details_error_info().is_some_and(|info| info.domain == DOMAIN)
 }
 
-/// Converts a status that the gRPC library created for a request that no service received, or that the library could
-/// not decode. Such a status has no [`ErrorCode`]. Returns `None` for every other status. `path` is the path of the
-/// call, `/package.Service/Method`.
+/// Converts a status that the gRPC library created because no service has the method, or because the library could not
+/// read the request. Such a status has no [`ErrorCode`]. Returns `None` for every other status. `path` is the path of
+/// the call, `/package.Service/Method`.
 pub fn from_transport(status: &Status, path: &str) -> Option<ApiError> {
     if !status.details().is_empty() {
         return None;

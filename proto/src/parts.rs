@@ -17,7 +17,7 @@ use super::CLIENT_DESCRIPTORS;
 /// Maximum nesting depth at which elements are counted. Requests have four levels.
 const MAX_DEPTH: usize = 16;
 
-/// Repeated fields of the requests of all calls.
+/// Repeated fields of the requests of all client calls.
 #[derive(Debug)]
 pub struct RequestSchemas {
     messages: Arc<Vec<Fields>>,

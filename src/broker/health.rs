@@ -1,7 +1,7 @@
 //! Health of this broker, for probes and `cluster health`. A broker that serves requests is ready even if it is
-//! impaired: an outage of a store affects all brokers, and must not take all of them out of service. The start of a
-//! broker lasts until every local replica has been in sync once, or until `broker.catch_up_timeout` has passed. The
-//! broker is not ready during its start, so a rolling restart waits for its end.
+//! impaired: an outage of a store affects all brokers, and must not take all of them out of service. A started broker
+//! is not ready until every local replica has been in sync once, or `broker.catch_up_timeout` has passed, so a rolling
+//! restart waits for that. Replicas of partitions without a leader are exempt after [`ELECTION_TIMEOUT`].
 
 use std::{
     collections::BTreeMap,
@@ -29,8 +29,8 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 /// Minimum pause after such a check, as a multiple of the duration of the check.
 const MIN_PAUSE_PER_CHECK: u32 = 20;
 
-/// Maximum time that a start waits for the election of a leader of one partition. An election that waits for the end of
-/// a lease takes 7 s.
+/// Maximum time that a start waits for the election of a leader of one partition. By default, an election that waits
+/// for the end of a lease takes 7 s.
 const ELECTION_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Readiness of a broker for requests.
@@ -69,11 +69,11 @@ enum Phase {
 enum StartState {
     /// Before the activation: the replicas are idle.
     Opening,
-    /// The replicas have their roles, and some have not been in sync yet.
+    /// From the activation on, while some replicas have not been in sync yet.
     CatchingUp {
         since: Instant,
-        /// Replicas that have not been in sync yet, each with the time since which its partition has no leader. `None`
-        /// before the first check.
+        /// Replicas that have not been in sync yet; the outer `None` before the first check. The value is the time
+        /// since which the partition has no leader, or `None` if it has one.
         pending: Option<BTreeMap<PartitionId, Option<Instant>>>,
     },
     Over,
@@ -124,7 +124,7 @@ impl Health {
 
     /// Returns an error if this process should be restarted, because its data directory accepts no writes.
     pub(super) fn health(&self) -> Result<(), String> {
-        self.ctx.log.failure().map_or(Ok(()), |reason| Err(accepts_no_writes(&reason)))
+        self.ctx.log.failure().map_or(Ok(()), |reason| Err(describe_failed_directory(&reason)))
     }
 
     /// Returns the readiness of the broker, with its impairments if it is ready. The broker is not ready while it
@@ -140,7 +140,7 @@ impl Health {
         if let (Err(reason), 0) = (self.health(), self.partitions.open().len()) {
             return not_ready(format!("no partition can be served: {reason}"));
         }
-        match self.catching_up() {
+        match self.count_catching_up() {
             0 => Readiness::Ready(self.impairments()),
             pending => not_ready(format!("starting: local replicas that have not been in sync yet: {pending}")),
         }
@@ -174,7 +174,7 @@ impl Health {
                 format!("object store unavailable {}: {}", format_since(outage.lasted), one_line(&outage.reason))
             }),
             self.unregistered.lock().map(|at| {
-                let reason = lease_expiry_reason(self.ctx.metadata.unresponsive_for());
+                let reason = registration_loss_reason(self.ctx.metadata.unresponsive_for());
                 format!("registration lost {}: {reason}", format_since(at.elapsed()))
             }),
             self.ctx.store.regression().map(|reason| {
@@ -199,14 +199,15 @@ impl Health {
 
     /// Checks the replicas, which may end the start, and returns true if the start is over.
     pub(super) fn is_started(&self) -> bool {
-        self.catching_up();
+        self.count_catching_up();
         matches!(*self.start.lock(), StartState::Over)
     }
 
     /// Returns the number of local replicas that have not been in sync yet, without those of partitions that have had
     /// no leader for [`ELECTION_TIMEOUT`]. Returns 0 before the activation and once the start is over. Ends the start
-    /// if every replica has been in sync once, after `broker.catch_up_timeout`, and on a standalone broker.
-    pub(super) fn catching_up(&self) -> usize {
+    /// if every replica has been in sync once or was closed, after `broker.catch_up_timeout`, and on a standalone
+    /// broker.
+    pub(super) fn count_catching_up(&self) -> usize {
         let mut start = self.start.lock();
         let StartState::CatchingUp { since, pending } = &mut *start else { return 0 };
         let needs_no_wait = self.ctx.standalone || since.elapsed() >= self.ctx.config.broker.catch_up_timeout;
@@ -265,7 +266,7 @@ fn update_since(since: &Mutex<Option<Instant>>, holds: bool) {
 
 /// Returns the reason for a lost registration. `unresponsive_for` is the time for which the metadata store has not
 /// responded; zero if it responds.
-fn lease_expiry_reason(unresponsive_for: Duration) -> String {
+fn registration_loss_reason(unresponsive_for: Duration) -> String {
     match unresponsive_for {
         Duration::ZERO => "the registration was deleted from the metadata store".to_owned(),
         time => format!("the metadata store has not responded for {} s", time.as_secs()),
@@ -283,11 +284,11 @@ fn has_leader(state: &MetadataSnapshot, id: PartitionId) -> bool {
 }
 
 /// Describes a data directory that has failed for this reason.
-fn accepts_no_writes(reason: &str) -> String {
+fn describe_failed_directory(reason: &str) -> String {
     format!("the data directory accepts no writes: {}; repair the disk and restart this broker", one_line(reason))
 }
 
-/// Returns a text of another program on one line, with single spaces.
+/// Returns the text on one line, with single spaces.
 fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -2,8 +2,8 @@
 //!
 //! # Overview
 //!
-//! [`Broker`] composes parts, and each part gets only the values that it needs. A part imports only the parts to its
-//! right:
+//! [`Broker`] composes parts, and each part gets only the values that it needs. Of these parts, each imports only the
+//! parts to its right:
 //!
 //! ```text
 //!   api ─▶ background ─▶ replication ─▶ partitions ─▶ node_context
@@ -17,6 +17,7 @@
 //! | `partitions` | the partition table, its only writer (the reconciler), and the look-ups |
 //! | `health` | readiness and impairments |
 //! | `budget` | memory of requests and responses in progress |
+//! | `token_bucket` | rate limits |
 //! | `node_context` | configuration, stores and tasks that all parts share |
 //!
 //! Every broker of a cluster runs a `cluster::Controller`, and one broker at a time holds the controller key. Only that
@@ -150,9 +151,9 @@ impl OpenedBroker {
         self.replication.as_ref().map(|replication| replication.service())
     }
 
-    /// Returns the local replicas that are intact. A hosted replica is intact if it is open. A replica that is not
-    /// hosted, because its topic value is unreadable, is opened only for this check: it is intact if its log reaches
-    /// the committed log start and tiered end.
+    /// Returns the local replicas that are intact. A hosted replica is intact if it is open. A replica whose topic is
+    /// not hosted, for example because the topic value is unreadable, is opened only for this check: it is intact if
+    /// its log reaches the committed log start and tiered end.
     pub async fn intact_replicas(&self) -> BTreeSet<PartitionId> {
         let mut intact: BTreeSet<PartitionId> =
             self.shared.partitions.open().iter().map(|partition| partition.id()).collect();
@@ -177,7 +178,7 @@ impl OpenedBroker {
     /// The metadata cache must contain the registration of `session`. An older snapshot may name this broker as the
     /// leader of partitions that the startup verification released. `unverified` contains each partition whose value
     /// was unreadable at the startup verification, with the revision of that value. The local replica of an unverified
-    /// partition stays offline while this broker is in the partition's ISR or ELR.
+    /// partition stays offline while this broker leads the partition or is in its ISR or ELR.
     pub async fn activate(self, session: Session, unverified: BTreeMap<PartitionId, Revision>) -> Arc<Broker> {
         let Self { ctx, shared, mut reconciler, queue, stats, replication } = self;
         let background = Background::new(ctx.clone(), shared.clone(), queue, session.clone());
@@ -282,7 +283,7 @@ impl Broker {
     }
 
     /// Returns the number of partitions with an open local replica.
-    pub fn partitions(&self) -> usize {
+    pub fn open_partition_count(&self) -> usize {
         self.partitions.open().len()
     }
 

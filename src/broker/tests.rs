@@ -286,14 +286,14 @@ async fn start_continues_while_partition_is_leaderless() {
     bench.stop().await;
 
     let bench = TestBroker::with_store(dir.path(), false, store).await;
-    assert_eq!(bench.broker.health.catching_up(), 1, "a leader may be elected");
+    assert_eq!(bench.broker.health.count_catching_up(), 1, "a leader may be elected");
     assert!(!bench.broker.health.is_started());
     // Broker 2 is registered at a listener that accepts connections and sends nothing, so probes are inconclusive and
     // its registration stays.
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let theirs = BrokerValue::running_at(silent.local_addr().unwrap().to_string());
     bench.change(Transaction::new().put(bench.keys.broker(other), theirs.encode()).put(key, led.encode())).await;
-    wait_for("the replica is catching up", async || (bench.broker.health.catching_up() == 1).then_some(())).await;
+    wait_for("the replica is catching up", async || (bench.broker.health.count_catching_up() == 1).then_some(())).await;
     let Readiness::NotReady(reason) = bench.broker.readiness() else { panic!("the replica is not in sync") };
     assert!(reason.contains("local replicas that have not been in sync yet: 1"), "{reason}");
     bench.stop().await;

@@ -72,7 +72,7 @@ enum BrokerCommand {
     /// `strandline partition elect --unclean` elects one.
     Drain {
         /// Broker id
-        #[arg(value_name = "ID", value_parser = number)]
+        #[arg(value_name = "ID", value_parser = parse_broker_id)]
         id: u32,
         #[command(flatten)]
         wait: WaitArgs,
@@ -83,13 +83,13 @@ enum BrokerCommand {
     /// Cancel a drain: the broker accepts leaderships and replicas again
     Undrain {
         /// Broker id
-        #[arg(value_name = "ID", value_parser = number)]
+        #[arg(value_name = "ID", value_parser = parse_broker_id)]
         id: u32,
     },
 }
 
 /// Parses a broker id. clap prints the error.
-pub(super) fn number(text: &str) -> Result<u32, String> {
+pub(super) fn parse_broker_id(text: &str) -> Result<u32, String> {
     text.parse().map_err(|_| "not a broker id: write a number, such as 2".to_owned())
 }
 
@@ -124,7 +124,7 @@ pub(super) async fn run(common: &CommonArgs, command: BrokerArgs) -> anyhow::Res
             BrokerCommand::Undrain { .. } => ProgressBar::hidden(),
         };
         let mut monitor = RetryMonitor::new(&client);
-        monitor.beside(&bar);
+        monitor.set_bar(&bar);
         let work = Box::pin(drain_or_undrain(client.admin(), subcommand, common.output, &bar));
         return monitor.run_with_retry_output(None, work).await;
     }
@@ -193,7 +193,7 @@ fn blocked_drain_error(id: u32, causes: &str) -> String {
     )
 }
 
-/// Returns the number of replicas that cannot move, for each cause that a drain response distinguishes.
+/// Returns as text how many replicas cannot move, for each cause that a drain response distinguishes.
 fn unmovable_replicas(drain: &DrainStatus) -> String {
     let blocked = output::count(u64::try_from(drain.blocked.len()).unwrap_or(u64::MAX), "replica");
     let mut causes = format!("{blocked}: {}, or a needed broker is offline", eligible_brokers(drain));
@@ -266,8 +266,8 @@ impl Standstill {
     }
 }
 
-/// Prints the start of the drain as text, waits until the broker has no replicas, and returns the final output as JSON
-/// and as text. `drain` is the response to the drain request.
+/// Waits until the broker has no replicas, and returns the final output as JSON and as text. With text output, first
+/// prints the start of the drain. `drain` is the response to the drain request.
 ///
 /// # Errors
 /// The drain was cancelled, a value in the metadata store may hide replicas, or the wait itself failed.
@@ -394,9 +394,9 @@ mod tests {
 
     #[test]
     fn broker_id_must_be_a_number() {
-        assert_eq!(number("12"), Ok(12));
+        assert_eq!(parse_broker_id("12"), Ok(12));
         for wrong in ["x", "", "-1", "1.5"] {
-            assert!(number(wrong).expect_err(wrong).contains("such as 2"), "{wrong}");
+            assert!(parse_broker_id(wrong).expect_err(wrong).contains("such as 2"), "{wrong}");
         }
     }
 

@@ -77,7 +77,7 @@ pub(super) async fn run(common: &CommonArgs, command: ClusterCommand) -> anyhow:
     }
 }
 
-/// Raises the generation in etcd and in the object store, and prints the new one.
+/// Raises the generation in the metadata store and in the object store, and prints the new one.
 async fn new_generation(common: &CommonArgs, command: &NewGenerationArgs) -> anyhow::Result<ExitCode> {
     let settings = ConfigSources::new().read_file(&command.config)?.environment(environment()).load()?;
     let raised = Box::pin(raise_generation(&settings.config, command.above)).await?;
@@ -123,7 +123,7 @@ fn lines(cluster: &ClusterDescription) -> String {
                 .iter()
                 .flat_map(|broker| notes(broker, first_invalid_placement_key(cluster), cluster.brokers.len() == 1)),
         )
-        .chain(unreadable(cluster))
+        .chain(unreadable(cluster).map(|line| line + "\n  restore its last valid value in the metadata store"))
         .collect();
     if !notes.is_empty() {
         lines.push(String::new());
@@ -268,7 +268,9 @@ fn stats_notes(id: BrokerId, stats: &BrokerStats) -> impl Iterator<Item = String
     let maintenance = stats.maintenance.as_ref();
     let maintenance = maintenance.map(|reason| format!("maintenance fails on broker {id}:\n  {reason}"));
     let future = stats.future_timestamps.as_ref();
-    let future = future.map(|segments| format!("broker {id} has records with future timestamps: {segments}\n  check the clocks of their producers"));
+    let future = future.map(|segments| {
+        format!("broker {id} has records with future timestamps: {segments}\n  check the clocks of their producers")
+    });
     [regressed, failed, store, maintenance, future].into_iter().flatten()
 }
 
@@ -396,9 +398,9 @@ pub(super) mod tests {
         }
     }
 
-    /// Returns a cluster of five brokers: broker 1 runs, 2 stops and does not report stats, 3 drains, 4 reports failures
-    /// and a full disk, 5 is offline. The cluster has every other problem that a description can show. The texts are
-    /// those that brokers send.
+    /// Returns a cluster of five brokers: broker 1 runs, 2 stops and does not report stats, 3 drains, 4 reports
+    /// failures and a full disk, 5 is offline. The cluster has every other problem that a description can show. The
+    /// texts are those that brokers send.
     pub(in crate::cli) fn troubled() -> ClusterDescription {
         let reason = "broker 2 does not respond: 127.0.0.1:9471: no response in 1s";
         let silent = ApiError::new(ErrorCode::NotReady, reason);
@@ -410,8 +412,7 @@ pub(super) mod tests {
         let regression = Regression::Revision { newest: Revision(9), returned: Revision(6) }.to_string();
         let failure = "cannot write the journal: Input/output error (os error 5)";
         let outage = "http://minio:9000: connection refused";
-        let maintenance =
-            "2 partitions, longest orders/3 for 90 s: cannot upload the segment at 0: Input/output error (os error 5)";
+        let maintenance = "2 partitions, longest orders/3 for 90 s: cannot upload the segment at 0: connection refused";
         let failed = BrokerStats {
             failed: Some(failure.to_owned()),
             object_store: Some(format!("for 75 s: {outage}")),

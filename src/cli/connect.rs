@@ -53,7 +53,7 @@ pub(super) async fn explain(admin: &Admin, topic: &str, error: CallError) -> any
         Ok(topics) => topics.into_iter().map(|topic| topic.name).collect(),
         Err(_) => Vec::new(),
     };
-    anyhow!("{}", unknown_topic(topic, &names))
+    anyhow!("{}", unknown_topic_message(topic, &names))
 }
 
 /// Returns the error message for a failed send. The error of a topic lookup is explained by [`explain`].
@@ -83,7 +83,7 @@ pub(super) async fn explain_read(admin: &Admin, topic: &str, error: ConsumeError
 
 /// Returns the error message for an unknown topic. `names` are the topics of the cluster; similar names are suggested,
 /// else some names are listed.
-fn unknown_topic(topic: &str, names: &[String]) -> String {
+fn unknown_topic_message(topic: &str, names: &[String]) -> String {
     let similar = closest_names(topic, names, |name| name.as_str(), MAX_NAMES);
     let list = |names: Vec<&String>| {
         let mut text = names.iter().take(MAX_NAMES).map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
@@ -116,11 +116,11 @@ mod tests {
     #[test]
     fn unknown_topic_error_names_similar_topics_or_a_command() {
         let names = ["orders".to_owned(), "audit".to_owned()];
-        assert_eq!(unknown_topic("ordres", &names), "topic \"ordres\" does not exist; did you mean orders?");
-        let short = unknown_topic("lgo", &["log".to_owned()]);
+        assert_eq!(unknown_topic_message("ordres", &names), "topic \"ordres\" does not exist; did you mean orders?");
+        let short = unknown_topic_message("lgo", &["log".to_owned()]);
         assert_eq!(short, "topic \"lgo\" does not exist; did you mean log?");
-        let far = unknown_topic("zzz", &names);
+        let far = unknown_topic_message("zzz", &names);
         assert!(far.contains("the cluster has orders, audit") && far.contains("strandline topic create zzz"), "{far}");
-        assert!(unknown_topic("t", &[]).contains("strandline topic create t"));
+        assert!(unknown_topic_message("t", &[]).contains("strandline topic create t"));
     }
 }

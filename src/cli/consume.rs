@@ -110,8 +110,9 @@ pub(super) async fn run(common: &CommonArgs, command: ConsumeArgs) -> anyhow::Re
     Ok(ExitCode::SUCCESS)
 }
 
-/// Looks up the start and the end of each partition. All partitions are checked before any record is printed. Each
-/// partition counts as one of the `pieces` that `--timeout` expects.
+/// Looks up the start of each partition and, with `--until-end`, its end. Assigns the partitions to a consumer; with
+/// `--until-end`, only those with records. All partitions are checked before any record is printed. Each partition
+/// counts as one of the `pieces` that `--timeout` expects.
 async fn plan(
     common: &CommonArgs,
     command: &ConsumeArgs,
@@ -224,8 +225,8 @@ impl EndOffsets {
         (offset < end, self.ends.is_empty())
     }
 
-    /// Notes that the records of a partition below `next` were skipped: the partition has no further records if its end
-    /// offset is not above `next`. Returns true if `bounded` and no partition has further records to print.
+    /// Handles skipped records of a partition, all below `next`: the partition has no further records if its end offset
+    /// is not above `next`. Returns true if `bounded` and no partition has further records to print.
     fn skip(&mut self, partition: u32, next: Offset, bounded: bool) -> bool {
         self.ends.retain(|number, end| *number != partition || *end > next);
         bounded && self.ends.is_empty()

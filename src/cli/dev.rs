@@ -18,7 +18,7 @@ use clap::Args;
 
 use super::{
     output,
-    serve::{Overrides, environment, keep_files_private, print_line, serve, stop_signal},
+    serve::{Overrides, environment, keep_files_private, print_text, serve, stop_signal},
 };
 use crate::{
     config::{Config, ConfigSources, LoadedConfig, default_memory_bytes},
@@ -72,7 +72,7 @@ pub(super) async fn run(command: DevArgs) -> anyhow::Result<ExitCode> {
     if command.brokers == 1 && command.etcd.is_none() {
         check_standalone_dir(&data_dir)?;
         let settings = command.standalone_config(&data_dir)?;
-        return serve(settings, |ready| print_line(&welcome(std::slice::from_ref(ready), &program()))).await;
+        return serve(settings, |ready| print_text(&welcome(std::slice::from_ref(ready), &program()))).await;
     }
     check_cluster_dir(&data_dir)?;
     if let Some(warning) = excluded_brokers_warning(&data_dir, command.brokers) {
@@ -83,7 +83,7 @@ pub(super) async fn run(command: DevArgs) -> anyhow::Result<ExitCode> {
     let signal = stop_signal()?;
     keep_files_private();
     let metadata = command.etcd.is_none().then_some(data_dir);
-    server::run_several(configs, metadata, signal, |ready| print_line(&welcome(ready, &program()))).await?;
+    server::run_several(configs, metadata, signal, |ready| print_text(&welcome(ready, &program()))).await?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -110,8 +110,8 @@ impl DevArgs {
         let configs = (1..=self.brokers).zip(grpc.into_iter().zip(http)).map(|(id, (grpc, http))| {
             let mut sources = shared_defaults(data_dir)
                 .with_default("replication.default_factor", self.brokers.min(3).to_string())
-                // All brokers share one disk, so disk pressure would exclude all brokers from new replicas. With 100
-                // topics can still be created.
+                // All brokers share one disk, so disk pressure would exclude all brokers from new replicas. With the
+                // value 100, topics can still be created.
                 .with_default("broker.disk_pressure_percent", "100")
                 .with_default("limits.memory_bytes", default_memory_bytes(self.brokers.into()).to_string())
                 // Only brokers of this process connect to this port.

@@ -31,11 +31,11 @@ impl Printer {
     pub(super) fn write(self, consumed: &ConsumedRecord, out: &mut impl Write) -> io::Result<()> {
         let record = &consumed.record;
         match self.format {
-            RecordFormat::Value => self.bytes(record.value.as_deref(), out)?,
+            RecordFormat::Value => self.write_bytes(record.value.as_deref(), out)?,
             RecordFormat::KeyValue => {
-                self.bytes(record.key.as_deref(), out)?;
+                self.write_bytes(record.key.as_deref(), out)?;
                 out.write_all(b"\t")?;
-                self.bytes(record.value.as_deref(), out)?;
+                self.write_bytes(record.value.as_deref(), out)?;
             }
             RecordFormat::Json if self.escapes => {
                 out.write_all(json_for_terminal(&record_json(consumed)).as_bytes())?;
@@ -47,7 +47,7 @@ impl Printer {
 
     /// Writes a key or value; with `escapes`, control characters and bytes that are not UTF-8 as escapes. A null key or
     /// value writes nothing.
-    fn bytes(self, bytes: Option<&[u8]>, out: &mut impl Write) -> io::Result<()> {
+    fn write_bytes(self, bytes: Option<&[u8]>, out: &mut impl Write) -> io::Result<()> {
         let bytes = bytes.unwrap_or_default();
         if !self.escapes {
             return out.write_all(bytes);
@@ -101,21 +101,23 @@ fn is_control(character: char) -> bool {
 /// Returns a record as JSON, with all its fields.
 fn record_json(consumed: &ConsumedRecord) -> Value {
     let record = &consumed.record;
-    let headers =
-        record.headers.iter().map(|header| json!({ "key": header.key, "value": text(header.value.as_deref()) }));
+    let headers = record
+        .headers
+        .iter()
+        .map(|header| json!({ "key": header.key, "value": bytes_as_json(header.value.as_deref()) }));
     json!({
         "topic": &*consumed.topic,
         "partition": consumed.partition,
         "offset": consumed.offset,
         "timestamp": record.timestamp_ms,
-        "key": text(record.key.as_deref()),
-        "value": text(record.value.as_deref()),
+        "key": bytes_as_json(record.key.as_deref()),
+        "value": bytes_as_json(record.value.as_deref()),
         "headers": headers.collect::<Vec<_>>(),
     })
 }
 
-/// Returns the bytes as a JSON string if they are UTF-8, else as an object with base64.
-pub(super) fn text(bytes: Option<&[u8]>) -> Value {
+/// Returns bytes as a JSON string if they are UTF-8, else as an object with base64. Returns null for `None`.
+pub(super) fn bytes_as_json(bytes: Option<&[u8]>) -> Value {
     use base64::{Engine as _, engine::general_purpose::STANDARD};
     match bytes {
         None => Value::Null,

@@ -80,12 +80,10 @@ fn of_cluster(cluster: &ClusterDescription) -> Vec<String> {
 
 /// Returns a line for each invalid value in the metadata store.
 pub(super) fn unreadable(cluster: &ClusterDescription) -> impl Iterator<Item = String> + '_ {
-    cluster.unreadable.iter().map(|unreadable| {
-        format!(
-            "the value of {} in the metadata store is invalid: {}; restore its last valid value",
-            unreadable.key, unreadable.error
-        )
-    })
+    cluster
+        .unreadable
+        .iter()
+        .map(|unreadable| format!("the value of {} is invalid: {}", unreadable.key, unreadable.error))
 }
 
 /// Returns the state of a broker, as `cluster describe` prints it.

@@ -206,7 +206,7 @@ fn format_error(error: &anyhow::Error) -> String {
         .fold(error.to_string(), |text, cause| if text.contains(&cause) { text } else { format!("{text}: {cause}") })
 }
 
-/// Returns true if the cause of an error is a closed standard output.
+/// Returns true if the cause of an error is a closed pipe, such as the standard output.
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
     let mut chain = error.chain();
     chain.any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|io| io.kind() == io::ErrorKind::BrokenPipe))

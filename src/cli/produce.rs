@@ -205,8 +205,8 @@ pub(super) async fn run(common: &CommonArgs, command: ProduceArgs) -> anyhow::Re
 /// Sends all lines and waits for the results, which `outstanding` then holds. Records without a result count as failed.
 ///
 /// # Errors
-/// An input cannot be read, the topic or partition does not exist, a record failed (the first one is named),
-/// or a stop signal arrived.
+/// An input cannot be read, no broker responds, the topic or partition does not exist, a record failed (the first one
+/// is named), or a stop signal arrived.
 async fn produce(common: &CommonArgs, command: &ProduceArgs, outstanding: &mut Outstanding) -> anyhow::Result<()> {
     // An unreadable file is reported before any record is sent.
     for file in command.files.iter().filter(|file| !is_stdin(file)) {
@@ -216,7 +216,7 @@ async fn produce(common: &CommonArgs, command: &ProduceArgs, outstanding: &mut O
     let client = connect(common).await?;
     let mut monitor = RetryMonitor::new(&client);
     let bar = output::progress(None, "{spinner} {human_pos} records sent, {per_sec}");
-    monitor.beside(&bar);
+    monitor.set_bar(&bar);
     let producer = tokio::select! {
         biased;
         () = &mut stop => bail!("interrupted by a signal"),
@@ -286,7 +286,8 @@ fn is_stdin(file: &Path) -> bool {
     file.as_os_str() == "-"
 }
 
-/// Sends the lines of all inputs. Returns early, without an error, after the first failed delivery.
+/// Sends the lines of all inputs. After the first failed delivery, sends only the first line of each further input, and
+/// returns no error.
 async fn send_all(
     command: &ProduceArgs,
     producer: &Producer,
@@ -332,7 +333,7 @@ async fn send_lines(
         outstanding.push(delivery).await;
         bar.inc(1);
         if outstanding.summary.first_failure.is_some() {
-            // No further record is sent after a known failure. The caller takes the error from the summary.
+            // No further record of this input is sent after a known failure. The summary holds the error.
             return Ok(());
         }
     }

@@ -22,7 +22,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(250);
 const REPORT_AFTER: Duration = Duration::from_secs(1);
 
 /// Time without progress after which expected work counts as delayed although no problem is known.
-const SETTLE_INTERVAL: Duration = Duration::from_secs(5);
+const STALL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Minimum interval between lines if the cause changes. Two causes may alternate.
 const CHANGE_INTERVAL: Duration = Duration::from_secs(5);
@@ -54,12 +54,12 @@ impl RetryMonitor {
     }
 
     /// Adds the retry status of another client.
-    pub(super) fn and(&mut self, client: &Client) {
+    pub(super) fn add_client(&mut self, client: &Client) {
         self.retries.push(client.retries());
     }
 
     /// Sets the progress bar that is suspended while a line is printed.
-    pub(super) fn beside(&mut self, bar: &ProgressBar) {
+    pub(super) fn set_bar(&mut self, bar: &ProgressBar) {
         self.bar = Some(bar.clone());
     }
 
@@ -115,7 +115,7 @@ impl RetryMonitor {
     }
 }
 
-/// Returns the retry status with the time at which the wait ends. Without a known problem, `SETTLE_INTERVAL` without
+/// Returns the retry status with the time at which the wait ends. Without a known problem, `STALL_TIMEOUT` without
 /// progress counts as a problem.
 fn with_deadline(
     expected: &ExpectedWork<'_>,
@@ -129,7 +129,7 @@ fn with_deadline(
             let until = status.until.map_or(deadline, |until| until.min(deadline));
             Some(RetryStatus { until: Some(until), ..status })
         }
-        None if last_progress + SETTLE_INTERVAL <= now => {
+        None if last_progress + STALL_TIMEOUT <= now => {
             let problem = format!("no {} arrives, for an unknown reason", expected.piece);
             Some(RetryStatus { problem, since: last_progress, until: Some(deadline) })
         }

@@ -138,9 +138,10 @@ fn print_batch(position: u64, batch: &Batch, output: OutputFormat, out: &mut imp
 
 fn print_record(offset: Offset, record: &Record, output: OutputFormat, out: &mut impl Write) -> io::Result<()> {
     let headers = record.headers.iter();
-    let headers: Vec<_> =
-        headers.map(|header| json!({ "key": header.key, "value": format::text(header.value.as_deref()) })).collect();
-    let (key, value) = (format::text(record.key.as_deref()), format::text(record.value.as_deref()));
+    let headers: Vec<_> = headers
+        .map(|header| json!({ "key": header.key, "value": format::bytes_as_json(header.value.as_deref()) }))
+        .collect();
+    let (key, value) = (format::bytes_as_json(record.key.as_deref()), format::bytes_as_json(record.value.as_deref()));
     if output == OutputFormat::Json {
         let value = json!({
             "offset": offset, "timestamp": record.timestamp_ms, "key": key, "value": value, "headers": headers,

@@ -69,8 +69,8 @@ pub(super) fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     })
 }
 
-/// Prints text on standard output. A closed standard output does not stop the broker.
-pub(super) fn print_line(text: &str) {
+/// Prints text on standard output, without an additional line end. A closed standard output does not stop the broker.
+pub(super) fn print_text(text: &str) {
     let mut out = std::io::stdout().lock();
     let _closed = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }

@@ -1,4 +1,4 @@
-//! One unary call to one broker: its time limit, and the outcome without a successful response.
+//! One unary call to one broker: its timeout, and the classification of its failure.
 
 use std::{future::Future, time::Duration};
 

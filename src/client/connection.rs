@@ -1,4 +1,4 @@
-//! Connections: one per broker address, made once and shared by all callers.
+//! Connections: one per broker address, which all callers share, and separate ones for callers that test a host.
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
@@ -45,8 +45,8 @@ impl ConnectionPool {
         Ok(channel.clone())
     }
 
-    /// Makes a connection to `address` that is not shared. Unlike a call on an existing connection, this detects at
-    /// once that the host refuses connections.
+    /// Makes a connection to `address` that is not shared. A new connection shows at once whether the host refuses
+    /// connections; a call on an existing connection may not.
     ///
     /// # Errors
     /// No connection could be made in time.

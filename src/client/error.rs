@@ -1,5 +1,5 @@
-//! Errors between a client and the brokers: one enum per kind of call. Each error states whether the same call may
-//! succeed later.
+//! Errors of a client: of connections, calls, sends and reads. The errors of calls, sends and reads state whether a
+//! repetition may succeed later.
 
 use std::{error::Error, fmt};
 
@@ -23,7 +23,7 @@ pub enum ConnectError {
         /// Problem of the text.
         problem: &'static str,
     },
-    /// No broker accepted the connection.
+    /// No address led to a broker that serves the call.
     #[error("no broker responds at {}", AttemptList(.tried))]
     NoResponse {
         /// Addresses that were tried, each with its error.
@@ -36,7 +36,8 @@ pub enum ConnectError {
 const CONNECTION_REFUSED: &str = "connection refused";
 
 impl ConnectError {
-    /// Returns the error without the address, for a message that already names it.
+    /// Returns the errors of [`ConnectError::NoResponse`] without their addresses, for a message that already names the
+    /// address. Any other error is returned in full.
     pub fn problem(&self) -> String {
         match self {
             Self::NoResponse { tried } => {
@@ -70,13 +71,14 @@ impl fmt::Display for AttemptList<'_> {
     }
 }
 
-/// Error of a call: no response, or a broker's error.
+/// Error of a call.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
     /// No broker could be reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// A broker returned an error, or the connection broke during the call.
+    /// A broker returned an error or an invalid response, the response to a call that a broker may have received did
+    /// not arrive, or the metadata names no broker for the call.
     #[error("{0}")]
     Api(ApiError),
 }
@@ -90,7 +92,7 @@ impl CallError {
         }
     }
 
-    /// Returns the error code of a [`CallError::Api`]; `None` if no broker could be reached.
+    /// Returns the error code of a [`CallError::Api`]; `None` for a [`CallError::Connect`].
     pub fn code(&self) -> Option<ErrorCode> {
         match self {
             Self::Connect(_) => None,
@@ -137,7 +139,9 @@ pub enum SendError {
     /// The batch could not be built.
     #[error(transparent)]
     Build(#[from] BuildError),
-    /// A broker refused the record with an error that is not retried. The record was not appended.
+    /// A broker returned an error that is not retried. The record was not appended, unless the response to an earlier
+    /// attempt was lost. With `acks=0`, and after a response that cannot be interpreted, the record may have been
+    /// appended.
     #[error("{topic}/{partition}: {error}")]
     Refused {
         /// Topic name.

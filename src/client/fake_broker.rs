@@ -448,7 +448,7 @@ impl log_server::Log for FakeBroker {
     }
 }
 
-macro_rules! unimplemented_calls {
+macro_rules! refused_calls {
     ($($name:ident($request:ident) -> $response:ident;)*) => {
         #[tonic::async_trait]
         impl admin_server::Admin for FakeBroker {
@@ -465,7 +465,7 @@ macro_rules! unimplemented_calls {
         }
     };
 }
-unimplemented_calls! {
+refused_calls! {
     create_topic(CreateTopicRequest) -> CreateTopicResponse;
     list_topics(ListTopicsRequest) -> ListTopicsResponse;
     describe_topic(DescribeTopicRequest) -> DescribeTopicResponse;

@@ -9,19 +9,20 @@
 //!
 //! # Invariants
 //!
-//! - A leader that metadata named is never replaced by a leader of an older epoch.
-//! - A producer's records reach a partition once and in the order in which they were sent, also across retries (see
-//!   [`producer`]). If the outcome of a record is unknown, the send fails with [`SendError::Unknown`] or
-//!   [`SendError::Expired`].
-//! - A consumer returns records in offset order, without duplicates and without gaps, also across broken streams.
+//! - A leader in the cached metadata is never replaced by a leader of an older epoch of the same topic.
+//! - With default options, a producer's records reach a partition once and in the order in which they were sent, also
+//!   across retries (see [`producer`]). If the outcome of a record is unknown, the send fails with
+//!   [`SendError::Unknown`] or [`SendError::Expired`].
+//! - A consumer returns records in offset order, without duplicates and without gaps, also across broken streams. The
+//!   exceptions are a reset position and a skipped batch (see [`consumer`]).
 //! - Memory is bounded: of a producer by `ProducerOptions::memory_bytes`, of a consumer by its queue, one response, and
 //!   a window per fetch stream.
 //! - Retries are visible: [`Client::retries`] shows the problem, its start and its deadline.
 //!
 //! # Shutdown
 //!
-//! [`Producer::close`] delivers all queued records and joins its task. Dropping the last handle ends the task at once
-//! and fails unacknowledged records. A [`Consumer`] ends when its value is dropped.
+//! [`Producer::close`] waits until each queued record is acknowledged or has failed, and joins the task. Dropping the
+//! last handle ends the task at once and fails unacknowledged records. A [`Consumer`] ends when its value is dropped.
 
 #![warn(missing_docs)]
 
@@ -107,28 +108,28 @@ struct ClientInner {
     bootstrap: Vec<BrokerAddress>,
     pool: ConnectionPool,
     routing: RoutingTable,
-    /// Broker that responded last. It receives the next call that any broker can serve.
+    /// Broker that responded last. The next call that any broker can serve begins with it.
     preferred: Mutex<Option<BrokerAddress>>,
     retries: Arc<RetryRegistry>,
 }
 
 /// Maximum response timeout of one attempt of a call that is then retried, at another broker or after a metadata
-/// refresh. Only this timeout detects a broker whose connection is open but which does not respond: its process is
-/// stopped, or its network is partitioned.
+/// refresh. The timeout detects a broker whose connection is open but which does not respond: its process is stopped,
+/// or its network is partitioned.
 const FIRST_RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Time without a response after which the next broker is called as well.
 const HEDGE_DELAY: Duration = Duration::from_millis(250);
 
-/// Hedge delay while a leader does not respond or reports that its lease expired. It is shorter than `HEDGE_DELAY`:
-/// the caller already waits, and the failure of that leader may also affect other brokers.
+/// Hedge delay of a metadata refresh while a leader does not respond or reports that its lease expired. It is shorter
+/// than `HEDGE_DELAY`: the caller already waits, and the failure of that leader may also affect other brokers.
 const HEDGE_DELAY_LEASE_EXPIRED: Duration = Duration::from_millis(100);
 
 impl Client {
     /// Connects to a cluster by the addresses of some of its brokers, `host:port` separated by commas.
     ///
     /// # Errors
-    /// An address is invalid, or no broker responds.
+    /// The list is empty, an address is invalid, or no broker returns metadata.
     pub async fn connect(bootstrap: &str, options: ClientOptions) -> Result<Self, CallError> {
         let tcp = TcpConnector::new(options.connect_timeout);
         Self::connect_through(Arc::new(tcp), bootstrap, options).await
@@ -228,8 +229,8 @@ impl Client {
         &self.inner.routing
     }
 
-    /// Returns the connection to a broker. The error for an address that the user did not give names the broker that
-    /// advertises the address.
+    /// Returns the connection to a broker. The error for an unreachable address that the user did not give names the
+    /// broker that advertises the address.
     async fn channel(&self, address: &BrokerAddress) -> Result<BrokerChannel, ConnectError> {
         let connected = self.inner.pool.channel(address).await;
         connected.map_err(|error| match error {
@@ -245,13 +246,15 @@ impl Client {
         })
     }
 
-    /// Refreshes the routing metadata unless its generation is above `used_generation` and it holds all `topics`.
+    /// Refreshes the routing metadata, unless the metadata has a generation above `used_generation` and contains all
+    /// `topics`.
     async fn refresh(&self, used_generation: u64, topics: &[&str]) -> Result<(), CallError> {
         self.refresh_deferring(&BTreeSet::new(), used_generation, topics).await
     }
 
-    /// Refreshes as [`Client::refresh`] does, but calls the brokers in `deferred` after all other brokers. A broker
-    /// that is partitioned from the cluster still responds to its clients, with old metadata.
+    /// Refreshes as [`Client::refresh`] does, but calls the brokers in `deferred` after all other brokers: a broker
+    /// that is partitioned from the cluster still responds to its clients, with old metadata. If `deferred` is not
+    /// empty, the hedge delay is `HEDGE_DELAY_LEASE_EXPIRED`.
     async fn refresh_deferring(
         &self,
         deferred: &BTreeSet<BrokerAddress>,
@@ -263,7 +266,7 @@ impl Client {
             order.sort_by_key(|address| deferred.contains(address));
             let hedge = if deferred.is_empty() { HEDGE_DELAY } else { HEDGE_DELAY_LEASE_EXPIRED };
             async move {
-                // A partitioned broker may respond first. Its outdated response is accepted only if no other broker has
+                // A partitioned broker may respond first. Its outdated response is accepted only if no broker returns
                 // current metadata.
                 let outdated = Mutex::new(None);
                 let call = |channel| {
@@ -285,8 +288,8 @@ impl Client {
         self.inner.routing.refresh(used_generation, topics, request).await
     }
 
-    /// Calls any broker, beginning with the broker that responded last. For reads only: a call that a broker may have
-    /// received is still repeated at another broker.
+    /// Calls brokers as [`Client::call_in_order`] does, beginning with the broker that responded last. For reads only:
+    /// a call that a broker may have received is still repeated at another broker.
     async fn call_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn(BrokerChannel) -> R,
@@ -295,9 +298,10 @@ impl Client {
         self.call_in_order(self.brokers_in_call_order(), HEDGE_DELAY, call).await
     }
 
-    /// Calls brokers in this order. Returns the first response, or the first error that a broker itself returned. The
-    /// next broker is called as well if a call fails in transport, if a broker does not reach the metadata store, or if
-    /// no call completes within `hedge`.
+    /// Calls brokers in this order. Returns the first response, or the first error that a broker itself returned, other
+    /// than `METADATA_UNAVAILABLE`. The next broker is called when all calls so far have failed in transport or with
+    /// `METADATA_UNAVAILABLE`, or as well when no call completes within `hedge`. If all brokers fail, returns
+    /// `METADATA_UNAVAILABLE` if a broker returned it, else the errors of all addresses.
     async fn call_in_order<F, R, T>(&self, order: Vec<BrokerAddress>, hedge: Duration, call: F) -> Result<T, CallError>
     where
         F: Fn(BrokerChannel) -> R,
@@ -355,7 +359,7 @@ impl Client {
         }
     }
 
-    /// Makes one call to one broker.
+    /// Makes one call to one broker. `timeout` limits the wait for the response, not the connecting.
     async fn call_broker<F, R, T>(&self, address: &BrokerAddress, timeout: Duration, call: F) -> Result<T, AttemptError>
     where
         F: Fn(BrokerChannel) -> R,
@@ -365,9 +369,9 @@ impl Client {
         with_timeout(timeout, call(channel)).await.map_err(AttemptError::CallFailed)
     }
 
-    /// Calls brokers one after another for a change. The next broker is called only if the previous one did not receive
-    /// the call, does not implement it, or reports that it does not reach the metadata store and has not started the
-    /// change. A change that a broker may have started is not repeated at another broker.
+    /// Calls brokers one after another for a change. The next address is called only if the previous one did not
+    /// receive the call, is not a broker that implements the call, or reports that the metadata store does not respond
+    /// and the change was not started. A change that a broker may have started is not repeated at another broker.
     async fn change_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn(BrokerChannel) -> R,
@@ -395,8 +399,8 @@ impl Client {
         Err(metadata_error.map_or_else(|| no_response_error(tried, false), CallError::from))
     }
 
-    /// Returns the brokers of the metadata, and the bootstrap addresses that are none of them, in the order of calls.
-    /// The broker that responded last is the first.
+    /// Returns the addresses of the brokers in the metadata, then the bootstrap addresses that are not among them. The
+    /// broker that responded last is moved to the front.
     fn brokers_in_call_order(&self) -> Vec<BrokerAddress> {
         let mut addresses = self.inner.routing.brokers();
         for address in &self.inner.bootstrap {
@@ -412,8 +416,9 @@ impl Client {
         addresses
     }
 
-    /// Repeats a call until it succeeds, fails with a final error, or the request timeout has passed. An error is
-    /// final if it is not retryable, or if no broker could be reached. The call must be safe to repeat.
+    /// Repeats a call until the call succeeds, fails with a final error, or could not be repeated before the request
+    /// timeout. An error is final if it is not retryable, or if no broker could be reached. The call must be safe to
+    /// repeat.
     async fn retried<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn() -> R,

@@ -1,8 +1,8 @@
 //! Routing metadata: a cache of leaders, replicas and broker addresses.
 //!
 //! Callers read the cache without waiting. A caller that finds the cache outdated names the generation that it used and
-//! requests a newer one. Concurrent requests share one call to a broker. A leader is never replaced by one of a lower
-//! leader epoch, so old metadata does not lead a client back to an old leader.
+//! requests a newer one. Concurrent requests share one call to a broker. A cached leader is never replaced by one of a
+//! lower leader epoch of the same topic, so old metadata does not lead a client back to an old leader.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -53,8 +53,8 @@ pub(super) struct RoutingTable {
 }
 
 impl RoutingTable {
-    /// Returns the generation, which grows with each refresh. Read it before a call, and pass it to
-    /// [`RoutingTable::refresh`] if the call fails.
+    /// Returns the generation, which grows with each successful refresh. Read the generation before a call, and pass it
+    /// to [`RoutingTable::refresh`] if the call fails.
     pub(super) fn generation(&self) -> u64 {
         self.snapshot.lock().generation
     }
@@ -65,7 +65,8 @@ impl RoutingTable {
         self.snapshot.lock().topics.get(name).cloned()
     }
 
-    /// Returns the address of a partition's leader; `None` if the leader or the topic is unknown.
+    /// Returns the address of a partition's leader; `None` if the metadata has no such partition, no leader of the
+    /// partition, or no address of that leader.
     pub(super) fn leader(&self, topic: &str, partition: u32) -> Option<BrokerAddress> {
         let snapshot = self.snapshot.lock();
         let route = snapshot.topics.get(topic)?.as_ref().ok()?;
@@ -90,7 +91,7 @@ impl RoutingTable {
         })
     }
 
-    /// Returns the brokers of the last metadata.
+    /// Returns the addresses of all brokers in the cache.
     pub(super) fn brokers(&self) -> Vec<BrokerAddress> {
         self.snapshot.lock().brokers.values().map(|endpoint| endpoint.address.clone()).collect()
     }
@@ -124,9 +125,9 @@ impl RoutingTable {
         true
     }
 
-    /// Refreshes the cache and adds `wanted` topics, unless its generation is above `used_generation` and it holds
-    /// these topics: then another caller has refreshed the cache. `request` requests the metadata of topics from a
-    /// broker.
+    /// Refreshes the cache and adds `wanted` topics. Does nothing if the cache has a generation above `used_generation`
+    /// and contains these topics, because another caller has then refreshed it. `request` requests the metadata of
+    /// topics from a broker.
     pub(super) async fn refresh<F, R>(&self, used_generation: u64, wanted: &[&str], request: F) -> Result<(), CallError>
     where
         F: FnOnce(Vec<String>) -> R,
@@ -149,8 +150,8 @@ impl RoutingTable {
 }
 
 impl RoutingSnapshot {
-    /// Replaces the content by that of a response. A cached partition with a newer leader epoch than the response is
-    /// kept.
+    /// Replaces the content by that of a response. A cached partition is kept if the topic id is the same and its
+    /// leader epoch is newer. An invalid broker address is an error and changes nothing.
     fn replace(&mut self, response: v1::GetMetadataResponse) -> Result<(), ApiError> {
         let mut brokers = BTreeMap::new();
         for broker in response.brokers {

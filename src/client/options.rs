@@ -12,7 +12,7 @@ pub const DEFAULT_PORT: u16 = 9460;
 pub struct ClientOptions {
     /// Time limit for making one connection. Default: 3 seconds.
     pub connect_timeout: Duration,
-    /// Time limit for a call, retries included. Default: 30 seconds.
+    /// Maximum wait for the response to one attempt of a call; no retry starts after this time. Default: 30 seconds.
     pub request_timeout: Duration,
     /// First pause after a failed attempt, before jitter. Each further pause is twice as long, up to `backoff_max`.
     /// Default: 20 ms.

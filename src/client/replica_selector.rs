@@ -11,8 +11,8 @@ use super::route::PartitionRoute;
 use crate::model::BrokerId;
 
 /// Returns the broker at which a consumer in `rack` reads `partition` (topic and number). `rack_of` returns the racks
-/// of registered brokers. Without an in-sync replica in the rack the broker is the leader; `None` if there is no leader
-/// either.
+/// of registered brokers. Without a rack, or without an in-sync replica in the rack, returns the leader, or `None` if
+/// there is no leader.
 pub(super) fn select_replica<'a>(
     rack: Option<&str>,
     partition: (&str, u32),

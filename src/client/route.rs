@@ -35,8 +35,8 @@ pub struct PartitionRoute {
 }
 
 impl TopicRoute {
-    /// Reads a topic from metadata. A partition of `cached` with a newer leader epoch replaces the received partition,
-    /// if the topic id is the same.
+    /// Reads a topic from metadata. If `cached` has the same topic id, each of its partitions with a newer leader epoch
+    /// replaces the received partition. Fails with the topic's error in the metadata, or if the metadata is invalid.
     pub(super) fn from_metadata(topic: v1::TopicMetadata, cached: Option<&Self>) -> Result<Self, ApiError> {
         if let Some(error) = topic.error {
             return Err(error.into());

@@ -1,7 +1,7 @@
 //! Transport between a client and a broker: TCP, or another carrier of gRPC calls.
 //!
 //! Producer, consumer, admin and the calls between brokers all use [`Connector`], so a simulated network or a tunnel
-//! carries every call. The cost is one boxed future per call and nothing per message.
+//! can carry every call. The cost is one boxed future per call and nothing per message.
 
 use std::{
     error::Error,
@@ -30,10 +30,10 @@ const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 const FRAME_BYTES: u32 = 256 << 10;
 
-/// Interval of pings, and time limit for the response to a ping.
+/// Interval of HTTP/2 pings from clients, and time limit for the response to a ping.
 const PING_INTERVAL: Duration = Duration::from_secs(3);
 
-/// Ping interval and time limit between brokers: a broker without data for twice this time is disconnected.
+/// The same between brokers: a broker that sends no data for twice this time is disconnected.
 const BROKER_PING_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Display text of tonic's error for a connection that could not be made or that broke.
@@ -114,7 +114,8 @@ impl Error for NotSent {
     }
 }
 
-/// Returns the reason for which the broker never received the call; `None` if the broker may have received it.
+/// Returns the reason for which the broker certainly never received the call: a [`NotSent`] or a refused connection.
+/// Returns `None` for any other error.
 pub fn unsent(status: &Status) -> Option<String> {
     let source = Error::source(status)?;
     if let Some(unsent) = source.downcast_ref::<NotSent>() {

@@ -1,4 +1,4 @@
-//! Contract of every [`MetaStore`]: one suite, run on each implementation.
+//! Contract of every [`MetaStore`]: one suite, run on the embedded store and on etcd.
 //!
 //! The suite may run on a store with earlier content: its keys have a prefix of their own, and it compares revisions
 //! only with each other.

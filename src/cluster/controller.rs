@@ -4,15 +4,16 @@
 //!
 //! Every broker runs this task. The task campaigns for the controller key, which is attached to the broker's own lease
 //! and so ends with the registration. The holder plans when brokers, topics, partitions or drains change, and when a
-//! waiting time of the plan ends. It writes the planned changes as compare-and-sets that include the key: the first
-//! write of a deposed controller fails.
+//! waiting time of the plan ends. It writes the planned changes as compare-and-sets that also compare the controller
+//! key, so the first write of a deposed controller fails.
 //!
 //! # Invariants
 //!
 //! - Safety does not depend on there being one controller: two controllers, or a controller with a stale cache, only
 //!   cause failed compares.
-//! - The controller keeps only the times for which brokers have been online or offline. A new controller counts from
-//!   zero, so after a controller change a broker is replaced late and never early.
+//! - Between plans, the controller keeps only the times since which brokers have been online or offline, and the
+//!   blocked partitions that it has logged. A new controller counts the times from zero, so after a controller change a
+//!   broker is replaced late and never early.
 //!
 //! # Shutdown
 //!
@@ -145,8 +146,8 @@ impl Controller {
         Ok(())
     }
 
-    /// Waits until the metadata cache shows no controller key, or this broker's lease is no longer `lease`. The store
-    /// had a controller key at revision `at`.
+    /// Waits until the metadata cache contains no readable controller key, or this broker's lease is no longer `lease`.
+    /// The store had a controller key at revision `at`.
     async fn wait_for_vacancy(&self, lease: LeaseId, at: Revision) {
         let (mut states, mut session) = (self.metadata.watch(), self.session.state());
         // A cache that is older than `at` may show no holder yet. Without this wait, the caller would campaign in a
@@ -158,8 +159,8 @@ impl Controller {
         }
     }
 
-    /// Plans and applies changes until the term is over: the broker's lease changes, or the controller key is no longer
-    /// the one that was created at revision `term`.
+    /// Plans and applies changes until the term is over: the broker's lease changes, or the controller key has changed
+    /// since revision `term`.
     async fn run_term(&self, lease: LeaseId, term: Revision) {
         let key_unchanged = [Compare::CreateRevision(self.keys.controller(), term)];
         let updater = PartitionUpdater::new(Arc::clone(&self.store), self.keys.clone());
@@ -309,9 +310,9 @@ enum CampaignResult {
 struct AppliedChanges {
     /// Newest revision of an applied change; zero if none was applied.
     newest_revision: Revision,
-    /// True if the store rejected a change or its outcome is unknown: the next plan follows after `RETRY_INTERVAL`.
+    /// True if a change failed or its outcome is unknown: the next plan follows after `RETRY_INTERVAL` at the latest.
     failed: bool,
-    /// True if the controller key belongs to another broker or does not exist: the term is over.
+    /// True if a compare of the controller key failed: the term is over.
     deposed: bool,
 }
 
@@ -354,7 +355,7 @@ fn log_blocked(plan: &ClusterPlan, metadata: &MetadataSnapshot, blocked: &mut BT
 /// controller.
 #[derive(Debug, Default)]
 struct BrokerPresence {
-    /// Per live broker: its broker epoch, and the time when this process first observed it.
+    /// Per live broker: its broker epoch, and the time when this process first observed that epoch.
     online: BTreeMap<BrokerId, (Revision, Instant)>,
     /// Per offline broker that holds replicas: the time when this process first observed that it is offline.
     offline: BTreeMap<BrokerId, Instant>,

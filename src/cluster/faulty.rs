@@ -47,7 +47,7 @@ impl FaultyStore {
         Self { store, faults: Arc::default() }
     }
 
-    /// Sets the faults of the next transactions, in order; `None` means no fault.
+    /// Appends faults of the next transactions, in order; `None` means no fault.
     pub(crate) fn fail_transactions(&self, faults: impl IntoIterator<Item = Option<Fault>>) {
         self.faults.lock().transactions.extend(faults);
     }

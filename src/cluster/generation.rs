@@ -10,7 +10,7 @@
 //!
 //! - The key is raised first. A starting broker copies the key's number to its directory and to the object store if the
 //!   number there is lower.
-//! - A broker whose directory or object store has a higher number than the key does not start: the key is from an older
+//! - A broker rejects a directory or an object store with a higher number than the key: the key is from an older
 //!   backup.
 //!
 //! # Crash
@@ -28,7 +28,8 @@ use super::{
 pub const FIRST_GENERATION: u64 = 1;
 
 /// Number of producer id counters per generation. The counters of the next generation start above them, so a counter
-/// that was issued after the backup is not issued again. This holds unless one generation issues more counters.
+/// that was issued after the backup is not issued again. This holds unless one generation issues more counters than
+/// this number.
 const PRODUCER_IDS_PER_GENERATION: i64 = 1 << 28;
 
 /// Returns the first producer id counter of a generation.

@@ -8,7 +8,7 @@
 //! | --- | --- |
 //! | `store` | the trait [`MetaStore`]: a map from paths to values with one history, in etcd's terms |
 //! | `embedded`, `etcd` | the implementations for a standalone broker and for several brokers |
-//! | `metered`, `monotonic` | wrappers that count the requests, and that reject a store whose revision fell |
+//! | `metered`, `monotonic` | wrappers that count the requests, and that reject a store that returned to an older state |
 //! | `keys`, `endpoints` | paths and values; a broker's listeners |
 //! | `metadata` | the metadata cache: the cluster's prefix in memory; serves every lookup |
 //! | `topics` | creates, alters and deletes topics |
@@ -26,18 +26,19 @@
 //!
 //! # Invariants
 //!
-//! - The metadata cache is a hint: its revision never falls, and it may lag. Every write compares the revisions that it
-//!   was computed from.
+//! - The metadata cache is a hint: its revision never falls, and it may lag. So a write that must not undo a concurrent
+//!   change compares the revisions of the keys that it is based on.
 //! - A partition exists only if its topic exists and its number is below the topic's partition count. Other partition
 //!   keys are ignored.
 //! - A topic's key and the key of its partition 0 are created in one transaction and deleted in one transaction. The
-//!   keys of the other partitions are created before. So partition keys without a topic belong to a topic that is being
-//!   created, or are stale.
+//!   key of any other partition is created before the topic counts that partition. So partition keys without a topic
+//!   belong to a topic that is being created, or are stale.
 //!
 //! # Crash
 //!
-//! An interrupted creation or deletion leaves partitions without a topic. An interrupted addition of partitions leaves
-//! partitions above the topic's count. Brokers ignore both; [`StaleKeySweeper`] finds and deletes them.
+//! An interrupted creation or deletion may leave partition keys and tier keys without a topic. An interrupted addition
+//! of partitions may leave keys of partitions that the topic does not count. Brokers ignore these keys;
+//! [`StaleKeySweeper`] finds and deletes them.
 
 mod controller;
 mod embedded;
@@ -83,7 +84,7 @@ pub use monotonic::MonotonicStore;
 pub use operations::{
     BrokerDrain, CancelError, ClusterOperations, DrainError, ElectError, LostOffsets, OperationResult,
     PreferredLeaderIssue, ReassignError, ReplicaPosition, TargetError, UncleanCandidate, UnknownBrokers,
-    UnknownPartition, WriteError, successor,
+    UnknownPartition, WriteError, best_unclean_candidate,
 };
 pub use partition_updates::{PartitionUpdate, PartitionUpdater, UpdateOutcome};
 pub use partition_value::{PartitionValue, ReplicaIntegrity};

@@ -10,9 +10,9 @@
 //!
 //! Reordered responses are no regression: each response is compared with the newest revision at the start of its call,
 //! so a newer response that arrives earlier does not matter. Responses of watches, keepalives and status requests are
-//! never compared, because a lagging member may send them. The response to a committed transaction with a put must have
-//! a newer revision, not an equal one. `session` reads a key as often as it renews its lease, so that a broker without
-//! other requests also detects a regression.
+//! never compared, because a lagging member may send them. Results of grants and revocations contain no revision. The
+//! response to a committed transaction with a put must have a newer revision, not an equal one. `session` reads a key
+//! as often as it renews its lease, so that a broker without other requests also detects a regression.
 //!
 //! # Invariants
 //!
@@ -57,8 +57,9 @@ impl MonotonicStore {
         Self { inner: Arc::new(inner) }
     }
 
-    /// Executes a request and rejects a response whose revision is too old. `revision` returns the revision of the
-    /// response, and true if the request changed the store.
+    /// Executes a request, and fails with a regression if the revision of the response is too old. After a regression,
+    /// fails without a request. `revision` returns the revision of the response, and true if the request changed the
+    /// store.
     fn execute_checked<'a, T>(
         &'a self,
         request: StoreFuture<'a, T>,

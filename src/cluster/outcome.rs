@@ -15,13 +15,14 @@ const MAX_RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Maximum number of retries after the first attempt.
 const MAX_RETRIES: usize = 8;
 
-/// Sends a transaction, and repeats it while its outcome is unknown, at most [`MAX_RETRIES`] times. The transaction's
-/// compares must make a second application harmless, also if the store applies it much later than the first. After
-/// `CompareFailed`, the caller reads back, because an earlier attempt may have been applied.
+/// Sends a transaction, and repeats it while its outcome is unknown, at most [`MAX_RETRIES`] times. A second
+/// application must be harmless, by the compares or because the operations are idempotent. The store may apply the
+/// transaction a second time much later. After `CompareFailed`, the caller reads back, because an earlier attempt may
+/// have been applied.
 ///
 /// # Errors
 /// As [`MetaStore::transact`], or the unknown outcome of the last attempt.
-pub(super) async fn known_outcome(
+pub(super) async fn transact_until_known(
     store: &dyn MetaStore,
     transaction: &Transaction,
 ) -> Result<TxnOutcome, MetaStoreError> {

@@ -1,9 +1,9 @@
 //! Compare-and-set of partition values, for leaders, the controller, starting brokers and operators.
 //!
 //! Changes of one call of [`PartitionUpdater::apply`] share transactions. A conflict does not block other changes: a
-//! transaction whose compare failed is repeated in halves, down to a single change, whose outcome contains the stored
-//! value. A transaction with an unknown outcome is not repeated: the caller reads the value back, and treats both
-//! outcomes as possible until then.
+//! transaction in which the compare of a change failed is repeated in halves, down to a single change, whose outcome
+//! contains the stored value. A transaction with an unknown outcome is not repeated: the caller reads the value back,
+//! and treats both outcomes as possible until then.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -45,7 +45,8 @@ pub enum UpdateOutcome {
     GuardFailed,
     /// The change was applied, was not applied, or will be applied later: read the value back.
     Unknown(MetaStoreError),
-    /// The change was not applied, because the store rejected the request.
+    /// The request failed, and the change was not applied. After `Regressed`, the other state of the store may contain
+    /// the change.
     Failed(MetaStoreError),
 }
 

@@ -11,7 +11,7 @@
 //! | [`expand`] | leader | unchanged | gains members | empty once the ISR has the min ISR |
 //! | [`elect`] | controller, operator | new | its live members, or the elected replica alone | below the min ISR, gains the members that are not live; else empty |
 //! | [`elect_unclean`] | operator | new | the elected replica alone | empty |
-//! | [`after_restart`] | starting broker | none if the broker led | loses the broker if it may lack records | loses the broker if it may lack records |
+//! | [`after_restart`] | starting broker | none if the broker led | may lose the broker | may lose the broker |
 //! | [`leaderless`] | controller, leader that resigns | none | unchanged | unchanged |
 //! | [`resign`] | leader whose disk failed | none | loses the leader unless it is the last member | as `shrink` |
 //! | [`remove_from_sets`] | leader | none if the broker led | loses the broker | loses the broker |
@@ -25,10 +25,10 @@
 //! - The leader is a member of the ISR, ISR and ELR are disjoint, and all members are replicas.
 //! - The epoch grows by one exactly when the leader changes, also to none, and at each unclean election. So an epoch
 //!   has at most one leader, and a compare of the epoch also compares the leader.
-//! - Every change that drops replicas increments `removal_count`. A new replica stays in `adding` until the
-//!   reassignment completes, which requires that replica in the ISR. So a replica in `adding` is the same replica in
-//!   two values only if both have the same `removal_count`. A replica outside `adding` has been in sync since it was
-//!   added.
+//! - Every change that ends a reassignment or drops a replica increments `removal_count`. A new replica stays in
+//!   `adding` until the reassignment completes, which requires that replica in the ISR. So a replica in `adding` is the
+//!   same replica in two values only if both have the same `removal_count`. A replica outside `adding` was in the ISR
+//!   at least once.
 //! - Every member of ISR ∪ ELR that kept what it acknowledged holds all committed records. Leaders ensure this: they
 //!   commit only what the whole ISR holds, only with the min ISR, and only while the ELR is empty.
 //! - Only [`shrink`], [`resign`] and [`elect`] add members to the ELR. The replicas that [`remove_from_sets`] removes
@@ -57,7 +57,7 @@ use crate::model::{BrokerId, LeaderEpoch};
 /// The value of `partitions/{topic-id}/{n}`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PartitionValue {
-    /// Brokers that hold the partition; the first is the preferred leader.
+    /// Brokers with a replica of the partition; the first is the preferred leader.
     pub replicas: Vec<BrokerId>,
     /// Broker that orders the writes; `None` from the loss of a leader to the next election.
     pub leader: Option<BrokerId>,
@@ -75,8 +75,9 @@ pub struct PartitionValue {
     /// Replicas that the reassignment in progress removes; they are in `replicas` too.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub removing: Vec<BrokerId>,
-    /// Number of changes that dropped replicas. A dropped replica's broker deletes its data, so this number
-    /// distinguishes a replica that is being added from an earlier replica on the same broker. Never falls.
+    /// Number of changes that ended a reassignment or dropped a replica. A dropped replica's broker deletes its data,
+    /// so this number distinguishes a replica that is being added from an earlier replica on the same broker. Never
+    /// falls.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub removal_count: u64,
     /// Last leader epoch before which committed records may have been lost: by an unclean election, or because the only
@@ -132,12 +133,13 @@ impl PartitionValue {
         }
     }
 
-    /// Removes ISR members that lag or whose brokers are not live; called by the leader.
+    /// Removes the members `removed` from the ISR, except the leader; called by the leader for members that lag or are
+    /// not live.
     ///
     /// If at least `min_insync` members remain, every commit so far and later includes the remaining members, so the
-    /// removed members are not needed. With fewer, the removed members hold every committed record and will keep doing
-    /// so, because the leader commits nothing below the min ISR: they enter the ELR. The leader itself is never
-    /// removed; replicas outside the ISR are ignored.
+    /// removed members are not needed, and the ELR is emptied. With fewer, the removed members hold every committed
+    /// record and will keep doing so, because the leader commits nothing below the min ISR: they enter the ELR.
+    /// Replicas outside the ISR are ignored.
     #[must_use]
     pub fn shrink(&self, removed: &BTreeSet<BrokerId>, min_insync: usize) -> Self {
         let (dropped, isr): (Vec<_>, Vec<_>) =
@@ -222,8 +224,8 @@ impl PartitionValue {
         }
     }
 
-    /// Removes a replica whose log may lack committed records from the ISR and the ELR. Clears the leader if that
-    /// replica leads. No replica is added instead: a replica that left the ISR earlier, while the min ISR was
+    /// Removes a replica from the ISR and the ELR, because its log may lack committed records. Clears the leader if
+    /// that replica leads. No replica is added instead: a replica that left the ISR earlier, while the min ISR was
     /// satisfied, may lack records that were committed since.
     #[must_use]
     pub fn remove_from_sets(&self, broker: BrokerId) -> Self {
@@ -260,8 +262,8 @@ impl PartitionValue {
 
     /// Starts a reassignment to `target`, the preferred leader first. The new replicas copy the log first: old and new
     /// replicas hold the partition until [`Self::complete_reassignment`]. A reassignment in progress is replaced. A
-    /// replica that the replaced one was adding is dropped immediately if it is not in `target` and in neither ISR nor
-    /// ELR. Returns `None` if `target` is empty or contains a broker twice.
+    /// replica that the replaced reassignment was adding is dropped immediately if it is not in `target` and in neither
+    /// ISR nor ELR. Returns `None` if `target` is empty or contains a broker twice.
     #[must_use]
     pub fn start_reassignment(&self, target: &[BrokerId]) -> Option<Self> {
         let members: BTreeSet<_> = target.iter().copied().collect();
@@ -318,7 +320,7 @@ impl PartitionValue {
 
     /// Returns true if a reassignment is in progress and cannot complete while only the brokers are live for which
     /// `is_live` returns true. Either a new replica cannot enter the ISR, or a removed replica is in the ISR and too
-    /// few of the staying replicas can enter the ISR to satisfy the min ISR without it.
+    /// few of the staying replicas are in the ISR or can enter it to satisfy the min ISR.
     pub fn is_reassignment_blocked(&self, min_insync: usize, is_live: impl Fn(BrokerId) -> bool) -> bool {
         let can_be_in_sync = |id: &BrokerId| self.isr.contains(id) || is_live(*id);
         let can_copy = self.adding.iter().all(can_be_in_sync);
@@ -349,7 +351,8 @@ impl PartitionValue {
     }
 
     /// Returns the value with the replicas from before the reassignment in progress. Returns `None` if none is in
-    /// progress, only new replicas are in sync, or a new replica leads: the caller must elect another leader first.
+    /// progress, no earlier replica is in the ISR, or a new replica leads: the caller must then elect another leader
+    /// first.
     #[must_use]
     pub fn cancel_reassignment(&self) -> Option<Self> {
         self.end_reassignment_without(&self.adding)

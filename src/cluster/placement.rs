@@ -104,7 +104,7 @@ impl Placement {
         for topic in state.topics().values() {
             for (_, entry) in state.partitions_of(&topic.value) {
                 if let Some(partition) = &entry.partition {
-                    placement.add_replicas(&partition.value.replicas);
+                    placement.add_partition(&partition.value.replicas);
                 }
             }
         }
@@ -146,14 +146,17 @@ impl Placement {
 
     /// Returns true if the broker is live and below its replica limit. Unlike [`Self::has_capacity`], this ignores the
     /// broker's state: a reassignment that an operator requested may use a broker under disk pressure, for example.
-    pub fn is_below_bound(&self, id: BrokerId) -> bool {
+    pub fn is_below_limit(&self, id: BrokerId) -> bool {
         self.brokers.get(&id).is_some_and(|candidate| candidate.load.replicas < candidate.max)
     }
 
     /// Runs `place_replicas`, which returns `None` if it cannot place all replicas. After a failure, runs it again on a
     /// copy without replica limits. If the second run succeeds, the error names the broker that would exceed its limit
     /// most. After an error, `self` may contain some of the replicas.
-    pub fn within_bounds<T>(&mut self, place_replicas: impl Fn(&mut Self) -> Option<T>) -> Result<T, PlacementError> {
+    pub fn place_within_limits<T>(
+        &mut self,
+        place_replicas: impl Fn(&mut Self) -> Option<T>,
+    ) -> Result<T, PlacementError> {
         let mut unlimited = self.clone();
         if let Some(placed) = place_replicas(self) {
             return Ok(placed);
@@ -189,7 +192,7 @@ impl Placement {
         };
         let (leader, _) = self.brokers.iter().filter(|(_, candidate)| candidate.has_capacity()).min_by_key(rank)?;
         let chosen = self.choose(partition, vec![*leader], replicas)?;
-        self.add_replicas(&chosen);
+        self.add_partition(&chosen);
         Some(chosen)
     }
 
@@ -226,19 +229,19 @@ impl Placement {
     }
 
     /// Adds one replica to the load of each of these brokers, without a preferred leader. Offline brokers are ignored.
-    pub fn add_load(&mut self, brokers: &[BrokerId]) {
-        brokers.iter().for_each(|id| self.add_loads(*id, 1));
+    pub fn add_replica_to_each(&mut self, brokers: &[BrokerId]) {
+        brokers.iter().for_each(|id| self.add_replica_count(*id, 1));
     }
 
     /// Adds this number of replicas to the load of a broker; ignores an offline broker.
-    pub fn add_loads(&mut self, id: BrokerId, replicas: usize) {
+    pub fn add_replica_count(&mut self, id: BrokerId, replicas: usize) {
         if let Some(candidate) = self.brokers.get_mut(&id) {
             candidate.load.replicas += replicas;
         }
     }
 
     /// Adds the replicas of one partition to the load. The first one is the preferred leader.
-    fn add_replicas(&mut self, replicas: &[BrokerId]) {
+    fn add_partition(&mut self, replicas: &[BrokerId]) {
         for (position, id) in replicas.iter().enumerate() {
             // The placement contains live brokers only.
             if let Some(candidate) = self.brokers.get_mut(id) {
@@ -373,14 +376,14 @@ mod tests {
                 (0..count).map(|number| placement.place(partition(number), 1)).collect::<Option<Vec<_>>>()
             }
         };
-        let placed = placement.clone().within_bounds(many(40)).expect("as many as both limits permit");
+        let placed = placement.clone().place_within_limits(many(40)).expect("as many as both limits permit");
         assert_eq!(placed.iter().filter(|replicas| **replicas == [BrokerId(2)]).count(), 30);
         let bound = ReplicaLimitExceeded { broker: BrokerId(1), replicas: 21, max: 10 };
-        assert_eq!(placement.clone().within_bounds(many(41)), Err(PlacementError::LimitExceeded(bound)));
+        assert_eq!(placement.clone().place_within_limits(many(41)), Err(PlacementError::LimitExceeded(bound)));
         let text = bound.to_string();
         assert!(["broker 1", "21", "10", "broker.max_replicas"].iter().all(|part| text.contains(part)), "{text}");
         let three = |placement: &mut Placement| placement.place(partition(0), 3);
-        assert_eq!(placement.within_bounds(three), Err(PlacementError::TooFewBrokers), "there are two brokers");
+        assert_eq!(placement.place_within_limits(three), Err(PlacementError::TooFewBrokers), "there are two brokers");
     }
 
     #[test]

@@ -48,7 +48,7 @@ use crate::{
 /// Maximum time that a stop waits for the revocation of the lease.
 const REVOKE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Pause before a failed store request is retried, and between checks of another broker's registration.
+/// Pause before a failed store request is retried, and between checks of the registration of another data directory.
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
 /// State of a broker's registration.
@@ -61,7 +61,8 @@ pub enum SessionState {
     },
     /// The registration was lost and is being created again by the same process.
     Lost,
-    /// Another process registered with this broker id and a copy of the data directory. Final: this process must exit.
+    /// Another process registered with this broker id: with a copy of the data directory, or with another one after
+    /// this process's registration had ended. Final: this process must exit.
     Superseded {
         /// Client address of the other process, or a placeholder text if the registration could not be read.
         address: String,
@@ -82,7 +83,8 @@ pub enum RegisterError {
         /// Client address of the other broker.
         address: String,
     },
-    /// Another process with a copy of this data directory has registered since this process verified its replicas.
+    /// Another process has registered with this broker id since this process verified its replicas, usually with a copy
+    /// of the data directory.
     #[error(
         "another process at {address} registered with the same broker id {id} and a copy of this data directory: stop \
          one of the two processes"
@@ -150,9 +152,9 @@ impl RegistrationRequest {
         Ok(())
     }
 
-    /// Registers the broker and starts a task that keeps it registered until the session is stopped.
-    /// `directory_revision` is the revision of this broker's directory record at its startup verification; `None` if
-    /// there was no record.
+    /// Registers the broker, and starts two tasks that run until the session is stopped: one keeps the broker
+    /// registered, the other reads its key to detect a restored store. `directory_revision` is the revision of this
+    /// broker's directory record at its startup verification; `None` if there was no record.
     ///
     /// # Errors
     /// `Superseded`: the directory record has changed since the startup verification. `Store`: a request failed.
@@ -195,8 +197,9 @@ impl RegistrationRequest {
     /// so a broker without other requests would not detect a restored store. The key is below the cluster's prefix, to
     /// which the permission of an etcd user may be limited.
     ///
-    /// The reads do not belong to the renewals, because they can take longer: a read that was cancelled before its
-    /// request timeout would never replace a connection whose reads receive no response.
+    /// The reads have a task of their own, because a read can take longer than the pause between two renewals. If each
+    /// read were cancelled before its request timeout, a connection whose reads receive no response would never be
+    /// replaced.
     async fn probe_revisions(self: Arc<Self>, stop: Tasks) {
         let key = self.keys.broker(self.id);
         while self.store.regression().is_none() && stop.sleep_until_cancelled(self.renew_interval()).await.is_some() {
@@ -217,8 +220,9 @@ impl RegistrationRequest {
 
     /// Writes the registration, under `lease`, and the directory record in one transaction. The transaction requires
     /// that no registration exists and that the directory record has the revision `directory_revision` (`None`: that
-    /// there is no record). Deletes an existing registration of this process and repeats. Ends when the transaction is
-    /// applied, when another process has changed the record, or with an error.
+    /// there is no record). If a registration exists and no other process has changed the record, deletes that
+    /// registration and repeats; a registration under `lease` counts as written by an earlier attempt. Ends when the
+    /// transaction is applied, when another process has changed the record, or with an error.
     async fn write_registration(
         &self,
         lease: LeaseId,
@@ -375,7 +379,8 @@ impl Session {
         }
     }
 
-    /// Stops the session. Its task revokes the lease, which deletes the registration.
+    /// Stops the session's tasks. Unless the broker is superseded, this revokes the lease, which deletes the
+    /// registration. If the revocation fails, the lease expires later.
     pub async fn leave(&self) {
         self.tasks.stop().await;
     }
@@ -517,7 +522,7 @@ impl LeaseKeeper {
     }
 
     /// Makes one attempt to register under a new lease, with the current flags. The attempt compares the directory
-    /// record with this process's last write, and so detects a later process with a copy of the data directory.
+    /// record with this process's last write, and so detects that another process has registered since.
     async fn retry_registration(&mut self) -> Result<RegisterResult, MetaStoreError> {
         let value = self.flags.apply_to(&self.registration.value);
         let registration = RegistrationRequest { value, ..(*self.registration).clone() };

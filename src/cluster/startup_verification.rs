@@ -22,7 +22,7 @@
 //!   broker can add this broker to an ISR meanwhile.
 //! - The registration compares the directory record that the verification was based on, so only one of two processes
 //!   with the same directory can register.
-//! - The verification ends only when a list shows that no value needs a change. A crash before the end leaves some
+//! - The verification succeeds only when a list shows that no value needs a change. A crash before the end leaves some
 //!   unverified replicas removed; the next start removes the rest.
 //! - A partition value that cannot be read is not changed. An operator may restore an old value, with this broker in
 //!   the ISR or ELR, or as leader in an epoch before this process. So the broker is not active in such a partition
@@ -206,7 +206,8 @@ fn is_last_registered(record: &KeyValue, inventory: &LocalInventory) -> bool {
     mutant!(SkipStartupVerification) || DirectoryValue::decode(&record.key, &record.value).is_ok_and(is_last)
 }
 
-/// Logs that no replica of this directory can be verified, and the reason in the directory record.
+/// Logs that no replica of this directory can be verified, and why: the directory record is of another directory or
+/// cannot be read.
 fn log_unverified_directory(id: BrokerId, record: &KeyValue, inventory: &LocalInventory) {
     match DirectoryValue::decode(&record.key, &record.value) {
         Ok(_) => tracing::warn!(

@@ -32,8 +32,8 @@ pub struct ClusterStats {
     pub under_min_isr: u32,
     /// Number of partitions under reassignment.
     pub reassigning: u32,
-    /// Topic and number of the first partitions that have no live leader or are below the min ISR, at most
-    /// `MAX_UNAVAILABLE_LISTED`. A write with `acks=all` to such a partition fails.
+    /// Topic and number of the first partitions that have no live leader, no readable value or an ISR below the min
+    /// ISR, at most `MAX_UNAVAILABLE_LISTED`. A write with `acks=all` to such a partition fails.
     pub unavailable: Vec<(TopicName, u32)>,
 }
 
@@ -42,7 +42,8 @@ const MAX_UNAVAILABLE_LISTED: usize = 20;
 
 impl ClusterStats {
     /// Counts the brokers, topics and partitions of a metadata snapshot. A partition whose value is missing or
-    /// unreadable counts as leaderless only. `defaults` are the topic configuration of the cluster.
+    /// unreadable counts as leaderless and unavailable, and in no other count of partitions that need attention.
+    /// `defaults` are the topic configuration of the cluster.
     pub fn of(state: &MetadataSnapshot, defaults: &ConfigMap) -> Self {
         let mut stats = Self::default();
         for id in state.brokers().keys().chain(state.drains().keys()) {

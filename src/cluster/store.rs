@@ -216,8 +216,8 @@ impl Transaction {
     /// Rejects a transaction that is too large for etcd. The etcd store and the embedded store call this check first.
     ///
     /// # Errors
-    /// `TooLarge`: one of the three lists is longer than `MAX_TRANSACTION_OPS`, or keys and values together exceed
-    /// `MAX_TRANSACTION_BYTES`.
+    /// `TooLarge`: one of the three lists is longer than `MAX_TRANSACTION_OPS`, or the keys and values of operations
+    /// and compares together exceed `MAX_TRANSACTION_BYTES`.
     ///
     /// # Panics
     /// Two operations name the same key: a bug in the caller.
@@ -255,7 +255,7 @@ pub enum TxnOutcome {
     },
     /// A compare did not hold; nothing changed.
     CompareFailed {
-        /// Revision of the store when the compares were evaluated and the keys were read.
+        /// Revision of the store at which the compares were evaluated and the keys were read.
         revision: Revision,
         /// The keys of `else_get`, in their order; `None` for a key that does not exist.
         found: Vec<Option<KeyValue>>,
@@ -336,25 +336,25 @@ impl fmt::Debug for Watch {
 /// Error of a store request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MetaStoreError {
-    /// No usable result: the store did not respond in time, the response was invalid, the embedded store cannot write
-    /// its file, or a stored value that the caller needs cannot be read.
+    /// No usable result: for example, the store did not respond in time, the response was invalid, the embedded store
+    /// cannot write its file, or a stored value that the caller needs cannot be read.
     #[error("the metadata store does not respond: {reason}")]
     Unavailable {
         /// Cause.
         reason: String,
         /// True if the request may have been applied. After a transaction, the caller must then read back before a
-        /// retry.
+        /// retry, unless a second application is harmless.
         outcome_unknown: bool,
     },
-    /// Every member would reject the request: authentication or authorization failed, or the server does not support
-    /// the request. Nothing was changed.
+    /// Every member would reject the request: authentication or authorization failed, or the server does not support or
+    /// accept the request. A refused transaction was not applied.
     #[error("the metadata store rejected the request: {reason}")]
     Refused {
         /// The store's error text.
         reason: String,
     },
-    /// The store's database is at its quota: reads work, writes fail until an operator frees space. Nothing was
-    /// changed.
+    /// The store's database is at its quota: reads work, writes fail until an operator frees space. The failed
+    /// transaction was not applied.
     #[error(
         "the metadata store has no space left for writes ({reason}): compact its history, defragment each member, then \
          disarm the alarm (etcdctl compact, defrag, alarm disarm); waiting operations then continue automatically"
@@ -404,7 +404,7 @@ pub enum Regression {
          follow \"Restoring etcd\" in docs/operations.md, and restart this broker"
     )]
     Revision {
-        /// Newest revision in any response before the call started.
+        /// Newest revision in any response or watch event before the call started.
         newest: Revision,
         /// Revision of the response: older than `newest`, or equal to it after a write.
         returned: Revision,
@@ -434,7 +434,7 @@ impl MetaStoreError {
         Self::Unavailable { reason: reason.to_string(), outcome_unknown: true }
     }
 
-    /// Returns true if the same call may succeed later. A rejected call may succeed after an operator has changed the
+    /// Returns true if the same call may succeed later. After `Refused` or `NoSpace`, an operator must first change the
     /// store's permissions or space.
     pub const fn retryable(&self) -> bool {
         matches!(self, Self::Unavailable { .. } | Self::Refused { .. } | Self::NoSpace { .. })
@@ -484,8 +484,8 @@ pub trait MetaStore: Send + Sync + fmt::Debug {
     /// `Regressed`, the transaction may have been applied.
     fn transact(&self, transaction: Transaction) -> StoreFuture<'_, TxnOutcome>;
 
-    /// Watches the keys under a prefix from a revision on (inclusive). A revision in the future is allowed; the watch
-    /// waits for it. The error `Compacted` is returned by this call or by the watch.
+    /// Watches the keys under a prefix from a revision on (inclusive). The revision after the newest one is allowed:
+    /// the watch then waits for the next change. The error `Compacted` is returned by this call or by the watch.
     fn watch<'a>(&'a self, prefix: &'a str, from: Revision) -> StoreFuture<'a, Watch>;
 
     /// Creates a lease that lasts at least this long from now. A store may round the duration up.
@@ -497,8 +497,8 @@ pub trait MetaStore: Send + Sync + fmt::Debug {
     /// Ends a lease and deletes its keys. Succeeds if the lease has ended already.
     fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()>;
 
-    /// Returns the regression after which this store refuses requests, if one was detected. Only `MonotonicStore`
-    /// detects regressions; a wrapper around it returns the same value.
+    /// Returns the first regression that a `MonotonicStore` detected, after which it fails every request except
+    /// `keep_alive` and `revoke`. Always `None` for a store without a `MonotonicStore`.
     fn regression(&self) -> Option<Regression> {
         None
     }

@@ -51,8 +51,8 @@ impl MetaBindingStore {
                 _ => None,
             };
             let binding = match (stored, id) {
-                // Another store, or the bound store at its URL. The remaining case is the bound id at another URL: the
-                // store was moved, and its binding gets the new URL below.
+                // Another store, or the bound store at its URL. Of a complete binding, the remaining case is the bound
+                // id at another URL: the store was moved, and its binding gets the new URL below.
                 (Some(bound), Some(id)) if !bound.pending && (bound.id != id || bound.url == url) => return Ok(bound),
                 // A pending binding is returned only for its own URL, so that two brokers with different URLs do not
                 // write the same id into two stores.

@@ -1,5 +1,5 @@
-//! Tier commits: the transaction that makes uploaded segments part of a partition. Local segments may be evicted only
-//! after this transaction.
+//! Tier commits: the transaction that makes uploaded segments part of a partition. Only after this transaction may a
+//! local segment be evicted because the object store has it.
 
 use std::sync::{
     Arc,
@@ -12,10 +12,11 @@ use crate::{
     tier::TierState,
 };
 
-/// Error of a tier commit. The outcome of the commit may be unknown.
+/// Error of a read or commit of a tier state.
 #[derive(Debug, thiserror::Error)]
 pub enum TierCommitError {
-    /// The metadata store failed or did not respond. The next attempt reads whether the commit was applied.
+    /// The metadata store failed or did not respond. The commit may be applied nevertheless; the next attempt reads
+    /// whether it was.
     #[error(transparent)]
     Store(#[from] MetaStoreError),
     /// The partition has another leader epoch: this broker must not commit.
@@ -29,7 +30,7 @@ pub enum TierCommitError {
         current: LeaderEpoch,
     },
     /// Another broker committed meanwhile, the partition is deleted, or its value (for example the ISR) was changed
-    /// during the commit.
+    /// during the commit. This attempt committed nothing.
     #[error("the tier state of partition {id} was changed by another broker, or the partition is deleted")]
     Changed {
         /// Id of the partition.
@@ -74,7 +75,7 @@ impl TierCommits {
     ///
     /// # Errors
     /// The store returned to an older state, still has no space, or failed during the test.
-    pub async fn accepts(&self, id: PartitionId) -> Result<(), TierCommitError> {
+    pub async fn check_can_commit(&self, id: PartitionId) -> Result<(), TierCommitError> {
         if let Some(regression) = self.store.regression() {
             return Err(MetaStoreError::Regressed(regression).into());
         }

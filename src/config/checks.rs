@@ -65,7 +65,7 @@ impl ResolvedValues {
                 mask_passwords(url)
             );
             self.reject("metadata.etcd", reason);
-        } else if let Err(error) = metadata.endpoints().check() {
+        } else if let Err(error) = metadata.endpoint_options().check() {
             self.reject("metadata.etcd", format!("metadata.etcd: {error}"));
         }
     }

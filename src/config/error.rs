@@ -52,7 +52,7 @@ pub enum ConfigError {
         value: String,
         allowed: String,
     },
-    /// The file is not valid TOML, or a check of `ResolvedValues::check` failed, such as a conflict between settings.
+    /// The file is not valid TOML, or a check after the layering failed, such as one for a conflict between settings.
     #[error("{origin}: {reason}")]
     Invalid {
         origin: ValueSource,

@@ -15,7 +15,7 @@ impl Config {
         if metadata.etcd.is_empty() {
             return Ok(None);
         }
-        let mut options = metadata.endpoints();
+        let mut options = metadata.endpoint_options();
         let ca = metadata.etcd_ca.as_deref().map(|path| read_file("metadata.etcd_ca", path)).transpose()?;
         let identity = match (&metadata.etcd_cert, &metadata.etcd_key) {
             (Some(certificate), Some(key)) => Some(EtcdIdentity {
@@ -44,7 +44,7 @@ impl Config {
 
 impl MetadataConfig {
     /// Returns options with the endpoints and the timeout only, which need no file.
-    pub(super) fn endpoints(&self) -> EtcdOptions {
+    pub(super) fn endpoint_options(&self) -> EtcdOptions {
         EtcdOptions { request_timeout: self.request_timeout, ..EtcdOptions::new(self.etcd.iter().cloned()) }
     }
 }

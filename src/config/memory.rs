@@ -92,7 +92,7 @@ impl ResolvedValues {
 }
 
 /// Returns the default of `broker.max_replicas` if `limits.memory_bytes` is `total`. Replicas may use as much memory
-/// again as clients.
+/// again as clients. The maximum is that of the setting.
 fn default_replicas(total: u64) -> u64 {
     (total / REPLICA_BYTES).min(10_000_000)
 }

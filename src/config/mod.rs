@@ -68,6 +68,9 @@ impl LoadedConfig {
 impl Config {
     /// Creates the data directory if it does not exist, and verifies that it is writable by creating and removing a
     /// file.
+    ///
+    /// # Errors
+    /// The directory cannot be created or written, or its path or that of a parent is a file.
     pub fn prepare_data_dir(&self) -> Result<(), ConfigError> {
         let path = &self.broker.data_dir;
         let check_writable = || -> io::Result<()> {

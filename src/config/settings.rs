@@ -1,7 +1,8 @@
 //! Declares every setting once: field, accepted values, default and documentation.
 //!
 //! The `settings!` list generates [`Config`] and [`SECTIONS`]. Reading, printing and `docs/configuration.md` use these
-//! two and contain no list of settings. Only the checks between settings (`checks`, `addresses`) name settings.
+//! two and contain no list of settings. Only code for certain settings (`checks`, `addresses`, `memory`, `etcd`) names
+//! settings.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 

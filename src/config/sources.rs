@@ -68,8 +68,8 @@ impl ConfigSources {
         self
     }
 
-    /// Returns an error for each variable that begins with `STRANDLINE_` and is neither a setting nor a variable of the
-    /// client commands or Kubernetes. The program calls this before it runs any command. Values are not checked.
+    /// Returns an error for each set variable that begins with `STRANDLINE_` and is neither a setting nor a variable of
+    /// the client commands or Kubernetes. The program calls this before it runs any command. Values are not checked.
     pub fn check_names(variables: impl IntoIterator<Item = (String, String)>) -> Result<(), ConfigErrors> {
         let mut values = ResolvedValues::default();
         for (name, text) in Self::new().environment(variables).environment {

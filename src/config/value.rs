@@ -22,7 +22,7 @@ pub(super) enum ValueKind {
     /// `host:port`.
     HostPort,
     Number(RangeInclusive<u64>),
-    /// A number of bytes, optionally with KiB, MiB, GiB or TiB.
+    /// A number of bytes, optionally with B, KiB, MiB, GiB or TiB.
     Bytes(RangeInclusive<u64>),
     /// A time with a unit, such as `500ms` or `7d`. The bounds are in milliseconds.
     Time(RangeInclusive<u64>),
@@ -79,8 +79,8 @@ impl ValueKind {
         }
     }
 
-    /// Returns the text of a TOML value; `None` if this kind does not accept the TOML type. URLs with a comma are not
-    /// accepted, because a comma separates URLs in the text.
+    /// Returns the text of a TOML value; `None` if this kind does not accept the TOML type. An array with a URL that
+    /// contains a comma is not accepted, because a comma separates URLs in the text.
     pub(super) fn text_of(&self, value: &DeValue<'_>) -> Option<String> {
         match (self, value) {
             (Self::Number(_) | Self::Bytes(_), DeValue::Integer(number)) => {

@@ -127,7 +127,8 @@ pub enum ReplicaError {
         /// Partition of the replica.
         id: PartitionId,
     },
-    /// Acknowledged data is missing. The files stay unchanged.
+    /// Acknowledged data is missing, or may be missing because the persisted end is unknown. The segments stay
+    /// unchanged.
     #[error("partition {id} has lost data below its persisted end {persisted} ({reason}), and its files in {} are kept \
         but not served: a broker of a cluster copies the partition again once another broker leads it; otherwise \
         restore the files", dir.display())]
@@ -162,7 +163,7 @@ pub enum ReplicaError {
 /// Error of an append call. None of the batches of the call is in the log.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LogAppendError {
-    /// The disk has no space. A later append succeeds once there is space.
+    /// The disk has too little free space. A later append succeeds once there is space.
     #[error("the disk is full")]
     DiskFull,
     /// The replica no longer accepts writes.
@@ -187,27 +188,27 @@ pub enum ChangeError {
     /// space.
     #[error("the disk is full")]
     DiskFull,
-    /// The replica, or its data directory, no longer accepts writes.
+    /// The replica or its data directory accepts no more writes, or an eviction could not write.
     #[error("the replica cannot be changed: {reason}")]
     Failed {
-        /// Reason of the refusal.
+        /// Reason of the refusal, or the error of the write.
         reason: String,
     },
 }
 
-/// Error of a persist call: the batches may not be on stable storage.
+/// Error of a persist call, or of closing the directory: data may not be on stable storage.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PersistError {
-    /// The batches were truncated before they were durable.
+    /// The log was truncated, reset or deleted before the call completed. Batches below a truncation stay in the log.
     #[error("the log was truncated before these records were persisted")]
     Truncated,
-    /// A write or a sync failed, which is final.
+    /// A write or a sync failed, or the replica accepts no writes. Both are final.
     #[error("not persisted: {reason}")]
     Failed {
         /// Reason of the failure.
         reason: String,
     },
-    /// The log was closed before the batches were durable.
+    /// The journal was closed before the batches were durable.
     #[error("not persisted: the log is closed")]
     Closed,
 }

@@ -11,7 +11,7 @@ use super::format::{Checkpoint, Index, Snapshot, entry};
 use crate::{model::Offset, record::Batch};
 
 /// Decodes the journal frame at the start of `bytes` with the batches of its entries, and encodes it again. Returns
-/// `None` also if the batches of an entry do not match the entry's checksum.
+/// `None` also if the payload of an entry is not intact.
 pub fn frame(bytes: &Bytes) -> Option<Vec<u8>> {
     let directory = Uuid::from_slice(bytes.get(12..28)?).ok()?;
     let frame = entry::decode(bytes, directory)?;

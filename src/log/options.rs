@@ -19,7 +19,8 @@ pub struct LogOptions {
     /// True to open a directory whose journal is missing after an unclean stop. Data that was only in that journal is
     /// lost.
     pub accept_journal_loss: bool,
-    /// Maximum size of a journal frame in bytes. Each frame takes one write and one sync.
+    /// Maximum payload of a journal frame in bytes; at most a third of a journal file. Each frame takes one write and
+    /// one sync.
     pub max_frame_bytes: usize,
     /// Maximum bytes of one persist call that go to the journal. Above the limit the segments are synced instead, which
     /// avoids writing the bytes twice.
@@ -38,7 +39,7 @@ pub struct LogOptions {
     /// Disk bytes that appends leave free. Checkpoints, indexes, and the metadata store beside the log need them: these
     /// files are written before a segment can be deleted.
     pub reserve_bytes: u64,
-    /// Metrics that count the journal's frames.
+    /// Metrics of the journal's frames.
     pub metrics: Metrics,
     /// True to run without threads. The caller does their work by
     /// [`DataDir::journal_step`](super::DataDir::journal_step) and [`DataDir::sync_step`](super::DataDir::sync_step).
@@ -53,8 +54,8 @@ pub struct LogOptions {
 pub struct SimHook(Arc<dyn Fn() + Send + Sync>);
 
 impl SimHook {
-    /// Creates the callback. `wake` is called from any thread with locks held, so it must only wake the driver of the
-    /// steps.
+    /// Creates the callback. `wake` is called from any thread, possibly with locks held, so it must only wake the
+    /// driver of the steps.
     pub fn new(wake: impl Fn() + Send + Sync + 'static) -> Self {
         Self(Arc::new(wake))
     }

@@ -1,5 +1,5 @@
-//! Requests of a partition's task to its broker. No call waits or blocks: the broker queues the request, and the
-//! outcome arrives through the partition's handle.
+//! Requests of a partition's task to its broker, and counters. No call waits or blocks: the broker queues the request,
+//! and the outcome, if there is one, arrives through the partition's handle.
 
 use std::sync::Arc;
 
@@ -20,13 +20,13 @@ pub trait ReplicationLinks: Send + Sync + 'static {
     fn subscribe(&self, partition: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress);
 
     /// Sends [`LinkEvent::Connected`](super::LinkEvent::Connected) again after a pause. The pause doubles with each
-    /// call. It is the shortest again after a subscription that a leader accepted
-    /// ([`SubscribeOutcome::Accepted`](super::SubscribeOutcome::Accepted)) and that lasted for the longest pause.
+    /// call, up to a limit. It is the shortest again on a new link, after an unsubscription, and after a subscription
+    /// that the leader accepted and that lasted for the longest pause.
     fn retry_later(&self, partition: PartitionId);
 
-    /// Unsubscribes the partition. The leader receives `newest_epoch`, the epoch of the value that this replica
-    /// applied; that epoch may be newer than the leader's own. `stopping` is true if this replica will not return soon.
-    /// After this call returns, nothing is acknowledged for the ended subscription.
+    /// Stops following, and ends the subscription. If there was one, the leader receives `newest_epoch`, the epoch of
+    /// the value that this replica applied; that epoch may be newer than the leader's own. `stopping` is true if this
+    /// replica will not return soon. After this call returns, nothing is acknowledged for the ended subscription.
     fn unsubscribe(&self, partition: PartitionId, newest_epoch: LeaderEpoch, stopping: bool);
 }
 
@@ -43,9 +43,9 @@ pub trait IsrUpdater: Send + Sync + 'static {
     fn read_back(&self, partition: PartitionId);
 
     /// Resigns from the leadership of this epoch, because this broker can no longer write. The broker also leaves the
-    /// ISR. Nothing changes if the ISR has no other member. This request has no outcome. A leader calls this once for
-    /// each revision of the value, so the updater must retry until the store has applied the change or the change has
-    /// no effect.
+    /// ISR. Nothing changes if the ISR has no other member. This request has no outcome. The task calls this at most
+    /// once for each revision of the value, so the updater must retry until the store has applied the change or the
+    /// change has no effect.
     fn resign(&self, partition: PartitionId, epoch: LeaderEpoch);
 }
 
@@ -61,7 +61,7 @@ pub struct PartitionCounters {
 }
 
 impl PartitionCounters {
-    /// Returns the counters among a broker's metrics.
+    /// Returns these counters of a broker's metrics.
     pub fn of(metrics: &Metrics) -> Self {
         Self {
             isr_shrinks: metrics.isr_shrinks.clone(),
@@ -77,7 +77,7 @@ impl PartitionCounters {
     }
 }
 
-/// Interfaces of the broker that the task of a partition calls, and the counters that it updates.
+/// Interfaces of the broker that the task of a partition calls, and the counters that the task updates.
 #[derive(Clone)]
 pub struct PartitionContext {
     pub links: Arc<dyn ReplicationLinks>,
@@ -86,8 +86,8 @@ pub struct PartitionContext {
 }
 
 impl PartitionContext {
-    /// Returns the interfaces of a standalone broker. There is no other leader to follow, and the ISR never changes, so
-    /// a call of `start_following` or `propose` is logged as an error. All other calls do nothing.
+    /// Returns the context of a standalone broker, with new counters. There is no other leader to follow, and the ISR
+    /// never changes, so a call of `start_following` or `propose` is logged as an error. All other calls do nothing.
     pub fn standalone() -> Self {
         Self {
             links: Arc::new(StandaloneContext),

@@ -16,11 +16,11 @@
 //!
 //! - The follower truncates only where the leader's epoch history and its own diverge. No high watermark selects that
 //!   offset.
-//! - The follower never truncates below its high watermark. A cleanly elected leader has all records below that high
-//!   watermark, so a response that requires a lower truncation is wrong. The replica then keeps its log and reports the
-//!   error. Only an unclean election in an epoch above the last epoch of the log may remove committed records.
-//! - The follower appends only batches of its current epoch that continue its log without gap, overlap or decreasing
-//!   batch epoch.
+//! - The follower truncates below its high watermark only after an unclean election in an epoch above the last epoch of
+//!   the log. A cleanly elected leader has all records below that high watermark, so a response that requires a lower
+//!   truncation is wrong. The replica then keeps its log and reports the error.
+//! - The follower appends only batches that the leader sent in the followed epoch, and that continue the log without
+//!   gap, overlap or decreasing batch epoch.
 //! - The follower raises its high watermark to the minimum of the leader's high watermark and its own log end, and only
 //!   after the leader has accepted the subscription: this log is then a prefix of the leader's. A bootstrap also raises
 //!   the high watermark, to the new start of the log.
@@ -183,7 +183,7 @@ pub struct Follower {
     stage: FollowerStage,
     /// Newest high watermark that the leader sent.
     leader_high_watermark: Offset,
-    /// High watermark of the replica. Falls only by an unclean election.
+    /// High watermark of the replica. Falls only by a truncation or reset after an unclean election.
     high_watermark: Offset,
 }
 
@@ -245,8 +245,8 @@ impl Follower {
     /// Processes the leader's response to the subscription, with the leader's epoch and high watermark.
     ///
     /// # Errors
-    /// The response is of another epoch, no subscription is pending, or the outcome is invalid for this log. The log
-    /// must stay as it is.
+    /// The response is of another epoch, no subscription is pending, the outcome is invalid for this log, or the
+    /// outcome would remove committed records without an unclean election. The log must stay as it is.
     pub fn on_response(
         &mut self,
         epoch: LeaderEpoch,
@@ -312,8 +312,8 @@ impl Follower {
     /// Processes batches from the leader, and its high watermark.
     ///
     /// # Errors
-    /// The batches are of another epoch, no subscription is accepted, or the batches do not continue the log. None of
-    /// them may be appended.
+    /// The batches are of another epoch, no subscription is accepted, a batch does not continue the log, or its epoch
+    /// is above the leader's. None of the batches may be appended. The last two errors end the subscription.
     pub fn on_batches(
         &mut self,
         epoch: LeaderEpoch,
@@ -348,7 +348,8 @@ impl Follower {
         }
     }
 
-    /// Checks that batches continue the log. Returns the stage after them.
+    /// Checks that batches continue the log, and that their epochs are not above the leader's. Returns the stage after
+    /// them.
     fn check_batches(&self, headers: &[BatchHeader]) -> Result<FollowerStage, ProtocolViolation> {
         let FollowerStage::Following { mut next, appended_end, mut last } = self.stage else {
             return Err(ProtocolViolation::Unexpected);
@@ -381,8 +382,8 @@ impl Follower {
         self.advance_high_watermark(self.leader_high_watermark);
     }
 
-    /// Stores a high watermark that the leader sent. In an accepted subscription, raises the follower's own high
-    /// watermark, at most to the appended end.
+    /// Stores a high watermark that the leader sent, if it is the highest so far. In an accepted subscription, raises
+    /// the follower's own high watermark, at most to the appended end.
     fn advance_high_watermark(&mut self, leader_high_watermark: Offset) {
         self.leader_high_watermark = self.leader_high_watermark.max(leader_high_watermark);
         if let FollowerStage::Following { appended_end, .. } = self.stage {

@@ -1,7 +1,7 @@
 //! The handle of one replica: the interface of a partition for the broker, its links and the metadata.
 //!
-//! Reads of state use what the partition's task published. All other requests go to the task by its queues. The handle
-//! makes no decisions.
+//! Reads of state use what the partition's task published, or what the handle itself received. All other requests reach
+//! the task by its queues and signals.
 
 use std::{sync::Arc, time::Duration};
 
@@ -59,11 +59,11 @@ pub struct ReplicaSpec {
     pub tier: Option<PartitionTier>,
     /// True if this broker is standalone: the metadata is in the same data directory, and there is no other replica. If
     /// the log ends below the committed end (the later of tiered end and log start), it is reset to that end. If this
-    /// broker is not standalone, the open fails with [`PartitionError::Lost`] instead.
+    /// broker is not standalone, the open fails with [`PartitionError::Lost`] instead, unless `discard_local` is set.
     pub standalone: bool,
     /// True if the local replica, if any, is deleted before the open: the new replica starts empty and copies. Allowed
-    /// only for a replica outside ISR and ELR, and for an unusable replica that an operator elected. The latter
-    /// bootstraps at the tiered end.
+    /// only for a replica without files, for a replica outside ISR and ELR, and for an unusable replica that an
+    /// operator elected. The latter resets its log to the committed end before it leads.
     pub discard_local: bool,
     /// `replication.max_lag_time`: maximum time in which an ISR member must reach the log end that was current when the
     /// time started.
@@ -100,7 +100,8 @@ pub struct Partition {
     topic: TopicName,
     /// Queue for writes, maintenance and changes of the configuration. Senders wait for space.
     commands: mpsc::Sender<ActorCommand>,
-    /// Queue for metadata, messages of links and outcomes of ISR proposals. These messages do not wait behind writes.
+    /// Queue for metadata, messages of links and outcomes of requests to the metadata store. These messages do not wait
+    /// behind writes.
     control: mpsc::Sender<ControlMessage>,
     signals: Arc<ActorSignals>,
     pub(super) published: Arc<PublishedState>,
@@ -129,7 +130,7 @@ impl Partition {
         let (log_start, tiered_end) = (committed.log_start, committed.tiered_end());
         let replica = open_replica(log, &spec, log_start.max(tiered_end))?;
         // A replica of several may hold uncommitted records of a deposed leader, even below the end up to which other
-        // replicas have committed. Only evicted records are certain to have been committed.
+        // replicas have committed. Only the records below the local start are certain to have been committed.
         let committed_end = if spec.standalone { log_start.max(tiered_end) } else { replica.local_start() };
         let tasks = parent.child();
         let published = Arc::new(PublishedState::new(spec.config, tasks.clone()));
@@ -183,9 +184,10 @@ impl Partition {
 
     /// Queues a write; waits only for space in the queue. `batch` may be a recompressed form of the batch that the
     /// client sent. `sent` is the fingerprint of the client's batch, or `None` if the client sent records. `permit` is
-    /// the memory of the write. The task holds it until the result; with `acks=tiered`, until the write waits only for
-    /// the object store. Writes are appended in the order in which calls of this function return. The receiver gets the
-    /// result when the write has failed or `acks` holds. Dropping the receiver does not cancel the write.
+    /// the memory of the write. The task holds the permit until the result. With `acks=tiered`, or after the receiver
+    /// was dropped, the task releases the permit once the write has the topic's durability on this broker. Writes are
+    /// appended in the order in which calls of this function return. The receiver gets the result when the write has
+    /// failed or `acks` holds. Dropping the receiver does not cancel the write.
     pub async fn append(
         &self,
         batch: Batch,
@@ -225,7 +227,7 @@ impl Partition {
     }
 
     /// Returns the newest log start that this broker received as committed in the metadata store; 0 before the first.
-    /// All records below it are deleted. It is valid in every role.
+    /// All records below it are deleted. The value is valid in every role.
     pub fn committed_log_start(&self) -> Offset {
         self.committed().map_or(Offset::ZERO, |state| state.log_start)
     }
@@ -243,7 +245,7 @@ impl Partition {
         self.published.status()
     }
 
-    /// Returns the newest leader epoch in the metadata that this partition received.
+    /// Returns the leader epoch of the partition value that the task applied last; 0 before the first.
     pub fn epoch(&self) -> LeaderEpoch {
         self.published.epoch()
     }
@@ -276,7 +278,8 @@ impl Partition {
         self.published.future_segments()
     }
 
-    /// Returns the error that stopped writes to the replica; `None` while the replica accepts writes.
+    /// Returns the error that stopped writes to the replica for good; `None` if there was none. A full disk is no such
+    /// error.
     pub fn error(&self) -> Option<Arc<str>> {
         self.published.error()
     }
@@ -293,9 +296,9 @@ impl Partition {
         watermarks.log_start.min(watermarks.local_start) < watermarks.log_end
     }
 
-    /// Applies metadata, and returns when the task has applied it or has ended. Later requests to the partition find
-    /// the new role. The caller passes values in the order of their revisions; the task drops a value that is older
-    /// than the applied one.
+    /// Sends metadata to the task, and returns when the task has applied or dropped it, or has ended. Later requests to
+    /// the partition find the new role. The caller passes values in the order of their revisions; the task drops a
+    /// value that is older than the applied one.
     pub async fn assign(&self, assignment: PartitionAssignment) {
         if let Some(state) = &assignment.committed {
             self.update_tier_state(state);
@@ -310,14 +313,15 @@ impl Partition {
         self.send_control(ControlMessage::BrokerStatusChanged(broker, status)).await;
     }
 
-    /// Returns true if the task needs ticks ([`Self::tick`]) at intervals. It leads, and an ISR member is behind or a
-    /// refused proposal waits for metadata; or it is idle because its metadata is late.
+    /// Returns true if the task needs ticks ([`Self::tick`]) at intervals. It leads, and an ISR member is behind or the
+    /// next ISR proposal waits for metadata or a tick; or it is idle because its metadata is late.
     pub fn wants_ticks(&self) -> bool {
         self.published.wants_ticks()
     }
 
-    /// Sends the time, so that the task checks for lagging members and for late metadata. Never waits; replaces an
-    /// earlier time that the task has not handled. All calls pass the time of the same monotonic clock.
+    /// Sends the time, so that the task checks for lagging members and for late metadata, and repeats a refused ISR
+    /// proposal. Never waits; replaces an earlier time that the task has not handled. All calls pass the time of the
+    /// same monotonic clock.
     pub fn tick(&self, now_ms: u64) {
         self.signals.tick(now_ms);
     }
@@ -352,8 +356,8 @@ impl Partition {
         response.await.unwrap_or_else(closing)
     }
 
-    /// Handles an acknowledgement of a follower. Never waits; replaces an earlier acknowledgement of that follower that
-    /// the task has not handled.
+    /// Sends an acknowledgement of a follower to the task, and updates the follower's lag. Never waits; replaces an
+    /// earlier acknowledgement of that follower that the task has not handled.
     pub fn on_acknowledged(&self, peer: PeerId, epoch: LeaderEpoch, progress: ReplicaProgress) {
         self.published.acknowledged(peer.broker, progress.log_end);
         self.signals.on_acknowledged(peer, epoch, progress);
@@ -370,14 +374,16 @@ impl Partition {
         self.send_control(ControlMessage::FollowerDisconnected(peer, cause)).await;
     }
 
-    /// Reports a leader epoch that a follower has received. A leader of an older epoch stops leading. It waits for
-    /// metadata with the reported epoch, or for a read of the store which shows that no such epoch exists.
+    /// Reports a leader epoch that a follower sent and that the caller has found in the metadata store. A leader of an
+    /// older epoch becomes idle, until it receives metadata with the reported epoch, or until a read of the store shows
+    /// that the store does not have that epoch.
     pub async fn report_newer_epoch(&self, reported: LeaderEpoch) {
         self.send_control(ControlMessage::NewerEpoch(reported)).await;
     }
 
-    /// Returns a reader of the log up to its end, for the epoch in which this broker leads now. The epoch may have
-    /// changed since the response to the follower's subscription, so the caller compares it with [`TailReader::epoch`].
+    /// Returns a reader of the log up to its end, for the current leader epoch. Its reads fail while this broker does
+    /// not lead in that epoch. The epoch may have changed since the response to a subscription, so the caller compares
+    /// the epoch of the response with [`TailReader::epoch`].
     pub fn tail(&self) -> TailReader {
         TailReader::new(Arc::clone(&self.published), self.log_reader.clone())
     }
@@ -386,8 +392,8 @@ impl Partition {
     /// waits.
     ///
     /// # Errors
-    /// The control queue is full. The event is dropped, so the caller must end the subscription: the task cannot apply
-    /// later events without this one.
+    /// [`QueueFull`] if the control queue is full. The event is dropped, so the caller must deliver it again or end the
+    /// subscription: the task cannot apply later events without this one.
     pub fn on_link_event(&self, event: LinkEvent) -> Result<(), QueueFull> {
         match self.control.try_send(ControlMessage::Link(event)) {
             // An event for a task that has ended changes nothing.
@@ -401,7 +407,7 @@ impl Partition {
         self.published.progress()
     }
 
-    /// Returns the epoch of the log's last batch; `None` for a log that never had a batch.
+    /// Returns the newest epoch in the log's epoch history; `None` if the history is empty.
     pub fn last_epoch(&self) -> Option<LeaderEpoch> {
         self.log_reader.last_epoch()
     }
@@ -412,16 +418,16 @@ impl Partition {
         self.published.add_listener(wake_set, index, watermark);
     }
 
-    /// Applies a tier state and log start that the metadata store committed, unless a newer state is applied already.
-    /// Commands that are sent after this returns find the state applied. The task treats the epoch of the state like a
-    /// reported epoch.
+    /// Applies a tier state, with its log start, that the metadata store committed, unless a newer state is applied
+    /// already. Commands that are sent after this returns find the state applied. The task treats the epoch of the
+    /// state like a reported epoch.
     pub async fn apply_tier_state(&self, state: TierState) {
         self.update_tier_state(&state);
         self.command(ActorCommand::ApplyTierState(Box::new(state))).await;
     }
 
-    /// Stops the task. The task rejects queued writes, waits until written records are durable, and responds to their
-    /// writers.
+    /// Stops the task, and returns after it has ended. The task rejects queued writes, waits for the journal, and
+    /// acknowledges the writes whose acks rule holds by then. All other writes fail.
     pub async fn stop(&self) {
         self.tasks.stop().await;
     }
@@ -450,7 +456,8 @@ impl Partition {
         let _stopped = self.commands.send(command).await;
     }
 
-    /// Returns the segments on this broker's disk; `None` if the task has ended.
+    /// Returns the segments on this broker's disk, and the state of the task that maintenance needs; `None` if the task
+    /// has ended.
     pub(super) async fn describe_segments(&self) -> Option<LocalSegments> {
         let (responder, segments) = oneshot::channel();
         self.command(ActorCommand::DescribeSegments(responder)).await;
@@ -464,8 +471,9 @@ impl Partition {
 }
 
 /// Opens the replica of `spec`, after its deletion if `spec.discard_local`. All records below `committed` were
-/// committed, so a log that ends below it has lost records. A standalone broker then resets the log to `committed`; any
-/// other broker returns [`PartitionError::Lost`]. A replica that was deleted on purpose is returned empty.
+/// committed, so a log that ends below it lacks committed records. A standalone broker then resets the log to
+/// `committed`; any other broker returns [`PartitionError::Lost`]. A replica that was deleted on purpose is returned
+/// empty.
 fn open_replica(log: &DataDir, spec: &ReplicaSpec, committed: Offset) -> Result<ReplicaLog, PartitionError> {
     if spec.discard_local {
         log.delete_replica(spec.id)?;

@@ -1,8 +1,8 @@
 //! Lag of followers behind their leader, for monitoring alone: `leader::isr` decides about the ISR. Pure.
 //!
 //! The lag in time is the age of the oldest record that a follower has not acknowledged. Records have no time of their
-//! append. So the tracker stores the log end with the time at intervals, once a follower has acknowledged. Entries that
-//! every follower has acknowledged are dropped, so an idle partition has at most one.
+//! append. So the tracker stores the log end with the time at intervals, once a follower has acknowledged. Of the
+//! entries that every follower with an acknowledgement has acknowledged, only the last remains.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -26,7 +26,7 @@ pub struct FollowerLag {
     pub time: Duration,
 }
 
-/// Log ends that a leader's followers have acknowledged, and the times at which the leader's log reached its offsets.
+/// Log ends that a leader's followers have acknowledged, and times at which the leader's log reached certain offsets.
 #[derive(Debug)]
 pub(super) struct FollowerLagTracker {
     /// Start of the leadership.
@@ -78,7 +78,8 @@ impl FollowerLagTracker {
     }
 
     /// Returns the lag of follower `broker` behind a log that ends at `log_end`. A follower without an acknowledgement
-    /// counts as lacking all records from `first` on, since the start of the leadership.
+    /// counts as lacking all records from `first` on. Without an entry at or below the acknowledged end, the age counts
+    /// from the start of the leadership.
     pub(super) fn lag(&self, broker: BrokerId, first: Offset, log_end: Offset, now: Instant) -> FollowerLag {
         let acked = self.acknowledged.iter().find(|(id, _)| *id == broker).map(|(_, end)| *end);
         let records = log_end.since(acked.unwrap_or(first));

@@ -40,7 +40,7 @@ enum QueueEntryState {
     Queued,
     /// A worker has the partition.
     Working,
-    /// A worker has the partition, and it was pushed again since the worker took it.
+    /// A worker has the partition, and the partition was pushed again meanwhile.
     WorkingAgain,
     /// The last work failed, and is retried at this time.
     RetryAt(Instant),
@@ -90,7 +90,7 @@ impl MaintenanceQueue {
         }
     }
 
-    /// Queues the partitions whose retry is due, then takes the first partition of the queue.
+    /// Queues the partitions whose retry is due, then takes the first partition of the queue. Never waits.
     fn take(&self, now: Instant) -> TakeResult {
         let mut state = self.inner.state.lock();
         while let Some(&(_, id)) = state.retries.first().filter(|(time, _)| *time <= now) {
@@ -109,8 +109,8 @@ impl MaintenanceQueue {
         TakeResult::Due(id)
     }
 
-    /// Ends successful work on a partition. The partition is queued again at once if `more` work remains, or if it was
-    /// pushed during the work.
+    /// Ends work on a partition that did not fail. The partition is queued again at once if `more` work remains, or if
+    /// it was pushed during the work.
     pub fn done(&self, id: PartitionId, more: bool) {
         let was_pushed = self.inner.state.lock().entries.remove(&id) == Some(QueueEntryState::WorkingAgain);
         if was_pushed || more {

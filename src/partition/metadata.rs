@@ -34,8 +34,8 @@ pub enum Transition {
     /// This broker neither leads nor copies.
     Idle,
     /// The value names this broker as leader, but in no newer epoch than the last one in which it led or refused to
-    /// lead. The task is idle and waits for metadata. If none arrives, the task reads the store, and then ends the
-    /// epoch by a proposal without a leader.
+    /// lead. The task is idle and waits for metadata. If none arrives, the task reads the store. If the store has the
+    /// same epoch, the task ends the epoch by a proposal without a leader.
     EndedEpoch,
 }
 
@@ -72,8 +72,9 @@ pub struct AppliedMetadata {
     broker_status: BTreeMap<BrokerId, BrokerStatus>,
     /// Role by the last applied value, or idle after [`Self::end_role`].
     role: AssignedRole,
-    /// Newest epoch that a follower reported, or in which a tier state was committed. A value of an older epoch gives
-    /// no role. It falls only if a read of the store shows that no such epoch exists.
+    /// Newest epoch that a follower reported, in which a tier state was committed, or in which the outcome of a
+    /// proposal names this broker as leader. A value of an older epoch gives no role. This epoch falls only if a read
+    /// of the store shows that the store does not have it.
     newest_seen_epoch: LeaderEpoch,
     /// Newest epoch in which this task led or refused to lead. The task never leads twice in one epoch, because it has
     /// no state of its earlier proposals.
@@ -104,8 +105,8 @@ impl AppliedMetadata {
         self.revision
     }
 
-    /// Returns the number of removals of replicas before `broker`'s replica was added, which identifies the addition.
-    /// Returns `None` if that replica is not being added.
+    /// Returns the `removal_count` of the applied value if the value is adding `broker`'s replica; otherwise `None`.
+    /// The count distinguishes this addition from earlier ones.
     pub fn added_after(&self, broker: BrokerId) -> Option<u64> {
         self.value.as_ref().and_then(|value| value.added_after(broker))
     }
@@ -146,8 +147,8 @@ impl AppliedMetadata {
             Some(leader) if leader == me => AssignedRole::Leader,
             Some(_) => AssignedRole::Follower,
         };
-        // If this broker's replica was removed and added again, it must subscribe again: the leader ignores its old
-        // subscription.
+        // If this broker's replica was removed and added again, the replica must subscribe again: the leader ignores
+        // acknowledgements on the old subscription.
         let is_new_addition = addition.is_some() && addition != self.added_after(me);
         let resubscribes = role == AssignedRole::Follower && is_new_addition;
         let is_same_role = role == self.role && epoch == self.epoch() && !resubscribes;
@@ -187,8 +188,8 @@ impl AppliedMetadata {
         self.role = AssignedRole::Idle;
     }
 
-    /// Raises the newest seen epoch to `epoch`, which a follower or a tier state reported. Values of older epochs then
-    /// give no role; the current role does not change.
+    /// Raises the newest seen epoch to `epoch`, which a follower, a tier state or the outcome of a proposal reported.
+    /// Values of older epochs then give no role; the current role does not change.
     pub fn on_reported_epoch(&mut self, epoch: LeaderEpoch) {
         self.newest_seen_epoch = self.newest_seen_epoch.max(epoch);
     }
@@ -203,8 +204,8 @@ impl AppliedMetadata {
         self.value.is_some() && (self.newest_seen_epoch > epoch || is_ended)
     }
 
-    /// Called at each tick. Returns true if the task has waited for `METADATA_WAIT_MS`, so that it must read the
-    /// store now. The first call with `is_waiting` starts the wait; a call without it resets the wait.
+    /// Called at each tick. Returns true if the task has waited for `METADATA_WAIT_MS`, so that it must read the store
+    /// now. The first call with `is_waiting` starts the wait; a call without it resets the wait.
     pub fn is_read_due(&mut self, is_waiting: bool, now_ms: u64) -> bool {
         if !is_waiting {
             self.waiting_since_ms = None;
@@ -219,9 +220,9 @@ impl AppliedMetadata {
         self.waiting_since_ms = None;
     }
 
-    /// Decides whether a value is applied that was read from the store because the metadata is late. If the epoch of
-    /// the value is older than the newest seen epoch, the store does not have the latter: the newest seen epoch falls
-    /// to the value's.
+    /// Decides whether a value is applied that was read from the store because the metadata is late. If such a value
+    /// has an older epoch than the newest seen one, the store does not have the latter: the newest seen epoch falls to
+    /// the value's.
     pub fn check_read_back(&mut self, value: &PartitionValue, revision: Revision, me: BrokerId) -> ReadBack {
         // Only a value from the metadata cache starts a leadership: the cache shows whether this broker id still
         // belongs to this process.

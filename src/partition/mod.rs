@@ -18,13 +18,13 @@
 //!   maintenance: plan (retention) ── roll, move the log start, upload, commit, evict
 //! ```
 //!
-//! [`Partition`] is the handle of one replica; it exists as long as this broker holds the replica. Its task (`actor`)
-//! owns the log. In its [role](ReplicaRole) the task applies the decisions of [`leader`] or of [`follower`], or is
-//! idle. Only the metadata gives the task a role ([`Partition::assign`], [`metadata`]). The task sends its requests to
-//! links and to the metadata store through [`PartitionContext`] and never waits for an outcome. Readers send no request
-//! to the task: they read the watermarks that the task publishes. Maintenance (`maintenance`) uploads sealed segments
-//! and removes old ones, by the plan of [`retention`]. The order of an upload makes a crash harmless: object, manifest,
-//! commit in the metadata store, and only then the removal of local files.
+//! [`Partition`] is the handle of one open replica. The replica's task (`actor`) owns the log. In its
+//! [role](ReplicaRole) the task applies the decisions of [`leader`] or of [`follower`], or is idle. Only the metadata
+//! gives the task a role ([`Partition::assign`], [`metadata`]). The task sends its requests to links and to the
+//! metadata store through [`PartitionContext`] and never waits for an outcome. Readers send no request to the task:
+//! they read the watermarks that the task publishes. Maintenance (`maintenance`) uploads sealed segments and removes
+//! old ones, by the plan of [`retention`]. The order of an upload makes a crash harmless: object, manifest, commit in
+//! the metadata store, and only then the removal of local files.
 //!
 //! # Invariants
 //!
@@ -34,16 +34,17 @@
 //!   if the object store has all records between: then `log_start ≤ local_start ≤ tiered_end`.
 //! - `tiered_end` may lie below `log_start` if nothing is uploaded, or if deletion overtook the uploads. It describes
 //!   the object store and nothing else.
-//! - Each write gets one result. The result is an acknowledgement only after the acks rule of the write holds.
+//! - Each write gets at most one result, and an acknowledgement only after the acks rule of the write holds.
 //! - Only committed records are uploaded. Only records in the object store or below the log start are evicted. The
-//!   metadata store commits a new log start before any record is deleted.
+//!   metadata store commits a new log start before retention deletes any record.
 //! - A task appends writes only while it leads, and leads at most once in an epoch. It never applies the metadata
 //!   store's response to a request of one epoch as the response to a request of another epoch.
-//! - A follower takes its high watermark only from a leader that accepted the follower's log as a prefix of its own, or
-//!   from a bootstrap. A leader takes it from its own commits, or from the tier state of its own epoch or an older one.
-//!   A commit of other replicas is not enough: this log may hold different records below that offset.
+//! - A follower raises its high watermark only by that of a leader that accepted the follower's log as a prefix of its
+//!   own, or by a bootstrap. A leader raises its high watermark by its own commits, or by the tier state of its own
+//!   epoch or an older one. A commit of other replicas is not enough: this log may hold different records below that
+//!   offset.
 //! - Before the log is truncated, the task has published its role, and has no accepted subscription. So tail reads of
-//!   an earlier leadership fail, and nothing is acknowledged in an epoch whose records are being removed.
+//!   an earlier leadership fail, and the replica acknowledges nothing while it removes records.
 //!
 //! # Change of role
 //!
@@ -54,10 +55,11 @@
 //! # Crash and shutdown
 //!
 //! A crash of the process loses no record that is in the log. A crash of the machine loses only unsynced records, which
-//! no `persisted` topic has acknowledged. Both leak at most orphan objects. A crash between a truncation and the next
-//! subscription leaves a truncated log, which subscribes at its new end. On a stop the task unsubscribes from its
-//! leader, rejects queued writes, waits for the journal and acknowledges the writes whose acks rule holds by then. A
-//! disk that accepts no writes ends leadership and copying; reads continue.
+//! no `persisted` topic has acknowledged. In the object store, both crashes leave at most orphan objects. After a crash
+//! between a truncation and the next subscription, the replica subscribes at the new end of its log. On a stop the task
+//! rejects queued writes, unsubscribes from its leader, waits for the journal, and acknowledges the writes whose acks
+//! rule holds by then. After a disk failure a follower stops copying, and a leader resigns if the ISR has another
+//! member; reads continue.
 
 pub mod follower;
 pub mod leader;

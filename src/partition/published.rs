@@ -23,9 +23,9 @@ use crate::{
     telemetry::LogThrottle,
 };
 
-/// Published state of one partition. The partition's task writes the watermarks, the status and the error. The handle
-/// writes the configuration and the followers' acknowledgements, maintenance the number of future segments, and readers
-/// their error counts.
+/// Published state of one partition. The partition's task writes this state, with these exceptions: the handle writes
+/// the configuration, and maintenance the number of future segments. The handle also stores acknowledgements of
+/// followers, and readers count their errors.
 #[derive(Debug)]
 pub(super) struct PublishedState {
     log_start: AtomicU64,
@@ -43,8 +43,8 @@ pub(super) struct PublishedState {
     /// that time.
     future_segments: AtomicU64,
     closed: AtomicBool,
-    /// True if the task needs ticks. It leads, and an ISR member is behind or a refused proposal waits for metadata; or
-    /// it is idle because its metadata is late.
+    /// True if the task needs ticks. It leads, and an ISR member is behind or the next ISR proposal waits for metadata
+    /// or a tick; or it is idle because its metadata is late.
     wants_ticks: AtomicBool,
     status: ArcSwap<ReplicaStatus>,
     /// Notified when the status changed or the partition was closed.
@@ -94,8 +94,8 @@ impl PublishedState {
         }
     }
 
-    /// Counts a failed local read for a client. Returns `Some` if the caller must log the failure, with the number of
-    /// failed reads for clients since the last log line.
+    /// Counts a failed local read for a client. Returns the number of failed reads for clients since the last log line
+    /// if the caller must log the failure; otherwise `None`.
     pub(super) fn count_client_read_error(&self) -> Option<u64> {
         self.client_read_errors.lock().occur(clock::monotonic())
     }
@@ -105,9 +105,10 @@ impl PublishedState {
         self.follower_read_errors.lock().occur(clock::monotonic())
     }
 
-    /// Publishes the watermarks and the bytes on disk, and wakes the listeners of watermarks that moved. The log end
-    /// and the persisted end are stored before the high watermark, so that a reader that loads a high watermark finds
-    /// all records below it.
+    /// Publishes the watermarks and the bytes on disk, and wakes the listeners of watermarks that moved. If the log end
+    /// moved, also adds an entry to the lag tracker, once a follower has acknowledged. The log end is stored before the
+    /// high watermark. So a reader that loads the high watermark first gets no log end below it, except after a
+    /// truncation.
     pub(super) fn publish(&self, watermarks: Watermarks, local_bytes: u64) {
         let previous_end = self.log_end.swap(watermarks.log_end.get(), Ordering::SeqCst);
         let end_moved = previous_end != watermarks.log_end.get();
@@ -175,7 +176,7 @@ impl PublishedState {
         self.future_segments.load(Ordering::Relaxed)
     }
 
-    /// Returns the log end and the persisted end. The persisted end is never above the log end.
+    /// Returns the log end and the persisted end; the latter is never above the former.
     pub(super) fn progress(&self) -> ReplicaProgress {
         // The persisted end is loaded first: it is never above a log end that is loaded later, unless the log was
         // truncated in between.
@@ -193,8 +194,8 @@ impl PublishedState {
         self.status().epoch
     }
 
-    /// Publishes the replica status and wakes all listeners, because their reads may have another result in the new
-    /// role.
+    /// Publishes the replica status. Wakes all listeners, because their reads may have another result in the new role,
+    /// and the callers of [`Self::wait_until_leading`].
     pub(super) fn publish_status(&self, status: ReplicaStatus) {
         self.status.store(Arc::new(status));
         self.status_changed.notify_waiters();
@@ -239,8 +240,8 @@ impl PublishedState {
         }
     }
 
-    /// Calls `report` with the lag of each of these brokers, and drops the acknowledgements of all other brokers.
-    /// Makes no call while this broker does not lead.
+    /// Calls `report` with the lag of each of these brokers, and drops the acknowledgements of all other brokers. Makes
+    /// no call while this broker does not lead.
     pub(super) fn for_each_lag(
         &self,
         replicas: &[BrokerId],
@@ -257,8 +258,8 @@ impl PublishedState {
         }
     }
 
-    /// Returns true if the task needs ticks at intervals, to check for lagging ISR members, refused proposals or late
-    /// metadata.
+    /// Returns true if the task needs ticks at intervals: to check for lagging ISR members, to propose an ISR change
+    /// again, or to read the store because its metadata is late.
     pub(super) fn wants_ticks(&self) -> bool {
         self.wants_ticks.load(Ordering::Relaxed)
     }
@@ -292,7 +293,7 @@ impl PublishedState {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Closes the partition for its readers, and wakes all of them. Their next read fails.
+    /// Closes the partition for its readers, and wakes all waiting callers. The next read of each reader fails.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.status_changed.notify_waiters();

@@ -3,15 +3,15 @@
 //! `retention.*` limits the whole log, `local.retention.*` the part of it that stays on disk after its upload
 //! (KIP-405). Only whole segments are removed, and only the oldest ones: the log always remains one range without a
 //! gap. As in Kafka, the oldest segment is deleted by size only if the remaining segments, including the active one,
-//! still have at least `retention.bytes`. After a plan was applied the next plan is empty: records below the log start
-//! no longer count, and so cannot displace records above it.
+//! still have at least `retention.bytes`. Records below the log start no longer count, and so cannot displace records
+//! above it.
 
 use std::{ops::Range, time::Duration};
 
 use crate::model::{Offset, TopicConfig};
 
 /// Maximum bytes of the segments in one tier commit. A segment with more bytes gets a commit of its own.
-const COMMIT_BYTES: u64 = 64 << 20;
+const MAX_COMMIT_BYTES: u64 = 64 << 20;
 
 /// Maximum number of segments in one tier commit.
 const MAX_SEGMENTS_PER_COMMIT: usize = 64;
@@ -77,7 +77,7 @@ pub struct RetentionInput<'a> {
     pub urgent: bool,
 }
 
-/// Planned actions, in the order of the fields.
+/// Planned actions. Maintenance evicts before it uploads.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RetentionPlan {
     /// Roll: seal the active segment and start the next one.
@@ -104,7 +104,7 @@ pub fn plan(input: &RetentionInput<'_>) -> RetentionPlan {
     }
 }
 
-/// Returns true if the active segment holds records and is to be sealed: its first batch is older than `segment.ms`,
+/// Returns true if the active segment holds records and is to be sealed: its first batch is at least `segment.ms` old,
 /// its records have expired, or a write waits for its upload.
 fn is_roll_due(input: &RetentionInput<'_>) -> bool {
     let Some(age) = input.active_age else { return false };
@@ -149,9 +149,9 @@ fn oldest_segments<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = Reten
 }
 
 /// Returns all segments in the object store as one segment, if the input lists none of them because the object store
-/// was not read; otherwise `None`. The segment gets the latest time that its records can have. They were written before
-/// the first segment that only the disk has, and the topic limits how far a timestamp may be ahead of the clock.
-/// Without such a segment or such a limit, the segment never expires by time.
+/// was not read; otherwise `None`. The segment gets the latest time that its records can have. The records are older
+/// than the last append to the first segment that only the disk has, and the topic limits how far a timestamp may be
+/// ahead of the clock. Without such a segment or such a limit, the segment never expires by time.
 fn unread_tiered_segments(input: &RetentionInput<'_>) -> Option<RetentionSegment> {
     if !input.tiered.is_empty() || input.tiered_end <= input.log_start {
         return None;
@@ -197,7 +197,8 @@ fn log_start(input: &RetentionInput<'_>) -> Option<Offset> {
 }
 
 /// Returns the range in which the sealed segments for the next tier commit begin; `None` if there is nothing to upload.
-/// Only committed segments that are not in the object store are chosen, up to the limits of one commit.
+/// Only committed segments that end above the tiered end and the new log start are chosen, up to the limits of one
+/// commit.
 fn upload(input: &RetentionInput<'_>, new_log_start: Offset) -> Option<Range<Offset>> {
     if !input.uploads {
         return None;
@@ -209,7 +210,7 @@ fn upload(input: &RetentionInput<'_>, new_log_start: Offset) -> Option<Range<Off
     let mut commit_bytes = first.bytes;
     let further = committed.take_while(|segment| {
         commit_bytes = commit_bytes.saturating_add(segment.bytes);
-        commit_bytes <= COMMIT_BYTES
+        commit_bytes <= MAX_COMMIT_BYTES
     });
     let last = further.last().unwrap_or(first);
     Some(first.base..last.end)

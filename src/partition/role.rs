@@ -1,10 +1,14 @@
 //! Assignment, role, link events and segments of a replica. Plain values, which the task and its callers exchange.
 //!
+//! The applied partition value decides the role; any role may follow any other:
+//!
 //! ```text
-//!   assign ─▶ Idle ◀──────────▶ Follower { leader } ◀──────────▶ Leader { epoch_committed }
-//!             no leader, or this      another broker leads       the value names this broker
-//!             broker is no replica
+//!   Idle                        the value has no leader, or this broker is no replica
+//!   Follower { leader }         another broker leads
+//!   Leader { epoch_committed }  the value names this broker as the leader
 //! ```
+//!
+//! [`ReplicaRole::Idle`] lists the cases in which the task is idle instead.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -20,8 +24,8 @@ use crate::{
     tier::TierState,
 };
 
-/// Metadata of a partition. An assignment with an older revision than the applied one is dropped; one with the same
-/// revision updates the tier state and the broker statuses.
+/// Metadata of a partition. The task drops an assignment with an older revision than the applied one. One with the same
+/// revision updates the tier state and the broker statuses. It also makes the task follow again if that role had ended.
 #[derive(Clone, Debug)]
 pub struct PartitionAssignment {
     pub value: Arc<PartitionValue>,
@@ -37,8 +41,9 @@ pub struct PartitionAssignment {
 /// Role of this broker in a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplicaRole {
-    /// Neither leads nor follows. Either the value has no leader, this broker is no replica, a follower's disk failed,
-    /// the task waits for newer metadata, or the task reads the object store before it leads.
+    /// Neither leads nor follows. Either no value was applied yet, the value has no leader, this broker is no replica,
+    /// this broker's disk failed while it did not lead, the task waits for newer metadata, or the task reads the object
+    /// store before it leads.
     Idle,
     /// Orders the writes.
     Leader {
@@ -85,7 +90,7 @@ impl ReplicaStatus {
 /// Leader's response to a subscription.
 #[derive(Clone, Debug)]
 pub struct SubscribeResponse {
-    /// Epoch in which the responding broker leads; otherwise the newest epoch of its metadata.
+    /// Epoch in which the responding broker leads; otherwise the epoch of the value that it applied.
     pub epoch: LeaderEpoch,
     pub high_watermark: Offset,
     /// Outcome of the subscription.
@@ -95,7 +100,7 @@ pub struct SubscribeResponse {
 }
 
 impl SubscribeResponse {
-    /// Returns a response that rejects the subscription.
+    /// Returns a response that rejects the subscription for this reason.
     pub(super) fn rejected(epoch: LeaderEpoch, reason: String) -> Self {
         let outcome = SubscribeOutcome::Rejected(SubscribeError::Unavailable { reason });
         Self { epoch, high_watermark: Offset::ZERO, outcome, in_sync: false }
@@ -107,7 +112,7 @@ impl SubscribeResponse {
 pub enum LinkEvent {
     /// The link is connected, or the pause before the next subscription is over: the partition has to subscribe.
     Connected,
-    /// The link is lost.
+    /// The link ended, and the subscription with it.
     Disconnected,
     /// Response of the leader to the subscription.
     Response(SubscribeResponse),
@@ -116,12 +121,13 @@ pub enum LinkEvent {
         /// Leader epoch in which the batches are sent.
         epoch: LeaderEpoch,
         high_watermark: Offset,
-        /// Checked batches in the order of their offsets; none if only the high watermark moved.
+        /// Batches with verified checksums, in the order in which they were sent; none if only the high watermark
+        /// moved.
         batches: Vec<Batch>,
     },
 }
 
-/// Error of a full control queue: the link ends the subscription, and the partition subscribes again.
+/// Error of a full control queue: the event was dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the partition's control queue is full of messages from its leader")]
 pub struct QueueFull;

@@ -21,11 +21,11 @@ use tokio::sync::Notify;
 use super::role::WatermarkKind;
 use crate::task::{Tasks, lock::Mutex};
 
-/// Maximum number of listeners that the caller of a wake-up marks itself. More listeners are marked by a new task.
+/// Maximum number of listeners that the caller of a wake-up marks itself. If there are more, a new task marks them all.
 const MAX_INLINE_WAKES: usize = 16;
 
-/// Number of listeners that are woken between two yields to other tasks. An acknowledgement to a writer waits for at
-/// most this many wake-ups.
+/// Number of listeners that are woken between two yields to other tasks, so that an acknowledgement to a writer does
+/// not wait for all wake-ups.
 const WAKES_PER_YIELD: usize = 32;
 
 /// Minimum length at which a [`ListenerList`] is searched for listeners whose readers were dropped.
@@ -77,8 +77,9 @@ impl WakeSet {
         self.state.lock().listeners.entry(index).or_default().push(Arc::new(listener));
     }
 
-    /// Takes the first mark and returns its partition, or `None` if there is no mark. Lists the partition's listeners
-    /// again. The caller reads the state of the partition after this call: a later change marks the partition again.
+    /// Takes the first mark and returns its index, or `None` if there is no mark. Adds the reader's listeners of this
+    /// index to the list of their partition again. The caller reads the state of the partition after this call: a later
+    /// change marks the partition again.
     pub fn take(&self) -> Option<usize> {
         let (index, listeners) = {
             let mut state = self.state.lock();
@@ -96,7 +97,7 @@ impl WakeSet {
     }
 
     /// Waits until at least one partition is marked. Takes no mark.
-    pub async fn wait_for_index(&self) {
+    pub async fn wait_for_mark(&self) {
         loop {
             let notified = self.notify.notified();
             if !self.state.lock().order.is_empty() {
@@ -219,8 +220,8 @@ impl WatermarkListeners {
         fence(Ordering::SeqCst);
     }
 
-    /// Wakes all listeners and empties the list. The caller marks up to [`MAX_INLINE_WAKES`] listeners itself; a new
-    /// task marks more.
+    /// Wakes all listeners and empties the list. If there are more than [`MAX_INLINE_WAKES`] listeners, a new task
+    /// marks them all after this call.
     fn wake(&self, tasks: &Tasks) {
         if !self.has_waiting.load(Ordering::SeqCst) {
             return;
@@ -284,7 +285,7 @@ mod tests {
         for _ in 0..3 {
             listeners.wake(HIGH_WATERMARK, &tasks);
             for (index, wake_set) in readers.iter().enumerate() {
-                wake_set.wait_for_index().await;
+                wake_set.wait_for_mark().await;
                 assert_eq!(wake_set.take(), Some(index));
             }
         }
@@ -299,7 +300,7 @@ mod tests {
         }
         assert!(listeners.of(HIGH_WATERMARK).len() <= 2 * MIN_SWEEP);
         listeners.wake(HIGH_WATERMARK, &tasks);
-        waiting_reader.wait_for_index().await;
+        waiting_reader.wait_for_mark().await;
         assert_eq!(waiting_reader.take(), Some(0));
     }
 
@@ -309,7 +310,7 @@ mod tests {
         wake_set.mark(2);
         wake_set.mark(1);
         wake_set.mark(2);
-        wake_set.wait_for_index().await;
+        wake_set.wait_for_mark().await;
         assert_eq!((wake_set.take(), wake_set.take(), wake_set.take()), (Some(2), Some(1), None));
         wake_set.mark(2);
         wake_set.mark(1);

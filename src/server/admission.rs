@@ -3,12 +3,13 @@
 //! # Overview
 //!
 //! 1. [`ClusterAdmission::reach`] waits until the metadata store responds, and rejects the store of another cluster.
+//!    [`ClusterAdmission::generation`] rejects a store that is older than the data directory.
 //! 2. [`ClusterAdmission::record_start`] creates an incarnation and writes it to the data directory, before the store
 //!    receives it.
 //! 3. [`ClusterAdmission::admit`] runs once the replicas are open. It deletes an earlier registration of this broker,
-//!    resigns the leaderships of the last incarnation, and removes the broker from each ISR and ELR whose local replica
-//!    is not verified. It registers the broker, and then writes to the data directory that the store contains this
-//!    incarnation.
+//!    releases the leaderships of the last incarnation, and removes the broker from each ISR and ELR whose local
+//!    replica is not verified. It registers the broker, and then writes to the data directory that the store contains
+//!    this incarnation.
 //!
 //! The start waits while the store does not respond. The reason of a failed request is logged at once, when it changes,
 //! and every 30 s. An error that no retry corrects ends the start. Examples are a rejected login, a broker id that

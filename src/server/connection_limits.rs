@@ -30,13 +30,13 @@ struct Minimum {
     peer: usize,
 }
 
-const MIN_PLACES: Minimum = Minimum { grpc: 32, http: 8, peer: 32 };
+const MIN_SLOTS: Minimum = Minimum { grpc: 32, http: 8, peer: 32 };
 
 /// Minimum for a broker of a cluster with fewer than [`SMALL_FILE_LIMIT`] file descriptors. From 256 file descriptors
 /// on, these slots and the reserves of three listeners fit beside the files of the log.
-const MIN_PLACES_FEW_FILES: Minimum = Minimum { grpc: 16, http: 4, peer: 8 };
+const MIN_SLOTS_FEW_FILES: Minimum = Minimum { grpc: 16, http: 4, peer: 8 };
 
-/// Limit of open files below which a broker of a cluster has [`MIN_PLACES_FEW_FILES`].
+/// Limit of open files below which a broker of a cluster has [`MIN_SLOTS_FEW_FILES`].
 const SMALL_FILE_LIMIT: u64 = 512;
 
 /// Minimum number of slots of the peer listener per broker of this process. Another broker uses two connections, and
@@ -44,7 +44,7 @@ const SMALL_FILE_LIMIT: u64 = 512;
 const MIN_PEER_PER_BROKER: usize = 4;
 
 /// Maximum number of slots of a listener. No system has that many file descriptors.
-const MAX_PLACES: u64 = 1 << 30;
+const MAX_SLOTS: u64 = 1 << 30;
 
 /// Bytes of `limits.memory_bytes` that one gRPC connection needs; they determine the maximum number of connections. An
 /// idle connection takes 20 KiB, its window at least 80 KiB, and each of its first calls 7 KiB.
@@ -53,8 +53,8 @@ const BYTES_PER_CONNECTION: u64 = 256 << 10;
 /// Share of `limits.memory_bytes` for connections of other brokers, as a divisor.
 const PEER_SHARE: u64 = 8;
 
-/// Bytes of that share per slot of the peer listener. A caller that is not known to be a broker can send as much in
-/// incomplete requests.
+/// Bytes of the share of [`PEER_SHARE`] per slot of the peer listener. A caller that is not known to be a broker can
+/// send as much in incomplete requests.
 const BYTES_PER_PEER: u64 = limits::MAX_PEER_REQUEST_BYTES as u64 * limits::MAX_STREAMS_PER_PEER as u64 + (256 << 10);
 
 /// Size of the common pool of one listener, and the limit that determines this size. If another limit is smaller, it
@@ -100,12 +100,13 @@ impl ConnectionLimits {
     }
 
     /// Returns the slots for which a limit of `files` open files leaves descriptors, beside the `segments` open
-    /// segments of each broker, the reserves of its listeners, and an eighth of `files` for all other uses. An eighth
-    /// of the slots is for the HTTP listener and an eighth for peers, within the bounds of these listeners.
+    /// segments of each broker, the reserves of its listeners, and an eighth of `files` for all other uses, at least
+    /// [`MIN_OTHER_FILES`]. An eighth of the slots is for the HTTP listener and an eighth for peers, within the bounds
+    /// of these listeners. Each listener has at least its minimum, even if the descriptors do not suffice.
     fn for_files(files: u64, segments: u64, brokers: usize, standalone: bool) -> Self {
         let (brokers, listeners) = (brokers.max(1) as u64, if standalone { 2 } else { 3 });
         let reserved = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES.max(files / 8);
-        let per_broker = (files.saturating_sub(reserved) / brokers).min(MAX_PLACES);
+        let per_broker = (files.saturating_sub(reserved) / brokers).min(MAX_SLOTS);
         let per_broker = usize::try_from(per_broker).unwrap_or(usize::MAX);
         let min = Minimum::of(files, standalone);
         let http = (per_broker / 8).clamp(min.http, MAX_HTTP);
@@ -125,7 +126,7 @@ fn min_peer(min: Minimum, brokers: usize) -> usize {
 impl Minimum {
     /// Returns the minimum for a broker with this limit of open files.
     const fn of(files: u64, standalone: bool) -> Self {
-        if files < SMALL_FILE_LIMIT && !standalone { MIN_PLACES_FEW_FILES } else { MIN_PLACES }
+        if files < SMALL_FILE_LIMIT && !standalone { MIN_SLOTS_FEW_FILES } else { MIN_SLOTS }
     }
 }
 

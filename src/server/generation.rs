@@ -41,7 +41,8 @@ pub struct Raised {
 /// broker is registered, for at most `metadata.session_timeout` and 5 s.
 ///
 /// # Errors
-/// A store does not respond, the object store belongs to another cluster, or brokers are registered.
+/// A store does not respond or cannot be opened, such as the metadata store of a running standalone broker. The object
+/// store belongs to another cluster, or brokers are registered.
 pub async fn raise_generation(config: &Config, above: u64) -> anyhow::Result<Raised> {
     let keys = Keys::new(&config.cluster)?;
     let meta = open_metadata(config).await?;

@@ -306,7 +306,7 @@ pub(super) fn health()
 }
 
 /// Sets the health status of every service.
-pub(super) async fn report(reporter: &HealthReporter, status: ServingStatus) {
+pub(super) async fn set_health_status(reporter: &HealthReporter, status: ServingStatus) {
     for name in HEALTH_NAMES {
         reporter.set_service_status(name, status).await;
     }
@@ -338,8 +338,8 @@ fn trim_head<B>(request: &mut hyper::Request<B>) {
 }
 
 /// Serves a call, counts it on its connection, and charges its request and response to `request_memory`, which is
-/// `None` for calls of other brokers. Gives a rejection by the transport a stable error code, a message and a matching
-/// status.
+/// `None` for calls of other brokers. A client's call in [`METADATA_PATHS`] first waits for a permit. Gives a rejection
+/// by the transport a stable error code, a message and a matching status.
 async fn handle(State(request_memory): State<Option<RequestMemory>>, mut request: Request, next: Next) -> Response {
     // A call that arrives through no listener, as in a simulation, has no connection.
     let caller = request.extensions().get::<Caller>().cloned();

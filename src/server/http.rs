@@ -69,7 +69,7 @@ pub(super) async fn serve(
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .with_state(state)
-        .layer(middleware::from_fn(count));
+        .layer(middleware::from_fn(count_call));
     let serve = |connection| serve_connection(connection, router.clone(), tasks.clone());
     connection::serve_each(connections, &tasks, serve).await;
 }
@@ -99,7 +99,7 @@ async fn serve_connection(connection: CountedConnection, router: Router, tasks: 
 
 /// Counts the request as an open call of its connection until the response has been sent. Responds with 503 if the
 /// connection limit rejects the call.
-async fn count(Extension(caller): Extension<Caller>, request: Request, next: Next) -> Response {
+async fn count_call(Extension(caller): Extension<Caller>, request: Request, next: Next) -> Response {
     match caller.begin_call(PROBE_PATHS.contains(&request.uri().path())) {
         Ok(call) => calls::hold_until_sent(next.run(request).await, Some(call), None, None),
         Err(refused) => (StatusCode::SERVICE_UNAVAILABLE, [(header::CONNECTION, "close")], format!("{}\n", refused.0))

@@ -5,13 +5,13 @@
 //! 1. Bind the ports. A port conflict is the most likely error, and is found before any data is touched. The HTTP
 //!    listener serves from here on.
 //! 2. Open the data directory (lock, journal replay). A broker that cannot run must not reach the stores.
-//! 3. Open the metadata store. A broker of a cluster waits until the store responds, and writes a new incarnation to
-//!    its data directory (`admission`).
-//! 4. Start the metadata cache. Verify the owner of the object store: another cluster's prefix ends the start. An
-//!    object store that does not respond at once delays uploads, not the start.
+//! 3. Open the metadata store, and compare its cluster generation with the data directory. A broker of a cluster waits
+//!    until the store responds, and writes a new incarnation to its data directory (`admission`).
+//! 4. Start the metadata cache. Verify the owner of the object store: a prefix that the cluster must not use ends the
+//!    start. An object store that does not respond at once delays uploads, not the start.
 //! 5. Open the partitions that the metadata assigns to this broker. They stay idle. A broker of a cluster serves its
 //!    peer listener, through which peers see that an earlier process has ended.
-//! 6. A broker of a cluster verifies its local inventory, and gives up its leaderships and its unverified ISR and ELR
+//! 6. A broker of a cluster verifies its local inventory, and releases its leaderships and its unverified ISR and ELR
 //!    memberships (`admission`). Every broker registers.
 //! 7. Activate: lead, follow, serve. Report that the broker is ready.
 //!
@@ -101,7 +101,7 @@ impl ServingAddresses {
             http,
             data_dir: config.broker.data_dir.clone(),
             object_store: config.object_store.url.clone(),
-            partitions: node.broker().partitions(),
+            partitions: node.broker().open_partition_count(),
             took: began.elapsed(),
         }
     }
@@ -112,7 +112,7 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Runs a broker until `shutdown` resolves or the broker must stop ([`Node::must_stop`]). Returns when everything has
 /// stopped; the error is that of the start, the reason why the broker must stop, or that of the stop. `ready` is called
-/// once the broker serves.
+/// once the broker serves, unless `shutdown` resolved during the start.
 pub async fn run(
     config: Config,
     shutdown: impl Future<Output = ()>,

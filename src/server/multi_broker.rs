@@ -56,7 +56,8 @@ struct SharedDeps {
 
 /// Runs brokers until `shutdown` resolves or one of them must stop. Returns when all have stopped. `metadata` is the
 /// directory of their shared metadata store; without it, each broker uses the etcd of its settings. If a broker fails
-/// to start, the others are stopped. `ready` is called once all brokers serve.
+/// to start, the others are stopped. `ready` is called once all brokers serve and each metadata cache contains all of
+/// them, or after `VISIBLE_TIMEOUT`, unless a stop was requested before.
 pub async fn run_several(
     configs: Vec<Config>,
     metadata: Option<PathBuf>,

@@ -152,8 +152,8 @@ impl Node {
     }
 
     /// Resolves when this process must stop, with the reason. Either another process has superseded this broker, or the
-    /// object store is another cluster's or of a later generation. A wrong object store is found here only if it did
-    /// not respond at the start.
+    /// object store is another cluster's, not the bound one, or of a later generation. A wrong object store is found
+    /// here only if its first verification did not end during the start.
     pub async fn must_stop(&self) -> anyhow::Error {
         let refused_by_store = async {
             match &self.tier {
@@ -182,10 +182,10 @@ impl Node {
     }
 
     /// Runs the first half of a stop. No new clients connect, other brokers take over the leaderships, written data is
-    /// acknowledged, and the streams of readers and maintenance end. The transfer of leadership takes at most half of
-    /// `timeout`.
+    /// acknowledged, and the streams of readers and maintenance end. A broker of a cluster then ends its registration.
+    /// The transfer of leadership takes at most half of `timeout`.
     pub async fn begin_stop(&self, timeout: Duration) {
-        grpc::report(&self.health, ServingStatus::NotServing).await;
+        grpc::set_health_status(&self.health, ServingStatus::NotServing).await;
         if !self.standalone {
             self.broker.transfer_leadership(timeout / 2).await;
         }
@@ -198,7 +198,7 @@ impl Node {
     }
 
     /// Runs the second half of a stop, after [`Node::begin_stop`], once no call is open: stops the tasks of the object
-    /// store, closes the log, ends the registration and stops the tasks of the node.
+    /// store, closes the log, ends the registration of a standalone broker and stops the tasks of the node.
     ///
     /// # Errors
     /// The log cannot be closed cleanly.
@@ -303,7 +303,7 @@ impl NodeStart<'_> {
         let broker = opened.activate(session.clone(), unverified).await;
         let (health, service) = grpc::health();
         let routes = grpc::routes(&broker, service, config.grpc.reflection)?;
-        grpc::report(&health, ServingStatus::Serving).await;
+        grpc::set_health_status(&health, ServingStatus::Serving).await;
         let Self { log, tasks, metrics, .. } = self;
         let connect = deps.connect;
         Ok(Node { log, tier, broker, session, connect, standalone, routes, health, tasks, metrics })

@@ -265,7 +265,7 @@ impl RequestBody {
 
     /// Processes the received bytes of the message, as far as there is memory for them: counts their parts, takes
     /// memory, and puts them into `out`. Pending while the message waits for memory. Fails if the message is rejected.
-    fn advance(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ApiError>> {
+    fn process_message(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ApiError>> {
         let Some(message) = &mut self.message else { return Poll::Ready(Ok(())) };
         if let State::WaitingForParts(waiting) = &mut message.state {
             let parts = ready!(waiting.as_mut().poll(cx))?;
@@ -376,7 +376,7 @@ impl RequestBody {
                 .as_ref()
                 .is_some_and(|message| matches!(message.state, State::Waiting(_) | State::WaitingForParts(_)));
             if is_waiting || self.message.is_some() && !self.rest.is_empty() {
-                ready!(self.advance(cx)).map_err(status)?;
+                ready!(self.process_message(cx)).map_err(status)?;
                 continue;
             }
             let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) else {
@@ -414,7 +414,7 @@ impl RequestBody {
 /// has had it for too long; otherwise the task is woken when that becomes true.
 fn check_incomplete(memory: &CallMemory, message: &mut Message, cx: &Context<'_>) -> Result<(), ApiError> {
     let (charged, since) = (message.charged(), message.since);
-    message.incomplete.get_or_insert_with(|| memory.incomplete(charged, since)).check(cx.waker())
+    message.incomplete.get_or_insert_with(|| memory.register_incomplete(charged, since)).check(cx.waker())
 }
 
 fn too_large(bytes: usize, max: usize) -> ApiError {

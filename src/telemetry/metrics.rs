@@ -134,7 +134,7 @@ impl fmt::Debug for Metrics {
     }
 }
 
-/// Generates `docs/metrics.md`.
+/// Returns the content of `docs/metrics.md`.
 pub fn docs() -> String {
     let mut out = String::from(
         "# Metrics\n\n<!-- Generated from src/telemetry/metrics.rs; a test compares them and names the command that generates it. -->\n\n\

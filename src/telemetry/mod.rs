@@ -61,9 +61,7 @@ pub enum LoggingError {
      (info,strandline::tier=debug)"
 )]
 pub struct InvalidLogLevel {
-    /// The invalid value.
     pub level: String,
-    /// The reason.
     pub reason: String,
 }
 

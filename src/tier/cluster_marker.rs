@@ -26,7 +26,7 @@ pub(super) struct ClusterMarker {
     cluster: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     id: Option<Uuid>,
-    /// Cluster generation; 0 if the marker contains none, as one that an operator wrote.
+    /// Cluster generation; 0 if the marker contains none, such as a marker that an operator wrote.
     #[serde(default)]
     generation: u64,
 }
@@ -38,13 +38,13 @@ impl TierStore {
         Self { owner: Arc::new(PrefixOwner { expected: owner, ..PrefixOwner::default() }), ..self }
     }
 
-    /// Makes sure that the prefix belongs to this cluster, and writes the marker to a prefix without one. Fails if the
-    /// prefix belongs to another cluster, or if this cluster uses another store. Calls after the first success send no
-    /// request, except for a folder. The operations that write history call this function first, so their callers need
-    /// not.
+    /// Makes sure that the prefix belongs to this cluster, writes the marker to a prefix without one, and raises the
+    /// generation of an older marker. Fails if the prefix belongs to another cluster or has a later generation, or if
+    /// this cluster uses another store. Calls after the first success send no request, except for a folder. The
+    /// operations that write history call this function first, so their callers need not.
     ///
-    /// A folder is checked at each call. Requests to a missing bucket fail by themselves. But if a disk is unmounted,
-    /// its folder remains or the next write creates it, and the objects would be written to the wrong disk.
+    /// For a folder, each call reads the marker. Requests to a missing bucket fail by themselves. But if a disk is
+    /// unmounted, its folder remains or the next write creates it, and the objects would be written to the wrong disk.
     pub async fn bind(&self) -> Result<(), BindingError> {
         let Some(id) = self.owner.bound.get().filter(|_| self.inner.folder) else {
             let bound = self.owner.bound.get_or_try_init(|| self.verify_owner()).await.map(drop);
@@ -65,12 +65,12 @@ impl TierStore {
                     found: "its cluster.json was replaced by another one",
                 })
             }
-            None => Err(self.missing_store()),
+            None => Err(self.missing_store_error()),
         }
     }
 
-    /// Waits until [`TierStore::bind`] has found a fatal error, with which a broker must not run. Returns the error as
-    /// text.
+    /// Waits until a call of [`TierStore::bind`] before the first success fails with a fatal error, with which a broker
+    /// must not run. Returns the error as text.
     pub async fn until_refused(&self) -> String {
         let mut refused = self.owner.refused.subscribe();
         let reason = refused.wait_for(Option::is_some).await.expect("the sender is in self").clone();
@@ -83,8 +83,8 @@ impl TierStore {
         self.owner.bound.initialized() || self.owner.expected.has_data
     }
 
-    /// Reads or writes the marker and the binding, compares them, and checks the generation. Returns the id of the
-    /// marker, if it has one.
+    /// Reads or writes the marker, and checks its generation. If the marker has an id, also reads or writes the
+    /// binding, compares both, and returns the id.
     async fn verify_owner(&self) -> Result<Option<Uuid>, BindingError> {
         let marker = match self.read_marker().await? {
             Some(marker) => marker,
@@ -94,7 +94,7 @@ impl TierStore {
         if id.is_some() {
             let binding = self.create_or_get_binding(id).await?;
             if Some(binding.id) != id {
-                return Err(self.other_store(binding, "its cluster.json has another id"));
+                return Err(self.other_store_error(binding, "its cluster.json has another id"));
             }
         }
         self.check_generation(marker).await?;
@@ -102,22 +102,23 @@ impl TierStore {
         Ok(id)
     }
 
-    /// Writes a marker to a prefix without one, and returns the marker. Fails if the cluster is bound to another store,
-    /// or if the marker of the bound store is missing.
+    /// Writes a marker to a prefix without one, unless another broker has written it meanwhile. Returns the marker that
+    /// the prefix then has. Fails if the cluster is bound to another store, or if the marker of the bound store is
+    /// missing.
     async fn take_prefix(&self) -> Result<ClusterMarker, BindingError> {
         let binding = match self.must_have_marker() {
             // The cluster has objects. Without its marker, this may be another store, so it must not become the bound
             // one.
-            true => self.find_complete_binding().await?.ok_or_else(|| self.missing_store())?,
+            true => self.find_complete_binding().await?.ok_or_else(|| self.missing_store_error())?,
             false => self.create_or_get_binding(None).await?,
         };
         if binding.url != self.location() {
-            return Err(self.other_store(binding, "its cluster.json is missing"));
+            return Err(self.other_store_error(binding, "its cluster.json is missing"));
         }
         if !binding.pending {
             // The binding is complete, so another broker must have written the marker meanwhile, or the marker is
             // missing.
-            return self.read_marker().await?.ok_or_else(|| self.missing_store());
+            return self.read_marker().await?.ok_or_else(|| self.missing_store_error());
         }
         // If the generation is not known, the cluster is new.
         let generation = self.owner.expected.generation.max(1);
@@ -139,7 +140,8 @@ impl TierStore {
     }
 
     /// Fails if the marker has a later generation than the metadata store. Replaces a marker of an earlier generation.
-    /// All brokers write the same content, so the order of their writes does not matter.
+    /// All brokers write the same content, so the order of their writes does not matter. Has no effect if the cluster's
+    /// generation is not known.
     async fn check_generation(&self, marker: ClusterMarker) -> Result<(), BindingError> {
         // 0 means that the cluster's generation is not known.
         let (ours, theirs) = (self.owner.expected.generation, marker.generation);
@@ -157,14 +159,14 @@ impl TierStore {
     /// Returns the cluster generation of the prefix. Returns `None` if the prefix has no marker.
     ///
     /// # Errors
-    /// The store does not respond, or the prefix belongs to another cluster.
+    /// The store does not respond, the marker is invalid, or the prefix belongs to another cluster.
     pub async fn generation(&self) -> Result<Option<u64>, BindingError> {
         Ok(self.read_marker().await?.map(|marker| marker.generation))
     }
 
     /// Binds the cluster to this store if no store is bound yet, and returns the cluster's binding. `id` is the id in
-    /// the store's `cluster.json`; without it a new binding is pending. Without a `BindingStore` every store is
-    /// accepted, and nothing is stored.
+    /// the store's `cluster.json`; without an id, a new binding is pending. Without a `BindingStore`, every store is
+    /// accepted and nothing is stored.
     async fn create_or_get_binding(&self, id: Option<Uuid>) -> Result<StoreBinding, BindingError> {
         let url = self.location();
         match &self.owner.expected.bindings {
@@ -203,15 +205,16 @@ impl TierStore {
         Ok(Some(marker))
     }
 
-    fn missing_store(&self) -> BindingError {
+    fn missing_store_error(&self) -> BindingError {
         BindingError::Missing { url: self.inner.url.clone() }
     }
 
-    fn other_store(&self, bound: StoreBinding, found: &'static str) -> BindingError {
+    fn other_store_error(&self, bound: StoreBinding, found: &'static str) -> BindingError {
         BindingError::OtherStore { url: self.location(), bound_url: bound.url, found }
     }
 
-    /// Returns the URL, for S3 with the endpoint if one is named: two services may each have a bucket of this name.
+    /// Returns the URL; for S3, with the endpoint if one is named, because two services may each have a bucket of this
+    /// name.
     fn location(&self) -> String {
         let url = &self.inner.url;
         match self.options().named_endpoint().filter(|_| self.options().is_s3()) {

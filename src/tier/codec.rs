@@ -13,7 +13,7 @@ pub(super) const OBJECT_ID_BYTES: usize = 8 + 8 + 4 + 16;
 /// Error for bytes that are not the expected object.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidObject {
-    /// The object has fewer bytes than its fields need.
+    /// The object, or the part of it that was read, has fewer bytes than its fields need.
     #[error("the object ends {missing} bytes too early, in {field}")]
     Truncated {
         /// Field whose bytes are missing.
@@ -30,7 +30,7 @@ pub enum InvalidObject {
         /// Computed checksum.
         actual: u32,
     },
-    /// The object does not begin or end with the magic bytes of its kind.
+    /// The magic bytes, at the start of an object or at the end of a segment object, are not those of its kind.
     #[error("the magic bytes are not those of a {kind}")]
     Mark {
         /// Expected kind.
@@ -44,7 +44,7 @@ pub enum InvalidObject {
         /// Version that this release reads.
         known: u16,
     },
-    /// Fields contradict each other or the expected object.
+    /// A field is out of range, or contradicts another field or the expected object. Or bytes follow the last field.
     #[error("{reason}")]
     Contradiction {
         /// Description of the contradiction, for people.
@@ -107,7 +107,7 @@ impl<'a> FieldReader<'a> {
     }
 
     /// Reads the id of a segment or page object. Rejects an empty or reversed range of offsets.
-    pub(super) fn stamp(&mut self) -> Result<ObjectId, InvalidObject> {
+    pub(super) fn object_id(&mut self) -> Result<ObjectId, InvalidObject> {
         let (base, end) = (self.offset("base")?, self.offset("end")?);
         let (epoch, attempt) = (self.epoch("epoch")?, Uuid::from_bytes(self.array("attempt")?));
         if base >= end {
@@ -116,8 +116,8 @@ impl<'a> FieldReader<'a> {
         Ok(ObjectId { base, end, epoch, attempt })
     }
 
-    /// Reads the number of entries that follow, of `size` bytes each. Rejects a number that exceeds the remaining
-    /// bytes.
+    /// Reads the number of entries that follow, of `size` bytes each. Rejects a number whose entries need more bytes
+    /// than remain.
     pub(super) fn count(&mut self, size: usize, field: &'static str) -> Result<usize, InvalidObject> {
         let count = self.u32(field)? as usize;
         self.need(count.saturating_mul(size), field)?;

@@ -25,7 +25,7 @@ pub enum TierStoreError {
         object: String,
         reason: String,
     },
-    /// The store does not support the operation.
+    /// The store does not support the operation, or the client rejects its path or configuration.
     #[error("the object store does not support the operation on {object}: {reason}")]
     Unsupported {
         /// Name of the object, below the prefix.
@@ -42,8 +42,8 @@ impl TierStoreError {
         matches!(self, Self::Unavailable { .. })
     }
 
-    /// Converts the error of a request for `object`. Every error that is not a missing object, a denial or an
-    /// unsupported operation becomes `Unavailable`, which is retried.
+    /// Converts the error of a request for `object`. Every error that is not a missing object, a denial, an unsupported
+    /// operation or an invalid path or configuration becomes `Unavailable`, which is retried.
     pub(super) fn new(object: &str, error: &object_store::Error) -> Self {
         use object_store::Error as E;
         let (object, reason) = (object.to_owned(), reason(error));
@@ -68,7 +68,7 @@ pub enum BindingError {
          its own"
     )]
     Foreign { url: String, ours: String, theirs: String },
-    /// The store is not the one that this cluster uses: it is empty, or belongs to another cluster of the same name.
+    /// The store is not the one that this cluster uses: its `cluster.json` is missing or has another id.
     #[error(
         "{url} is not the object store of this cluster, which is {bound_url} ({found}): correct object_store.url and \
          object_store.endpoint; to move the store, copy all of its objects, including cluster.json"
@@ -90,8 +90,8 @@ pub enum BindingError {
          mount the store, move it back, or correct object_store.url"
     )]
     Missing { url: String },
-    /// The metadata store has an older cluster generation than the objects: it was restored from a backup that is older
-    /// than the objects.
+    /// The metadata store has an older cluster generation than `cluster.json`: the metadata store was restored from a
+    /// backup that is older than the objects.
     #[error(
         "the metadata store is at cluster generation {ours}, and {url}/cluster.json at the later generation \
          {theirs}: restore a newer backup of etcd, or stop all brokers and run `strandline cluster new-generation \
@@ -134,7 +134,7 @@ pub enum TierReadError {
     /// The offset is below the log start, or the object store does not contain it yet.
     #[error("offset {offset} is not in the object store, which holds {start}..{end}")]
     OutOfRange { offset: Offset, start: Offset, end: Offset },
-    /// An object that the manifest references does not exist.
+    /// An object that the manifest references, or the manifest itself, does not exist.
     #[error("object {object} is missing from the object store, although the manifest references it")]
     Missing {
         /// Name of the object, below the prefix.

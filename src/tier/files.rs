@@ -77,7 +77,7 @@ impl PieceWriter {
 }
 
 /// A file that is written next to its target, and renamed to the target when it is complete. Until then, the object
-/// store does not list the file. A file that is dropped before it is complete is removed.
+/// store does not list the file. A file that is dropped before it is renamed is removed.
 #[derive(Debug)]
 pub(super) struct StagedFile {
     file: fs::File,
@@ -159,7 +159,8 @@ impl RemovedFile {
         fs::OpenOptions::new().write(true).open(path).ok().map(Self)
     }
 
-    /// Frees the space of the file in steps, after its name was removed.
+    /// Frees the space of the file in steps, after its name was removed. A file that still has another name stays
+    /// unchanged.
     pub(super) fn free_in_steps(self) {
         if let Err(error) = free_in_steps(&self.0) {
             tracing::debug!(%error, "cannot free the space of an object in steps: freeing it at once");
@@ -199,15 +200,16 @@ pub(super) struct CacheFolder {
 }
 
 impl CacheFolder {
-    /// Creates the folder if it does not exist, and deletes the chunks in it; other files are kept. If the folder lies
-    /// in `data_dir`, the data directory, the folder must not be a symbolic link.
+    /// Creates the folder if it does not exist, and deletes the files in it whose names end like a chunk's or like an
+    /// unfinished file's; other files are kept. If the folder lies in `data_dir`, the data directory, the folder must
+    /// not be a symbolic link.
     pub(super) fn open(path: &Path, data_dir: Option<&Path>) -> io::Result<Self> {
         let below = data_dir.and_then(|data_dir| Some((data_dir, path.strip_prefix(data_dir).ok()?)));
         let folder = match below {
             Some((data_dir, name)) => PrivateDir::make(data_dir)?.make_below(name)?,
             None => PrivateDir::make(path)?,
         };
-        folder.warn_of_owner();
+        folder.warn_if_uncorrected();
         let is_ours = |name: &str| name.ends_with(CHUNK) || name.ends_with(UNFINISHED);
         for entry in folder.list(Path::new(""))?.into_iter().filter(|entry| !entry.is_dir && is_ours(&entry.name)) {
             folder.remove(Path::new(&entry.name))?;

@@ -1,9 +1,10 @@
-//! A folder of this machine as object store. Its disk may be the disk of the journal, which acknowledgements wait for.
+//! A folder of this machine as object store. The folder may be on the disk of the journal, whose writes
+//! acknowledgements wait for.
 //!
 //! Large objects are written in small pieces with pauses, one piece at a time over all uploads. A sync of 64 MiB at
 //! once would delay the next write of the journal. The read-back after an upload drops the object from the page cache,
-//! which objects without readers would fill. `object_store` does everything else, and is configured to sync (`open`).
-//! So when a put returns, the object and its name are durable.
+//! which objects without readers would fill. The space of a deleted object is freed in steps. `object_store` does
+//! everything else, and is configured to sync (`open`). So when a put returns, the object and its name are durable.
 
 use std::{fmt, io, ops::Range, sync::Arc};
 
@@ -138,7 +139,7 @@ impl ObjectStore for Folder {
 /// An object that is being written.
 #[derive(Debug)]
 struct FolderUpload {
-    /// `None` after the upload has been completed or aborted.
+    /// `None` once `complete` or `abort` was called.
     staged: Option<Arc<StagedFile>>,
     writer: Arc<PieceWriter>,
     /// Position of the next part in the object.

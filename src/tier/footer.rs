@@ -167,8 +167,8 @@ impl Footer {
     /// Parses body and trailer at the end of `tail`, which ends where the object ends.
     ///
     /// # Errors
-    /// `Truncated` if `tail` begins after the start of the body ([`Trailer::footer_bytes`] returns the needed length),
-    /// and another [`InvalidObject`] if body or trailer is invalid.
+    /// `Truncated` if `tail` begins after the start of the body ([`Trailer::footer_bytes`] returns the needed length).
+    /// Any [`InvalidObject`] if body or trailer is invalid.
     pub fn parse(tail: &[u8]) -> Result<Self, InvalidObject> {
         let trailer = Trailer::parse(tail)?;
         let before_trailer = &tail[..tail.len() - TRAILER_BYTES];
@@ -259,7 +259,7 @@ impl Footer {
         (self.index[index], self.index.get(index + 1).map_or(self.data_bytes, |next| next.position))
     }
 
-    /// Returns the first index interval with a timestamp at or after `timestamp_ms`.
+    /// Returns the first index interval whose largest timestamp is `timestamp_ms` or later.
     pub fn interval_at_time(&self, timestamp_ms: i64) -> Option<SegmentIndexEntry> {
         self.index.iter().find(|entry| entry.max_timestamp_ms >= timestamp_ms).copied()
     }

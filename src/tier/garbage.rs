@@ -10,12 +10,13 @@
 //!    object, the `topic.json` of a deleted topic is deleted, after all objects of the topic.
 //! 2. The object is older than the grace period, by the store's clock, so that no object of an upload in progress is
 //!    deleted.
-//! 3. The partition's current manifest, read *after* the listing, does not reference the object, or only as a segment
-//!    below the log start.
+//! 3. The partition's current manifest, read *after* the listing, does not reference the object, or references it only
+//!    through a page, as a segment below the log start. A deleted topic has no manifest.
 //!
-//! A manifest only ever gains objects that were new when it was staged. So an object that the current manifest does not
-//! reference, and that is older than any upload in progress, is never referenced again. If a manifest cannot be read,
-//! nothing of its partition is deleted.
+//! A manifest gains only objects that were new when it was staged. So an object that the current manifest does not
+//! reference, and that is older than any upload in progress, is never referenced again. The exception is a manifest
+//! that replaces a lost one and lists old objects. But if a manifest cannot be read, nothing of its partition is
+//! deleted.
 //!
 //! Only S3 lists incomplete uploads (`s3_admin`), so other stores are skipped: Azure and Google delete them by
 //! themselves, and those of a folder are local files. An upload is aborted only if it is of a segment in a partition's
@@ -33,8 +34,8 @@ use super::{
 };
 use crate::model::{PartitionId, TopicId};
 
-/// A partition's state in the metadata store. It must be read from the store itself, because the metadata cache may
-/// lag.
+/// A partition's state in the metadata store. It must be read from the metadata store itself, because the metadata
+/// cache may lag.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PartitionLiveness {
     /// The partition exists and has this tier state: the default state before its first commit.
@@ -51,7 +52,7 @@ pub struct GarbageReport {
     pub deleted: u64,
     /// Bytes of the deleted objects.
     pub deleted_bytes: u64,
-    /// Number of objects that no manifest references but that are younger than the grace period.
+    /// Number of objects that are kept only because of the grace period.
     pub young: u64,
     /// Bytes of the objects that `young` counts.
     pub young_bytes: u64,
@@ -79,20 +80,21 @@ pub enum UploadsError {
     /// The prefix does not belong to this cluster, or its owner is not known yet.
     #[error(transparent)]
     Binding(#[from] BindingError),
-    /// The uploads cannot be listed: the store does not support it, or the credentials do not allow it
-    /// (`s3:ListBucketMultipartUploads`).
+    /// The uploads cannot be listed: the store does not respond or does not support it, or the credentials do not allow
+    /// it (`s3:ListBucketMultipartUploads`).
     #[error(
         "cannot list the incomplete uploads in {url} ({reason}): give the bucket a life-cycle rule that aborts them"
     )]
     List { url: String, reason: String },
 }
 
-/// Deletes the garbage of all topics in the object store once. `live` reads a partition's current state; it is called
-/// after the partition's objects were listed. `now_ms` is the time of the store's clock ([`TierStore::clock_ms`]).
+/// Deletes the garbage of all topics in the object store once. `live` reads a partition's current state. It is called
+/// after the partition's objects were listed, and once more for partition 0 after all partitions of a topic. `now_ms`
+/// is the time of the store's clock ([`TierStore::clock_ms`]).
 ///
 /// # Errors
-/// The prefix is not known to belong to this cluster, or a folder of topics or partitions cannot be listed. The error
-/// of one partition is in the report.
+/// The prefix is not known to belong to this cluster, a folder of topics or partitions cannot be listed, a deleted
+/// topic's record cannot be deleted, or the store is stopping. The error of one partition is in the report.
 pub async fn collect_garbage<F, Fut>(
     store: &TierStore,
     live: F,
@@ -109,7 +111,7 @@ where
         GarbageCollector { store, oldest_young_ms: now_ms.saturating_sub(grace_ms), report: GarbageReport::default() };
     for topic in store.folders(name::TOPICS).await? {
         let Ok(topic) = topic.parse::<TopicId>() else { continue };
-        collection.topic(topic, &live).await?;
+        collection.collect_topic(topic, &live).await?;
     }
     Ok(collection.report)
 }
@@ -123,8 +125,8 @@ struct GarbageCollector<'a> {
 }
 
 impl GarbageCollector<'_> {
-    /// Deletes the garbage of each partition of a topic. Deletes the description of a deleted topic last.
-    async fn topic<F, Fut>(&mut self, topic: TopicId, live: &F) -> Result<(), TierStoreError>
+    /// Deletes the garbage of each partition of a topic. Deletes the topic record of a deleted topic last.
+    async fn collect_topic<F, Fut>(&mut self, topic: TopicId, live: &F) -> Result<(), TierStoreError>
     where
         F: Fn(PartitionId) -> Fut,
         Fut: Future<Output = PartitionLiveness>,
@@ -152,26 +154,26 @@ impl GarbageCollector<'_> {
                     }
                 },
             };
-            self.partition(partition, &folder, &listed, &referenced).await;
+            self.collect_partition(partition, &folder, &listed, &referenced).await;
         }
         if live(PartitionId::new(topic, 0)).await == PartitionLiveness::Deleted {
-            self.topic_object(topic).await?;
+            self.delete_topic_record(topic).await?;
         }
         Ok(())
     }
 
-    /// Deletes the description of a deleted topic, if the topic has no other object and the description is not young.
-    async fn topic_object(&mut self, topic: TopicId) -> Result<(), TierStoreError> {
+    /// Deletes the topic record of a deleted topic, if the topic has no other object and the record is not young.
+    async fn delete_topic_record(&mut self, topic: TopicId) -> Result<(), TierStoreError> {
         let remaining = self.store.list(&name::topic_folder(topic)).await?;
-        let description = name::topic_object(topic);
+        let record = name::topic_object(topic);
         if let [only] = remaining.as_slice()
-            && only.object == description
+            && only.object == record
         {
             if only.modified_ms >= self.oldest_young_ms {
                 self.report.young += 1;
                 self.report.young_bytes += only.bytes;
             } else {
-                self.store.delete(&description).await?;
+                self.store.delete(&record).await?;
                 self.report.deleted += 1;
                 self.report.deleted_bytes += only.bytes;
             }
@@ -179,8 +181,8 @@ impl GarbageCollector<'_> {
         Ok(())
     }
 
-    /// Returns the file names of a state's manifest and of the pages and segments that it references. Leaves out
-    /// segments of pages that end at or below the log start. Fails if the manifest or a page cannot be read.
+    /// Returns the file names of a state's manifest and of the pages and segments that it references. Leaves out a
+    /// page's segment if the segment ends at or below the log start. Fails if the manifest or a page cannot be read.
     async fn list_referenced(&self, partition: PartitionId, state: &TierState) -> Result<BTreeSet<String>, String> {
         let mut referenced = BTreeSet::new();
         let Some(manifest) = state.manifest else { return Ok(referenced) };
@@ -207,7 +209,13 @@ impl GarbageCollector<'_> {
 
     /// Deletes the objects of a partition that are not in `referenced` and not young. Counts the deleted, the young and
     /// the foreign objects in the report. The first failed deletion ends the work on this partition.
-    async fn partition(&mut self, id: PartitionId, folder: &str, listed: &[ObjectInfo], referenced: &BTreeSet<String>) {
+    async fn collect_partition(
+        &mut self,
+        id: PartitionId,
+        folder: &str,
+        listed: &[ObjectInfo],
+        referenced: &BTreeSet<String>,
+    ) {
         for object in listed {
             let name = object.object.strip_prefix(folder).unwrap_or_default().trim_start_matches('/');
             if referenced.contains(name) && !mutant!(CollectReferenced) {
@@ -233,8 +241,9 @@ impl GarbageCollector<'_> {
     }
 }
 
-/// Aborts the multipart uploads of segments below the prefix that were started longer ago than `grace`. Has no effect
-/// on a store other than S3. `now_ms` is the time of the store's clock, in milliseconds since 1970.
+/// Aborts the multipart uploads of segments below the prefix that were started longer ago than `grace`. Aborts nothing
+/// in a store other than S3, or without the feature `s3-admin`. `now_ms` is the time of the store's clock, in
+/// milliseconds since 1970.
 ///
 /// # Errors
 /// The prefix is not known to belong to this cluster, or its uploads cannot be listed. The error of one upload is in

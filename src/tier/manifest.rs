@@ -20,7 +20,7 @@
 //!
 //! - Pages and segments cover `base..end` without gap or overlap.
 //! - `base ≤ log start ≤ end`, and the first page or segment reaches above the log start.
-//! - No segment has a newer epoch than the manifest.
+//! - No segment or page has a newer epoch than the manifest.
 //!
 //! Each version replaces the version before it, and versions have no gap.
 //!
@@ -61,7 +61,7 @@ const PAGE: &str = "manifest page";
 /// Manifest entry of one segment object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SegmentEntry {
-    /// Name of the object.
+    /// Id of the object, from which its name is formed.
     pub stamp: ObjectId,
     /// Bytes of the batches.
     pub data_bytes: u64,
@@ -71,8 +71,9 @@ pub struct SegmentEntry {
     pub crc: u32,
     /// Largest timestamp of the records, in milliseconds.
     pub max_timestamp_ms: i64,
-    /// Time when the last batch was written to a disk, in milliseconds since 1970: the segment's age if its records
-    /// have no timestamps. 0 if the time is not known.
+    /// Time when the last batch was written to a disk, in milliseconds since 1970; in a rebuilt manifest, the
+    /// modification time of the object. Determines the segment's age if its records have no timestamps. 0 if the time
+    /// is not known.
     pub created_ms: i64,
 }
 
@@ -86,7 +87,7 @@ impl SegmentEntry {
 /// Manifest entry of one page object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageEntry {
-    /// Name of the object.
+    /// Id of the object, from which its name is formed.
     pub stamp: ObjectId,
     /// Bytes of the batches in all segments of the page.
     pub data_bytes: u64,
@@ -129,7 +130,7 @@ pub enum ManifestLookup {
 /// A page of segments that moved out of a root. The caller writes the page object before the root.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewManifestPage {
-    /// Name of the object.
+    /// Id of the object, from which its name is formed.
     pub stamp: ObjectId,
     /// Content of the object.
     pub bytes: Bytes,
@@ -208,7 +209,7 @@ impl ManifestRoot {
         }
     }
 
-    /// Returns an empty manifest that replaces a lost one.
+    /// Returns an empty manifest of this version, to which the segments of a lost manifest are added.
     pub(super) fn rebuilt(partition: PartitionId, version: u64, epoch: LeaderEpoch, log_start: Offset) -> Self {
         Self { version, epoch, ..Self::empty(partition, log_start) }
     }
@@ -233,14 +234,14 @@ impl ManifestRoot {
         self.log_start
     }
 
-    /// Returns the first offset that the manifest covers. It lies below the log start if the log start lies inside a
-    /// segment.
+    /// Returns the first offset that the manifest covers. It lies below the log start if the log start lies inside the
+    /// first page or segment.
     pub fn base(&self) -> Offset {
         let page = self.pages.first().map(|entry| entry.stamp.base);
         page.or(self.segments.first().map(|entry| entry.stamp.base)).unwrap_or(self.end)
     }
 
-    /// Returns the first offset that is not in the object store.
+    /// Returns the end of the covered offsets: the tiered end, once this manifest is committed.
     pub fn end(&self) -> Offset {
         self.end
     }
@@ -285,7 +286,8 @@ impl ManifestRoot {
     /// any; `page_attempt` is the attempt in that page's name.
     ///
     /// # Panics
-    /// If the segment does not start at the end. An empty manifest also accepts a segment that contains its log start.
+    /// If the segment does not start at the end, if it has a newer epoch than the new version, or if `epoch` is older
+    /// than the manifest's. An empty manifest also accepts a segment that contains its log start.
     pub fn extend(
         &self,
         segment: SegmentEntry,
@@ -314,8 +316,8 @@ impl ManifestRoot {
         page
     }
 
-    /// Returns the same version of an empty manifest, with its log start and end raised to `base`: offsets below `base`
-    /// are never uploaded.
+    /// Returns the same version of an empty manifest, with its log start and end raised to `base` if they are lower:
+    /// offsets below `base` are never uploaded.
     ///
     /// # Panics
     /// If the manifest lists a segment.
@@ -329,7 +331,7 @@ impl ManifestRoot {
     /// the result of [`ManifestRoot::page_to_trim`]: its segments below the log start no longer count.
     ///
     /// # Panics
-    /// If the log start would decrease, or `page` is another page.
+    /// If the log start or the epoch would decrease, or `page` is another page.
     pub fn trim(&self, log_start: Offset, page: Option<&ManifestPage>, epoch: LeaderEpoch) -> Self {
         assert!(log_start >= self.log_start, "the log start never decreases: {} to {log_start}", self.log_start);
         let mut next = self.next_version(epoch);
@@ -455,7 +457,7 @@ impl ManifestRoot {
 impl SegmentEntry {
     fn read(fields: &mut FieldReader<'_>) -> Result<Self, InvalidObject> {
         let entry = Self {
-            stamp: fields.stamp()?,
+            stamp: fields.object_id()?,
             data_bytes: fields.u64("data bytes")?,
             footer_bytes: fields.u32("footer bytes")?,
             crc: fields.u32("object crc")?,
@@ -480,7 +482,7 @@ impl SegmentEntry {
 impl PageEntry {
     fn read(fields: &mut FieldReader<'_>) -> Result<Self, InvalidObject> {
         let entry = Self {
-            stamp: fields.stamp()?,
+            stamp: fields.object_id()?,
             data_bytes: fields.u64("data bytes")?,
             segments: fields.u32("segments")?,
             crc: fields.u32("page crc")?,

@@ -6,7 +6,7 @@
 //! leader    sealed file ─ check every batch ─► put object ─► verify ─► put manifest ─► StagedManifest
 //!           StagedManifest::state ─ compare-and-set in the metadata store (the caller's) ─► install
 //! reader    offset ─► manifest root ─► page? ─► footer ─► chunks (memory, folder, ranged GET) ─► checked batches
-//! garbage   list ─► read the current manifest ─► delete objects that are orphans and older than the grace period
+//! garbage   list ─► read the current manifest ─► delete garbage
 //! ```
 //!
 //! The module accesses the metadata store only through [`BindingStore`], for the store binding. It reads a log only
@@ -16,21 +16,22 @@
 //!
 //! # Invariants
 //!
-//! - A segment, page or manifest object is written once, under a name that no other attempt uses. It is verified before
-//!   a manifest or a commit references it.
+//! - A segment, page or manifest object never changes: its name belongs to one upload, whose retries write the same
+//!   content. It is verified before a manifest or a commit references it.
 //! - A manifest covers its range without gap or overlap. The versions form one chain, because only a compare-and-set
 //!   makes a manifest current.
 //! - Nothing is served unchecked: a flipped bit is detected or harmless.
 //! - At most eight parts of multipart uploads, of 8 MiB each, are in flight over all partitions. In addition, each
 //!   upload buffers at most 16 MiB and one read from its file. A read holds at most the chunks of one response.
-//! - Garbage is an object that the current manifest does not reference and that is older than the grace period.
+//! - Garbage is an object that is older than the grace period, and that the current manifest does not reference, or
+//!   references only through a page as a segment below the log start.
 //! - None of these invariants needs conditional requests, which some stores silently ignore.
 //!
 //! # Lost manifest
 //!
-//! Segment objects and their footers contain all that a manifest lists, except the write times. `rebuild` creates a
-//! manifest from the footers if the current one is lost. The leader commits the result if it matches the committed
-//! state; otherwise an operator decides.
+//! Segment objects and their footers contain all that a manifest lists, except the write times. If the current manifest
+//! is lost, `rebuild` finds its segments by their footers, and [`PartitionTier::stage_rebuilt`] writes a manifest of
+//! them. The leader commits this manifest if it matches the committed state; otherwise an operator decides.
 //!
 //! # Crash
 //!
@@ -40,8 +41,8 @@
 //!
 //! # Shutdown
 //!
-//! [`TierStore::stop`] cancels every retry and joins read-ahead. An upload in progress returns `Stopped`, and its
-//! objects are garbage.
+//! [`TierStore::stop`] cancels every request and joins the background tasks. An upload in progress returns `Stopped`,
+//! and its objects are garbage.
 
 mod chunk_cache;
 mod cluster_marker;

@@ -12,10 +12,10 @@
 //! {prefix}/topics/{topic-id}/{n}/manifest-{version:020}-{epoch:010}-{uuid}
 //! ```
 //!
-//! Every name but the three `.json` contains a UUID that is drawn for one upload, whose retries share it. Without the
-//! UUID, a second upload of a manifest version (after a failed commit) would overwrite an object that may be
-//! referenced. A late duplicate of the first upload's request could also replace the second object. Pure, except for
-//! [`ObjectId::draw`] and [`ManifestName::draw`].
+//! Every name but the three `.json` contains a UUID, the *attempt*, that is drawn for one upload and shared by its
+//! retries. Without the UUID, a second upload of a manifest version (after a failed commit) would overwrite an object
+//! that may be referenced. A late duplicate of the first upload's request could also replace the second object. Pure,
+//! except for [`ObjectId::draw`] and [`ManifestName::draw`].
 
 use std::{fmt, str::FromStr};
 
@@ -51,7 +51,7 @@ impl InvalidName {
     }
 }
 
-/// Identity of a segment or page object: its offsets, its writer's leader epoch, and the attempt that wrote it.
+/// Identity of a segment or page object: its offsets, its writer's leader epoch, and the UUID of its upload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ObjectId {
     /// First offset of the object.
@@ -60,12 +60,12 @@ pub struct ObjectId {
     pub end: Offset,
     /// Leader epoch of the writer.
     pub epoch: LeaderEpoch,
-    /// UUID of the attempt.
+    /// UUID of the upload, which its retries share.
     pub attempt: Uuid,
 }
 
 impl ObjectId {
-    /// Creates the id of a new attempt.
+    /// Creates the id of an object that is uploaded now, with a new UUID.
     pub fn draw(base: Offset, end: Offset, epoch: LeaderEpoch) -> Self {
         Self { base, end, epoch, attempt: random::uuid() }
     }
@@ -111,19 +111,19 @@ impl fmt::Display for ObjectId {
     }
 }
 
-/// Name of a manifest's root: its version, its writer's leader epoch, and the attempt that wrote it.
+/// Name of a manifest's root: its version, its writer's leader epoch, and the UUID of its upload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ManifestName {
     /// Version of the manifest. It grows by one with each manifest that is committed.
     pub version: u64,
     /// Leader epoch of the writer.
     pub epoch: LeaderEpoch,
-    /// UUID of the attempt.
+    /// UUID of the upload, which its retries share.
     pub attempt: Uuid,
 }
 
 impl ManifestName {
-    /// Creates the name of a new attempt at `version`.
+    /// Creates the name of a manifest that is uploaded now as `version`, with a new UUID.
     pub fn draw(version: u64, epoch: LeaderEpoch) -> Self {
         Self { version, epoch, attempt: random::uuid() }
     }
@@ -168,7 +168,7 @@ pub fn topic_folder(topic: TopicId) -> String {
     format!("{TOPICS}/{topic}")
 }
 
-/// Returns the name of the object that describes a topic.
+/// Returns the name of the object with a topic's record.
 pub fn topic_object(topic: TopicId) -> String {
     format!("{TOPICS}/{topic}/topic.json")
 }
@@ -203,7 +203,7 @@ fn epoch(text: &str) -> Option<LeaderEpoch> {
     u32::try_from(digits(text, 10)?).ok().map(LeaderEpoch)
 }
 
-/// Parses a UUID. Accepts only the spelling that names have: lower case, with hyphens.
+/// Parses the UUID of an upload. Accepts only the spelling that names have: lower case, with hyphens.
 fn attempt(text: &str) -> Option<Uuid> {
     let attempt = Uuid::try_parse(text).ok()?;
     (attempt.hyphenated().to_string() == text).then_some(attempt)

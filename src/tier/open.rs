@@ -91,7 +91,8 @@ pub enum ObjectStoreOptionsError {
         /// URL in the options.
         url: String,
     },
-    /// The client cannot be created from the URL and the environment.
+    /// The prefix is invalid, the client cannot be created from the options and the environment, or the directory of a
+    /// `file://` URL cannot be created.
     #[error("object store {url:?} cannot be opened: {reason}")]
     Client {
         /// URL in the options.

@@ -1,10 +1,11 @@
-//! Detects outages of the object store. `store` reports the outcome of every request here. While an outage is
-//! suspected, `store` sends one probe at a time.
+//! Detects outages of the object store. `store` reports the outcome of each request that it sends; the parts of
+//! multipart uploads, which `upload` sends, are not reported. While an outage is suspected, `store` sends one probe at
+//! a time.
 //!
 //! After one failed or unanswered request, an outage is only *suspected*: the store may refuse one object, or one kind
-//! of request, for other reasons. A failed probe then *confirms* the outage: the store is unavailable until the next
-//! success. During a confirmed outage, reads fail at once. Uploads end, and start again after the outage. An outage is
-//! logged once, for all affected partitions together.
+//! of request, for other reasons. A failed probe at least [`CONFIRM_AFTER`] after the first failure *confirms* the
+//! outage: the store is unavailable until the next success. During a confirmed outage, reads fail at once. Uploads end,
+//! and start again after the outage. An outage is logged once, for all affected partitions together.
 
 use std::{fmt, time::Duration};
 
@@ -87,8 +88,8 @@ impl Default for OutageTracker {
 
 impl OutageTracker {
     /// Handles a request that was sent at `sent` and failed for a reason other than its content, or has had no response
-    /// for [`SUSPECT_AFTER`]. From then on, an outage is suspected; after [`LOG_AFTER`] it is logged. Returns true for
-    /// the first failure: the caller then starts the probes.
+    /// for [`SUSPECT_AFTER`]. From then on, an outage is suspected; the first failure after [`LOG_AFTER`] logs it.
+    /// Returns true for the first failure: the caller then starts the probes.
     #[must_use]
     pub(super) fn on_failure(&self, url: &str, sent: Instant, reason: &str) -> bool {
         let mut guard = self.suspected.lock();

@@ -1,9 +1,9 @@
 //! One partition's history in the object store: adding segments, moving the log start, reading.
 //!
 //! The module does not access the metadata store or the log. A caller stages a state
-//! ([`PartitionTier::start_upload_batch`], [`PartitionTier::stage_log_start`], [`PartitionTier::stage_trim`]), commits
-//! [`StagedManifest::state`] by a compare-and-set over [`StagedManifest::replaces`], and then calls
-//! [`PartitionTier::install`]. Readers see no change before the last step.
+//! ([`PartitionTier::start_upload_batch`], [`PartitionTier::stage_log_start`], [`PartitionTier::stage_trim`],
+//! [`PartitionTier::stage_rebuilt`]), commits [`StagedManifest::state`] by a compare-and-set over
+//! [`StagedManifest::replaces`], and then calls [`PartitionTier::install`]. Readers see no change before the last step.
 
 use std::{sync::Arc, time::Duration};
 
@@ -48,7 +48,8 @@ struct PartitionTierState {
     /// Newest committed state that this broker has received. Its version and its log start never decrease.
     committed: TierState,
     readers: ReadAheadTracker,
-    /// Current manifest, or one of its pages, that a read found missing or corrupt. A newer manifest resets the value.
+    /// Name of the current manifest, or of one of its pages, that a read found missing or corrupt. A newer manifest
+    /// resets the value.
     lost: Option<String>,
     /// Throttle of the log lines about reads of corrupt data.
     corruption_log: LogThrottle,
@@ -86,8 +87,8 @@ pub struct UploadBatch<'a> {
 
 impl UploadBatch<'_> {
     /// Uploads the part of a sealed segment that is not in the object store yet, verifies it, and adds it to the
-    /// manifest. Writes a page object if a page is full. The segment may begin below the tiered end, at a batch
-    /// boundary, because another leader rolled its segments at other offsets.
+    /// manifest. Writes a page object if a page is full. The segment may begin below the tiered end if one of its
+    /// batches starts at the tiered end, because another leader rolled its segments at other offsets.
     ///
     /// After an error, [`UploadBatch::finish`] still writes a manifest of the segments that were added before.
     pub async fn add(&mut self, source: &SegmentSource) -> Result<(), UploadError> {
@@ -100,9 +101,9 @@ impl UploadBatch<'_> {
         }
         let skipped =
             SkippedPrefix { offset: next.end(), inside: next.is_empty(), partition: *id, writer_epoch: next.epoch() };
-        let entry = Box::pin(upload::segment(store, source, skipped)).await?;
+        let entry = Box::pin(upload::upload_segment(store, source, skipped)).await?;
         if let Some(page) = next.push(entry, random::uuid()) {
-            upload::small(store, &self.tier.object(&page.stamp.page()), page.bytes).await?;
+            upload::put_and_verify(store, &self.tier.object(&page.stamp.page()), page.bytes).await?;
         }
         self.next = next;
         Ok(())
@@ -155,7 +156,7 @@ impl PartitionTier {
     }
 
     /// Starts the next manifest, to which segments can be added. Sends requests only to read the current manifest and
-    /// to verify the owner of the prefix.
+    /// to verify the owner of the prefix ([`TierStore::bind`]).
     ///
     /// A partition may stage one manifest at a time. Its state must be committed well within the grace period of
     /// garbage collection.
@@ -237,7 +238,7 @@ impl PartitionTier {
     }
 
     /// Returns the current state and its manifest, for a change by the leader of `epoch`. Fails if a newer leader has
-    /// committed, or if the prefix does not belong to this cluster.
+    /// committed, if the prefix does not belong to this cluster, or if the manifest cannot be read.
     async fn load_for_epoch(&self, epoch: LeaderEpoch) -> Result<(TierState, Arc<ManifestRoot>), UploadError> {
         self.inner.store.bind().await?;
         let state = self.state();
@@ -251,9 +252,9 @@ impl PartitionTier {
     /// Writes and verifies the manifest `next`, and adds it to the cache. The returned state is not committed.
     async fn write(&self, replaces: TierState, next: ManifestRoot) -> Result<StagedManifest, UploadError> {
         let name = ManifestName::draw(next.version(), next.epoch());
-        upload::small(&self.inner.store, &self.object(&name.to_string()), next.encode()).await?;
-        // Last check before the commit: all objects were written to the cluster's store, and not to a folder that was
-        // created in its place.
+        upload::put_and_verify(&self.inner.store, &self.object(&name.to_string()), next.encode()).await?;
+        // Last check before the commit: all objects must have been written to the cluster's store, and not to a folder
+        // that was created in its place.
         self.inner.store.bind().await?;
         let state = TierState::of(&next, name);
         self.inner.cache.put_parsed(name.attempt, CachedMetadata::Root(Arc::new(next))).await;
@@ -265,7 +266,7 @@ impl PartitionTier {
         self.apply_state(staged.state);
     }
 
-    /// Returns the segments that contain offsets from `from` on, oldest first, at most `limit`.
+    /// Returns the segments that contain offsets from `from` and from the log start on, oldest first, at most `limit`.
     pub async fn segments(&self, from: Offset, limit: usize) -> Result<Vec<SegmentEntry>, TierReadError> {
         let state = self.state();
         let root = self.root(&state).await?;
@@ -316,7 +317,7 @@ impl PartitionTier {
         format!("{}/{name}", partition_folder(self.inner.id))
     }
 
-    /// Returns the manifest that `state` names, from the cache if possible.
+    /// Returns the manifest that `state` names, from the cache if possible; an empty manifest if `state` names none.
     pub(super) async fn root(&self, state: &TierState) -> Result<Arc<ManifestRoot>, TierReadError> {
         let Some(name) = state.manifest else {
             return Ok(Arc::new(ManifestRoot::empty(self.inner.id, state.tiered_end())));
@@ -326,7 +327,7 @@ impl PartitionTier {
         let parsed = self.inner.cache.get_parsed(&self.inner.store, name.attempt, load);
         match parsed.await.inspect_err(|error| self.record_lost_manifest(error))? {
             CachedMetadata::Root(root) => Ok(root),
-            _ => Err(self.misnamed(&name.to_string())),
+            _ => Err(self.duplicate_uuid_error(&name.to_string())),
         }
     }
 
@@ -337,11 +338,11 @@ impl PartitionTier {
         let parsed = self.inner.cache.get_parsed(&self.inner.store, entry.stamp.attempt, load);
         match parsed.await.inspect_err(|error| self.record_lost_manifest(error))? {
             CachedMetadata::Page(page) => Ok(page),
-            _ => Err(self.misnamed(&entry.stamp.page())),
+            _ => Err(self.duplicate_uuid_error(&entry.stamp.page())),
         }
     }
 
-    /// Fetches the manifest that `state` names from the store.
+    /// Fetches the manifest that `state` names from the store. Returns an empty manifest if `state` names none.
     pub(super) async fn load_root(&self, state: &TierState) -> Result<Arc<ManifestRoot>, TierReadError> {
         let Some(name) = state.manifest else {
             return Ok(Arc::new(ManifestRoot::empty(self.inner.id, state.tiered_end())));
@@ -363,8 +364,8 @@ impl PartitionTier {
         self.load(&self.object(&entry.stamp.page()), None, parse).await
     }
 
-    /// Returns the error for an attempt whose cached object is of another kind: two objects have the same UUID.
-    fn misnamed(&self, name: &str) -> TierReadError {
+    /// Returns the error for a UUID whose cached object is of another kind: two objects have the same UUID.
+    fn duplicate_uuid_error(&self, name: &str) -> TierReadError {
         TierReadError::Corrupt { object: self.object(name), reason: "the name belongs to another object".to_owned() }
     }
 
@@ -376,14 +377,14 @@ impl PartitionTier {
         }
     }
 
-    /// Returns the current manifest, or the page of it, that a read found missing or corrupt.
+    /// Returns the name of the current manifest, or of its page, that a read found missing or corrupt.
     pub fn lost_manifest(&self) -> Option<String> {
         self.inner.state.lock().lost.clone()
     }
 
     /// Writes a manifest of these segments in place of a lost one. The segments have no gap: the first one contains
-    /// `log_start`, and the last one ends at the tiered end. Their objects exist already. The caller commits the
-    /// manifest like any other.
+    /// `log_start`, and the last one ends at the tiered end. Without segments, `log_start` is at or above the tiered
+    /// end. The objects exist already. The caller commits the manifest like any other.
     ///
     /// # Panics
     /// If the segments are not such a chain. [`PartitionTier::survey`] returns one.
@@ -402,7 +403,7 @@ impl PartitionTier {
         let mut next = ManifestRoot::rebuilt(self.inner.id, state.version() + 1, epoch, begin);
         for entry in segments {
             if let Some(page) = next.push(*entry, random::uuid()) {
-                upload::small(&self.inner.store, &self.object(&page.stamp.page()), page.bytes).await?;
+                upload::put_and_verify(&self.inner.store, &self.object(&page.stamp.page()), page.bytes).await?;
             }
         }
         assert_eq!(next.end(), state.tiered_end, "the tiered end never decreases");
@@ -417,7 +418,7 @@ impl PartitionTier {
         let load = Box::pin(async move { tier.load_footer(&entry).await.map(CachedMetadata::Footer) });
         match self.inner.cache.get_parsed(&self.inner.store, entry.stamp.attempt, load).await? {
             CachedMetadata::Footer(footer) => Ok(footer),
-            _ => Err(self.misnamed(&entry.stamp.segment())),
+            _ => Err(self.duplicate_uuid_error(&entry.stamp.segment())),
         }
     }
 

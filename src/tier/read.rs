@@ -1,9 +1,9 @@
 //! Cold reads: complete, checked batches from an offset on, through the chunk cache.
 //!
-//! Every served bit is checked. A batch's CRC covers everything but the base offset and the leader epoch. The base
-//! offset must continue from the index entry or the batch before it, and the leader epoch must match the footer. A
-//! chunk that fails a check is evicted and fetched again. The object is reported as corrupt only if the check fails
-//! again.
+//! Every served bit is checked. Neither the CRC nor the structural checks of a batch cover the base offset and the
+//! leader epoch. The base offset must continue from the index entry or the batch before it, and the leader epoch must
+//! match the footer. A chunk that fails a check is evicted and fetched again. The object is reported as corrupt only if
+//! the check still fails after [`CORRUPTION_RETRIES`] further fetches.
 
 use std::{collections::BTreeMap, ops::Range};
 
@@ -62,7 +62,8 @@ impl From<TierReadError> for ReadFailure {
 impl PartitionTier {
     /// Returns batches from the one that contains `from`, which may begin below `from`. Ends at `max_bytes` or at the
     /// end of a segment, but returns at least one batch. If the first batch exceeds both `max_bytes` and
-    /// `max_batch_bytes`, the error is `BatchTooLarge`, and the batch is not read.
+    /// `max_batch_bytes`, the error is `BatchTooLarge`, and the batch is not read. Starts to fetch the next chunks if
+    /// the read continues an earlier one.
     pub async fn read(&self, from: Offset, limits: ReadLimits) -> Result<TierRead, TierReadError> {
         let state = self.state();
         let (offset, start, end) = (from, state.log_start, state.tiered_end);
@@ -96,7 +97,7 @@ impl PartitionTier {
     /// Returns the first batch that ends above `from` and the log start, and whose header has a largest timestamp of
     /// `timestamp_ms` or later. Returns `None` if the object store contains none. If a producer set the largest
     /// timestamp too high, the batch has no such record: the caller then continues at the batch's end. A batch above
-    /// both `max_batch_bytes` and the size of a search's read is an error and is not read.
+    /// both `max_batch_bytes` and `SEARCH_BYTES` is an error and is not read.
     pub async fn batch_for_time(
         &self,
         timestamp_ms: i64,
@@ -124,8 +125,8 @@ impl PartitionTier {
         Ok(None)
     }
 
-    /// Reads as [`PartitionTier::read`] does, in a segment that is known to contain `from`. Also returns the position
-    /// at which the read ended.
+    /// Reads as [`PartitionTier::read`] does, in a segment that is known to contain `from`, without read-ahead. Also
+    /// returns the position at which the read ended.
     async fn read_segment(
         &self,
         entry: &SegmentEntry,
@@ -217,8 +218,8 @@ struct SegmentScan<'a> {
     /// Result of the scan: pieces of complete batches, and their bytes in total.
     pieces: Vec<Bytes>,
     bytes: usize,
-    /// Byte positions, in the object, of the batches of the next piece: consecutive batches in one chunk, or one batch that
-    /// crosses chunks. `None` between two pieces.
+    /// Byte positions, in the object, of the batches of the next piece: consecutive batches in one chunk, or one batch
+    /// that crosses chunks. `None` between two pieces.
     piece: Option<Range<u64>>,
 }
 
@@ -250,14 +251,14 @@ impl<'a> SegmentScan<'a> {
         while self.position < self.entry.data_bytes {
             self.fetch(self.position + header_bytes).await?;
             let length = Batch::framed_len(&self.slice(self.position..self.position + header_bytes));
-            let length = length.map_err(|error| self.corrupt(header_bytes, &error.to_string()))?;
+            let length = length.map_err(|error| self.corruption_failure(header_bytes, &error.to_string()))?;
             let has_batch = self.bytes > 0;
             if has_batch && self.bytes + length > max_bytes {
                 break;
             }
             let end = self.position + length as u64;
             if end > self.entry.data_bytes {
-                return Err(self.corrupt(header_bytes, "a batch extends beyond the data"));
+                return Err(self.corruption_failure(header_bytes, "a batch extends beyond the data"));
             }
             if length > max_batch_bytes.max(max_bytes) {
                 return Err(TierReadError::BatchTooLarge { bytes: length }.into());
@@ -266,7 +267,7 @@ impl<'a> SegmentScan<'a> {
             self.check_batch(self.position..end)?;
         }
         if self.position == self.entry.data_bytes && self.next != self.entry.stamp.end {
-            return Err(self.corrupt(0, "the batches end before the end of the segment"));
+            return Err(self.corruption_failure(0, "the batches end before the end of the segment"));
         }
         self.end_piece();
         Ok(())
@@ -276,13 +277,13 @@ impl<'a> SegmentScan<'a> {
     /// requested offset.
     fn check_batch(&mut self, range: Range<u64>) -> Result<(), ReadFailure> {
         let length = range.end - range.start;
-        let batch =
-            Batch::parse(self.slice(range.clone())).map_err(|error| self.corrupt(length, &error.to_string()))?;
+        let batch = Batch::parse(self.slice(range.clone()))
+            .map_err(|error| self.corruption_failure(length, &error.to_string()))?;
         if batch.base_offset() != self.next || batch.end_offset() > self.entry.stamp.end {
-            return Err(self.corrupt(length, "a batch is not at its offset"));
+            return Err(self.corruption_failure(length, "a batch is not at its offset"));
         }
         if batch.leader_epoch().is_none() || batch.leader_epoch() != self.footer.epoch_of(self.next) {
-            return Err(self.corrupt(length, "a batch has a leader epoch that differs from the footer"));
+            return Err(self.corruption_failure(length, "a batch has a leader epoch that differs from the footer"));
         }
         self.next = batch.end_offset();
         self.position = range.end;
@@ -359,7 +360,7 @@ impl<'a> SegmentScan<'a> {
     }
 
     /// Returns the failure of a check on `length` bytes at the current position.
-    fn corrupt(&self, length: u64, reason: &str) -> ReadFailure {
+    fn corruption_failure(&self, length: u64, reason: &str) -> ReadFailure {
         let chunks = self.position / CHUNK_BYTES..(self.position + length.max(1)).div_ceil(CHUNK_BYTES);
         ReadFailure::Corrupt(Corruption { chunks, reason: format!("at byte {}: {reason}", self.position) })
     }

@@ -1,23 +1,24 @@
-//! Rebuilds a lost manifest from the footers of the segment objects.
+//! Finds the segments of a lost manifest by the footers of the segment objects. `PartitionTier::stage_rebuilt` then
+//! writes the manifest.
 //!
 //! # Overview
 //!
 //! The committed [`TierState`] describes the lost manifest: log start, tiered end, bytes.
 //! [`PartitionTier::survey`] lists the partition's folder and reads the footer of every segment object that ends above
-//! the log start and not above the tiered end. It searches for a chain of objects that covers exactly the committed
-//! range. The folder may also contain objects of crashed uploads and of deposed leaders. These properties of a chain
-//! exclude them:
+//! the log start and not above the tiered end. It searches for a chain of objects that covers the committed range. The
+//! folder may also contain objects of crashed uploads and of deposed leaders. These properties of a chain exclude them:
 //!
 //! - A chain has no gap and no overlap, begins at or below the log start, and ends at the tiered end.
 //! - Adjacent objects agree on the leader epochs of the offsets that both footers cover. After an unclean election, two
 //!   objects may hold different records at the same offsets.
+//! - No object has a newer epoch than the committed state.
 //! - The chain has as many bytes as were committed.
 //!
 //! Objects with the same range, the same bytes and the same epochs hold the same records, so any of them can be used.
 //! If exactly one chain remains, the verdict is [`SurveyVerdict::Committed`], and a broker commits the manifest without
 //! an operator. In every other case an operator decides about the chain that the verdict describes.
 //!
-//! The choice is a pure function; only the survey sends requests.
+//! The choice of the chain is a pure function.
 
 use std::collections::BTreeMap;
 
@@ -58,12 +59,13 @@ pub(super) struct SegmentCandidate {
 /// Comparison of the chain with the committed state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SurveyVerdict {
-    /// The chain covers exactly the committed range, with as many bytes, and no other chain does.
+    /// The chain covers the committed range with as many bytes, and no other chain does.
     Committed,
     /// The chain covers the committed range, but has another number of bytes.
     OtherBytes,
     /// Several chains of different records cover the committed range with as many bytes, or there are too many chains
-    /// to compare. The survey contains one of them, preferably of newer epochs.
+    /// to compare. The survey contains one with the lowest start offset, and of those one whose first object has the
+    /// newest epoch.
     Ambiguous,
     /// No chain covers the committed range. The survey contains the longest chain that ends at the tiered end, which
     /// begins above the log start or is empty.
@@ -79,10 +81,10 @@ pub struct Survey {
     pub verdict: SurveyVerdict,
     /// Segments without gap, oldest first, up to the tiered end. Empty if no object ends there.
     pub chain: Vec<SegmentEntry>,
-    /// Log start with this chain: the committed one, or the start of the chain if that is above it. The tiered end if
-    /// the chain is empty.
+    /// Log start with this chain: the committed one or the start of the chain, whichever is higher. At most the tiered
+    /// end, and the tiered end if the chain is empty.
     pub log_start: Offset,
-    /// Ranges between the committed log start and the tiered end that no object covers.
+    /// Ranges between the committed log start and the tiered end that no object with a readable footer covers.
     pub missing: Vec<(Offset, Offset)>,
     /// Objects that cannot be used, each with the reason.
     pub unusable: Vec<(String, String)>,
@@ -155,7 +157,7 @@ impl PartitionTier {
         let in_range = named.filter(|(stamp, _)| stamp.end > log_start && stamp.end <= tiered_end);
         let reads = in_range.map(|(stamp, object)| async move {
             let name = object.object.clone();
-            (name, self.candidate(stamp, object).await)
+            (name, self.read_candidate(stamp, object).await)
         });
         let mut reads = stream::iter(reads).buffer_unordered(MAX_CONCURRENT_READS);
         let (mut candidates, mut unusable) = (Vec::new(), Vec::new());
@@ -173,12 +175,12 @@ impl PartitionTier {
     }
 
     /// Reads the footer of one object, and checks it against the name and the length of the object.
-    async fn candidate(&self, stamp: ObjectId, object: ObjectInfo) -> Result<SegmentCandidate, TierReadError> {
+    async fn read_candidate(&self, stamp: ObjectId, object: ObjectInfo) -> Result<SegmentCandidate, TierReadError> {
         let corrupt = |reason: String| TierReadError::Corrupt { object: object.object.clone(), reason };
-        let tail = self.tail(&object, TAIL_BYTES).await?;
+        let tail = self.read_tail(&object, TAIL_BYTES).await?;
         let trailer = Trailer::parse(&tail).map_err(|error| corrupt(error.to_string()))?;
         let footer_bytes = trailer.footer_bytes();
-        let tail = if footer_bytes > tail.len() as u64 { self.tail(&object, footer_bytes).await? } else { tail };
+        let tail = if footer_bytes > tail.len() as u64 { self.read_tail(&object, footer_bytes).await? } else { tail };
         let start = usize::try_from(footer_bytes).ok().and_then(|bytes| tail.len().checked_sub(bytes));
         let start = start.ok_or_else(|| corrupt("the object is shorter than its footer".to_owned()))?;
         let footer = Footer::parse(&tail).map_err(|error| corrupt(error.to_string()))?;
@@ -202,7 +204,7 @@ impl PartitionTier {
 
     /// Returns the last `bytes` bytes of an object, or all of a shorter one. Returns no bytes if not even a trailer
     /// fits.
-    async fn tail(&self, object: &ObjectInfo, bytes: u64) -> Result<Bytes, TierStoreError> {
+    async fn read_tail(&self, object: &ObjectInfo, bytes: u64) -> Result<Bytes, TierStoreError> {
         if object.bytes < TRAILER_BYTES as u64 {
             return Ok(Bytes::new());
         }

@@ -26,7 +26,7 @@ use super::{
 const REGION: &str = "us-east-1";
 
 /// Maximum number of pages of one listing of uploads, of up to 1,000 uploads each. Further uploads are listed once
-/// earlier ones have been aborted.
+/// enough earlier ones have ended.
 const UPLOAD_PAGES: usize = 100;
 
 /// Client for one prefix of one bucket.
@@ -150,7 +150,7 @@ impl S3Admin {
     }
 
     /// Puts an object with its CRC-32C. Returns true if the store keeps the checksum.
-    pub(super) async fn keeps_checksum(&self, key: &str, body: Bytes) -> Result<bool, String> {
+    pub(super) async fn probe_checksum(&self, key: &str, body: Bytes) -> Result<bool, String> {
         let crc = crc32c::crc32c(&body).to_be_bytes();
         let expected = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, crc);
         let (bucket, key) = (&self.bucket, self.key(key));

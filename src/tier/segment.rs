@@ -1,5 +1,5 @@
-//! Reads a sealed segment for its upload, once and from its start, and checks every batch. The segment is read through
-//! the handle that the log exported, so the upload continues even if the file is removed.
+//! Reads a sealed segment for its upload, from its start, and checks every batch. The segment is read through the
+//! handle that the log exported, so the upload continues even if the file is removed.
 
 use std::{
     collections::VecDeque,
@@ -166,7 +166,7 @@ impl SegmentBatches {
     }
 
     /// Returns the builder of the footer, after [`SegmentBatches::next`] has returned `None`.
-    pub(super) fn into_footer(self) -> FooterBuilder {
+    pub(super) fn into_footer_builder(self) -> FooterBuilder {
         self.builder.expect("a segment that ends above the tiered end holds a batch above it")
     }
 
@@ -214,7 +214,7 @@ impl SegmentBatches {
                 Ok(needed) if needed > self.unchecked.len() => break,
                 _ => {}
             }
-            let batch = Batch::split_from(&mut self.unchecked).map_err(|error| self.malformed(&error))?;
+            let batch = Batch::split_from(&mut self.unchecked).map_err(|error| self.malformed_error(&error))?;
             self.check(&batch)?;
             self.position += batch.encoded_len() as u64;
             if self.keep(&batch)? {
@@ -229,17 +229,18 @@ impl SegmentBatches {
         Ok(kept)
     }
 
-    /// Checks the fields that the batch's CRC does not cover: the base offset and the leader epoch.
+    /// Checks the fields that the batch's CRC does not cover: the base offset and the leader epoch. Then expects the
+    /// next batch at the end of this one.
     fn check(&mut self, batch: &Batch) -> Result<(), SegmentSourceError> {
         let base = batch.base_offset();
         if base != self.next {
-            return Err(self.corrupt(format!("the batch starts at offset {base}, not at {}", self.next)));
+            return Err(self.corrupt_error(format!("the batch starts at offset {base}, not at {}", self.next)));
         }
         let listed = epoch_of(&self.epochs, base);
         let Some(epoch) = batch.leader_epoch().filter(|epoch| Some(*epoch) == listed && *epoch >= self.epoch) else {
             let found = batch.leader_epoch().map_or("none".to_owned(), |epoch| epoch.to_string());
             let listed = listed.map_or("none".to_owned(), |epoch| epoch.to_string());
-            return Err(self.corrupt(format!("the batch at {base} has leader epoch {found}, not {listed}")));
+            return Err(self.corrupt_error(format!("the batch at {base} has leader epoch {found}, not {listed}")));
         };
         self.epoch = epoch;
         self.next = batch.end_offset();
@@ -270,21 +271,21 @@ impl SegmentBatches {
     fn finish(&self) -> Result<(), SegmentSourceError> {
         if !self.unchecked.is_empty() {
             let (needed, available) = (Batch::framed_len(&self.unchecked).unwrap_or(61), self.unchecked.len());
-            return Err(self.malformed(&MalformedBatch::Truncated { needed, available }));
+            return Err(self.malformed_error(&MalformedBatch::Truncated { needed, available }));
         }
         let (end, bytes) = (self.source.end(), self.source.bytes());
         if self.next != end || self.position != bytes {
             let reason = format!("the segment ends at offset {}, not at {end} with {bytes} bytes", self.next);
-            return Err(self.corrupt(reason));
+            return Err(self.corrupt_error(reason));
         }
         Ok(())
     }
 
-    fn malformed(&self, error: &MalformedBatch) -> SegmentSourceError {
-        self.corrupt(error.to_string())
+    fn malformed_error(&self, error: &MalformedBatch) -> SegmentSourceError {
+        self.corrupt_error(error.to_string())
     }
 
-    fn corrupt(&self, reason: String) -> SegmentSourceError {
+    fn corrupt_error(&self, reason: String) -> SegmentSourceError {
         SegmentSourceError::Corrupt { path: self.source.path().to_owned(), position: self.position, reason }
     }
 }

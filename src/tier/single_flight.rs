@@ -1,6 +1,6 @@
 //! In-flight requests that several callers wait for. A started request continues even if no caller waits for it, unless
-//! it checks [`SingleFlight::is_abandoned`]. Its result is cached for the next caller, so callers with short time
-//! limits make progress too.
+//! [`SingleFlight::remove_if_abandoned`] has removed it. The request stores its result in a cache for the next caller,
+//! so callers with short time limits make progress too.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -81,9 +81,9 @@ where
         });
     }
 
-    /// Called by a request that has not begun its work. Returns true if no caller waits for the request, which must
-    /// then end. The request is removed, so the next caller starts another one.
-    pub(super) fn is_abandoned(&self, key: K) -> bool {
+    /// Called by a request that has not begun its work. If no caller waits for the request, removes it and returns
+    /// true: the request must then end, and the next caller starts another one.
+    pub(super) fn remove_if_abandoned(&self, key: K) -> bool {
         let mut in_flight = self.in_flight.lock();
         let abandoned = in_flight.get(&key).is_none_or(|sender| sender.receiver_count() == 0);
         if abandoned {
@@ -130,14 +130,14 @@ mod tests {
         let (finish, finished) = oneshot::channel::<u32>();
         let first = || async move { Ok(finished.await.expect("the request completes")) };
         assert!(flights.join(&tasks, 1, first).now_or_never().is_none());
-        assert!(flights.is_abandoned(1));
+        assert!(flights.remove_if_abandoned(1));
         let (second, pending) = oneshot::channel::<u32>();
         let load = || async move { Ok(pending.await.expect("the request completes")) };
         let mut waiting = Box::pin(flights.join(&tasks, 1, load));
         assert!(waiting.as_mut().now_or_never().is_none());
         finish.send(1).expect("the request continues");
         tokio::task::yield_now().await;
-        assert!(!flights.is_abandoned(1), "the second request is in flight");
+        assert!(!flights.remove_if_abandoned(1), "the second request is in flight");
         second.send(2).expect("the request continues");
         assert!(matches!(waiting.await, (Ok(2), false)));
         tasks.stop().await;

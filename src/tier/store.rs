@@ -1,7 +1,7 @@
 //! One prefix of one object store: its client, and requests with time limits and retries.
 //!
 //! All object names are relative to the prefix. Requests are retried with growing, jittered pauses until
-//! [`ObjectStoreOptions::retry_for`] has passed. A permanent error (missing, refused, unsupported) is returned at once.
+//! [`ObjectStoreOptions::retry_for`] has passed. A permanent error (missing, denied, unsupported) is returned at once.
 //! [`TierStore::stop`] ends every wait.
 
 use std::{collections::BTreeSet, fmt, ops::Range, sync::Arc, time::Duration};
@@ -50,7 +50,7 @@ pub(super) struct TierStoreInner {
     tasks: Tasks,
 }
 
-/// Content of `topic.json`, from which a restore can create the topic again.
+/// Topic record: content of `topic.json`, from which a restore can create the topic again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TopicRecord {
     pub name: TopicName,
@@ -76,7 +76,8 @@ impl TierStore {
     /// Creates the client of a store. Sends no request, so a broker starts even if the store is unreachable.
     ///
     /// # Errors
-    /// The options are invalid: an unknown scheme, no bucket, or a directory that cannot be created.
+    /// The options are invalid: an unknown scheme, no bucket, an invalid prefix or client setting, or a directory that
+    /// cannot be created.
     pub fn open(options: &ObjectStoreOptions, cluster: &str) -> Result<Self, ObjectStoreOptionsError> {
         let (objects, prefix) = open::open(options)?;
         Ok(Self::from_object_store(objects, prefix.as_ref(), options, cluster))
@@ -155,7 +156,7 @@ impl TierStore {
         }
     }
 
-    /// Writes or replaces a topic's description.
+    /// Writes or replaces a topic record.
     pub async fn put_topic(&self, topic: &TopicRecord) -> Result<(), BindingError> {
         self.bind().await?;
         let content = serde_json::to_vec_pretty(topic).expect("a plain struct is valid JSON");
@@ -209,9 +210,9 @@ impl TierStore {
         self.retry(object, || async { self.inner.objects.get(&path).await?.bytes().await }).await
     }
 
-    /// Returns the error for an object that the store does not contain. The error stays `NotFound` if the cluster
-    /// marker exists, or if the prefix needs none yet. Otherwise the complete store is missing, as after an unmount,
-    /// and the error is `Unavailable`.
+    /// Returns the error for an object that the store does not contain. The error stays `NotFound` if
+    /// [`bind`](Self::bind) succeeds, or if the prefix needs no cluster marker yet. Otherwise the complete store is
+    /// missing, as after an unmount, and the error is `Unavailable`, or that of the request for the marker.
     async fn missing_error(&self, missing: TierStoreError, object: &str) -> TierStoreError {
         if !self.must_have_marker() {
             return missing;
@@ -350,8 +351,8 @@ impl TierStore {
         path.strip_prefix(prefix).unwrap_or(path).trim_start_matches('/').to_owned()
     }
 
-    /// Sends a request until it succeeds, fails permanently, or `retry_for` has passed. Each attempt has a time limit,
-    /// and its outcome is reported to the outage tracker.
+    /// Sends a request until it succeeds, fails permanently, `retry_for` has passed, or the store is stopping. Each
+    /// attempt has a time limit, and its outcome is reported to the outage tracker.
     pub(super) async fn retry<T, F, Fut>(&self, object: &str, mut request: F) -> Result<T, TierStoreError>
     where
         F: FnMut() -> Fut,

@@ -23,9 +23,9 @@ pub struct StoreBinding {
 
 /// Storage of the store binding, outside of the object store. Errors are texts for people; a later attempt may succeed.
 pub trait BindingStore: Send + Sync {
-    /// Creates or completes the binding with a compare-and-set, so that all brokers get the same one, and returns it.
-    /// Called after a broker has found the store at `url`, with `id` in its cluster marker. Without `id`, a new binding
-    /// is pending.
+    /// Returns the cluster's binding for a broker whose store is at `url`, with `id` in its cluster marker. Without
+    /// `id`, a new binding is pending. Creates, completes or replaces the stored binding with a compare-and-set where
+    /// needed. A complete binding of another store is returned unchanged.
     fn bind<'a>(&'a self, url: &'a str, id: Option<Uuid>) -> BoxFuture<'a, Result<StoreBinding, String>>;
 
     /// Returns the stored binding, if there is one. Changes nothing.

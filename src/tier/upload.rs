@@ -90,7 +90,7 @@ impl UploadError {
 
 /// Uploads the part of `source` after the skipped prefix, and verifies it. Returns its manifest entry. Failed attempts
 /// are repeated until `ObjectStoreOptions::retry_for` has passed.
-pub(super) async fn segment(
+pub(super) async fn upload_segment(
     store: &TierStore,
     source: &SegmentSource,
     skipped: SkippedPrefix,
@@ -225,7 +225,7 @@ impl<'a> SegmentUpload<'a> {
     /// Appends the footer of a segment whose batches are all in `parts` or sent. Returns the manifest entry of the
     /// object.
     fn append_footer(&self, batches: SegmentBatches, parts: &mut PartBuffer) -> SegmentEntry {
-        let footer = batches.into_footer().finish(self.source.producers());
+        let footer = batches.into_footer_builder().finish(self.source.producers());
         let encoded = footer.encode();
         let entry = SegmentEntry {
             stamp: self.stamp(footer.base),
@@ -381,7 +381,7 @@ impl MultipartUpload<'_> {
         let response = tokio::time::timeout(self.store.options().request_timeout * 2, self.upload.complete()).await;
         match response {
             Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(as_unknown(TierStoreError::new(self.object, &error))),
+            Ok(Err(error)) => Err(as_unavailable(TierStoreError::new(self.object, &error))),
             Err(_) => {
                 let reason = "no response to the completion of the upload in time".to_owned();
                 Err(TierStoreError::Unavailable { object: self.object.to_owned(), reason })
@@ -403,7 +403,7 @@ impl MultipartUpload<'_> {
 /// Converts the error of a completion to `Unavailable`, which is retried. If a completion succeeds and its response is
 /// lost, the store refuses the repeated request, with an error that depends on the store (not found, not allowed,
 /// internal). The next attempt verifies the object first.
-fn as_unknown(error: TierStoreError) -> TierStoreError {
+fn as_unavailable(error: TierStoreError) -> TierStoreError {
     match error {
         TierStoreError::NotFound { object } => {
             TierStoreError::Unavailable { object, reason: "the multipart upload is unknown".to_owned() }
@@ -417,7 +417,7 @@ fn as_unknown(error: TierStoreError) -> TierStoreError {
 
 /// Writes a small object under a new name, reads it back and compares. Repeats this while the content differs, until
 /// `retry_for` has passed.
-pub(super) async fn small(store: &TierStore, object: &str, content: Bytes) -> Result<(), UploadError> {
+pub(super) async fn put_and_verify(store: &TierStore, object: &str, content: Bytes) -> Result<(), UploadError> {
     let write = || async {
         store.put(object, content.clone()).await?;
         let stored = store.get(object).await?;

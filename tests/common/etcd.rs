@@ -64,16 +64,16 @@ impl Etcd {
     pub(crate) fn begin(members: usize, scheme: &'static str, flags: &[String]) -> Self {
         let host = || MemberHost { ip: Ipv4Addr::LOCALHOST, namespace: None };
         let members = (0..members).map(|_| Member { host: host(), ports: (free_port(), free_port()), process: None });
-        Self::of(members.collect(), scheme, flags)
+        Self::start(members.collect(), scheme, flags)
     }
 
     /// Starts a cluster with one member on each of these hosts. Does not wait until the cluster responds.
     pub(crate) fn on_hosts(hosts: Vec<MemberHost>) -> Self {
         let members = hosts.into_iter().map(|host| Member { host, ports: (2379, 2380), process: None });
-        Self::of(members.collect(), "http", &[])
+        Self::start(members.collect(), "http", &[])
     }
 
-    fn of(members: Vec<Member>, scheme: &'static str, flags: &[String]) -> Self {
+    fn start(members: Vec<Member>, scheme: &'static str, flags: &[String]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary directory");
         let mut etcd = Self { folder, members, flags: flags.to_vec(), scheme };
         etcd.run_all();
@@ -172,7 +172,7 @@ impl Etcd {
         Pid::from_child(self.members[number].process.as_ref().expect("the member is running"))
     }
 
-    /// Returns the log output of all members.
+    /// Returns the log output of all members, of each since its last start.
     pub(crate) fn logs(&self) -> String {
         let log =
             |number| std::fs::read_to_string(self.folder.path().join(format!("m{number}.log"))).unwrap_or_default();
@@ -196,7 +196,7 @@ fn copy_folder(from: &Path, to: &Path) {
 impl Drop for Etcd {
     fn drop(&mut self) {
         for process in self.members.iter_mut().filter_map(|member| member.process.as_mut()) {
-            // SIGKILL also ends a frozen process. Both calls fail only if the process has exited already.
+            // SIGKILL also ends a frozen process. Either call may fail if the process has exited already.
             let _exited = process.kill();
             let _exited = process.wait();
         }

@@ -6,14 +6,14 @@
 //!
 //! | violation | meaning |
 //! | --- | --- |
-//! | lost | A later reader did not receive the record at its acknowledged offset, but read past that offset or should have reached it. |
-//! | misplaced | The record was acknowledged at one offset and read at another. |
-//! | duplicated | The record was read at two offsets of a log. |
-//! | invented | The record was read, but was refused or never sent. |
-//! | reordered | One producer's records are in another order, or a record is above one that was sent after its acknowledgement. |
-//! | skipped | A reader received an offset that does not follow the previous one. |
-//! | rewritten | Two readers received different records at one offset. |
-//! | regressed | A reader received a lower end than an earlier reader. |
+//! | lost | A reader did not receive a record that was acknowledged before its read began. The acknowledged offset is in the read range, or at or above an end that had to be the newest. |
+//! | misplaced | The record was acknowledged at one offset and read at another. If the log may contain it twice: another record is at the acknowledged offset. |
+//! | duplicated | The record was read at two offsets of a log that may contain it only once. |
+//! | invented | The record was read, but was refused or never sent to this log. |
+//! | reordered | A producer's records were read in another order than sent, or an acknowledged record is not below one that was sent after its acknowledgement. |
+//! | skipped | The offsets that a reader received are not consecutive from the start to the end of its range. |
+//! | rewritten | Two different records were read at one offset. |
+//! | regressed | A reader got a lower end than an earlier reader, although both ends had to be the newest. |
 //!
 //! Times are values of one counter that each event increments, so that the order of events is exact.
 
@@ -29,7 +29,7 @@ pub(crate) enum Outcome {
     Acknowledged { offset: i64 },
     /// The broker refused the record.
     Refused,
-    /// No response: the record may be stored or not.
+    /// The record may be stored or not.
     Unknown,
 }
 
@@ -61,12 +61,12 @@ pub(crate) struct ReadPass {
     pub(crate) from: i64,
     /// End of the log, as reported to the reader before the read.
     pub(crate) end: i64,
-    /// End of the read, excluded: `end`, or below it if the reader reads only a part.
+    /// End of the read, excluded: `end`, or below it if only a part was read.
     pub(crate) to: i64,
     /// True if `end` had to be the newest end. False if `end` may come from a leader that has not detected its
     /// replacement. Then neither `end` nor the records from `end` on are checked.
     pub(crate) current: bool,
-    /// Received records, in the order of their arrival.
+    /// Offset and payload of each received record, in the order of their arrival.
     pub(crate) records: Vec<(i64, u64)>,
 }
 
@@ -118,8 +118,8 @@ impl History {
     }
 }
 
-/// Returns the records of the log by offset, as the first reader of each offset received them. Adds a violation for
-/// each offset that a reader skipped, and for each record that differs from an earlier reader's.
+/// Returns the records of the log by offset, as the first reader of each offset received them. Adds a violation at each
+/// point where the offsets of a reader are not consecutive, and for each record that differs from an earlier reader's.
 fn merge_passes(log: Log, passes: &[&ReadPass], found: &mut Vec<Violation>) -> BTreeMap<i64, u64> {
     let mut content: BTreeMap<i64, u64> = BTreeMap::new();
     for pass in passes {
@@ -153,7 +153,8 @@ fn check_ends(log: Log, passes: &[&ReadPass], found: &mut Vec<Violation>) {
 }
 
 /// Checks that each received record was sent to this log and not refused, is at its acknowledged offset, and is in the
-/// log once if required. A record that may be repeated must only be at its acknowledged offset too.
+/// log once if required. If the log may contain a record twice, only its acknowledged offset must not hold another
+/// record.
 fn check_identities(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, found: &mut Vec<Violation>) {
     let sent: HashMap<u64, &Attempt> = attempts.iter().map(|attempt| (attempt.payload, *attempt)).collect();
     let mut seen: HashMap<u64, i64> = HashMap::new();
@@ -209,7 +210,8 @@ impl<'a> Acknowledged<'a> {
     fn check_losses(&self, pass: &ReadPass, found: &mut Vec<Violation>) {
         let seen: HashSet<u64> = pass.records.iter().map(|&(_, payload)| payload).collect();
         let first = self.attempts.partition_point(|&(offset, _)| offset < pass.from);
-        // From the first record whose `earliest` is not before the start of the pass, no record had to be received.
+        // If `earliest` of a record is not before the start of the pass, the reader had to receive neither this record
+        // nor any record above it.
         let required = self.attempts[first..].iter().zip(&self.earliest[first..]);
         for (&(offset, attempt), _) in required.take_while(|&(_, &earliest)| earliest < pass.began) {
             let covered = offset < pass.to || pass.current && offset >= pass.end;
@@ -234,7 +236,7 @@ fn check_producer_order(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64,
     }
 }
 
-/// Checks that each acknowledged record is below every other one that was sent after its acknowledgement.
+/// Checks that each acknowledged record is below every acknowledged record that was sent after its acknowledgement.
 fn check_time_order(log: Log, attempts: &[&Attempt], found: &mut Vec<Violation>) {
     let acknowledged = |attempt: &&Attempt| match attempt.outcome {
         Outcome::Acknowledged { offset } => Some((offset, attempt.sent, attempt.responded, attempt.payload)),
@@ -299,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn lost_record_is_found_in_the_middle_and_at_the_end() {
+    fn lost_record_and_shifted_offset_are_found() {
         let mut history = valid();
         history.passes[2] = pass(110, 3, &[6]);
         assert_eq!(

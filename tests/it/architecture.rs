@@ -328,7 +328,7 @@ fn sources_follow_the_architecture() {
     assert!(found.is_empty(), "{} violations:\n{}\n", found.len(), found.join("\n"));
 }
 
-/// Test packages have no modules.
+/// Test packages have no import order, so only the rule for type names applies to them.
 #[test]
 fn public_type_names_of_test_packages_are_unique() {
     let mut found = Vec::new();

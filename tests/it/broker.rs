@@ -2,7 +2,7 @@
 //!
 //! A [`BrokerInstance`] contains the folder, the ports and the configuration of one broker. [`BrokerInstance::start`]
 //! returns a [`Broker`] that is ready. Dropping the [`Broker`] kills its process. The output of the process goes to
-//! `broker.log` in the folder. A failed test prints its last lines.
+//! `broker.log` in the folder. A failed test prints the last lines of this file.
 
 use std::{
     fmt::Write as _,
@@ -271,7 +271,7 @@ impl BrokerInstance {
     }
 
     /// Starts `strandline broker` and waits until it is ready. If one of the ports is in use, chooses new ports and
-    /// starts again, up to five times.
+    /// starts again. Panics after five such attempts, or if the broker does not become ready for another reason.
     pub(crate) fn start(&mut self) -> Broker {
         for _ in 0..5 {
             let mut broker = self.spawn();
@@ -429,7 +429,7 @@ impl Broker {
 
 impl Drop for Broker {
     fn drop(&mut self) {
-        // Both calls fail if the process has already exited, which does not matter.
+        // Either call may fail if the process has already exited, which does not matter.
         let _ = self.child.kill();
         let _ = self.child.wait();
         if thread::panicking() {
@@ -489,7 +489,7 @@ impl Cli {
         self.run_with(arguments, b"")
     }
 
-    /// Runs a command with empty input, which must succeed.
+    /// Runs a command with empty input. The command must succeed.
     pub(crate) fn ok(&self, arguments: &[&str]) -> Output {
         self.ok_with(arguments, b"")
     }
@@ -564,7 +564,7 @@ fn drain(mut from: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> {
     })
 }
 
-/// Removes all `STRANDLINE_` variables from the environment of a command, and disables colours.
+/// Removes all `STRANDLINE_` variables from the environment of a command, disables colours and enables backtraces.
 fn clean(command: &mut Command) -> &mut Command {
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("STRANDLINE_") {

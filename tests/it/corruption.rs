@@ -42,6 +42,7 @@ fn flip_bit(path: &Path, at: usize) {
     fs::write(path, bytes).expect("the file is written");
 }
 
+/// Returns partition 0 of a topic, as `topic describe` reports it.
 pub(crate) fn partition(cli: &Cli, topic: &str) -> Value {
     cli.ok(&["topic", "describe", topic, "--output", "json"]).json()["partitions"][0].clone()
 }

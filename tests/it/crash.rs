@@ -90,8 +90,8 @@ impl Load {
         self.addresses[0]
     }
 
-    /// Returns the address of the broker that leads a log. Waits until there is a leader.
-    async fn serving(&self, log: Log) -> SocketAddr {
+    /// Returns the address of the broker that leads a log. With several brokers, waits until there is a leader.
+    async fn leader_address(&self, log: Log) -> SocketAddr {
         if self.addresses.len() == 1 {
             return self.addresses[0];
         }
@@ -99,8 +99,8 @@ impl Load {
         eventually_async("the log has a leader", find_leader).await
     }
 
-    /// Returns the longest time without an acknowledged record in a log since `since`. Returns `None` if fewer than 20
-    /// records were acknowledged since then.
+    /// Returns the longest time from `since`, or from an acknowledged record of a log after that, to the next
+    /// acknowledged record of the log. Returns `None` if fewer than 20 records were acknowledged since `since`.
     pub(crate) fn longest_silence(&self, log: Log, since: Instant) -> Option<Duration> {
         let moments = self.moments.lock();
         let moments_of_log: Vec<Instant> =
@@ -110,12 +110,13 @@ impl Load {
             .then(|| before.zip(&moments_of_log).map(|(previous, next)| *next - *previous).max().expect("not empty"))
     }
 
-    /// Allows the producers another [`REQUESTS_PER_KILL`] requests.
+    /// Sets the budget to [`REQUESTS_PER_KILL`] requests.
     fn reset_budget(&self) {
         self.budget.store(REQUESTS_PER_KILL, Ordering::Relaxed);
     }
 
-    /// Waits until a random number of further requests has started or ended. The caller then injects a fault.
+    /// Waits until the logical clock has advanced by a random number: producers advance it with each record and each
+    /// response. The caller then injects a fault.
     pub(crate) async fn wait_for_random_progress(&self, rng: &mut StdRng) {
         let at = self.time.load(Ordering::SeqCst) + rng.random_range(1..REQUESTS_PER_KILL);
         eventually_async("the load continues", || async { (self.time.load(Ordering::SeqCst) >= at).then_some(()) })
@@ -172,7 +173,7 @@ pub(crate) fn identify(bytes: &[u8]) -> Option<u64> {
     (*value(id) == *bytes).then_some(id)
 }
 
-/// Runs one producer until the tasks are cancelled. It opens a new connection whenever one ends.
+/// Runs one producer until the tasks are cancelled. The producer opens a new connection whenever one ends.
 async fn produce(load: Arc<Load>, producer: u32, seed: u64, tasks: Tasks) {
     let mut rng = StdRng::seed_from_u64(seed);
     while !tasks.is_cancelled() {
@@ -190,8 +191,9 @@ async fn produce(load: Arc<Load>, producer: u32, seed: u64, tasks: Tasks) {
     }
 }
 
-/// Runs one connection until it breaks or the tasks are cancelled. Keeps up to [`MAX_PENDING_REQUESTS`] requests in
-/// flight. At the return, `pending` contains the requests without a response.
+/// Runs one connection until it breaks or the tasks are cancelled; returns after five seconds if it cannot be opened.
+/// Keeps up to [`MAX_PENDING_REQUESTS`] requests in flight. At the return, `pending` contains the requests without a
+/// response.
 async fn run_connection(
     load: &Load,
     producer: u32,
@@ -305,7 +307,7 @@ async fn read_part(load: &Load, log: Log, part: Part) -> ReadPass {
         load.addresses.len() > 1 && matches!(error.code, ErrorCode::NotLeader | ErrorCode::ObjectStoreUnavailable)
     };
     let end = eventually_async("the end is reported", async || {
-        let mut client = wire::log(load.serving(log).await);
+        let mut client = wire::log(load.leader_address(log).await);
         let end = wire::latest(&mut client, name, partition).await;
         (!end.as_ref().is_err_and(is_retried)).then(|| end.expect("the end offset is present"))
     });
@@ -315,7 +317,7 @@ async fn read_part(load: &Load, log: Log, part: Part) -> ReadPass {
     while next < to {
         let until = to.min(next.saturating_add(MAX_RECORDS_PER_READ));
         let read = eventually_async("a leader serves what was written", async || {
-            let mut client = wire::log(load.serving(log).await);
+            let mut client = wire::log(load.leader_address(log).await);
             let read = wire::read_range(&mut client, name, partition, next, until).await;
             (!read.as_ref().is_err_and(is_retried)).then(|| read.expect("the records are readable"))
         });

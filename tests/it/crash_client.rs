@@ -73,9 +73,9 @@ async fn complete_delivery(load: &Load, (attempt, delivery): (Attempt, Delivery)
     load.complete(vec![attempt], |_| Outcome::Acknowledged { offset });
 }
 
-/// Reads all partitions of the consumer until it has reached the end offsets in `ends`, which are set when the
-/// producers have finished. Returns offset and payload number of each record.
-async fn run(
+/// Reads all partitions of the consumer up to the end offsets in `ends`, which are set when the producers have
+/// finished. Returns offset and payload number of each record.
+async fn consume(
     mut consumer: Consumer,
     mut ends: watch::Receiver<Option<HashMap<Log, i64>>>,
 ) -> HashMap<Log, Vec<(i64, u64)>> {
@@ -107,7 +107,7 @@ pub(crate) struct ClientLoad {
     pub(crate) load: Arc<Load>,
     tasks: Tasks,
     producers: Vec<JoinHandle<()>>,
-    follower: JoinHandle<HashMap<Log, Vec<(i64, u64)>>>,
+    consumer: JoinHandle<HashMap<Log, Vec<(i64, u64)>>>,
     end_offsets: watch::Sender<Option<HashMap<Log, i64>>>,
 }
 
@@ -145,13 +145,13 @@ impl ClientLoad {
             consumer.assign(TOPIC, partition, OffsetSpec::Earliest).await.expect("the partition is there");
         }
         let (end_offsets, ends) = watch::channel(None);
-        let follower = tasks.spawn("consumer", run(consumer, ends));
-        Self { load, tasks, producers, follower, end_offsets }
+        let consumer = tasks.spawn("consumer", consume(consumer, ends));
+        Self { load, tasks, producers, consumer, end_offsets }
     }
 
-    /// Ends the load after `blows` injected faults. Every sent record must have been delivered once and consumed.
-    /// Returns the number of records.
-    pub(crate) async fn finish(self, blows: u64) -> i64 {
+    /// Ends the load after this number of injected faults. Every sent record must have been delivered once and
+    /// consumed. Returns the number of records.
+    pub(crate) async fn finish(self, faults: u64) -> i64 {
         self.tasks.cancel();
         for producer in self.producers {
             producer.await.expect("every record was acknowledged");
@@ -160,7 +160,7 @@ impl ClientLoad {
         let ends: HashMap<Log, i64> = passes.iter().map(|pass| (pass.log, pass.end)).collect();
         self.end_offsets.send(Some(ends.clone())).expect("the consumer still follows");
         // The timeout grows with the number of faults, because each fault delays the consumer.
-        let seen = tokio::time::timeout(Duration::from_secs(60 + blows), self.follower).await;
+        let seen = tokio::time::timeout(Duration::from_secs(60 + faults), self.consumer).await;
         for (log, records) in seen.expect("the consumer reaches the ends").expect("the consumer followed") {
             passes.push(ReadPass {
                 log,

@@ -42,7 +42,7 @@ fn metadata<T>(instance: &BrokerInstance, work: impl AsyncFnOnce(&EmbeddedStore)
 /// Reads the tombstone of a topic from the metadata store of a stopped broker.
 fn tombstone(instance: &BrokerInstance, id: TopicId) -> Option<TombstoneValue> {
     let key = keys().path(&Key::Tombstone(id));
-    let entry = metadata(instance, async |store| store.get(&key).await).expect("responses").entry;
+    let entry = metadata(instance, async |store| store.get(&key).await).expect("the store responds").entry;
     entry.map(|entry| TombstoneValue::decode(&key, &entry.value).expect("the value is valid"))
 }
 
@@ -50,7 +50,7 @@ fn tombstone(instance: &BrokerInstance, id: TopicId) -> Option<TombstoneValue> {
 fn put_tombstone(instance: &BrokerInstance, id: TopicId, purged_since_ms: Option<i64>) {
     let value = TombstoneValue { name: "gone".parse().expect("valid"), purged_since_ms };
     let put = Transaction::new().put(keys().path(&Key::Tombstone(id)), value.encode());
-    metadata(instance, async |store| store.transact(put).await).expect("responses");
+    metadata(instance, async |store| store.transact(put).await).expect("the store responds");
 }
 
 /// Waits until a garbage collection that started after this call has ended: the second to end from now on.

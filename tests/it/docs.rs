@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Returns the first three cells of each row that the table in `docs/errors.md` must have, in order.
-fn expected() -> Vec<String> {
+fn expected_rows() -> Vec<String> {
     let retry = |reason: &ErrorCode| if reason.retryable() { "yes" } else { "no" };
     ErrorCode::ALL
         .iter()
@@ -28,7 +28,7 @@ fn every_error_code_is_documented_with_its_retryability() {
     let path = root().join("docs/errors.md");
     let page = fs::read_to_string(path).expect("the page exists");
     let rows: Vec<&str> = page.lines().filter(|line| line.starts_with("| `")).collect();
-    let expected = expected();
+    let expected = expected_rows();
     for (row, wanted) in rows.iter().zip(&expected) {
         assert!(row.starts_with(wanted.as_str()), "docs/errors.md has\n{row}\nbut the code has\n{wanted}");
         assert!(row.len() > wanted.len() + 20, "the row contains a remedy: {row}");

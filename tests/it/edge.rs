@@ -25,7 +25,7 @@ use crate::{
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Starts a broker with topic `edge`, which has two partitions.
-async fn running() -> (BrokerInstance, Broker) {
+async fn start_broker() -> (BrokerInstance, Broker) {
     let mut instance = BrokerInstance::new();
     let broker = tokio::task::block_in_place(|| instance.start());
     // Retention by time is disabled, because the records have old timestamps.
@@ -33,7 +33,7 @@ async fn running() -> (BrokerInstance, Broker) {
     (instance, broker)
 }
 
-fn write(correlation_id: u64, value: &[u8]) -> ProduceRequest {
+fn produce_request(correlation_id: u64, value: &[u8]) -> ProduceRequest {
     let append = wire::append_batch("edge", 0, wire::batch(&[value]));
     ProduceRequest { correlation_id, append: Some(append) }
 }
@@ -42,10 +42,10 @@ fn write(correlation_id: u64, value: &[u8]) -> ProduceRequest {
 /// stub.Produce(iter(requests))` does, waited for ever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn produce_stream_ends_after_all_responses() {
-    let (instance, _broker) = running().await;
+    let (instance, _broker) = start_broker().await;
     let mut log = wire::log(instance.grpc());
     for count in [0, 1, 100] {
-        let requests: Vec<_> = (0..count).map(|number| write(number, b"x")).collect();
+        let requests: Vec<_> = (0..count).map(|number| produce_request(number, b"x")).collect();
         let mut responses = log.produce(tokio_stream::iter(requests)).await.expect("a stream").into_inner();
         let mut seen = Vec::new();
         while let Some(response) = tokio::time::timeout(TEST_TIMEOUT, responses.message())
@@ -65,11 +65,11 @@ async fn produce_stream_ends_after_all_responses() {
 /// requests.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn too_large_message_is_refused_after_earlier_responses() {
-    let (instance, _broker) = running().await;
+    let (instance, _broker) = start_broker().await;
     let mut log = wire::log(instance.grpc());
-    let mut large = write(2, b"x");
+    let mut large = produce_request(2, b"x");
     large.append = Some(wire::append_batch("edge", 0, vec![0; limits::MAX_MESSAGE_BYTES + 1]));
-    let requests = tokio_stream::iter([write(1, b"x"), large.clone()]);
+    let requests = tokio_stream::iter([produce_request(1, b"x"), large.clone()]);
     let mut responses = log.produce(requests).await.expect("a stream").into_inner();
     let first = tokio::time::timeout(TEST_TIMEOUT, responses.message()).await.expect("in time").expect("a response");
     assert_eq!(first.map(|response| response.correlation_id), Some(1));
@@ -127,7 +127,7 @@ impl tonic::codec::Encoder for Raw {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn errors_of_the_transport_have_stable_names() {
-    let (instance, _broker) = running().await;
+    let (instance, _broker) = start_broker().await;
     let channel = Channel::from_shared(format!("http://{}", instance.grpc())).expect("a URI").connect_lazy();
     const APPEND: &str = "/strandline.v1.Log/Append";
     for (name, path, message, reason, code) in [
@@ -162,7 +162,7 @@ async fn errors_of_the_transport_have_stable_names() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn health_reports_the_server_and_each_service() {
-    let (instance, broker) = running().await;
+    let (instance, broker) = start_broker().await;
     let channel = Channel::from_shared(format!("http://{}", instance.grpc())).expect("a URI").connect_lazy();
     let mut health = HealthClient::new(channel);
     for service in ["", "strandline.v1.Log", "strandline.v1.Admin"] {
@@ -213,10 +213,10 @@ macro_rules! reflect {
 /// serve it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reflection_lists_client_services_in_both_versions() {
-    let (instance, _broker) = running().await;
+    let (instance, _broker) = start_broker().await;
     let channel = Channel::from_shared(format!("http://{}", instance.grpc())).expect("a URI").connect_lazy();
     for names in [reflect!(v1, channel.clone(), (true, "")), reflect!(v1alpha, channel.clone(), (true, ""))] {
-        let names = names.expect("the entry exists");
+        let names = names.expect("the service responds");
         for name in ["strandline.v1.Log", "strandline.v1.Admin", "grpc.health.v1.Health"] {
             assert!(names.iter().any(|known| known == name), "{name} is not in {names:?}");
         }
@@ -242,13 +242,13 @@ async fn reflection_can_be_switched_off() {
 /// Regression: one undecodable batch failed the entire call, with all of its partitions.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn undecodable_batch_fails_only_its_partition() {
-    let (instance, _broker) = running().await;
+    let (instance, _broker) = start_broker().await;
     let mut log = wire::log(instance.grpc());
     let good = |partition| wire::append_batch("edge", partition, wire::batch(&[b"good"]));
     // The corrupt record is the last one. An append decodes only the first records, and does not detect the corruption.
     let mut records = wire::batch(&[&[b'x'; 4096], b"two", b"three"])[61..].to_vec();
     *records.last_mut().expect("records") = 0x55;
-    let bad = wire::append_batch("edge", 0, wire::frame(&gzip(&records), 3, 1));
+    let bad = wire::append_batch("edge", 0, wire::raw_batch(&gzip(&records), 3, 1));
     for request in [good(0), bad, good(0), good(1)] {
         wire::append(&mut log, request).await.expect("the batch is stored without a check");
     }
@@ -278,8 +278,8 @@ async fn undecodable_batch_fails_only_its_partition() {
 /// Recompression of decompression bombs takes bounded memory. Regression: six batches of 255 KB, each of which
 /// decompresses to 250 MiB, took 2.7 GB in a topic that sets `compression.type`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bombs_into_a_recompressing_topic_take_no_memory() {
-    let (instance, broker) = running().await;
+async fn bombs_into_a_recompressing_topic_take_bounded_memory() {
+    let (instance, broker) = start_broker().await;
     for (topic, codec) in [("zstd", "zstd"), ("plain", "uncompressed")] {
         wire::create_topic(instance.grpc(), topic, 1, &[("compression.type", codec), ("retention.ms", "-1")]).await;
     }
@@ -292,9 +292,9 @@ async fn bombs_into_a_recompressing_topic_take_no_memory() {
     wire::varint(&mut record, -1);
     wire::varint(&mut record, value_bytes);
     let bomb = [gzip(&record), gzip_of_zeros(249 << 20), gzip_of_zeros(1 << 20)].concat();
-    let bomb = wire::frame(&bomb, 1, 1);
+    let bomb = wire::raw_batch(&bomb, 1, 1);
     assert!(bomb.len() < 300_000, "{}", bomb.len());
-    let before = resident_bytes(broker.pid());
+    let before = peak_resident_bytes(broker.pid());
     for (topic, reason) in [("zstd", ErrorCode::MalformedBatch), ("plain", ErrorCode::RecordTooLarge)] {
         let calls = (0..6).map(|_| {
             let (mut log, request) = (wire::log(instance.grpc()), wire::append_batch(topic, 0, bomb.clone()));
@@ -303,12 +303,12 @@ async fn bombs_into_a_recompressing_topic_take_no_memory() {
         for response in futures::future::join_all(calls).await {
             assert_eq!(response.expect_err("a bomb").code, reason, "{topic}");
         }
-        let honest = wire::append_batch(topic, 0, wire::frame(&gzip(&wire::batch(&[b"one", b"two"])[61..]), 2, 1));
+        let honest = wire::append_batch(topic, 0, wire::raw_batch(&gzip(&wire::batch(&[b"one", b"two"])[61..]), 2, 1));
         let mut log = wire::log(instance.grpc());
         wire::append(&mut log, honest).await.expect("a batch that is not a bomb is accepted");
         assert_eq!(wire::read_range(&mut log, topic, 0, 0, 2).await.expect("read").len(), 2);
     }
-    let grown = resident_bytes(broker.pid()).saturating_sub(before);
+    let grown = peak_resident_bytes(broker.pid()).saturating_sub(before);
     assert!(grown < 600 << 20, "{} MiB more than before", grown >> 20);
 }
 
@@ -316,14 +316,14 @@ async fn bombs_into_a_recompressing_topic_take_no_memory() {
 /// continues at the end of that response.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn decoded_reads_of_bombs_have_bounded_responses() {
-    let (instance, broker) = running().await;
+    let (instance, broker) = start_broker().await;
     let value = vec![0_u8; 1 << 20];
     let values = vec![&value[..]; 60];
-    let stored = wire::frame(&gzip(&wire::batch(&values)[61..]), 60, 1);
+    let stored = wire::raw_batch(&gzip(&wire::batch(&values)[61..]), 60, 1);
     assert!(stored.len() < 100_000, "{}", stored.len());
     let mut log = wire::log(instance.grpc());
     wire::append(&mut log, wire::append_batch("edge", 0, stored)).await.expect("the batch is stored without a check");
-    let before = resident_bytes(broker.pid());
+    let before = peak_resident_bytes(broker.pid());
     let (mut next, mut responses) = (0, 0);
     while next < 60 {
         let partitions = vec![FetchPartition { topic: "edge".to_owned(), offset: next, ..Default::default() }];
@@ -335,12 +335,12 @@ async fn decoded_reads_of_bombs_have_bounded_responses() {
         responses += 1;
     }
     assert!((4..=6).contains(&responses), "{responses} responses");
-    let grown = resident_bytes(broker.pid()).saturating_sub(before);
+    let grown = peak_resident_bytes(broker.pid()).saturating_sub(before);
     assert!(grown < 600 << 20, "{} MiB more than before", grown >> 20);
 }
 
 /// Returns the peak resident memory of a process in bytes.
-fn resident_bytes(pid: u32) -> u64 {
+fn peak_resident_bytes(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process is running");
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("the peak is present");
     line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
@@ -365,7 +365,7 @@ fn gzip_of_zeros(bytes: usize) -> Vec<u8> {
 /// was deleted within seconds. With a value of 2^62, the record was the result of every search by timestamp.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wrong_max_timestamp_of_a_batch_is_corrected() {
-    let (instance, _broker) = running().await;
+    let (instance, _broker) = start_broker().await;
     let mut log = wire::log(instance.grpc());
     for timestamp in [1000, 1 << 62] {
         let mut batch = wire::batch(&[b"x"]);
@@ -392,7 +392,7 @@ async fn wrong_max_timestamp_of_a_batch_is_corrected() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_refused_request_counts_as_request_and_error() {
-    let (instance, _broker) = running().await;
+    let (instance, _broker) = start_broker().await;
     let mut log = wire::log(instance.grpc());
     let bad = wire::append_batch("edge", 0, vec![0; 100]);
     for request in [wire::append_batch("edge", 0, wire::batch(&[b"x"])), bad, wire::append_plain("nobody", 0, vec![])] {

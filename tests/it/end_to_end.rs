@@ -254,7 +254,7 @@ fn topics_are_created_described_altered_grown_and_deleted() {
     assert_eq!(
         cli.ok(&["consume", "orders", "--from", "earliest", "--until-end"]).text(),
         "",
-        "the replicas share nothing"
+        "the new topic has no records of the old one"
     );
 }
 
@@ -550,8 +550,8 @@ fn topic_describe_shows_the_source_of_each_value() {
     for (key, source) in [("segment.ms", "broker"), ("retention.ms", "topic"), ("segment.bytes", "default")] {
         assert_eq!(described["config_set_by"][key], source, "{key}");
     }
-    let inventory = cli.ok(&["topic", "describe", "t"]).text();
-    let line = inventory.lines().find(|line| line.starts_with("segment.ms")).expect("a line");
+    let text = cli.ok(&["topic", "describe", "t"]).text();
+    let line = text.lines().find(|line| line.starts_with("segment.ms")).expect("a line");
     assert!(line.contains("1000") && line.trim_end().ends_with("broker"), "{line}");
 }
 

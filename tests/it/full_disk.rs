@@ -23,7 +23,7 @@ use crate::{
     broker::{Broker, BrokerInstance, http_get},
     corruption::partition,
     s3::S3,
-    skipped::skipped,
+    skipped::report_skipped,
     test_timeout::{eventually, eventually_async},
     wire,
 };
@@ -43,10 +43,11 @@ impl Mount {
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=96m", "strandline"]).arg(&at).output();
         match mounted {
             Ok(output) if output.status.success() => return Some(Self { at }),
-            Ok(output) => {
-                skipped("a full disk", &format!("cannot mount: {}", String::from_utf8_lossy(&output.stderr).trim()))
-            }
-            Err(error) => skipped("a full disk", &format!("cannot mount: {error}")),
+            Ok(output) => report_skipped(
+                "a full disk",
+                &format!("cannot mount: {}", String::from_utf8_lossy(&output.stderr).trim()),
+            ),
+            Err(error) => report_skipped("a full disk", &format!("cannot mount: {error}")),
         }
         None
     }

@@ -1,8 +1,8 @@
 //! Runs the entries of the fuzzers with a stable compiler: on the inputs of known regressions, on seeds, and on a
 //! bounded number of mutated seeds.
 //!
-//! `FUZZ_ITERATIONS` is the number of mutated inputs, and `FUZZ_SEED` the seed of the mutations. A failure prints its
-//! input.
+//! `FUZZ_ITERATIONS` is the number of mutated inputs of each entry, which is divided by the weight of the entry.
+//! `FUZZ_SEED` is the seed of the mutations. A failure prints its input.
 
 #![allow(clippy::unwrap_used, reason = "in a test it is an assertion")]
 
@@ -14,8 +14,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 mod entries;
 mod seeds;
 
-/// Default number of mutated inputs of each entry, which is divided by the weight of the entry. A debug build runs them
-/// in some seconds.
+/// Default of `FUZZ_ITERATIONS`. A debug build runs these inputs in some seconds.
 const ITERATIONS: u64 = 20_000;
 
 /// Guard with the name of an entry and its input, which it prints if the entry panics.
@@ -30,6 +29,7 @@ impl Drop for PanicReport<'_> {
     }
 }
 
+/// Runs an entry. Returns true if its parser accepted any input.
 fn run(entry: &entries::Entry, input: &[u8]) -> bool {
     let _report = PanicReport(entry.name, input);
     (entry.run)(input)
@@ -152,7 +152,8 @@ fn mutated_inputs_break_no_parser() {
     }
 }
 
-/// Writes seeds for `make fuzz-seeds`. An existing seed is never overwritten: it is the output of an earlier version.
+/// Writes seeds for `make fuzz-seeds`. An existing seed is never overwritten, because an earlier version may have
+/// written it.
 #[test]
 #[ignore = "writes into the source tree: make fuzz-seeds"]
 fn write_missing_seeds() {

@@ -1,5 +1,5 @@
-//! Files of a data directory are lost or corrupt. A broker that starts on the remaining files reports the loss and
-//! changes nothing. Once the files are restored, a start finds all records.
+//! Files of a data directory are lost or corrupt, or a start is refused or interrupted. A refused start reports the
+//! reason and changes no segment. Once the files are restored, a start finds all records.
 
 use std::{fs, net::TcpStream, os::unix::process::ExitStatusExt as _, path::Path};
 

@@ -40,7 +40,7 @@ const CODECS: [Compression; 5] =
 const RECORDS: u64 = 300;
 
 /// Queues a record whose shape depends on its number: null keys and values, duplicate headers, text, random bytes, and
-/// one large record in each topic.
+/// one large record for each codec in each topic.
 async fn send(producer: &Producer, topic: &str, number: u64, big: &[u8]) -> Delivery {
     let header =
         |value: Option<&'static [u8]>| Header { key: "trace".to_owned(), value: value.map(Bytes::from_static) };

@@ -1,8 +1,8 @@
 //! The only integration test binary: real processes, real files, real HTTP.
 //!
-//! There is only one binary because linking takes most of the build time. Each module tests one subject. Other modules
-//! serve the tests: `broker` starts and kills processes, `test_timeout` waits for conditions, `wire` sends raw gRPC,
-//! and `history` checks what clients observed.
+//! There is only one binary because linking takes most of the build time. Most modules test one subject. The others
+//! serve the tests, for example: `broker` starts and kills processes, `test_timeout` waits for conditions, `wire` sends
+//! raw gRPC, and `history` checks what clients observed.
 
 mod architecture;
 mod broker;

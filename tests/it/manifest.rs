@@ -62,7 +62,7 @@ fn range(object: &Path) -> (i64, i64) {
     (parts.next().expect("the base offset is present"), parts.next().expect("the end offset is present"))
 }
 
-fn lose(paths: &[PathBuf]) {
+fn remove_files(paths: &[PathBuf]) {
     assert!(!paths.is_empty(), "manifests exist");
     paths.iter().for_each(|path| fs::remove_file(path).expect("the file is removed"));
 }
@@ -81,7 +81,7 @@ fn lost_manifest_is_rebuilt_despite_a_duplicate_segment() {
     let (stem, _) = name.rsplit_once(".segment").expect("a segment");
     let copy = format!("{}00000000-0000-4000-8000-000000000001.segment", &stem[..stem.len() - 36]);
     fs::copy(&segments[1], segments[1].with_file_name(copy)).expect("copied");
-    lose(&objects(&server, "manifest-"));
+    remove_files(&objects(&server, "manifest-"));
     let (cli, _broker) = start(&mut instance);
     cli.ok_with(&["produce", "t"], lines(RECORDS).as_bytes());
     wait_until_evicted(&cli, 4 * RECORDS as i64);
@@ -95,8 +95,8 @@ fn manifest_with_a_missing_segment_waits_for_an_operator() {
     let (server, mut instance) = stopped_with(3);
     let segments = objects(&server, ".segment");
     let (from, to) = range(&segments[1]);
-    lose(&segments[1..2]);
-    lose(&objects(&server, "manifest-"));
+    remove_files(&segments[1..2]);
+    remove_files(&objects(&server, "manifest-"));
     let (cli, _broker) = start(&mut instance);
     cli.ok_with(&["produce", "t"], lines(10).as_bytes());
     eventually("the description contains the remedy", || {

@@ -11,7 +11,7 @@ use crate::{
 };
 
 #[test]
-fn every_metric_changes_with_its_events() {
+fn metrics_change_with_appends_uploads_and_reads() {
     let text = lines(20_000);
     let mut instance = BrokerInstance::new();
     let broker = instance.start();
@@ -28,9 +28,9 @@ fn every_metric_changes_with_its_events() {
     });
     eventually("the lag is 0", || (instance.metric("strandline_tier_lag_records") == 0.0).then_some(()));
     // The journal is idle now, so both counters are final.
-    let [rounds, syncs] =
+    let [frames, syncs] =
         instance.metrics(["strandline_journal_writes_total", "strandline_journal_sync_seconds_count"]);
-    assert_eq!(syncs, rounds, "each frame is one sync");
+    assert_eq!(syncs, frames, "each frame is one sync");
     assert!(instance.metric("strandline_tier_uploads_total") > 5.0);
     let [uploaded, tiered] = instance.metrics(["strandline_tier_upload_bytes_total", "strandline_tiered_bytes"]);
     assert_eq!(uploaded, tiered);

@@ -186,7 +186,7 @@ fn given_up_names_are_not_used() {
     assert!(found.is_empty(), "{} names:\n{}\n", found.len(), found.join("\n"));
 }
 
-/// A file that moves takes its entries of the list along.
+/// If a file moves, the places of the list that name this file must change too.
 #[test]
 fn places_of_given_up_names_exist() {
     let texts = texts();

@@ -1,4 +1,5 @@
-//! Admin operations through the command line, on a standalone broker and on a cluster of three in one process.
+//! Admin operations through the command line, on a standalone broker, on a cluster of three in one process, and on two
+//! processes with etcd.
 
 use serde_json::{Value, json};
 
@@ -155,7 +156,7 @@ fn cluster_places_no_more_replicas_than_brokers_allow() {
         instance.start_dev_cluster_with(3, &["--set", "broker.max_replicas=5", "--set", "controller.balance=false"]);
     let cli = instance.cli();
     // The other brokers of the process may not be registered yet, although the first one is ready.
-    eventually("all replicas exist", || {
+    eventually("all brokers are registered", || {
         (json_of(&cli, "cluster describe")["brokers"].as_array().map(Vec::len) == Some(3)).then_some(())
     });
     let single = "--replication-factor 1 --config min.insync.replicas=1";
@@ -180,7 +181,7 @@ fn cluster_places_no_more_replicas_than_brokers_allow() {
     broker.terminate();
 }
 
-/// Returns partition 0 of a topic.
+/// Returns partition 0 of a topic, as `topic describe` reports it.
 fn partition(cli: &Cli, topic: &str) -> Value {
     json_of(cli, &format!("topic describe {topic}"))["partitions"][0].clone()
 }

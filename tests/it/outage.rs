@@ -218,14 +218,14 @@ async fn streams_that_wait_for_object_store_block_no_others() {
     for responses in &mut streams {
         for _ in 0..8 {
             let reason =
-                final_answer(responses, RESPONSE_TIMEOUT).await.expect_err("the object store is unavailable").code;
+                final_response(responses, RESPONSE_TIMEOUT).await.expect_err("the object store is unavailable").code;
             assert!(matches!(reason, ErrorCode::Timeout | ErrorCode::ObjectStoreUnavailable), "{reason:?}");
         }
     }
 }
 
 /// Returns the next final response of a produce stream. Skips notices of appends that wait for the object store.
-async fn final_answer(
+async fn final_response(
     responses: &mut tonic::Streaming<v1::ProduceResponse>,
     within: Duration,
 ) -> Result<v1::AppendResponse, ApiError> {

@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     broker::{Broker, BrokerInstance, NOBODY},
-    skipped::skipped,
+    skipped::report_skipped,
 };
 
 /// Returns path, true for a folder, and permission bits of everything below a folder.
@@ -41,7 +41,7 @@ fn check_modes_are_private(folder: &Path) {
 }
 
 /// Appends three records, of which two are in the object store at the return.
-fn write(instance: &BrokerInstance) {
+fn write_records(instance: &BrokerInstance) {
     let cli = instance.cli();
     cli.ok(&["topic", "create", "t"]);
     cli.ok_with(&["produce", "t", "--acks", "tiered"], b"a\nb\n");
@@ -57,7 +57,7 @@ fn check_all_records(instance: &BrokerInstance) {
 fn files_are_private_and_wider_modes_are_corrected() {
     let mut instance = BrokerInstance::new();
     let broker = instance.start();
-    write(&instance);
+    write_records(&instance);
     check_modes_are_private(&instance.data_dir());
     check_modes_are_private(&instance.bucket());
     assert!(modes(&instance.bucket()).len() > 3, "a segment and its manifest exist");
@@ -87,7 +87,7 @@ fn run_refused_start(instance: &BrokerInstance) -> String {
 fn link_in_a_data_directory_fails_the_start_unwritten() {
     let mut instance = BrokerInstance::new();
     let broker = instance.start();
-    write(&instance);
+    write_records(&instance);
     broker.kill9();
     let victim = instance.path().join("victim");
     fs::write(&victim, "theirs").expect("written");
@@ -113,7 +113,7 @@ fn link_in_a_data_directory_fails_the_start_unwritten() {
 #[test]
 fn unprivileged_broker_uses_root_volume_not_foreign_files() {
     if !rustix::process::geteuid().is_root() {
-        return skipped("a broker of another user", "only root can start one");
+        return report_skipped("a broker of another user", "only root can start one");
     }
     let mut instance = BrokerInstance::new().run_as_nobody();
     let volume = instance.path().join("volume");
@@ -123,7 +123,7 @@ fn unprivileged_broker_uses_root_volume_not_foreign_files() {
     symlink(&volume, instance.data_dir()).expect("the file is created");
     chown(instance.bucket(), Some(NOBODY), Some(NOBODY)).expect("the test runs as root");
     let broker: Broker = instance.start();
-    write(&instance);
+    write_records(&instance);
     let metadata = fs::metadata(&volume).expect("the entry exists");
     assert_eq!((metadata.uid(), metadata.mode() & 0o7777), (0, 0o2775), "the volume keeps its mode");
     check_modes_are_private(&volume);

@@ -23,7 +23,7 @@ use crate::{
 const TOPIC: &str = "orders";
 
 /// Starts a broker with topic [`TOPIC`], which has one partition and this configuration.
-async fn running(config: &[(&str, &str)]) -> (BrokerInstance, Broker) {
+async fn start_broker(config: &[(&str, &str)]) -> (BrokerInstance, Broker) {
     let mut instance = BrokerInstance::new();
     let broker = tokio::task::block_in_place(|| instance.start());
     let config: Vec<_> = config.iter().chain(&[("retention.ms", "-1")]).copied().collect();
@@ -31,7 +31,7 @@ async fn running(config: &[(&str, &str)]) -> (BrokerInstance, Broker) {
     (instance, broker)
 }
 
-async fn producer_id(log: &mut LogClient<Channel>) -> i64 {
+async fn new_producer_id(log: &mut LogClient<Channel>) -> i64 {
     log.init_producer_id(InitProducerIdRequest {}).await.expect("an id").into_inner().producer_id
 }
 
@@ -67,9 +67,9 @@ async fn alter(instance: &BrokerInstance, key: &str, value: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn foreign_client_with_a_producers_sequence_hides_no_record() {
-    let (instance, _broker) = running(&[]).await;
+    let (instance, _broker) = start_broker(&[]).await;
     let mut log = wire::log(instance.grpc());
-    let id = producer_id(&mut log).await;
+    let id = new_producer_id(&mut log).await;
     assert_eq!(append(&mut log, stamped(b"first", (id, 0, 0))).await.expect("stored").base_offset, 0);
     // A foreign client, which may have read the id in a stored batch, uses the next sequence of the producer.
     assert_eq!(append(&mut log, stamped(b"from another producer", (id, 0, 1))).await.expect("stored").base_offset, 1);
@@ -82,8 +82,8 @@ async fn foreign_client_with_a_producers_sequence_hides_no_record() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn retry_is_a_duplicate_after_alter_and_restart() {
-    let (mut instance, mut broker) = running(&[]).await;
-    let id = producer_id(&mut wire::log(instance.grpc())).await;
+    let (mut instance, mut broker) = start_broker(&[]).await;
+    let id = new_producer_id(&mut wire::log(instance.grpc())).await;
     let changes =
         [("compression.type", "zstd"), ("message.timestamp.type", "LogAppendTime"), ("compression.type", "producer")];
     let changes = [("min.insync.replicas", "1")].into_iter().chain(changes);
@@ -105,14 +105,14 @@ async fn retry_is_a_duplicate_after_alter_and_restart() {
 /// response was lost and `max.message.bytes` was lowered, the retry was refused.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn retry_of_a_batch_above_a_lowered_limit_is_a_duplicate() {
-    let (instance, _broker) = running(&[]).await;
+    let (instance, _broker) = start_broker(&[]).await;
     let mut log = wire::log(instance.grpc());
-    let id = producer_id(&mut log).await;
+    let id = new_producer_id(&mut log).await;
     let large = |sequence| stamped(&[7; 3000], (id, 0, sequence));
     let zipped = |sequence| {
         let plain = wire::batch(&[&[7; 3000]]);
         let records = zstd::bulk::compress(&plain[61..], 1).expect("compression succeeds");
-        stamp_batch(wire::frame(&records, 1, 4), (id, 0, sequence), 1_700_000_000_000)
+        stamp_batch(wire::raw_batch(&records, 1, 4), (id, 0, sequence), 1_700_000_000_000)
     };
     append(&mut log, large(0)).await.expect("stored");
     append(&mut log, zipped(1)).await.expect("stored");
@@ -138,7 +138,7 @@ async fn retry_with_acks_tiered_is_found_during_an_outage() {
     let _broker = tokio::task::block_in_place(|| instance.start());
     wire::create_topic(instance.grpc(), TOPIC, 1, &[("retention.ms", "-1")]).await;
     let mut log = wire::log(instance.grpc());
-    let id = producer_id(&mut log).await;
+    let id = new_producer_id(&mut log).await;
     // The batches have current timestamps, as the records of the other writer do. Older timestamps would expire the
     // producer.
     let now_ms = clock::wall_ms();
@@ -184,9 +184,9 @@ async fn retry_with_acks_tiered_is_found_during_an_outage() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn invalid_producer_fields_are_refused() {
-    let (instance, _broker) = running(&[]).await;
+    let (instance, _broker) = start_broker(&[]).await;
     let mut log = wire::log(instance.grpc());
-    let id = producer_id(&mut log).await;
+    let id = new_producer_id(&mut log).await;
     for stamp in [
         (id, -1, 0),
         (id, 0, -1),
@@ -214,7 +214,7 @@ async fn invented_producer_ids_are_refused_and_expire_no_producer() {
     let _broker = tokio::task::block_in_place(|| instance.start());
     wire::create_topic(instance.grpc(), TOPIC, 1, &[("retention.ms", "-1")]).await;
     let (mut honest, mut hostile) = (wire::log(instance.grpc()), wire::log(instance.grpc()));
-    let id = producer_id(&mut honest).await;
+    let id = new_producer_id(&mut honest).await;
     append(&mut honest, stamped(b"own", (id, 0, 0))).await.expect("stored");
     let mut reasons = Vec::new();
     for invented in 0..200 {
@@ -239,7 +239,7 @@ async fn invented_producer_ids_are_refused_and_expire_no_producer() {
     }
     let status = refusal.expect("the quota is used up");
     assert_eq!(ApiError::from(&status).code, ErrorCode::Overloaded);
-    producer_id(&mut honest).await;
+    new_producer_id(&mut honest).await;
     let retry = append(&mut honest, stamped(b"own", (id, 0, 0))).await.expect("a retry");
     assert!(retry.duplicate, "the producer state is kept");
 }
@@ -250,9 +250,9 @@ async fn future_timestamp_expires_no_producer() {
     for lifted in [false, true] {
         let bound = if lifted { "-1" } else { "3600000" };
         let (mut instance, mut broker) =
-            running(&[("producer.id.expiration.ms", "1"), ("message.timestamp.after.max.ms", bound)]).await;
+            start_broker(&[("producer.id.expiration.ms", "1"), ("message.timestamp.after.max.ms", bound)]).await;
         let mut log = wire::log(instance.grpc());
-        let (id, other) = (producer_id(&mut log).await, producer_id(&mut log).await);
+        let (id, other) = (new_producer_id(&mut log).await, new_producer_id(&mut log).await);
         append(&mut log, stamped(b"own", (id, 0, 0))).await.expect("stored");
         let future = append(&mut log, stamped_at(b"other", (other, 0, 0), FUTURE)).await;
         assert_eq!(future.err().map(|error| error.code), (!lifted).then_some(ErrorCode::InvalidTimestamp));
@@ -268,9 +268,9 @@ async fn future_timestamp_expires_no_producer() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn producer_expires_by_timestamps_and_not_by_a_clock() {
-    let (mut instance, mut broker) = running(&[("producer.id.expiration.ms", "1")]).await;
+    let (mut instance, mut broker) = start_broker(&[("producer.id.expiration.ms", "1")]).await;
     let mut log = wire::log(instance.grpc());
-    let (id, other) = (producer_id(&mut log).await, producer_id(&mut log).await);
+    let (id, other) = (new_producer_id(&mut log).await, new_producer_id(&mut log).await);
     let start = 1_700_000_000_000;
     append(&mut log, stamped_at(b"own", (id, 0, 0), start)).await.expect("stored");
     // Expiry depends on record timestamps only, so a retry of the last batch is recognised at any time.

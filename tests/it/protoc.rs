@@ -40,7 +40,7 @@ fn host() -> String {
     let rustc = Path::new(env!("CARGO")).with_file_name("rustc");
     let output = Command::new(rustc).arg("-vV").output().expect("the compiler starts");
     let text = String::from_utf8(output.stdout).expect("the output is UTF-8");
-    text.lines().find_map(|line| line.strip_prefix("host: ")).expect("the URL has a host").to_owned()
+    text.lines().find_map(|line| line.strip_prefix("host: ")).expect("rustc prints its host").to_owned()
 }
 
 /// Returns the folder into which cargo has unpacked `etcd-client`.

@@ -23,7 +23,7 @@ pub(crate) const FILLER: u8 = b'#';
 /// Minimum length of a run of [`FILLER`] that may be changed, in bytes.
 const RUN: usize = 256;
 
-/// Of this number of reads from the socket with such a run, one is corrupted.
+/// One of this number of socket reads with such a run is corrupted.
 const CORRUPTED_ONE_IN: u32 = 3;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

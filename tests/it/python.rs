@@ -9,7 +9,7 @@ use std::{
     process::Command,
 };
 
-use crate::{broker::BrokerInstance, skipped::skipped};
+use crate::{broker::BrokerInstance, skipped::report_skipped};
 
 /// Runs a command. Returns its standard output, or an error with all of its output if it fails.
 fn step(what: &str, command: &mut Command) -> Result<String, String> {
@@ -53,7 +53,7 @@ fn generated_python_client_creates_appends_and_reads() {
         Ok(python) => python,
         Err(reason) => {
             assert!(std::env::var("CI").as_deref() != Ok("true"), "required on CI: {reason}");
-            skipped("the Python program", &format!("no Python with grpcio-tools here: {reason}"));
+            report_skipped("the Python program", &format!("no Python with grpcio-tools here: {reason}"));
             return;
         }
     };

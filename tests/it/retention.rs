@@ -1,5 +1,5 @@
-//! Retention by size without uploads, and retention by time. The newest records are kept, disk space is freed, and
-//! neither a kill nor a restart changes the readable records.
+//! Retention by size, also without uploads, retention by time, and the limits of timestamps. The newest records are
+//! kept, disk space is freed, and neither a kill nor a restart changes the readable records.
 
 use std::{path::Path, time::Duration};
 
@@ -26,12 +26,13 @@ use crate::{
     wire,
 };
 
+/// Value of `retention.bytes`.
 const LIMIT: u64 = 300_000;
 
 /// Maximum excess over `retention.bytes`: a segment of 64 KiB, and a batch that did not fit into it.
 const SLACK: u64 = 140_000;
 
-fn on_disk(instance: &BrokerInstance) -> u64 {
+fn segment_bytes(instance: &BrokerInstance) -> u64 {
     let size = |path: &Path| std::fs::metadata(path).map_or(0, |metadata| metadata.len());
     files(&instance.data_dir(), ".log").iter().map(|path| size(path)).sum()
 }
@@ -41,7 +42,7 @@ fn wait_until_freed(instance: &BrokerInstance) {
     let cli = instance.cli();
     eventually("disk space is free again", || {
         let state = partition(&cli, "t");
-        (on_disk(instance) < LIMIT + SLACK && state["local_start"] == state["log_start"]).then_some(())
+        (segment_bytes(instance) < LIMIT + SLACK && state["local_start"] == state["log_start"]).then_some(())
     });
 }
 
@@ -55,7 +56,7 @@ fn check_newest_records(instance: &BrokerInstance, text: &str) -> u64 {
         (partition(&cli, "t") == before).then_some((before, read))
     });
     assert!(text.ends_with(&read), "{} bytes are not the end of the produced records", read.len());
-    let bytes = on_disk(instance);
+    let bytes = segment_bytes(instance);
     assert!(bytes >= LIMIT, "{bytes} bytes are left, at least {LIMIT} expected: {state}");
     let count = read.lines().count() as u64;
     assert_eq!(state["log_end"].as_u64().expect("a number") - state["log_start"].as_u64().expect("a number"), count);
@@ -72,7 +73,7 @@ fn check_retention(mut instance: BrokerInstance) {
     cli.ok(&[&create[..], &["--config", "remote.storage.enable=false"]].concat());
     let text = lines(40_000);
     cli.ok_with(&["produce", "t"], text.as_bytes());
-    let before = on_disk(&instance);
+    let before = segment_bytes(&instance);
     assert!(before > 3 * LIMIT, "{before} bytes were written");
     cli.ok(&["topic", "alter", "t", "--config", &format!("retention.bytes={LIMIT}")]);
     wait_until_freed(&instance);
@@ -104,8 +105,8 @@ fn broker_without_object_store_keeps_limit_and_frees_disk() {
     check_retention(BrokerInstance::new().without_object_store());
 }
 
-/// After a kill, no checkpoint contains the age of a segment, so it is taken from the modification time of the file.
-/// Neither the time of the restart nor record timestamps determine the age.
+/// After a kill, no checkpoint contains the age of a segment, so the age is taken from the modification time of the
+/// file. Neither the time of the restart nor record timestamps determine the age.
 #[test]
 fn segment_is_as_old_as_its_file_after_a_kill() {
     const DAY: Duration = Duration::from_secs(86_400);
@@ -134,7 +135,7 @@ fn segment_is_as_old_as_its_file_after_a_kill() {
 /// A timestamp in milliseconds that is millions of years in the future.
 const FUTURE: i64 = 1 << 62;
 
-fn build(timestamps: &[i64], codec: Compression) -> Bytes {
+fn build_batch(timestamps: &[i64], codec: Compression) -> Bytes {
     let mut builder = BatchBuilder::new(codec);
     timestamps.iter().for_each(|ms| builder.push(*ms, None, Some(b"v"), &[]).expect("the record fits"));
     builder.finish(None).expect("a batch").to_bytes()
@@ -158,7 +159,7 @@ async fn append_at(
         None => Payload::Records(RecordList {
             records: timestamps.iter().map(|ms| Record { timestamp_ms: Some(*ms), ..Record::default() }).collect(),
         }),
-        Some(codec) => Payload::Batch(build(timestamps, codec)),
+        Some(codec) => Payload::Batch(build_batch(timestamps, codec)),
     };
     append_payload(log, payload).await
 }
@@ -197,7 +198,7 @@ async fn timestamps_beyond_topic_limits_are_refused() {
     }
     // The maximum timestamp in the header is within the limits, and the timestamp of the first record is not.
     for codec in [Compression::None, Compression::Gzip] {
-        let batch = with_max(build(&[FUTURE], codec), now);
+        let batch = with_max(build_batch(&[FUTURE], codec), now);
         let error = append_payload(&mut log, Payload::Batch(batch)).await.expect_err("out of bounds");
         assert_eq!(error.code, ErrorCode::InvalidTimestamp);
     }
@@ -227,7 +228,7 @@ async fn compressed_batch_cannot_exceed_the_timestamp_limit() {
     wire::create_topic(instance.grpc(), "t", 1, &[]).await;
     let mut log = wire::log(instance.grpc());
     let now = clock::wall_ms();
-    let batch = with_max(build(&[now, FUTURE], Compression::Gzip), now);
+    let batch = with_max(build_batch(&[now, FUTURE], Compression::Gzip), now);
     append_payload(&mut log, Payload::Batch(batch.clone())).await.expect("the header is within the limits");
     let segment = files(&instance.data_dir(), ".log").remove(0);
     let found = instance.cli().ok(&["segment", "dump", segment.to_str().expect("a path"), "--output", "json"]);

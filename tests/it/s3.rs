@@ -202,7 +202,7 @@ async fn respond(shared: Arc<Shared>, request: hyper::Request<Incoming>) -> Resu
     let mut content = body.collect().await.map_err(|_| Cut)?.to_bytes();
     let query = head.uri.query().unwrap_or_default();
     let op = Op::of(&head.method, head.uri.path(), query);
-    let fault = shared.faults.take(op, head.uri.path());
+    let fault = shared.faults.next_fault(op, head.uri.path());
     match fault {
         Some(Fault::Status(status)) => {
             return Ok(error_response(status, if status == 503 { "SlowDown" } else { "InternalError" }));

@@ -33,6 +33,7 @@ pub(crate) struct Definition {
     pub(crate) kind: Kind,
     pub(crate) name: String,
     pub(crate) line: usize,
+    /// True for every visibility except private.
     pub(crate) is_public: bool,
     pub(crate) in_test: bool,
 }
@@ -44,7 +45,7 @@ pub(crate) enum Use {
     Code,
 }
 
-/// A path in the code, such as `std::fs::File`.
+/// A path in the code, such as `std::fs::File`. The keywords `async` and `await` count as paths.
 #[derive(Debug)]
 pub(crate) struct NamedPath {
     pub(crate) segments: Vec<String>,
@@ -256,6 +257,7 @@ impl FileReader {
         }
     }
 
+    /// Returns the scope of the current module. Creates it if it is missing.
     fn scope(&mut self) -> &mut Module {
         let module = Module { file: self.file, ..Module::default() };
         self.modules.entry(self.module.clone()).or_insert(module)

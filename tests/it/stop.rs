@@ -71,7 +71,7 @@ async fn broker_that_cannot_write_its_checkpoint_stops() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     });
-    under_way.await.expect("the reader thread sends a value");
+    under_way.await.expect("the task sends a value");
     let stop_time = clock::monotonic();
     let status = tokio::task::block_in_place(|| broker.terminate());
     println!("stop: with a journal full of {bytes} bytes it took {:?}", stop_time.elapsed());

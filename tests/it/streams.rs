@@ -18,7 +18,7 @@ const PER_CONNECTION: usize = 100;
 
 /// Appends records to one partition, each after the acknowledgement of the previous one and a pause. Returns the 99th
 /// percentile of the time until the acknowledgement.
-async fn p99(log: &mut LogClient<Channel>, appends: usize, pause: Duration) -> Duration {
+async fn measure_append_p99(log: &mut LogClient<Channel>, appends: usize, pause: Duration) -> Duration {
     let mut took = Vec::new();
     for _ in 0..appends {
         tokio::time::sleep(pause).await;
@@ -36,7 +36,7 @@ async fn fill_windows(instance: &BrokerInstance, log: &mut LogClient<Channel>) -
     let responses = || tokio::task::block_in_place(|| instance.metric("strandline_fetch_requests_total"));
     let (begin, mut appends, mut made) = (clock::monotonic(), 0, responses());
     loop {
-        p99(log, 100, Duration::ZERO).await;
+        measure_append_p99(log, 100, Duration::ZERO).await;
         appends += 100;
         let now = responses();
         if now == made {
@@ -77,17 +77,17 @@ async fn ten_thousand_streams_delay_no_acknowledgement() {
     let _broker = tokio::task::block_in_place(|| instance.start());
     wire::create_topic(instance.grpc(), "t", 1, &[("durability", "replicated")]).await;
     let mut log = wire::log(instance.grpc());
-    let _warm = p99(&mut log, 500, Duration::ZERO).await;
+    let _warm = measure_append_p99(&mut log, 500, Duration::ZERO).await;
 
     let ten = open(&instance, 10, 0).await;
     fill_windows(&instance, &mut log).await;
-    let few = p99(&mut log, 5_000, Duration::ZERO).await;
+    let few = measure_append_p99(&mut log, 5_000, Duration::ZERO).await;
     drop(ten);
     let end = wire::latest(&mut log, "t", 0).await.expect("a response");
     let idle = open(&instance, 10_000, end).await;
     let filled = fill_windows(&instance, &mut log).await;
     println!("the windows of 10,000 streams were full after {filled} appends");
-    let many = p99(&mut log, 5_000, Duration::ZERO).await;
+    let many = measure_append_p99(&mut log, 5_000, Duration::ZERO).await;
     println!("streams that read nothing: p99 of an append with 10: {few:?}, with 10,000: {many:?}");
     drop(idle);
 
@@ -96,7 +96,7 @@ async fn ten_thousand_streams_delay_no_acknowledgement() {
     for mut stream in open(&instance, 10_000, end).await {
         tasks.spawn("reader", async move { while let Ok(Some(_)) = stream.message().await {} });
     }
-    let reading = p99(&mut log, 60, Duration::from_secs(1)).await;
+    let reading = measure_append_p99(&mut log, 60, Duration::from_secs(1)).await;
     println!("streams that continue to read: p99 of an append a second with 10,000: {reading:?}");
     tasks.cancel();
     assert!(many <= few * 12 / 10, "{many:?} instead of {few:?}");

@@ -7,7 +7,7 @@ use std::{
 
 use crate::{
     broker::{BrokerInstance, Cli},
-    skipped::skipped,
+    skipped::report_skipped,
 };
 
 /// Runs a command at a terminal with `typed` as the typed input. Returns true if the command succeeded, and the
@@ -32,7 +32,7 @@ fn topic_deletion_asks_for_the_name_at_a_terminal() {
     cli.ok(&["topic", "create", "orders"]);
     let typed = |response| run_at_terminal(&instance, &cli, "topic delete orders", response);
     let Some((is_success, output)) = typed("order\n") else {
-        return skipped("a question at a terminal", "no `script` in PATH");
+        return report_skipped("a question at a terminal", "no `script` in PATH");
     };
     assert!(!is_success && output.contains("Type its name:") && output.contains("nothing was deleted"), "{output}");
     cli.ok(&["topic", "describe", "orders"]);
@@ -52,10 +52,10 @@ fn records_are_printed_with_escapes_only_at_a_terminal() {
     let consume = "consume orders --from earliest --until-end";
     for (format, expected) in [("value", "a\\x1b[2Jb\\u{202e}c"), ("json", "a\\u001b[2Jb\\u202ec")] {
         let arguments = format!("{consume} --format {format}");
-        let Some((is_success, inventory)) = run_at_terminal(&instance, &cli, &arguments, "") else {
-            return skipped("records at a terminal", "no `script` in PATH");
+        let Some((is_success, output)) = run_at_terminal(&instance, &cli, &arguments, "") else {
+            return report_skipped("records at a terminal", "no `script` in PATH");
         };
-        assert!(is_success && inventory.contains(expected), "{inventory:?}");
+        assert!(is_success && output.contains(expected), "{output:?}");
     }
     let elsewhere = cli.ok(&["consume", "orders", "--from", "earliest", "--until-end"]);
     assert_eq!(elsewhere.stdout, RECORD.as_bytes());

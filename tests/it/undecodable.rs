@@ -45,14 +45,17 @@ async fn batches_with_an_undecodable_beginning_are_refused() {
         ("noise", 1, noise),
         ("a broken record", 3, gzip(&encode_records(3, true))),
     ] {
-        let refused = wire::append(&mut log, wire::append_batch("orders", 0, wire::frame(&stored, count, GZIP))).await;
+        let refused =
+            wire::append(&mut log, wire::append_batch("orders", 0, wire::raw_batch(&stored, count, GZIP))).await;
         let refused = refused.expect_err(what);
         assert_eq!((refused.code, refused.retryable), (ErrorCode::MalformedBatch, false), "{what}: {refused:?}");
         assert!(!refused.message.contains("fewer records"), "{what}: {refused:?}");
     }
-    let stored =
-        wire::append(&mut log, wire::append_batch("orders", 0, wire::frame(&gzip(&encode_records(3, false)), 3, GZIP)))
-            .await;
+    let stored = wire::append(
+        &mut log,
+        wire::append_batch("orders", 0, wire::raw_batch(&gzip(&encode_records(3, false)), 3, GZIP)),
+    )
+    .await;
     assert_eq!(stored.expect("a valid batch").base_offset, 0);
 }
 
@@ -66,7 +69,7 @@ async fn batch_above_the_decompression_limit_names_the_setting() {
         wire::create_topic(instance.grpc(), topic, 1, &config).await;
     }
     let mut log = wire::log(instance.grpc());
-    let large = wire::frame(&gzip(&wire::batch(&[&vec![7; 4 << 20]])[61..]), 1, GZIP);
+    let large = wire::raw_batch(&gzip(&wire::batch(&[&vec![7; 4 << 20]])[61..]), 1, GZIP);
     let refused = wire::append(&mut log, wire::append_batch("opened", 0, large.clone())).await.expect_err("too large");
     assert!(refused.message.contains(SETTING) && !refused.retryable, "{refused:?}");
     assert_eq!(wire::latest(&mut log, "opened", 0).await.expect("a response"), 0, "no record is stored");
@@ -94,9 +97,9 @@ async fn consume_skips_an_undecodable_batch_only_on_request() {
     let mut log = wire::log(instance.grpc());
     for batch in [
         wire::batch(&[b"before"]),
-        wire::frame(&gzip(&encode_records(1_000, true)), 1_000, GZIP),
+        wire::raw_batch(&gzip(&encode_records(1_000, true)), 1_000, GZIP),
         wire::batch(&[b"after"]),
-        wire::frame(&gzip(&encode_records(1_000, true)), 1_000, GZIP),
+        wire::raw_batch(&gzip(&encode_records(1_000, true)), 1_000, GZIP),
     ] {
         wire::append(&mut log, wire::append_batch("orders", 0, batch)).await.expect("stored");
     }

@@ -149,11 +149,11 @@ pub(crate) fn batch(values: &[&[u8]]) -> Vec<u8> {
         varint(&mut records, i64::try_from(body.len()).expect("a length"));
         records.extend_from_slice(&body);
     }
-    frame(&records, i32::try_from(values.len()).expect("few records"), 0)
+    raw_batch(&records, i32::try_from(values.len()).expect("few records"), 0)
 }
 
 /// Returns a batch with a valid header for `count` records, followed by the bytes `records`, which need not be valid.
-pub(crate) fn frame(records: &[u8], count: i32, attributes: i16) -> Vec<u8> {
+pub(crate) fn raw_batch(records: &[u8], count: i32, attributes: i16) -> Vec<u8> {
     let mut out = Vec::with_capacity(61 + records.len());
     out.extend_from_slice(&0_i64.to_be_bytes());
     out.extend_from_slice(&i32::try_from(49 + records.len()).expect("a small batch").to_be_bytes());

@@ -1,5 +1,4 @@
-//! Checker of the rules that hold at every moment. It reads the disks, the metadata store and the
-//! client history.
+//! Checker of the rules that hold at every moment. It reads the disks, the metadata store and the client history.
 
 use std::{
     collections::BTreeMap,
@@ -88,8 +87,9 @@ impl StateChecker {
         placed.collect()
     }
 
-    /// Checks the logs on the disks of the running brokers against each other, against the acknowledged records and
-    /// against the metadata store. The state does not change during the check.
+    /// Checks the logs on the disks of the running brokers against each other, and those of ISR and ELR members against
+    /// the acknowledged records. Also checks that no leader epoch decreased, and adds changed partition values to the
+    /// trace. The state does not change during the check.
     pub(crate) async fn check_machines(&mut self) {
         self.model.check_isr_and_elr();
         for (log, id, value) in self.partitions().await {
@@ -119,8 +119,8 @@ impl StateChecker {
         }
     }
 
-    /// Checks each pair of logs: up to the last batch with the same offset and epoch in both, the logs must be the
-    /// same.
+    /// Checks each pair of logs: from the offset at which both begin, up to the last batch with the same offset and
+    /// epoch in both, the logs must be the same.
     fn check_agreement(&self, log: Log, replicas: &[(BrokerId, DiskReplica)]) {
         for (at, (one, mine)) in replicas.iter().enumerate() {
             for (other, theirs) in &replicas[at + 1..] {
@@ -130,7 +130,8 @@ impl StateChecker {
         }
     }
 
-    /// Checks that a member of ISR or ELR holds all acknowledged records, each at its acknowledged offset.
+    /// Checks that no record was acknowledged at or above the log end of a member of ISR or ELR, and that its log holds
+    /// the acknowledged records of its range at their offsets. Records below the local start are not checked.
     fn check_member(&self, log: Log, member: BrokerId, replica: &DiskReplica, value: &PartitionValue) {
         self.client_history.with_acked(log, |acked| {
             if let Some((offset, sent)) = acked.range(replica.end.as_i64()..).next() {

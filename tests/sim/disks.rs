@@ -1,8 +1,8 @@
 //! Disks that sync slowly or fail to sync.
 //!
-//! A broker does not retry a failed sync: the unsynced data may be lost already, and a second sync would
-//! not report this. The broker resigns as leader of the partitions on that disk and still serves reads. An operator
-//! restarts the broker, on the repaired disk or another.
+//! A broker does not retry a failed sync: the unsynced data may be lost already, and a second sync would not report
+//! this. The broker resigns as leader of the partitions on that disk and still serves reads. An operator restarts the
+//! broker, on the repaired disk or another.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use strandline::{
 };
 
 use crate::{
-    faults::{pause, values},
+    faults::{partition_values, pause},
     load::{ClientHistory, Load, RESPONSE_TIMEOUT, RetentionProfile, TOPICS},
     machine::Machine,
     meta::SimMeta,
@@ -27,7 +27,7 @@ use crate::{
 const PARTS: [&str; 4] = ["journal", "/0/", "checkpoint", ""];
 
 /// Makes every sync of a machine slow for a while. A sync may then take longer than `replication.max_lag_time`.
-pub(crate) async fn are_slow(machine: &Machine) {
+pub(crate) async fn slow_down(machine: &Machine) {
     let us = random::in_range(20_000..3_000_000);
     machine.record(format_args!("has syncs of up to {us} us"));
     machine.slow(us);
@@ -38,7 +38,7 @@ pub(crate) async fn are_slow(machine: &Machine) {
 /// Makes syncs fail for up to `noticed_ms`, then stops or kills the broker and repairs the disk. A failed sync may lose
 /// pages of the file. Without `pages`, no page of a segment may be lost, because for a `replicated` replica that equals
 /// a power loss. Then only syncs of the journal fail, which holds no acknowledged data that is not synced.
-pub(crate) async fn fail(machine: &mut Machine, pages: bool, noticed_ms: u64) {
+pub(crate) async fn fail_syncs_until_stop(machine: &mut Machine, pages: bool, noticed_ms: u64) {
     let part = if pages { PARTS[random::in_range(0..PARTS.len())] } else { PARTS[0] };
     machine.record(format_args!("has failing syncs of {part:?}"));
     machine.fail_syncs(part);
@@ -117,7 +117,7 @@ async fn check_resignation(world: &mut Simulation, part: &str, resigned_within: 
 async fn wait_for_values(meta: &SimMeta, within: Duration, so: impl Fn(&PartitionValue) -> bool) {
     let end = clock::monotonic() + within;
     loop {
-        let values = values(meta).await;
+        let values = partition_values(meta).await;
         if !values.is_empty() && values.iter().all(&so) {
             return;
         }

@@ -1,7 +1,7 @@
 //! Faults of a run and their durations. Each kind of component has its own loop of faults, so faults overlap.
 //!
 //! Most runs mix all faults. Some errors need one kind of fault repeatedly, at the right moment, and no other faults.
-//! So about one run in four has another [`FaultProfile`] than `All`.
+//! So about one run in four of several brokers has another [`FaultProfile`] than `All`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -98,16 +98,16 @@ pub(crate) async fn pause(from_ms: u64, to_ms: u64) {
 }
 
 /// Injects the faults of one machine that the fault profile has.
-pub(crate) async fn of_machine(machine: &mut Machine, plan: &FaultPlan) {
+pub(crate) async fn inject_on_machine(machine: &mut Machine, plan: &FaultPlan) {
     match plan.theme {
-        FaultProfile::All | FaultProfile::OneDown => all_of_machine(machine, plan).await,
+        FaultProfile::All | FaultProfile::OneDown => inject_all_on_machine(machine, plan).await,
         FaultProfile::Admissions if machine.id.0 == plan.victim => kill_during_admission(machine, plan).await,
         FaultProfile::Admissions | FaultProfile::Leases => {}
     }
 }
 
 /// Injects kills, power losses, stops, a full disk, slow syncs, failing syncs and clock jumps.
-async fn all_of_machine(machine: &mut Machine, plan: &FaultPlan) {
+async fn inject_all_on_machine(machine: &mut Machine, plan: &FaultPlan) {
     let calm_ms = if machine.standalone { 1200 } else { 5000 };
     loop {
         pause(50, calm_ms).await;
@@ -131,16 +131,16 @@ async fn all_of_machine(machine: &mut Machine, plan: &FaultPlan) {
                 pause(1, 2000).await;
                 machine.disk.set_capacity(None);
             }
-            8 => disks::are_slow(machine).await,
-            9 => disks::fail(machine, plan.power || alone_down.is_some(), calm_ms).await,
-            _ => machine.jump(random::in_range(-7_200_000..7_200_000)),
+            8 => disks::slow_down(machine).await,
+            9 => disks::fail_syncs_until_stop(machine, plan.power || alone_down.is_some(), calm_ms).await,
+            _ => machine.set_clock_offset(random::in_range(-7_200_000..7_200_000)),
         }
         if !machine.is_running() {
             pause(1, calm_ms).await;
             let mut replaces = None;
             if random::in_range(0..4) == 0 {
-                // After this pause, the broker's lease has expired, and the pending proposals of its peers have been
-                // applied.
+                // After this pause, the broker's lease has expired, and the pending proposals of its peers are
+                // completed.
                 pause(4000, 5000).await;
                 // A disk is replaced only in runs with `power`. In other runs, a kill alone makes the startup
                 // verification of a `replicated` replica fail, so the additional loss of a disk could lose committed
@@ -179,7 +179,7 @@ async fn kill_during_admission(machine: &mut Machine, plan: &FaultPlan) {
 }
 
 /// Returns all partition values in the metadata store, read without the faults of the link.
-pub(crate) async fn values(meta: &SimMeta) -> Vec<PartitionValue> {
+pub(crate) async fn partition_values(meta: &SimMeta) -> Vec<PartitionValue> {
     let keys = Keys::new("strandline").unwrap();
     let entries = meta.direct_store().list(&format!("{}partitions/", keys.prefix())).await.unwrap().entries;
     entries.iter().map(|entry| PartitionValue::decode(&entry.key, &entry.value).unwrap()).collect()
@@ -188,7 +188,7 @@ pub(crate) async fn values(meta: &SimMeta) -> Vec<PartitionValue> {
 /// Waits until every replica is in sync, or the fault phase is over.
 async fn wait_until_in_sync(meta: &SimMeta, plan: &FaultPlan) {
     let whole = |value: &PartitionValue| value.isr.len() == value.replicas.len() && value.leader.is_some();
-    while !plan.is_over() && !values(meta).await.iter().all(whole) {
+    while !plan.is_over() && !partition_values(meta).await.iter().all(whole) {
         pause(20, 100).await;
     }
 }
@@ -196,11 +196,11 @@ async fn wait_until_in_sync(meta: &SimMeta, plan: &FaultPlan) {
 /// Returns true if the machine's disk is not needed: every partition has a member of ISR or ELR besides this broker.
 async fn is_spare(machine: &Machine) -> bool {
     let spared = |value: &PartitionValue| value.isr.iter().chain(&value.elr).any(|id| *id != machine.id);
-    values(&machine.meta).await.iter().all(spared)
+    partition_values(&machine.meta).await.iter().all(spared)
 }
 
 /// Injects faults of the links between the named machines, and of the object store, unless the fault profile has none.
-pub(crate) async fn of_network(shared: &Shared, names: &[String], plan: &FaultPlan) {
+pub(crate) async fn inject_on_network(shared: &Shared, names: &[String], plan: &FaultPlan) {
     if matches!(plan.theme, FaultProfile::Leases | FaultProfile::Admissions) {
         return;
     }
@@ -226,17 +226,17 @@ pub(crate) async fn of_network(shared: &Shared, names: &[String], plan: &FaultPl
             }
             2 => {
                 shared.trace.record(format_args!("no frames from {one} to {other}"));
-                cut(net, &[(one, other)]).await;
+                cut_for_a_while(net, &[(one, other)]).await;
             }
             3 => {
                 shared.trace.record(format_args!("no frames between {one} and {other}"));
-                cut(net, &[(one, other), (other, one)]).await;
+                cut_for_a_while(net, &[(one, other), (other, one)]).await;
             }
             4 => {
                 shared.trace.record(format_args!("{one} is isolated"));
                 let others = names.iter().filter(|name| *name != one);
                 let ways: Vec<_> = others.flat_map(|name| [(one, name), (name, one)]).collect();
-                cut(net, &ways).await;
+                cut_for_a_while(net, &ways).await;
             }
             _ => {
                 shared.trace.record(format_args!("the object store fails"));
@@ -250,7 +250,7 @@ pub(crate) async fn of_network(shared: &Shared, names: &[String], plan: &FaultPl
 
 /// Blocks these directions between machines for a random time. After [`SILENCE`], the connections between the two
 /// machines of each direction time out.
-async fn cut(net: &Net, ways: &[(&String, &String)]) {
+async fn cut_for_a_while(net: &Net, ways: &[(&String, &String)]) {
     for (from, to) in ways {
         net.cut(from, to, true);
     }
@@ -268,9 +268,9 @@ async fn cut(net: &Net, ways: &[(&String, &String)]) {
 }
 
 /// Injects the faults of the brokers' links to the metadata store, and of leases, that the fault profile has.
-pub(crate) async fn of_metadata(shared: &Shared, metas: &[SimMeta], plan: &FaultPlan) {
+pub(crate) async fn inject_on_metadata(shared: &Shared, metas: &[SimMeta], plan: &FaultPlan) {
     match plan.theme {
-        FaultProfile::All | FaultProfile::OneDown => all_of_metadata(shared, metas, plan).await,
+        FaultProfile::All | FaultProfile::OneDown => inject_all_on_metadata(shared, metas, plan).await,
         FaultProfile::Leases => end_leases(shared, metas, plan).await,
         FaultProfile::Admissions => fail_transactions(metas, plan).await,
     }
@@ -306,7 +306,7 @@ async fn end_leases(shared: &Shared, metas: &[SimMeta], plan: &FaultPlan) {
                 move_leadership(&metas[late]).await;
                 continue;
             }
-            let leaders = values(&metas[late]).await.into_iter().filter_map(|value| value.leader);
+            let leaders = partition_values(&metas[late]).await.into_iter().filter_map(|value| value.leader);
             let leaders: Vec<_> =
                 leaders.map(|id| usize::try_from(id.0 - 1).unwrap()).filter(|id| *id != late).collect();
             if !leaders.is_empty() {
@@ -338,7 +338,7 @@ async fn move_leadership(meta: &SimMeta) {
 }
 
 /// Injects random faults of the links to the metadata store, and ends leases, until the fault phase is over.
-async fn all_of_metadata(shared: &Shared, metas: &[SimMeta], plan: &FaultPlan) {
+async fn inject_all_on_metadata(shared: &Shared, metas: &[SimMeta], plan: &FaultPlan) {
     loop {
         pause(100, 4000).await;
         if plan.is_over() {

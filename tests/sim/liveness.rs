@@ -1,5 +1,5 @@
-//! Liveness after the faults: metadata caches equal the store, sealed segments are in the
-//! object store, and orphan objects are deleted.
+//! Liveness after the faults: metadata caches equal the store, sealed segments are in the object store, and orphan
+//! objects are deleted.
 //!
 //! `run` checks that every request has a response and that every replica is in sync.
 
@@ -28,22 +28,25 @@ const COMPLETION_TIMEOUT: Duration = Duration::from_secs(30);
 /// Interval between two checks of a condition.
 const CHECK_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Waits until every metadata cache equals the store and all sealed segments are in the object store.
+/// Waits until the metadata cache of every running broker equals the store and all sealed segments are in the object
+/// store. Panics after [`COMPLETION_TIMEOUT`].
 pub(crate) async fn wait_for_caches_and_uploads(world: &Simulation, checker: &StateChecker) {
     until(COMPLETION_TIMEOUT, async || match check_metadata_caches(&world.machines, checker).await {
-        None => uploaded(checker).await,
+        None => find_missing_upload(checker).await,
         wrong => wrong,
     })
     .await;
 }
 
 /// Waits until no orphan object remains in the object store. The timeout is long enough for two garbage collections
-/// after the last fault, because the first may find an object too young. Panics if a referenced object is missing.
+/// after the last fault, because the first may find an object too young. Panics after that time, or if a referenced
+/// object is missing.
 pub(crate) async fn wait_for_garbage_collection(world: &Simulation, checker: &StateChecker) {
-    until(3 * GRACE + COMPLETION_TIMEOUT, async || garbage(&world.shared.objects, checker).await).await;
+    until(3 * GRACE + COMPLETION_TIMEOUT, async || find_orphans(&world.shared.objects, checker).await).await;
 }
 
-/// Waits until `wrong`, which describes an unmet condition, returns `None`. Panics with the description after `within`.
+/// Waits until `wrong`, which describes an unmet condition, returns `None`. Panics with the description after `within`,
+/// or if a task has panicked.
 async fn until(within: Duration, mut wrong: impl AsyncFnMut() -> Option<String>) {
     let end = clock::monotonic() + within;
     while let Some(wrong) = wrong().await {
@@ -53,8 +56,8 @@ async fn until(within: Duration, mut wrong: impl AsyncFnMut() -> Option<String>)
     }
 }
 
-/// Returns a description of the first difference between a broker's metadata cache and the store; `None` if all are
-/// equal.
+/// Returns a description of the first difference between the metadata cache of a running broker and the store; `None`
+/// if all are equal.
 async fn check_metadata_caches(machines: &[Machine], checker: &StateChecker) -> Option<String> {
     for machine in machines {
         let listing = checker.store.list(checker.keys.prefix()).await.unwrap();
@@ -67,7 +70,7 @@ async fn check_metadata_caches(machines: &[Machine], checker: &StateChecker) -> 
 }
 
 /// Returns the tier state of a partition in the metadata store; the default state if there is none.
-async fn tier(checker: &StateChecker, id: PartitionId) -> TierState {
+async fn tier_state(checker: &StateChecker, id: PartitionId) -> TierState {
     let key = checker.keys.tier(id);
     let entry = checker.store.get(&key).await.unwrap().entry;
     entry.map_or_else(TierState::default, |entry| TierState::decode(&key, &entry.value).unwrap())
@@ -75,9 +78,9 @@ async fn tier(checker: &StateChecker, id: PartitionId) -> TierState {
 
 /// Returns a description of a partition whose leader has sealed segments that are neither in the object store nor
 /// deleted; `None` if there is none.
-async fn uploaded(checker: &StateChecker) -> Option<String> {
+async fn find_missing_upload(checker: &StateChecker) -> Option<String> {
     for (log, id, value) in checker.partitions().await {
-        let state = tier(checker, id).await;
+        let state = tier_state(checker, id).await;
         let Some(leads) = checker.machines.iter().find(|machine| Some(machine.id) == value.leader) else { continue };
         let sealed = leads.logs.replica(id).sealed_end();
         if state.tiered_end().max(state.log_start) < sealed {
@@ -87,8 +90,9 @@ async fn uploaded(checker: &StateChecker) -> Option<String> {
     None
 }
 
-/// Returns a description of the orphan objects; `None` if there are none. Panics if a referenced object is missing.
-async fn garbage(objects: &Objects, checker: &StateChecker) -> Option<String> {
+/// Returns a description of the orphan objects; `None` if there are none. Panics if a referenced object is missing or a
+/// manifest is invalid.
+async fn find_orphans(objects: &Objects, checker: &StateChecker) -> Option<String> {
     let entries = checker.store.list(checker.keys.prefix()).await.unwrap().entries;
     let (mut named, mut topics) = (BTreeSet::new(), BTreeSet::new());
     for entry in &entries {

@@ -24,8 +24,8 @@ pub(crate) const TOPICS: &[&str] = &["events", "orders"];
 /// Maximum number of records that one idempotent producer has in flight.
 const OUTSTANDING: u64 = 8;
 
-/// Maximum pause of an idempotent producer between two records of a burst, in microseconds. The pause of a plain
-/// producer is up to three times as long.
+/// Maximum pause of an idempotent producer between two records of a burst, in microseconds. The maximum of a producer
+/// without idempotence is three times as long.
 const PAUSE_US: u64 = 12_000;
 
 /// Maximum number of records in a burst. Bursts with pauses keep runs short: a fault needs records in flight to reveal
@@ -83,7 +83,7 @@ impl ClientHistory {
         state.now
     }
 
-    fn attempt(&self, attempt: Attempt) {
+    fn add_attempt(&self, attempt: Attempt) {
         let mut state = self.0.lock();
         if let Outcome::Acknowledged { offset } = attempt.outcome {
             state.acked.entry(attempt.log).or_default().insert(offset, attempt.payload);
@@ -134,7 +134,7 @@ impl Load {
             let offset = ack.offset.expect("acknowledged by all").as_i64();
             self.trace.record(format_args!("{producer}: {number} is at {offset} of {log:?}"));
             (attempt.responded, attempt.outcome) = (self.client_history.now(), Outcome::Acknowledged { offset });
-            self.client_history.attempt(attempt);
+            self.client_history.add_attempt(attempt);
         };
         let mut outstanding = VecDeque::new();
         let (mut number, mut burst) = (0_u64, 0);
@@ -165,7 +165,7 @@ impl Load {
     /// Produces records one at a time without idempotence, so a missing response leaves the outcome unknown. The acks
     /// setting differs between runs. A record that only the leader acknowledged may be lost, so its outcome counts as
     /// unknown.
-    pub(crate) async fn produce_plainly(self, producer: u32) {
+    pub(crate) async fn produce_without_idempotence(self, producer: u32) {
         let acks = [Acks::All, Acks::All, Acks::Leader, Acks::Tiered][random::in_range(0..4_usize)];
         let options = ProducerOptions {
             delivery_timeout: Duration::from_secs(if acks == Acks::Tiered { 10 } else { 3 }),
@@ -179,8 +179,8 @@ impl Load {
         let (mut number, mut burst) = (0, 0);
         while !self.stop.is_cancelled() {
             let (mut attempt, value) = self.draw(producer, number);
-            // A record that timed out may be written twice, or after later records. So each record counts as its own
-            // producer, and may be stored more than once.
+            // A record that timed out may be written twice, or after later records. So each record counts as the only
+            // one of a producer, and may be stored more than once.
             (attempt.producer, attempt.sequence) = (producer << 16 | u32::try_from(number).unwrap(), 0);
             attempt.once = false;
             let record = NewRecord::value(&value).partition(attempt.log.1.unsigned_abs());
@@ -199,7 +199,7 @@ impl Load {
                 }
                 Err(error) => self.trace.record(format_args!("{producer}: {number} has an unknown outcome: {error}")),
             }
-            self.client_history.attempt(attempt);
+            self.client_history.add_attempt(attempt);
             number += 1;
             pause(&mut burst, 3 * PAUSE_US).await;
         }
@@ -238,15 +238,16 @@ impl Load {
             let partition = random::in_range(0..self.partitions[topic]);
             let whole = random::in_range(0..3) == 0;
             let log = (topic, i32::try_from(partition).unwrap());
-            if let Err(error) = self.pass(log, whole, alone, Duration::from_secs(3)).await {
+            if let Err(error) = self.read_log(log, whole, alone, Duration::from_secs(3)).await {
                 self.trace.record(format_args!("a reader of {log:?} gave up: {error}"));
             }
         }
     }
 
     /// Reads a log from its start if `whole`, else from a random offset, up to the latest offset or until the timeout.
-    /// Adds the pass to the history, also if the read fails. `current` is true if the latest offset must be the newest.
-    pub(crate) async fn pass(&self, log: Log, whole: bool, current: bool, time: Duration) -> Result<(), String> {
+    /// Adds the pass to the history, also if the read fails, but not if the broker returns no start or latest offset.
+    /// `current` is true if the latest offset must be the newest.
+    pub(crate) async fn read_log(&self, log: Log, whole: bool, current: bool, time: Duration) -> Result<(), String> {
         let (topic, partition) = (TOPICS[log.0], log.1.unsigned_abs());
         let began = self.client_history.now();
         let ask = async |at: OffsetSpec| -> Result<i64, String> {

@@ -115,8 +115,8 @@ impl DiskLogs {
             }
             let segment = self.segment(&file);
             let Segment { base, end, .. } = *segment;
-            // A roll on a full disk may leave an empty segment. Evicted segments that could not be removed do not
-            // count; the next start removes them.
+            // A roll on a full disk may leave an empty segment, which counts only if it is the first. Segments before a
+            // gap are evicted ones that could not be removed. These do not count either: the next start removes them.
             if replica.segments.is_empty() || base < end {
                 assert!(base >= replica.end, "{}: the previous segment ends at {}", file.display(), replica.end);
                 if base > replica.end {
@@ -150,7 +150,7 @@ impl DiskLogs {
             let segment = Rc::make_mut(&mut parsed);
             let mut appended = vec![0; usize::try_from(stamp.len - segment.stamp.len).unwrap()];
             self.disk.open(file, OpenMode::Read).unwrap().read_at(&mut appended, segment.stamp.len).unwrap();
-            segment.take(Bytes::from(appended), file);
+            segment.add_batches(Bytes::from(appended), file);
             segment.stamp = stamp;
         }
         segments.insert(file.to_owned(), Rc::clone(&parsed));
@@ -160,7 +160,7 @@ impl DiskLogs {
 
 impl Segment {
     /// Parses appended batches and adds them. Panics if they are corrupt or do not continue the segment.
-    fn take(&mut self, mut appended: Bytes, file: &Path) {
+    fn add_batches(&mut self, mut appended: Bytes, file: &Path) {
         while !appended.is_empty() {
             let batch = Batch::split_from(&mut appended).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
             let held = StoredBatch::of(&batch);

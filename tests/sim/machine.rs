@@ -31,7 +31,7 @@ use crate::{
 /// Time since the last sync of the segments after which the next sync is due. A sync may also be made earlier.
 const SYNC_EVERY: Duration = Duration::from_millis(50);
 
-/// Grace period of orphan objects. No upload and its commit may take as long in a simulation.
+/// Grace period of orphan objects. In a simulation, an upload and its commit must take less time.
 pub(crate) const GRACE: Duration = Duration::from_secs(30);
 
 /// State shared by the machines of a simulation.
@@ -105,9 +105,10 @@ impl Machine {
         }
     }
 
-    /// Starts the broker. Retries every second while a fault prevents the start, and panics after 50 attempts.
+    /// Restores the power and starts the broker. Retries a second after each failed attempt, and panics after 50
+    /// attempts.
     pub(crate) async fn start(&mut self) {
-        self.shared.net.power(&self.address);
+        self.shared.net.power_on(&self.address);
         for _ in 0..50 {
             self.starts += 1;
             let number = self.id.0 * 1000 + self.starts;
@@ -115,7 +116,7 @@ impl Machine {
             process.set_wall_offset(self.wall_offset_ms);
             match process.run(Box::pin(self.open(&process))).await {
                 Ok(node) => {
-                    self.record(format_args!("started, {} partitions", node.broker().partitions()));
+                    self.record(format_args!("started, {} partitions", node.broker().open_partition_count()));
                     self.broker = Some((process, node));
                     self.disk_altered.store(false, Ordering::Relaxed);
                     self.process.store(number, Ordering::Relaxed);
@@ -174,9 +175,9 @@ impl Machine {
         self.record(format_args!("{}", if power.is_some() { "lost power" } else { "was killed" }));
     }
 
-    /// Stops the broker as an operator does. The connections of a clustered broker stay open until the broker has
-    /// transferred leadership. After an even number of starts, a power loss follows a successful stop. The power loss
-    /// must not affect data that was closed cleanly.
+    /// Stops the broker as an operator does, if it runs. The connections of a clustered broker stay open until the stop
+    /// is complete, because the broker first transfers leadership. After an even number of attempts to start, a power
+    /// loss follows a successful stop. The power loss must not affect data that was closed cleanly.
     pub(crate) async fn stop(&mut self) {
         let Some((process, node)) = self.broker.take() else { return };
         self.process.store(0, Ordering::Relaxed);
@@ -223,7 +224,7 @@ impl Machine {
     }
 
     /// Sets the offset of the wall clock from simulated time.
-    pub(crate) fn jump(&mut self, offset_ms: i64) {
+    pub(crate) fn set_clock_offset(&mut self, offset_ms: i64) {
         self.wall_offset_ms = offset_ms;
         if let Some((process, _)) = &self.broker {
             process.set_wall_offset(offset_ms);

@@ -7,12 +7,14 @@
 //! | modules | content |
 //! | --- | --- |
 //! | `run`, `seeds` | one run; many runs |
-//! | `world`, `machine` | the simulated environment |
+//! | `world`, `machine`, `net`, `meta`, `objects` | the simulated environment |
 //! | `faults`, `disks` | injected faults |
 //! | `load`, `operator` | clients; admin operations during a run |
 //! | `checker`, `reference`, `history` | rules that always hold |
+//! | `logs`, `manifest` | content of the disks and the object store, read without the brokers |
 //! | `liveness` | rules that hold some time after the faults |
 //! | `mutants` | mutations that the checks must detect |
+//! | `trace`, `panics` | trace of a run; its first panic or rule violation |
 
 #![allow(clippy::unwrap_used, reason = "a failed assumption is a failed test")]
 
@@ -48,9 +50,9 @@ use strandline::task::run_scoped;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// No acknowledged record is lost, the records of an idempotent producer are stored once and in order, and repeated
-/// reads return the same records. Faults: power loss, kill, stop, broken and stalled links, a full, slow or failing
-/// disk, clock jumps, and an object store that fails or loses responses.
+/// No record acknowledged with `acks=all` or `acks=tiered` is lost, the records of an idempotent producer are stored
+/// once and in order, and repeated reads return the same records. Faults: power loss, kill, stop, broken and stalled
+/// links, a full, slow or failing disk, clock jumps, and an object store that fails or loses responses.
 #[test]
 fn one_broker_keeps_acknowledged_records() {
     run_all(Topology::ONE);
@@ -68,8 +70,8 @@ fn three_brokers_keep_acknowledged_records() {
 const TWICE: usize = 5;
 
 /// A failing seed can only be analysed if its run is reproducible. The two runs of a seed are concurrent, so the test
-/// also shows that runs share no state. It needs `--cfg tokio_unstable`: only then the seed determines tokio's own
-/// choices.
+/// also shows that runs share no state. The test needs `--cfg tokio_unstable`: only then the seed determines tokio's
+/// own choices.
 #[test]
 #[cfg_attr(not(tokio_unstable), ignore = "needs RUSTFLAGS=--cfg tokio_unstable: make sim")]
 fn seed_run_twice_gives_same_trace() {

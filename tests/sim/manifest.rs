@@ -25,11 +25,12 @@ pub(crate) struct ReferencedObjects {
     pub(crate) segments: Vec<(String, SegmentEntry)>,
 }
 
-/// Reads the manifest that a state references. The manifest must match the state, and its segments must be contiguous
-/// from its first offset to its end.
+/// Reads the manifest that a state references; returns no objects if there is none. The manifest must match the state,
+/// and its segments must be contiguous from its first offset to its end.
 ///
 /// # Errors
-/// The manifest or one of its pages is missing or invalid, or does not match the state.
+/// The manifest or one of its pages is missing or invalid, its segments are not contiguous, or it does not match the
+/// state.
 pub(crate) fn referenced_objects(
     objects: &Objects,
     id: PartitionId,

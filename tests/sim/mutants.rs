@@ -1,4 +1,4 @@
-//! Mutations of the broker's rules, one at a time: each must be detected within a stated number of seeds.
+//! Mutations of the broker's rules, one in each run: each must be detected within a stated number of seeds.
 //!
 //! These tests measure the checks of the simulation: an undetected mutation means that a check is missing.
 
@@ -45,7 +45,7 @@ const MUTANTS: &[(Mutation, Topology, u64)] = &[
     (Mutation::ReadUncommitted, Topology::THREE, 10),
     (Mutation::LatestBeforeEpochCommitted, Topology::THREE, 80),
     (Mutation::FollowerServesUncommitted, Topology::THREE, 10),
-    (Mutation::CountOlderEpochAcks, Topology::THREE.about(FaultProfile::Leases), 40),
+    (Mutation::CountOlderEpochAcks, Topology::THREE.with_profile(FaultProfile::Leases), 40),
 ];
 
 /// Mutations that few seeds detect, with the number of seeds to search. The model check (`partition/model_check`)
@@ -59,10 +59,10 @@ const MUTANTS: &[(Mutation, Topology, u64)] = &[
 const RARE: &[(Mutation, Topology, u64)] = &[
     (Mutation::TruncateUnjournaled, Topology::THREE, 2000),
     (Mutation::AdoptNewerTieredEnd, Topology::THREE, 2000),
-    (Mutation::TreatUncleanAsClean, Topology::THREE.about(FaultProfile::OneDown), 2000),
-    (Mutation::AdmitStaleBrokerEpoch, Topology::THREE.about(FaultProfile::Admissions), 2000),
+    (Mutation::TreatUncleanAsClean, Topology::THREE.with_profile(FaultProfile::OneDown), 2000),
+    (Mutation::AdmitStaleBrokerEpoch, Topology::THREE.with_profile(FaultProfile::Admissions), 2000),
     (Mutation::AcceptOlderLeaderEpochAck, Topology::THREE, 2000),
-    (Mutation::ObeyOlderLeaderEpoch, Topology::THREE.about(FaultProfile::Leases), 2000),
+    (Mutation::ObeyOlderLeaderEpoch, Topology::THREE.with_profile(FaultProfile::Leases), 2000),
     (Mutation::AcceptOlderBrokerEpochAck, Topology::THREE, 2000),
     (Mutation::IgnoreElr, Topology::THREE, 2000),
     (Mutation::AdmitAfterEpochCommitted, Topology::THREE, 2000),
@@ -88,7 +88,7 @@ fn search(mutants: &[(Mutation, Topology, u64)]) {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     run_scoped("mutants", cores, |_| {
         while let Some(&&(mutation, shape, seeds)) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
-            match found(mutation, shape, seeds) {
+            match find_seed(mutation, shape, seeds) {
                 Some((seed, reason)) => println!("{mutation:?}: seed {seed}: {reason}"),
                 None => missed.lock().push(format!("{mutation:?} in {seeds} seeds")),
             }
@@ -99,16 +99,16 @@ fn search(mutants: &[(Mutation, Topology, u64)]) {
 }
 
 /// Returns the first of `seeds` seeds that detects a mutation, and the message of the failure; `None` if no seed does.
-fn found(mutation: Mutation, shape: Topology, seeds: u64) -> Option<(u64, String)> {
+fn find_seed(mutation: Mutation, shape: Topology, seeds: u64) -> Option<(u64, String)> {
     (1..=seeds).find_map(|seed| {
-        let reason = fails(Some(mutation), shape, seed)?;
-        // A seed that also fails without the mutation does not count: it has detected another fault.
-        fails(None, shape, seed).is_none().then_some((seed, reason))
+        let reason = run_seed(Some(mutation), shape, seed)?;
+        // A seed that also fails without the mutation does not count: it has detected another error.
+        run_seed(None, shape, seed).is_none().then_some((seed, reason))
     })
 }
 
-/// Runs a seed, with the mutation if there is one. Returns the message if the run fails.
-fn fails(mutation: Option<Mutation>, shape: Topology, seed: u64) -> Option<String> {
+/// Runs a seed, with the mutation if there is one. Returns the message of the failure; `None` if the run passes.
+fn run_seed(mutation: Option<Mutation>, shape: Topology, seed: u64) -> Option<String> {
     let run = AssertUnwindSafe(|| run::run(shape, seed));
     let failed = mutation::with_mutation(mutation, || panic::catch_unwind(run)).is_err();
     failed.then(|| panics::first().unwrap_or_else(|| "a run that fails at its end".to_owned()))

@@ -3,7 +3,8 @@
 //!
 //! Tasks of the caller's process move the request body; tasks of the broker's process move the response. If a process
 //! is killed, its unsent frames are lost and the peer receives a broken connection. Each direction between two machines
-//! can be blocked alone. As with TCP, a blocked direction delays frames, and loses none until one side times out.
+//! can be blocked alone. As with TCP, a blocked direction delays frames, and loses none until one side times out. Here
+//! a frame is an HTTP body frame, not a journal frame.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -76,7 +77,8 @@ struct SimLink {
 }
 
 impl SimLink {
-    fn broken(&self) -> Status {
+    /// Returns the error of a call on this link after a break: a timeout or a reset.
+    fn broken_error(&self) -> Status {
         if !self.silent.load(Ordering::Relaxed) {
             return Status::unavailable("connection reset");
         }
@@ -98,7 +100,7 @@ impl Net {
         self.add_listener(address, |listener| listener.peer_routes = Some(routes));
     }
 
-    /// Changes the listener of a machine by `add`. Creates it if there is none; its tasks belong to the current
+    /// Changes the listener of a machine by `add`. If there is none, creates one whose tasks belong to the current
     /// process.
     fn add_listener(&self, address: &str, add: impl FnOnce(&mut Listener)) {
         let mut state = self.state.lock();
@@ -129,7 +131,7 @@ impl Net {
     }
 
     /// Restores the power of a machine, which then refuses connections to ports without a listener.
-    pub(crate) fn power(&self, address: &str) {
+    pub(crate) fn power_on(&self, address: &str) {
         self.state.lock().dark.remove(address);
         self.healed.notify_waiters();
     }
@@ -192,7 +194,7 @@ impl Net {
             .clone()
     }
 
-    /// Waits for the delay of one frame, and while the direction is blocked.
+    /// Waits for the delay of one frame, and while the direction is blocked or one of the machines has no power.
     async fn delay(&self, from: &str, to: &str) {
         let way = (from.to_owned(), to.to_owned());
         let slow = self.state.lock().slow_us.get(&way).copied().unwrap_or(0);
@@ -294,7 +296,7 @@ impl RpcTransport for End {
             let link = net.link(&name, &to);
             tokio::select! {
                 biased;
-                () = link.up.cancelled() => return Err(link.broken().into()),
+                () = link.up.cancelled() => return Err(link.broken_error().into()),
                 () = net.delay(&name, &to) => {}
             }
             let listener = net.state.lock().listening.get(&to).cloned();
@@ -330,7 +332,7 @@ impl RpcTransport for End {
                     net.pump(body, back, reply, pipe).await;
                 }
             });
-            response.await.map_err(|_| link.broken().into())
+            response.await.map_err(|_| link.broken_error().into())
         })
     }
 }
@@ -348,7 +350,7 @@ fn pipe(link: &SimLink) -> (mpsc::Sender<Piece>, Body) {
         match pieces.recv().await {
             Some(Piece::Frame(frame)) => Some((frame, Some((pieces, link)))),
             Some(Piece::End) => None,
-            None => Some((Err(link.broken()), None)),
+            None => Some((Err(link.broken_error()), None)),
         }
     });
     (sender, Body::new(StreamBody::new(frames.boxed())))

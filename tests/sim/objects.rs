@@ -30,7 +30,8 @@ use crate::panics;
 #[derive(Clone, Debug)]
 pub(crate) struct Objects {
     kept: Arc<InMemory>,
-    /// Percentage of requests that fail, some of them after they were applied. Deletions do not fail.
+    /// Percentage of requests that fail, some of them after they were applied. Deletions and the parts of multipart
+    /// uploads do not fail.
     failing: Arc<AtomicU32>,
     began: Instant,
     /// Write time of each object in simulated time, which determines the age of orphan objects.
@@ -76,14 +77,14 @@ impl Objects {
     }
 
     /// Returns the partition that references an object; `None` if there is none.
-    fn is_kept_for(&self, location: &Path) -> Option<PartitionId> {
+    fn referencing_partition(&self, location: &Path) -> Option<PartitionId> {
         let kept_for = self.kept_for.lock();
         kept_for.iter().find_map(|(partition, objects)| objects.contains(location.as_ref()).then_some(*partition))
     }
 
     /// Checks a write before it is applied: it must not change a referenced object.
-    fn will_put(&self, location: &Path, payload: &PutPayload) {
-        let Some(partition) = self.is_kept_for(location) else { return };
+    fn check_put(&self, location: &Path, payload: &PutPayload) {
+        let Some(partition) = self.referencing_partition(location) else { return };
         let new: Vec<u8> = payload.iter().flatten().copied().collect();
         if self.read(location.as_ref()).is_some_and(|old| old != new) {
             panics::report(format!("{partition}: {location} is referenced, but was overwritten with other bytes"));
@@ -92,8 +93,8 @@ impl Objects {
 
     /// Checks a deletion, or a write whose content is not known yet, before it is applied: the object must not be
     /// referenced.
-    fn will_delete(&self, location: &Path) {
-        if let Some(partition) = self.is_kept_for(location) {
+    fn check_delete(&self, location: &Path) {
+        if let Some(partition) = self.referencing_partition(location) {
             panics::report(format!("{partition}: {location} is referenced, but was deleted or replaced"));
         }
     }
@@ -117,14 +118,14 @@ impl Objects {
         tokio::time::sleep(Duration::from_micros(random::in_range(500..20_000))).await;
         let fails = random::in_range(0..100) < self.failing.load(Ordering::Relaxed);
         if fails && random::in_range(0..2) == 0 {
-            return Err(failed("refused"));
+            return Err(request_error("refused"));
         }
         let result = request.await;
-        if fails { Err(failed("response lost")) } else { result }
+        if fails { Err(request_error("response lost")) } else { result }
     }
 }
 
-fn failed(what: &str) -> object_store::Error {
+fn request_error(what: &str) -> object_store::Error {
     object_store::Error::Generic { store: "sim", source: what.into() }
 }
 
@@ -138,7 +139,7 @@ impl fmt::Display for Objects {
 impl ObjectStore for Objects {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
         let put = async {
-            self.will_put(location, &payload);
+            self.check_put(location, &payload);
             let put = self.kept.put_opts(location, payload, options).await;
             put.inspect(|_| self.set_write_time(location))
         };
@@ -150,7 +151,7 @@ impl ObjectStore for Objects {
         location: &Path,
         options: PutMultipartOptions,
     ) -> Result<Box<dyn MultipartUpload>> {
-        self.will_delete(location);
+        self.check_delete(location);
         self.set_write_time(location);
         self.respond(self.kept.put_multipart_opts(location, options)).await
     }
@@ -164,7 +165,7 @@ impl ObjectStore for Objects {
         let bucket = self.clone();
         let result = locations.inspect(move |location| {
             if let Ok(location) = location {
-                bucket.will_delete(location);
+                bucket.check_delete(location);
             }
         });
         self.kept.delete_stream(result.boxed())
@@ -172,7 +173,7 @@ impl ObjectStore for Objects {
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         if random::in_range(0..100) < self.failing.load(Ordering::Relaxed) {
-            return stream::once(async { Err(failed("refused")) }).boxed();
+            return stream::once(async { Err(request_error("refused")) }).boxed();
         }
         let bucket = self.clone();
         self.kept.list(prefix).map(move |object| object.map(|object| bucket.dated(object))).boxed()
@@ -185,7 +186,7 @@ impl ObjectStore for Objects {
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.will_delete(to);
+        self.check_delete(to);
         self.respond(self.kept.copy_opts(from, to, options)).await
     }
 }

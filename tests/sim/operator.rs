@@ -1,5 +1,5 @@
-//! An operator that works during the faults: reassigns partitions, drains and undrains brokers, and changes, creates
-//! and deletes topics.
+//! An operator that works during the faults: reassigns partitions, elects preferred leaders, drains and undrains
+//! brokers, and changes, creates and deletes topics.
 //!
 //! The result of an operation without a response is unknown, and the operator checks no result: the checker and the
 //! clients detect lost records. At the end of the run no broker stays drained.
@@ -92,7 +92,7 @@ impl Operator {
             }
             7 => self.await_operation(format!("delete {PASSING}"), admin.delete_topic(PASSING)).await,
             _ => {
-                let to = self.replicas(name, partition).await;
+                let to = self.choose_replicas(name, partition).await;
                 self.await_operation(
                     format!("reassign {name}/{partition} to {to:?}"),
                     admin.reassign(name, Some(partition), &to),
@@ -104,7 +104,7 @@ impl Operator {
 
     /// Returns random brokers for a partition, as many as it has replicas now; two brokers if the topic cannot be
     /// described.
-    async fn replicas(&self, name: &str, partition: u32) -> Vec<BrokerId> {
+    async fn choose_replicas(&self, name: &str, partition: u32) -> Vec<BrokerId> {
         let mut brokers: Vec<_> = (1..=self.brokers).map(BrokerId).collect();
         let description = tokio::time::timeout(OPERATION_TIMEOUT, self.client.admin().describe_topic(name)).await;
         let replicas = description.ok().and_then(Result::ok).and_then(|topic| {

@@ -14,7 +14,7 @@ thread_local! {
 
 /// Clears the stored panic of this thread, and stores its first panic from now on. Panics are not printed while a
 /// mutation is active in any thread.
-pub(crate) fn remember() {
+pub(crate) fn start_recording() {
     static ONCE: Once = Once::new();
     FIRST.set(None);
     ONCE.call_once(|| {

@@ -36,7 +36,8 @@ pub(crate) struct Topology {
 }
 
 impl Topology {
-    /// One standalone broker. Its metadata store is in its data directory, and no faults are injected into it.
+    /// One standalone broker. A real one has its metadata store in its data directory, so no faults are injected into
+    /// the link to the store.
     pub(crate) const ONE: Self =
         Self { brokers: 1, max_brokers: 1, racks: 1, fault_duration: Duration::from_secs(12), theme: None };
     /// Three to five brokers in three racks.
@@ -44,13 +45,13 @@ impl Topology {
         Self { brokers: 3, max_brokers: 5, racks: 3, fault_duration: Duration::from_secs(15), theme: None };
 
     /// Returns the same topology with a fixed fault profile.
-    pub(crate) const fn about(self, theme: FaultProfile) -> Self {
+    pub(crate) const fn with_profile(self, theme: FaultProfile) -> Self {
         Self { theme: Some(theme), ..self }
     }
 
-    /// Returns the topology of a seed. One seed in six has one or two more brokers, up to `max_brokers`, so that there
+    /// Returns the topology for a seed. One seed in six has one or two more brokers, up to `max_brokers`, so that there
     /// are more brokers than replicas of a partition.
-    fn of(self, seed: u64) -> Self {
+    fn for_seed(self, seed: u64) -> Self {
         let more = if seed.is_multiple_of(6) { u32::try_from(seed / 6 % 2).unwrap_or(0) + 1 } else { 0 };
         Self { brokers: (self.brokers + more).min(self.max_brokers), ..self }
     }
@@ -79,14 +80,14 @@ const IN_SYNC_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Runs a seed and returns its trace. Panics if a check fails; [`trace::last`] then returns the trace.
 pub(crate) fn run(shape: Topology, seed: u64) -> String {
-    let shape = shape.of(seed);
+    let shape = shape.for_seed(seed);
     simulate(shape, seed, async |world| run_cluster(world, shape).await)
 }
 
 /// Runs `body` in a simulation of this seed and returns the trace. Panics if `body` or a task panics, or if a rule was
 /// violated.
 pub(crate) fn simulate(shape: Topology, seed: u64, body: impl AsyncFnOnce(&mut Simulation)) -> String {
-    panics::remember();
+    panics::start_recording();
     let mut builder = tokio::runtime::Builder::new_current_thread();
     builder.enable_time().start_paused(true);
     #[cfg(tokio_unstable)]
@@ -136,7 +137,7 @@ async fn run_cluster(world: &mut Simulation, shape: Topology) {
     let clients = [
         tasks.spawn("producer", load.clone().produce(0)),
         tasks.spawn("producer", load.clone().produce(1)),
-        tasks.spawn("plain producer", load.clone().produce_plainly(2)),
+        tasks.spawn("plain producer", load.clone().produce_without_idempotence(2)),
         tasks.spawn("reader", load.clone().read(alone)),
     ];
     let operator = operated.then(|| tasks.spawn("operator", operator.run()));
@@ -213,11 +214,12 @@ async fn run_fault_phase(world: &mut Simulation, shape: Topology, power: bool, c
     let plan = FaultPlan::draw(shape, power);
     let (names, shared) = (world.names(), world.shared.clone());
     let metas: Vec<_> = world.machines.iter().map(|machine| machine.meta.clone()).collect();
-    let machines = join_all(world.machines.iter_mut().map(|machine| Box::pin(faults::of_machine(machine, &plan))));
+    let machines =
+        join_all(world.machines.iter_mut().map(|machine| Box::pin(faults::inject_on_machine(machine, &plan))));
     let metadata = async {
-        // A standalone broker has no link to a metadata store: its metadata is in its data directory.
+        // A real standalone broker has no link to a metadata store: its metadata is in its data directory.
         if metas.len() > 1 {
-            faults::of_metadata(&shared, &metas, &plan).await;
+            faults::inject_on_metadata(&shared, &metas, &plan).await;
         }
     };
     let checks = async {
@@ -227,10 +229,10 @@ async fn run_fault_phase(world: &mut Simulation, shape: Topology, power: bool, c
             checker.check_machines().await;
         }
     };
-    join4(machines, faults::of_network(&shared, &names, &plan), metadata, checks).await;
+    join4(machines, faults::inject_on_network(&shared, &names, &plan), metadata, checks).await;
 }
 
-/// Waits until every replica is in sync and all replicas of a partition end at the same offset.
+/// Waits until [`check_in_sync`] succeeds for every partition. Panics after [`IN_SYNC_TIMEOUT`].
 async fn wait_until_in_sync(checker: &StateChecker, shape: Topology) {
     let until = clock::monotonic() + IN_SYNC_TIMEOUT;
     loop {
@@ -246,8 +248,8 @@ async fn wait_until_in_sync(checker: &StateChecker, shape: Topology) {
     }
 }
 
-/// Returns an error with the reason unless the partition has a leader, no reassignment is in progress, and all its
-/// replicas are in sync with the same log end.
+/// Returns an error with the reason unless the partition has a leader and no ELR, no reassignment is in progress, and
+/// all its replicas are in sync with the same log end.
 fn check_in_sync(checker: &StateChecker, id: PartitionId, value: &PartitionValue) -> Result<(), String> {
     let moving = value.adding.len() + value.removing.len() + value.elr.len();
     if value.leader.is_none() || value.isr.len() < value.replicas.len() || moving > 0 {
@@ -265,13 +267,13 @@ fn check_in_sync(checker: &StateChecker, id: PartitionId, value: &PartitionValue
 async fn check(load: &Load, checker: &mut StateChecker) {
     checker.check_machines().await;
     for (log, _, _) in checker.partitions().await {
-        let mut read = load.pass(log, true, true, READ_TIMEOUT).await;
+        let mut read = load.read_log(log, true, true, READ_TIMEOUT).await;
         // Retention may move the log start during the read, and the read is then retried.
         for _ in 0..MAX_READ_RETRIES {
             if load.keeps == RetentionProfile::Last
                 && read.as_ref().is_err_and(|error| error.contains("is out of range"))
             {
-                read = load.pass(log, true, true, READ_TIMEOUT).await;
+                read = load.read_log(log, true, true, READ_TIMEOUT).await;
             }
         }
         assert_eq!(read, Ok(()), "{log:?} is not readable to its end");

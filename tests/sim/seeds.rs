@@ -1,6 +1,7 @@
 //! The seeds of a test: their selection, their runs on all cores, and the reports about them.
 //!
-//! Each run has its own thread and shares no state with other runs: panics, traces and mutations are stored per thread.
+//! A thread runs one seed at a time. Concurrent runs share no state: panics, traces and mutations are stored per
+//! thread.
 
 use std::{
     collections::BTreeMap,
@@ -53,8 +54,8 @@ pub(crate) fn first() -> u64 {
 
 impl Seeds {
     /// Returns the seeds that the environment selects: `STRANDLINE_SEEDS` seeds from `STRANDLINE_SEED` on. With
-    /// `STRANDLINE_SIM_SECONDS`, as many seeds as run in this time; without `STRANDLINE_SEED`, they start at the time
-    /// of the wall clock. The test of one broker gets a fifth of the time, that of three brokers the rest.
+    /// `STRANDLINE_SIM_SECONDS`, as many seeds as start in this time; without `STRANDLINE_SEED`, the first one is the
+    /// time of the wall clock. The test of one broker gets a fifth of the time, that of three brokers the rest.
     fn from_environment(shape: Topology) -> Self {
         let Some(seconds) = env_number("STRANDLINE_SIM_SECONDS") else {
             return Self { first: first(), count: env_number("STRANDLINE_SEEDS").unwrap_or(SEEDS), until: None };
@@ -105,7 +106,7 @@ pub(crate) fn run_all(shape: Topology) {
     let (next, progress, ended) = (AtomicU64::new(0), Mutex::new(SeedProgress::default()), Condvar::new());
     run_scoped("sim", threads + 1, |thread| {
         if thread == threads {
-            return watch(shape, &progress, &ended, |progress| progress.through < threads);
+            return report_progress(shape, &progress, &ended, |progress| progress.through < threads);
         }
         while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)) {
             progress.lock().running.insert(seed, clock::monotonic());
@@ -121,11 +122,11 @@ pub(crate) fn run_all(shape: Topology) {
         ended.notify_all();
     });
     let progress = progress.into_inner();
-    println!("{}", progress.so_far(shape, began));
+    println!("{}", progress.summary(shape, began));
     assert!(progress.failed.is_empty(), "{shape}: seeds {:?} failed", progress.failed);
 }
 
-/// Runs a seed, and prints its failure. Returns true if the seed passed.
+/// Runs a seed, and prints its failure and, if the environment selects it, its trace. Returns true if the seed passed.
 fn run_one(shape: Topology, seed: u64) -> bool {
     let passed = panic::catch_unwind(|| run::run(shape, seed)).is_ok();
     if !passed {
@@ -139,7 +140,7 @@ fn run_one(shape: Topology, seed: u64) -> bool {
 
 /// Prints progress and slow seeds at intervals, while `is_running` holds. Exits the process if a run takes longer than
 /// [`ENDLESS`], because its thread cannot be ended.
-fn watch(
+fn report_progress(
     shape: Topology,
     progress: &Mutex<SeedProgress>,
     ended: &Condvar,
@@ -151,7 +152,7 @@ fn watch(
         if !is_running(&mut now) {
             return;
         }
-        println!("{}", now.so_far(shape, began));
+        println!("{}", now.summary(shape, began));
         for (seed, since) in now.running.iter().filter(|(_, since)| since.elapsed() >= REPORT_INTERVAL) {
             println!("sim: seed {seed} of {shape} is still running after {}", Time(since.elapsed()));
             if since.elapsed() >= ENDLESS {
@@ -166,7 +167,7 @@ fn watch(
 }
 
 impl SeedProgress {
-    fn so_far(&self, shape: Topology, began: Instant) -> String {
+    fn summary(&self, shape: Topology, began: Instant) -> String {
         format!("sim: {} seeds of {shape}, {} failed, {}", self.done, self.failed.len(), Time(began.elapsed()))
     }
 }

@@ -72,6 +72,7 @@ pub(crate) struct Trace {
 }
 
 impl Trace {
+    /// Creates an empty trace, which becomes the last one of this thread.
     pub(crate) fn new() -> Self {
         let is_live = trace_setting().is_some_and(|value| value == LIVE);
         let trace = Self { began: clock::monotonic(), lines: Arc::default(), is_live };

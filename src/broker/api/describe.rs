@@ -1,8 +1,8 @@
 //! Description of a topic, from the metadata and from the reports of the partitions' leaders; and routing metadata for
 //! clients.
 //!
-//! The metadata contains the replicas, but only the leader of a partition has its current watermarks. If a leader does
-//! not respond, the description contains its error, and only the log start and tiered end of the metadata.
+//! The metadata contains the replicas, but only the leader of a partition has its current watermarks. Without a report
+//! of the leader, the description contains an error, and only the log start and tiered end of the metadata.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -19,7 +19,7 @@ use crate::{
     broker::{
         node_context::NodeContext,
         partitions::table::PartitionTable,
-        replication::peer_status::{PeerStatus, ReplicaReport, ReportResult, replica_offline},
+        replication::peer_status::{PeerStatus, ReplicaReport, ReportResult, replica_offline_error},
     },
     cluster::{BrokerState, MetadataSnapshot, PartitionEntry, PartitionValue, TopicValue, UnknownTopic},
     limits,
@@ -40,8 +40,8 @@ pub(in crate::broker) struct Describe {
 }
 
 impl Describe {
-    /// Describes a topic: its configuration, and its partitions according to the metadata and to their leaders. A
-    /// failed replica on this broker adds an error to its partition.
+    /// Describes a topic: its configuration, and its partitions according to the metadata and to their leaders. If the
+    /// replica on this broker is offline, the error of its partition is the reason.
     pub(in crate::broker) async fn describe_topic(&self, topic: &str) -> Result<v1::DescribeTopicResponse, ApiError> {
         let name = parse_topic_name(topic)?;
         let state = self.ctx.metadata.state();
@@ -96,7 +96,7 @@ impl Describe {
         match reports.get(&leader) {
             Some(Ok(replicas)) => match replicas.get(&id) {
                 Some(Ok(report)) => Ok(report.clone()),
-                Some(Err(reason)) => Err(replica_offline(leader, reason)),
+                Some(Err(reason)) => Err(replica_offline_error(leader, reason)),
                 None => {
                     let message = format!("broker {leader} does not serve partition {} yet: retry", id.number);
                     Err(ApiError::new(ErrorCode::NotReady, message))
@@ -114,7 +114,7 @@ impl Describe {
         request: &v1::GetMetadataRequest,
     ) -> Result<v1::GetMetadataResponse, ApiError> {
         if request.topics.len() > limits::MAX_METADATA_TOPICS {
-            return Err(errors::invalid(format!(
+            return Err(errors::invalid_request(format!(
                 "{} topics in one request, at most {} are allowed: send several requests, or set all_topics",
                 request.topics.len(),
                 limits::MAX_METADATA_TOPICS
@@ -122,7 +122,7 @@ impl Describe {
         }
         let mut seen = BTreeSet::new();
         if let Some(duplicate) = request.topics.iter().find(|topic| !seen.insert(topic.as_str())) {
-            return Err(errors::invalid(format!(
+            return Err(errors::invalid_request(format!(
                 "topic {duplicate:?} is named twice in one request: name each topic once"
             )));
         }
@@ -170,8 +170,8 @@ impl Describe {
             v1::PartitionMetadata {
                 partition: number.cast_signed(),
                 leader: value.and_then(|value| value.leader).map(|leader| leader.0),
-                replicas: value.map(|value| numbers(&value.replicas)).unwrap_or_default(),
-                isr: value.map(|value| numbers(&value.isr)).unwrap_or_default(),
+                replicas: value.map(|value| ids_to_proto(&value.replicas)).unwrap_or_default(),
+                isr: value.map(|value| ids_to_proto(&value.isr)).unwrap_or_default(),
                 leader_epoch: value.map_or(-1, |value| value.leader_epoch.as_i32()),
             }
         });
@@ -230,11 +230,11 @@ fn from_metadata(number: u32, value: Option<&PartitionValue>) -> v1::PartitionDe
     if let Some(value) = value {
         state.leader = value.leader.map(|leader| leader.0);
         state.leader_epoch = value.leader_epoch.as_i32();
-        state.replicas = numbers(&value.replicas);
-        state.isr = numbers(&value.isr);
-        state.elr = numbers(&value.elr);
-        state.adding = numbers(&value.adding);
-        state.removing = numbers(&value.removing);
+        state.replicas = ids_to_proto(&value.replicas);
+        state.isr = ids_to_proto(&value.isr);
+        state.elr = ids_to_proto(&value.elr);
+        state.adding = ids_to_proto(&value.adding);
+        state.removing = ids_to_proto(&value.removing);
         state.unclean_epoch = value.unclean_epoch.map(|epoch| epoch.as_i32());
     }
     state
@@ -255,7 +255,7 @@ fn add_report(state: &mut v1::PartitionDescription, report: &ReplicaReport) {
 }
 
 /// Converts broker ids to their protocol form.
-pub(super) fn numbers(ids: &[BrokerId]) -> Vec<u32> {
+pub(super) fn ids_to_proto(ids: &[BrokerId]) -> Vec<u32> {
     ids.iter().map(|id| id.0).collect()
 }
 

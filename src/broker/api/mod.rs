@@ -1,7 +1,8 @@
-//! The requests of clients and operators: one module for each family of requests, and `errors` with the only mapping
-//! from errors to responses.
+//! The requests of clients and operators: one module for each family of requests, and `errors` with the mapping from
+//! errors of the inner modules to API errors.
 //!
-//! A request for a partition takes three steps: validate, look up the partition (an error names its leader), serve.
+//! The handler of a request for a partition looks up the local replica. If this broker does not serve the
+//! partition, the error names the leader, if there is one.
 
 mod describe;
 mod errors;

@@ -1,4 +1,5 @@
-//! The `ListOffsets` call: the start and end of a partition, and the first record at or after a timestamp.
+//! The `ListOffsets` call: the log start and high watermark of a partition, and the first record at or after a
+//! timestamp.
 
 use std::{
     sync::{
@@ -52,14 +53,14 @@ pub(in crate::broker) struct OffsetFinder {
 
 impl OffsetFinder {
     /// Returns the result of each query, in the order of the queries. A failed query has an error in its result and
-    /// does not fail the call.
+    /// does not fail the call. Fails on too many queries.
     pub(in crate::broker) async fn list_offsets(
         &self,
         request: v1::ListOffsetsRequest,
         memory: &CallMemory,
     ) -> Result<v1::ListOffsetsResponse, ApiError> {
         if request.queries.len() > limits::MAX_FETCH_PARTITIONS {
-            return Err(errors::invalid(format!(
+            return Err(errors::invalid_request(format!(
                 "{} queries in one request, at most {} are allowed: send several requests",
                 request.queries.len(),
                 limits::MAX_FETCH_PARTITIONS
@@ -111,7 +112,9 @@ impl OffsetFinder {
             Some(At::TimestampMs(time)) => {
                 self.find_time(&partition, time, waits, memory).await?.unwrap_or((watermarks.high_watermark, -1, epoch))
             }
-            None => return Err(errors::invalid("the query has no position: set earliest, latest or a timestamp")),
+            None => {
+                return Err(errors::invalid_request("the query has no position: set earliest, latest or a timestamp"));
+            }
         };
         Ok(v1::OffsetResult { error: None, offset: offset.as_i64(), timestamp_ms, leader_epoch: epoch.as_i32() })
     }
@@ -134,7 +137,7 @@ impl OffsetFinder {
             let grant = tokio::time::timeout(timeout, memory.read(2 * batch_bytes)).await;
             let grant = grant.map_err(|_| {
                 waits.out_of_memory.store(true, Ordering::Relaxed);
-                memory.no_response_memory()
+                memory.no_response_memory_error()
             })?;
             let charge: Charge = Arc::new(grant);
             let decompressor = decompressor.charged(Arc::clone(&charge));
@@ -160,7 +163,7 @@ async fn wait_for_committed_epoch(partition: &Partition, deadline: Instant) -> b
         loop {
             match partition.status().role {
                 ReplicaRole::Leader { epoch_committed: true } => return true,
-                ReplicaRole::Leader { epoch_committed: false } => ready.wait_for_index().await,
+                ReplicaRole::Leader { epoch_committed: false } => ready.wait_for_mark().await,
                 ReplicaRole::Idle | ReplicaRole::Follower { .. } => return false,
             }
             // The role is read after these marks were taken, so no change is missed.

@@ -1,21 +1,21 @@
 //! Cluster description and admin operations: converts requests to calls of `cluster::ClusterOperations`.
 //!
-//! The response to an operation is sent after the operation was committed and this broker's metadata cache contains it.
-//! So the next request to this broker observes the operation.
+//! The response to an operation is sent after the operation was committed and this broker's metadata cache contains it,
+//! so that the next request to this broker observes the operation. The wait for the cache has a timeout.
 
 use std::sync::Arc;
 
-use super::{describe::numbers, errors::invalid, topics::parse_topic_name};
+use super::{describe::ids_to_proto, errors::invalid_request, topics::parse_topic_name};
 use crate::{
     broker::{
         background::lease_monitor::LeaseMonitor,
         health::Health,
         node_context::NodeContext,
-        replication::peer_status::{PeerStatus, ReplicaReport, replica_offline},
+        replication::peer_status::{PeerStatus, ReplicaReport, replica_offline_error},
     },
     cluster::{
         self, BrokerValue, ClusterOperations, ElectError, OperationResult, PartitionEntry, ReplicaPosition, Revision,
-        UncleanCandidate, Versioned, successor,
+        UncleanCandidate, Versioned, best_unclean_candidate,
     },
     model::{BrokerId, Offset, PartitionId, TopicName},
     proto::{
@@ -62,7 +62,7 @@ impl Operations {
                 ..Default::default()
             };
             if let Some(registration) = state.brokers().get(id) {
-                describe_registration(&mut broker, registration);
+                add_registration(&mut broker, registration);
                 if *id == self.ctx.id {
                     // The registration contains the disk states of this broker with a delay, and on a standalone broker
                     // never.
@@ -120,18 +120,18 @@ impl Operations {
     }
 
     /// Requests a reassignment of a partition, or of all partitions of a topic, to the replicas in the request. The
-    /// controller runs the reassignment after the response.
+    /// controller runs the reassignment later.
     pub(super) async fn reassign(
         &self,
         request: v1::ReassignPartitionsRequest,
     ) -> Result<v1::ReassignPartitionsResponse, ApiError> {
         let (topic, partition) = (parse_topic_name(&request.topic)?, parse_partition(request.partition)?);
         if request.replicas.is_empty() {
-            return Err(invalid("replicas is empty: name as many brokers as the topic's replication factor"));
+            return Err(invalid_request("replicas is empty: name as many brokers as the topic's replication factor"));
         }
         let replicas: Vec<BrokerId> = request.replicas.iter().copied().map(BrokerId).collect();
         let results = self.operations.reassign(&topic, partition, &replicas).await?;
-        Ok(v1::ReassignPartitionsResponse { partitions: self.reassignments(&results).await })
+        Ok(v1::ReassignPartitionsResponse { partitions: self.describe_reassignments(&results).await })
     }
 
     pub(super) async fn list_reassignments(
@@ -140,7 +140,7 @@ impl Operations {
     ) -> Result<v1::ListReassignmentsResponse, ApiError> {
         let (topic, partition) = parse_scope(&request.topic, request.partition)?;
         let results = self.operations.list_reassignments(topic.as_ref(), partition)?;
-        Ok(v1::ListReassignmentsResponse { partitions: self.reassignments(&results).await })
+        Ok(v1::ListReassignmentsResponse { partitions: self.describe_reassignments(&results).await })
     }
 
     /// Cancels the reassignments, in progress or queued, of all topics, one topic or one partition. The response
@@ -151,7 +151,7 @@ impl Operations {
     ) -> Result<v1::CancelReassignmentResponse, ApiError> {
         let (topic, partition) = parse_scope(&request.topic, request.partition)?;
         let results = self.operations.cancel(topic.as_ref(), partition).await?;
-        Ok(v1::CancelReassignmentResponse { partitions: self.reassignments(&results).await })
+        Ok(v1::CancelReassignmentResponse { partitions: self.describe_reassignments(&results).await })
     }
 
     /// Elects the preferred leader of a partition, or runs an unclean election if the request sets `unclean`.
@@ -165,7 +165,7 @@ impl Operations {
             return self.elect_unclean(&topic, partition, &request).await;
         }
         if request.validate_only || request.leader.is_some() || request.revision.is_some() || request.discard_local {
-            return Err(invalid(
+            return Err(invalid_request(
                 "validate_only, leader, revision and discard_local require unclean: set unclean or leave them out",
             ));
         }
@@ -173,12 +173,12 @@ impl Operations {
         Ok(self.complete_election("preferred", &election).await)
     }
 
-    /// Runs an unclean election of a leaderless partition.
+    /// Runs an unclean election of a partition that has no live leader.
     ///
     /// A request with a leader and a revision, both from an earlier response to `validate_only`, elects this leader if
-    /// the partition still has that revision. For a request without them, this broker collects the reports of the
-    /// replicas and elects the replica that loses the fewest records. With `validate_only`, the response only names
-    /// that replica.
+    /// the partition still has that revision; `validate_only` has no effect on such a request. For a request without a
+    /// leader and a revision, this broker collects the reports of the replicas and elects the replica that loses the
+    /// fewest records. With `validate_only`, the response only names that replica.
     async fn elect_unclean(
         &self,
         topic: &TopicName,
@@ -193,7 +193,7 @@ impl Operations {
             return Ok(self.complete_election("unclean", &election).await);
         }
         if request.leader.is_some() || expected_revision.is_some() || request.discard_local {
-            return Err(invalid(
+            return Err(invalid_request(
                 "leader and revision must be set together, and discard_local requires both: copy them from the \
                  response to validate_only",
             ));
@@ -207,7 +207,7 @@ impl Operations {
             let broker = reports.offline.filter(|_| tiered_end > Offset::ZERO && !reports.is_incomplete)?;
             Some(UncleanCandidate { broker, loss: None })
         };
-        let usable_candidate = successor(&leaderless.value.replicas, &reports.positions, tiered_end);
+        let usable_candidate = best_unclean_candidate(&leaderless.value.replicas, &reports.positions, tiered_end);
         let discard = usable_candidate.is_none();
         let Some(candidate) = usable_candidate.or_else(offline_candidate) else {
             let partition = format!("{topic}/{partition}");
@@ -249,8 +249,8 @@ impl Operations {
         Err(ElectError::LogUnusable { partition: format!("{topic}/{partition}"), id: candidate })
     }
 
-    /// Counts an election that changed the leader, waits until this broker's metadata cache contains it, and returns
-    /// the response.
+    /// Counts an election that changed the leader, waits, up to a timeout, until this broker's metadata cache contains
+    /// the election, and returns the response.
     async fn complete_election(&self, cause: &'static str, election: &OperationResult) -> v1::ElectLeaderResponse {
         if election.changed {
             self.ctx.metrics.elections.count(cause);
@@ -259,7 +259,7 @@ impl Operations {
         election_response(election)
     }
 
-    /// Requests the reports of a leaderless partition's replicas from all of their brokers that are registered.
+    /// Requests the reports of a leaderless partition's replicas from each of their brokers that is registered.
     async fn request_replica_reports(&self, leaderless: &OperationResult) -> ReplicaReports {
         let (id, value) = (leaderless.id, &leaderless.value);
         let state = self.ctx.metadata.state();
@@ -287,12 +287,12 @@ impl Operations {
                 }
                 // The broker responded that its replica is offline.
                 Some(Ok(Some(Err(reason)))) => {
-                    replica.error = Some(replica_offline(*broker, &reason).into());
+                    replica.error = Some(replica_offline_error(*broker, &reason).into());
                     reports.offline = reports.offline.or(Some(*broker));
                 }
                 // The broker responded, and its replica is neither open nor offline.
                 Some(Ok(None)) => {
-                    replica.error = Some(not_open(*broker).into());
+                    replica.error = Some(not_open_error(*broker).into());
                     reports.is_incomplete = true;
                 }
                 // The broker is registered and did not respond.
@@ -300,20 +300,20 @@ impl Operations {
                     replica.error = Some(error.into());
                     reports.is_incomplete = true;
                 }
-                None => replica.error = Some(not_registered(*broker).into()),
+                None => replica.error = Some(not_registered_error(*broker).into()),
             }
             reports.replicas.push(replica);
         }
         reports
     }
 
-    /// Waits until this broker's metadata cache contains the results of an operation, and describes the reassignment of
-    /// each partition.
-    async fn reassignments(&self, results: &[OperationResult]) -> Vec<v1::Reassignment> {
+    /// Waits, up to a timeout, until this broker's metadata cache contains the results of an operation, and describes
+    /// the reassignment of each partition.
+    async fn describe_reassignments(&self, results: &[OperationResult]) -> Vec<v1::Reassignment> {
         self.operations.wait_until_cached(results).await;
         let mut reassignments = Vec::with_capacity(results.len());
         for chunk in results.chunks(REASSIGNMENTS_PER_YIELD) {
-            reassignments.extend(chunk.iter().map(|result| self.reassignment(result)));
+            reassignments.extend(chunk.iter().map(|result| self.describe_reassignment(result)));
             tokio::task::yield_now().await;
         }
         reassignments
@@ -321,7 +321,7 @@ impl Operations {
 
     /// Describes the reassignment of a partition. A queued reassignment is described with the values that it will have
     /// after its start.
-    fn reassignment(&self, result: &OperationResult) -> v1::Reassignment {
+    fn describe_reassignment(&self, result: &OperationResult) -> v1::Reassignment {
         let value = &result.value;
         let queued = value.has_queued() && !value.is_reassigning();
         let started = value.start_queued().filter(|_| queued);
@@ -330,11 +330,11 @@ impl Operations {
         let target: Vec<BrokerId> = shown.replicas.iter().copied().filter(stays).collect();
         v1::Reassignment {
             partition: Some(self.topic_partition(result.id)),
-            replicas: numbers(&target),
-            adding: numbers(&shown.adding),
-            removing: numbers(&shown.removing),
+            replicas: ids_to_proto(&target),
+            adding: ids_to_proto(&shown.adding),
+            removing: ids_to_proto(&shown.removing),
             queued,
-            isr: numbers(&value.isr),
+            isr: ids_to_proto(&value.isr),
             leader: value.leader.map(|leader| leader.0),
             changed: result.changed,
         }
@@ -349,7 +349,7 @@ impl Operations {
 }
 
 /// Adds the content of a broker's registration to its description.
-fn describe_registration(broker: &mut v1::BrokerDescription, registration: &Versioned<BrokerValue>) {
+fn add_registration(broker: &mut v1::BrokerDescription, registration: &Versioned<BrokerValue>) {
     let value = &registration.value;
     broker.alive = true;
     broker.address = value.listeners.client().to_owned();
@@ -394,11 +394,11 @@ struct ReplicaReports {
     is_incomplete: bool,
 }
 
-fn not_registered(broker: BrokerId) -> ApiError {
+fn not_registered_error(broker: BrokerId) -> ApiError {
     ApiError::new(ErrorCode::NotReady, format!("broker {broker} is not registered"))
 }
 
-fn not_open(broker: BrokerId) -> ApiError {
+fn not_open_error(broker: BrokerId) -> ApiError {
     let message = format!("broker {broker} has not opened its replica yet");
     ApiError::new(ErrorCode::NotReady, message)
 }
@@ -406,7 +406,9 @@ fn not_open(broker: BrokerId) -> ApiError {
 /// Parses the partition number of a request. Returns `None` if the request has none.
 fn parse_partition(partition: Option<i32>) -> Result<Option<u32>, ApiError> {
     let Some(number) = partition else { return Ok(None) };
-    u32::try_from(number).map(Some).map_err(|_| invalid(format!("partition {number} is negative: use 0 or more")))
+    u32::try_from(number)
+        .map(Some)
+        .map_err(|_| invalid_request(format!("partition {number} is negative: use 0 or more")))
 }
 
 /// Parses the scope of a request: all topics (an empty name), one topic, or one partition. A partition number requires
@@ -416,7 +418,7 @@ fn parse_scope(topic: &str, partition: Option<i32>) -> Result<(Option<TopicName>
     if topic.is_empty() {
         return match partition {
             None => Ok((None, None)),
-            Some(number) => Err(invalid(format!("partition {number} has no topic: name the topic"))),
+            Some(number) => Err(invalid_request(format!("partition {number} has no topic: name the topic"))),
         };
     }
     Ok((Some(parse_topic_name(topic)?), partition))

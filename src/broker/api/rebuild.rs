@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{errors::invalid, topics::parse_topic_name};
+use super::{errors::invalid_request, topics::parse_topic_name};
 use crate::{
     broker::node_context::NodeContext,
     cluster::{PartitionUpdater, TierCommitError, TierCommits, UnknownTopic},
@@ -37,7 +37,7 @@ impl ManifestRebuilder {
     ) -> Result<v1::RebuildManifestResponse, ApiError> {
         let topic = parse_topic_name(&request.topic)?;
         let number = u32::try_from(request.partition)
-            .map_err(|_| invalid(format!("partition {} is negative: use 0 or more", request.partition)))?;
+            .map_err(|_| invalid_request(format!("partition {} is negative: use 0 or more", request.partition)))?;
         let state = self.ctx.metadata.state();
         let Some(stored) = state.topic(&topic) else { return Err(UnknownTopic::new(&request.topic).into()) };
         if number >= stored.value.partitions {
@@ -53,7 +53,7 @@ impl ManifestRebuilder {
             return Err(failed_precondition(message.to_owned()));
         };
         let committed = self.commits.current(id).await.map_err(commit_error)?;
-        let Some(committed) = committed else { return Err(partition_being_deleted()) };
+        let Some(committed) = committed else { return Err(partition_being_deleted_error()) };
         let tier = PartitionTier::new(objects.store.clone(), objects.cache.clone(), id, committed);
         let lost = match tier.check_manifest().await {
             Ok(()) => {
@@ -84,7 +84,7 @@ impl ManifestRebuilder {
     /// leader epoch. Fails with `CONFLICT` if the tier state or the leader epoch changes before the commit.
     async fn commit_rebuilt(&self, tier: &PartitionTier, survey: &Survey) -> Result<(), ApiError> {
         let id = tier.id();
-        let Some((value, _)) = self.updater.read_back(id).await? else { return Err(partition_being_deleted()) };
+        let Some((value, _)) = self.updater.read_back(id).await? else { return Err(partition_being_deleted_error()) };
         let staged = tier.stage_rebuilt(&survey.chain, survey.log_start, value.leader_epoch).await;
         let staged = staged.map_err(|error| upload_error(&error))?;
         let (before, after) = (staged.replaces().clone(), staged.state().clone());
@@ -127,7 +127,7 @@ fn response(survey: Survey, lost: String, plan: String, committed: bool) -> v1::
     }
 }
 
-fn partition_being_deleted() -> ApiError {
+fn partition_being_deleted_error() -> ApiError {
     ApiError::new(ErrorCode::Conflict, "the partition is being deleted: its manifest cannot be rebuilt")
 }
 

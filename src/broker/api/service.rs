@@ -100,8 +100,8 @@ impl log_server::Log for LogService {
         into_response(self.0.produce.append(request.into_inner(), &quota, &memory).await)
     }
 
-    // The broker's listener serves the streams through `server/streams`, with `serve_produce` and `serve_fetch`, and
-    // does not call this method.
+    // The broker's listener serves both streams through `server/streams`, with `serve_produce` and `serve_fetch`, and
+    // calls neither `produce` nor `fetch`.
     type ProduceStream = BoxStream<'static, Result<v1::ProduceResponse, Status>>;
 
     async fn produce(
@@ -115,7 +115,7 @@ impl log_server::Log for LogService {
         let memory = self.memory(&request);
         let request = request.into_inner();
         // A read may wait for a minute, so the memory of its request is freed now. The read keeps only the names of the
-        // partitions, and rejects a request with more partitions than this.
+        // partitions, and rejects a request with more than `MAX_FETCH_PARTITIONS`.
         if request.partitions.len() <= limits::MAX_FETCH_PARTITIONS {
             drop(memory.take_request());
         }

@@ -1,7 +1,7 @@
 //! Topic administration: converts requests to calls of `cluster::Topics`.
 //!
-//! The response to a change is sent after this broker has applied the change, or after [`APPLY_TIMEOUT`]. So this
-//! broker hosts a created topic when the client sends its next request.
+//! The response to a change is sent after this broker has applied the change, or after [`APPLY_TIMEOUT`]. Unless this
+//! time passes, the broker hosts a created topic when the client sends its next request.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 

@@ -36,7 +36,8 @@ impl ControlledShutdown {
         Self { id: ctx.id, metadata: ctx.metadata.clone(), partitions, session }
     }
 
-    /// Waits until leaderships and ISR memberships are transferred. Gives up after the timeout, with a warning.
+    /// Publishes that this broker stops, and waits until leaderships and ISR memberships are transferred. Logs a
+    /// warning and returns if the timeout passes first.
     pub(super) async fn transfer_leadership(&self, timeout: Duration) {
         if tokio::time::timeout(timeout, self.transfer_all()).await.is_err() {
             let state = self.metadata.state();

@@ -24,7 +24,8 @@ use crate::{
 /// Interval between checks whether a write found the disk full.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Number of such checks after which the free space is queried. A changed disk-full state causes a query at once.
+/// Number of such checks after which the free space is queried. Every check queries the free space while
+/// [`DataDir::is_full`] differs from the disk-full state of this broker.
 const TICKS_PER_DISK_CHECK: u32 = 10;
 
 /// Difference between the disk usage at which disk pressure begins and the usage at which it ends, in percent of the
@@ -74,8 +75,8 @@ impl DiskPressure {
         Self { ctx, health, session }
     }
 
-    /// Checks the disk at intervals. Writes changed states to the registration, and retries a failed write at the next
-    /// check. Never returns.
+    /// Checks the disk at intervals, and updates the metric and the health. In a cluster, writes changed states to the
+    /// registration, and retries a failed write at the next check. Never returns.
     pub(super) async fn run(self) {
         let percent = self.ctx.config.broker.disk_pressure_percent;
         let (mut under_pressure, mut full, mut published) = (self.session.is_under_disk_pressure(), false, true);

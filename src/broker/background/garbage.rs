@@ -63,8 +63,9 @@ impl GarbageRun {
                 self.run_once().await;
                 self.ctx.metrics.garbage_collections.inc();
             } else {
-                // The controller collects the garbage of the whole cluster. A broker that becomes the controller starts
-                // without state from its earlier terms.
+                // The controller collects the garbage of the whole cluster. This broker drops the state of its last
+                // term, so that a later term starts without that state. A term that was lost and regained between two
+                // runs keeps its state, which is harmless.
                 (self.key_sweeper, self.failed_listings) = Default::default();
                 self.ctx.metrics.tier_garbage_bytes.set(0);
             }
@@ -145,9 +146,10 @@ impl GarbageRun {
         }
     }
 
-    /// Deletes the tombstones of topics that have had no objects, and no partitions on this broker, for
-    /// [`TOMBSTONE_RETENTION`]. Without an object store this function is not called, because a store that contains data
-    /// may be configured again.
+    /// Deletes the tombstones of topics of which no data has remained for [`TOMBSTONE_RETENTION`]: no objects, no
+    /// metadata keys, and no partitions on this broker. Stores in each other tombstone the time since which no data
+    /// remains, or clears that time. Without an object store this function is not called, because a store that contains
+    /// data may be configured again.
     async fn expire_tombstones(&self, tier: &TierHandle) -> Result<(), TombstoneError> {
         let tombstones = self.topics.tombstones().await?;
         if tombstones.is_empty() {
@@ -165,8 +167,8 @@ impl GarbageRun {
         Ok(())
     }
 
-    /// Reads from the metadata store whether a partition is deleted, and its tier state if not. Called right before
-    /// orphan objects of the partition are deleted.
+    /// Reads from the metadata store whether a partition is deleted, and its tier state if not. Called after the
+    /// objects of the partition were listed, and before its orphan objects are deleted.
     async fn liveness(&self, id: PartitionId) -> PartitionLiveness {
         match (self.topics.was_deleted(id.topic).await, self.commits.current(id).await) {
             (Ok(true), _) => PartitionLiveness::Deleted,

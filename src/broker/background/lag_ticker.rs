@@ -1,5 +1,6 @@
-//! One clock for all partitions that need ticks. A leader needs them while an ISR member is behind, or while it waits
-//! for metadata. A timer for each partition would wake all of their tasks again and again.
+//! One clock for all partitions that need ticks. A leader needs ticks while an ISR member is behind or a refused
+//! proposal waits for metadata; an idle replica, while its metadata is late. A timer for each partition would wake the
+//! tasks of all partitions again and again.
 
 use std::time::Duration;
 

@@ -1,8 +1,8 @@
 //! Runs the maintenance of partitions, uploads included, and schedules it.
 //!
-//! Retention must continue while the object store accepts nothing. So the workers of the first queue do everything
-//! except uploads. They put a partition with a due upload into a second queue, whose workers may wait for the object
-//! store.
+//! Retention must continue while the object store accepts nothing. So the workers of the first queue write nothing to
+//! the object store. They put a partition with a due upload, or with other work that they leave out, into a second
+//! queue, whose workers may wait for the object store.
 
 use std::{sync::Arc, time::Duration};
 
@@ -28,9 +28,9 @@ const MIN_PAUSE_PER_CHECK: u32 = 500;
 /// Queue that a worker serves, and the work on its partitions.
 #[derive(Clone, Copy, Debug)]
 enum WorkerKind {
-    /// Serves `queue`, and does everything except uploads.
+    /// Serves `queue`, and does the work that writes nothing to the object store.
     Maintenance,
-    /// Serves `upload_queue`, and does everything, including uploads.
+    /// Serves `upload_queue`, and does all work, including uploads.
     Uploads,
 }
 
@@ -42,7 +42,7 @@ pub(super) struct Maintenance {
     lease: Arc<LeaseMonitor>,
     runner: MaintenanceRunner,
     queue: MaintenanceQueue,
-    /// Partitions with a due upload.
+    /// Partitions with a due upload, or with other work that the workers of `queue` leave out.
     upload_queue: MaintenanceQueue,
 }
 
@@ -59,8 +59,8 @@ impl Maintenance {
         Self { ctx, partitions, failures, lease, runner, queue, upload_queue: MaintenanceQueue::default() }
     }
 
-    /// Starts `tier.upload_concurrency` workers of each kind, the scheduler and, with an object store, the task that
-    /// resumes after outages.
+    /// Starts `tier.upload_concurrency` workers of each kind, but at least one, the scheduler and, with an object
+    /// store, the task that resumes after outages.
     pub(super) fn spawn(self: &Arc<Self>) {
         let tasks = &self.ctx.tasks;
         for _ in 0..self.ctx.config.tier.upload_concurrency.max(1) {
@@ -77,8 +77,8 @@ impl Maintenance {
         }
     }
 
-    /// Runs the steps of queued partitions, one after the other. Never returns. A step that is cancelled leaves at most
-    /// an orphan object.
+    /// Runs the steps of queued partitions, one after the other, and reports the results to `failures`. Never returns.
+    /// A step that is cancelled leaves at most an orphan object.
     async fn work(&self, kind: WorkerKind) {
         let failures = &self.failures;
         let queue = match kind {

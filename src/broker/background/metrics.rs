@@ -1,7 +1,7 @@
 //! Gauges of a broker, which are computed for each scrape of `/metrics`. Counters are updated where their events
 //! happen.
 //!
-//! A scrape costs one pass over the partitions of the metadata cache, and one over the partitions that are open here.
+//! A scrape costs one pass over the partitions of the metadata cache, and a few over the partitions that are open here.
 //! Without scrapes there is no cost.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -38,8 +38,8 @@ impl BrokerGauges {
         Self { ctx, partitions, session, budgets, produce_memory }
     }
 
-    /// Updates the gauges. Only one call may run at a time: each call sets the gauges of its followers' brokers and
-    /// then removes the gauges of all other brokers.
+    /// Updates the gauges. Only one call may run at a time: each call removes the lag gauges of all followers' brokers
+    /// and sets them again.
     pub(super) fn observe(&self) {
         let open = self.partitions.open();
         let status = self.ctx.log.status();
@@ -66,8 +66,8 @@ impl BrokerGauges {
         metrics.lease_remaining_seconds.set(self.session.lease_remaining().as_secs_f64());
     }
 
-    /// Updates the gauges of the partitions that this broker leads according to the metadata. On the controller, also
-    /// updates the gauges of leaderless partitions and of reassignments in the cluster.
+    /// Updates the gauges of the partitions that this broker leads according to the metadata. The gauges of leaderless
+    /// partitions and of reassignments count those of the cluster on the controller, and are 0 on other brokers.
     fn observe_leadership(&self, state: &MetadataSnapshot) {
         let min_isr = |topic| {
             let config = state.name(topic).and_then(|name| self.partitions.topic(name)).map(|topic| topic.config);

@@ -66,7 +66,8 @@ impl Background {
         }
     }
 
-    /// Starts the tasks that must run before the first role is assigned: lag ticker, lease monitor and producer ids.
+    /// Starts the tasks that must run before the first role is assigned: producer ids and, in a cluster, lag ticker and
+    /// lease monitor.
     pub(super) fn spawn_monitors(&self) {
         let tasks = &self.ctx.tasks;
         if !self.ctx.standalone {
@@ -110,8 +111,7 @@ impl Background {
         self.gauges.observe();
     }
 
-    /// Transfers leaderships and ISR memberships, as [`ControlledShutdown::transfer_leadership`] does. Gives up after
-    /// the timeout.
+    /// Transfers leaderships and ISR memberships, as [`ControlledShutdown::transfer_leadership`] does.
     pub(super) async fn transfer_leadership(&self, timeout: Duration) {
         self.shutdown.transfer_leadership(timeout).await;
     }

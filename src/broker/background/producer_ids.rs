@@ -1,9 +1,9 @@
 //! Ids for idempotent producers: assigned from blocks that no other broker has, and checked when a batch contains one.
 //!
 //! A broker reserves blocks in advance, so that a new producer also gets an id while the metadata store is unavailable.
-//! The end of each block is written to the data directory before an id of the block is assigned. The first reservation
-//! after a start raises the counter in the store to the written end, because the store may have been restored from an
-//! older state.
+//! The end of each block is written to the data directory before an id of the block is assigned. A reservation raises
+//! the counter in the store to the written end if the counter is below it, because the store may have been restored
+//! from an older state.
 
 use std::{
     collections::VecDeque,
@@ -39,7 +39,7 @@ enum ProducerIdError {
     /// The metadata store did not respond, or its value is unusable.
     #[error(transparent)]
     Store(#[from] MetaStoreError),
-    /// The end of the block could not be written to the data directory.
+    /// The end of the newest block could not be read from, or written to, the data directory.
     #[error("could not write the end of a block of producer ids to the data directory: {0}")]
     Directory(#[from] io::Error),
 }
@@ -170,7 +170,7 @@ impl ProducerIds {
                 *stored_end.insert(task::run_blocking(move || log.producer_ids_end()).await?)
             }
         };
-        let block = self.topics.producer_ids(end).await?;
+        let block = self.topics.reserve_producer_ids(end).await?;
         let (log, end) = (self.log.clone(), block.end);
         task::run_blocking(move || log.record_producer_ids_end(end)).await?;
         *stored_end = Some(end);
@@ -178,16 +178,16 @@ impl ProducerIds {
         Ok(())
     }
 
-    /// Assigns a producer id for a request. Fails if the connection has used up its quota, or if no id is reserved and
-    /// the metadata store does not respond.
+    /// Assigns a producer id for a request. Fails if the connection has used up its quota, if this broker has not read
+    /// the cluster's key and cannot read it now, or if no id is reserved and no block can be reserved now.
     pub(in crate::broker) async fn assign(&self, quota: &ProducerIdQuota) -> Result<i64, ApiError> {
         quota.take(self.per_minute)?;
         Ok(self.next().await?)
     }
 
-    /// Fails if this cluster never assigned the producer id of a batch, and counts the batch against the quota then.
-    /// The check needs only the cluster's key. If this broker does not have the key yet, the check waits
-    /// [`STORE_TIMEOUT`] for it and then fails.
+    /// Fails if this cluster never assigned the producer id of a batch, and counts the batch against the quota then:
+    /// with `UNKNOWN_PRODUCER`, or with `OVERLOADED` if the quota is used up. The check needs only the cluster's key.
+    /// If this broker does not have the key yet, the check waits at most [`STORE_TIMEOUT`] for the key and then fails.
     pub(in crate::broker) async fn check(&self, id: i64, quota: &ProducerIdQuota) -> Result<(), ApiError> {
         let key = match self.key.get() {
             Some(key) => key,

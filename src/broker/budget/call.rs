@@ -37,16 +37,16 @@ pub struct ReceivedRequest {
     grants: Grants,
 }
 
-/// Memory and unsent response frames of one call.
+/// Memory and unsent response data of one call.
 #[derive(Debug, Default)]
 struct Call {
     /// Last request that was read, until its handler takes it.
     request: ReceivedRequest,
-    /// Grants of response data that is complete and not yet passed to HTTP/2.
+    /// Grants of complete response data that was not passed to HTTP/2 yet, and grants of [`CallMemory::reserve_more`].
     completed: Grants,
-    /// Number of response frames that were passed to HTTP/2 and have not been sent.
-    unsent_frames: usize,
-    /// Registration of the call while response frames are unsent; `None` otherwise.
+    /// Number of existing [`SendingResponse`] values: of response data that HTTP/2 has not sent yet.
+    sending_count: usize,
+    /// Registration of the call while `sending_count` is above 0; `None` otherwise.
     unread: Option<UnreadResponse>,
 }
 
@@ -80,14 +80,16 @@ impl CallMemory {
     pub fn try_waiting(&self, bytes: usize) -> Result<Grant, ApiError> {
         let permit = self.budgets.0.waiting.try_take(bytes);
         permit.map(Grant::without_share).ok_or_else(|| {
-            self.budgets
-                .no_request_memory(bytes, "no memory for the request, and too many other requests wait for memory")
+            self.budgets.no_request_memory_error(
+                bytes,
+                "no memory for the request, and too many other requests wait for memory",
+            )
         })
     }
 
     /// Waits for memory for a request, at most `REQUEST_TIMEOUT`. During the wait, nothing more of the request is
-    /// read, so the HTTP/2 window stops the sender. The wait ends stalled incomplete requests, and closes connections
-    /// whose clients do not read.
+    /// read, so the HTTP/2 window stops the sender. A wait for the pool, not for the connection's share, ends stalled
+    /// incomplete requests, and closes connections whose clients do not read.
     ///
     /// # Errors
     /// `OVERLOADED`: no memory became free in time.
@@ -96,7 +98,7 @@ impl CallMemory {
         let share = self.connection.0.requests.of(bytes).take(bytes);
         let Ok(share) = tokio::time::timeout_at(deadline, share).await else {
             let message = "other requests of this connection hold the whole share of one connection";
-            return Err(self.budgets.no_request_memory(bytes, message));
+            return Err(self.budgets.no_request_memory_error(bytes, message));
         };
         let queued = QueuedRequest::new(&self.budgets.0.queues[usize::from(bytes > SMALL_BYTES)], bytes);
         let mut pending_permit = std::pin::pin!(self.budgets.0.requests.of(bytes).take(bytes));
@@ -106,7 +108,9 @@ impl CallMemory {
             }
             let now = clock::monotonic();
             if now >= deadline {
-                return Err(self.budgets.no_request_memory(bytes, "no memory for the request became free in time"));
+                return Err(self
+                    .budgets
+                    .no_request_memory_error(bytes, "no memory for the request became free in time"));
             }
             if let Some(wanted_bytes) = queued.begin_search(now) {
                 self.budgets.0.incomplete.end_stalled(bytes, wanted_bytes, now);
@@ -122,7 +126,8 @@ impl CallMemory {
     }
 
     /// Waits for memory for the parts of a request, at most `REQUEST_TIMEOUT`. The caller holds back the last bytes
-    /// of the request during the wait, so the request is not decoded.
+    /// of the request during the wait, so the request is not decoded. A wait for the pool closes connections whose
+    /// clients do not read.
     ///
     /// # Errors
     /// `OVERLOADED`: no memory became free in time.
@@ -135,7 +140,7 @@ impl CallMemory {
         };
         let granted = tokio::time::timeout(REQUEST_TIMEOUT, take).await;
         let reason = "no memory for the parts of the request became free in time";
-        granted.map_err(|_| self.budgets.no_request_memory(bytes, reason))
+        granted.map_err(|_| self.budgets.no_request_memory_error(bytes, reason))
     }
 
     /// Stores size and memory of a completely read request until its handler calls [`Self::take_request`].
@@ -153,7 +158,7 @@ impl CallMemory {
 
     /// Registers a request of this call as incomplete until the returned guard is dropped. The request has held `bytes`
     /// of memory since the time `since`.
-    pub fn incomplete(&self, bytes: usize, since: Instant) -> IncompleteGuard {
+    pub fn register_incomplete(&self, bytes: usize, since: Instant) -> IncompleteGuard {
         IncompleteGuard {
             budgets: self.budgets.clone(),
             request: self.budgets.0.incomplete.add(bytes, since, &self.connection.0),
@@ -172,7 +177,8 @@ impl CallMemory {
         large.or_else(|| take(min_bytes, self.is_small(min_bytes)))
     }
 
-    /// Takes memory as [`Self::try_response`] does. If there is none, waits for `min_bytes`.
+    /// Takes memory as [`Self::try_response`] does. If there is none, waits for `min_bytes`. A wait for the pool closes
+    /// connections whose clients do not read.
     pub(in crate::broker) async fn response(&self, bytes: usize, min_bytes: usize) -> (ResponseGrant, usize) {
         if let Some(granted) = self.try_response(bytes, min_bytes) {
             return granted;
@@ -205,7 +211,7 @@ impl CallMemory {
     }
 
     /// Returns the error for a response whose memory did not become free in time.
-    pub(in crate::broker) fn no_response_memory(&self) -> ApiError {
+    pub(in crate::broker) fn no_response_memory_error(&self) -> ApiError {
         let max = self.budgets.0.response_bytes;
         let message = format!(
             "no memory for the response became free in time: unread responses hold it, and all responses share {max} \
@@ -225,8 +231,8 @@ impl CallMemory {
         Ok(())
     }
 
-    /// Takes memory from the pool of large responses, without waiting. If there is not enough, closes connections whose
-    /// clients do not read, and fails with `OVERLOADED`.
+    /// Takes memory from the pool of large responses and from the connection's share, without waiting. If there is not
+    /// enough, closes connections whose clients do not read, and fails with `OVERLOADED`.
     fn take_more(&self, bytes: usize) -> Result<Grant, ApiError> {
         let taken = (self.connection.0.responses.large.try_take(bytes), self.budgets.0.responses.large.try_take(bytes));
         let (Some(share), Some(pool)) = taken else {
@@ -280,8 +286,8 @@ impl CallMemory {
     }
 
     /// Charges `bytes` of a response that the caller passes to HTTP/2. The caller drops the returned value when HTTP/2
-    /// has sent them. A response with records already holds most of this memory. A response without records, such as
-    /// metadata, takes its memory here.
+    /// has sent these bytes. A response with records already holds most of this memory. A response without records,
+    /// such as metadata, takes its memory here.
     ///
     /// # Errors
     /// `OVERLOADED`: there is not enough memory.
@@ -293,7 +299,7 @@ impl CallMemory {
         }
         let charged = grants.iter().map(Grant::bytes).sum();
         let mut call = self.call.lock();
-        call.unsent_frames += 1;
+        call.sending_count += 1;
         // HTTP/2 does not poll the call until the client reads, so the call cannot free memory before that.
         call.unread.get_or_insert_with(|| UnreadResponse::new(&self.connection.0)).on_data_passed(charged);
         drop(call);
@@ -324,7 +330,7 @@ impl CallMemory {
     }
 }
 
-/// A response frame that was passed to HTTP/2 and has not been sent. The frame is charged until this value is dropped.
+/// Response data that was passed to HTTP/2 and has not been sent. The data is charged until this value is dropped.
 #[derive(Debug)]
 pub struct SendingResponse {
     call: Arc<Mutex<Call>>,
@@ -334,8 +340,8 @@ pub struct SendingResponse {
 impl Drop for SendingResponse {
     fn drop(&mut self) {
         let mut call = self.call.lock();
-        call.unsent_frames -= 1;
-        if call.unsent_frames > 0 {
+        call.sending_count -= 1;
+        if call.sending_count > 0 {
             return call.unread.iter().for_each(UnreadResponse::renew);
         }
         let unread = call.unread.take();
@@ -384,7 +390,7 @@ impl IncompleteGuard {
         if !self.request.is_ended(waker) {
             return Ok(());
         }
-        Err(self.budgets.no_request_memory(
+        Err(self.budgets.no_request_memory_error(
             self.request.bytes,
             "the rest of the request did not arrive while other requests waited for its memory",
         ))

@@ -10,7 +10,7 @@ use crate::partition::MemoryBudget;
 pub struct Grant {
     /// Memory of the connection's share of the pool; `None` for a pool without shares.
     share: Option<OwnedSemaphorePermit>,
-    /// Memory of the pool, as many bytes as of the share.
+    /// Memory of the pool: as many bytes as of the share, or fewer after a failed [`Self::try_grow`].
     pool: OwnedSemaphorePermit,
 }
 

@@ -1,5 +1,5 @@
-//! Requests of which only a part has arrived. If other requests wait for memory, incomplete requests fail after a
-//! while.
+//! Requests of which only a part has arrived. If other requests wait for memory, incomplete requests fail after their
+//! [`arrival_timeout`].
 
 use std::{
     collections::BTreeMap,

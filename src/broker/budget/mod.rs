@@ -5,7 +5,7 @@
 //!
 //! Each budget has a pool for small messages and one for large messages, so large messages never delay small ones.
 //! Small requests that have arrived completely use a third pool, which no client can occupy by sending nothing. If that
-//! pool is used up, they use the pool for small messages.
+//! pool or the connection's share of it is used up, they use the pool for small messages.
 //!
 //! A connection takes memory from its own share of a pool first, then from the pool. So the requests of one connection
 //! that wait at a pool never want more than the share of that connection. Memory for all announced bytes is taken at
@@ -17,7 +17,7 @@
 //!
 //! # Invariants
 //!
-//! - A request whose bytes do not arrive holds no memory that other requests wait for. While other requests wait for a
+//! - A request whose bytes do not arrive loses the memory that other requests wait for. While other requests wait for a
 //!   pool, requests of that pool that have been incomplete for longer than [`arrival_timeout`] fail with `OVERLOADED`,
 //!   the oldest first.
 //! - A connection is closed (`connections`) if its client does not read and other calls wait for memory that the
@@ -188,8 +188,8 @@ impl Budgets {
         }))
     }
 
-    /// Creates the shares of a new connection in all pools. `close` is called to close the connection if its client
-    /// does not read.
+    /// Creates the shares of a new connection in all pools that have shares. `close` is called to close the connection
+    /// if its client does not read.
     pub fn connection(&self, close: impl Fn() + Send + Sync + 'static) -> ConnectionMemory {
         let Inner { request_bytes, response_bytes, .. } = *self.0;
         let sessions_bytes = response_bytes / SESSION_SHARE;
@@ -219,7 +219,7 @@ impl Budgets {
     }
 
     /// Returns the `OVERLOADED` error for a request of `bytes` that got no memory. `reason` begins the message.
-    fn no_request_memory(&self, bytes: usize, reason: &str) -> ApiError {
+    fn no_request_memory_error(&self, bytes: usize, reason: &str) -> ApiError {
         let max = self.0.request_bytes;
         let message = format!(
             "{reason}: the request has {bytes} bytes, and all requests share {max} bytes \

@@ -38,7 +38,7 @@ async fn stalled_requests_end_when_others_wait_for_memory() {
         let full: Vec<_> = std::iter::from_fn(|| {
             let call = call(&budgets);
             let grant = call.try_request(bytes)?;
-            Some((call.incomplete(bytes, clock::monotonic()), grant))
+            Some((call.register_incomplete(bytes, clock::monotonic()), grant))
         })
         .collect();
         assert!(full.len() >= 4);
@@ -65,7 +65,7 @@ async fn incomplete_requests_end_at_bounded_rate() {
     let mut full: Vec<_> = std::iter::from_fn(|| {
         let call = call(&budgets);
         let grant = call.try_request(SMALL_BYTES)?;
-        Some((call.incomplete(SMALL_BYTES, clock::monotonic()), grant))
+        Some((call.register_incomplete(SMALL_BYTES, clock::monotonic()), grant))
     })
     .collect();
     let mut waits: tokio::task::JoinSet<_> = (0..200).map(|_| call(&budgets).request(SMALL_BYTES)).collect();

@@ -73,13 +73,13 @@ pub(in crate::broker) enum LookupError {
         /// Number of partitions of the topic.
         count: usize,
     },
-    /// This broker does not serve the request: another broker leads, there is no leader, or the replica is not open yet
-    /// or is in an older leader epoch than the reader.
+    /// This broker does not serve the request: another broker leads, there is no leader, or the local replica is not
+    /// open, does not lead yet, or is in an older leader epoch than the reader.
     #[error("this broker does not lead partition {partition} of topic {topic:?}: {}", describe_retry(leader.as_ref()))]
     NotLeader {
         topic: String,
         partition: i32,
-        /// Leader according to the metadata; `None` during an election.
+        /// Leader according to the metadata; `None` if there is none.
         leader: Option<LeaderHint>,
     },
     /// The local replica is offline, and the metadata names no other broker as the leader.
@@ -211,7 +211,8 @@ impl ReplicaLookup {
     }
 
     /// Waits until this broker hosts all of these topics, at most [`TOPIC_TIMEOUT`]: another broker may have created
-    /// one a moment ago. Each topic is a name and an id, which may be empty. A standalone broker does not wait.
+    /// one a moment ago. Each topic is a name and an id, which may be empty. Does not wait for an invalid name, or on a
+    /// standalone broker.
     pub(in crate::broker) async fn wait_for_topics(&self, topics: impl Iterator<Item = (&str, &str)>) {
         if self.standalone {
             return;
@@ -262,7 +263,7 @@ impl ReplicaLookup {
 
     /// Returns the `NOT_LEADER` error for a read of a partition that this broker no longer serves, with the leader in
     /// the metadata.
-    pub(in crate::broker) fn not_leader(&self, topic: &str, partition: i32, id: PartitionId) -> ApiError {
+    pub(in crate::broker) fn not_leader_error(&self, topic: &str, partition: i32, id: PartitionId) -> ApiError {
         LookupError::NotLeader { topic: topic.to_owned(), partition, leader: self.leader(id) }.into()
     }
 

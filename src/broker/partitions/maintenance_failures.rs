@@ -22,13 +22,13 @@ use crate::{
 /// Number of consecutive failed steps of a partition from which the status reports the partition.
 const FAILURES_BEFORE_REPORT: u32 = 3;
 
-/// Time without a successful upload of any partition after which the status reports it, before any partition has failed
-/// [`FAILURES_BEFORE_REPORT`] times.
+/// Time without a successful upload of any partition after which the status reports the failing uploads, even if no
+/// partition has failed [`FAILURES_BEFORE_REPORT`] times.
 const UPLOADS_IMPAIRED_AFTER: Duration = Duration::from_secs(30);
 
 /// Partitions whose last maintenance steps failed. `Display` writes the status: the number of reported partitions, and
-/// the one that has failed for longest with its error. If there is none, `Display` writes the error of the uploads once
-/// they have failed for [`UPLOADS_IMPAIRED_AFTER`], or nothing.
+/// the one that has failed for longest with its error. If no partition is reported, `Display` writes the error of the
+/// uploads once they have failed for [`UPLOADS_IMPAIRED_AFTER`], or nothing.
 #[derive(Default)]
 pub(in crate::broker) struct MaintenanceFailures {
     partitions: Mutex<BTreeMap<PartitionId, FailingPartition>>,
@@ -66,8 +66,8 @@ impl MaintenanceFailures {
         self.partitions.lock().get(&id)?.reason.clone()
     }
 
-    /// Returns why this partition has not been uploaded: its last step failed, or the object store rejects the uploads
-    /// of other partitions. Returns `None` if neither holds.
+    /// Returns why this partition has not been uploaded: its last step failed, or the object store accepts no uploads.
+    /// Returns `None` if neither holds.
     pub(in crate::broker) fn why_not_uploaded(&self, id: PartitionId) -> Option<String> {
         self.reason(id).or_else(|| Some(format!("uploads fail: {}", self.failing_uploads(&self.partitions.lock())?.1)))
     }
@@ -83,8 +83,8 @@ impl MaintenanceFailures {
         }
     }
 
-    /// Handles the result of an upload of any partition. A success clears the error that all partitions share. Only an
-    /// unavailable object store sets it, because other errors concern one partition.
+    /// Handles the result of a step of any partition. A successful upload clears the error that all partitions share.
+    /// Only an unavailable object store sets this error, because other errors concern one partition.
     pub(in crate::broker) fn on_upload(&self, outcome: Result<(), &MaintenanceError>) {
         match outcome {
             Ok(()) => *self.uploads.lock() = None,
@@ -103,8 +103,9 @@ impl MaintenanceFailures {
         self.uploads.lock().clone().filter(|_| partitions.values().any(|failing| failing.steps > 0))
     }
 
-    /// Counts and logs a failed step of a partition. `has_outage` is true during an outage of the object store or the
-    /// metadata store, which is reported elsewhere. Returns the number of consecutive failed steps.
+    /// Counts and logs a failed step of a partition, and wakes [`Self::until_not_uploaded`] unless the failure is
+    /// reported elsewhere. `has_outage` is true during an outage of the object store or the metadata store, which is
+    /// reported elsewhere. Returns the number of consecutive failed steps.
     pub(in crate::broker) fn on_failure(
         &self,
         partition: &Partition,
@@ -140,8 +141,9 @@ impl MaintenanceFailures {
     }
 
     /// Logs a failed step. The line is a warning if `failures` is present: the number of failures since the last
-    /// warning about the partition. Rejected tier commits cause one warning for all partitions. Any other failure is a
-    /// debug line, because the clients of the stores log their outages.
+    /// warning about the partition. Rejected tier commits cause throttled warnings that concern all partitions. Any
+    /// other failure is a debug line: one between two warnings, a deposed leader, or an outage, which the store's
+    /// client logs.
     fn log_failure(&self, partition: &Partition, error: &MaintenanceError, failures: Option<u64>, steps: u32) {
         let (id, topic) = (partition.id(), partition.topic());
         if is_deposed(error) {
@@ -167,8 +169,8 @@ impl MaintenanceFailures {
         }
     }
 
-    /// Handles a successful step of this partition. The entry stays until its log throttle is quiet, so that
-    /// alternating failures and successes do not fill the log.
+    /// Handles a successful step of this partition, and logs the first one after a warning. The entry stays until its
+    /// log throttle is quiet, so that alternating failures and successes do not fill the log.
     pub(in crate::broker) fn on_success(&self, partition: &Partition) {
         let mut partitions = self.partitions.lock();
         let Some(failing) = partitions.get_mut(&partition.id()) else { return };
@@ -207,8 +209,8 @@ impl fmt::Display for MaintenanceFailures {
     }
 }
 
-/// Returns true if the partition's leader epoch in the metadata store is not the one of this step any longer. The leader
-/// of the new epoch continues the maintenance.
+/// Returns true if the partition's leader epoch in the metadata store is not the one of this step any longer. The
+/// leader of the new epoch continues the maintenance.
 const fn is_deposed(error: &MaintenanceError) -> bool {
     matches!(error, MaintenanceError::Commit(TierCommitError::Deposed { .. }))
 }

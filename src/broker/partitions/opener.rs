@@ -26,19 +26,23 @@ const MAX_CONCURRENT_OPENS: usize = 4;
 pub(super) struct PartitionOpener {
     pub(super) ctx: NodeContext,
     pub(super) partitions: Arc<PartitionTable>,
-    /// Context through which partitions reach other brokers.
+    /// Interfaces and counters of the broker that every opened partition gets: replication links, ISR updates.
     pub(super) partition_ctx: PartitionContext,
     pub(super) queue: MaintenanceQueue,
 }
 
 impl PartitionOpener {
-    /// Returns the parameters for opening a replica. Returns `None` if its topic is not hosted, or if the replica has
-    /// no files and the broker is not activated yet. `replica` is its entry in the partition table, and `value` the
-    /// partition value in `state`.
+    /// Returns the parameters for opening a replica. Returns `None` if its topic is not in `state` or not hosted, or if
+    /// the replica has no files and the broker of a cluster is not activated yet. `replica` is its entry in the
+    /// partition table, and `value` the partition value in `state`.
     ///
-    /// `ReplicaSpec::discard_local` is set for a replica without files, and for a replica that failed to open while
-    /// another broker leads and this broker is in neither ISR nor ELR. It is also set for a replica that failed to open
-    /// and that an operator then elected in order to discard it. A standalone broker never discards a replica.
+    /// A broker of a cluster sets `ReplicaSpec::discard_local` in these cases, and a standalone broker never:
+    ///
+    /// | replica | condition |
+    /// | --- | --- |
+    /// | without files | always |
+    /// | failed to open | another broker leads now, and this broker is in neither ISR nor ELR |
+    /// | failed to open | an operator has elected this replica after the first failure, in order to discard it |
     pub(super) fn spec(
         &self,
         id: PartitionId,

@@ -6,6 +6,7 @@
 //! ```text
 //!   topic key      ─▶ number of partitions and configuration; key removed: replicas are closed, files deleted if there
 //!                     is a tombstone
+//!   tombstone key  ─▶ files of a topic that was not hosted: deleted
 //!   partition key  ─▶ replica here: opened and assigned (`Partition::assign`); none here: closed, then a stray replica
 //!   tier key       ─▶ committed tier state, passed to the replica here
 //!   broker key     ─▶ status of followers' brokers, for leaders; address of the leader, for followers
@@ -76,7 +77,8 @@ pub(in crate::broker) struct Reconciler {
     /// True from the activation on: replicas receive their assignments.
     is_active: bool,
     /// Partitions whose values were unreadable at the startup verification, with the revisions of those values. A
-    /// partition leaves the map when its readable value has this broker in neither ISR nor ELR.
+    /// partition leaves the map when a readable value has this broker as a replica that neither leads nor is in the ISR
+    /// or ELR.
     unverified: BTreeMap<PartitionId, Revision>,
     /// Log throttle, shared by all topics, for failed writes of topic records to the object store.
     failed_topic_records: Arc<Mutex<LogThrottle>>,
@@ -117,7 +119,7 @@ impl Reconciler {
         state: &MetadataSnapshot,
     ) {
         (self.is_active, self.unverified) = (true, unverified);
-        self.strays.check_strays(state).await;
+        self.strays.delete_removed_topics(state).await;
         self.ctx.log.stray_partitions().into_iter().for_each(|id| self.strays.add(id));
     }
 
@@ -137,7 +139,7 @@ impl Reconciler {
             // `None` means that the broker stops, or that the metadata cache was stopped.
             let Some(event) = tasks.run_until_cancelled(next).await.flatten() else { return };
             match event {
-                ReconcilerEvent::StraysDue => self.strays.process().await,
+                ReconcilerEvent::StraysDue => self.strays.check_and_delete().await,
                 ReconcilerEvent::Changed(MetadataChange::Relisted) => {
                     let state = self.ctx.metadata.state();
                     self.reconcile(&state).await;
@@ -150,7 +152,7 @@ impl Reconciler {
         }
     }
 
-    /// Applies the complete metadata snapshot, to hosted topics that it no longer contains too.
+    /// Applies the complete metadata snapshot, also to hosted topics that the snapshot no longer contains.
     pub(in crate::broker) async fn reconcile(&mut self, state: &MetadataSnapshot) {
         let mut names: BTreeSet<TopicName> = state.topics().keys().cloned().collect();
         names.extend(self.partitions.names());
@@ -176,8 +178,7 @@ impl Reconciler {
                 }
                 Key::Tier(id) => self.pass_tier_state(*id, state).await,
                 Key::Broker(id) => brokers.push(*id),
-                // This also deletes the files of a topic that was not hosted, because its value or configuration was
-                // invalid.
+                // A topic that was not hosted, because its value or configuration was invalid, may have files too.
                 Key::Tombstone(id) if state.name(*id).is_none() => deleted_topics.push(*id),
                 // Topic keys were applied above. Other keys do not concern the partitions of this broker.
                 _ => {}
@@ -189,12 +190,12 @@ impl Reconciler {
         }
         self.reconcile_partitions(ids.into_iter().collect(), state).await;
         self.partitions.set_revisions(revisions);
-        // Deletions come last, because they may take long, and leadership changes are more urgent.
-        self.strays.process_deleted(deleted_topics).await;
+        // These deletions come last, because they may take long, and leadership changes are more urgent.
+        self.strays.on_tombstones_changed(deleted_topics).await;
     }
 
     /// Applies topic values to the partition table. Returns the partitions that the caller must reconcile, and the
-    /// revision that each changed topic has reached after that.
+    /// revision of each changed topic, which is applied once these partitions are reconciled.
     async fn apply_topics<'a>(
         &mut self,
         names: impl Iterator<Item = &'a TopicName> + Send,
@@ -263,8 +264,9 @@ impl Reconciler {
         Some((after, stored.mod_revision))
     }
 
-    /// Applies the metadata to these partitions: opens or closes their replicas, and sends the assignments if the
-    /// broker is active. An unusable replica that may be discarded is opened again as an empty one.
+    /// Applies the metadata to these partitions: opens, closes or holds back their replicas, and queues stray replicas
+    /// for a check. If the broker is active, then opens unusable replicas that may be discarded again as empty ones,
+    /// resigns for offline replicas, and sends the assignments.
     async fn reconcile_partitions(&mut self, ids: Vec<PartitionId>, state: &MetadataSnapshot) {
         let log = self.ctx.log.clone();
         let is_on_disk = |id: &PartitionId| log.holds(*id);
@@ -272,7 +274,7 @@ impl Reconciler {
         for id in ids {
             // Partitions of a topic that is not hosted are skipped.
             let Some(replica) = self.partitions.get(id) else { continue };
-            // Also if the topic's new value is unreadable: the hosted topic stays as it is.
+            // `entry` also finds a partition whose topic now has an unreadable value: that topic stays hosted.
             let stored = state.entry(id).and_then(|entry| entry.partition.as_ref());
             match stored {
                 Some(stored) if stored.value.replicas.contains(&self.ctx.id) => {
@@ -346,7 +348,7 @@ impl Reconciler {
         self.partitions.set(id, HostedPartition::Offline(OfflineReplica::Unverified));
     }
 
-    /// Stops the local replica, if there is one. The files stay.
+    /// Stops the local replica if it is open, and sets its entry to [`HostedPartition::None`]. The files stay.
     async fn close(&self, id: PartitionId, replica: &HostedPartition) {
         if let HostedPartition::Online(partition) = replica {
             partition.stop().await;
@@ -371,10 +373,10 @@ impl Reconciler {
         }
     }
 
-    /// Returns true if this broker may resign the leadership of a partition whose local replica is offline. A resignation
-    /// also removes this broker from the ISR. An unverified replica stays offline and may be the only intact one. So the
-    /// broker resigns only if another running ISR member is certain to be verified: its broker epoch is below the revision
-    /// of the unreadable value, so its startup verification read an earlier, valid value.
+    /// Returns true if this broker may resign the leadership of a partition whose local replica is offline. A
+    /// resignation also removes this broker from the ISR. An unverified replica stays offline and may be the only
+    /// intact one. So the broker resigns only if another running ISR member is certain to be verified: its broker epoch
+    /// is below the revision of the unreadable value, so its startup verification read an earlier, valid value.
     fn may_resign(&self, id: PartitionId, value: &PartitionValue, state: &MetadataSnapshot) -> bool {
         let Some(unreadable) = self.unverified.get(&id) else { return true };
         value.isr.iter().filter(|member| **member != self.ctx.id).any(|member| match broker_status(state, *member) {
@@ -383,14 +385,15 @@ impl Reconciler {
         })
     }
 
-    /// Returns true if another process, on a copy of this broker's data directory, is registered with this broker's id.
-    /// The leader with this id is then that process.
+    /// Returns true if another process, for example on a copy of this broker's data directory, is registered with this
+    /// broker's id. The leader with this id is then that process.
     fn is_replaced(&self, state: &MetadataSnapshot) -> bool {
         let registered = state.brokers().get(&self.ctx.id);
         registered.is_some_and(|registration| registration.value.incarnation != *self.ctx.incarnation)
     }
 
-    /// Sends the assignment to a replica, if the replica is open and the partition value is readable.
+    /// Sends the assignment to a replica, if the replica is open and the partition value is readable. If another
+    /// process is registered with this broker's id, the assignment never names this broker as the leader.
     async fn assign(&self, id: PartitionId, state: &MetadataSnapshot) {
         let Some(partition) = self.partitions.by_id(id) else { return };
         let Some(entry) = state.entry(id) else { return };
@@ -477,7 +480,7 @@ impl Reconciler {
             }
         };
         stream::iter(topic.partitions()).for_each_concurrent(MAX_CONCURRENT_ASSIGNMENTS, stop).await;
-        if self.strays.process_topic(topic.id).await {
+        if self.strays.delete_removed_topic(topic.id).await {
             tracing::info!(topic = %name, id = %topic.id, "deleted the topic from this broker");
         }
         self.partitions.notify_changed();

@@ -45,7 +45,7 @@ pub(in crate::broker) struct StrayCleaner {
     waiting: BTreeSet<PartitionId>,
     /// Removed topics whose tombstone could not be read, because the store did not respond.
     topics: BTreeSet<TopicId>,
-    /// Earliest time of the next check, set when the store did not respond.
+    /// Earliest time of the next check, set when the store did not respond to the last one.
     not_before: Option<Instant>,
 }
 
@@ -70,8 +70,8 @@ impl StrayCleaner {
         self.waiting.insert(id);
     }
 
-    /// Waits until there is a replica or topic to check and the pause after a failed read has passed. Never returns
-    /// while there is none.
+    /// Waits until there is a replica or topic to check and the pause after a failed read has passed. Never returns if
+    /// there is nothing to check.
     pub(super) async fn due(&self) {
         if self.waiting.is_empty() && self.topics.is_empty() {
             return std::future::pending().await;
@@ -85,11 +85,11 @@ impl StrayCleaner {
     /// topics with a tombstone, and the replicas that the metadata store assigns to other brokers only. A waiting
     /// replica with a missing or unreadable key keeps its files and is not checked again. Failed reads are retried
     /// after a pause.
-    pub(super) async fn process(&mut self) {
+    pub(super) async fn check_and_delete(&mut self) {
         self.not_before = None;
         for topic in std::mem::take(&mut self.topics) {
             // A topic that is in the metadata again is not removed: the reconciler opens its partitions.
-            if self.metadata.state().name(topic).is_none() && self.process_topic(topic).await {
+            if self.metadata.state().name(topic).is_none() && self.delete_removed_topic(topic).await {
                 tracing::info!(
                     %topic,
                     "deleted the files of a topic that was deleted during an outage of the metadata store"
@@ -129,21 +129,21 @@ impl StrayCleaner {
         }
     }
 
-    /// Checks all topics that have files on disk and are not in the metadata. Deletes the files of topics with a
-    /// tombstone, and logs a warning for each topic without one. Called once, at the activation.
-    pub(super) async fn check_strays(&mut self, state: &MetadataSnapshot) {
+    /// Calls [`Self::delete_removed_topic`] for all topics that have files on disk and are not in the metadata. Called
+    /// once, at the activation.
+    pub(super) async fn delete_removed_topics(&mut self, state: &MetadataSnapshot) {
         let topics: BTreeSet<TopicId> =
             self.log.partitions().into_iter().chain(self.log.stray_partitions()).map(|id| id.topic).collect();
         for topic in topics.into_iter().filter(|topic| state.name(*topic).is_none()) {
-            if self.process_topic(topic).await {
+            if self.delete_removed_topic(topic).await {
                 tracing::info!(%topic, "deleted the remaining files of a deleted topic");
             }
         }
     }
 
-    /// Deletes the files of topics that are not in the metadata and whose tombstone key has changed. Reads the
-    /// tombstones from the store first.
-    pub(super) async fn process_deleted(&mut self, topics: Vec<TopicId>) {
+    /// Handles changed tombstone keys of topics that are not in the metadata: deletes the files of each topic whose
+    /// tombstone is in the store.
+    pub(super) async fn on_tombstones_changed(&mut self, topics: Vec<TopicId>) {
         for topic in topics {
             let ids = self.partitions_on_disk(topic);
             if !ids.is_empty() && self.delete_with_tombstone(topic, ids).await {
@@ -152,15 +152,15 @@ impl StrayCleaner {
         }
     }
 
-    /// Deletes the files of a removed topic if the store has its tombstone, and returns true then. Logs a warning if
-    /// there is no tombstone and the topic has files.
-    pub(super) async fn process_topic(&mut self, topic: TopicId) -> bool {
+    /// Deletes the files of a removed topic if the store has its tombstone, and returns true then, also without files.
+    /// Logs a warning if there is no tombstone and the topic has files. If the store does not respond, returns false,
+    /// and the topic is checked again later.
+    pub(super) async fn delete_removed_topic(&mut self, topic: TopicId) -> bool {
         let ids = self.partitions_on_disk(topic);
         self.delete_with_tombstone(topic, ids).await
     }
 
-    /// Deletes these replicas of a removed topic if the store has its tombstone, and returns true then, also if `ids`
-    /// is empty. If the store does not respond, returns false, and the topic is checked again later.
+    /// Does the work of [`Self::delete_removed_topic`]. `ids` are the replicas of the topic with files on disk.
     async fn delete_with_tombstone(&mut self, topic: TopicId, ids: Vec<PartitionId>) -> bool {
         match tokio::time::timeout(REQUEST_TIMEOUT, self.tombstones.was_deleted(topic)).await {
             Ok(Ok(true)) => {

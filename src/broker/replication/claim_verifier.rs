@@ -58,22 +58,22 @@ impl ClaimVerifier {
         if !self.registrations.try_take() {
             let message =
                 format!("more than {MAX_LOOKUPS_PER_MINUTE} registrations were looked up in a minute: retry later");
-            return Err(not_ready(message));
+            return Err(not_ready_error(message));
         }
         let key = self.keys.broker(broker);
         match tokio::time::timeout(LOOKUP_TIMEOUT, self.store.get(&key)).await {
             Ok(Ok(reading)) => Ok(reading.entry.map(|entry| entry.create_revision)),
             Ok(Err(error)) => {
-                Err(not_ready(format!("could not read the registration from the metadata store: {error}")))
+                Err(not_ready_error(format!("could not read the registration from the metadata store: {error}")))
             }
-            Err(_) => {
-                Err(not_ready(format!("the metadata store did not respond within {LOOKUP_TIMEOUT:?}: retry later")))
-            }
+            Err(_) => Err(not_ready_error(format!(
+                "the metadata store did not respond within {LOOKUP_TIMEOUT:?}: retry later"
+            ))),
         }
     }
 
     /// Reads the leader epoch of a partition from the metadata store. Returns `None` if the rate is exceeded, if the
-    /// store does not respond, or if the partition has no readable value.
+    /// store could not be read in time, or if the partition has no readable value.
     pub(super) async fn leader_epoch(&self, id: PartitionId) -> Option<LeaderEpoch> {
         if !self.partitions.try_take() {
             return None;
@@ -85,7 +85,7 @@ impl ClaimVerifier {
     }
 }
 
-fn not_ready(message: String) -> ApiError {
+fn not_ready_error(message: String) -> ApiError {
     ApiError::new(ErrorCode::NotReady, message)
 }
 

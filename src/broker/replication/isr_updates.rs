@@ -13,12 +13,13 @@
 //! - No proposal is sent twice. If it is uncertain whether a proposal was applied, its outcome is `Unknown`. The leader
 //!   then requests a read-back of the key, which is retried until the store responds.
 //! - A broker that cannot write a partition resigns its leadership in the metadata store, if the ISR has another
-//!   member. The resignation is retried until it is committed, or until the broker no longer leads in that epoch.
+//!   member. The resignation is retried until it is committed or has no effect, for example because the broker no
+//!   longer leads in that epoch.
 //!
 //! # Shutdown
 //!
-//! The tasks end at once, without waiting for requests in flight. The next leader reads their result from the metadata
-//! store.
+//! The tasks end at once, without waiting for requests in flight. The next leader reads the result of these requests
+//! from the metadata store.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -80,7 +81,7 @@ impl<T: Default> CoalescingQueue<T> {
 /// Operations of one partition on the metadata store, besides its proposals.
 #[derive(Clone, Copy, Debug, Default)]
 struct PendingStoreOp {
-    /// True if the leader requested a read-back of the key.
+    /// True if the partition requested a read-back of the key.
     read_back: bool,
     /// Leader epoch whose leadership this broker must resign; `None` without a resignation.
     resign: Option<LeaderEpoch>,
@@ -140,16 +141,16 @@ impl IsrUpdateManager {
         loop {
             let proposals = self.proposals.take().await;
             let proposed = proposals.into_iter().filter_map(|(id, proposal)| Some((id, proposal?)));
-            let updates = proposed.map(|(id, proposal)| self.update(id, proposal)).collect();
+            let updates = proposed.map(|(id, proposal)| self.build_update(id, proposal)).collect();
             for (id, result) in self.updater.apply(updates, &[]).await {
                 self.send_outcome(id, outcome(id, result)).await;
             }
         }
     }
 
-    /// Returns the update for a proposal. The update is applied only if each added member is still registered with the
-    /// broker epoch in the proposal.
-    fn update(&self, id: PartitionId, proposal: IsrProposal) -> PartitionUpdate {
+    /// Returns the update for a proposal. The update is applied only if the stored value still has the expected
+    /// revision and each added member is still registered with the broker epoch in the proposal.
+    fn build_update(&self, id: PartitionId, proposal: IsrProposal) -> PartitionUpdate {
         let IsrProposal { expect, value, added } = proposal;
         let registered = |peer: PeerId| Compare::CreateRevision(self.keys.broker(peer.broker), peer.epoch);
         let added = if mutant!(AdmitStaleBrokerEpoch) { Vec::new() } else { added };
@@ -253,8 +254,8 @@ fn outcome(id: PartitionId, result: UpdateOutcome) -> ProposalOutcome {
         // The stored value is missing or unreadable, so the leader must not continue as if the old value were stored.
         UpdateOutcome::Conflict(None) => ProposalOutcome::Deleted,
         UpdateOutcome::GuardFailed => unreachable!("the update has no guard for all changes"),
-        // The change may or may not have been applied. After `Unknown`, the leader requests a read-back, which shows
-        // the stored value.
+        // After `Unknown`, the change may or may not have been applied. After `Failed`, the change was not applied. In
+        // both cases, the leader requests a read-back, which shows the stored value.
         UpdateOutcome::Unknown(error) | UpdateOutcome::Failed(error) => {
             tracing::debug!(partition = %id, %error, "the outcome of an ISR proposal is unknown: reading the key back");
             ProposalOutcome::Unknown
@@ -358,7 +359,7 @@ mod tests {
             let expect = read.entry.expect("the key exists");
             let added = vec![PeerId { broker: peer, epoch }];
             let proposal = IsrProposal { expect: expect.mod_revision, value: after.clone(), added };
-            let update = bench.isr_updates.update(bench.id, proposal);
+            let update = bench.isr_updates.build_update(bench.id, proposal);
             bench.isr_updates.updater.apply(vec![update], &[]).await;
             assert_eq!(&bench.stored().await, expected);
         }

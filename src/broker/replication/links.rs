@@ -49,7 +49,7 @@ pub(super) struct LinkManager {
 struct LinkTable {
     /// Leader that each local follower follows.
     leaders: BTreeMap<PartitionId, BrokerId>,
-    /// Link to each leader's broker, as the requests of its partitions. Links are never removed.
+    /// Requests of the link to each leader's broker. Links are never removed.
     links: BTreeMap<BrokerId, Arc<LinkRequests>>,
 }
 
@@ -92,7 +92,7 @@ impl LinkManager {
     }
 
     /// Returns the newest leader epoch of the local partition; zero if the partition is not open.
-    fn known_epoch(&self, partition: PartitionId) -> LeaderEpoch {
+    fn newest_epoch(&self, partition: PartitionId) -> LeaderEpoch {
         self.peer_table.partition(partition).map_or(LeaderEpoch::default(), |partition| partition.epoch())
     }
 
@@ -122,7 +122,7 @@ impl ReplicationLinks for LinkManager {
         let link = Arc::clone(state.links.entry(leader).or_insert_with(|| self.open(leader)));
         drop(state);
         if let Some(previous) = previous {
-            previous.unsubscribe(partition, self.known_epoch(partition), false);
+            previous.unsubscribe(partition, self.newest_epoch(partition), false);
         }
         link.start_following(partition);
     }
@@ -139,14 +139,14 @@ impl ReplicationLinks for LinkManager {
         }
     }
 
-    fn unsubscribe(&self, partition: PartitionId, known: LeaderEpoch, stopping: bool) {
+    fn unsubscribe(&self, partition: PartitionId, newest_epoch: LeaderEpoch, stopping: bool) {
         let link = {
             let mut state = self.state.lock();
             let leader = state.leaders.remove(&partition);
             leader.and_then(|leader| state.links.get(&leader).cloned())
         };
         if let Some(link) = link {
-            link.unsubscribe(partition, known, stopping);
+            link.unsubscribe(partition, newest_epoch, stopping);
         }
     }
 }
@@ -204,8 +204,9 @@ impl OutboundLink {
         }
     }
 
-    /// Logs how a link ended, or why it could not be opened. If the connection failed or ended, reports that to the peer
-    /// table: the peer's process may have exited. Other failures prove nothing about the process, and are not reported.
+    /// Logs how a link ended, or why it could not be opened. If the connection failed or ended, reports that to the
+    /// peer table: the peer's process may have exited. Other failures prove nothing about the process, and are not
+    /// reported.
     fn report_link_end(&self, address: &str, epoch: Revision, failure: &LinkFailure) {
         let reason = match failure {
             LinkFailure::Call(PeerError::Lost { reason, .. }) => Some(*reason),
@@ -304,8 +305,8 @@ impl OutboundLink {
         }
     }
 
-    /// Opens the stream and waits for the peer's Welcome. Verifies the broker id and the broker epoch in the Welcome.
-    /// Returns the stream and this broker epoch.
+    /// Opens the stream and waits for the peer's Welcome. Verifies the broker id and the broker epoch in the Welcome,
+    /// and compares the peer's clock with the local one. Returns the stream and the peer's broker epoch.
     async fn open_stream(
         &self,
         own_epoch: Revision,

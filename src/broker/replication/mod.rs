@@ -1,6 +1,6 @@
 //! Replication between this broker and its peers: links in both directions, failure detection, and ISR updates.
 //!
-//! [`ReplicationManager`] composes the parts. They open, close or assign no partition; the reconciler does.
+//! [`ReplicationManager`] composes the parts. No part opens, closes or assigns a partition; the reconciler does that.
 
 mod claim_verifier;
 mod failure_detector;
@@ -82,7 +82,7 @@ impl ReplicationManager {
         Self { peer_table, peers, links, server, isr_updates, unreachable: Mutex::default(), tasks }
     }
 
-    /// Returns the context through which partitions reach other brokers.
+    /// Returns the context of opened partitions: the replication links, the ISR updates, and these counters.
     pub(super) fn partition_context(&self, counters: PartitionCounters) -> PartitionContext {
         PartitionContext {
             links: Arc::clone(&self.links) as _,
@@ -139,7 +139,7 @@ impl ReplicationManager {
 
     /// From this call on, all requests of peers are served. Before this call, the broker only identifies itself.
     pub(super) fn begin_serving(&self) {
-        self.server.begin();
+        self.server.begin_serving();
     }
 
     /// Ends all links and probes.

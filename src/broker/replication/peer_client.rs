@@ -33,8 +33,8 @@ pub(super) enum DisconnectReason {
     Reset,
     /// The peer ended the stream normally.
     Closed,
-    /// No response or data arrived in time, or a connection failed for another reason than a refusal. The process, host
-    /// or network may be down, slow or partitioned.
+    /// No response or data arrived in time, or an attempt to connect failed for another reason than a refusal. The
+    /// process, host or network may be down, slow or partitioned.
     TimedOut,
 }
 
@@ -85,8 +85,8 @@ impl PeerClient {
     /// response to `hello`.
     ///
     /// # Errors
-    /// The address is invalid, the connection cannot be made, the broker rejects the call, or its response does not
-    /// start within the connect timeout.
+    /// The address is invalid, the connection cannot be made or breaks, the broker rejects the call, or its response
+    /// does not start within the connect timeout.
     pub(super) async fn replicate(&self, address: &str, hello: v1::Hello) -> Result<ReplicationStream, PeerError> {
         let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
         let channel =
@@ -104,7 +104,8 @@ impl PeerClient {
     /// Requests the identity of the broker at an address, on a separate connection: a probe.
     ///
     /// # Errors
-    /// The address is invalid, no broker responds within `timeout`, or the process at the address is no broker.
+    /// The address is invalid, the connection cannot be made or breaks, no response arrives in time, or the process at
+    /// the address responds with an error. `timeout` limits the connection attempt and the call separately.
     pub(super) async fn get_identity(
         &self,
         address: &str,
@@ -118,8 +119,8 @@ impl PeerClient {
     /// Sends a failure report to the controller at an address.
     ///
     /// # Errors
-    /// No response arrives within `timeout`, or the controller rejects the report. After a timeout, the controller may
-    /// still have deleted the registration.
+    /// The errors of [`Self::get_identity`]. After a broken connection or a timeout, the controller may still have
+    /// deleted the registration of the reported broker.
     pub(super) async fn report_failure(
         &self,
         address: &str,
@@ -133,7 +134,7 @@ impl PeerClient {
     /// Requests the reports of replicas from the broker at an address.
     ///
     /// # Errors
-    /// No response arrives within `timeout`.
+    /// The errors of [`Self::get_identity`].
     pub(super) async fn describe_replicas(
         &self,
         address: &str,
@@ -147,7 +148,7 @@ impl PeerClient {
     /// Requests the stats of the broker at an address.
     ///
     /// # Errors
-    /// No response arrives within `timeout`.
+    /// The errors of [`Self::get_identity`].
     pub(super) async fn broker_stats(
         &self,
         address: &str,
@@ -157,8 +158,8 @@ impl PeerClient {
         call_with_timeout(&address, timeout, client(channel).get_broker_stats(v1::GetBrokerStatsRequest {})).await
     }
 
-    /// Returns the parsed address, and the connection that all unary requests to it share. Connects within `timeout` if
-    /// there is no connection.
+    /// Returns the parsed address, and the connection that all unary requests to the address share, except probes.
+    /// Connects within `timeout` if there is no connection.
     async fn shared_channel(
         &self,
         address: &str,
@@ -230,8 +231,8 @@ pub(super) fn error_from_status(address: &str, status: &Status) -> PeerError {
     PeerError::Lost { address: address.to_owned(), reason, problem }
 }
 
-/// Returns the reason for a broken connection: [`DisconnectReason::TimedOut`] for a timeout, such as an unanswered
-/// keepalive ping, else [`DisconnectReason::Reset`]. A reset was sent by the peer's host or by an intermediary.
+/// Returns the reason for a broken connection: [`DisconnectReason::TimedOut`] for a timeout, such as a keepalive ping
+/// without a response, else [`DisconnectReason::Reset`].
 fn disconnect_reason(status: &Status) -> DisconnectReason {
     let mut source = status.source();
     while let Some(error) = source {

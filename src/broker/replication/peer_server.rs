@@ -1,9 +1,9 @@
 //! The `Peer` service, which other brokers call.
 //!
 //! At most one inbound link of each follower's broker is open. A link with a newer broker epoch ends the previous link.
-//! Brokers do not authenticate, so a link with the same broker epoch ends the previous link only if that link does not
-//! respond to a ping. The new link starts after every partition has processed the end of the previous link. So a late
-//! message of the old link cannot end a subscription on the new one.
+//! Brokers do not authenticate, so a link with the same broker epoch is rejected if the previous link responds to a
+//! ping. The new link starts after every partition has processed the end of the previous link. So a late message of the
+//! old link cannot end a subscription on the new one.
 
 use std::{
     collections::BTreeMap,
@@ -122,12 +122,12 @@ impl PeerServer {
 
     /// From this call on, all requests are served. Before this call, only `GetIdentity` is served, from which peers can
     /// conclude that the broker's earlier process is gone.
-    pub(super) fn begin(&self) {
+    pub(super) fn begin_serving(&self) {
         self.is_started.store(true, Ordering::Release);
     }
 
-    /// Returns the server once it serves all requests, and `NOT_READY` before.
-    fn started(&self) -> Result<&Self, ApiError> {
+    /// Returns the server if it serves all requests already, else the error `NOT_READY`.
+    fn require_started(&self) -> Result<&Self, ApiError> {
         let is_started = self.is_started.load(Ordering::Acquire);
         is_started.then_some(self).ok_or_else(|| ApiError::new(ErrorCode::NotReady, "this broker is starting: retry"))
     }
@@ -183,17 +183,21 @@ impl PeerServer {
     ) -> Result<(), ApiError> {
         let Some(first) = self.tasks.run_until_cancelled(tokio::time::timeout(HELLO_TIMEOUT, incoming.message())).await
         else {
-            return Err(link_ended());
+            return Err(link_ended_error());
         };
         let hello = match first {
             Ok(Ok(Some(v1::ReplicateRequest { message: Some(replicate_request::Message::Hello(hello)), .. }))) => hello,
             Ok(Ok(_)) => {
-                return Err(invalid("the first message of the stream is not Hello: send Hello first".to_owned()));
+                return Err(invalid_request(
+                    "the first message of the stream is not Hello: send Hello first".to_owned(),
+                ));
             }
             Ok(Err(status)) => return Err(ApiError::from(&status)),
-            Err(_) => return Err(invalid(format!("no Hello arrived within {HELLO_TIMEOUT:?}: send Hello first"))),
+            Err(_) => {
+                return Err(invalid_request(format!("no Hello arrived within {HELLO_TIMEOUT:?}: send Hello first")));
+            }
         };
-        let (peer, own_epoch) = self.admit(&hello).await?;
+        let (peer, own_epoch) = self.verify_hello(&hello).await?;
         self.peers.clocks.compare(peer.broker, hello.wall_clock_ms);
         let link = self.tasks.child();
         let (end_sender, ended) = watch::channel(());
@@ -212,10 +216,10 @@ impl PeerServer {
 
     /// Verifies a Hello. Returns the follower's broker with its confirmed broker epoch, and this broker's own broker
     /// epoch.
-    async fn admit(&self, hello: &v1::Hello) -> Result<(PeerId, Revision), ApiError> {
+    async fn verify_hello(&self, hello: &v1::Hello) -> Result<(PeerId, Revision), ApiError> {
         let (me, broker) = (self.peers.me(), BrokerId(hello.broker_id));
         if hello.version != PROTOCOL_VERSION {
-            return Err(invalid(format!(
+            return Err(invalid_request(format!(
                 "protocol version {} is not supported: use version {PROTOCOL_VERSION}",
                 hello.version
             )));
@@ -223,10 +227,12 @@ impl PeerServer {
         self.check_cluster(&hello.cluster)?;
         if hello.target_broker != me.0 {
             let target = hello.target_broker;
-            return Err(invalid(format!("this is broker {me}, not broker {target}: correct the peer address")));
+            return Err(invalid_request(format!("this is broker {me}, not broker {target}: correct the peer address")));
         }
         if broker == me {
-            return Err(invalid(format!("broker {broker} connects to itself: give each process its own broker.id")));
+            return Err(invalid_request(format!(
+                "broker {broker} connects to itself: give each process its own broker.id"
+            )));
         }
         let Some(own_epoch) = self.peers.own_epoch() else {
             return Err(ApiError::new(ErrorCode::NotReady, format!("broker {me} is not registered yet: retry")));
@@ -243,13 +249,13 @@ impl PeerServer {
             return Ok(());
         }
         let theirs: String = cluster.chars().take(200).collect();
-        Err(invalid(format!(
+        Err(invalid_request(format!(
             "this broker belongs to cluster {ours:?}, not to {theirs:?}: correct the peer address or the cluster name"
         )))
     }
 
-    /// Stores `link` as the link of the broker of `peer`, and waits until its previous link has ended. Fails if the
-    /// previous link has a later broker epoch, or has the same one and responds to a ping.
+    /// Stores `link` as the link of the broker of `peer`, ends the previous link of that broker, and waits for this
+    /// end. Fails if the previous link has a later broker epoch, or has the same one and responds to a ping.
     async fn replace_link(&self, peer: PeerId, link: InboundLink) -> Result<(), ApiError> {
         // Probe of the last link in `links` that ended, or did not respond in time.
         let mut unresponsive: Option<Arc<LinkProbe>> = None;
@@ -260,7 +266,7 @@ impl PeerServer {
                     Some(existing) if existing.epoch > peer.epoch => {
                         let (broker, epoch) = (peer.broker, existing.epoch);
                         let message = format!("broker {broker} has a link with the later broker epoch {epoch}");
-                        return Err(invalid(message));
+                        return Err(invalid_request(message));
                     }
                     Some(existing)
                         if existing.epoch == peer.epoch
@@ -336,7 +342,7 @@ impl PeerServer {
             );
         }
         match ended {
-            LinkEnd::Stopped => Err(link_ended()),
+            LinkEnd::Stopped => Err(link_ended_error()),
             LinkEnd::Bad(error) => Err(error),
             LinkEnd::Closed => {
                 self.peers.on_link_lost(peer.broker, peer.epoch, DisconnectReason::Closed);
@@ -382,7 +388,7 @@ impl peer_server::Peer for PeerService {
         &self,
         request: Request<Streaming<v1::ReplicateRequest>>,
     ) -> Result<Response<ReplicateStream>, Status> {
-        self.0.started()?;
+        self.0.require_started()?;
         Ok(Response::new(self.0.replicate(request.into_inner())))
     }
 
@@ -404,7 +410,7 @@ impl peer_server::Peer for PeerService {
         request: Request<v1::ReportFailureRequest>,
     ) -> Result<Response<v1::ReportFailureResponse>, Status> {
         let request = request.into_inner();
-        self.0.started()?.check_cluster(&request.cluster)?;
+        self.0.require_started()?.check_cluster(&request.cluster)?;
         let report = FailureReport {
             reporter: BrokerId(request.reporter),
             broker: BrokerId(request.broker_id),
@@ -428,7 +434,7 @@ impl peer_server::Peer for PeerService {
             );
             return Err(ApiError::new(ErrorCode::InvalidRequest, message).into());
         }
-        let server = self.0.started()?;
+        let server = self.0.require_started()?;
         let replicas = replicas.iter().map(|name| server.replica_report(name)).collect();
         Ok(Response::new(v1::DescribeReplicasResponse { replicas }))
     }
@@ -437,16 +443,16 @@ impl peer_server::Peer for PeerService {
         &self,
         _request: Request<v1::GetBrokerStatsRequest>,
     ) -> Result<Response<v1::GetBrokerStatsResponse>, Status> {
-        Ok(Response::new((self.0.started()?.callbacks.stats)()))
+        Ok(Response::new((self.0.require_started()?.callbacks.stats)()))
     }
 }
 
-fn invalid(message: String) -> ApiError {
+fn invalid_request(message: String) -> ApiError {
     ApiError::new(ErrorCode::InvalidRequest, message)
 }
 
 /// Returns the error that ends a link which this broker cancelled.
-fn link_ended() -> ApiError {
+fn link_ended_error() -> ApiError {
     let message = "the link ended: this broker is stopping, or another link of the same broker replaced it";
     ApiError::new(ErrorCode::NotReady, message)
 }

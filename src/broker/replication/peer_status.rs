@@ -1,8 +1,9 @@
 //! Reports of brokers about themselves and about their replicas. Local reports are read directly, and the reports of
 //! peers are requested from them.
 //!
-//! All peers are queried concurrently. A peer that does not respond delays the result by one [`REQUEST_TIMEOUT`], for
-//! any number of partitions.
+//! All peers are queried concurrently. A peer that does not respond delays the result by at most two
+//! [`REQUEST_TIMEOUT`]s, for any number of partitions: one for the connection, and one for the first request without a
+//! response.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -21,7 +22,7 @@ use crate::{
     },
 };
 
-/// Timeout of a request to a peer.
+/// Timeout of a request to a peer, and separately of the connection for it.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Report of a broker about one replica.
@@ -40,7 +41,7 @@ pub(in crate::broker) struct ReplicaReport {
 
 /// Response of one broker: for each requested replica its report, or the reason why the replica is offline. Replicas
 /// that are neither open nor offline are left out. The outer error means that the broker is not registered, has no peer
-/// address or did not respond.
+/// address, did not respond, or responded with an error.
 pub(in crate::broker) type ReportResult = Result<BTreeMap<PartitionId, Result<ReplicaReport, String>>, ApiError>;
 
 /// Source of this broker's own stats.
@@ -92,7 +93,7 @@ impl PeerStatus {
                 .map(|id| v1::TopicIdPartition { topic_id: id.topic.to_string(), partition: id.number.cast_signed() });
             let request = v1::DescribeReplicasRequest { replicas: names.collect() };
             let response = peers.describe_replicas(&address, request, REQUEST_TIMEOUT).await;
-            let response = response.map_err(|error| unresponsive(broker, error))?;
+            let response = response.map_err(|error| unresponsive_error(broker, error))?;
             let parsed =
                 ids.iter().zip(response.replicas).filter_map(|(id, report)| Some((*id, parse_report(report)?)));
             reports.extend(parsed);
@@ -115,7 +116,7 @@ impl PeerStatus {
             (self.stats)()
         } else {
             let (peers, address) = self.route_to(broker)?;
-            peers.broker_stats(&address, REQUEST_TIMEOUT).await.map_err(|error| unresponsive(broker, error))?
+            peers.broker_stats(&address, REQUEST_TIMEOUT).await.map_err(|error| unresponsive_error(broker, error))?
         };
         Ok(v1::BrokerStats {
             segment_bytes: stats.segment_bytes,
@@ -181,10 +182,10 @@ fn parse_report(report: v1::ReplicaReport) -> Option<Result<ReplicaReport, Strin
 }
 
 /// Returns the error for a replica that its broker reports as offline.
-pub(in crate::broker) fn replica_offline(broker: BrokerId, reason: &str) -> ApiError {
+pub(in crate::broker) fn replica_offline_error(broker: BrokerId, reason: &str) -> ApiError {
     ApiError::new(ErrorCode::StorageFailed, format!("the replica on broker {broker} is offline: {reason}"))
 }
 
-fn unresponsive(broker: BrokerId, error: PeerError) -> ApiError {
+fn unresponsive_error(broker: BrokerId, error: PeerError) -> ApiError {
     ApiError::new(ErrorCode::NotReady, format!("broker {broker} does not respond: {error}"))
 }

@@ -232,7 +232,7 @@ impl PeerTable {
     }
 
     /// Waits until this broker has another broker epoch than `own_epoch`, or the peer `broker` has a later one than
-    /// `epoch`. Then cancels the tasks of their link, and returns.
+    /// `epoch`. Then cancels `link`, the tasks of a link between the two, and returns.
     pub(super) async fn cancel_at_change(&self, own_epoch: Revision, broker: BrokerId, epoch: Revision, link: &Tasks) {
         let mut state = self.state.subscribe();
         loop {

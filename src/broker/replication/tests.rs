@@ -105,7 +105,7 @@ impl Node {
             PeerCounters::default(),
             tasks.clone(),
         );
-        server.begin();
+        server.begin_serving();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let served = tasks.clone();

@@ -32,7 +32,7 @@ use crate::{
     task::{Tasks, clock},
 };
 
-/// Maximum time without a batch below the end offsets, after which a reader fails.
+/// Maximum time without a batch, after which a reader that has end offsets fails.
 const BATCH_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
@@ -75,7 +75,7 @@ pub(super) async fn run(common: &CommonArgs, command: BenchConsumeArgs) -> anyho
     for share in shares {
         let client = connect(common).await?;
         match &mut monitor {
-            Some(monitor) => monitor.and(&client),
+            Some(monitor) => monitor.add_client(&client),
             None => monitor = Some(RetryMonitor::new(&client)),
         }
         let mut consumer = client.consumer(command.rack.options(&client).await);
@@ -96,7 +96,7 @@ pub(super) async fn run(common: &CommonArgs, command: BenchConsumeArgs) -> anyho
         Ok(())
     };
     let mut monitor = monitor.expect("there is at least one share");
-    monitor.beside(&bar);
+    monitor.set_bar(&bar);
     monitor.run_with_retry_output(None, wait_for_readers).await?;
     bar.finish_and_clear();
     tasks.stop().await;
@@ -109,8 +109,8 @@ pub(super) async fn run(common: &CommonArgs, command: BenchConsumeArgs) -> anyho
     Ok(if stats.errors == 0 && stats.records > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Divides the partitions among the consumers. Partitions without records up to the current log end are left out,
-/// unless `--records` waits for new ones. So are consumers without partitions.
+/// Divides the partitions among the consumers. Partitions without committed records from the start position on are left
+/// out, unless `--records` waits for new ones. So are consumers without partitions.
 async fn shares(common: &CommonArgs, command: &BenchConsumeArgs) -> anyhow::Result<Vec<ConsumerShare>> {
     let client = connect(common).await?;
     let admin = client.admin();
@@ -165,18 +165,18 @@ async fn read(
         let next_batch = tokio::time::timeout(Duration::from_millis(200), consumer.next_batch());
         let batch = match next_batch.await {
             Err(_) if bounded && last_read.elapsed() >= BATCH_TIMEOUT => {
-                stats.error(&format!("no record arrived for {BATCH_TIMEOUT:?} before the log end"));
+                stats.add_error(&format!("no record arrived for {BATCH_TIMEOUT:?} before the log end"));
                 break;
             }
             Err(_) => continue,
             Ok(Ok(batch)) => batch,
             Ok(Err(error)) => {
-                stats.error(&error);
+                stats.add_error(&error);
                 break;
             }
         };
         let now = clock::monotonic();
-        stats.latency(now - last_read);
+        stats.add_latency(now - last_read);
         last_read = now;
         let records = batch.batch.end_offset().since(batch.from);
         // The last batch may hold more records than remain; only the remaining ones count.

@@ -70,7 +70,7 @@ fn write_synced(path: &Path, write_bytes: usize) -> io::Result<(bool, BenchStats
         let before = clock::monotonic();
         file.write_all_at(bytes, to_u64(position))?;
         file.sync_data()?;
-        stats.latency(before.elapsed());
+        stats.add_latency(before.elapsed());
         stats.records += 1;
         stats.bytes += to_u64(write_bytes);
         position = if position + 2 * write_bytes > FILE_BYTES { 0 } else { position + write_bytes };

@@ -47,7 +47,8 @@ pub(in crate::cli) struct BenchLatencyArgs {
     record_size: u32,
 }
 
-/// Sends and reads records at the same time, and prints the latencies. The exit code is 1 if any record is missing.
+/// Sends and reads records at the same time, and prints the latencies. The exit code is 1 if any record is missing, if
+/// a send or read failed, or if no record was read.
 pub(super) async fn run(common: &CommonArgs, command: BenchLatencyArgs) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
     let topic = command.topic.clone();
@@ -87,8 +88,8 @@ pub(super) async fn run(common: &CommonArgs, command: BenchLatencyArgs) -> anyho
     // The sender has its own thread, because it sleeps between records.
     let sender = tasks.spawn_blocking(move || runtime.block_on(Box::pin(load.send(producer))));
     let mut monitor = RetryMonitor::new(&client);
-    monitor.and(&reader_client);
-    monitor.beside(&bar);
+    monitor.add_client(&reader_client);
+    monitor.set_bar(&bar);
     let (sent, error, elapsed, mut stats) = monitor
         .run_with_retry_output(None, async {
             let (sent, error) = sender.await?;
@@ -100,11 +101,11 @@ pub(super) async fn run(common: &CommonArgs, command: BenchLatencyArgs) -> anyho
     bar.finish_and_clear();
     tasks.stop().await;
     if let Some(error) = error {
-        stats.error(&error);
+        stats.add_error(&error);
     }
     let missing = sent.saturating_sub(stats.records);
     if missing > 0 {
-        stats.error(&format!("{missing} of {sent} records were not read back within {DELIVERY_TIMEOUT:?}"));
+        stats.add_error(&format!("{missing} of {sent} records were not read back within {DELIVERY_TIMEOUT:?}"));
     }
     let notes: Vec<String> = stats.first_error.iter().map(|error| format!("first error: {error}")).collect();
     let extra = json!({ "sent": sent, "first_error": stats.first_error });
@@ -138,11 +139,11 @@ async fn read(
                     if let Some(due) = parse_stamp(&value, run_id) {
                         stats.records += 1;
                         stats.bytes += u64::try_from(value.len()).expect("64 bits");
-                        stats.latency(now.saturating_duration_since(start + due));
+                        stats.add_latency(now.saturating_duration_since(start + due));
                     }
                 }
                 Err(error) => {
-                    stats.error(&error);
+                    stats.add_error(&error);
                     break;
                 }
             },

@@ -24,7 +24,7 @@ pub(super) enum BenchCommand {
     Produce(produce::BenchProduceArgs),
     /// Read records and measure throughput; latency is the wait for each batch
     Consume(consume::BenchConsumeArgs),
-    /// Measure the time from a record's sending to its reading
+    /// Measure the time from a record's due time, at the given rate, to its reading
     Latency(latency::BenchLatencyArgs),
 }
 

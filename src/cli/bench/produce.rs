@@ -85,7 +85,8 @@ pub(in crate::cli) struct BenchProduceArgs {
     disk_dir: PathBuf,
 }
 
-/// Sends records with all producers, and prints throughput and latencies. The exit code is 1 if any record failed.
+/// Sends records with all producers, and prints throughput and latencies. The exit code is 1 if any record failed or
+/// none was acknowledged.
 pub(super) async fn run(common: &CommonArgs, command: BenchProduceArgs) -> anyhow::Result<ExitCode> {
     let client = connect(common).await?;
     let partitions = match client.topic(&command.topic).await {
@@ -109,7 +110,7 @@ pub(super) async fn run(common: &CommonArgs, command: BenchProduceArgs) -> anyho
     for number in 0..command.producers {
         // Each producer has its own client, and thus its own connection.
         let client = connect(common).await?;
-        monitor.and(&client);
+        monitor.add_client(&client);
         let producer = client.producer(options(&command, command.share(number, used))).await?;
         // The pool is filled before the measurement starts, because this takes a moment.
         let payloads = PayloadPool::new(usize::try_from(command.record_size)?);
@@ -118,7 +119,7 @@ pub(super) async fn run(common: &CommonArgs, command: BenchProduceArgs) -> anyho
     let start = clock::monotonic();
     let bar = output::progress(None, "{spinner} {elapsed} sending");
     bar.enable_steady_tick(Duration::from_millis(200));
-    monitor.beside(&bar);
+    monitor.set_bar(&bar);
     let mut handles = Vec::new();
     for (number, producer, payloads) in producers {
         let (out, deliveries) = mpsc::channel(1024);
@@ -346,7 +347,7 @@ async fn collect(mut deliveries: mpsc::Receiver<Vec<SentRecord>>, record_bytes: 
                     stats.records += 1;
                     stats.bytes += record_bytes;
                     // An acknowledgement contains its arrival time, so waiting in order costs no accuracy.
-                    stats.latency(ack.received.saturating_duration_since(at));
+                    stats.add_latency(ack.received.saturating_duration_since(at));
                     last_ack = last_ack.max(ack.received);
                     // A run has one or two meanings; the text of each is formatted once.
                     if !meanings.contains(&ack.durability) {
@@ -354,7 +355,7 @@ async fn collect(mut deliveries: mpsc::Receiver<Vec<SentRecord>>, record_bytes: 
                         stats.meanings.insert(ack.meaning());
                     }
                 }
-                Err(error) => stats.error(&error),
+                Err(error) => stats.add_error(&error),
             }
         }
     }

@@ -38,12 +38,12 @@ impl Default for BenchStats {
 
 impl BenchStats {
     /// Adds one measured latency.
-    pub(super) fn latency(&mut self, latency: Duration) {
+    pub(super) fn add_latency(&mut self, latency: Duration) {
         self.latency.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(MAX_LATENCY_US).max(1));
     }
 
     /// Counts an error, and keeps the text of the first one.
-    pub(super) fn error(&mut self, error: &dyn std::fmt::Display) {
+    pub(super) fn add_error(&mut self, error: &dyn std::fmt::Display) {
         self.errors += 1;
         self.first_error.get_or_insert_with(|| error.to_string());
     }
@@ -126,11 +126,11 @@ mod tests {
     fn result_contains_promised_fields_and_values() {
         let mut stats = BenchStats { records: 1000, bytes: 2_000_000, ..BenchStats::default() };
         for ms in 1..=1000 {
-            stats.latency(Duration::from_millis(ms));
+            stats.add_latency(Duration::from_millis(ms));
         }
-        stats.error(&"one");
+        stats.add_error(&"one");
         let mut other = BenchStats::default();
-        other.latency(Duration::from_millis(5000));
+        other.add_latency(Duration::from_millis(5000));
         stats.merge(other);
         let result = stats.result_json(Duration::from_secs(2));
         assert_eq!(

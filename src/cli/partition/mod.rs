@@ -57,7 +57,7 @@ pub(super) struct ReassignArgs {
     #[arg(value_name = "TOPIC[/N]", required = true)]
     name: Option<TopicOrPartition>,
     /// New replicas, the preferred leader first: as many as the topic's replication factor
-    #[arg(long, value_name = "ID,ID", value_delimiter = ',', value_parser = broker::number, required = true)]
+    #[arg(long, value_name = "ID,ID", value_delimiter = ',', value_parser = broker::parse_broker_id, required = true)]
     replicas: Vec<u32>,
     #[command(flatten)]
     wait: WaitArgs,
@@ -202,7 +202,7 @@ pub(super) async fn run(common: &CommonArgs, command: PartitionCommand) -> anyho
     };
     // The future of all subcommands is large, so it is boxed.
     let mut monitor = RetryMonitor::new(&client);
-    monitor.beside(&bar);
+    monitor.set_bar(&bar);
     monitor.run_with_retry_output(None, Box::pin(work)).await?;
     Ok(ExitCode::SUCCESS)
 }

@@ -109,8 +109,9 @@ pub struct BrokerStats {
     pub failed: Option<String>,
     /// Duration and cause of an outage of the object store; `None` while the object store responds.
     pub object_store: Option<String>,
-    /// Number of partitions whose maintenance (rolling, uploading or trimming segments) fails, and the error of the
-    /// longest failure. `None` also while the object store or the metadata store does not respond.
+    /// Number of partitions whose maintenance (rolling, uploading or trimming segments) fails repeatedly, and the error
+    /// of the longest failure; or the error of the uploads, if none has succeeded for 30 seconds. `None` otherwise, and
+    /// for failures because the object store or the metadata store does not respond.
     pub maintenance: Option<String>,
     /// Impairments of a broker that serves requests, one line each.
     pub impaired: Vec<String>,
@@ -185,13 +186,13 @@ pub struct ElectionResult {
     pub changed: bool,
     /// Revision of the partition's value to which the result refers.
     pub revision: u64,
-    /// Log state that each replica reports; only for an unclean election.
+    /// Log state that each replica reports; only in the dry run of an unclean election.
     pub replicas: Vec<ReplicaDescription>,
-    /// Offsets that are known to be committed and that the elected leader does not have; only for an unclean election.
-    /// Empty with `discard_local`, because the lost offsets are then unknown.
+    /// Offsets that are known to be committed and that the elected leader does not have; only in the dry run of an
+    /// unclean election. Empty with `discard_local`, because the lost offsets are then unknown.
     pub lost: Range<Offset>,
-    /// True if the leader's log is unusable and is deleted, so that the partition continues at the tiered end; only for
-    /// an unclean election.
+    /// True if the leader's log is unusable and would be deleted, so that the partition continues at the tiered end;
+    /// only in the dry run of an unclean election.
     pub discard_local: bool,
 }
 
@@ -241,7 +242,7 @@ impl Admin {
     /// brokers, and it gets no new replicas.
     ///
     /// # Errors
-    /// The cluster has no such broker.
+    /// The cluster has no such broker, or no broker responds.
     pub async fn drain_broker(&self, broker: BrokerId) -> Result<DrainStatus, CallError> {
         let request = v1::DrainBrokerRequest { broker: broker.0 };
         let call = |channel| async move { admin_client(channel).drain_broker(request).await };
@@ -260,7 +261,7 @@ impl Admin {
     /// Cancels a drain. Returns false if there was none.
     ///
     /// # Errors
-    /// The cluster has no such broker.
+    /// The cluster has no such broker, or no broker responds.
     pub async fn undrain_broker(&self, broker: BrokerId) -> Result<bool, CallError> {
         let request = v1::UndrainBrokerRequest { broker: broker.0 };
         let call = |channel| async move { admin_client(channel).undrain_broker(request).await };
@@ -271,8 +272,8 @@ impl Admin {
     /// partitions of the topic move; partition N gets the list rotated by N.
     ///
     /// # Errors
-    /// The topic, the partition or a broker is unknown, a broker is named twice, or their number is not the replication
-    /// factor.
+    /// The topic, the partition or a broker is unknown, a broker is named twice, the number of brokers is not the
+    /// replication factor, a broker cannot receive the replica, or no broker responds.
     pub async fn reassign(
         &self,
         topic: &str,
@@ -292,7 +293,7 @@ impl Admin {
     /// Returns the reassignments in progress: of all topics, of one topic, or of one partition.
     ///
     /// # Errors
-    /// The topic or partition is unknown.
+    /// The topic or partition is unknown, a partition is given without its topic, or no broker responds.
     pub async fn reassignments(
         &self,
         topic: Option<&str>,
@@ -307,11 +308,12 @@ impl Admin {
         response.partitions.into_iter().map(reassignment).collect()
     }
 
-    /// Cancels reassignments of all topics, of one topic, or of one partition, and restores the replicas from before
-    /// each.
+    /// Cancels the reassignments of all topics, of one topic, or of one partition, queued ones included. Restores the
+    /// replicas from before each reassignment.
     ///
     /// # Errors
-    /// The topic or partition is unknown, no reassignment is in progress there, or only added replicas are in sync.
+    /// The topic or partition is unknown, a partition is given without its topic, no reassignment is in progress or
+    /// queued, only added replicas are in sync, or no broker responds.
     pub async fn cancel_reassignment(
         &self,
         topic: Option<&str>,
@@ -330,7 +332,7 @@ impl Admin {
     /// loss.
     ///
     /// # Errors
-    /// The topic or partition is unknown, or no replica can lead without loss.
+    /// The topic or partition is unknown, no replica can lead without loss, or no broker responds.
     pub async fn elect_leader(&self, topic: &str, partition: u32) -> Result<ElectionResult, CallError> {
         self.elect(v1::ElectLeaderRequest {
             topic: topic.to_owned(),
@@ -343,7 +345,8 @@ impl Admin {
     /// Returns the leader that an unclean election would elect, and the offsets that it would lose. Changes nothing.
     ///
     /// # Errors
-    /// The topic or partition is unknown, a replica can lead without loss, or no replica responds.
+    /// The topic or partition is unknown, the partition has a leader or a replica that can lead without loss, no
+    /// replica can be elected, or no broker responds.
     pub async fn unclean_election(&self, topic: &str, partition: u32) -> Result<ElectionResult, CallError> {
         self.elect(v1::ElectLeaderRequest {
             topic: topic.to_owned(),
@@ -359,7 +362,8 @@ impl Admin {
     /// records.
     ///
     /// # Errors
-    /// The partition has changed since [`Admin::unclean_election`].
+    /// See [`Admin::unclean_election`]; also, the partition has changed since the dry run, or the log of the replica
+    /// can no longer be used.
     pub async fn elect_unclean(
         &self,
         topic: &str,
@@ -403,7 +407,7 @@ fn partition_number(partition: u32) -> i32 {
     i32::try_from(partition).unwrap_or(i32::MAX)
 }
 
-/// Converts a broker of the response. Empty texts become `None`.
+/// Converts a broker of the response. Empty texts of its stats become `None`.
 fn broker(state: v1::BrokerDescription) -> BrokerDescription {
     let stats = match (state.stats, state.error) {
         (Some(stats), _) => Some(Ok(BrokerStats {

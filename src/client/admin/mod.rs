@@ -32,7 +32,8 @@ use crate::{
     },
 };
 
-/// Creates, changes, describes and deletes topics. Any broker can serve these calls.
+/// Administers topics and the cluster. Any broker can serve these calls, except [`Admin::offset`], which calls the
+/// leader of the partition.
 ///
 /// ```no_run
 /// # async fn example(client: strandline_client::Client) -> Result<(), Box<dyn std::error::Error>> {
@@ -209,10 +210,11 @@ pub struct PartitionDescription {
     pub local_bytes: u64,
     /// Bytes in the object store.
     pub tiered_bytes: u64,
-    /// Error for which the partition refuses writes; `None` if it accepts them.
+    /// Error for which the leader refuses writes, or for which the replica on the broker that responded is offline;
+    /// `None` if there is neither.
     pub error: Option<ApiError>,
-    /// Error of the request to the leader, if it failed. The log start and the tiered end are then those of the
-    /// metadata store; the other watermarks and the byte counts are 0.
+    /// Reason why there is no report of a leader, if there is none. The log start and the tiered end are then those of
+    /// the metadata store; the other watermarks and the byte counts are 0.
     pub leader_error: Option<ApiError>,
 }
 
@@ -249,8 +251,8 @@ impl Admin {
     /// Creates a topic.
     ///
     /// # Errors
-    /// The topic exists, its name or configuration is invalid, or the cluster has too few brokers or no capacity for
-    /// it.
+    /// The topic exists, its name or configuration is invalid, the cluster has too few brokers or no capacity for it,
+    /// or no broker responds.
     pub async fn create_topic(&self, topic: &NewTopic) -> Result<TopicSummary, CallError> {
         let call = |channel| {
             let request = topic.request.clone();
@@ -272,7 +274,7 @@ impl Admin {
     /// Returns the full description of a topic.
     ///
     /// # Errors
-    /// The topic does not exist.
+    /// The topic does not exist, or no broker responds.
     pub async fn describe_topic(&self, name: &str) -> Result<TopicDescription, CallError> {
         let call = |channel| {
             let request = v1::DescribeTopicRequest { name: name.to_owned() };
@@ -294,7 +296,8 @@ impl Admin {
     /// Changes a topic's configuration or its replication factor.
     ///
     /// # Errors
-    /// The topic does not exist, a key or value is invalid, or there are too few brokers.
+    /// The topic does not exist, a key or value is invalid, the cluster has too few brokers or no capacity, or no
+    /// broker responds.
     pub async fn alter_topic(&self, name: &str, change: &TopicAlteration) -> Result<TopicSummary, CallError> {
         let call = |channel| {
             let request = v1::AlterTopicRequest {
@@ -311,7 +314,8 @@ impl Admin {
     /// Raises the number of partitions of a topic to `partition_count`.
     ///
     /// # Errors
-    /// The topic does not exist, or already has at least `partition_count` partitions.
+    /// The topic does not exist or already has at least `partition_count` partitions, the cluster has no capacity, or
+    /// no broker responds.
     pub async fn add_partitions(&self, name: &str, partition_count: u32) -> Result<TopicSummary, CallError> {
         let call = |channel| {
             let request = v1::AddPartitionsRequest { name: name.to_owned(), partition_count };
@@ -325,7 +329,7 @@ impl Admin {
     /// no object store.
     ///
     /// # Errors
-    /// The topic does not exist.
+    /// The topic does not exist, or no broker responds.
     pub async fn delete_topic(&self, name: &str) -> Result<Option<Duration>, CallError> {
         let call = |channel| {
             let request = v1::DeleteTopicRequest { name: name.to_owned() };
@@ -338,7 +342,7 @@ impl Admin {
     /// Looks up one offset; see [`OffsetSpec`].
     ///
     /// # Errors
-    /// The topic or the partition does not exist, or the leader does not respond within the request timeout.
+    /// The topic or the partition does not exist, or no leader responds within the request timeout.
     pub async fn offset(&self, topic: &str, partition: u32, at: OffsetSpec) -> Result<Offset, CallError> {
         self.client.topic(topic).await?;
         let number = i32::try_from(partition).unwrap_or(i32::MAX);
@@ -371,9 +375,9 @@ impl Admin {
             .await
     }
 
-    /// Returns true if another broker leads in a newer epoch than the leader that returned `queried`. If that leader
-    /// reports no expired lease, returns false at once. Otherwise refreshes the metadata first, and calls that leader
-    /// last for it.
+    /// Refreshes the metadata if the leader that returned `queried` reports an expired lease, and returns true if the
+    /// new metadata names another leader in a newer epoch. The refresh calls the old leader after all other brokers.
+    /// Returns false without a refresh if no expired lease is reported, and also if the refresh fails.
     async fn has_newer_leader(
         &self,
         topic: &str,
@@ -388,7 +392,8 @@ impl Admin {
         leader.is_some_and(|leader| leader.address != *expired && leader.epoch > queried.epoch)
     }
 
-    /// Queries the broker that leads a partition according to the cached metadata, once.
+    /// Queries the broker that leads a partition according to the cached metadata, once. Requests the metadata of the
+    /// topic first if none is cached.
     async fn query_leader_of(
         &self,
         topic: &str,

@@ -1,6 +1,6 @@
-//! The consumer's task. It owns all positions and all streams. Its loop waits for a command, the end of a metadata
-//! refresh, a timer, capacity in the consumer's queue or an event of a stream, and calls one method for each. It
-//! decodes no records.
+//! The consumer's task. The task owns all fetch positions and all streams. Its loop waits for a command, the end of a
+//! metadata refresh, a timer, capacity in the consumer's queue or an event of a stream, and calls one method for each.
+//! The task decodes no records.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -144,8 +144,9 @@ impl ConsumerDriver {
         }
     }
 
-    /// Removes a partition. Its stream, if it has one, is closed too, because data in flight there belongs to the old
-    /// position. The other partitions of that stream get a new stream at the next assignment.
+    /// Removes a partition, its queued events in the outbox, and its problem in the retry status. Also closes the
+    /// partition's stream, if there is one, because data in flight there belongs to the old position. The other
+    /// partitions of that stream get a new stream at the next assignment.
     fn drop_partition(&mut self, topic: &str, partition: u32) -> Option<PartitionFetchState> {
         let removed = self.partitions.remove(topic, partition)?;
         self.retries.clear(removed.generation);
@@ -168,8 +169,9 @@ impl ConsumerDriver {
         self.assign_at = Some(self.assign_at.map_or(at, |scheduled| scheduled.min(at)));
     }
 
-    /// Gives every readable partition a stream to its read target, and checks which other work is due. A stream has one
-    /// request, so all streams to a broker are reopened to add a partition.
+    /// Gives every free partition ([`PartitionFetchState::is_free`]) a stream to its read target. A stream has one
+    /// request, so all streams to a broker are reopened to add a partition. Refreshes the metadata if a read target is
+    /// unknown. Also checks read replicas, expired leases, and problems that can be cleared.
     fn assign_streams(&mut self) {
         self.assign_at = None;
         let now = clock::monotonic();
@@ -207,13 +209,13 @@ impl ConsumerDriver {
         state.follower_backoff.read_target(self.client.routing(), self.options.rack.as_deref(), topic, partition)
     }
 
-    /// Returns every readable partition without a stream, and its read target.
+    /// Returns every free partition whose read target is known, with the read target.
     fn without_stream(&self, now: Instant) -> impl Iterator<Item = (&Arc<str>, u32, ReadTarget)> {
         let free = self.partitions.iter().filter(move |(.., state)| state.is_free(now));
         free.filter_map(|(topic, number, state)| Some((topic, number, self.read_target(topic, number, state)?)))
     }
 
-    /// Replaces the streams to this broker by as few as possible. The new streams cover all partitions whose read
+    /// Replaces the streams to this broker by as few as possible. The new streams cover all free partitions whose read
     /// target is this broker, with at most `MAX_FETCH_PARTITIONS` on each.
     fn reopen_streams(&mut self, address: &BrokerAddress, now: Instant) {
         for number in self.streams.numbers_to(address) {
@@ -266,8 +268,8 @@ impl ConsumerDriver {
         }
     }
 
-    /// Handles the broker's acceptance of a stream. Schedules the check that clears problems with the leader, if the
-    /// stream is still open after `STREAM_STABLE_AFTER`.
+    /// Handles the broker's acceptance of a stream. If a partition of the stream has a problem, schedules the check
+    /// after `STREAM_STABLE_AFTER`, which clears problems with the leader if the stream is then still open.
     fn on_opened(&mut self, number: u64) {
         let now = clock::monotonic();
         let mut has_problem = false;
@@ -280,8 +282,8 @@ impl ConsumerDriver {
         }
     }
 
-    /// Handles the end of a stream. Partitions that a follower served continue at their leaders at once; partitions of
-    /// a leader pause first.
+    /// Handles the end of a stream, and refreshes the metadata. Partitions that a follower served continue at their
+    /// leaders at once; partitions of a leader pause first.
     fn on_ended(&mut self, number: u64, error: &ApiError) {
         tracing::debug!(%error, "fetch stream ended");
         let now = clock::monotonic();
@@ -314,7 +316,7 @@ impl ConsumerDriver {
             return self.on_partition_error(&topic, partition, error.into());
         }
         let is_newer_epoch = state.on_response(&fetched);
-        let (batches, position, result) = fetch_state::advance(state.position, fetched.chunks);
+        let (batches, position, result) = fetch_state::accept_batches(state.position, fetched.chunks);
         let generation = state.generation;
         let high_watermark = Offset::from_i64(fetched.high_watermark).unwrap_or_default();
         if !batches.is_empty() {
@@ -335,8 +337,9 @@ impl ConsumerDriver {
         }
     }
 
-    /// Handles the part of a response that is no valid batch, or a gap before a batch. Reopens the stream at the
-    /// position. After `MAX_CORRUPT_READS` such responses of the leader in a row, the consumer gets the error.
+    /// Handles a response with bytes that are no valid batch, or with a gap before a batch. Closes the stream; after a
+    /// pause, the partition is read again from its position, and at the leader if a follower sent the response. After
+    /// `MAX_CORRUPT_READS` such responses of the leader in a row, the partition fails.
     fn on_invalid_response(&mut self, stream: u64, topic: &Arc<str>, partition: u32, invalid: InvalidResponse) {
         self.drop_stream(stream);
         let now = clock::monotonic();
@@ -376,7 +379,7 @@ impl ConsumerDriver {
         if error.code == ErrorCode::OffsetOutOfRange {
             return self.on_out_of_range(topic, partition, &error);
         }
-        if error.retryable || error.code == ErrorCode::TopicIdMismatch && state.retries_mismatch() {
+        if error.retryable || error.code == ErrorCode::TopicIdMismatch && state.record_mismatch() {
             let position = state.position;
             tracing::debug!(topic = &**topic, partition, %error, %position, "read failed, retrying");
             let problem = match error.code {
@@ -394,7 +397,8 @@ impl ConsumerDriver {
         self.fail(topic, partition, error);
     }
 
-    /// Handles a position outside the log by the reset policy.
+    /// Handles a position outside the log by the reset policy. An error without the bounds of the log fails the
+    /// partition.
     fn on_out_of_range(&mut self, topic: &Arc<str>, partition: u32, error: &ApiError) {
         let bound = |name| error.number(name).and_then(Offset::from_i64);
         let policy = self.options.on_out_of_range;
@@ -456,8 +460,8 @@ impl ConsumerDriver {
         state.is_some_and(|state| self.read_target(topic, partition, state).is_none())
     }
 
-    /// Starts a metadata refresh unless one is running. It waits for the backoff pause, if there is one, and calls
-    /// brokers with an expired lease last.
+    /// Starts a metadata refresh unless one is running. The refresh waits for the backoff pause, if there is one, and
+    /// calls brokers with an expired lease last.
     fn refresh_metadata(&mut self) {
         if std::mem::replace(&mut self.refreshing, true) {
             return;
@@ -481,7 +485,9 @@ impl ConsumerDriver {
         });
     }
 
-    /// Handles the end of a metadata refresh. Refreshes again while it failed or partitions have no leader.
+    /// Handles the end of a metadata refresh: leaves leaders with an expired lease that have a successor, and fails
+    /// partitions without a stream if the metadata has an error for their topic. Refreshes again if the refresh failed,
+    /// or if the metadata names no broker for a partition without a stream.
     fn on_metadata(&mut self, result: Result<(), CallError>) {
         self.refreshing = false;
         match &result {
@@ -525,8 +531,8 @@ impl ConsumerDriver {
     /// Refreshes metadata at intervals while a broker reports an expired lease. Returns the time of the next refresh.
     ///
     /// A leader that is partitioned from its cluster, but not from its consumers, sends no more records and resembles
-    /// the leader of an idle log. Only its report of an expired lease distinguishes the two, so without this report
-    /// consumers of idle logs request no metadata.
+    /// the leader of an idle log. Only its report of an expired lease distinguishes the two. Thanks to this report,
+    /// consumers of idle logs need not request metadata at intervals.
     fn refresh_if_lease_expired(&mut self, now: Instant) -> Option<Instant> {
         if self.streams.expired_brokers().is_empty() {
             return None;
@@ -579,7 +585,7 @@ impl ConsumerDriver {
     }
 
     /// Clears problems with leaders whose streams have been open for `STREAM_STABLE_AFTER`. Returns the time at which
-    /// the next one can be cleared.
+    /// the next problem can be cleared.
     fn clear_stable_problems(&mut self, now: Instant) -> Option<Instant> {
         let mut next_check = None;
         for state in self.partitions.iter_mut().filter(|state| !state.failed && state.stream.is_some()) {

@@ -1,4 +1,4 @@
-//! States of the partitions in the consumer's task, and the advance of a position by a response. Pure.
+//! States of the partitions in the consumer's task, and the verification of the batches in a response. Pure.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -20,8 +20,8 @@ pub(super) const STREAM_STABLE_AFTER: Duration = Duration::from_secs(2);
 /// Problem that blocks a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FetchProblem {
-    /// The leader is unreachable or does not lead the partition. Cleared when a stream was open for
-    /// `STREAM_STABLE_AFTER`, or when records arrive.
+    /// No leader of the partition is known or can be reached. Cleared when a stream was open for `STREAM_STABLE_AFTER`,
+    /// or when records arrive.
     Leader,
     /// The records cannot be read. Cleared when records arrive.
     Records,
@@ -93,9 +93,9 @@ impl PartitionFetchState {
         (self.position.as_i64(), self.leader_epoch.as_i32())
     }
 
-    /// Records a rejection of the topic id. Returns true for the first one, after which the read is repeated: the
-    /// metadata of the broker may be old.
-    pub(super) fn retries_mismatch(&mut self) -> bool {
+    /// Records a rejection of the topic id. Returns true for the first rejection since a batch arrived: the read is
+    /// then repeated, because the metadata of the broker may be old.
+    pub(super) fn record_mismatch(&mut self) -> bool {
         !std::mem::replace(&mut self.mismatched, true)
     }
 
@@ -110,8 +110,8 @@ impl PartitionFetchState {
         self.open_since = None;
     }
 
-    /// Stores the role and the leader epoch that the response states. Returns true if this epoch is newer than the
-    /// stored one.
+    /// Stores the role of the replica that responded, and its leader epoch if that is newer than the stored one.
+    /// Returns true if it is newer.
     pub(super) fn on_response(&mut self, fetched: &v1::FetchedPartition) -> bool {
         self.is_follower = fetched.from_follower;
         let epoch = LeaderEpoch::from_i32(fetched.leader_epoch).filter(|epoch| *epoch > self.leader_epoch);
@@ -174,16 +174,16 @@ impl FetchStates {
 /// Error in the batches of a response.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum InvalidResponse {
-    /// The bytes are no complete batches.
+    /// The bytes are truncated or no valid batch.
     Malformed(MalformedBatch),
     /// A batch starts at this offset, and records before it are missing.
     Gap(Offset),
 }
 
-/// Verifies the chunks of a response. Returns the batches with records at or above `position`, each with the first
-/// offset that the consumer needs of it. Also returns the position after them, and the error at which the verification
-/// stopped.
-pub(super) fn advance(
+/// Splits the chunks of a response into batches and verifies them. Returns the batches with records at or above
+/// `position`, each with the first offset that the consumer needs of that batch. Also returns the position after these
+/// batches, and the error at which the verification stopped.
+pub(super) fn accept_batches(
     mut position: Offset,
     chunks: Vec<Bytes>,
 ) -> (Vec<(Offset, Batch)>, Offset, Result<(), InvalidResponse>) {
@@ -231,7 +231,7 @@ mod tests {
             for second in (first..=bytes.len()).step_by(7) {
                 let chunks = [&bytes[..first], &bytes[first..second], &bytes[second..]];
                 let chunks = chunks.into_iter().map(Bytes::copy_from_slice).collect();
-                let (accepted, position, result) = advance(Offset::ZERO, chunks);
+                let (accepted, position, result) = accept_batches(Offset::ZERO, chunks);
                 assert_eq!(
                     (accepted.len(), position, result),
                     (3, at(6), Ok(())),
@@ -244,7 +244,7 @@ mod tests {
     #[test]
     fn only_batches_with_records_at_or_above_position_are_kept() {
         let chunks = vec![batch(0, 3).to_bytes(), batch(3, 3).to_bytes()];
-        let (accepted, position, result) = advance(at(4), chunks);
+        let (accepted, position, result) = accept_batches(at(4), chunks);
         assert_eq!(result, Ok(()));
         assert_eq!(position, at(6));
         assert_eq!(accepted.len(), 1);
@@ -253,7 +253,7 @@ mod tests {
 
     #[test]
     fn gap_is_reported_and_batches_before_it_are_kept() {
-        let (accepted, position, result) = advance(at(0), vec![batch(0, 2).to_bytes(), batch(3, 1).to_bytes()]);
+        let (accepted, position, result) = accept_batches(at(0), vec![batch(0, 2).to_bytes(), batch(3, 1).to_bytes()]);
         assert_eq!((accepted.len(), position, result), (1, at(2), Err(InvalidResponse::Gap(at(3)))));
     }
 
@@ -263,12 +263,12 @@ mod tests {
         for bit in 0..good.len() * 8 {
             let mut bad = good.to_vec();
             bad[bit / 8] ^= 1 << (bit % 8);
-            let (accepted, ..) = advance(Offset::ZERO, vec![bad.into()]);
+            let (accepted, ..) = accept_batches(Offset::ZERO, vec![bad.into()]);
             // The broker sets bytes 0..8 and 12..16; the CRC does not cover them.
             let unchecked = bit / 8 < 8 || (12..16).contains(&(bit / 8));
             assert!(unchecked || accepted.is_empty(), "bit {bit}");
         }
-        let (accepted, _, result) = advance(Offset::ZERO, vec![good.slice(..good.len() - 1)]);
+        let (accepted, _, result) = accept_batches(Offset::ZERO, vec![good.slice(..good.len() - 1)]);
         assert!(
             accepted.is_empty() && matches!(result, Err(InvalidResponse::Malformed(MalformedBatch::Truncated { .. })))
         );

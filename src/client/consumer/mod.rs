@@ -2,18 +2,18 @@
 //!
 //! # Overview
 //!
-//! One task per consumer holds one Fetch stream per broker, with all partitions that are read there. The task verifies
-//! the CRC of every batch, tracks each partition's position, and puts batches into a short queue. The [`Consumer`]
-//! removes batches from the queue and decodes records on demand. While the queue is full the task reads nothing, and
-//! HTTP/2's windows stop the brokers.
+//! One task per consumer holds a Fetch stream to each broker that serves its partitions; a stream has at most
+//! `limits::MAX_FETCH_PARTITIONS` partitions. The task verifies the CRC of every batch, tracks each partition's
+//! position, and puts batches into a short queue. The [`Consumer`] removes batches from the queue and decodes records
+//! on demand. While the queue is full the task reads nothing, and HTTP/2's windows stop the brokers.
 //!
 //! # Racks
 //!
 //! A partition is read at its leader. If the consumer names its [rack](ConsumerOptions::rack), the partition is read at
-//! an in-sync replica in that rack if there is one (`replica_selector`). The leader has the newest state, so an error
-//! or a broken stream of a follower moves the partition to its leader at once (`read_replica`). The first such stay at
-//! the leader lasts five seconds. After a stay, and every [`metadata_age`](super::ClientOptions::metadata_age), new
-//! metadata decides where the partition is read.
+//! an in-sync replica in that rack if there is one (`replica_selector`). The leader has the newest state, so an error,
+//! an invalid response or a broken stream of a follower moves the partition to its leader (`read_replica`). The first
+//! such stay at the leader lasts five seconds. After a stay, and every
+//! [`metadata_age`](super::ClientOptions::metadata_age), new metadata decides where the partition is read.
 //!
 //! A follower serves reads only while it is in sync. It ends all reads of a partition when it loses the leader or
 //! leaves the ISR. If the lease of a serving broker expires, the consumer refreshes metadata from other brokers.
@@ -25,11 +25,12 @@
 //! # Invariants
 //!
 //! - A partition's records are returned in offset order, without duplicates and without gaps: a broken stream is
-//!   reopened at the position after the last batch in the queue.
+//!   reopened at the position after the last batch that the task accepted. The exceptions are a position that is reset
+//!   ([`OffsetResetPolicy`]), and a batch that is skipped ([`OnUndecodable::Skip`]).
 //! - A batch that was fetched before a seek is never returned after it: batches carry the generation of their
 //!   assignment.
-//! - The consumer holds at most one response of about `max_bytes`, `queue` further batches, and the unread bytes of one
-//!   stream window per stream.
+//! - The consumer holds at most one response of about `max_bytes`, `queue` further batches, the batch whose records it
+//!   returns, and the unread bytes of one stream window per stream.
 //!
 //! # Shutdown
 //!
@@ -52,7 +53,7 @@ use crate::{
     task::Tasks,
 };
 
-/// Policy for a position below the log start or above the log end.
+/// Policy for a position below the log start or above the high watermark.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OffsetResetPolicy {
     /// Stops the partition and returns an error with the log's start and end.
@@ -91,8 +92,9 @@ pub struct ConsumerOptions {
     /// Policy for records that cannot be decoded. Default: fail.
     pub on_undecodable: OnUndecodable,
     /// Rack of the consumer, named as in `broker.rack`. In-sync replicas in the rack serve the consumer where possible,
-    /// which avoids traffic between racks. Records arrive slightly later than from the leader: after the follower
-    /// received their commit. With `None` only leaders serve the consumer.
+    /// which avoids traffic between racks. Records arrive slightly later than from the leader, because a follower
+    /// serves a record once it has received a high watermark above the record. With `None` only leaders serve the
+    /// consumer.
     pub rack: Option<String>,
 }
 
@@ -140,9 +142,9 @@ pub struct ConsumedBatch {
     pub partition: u32,
     /// The batch. Its first records may lie below `from`.
     pub batch: Batch,
-    /// Position of the consumer before this batch. Records of the batch below it are not for the caller.
+    /// Position of the consumer before this batch. Records of the batch below this position are not for the caller.
     pub from: Offset,
-    /// High watermark of the partition when the batch was sent.
+    /// High watermark at the replica that sent the batch, at that time.
     pub high_watermark: Offset,
 }
 
@@ -260,10 +262,12 @@ impl Consumer {
         self.assign_at(topic, partition, position).await
     }
 
-    /// Adds a partition that is read from an offset on.
+    /// Adds a partition that is read from the offset `position` on. A partition that is assigned already moves to
+    /// `position`.
     ///
     /// # Errors
-    /// The topic or the partition does not exist. An offset outside the log is reported by the first read.
+    /// The topic cannot be looked up, or the partition does not exist. An offset outside the log is reported by the
+    /// first read.
     pub async fn assign_at(&mut self, topic: &str, partition: u32, position: Offset) -> Result<(), ConsumeError> {
         let route = self.client.topic(topic).await?;
         let partitions = u32::try_from(route.partitions.len()).unwrap_or(u32::MAX);
@@ -296,7 +300,7 @@ impl Consumer {
     /// Moves the position of a partition to an offset.
     ///
     /// # Errors
-    /// The partition is not assigned.
+    /// The partition is not assigned. See also [`Consumer::assign_at`].
     pub async fn seek(&mut self, topic: &str, partition: u32, position: Offset) -> Result<(), ConsumeError> {
         self.position(topic, partition)?;
         self.assign_at(topic, partition, position).await
@@ -343,7 +347,7 @@ impl Consumer {
         }
     }
 
-    /// Returns a record that was already fetched, without waiting for the network; `None` if there is none.
+    /// Returns the next record if it was already fetched, without waiting for the network; `None` if it was not.
     ///
     /// # Errors
     /// See [`Consumer::next`].
@@ -380,7 +384,8 @@ impl Consumer {
         self.tasks.stop().await;
     }
 
-    /// Makes a batch the current one, whose records are returned next. Fails if the batch cannot be decompressed.
+    /// Makes a batch the current one, whose records are returned next. If the batch cannot be decompressed, skips it or
+    /// stops the partition, according to the options, and returns the error.
     fn start_batch(&mut self, batch: ConsumedBatch) -> Result<(), ConsumeError> {
         let ConsumedBatch { topic, partition, batch, from: position, .. } = batch;
         let (base, end) = (batch.base_offset(), batch.end_offset());
@@ -391,8 +396,8 @@ impl Consumer {
         Ok(())
     }
 
-    /// Skips the records in the range `lost`, which cannot be decoded, or stops the partition there, according to the
-    /// options. Returns the error in both cases. `batch` is the first offset of the batch.
+    /// Skips the records in the range `lost`, which cannot be decoded, or stops the partition at the start of the
+    /// range, according to the options. Returns the error in both cases. `batch` is the first offset of the batch.
     fn on_undecodable_records(
         &mut self,
         topic: &Arc<str>,
@@ -430,8 +435,8 @@ impl Consumer {
         let _ = self.commands.try_send(ConsumerCommand::Unassign { topic: topic.clone(), partition });
     }
 
-    /// Returns the next record of the current batch. Returns `None` if there is no current batch, or if it has no more
-    /// records; then it is ended.
+    /// Returns the next record of the current batch. Returns `None` without a current batch, and after the last record,
+    /// which ends the current batch. A record that cannot be decoded also ends the batch, with an error.
     fn next_in_batch(&mut self) -> Result<Option<ConsumedRecord>, ConsumeError> {
         let Some(current) = &mut self.current else { return Ok(None) };
         for record in current.records.by_ref() {
@@ -464,8 +469,8 @@ impl Consumer {
         }
     }
 
-    /// Processes an event. Returns its batch; `None` for a reset position, or if the event belongs to an earlier
-    /// assignment.
+    /// Processes an event. Returns the batch or the error of the event. Returns `None` for a reset position, which is
+    /// stored, and for an event of an earlier assignment, which is dropped.
     fn accept(&mut self, queued: QueuedEvent) -> Result<Option<ConsumedBatch>, ConsumeError> {
         let (topic, partition) = (queued.topic, queued.partition);
         let key = (topic, partition);
@@ -485,7 +490,7 @@ impl Consumer {
         }
     }
 
-    /// Skips the rest of the current batch. The position moves behind the batch.
+    /// Skips the rest of the current batch, if there is one. The position moves behind the batch.
     fn end_current(&mut self) {
         if let Some(current) = self.current.take() {
             self.set_position(&current.topic, current.partition, current.end);

@@ -1,8 +1,7 @@
 //! Decides at which replica a consumer reads a partition: in the consumer's rack or at the leader. Pure.
 //!
 //! A problem with a follower moves the partition to its leader for a limited time, a stay. Each stay is twice as long
-//! as the one before, up to a minute. After the rack has served the partition for a minute, the next stay is short
-//! again.
+//! as the one before, up to a minute. A minute after the last stay, the next one is short again.
 
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use crate::task::Backoff;
 /// First stay at the leader, after which a replica in the rack is read again.
 const MIN_FOLLOWER_RETRY_DELAY: Duration = Duration::from_secs(5);
 
-/// Longest stay at the leader, and time in the rack after which the next stay is short again.
+/// Longest stay at the leader, and time since the last stay after which the next one is short again.
 const MAX_FOLLOWER_RETRY_DELAY: Duration = Duration::from_secs(60);
 
 /// Choice between a replica in the rack and the leader for one partition.

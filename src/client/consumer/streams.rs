@@ -69,7 +69,7 @@ impl FetchStreams {
     }
 
     /// Returns the next event of any stream, and the number of that stream; `None` if no stream is open. An error is
-    /// the last event of its stream. Dropping the future loses no event.
+    /// the end of its stream, and the caller then closes the stream. Dropping the future loses no event.
     pub(super) async fn next(&mut self) -> Option<(u64, Result<StreamEvent, ApiError>)> {
         self.responses.next().await
     }
@@ -84,8 +84,8 @@ impl FetchStreams {
         streams.map(|(number, _)| *number).collect()
     }
 
-    /// Stores whether the broker of a stream reports an expired lease. Returns true if it does and the last response
-    /// did not.
+    /// Stores whether a response on the stream reports an expired lease. Returns true if it does and the response
+    /// before did not.
     pub(super) fn set_lease_expired(&mut self, number: u64, lease_expired: bool) -> bool {
         let Some(stream) = self.streams.get_mut(&number) else { return false };
         let was_expired = std::mem::replace(&mut stream.lease_expired, lease_expired);
@@ -103,7 +103,8 @@ impl FetchStreams {
     }
 }
 
-/// Returns the events of one stream to one broker. The last item is the error that ended the stream.
+/// Returns the events of one stream to one broker. The first error is the reason for the end of the stream; a second
+/// error may follow.
 fn responses(client: Client, address: BrokerAddress, requests: mpsc::Receiver<v1::FetchRequest>) -> ResponseStream {
     let name = address.clone();
     let open = async move {

@@ -39,7 +39,7 @@ pub struct Ack {
     pub base_offset: Option<Offset>,
     /// Number of records in the batch.
     pub count: u32,
-    /// Leader epoch in which the batch was appended.
+    /// Leader epoch in which the batch was appended; 0 with `acks=0`.
     pub leader_epoch: LeaderEpoch,
     /// Timestamp that the broker assigned, in milliseconds since 1970; `None` unless the topic uses LogAppendTime.
     pub append_time_ms: Option<i64>,

@@ -252,7 +252,8 @@ impl InFlightBatches {
         Ok(batch.clone())
     }
 
-    /// Processes a response.
+    /// Processes a response: the batch is acknowledged, will be sent again after a drain, or fails. If the producer is
+    /// fenced, all batches fail.
     pub(super) fn on_response(
         &mut self,
         stream: u64,
@@ -266,7 +267,7 @@ impl InFlightBatches {
             Ok(()) => return ResponseOutcome::Completed(self.remove(index).into_completed()),
             Err(error) => error,
         };
-        if self.is_repeatable(index, &error) {
+        if self.check_repeatable(index, &error) {
             self.needs_new_id |= self.entries[index].end_attempt(outcome_unknown(error.code));
             self.draining = true;
             return ResponseOutcome::Retry;
@@ -283,7 +284,7 @@ impl InFlightBatches {
 
     /// Returns true if the batch may be sent again after this error. Also sets `needs_new_id` if the broker has lost
     /// the producer's state (rule 4).
-    fn is_repeatable(&mut self, index: usize, error: &ApiError) -> bool {
+    fn check_repeatable(&mut self, index: usize, error: &ApiError) -> bool {
         match error.code {
             ErrorCode::OutOfOrderSequence | ErrorCode::UnknownProducer
                 if self.guarantee == DeliveryGuarantee::Idempotent =>

@@ -1,4 +1,4 @@
-//! The producer: sends records in order and once, and returns their acknowledgements.
+//! The producer: sends records in order and, with default options, once, and returns their acknowledgements.
 //!
 //! # Overview
 //!
@@ -18,16 +18,17 @@
 //!
 //! # Invariants
 //!
-//! - Records of one partition are appended in the order in which `send` accepted them.
-//! - A record is appended once: the broker detects a repeated batch by producer id and sequence. If the broker can no
-//!   longer detect this after a lost response, the send fails as [`SendError::Unknown`], and the batch is not repeated.
+//! - With acknowledgements, records of one partition are appended in the order in which `send` accepted them.
+//! - With acknowledgements and `idempotent`, no record is appended twice: the broker detects a repeated batch by
+//!   producer id and sequence. If the broker can no longer detect this after a lost response, the send fails as
+//!   [`SendError::Unknown`], and the batch is not repeated.
 //! - Queued and in-flight records take at most `memory_bytes`, or the size of one batch or record if that is larger.
 //!   Above the limit `send` waits.
 //!
 //! # Shutdown
 //!
-//! [`Producer::close`] seals and delivers all batches and joins the task. When the last handle is dropped, the task
-//! ends and unacknowledged records fail as [`SendError::Closed`].
+//! [`Producer::close`] seals all batches, waits until each is acknowledged or has failed, and joins the task. When the
+//! last handle is dropped, the task ends and unacknowledged records fail as [`SendError::Closed`].
 
 mod completion;
 mod driver;
@@ -129,7 +130,8 @@ impl ProducerOptions {
         }
     }
 
-    /// Returns the maximum number of in-flight batches of a partition that brokers can handle under the guarantee.
+    /// Returns the option `in_flight`, at least 1 and, for an idempotent producer, at most the number of batches among
+    /// which brokers detect duplicates.
     fn window(&self) -> usize {
         let max = if self.guarantee() == DeliveryGuarantee::Idempotent {
             limits::MAX_BATCHES_PER_PRODUCER
@@ -139,7 +141,8 @@ impl ProducerOptions {
         self.in_flight.clamp(1, max)
     }
 
-    /// Returns the memory bound as semaphore permits, one per byte: at least `batch_bytes`, so that one batch fits.
+    /// Returns the memory bound as semaphore permits, one per byte: `memory_bytes`, but at least `batch_bytes`, so that
+    /// one batch fits, and between 1 KiB and 2 GiB.
     fn memory_permits(&self) -> u32 {
         u32::try_from(self.memory_bytes.max(self.batch_bytes).clamp(1 << 10, 1 << 31)).expect("below 2^32")
     }
@@ -220,7 +223,7 @@ struct ProducerInner {
 ///     // Waits only while the producer's memory is full.
 ///     let _delivery = producer.send("orders", NewRecord::value(&order.to_be_bytes()).key(b"customer-7")).await?;
 /// }
-/// // Returns when every record is acknowledged, or the first error.
+/// // Waits until every record is acknowledged or has failed; returns the first error.
 /// producer.flush().await?;
 /// producer.close().await?;
 /// # Ok(())
@@ -270,11 +273,12 @@ impl Producer {
     }
 
     /// Queues a record and returns the future of its acknowledgement. Waits only while the producer's memory is full,
-    /// or for the first lookup of the topic. Records that one caller sends to one partition keep their order.
+    /// or for a lookup of the topic if the producer has no metadata of the topic or the partition. Records that one
+    /// caller sends to one partition keep their order.
     ///
     /// # Errors
-    /// The topic or the partition does not exist, the record exceeds the topic's maximum size, or the producer is
-    /// closed. The [`Delivery`] returns later errors.
+    /// The topic cannot be looked up, the partition does not exist, the record exceeds the topic's maximum size, a
+    /// batch cannot be built, or the producer is closed. The [`Delivery`] returns later errors.
     pub async fn send(&self, topic: &str, record: NewRecord<'_>) -> Result<Delivery, SendError> {
         let queues = self.inner.queues_of(topic, record.partition).await?;
         let bytes = BatchBuilder::record_len(record.key, record.value, record.headers);
@@ -367,7 +371,8 @@ impl Producer {
 }
 
 impl ProducerInner {
-    /// Returns the queues of a topic. Looks the topic up if it has no queues yet, or no queue for `partition`.
+    /// Returns the queues of a topic. Looks the topic up and adds queues if it has none yet, or none for `partition`.
+    /// Fails if the topic then has no such partition.
     async fn queues_of(&self, topic: &str, partition: Option<u32>) -> Result<Arc<TopicQueues>, SendError> {
         let current = self.topic_queues(topic);
         let is_included =

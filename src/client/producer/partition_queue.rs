@@ -124,8 +124,8 @@ impl PartitionQueue {
         !self.queued.swap(true, Ordering::AcqRel)
     }
 
-    /// Marks the queue as processed. Called before the task processes the queue, so that an append meanwhile notifies
-    /// the task again.
+    /// Removes the mark of [`PartitionQueue::mark_queued`]. The task calls this before it processes the queue, so that
+    /// an append meanwhile notifies the task again.
     pub(super) fn clear_queued(&self) {
         self.queued.store(false, Ordering::Release);
     }

@@ -5,15 +5,15 @@
 pub enum PartitionChoice {
     /// This partition, modulo the number of partitions.
     Partition(u32),
-    /// The partition whose batch the producer is filling. The producer stays with one partition until a batch is full
-    /// and then selects another one, so that few records still make large batches.
+    /// The partition whose batch the producer is filling. The producer stays with one partition until a batch or
+    /// `batch_bytes` of records are full, and then selects another one, so that few records still make large batches.
     Sticky,
 }
 
 /// Selects the partition of a record that names none.
 pub trait Partitioner: Send + Sync + std::fmt::Debug {
-    /// Selects one of `partitions` (at least 1). Called on the sender's thread, for each record without an explicit
-    /// partition.
+    /// Selects one of `partitions` partitions (at least 1). Called on the sender's thread, for each record without an
+    /// explicit partition.
     fn choose(&self, key: Option<&[u8]>, value: Option<&[u8]>, partitions: u32) -> PartitionChoice;
 }
 

@@ -1,8 +1,8 @@
 //! `ProduceRequestParts`: a produce request that encodes header and records of its batch from two buffers.
 //!
 //! The generated [`v1::ProduceRequest`](crate::proto::v1::ProduceRequest) has the batch in one buffer. Joining header
-//! and records in that buffer would copy each payload once more. Both types encode to the same bytes. A test compares
-//! them.
+//! and records in that buffer would copy each payload once more. A test checks that the encoding of this type decodes
+//! to the same generated message.
 
 use std::sync::Arc;
 
@@ -117,7 +117,7 @@ mod tests {
     use crate::{model::Compression, proto::v1, record::BatchBuilder};
 
     #[test]
-    fn parts_encode_to_the_bytes_of_the_generated_message() {
+    fn parts_decode_as_the_generated_message() {
         for (correlation_id, topic, id, partition, size) in
             [(0, "t", "", 0, 0), (1 << 40, "a.longer-topic_name", "0b5d", 99_999, 300_000)]
         {

@@ -38,8 +38,8 @@ async fn consumer_is_served_in_its_rack_else_by_the_leader() {
     assert_eq!(follower.state().fetches, 10);
 }
 
-/// A follower's error, broken stream, corrupt bytes or out-of-range position moves the partition to the leader at once.
-/// No record is read twice or skipped.
+/// A follower's error, broken stream, corrupt bytes or out-of-range position moves the partition to the leader. No
+/// record is read twice or skipped.
 #[tokio::test]
 async fn follower_error_moves_the_read_to_the_leader() {
     let (leader, follower, client) = pair(10, 10).await;

@@ -1,4 +1,5 @@
-//! Tests of reads: no partition is skipped, and none is read past records that cannot be decoded.
+//! Tests of reads: no partition is skipped, and none is read past records that cannot be decoded, unless the options
+//! permit it.
 
 use super::*;
 use crate::{Consumer, OnUndecodable, limits, proto::error::ErrorCode};

@@ -54,7 +54,7 @@ impl World {
         self.start_broker_with(number, self.metadata.clone()).await
     }
 
-    /// Returns a broker whose controller uses another metadata cache.
+    /// Returns a broker whose controller uses this metadata cache.
     async fn start_broker_with(&self, number: u32, metadata: MetadataCache) -> Node {
         let (keys, id) = (self.keys.clone(), BrokerId(number));
         let registration = RegistrationRequest {

@@ -36,7 +36,7 @@ impl ChangeHistory {
         Self { changes: VecDeque::new(), bytes: 0, oldest: revision.next() }
     }
 
-    /// Appends the next revisions, and evicts the oldest ones while a limit is exceeded.
+    /// Appends the next revisions, and drops the oldest ones while a limit is exceeded.
     pub(super) fn append(&mut self, changes: Vec<Arc<WatchBatch>>) {
         for change in changes {
             assert_eq!(change.revision.0, self.oldest.0 + self.changes.len() as u64, "revisions have no gaps");
@@ -44,19 +44,19 @@ impl ChangeHistory {
             self.changes.push_back(change);
         }
         while self.changes.len() > MAX_REVISIONS || self.bytes > MAX_BYTES {
-            let Some(evicted) = self.changes.pop_front() else { break };
-            self.bytes -= key_value_bytes(&evicted);
-            self.oldest = evicted.revision.next();
+            let Some(dropped) = self.changes.pop_front() else { break };
+            self.bytes -= key_value_bytes(&dropped);
+            self.oldest = dropped.revision.next();
         }
     }
 
-    /// Returns `Compacted` if a watch from this revision would need evicted changes.
+    /// Returns `Compacted` if a watch from this revision would need dropped changes.
     pub(super) fn check(&self, from: Revision) -> Result<(), MetaStoreError> {
         if from < self.oldest { Err(MetaStoreError::Compacted { from, oldest: self.oldest }) } else { Ok(()) }
     }
 
     /// Returns the changes of one revision; `None` if the revision does not exist yet. Fails with `Compacted` if the
-    /// changes were evicted.
+    /// changes were dropped.
     fn at(&self, revision: Revision) -> Result<Option<Arc<WatchBatch>>, MetaStoreError> {
         self.check(revision)?;
         let index = usize::try_from(revision.0 - self.oldest.0).ok();
@@ -76,7 +76,7 @@ fn key_value_bytes(changes: &WatchBatch) -> usize {
 pub(super) struct WatchCursor {
     /// Weak, so that a watch does not keep the file open. The watch ends when the last clone of the store is dropped.
     inner: Weak<EmbeddedInner>,
-    /// Newest committed revision. The watch waits for its next change.
+    /// Newest committed revision. The watch waits until this value changes.
     newest: watch::Receiver<Revision>,
     prefix: String,
     /// First revision that the watch has not returned.

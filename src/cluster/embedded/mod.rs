@@ -111,7 +111,8 @@ struct EmbeddedInner {
     commit_permit: Arc<Semaphore>,
     queue: Mutex<VecDeque<PendingTransaction>>,
     /// Newest revision in the file. A commit holds this lock until its sync has ended, so a wait for the lock may block
-    /// for long. It is taken only within `EmbeddedStore::access`, which runs on a blocking thread.
+    /// for long. It is taken only within `EmbeddedStore::access`, which runs on a blocking thread if the database is a
+    /// file.
     writer: Mutex<Revision>,
     /// Reason of the first failed commit. Once it is set, every request except `watch` fails.
     failed: OnceLock<String>,

@@ -75,7 +75,7 @@ pub(super) fn read<T>(
 }
 
 /// Changes entries in one durable commit, or in none if `function` changes nothing. `revision` is the newest revision
-/// before it. Returns the result of `function` and the changes, one element per new revision.
+/// before the commit. Returns the result of `function` and the changes, one element per new revision.
 pub(super) fn write<T>(
     database: &Database,
     revision: Revision,

@@ -13,10 +13,10 @@ use crate::task::{Backoff, clock};
 /// Time after which a call starts no further attempt.
 pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Pause after the first round in which no member responded. The pauses after later rounds grow.
+/// Pause after the first pass over all members without a response. The pauses after later passes grow.
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 
-/// Longest pause between two rounds.
+/// Longest pause between two passes over all members.
 const MAX_RETRY_DELAY: Duration = Duration::from_millis(800);
 
 /// Condition for another attempt after a failed one.
@@ -35,7 +35,8 @@ impl Members {
     ///
     /// # Errors
     /// An error that every member would return ends the call at once, and so does a response of another etcd cluster.
-    /// Under [`RetryPolicy::WhenNotDone`], an attempt with an unknown outcome also ends the call.
+    /// Under [`RetryPolicy::WhenNotDone`], an attempt with an unknown outcome also ends the call. At the deadline, the
+    /// call fails with `Unavailable`, which contains the last error of each member.
     pub(super) async fn call<T, F>(
         &self,
         policy: RetryPolicy,

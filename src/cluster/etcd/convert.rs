@@ -22,7 +22,7 @@ pub(super) fn etcd_revision(revision: Revision) -> Option<i64> {
 }
 
 /// Returns the error for a response that etcd never sends.
-pub(super) fn invalid_response(reason: &str) -> Error {
+pub(super) fn invalid_response_error(reason: &str) -> Error {
     Error::Internal(reason.to_owned())
 }
 

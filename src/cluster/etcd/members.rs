@@ -1,7 +1,7 @@
 //! The members of an etcd cluster: one connection to each, created on first use, and the choice of the member to call
 //! first.
 //!
-//! This module never retries a request: see `call`.
+//! This module repeats a request only after a login in place of a rejected token. All other retries are in `call`.
 
 use std::{
     future::Future,
@@ -39,7 +39,7 @@ const MIN_LOGIN_TIMEOUT: Duration = Duration::from_secs(2);
 pub(super) struct Members {
     list: Vec<Member>,
     header_state: HeaderState,
-    /// Index of the member to call first: the member that responded last, or the one after it if that member has failed
+    /// Index of the member to call first: the member that responded last, or a later one if that member has failed
     /// since.
     first: AtomicUsize,
 }
@@ -148,7 +148,7 @@ impl Member {
     }
 
     /// Sends a request to this member: connects and logs in if needed, then waits at most the request timeout for the
-    /// response. If the token has expired, logs in on a new connection and sends the request once more.
+    /// response. If the member rejects the token, logs in on a new connection and sends the request once more.
     pub(super) async fn call_member<T, F>(&self, request: &impl Fn(MemberChannel) -> F) -> Result<T, EtcdAttemptError>
     where
         F: Future<Output = Result<T, Error>>,
@@ -193,7 +193,7 @@ impl Member {
     }
 
     /// Replaces the connection `old` for later calls, unless a concurrent caller has replaced it. Calls on the old
-    /// connection continue.
+    /// connection continue. If no new connection can be created, the old one stays.
     pub(super) async fn replace(&self, old: &MemberChannel) {
         match MemberChannel::new(self.index, &self.endpoint, &self.options, &self.header_state).await {
             Ok(channel) => {
@@ -220,7 +220,7 @@ impl Member {
             let mut client = channel.0.client.maintenance_client();
             let response = client.status().await?;
             let checked = channel.check(response.header())?;
-            checked.map_err(|regression| convert::invalid_response(&regression.to_string()))?;
+            checked.map_err(|regression| convert::invalid_response_error(&regression.to_string()))?;
             let member = response.header().map(ResponseHeader::member_id);
             Ok(MemberStatus {
                 version: response.version().to_owned(),
@@ -266,7 +266,7 @@ impl MemberChannel {
     /// [`Members::regression`] and returns an error.
     pub(super) fn revision(&self, header: Option<&ResponseHeader>) -> Result<Revision, Error> {
         self.check(header)?.map_err(|regression| {
-            let error = convert::invalid_response(&regression.to_string());
+            let error = convert::invalid_response_error(&regression.to_string());
             // Fails if a regression is set already: the first one stays.
             drop(self.0.header_state.regression.set(regression));
             error
@@ -276,7 +276,7 @@ impl MemberChannel {
     /// Returns the revision in a response. The inner error means a response of another etcd cluster, the outer error a
     /// response without a header. Sets no regression.
     fn check(&self, header: Option<&ResponseHeader>) -> Result<Result<Revision, Regression>, Error> {
-        let header = header.ok_or_else(|| convert::invalid_response("a response without a header"))?;
+        let header = header.ok_or_else(|| convert::invalid_response_error("a response without a header"))?;
         let returned = header.cluster_id();
         let known = *self.0.header_state.cluster.get_or_init(|| returned);
         if known != returned {

@@ -15,12 +15,12 @@
 //!
 //! # Retries
 //!
-//! An attempt ends after `request_timeout`. The pure function `error::classify` decides the outcome of a failed
-//! request: *not done* (no connection, no leader), *refused* (every member would reject it), or *unknown*. After *not
-//! done* or *unknown*, reads, keepalives, revocations and grants continue at the next member, until
-//! `call::CALL_DEADLINE` has passed. If the response to a grant is lost, its lease expires unused. Transactions continue
-//! only after *not done*. After *unknown*, the caller reads back, since the retry of an applied transaction would fail
-//! its compares.
+//! An attempt waits at most `request_timeout` for its response. The pure function `error::classify` decides the class
+//! of a failed request, mainly *not done* (no connection, no leader), *refused* (every member would reject it), or
+//! *unknown*. After *not done* or *unknown*, reads, starts of watches, keepalives, revocations and grants continue at
+//! the next member, until `call::CALL_DEADLINE` has passed. If the response to a grant is lost, its lease expires
+//! unused. Transactions continue only after *not done*. After *unknown*, the caller reads back, since the retry of an
+//! applied transaction would fail its compares.
 //!
 //! # Unresponsive members
 //!
@@ -38,8 +38,8 @@
 //!
 //! - All reads are linearizable. A transaction without writes includes the read of a key: without that read, a lagging
 //!   member would respond from its local state.
-//! - Every accepted response comes from the etcd cluster that responded first; revisions of another cluster are
-//!   unrelated.
+//! - Every accepted response comes from the etcd cluster that responded first, because revisions of another cluster are
+//!   unrelated. Only the responses to keepalives and revocations, whose revisions are not used, are not checked.
 //! - No response of etcd causes a panic: only functions of `etcd_client` that cannot panic are used (see `convert`).
 //!
 //! # Crash
@@ -228,7 +228,7 @@ impl MetaStore for EtcdStore {
                 let response = channel.leases().grant(seconds, None).await?;
                 channel.revision(response.header())?;
                 // Zero means no lease in etcd.
-                NonZeroI64::new(response.id()).ok_or_else(|| convert::invalid_response("a lease without an id"))
+                NonZeroI64::new(response.id()).ok_or_else(|| convert::invalid_response_error("a lease without an id"))
             });
             call.await.map(|id| LeaseId(id.get())).map_err(EtcdCallError::into_read_error)
         })

@@ -32,9 +32,9 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 /// Number of progress intervals in a row without a message after which the watch moves to another member.
 const MAX_MISSED_INTERVALS: u32 = 2;
 
-/// Number of streams in a row without any response after which the watch ends with an error. A member may need longer
-/// to send the first changes after a start revision far behind its own than a stream waits. Then every stream would
-/// time out. After the error, the metadata cache relists and watches from a newer revision.
+/// Number of streams in a row without any response after which the watch ends with an error. If the start revision is
+/// far behind that of the members, the first changes may arrive after the timeout of every stream. After the error, the
+/// metadata cache relists and watches from a newer revision.
 const MAX_TIMED_OUT_STREAMS: u32 = 3;
 
 /// Time after the end of a stream during which the watch tries to open the next one, before it ends with an error.
@@ -120,8 +120,8 @@ impl ResumableWatch {
         }
     }
 
-    /// Converts a response to changes, which are empty for a progress response. The inner error ends this stream, after
-    /// which the watch resumes; the outer error ends the watch.
+    /// Converts a response to changes, which are empty for a progress response, and advances `next` past them. The
+    /// inner error ends this stream, after which the watch resumes; the outer error ends the watch.
     fn convert_response(&mut self, response: &WatchResponse) -> Result<Result<WatchBatch, StreamEnd>, MetaStoreError> {
         if response.compact_revision() > 0 {
             let oldest = convert::revision(response.compact_revision());
@@ -162,8 +162,9 @@ impl ResumableWatch {
     /// Opens the next stream after `end`, at another member unless only the start revision was compacted.
     ///
     /// # Errors
-    /// The watch ends if too many streams timed out in a row, if no member opened a stream within [`WATCH_TIMEOUT`], or
-    /// if the members reject the watch.
+    /// The watch ends if too many streams timed out in a row, if no member opened a stream within [`WATCH_TIMEOUT`], if
+    /// the start revision is compacted, if the members reject the watch, or if a member of another etcd cluster
+    /// responded.
     async fn resume(&mut self, end: StreamEnd) -> Result<(), MetaStoreError> {
         let member = self.members.member_of(&self.stream.channel);
         let mut start_at = one_before(self.next);
@@ -229,7 +230,9 @@ async fn open_stream(members: &Members, prefix: &str, start_at: Revision) -> Res
 }
 
 impl MemberWatch {
-    /// Returns the next response. Cancel safe: dropping the future loses no response.
+    /// Returns the next response. If none arrives within [`PROGRESS_INTERVAL`], requests progress; after
+    /// [`MAX_MISSED_INTERVALS`] such intervals in a row, the stream has timed out. Cancel safe: dropping the future
+    /// loses no response.
     async fn next(&mut self) -> Result<WatchResponse, StreamEnd> {
         for missed in 1..=MAX_MISSED_INTERVALS {
             match tokio::time::timeout(PROGRESS_INTERVAL, self.responses.message()).await {

@@ -2,8 +2,8 @@
 //!
 //! # Overview
 //!
-//! One task lists the prefix, then watches it from the list's revision on. The task relists when the watch is compacted
-//! or breaks, and at intervals. Each change is published twice: as a whole snapshot ([`MetadataCache::state`],
+//! One task lists the prefix, then watches the changes after the list. The task relists when the watch is compacted or
+//! breaks, and at intervals. Each change is published twice: as a whole snapshot ([`MetadataCache::state`],
 //! [`MetadataCache::watch`]) and as the changed keys ([`MetadataCache::feed`]). The cost of a change depends on the
 //! size of the change, not on the size of the metadata, unless a caller holds a snapshot.
 //!
@@ -129,14 +129,15 @@ impl MetadataCache {
         ChangeFeed { changes: self.changes.subscribe(), started: false }
     }
 
-    /// Returns the time since the store's last response or event, progress notifications included. Grows while the
-    /// store does not respond. Grows without any fault in a standalone broker, because the embedded store sends only
-    /// changes.
+    /// Returns the time since the store's last response or event, progress notifications included; before the first
+    /// one, since the start. Grows while the store does not respond. Grows without any fault in a standalone broker,
+    /// because the embedded store sends only changes.
     pub fn staleness(&self) -> Duration {
         self.last_contact.lock().elapsed()
     }
 
-    /// Returns the time for which the store has not responded; zero if it responds.
+    /// Returns the time for which the store has not responded; zero if it responds. For a standalone broker also the
+    /// time without a change: see [`MetadataCache::staleness`].
     pub fn unresponsive_for(&self) -> Duration {
         Some(self.staleness()).filter(|time| *time > MAX_CONTACT_INTERVAL).unwrap_or_default()
     }

@@ -56,7 +56,7 @@ pub struct MetadataSnapshot {
     /// Entries of each topic by partition number. Includes stale partitions, and partitions of a topic that is being
     /// created.
     partitions: BTreeMap<TopicId, Arc<Vec<PartitionEntry>>>,
-    /// Created once per cluster. A deletion or corruption of the key does not remove it here, so that issued producer
+    /// Created once per cluster. A deletion or corruption of the key does not remove this copy, so that issued producer
     /// ids stay valid.
     producer_id_key: Option<Arc<Versioned<ProducerIdKey>>>,
     /// Keys with unusable values, and the errors.
@@ -201,8 +201,8 @@ impl MetadataSnapshot {
         stale_by_topic
     }
 
-    /// Applies the changes of a watch; events older than the snapshot change nothing. Returns the changed keys that
-    /// feeds receive (see [`is_published`]).
+    /// Applies the changes of a watch; events that are not newer than the snapshot change nothing. Returns the changed
+    /// keys that feeds receive (see [`is_published`]).
     pub(crate) fn apply(&mut self, keys: &Keys, changes: WatchBatch) -> Vec<Key> {
         let before = self.revision;
         let mut changed = Vec::new();

@@ -45,9 +45,9 @@ impl CancelError {
 
 impl ClusterOperations {
     /// Cancels the reassignments, in progress or queued, of one partition, of a whole topic, or of the cluster if
-    /// `topic` is `None`. A cancelled reassignment in progress is replaced by the replicas from before it. If a replica
-    /// that was being added leads, the same change elects an earlier replica. If the metadata cache shows one
-    /// reassignment that cannot be cancelled, none is.
+    /// `topic` is `None`. If a reassignment in progress is cancelled, the partition has the replicas from before it
+    /// again. If a replica that was being added leads, the same change elects an earlier replica. If the metadata cache
+    /// shows one reassignment that cannot be cancelled, none is.
     pub async fn cancel(
         &self,
         topic: Option<&TopicName>,

@@ -100,8 +100,8 @@ impl ClusterOperations {
         Err(UnknownBrokers { ids: vec![broker], known: known.into_iter().collect() })
     }
 
-    /// Counts the replicas that remain on a drained broker. To find replicas that cannot move, it chooses a new broker
-    /// for each one as the controller's plan does. The caller sets `changed` and `since_ms`.
+    /// Counts the replicas that remain on a drained broker. To find replicas that cannot move, this function chooses a
+    /// new broker for each replica as the controller's plan does. The caller sets `changed` and `since_ms`.
     fn count_remaining(&self, broker: BrokerId) -> BrokerDrain {
         let state = self.metadata.state();
         let mut placement = Placement::of(&state);
@@ -145,7 +145,7 @@ impl ClusterOperations {
             let staying_count = staying.len();
             match placement.choose(id, staying, value.replicas.len() - value.removing.len()) {
                 // Counts the new replicas: a broker may have capacity for one more replica, but not for all.
-                Some(chosen) => placement.add_load(&chosen[staying_count..]),
+                Some(chosen) => placement.add_replica_to_each(&chosen[staying_count..]),
                 None => drained.blocked.push(id),
             }
         }

@@ -192,7 +192,11 @@ pub struct LostOffsets {
 /// with the longest log, then the first in `replicas`. The loss is the range from the log end of the candidate, or from
 /// `tiered_end` if that is higher, to the highest high watermark of all positions: records below `tiered_end` are in
 /// the object store. Returns `None` if no position is that of a replica in `replicas`.
-pub fn successor(replicas: &[BrokerId], positions: &[ReplicaPosition], tiered_end: Offset) -> Option<UncleanCandidate> {
+pub fn best_unclean_candidate(
+    replicas: &[BrokerId],
+    positions: &[ReplicaPosition],
+    tiered_end: Offset,
+) -> Option<UncleanCandidate> {
     let index = |id: BrokerId| replicas.iter().position(|replica| *replica == id);
     let best = positions.iter().filter(|position| index(position.broker).is_some());
     let best = best.max_by_key(|position| (position.last_epoch, position.log_end, Reverse(index(position.broker))))?;
@@ -241,9 +245,10 @@ impl ClusterOperations {
         Ok(OperationResult { id: edit.id, value: edit.value, revision: edit.revision, changed: false })
     }
 
-    /// Elects `to`, a live replica that may lack committed records. Fails unless only an unclean election can give the
-    /// partition a leader, and, with `expected_revision`, unless the value has that revision. With `discard`, the
-    /// broker `to` deletes its log of the partition if the log is unusable.
+    /// Elects `to`, a live replica that may lack committed records. Succeeds without a write if this election is
+    /// applied already. Otherwise fails unless only an unclean election can give the partition a leader, and, with
+    /// `expected_revision`, unless the value has that revision. With `discard`, the broker `to` deletes its log of the
+    /// partition if the log is unusable.
     pub async fn elect_unclean(
         &self,
         topic: &TopicName,
@@ -302,8 +307,8 @@ enum ElectionRefusal {
 }
 
 /// Returns the broker that a clean election on request elects: the preferred leader if the partition has a live leader,
-/// and otherwise the first replica that may lead. The returned broker may lead already. Fails if that broker may not
-/// lead.
+/// and otherwise the first replica that may lead. The returned broker may lead already. Fails if no broker satisfies
+/// this, or if the preferred leader cannot replace the live leader.
 fn choose_clean_leader(state: &MetadataSnapshot, value: &PartitionValue) -> Result<BrokerId, ElectionRefusal> {
     let is_live = |id: BrokerId| state.brokers().contains_key(&id);
     let preferred = value.replicas[0];

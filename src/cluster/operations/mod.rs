@@ -8,8 +8,8 @@
 //!
 //! # Invariants
 //!
-//! - Every change is a compare-and-set of the value that it is based on. After a conflict, the change is computed again
-//!   from the new value.
+//! - Every change of a partition is a compare-and-set of the value that it is based on. After a conflict, the change is
+//!   computed again from the new value.
 //! - An operation checks all its partitions in the metadata cache before its first write. Writes to several partitions
 //!   are not one transaction: after a failure some partitions may be changed, and the operation may be repeated.
 //! - New values come from [`PartitionValue`] alone: an operation cannot create a set that the protocol does not allow.
@@ -33,7 +33,7 @@ use std::{
 pub use self::{
     cancel::CancelError,
     drain::{BrokerDrain, DrainError},
-    elect::{ElectError, LostOffsets, PreferredLeaderIssue, ReplicaPosition, UncleanCandidate, successor},
+    elect::{ElectError, LostOffsets, PreferredLeaderIssue, ReplicaPosition, UncleanCandidate, best_unclean_candidate},
     reassign::ReassignError,
 };
 use super::{
@@ -47,8 +47,8 @@ use super::{
 };
 use crate::model::{BrokerId, ConfigMap, PartitionId, TopicConfig, TopicId, TopicName};
 
-/// Maximum number of rounds of one operation. A round writes again all partitions that had a conflict or an unknown
-/// outcome in the round before.
+/// Maximum number of attempts of one operation. Each attempt after the first one repeats the partitions that had a
+/// conflict or an unknown outcome in the attempt before.
 const MAX_ATTEMPTS: usize = 10;
 
 /// Maximum number of partitions of one operation that are decided between two yields of the task.
@@ -121,7 +121,7 @@ pub enum WriteError {
         /// The partition, as `topic/number`.
         partition: String,
     },
-    /// After `MAX_ATTEMPTS` rounds, at least one partition still had a conflict or an unknown outcome.
+    /// After `MAX_ATTEMPTS` attempts, at least one partition still had a conflict or an unknown outcome.
     #[error("other writers keep changing partition {partition}: try again{}", format_done(*.done))]
     Conflict {
         /// The first of these partitions, as `topic/number`.
@@ -206,7 +206,7 @@ struct PartitionEdit {
 enum FailedWrite {
     /// The stored value is missing or unreadable after a conflict or an unknown outcome.
     Unreadable(PartitionId),
-    /// The store rejected the change, or the value could not be read back.
+    /// A request to the store failed, and the change was not applied, or the value could not be read back.
     Store(MetaStoreError),
 }
 
@@ -276,8 +276,8 @@ impl ClusterOperations {
 
     /// Replaces the values of partitions by the results of `decide`; `None` leaves a value as it is. `decide` first
     /// gets the values in the metadata cache; if it fails for one of them, nothing is written. After a conflict or an
-    /// unknown outcome, `decide` is called again with the stored value, in at most `MAX_ATTEMPTS` rounds. Returns the
-    /// results ordered by partition.
+    /// unknown outcome, `decide` is called again with the stored value, in at most `MAX_ATTEMPTS` attempts in total.
+    /// Returns the results ordered by partition.
     async fn edit<E: From<WriteError>>(
         &self,
         ids: &[PartitionId],
@@ -338,8 +338,8 @@ impl ClusterOperations {
     }
 
     /// Writes changes, and appends the applied ones to `done`. Returns the partitions with a conflict or an unknown
-    /// outcome, with their stored values: the caller decides them again. Fails if the store rejects a change, or a
-    /// value cannot be read back; other changes may be applied then.
+    /// outcome, with their stored values: the caller decides them again. Fails if a request fails, or if a value is
+    /// missing, unreadable or cannot be read back; other changes may be applied then.
     async fn write(
         &self,
         changes: Vec<PartitionUpdate>,

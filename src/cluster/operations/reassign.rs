@@ -117,7 +117,7 @@ impl ClusterOperations {
     ) -> Result<Vec<OperationResult>, ReassignError> {
         let (topic, ids) = self.find(topic, partition)?;
         check_brokers(&self.metadata.state(), &topic, replicas)?;
-        check_bounds(&self.metadata.state(), &ids, replicas)?;
+        check_replica_limits(&self.metadata.state(), &ids, replicas)?;
         let target = |id: PartitionId| {
             let mut target = replicas.to_vec();
             if partition.is_none() {
@@ -211,7 +211,7 @@ fn check_brokers(state: &MetadataSnapshot, topic: &TargetTopic, replicas: &[Brok
 /// Checks that no requested broker would exceed its replica limit. A broker's count contains each partition that has a
 /// replica there, also one that is being removed, or would get one: by the request for a partition in `ids`, by the
 /// queued reassignment for any other partition. A broker that gains no replica by the request is not checked.
-fn check_bounds(
+fn check_replica_limits(
     state: &MetadataSnapshot,
     ids: &[PartitionId],
     replicas: &[BrokerId],

@@ -559,7 +559,7 @@ fn successor_prefers_newest_epoch_over_longest_log() {
         high_watermark: offset(committed),
     };
     let replicas = ids(&[1, 2, 3]);
-    let best = |position: &[ReplicaPosition], tiered| successor(&replicas, position, offset(tiered));
+    let best = |position: &[ReplicaPosition], tiered| best_unclean_candidate(&replicas, position, offset(tiered));
     assert_eq!(best(&[], 0), None);
     assert_eq!(best(&[position(9, Some(9), 99, 99)], 0), None, "not a replica");
     let two = [position(2, Some(4), 50, 40), position(3, Some(5), 30, 30)];

@@ -166,9 +166,9 @@ fn second_reassignment_replaces_the_first() {
 }
 
 /// The broker of a dropped replica deletes its data. If the same broker gets a replica again, a leader that missed the
-/// values in between must recognise the new replica by another `added_after`.
+/// values in between must recognise the new replica by another `removal_count`.
 #[test]
-fn dropped_replica_returns_as_another_addition() {
+fn dropped_replica_returns_with_another_removal_count() {
     let target = brokers(&[1, 2, 4]);
     let first = value(Some(1), &[1, 2, 3], &[]).start_reassignment(&target).unwrap();
     assert_eq!((first.added_after(BrokerId(4)), first.added_after(BrokerId(1))), (Some(0), None));
@@ -267,7 +267,7 @@ proptest! {
         }
     }
 
-    /// A restart only removes the restarted broker from leadership, ISR and ELR. A second one changes nothing.
+    /// A restart removes at most the restarted broker from leadership, ISR and ELR. A second restart changes nothing.
     #[test]
     fn after_restart_is_idempotent(
         changes in prop::collection::vec((change(), 1usize..4), 0..20),

@@ -45,7 +45,7 @@ pub(super) fn elect(
 pub(super) fn transfer_leadership(input: &PlannerInput<'_>, case: &PartitionCase<'_>) -> Option<PlannedChange> {
     let value = case.value;
     let leader = value.leader?;
-    if input.may_lead(leader) {
+    if input.should_lead(leader) {
         return None;
     }
     let to = successor(input, case, |id| id != leader)?;
@@ -53,7 +53,7 @@ pub(super) fn transfer_leadership(input: &PlannerInput<'_>, case: &PartitionCase
     Some(case.change_to(value, ChangeReason::ControlledShutdown))
 }
 
-/// Returns the first ISR member that should lead ([`PlannerInput::may_lead`]), is not being removed, and satisfies
+/// Returns the first ISR member that should lead ([`PlannerInput::should_lead`]), is not being removed, and satisfies
 /// `is_candidate`.
 pub(super) fn successor(
     input: &PlannerInput<'_>,
@@ -62,14 +62,15 @@ pub(super) fn successor(
 ) -> Option<BrokerId> {
     let value = case.value;
     let is_eligible = |id: &BrokerId| {
-        is_candidate(*id) && value.isr.contains(id) && input.may_lead(*id) && !value.removing.contains(id)
+        is_candidate(*id) && value.isr.contains(id) && input.should_lead(*id) && !value.removing.contains(id)
     };
     value.replicas.iter().copied().find(is_eligible)
 }
 
 /// Elects preferred leaders that should lead and do not: at most `max_preferred_elections` per plan, and only on
-/// brokers that have been online for `PREFERRED_LEADER_DELAY_MS`. Skips partitions that this plan changes or that are
-/// under reassignment.
+/// brokers that have been online for `PREFERRED_LEADER_DELAY_MS`. Skips partitions that this plan changes, that have no
+/// leader, or that are under reassignment. If a broker is online for less time, or the limit is reached, requests a
+/// later plan.
 pub(super) fn return_to_preferred_leaders(
     input: &PlannerInput<'_>,
     cases: &[PartitionCase<'_>],
@@ -80,7 +81,7 @@ pub(super) fn return_to_preferred_leaders(
     for case in cases.iter().filter(|case| !case.is_reassigning() && !changed.contains(&case.id)) {
         let value = case.value;
         let preferred = value.replicas[0];
-        let is_eligible = value.isr.contains(&preferred) && input.may_lead(preferred);
+        let is_eligible = value.isr.contains(&preferred) && input.should_lead(preferred);
         if value.leader.is_none() || value.leader == Some(preferred) || !is_eligible {
             continue;
         }

@@ -4,7 +4,7 @@
 //!
 //! A plan contains at most one change per partition, from the first rule that applies:
 //!
-//! 1. `elections`: a partition without a live leader gets one.
+//! 1. `elections`: a partition without a live leader gets one; if no replica can lead, its leader is cleared.
 //! 2. `elections`: a leader that is stopping, drained or has a full disk transfers leadership.
 //! 3. `reassignments`: a reassignment whose new replicas are in sync completes.
 //! 4. `retarget`: a reassignment continues without permanently offline brokers.
@@ -24,7 +24,7 @@
 //!   members that are in `removing`.
 //! - Planning terminates: changes that are applied, with replicas that catch up, lead to a state without further
 //!   changes.
-//! - In a partition with a leader, no reassignment waits for a new replica on a permanently offline broker.
+//! - In a partition with a leader, no reassignment waits forever for a new replica on a permanently offline broker.
 //! - No change adds a replica to a broker that is at its replica limit or unreachable for other brokers.
 
 mod elections;
@@ -55,7 +55,7 @@ pub struct PlannerLimits {
     pub max_preferred_elections: usize,
     /// Time, in milliseconds, after which the replicas of an offline broker are replaced; `None`: never.
     pub replace_after_ms: Option<u64>,
-    /// True if replicas move to brokers with fewer replicas while no other reassignment is needed.
+    /// True if replicas move to brokers with fewer replicas while no other reassignment starts or makes progress.
     pub balance: bool,
 }
 
@@ -155,7 +155,7 @@ pub struct PlannedChange {
 /// Reason that blocks a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlockedReason {
-    /// No replica that may lead is live.
+    /// No live replica may lead without loss.
     NoLeader,
     /// Too few brokers can take the replicas that the partition needs.
     NoBrokers,
@@ -255,7 +255,7 @@ impl PlannerInput<'_> {
 
     /// Returns true if the broker should lead: it is live, not stopping, not drained, and its disk is not full. Any
     /// other live broker is elected only for a partition without a live leader that no such broker can lead.
-    fn may_lead(&self, id: BrokerId) -> bool {
+    fn should_lead(&self, id: BrokerId) -> bool {
         self.is_live(id) && !self.is_stopping(id) && !self.is_draining(id) && !self.is_disk_full(id)
     }
 }

@@ -1,6 +1,6 @@
 //! Placement of replicas: completes reassignments, and starts them for operators, changed factors, lost and drained
-//! brokers, and balance. The limits apply to every start that copies replicas. A retargeted reassignment counts only
-//! once.
+//! brokers, and balance. The limits apply to every start that copies replicas, except balance, which moves one replica
+//! at a time. A retargeted reassignment counts only once.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -59,7 +59,7 @@ struct ReassignmentBudget {
 }
 
 impl ReassignmentBudget {
-    /// Returns the limits less the reassignments that are in progress and not stuck without a live ISR or ELR member.
+    /// Returns the limits less the reassignments in progress that have a live ISR or ELR member.
     fn of(input: &PlannerInput<'_>, cases: &[PartitionCase<'_>]) -> Self {
         let in_progress = cases.iter().filter(|case| is_progressing(input, case));
         let mut new_replicas = BTreeMap::new();
@@ -99,8 +99,8 @@ impl ReassignmentBudget {
 }
 
 /// Plans reassignments within the limits: retargets blocked ones, starts queued ones, starts those that a changed
-/// factor or a drained or lost broker requires, and balances if nothing else is in progress. Returns the partitions
-/// that were changed.
+/// factor or a drained or lost broker requires, and balances if no other reassignment starts or makes progress. Returns
+/// the partitions that the plan changes.
 pub(super) fn plan_all(
     input: &PlannerInput<'_>,
     cases: &[PartitionCase<'_>],
@@ -121,7 +121,7 @@ pub(super) fn plan_all(
         let Some((target, reason)) = choose_target(input, case, &placement, plan) else { continue };
         let Some(value) = case.value.start_reassignment(&target) else { continue };
         if budget.take(&value.adding) {
-            placement.add_load(&value.adding);
+            placement.add_replica_to_each(&value.adding);
             changed.insert(case.id);
             plan.changes.push(case.change_to(value, reason));
         }
@@ -137,8 +137,9 @@ pub(super) fn plan_all(
     changed
 }
 
-/// Retargets reassignments that need permanently offline brokers. This comes before new reassignments, because the
-/// total of the limits counts a reassignment in progress already. Returns the partitions that were changed.
+/// Retargets reassignments whose targets contain permanently offline brokers. The total of the limits counts these
+/// reassignments already, so only their added replicas are subtracted from the limits of the brokers. Returns the
+/// partitions that the plan changes.
 fn retarget_blocked(
     input: &PlannerInput<'_>,
     cases: &[PartitionCase<'_>],
@@ -153,7 +154,7 @@ fn retarget_blocked(
         let is_new = |id: &BrokerId| !case.value.adding.contains(id);
         let new: Vec<BrokerId> = value.adding.iter().copied().filter(is_new).collect();
         if budget.take_at_brokers(&new) {
-            placement.add_load(&new);
+            placement.add_replica_to_each(&new);
             changed.insert(case.id);
             plan.changes.push(case.change_to(value, ChangeReason::ReassignmentRetargeted));
         }
@@ -162,7 +163,8 @@ fn retarget_blocked(
 }
 
 /// Starts queued reassignments within the limits, before any reassignment that no operator requested. Reports a
-/// partition as blocked if its queued reassignment cannot start. Returns the partitions that were changed.
+/// partition with a leader as blocked if a new broker of its queued reassignment cannot take a replica. Returns the
+/// partitions that the plan changes.
 fn start_queued(
     input: &PlannerInput<'_>,
     cases: &[PartitionCase<'_>],
@@ -174,11 +176,11 @@ fn start_queued(
     for case in cases.iter().filter(|case| case.value.has_queued() && !case.is_reassigning()) {
         match try_start_queued(input, case, placement) {
             Some(value) if budget.take(&value.adding) => {
-                placement.add_load(&value.adding);
+                placement.add_replica_to_each(&value.adding);
                 changed.insert(case.id);
                 plan.changes.push(case.change_to(value, ChangeReason::ReassignmentStarted));
             }
-            // The limits are reached: it starts in a later plan.
+            // The limits are reached: the reassignment starts in a later plan.
             Some(_) => {}
             None if case.value.leader.is_some() => plan.blocked.push((case.id, BlockedReason::QueuedTarget)),
             // The election rule reports a partition without a leader as blocked.
@@ -198,7 +200,7 @@ fn try_start_queued(
 ) -> Option<PartitionValue> {
     case.value.leader?;
     let value = case.value.start_queued().filter(|_| !case.is_reassigning())?;
-    value.adding.iter().all(|id| input.is_reachable(*id) && placement.is_below_bound(*id)).then_some(value)
+    value.adding.iter().all(|id| input.is_reachable(*id) && placement.is_below_limit(*id)).then_some(value)
 }
 
 /// Returns the replicas that a partition should have, with the reason; `None` if they are the current ones or cannot be
@@ -250,8 +252,8 @@ fn choose_target(
 }
 
 /// Selects the replicas to remove from `leaving` when `new_count` replicas are added: offline ones first, and among
-/// those of equal state members of the ISR or ELR last. At most `new_count` are removed, and with them the replicas
-/// above the factor, unless too few replicas would be in sync then.
+/// those of equal state members of the ISR or ELR last. At most `new_count` are removed, plus as many as the partition
+/// has above the factor, unless too few replicas would then be in sync.
 fn replicas_to_remove(
     input: &PlannerInput<'_>,
     case: &PartitionCase<'_>,
@@ -270,8 +272,8 @@ fn replicas_to_remove(
 }
 
 /// Returns the replicas that stay after the factor was lowered, in their order; `None` while fewer of them are in sync
-/// than the min ISR or the factor requires. Preferred are: the leader, in-sync replicas, live ones, those not drained,
-/// those in a rack of no chosen replica, and the first in the list.
+/// than the min ISR or, if that is lower, the factor. Preferred are: the leader, in-sync replicas, live ones, those not
+/// drained, those in a rack of no chosen replica, and the first in the list.
 fn choose_remaining(input: &PlannerInput<'_>, case: &PartitionCase<'_>, factor: usize) -> Option<Vec<BrokerId>> {
     let value = case.value;
     let mut staying: Vec<BrokerId> = Vec::new();
@@ -292,9 +294,10 @@ fn choose_remaining(input: &PlannerInput<'_>, case: &PartitionCase<'_>, factor: 
     Some(value.replicas.iter().copied().filter(|id| staying.contains(id)).collect())
 }
 
-/// Moves one replica from a broker with many replicas to one with few, if the imbalance exceeds `MIN_IMBALANCE` and
-/// `MIN_IMBALANCE_PERCENT`. Prefers the pair of brokers with the largest imbalance. Never reduces the number of racks
-/// of a partition. Returns `None` if the brokers are balanced or no replica can move.
+/// Returns a change that moves one replica from a broker with many replicas to one with few, if the imbalance exceeds
+/// `MIN_IMBALANCE` and `MIN_IMBALANCE_PERCENT`. Prefers the broker with the most replicas as the source, then the one
+/// with the fewest as the target. Never reduces the number of racks of a partition. Returns `None` if the brokers are
+/// balanced or no replica can move.
 fn balance(input: &PlannerInput<'_>, cases: &[PartitionCase<'_>], placement: &Placement) -> Option<PlannedChange> {
     let mut brokers: Vec<(usize, BrokerId)> =
         placement.accepting_brokers().map(|(id, BrokerLoad { replicas, .. })| (replicas, id)).collect();

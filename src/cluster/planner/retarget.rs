@@ -1,8 +1,8 @@
 //! New targets for reassignments that need permanently offline brokers. Starts and completes no reassignment.
 //!
 //! A new replica that never catches up blocks its reassignment forever. So does a staying replica that never returns,
-//! if the min ISR needs the removed replicas until the staying replica is in sync. The other reassignment rules skip a
-//! partition under reassignment, so this rule must unblock it.
+//! if the min ISR needs the removed replicas until the staying replica is in sync. The rules that start reassignments
+//! skip a partition under reassignment, so this rule must unblock it.
 
 use super::{
     super::{partition_value::PartitionValue, placement::Placement},
@@ -10,8 +10,9 @@ use super::{
 };
 use crate::model::BrokerId;
 
-/// Returns the new target of a reassignment that needs a permanently offline broker; `None` if it continues unchanged.
-/// If it continues only because there is no better target, the partition is added to the blocked ones of the plan.
+/// Returns the new target of a reassignment in progress whose target contains a permanently offline broker; `None` if
+/// the reassignment continues unchanged. If it continues only because there is no better target, the partition is added
+/// to the blocked ones of the plan.
 ///
 /// Successors of the permanently offline replicas are, in this order:
 ///

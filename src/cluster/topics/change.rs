@@ -6,7 +6,7 @@ use crate::{
     cluster::{
         keys::{TombstoneValue, TopicValue, Value as _},
         metadata::MetadataSnapshot,
-        outcome::known_outcome,
+        outcome::transact_until_known,
         placement::{Placement, PlacementError, ReplicaLimitExceeded},
         store::{Compare, MetaStoreError, Transaction, TxnOp, TxnOutcome},
     },
@@ -85,7 +85,7 @@ pub enum AddPartitionsError {
     /// A broker would exceed its replica limit.
     #[error(transparent)]
     ReplicaLimit(#[from] ReplicaLimitExceeded),
-    /// Other writers changed the topic in each of `MAX_ATTEMPTS` attempts.
+    /// In each of `MAX_ATTEMPTS` attempts, another writer changed the topic, or a sweep deleted some of the new keys.
     #[error("other writers keep changing topic {:?}: try again", name.as_str())]
     Conflict { name: TopicName },
     #[error(transparent)]
@@ -164,7 +164,7 @@ impl Topics {
                 .put(entry.key, value.encode());
             // The compare also fails if this write was applied and its response was lost. The next iteration then
             // writes the same value again.
-            if let TxnOutcome::Committed { revision } = known_outcome(&*self.store, &transaction).await? {
+            if let TxnOutcome::Committed { revision } = transact_until_known(&*self.store, &transaction).await? {
                 return Ok(TopicInfo { name: name.clone(), value, revision });
             }
         }
@@ -236,7 +236,7 @@ impl Topics {
             let value = TopicValue { partitions: requested, ..value };
             let transaction =
                 Transaction::new().when(unchanged).when(Compare::Exists(first)).put(entry.key, value.encode());
-            if let TxnOutcome::Committed { revision } = known_outcome(&*self.store, &transaction).await? {
+            if let TxnOutcome::Committed { revision } = transact_until_known(&*self.store, &transaction).await? {
                 reservation.mark_written(revision);
                 return Ok(TopicInfo { name: name.clone(), value, revision });
             }
@@ -270,7 +270,7 @@ impl Topics {
                     self.keys.tombstone(value.id),
                     TombstoneValue { name: name.clone(), purged_since_ms: None }.encode(),
                 );
-            if let TxnOutcome::Committed { .. } = known_outcome(&*self.store, &transaction).await? {
+            if let TxnOutcome::Committed { .. } = transact_until_known(&*self.store, &transaction).await? {
                 self.delete_rest(name, &value).await;
                 return Ok(value.id);
             }
@@ -300,7 +300,7 @@ impl Topics {
 }
 
 /// Adds to the placement the replicas that the partitions of a topic need for a replication factor, chosen as the
-/// controller will choose them. Returns `None` if there are too few brokers for a partition.
+/// controller chooses added replicas. Returns `None` if there are too few brokers for a partition.
 fn place_added_replicas(
     state: &MetadataSnapshot,
     placement: &mut Placement,
@@ -313,7 +313,7 @@ fn place_added_replicas(
         let staying: Vec<BrokerId> = partition.value.replicas.iter().copied().filter(stays).collect();
         let staying_count = staying.len();
         let chosen = placement.choose(PartitionId::new(topic.id, number), staying, factor)?;
-        placement.add_load(&chosen[staying_count..]);
+        placement.add_replica_to_each(&chosen[staying_count..]);
     }
     Some(())
 }

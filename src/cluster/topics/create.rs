@@ -7,7 +7,7 @@ use crate::{
     cluster::{
         keys::{TopicValue, Value as _},
         metadata::MetadataSnapshot,
-        outcome::known_outcome,
+        outcome::transact_until_known,
         placement::{PlacementError, ReplicaLimitExceeded, is_leaving, is_unreachable},
         store::{Compare, MetaStoreError, Revision, Transaction, TxnOp, TxnOutcome},
     },
@@ -175,11 +175,11 @@ impl Topics {
             .else_get(key);
         transaction.ops.extend(puts);
         if let Some((first, created)) = first_key {
-            // A sweep deletes `first`, the lowest key, before the others. If it has its original create revision, no
-            // sweep has deleted a key, and after this transaction none will.
+            // A sweep deletes `first`, the lowest key, before the others. If `first` has its original create revision,
+            // no sweep has deleted a key, and after this transaction none will.
             transaction = transaction.when(Compare::CreateRevision(first, created));
         }
-        let revision = match known_outcome(&*self.store, &transaction).await? {
+        let revision = match transact_until_known(&*self.store, &transaction).await? {
             TxnOutcome::Committed { revision } => revision,
             TxnOutcome::CompareFailed { mut found, .. } => {
                 // If the topic's key does not exist, the compare of the tombstone or of the first partition key failed.
@@ -205,7 +205,7 @@ impl Topics {
             let absent = chunk.iter().map(|op| Compare::Absent(op.key().to_owned())).collect();
             let first = chunk[0].key().to_owned();
             let transaction = Transaction { compares: absent, ops: chunk.to_vec(), else_get: vec![first.clone()] };
-            let created = match known_outcome(&*self.store, &transaction).await? {
+            let created = match transact_until_known(&*self.store, &transaction).await? {
                 TxnOutcome::Committed { revision } => revision,
                 TxnOutcome::CompareFailed { mut found, .. } => match found.pop().flatten() {
                     // An earlier attempt created the key.

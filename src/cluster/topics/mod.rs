@@ -13,13 +13,13 @@
 //! - The keys of the topic and of its partition 0 are created and deleted in one transaction.
 //! - The placements of this broker together exceed no replica limit. Concurrent placements of other brokers are not
 //!   counted.
-//! - Brokers ignore a partition whose number is not below the count of its topic. So an incomplete creation may be
-//!   overwritten or deleted.
+//! - Brokers ignore a partition whose number is not below the count of its topic. So the keys of an incomplete creation
+//!   or addition may be overwritten or deleted.
 //!
 //! # Crash
 //!
-//! A crash leaves partition keys that no topic counts. [`StaleKeySweeper`] deletes them. If it deletes keys of a
-//! creation in progress, the creation's last transaction fails with a retryable error. A deleted topic leaves a
+//! A crash leaves partition keys that no topic counts. [`StaleKeySweeper`] deletes them. If the sweeper deletes keys of
+//! a creation in progress, the creation's last transaction fails with a retryable error. A deleted topic leaves a
 //! [`Tombstone`], until long after its last data is deleted.
 
 use std::{ops::Range, sync::Arc};
@@ -27,7 +27,7 @@ use std::{ops::Range, sync::Arc};
 use super::{
     keys::{Keys, PRODUCER_ID_COUNTER_END, ProducerIdsValue, TopicValue, Value},
     metadata::{MetadataCache, MetadataSnapshot, Versioned},
-    outcome::known_outcome,
+    outcome::transact_until_known,
     partition_value::PartitionValue,
     placement::{Placement, PlacementError},
     producer_ids::ProducerIdKey,
@@ -47,8 +47,8 @@ pub use create::{BrokerCounts, CreateError, TopicSpec};
 pub use sweep::StaleKeySweeper;
 pub use tombstones::Tombstone;
 
-/// Maximum number of operations of one transaction, if a change needs several. Below `limits::MAX_TRANSACTION_OPS`,
-/// which limits operations and compares separately.
+/// Maximum number of operations of one transaction, if a change needs several transactions. Below
+/// `limits::MAX_TRANSACTION_OPS`, which limits operations and compares separately.
 const MAX_OPS_PER_TXN: usize = 100;
 
 /// Maximum number of attempts of a change of a topic, or of a reservation of producer ids, while other writers come
@@ -130,7 +130,7 @@ impl Topics {
     /// Reserves the next block of producer id counters, at `min_counter` or above, and returns it. After a restore of
     /// the store to an older state, counters below `min_counter` may have been issued even if the stored counter is
     /// lower. After an error with an unknown outcome, at most one block stays unused.
-    pub async fn producer_ids(&self, min_counter: i64) -> Result<Range<i64>, MetaStoreError> {
+    pub async fn reserve_producer_ids(&self, min_counter: i64) -> Result<Range<i64>, MetaStoreError> {
         let key = self.keys.producer_ids();
         let mut entry = self.store.get(&key).await?.entry;
         for _ in 0..MAX_ATTEMPTS {
@@ -179,7 +179,7 @@ impl Topics {
                 return Ok(true);
             }
             let transaction = Transaction { compares: conditions.to_vec(), ops: chunk, else_get: Vec::new() };
-            if let TxnOutcome::CompareFailed { .. } = known_outcome(&*self.store, &transaction).await? {
+            if let TxnOutcome::CompareFailed { .. } = transact_until_known(&*self.store, &transaction).await? {
                 return Ok(false);
             }
         }

@@ -101,11 +101,11 @@ impl ReplicaReservations {
                 .reserved
                 .retain(|_, reserved| reserved.written_at.is_none_or(|written_at| snapshot.revision() < written_at));
             for (id, replicas) in state.reserved.values().flat_map(|reserved| &reserved.replicas) {
-                placement.add_loads(*id, *replicas);
+                placement.add_replica_count(*id, *replicas);
             }
         }
         let before = placement.loads();
-        let placed = placement.within_bounds(|placement| place_replicas(snapshot, placement))?;
+        let placed = placement.place_within_limits(|placement| place_replicas(snapshot, placement))?;
         let added = placement.loads().into_iter().map(|(id, load)| (id, load.replicas - before[&id].replicas));
         let replicas = added.collect();
         let mut state = self.state.lock();

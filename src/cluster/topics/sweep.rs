@@ -6,14 +6,15 @@ use super::{MAX_OPS_PER_TXN, Topics};
 use crate::{
     cluster::{
         metadata::PartitionEntry,
-        outcome::known_outcome,
+        outcome::transact_until_known,
         store::{Compare, MetaStoreError, Transaction, TxnOutcome},
     },
     model::{PartitionId, TopicId},
 };
 
-/// A periodic sweep, with minutes between runs. Deletes only stale keys that two consecutive runs found unchanged, so
-/// that it rarely deletes the keys of a creation in progress. Such a creation fails without data loss.
+/// A periodic sweep, with minutes between runs. Deletes the stale keys of a topic only if two consecutive runs found
+/// the same ones, so that a run rarely deletes the keys of a creation in progress. Such a creation fails without data
+/// loss.
 #[derive(Debug, Default)]
 pub struct StaleKeySweeper {
     /// Stale keys that the last run found, by topic and partition number.
@@ -21,14 +22,15 @@ pub struct StaleKeySweeper {
 }
 
 impl StaleKeySweeper {
-    /// Runs once: deletes the stale keys that the previous run found too. Returns the topics whose keys were deleted.
+    /// Runs once: deletes the stale keys of each topic for which the previous run found exactly the same keys. Returns
+    /// the topics whose keys were deleted.
     pub async fn run(&mut self, topics: &Topics) -> Result<Vec<TopicId>, MetaStoreError> {
         let found = topics.metadata.state().stale_partitions();
         let found_before = std::mem::replace(&mut self.found, found.clone());
         let mut swept = Vec::new();
-        for (id, strays) in found {
-            if found_before.get(&id) == Some(&strays) && topics.sweep_topic(id, &strays).await? {
-                tracing::info!(topic = %id, partitions = strays.len(), "deleted stale partition keys of a topic");
+        for (id, stale) in found {
+            if found_before.get(&id) == Some(&stale) && topics.sweep_topic(id, &stale).await? {
+                tracing::info!(topic = %id, partitions = stale.len(), "deleted stale partition keys of a topic");
                 swept.push(id);
             }
         }
@@ -37,16 +39,17 @@ impl StaleKeySweeper {
 }
 
 impl Topics {
-    /// Deletes the keys of partitions that do not belong to a topic, the lowest number first. Returns false if the
-    /// topic was created or changed meanwhile: some of these partitions may belong to it now.
+    /// Deletes the stale keys `stale` of a topic, the lowest partition number first. Returns false, with possibly some
+    /// keys deleted, if the topic or one of these keys was created or changed meanwhile: some of these partitions may
+    /// belong to the topic now.
     pub(super) async fn sweep_topic(
         &self,
         id: TopicId,
-        strays: &[(u32, PartitionEntry)],
+        stale: &[(u32, PartitionEntry)],
     ) -> Result<bool, MetaStoreError> {
         let state = self.metadata.state();
         // This check covers changes that the metadata cache shows by now; the compare covers later changes.
-        if state.stale_partitions().get(&id).is_none_or(|current| current != strays) {
+        if state.stale_partitions().get(&id).is_none_or(|current| current != stale) {
             return Ok(false);
         }
         let unchanged = match state.name(id).and_then(|name| state.topic(name).map(|topic| (name, topic))) {
@@ -56,20 +59,20 @@ impl Topics {
             None => Compare::Absent(self.keys.partition(PartitionId::new(id, 0))),
         };
         drop(state);
-        self.delete_stale_keys(id, strays, &unchanged).await
+        self.delete_stale_keys(id, stale, &unchanged).await
     }
 
-    /// Deletes the keys of `strays`, each only at the revision that `strays` contains: a repeated addition of partitions
+    /// Deletes the keys of `stale`, each only at the revision that `stale` contains: a repeated addition of partitions
     /// may have written a key again. Returns false, with some keys deleted, if a key or `condition` has changed. A later
     /// sweep deletes the remaining keys. After an unknown outcome, an applied first attempt counts as a change too.
     pub(super) async fn delete_stale_keys(
         &self,
         id: TopicId,
-        strays: &[(u32, PartitionEntry)],
+        stale: &[(u32, PartitionEntry)],
         condition: &Compare,
     ) -> Result<bool, MetaStoreError> {
         let mut keys = Vec::new();
-        for (number, entry) in strays {
+        for (number, entry) in stale {
             let id = PartitionId::new(id, *number);
             keys.extend(entry.partition.as_ref().map(|value| (self.keys.partition(id), value.mod_revision)));
             keys.extend(entry.tier.as_ref().map(|value| (self.keys.tier(id), value.mod_revision)));
@@ -79,7 +82,7 @@ impl Topics {
             for (key, revision) in chunk {
                 transaction = transaction.when(Compare::ModRevision(key.clone(), *revision)).delete(key.as_str());
             }
-            if let TxnOutcome::CompareFailed { .. } = known_outcome(&*self.store, &transaction).await? {
+            if let TxnOutcome::CompareFailed { .. } = transact_until_known(&*self.store, &transaction).await? {
                 return Ok(false);
             }
         }

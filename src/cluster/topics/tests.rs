@@ -412,7 +412,7 @@ async fn sweep_keeps_topic_created_meanwhile() {
     let state = cluster.metadata.state();
     // The keys that a sweep finds before the last transaction of the creation: those of all partitions but 0.
     let topic = &state.topic(&name("a")).expect("the topic exists").value;
-    let strays: Vec<_> = state.partitions_of(topic).skip(1).map(|(number, entry)| (number, entry.clone())).collect();
+    let stale: Vec<_> = state.partitions_of(topic).skip(1).map(|(number, entry)| (number, entry.clone())).collect();
     cluster
         .store
         .transact(Transaction::new().delete(cluster.keys.topic(&name("a"))))
@@ -420,7 +420,7 @@ async fn sweep_keeps_topic_created_meanwhile() {
         .expect("the store responds");
     cluster.catch_up().await;
     assert_eq!(
-        cluster.topics.sweep_topic(created, &strays).await,
+        cluster.topics.sweep_topic(created, &stale).await,
         Ok(false),
         "partition 0 exists, so the topic was created"
     );
@@ -435,10 +435,10 @@ async fn sweep_keeps_partitions_that_count_meanwhile() {
     let id = cluster.create("a", 2, 1).await.expect("created").value.id;
     let value = r#"{"replicas":[1],"leader":1,"leader_epoch":0,"isr":[1]}"#;
     cluster.put(&Key::Partition(PartitionId::new(id, 2)), value).await;
-    let strays = cluster.metadata.state().stale_partitions().remove(&id).expect("one partition too many");
+    let stale = cluster.metadata.state().stale_partitions().remove(&id).expect("one partition too many");
     cluster.topics.add_partitions(&name("a"), 3).await.expect("extended");
     cluster.catch_up().await;
-    assert_eq!(cluster.topics.sweep_topic(id, &strays).await, Ok(false));
+    assert_eq!(cluster.topics.sweep_topic(id, &stale).await, Ok(false));
     assert_eq!(cluster.paths("partitions/").await.len(), 3);
 }
 
@@ -452,12 +452,12 @@ async fn sweep_keeps_keys_that_a_repeated_addition_wrote() {
     assert_eq!(cluster.topics.transact_in_chunks(&[], puts.clone()).await, Ok(true));
     cluster.catch_up().await;
     let state = cluster.metadata.state();
-    let strays = state.stale_partitions().remove(&id).expect("the addition is incomplete");
+    let stale = state.stale_partitions().remove(&id).expect("the addition is incomplete");
     let topic =
         Compare::ModRevision(cluster.keys.topic(&name("a")), state.topic(&name("a")).expect("created").mod_revision);
     let rewritten = puts.into_iter().skip(250);
     assert_eq!(cluster.topics.transact_in_chunks(&[], rewritten).await, Ok(true));
-    assert_eq!(cluster.topics.delete_stale_keys(id, &strays, &topic).await, Ok(false));
+    assert_eq!(cluster.topics.delete_stale_keys(id, &stale, &topic).await, Ok(false));
     assert_eq!(
         cluster.paths("partitions/").await.len(),
         2 + 148,
@@ -468,15 +468,18 @@ async fn sweep_keeps_keys_that_a_repeated_addition_wrote() {
 #[tokio::test]
 async fn producer_ids_are_issued_once() {
     let cluster = TestCluster::of(0).await;
-    let blocks = futures::future::join_all((0..5).map(|_| cluster.topics.producer_ids(0))).await;
+    let blocks = futures::future::join_all((0..5).map(|_| cluster.topics.reserve_producer_ids(0))).await;
     let mut starts: Vec<_> =
         blocks.into_iter().map(|block| block.expect("the store responds")).map(|ids| ids.start).collect();
     starts.sort_unstable();
     assert_eq!(starts, [0, 1000, 2000, 3000, 4000]);
     // A broker that received ids up to 7500 before the store was restored to an older counter.
-    assert_eq!(cluster.topics.producer_ids(7500).await, Ok(7500..8500));
-    assert_eq!(cluster.topics.producer_ids(1000).await, Ok(8500..9500));
-    assert!(cluster.topics.producer_ids(PRODUCER_ID_COUNTER_END - 999).await.is_err(), "the counter exceeds an id");
+    assert_eq!(cluster.topics.reserve_producer_ids(7500).await, Ok(7500..8500));
+    assert_eq!(cluster.topics.reserve_producer_ids(1000).await, Ok(8500..9500));
+    assert!(
+        cluster.topics.reserve_producer_ids(PRODUCER_ID_COUNTER_END - 999).await.is_err(),
+        "the counter exceeds an id"
+    );
 }
 
 #[tokio::test]
@@ -516,9 +519,9 @@ async fn tombstone_is_deleted_only_long_after_last_remains() {
     }
     // A partition key of the deleted topic appears, as from an interrupted creation or deletion. The sweep must delete
     // it first.
-    let stray = Key::Partition(PartitionId::new(id, 2));
+    let stale_key = Key::Partition(PartitionId::new(id, 2));
     let value = PartitionValue::new(vec![BrokerId(1)], LeaderEpoch(0));
-    cluster.put(&stray, value.encode()).await;
+    cluster.put(&stale_key, value.encode()).await;
     assert!(!expire(false, 9000).await);
     assert_eq!(cluster.sweep().await, [id]);
     assert!(!expire(false, 10_000).await, "the time restarts");

@@ -42,7 +42,7 @@ enum TombstoneAction {
 }
 
 /// Returns the action for a tombstone. `purged_since_ms` is the stored time since which no data of the topic remains;
-/// `None` if data remained at the last observation. The other arguments are those of [`Topics::expire`].
+/// `None` if there is no such time. The other arguments are those of [`Topics::expire`].
 fn decide(purged_since_ms: Option<i64>, data_remains: bool, now_ms: i64, retention: Duration) -> TombstoneAction {
     let retention_ms = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
     match (purged_since_ms, data_remains) {
@@ -71,7 +71,7 @@ impl Topics {
         Ok(tombstones.collect())
     }
 
-    /// Processes one tombstone: stores or clears the time since which no data of its topic remains, or deletes the
+    /// Checks one tombstone: stores or clears the time since which no data of its topic remains, or deletes the
     /// tombstone once `retention` has passed since that time. Returns true if this call deleted the tombstone.
     ///
     /// | argument | meaning |

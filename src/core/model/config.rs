@@ -1,4 +1,4 @@
-//! Topic configuration: Kafka's keys with Kafka's meanings, and the additional key `durability`.
+//! Topic configuration: keys of Kafka, and the additional key `durability`.
 //!
 //! [`TopicConfig::resolve`] turns strings into typed values. A value of the topic has precedence over the broker's
 //! `[topic_defaults]`, and these over the built-in defaults. [`TOPIC_CONFIG_KEYS`] is the only list of keys: help texts
@@ -291,7 +291,7 @@ impl TopicConfig {
     }
 }
 
-/// Maximum of every duration, in milliseconds, and of every limit in bytes, so that sums never overflow.
+/// Maximum of every duration, in milliseconds, and of every retention in bytes, so that sums never overflow.
 const MAX_MS: u64 = i64::MAX as u64 / 4;
 
 fn millis(time: Duration) -> u64 {

@@ -56,7 +56,7 @@ impl Compression {
 /// Condition for the acknowledgement of an append.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Acks {
-    /// Never: the producer gets no response.
+    /// None: the leader responds once the append is queued, without an offset.
     None,
     /// The append is durable on the leader, by the topic's [`Durability`].
     Leader,

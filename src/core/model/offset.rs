@@ -57,8 +57,8 @@ impl fmt::Display for Offset {
     }
 }
 
-/// Number that grows by one with each leader change of a partition. Every batch contains the epoch in which a leader
-/// appended it.
+/// Number that grows by one with each leader change of a partition, also to no leader. Every stored batch contains the
+/// epoch in which a leader appended it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(transparent))]
 pub struct LeaderEpoch(pub u32);

@@ -12,7 +12,7 @@ use crate::{
     model::{Compression, LeaderEpoch, Offset, TimestampType},
 };
 
-/// A complete batch. Its framing, CRC and counts are checked.
+/// A complete batch. Its length, header fields and CRC are checked.
 ///
 /// The header is apart from the records, so that a change of the header copies 61 bytes and no payload.
 #[derive(Clone, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub struct ProducerSequence {
 }
 
 /// CRC of a batch, with the encoding that the CRC belongs to. Base offset and leader epoch, which the broker sets, do
-/// not change it.
+/// not change the CRC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fingerprint {
     /// The CRC-32C of byte 21 to the end.
@@ -115,7 +115,7 @@ impl Batch {
     }
 
     /// Returns the length of the batch at the start of `bytes`, as its header declares it. Reads the first 12 bytes
-    /// only.
+    /// only. Fails if there are fewer, or if the length is outside the possible range.
     pub fn framed_len(bytes: &[u8]) -> Result<usize, MalformedBatch> {
         let Some(length) = bytes.get(layout::BATCH_LENGTH..layout::LENGTH_OVERHEAD) else {
             return Err(MalformedBatch::Truncated { needed: HEADER_BYTES, available: bytes.len() });
@@ -142,7 +142,7 @@ impl Batch {
 
     /// Returns the same records in another codec, for topics that set `compression.type`. Timestamps, producer and all
     /// other attributes stay the same. `maxTimestamp` becomes the largest timestamp of the records. If the batch has
-    /// this codec, the result is an equal batch.
+    /// this codec already, the result is an equal batch, unchecked and with its `maxTimestamp`.
     ///
     /// # Errors
     /// The batch cannot be decompressed, a record is malformed, or the batch exceeds the maximum size in the new codec.
@@ -177,8 +177,8 @@ impl Batch {
         Ok((Self::seal(header, records), range))
     }
 
-    /// Sets or removes the producer, and updates the CRC. Only a producer client calls this: the producer of a batch
-    /// that a broker accepted never changes.
+    /// Sets or removes the producer, and updates the CRC. Only a producer client calls this function: the producer of a
+    /// batch that a broker accepted never changes.
     pub fn set_producer(&mut self, producer: Option<ProducerSequence>) {
         let producer = producer.unwrap_or(ProducerSequence { id: -1, epoch: -1, base_sequence: -1 });
         set(&mut self.header, layout::PRODUCER_ID, producer.id.to_be_bytes());
@@ -217,8 +217,8 @@ impl Batch {
         Ok(())
     }
 
-    /// Rejects well-formed batches that a client must not send: control batches, transactions, `LogAppendTime`, unknown
-    /// attribute bits, incomplete producer fields.
+    /// Rejects well-formed batches that a client must not send: those with the attributes control, transaction or
+    /// `LogAppendTime`, with unknown attribute bits, or with incomplete producer fields.
     pub fn check_client(&self) -> Result<(), MalformedBatch> {
         let attributes = self.attributes();
         let reject = |reason| Err(MalformedBatch::Attributes { attributes, reason });
@@ -317,7 +317,7 @@ impl Batch {
         &self.header
     }
 
-    /// Returns the bytes after the header: the framed records, which can be compressed.
+    /// Returns the bytes after the header: the encoded records, which can be compressed.
     pub fn records_bytes(&self) -> &Bytes {
         &self.records
     }
@@ -417,8 +417,8 @@ impl Batch {
         }
     }
 
-    /// Returns the fingerprint. It distinguishes different batches with the same producer and sequence, except if their
-    /// CRCs collide.
+    /// Returns the fingerprint. Fingerprints distinguish different batches with the same producer and sequence, except
+    /// if their CRCs collide.
     pub fn fingerprint(&self) -> Fingerprint {
         Fingerprint { crc: self.crc(), compression: self.compression(), timestamp_type: self.timestamp_type() }
     }

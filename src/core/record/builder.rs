@@ -49,7 +49,7 @@ pub enum BuildError {
 #[derive(Debug)]
 pub struct BatchBuilder {
     compression: Compression,
-    /// The framed, uncompressed records so far.
+    /// The encoded, uncompressed records so far.
     records: Vec<u8>,
     count: u32,
     base_timestamp: i64,
@@ -163,7 +163,8 @@ impl BatchBuilder {
         self.count == 0
     }
 
-    /// Returns the batch, with base offset 0 and without a leader epoch. The leader sets both.
+    /// Compresses the records and returns the batch, with base offset 0 and without a leader epoch. The leader sets
+    /// both.
     ///
     /// # Errors
     /// The batch has no record, or it is larger than `limits::MAX_BATCH_BYTES` after compression.

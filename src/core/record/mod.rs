@@ -11,15 +11,16 @@
 //! 57 recordsCount i32 │ 61 records …
 //! ```
 //!
-//! A [`Batch`] is complete, and its framing and CRC are checked. The broker changes the fields of this table and no
-//! others. Compressed records stay as they are unless the topic sets `compression.type`:
+//! A [`Batch`] is complete, and its length, header and CRC are checked. The broker changes the fields of this table and
+//! no others. Compressed records stay as they are unless the topic sets `compression.type`:
 //!
 //! | fields | function | condition |
 //! | --- | --- | --- |
 //! | base offset, leader epoch (the CRC does not cover them) | [`Batch::set_offset_and_epoch`] | always, by the leader |
 //! | timestamp type, largest timestamp | [`Batch::set_append_time`] | the topic has `message.timestamp.type=LogAppendTime` |
+//! | timestamp type | [`Batch::set_create_time`] | the topic has `message.timestamp.type=CreateTime` |
 //! | largest timestamp | [`Batch::correct_max_timestamp`] | the producer's value is not that of the records |
-//! | codec, records | [`Batch::recompress`] | the topic sets `compression.type` |
+//! | codec, records, largest timestamp | [`Batch::recompress`] | the topic sets `compression.type` to another codec |
 //!
 //! ```text
 //! producer   BatchBuilder::push … finish ──► Batch ──► protocol, disk, replicas, object store
@@ -38,8 +39,8 @@
 //! - No allocation uses a length before that length is compared with the bytes present.
 //! - Decompression stops at `limits::MAX_DECOMPRESSED_BYTES`, or at a lower maximum of the caller. A broker bounds the
 //!   memory of concurrent decompressions by a budget (`partition::read`).
-//! - A payload is copied once, into a builder that was given its capacity. Without compression neither this module nor
-//!   a read copies the payload again.
+//! - A payload is copied once, into a builder that was given its capacity. Without compression, neither building nor
+//!   decoding a batch copies the payload again.
 //! - Every version reads what all earlier versions wrote: the files under `golden/` never change.
 //!
 //! Pure: no I/O, no clock, no randomness.

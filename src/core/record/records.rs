@@ -82,13 +82,13 @@ impl Batch {
         self.records_within(limits::MAX_DECOMPRESSED_BYTES)
     }
 
-    /// Decodes the records, if they have at most `max` bytes after decompression.
+    /// Decodes the records, if the batch is uncompressed or they have at most `max_bytes` bytes after decompression.
     ///
     /// # Errors
-    /// As [`Batch::records`], and [`MalformedBatch::Grows`] if the records have more bytes.
-    pub fn records_within(&self, max: usize) -> Result<Records, MalformedBatch> {
+    /// As [`Batch::records`], and [`MalformedBatch::Grows`] if the records of a compressed batch have more bytes.
+    pub fn records_within(&self, max_bytes: usize) -> Result<Records, MalformedBatch> {
         Ok(Records {
-            bytes: self.decode_records(max)?,
+            bytes: self.decode_records(max_bytes)?,
             at: 0,
             next: 0,
             count: self.count(),
@@ -143,14 +143,18 @@ impl Batch {
         Ok(())
     }
 
-    /// Returns the framed records after decompression, checked, and the range of their timestamps.
-    pub(super) fn decode_records_and_timestamps(&self, max: usize) -> Result<(Bytes, TimestampRange), MalformedBatch> {
-        let records = self.records_within(max)?;
+    /// Checks the records. Returns their bytes, as in an uncompressed batch, and the range of their timestamps. Fails
+    /// if they have more than `max_bytes` bytes after decompression.
+    pub(super) fn decode_records_and_timestamps(
+        &self,
+        max_bytes: usize,
+    ) -> Result<(Bytes, TimestampRange), MalformedBatch> {
+        let records = self.records_within(max_bytes)?;
         Ok((records.bytes.clone(), records.timestamp_range()?))
     }
 
-    /// Estimates the length of the records after decompression: the length that the frame declares, which can be wrong,
-    /// or a typical ratio.
+    /// Estimates the length of the records after decompression: the length that the compressed bytes declare, which can
+    /// be wrong, or else the length by a typical ratio.
     pub fn estimated_len(&self) -> usize {
         let stored = self.records_bytes();
         match self.compression() {
@@ -160,11 +164,12 @@ impl Batch {
         }
     }
 
-    /// Returns the framed records after decompression.
-    pub(super) fn decode_records(&self, max: usize) -> Result<Bytes, MalformedBatch> {
+    /// Returns the bytes of the records as in an uncompressed batch, unchecked. Fails if they have more than
+    /// `max_bytes` bytes after decompression; the records of an uncompressed batch are not limited.
+    pub(super) fn decode_records(&self, max_bytes: usize) -> Result<Bytes, MalformedBatch> {
         match self.compression() {
             Compression::None => Ok(self.records_bytes().clone()),
-            codec => compression::decompress(codec, self.records_bytes(), max),
+            codec => compression::decompress(codec, self.records_bytes(), max_bytes),
         }
     }
 }
@@ -184,7 +189,7 @@ impl Records {
     /// Checks the remaining records and returns the range of their timestamps.
     pub(super) fn timestamp_range(mut self) -> Result<TimestampRange, MalformedBatch> {
         let mut range = TimestampRange::EMPTY;
-        while let Some(layout) = self.advance() {
+        while let Some(layout) = self.next_layout() {
             range.extend(self.timestamp(&layout?));
         }
         Ok(range)
@@ -196,7 +201,7 @@ impl Records {
     /// [`MalformedBatch::Record`] for the first malformed record.
     pub fn skip_below(&mut self, offset: Offset) -> Result<(), MalformedBatch> {
         while self.base_offset.plus(u64::from(self.next)) < offset
-            && let Some(layout) = self.advance()
+            && let Some(layout) = self.next_layout()
         {
             layout?;
         }
@@ -210,7 +215,7 @@ impl Records {
 
     /// Checks the next record and returns the positions of its fields. Returns `None` after the last record. An error
     /// ends the iterator.
-    fn advance(&mut self) -> Option<Result<RecordLayout, MalformedBatch>> {
+    fn next_layout(&mut self) -> Option<Result<RecordLayout, MalformedBatch>> {
         if self.next == self.count {
             return None;
         }
@@ -255,7 +260,7 @@ impl Iterator for Records {
 
     fn next(&mut self) -> Option<Self::Item> {
         let offset = self.base_offset.plus(u64::from(self.next));
-        let layout = self.advance()?;
+        let layout = self.next_layout()?;
         Some(layout.map(|layout| (offset, self.build(layout))))
     }
 
@@ -303,7 +308,7 @@ impl Cursor<'_> {
     }
 
     /// Checks the next record of a prefix, which may be truncated. Returns true and moves behind the record if it is
-    /// complete. Returns false if it is truncated; its first fields are then checked if all of them are present.
+    /// complete. Returns false if it is truncated; its first fields are then checked if enough bytes for them remain.
     fn check_truncatable(&mut self, index: u32) -> RecordResult<bool> {
         if self.end - self.at < MAX_FIRST_FIELDS_BYTES {
             return Ok(false);

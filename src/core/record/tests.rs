@@ -394,7 +394,7 @@ fn timestamp_range_covers_all_uncompressed_records() {
 }
 
 #[test]
-fn bomb_with_a_declared_length_is_rejected_unread() {
+fn declared_length_of_a_bomb_is_read_without_decompression() {
     let zeros = vec![0; 8 << 20];
     for codec in [Compression::Gzip, Compression::Snappy, Compression::Zstd] {
         let stored = super::compression::compress(codec, &zeros);
@@ -477,8 +477,8 @@ fn batch_with_a_bomb_is_rejected() {
     assert!(matches!(batch.recompress(Compression::None).unwrap_err(), MalformedBatch::Grows { .. }));
 }
 
-/// A snappy block and two zstd frames of a few bytes that declare gigabytes. They are rejected, and no such buffer is
-/// allocated.
+/// A snappy block and two zstd frames of a few bytes that declare a large content or window are rejected, and no such
+/// buffer is allocated.
 #[test]
 fn declared_length_is_not_allocated() {
     let snappy = [0xff, 0xff, 0xff, 0xff, 0x0f, 0x00, b'a'];

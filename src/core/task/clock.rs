@@ -3,8 +3,8 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Returns the wall clock in milliseconds since 1970. It may jump in both directions. Use it for timestamps of records
-/// and objects only.
+/// Returns the wall clock in milliseconds since 1970. The clock may jump in both directions, so use it for timestamps
+/// and never for timeouts.
 pub fn wall_ms() -> i64 {
     #[cfg(feature = "sim")]
     if let Some(process) = super::process::SimProcess::current() {
@@ -15,7 +15,7 @@ pub fn wall_ms() -> i64 {
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// Returns the monotonic clock, which tests can pause. Use it for timeouts and measurements.
+/// Returns the monotonic clock, which tests can pause. Use this clock for timeouts and measurements.
 pub fn monotonic() -> tokio::time::Instant {
     #[expect(clippy::disallowed_methods, reason = "the one place that reads the monotonic clock")]
     tokio::time::Instant::now()

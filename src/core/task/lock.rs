@@ -1,8 +1,9 @@
 //! Locks without poisoning, over those of the standard library.
 //!
-//! A panic ends a released broker, so a lock whose owner panicked is only met in tests. There the lock is taken as it
-//! is. A waiting thread sleeps in the kernel after a short spin and never calls `sched_yield`: beside other busy
-//! threads, that call costs a time slice of some milliseconds (docs/adr/0021-locks-that-do-not-yield.md).
+//! Release builds abort on panic, so only a test can take a lock whose owner panicked. The lock is then taken as if
+//! there had been no panic. A waiting thread sleeps in the kernel after a short spin and never calls `sched_yield`:
+//! beside other busy threads, that call costs a time slice of some milliseconds
+//! (docs/adr/0021-locks-that-do-not-yield.md).
 
 #![expect(clippy::disallowed_types, reason = "the one place that wraps them")]
 
@@ -19,7 +20,7 @@ pub use std::sync::MutexGuard;
 pub struct Mutex<T>(std::sync::Mutex<T>);
 
 impl<T> Mutex<T> {
-    /// Creates an open lock around a value.
+    /// Creates an unlocked mutex around a value.
     pub const fn new(value: T) -> Self {
         Self(std::sync::Mutex::new(value))
     }
@@ -51,7 +52,7 @@ impl<T> RwLock<T> {
     }
 }
 
-/// A condition that threads wait for with an open [`Mutex`].
+/// A condition that threads wait for. The [`Mutex`] of the passed guard is unlocked during the wait.
 #[derive(Debug, Default)]
 pub struct Condvar(std::sync::Condvar);
 

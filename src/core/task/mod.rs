@@ -1,4 +1,5 @@
-//! Task sets, threads, locks, clocks and randomness. No other module spawns, reads a clock or draws a random number.
+//! Task sets, threads, locks, clocks and randomness. No module outside this one spawns, reads a clock or draws a random
+//! number by other means.
 //!
 //! A [`Tasks`] is a set of tasks with one cancellation token. The owner of a set ends it with [`Tasks::stop`], which
 //! cancels the token and joins every task. A long-running task runs each wait through [`Tasks::run_until_cancelled`].

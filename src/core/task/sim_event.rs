@@ -92,7 +92,7 @@ pub enum SimEvent<'a> {
         /// The ids of the producers with state from below that offset.
         producers: &'a [i64],
     },
-    /// A follower sent its log position to subscribe.
+    /// A follower is about to send its log position to subscribe.
     LogPositionSent {
         /// The partition.
         partition: PartitionId,
@@ -158,10 +158,11 @@ pub enum SimEvent<'a> {
         partition: PartitionId,
         /// The offset after the last acknowledged record.
         end: Offset,
-        /// True if every in-sync replica has the records, not only the leader.
+        /// True if the acknowledgement counts other replicas or the object store: then every in-sync replica has the
+        /// records.
         by_all: bool,
     },
-    /// The readable end moved: the offset below which readers may read.
+    /// A reader with records to read obtained the readable end: the offset below which readers may read.
     ReadableEndMoved {
         /// The partition.
         partition: PartitionId,
@@ -181,7 +182,7 @@ pub enum SimEvent<'a> {
         /// The checksum of the content.
         crc: u32,
     },
-    /// A client received the latest offset.
+    /// A leader is about to return the latest offset to a client.
     LatestReturned {
         /// The partition.
         partition: PartitionId,

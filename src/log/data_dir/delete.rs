@@ -26,8 +26,8 @@ impl DataDir {
 
     /// Deletes replicas and their files, or the files that an earlier attempt of this process left. An unknown replica
     /// is ignored. A replica with an open [`ReplicaLog`](crate::log::ReplicaLog) is not deleted and fails with
-    /// [`ReplicaError::Open`]. Waits for two frames of the journal. Returns the replicas that could not be deleted,
-    /// each with the error. A deleted replica never reappears.
+    /// [`ReplicaError::Open`]. Waits for two frames of the journal, or more for many replicas. Returns the replicas
+    /// that could not be deleted completely, each with the error. A deleted replica never reappears.
     pub fn delete_replicas(&self, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let inner = &self.inner;
         // `with_files` also names replicas whose earlier deletion is durable and has left files.
@@ -60,7 +60,8 @@ impl DataDir {
     }
 
     /// Deletes the files of stray replicas. The caller must have metadata that proves these files unnecessary. A
-    /// registered replica is ignored. Returns the replicas that still have files, each with the error.
+    /// registered replica is ignored. Returns the replicas whose files could not be removed durably, each with the
+    /// error.
     pub fn delete_stray(&self, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let ids: Vec<_> = ids.iter().copied().filter(|id| !self.holds(*id)).collect();
         self.inner.strays.delete(&self.inner.ctx, &ids)

@@ -23,7 +23,7 @@ pub const FORMAT: u32 = 1;
 pub const NAME: &str = "strandline.json";
 
 /// File of the metadata store of a standalone broker, beside the log. The file is not part of the log, but a directory
-/// that holds it is not a new one.
+/// in which it has content is not new.
 pub const METADATA: &str = "metadata.redb";
 
 /// The cluster and broker that open a data directory.
@@ -61,7 +61,7 @@ impl IdentityFile {
 }
 
 /// Creates the directory if it is absent, and locks it for this process until the returned value is dropped. Fails with
-/// `InUse` if another process has locked it.
+/// `InUse` if the directory is locked already.
 pub(super) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, DataDirError> {
     disk.create_dir_all(dir).map_err(io_error(dir, "create the directory"))?;
     let path = dir.join("lock");
@@ -76,7 +76,9 @@ pub(super) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, 
 }
 
 /// Compares the identity file of a directory with `identity`, and returns the id of the directory. A new directory gets
-/// an identity file with a random id. A directory that holds data and no identity file is not new and is refused.
+/// an identity file with a random id. Fails with `Unidentified` for a directory that holds data and no identity file,
+/// with `Corrupt` if the file does not parse, with `Newer` for a newer format, and with `Foreign` for another cluster
+/// or broker.
 pub(super) fn check_or_create(disk: &dyn Disk, dir: &Path, identity: &DataDirIdentity) -> Result<Uuid, DataDirError> {
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         // The name of a new directory must be durable. A process that may not read the parent did not create the
@@ -123,7 +125,7 @@ pub(super) fn check_or_create(disk: &dyn Disk, dir: &Path, identity: &DataDirIde
     Uuid::try_parse(&file.directory_id).map_err(|error| corrupt(format!("directory_id: {error}")))
 }
 
-/// Returns the highest cluster generation in the identity file; 0 if the directory took part in none.
+/// Returns the highest cluster generation in which the directory took part, from the identity file; 0 before the first.
 pub(super) fn generation(disk: &dyn Disk, dir: &Path) -> Result<u64, DataDirError> {
     Ok(read(disk, dir)?.generation)
 }
@@ -146,8 +148,9 @@ fn read(disk: &dyn Disk, dir: &Path) -> Result<IdentityFile, DataDirError> {
     serde_json::from_slice(&text).map_err(|error| DataDirError::Corrupt { file: path, reason: error.to_string() })
 }
 
-/// Returns descriptions of the data in a directory without an identity file; none if the directory is new. An
-/// interrupted first start leaves no data, because the identity file is written first.
+/// Returns descriptions of the data in a directory without an identity file; none if the directory is new. Above
+/// [`MAX_LISTED`], the last entry is the number of the rest. An interrupted first start leaves no data, because the
+/// identity file is written first.
 fn existing_data(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in disk.list(dir)? {
@@ -169,7 +172,7 @@ fn existing_data(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<String>> {
     Ok(found)
 }
 
-/// Returns true if a replica of the topic directory has a segment file with content.
+/// Returns true if a replica in the directory `topic` of a topic has a segment file with content.
 fn holds_segments(disk: &dyn Disk, topic: &Path) -> io::Result<bool> {
     for partition in disk.list(topic)?.into_iter().filter(|entry| entry.is_dir) {
         let files = disk.list(&topic.join(&partition.name))?;

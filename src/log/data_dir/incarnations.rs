@@ -38,7 +38,8 @@ struct IncarnationsFile {
     incarnations: Vec<String>,
 }
 
-/// Returns the incarnations that the metadata may name, oldest first; none if the file is missing or corrupt.
+/// Returns the incarnations that the metadata may name, oldest first; none if the file is missing or corrupt. Fails
+/// with `Newer` if a newer version wrote the file.
 pub(super) fn read(disk: &dyn Disk, dir: &Path) -> Result<Vec<Uuid>, DataDirError> {
     let path = dir.join(NAME);
     let text = match disk.read(&path) {
@@ -65,7 +66,7 @@ pub(super) fn read(disk: &dyn Disk, dir: &Path) -> Result<Vec<Uuid>, DataDirErro
 }
 
 /// Writes an incarnation durably. With `confirmed`, the metadata holds the id, which then replaces all ids in the file.
-/// Otherwise the id is added to the file.
+/// Otherwise the id is added, and a full file loses its second id.
 pub(super) fn record(disk: &dyn Disk, dir: &Path, incarnation: Uuid, confirmed: bool) -> Result<(), DataDirError> {
     let mut incarnations = if confirmed { Vec::new() } else { read(disk, dir)? };
     if !incarnations.contains(&incarnation) {

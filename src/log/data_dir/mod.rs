@@ -43,7 +43,7 @@ use crate::{
     task::lock::Mutex,
 };
 
-/// One data directory. Clones share it. Dropping the last clone stops it without a clean shutdown.
+/// One data directory. Clones share it. Dropping the last clone without [`Self::close`] is no clean shutdown.
 #[derive(Clone)]
 pub struct DataDir {
     inner: Arc<DataDirInner>,
@@ -74,8 +74,9 @@ struct LogThreads {
 }
 
 impl DataDir {
-    /// Opens a data directory, or creates it. After a crash, replays the journal: entries that the segments lack are
-    /// written to them again. Apart from that, no segment is read; a replica is scanned when it is opened. Blocks.
+    /// Opens a data directory, or creates it. After a crash, replays the journal: completes interrupted deletions and
+    /// resets, and writes the batches that the segments lack. Apart from that, no segment is read; a replica is scanned
+    /// when it is opened. Blocks.
     pub fn open(
         disk: Arc<dyn Disk>,
         dir: &Path,
@@ -94,7 +95,7 @@ impl DataDir {
             }
         }
         let budget = Arc::new(DiskBudget::new(disk.clone(), dir, options.reserve_bytes));
-        // Before anything is written: the disk has space for the journal.
+        // Before anything but the lock file is written: the disk has space for the journal.
         budget.check_journal_space(&journal_dir, options.journal_bytes)?;
         let directory_id = identity::check_or_create(&*disk, dir, identity)?;
         // On a full disk, the reserve gives the space that the replay needs.
@@ -144,20 +145,20 @@ impl DataDir {
     }
 
     /// Returns the incarnations of this broker that the metadata may name, and in which this directory took part,
-    /// oldest first. The list is empty in a new directory, and in one whose incarnations file is missing or corrupt.
-    /// Blocks.
+    /// oldest first. The list is empty for a new directory, and if the incarnations file is missing or corrupt. Blocks.
     pub fn incarnations(&self) -> Result<Vec<Uuid>, DataDirError> {
         incarnations::read(&*self.inner.ctx.disk, &self.inner.ctx.dir)
     }
 
     /// Writes an incarnation to the incarnations file, durably. The broker first calls this with `confirmed` false,
-    /// which adds the id, and then registers. Once the metadata holds the id, it calls this with `confirmed` true: the
-    /// id then replaces all ids in the file. Blocks.
+    /// which adds the id, and then registers. Once the metadata holds the id, the broker calls this with `confirmed`
+    /// true: the id then replaces all ids in the file. Blocks.
     pub fn record_incarnation(&self, incarnation: Uuid, confirmed: bool) -> Result<(), DataDirError> {
         incarnations::record(&*self.inner.ctx.disk, &self.inner.ctx.dir, incarnation, confirmed)
     }
 
-    /// Returns the end of the newest block of producer ids that this broker received; 0 if there is none. Blocks.
+    /// Returns the end of the newest block of producer ids that this broker received; 0 if the file with the end is
+    /// missing or corrupt. Blocks.
     pub fn producer_ids_end(&self) -> io::Result<i64> {
         producer_block::read(&*self.inner.ctx.disk, &self.inner.ctx.dir)
     }
@@ -172,9 +173,9 @@ impl DataDir {
         identity::generation(&*self.inner.ctx.disk, &self.inner.ctx.dir)
     }
 
-    /// Stores the cluster generation durably in the identity file, if it is higher than the stored one. An operator raises
-    /// the generation after etcd was restored from a backup. A later start fails if etcd then has a lower generation than
-    /// this directory, because etcd is from an older backup. Blocks.
+    /// Stores the cluster generation durably in the identity file, if it is higher than the stored one. An operator
+    /// raises the generation after etcd was restored from a backup. A later start fails if etcd then has a lower
+    /// generation than this directory, because etcd is from an older backup. Blocks.
     pub fn record_generation(&self, generation: u64) -> Result<(), DataDirError> {
         identity::record_generation(&*self.inner.ctx.disk, &self.inner.ctx.dir, generation)
     }
@@ -192,8 +193,9 @@ impl DataDir {
         self.inner.ctx.journal.begin_shutdown();
     }
 
-    /// Syncs everything, stops the threads and writes the last checkpoint. Appends are refused from now on. After an
-    /// error, the next start scans for unsynced data. A second call does nothing.
+    /// Syncs everything, stops the threads and writes the last checkpoint. Appends are refused from now on. The next
+    /// start scans nothing, unless the call fails, or a replica has failed or was not opened since a crash. A second
+    /// call does nothing.
     pub fn close(&self) -> Result<(), PersistError> {
         if !self.inner.ctx.close() {
             return Ok(());
@@ -204,8 +206,8 @@ impl DataDir {
         closed
     }
 
-    /// Makes all data durable, stops the threads and writes the last checkpoint. This checkpoint is that of a clean
-    /// shutdown only if it describes the files of every replica exactly.
+    /// Writes the caches of active segments, makes all data durable, stops the threads and writes the last checkpoint.
+    /// This checkpoint is that of a clean shutdown only if it describes the files of every replica exactly.
     fn close_replicas(&self) -> Result<(), PersistError> {
         let inner = &self.inner;
         let replicas = inner.registry.lock().open_replicas();
@@ -232,7 +234,7 @@ impl DataDir {
     }
 
     /// In step mode: writes one frame of the journal. Returns false if nothing is queued, or if the journal has no
-    /// space.
+    /// space. Returns true as well if an I/O error fails the journal.
     pub fn journal_step(&self) -> bool {
         self.inner.write_frame()
     }
@@ -252,7 +254,7 @@ impl DataDir {
         self.inner.registry.lock().remove(id);
     }
 
-    /// In step mode: syncs all unsynced data, and releases journal files if few are free.
+    /// In step mode: runs one sync pass, which syncs all unsynced data, and releases journal files if few are free.
     pub fn sync_step(&self) {
         self.inner.sync_pass();
     }
@@ -302,7 +304,8 @@ impl StepDriver for DataDirInner {
 }
 
 impl LogThreads {
-    /// Stops the threads. Entries that are queued for the journal are still written.
+    /// Closes the journal, and waits until all threads have ended. The writer completes all queued entries before it
+    /// ends.
     fn stop(&self) {
         self.inner.ctx.journal.close();
         self.inner.ctx.removed.stop();

@@ -1,7 +1,8 @@
 //! Opening a replica after a crash: its valid files, its log end, and the check of that end against the persisted end.
 //!
-//! The journal has been replayed before. The scan runs from the recovery point to the first invalid bytes. Bytes
-//! missing above the persisted end are a torn tail. Bytes missing below it are lost, and the files then stay unchanged.
+//! The journal has been replayed before. The scan runs from the recovery point to the first invalid bytes. Invalid
+//! bytes above the persisted end are a torn tail. Invalid or missing bytes below the persisted end are lost data, and
+//! the segments then stay unchanged.
 
 use std::{collections::BTreeMap, io, path::Path, sync::Arc};
 
@@ -21,7 +22,8 @@ use crate::{
 };
 
 /// Reconciles a replica's files with its record: scans the files from the recovery point on, and truncates a torn tail.
-/// The returned record ends at the log end.
+/// The returned record ends at the log end. Fails with `Lost` if the record has a refusal, or if data below the
+/// persisted end is missing.
 pub(super) fn recover(
     disk: &dyn Disk,
     dir: &Path,
@@ -171,8 +173,8 @@ impl ReplicaRecovery<'_> {
         let ReplicaCheckpoint { epochs, producers, .. } = &mut self.record;
         let producers = Arc::make_mut(producers);
         let epoch = epochs.last().map(|(epoch, _)| epoch);
-        // The write times of the scanned batches were lost. The file's time replaces them. It is the time of the last
-        // append or a later one, because a replay of the journal writes only missing bytes.
+        // The write times of the scanned batches were lost. The modification time of the file replaces them. It is that
+        // of the last append, or of a replay that wrote missing bytes.
         let modified_ms = file.modified_ms()?.min(clock::wall_ms());
         let end = segment::scan(&*file, len, info.bytes, info.end, epoch, |_, batch| {
             info.record_write(modified_ms);
@@ -182,8 +184,8 @@ impl ReplicaRecovery<'_> {
         Ok(end.corruption)
     }
 
-    /// Truncates the files at the end of the segment `last`, and removes later files. The removed `surplus_bytes` were
-    /// never acknowledged as durable.
+    /// Truncates the file of the segment `last` at the end of the segment, and removes later files and their caches.
+    /// The removed `surplus_bytes` were never acknowledged as durable.
     fn truncate(&self, last: &SegmentInfo, surplus_bytes: u64) -> io::Result<()> {
         if surplus_bytes > 0 {
             tracing::warn!(

@@ -1,4 +1,5 @@
-//! State of a data directory at its opening: the checkpoint, and the journal entries after it.
+//! State of a data directory at its opening: the checkpoint, and the journal entries after it. Also removes the
+//! directories of deleted replicas.
 
 use std::{
     collections::BTreeMap,
@@ -38,7 +39,9 @@ pub(super) struct LoadedState {
 }
 
 /// Reads the checkpoint and replays the journal into the segments. Then writes a checkpoint that needs nothing in the
-/// journal, so that the caller may overwrite the journal's files.
+/// journal, so that the caller may overwrite the journal's files. After a clean shutdown nothing is replayed or
+/// written. Fails with `JournalForeign` if a journal file belongs to another data directory, and with `JournalLost` as
+/// [`recover_without_journal`] does.
 pub(super) fn load(
     disk: &Arc<dyn Disk>,
     dir: &Path,
@@ -102,9 +105,9 @@ pub(super) fn load(
     Ok(LoadedState { first_frame, generation, clean: false, replicas })
 }
 
-/// Returns the state that remains without the journal: an empty replay result, and records that end at their recovery
-/// points. Fails with `JournalLost` unless the options accept the loss of the journal. `reason` describes the content
-/// of the journal's directory.
+/// Returns the state that remains without the journal: an empty replay result, and records whose persisted end is their
+/// recovery point. A replica without a record gets one from its files. Fails with `JournalLost` unless the options
+/// accept the loss of the journal. `reason` describes the content of the journal's directory.
 fn recover_without_journal(
     disk: &dyn Disk,
     dir: &Path,
@@ -244,6 +247,7 @@ fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaCheckpoint, state: &Re
 
 /// Moves the recovery point, back or forward, to the start of the segment at `base`, with the epoch history and
 /// producer state of the snapshot there. If that snapshot is not intact, an earlier segment with an intact one is used.
+/// If the snapshot at the first segment is corrupt, sets the refusal of the record.
 fn rebase(disk: &dyn Disk, dir: &Path, record: &mut ReplicaCheckpoint, base: Offset) {
     record.segments.retain(|info| info.base < base && info.end <= base);
     let bases: Vec<Offset> = record.segments.iter().map(|info| info.base).chain([base]).collect();
@@ -257,7 +261,8 @@ fn rebase(disk: &dyn Disk, dir: &Path, record: &mut ReplicaCheckpoint, base: Off
 }
 
 /// Returns a record for each replica that has segment files, from the names of these files and the snapshot at the
-/// first segment. The generation 0 in these records requests a scan of all segments.
+/// first segment. A snapshot that cannot be read is the refusal of the record. The generation 0 in these records
+/// requests a scan of all segments.
 fn scan_replicas(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<ReplicaCheckpoint>> {
     let mut records = Vec::new();
     for topic in disk.list(dir)?.into_iter().filter(|entry| entry.is_dir) {
@@ -281,9 +286,9 @@ fn scan_replicas(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<ReplicaCheckpoin
     Ok(records)
 }
 
-/// Repeats a reset to `at`, which may have stopped at any step: removes all files except quarantined ones and the
-/// snapshot with which the new log starts. While that snapshot has its temporary name, the file with the name of a snapshot at `at` is one of
-/// the old log.
+/// Repeats a reset to `at`, which may have stopped at any step. Removes all files except quarantined ones and the
+/// snapshot with which the new log starts, and gives this snapshot its final name. While the snapshot has its temporary
+/// name, the file with its final name belongs to the old log. Does nothing if the directory does not exist.
 fn reset_again(disk: &dyn Disk, dir: &Path, at: Offset) -> io::Result<()> {
     let (reset_name, snapshot) = (name(at, snapshot::RESET_EXTENSION), name(at, "snapshot"));
     let entries = match disk.list(dir) {
@@ -321,9 +326,9 @@ fn remove_files(disk: &dyn Disk, dir: &Path, keep: &mut dyn FnMut(Arc<dyn File>)
     Ok(())
 }
 
-/// Removes the directories of replicas, and topic directories that become empty. The removal is durable and costs one
-/// sync per topic. Returns one result per replica, in the order of `dirs`. `keep` receives the large files, as in
-/// [`remove_files`].
+/// Removes the directories of replicas, and topic directories that become empty. The removal is durable. The replicas
+/// of a topic share the syncs. Returns one result per replica, in the order of `dirs`. `keep` receives the large files,
+/// as in [`remove_files`].
 pub(super) fn remove_replicas<'a>(
     disk: &dyn Disk,
     dirs: impl Iterator<Item = &'a Path>,

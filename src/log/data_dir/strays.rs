@@ -76,8 +76,8 @@ impl StrayReplicas {
         self.entries.lock().get(&id) == Some(&StrayState::Deleted)
     }
 
-    /// Removes the files of the replicas `ids`; an id that is not a stray replica is ignored. Returns the replicas that
-    /// still have files, each with the error. The disk space of large files is freed later, in steps.
+    /// Removes the files and the entries of the stray replicas among `ids`. Returns the replicas whose files could not
+    /// be removed durably, each with the error. The disk space of large files is freed later, in steps.
     pub(super) fn delete(&self, ctx: &LogContext, ids: &[PartitionId]) -> Vec<(PartitionId, ReplicaError)> {
         let present: Vec<_> = {
             let entries = self.entries.lock();

@@ -1,12 +1,13 @@
-//! Sync passes over all replicas, checkpoints, and the release of journal files. One thread runs the passes. A pass is
-//! due after a number of bytes, after a time, and when the journal's ring has few free files.
+//! Sync passes over all replicas, checkpoints, and the release of journal files. The sync thread runs the passes; a
+//! closing directory runs its own. A pass is due after a number of bytes, after a time, when a persist call needs a
+//! sync, and when the journal's ring has few free files.
 //!
 //! # Invariants
 //!
 //! - A pass takes every dirty replica, notes its log end, syncs its files, and only then moves its recovery point to
 //!   that end.
-//! - When ring files hold nothing but synced entries, a checkpoint is written first, and then the files are released.
-//!   In this order replay never misses an entry that it needs.
+//! - When no replica needs a ring file, a checkpoint that starts replay after the file is written first, and then the
+//!   file is released. In this order replay never misses an entry that it needs.
 
 use std::{
     io,
@@ -47,8 +48,8 @@ pub(super) struct CheckpointFailures {
 }
 
 impl CheckpointFailures {
-    /// Updates the state after a checkpoint, and logs the first failure and the recovery. `error` is `None` after a
-    /// success.
+    /// Updates the state after a checkpoint, and logs the first failure, reminders at intervals, and the recovery.
+    /// `error` is `None` after a success.
     fn record(&mut self, dir: &Path, error: Option<io::Error>) {
         let (path, now) = (dir.display(), clock::monotonic());
         if let Some(error) = &error
@@ -70,9 +71,9 @@ impl CheckpointFailures {
 }
 
 impl DataDirInner {
-    /// Runs one pass: first the queued persist calls that need a sync, then the syncs of all dirty replicas. If the
-    /// pass was requested or few journal files are free, it then recycles the ring. Returns false if the recycling
-    /// failed.
+    /// Runs one pass: writes out full pieces, runs the queued persist calls, tries to create a missing reserve, and
+    /// syncs all dirty replicas. If the pass was requested or few journal files are free, the pass then recycles the
+    /// ring. Returns false if the recycling failed.
     pub(super) fn sync_pass(&self) -> bool {
         let (journal, queue) = (&self.ctx.journal, &self.ctx.sync_queue);
         self.write_out_pieces();
@@ -110,8 +111,8 @@ impl DataDirInner {
         });
     }
 
-    /// Writes appended data from the page cache to the device, without a sync. Selects each replica that has appended at
-    /// least one piece since its last write-out (`PIECE_BYTES`, or `LARGE_PIECE_BYTES` while the journal is quiet).
+    /// Writes appended data from the page cache to the device, without a sync. Selects each replica that has appended
+    /// at least one piece since its last write-out (`PIECE_BYTES`, or `LARGE_PIECE_BYTES` while the journal is quiet).
     pub(super) fn write_out_pieces(&self) {
         let pieces = self.ctx.sync_queue.take_pieces(self.ctx.journal.next_frame());
         pieces.iter().for_each(|replica| replica.write_out());
@@ -124,7 +125,7 @@ impl DataDirInner {
         }
     }
 
-    /// Writes a checkpoint and releases the ring files whose entries are all synced in the segments.
+    /// Writes a checkpoint, and then releases the ring files before the oldest one that an open replica needs.
     pub(super) fn recycle(&self) -> io::Result<()> {
         let _one_at_a_time = self.recycling.lock();
         let replicas = self.registry.lock().open_replicas();
@@ -136,8 +137,8 @@ impl DataDirInner {
         Ok(())
     }
 
-    /// Replaces the checkpoint. On a full disk it uses the space of the reserve. An eviction that would make space
-    /// waits for the journal, and the journal waits for this checkpoint.
+    /// Replaces the checkpoint. On a full disk the checkpoint uses the space of the reserve: an eviction that would
+    /// make space waits for the journal, and the journal waits for this checkpoint.
     pub(super) fn write_checkpoint(&self, checkpoint: &Checkpoint) -> io::Result<()> {
         let ctx = &self.ctx;
         let write = || checkpoint.write(&*ctx.disk, &ctx.dir, self.directory_id);
@@ -153,7 +154,7 @@ impl DataDirInner {
         Checkpoint { first_frame, generation: self.ctx.last_generation(), kind, replicas }
     }
 
-    /// Runs the sync thread.
+    /// Runs the sync thread until [`SyncAction::Stop`].
     pub(super) fn run_syncs(&self) {
         let queue = &self.ctx.sync_queue;
         loop {

@@ -11,7 +11,7 @@
 //! | operation | free bytes that it needs |
 //! | --- | --- |
 //! | append | size + kept + bytes of the journal files that are required and do not exist yet |
-//! | new journal file | size + kept |
+//! | new journal file | size + kept; not checked for the minimum number of files |
 //! | truncation, reset | size |
 //! | checkpoint | size; the reserve is removed if the disk is full |
 //! | start | the size of the reserve, which is removed if less is free |
@@ -50,8 +50,8 @@ pub(in crate::log) struct DiskBudget {
     kept_bytes: u64,
     /// True after an append, truncation or reset found the disk full, until the next successful append.
     is_full: AtomicBool,
-    /// True once `create_reserve` has found or created the complete reserve, or if none is configured. While false,
-    /// each call of `create_reserve` tries again.
+    /// True after `create_reserve` has found or created the complete reserve, until a release, or if none is
+    /// configured. While false, each call of `create_reserve` tries again.
     has_reserve: AtomicBool,
     /// Bytes that may be appended without a query of the free space.
     append_allowance: AtomicU64,
@@ -69,9 +69,9 @@ impl DiskBudget {
         }
     }
 
-    /// Checks, before anything is written, that the disk has space for a new journal of `bytes`. Only a journal above
-    /// `limits::JOURNAL_SPACE_CHECK_BYTES` without any file is checked, so that the lack of space does not appear under
-    /// load. An existing ring works with fewer files.
+    /// Checks at a start that the disk has space for a new journal of `bytes`, so that a lack of space does not first
+    /// appear under load. A journal of at most `limits::JOURNAL_SPACE_CHECK_BYTES` is not checked, and neither is one
+    /// that has a file: an existing ring works with fewer files.
     ///
     /// # Errors
     /// `JournalTooLarge`: the free space of the disk is less than `bytes`.
@@ -125,7 +125,7 @@ impl DiskBudget {
     }
 
     /// Writes the missing part of the reserve. Returns true if the file is complete, and false if the disk has less
-    /// free space than the kept bytes and the reserve need.
+    /// free space than the kept bytes and the reserve together.
     fn write_reserve(&self) -> io::Result<bool> {
         let (disk, path) = (&self.disk, self.dir.join(RESERVE_NAME));
         let existing = match disk.open(&path, OpenMode::Read) {
@@ -151,9 +151,9 @@ impl DiskBudget {
     }
 
     /// Returns true if `bytes` may be appended, and deducts them from the append allowance. The free space is queried
-    /// only when the allowance is used up. `unallocated` returns the bytes of the required journal files that do not
-    /// exist yet. A log that filled its disk could not recover: the metadata commit that precedes the deletion of
-    /// segments needs space itself.
+    /// only when the allowance is less than `bytes`. `unallocated` returns the bytes of the required journal files that
+    /// do not exist yet. A log that filled its disk could not recover: the metadata commit that precedes the deletion
+    /// of segments needs space itself.
     pub(in crate::log) fn reserve_append(&self, bytes: u64, unallocated: impl FnOnce() -> u64) -> bool {
         let deduct = |allowance: u64| allowance.checked_sub(bytes);
         if self.kept_bytes == 0
@@ -174,8 +174,9 @@ impl DiskBudget {
         self.disk.free_bytes(&self.dir).map_or(true, |free| free >= bytes)
     }
 
-    /// Returns true if `bytes` of a new journal file may be written in `dir`, which may be on another device. A full
-    /// disk would fail all programs that write to it, including this broker.
+    /// Returns true if `dir`, which may be on another device, has space for `bytes` of a new journal file beyond the
+    /// kept bytes, or if the file system does not report its free space. A journal file that filled the disk would make
+    /// the writes of all programs fail, also those of this broker.
     pub(in crate::log) fn has_journal_space(&self, dir: &Path, bytes: u64) -> bool {
         self.disk.free_bytes(dir).map_or(true, |free| free >= bytes + self.kept_bytes)
     }

@@ -38,8 +38,9 @@ pub const LARGE_PIECE_BYTES: usize = 2 << 20;
 
 /// A file system.
 pub trait Disk: Send + Sync + 'static {
-    /// Registers an existing directory, below which files may then be opened. Checks its owner and corrects the modes
-    /// of its entries. Its own path may contain symbolic links; the paths below it may not.
+    /// Registers an existing directory, below which files may then be opened. Checks the owner of the directory, and
+    /// corrects its mode and the modes of its entries. The path of the directory may contain symbolic links; the paths
+    /// below it may not.
     fn register_root(&self, dir: &Path) -> io::Result<()>;
 
     /// Creates a directory and its parents. An existing directory is no error.
@@ -63,8 +64,9 @@ pub trait Disk: Send + Sync + 'static {
     /// Removes an empty directory.
     fn remove_dir(&self, dir: &Path) -> io::Result<()>;
 
-    /// Locks a file exclusively, creates it if absent, and writes this process's id into it. Fails with `WouldBlock` if
-    /// another process holds the lock. The lock ends when the returned value is dropped or the process exits.
+    /// Locks a file exclusively, and creates it if absent. The real disk also writes this process's id into the file.
+    /// Fails with `WouldBlock` if the file is locked already. The lock ends when the returned value is dropped or the
+    /// process exits.
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>>;
 
     /// Returns the bytes that can still be written in the file system of `dir`.

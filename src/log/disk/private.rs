@@ -8,8 +8,8 @@
 //!   handle of the previous one. So no process can exchange a component between its check and its use.
 //! - A file or directory below it that belongs to another user is refused before a byte is read, written or truncated.
 //! - Created entries are for this user alone: directories 0700, files 0600, regardless of the umask. Other modes of
-//!   this user's entries are corrected: for a configured directory and its direct entries when it is admitted, for all
-//!   entries further below when they are opened.
+//!   this user's entries are corrected: for a configured directory when it is opened, for its direct entries by
+//!   [`PrivateDir::correct_entries`], and for all entries further below when they are opened.
 //!
 //! A removal and a rename check the directory only: they act on the name, never on the target of a link. A hard link
 //! equals any other file and is not refused.
@@ -64,7 +64,8 @@ const SYSTEM_DIRS: &[&str] = &[
 /// Flags for opening a directory.
 const DIR_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-/// An open directory: a configured one, or one below it.
+/// An open directory: a configured one, or one below it. A method with a name below the directory also fails if the
+/// name is absolute or contains `..`, or if a directory on its path is a link or belongs to another user.
 #[derive(Debug)]
 pub struct PrivateDir {
     path: PathBuf,
@@ -75,10 +76,12 @@ pub struct PrivateDir {
 }
 
 impl PrivateDir {
-    /// Opens a configured directory, which must exist.
+    /// Opens a configured directory, which must exist. Corrects its mode, unless other programs use the directory or it
+    /// belongs to root and this process runs as another user.
     ///
     /// # Errors
-    /// The directory cannot be opened, or belongs to a user that is neither this process's nor root.
+    /// The directory cannot be opened, belongs to a user that is neither this process's nor root, or its mode cannot be
+    /// changed.
     pub fn open(path: &Path) -> io::Result<Self> {
         let handle = retry_if_interrupted(|| sys::open(path, DIR_FLAGS, Mode::empty()))?;
         Self::from_handle(path, handle)
@@ -96,7 +99,7 @@ impl PrivateDir {
     /// Creates a directory below this one if it is absent, and opens it.
     ///
     /// # Errors
-    /// Those of [`PrivateDir::make_dir`].
+    /// Those of [`PrivateDir::make_dir`] and [`PrivateDir::open`].
     pub fn make_below(&self, name: &Path) -> io::Result<Self> {
         self.make_dir(name)?;
         Self::from_handle(&self.path.join(name), self.walk(name)?)
@@ -123,7 +126,7 @@ impl PrivateDir {
     }
 
     /// Logs a warning if the mode of the directory was not corrected.
-    pub fn warn_of_owner(&self) {
+    pub fn warn_if_uncorrected(&self) {
         if let Some((owner, mode)) = self.uncorrected {
             tracing::warn!(
                 dir = %self.path.display(), owner, mode = %format_args!("{mode:04o}"),
@@ -154,7 +157,7 @@ impl PrivateDir {
         Ok(file.into())
     }
 
-    /// Creates a directory below this one, with the directories on its path.
+    /// Creates a directory below this one, with the directories on its path. Existing directories are no error.
     ///
     /// # Errors
     /// A directory cannot be created, or a component of the path is a link or belongs to another user.
@@ -317,7 +320,8 @@ fn check_entry(handle: BorrowedFd<'_>, stat: &Stat, mode: Mode, path: impl FnOnc
     correct_mode(handle, stat, mode)
 }
 
-/// Sets the permission bits of an open entry to `mode`, unless they are equal or the file system has no modes.
+/// Sets the permission bits of an open entry to `mode`, unless they are equal, or the file system is read-only or has
+/// no modes.
 fn correct_mode(handle: BorrowedFd<'_>, stat: &Stat, mode: Mode) -> io::Result<()> {
     if stat.st_mode & PERMISSION_BITS == mode.bits() {
         return Ok(());

@@ -33,7 +33,7 @@ pub struct RealDisk {
 
 impl RealDisk {
     /// Adds a configured directory, or replaces the handle of one with the same path. Corrects the modes of its
-    /// entries.
+    /// entries. Warns if a new one keeps its own mode.
     fn add_root(&self, root: PrivateDir) -> io::Result<Arc<PrivateDir>> {
         root.correct_entries()?;
         let root = Arc::new(root);
@@ -41,7 +41,7 @@ impl RealDisk {
         match roots.iter_mut().find(|existing| existing.path() == root.path()) {
             Some(existing) => *existing = Arc::clone(&root),
             None => {
-                root.warn_of_owner();
+                root.warn_if_uncorrected();
                 roots.push(Arc::clone(&root));
             }
         }

@@ -2,11 +2,11 @@
 //!
 //! # Crash
 //!
-//! [`SimDisk::crash`] cuts the power. Each unsynced 512-byte sector of a file may be durable or not. The unsynced name
-//! changes of a directory become durable in order, up to a random one. Handles from before a crash fail. A failed sync
-//! loses data, as in an operating system that marks the pages clean after the failure. Some of the data becomes
-//! durable, and the rest reads as the previous content. Faults are set by [`SimDisk::fail_writes_after`],
-//! [`SimDisk::set_capacity`], [`SimDisk::fail_syncs`] and [`SimDisk::flip`].
+//! [`SimDisk::crash`] cuts the power. Unsynced content of a file becomes durable or not, at random: by 512-byte
+//! sectors, by pages, or all together. The unsynced name changes of a directory become durable in order, up to a random
+//! one. Handles from before a crash fail. A failed sync loses data, as in an operating system that marks the pages
+//! clean after the failure. Some of the data becomes durable, and the rest reads as the previous content. Faults are
+//! set by [`SimDisk::fail_writes_after`], [`SimDisk::set_capacity`], [`SimDisk::fail_syncs`] and [`SimDisk::flip`].
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -46,7 +46,7 @@ struct SimDiskState {
     /// Bytes of files at which the disk is full; `None` is unlimited.
     capacity: Option<u64>,
     /// Number of operations that still succeed before all later ones fail; `None` if none fails. An operation is a
-    /// write, a sync, or a change of a name.
+    /// write, a truncation, a sync, or a change of a name.
     operations_left: Option<u64>,
     /// Text that selects files: the sync of a file whose path contains the text fails. `None` if no sync fails.
     failing_syncs: Option<String>,
@@ -168,13 +168,13 @@ impl SimDisk {
         state.failing_syncs = None;
     }
 
-    /// Makes every write, sync and change of a name fail with an I/O error after `operations` further ones; `None`
-    /// clears the fault.
+    /// Makes every write, truncation, sync and change of a name fail with an I/O error after `operations` further ones;
+    /// `None` clears the fault.
     pub fn fail_writes_after(&self, operations: Option<u64>) {
         self.0.lock().operations_left = operations;
     }
 
-    /// Sets the number of bytes in files at which the disk is full.
+    /// Sets the number of bytes in files at which the disk is full; `None` removes the limit.
     pub fn set_capacity(&self, bytes: Option<u64>) {
         self.0.lock().capacity = bytes;
     }

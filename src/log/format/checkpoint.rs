@@ -30,11 +30,11 @@ pub(in crate::log) struct Checkpoint {
 /// Work that a start must do before the replicas of a checkpoint describe the files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::log) enum CheckpointKind {
-    /// Replay starts at the first frame, which was written before the checkpoint. A journal without that frame belongs
-    /// to another directory, or was lost.
+    /// Replay starts at `first_frame`, which was written before the checkpoint. A journal without that frame belongs to
+    /// another directory, or was lost.
     #[default]
     Running = 0,
-    /// Written by the last step of a clean shutdown: no work remains, and the journal may be removed.
+    /// Written at the end of a clean shutdown: no work remains, and the journal may be removed.
     CleanShutdown = 1,
     /// All journal entries are synced in the segments, so the journal may be removed. The segments must be read from
     /// their recovery points on.
@@ -51,8 +51,8 @@ impl CheckpointKind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::log) struct ReplicaCheckpoint {
     pub(in crate::log) id: PartitionId,
-    /// Number that grows with each creation, truncation and reset; 0 if a checkpoint was lost and the replica was not
-    /// read since.
+    /// Number that grows with each creation, truncation, reset and deletion. 0 if the record was made from the names of
+    /// files, without a checkpoint, and the replica was not scanned since.
     pub(in crate::log) generation: u64,
     pub(in crate::log) log_start: Offset,
     /// Persisted end: all earlier data was durable, in a segment or in the journal.
@@ -63,8 +63,8 @@ pub(in crate::log) struct ReplicaCheckpoint {
     pub(in crate::log) epochs: EpochHistory,
     /// Producer state at the recovery point.
     pub(in crate::log) producers: Arc<ProducerTable>,
-    /// Reason why the replica is not served: according to the journal, durable data is missing. Kept until the replica
-    /// is deleted.
+    /// Reason why the replica is not served: a start found that durable data, or the snapshot at the local start, is
+    /// missing or corrupt. Kept until the replica is deleted.
     pub(in crate::log) refusal: Option<String>,
 }
 
@@ -83,8 +83,8 @@ impl ReplicaCheckpoint {
         }
     }
 
-    /// Returns true if a checkpoint was lost and the replica was not read since. The persisted end is then unknown, so
-    /// a torn tail cannot be distinguished from a loss.
+    /// Returns true if the record was made without a checkpoint and the replica was not scanned since. The persisted
+    /// end is then unknown, so a torn tail cannot be distinguished from a loss.
     pub(in crate::log) fn needs_full_scan(&self) -> bool {
         self.generation == 0
     }
@@ -106,7 +106,7 @@ impl ReplicaCheckpoint {
         out.put_slice(refusal.as_bytes());
     }
 
-    /// Decodes the output of [`Self::encode`]; `None` if no replica can have this description.
+    /// Decodes the output of [`Self::encode`]; `None` if bytes are missing, or if no replica can have this description.
     fn decode(from: &mut impl Buf) -> Option<Self> {
         let mut topic = [0; 16];
         from.try_copy_to_slice(&mut topic).ok()?;
@@ -177,7 +177,8 @@ impl Checkpoint {
         content.is_empty().then_some(Self { first_frame, generation, kind, replicas })
     }
 
-    /// Returns the data directory id in the checkpoint file of `dir`; `None` if the file is missing or corrupt.
+    /// Returns the data directory id in the checkpoint file of `dir`; `None` if the file is missing, unreadable or
+    /// corrupt.
     pub(in crate::log) fn owner(disk: &dyn Disk, dir: &Path) -> Option<Uuid> {
         let file = disk.read(&dir.join(NAME)).ok()?;
         let id = Uuid::from_slice(file.get(8..24)?).ok()?;

@@ -38,7 +38,7 @@ pub(in crate::log) enum EntryKind {
     Create = 1,
     /// Batches `base..end` at `position` of `segment`; the payload is their bytes.
     Append = 2,
-    /// Sync of all data below `end` in the segments.
+    /// All data below `end` is durable: synced in the segments, or in earlier entries.
     Synced = 3,
     /// Start of a truncation to `base`.
     Truncate = 4,
@@ -46,8 +46,8 @@ pub(in crate::log) enum EntryKind {
     Reset = 5,
     /// Start of the replica's deletion.
     Delete = 6,
-    /// Completion of the preceding truncation, reset or deletion, which is synced. No earlier entry matters for the
-    /// replica.
+    /// Completion of the preceding truncation, reset or deletion, which is synced. Replay restores no batches from
+    /// earlier entries of the replica.
     Completed = 7,
     /// Move of the log start to `base`.
     LogStart = 8,
@@ -149,8 +149,8 @@ pub(in crate::log) fn encode<'a>(
     front[8..CRC_FROM].copy_from_slice(&crc.to_be_bytes());
 }
 
-/// Returns the id of the data directory that wrote the frame at the start of `bytes`; `None` if the headers are not
-/// intact.
+/// Returns the id of the data directory that wrote the frame at the start of `bytes`; `None` if the headers are
+/// incomplete or not intact.
 pub(in crate::log) fn owner(bytes: &[u8]) -> Option<Uuid> {
     let mut frame_header = bytes.strip_prefix(MAGIC)?.get(..FRAME_HEADER_BYTES - MAGIC.len())?;
     let crc = frame_header.get_u32();
@@ -163,8 +163,8 @@ pub(in crate::log) fn owner(bytes: &[u8]) -> Option<Uuid> {
     (crc32c::crc32c(bytes.get(CRC_FROM..end)?) == crc).then_some(id)
 }
 
-/// Decodes the frame at the start of `bytes`. Returns `None` if the headers are not intact, name another data
-/// directory, or contain a value that is never written. The payloads are not read.
+/// Decodes the frame at the start of `bytes`. Returns `None` if the frame is longer than `bytes`, or if its headers are
+/// not intact, name another data directory, or contain a value that is never written. The payloads are not read.
 pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<DecodedFrame> {
     let mut frame_header = bytes.get(..FRAME_HEADER_BYTES)?;
     if &frame_header[..8] != MAGIC || &frame_header[CRC_FROM..CRC_FROM + 16] != directory.as_bytes() {
@@ -212,7 +212,8 @@ pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<DecodedFra
 
 impl DecodedEntry {
     /// Returns true if the payload is intact: complete, contiguous batches whose headers match the checksum. An entry
-    /// of another kind than an append is intact if its payload is empty. `frame` holds the complete frame.
+    /// of another kind than an append is intact if its payload is empty. `frame` holds the frame, at least up to the
+    /// end of the payload.
     pub(in crate::log) fn is_intact(&self, frame: &Bytes) -> bool {
         if self.header.kind != EntryKind::Append {
             return self.payload.is_empty();

@@ -5,7 +5,7 @@ use bytes::{Buf, BufMut};
 
 use crate::model::{LeaderEpoch, Offset};
 
-/// Epochs of one log, each with the first offset written in it. Both grow strictly.
+/// Epochs of one log, each with its start offset. Epochs and starts grow strictly.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EpochHistory {
     starts: Vec<(LeaderEpoch, Offset)>,
@@ -46,8 +46,9 @@ impl EpochHistory {
         after.checked_sub(1).map(|i| self.starts[i].0)
     }
 
-    /// Adds the epoch of a batch at `start`, unless it is the last epoch already. Returns false, without a change, if
-    /// the epoch is lower than the last one, or if a new epoch starts below the start of the last one.
+    /// Adds the epoch of a batch at `start`, unless it is the last epoch already. A new epoch that starts where the
+    /// last one starts replaces the last one. Returns false, without a change, if the epoch is lower than the last one,
+    /// or if a new epoch starts below the start of the last one.
     #[must_use]
     pub fn record(&mut self, epoch: LeaderEpoch, start: Offset) -> bool {
         match self.starts.last() {

@@ -1,5 +1,6 @@
 //! Byte formats of the log: entries, checkpoints, snapshots, indexes and segments, and the epoch history and producer
-//! state in them. Nothing here holds a lock or starts a thread; a function that accesses files receives the disk.
+//! state in them. Nothing here holds a lock or starts a thread; a function that accesses files receives the disk or the
+//! open file.
 
 mod checkpoint;
 pub(super) mod entry;

@@ -1,11 +1,11 @@
-//! Memory of the producer state of all opened replicas, including their state at the last checkpoints.
+//! Memory of the producer state of all opened replicas, including their state at the recovery points.
 
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},
 };
 
-/// Memory of all producer tables of a log. Clones share one counter.
+/// Memory of all producer tables of a data directory. Clones share one counter.
 #[derive(Clone, Debug)]
 pub(in crate::log) struct ProducerMemory(Arc<Inner>);
 
@@ -16,7 +16,7 @@ struct Inner {
 }
 
 impl ProducerMemory {
-    /// Returns a counter for the tables of a log, which together should use at most `max_bytes`.
+    /// Returns a counter for the tables of a data directory, which together should use at most `max_bytes`.
     pub(in crate::log) fn new(max_bytes: usize) -> Self {
         Self(Arc::new(Inner { max_bytes, used: AtomicUsize::new(0) }))
     }
@@ -29,7 +29,7 @@ impl ProducerMemory {
 /// Bytes of one table, counted in the memory of all tables until the value is dropped.
 #[derive(Debug, Default)]
 pub(in crate::log) struct TableMemory {
-    /// Memory of all tables; `None` for a table outside a log, which is not counted.
+    /// Memory of all tables; `None` for a table that is not counted.
     all_tables: Option<ProducerMemory>,
     bytes: usize,
 }

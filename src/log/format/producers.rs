@@ -16,8 +16,9 @@
 //!   producers that wrote first, so the time of their application does not matter. A table that was restored without
 //!   the expiration, and receives it later, equals a table that had it from the start.
 //! - While the tables of all replicas exceed [`ProducerMemory`], a table with [`CROWDED_PRODUCERS`] producers accepts
-//!   no new one ([`SequenceCheck::Full`], which only leaders check). At most that many of its producers keep more than
-//!   [`SHORT_WINDOW_BATCHES`] batches. The set of known producers never depends on this limit.
+//!   no new one ([`SequenceCheck::Full`], which only leaders check). After each batch that the table then records, at
+//!   most that many of its producers keep more than [`SHORT_WINDOW_BATCHES`] batches. The set of known producers never
+//!   depends on this limit.
 
 use std::collections::BTreeMap;
 
@@ -33,8 +34,8 @@ use crate::{
 /// Bytes of a producer besides its batches: its entries in two trees, and the overhead of the allocator.
 const PRODUCER_BYTES: usize = 140;
 
-/// Limit while all tables exceed their memory: a table with this number of producers refuses new ones, and at most this
-/// number of producers keep long windows.
+/// Limit while all tables together exceed their memory: a table with this number of producers refuses new ones, and at
+/// most this number of producers keep long windows.
 const CROWDED_PRODUCERS: usize = 16;
 
 /// Batches per producer that a table always keeps. The Rust client has that many in flight by default, Kafka's clients
@@ -87,8 +88,8 @@ pub enum SequenceCheck {
         /// Offset after the last record of the appended batch.
         end: Offset,
     },
-    /// The sequence is not the next one, and no stored batch has it. A batch before this one is missing, or this is a
-    /// retry of a batch that is no longer stored.
+    /// The sequence is not the next one, and no stored batch has this sequence and number of records. A batch before
+    /// this one is missing, or this is a retry of a batch that is no longer stored.
     OutOfOrder {
         /// Sequence number of the producer's next batch.
         expected: i32,
@@ -103,7 +104,8 @@ pub enum SequenceCheck {
         /// Newest epoch of the producer.
         current: i16,
     },
-    /// The producer is not known, and this is not its first batch: its state has expired or was truncated.
+    /// The producer is not known, and this is not its first batch: its state was removed, or truncated with its
+    /// batches.
     Unknown,
     /// The producer would be a new one. The producer state of all replicas exceeds its limit, and this table has many
     /// producers.
@@ -196,8 +198,9 @@ impl ProducerTable {
         batch.producer().is_some() || batch.max_timestamp() > self.time_ms
     }
 
-    /// Adds an appended batch. A batch that is not its producer's next one restarts the state of the producer: the
-    /// leader accepted the batch, and this replica copies it.
+    /// Adds an appended batch. A batch of another producer epoch, or with another sequence than the next one, restarts
+    /// the state of its producer: the leader has accepted the batch. Also removes the oldest producer above
+    /// `limits::MAX_PRODUCERS`, and shortens windows while all tables exceed their memory.
     pub fn record_batch(&mut self, batch: &Batch) {
         self.time_ms = self.time_ms.max(batch.max_timestamp());
         let Some(stamp) = batch.producer() else { return };
@@ -286,7 +289,7 @@ impl ProducerTable {
         }
     }
 
-    /// Decodes the output of [`Self::encode`]; `None` for a state that no log has.
+    /// Decodes the output of [`Self::encode`]; `None` if bytes are missing, or for a state that no log has.
     pub(in crate::log) fn decode(from: &mut impl Buf) -> Option<Self> {
         let mut table = Self { time_ms: from.try_get_i64().ok()?, ..Self::new() };
         for _ in 0..from.try_get_u32().ok()? {
@@ -321,7 +324,7 @@ impl ProducerTable {
         times.is_sorted().then_some(table)
     }
 
-    /// Encodes the table for the footer of a segment object, or for a snapshot.
+    /// Encodes the table for the footer of a segment object, or for a replica that bootstraps.
     pub fn to_bytes(&self) -> bytes::Bytes {
         let mut out = bytes::BytesMut::new();
         self.encode(&mut out);

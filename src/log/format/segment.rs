@@ -29,10 +29,11 @@ pub struct SegmentInfo {
     pub first_epoch: Option<LeaderEpoch>,
     /// Epoch of the last batch; `None` if the segment is empty.
     pub last_epoch: Option<LeaderEpoch>,
-    /// Time of the first batch, in milliseconds since 1970 by this machine's clock; time of the creation while the
-    /// segment is empty.
+    /// Time at which the first batch was written, in milliseconds since 1970 by this machine's clock; time of the
+    /// creation while the segment is empty.
     pub created_ms: i64,
-    /// Time of the last batch, in the same unit. Only appends advance it, neither restarts nor timestamps of records.
+    /// Time at which the last batch was written, in the same unit. Timestamps of records do not affect it. A recovery
+    /// sets the times of batches that it scans to the modification time of the file.
     pub written_ms: i64,
 }
 
@@ -87,7 +88,8 @@ impl SegmentInfo {
         out.put_i64(self.written_ms);
     }
 
-    /// Decodes the output of [`Self::encode`]; `None` for a range or a length that no segment has.
+    /// Decodes the output of [`Self::encode`]; `None` if bytes are missing, or for a range or a length that no segment
+    /// has.
     pub(in crate::log) fn decode(from: &mut impl Buf) -> Option<Self> {
         let info = Self {
             base: Offset::new(from.try_get_u64().ok()?)?,
@@ -119,7 +121,7 @@ pub(in crate::log) struct SegmentFile {
     /// Key of the file in the cache of open files.
     pub(in crate::log) serial: u64,
     pub(in crate::log) path: PathBuf,
-    /// True if the file was changed since its last sync.
+    /// True if the file may have been changed since its last sync.
     pub(in crate::log) dirty: AtomicBool,
     /// Number of bytes from the start that were written out, possibly unsynced. A write-out advances it; a truncation
     /// lowers it.
@@ -140,7 +142,7 @@ impl SegmentFile {
 /// Part of a quarantined file's name, after the name that the file had before.
 const QUARANTINED: &str = ".quarantined-";
 
-/// Returns the name of the segment's file with this extension (`log`, `index`, `timeindex`, `snapshot`).
+/// Returns the name of the segment's file with this extension (`log`, `index`, `timeindex`, `snapshot`, `reset`).
 pub(in crate::log) fn name(base: Offset, extension: &str) -> String {
     format!("{:020}.{extension}", base.get())
 }
@@ -184,7 +186,7 @@ pub(in crate::log) struct ScanEnd {
     pub(in crate::log) end: Offset,
     /// Position in the file after that batch.
     pub(in crate::log) position: u64,
-    /// Error in the bytes at that position; `None` at the end of the file.
+    /// Error in the bytes at that position; `None` if the scan has read all bytes.
     pub(in crate::log) corruption: Option<String>,
 }
 
@@ -243,8 +245,8 @@ pub(in crate::log) fn scan(
     Ok(scanned)
 }
 
-/// Splits the next batch off `window`. The batch must start at the offset `expected`, with an epoch not below `epoch`;
-/// otherwise the result is a description of the error.
+/// Splits the next batch off `window`. The batch must be intact and start at the offset `expected`, with an epoch not
+/// below `epoch`; otherwise the result is a description of the error.
 pub(in crate::log) fn next(window: &mut Bytes, expected: Offset, epoch: Option<LeaderEpoch>) -> Result<Batch, String> {
     let batch = Batch::split_from(window).map_err(|error| error.to_string())?;
     if batch.base_offset() != expected {

@@ -11,7 +11,7 @@ use crate::{log::disk::Disk, model::Offset, record::Batch};
 
 const MAGIC: &[u8; 8] = b"STRLSNP2";
 
-/// File name extension of the snapshot with which a reset starts, until the files of the old log are removed.
+/// File name extension of the snapshot that a reset writes first, until the files of the old log are removed.
 pub(in crate::log) const RESET_EXTENSION: &str = "reset";
 
 /// Epoch history and producer state at one offset.
@@ -35,8 +35,9 @@ impl Snapshot {
     }
 
     /// Returns the last intact snapshot at one of `bases`, and the index of its base. The caller must read the segments
-    /// from that base on. If no base has a snapshot, nothing precedes the log: the result is an empty snapshot at the
-    /// first base. Fails with `InvalidData` if the snapshot at the first base is corrupt, because nothing replaces it.
+    /// from that base on. If no later snapshot is intact and the first base has none, nothing precedes the log: the
+    /// result is an empty snapshot at the first base. If no later snapshot is intact and that at the first base is
+    /// corrupt, fails with `InvalidData`, because nothing replaces it.
     pub(in crate::log) fn read_last(disk: &dyn Disk, dir: &Path, bases: &[Offset]) -> io::Result<(usize, Self)> {
         for (index, base) in bases.iter().enumerate().rev() {
             match Self::read(disk, dir, *base) {

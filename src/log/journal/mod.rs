@@ -10,7 +10,7 @@
 //! - Frames are numbered without gaps, and a frame is written only after the previous one was synced.
 //! - The first frame that the checkpoint of a running directory names is in the journal: [`Journal::begin`] writes one
 //!   before the first of these checkpoints. So a lost journal, and one of another directory, is detected.
-//! - A file is reused only after all its entries are synced in their segments and a checkpoint starts replay after it
+//! - A file is reused only after no replica needs its entries and a checkpoint starts replay after the file
 //!   (`data_dir/sync`).
 //! - A failed write is final: every later entry fails with the same reason, and appends are refused.
 //!
@@ -269,7 +269,6 @@ impl Journal {
         self.queue.lock().closed
     }
 
-    /// Returns true if an entry is queued.
     pub(super) fn has_queued_entries(&self) -> bool {
         !self.queue.lock().entries.is_empty()
     }
@@ -283,7 +282,7 @@ impl Journal {
         self.ring.lock().unallocated_bytes()
     }
 
-    /// Returns true if less than half of the ring is free or not yet created, so that segments should be synced now.
+    /// Returns true if fewer than half of the ring's files are free or not yet created: segments should be synced now.
     pub(super) fn is_low(&self) -> bool {
         self.ring.lock().is_low()
     }
@@ -337,7 +336,8 @@ impl Journal {
     }
 
     /// Creates the first file if there is none, and writes an empty frame. The next checkpoint starts replay at this
-    /// frame. A journal without the frame is then recognised as lost or as that of another directory.
+    /// frame. A journal without the frame is then recognised as lost or as that of another directory. Fails with
+    /// `StorageFull` if no file can be created.
     pub(super) fn begin(&self) -> io::Result<()> {
         if matches!(self.ensure_space()?, FrameSpace::NeedsFile) {
             return Err(io::ErrorKind::StorageFull.into());

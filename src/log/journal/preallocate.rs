@@ -1,4 +1,4 @@
-//! Creation of the ring's files in the background, ahead of need. One thread.
+//! Creation of the ring's files: on a background thread, ahead of need, or at once when the journal needs a file.
 //!
 //! A file is filled with zeros before its first use, so that no append waits for an allocation. Appends wait for the
 //! same device, so the zeros are written in small pieces with pauses. There is no pause while the active file fills
@@ -38,7 +38,7 @@ impl Journal {
     }
 
     /// Creates a file without pauses, unless one is free. Called when the journal needs a file at once. Returns false
-    /// if no file is free and the ring may not grow.
+    /// if no file is free and the ring may not grow. Fails with `StorageFull` if the disk lacks space.
     pub(in crate::log) fn preallocate_now(&self) -> io::Result<bool> {
         self.set_writer_waiting(true);
         let result = self.grow(&mut |_| Ok(()));
@@ -56,7 +56,8 @@ impl Journal {
     }
 
     /// Creates the next file of the ring, if none is free and the ring may grow. Returns true if a file is free
-    /// afterwards. `after_piece` is called after each piece with the number of bytes written; its error ends the work.
+    /// afterwards. Fails with `StorageFull` if the disk lacks space. `after_piece` is called after each piece with the
+    /// number of bytes written; its error ends the work.
     fn grow(&self, after_piece: &mut dyn FnMut(u64) -> io::Result<()>) -> io::Result<bool> {
         let _one_at_a_time = self.preallocating.lock();
         let (disk, next_slot, bytes) = {

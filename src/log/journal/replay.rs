@@ -33,7 +33,8 @@ pub(in crate::log) struct ReplayResult {
     pub(in crate::log) replicas: BTreeMap<PartitionId, ReplicaReplayState>,
     /// Error for a durable frame that cannot be read. The replicas whose data it held are unknown.
     pub(in crate::log) unknown_loss: Option<String>,
-    /// Reason why the journal is not the one that the directory ran with, if so.
+    /// Reason why no frame to replay was found; `None` if one was found. The journal of a running directory has one, so
+    /// without it that journal is missing.
     pub(in crate::log) missing: Option<String>,
     /// Frames to replay, by sequence.
     frames: BTreeMap<u64, JournaledFrame>,
@@ -53,11 +54,12 @@ pub(in crate::log) struct ReplicaReplayState {
     pub(in crate::log) created: Option<EntryHeader>,
     /// Generation of the replica's last deletion; `None` if it was not deleted.
     pub(in crate::log) deleted: Option<u64>,
-    /// Change that was started and not completed; replay repeats it.
+    /// Change that was started and not completed. Replay repeats a reset or deletion; a truncation only lowers the
+    /// persisted end.
     pub(in crate::log) incomplete_change: Option<EntryHeader>,
     /// Truncations and resets, completed or not, in order.
     pub(in crate::log) truncations: Vec<EntryHeader>,
-    /// Persisted end according to the entries after the last truncation.
+    /// Persisted end according to the entries; a truncation or reset lowers it.
     pub(in crate::log) persisted: Option<Offset>,
     /// Last move of the log start, to `base`.
     pub(in crate::log) log_start: Option<EntryHeader>,
@@ -110,8 +112,9 @@ fn files(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Vec<PathBuf>>> {
     }
 }
 
-/// Reads the journal in `dir` from the frame `first_frame` on. A torn last frame is dropped. Earlier frames that are
-/// missing or corrupt are part of the result. Only an error of the disk fails the call.
+/// Reads the journal in `dir` from the frame `first_frame` on. A torn last frame is dropped, unless it is the frame
+/// `first_frame`. Earlier frames that are missing or corrupt are part of the result. Only an error of the disk fails
+/// the call.
 pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_frame: u64) -> io::Result<ReplayResult> {
     let mut journaled = ReplayResult::empty(first_frame);
     let mut corrupt_frames: Vec<u64> = Vec::new();
@@ -189,8 +192,9 @@ impl ReplayResult {
     }
 
     /// Writes the journaled batches into the segments again, in order: the same bytes at the same positions. Then it
-    /// syncs the files, and returns the number of bytes written. `wanted` selects the replicas. Batches that a later
-    /// change removed are skipped. A replica with corrupt batches is marked as lost.
+    /// syncs the files, and returns the number of bytes written. `wanted` selects the replicas. Batches before a
+    /// completed change, and batches that an incomplete reset or an eviction removed, are skipped. A replica with
+    /// corrupt batches is marked as lost.
     pub(in crate::log) fn restore(
         &mut self,
         disk: &dyn Disk,

@@ -17,7 +17,8 @@ const ZERO_FILL_BYTES: usize = 256 << 10;
 /// Minimum number of files of a ring. A single file could never be reused, because it stays active.
 const MIN_FILES: usize = 2;
 
-/// Maximum number of files of a ring. A larger ring has more files, so that no file exceeds [`MAX_FILE_BYTES`].
+/// Number of files into which a ring is divided. A ring above 1 GiB has more files, so that no file exceeds
+/// [`MAX_FILE_BYTES`].
 const RING_FILES: u64 = 16;
 
 /// Maximum size of a file: it is filled with zeros before its first use, which must not take long.
@@ -155,7 +156,7 @@ impl Ring {
         }
     }
 
-    /// Returns true if less than half of the ring is free or not yet created, so that segments should be synced now.
+    /// Returns true if fewer than half of the ring's files are free or not yet created: segments should be synced now.
     pub(super) fn is_low(&self) -> bool {
         self.free.len() + (self.max_files - self.file_count) < self.max_files.div_ceil(2)
     }
@@ -170,7 +171,6 @@ impl Ring {
         self.used.front().map(|used| used.serial).filter(|_| self.free.is_empty())
     }
 
-    /// Returns true if a file is free.
     pub(super) fn has_free(&self) -> bool {
         !self.free.is_empty()
     }

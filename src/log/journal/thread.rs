@@ -49,7 +49,8 @@ impl Journal {
     }
 
     /// Writes one frame after making space for it, in step mode. Returns false if nothing is queued, or if the journal
-    /// has no space. Returns true as well if the journal fails, because the failure completes all queued entries.
+    /// has no space. Without space, a stall may fail the journal. Returns true as well if an I/O error fails the
+    /// journal, because the failure completes all queued entries.
     pub(in crate::log) fn write_next_frame(&self, host: &dyn JournalHost) -> bool {
         if !self.has_queued_entries() {
             return false;

@@ -129,16 +129,17 @@ impl LogContext {
     /// its completion. The check precedes every modification, because a partial change cannot be undone. Without space,
     /// marks the disk as full and fails with `DiskFull`.
     pub(super) fn check_change_space(&self, bytes: u64) -> Result<(), ChangeError> {
-        if self.budget.has_change_space(bytes) && self.has_space_for_two_frames() {
+        if self.budget.has_change_space(bytes) && self.ensure_change_space() {
             return Ok(());
         }
         self.budget.on_full();
         Err(ChangeError::DiskFull)
     }
 
-    /// Returns true if the journal accepts two more frames. With threads the result is always true, because a thread
-    /// waits until a journal file is free. In step mode nothing else runs a step while the caller waits.
-    fn has_space_for_two_frames(&self) -> bool {
+    /// Makes space for two more frames of the journal; returns false if there is none. In step mode writes the queued
+    /// entries first, because nothing else runs a step while the caller waits. With threads the result is always true,
+    /// because the writer thread waits until a journal file is free.
+    fn ensure_change_space(&self) -> bool {
         self.step_driver().is_none_or(|driver| driver.ensure_change_space())
     }
 
@@ -147,7 +148,7 @@ impl LogContext {
         self.step_driver.get().and_then(Weak::upgrade)
     }
 
-    /// Submits an entry to the journal and waits until the entry is durable: one sync.
+    /// Submits an entry to the journal and waits until the entry is durable or failed: one sync.
     pub(super) fn commit(&self, replica: &Arc<ReplicaInner>, header: EntryHeader) -> Result<(), ChangeError> {
         self.commit_all([(replica, header)]).pop().expect("one entry has one outcome")
     }

@@ -38,7 +38,7 @@ impl ReplicaLog {
     /// Exports the sealed segment at `base`; fails with `NotFound` if there is none. The segment is made durable on
     /// this disk first. Otherwise a power failure could leave this replica's log end below the tiered end, and the
     /// replica could not lead. Blocks. If the index or the snapshot is missing, the segment is read, and possibly
-    /// earlier ones.
+    /// earlier ones. Fails with `InvalidData` if batches that the missing snapshot needs are corrupt.
     pub fn export(&self, base: Offset) -> io::Result<SegmentExport> {
         let inner = &self.inner;
         let (info, file, epochs, segments) = {
@@ -67,7 +67,7 @@ impl ReplicaLog {
 
     /// Returns the local start, and the epoch history and producer state before that offset. Another replica can start
     /// at the same offset with them ([`ReplicaLog::reset_with`]). Blocks. Fails with `InvalidData` if the snapshot at
-    /// the local start is corrupt or missing.
+    /// the local start is corrupt, or missing although the log has earlier epochs.
     pub fn tables_at_start(&self) -> io::Result<(Offset, EpochHistory, ProducerTable)> {
         let inner = &self.inner;
         let (start, earlier_epochs) = {

@@ -1,4 +1,5 @@
-//! The cache of open segment files. The cache is bounded, so that an idle replica holds no handle.
+//! The cache of open segment files. The cache is bounded: if it is full, opening a file closes the file used longest
+//! ago.
 
 use std::{
     io,

@@ -111,7 +111,8 @@ struct LogState {
     /// Start of the scan after a crash: all earlier data is synced in the segments.
     recovery: RecoveryPoint,
     /// Journal files that hold unsynced entries of this replica, by serial, oldest first. Each is paired with the end
-    /// of the replica's last entry in the file. A sync of the segments up to that end releases the file.
+    /// of the replica's last entry in the file. A sync of the segments up to that end releases the file. For a reset
+    /// the end is `Offset::MAX`: the end of the reset releases the file.
     journal_pins: VecDeque<(u64, Offset)>,
     /// True if files were created or removed since the last sync of the directory.
     names_changed: bool,
@@ -161,8 +162,8 @@ impl LogState {
         }
     }
 
-    /// Removes the producers that have expired by the topic's configuration. Called after every change of the log end,
-    /// and after a replacement of the table.
+    /// Removes the producers that have expired by the topic's configuration. Called after every change of the log end
+    /// or of the expiration, and after a replacement of the table.
     fn remove_expired_producers(&mut self) {
         if self.producers.has_expired(self.producer_expiration_ms) {
             Arc::make_mut(&mut self.producers).remove_expired(self.producer_expiration_ms);
@@ -184,7 +185,8 @@ impl ReplicaInner {
     pub(super) fn new(ctx: &Arc<LogContext>, dir: PathBuf, record: ReplicaCheckpoint) -> Arc<Self> {
         let segments = record.segments.iter().map(|info| {
             let file = SegmentFile::new(ctx.files.new_serial(), &dir, info.base);
-            // The bytes of the record are synced, or are synced completely next. So a write-out starts after them.
+            // The bytes of the record are synced, or the next sync covers all of them. So a write-out starts after
+            // them.
             file.written_out.store(info.bytes, Ordering::Relaxed);
             Segment { info: *info, file: Arc::new(file) }
         });
@@ -320,8 +322,8 @@ impl ReplicaInner {
         self.state().names_changed = true;
     }
 
-    /// Moves the recovery point back to that of the record `synced`. A scan has found data above it that may be
-    /// unsynced, so the files are marked as dirty.
+    /// Moves the recovery point and the persisted end back to those of the record `synced`. A scan has found data above
+    /// the recovery point that may be unsynced, so the files from there on are marked as dirty.
     pub(super) fn move_recovery_point(&self, synced: ReplicaCheckpoint) {
         let segment = *synced.segments.last().expect("a record has a segment");
         let producers = Arc::unwrap_or_clone(synced.producers).charged(&self.ctx.producer_memory);
@@ -377,7 +379,7 @@ impl JournalClient for ReplicaInner {
                 state.persisted_end = state.persisted_end.max(header.end);
             }
             EntryKind::Synced => state.persisted_end = state.persisted_end.max(header.end),
-            // Only the completion of the reset releases this file: no sync covers `Offset::MAX`.
+            // Only the end of the reset releases this file: no sync covers `Offset::MAX`.
             EntryKind::Reset => state.journal_pins.push_back((file, Offset::MAX)),
             // The other kinds make no data durable and need no sync of segments.
             _ => {}

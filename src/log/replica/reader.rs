@@ -92,8 +92,9 @@ impl LogReader {
         self.inner.state().epochs.last().map(|(epoch, _)| epoch)
     }
 
-    /// Returns the cached batches of `from..bound`: up to `max_bytes` of them, and at least one. The result is empty if
-    /// the first batch ends above `bound`. Returns `None` if the first batch is not cached. Never blocks.
+    /// Returns the cached batches of `from..bound`: up to `max_bytes` bytes, and at least one batch. The result is
+    /// empty if the range is empty or the first batch ends above `bound`. Returns `None` if the first batch is not
+    /// cached. Accesses no file.
     pub fn read_memory(&self, from: Offset, bound: Offset, max_bytes: usize) -> Option<ReadBatches> {
         if from >= bound {
             return Some(ReadBatches::empty(from));
@@ -102,8 +103,9 @@ impl LogReader {
     }
 
     /// Returns the batches of `from..bound` in the segment of `from`: as many as the limits allow, and at least one.
-    /// The result is empty if the first batch ends above `bound`. Blocks. A batch with a wrong checksum, offset or
-    /// epoch is never returned.
+    /// The result is empty if the range is empty or the first batch ends above `bound`. Blocks. A batch with a wrong
+    /// checksum, offset or epoch is never returned. Fails with `OutOfRange` if no segment contains `from`, and with
+    /// `BatchTooLarge` if the first batch is larger than `max_batch_bytes` and than one read of about `max_bytes`.
     pub fn read_disk(
         &self,
         from: Offset,
@@ -200,9 +202,9 @@ impl LogReader {
         Ok(SegmentView { info: segment.info, file, sealed, generation, epochs })
     }
 
-    /// Returns the index entry at which a read starts: the one that `pick` chooses, or else the entry of the first batch.
-    /// Loads the index if it is not in memory. The state of the log keeps the index of the active segment, and the file
-    /// cache keeps those of sealed segments.
+    /// Returns the index entry at which a read starts: the one that `pick` chooses, or else the entry of the first
+    /// batch. Loads the index if it is not in memory. The state of the log keeps the index of the active segment, and
+    /// the file cache keeps those of sealed segments.
     fn start_entry(
         &self,
         view: &SegmentView,

@@ -1,7 +1,7 @@
 //! Syncing the segments of one replica, and writing them out before that.
 //!
 //! Appended data is written out in pieces and without a flush. The sync then finds little to write, and the journal's
-//! next write never waits behind many megabytes.
+//! next write does not wait behind many megabytes.
 
 use std::{io, sync::atomic::Ordering};
 
@@ -19,7 +19,8 @@ impl ReplicaInner {
         drop(self.sync());
     }
 
-    /// Syncs all data appended so far and moves the recovery point to its end. An error is final for this replica.
+    /// Syncs all data appended so far and moves the recovery point to its end. A failed sync is final for this replica.
+    /// Fails with `Truncated` if the log was truncated, reset or deleted meanwhile.
     pub(in crate::log) fn sync(&self) -> Result<(), PersistError> {
         // The write-out takes time, so it precedes the lock below.
         self.write_out();

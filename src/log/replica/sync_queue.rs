@@ -38,8 +38,8 @@ const RING_SHARE: u64 = 8;
 /// replicas are dirty, so that the ring keeps free files.
 const MAX_RING_SHARE: u64 = 4;
 
-/// Minimum interval between two passes. Under load each pass covers more data for the same number of file system
-/// commits.
+/// Minimum time from the start of a pass to a pass that is due for its bytes. Under load each pass covers more data for
+/// the same number of file system commits.
 const MIN_PASS_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Time without a write to the journal after which pieces become large: no acknowledgement waits for the device then.
@@ -81,7 +81,7 @@ struct SyncQueueState {
     urgent: bool,
     /// Start of the last sync pass.
     last_pass: Option<Instant>,
-    /// Number of completed passes since the ring last had a free file.
+    /// Number of recycling passes in succession that wrote a checkpoint and left no ring file free.
     passes_without_progress: u32,
     /// Sequence of the journal's next frame at the last check, and the time of the check that found this sequence
     /// first.
@@ -89,8 +89,8 @@ struct SyncQueueState {
     is_stopped: bool,
 }
 
-/// A persist call that is served by a sync of the segments, for one of two reasons: its bytes exceed the journal's
-/// limit, or an earlier persist call of the replica is in the same queue.
+/// A persist call that is served by a sync of the segments, for one of two reasons: its batches were not kept for the
+/// journal or exceed a frame, or an earlier persist call of the replica is in the same queue.
 pub(in crate::log) struct SyncJob {
     pub(super) replica: Arc<ReplicaInner>,
     pub(super) header: EntryHeader,
@@ -139,8 +139,9 @@ impl SyncQueue {
         }
     }
 
-    /// Called after an append of `bytes`: adds the replica to the queue unless it is queued, and requests a write-out
-    /// if the replica has a full piece. Wakes the sync thread if that makes work due.
+    /// Called after an append of `bytes`, or with 0 after another change: adds the replica to the queue unless it is
+    /// queued, and requests a write-out if the replica has a full piece. Wakes the sync thread for the first change,
+    /// when a pass becomes due, and, except in step mode, for a full piece.
     pub(super) fn push_dirty(&self, replica: &Arc<ReplicaInner>, bytes: u64) {
         let is_queued = replica.dirty.swap(true, Ordering::AcqRel);
         let unwritten_bytes = replica.unwritten_bytes.fetch_add(bytes, Ordering::AcqRel);
@@ -194,7 +195,7 @@ impl SyncQueue {
     }
 
     /// Starts a pass: takes the dirty replicas out of the queue. The second value is true if the pass was requested
-    /// ([`Self::request_pass`]) and not only due.
+    /// ([`Self::request_pass`], [`Self::wait_for_retry`]) and not only due.
     pub(in crate::log) fn begin_pass(&self) -> (Vec<Arc<ReplicaInner>>, bool) {
         let mut state = self.state.lock();
         state.dirty_bytes = 0;
@@ -203,7 +204,8 @@ impl SyncQueue {
         (std::mem::take(&mut state.dirty), std::mem::take(&mut state.urgent))
     }
 
-    /// Ends a pass that tried to release a file of the ring. `has_progress` is false if no file is free afterwards.
+    /// Ends a pass that tried to release a file of the ring. `has_progress` is false if a checkpoint was written and no
+    /// file is free afterwards.
     pub(in crate::log) fn end_pass(&self, has_progress: bool) {
         let mut state = self.state.lock();
         state.passes_without_progress = if has_progress { 0 } else { state.passes_without_progress.saturating_add(1) };

@@ -116,8 +116,8 @@ impl TailBatches {
 }
 
 impl ReplicaTail {
-    /// Returns the batches of `from..bound`: up to `max_bytes` of them, and at least one. The result is empty if the
-    /// first batch ends above `bound`. Returns `None` if the first batch is not cached.
+    /// Returns the batches of `from..bound`: up to `max_bytes` bytes, and at least one batch. The result is empty if
+    /// the first batch ends above `bound`. Returns `None` if the first batch is not cached.
     pub(super) fn read(&self, from: Offset, bound: Offset, max_bytes: usize) -> Option<ReadBatches> {
         let tail = self.0.lock();
         let first = tail.batches.partition_point(|cached| cached.end <= from);
@@ -149,8 +149,8 @@ impl TailCache {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// Adds the batches of one append. Returns them as they are cached: their records share the memory of the tail
-    /// cache.
+    /// Adds the batches of one append, and evicts the oldest groups above the budget. Returns the batches as they are
+    /// cached: their records share the memory of the tail cache.
     pub(super) fn push(&self, partition: &Arc<ReplicaTail>, batches: &[Batch]) -> Vec<Batch> {
         let detached: Vec<(Bytes, Batch)> = batches.iter().map(detach_from_buffer).collect();
         let mut added = 0;

@@ -7,9 +7,10 @@
 //! below that start.
 //!
 //! A truncation writes one journal entry before it changes a file, and a completion entry after the files are truncated
-//! and synced. Between the two entries, replay repeats the truncation. After the second, replay skips all earlier
-//! entries of the replica. So truncated data does not reappear, and a replay never truncates later appends. A reset
-//! writes the same two entries. The snapshot with which the new log starts is durable before the first one.
+//! and synced. After a crash between the two entries, only the persisted end is lowered: truncated batches may still be
+//! in the log. After the second entry, replay restores no batches from earlier entries of the replica. So data that a
+//! completed truncation removed does not reappear. A reset writes two entries as well, and replay repeats a reset that
+//! has only the first one. The snapshot with which the new log starts is durable before the first entry.
 
 use std::{
     io,
@@ -36,8 +37,9 @@ const NAMES_BYTES: u64 = 8192;
 
 impl ReplicaLog {
     /// Truncates the log at `to`, or at the base of the batch that contains `to`, and returns the new log end. A `to`
-    /// below the local start resets the log at `to`. Waits for two frames of the journal, and is durable on return.
-    /// Persist calls for truncated batches fail with [`PersistError::Truncated`](crate::log::PersistError::Truncated).
+    /// at or above the log end changes nothing. A `to` below the local start resets the log at `to`. Waits for two
+    /// frames of the journal, and is durable on return. Persist calls that have not completed fail with
+    /// [`PersistError::Truncated`](crate::log::PersistError::Truncated), unless nothing changes.
     pub fn truncate(&mut self, to: Offset) -> Result<Offset, ChangeError> {
         self.check_writable()?;
         let (segments, end) = {
@@ -52,9 +54,9 @@ impl ReplicaLog {
         }
         self.inner.ctx.check_change_space(0)?;
         let state_at_end = snapshot_at(&*self.inner.ctx.disk, &self.inner.dir, &segments, to);
-        let (last, snapshot, corruption) = state_at_end.map_err(|error| self.failed_change(&error))?;
+        let (last, snapshot, corruption) = state_at_end.map_err(|error| self.fail_replica(&error))?;
         if let Some(reason) = corruption {
-            return Err(self.failed_change(&io::Error::other(reason)));
+            return Err(self.fail_replica(&io::Error::other(reason)));
         }
         self.clear_unpersisted();
         let inner = self.inner.clone();
@@ -86,7 +88,7 @@ impl ReplicaLog {
         if !mutant!(TruncateUnjournaled) {
             inner.ctx.commit(&inner, inner.entry_header(EntryKind::Truncate, generation, last.end, last.end))?;
         }
-        self.truncate_files(&last, &removed).map_err(|error| self.failed_change(&error))?;
+        self.truncate_files(&last, &removed).map_err(|error| self.fail_replica(&error))?;
         if !mutant!(TruncateUnjournaled) {
             inner.ctx.commit(&inner, inner.entry_header(EntryKind::Completed, generation, last.end, last.end))?;
         }
@@ -113,7 +115,8 @@ impl ReplicaLog {
         self.inner.sync().map_err(io::Error::other)
     }
 
-    /// Deletes all content and restarts the empty log at `at`. Durable on return. On a full disk nothing changes.
+    /// Deletes all content and restarts the empty log at `at`. Waits for a sync and for two frames of the journal, and
+    /// is durable on return. On a full disk nothing changes.
     pub fn reset(&mut self, at: Offset) -> Result<(), ChangeError> {
         self.reset_with(at, EpochHistory::new(), ProducerTable::new())
     }
@@ -164,7 +167,7 @@ impl ReplicaLog {
             inner.ctx.disk.rename(&inner.path(at, snapshot::RESET_EXTENSION), &inner.path(at, "snapshot"))?;
             inner.sync_names()
         };
-        replace_files().map_err(|error| self.failed_change(&error))?;
+        replace_files().map_err(|error| self.fail_replica(&error))?;
         {
             let mut state = inner.state();
             state.journal_pins.clear();
@@ -191,7 +194,7 @@ impl ReplicaLog {
                 inner.ctx.budget.on_full();
                 Err(ChangeError::DiskFull)
             }
-            written => written.map_err(|error| self.failed_change(&error)),
+            written => written.map_err(|error| self.fail_replica(&error)),
         }
     }
 
@@ -213,8 +216,9 @@ impl ReplicaLog {
     }
 
     /// Removes the sealed segments that end at or below `below`, and returns their bytes. Waits for one frame of the
-    /// journal. Current readers of a removed segment continue. On a full disk the call may remove only some of these
-    /// segments, which makes space for the next call. The disk space of large files is freed a little later, in steps.
+    /// journal, and possibly for a sync. Current readers of a removed segment continue. On a full disk the call fails,
+    /// or removes only some of these segments, which makes space for the next call. The disk space of large files is
+    /// freed a little later, in steps.
     pub fn evict(&mut self, below: Offset) -> Result<u64, ChangeError> {
         self.check_writable()?;
         let inner = self.inner.clone();
@@ -285,7 +289,8 @@ impl ReplicaLog {
 
     /// Chooses the new local start for an eviction of the segments below `below`, makes the snapshot at this offset
     /// durable, and returns the offset. After the eviction only this snapshot holds the state before the local start.
-    /// On a disk without space for a snapshot, the start of an earlier segment that has a snapshot is chosen.
+    /// On a disk without space for a snapshot, the start of an earlier segment that has a snapshot is chosen. Fails if
+    /// that would evict nothing.
     fn write_start_snapshot(&self, below: Offset) -> io::Result<Offset> {
         let segments: Vec<SegmentInfo> = self.inner.state().segments.iter().map(|segment| segment.info).collect();
         let removed = segments[..segments.len() - 1].partition_point(|info| info.end <= below);
@@ -321,10 +326,10 @@ impl ReplicaLog {
         self.inner.refusal().map_or(Ok(()), |reason| Err(ChangeError::Failed { reason }))
     }
 
-    /// Fails the replica after an error in the middle of a change, and returns the error of the change. The files may
-    /// be in a state between the old and the new log, and nothing more is written. A restart repeats the change if its
-    /// first entry is in the journal.
-    fn failed_change(&self, error: &io::Error) -> ChangeError {
+    /// Fails the replica after an error during a change, and returns the error of the change. The files may be in a
+    /// state between the old and the new log, and nothing more is written. A restart repeats a reset whose first entry
+    /// is in the journal.
+    fn fail_replica(&self, error: &io::Error) -> ChangeError {
         let reason = format!("cannot truncate or reset the log: {error}");
         self.inner.fail(reason.clone());
         ChangeError::Failed { reason }

@@ -45,8 +45,8 @@ struct UnpersistedBatches {
     payloads: Vec<EntryPayload>,
     /// Bytes of all payloads.
     bytes: usize,
-    /// True if the bytes exceed the journal's limit. The batches are then dropped, and the next persist call syncs the
-    /// segments instead.
+    /// True if the bytes exceed the journal's limit, or if batches from before this writer may not be durable. The
+    /// batches are then dropped, and the next persist call syncs the segments instead.
     exceeds_journal: bool,
 }
 
@@ -125,8 +125,8 @@ impl ReplicaLog {
         self.inner.state().log_end()
     }
 
-    /// Returns the reason why nothing can be made durable from now on, if any. The reason is a failed write or sync. It
-    /// may be that of a background sync, whose error no call returns.
+    /// Returns the reason why nothing can be made durable from now on, if any. The reason is a failed write or sync, or
+    /// the deletion of the replica. The failure may be one of a background sync, whose error no call returns.
     pub fn write_error(&self) -> Option<String> {
         let inner = &self.inner;
         inner.failed.get().cloned().or_else(|| inner.ctx.journal.failed().map(str::to_owned))
@@ -176,11 +176,12 @@ impl ReplicaLog {
         self.inner.state().active_segment().info
     }
 
-    /// Appends batches with offsets and leader epochs, with one write to the page cache. They can be read at once, and
-    /// are durable when [`Self::persist`] reports it. After an error none of them is in the log.
+    /// Appends batches with offsets and leader epochs, with one write to the page cache. Rolls first if the batches
+    /// would exceed the maximum size of a segment. The batches can be read at once, and are durable when
+    /// [`Self::persist`] reports it. After an error none of them is in the log.
     ///
     /// # Panics
-    /// The batches do not start at the log end, are not contiguous, or their epoch decreases.
+    /// The batches do not start at the log end, are not contiguous, have no leader epoch, or their epoch decreases.
     pub fn append(&mut self, batches: &[Batch]) -> Result<(), LogAppendError> {
         let Some(first) = batches.first() else { return Ok(()) };
         if let Some(reason) = self.inner.refusal() {
@@ -225,7 +226,7 @@ impl ReplicaLog {
     /// full disk does not fail the replica, unless the segment has content and that truncation fails. Any other error
     /// fails the replica.
     fn write(&mut self, info: &SegmentInfo, file: &SegmentFile, batches: &[Batch]) -> Result<(), LogAppendError> {
-        let written = self.prepare(info, file).and_then(|open| {
+        let written = self.open_for_append(info, file).and_then(|open| {
             let mut slices = Vec::with_capacity(batches.len() * 2);
             for batch in batches {
                 slices.push(IoSlice::new(batch.header()));
@@ -260,9 +261,9 @@ impl ReplicaLog {
         LogAppendError::DiskFull
     }
 
-    /// Opens the file of the active segment for an append. On the first use, and after a failed write, it also
-    /// truncates surplus bytes, fails if bytes are missing, and loads the index.
-    fn prepare(&mut self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Arc<OpenFile>> {
+    /// Opens the file of the active segment for an append. On the first use, and after a failed write, a truncation or
+    /// a reset, it also truncates surplus bytes, fails if bytes are missing, and loads a missing index.
+    fn open_for_append(&mut self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Arc<OpenFile>> {
         if info.bytes == 0 && self.verified_file != Some(file.serial) {
             // The open below may create the file.
             self.inner.state().names_changed = true;
@@ -358,8 +359,8 @@ impl ReplicaLog {
         }
     }
 
-    /// Returns true if `next_bytes` more would extend the active segment beyond `segment_bytes`, so that it should be
-    /// sealed first. An empty segment is never full.
+    /// Returns true if `next_bytes` more would extend the active segment beyond `segment_bytes` or the maximum size of
+    /// a segment, so that the segment should be sealed first. An empty segment is never full.
     pub fn is_full(&self, segment_bytes: u64, next_bytes: usize) -> bool {
         let bytes = self.active_segment().bytes;
         bytes > 0 && bytes + next_bytes as u64 > segment_bytes.min(MAX_SEGMENT_BYTES)
@@ -389,8 +390,8 @@ impl ReplicaLog {
         self.journaled = journaled;
     }
 
-    /// Sets `producer.id.expiration.ms`. `None` is the initial value, and that of a topic that limits producers by
-    /// number alone.
+    /// Sets `producer.id.expiration.ms`, and removes the producers that have expired. `None` is the initial value, and
+    /// that of a topic that limits producers by number alone.
     pub fn set_producer_expiration(&mut self, expiration: Option<Duration>) {
         let mut state = self.inner.state();
         state.producer_expiration_ms =

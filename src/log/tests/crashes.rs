@@ -31,7 +31,8 @@ struct Model {
     maybe_deleted: bool,
     /// Offset of a reset that started and did not complete; `None` if there is none.
     reset_target: Option<u64>,
-    /// True if the existence of the replica was acknowledged: some of its data was persisted, or survived a crash.
+    /// True if the existence of the replica was acknowledged: some of its data was persisted, a reset was completed, or
+    /// the replica existed after a restart.
     acknowledged: bool,
 }
 
@@ -133,7 +134,8 @@ impl RandomHistory {
         Self { disk, rng: SimRng(seed), seed, models, epoch: 0, clock: 0, lossless: true, undecided }
     }
 
-    /// Runs one incarnation of the process, until it crashes.
+    /// Runs one incarnation of the process, until a kill or a power failure. An incarnation that ends during its start
+    /// may precede it.
     fn run_incarnation(&mut self) {
         if self.rng.roll(3) == 0 {
             // The process ends during its start if it needs more operations than this.
@@ -304,7 +306,7 @@ impl RandomHistory {
     }
 }
 
-/// Creates one to five batches at the end of the log. Producer 0 stands for batches without a producer.
+/// Creates one to four batches at the end of the log. Producer 0 stands for batches without a producer.
 fn random_batches(rng: &mut SimRng, model: &Model, epoch: u32, clock: &mut i64) -> Vec<Batch> {
     let mut base = model.end();
     let (mut batches, mut table) = (Vec::new(), model.producers());
@@ -359,8 +361,8 @@ fn acknowledged_data_survives_and_truncated_data_does_not() {
     }
 }
 
-/// A start creates the lost directory of a replica again. Regression: the creation of a replica was in the journal just
-/// before a power failure, which removed the replica's directory. The replica then accepted no writes, even after
+/// The opening of a replica creates its lost directory again. Regression: the creation of a replica was in the journal
+/// just before a power failure, which removed the replica's directory. The replica then accepted no writes, even after
 /// restarts of the broker.
 #[test]
 fn replica_that_lost_its_directory_accepts_writes() {

@@ -114,8 +114,8 @@ fn interrupted_eviction_is_repeated_and_stays_complete() {
     }
 }
 
-/// A replay restores no batch of an evicted segment that the journal still holds: it would use disk space without a
-/// purpose.
+/// A replay restores no batch of an evicted segment that the journal still holds: such a batch would use disk space
+/// without a purpose.
 #[test]
 fn replay_never_creates_evicted_segments() {
     let disk = SimDisk::new();

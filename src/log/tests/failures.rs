@@ -309,8 +309,8 @@ fn replica_without_records_does_not_block_the_journal() {
     assert_eq!(quiet.log_end(), at(0));
 }
 
-/// A truncation releases the journal files of truncated batches. Regression: they waited for a sync of these batches,
-/// which never came.
+/// A truncation releases the journal files of truncated batches. Regression: the files waited for a sync of these
+/// batches, which never came.
 #[test]
 fn truncated_replica_does_not_block_the_journal() {
     let log = open(&SimDisk::new());

@@ -75,10 +75,11 @@ fn producers_with_impossible_batches_are_refused() {
     assert_eq!(producers(&[(1, 1, 5), (2, 1, 5)]), None, "two batches at one offset");
 }
 
-/// A table with impossible or decreasing times is refused. The times determine which producers the table removes next.
-/// Replicas that read them differently would respond differently to a retry.
+/// A table is refused if a producer's time is above the partition time, if times decrease as offsets grow, or if a
+/// batch has unknown attributes. The times determine which producer a table removes next: with wrong times, replicas
+/// would remove different producers, and would respond differently to the same retry.
 #[test]
-fn producers_with_impossible_times_are_refused() {
+fn producers_with_bad_times_or_attributes_are_refused() {
     assert!(timed_producers(9, &[(1, 9, 1, 7, 0b1100), (2, 5, 1, 3, 0b0000)]).is_some());
     for bad in [
         [(1, 10, 1, 7, 0), (2, 5, 1, 3, 0)],
@@ -90,8 +91,8 @@ fn producers_with_impossible_times_are_refused() {
     }
 }
 
-/// An index with decreasing times is refused, because the binary search of a lookup by time would skip records. So is
-/// one that does not begin with the first batch.
+/// An index with decreasing times is refused, because the binary search of a lookup by time would skip records. An
+/// index that does not begin with the first batch is refused too.
 #[test]
 fn index_with_decreasing_times_or_wrong_start_is_refused() {
     let decode = |entries: &[(u64, u64, i64)]| {

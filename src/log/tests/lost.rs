@@ -1,5 +1,5 @@
-//! Files of a data directory that were removed, or that are on a device without a mount. Their absence never counts as
-//! a first start, and is always reported.
+//! Files of a data directory that were removed, or that are on a device that is not mounted. Their absence never counts
+//! as a first start, and is always reported.
 
 use super::*;
 
@@ -58,7 +58,7 @@ fn disk_with_batch(close: bool) -> SimDisk {
     disk
 }
 
-/// Returns the log end of the replica after opening it.
+/// Opens the replica and returns its log end.
 fn end(log: &DataDir) -> Offset {
     log.open_replica(partition(0), at(0)).unwrap().log_end()
 }

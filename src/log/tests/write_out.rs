@@ -96,8 +96,8 @@ fn evicted_segment_keeps_its_content_for_its_readers() {
     assert!(read == last.len() && last[100..].iter().any(|byte| *byte != 0), "{read} bytes of the last batch");
 }
 
-/// All removed files are kept open and freed in steps, even many of them. Regression: a deleted topic of 20 GB had 300
-/// files. All but 32 were closed at once, and the journal waited for the device for most of a second.
+/// Large removed files are kept open and freed in steps, even many of them. Regression: a deleted topic of 20 GB had
+/// 300 files. All but 32 were closed at once, and the journal waited for the device for most of a second.
 #[test]
 fn space_of_large_removed_files_is_freed_in_steps() {
     const SEGMENTS: u64 = 40;

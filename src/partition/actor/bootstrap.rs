@@ -5,6 +5,8 @@
 //! If the object store holds the records before the start, the footer of its last segment has the tables, and the
 //! replica copies only the tail. Otherwise those records were deleted, and the leader sends its own tables. Without the
 //! epochs, the log could not be compared with another leader's. Without the producers, a retry would be appended twice.
+//!
+//! After an election that may have lost records, the new leader may reset its own log with tables of the object store.
 
 use std::time::Duration;
 
@@ -28,11 +30,11 @@ const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
 /// Request for the tables at the end of the object store: the pending one, or the last one.
 #[derive(Debug, Default)]
 pub(super) struct BootstrapRequest {
-    /// Number of the request; a response with another number is dropped. The number grows with each request, change of
-    /// role, subscription and disconnect.
+    /// Number of the request; a response with another number is dropped. The number grows with each request and each
+    /// [`Self::cancel`].
     id: u64,
     /// `Some` if this broker starts to lead with the tables: the pauses between repeated requests. `None` if a follower
-    /// requested the tables.
+    /// requested the tables, and after [`Self::cancel`].
     pending_leadership: Option<Box<Backoff>>,
 }
 
@@ -42,12 +44,12 @@ impl BootstrapRequest {
         self.id
     }
 
-    /// Returns true if this broker waits for the tables to start to lead.
+    /// Returns true if this broker starts to lead once the tables have arrived.
     pub(super) fn is_for_leadership(&self) -> bool {
         self.pending_leadership.is_some()
     }
 
-    /// Makes the task ignore the response to the pending request, if there is one.
+    /// Cancels the pending request, if there is one: the task ignores the response.
     pub(super) fn cancel(&mut self) {
         self.id += 1;
         self.pending_leadership = None;
@@ -56,7 +58,7 @@ impl BootstrapRequest {
 
 /// Parsed tables of a log before an offset.
 pub(in crate::partition) struct ParsedTables {
-    /// Start of the replica that has these tables.
+    /// End of the tables, at which the log of the replica starts.
     pub(super) start: Offset,
     pub(super) epochs: EpochHistory,
     pub(super) producers: ProducerTable,
@@ -74,7 +76,7 @@ pub(in crate::partition) enum BootstrapError {
          metadata has not arrived yet"
     )]
     Behind {
-        /// Tiered end.
+        /// End of the object store.
         tiered_end: Offset,
         /// Start of the replica.
         start: Offset,
@@ -104,7 +106,7 @@ impl ParsedTables {
     }
 
     /// Parses the epochs and the encoded producer state before `start`. Epochs and their first offsets must ascend, and
-    /// lie below `start`. No bytes stand for an empty producer state.
+    /// the offsets must lie below `start`. No bytes stand for an empty producer state.
     fn parse(start: Offset, epochs: &[(LeaderEpoch, Offset)], producers: &[u8]) -> Result<Self, BootstrapError> {
         let malformed = || BootstrapError::Malformed { start };
         let epochs = EpochHistory::from_starts(epochs.iter().copied()).ok_or_else(malformed)?;
@@ -127,8 +129,8 @@ impl ParsedTables {
     }
 }
 
-/// Reads the tables at the end of the object store. The error is [`BootstrapError::Behind`] if the object store ends
-/// below `start`.
+/// Reads the tables at the end of the object store. Fails with [`BootstrapError::Behind`] if the object store ends
+/// below `start`, or has no segment.
 async fn read_from_object_store(tier: Option<&PartitionTier>, start: Offset) -> Result<ParsedTables, BootstrapError> {
     let tier = tier.ok_or(BootstrapError::NoObjectStore)?;
     let tiered_end = tier.state().tiered_end();
@@ -158,7 +160,8 @@ impl Actor {
         self.tiered_end > self.log_start
     }
 
-    /// Requests the tables at the tiered end; this broker starts to lead when they have arrived.
+    /// Requests the tables at the tiered end. This broker starts to lead with the result
+    /// ([`Self::start_leading_with_tables`]).
     pub(super) fn request_tables_to_lead(&mut self) {
         self.bootstrap_request.pending_leadership = Some(Box::new(Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY)));
         self.request_tables(self.tiered_end, Duration::ZERO);
@@ -185,8 +188,8 @@ impl Actor {
         });
     }
 
-    /// Handles the result of [`Self::request_tables`]: starts to lead, or bootstraps the follower. Drops the result of
-    /// an earlier request.
+    /// Handles the result of [`Self::request_tables`]: starts to lead, or bootstraps the follower. Raises the tiered
+    /// end to that of the tables. Drops the result of an earlier request.
     pub(super) async fn on_tables_read(&mut self, request_id: u64, tables: Result<Box<ParsedTables>, BootstrapError>) {
         if request_id != self.bootstrap_request.id {
             return;
@@ -203,8 +206,10 @@ impl Actor {
         }
     }
 
-    /// Starts to lead after an election that may have lost records. If the log lacks records that the object store
-    /// holds, or differs from them, the log is reset to the end of the object store first.
+    /// Starts to lead after an election that may have lost records. If the log ends below the committed end (the later
+    /// of tiered end and log start), or differs from the object store, the log is reset first. If the tables cannot be
+    /// read or the disk is full, the task requests the tables again after a pause. If the disk fails, this broker
+    /// resigns.
     async fn start_leading_with_tables(&mut self, tables: Result<ParsedTables, BootstrapError>) {
         let committed_end = self.tiered_end.max(self.log_start);
         let tables = match tables {
@@ -271,8 +276,8 @@ impl Actor {
     }
 
     /// Bootstraps a follower: resets its log to the start of these tables, and subscribes there. The follower
-    /// subscribes after a pause instead if the tables could not be read, if the reset fails, or if the log was already
-    /// empty at that start. Does nothing in another role.
+    /// subscribes after a pause instead if the tables could not be read, if the disk is full, or if the log was already
+    /// empty at that start. If the disk fails, the role ends. Does nothing in another role.
     pub(super) async fn bootstrap_with(&mut self, tables: Result<ParsedTables, BootstrapError>) {
         if !matches!(self.role, RoleState::Following(_)) {
             return;

@@ -11,17 +11,18 @@
 //! | another addition of this replica in e | | unsubscribes, follows again | |
 //! | a follower or the tier state names e' > e | does not start to lead in e | | becomes idle; a second later it reads the key from the metadata store |
 //! | the disk fails | | unsubscribes, becomes idle | resigns |
+//! | the partition's key is deleted (outcome of a request) | | | becomes idle, writers get results |
 //! | an older revision | | | |
 //!
 //! # Invariants
 //!
-//! Readers stay open in every case: committed records stay where they are. When the epoch ends, a writer whose acks
-//! rule holds gets its acknowledgement. Any other writer whose records are in the log gets `AppendError::Deposed`: the
-//! outcome is unknown. A writer whose records were never appended gets `AppendError::NotLeader`.
+//! Readers stay open in every case. When the epoch ends, a writer whose acks rule holds gets its acknowledgement. Any
+//! other writer whose records are in the log gets `AppendError::Deposed`: the outcome is unknown. A writer whose
+//! records were never appended gets `AppendError::NotLeader`.
 //!
 //! A new leader must have all committed records. Every clean election ensures that. After an unclean election, the log
 //! may end below the tiered end, or hold other records than the object store. Then the object store decides: the log is
-//! reset to the tiered end.
+//! reset to the tiered end, or to the log start if that is later.
 
 use std::sync::Arc;
 
@@ -131,7 +132,7 @@ impl Actor {
         }
     }
 
-    /// Applies a newer value of the epoch in which this broker leads.
+    /// Applies a newer value of the epoch in which this broker leads. Does nothing in another role.
     fn adopt_sets(&mut self, value: &PartitionValue, revision: Revision) {
         let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role else { return };
         let old_isr = leader.in_sync().value().isr.clone();
@@ -140,8 +141,8 @@ impl Actor {
         self.apply_broker_statuses();
     }
 
-    /// Ends the current role. A follower unsubscribes; the writers of a leader get their results. The high watermark of
-    /// the role remains as `committed_end`.
+    /// Ends the current role. A follower unsubscribes; the writers of a leader get their results. A pending request for
+    /// tables is cancelled. The high watermark of the role remains as `committed_end`.
     fn leave_role(&mut self) {
         self.committed_end = self.high_watermark();
         self.bootstrap_request.cancel();
@@ -160,7 +161,7 @@ impl Actor {
     }
 
     /// Ends the role without a new one, in the task and in its metadata. A later assignment can give the role of a
-    /// follower again, even by the same value.
+    /// follower again, even by the same partition value.
     pub(super) fn become_idle(&mut self) {
         self.metadata.end_role();
         self.leave_role();
@@ -179,8 +180,8 @@ impl Actor {
         self.ctx.links.start_following(self.id, leader);
     }
 
-    /// Starts to lead in the epoch of this value, or first requests the tables in the object store. Refuses the
-    /// leadership if the log has batches of a newer epoch.
+    /// Ends the current role. Then starts to lead in the epoch of this value, or first requests the tables in the
+    /// object store. Refuses the leadership if the log has a newer epoch: the task is then idle.
     fn become_leader(&mut self, value: &PartitionValue) {
         let (epoch, last_epoch) = (value.leader_epoch, self.log.epochs().last().map(|(last, _)| last));
         if let Some(last) = last_epoch.filter(|last| *last > epoch) {
@@ -200,8 +201,8 @@ impl Actor {
         }
     }
 
-    /// Starts to lead in the epoch of the applied value. The log holds all records that this broker can show to be
-    /// committed.
+    /// Starts to lead in the epoch of the applied value. The caller has ensured that the log ends neither below the
+    /// tiered end nor below the log start.
     pub(super) fn start_leading(&mut self) {
         let Some(value) = self.metadata.value().cloned() else { return };
         let progress = ReplicaProgress { log_end: self.log.log_end(), persisted_end: self.log.persisted_end() };
@@ -231,7 +232,8 @@ impl Actor {
         self.maintenance.push(self.id);
     }
 
-    /// Applies the status of every replica's broker to the leader. The leader may then repeat a refused proposal.
+    /// Applies the status of every replica's broker to the leader. The leader may then repeat a refused proposal. Does
+    /// nothing in another role.
     fn apply_broker_statuses(&mut self) {
         let RoleState::Leading(LeaderRole { leader, .. }) = &mut self.role else { return };
         let replicas = leader.in_sync().value().replicas.clone();
@@ -241,8 +243,9 @@ impl Actor {
     }
 
     /// Handles a report of a leader epoch. If the reported epoch is newer than the applied value's, a leading task
-    /// becomes idle, and a task that waits for tables does not start to lead. The task stays idle until the metadata
-    /// contains the newer epoch.
+    /// becomes idle, and a task that waits for tables to lead does not start to lead. The task stays idle until it
+    /// receives metadata with the reported epoch, or until a read of the metadata store shows that the store does not
+    /// have that epoch.
     pub(super) fn on_reported_epoch(&mut self, reported: LeaderEpoch) {
         self.metadata.on_reported_epoch(reported);
         let epoch = self.metadata.epoch();
@@ -256,9 +259,9 @@ impl Actor {
         }
     }
 
-    /// Applies the tiered end and the log start of the metadata. A leader of the state's epoch, or of an earlier one,
-    /// committed all records below both. If the state's epoch is newer than this leader's, this log may hold other
-    /// records below them, so this leader is deposed first.
+    /// Applies the tiered end and the log start of the metadata, and publishes. A leader of the state's epoch, or of an
+    /// earlier one, committed all records below both. If the state's epoch is newer than this leader's, this log may
+    /// hold other records below these offsets, so this leader is deposed first.
     pub(super) fn apply_tier_state(&mut self, state: &TierState) {
         if !mutant!(AdoptNewerTieredEnd) {
             self.on_reported_epoch(state.epoch);

@@ -36,8 +36,7 @@ impl Actor {
         }
     }
 
-    /// Subscribes over the link, with the position of this log. Ignores the response to a pending request for bootstrap
-    /// tables.
+    /// Subscribes over the link, with the position of this log. Cancels a pending request for bootstrap tables.
     fn subscribe(&mut self) {
         let RoleState::Following(follower) = &mut self.role else { return };
         self.bootstrap_request.cancel();
@@ -59,7 +58,8 @@ impl Actor {
     }
 
     /// Handles the leader's response to the subscription. An accepted follower copies. Otherwise the task truncates or
-    /// bootstraps the log and subscribes again, or subscribes again after a pause.
+    /// bootstraps the log and subscribes again, or subscribes again after a pause. An invalid response is handled as a
+    /// violation.
     async fn on_subscribe_response(&mut self, response: SubscribeResponse) {
         let RoleState::Following(follower) = &mut self.role else { return };
         let SubscribeResponse { epoch, high_watermark, outcome, in_sync: _ } = response;
@@ -95,7 +95,7 @@ impl Actor {
     }
 
     /// Truncates the log at `to`, where it diverges from the leader's, and subscribes again: at once, or after a pause
-    /// if the truncation failed.
+    /// if the disk is full. If the disk fails, the role ends.
     async fn truncate_diverged(&mut self, to: Offset) {
         tracing::info!(
             topic = %self.topic, partition = %self.id, %to, log_end = %self.log.log_end(),
@@ -117,7 +117,7 @@ impl Actor {
         if log_changed { self.subscribe() } else { self.resubscribe_later() }
     }
 
-    /// Handles batches from the leader: appends them, or subscribes again after invalid ones.
+    /// Handles batches from the leader: appends them, or handles their violation.
     fn on_batches_received(&mut self, epoch: LeaderEpoch, high_watermark: Offset, batches: &[Batch]) {
         let RoleState::Following(follower) = &mut self.role else { return };
         let headers: Option<Vec<BatchHeader>> = batches.iter().map(header).collect();
@@ -168,8 +168,9 @@ impl Actor {
     }
 
     /// Handles a message of the leader that the follower cannot apply. A late message is ignored. A message of a newer
-    /// epoch ends a pending subscription. A truncation of committed records is refused, and the replica stops copying
-    /// under this leader. After any other violation the replica subscribes again after a pause.
+    /// epoch is dropped, and a pending subscription is repeated after a pause. A truncation of committed records is
+    /// refused, and the replica subscribes again only on a new link or in a new epoch. After any other violation the
+    /// replica subscribes again after a pause.
     fn on_violation(&mut self, violation: ProtocolViolation) {
         let RoleState::Following(follower) = &mut self.role else { return };
         let (leader, epoch) = (follower.leader(), follower.epoch());

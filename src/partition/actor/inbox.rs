@@ -2,9 +2,9 @@
 //!
 //! | queue | senders | when the task is busy |
 //! | --- | --- | --- |
-//! | signals | journal, followers, clock | a later signal replaces the earlier one, and no sender waits |
-//! | control | metadata, links, ISR updates | control messages never wait behind writes |
-//! | commands | writers, maintenance | writers wait for space in the queue; the task takes many commands at once |
+//! | signals | journal, followers, clock, writers | a later signal replaces the earlier one, and no sender waits |
+//! | control | metadata, links, metadata store, object store | control messages do not wait behind queued writes |
+//! | commands | writers, maintenance, configuration | senders wait for space; the task takes many commands at once |
 
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ pub(super) enum Input {
     Commands,
 }
 
-/// Queue from which the next input comes while taken commands remain.
+/// Queue that is checked next for an input while taken commands remain.
 #[derive(Clone, Copy, Debug, Default)]
 enum NextQueue {
     #[default]
@@ -91,7 +91,8 @@ impl Inbox {
         }
     }
 
-    /// Waits for an input of any queue. Takes queued commands into `taken`.
+    /// Waits for an input: a stop, signals, a control message or commands, in this order of priority. The last two also
+    /// take queued commands into `taken`.
     async fn wait_for_input(&mut self) -> Input {
         tokio::select! {
             biased;
@@ -134,8 +135,8 @@ impl Inbox {
         }
     }
 
-    /// Closes the queues and drops the queued control messages, so that their senders do not wait. Returns the commands
-    /// in the queue. Called only while no taken command remains.
+    /// Closes the queues and drops the queued control messages, so that their senders do not wait for a response.
+    /// Returns the queued commands. Called only while no taken command remains.
     pub(super) fn close(&mut self) -> impl Iterator<Item = ActorCommand> + '_ {
         self.control.close();
         while self.next_control().is_some() {}

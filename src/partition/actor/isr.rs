@@ -1,5 +1,5 @@
 //! A leader's work for its followers: subscriptions, acknowledgements, and the ISR changes that follow from them. Also
-//! the reads of the partition's key by an idle replica whose metadata is late.
+//! the requests of an idle replica whose metadata is late: it reads the partition's key, and may clear the leader.
 
 use super::{Actor, RoleState, leading::LeaderRole, signals::FollowerAck};
 use crate::{
@@ -28,7 +28,7 @@ pub(super) struct PendingStoreRequest {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum StoreRequestKind {
-    /// Write of a proposed value.
+    /// Write of a proposed value: by a leader, or by an idle replica that clears the leader.
     Proposal,
     /// Read of the key by a leader, because the outcome of its proposal is unknown.
     ReadBack,
@@ -71,7 +71,7 @@ impl Actor {
         position: LogPosition,
         progress: ReplicaProgress,
     ) -> SubscribeResponse {
-        // Acknowledgements of this follower's earlier links do not count.
+        // Acknowledgements on this follower's earlier subscriptions do not count.
         self.signals.drop_acks_of(peer.broker);
         let has_tables = self.has_tiered_tables();
         let local =
@@ -165,7 +165,7 @@ impl Actor {
         if leader.in_sync().needs_read_back() {
             self.pending_request = Some(PendingStoreRequest { epoch, kind: StoreRequestKind::ReadBack });
             self.ctx.isr_updater.read_back(self.id);
-        } else if let Some(proposal) = leader.in_sync_mut().proposal() {
+        } else if let Some(proposal) = leader.in_sync_mut().start_proposal() {
             if let Some(proposals) = LastProposal::occur(&mut self.proposed, &proposal.value.isr) {
                 tracing::info!(
                     topic = %self.topic, partition = %self.id, %epoch, proposals, isr = %format_ids(&proposal.value.isr),
@@ -187,15 +187,15 @@ impl Actor {
         }
     }
 
-    /// Returns true if this replica is idle because its metadata is late. A follower reported a newer epoch, or the
-    /// leadership ended here although the value still names this broker.
+    /// Returns true if this replica is idle and its metadata is late: a newer epoch was reported, or the leadership
+    /// ended here although the value still names this broker.
     pub(super) fn awaits_metadata(&self) -> bool {
         matches!(self.role, RoleState::Idle) && self.metadata.is_late(self.broker)
     }
 
-    /// Reads the key from the store if the metadata has been late for a second, and no request is pending. Called at
-    /// each tick.
-    pub(super) fn check_stale_metadata(&mut self, now_ms: u64) {
+    /// Requests a read of the key from the store if the metadata has been late for a second, and no request is pending.
+    /// Called at each tick.
+    pub(super) fn check_late_metadata(&mut self, now_ms: u64) {
         let may_read = self.awaits_metadata() && self.pending_request.is_none();
         if self.metadata.is_read_due(may_read, now_ms) {
             self.pending_request =
@@ -204,9 +204,10 @@ impl Actor {
         }
     }
 
-    /// Applies the value that was read from the store because the metadata was late. If the value still names this
-    /// broker as leader of an epoch that it already led, no election would follow. The broker then proposes the value
-    /// without a leader, which starts an election.
+    /// Applies the value that was read from the store because the metadata was late. Does nothing if the metadata is no
+    /// longer late, or if the value is to be ignored ([`ReadBack::Ignored`]). If the value still names this broker as
+    /// leader of an epoch that it already led or refused to lead, no election would follow. The broker then proposes
+    /// the value without a leader, which starts an election.
     fn on_read_back(&mut self, value: PartitionValue, revision: Revision) {
         if !self.awaits_metadata() {
             return;
@@ -229,8 +230,9 @@ impl Actor {
         }
     }
 
-    /// Handles the outcome of the pending request. If the role has changed since the request, only the value in the
-    /// outcome is applied.
+    /// Handles the outcome of the pending request. An idle replica applies only a value that it read because its
+    /// metadata was late. A leader applies the outcome of its own request. If the request is of an earlier epoch or of
+    /// another kind than the leader waits for, the leader applies only the value in the outcome.
     pub(super) fn on_isr_outcome(&mut self, outcome: ProposalOutcome) {
         let request = self.pending_request.take();
         let current = match &outcome {

@@ -47,7 +47,7 @@ pub enum AppendError {
         /// Newest leader epoch of this broker's metadata.
         epoch: LeaderEpoch,
     },
-    /// The leadership ended before the acks rule of the write held. The records are in the log, and the outcome is
+    /// The leadership ended before the acks rule of the write held. The records were appended, and the outcome is
     /// unknown.
     #[error(
         "another leader was elected before the write was committed, so its outcome is unknown: send the write again"
@@ -115,8 +115,8 @@ impl PendingWriter {
         self.responder.is_closed()
     }
 
-    /// Returns true if this write waits for other replicas or the object store, and its receiver was dropped. With other
-    /// acks it waits for neither, so a missing receiver does not count.
+    /// Returns true if this write waits for other replicas or the object store, and its receiver was dropped. With
+    /// other acks it waits for neither, so a missing receiver does not count.
     fn waits_without_receiver(&self, acks: Acks) -> bool {
         matches!(acks, Acks::All | Acks::Tiered) && self.has_dropped_receiver()
     }
@@ -154,7 +154,8 @@ impl LeaderRole {
 
 impl Actor {
     /// Admits one write into the group, or sends its error. Appends the group first if the batch does not fit into it,
-    /// or can be checked only afterwards. A retry of a stored batch waits for the result of that batch.
+    /// or can be checked only afterwards. A retry of a stored batch is not appended: its writer waits until the stored
+    /// batch satisfies the acks rule of the retry.
     pub(super) fn append(&mut self, append: Append, now_ms: i64) {
         let Append { mut batch, origin, acks, permit, responder, stored } = append;
         let RoleState::Leading(role) = &self.role else {
@@ -213,7 +214,7 @@ impl Actor {
     }
 
     /// Appends the group to the log. Afterwards the group is empty: its writers wait for their acks rule, or have
-    /// received the error of the append.
+    /// received the error of the append. A failed disk also fails the replica ([`Self::fail`]).
     pub(super) fn flush(&mut self) {
         let RoleState::Leading(role) = &mut self.role else { return };
         if role.group.is_empty() {
@@ -310,8 +311,8 @@ impl Actor {
         }
     }
 
-    /// Handles a disk that no longer accepts writes: a leader resigns, and a follower unsubscribes. Committed records
-    /// stay readable. Only the first call has an effect.
+    /// Handles a disk that no longer accepts writes: a leader resigns, and a follower unsubscribes and becomes idle.
+    /// Committed records stay readable. Only the first call has an effect.
     pub(super) fn fail(&mut self, reason: &str) {
         if self.published.has_failed() {
             return;
@@ -334,7 +335,7 @@ impl Actor {
     }
 
     /// Requests that this broker resigns, because its disk accepts no writes. Sends one request for each revision of
-    /// the value.
+    /// the value. Does nothing in another role than the leader's.
     pub(super) fn resign(&mut self) {
         let RoleState::Leading(role) = &mut self.role else { return };
         let revision = role.leader.in_sync().revision();
@@ -343,8 +344,8 @@ impl Actor {
         }
     }
 
-    /// Sends results to the writers whose acks rule holds now, and releases the memory of writers whose receivers were
-    /// dropped.
+    /// Sends results to the writers whose acks rule holds now. Of the writes with the topic's durability on this
+    /// broker, releases the memory of those that wait only for the object store or whose receivers were dropped.
     pub(super) fn respond_due(&mut self) {
         if let RoleState::Leading(LeaderRole { leader, has_dropped_waiters, .. }) = &mut self.role {
             let respond = |writer: PendingWriter, acked: WriteAck| {
@@ -367,7 +368,7 @@ impl Actor {
     }
 }
 
-/// Returns the error that a writer receives for a failed append to the log.
+/// Returns the error that a writer receives for a failed append or roll of the log.
 pub(super) fn append_error(error: log::LogAppendError) -> AppendError {
     match error {
         log::LogAppendError::DiskFull => AppendError::DiskFull,

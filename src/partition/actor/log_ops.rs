@@ -1,4 +1,4 @@
-//! Changes of the log other than appends: rolling, export for uploads, truncation, the log start, eviction.
+//! Operations on the log other than appends: rolling, export for uploads, truncation, the log start, eviction.
 //!
 //! Work that waits for journal frames or reads segments runs outside the async threads. The task moves its replica to a
 //! thread that may block, and waits until that thread returns the replica. Meanwhile the task handles no input.
@@ -72,7 +72,8 @@ pub(super) fn active_since(info: &SegmentInfo) -> Option<Instant> {
 }
 
 impl Actor {
-    /// Seals the active segment and starts the next one. Then the sealed segment may be uploaded.
+    /// Seals the active segment and starts the next one. Queues maintenance, because the sealed segment may be
+    /// uploaded.
     pub(super) fn roll(&mut self) -> Result<(), AppendError> {
         self.log.roll().map_err(append_error)?;
         self.active_since = None;
@@ -80,8 +81,8 @@ impl Actor {
         Ok(())
     }
 
-    /// Seals the active segment for maintenance, because of its age; an empty segment is not sealed. After a failure,
-    /// maintenance requests it again.
+    /// Seals the active segment at the request of maintenance; an empty segment is not sealed. A failure is only
+    /// logged: maintenance requests the roll again.
     pub(super) fn roll_now(&mut self) {
         if self.active_since.is_some()
             && let Err(error) = self.roll()
@@ -137,8 +138,8 @@ impl Actor {
         self.log.advance_log_start(start);
     }
 
-    /// Evicts the segments below this offset, which must not be above both the tiered end and the log start. An error
-    /// is only logged: maintenance requests the eviction again.
+    /// Moves the start of the replica, and evicts the segments below this offset, which must not be above the later of
+    /// tiered end and log start. An error is only logged: maintenance requests the eviction again.
     pub(super) async fn evict(&mut self, below: Offset) {
         let evictable_end = self.tiered_end.max(self.log_start);
         let is_allowed = below <= evictable_end || mutant!(EvictBeforeCommit);

@@ -3,9 +3,9 @@
 //!
 //! # Overview
 //!
-//! [`AppliedMetadata`] decides about the role, [`Leader`](super::leader::Leader) and [`Follower`] about all else; the
-//! task applies their decisions. While one group waits for the journal, the task appends the next one. A group contains
-//! the writes that are queued by then; there is no timer.
+//! [`AppliedMetadata`] decides about the role, [`Leader`](super::leader::Leader) and [`Follower`] about the work in
+//! that role; the task applies their decisions. While one group waits for the journal, the task appends the next one. A
+//! group contains the writes that are queued by then; there is no timer.
 //!
 //! | module | work |
 //! | --- | --- |
@@ -14,15 +14,18 @@
 //! | `leading` | writes |
 //! | `isr` | followers and the ISR |
 //! | `following` | messages of the leader |
-//! | `log_ops` | all other changes of the log |
+//! | `log_ops` | all other operations on the log |
+//! | `timestamps` | bounds on the timestamps of producers |
+//! | `warnings` | log lines about lasting conditions |
 //! | `inbox`, `signals` | queues of the task |
 //!
 //! # Turn
 //!
 //! The task takes one [`Input`] after the other (`inbox`); handling one is a turn. A handler changes the state of the
-//! task, and may send requests to the link to the leader. Then [`Actor::finish_turn`] makes the changes visible: it
-//! submits records to the journal, publishes, proposes an ISR change, and sends due results. A handler finishes the
-//! turn itself before it waits for a blocking read. Some events publish earlier:
+//! task, and may send requests to links and to the metadata store. Then [`Actor::finish_turn`] makes the changes
+//! visible: it submits records to the journal, publishes, proposes an ISR change, and sends due results. Some handlers
+//! finish the turn earlier: when a group is full, after an assignment, before a command other than an append, and
+//! before a read of the tables for a bootstrapping follower. Some events publish earlier:
 //!
 //! | event | reason |
 //! | --- | --- |
@@ -82,17 +85,18 @@ use crate::{
     tier::{PartitionTier, TierState},
 };
 
-/// Number of commands for which an idle partition keeps memory. A broker has many partitions, so the number is small.
+/// Number of commands, and of batches, for which an idle partition keeps memory. A broker has many partitions, so the
+/// number is small.
 pub(super) const SPARE_COMMANDS: usize = 64;
 
 /// Maximum bytes of batches in one group, unless the group is one larger batch. A larger group adds latency but no
 /// throughput: while one group is synced, the next one is appended.
 const MAX_GROUP_BYTES: usize = 512 << 10;
 
-/// Maximum number of control messages that are handled before their effects are submitted to the journal and published.
+/// Maximum number of control messages that are handled in one turn.
 const MAX_CONTROL_BATCH: usize = 64;
 
-/// Command of a writer or of maintenance. Commands are handled in their order.
+/// Command: of a writer, of maintenance, or a changed configuration. Commands are handled in their order.
 pub(super) enum ActorCommand {
     Append(Box<Append>),
     UpdateConfig(Arc<TopicConfig>),
@@ -107,8 +111,8 @@ pub(super) enum ActorCommand {
     Evict(Offset),
 }
 
-/// Control message: of the metadata, the links, the metadata store, or a read of the object store. Control messages
-/// never wait behind writes.
+/// Control message: of the metadata, the links, the metadata store, or a read of the object store. Control messages do
+/// not wait behind queued writes.
 pub(super) enum ControlMessage {
     /// Metadata of the partition. The task responds when it has applied the assignment, or dropped an old one, and has
     /// published its role.
@@ -148,7 +152,7 @@ pub(super) struct ActorConfig {
     pub(super) tier: Option<PartitionTier>,
     pub(super) log_start: Offset,
     pub(super) tiered_end: Offset,
-    /// High watermark at the start: all records below are committed, and are in this log.
+    /// High watermark at the start: all records of this log below it are committed.
     pub(super) committed_end: Offset,
     /// `replication.max_lag_time`, in milliseconds.
     pub(super) lag_ms: u64,
@@ -277,8 +281,8 @@ impl Actor {
         self.finish_turn();
     }
 
-    /// Ends a turn: submits appended records to the journal, publishes the state, proposes the ISR change that is due,
-    /// and responds to the writers whose result is due.
+    /// Ends a turn: submits appended records to the journal, publishes the state, sends the request to the metadata
+    /// store that is due, and responds to the writers whose result is due.
     fn finish_turn(&mut self) {
         self.submit_to_journal();
         self.publish();
@@ -286,9 +290,9 @@ impl Actor {
         self.respond_due();
     }
 
-    /// Closes the partition: rejects queued writes, unsubscribes a follower, and waits until appended records are
-    /// durable. Writes whose acks rule holds by then are acknowledged; all other writes fail with
-    /// [`AppendError::Closing`].
+    /// Closes the partition: rejects queued writes, unsubscribes a follower, and waits for the journal if the topic is
+    /// `persisted`. Writes whose acks rule holds by then are acknowledged. All other writes fail with
+    /// [`AppendError::Closing`], or with [`AppendError::StorageFailed`] if the journal failed.
     async fn stop(&mut self) {
         for command in self.inbox.close() {
             if let ActorCommand::Append(append) = command {
@@ -298,7 +302,7 @@ impl Actor {
         if let RoleState::Following(_) = self.role {
             self.ctx.links.unsubscribe(self.id, self.metadata.epoch(), true);
         }
-        // A crash may have left records that are not durable. A replica without an assignment has not submitted them.
+        // A crash may have left records that are not durable. They are not submitted before the first turn has ended.
         self.submit_to_journal();
         while self.awaits_journal() {
             let pending = self.inbox.next_signals().await;
@@ -322,8 +326,8 @@ impl Actor {
         self.config.durability == Durability::Persisted
     }
 
-    /// Handles the commands that the inbox has taken from its queue, until none remains or a group is full. Writes are
-    /// appended as one group.
+    /// Handles the commands that the inbox has taken from its queue, until none remains or a group is full. Consecutive
+    /// writes are appended in groups.
     async fn process_commands(&mut self) {
         let mut now_ms = clock::wall_ms();
         while self.group_bytes() < MAX_GROUP_BYTES
@@ -396,7 +400,7 @@ impl Actor {
         }
     }
 
-    /// Applies a changed topic configuration.
+    /// Applies a changed topic configuration, and queues maintenance.
     fn configure(&mut self, config: Arc<TopicConfig>) {
         self.log.set_journaled(config.durability == Durability::Persisted);
         self.log.set_producer_expiration(config.producer_expiration);
@@ -421,9 +425,10 @@ impl Actor {
         }
     }
 
-    /// Publishes the watermarks and the replica status. Called at the start, by [`Self::finish_turn`], and for the
-    /// events that publish earlier, which the module documentation lists. Also queues maintenance if a segment may have
-    /// become uploadable.
+    /// Publishes the watermarks, the size and age of the local log, the need for ticks, and the replica status. Called
+    /// at the start, by [`Self::finish_turn`], and for the events that publish earlier, which the module documentation
+    /// lists. Also queues maintenance if a segment may have become uploadable, and ends the wait for late metadata if
+    /// the metadata is no longer late.
     fn publish(&mut self) {
         let high_watermark = self.high_watermark();
         let watermarks = Watermarks {
@@ -446,10 +451,10 @@ impl Actor {
         }
         self.published.publish(watermarks, self.log.bytes());
         self.published.set_active_since(self.active_since);
-        let has_lagging =
+        let leader_wants_ticks =
             matches!(&self.role, RoleState::Leading(LeaderRole { leader, .. }) if leader.in_sync().wants_ticks());
         let awaits_metadata = self.awaits_metadata();
-        self.published.set_wants_ticks(has_lagging || awaits_metadata);
+        self.published.set_wants_ticks(leader_wants_ticks || awaits_metadata);
         if !awaits_metadata {
             self.metadata.stop_waiting();
         }
@@ -494,7 +499,7 @@ impl Actor {
         }
         if let Some(now_ms) = pending.now_ms {
             self.update_isr_tracker(|in_sync| in_sync.tick(now_ms));
-            self.check_stale_metadata(now_ms);
+            self.check_late_metadata(now_ms);
         }
         if let RoleState::Leading(role) = &mut self.role {
             role.has_dropped_waiters |= pending.has_dropped_waiters;

@@ -40,7 +40,8 @@ pub(super) struct FollowerAck {
 }
 
 impl ActorSignals {
-    /// Stores a result of the journal; a failure is kept until the task takes it.
+    /// Stores a result of the journal; a failure is kept until the task takes it. The result for truncated records
+    /// counts as a success.
     pub(super) fn on_persisted(&self, outcome: Result<Offset, PersistError>) {
         let outcome = match outcome {
             // The task itself truncated the submitted records: the disk did not fail.
@@ -48,7 +49,7 @@ impl ActorSignals {
             Err(error) => Err(error),
         };
         let mut pending = self.pending.lock();
-        // A failure is final; no success follows it.
+        // A failure is final: a later result does not replace it.
         if !matches!(pending.persisted, Some(Err(_))) {
             pending.persisted = Some(outcome);
         }

@@ -120,8 +120,8 @@ fn truncate_and_lead(actor: &mut Actor, to: u64) {
     start_leading(actor, 5);
 }
 
-/// Returns true if maintenance was queued since the last call.
-fn is_queued(actor: &Actor) -> bool {
+/// Returns true if maintenance was queued since the last call, and empties the queue.
+fn take_queued(actor: &Actor) -> bool {
     let mut queued = false;
     while let Some(id) = actor.maintenance.next().now_or_never() {
         actor.maintenance.done(id, false);
@@ -139,15 +139,15 @@ async fn maintenance_is_queued_when_epoch_is_committed() {
     let _written = write(&mut actor);
     start_leading(&mut actor, 5);
     assert_eq!(actor.status.role, ReplicaRole::Leader { epoch_committed: false });
-    assert!(is_queued(&actor) && !is_queued(&actor));
+    assert!(take_queued(&actor) && !take_queued(&actor));
     assert!(log.journal_step());
     take_signals(&mut actor);
     assert_eq!(actor.status.role, ReplicaRole::Leader { epoch_committed: true });
-    assert!(is_queued(&actor));
+    assert!(take_queued(&actor));
 }
 
-/// Regression: maintenance was queued only when the last sealed segment was committed. Writers of the segment before
-/// waited until a follower had the last segment as well.
+/// Regression: maintenance was queued only when the last sealed segment was committed. Writers of an earlier segment
+/// waited until the last segment was committed as well.
 #[tokio::test]
 async fn maintenance_is_queued_when_awaited_segment_is_committed() {
     let log = open_log();
@@ -157,10 +157,10 @@ async fn maintenance_is_queued_when_awaited_segment_is_committed() {
     actor.roll_now();
     let _second = write_with(&mut actor, Acks::Tiered);
     actor.roll_now();
-    assert!(is_queued(&actor) && !is_queued(&actor));
+    assert!(take_queued(&actor) && !take_queued(&actor));
     take_signals(&mut actor);
     assert_eq!((actor.high_watermark().get(), actor.log.active_segment().base.get()), (1, 2));
-    assert!(is_queued(&actor));
+    assert!(take_queued(&actor));
 }
 
 /// Regression: after a failed segment sync, the broker remained leader until the next write. Until then no other

@@ -1,4 +1,4 @@
-//! Start of a follower: the leader compares the follower's log with its own by epoch history and nothing else (KIP-101,
+//! Start of a follower: the leader compares the follower's log with its own by epochs and log ends alone (KIP-101,
 //! KIP-279). Pure.
 //!
 //! # Overview
@@ -10,10 +10,11 @@
 //! ```
 //!
 //! A follower whose log is a prefix of the leader's continues at its end. Otherwise the leader responds with the newest
-//! of its epochs that the follower may share, and with the end of that epoch. The follower truncates there and
-//! subscribes again. Each exchange removes at least the follower's last batch, and never a batch that both logs have. A
-//! cleanly elected leader has all committed batches, so none of them is removed. A truncation at the follower's high
-//! watermark would remove committed records, because that high watermark lags behind the leader's.
+//! of its epochs that the follower may share, and with the end of that epoch. The follower truncates there or below,
+//! and subscribes again. Each truncation removes at least the follower's last batch, and never a batch that both logs
+//! have. A cleanly elected leader has all committed batches, so none of them is removed. A truncation at the follower's
+//! high watermark could remove committed records, because that high watermark lags behind the leader's. The follower
+//! bootstraps if no truncation helps, or if its log is empty and does not end at the bootstrap offset.
 
 use bytes::Bytes;
 
@@ -25,11 +26,11 @@ use crate::{
 /// Log position of a follower when it subscribes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LogPosition {
-    /// Epoch of the last batch; `None` if the log has none.
+    /// Newest epoch in the log's epoch history; `None` if the history is empty.
     pub last_epoch: Option<LeaderEpoch>,
     pub log_end: Offset,
-    /// Number of removals before the addition of this replica ([`PartitionValue::added_after`]), by the value that its
-    /// broker applied. `None` if the replica is not being added.
+    /// Addition of this replica, identified by the `removal_count` of the value that its broker applied
+    /// ([`PartitionValue::added_after`]). `None` if that value is not adding the replica.
     ///
     /// [`PartitionValue::added_after`]: crate::cluster::PartitionValue::added_after
     pub removal_count: Option<u64>,
@@ -40,7 +41,7 @@ pub struct LogPosition {
 pub struct LocalLogBounds {
     /// First offset on the leader's disk.
     pub local_start: Offset,
-    /// First offset not committed to the object store; `None` if nothing is committed there.
+    /// First offset not committed to the object store; `None` if the object store has no segment of the log.
     pub tiered_end: Option<Offset>,
 }
 
@@ -89,17 +90,17 @@ pub struct BootstrapTables {
     pub start: Offset,
     /// True if the object store holds all records before `start`, and the footer of its last segment holds the tables.
     pub from_object_store: bool,
-    /// Epochs before `start` with their first offsets, both ascending; only if not `from_object_store`.
+    /// Epochs before `start` with their first offsets, both ascending; empty if `from_object_store`.
     pub epochs: Vec<(LeaderEpoch, Offset)>,
     /// Producer state before `start`, as [`ProducerTable::to_bytes`](crate::log::ProducerTable::to_bytes) writes it;
-    /// only if not `from_object_store`.
+    /// empty if `from_object_store`.
     pub producers: Bytes,
 }
 
 /// Reason why a follower may not subscribe.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum SubscribeError {
-    /// This broker does not lead in that epoch: one side has not received the newer epoch yet.
+    /// This broker leads in another epoch: one side has not received the newer epoch yet.
     #[error("this broker leads in epoch {leader_epoch}, not in {requested}: wait for the newer of both epochs")]
     OtherEpoch {
         /// Epoch of the follower's subscription.
@@ -117,9 +118,10 @@ pub enum SubscribeError {
         format_addition(*.reported), format_addition(*.known)
     )]
     OtherAddition {
-        /// Addition that the follower reported: the number of removals before it.
+        /// Addition of the replica that the follower reported, identified by the `removal_count` of its value; `None`
+        /// if that value is not adding the replica.
         reported: Option<u64>,
-        /// Addition in the leader's metadata.
+        /// The same by the leader's metadata.
         known: Option<u64>,
     },
     /// The leader has received a newer broker epoch of the follower's broker.
@@ -136,8 +138,8 @@ pub enum SubscribeError {
         /// Epoch in which this broker leads.
         leader_epoch: LeaderEpoch,
     },
-    /// The leader cannot serve the follower now. On the follower's side every reason has this variant, because the
-    /// protocol carries only its text.
+    /// This broker cannot serve the follower now, or does not lead. On the follower's side every reason has this
+    /// variant, because the protocol carries only the text.
     #[error("{reason}")]
     Unavailable { reason: String },
 }
@@ -156,8 +158,8 @@ pub fn resolve_divergence(
     local: LocalLogBounds,
 ) -> SubscribeOutcome {
     let Some(last_epoch) = position.last_epoch else {
-        // An empty log has no epochs to compare. It continues only at the bootstrap offset, for which the follower has
-        // the tables.
+        // A log without epochs has no records to compare. It continues only at the bootstrap offset, to which a
+        // bootstrap would reset it.
         return if position.log_end == local.bootstrap_start() {
             SubscribeOutcome::Accepted(position.log_end)
         } else {
@@ -167,7 +169,7 @@ pub fn resolve_divergence(
     match history.end_of(last_epoch, log_end) {
         // Every record of the follower's log is older than the leader's first epoch.
         None => SubscribeOutcome::bootstrap(local),
-        // The follower's log ends below the first offset on the leader's disk, or would end there after a truncation.
+        // The follower's log ends below the first offset on the leader's disk, or would after a truncation.
         Some((_, end)) if position.log_end.min(end) < local.local_start => SubscribeOutcome::bootstrap(local),
         Some((epoch, end)) if epoch == last_epoch && position.log_end <= end => {
             SubscribeOutcome::Accepted(position.log_end)

@@ -2,13 +2,14 @@
 //!
 //! # Overview
 //!
-//! One [`IsrTracker`] is one leader in one epoch. The actor reports the progress of its own log, acknowledgements of
-//! followers, statuses of brokers in the metadata cache, and outcomes of proposals. [`IsrTracker`] computes the high
-//! watermark, accepts or rejects subscriptions, and returns the ISR change to propose.
+//! One [`IsrTracker`] is one leader in one epoch. The actor reports the progress of its own log, subscriptions,
+//! acknowledgements and disconnects of followers, statuses of brokers in the metadata cache, ticks, and outcomes of
+//! proposals. [`IsrTracker`] computes the high watermark, accepts or rejects subscriptions, and returns the ISR change
+//! to propose.
 //!
 //! ```text
 //!   own log, acknowledgements ──▶ minimum end over the maximal ISR ──▶ high watermark
-//!   subscriptions, statuses, disconnects ──▶ proposal ──▶ compare-and-set ──▶ outcome ──▶ the committed value
+//!   acknowledgements, statuses, disconnects, ticks ──▶ proposal ──▶ compare-and-set ──▶ outcome ──▶ committed value
 //! ```
 //!
 //! # Rules
@@ -21,7 +22,7 @@
 //!   members hold the records below the high watermark.
 //! - The high watermark moves only while the *committed* ISR has the minimum size and the committed ELR is empty. A
 //!   proposed larger ISR does not count: if the store refuses it, an eligible replica for which no commit waited may be
-//!   elected.
+//!   elected. In any case, the high watermark also moves to an offset that the metadata shows as committed.
 //! - A proposal with an unknown outcome may be committed until the key has another revision. The old value, read back,
 //!   does not show that the proposal failed. So the proposed members stay in the maximal ISR until this broker reads
 //!   another revision.
@@ -29,9 +30,10 @@
 //!   epoch start. Until the high watermark reaches the epoch start, records between the two may be committed. The
 //!   admission does not wait for the high watermark to reach the epoch start: below the min ISR, the high watermark
 //!   moves only after an admission.
-//! - A replica that is being added subscribes with the addition of this leader's value
-//!   (`PartitionValue::removal_count`), and its acknowledgements count only for that addition. A removed replica
-//!   deletes its log. Added again it is another replica, although its link is the same.
+//! - A replica that is being added reports the `PartitionValue::removal_count` that its broker applied. Outside the
+//!   ISR, it may subscribe only with the count of this leader's value, and its acknowledgements count only while that
+//!   count stays. A removed replica deletes its log. If it is added again, it counts as another replica, although its
+//!   link is the same.
 //!
 //! Other brokers change the value as well: a broker that fails its startup verification removes itself, and the
 //! controller completes reassignments. These changes only remove members, or change the leader and with it the epoch.
@@ -109,7 +111,7 @@ pub enum ProposalOutcome {
     Committed(Revision),
     /// The store refused the proposal, or the key was read: the current value and its revision.
     CurrentValue(PartitionValue, Revision),
-    /// The key does not exist: the topic is being deleted.
+    /// The key does not exist, because the topic is being deleted, or its value is unreadable.
     Deleted,
     /// The outcome is unknown. The key has to be read back, and its value reported as
     /// [`ProposalOutcome::CurrentValue`].
@@ -148,10 +150,10 @@ pub struct IsrTracker {
     /// Newest committed value that this broker has received, and its revision.
     value: PartitionValue,
     revision: Revision,
-    /// Proposal at this revision that has no outcome yet.
+    /// Proposal that has no outcome yet.
     in_flight: Option<IsrProposal>,
-    /// Members of the ISRs that were proposed at this revision and whose outcome is unknown. Such a proposal may come
-    /// true until the key has another revision.
+    /// Members of the ISRs that were proposed at this revision with an unknown outcome. Such a proposal may be
+    /// committed until the key has another revision.
     maybe_committed: BTreeSet<BrokerId>,
     /// True if the outcome of the last proposal is unknown: the leader reads the key before the next proposal.
     needs_read_back: bool,
@@ -285,8 +287,8 @@ impl IsrTracker {
     }
 
     /// Processes a subscription: compares the follower's log with the leader's. After `SubscribeOutcome::Accepted`,
-    /// acknowledgements on this link count. Any outcome but `Rejected` drops the follower's earlier acknowledgements,
-    /// and marks an ISR member whose log ends below the high watermark as incomplete.
+    /// acknowledgements on this link count. Any outcome but `Rejected` ends the follower's earlier subscription and
+    /// drops its acknowledgements, and marks an ISR member whose log ends below the high watermark as incomplete.
     pub fn on_subscribe(
         &mut self,
         peer: PeerId,
@@ -332,14 +334,14 @@ impl IsrTracker {
             return Err(SubscribeError::NoReplica);
         }
         let (reported, known) = (position.removal_count, self.value.added_after(peer.broker));
-        // The count of an ISR member is not compared: the member has subscribed since it was added, and may receive the
-        // end of the reassignment before its leader does.
+        // An ISR member is not rejected for an older count or none: the member has subscribed since it was added, and
+        // may receive the end of the reassignment before its leader does.
         let follower_is_late = known.is_some() && reported != known && !self.value.isr.contains(&peer.broker);
         let leader_is_late = reported.is_some_and(|removals| removals > self.value.removal_count);
         if follower_is_late || leader_is_late {
             return Err(SubscribeError::OtherAddition { reported, known });
         }
-        let newest_epoch = self.members.get(&peer.broker).and_then(|member| member.link.max(member.registered()));
+        let newest_epoch = self.members.get(&peer.broker).and_then(|member| member.link.max(member.registered_epoch()));
         if newest_epoch.is_some_and(|newest| newest > peer.epoch) {
             return Err(SubscribeError::OlderBroker);
         }
@@ -385,8 +387,9 @@ impl IsrTracker {
         Ok(())
     }
 
-    /// Ends the subscription of a follower's broker in this broker epoch. A follower that exited or shuts down leaves the
-    /// ISR with the next proposal. A report about an older broker epoch than that of the subscribed link is ignored.
+    /// Ends the subscription of a follower's broker in this broker epoch. A follower that exited or shuts down leaves
+    /// the ISR with the next proposal. A report about an older broker epoch than that of the subscribed link is
+    /// ignored.
     pub fn on_disconnected(&mut self, peer: PeerId, cause: DisconnectCause) {
         if peer.broker == self.me || !self.value.replicas.contains(&peer.broker) {
             return;
@@ -401,7 +404,8 @@ impl IsrTracker {
 
     /// Applies a broker's status in the metadata cache. The broker's acknowledgements stay valid while it is in the
     /// ISR: a broker that restarts without those records removes itself from the ISR before it registers. A
-    /// registration with a newer broker epoch ends a subscription on an older link.
+    /// registration with a newer broker epoch ends a subscription on an older link. The next proposal no longer waits
+    /// for metadata.
     pub fn on_broker_status(&mut self, broker: BrokerId, status: BrokerStatus) {
         if broker == self.me || !self.value.replicas.contains(&broker) {
             return;
@@ -418,7 +422,7 @@ impl IsrTracker {
 
     /// Checks which members lag; called at intervals while [`Self::wants_ticks`]. `now_ms` is of a monotonic clock. The
     /// target of a member is the log end of an earlier tick. A member lags if it has not reached its target `lag_ms`
-    /// after that tick. A constant distance to the log end is no lag.
+    /// after that tick. A constant distance to the log end is no lag. The next proposal no longer waits for metadata.
     pub fn tick(&mut self, now_ms: u64) {
         self.awaits_metadata = false;
         let (log_end, lag_ms, durability) = (self.progress.log_end, self.rules.lag_ms, self.rules.durability);
@@ -444,7 +448,7 @@ impl IsrTracker {
     /// [`Self::on_outcome`]. Returns `None` if no change is due, a proposal is pending, the key has to be read back,
     /// the next proposal waits for metadata, or the epoch has ended. The actor calls this in every turn, so nothing is
     /// allocated while no replica's membership changes.
-    pub fn proposal(&mut self) -> Option<IsrProposal> {
+    pub fn start_proposal(&mut self) -> Option<IsrProposal> {
         if self.in_flight.is_some() || self.needs_read_back || self.awaits_metadata || self.epoch_ended {
             return None;
         }
@@ -494,7 +498,7 @@ impl IsrTracker {
     /// registered broker epoch, and must not have reported its exit or shutdown. No reassignment may be removing it. It
     /// must have acknowledged all records below the high watermark and below the epoch start.
     fn may_be_admitted(&self, id: BrokerId, member: &MemberState) -> bool {
-        let is_connected = member.link.is_some() && member.link == member.registered() && !member.departed;
+        let is_connected = member.link.is_some() && member.link == member.registered_epoch() && !member.departed;
         let acked_end = member.acked.map(|progress| progress.acked_for(self.rules.durability));
         let required_end =
             if mutant!(AdmitBelowEpochStart) { self.high_watermark } else { self.high_watermark.max(self.epoch_start) };
@@ -538,8 +542,8 @@ impl IsrTracker {
         }
     }
 
-    /// Applies a value of the partition from the metadata cache or from a read. A value that is not newer than the
-    /// committed value of this leader changes nothing.
+    /// Applies a value of the partition from the metadata cache, a committed proposal or a read. A value that is not
+    /// newer than the committed value of this leader changes nothing.
     pub fn on_value(&mut self, value: &PartitionValue, revision: Revision) -> ValueUpdate {
         if revision <= self.revision {
             return ValueUpdate::Unchanged;
@@ -591,7 +595,8 @@ impl IsrTracker {
         self.check_min_isr().is_ok() && (self.value.elr.is_empty() || mutant!(IgnoreElr))
     }
 
-    /// Moves the high watermark to the minimum acknowledged end over the maximal ISR, if commits are allowed.
+    /// Raises the high watermark to the minimum acknowledged end over this leader and the maximal ISR, if commits are
+    /// allowed.
     fn advance_high_watermark(&mut self) {
         if !self.may_commit() {
             return;

@@ -66,7 +66,7 @@ pub enum AckError {
         leader_epoch: LeaderEpoch,
     },
     /// The replica has no accepted subscription on that link in this epoch: the subscription has ended, the link has
-    /// an older broker epoch, or the broker is no replica.
+    /// another broker epoch, or the broker is no replica.
     #[error("broker {broker} has no subscription on a link with broker epoch {epoch}")]
     NotSubscribed {
         /// Sender of the acknowledgement.
@@ -100,22 +100,22 @@ pub(super) struct MemberState {
     pub(super) acked: Option<ReplicaProgress>,
     /// Last status in the metadata cache; `None` before the first.
     pub(super) registration: Option<BrokerStatus>,
-    /// True if the link reported an exit or a shutdown, and the replica has not subscribed since.
+    /// True if an exit or a shutdown was reported, and the replica has not subscribed since.
     pub(super) departed: bool,
     /// True if the replica, as an ISR member, reported a log end below the high watermark: it lost records that it had
     /// acknowledged.
     pub(super) lost_data: bool,
     /// Log end that the replica has to reach, and the time in milliseconds at which the target was set. `None` if the
-    /// replica has acknowledged all records, and before the first tick.
+    /// replica had acknowledged all records at the last tick, before the first tick, and outside the ISR.
     pub(super) target: Option<(Offset, u64)>,
-    /// True if the replica did not reach the target in time, and has not caught up since.
+    /// True if the replica did not reach the target in time, and has neither caught up nor left the ISR since.
     pub(super) is_lagging: bool,
 }
 
 impl MemberState {
     /// Returns the broker epoch with which the replica may be admitted; `None` if its broker is not registered, or
     /// shuts down.
-    pub(super) fn registered(&self) -> Option<Revision> {
+    pub(super) fn registered_epoch(&self) -> Option<Revision> {
         match self.registration {
             Some(BrokerStatus::Registered(epoch)) => Some(epoch),
             _ => None,

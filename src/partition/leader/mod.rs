@@ -7,9 +7,9 @@
 //!
 //! # Invariants
 //!
-//! - Only [`IsrTracker`] moves the high watermark; it never falls.
-//! - A writer gets its result once, and not before its own rule ([`Acks`]) holds.
-//! - One sequence of a producer is appended once, without gaps.
+//! - Only [`IsrTracker`] moves the high watermark, which never falls.
+//! - A writer gets at most one result, and an acknowledgement only after the writer's own rule ([`Acks`]) holds.
+//! - Each sequence of a producer is appended once, without gaps.
 
 pub mod divergence;
 pub mod isr;
@@ -36,9 +36,9 @@ pub struct WriteAck {
     pub base: Offset,
     /// Offset after the last record.
     pub end: Offset,
-    /// Leader epoch of the write.
+    /// Epoch of the leader that acknowledges the write. For a duplicate, it may be newer than that of the stored batch.
     pub epoch: LeaderEpoch,
-    /// Timestamp that the broker set on the records, if it set one.
+    /// Timestamp that this broker set on the records; `None` if it set none, and for a duplicate.
     pub append_time_ms: Option<i64>,
     pub durability: AckDurability,
     /// True if an earlier attempt had appended the batch.
@@ -92,10 +92,11 @@ pub enum AdmitError {
         /// `min.insync.replicas`.
         needed: usize,
     },
-    /// A gap in a producer's sequence: the batches before this one were not written.
+    /// The sequence is not the producer's next one, and no stored batch has it. A batch before this one is missing, or
+    /// this is a retry of a batch that is no longer stored.
     #[error(
-        "producer {producer} sent sequence {sent} instead of {expected}: an earlier batch is missing; start a new \
-         producer"
+        "producer {producer} sent sequence {sent} instead of {expected}: an earlier batch is missing, or this batch is \
+         a retry that came too late; start a new producer"
     )]
     OutOfOrder {
         /// Producer id.
@@ -157,7 +158,8 @@ pub enum AdmitError {
         /// Sequence of the batch.
         sent: i32,
     },
-    /// The broker's producer state is at its limit, so the partition adds no new producer.
+    /// The broker's producer state exceeds its limit, and this partition has many producers: the partition adds no new
+    /// one.
     #[error(
         "this partition has {known} producers, and the producer state of all partitions of this broker exceeds \
          {max_bytes} bytes (a sixteenth of limits.memory_bytes), so the partition accepts no new producer until some \
@@ -177,7 +179,7 @@ pub enum AdmitError {
 pub enum Admission {
     /// The write is to be appended at this offset.
     Append(Offset),
-    /// The log already holds the write, from the first offset to the second, which is excluded.
+    /// The write was appended before, from the first offset to the second, which is excluded.
     Duplicate(Offset, Offset),
 }
 
@@ -197,9 +199,10 @@ pub struct Leader<W> {
     log_end: Offset,
     persisted_end: Offset,
     tiered_end: Offset,
-    /// Writers that wait for the durability on this broker alone, and then those with `acks=all`, which wait for the
-    /// commit. Each queue is in the order of arrival, which is the order of end offsets except for duplicates.
+    /// Writers that wait for the durability on this broker alone. Each queue is in the order of arrival, which is the
+    /// order of end offsets except for duplicates.
     for_leader: VecDeque<WaitingWriter<W>>,
+    /// Writers with `acks=all`, which wait for the commit.
     for_all: VecDeque<WaitingWriter<W>>,
     /// Writers with `acks=tiered`, in two queues: the first until the write has the topic's durability on this broker,
     /// the second until the write is in the object store.
@@ -266,8 +269,8 @@ impl<W> Leader<W> {
     ///
     /// # Errors
     /// The first of these that applies: the acks need the min ISR, and the ISR is below it; the producer is fenced, or
-    /// its sequence belongs to another batch; `refusal`; any other violation of the producer's sequence. So `refusal`
-    /// replaces the error of a gap, because an earlier refusal most likely caused the gap.
+    /// its sequence belongs to another batch; `refusal`; any other error of the producer's sequence, or too many
+    /// producers. So `refusal` replaces the error of a gap, because an earlier refusal most likely caused the gap.
     pub fn admit(
         &mut self,
         batch: &Batch,
@@ -298,15 +301,15 @@ impl<W> Leader<W> {
         Ok(Admission::Append(base))
     }
 
-    /// Returns true if `batch` can be checked only after the pending group is in the log. Its producer has batches in
-    /// the group, whose sequence it does not continue, and the producer table lacks the group.
+    /// Returns true if `batch` can be checked only after the pending group is in the log: its producer has batches in
+    /// the group, and `batch` does not continue their sequence. The producer table lacks the group.
     pub fn must_flush_before(&self, batch: &Batch) -> bool {
         let Some(sequence) = batch.producer() else { return false };
         self.in_group.get(&sequence.id).is_some_and(|next| *next != (sequence.epoch, sequence.base_sequence))
     }
 
     /// Checks a producer's sequence of `count` records against the producer table. If the producer has batches in the
-    /// group that is being admitted, the sequence must continue them ([`Self::must_flush_before`]).
+    /// group that is being admitted, the sequence must continue these batches ([`Self::must_flush_before`]).
     fn check_sequence(
         &self,
         sequence: ProducerSequence,
@@ -447,7 +450,7 @@ impl<W> Leader<W> {
         [&mut self.for_leader, &mut self.for_all, &mut self.for_tier_here, &mut self.for_tier]
     }
 
-    /// Removes and returns all waiting writers. Called when their acks rules can no longer hold at this leader.
+    /// Removes and returns all waiting writers. Called when this leader ends or its disk failed.
     pub fn drain_waiters(&mut self) -> impl Iterator<Item = W> + '_ {
         self.queues().into_iter().flat_map(|queue| queue.drain(..)).map(|waiting| waiting.writer)
     }

@@ -78,7 +78,7 @@ impl Log {
         self.leader.on_appended();
     }
 
-    /// Takes the writers whose result is due.
+    /// Takes the writers whose result is due, each with the durability of its write.
     fn due(&mut self) -> Vec<(u32, AckDurability)> {
         let mut due = Vec::new();
         self.leader.take_due(|writer, acked| due.push((writer, acked.durability)));
@@ -112,8 +112,8 @@ fn replicated_write_is_acknowledged_from_the_page_cache() {
     assert_eq!(log.due(), [(1, AckDurability::PageCache(1))]);
 }
 
-/// A write with `acks=tiered` holds the memory of its batch until the upload, which may never happen. If the client has
-/// disconnected, the memory is released once the write is durable on this broker.
+/// The leader keeps a writer with `acks=tiered` until the upload, which may never happen. If the client has
+/// disconnected, the leader drops the writer once the write is durable on this broker.
 #[test]
 fn dropped_writer_is_released_once_its_write_is_durable() {
     let mut log = Log::new(Durability::Persisted);

@@ -8,11 +8,12 @@
 //! 2. The log start moves in the metadata store, which needs no object store.
 //! 3. Segments below the log start, and uploaded segments beyond the local retention, are evicted.
 //! 4. Sealed segments are uploaded, or the manifest drops the segments below the log start.
+//! 5. The leader rebuilds a lost manifest.
 //!
 //! Because of this order, deleted records do not stay on the disk while the object store is unavailable.
 //!
 //! An upload may take long, and a failing upload continues until its retries are used up. So there are steps without
-//! uploads. Separate workers run them for all partitions, and never wait for an upload.
+//! uploads. Separate workers run such steps for all partitions, and never wait for an upload.
 //!
 //! Only the leader uploads and moves the log start. A follower rolls by age. It evicts segments below its leader's log
 //! start, and, by the local retention, segments that its leader committed to the object store.
@@ -47,15 +48,16 @@ pub enum MaintenanceError {
         base: Offset,
         source: std::io::Error,
     },
-    /// The upload of a segment or of a manifest failed: the object store did not accept the object, or a newer leader
-    /// has committed.
+    /// A change in the object store failed or was not started: the store is unavailable or did not accept an object,
+    /// the prefix does not belong to this cluster, the segment file or the current manifest cannot be read, or a newer
+    /// leader has committed.
     #[error("the upload failed: {0}")]
     Upload(#[from] UploadError),
     /// The manifest, or the modification time of a segment object, could not be read.
     #[error("cannot read the manifest: {0}")]
     Manifest(#[from] TierReadError),
-    /// The manifest is lost, and the last attempt to rebuild it showed that the remaining segment objects are not the
-    /// committed ones.
+    /// The manifest is lost, and the last attempt to rebuild it did not show that the remaining segment objects are
+    /// exactly the committed ones.
     #[error(
         "{object} is missing or corrupt, and only an operator can rebuild it: {reason}; \
          `strandline partition rebuild-manifest {partition}` lists the remaining objects"
@@ -68,7 +70,7 @@ pub enum MaintenanceError {
         /// Why the broker did not rebuild the manifest.
         reason: String,
     },
-    /// The metadata store did not accept the commit, or would not accept it now.
+    /// The metadata store did not accept the commit, or did not respond, or is known to accept no commit now.
     #[error("the commit failed: {0}")]
     Commit(#[from] TierCommitError),
 }
@@ -105,7 +107,7 @@ enum StepScope {
 pub struct MaintenanceResult {
     /// True if another step of the partition must follow at once.
     pub more: bool,
-    /// True if some actions of the step did not run. The caller must not count such a step as a success: an action that
+    /// True if the step may have left out actions. The caller must not count such a step as a success: an action that
     /// failed in an earlier step may not have run again.
     pub is_partial: bool,
     /// True if a step with uploads must follow. This step was not allowed to upload or to rebuild a lost manifest, or

@@ -22,13 +22,13 @@ pub(super) struct MaintenancePlan {
     /// Bytes of the object store's segments that lie wholly below the planned log start; 0 if the log start stays.
     pub(super) removed_bytes: u64,
     /// True if the manifest still lists or counts segments below the log start. False also if the plan did not need the
-    /// manifest. An error if the manifest could not be read: the plan was then made without the object store's
-    /// segments.
+    /// manifest. An error if the manifest, or the modification time of an object, could not be read: the plan was then
+    /// made without the object store's segments.
     pub(super) manifest_lags: Result<bool, MaintenanceError>,
 }
 
 /// Plans a step from the state of both tiers: `local` describes the segments on the disk, and the manifest those in the
-/// object store. Also publishes the number of segments with timestamps in the future.
+/// object store. Also publishes the number of segments with timestamps in the future; 0 on a follower.
 pub(super) async fn plan_step(partition: &Partition, local: &LocalSegments, scope: StepScope) -> MaintenancePlan {
     let watermarks = partition.watermarks();
     let config = partition.config();
@@ -37,8 +37,8 @@ pub(super) async fn plan_step(partition: &Partition, local: &LocalSegments, scop
         Some(tier) if local.leads.is_some() && needs_tiered_segments(&config) => {
             read_manifest(tier, watermarks.log_start, now_ms).await
         }
-        // There is no object store, or its segments are not needed: a follower plans no deletion, and without limits on
-        // the whole log nothing is deleted.
+        // There is no object store, or its segments are not needed: a follower does not move the log start, and neither
+        // does a leader without limits on the whole log.
         _ => Ok((Vec::new(), false)),
     };
     let (tiered, manifest_lags) = match manifest {
@@ -102,7 +102,7 @@ async fn read_manifest(
             Err(TierReadError::Store(error @ TierStoreError::Unavailable { .. })) => {
                 return Err(TierReadError::Store(error));
             }
-            // The age is unknown: the segment stays, and uploads continue.
+            // The age is unknown: the segment does not expire by time, and uploads continue.
             Err(error) => tracing::debug!(
                 partition = %tier.id(), %error,
                 "cannot read the modification time of an object"

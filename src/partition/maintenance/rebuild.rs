@@ -1,7 +1,8 @@
 //! Failed attempts to rebuild a lost manifest.
 //!
-//! Reading every footer of a long history is expensive. So a failed attempt is repeated only after [`RETRY_INTERVAL`],
-//! or when an operator requests it (`strandline partition rebuild-manifest`).
+//! Reading every footer of a long history is expensive. So the broker repeats a failed attempt for the same manifest
+//! only after [`RETRY_INTERVAL`]. An operator may rebuild the manifest earlier (`strandline partition
+//! rebuild-manifest`).
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -14,7 +15,7 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(600);
 
 /// Last failed attempt of each partition. Clones share the attempts.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Rebuilds {
+pub(super) struct FailedRebuilds {
     failed: Arc<Mutex<BTreeMap<PartitionId, Failure>>>,
 }
 
@@ -27,9 +28,9 @@ struct Failure {
     reason: String,
 }
 
-impl Rebuilds {
-    /// Returns the error of the last failed attempt for this version of the manifest, if it was made less than
-    /// [`RETRY_INTERVAL`] ago: the caller must not try again yet.
+impl FailedRebuilds {
+    /// Returns the reason of the last failed attempt for this version of the manifest, if the attempt was made less
+    /// than [`RETRY_INTERVAL`] ago: the caller must not try again yet.
     pub(super) fn recent_failure(&self, id: PartitionId, version: u64, now: Instant) -> Option<String> {
         let failed = self.failed.lock();
         let failure = failed.get(&id)?;

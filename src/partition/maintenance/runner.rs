@@ -1,4 +1,5 @@
-//! Steps of maintenance: they apply plans, upload segments, and commit the log start and the uploads.
+//! Steps of maintenance: they apply plans, upload segments, commit the log start and the uploads, and rebuild lost
+//! manifests.
 
 use std::{ops::Range, time::Duration};
 
@@ -7,7 +8,7 @@ use tokio::sync::oneshot;
 use super::{
     MaintenanceError, MaintenanceResult, StepScope, UploadStats,
     plan::{MaintenancePlan, plan_step},
-    rebuild::Rebuilds,
+    rebuild::FailedRebuilds,
 };
 use crate::{
     cluster::{TierCommitError, TierCommits},
@@ -18,27 +19,26 @@ use crate::{
     tier::{PartitionTier, SegmentSource, StagedManifest, SurveyVerdict, TierState, UploadBatch, UploadError},
 };
 
-/// Time from the first upload of a commit after which no further segment is added to the commit. It is short, because
-/// writes with `acks=tiered` wait for the commit.
+/// Time since the start of the uploads for a commit after which no further segment is added to the commit. It is short,
+/// because writes with `acks=tiered` wait for the commit.
 const MAX_COMMIT_DELAY: Duration = Duration::from_secs(1);
 
-/// Time after which a confirmed outage of the object store ends an upload. The step then fails, and a later step is
-/// planned again.
-const MAX_UPLOAD_RETRY_DELAY: Duration = Duration::from_secs(2);
+/// Time since the confirmation of an outage of the object store after which uploads fail. The caller retries the step.
+const UPLOAD_OUTAGE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Runs maintenance, for all partitions of a broker.
+/// Runs the maintenance steps of all partitions of a broker.
 #[derive(Clone)]
 pub struct MaintenanceRunner {
     commits: TierCommits,
-    rebuilds: Rebuilds,
-    /// Delay that doubles with each consecutive failure of a step.
+    failed_rebuilds: FailedRebuilds,
+    /// Base of the retry delay. Each consecutive failure of a step doubles the delay, up to the fourth.
     base_retry_delay: Duration,
 }
 
 impl MaintenanceRunner {
     /// Creates a runner that commits through `commits`.
     pub fn new(commits: TierCommits) -> Self {
-        Self { commits, rebuilds: Rebuilds::default(), base_retry_delay: Duration::from_millis(500) }
+        Self { commits, failed_rebuilds: FailedRebuilds::default(), base_retry_delay: Duration::from_millis(500) }
     }
 
     /// Returns the delay, with jitter, before the retry of a step that has failed `failures` times in a row.
@@ -58,15 +58,16 @@ impl MaintenanceRunner {
         }
     }
 
-    /// Plans and applies one step, after any other step of this partition. A manifest that this step or a reader found
-    /// to be lost is rebuilt.
+    /// Plans and applies one step, after any other step of this partition. Then tries to rebuild the manifest, if this
+    /// step or a reader found it lost and this broker leads.
     pub async fn step(&self, partition: &Partition) -> Result<MaintenanceResult, MaintenanceError> {
         let _guard = partition.maintenance_lock.lock().await;
         self.locked_step(partition, StepScope::All).await
     }
 
-    /// Runs the planned step, then rebuilds the manifest if it is lost. A step without uploads does not rebuild it, and
-    /// reports an upload as due instead. The caller holds the partition's maintenance lock.
+    /// Runs the planned step, then rebuilds the manifest if it is lost. A step without uploads does not rebuild the
+    /// manifest: its result, even after an error, is that an upload is due. The caller holds the partition's
+    /// maintenance lock.
     async fn locked_step(
         &self,
         partition: &Partition,
@@ -81,7 +82,7 @@ impl MaintenanceRunner {
         }
         self.rebuild(partition, tier, &object).await?;
         match result {
-            // The step failed because the manifest was lost. The next step reads the rebuilt one.
+            // Most likely, the step failed because the manifest was lost. The next step reads the rebuilt manifest.
             Err(MaintenanceError::Manifest(_) | MaintenanceError::Upload(UploadError::Manifest(_))) => {
                 Ok(MaintenanceResult::PARTIAL)
             }
@@ -90,7 +91,8 @@ impl MaintenanceRunner {
     }
 
     /// Plans one step and applies the plan: roll, move the log start, evict, then upload or trim the manifest. If the
-    /// log start moved, the step ends after the eviction, so that the next step is planned with the new log start.
+    /// log start moved, the step ends after the eviction, so that the next step is planned with the new log start. A
+    /// step without uploads ends there too, and reports an upload as due if one is needed.
     async fn planned_step(
         &self,
         partition: &Partition,
@@ -111,7 +113,7 @@ impl MaintenanceRunner {
             plan = plan_step(partition, &local, scope).await;
         }
         let MaintenancePlan { retention, removed_bytes, manifest_lags } = plan;
-        // Commits are made in the epoch of the plan. If another broker leads by then, the metadata store refuses them.
+        // Commits are made in the epoch of the plan. They fail if the partition has another leader epoch by then.
         let epoch = local.leads.map(|(epoch, _)| epoch).unwrap_or_default();
         let moved = match retention.log_start {
             Some(start) => self.move_log_start(partition, start, removed_bytes, epoch).await,
@@ -135,7 +137,7 @@ impl MaintenanceRunner {
                 Ok(MaintenanceResult::UPLOAD_DUE)
             }
             (Some(bases), Some(tier)) => {
-                self.commits.accepts(partition.id()).await?;
+                self.commits.check_can_commit(partition.id()).await?;
                 let uploaded = self.upload(partition, tier, bases, &local, epoch).await?;
                 Ok(MaintenanceResult { more: true, uploaded, ..MaintenanceResult::default() })
             }
@@ -175,7 +177,7 @@ impl MaintenanceRunner {
 
     /// Uploads the segments that begin in `bases` and commits them together. Commits fewer segments if the uploads take
     /// long, or if an upload after the first fails. The next step then continues after the committed segments. Returns
-    /// the committed segments.
+    /// the number and the bytes of the committed segments.
     async fn upload(
         &self,
         partition: &Partition,
@@ -205,15 +207,15 @@ impl MaintenanceRunner {
         epoch: LeaderEpoch,
     ) -> Result<(), MaintenanceError> {
         let state = staged.state().clone();
-        // The compare-and-set expects the state from which the staged one was made. The staged one lacks any later
+        // The compare-and-set expects the state from which the staged state was made. The staged state lacks any later
         // commit, so the compare-and-set must fail after such a commit.
         self.replace_state(partition, Some(staged.replaces()), &state, epoch).await?;
         tier.install(staged);
         Ok(())
     }
 
-    /// Rebuilds the partition's lost manifest. If an attempt failed a short time ago, returns its error instead. Does
-    /// nothing on a replica that does not lead in a committed epoch.
+    /// Rebuilds the partition's lost manifest. If an attempt for the same manifest failed a short time ago, returns the
+    /// error of that attempt instead. Does nothing on a replica that does not lead in a committed epoch.
     async fn rebuild(&self, partition: &Partition, tier: &PartitionTier, object: &str) -> Result<(), MaintenanceError> {
         let Some((epoch, true)) = describe_segments(partition).await?.leads else { return Ok(()) };
         let (version, now) = (tier.state().version(), clock::monotonic());
@@ -222,16 +224,16 @@ impl MaintenanceRunner {
             partition: format!("{}/{}", partition.topic(), partition.id().number),
             reason,
         };
-        if let Some(reason) = self.rebuilds.recent_failure(partition.id(), version, now) {
+        if let Some(reason) = self.failed_rebuilds.recent_failure(partition.id(), version, now) {
             return Err(manifest_lost(reason));
         }
         match self.rebuild_now(partition, tier, epoch).await? {
             None => {
-                self.rebuilds.remove(partition.id());
+                self.failed_rebuilds.remove(partition.id());
                 Ok(())
             }
             Some(reason) => {
-                self.rebuilds.add_failure(partition.id(), version, now, reason.clone());
+                self.failed_rebuilds.add_failure(partition.id(), version, now, reason.clone());
                 Err(manifest_lost(reason))
             }
         }
@@ -261,7 +263,8 @@ impl MaintenanceRunner {
     }
 
     /// Replaces the tier state `before` with `after` in the metadata store, and applies the new state to the partition.
-    /// If the store has another state than `before`, that state is applied to the partition, and the commit fails.
+    /// If the commit fails because the stored state or the partition was changed, applies the stored state instead, if
+    /// that can be read, and returns the error.
     async fn replace_state(
         &self,
         partition: &Partition,
@@ -284,7 +287,7 @@ impl MaintenanceRunner {
 }
 
 /// Waits for `upload`. Fails, and drops `upload`, once an outage of the object store has been confirmed for
-/// [`MAX_UPLOAD_RETRY_DELAY`].
+/// [`UPLOAD_OUTAGE_TIMEOUT`].
 async fn while_available<T>(
     tier: &PartitionTier,
     upload: impl Future<Output = Result<T, MaintenanceError>>,
@@ -292,13 +295,14 @@ async fn while_available<T>(
     tokio::select! {
         biased;
         // The outage is polled before the upload, so that no segment is exported during such an outage.
-        error = tier.wait_until_unavailable_for(MAX_UPLOAD_RETRY_DELAY) => Err(MaintenanceError::Upload(error.into())),
+        error = tier.wait_until_unavailable_for(UPLOAD_OUTAGE_TIMEOUT) => Err(MaintenanceError::Upload(error.into())),
         result = upload => result,
     }
 }
 
 /// Uploads the segments that begin in `bases`, then writes a manifest that lists them too. Stops early after
-/// [`MAX_COMMIT_DELAY`], or if an upload after the first fails. Returns the manifest, which the caller has to commit.
+/// [`MAX_COMMIT_DELAY`], or if an upload after the first fails. Returns the manifest, which the caller has to commit,
+/// with the number and the bytes of the uploaded segments.
 async fn upload_segments(
     partition: &Partition,
     tier: &PartitionTier,
@@ -348,7 +352,7 @@ async fn upload_segment(
     Ok(upload_batch.add(&source).await?)
 }
 
-/// Opens a sealed segment for its upload, with the tables for its footer. The partition's task exports them.
+/// Opens a sealed segment for its upload. The partition's task exports the segment and the tables for its footer.
 async fn open_source(partition: &Partition, info: &SegmentInfo) -> Result<SegmentSource, MaintenanceError> {
     let (responder, export) = oneshot::channel();
     partition.command(ActorCommand::ExportSegment(info.base, responder)).await;

@@ -10,11 +10,12 @@ use super::{
 /// Maximum number of steps, more than the recovery from any state needs.
 const MAX_STEPS: usize = 400;
 
-/// No faults, but elections for a partition without a leader.
+/// No faults, but elections for a partition without a registered leader.
 const ELECTIONS_ONLY: Budget = Budget { epochs: 20, ..Budget::NOTHING };
 
 /// Continues a state without further faults until no step changes it. Each time, the first possible step that changes
-/// the state is taken. In the last state every replica must be in sync and every record committed.
+/// the state is taken. In the last state every replica must be in sync and every record committed, unless ISR and ELR
+/// are empty.
 pub(super) fn check_liveness(mut state: ModelState) -> Result<(), RuleViolation> {
     state.budget = ELECTIONS_ONLY;
     for _ in 0..MAX_STEPS {
@@ -61,7 +62,7 @@ fn reconnect(state: &mut ModelState) {
     }
 }
 
-/// Checks that every replica is in sync and every record is committed.
+/// Checks that every replica is in sync and every record is committed. Accepts a value with empty ISR and ELR.
 fn check_recovered(state: &ModelState) -> Result<(), RuleViolation> {
     // With ISR and ELR empty, no replica certainly holds all committed records: only an operator can elect a leader.
     if state.value.isr.is_empty() && state.value.elr.is_empty() {

@@ -55,7 +55,8 @@ struct CheckResult {
     depth: usize,
     /// True if every state within the bounds was visited.
     complete: bool,
-    /// Shortest sequence of steps to a state that violates a rule, and the violation; `None` if no state does.
+    /// Shortest sequence of steps to a state that violates a rule, or from which the partition does not recover, and
+    /// the violation; `None` if there is no such state.
     error: Option<(Vec<Step>, RuleViolation)>,
 }
 

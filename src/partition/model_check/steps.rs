@@ -120,7 +120,7 @@ impl ModelState {
                 if leader.needs_read_back() {
                     steps.push(Step::ReadBack(me));
                 }
-                if leader.clone().proposal().is_some() {
+                if leader.clone().start_proposal().is_some() {
                     steps.push(Step::Propose { leader: me, outcome: StoreReply::Delivered });
                     if self.budget.late > 0 {
                         steps.push(Step::Propose { leader: me, outcome: StoreReply::DeliveredLater });
@@ -235,7 +235,7 @@ impl ModelState {
         }
     }
 
-    /// Adds the elections of the controller, and the change of the min ISR.
+    /// Adds the controller's elections and its value without a leader, and the change of the min ISR.
     fn push_controller_steps(&self, steps: &mut Vec<Step>) {
         if self.budget.epochs > 0 {
             let leads = self.value.leader.is_some_and(|leader| self.is_registered(leader));
@@ -450,8 +450,8 @@ impl ModelState {
         Ok(())
     }
 
-    /// Handles a message at a follower: truncates its log, appends batches or does nothing. Dropped if the broker no longer
-    /// follows.
+    /// Handles a message at a follower: truncates its log, appends batches or does nothing. Dropped if the broker no
+    /// longer follows.
     fn follower_receives(&mut self, me: usize, message: ToFollower) -> Result<(), RuleViolation> {
         let ToFollower { epoch, high_watermark, content } = message;
         let history = self.brokers[me].history();
@@ -508,7 +508,7 @@ impl ModelState {
     /// Proposes the leader's next ISR change to the store, with this outcome.
     fn propose(&mut self, me: usize, outcome: StoreReply) {
         let Role::Leading(leader) = &mut self.brokers[me].role else { return };
-        let Some(proposal) = leader.proposal() else { return };
+        let Some(proposal) = leader.start_proposal() else { return };
         let awaited = Some(leader.epoch());
         let call = StoreCall { proposal, owner: id(me), awaited };
         match outcome {
@@ -549,7 +549,8 @@ impl ModelState {
         }
     }
 
-    /// Passes an outcome to a leader, and the adopted value to its metadata.
+    /// Passes an outcome to a leader, and the adopted value to its metadata. A deposed leader gets the current
+    /// metadata.
     fn on_proposal_outcome(&mut self, me: usize, outcome: ProposalOutcome) {
         let broker = &mut self.brokers[me];
         let Role::Leading(leader) = &mut broker.role else { return };

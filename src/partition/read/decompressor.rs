@@ -6,8 +6,8 @@
 //! Memory is taken from a common budget before a batch is decompressed. If each batch took memory for the worst case,
 //! only one batch at a time could be decompressed. So a batch first takes memory for the size that it declares, or for
 //! an estimate. If the records are larger, the batch releases that memory and takes four times as much. Most batches
-//! are decompressed once. A decompression bomb costs up to a third more work than one decompression up to its limit. It
-//! costs nothing if it declares a size above the limit.
+//! are decompressed once. A decompression bomb costs less than 2.4 times the work of one decompression up to its limit.
+//! It costs nothing if it declares a size above the limit.
 //!
 //! ```text
 //! estimate ─ take ─► decompress within it ─► done
@@ -123,16 +123,17 @@ impl Decompressor {
         Self { _charge: Some(charge), ..self.clone() }
     }
 
-    /// Waits for a permit of the caller. The returned decompressor holds the permit until it is dropped, and takes no
-    /// further permit. Returns a clone at once if the caller has no limit, or holds its permit already.
+    /// Waits for a permit of the caller. The returned decompressor and its clones hold the permit until all of them are
+    /// dropped, and take no further permit. Returns a clone at once if the caller has no limit, or if this decompressor
+    /// holds a permit already.
     pub async fn with_caller_permit(&self) -> Self {
         let Some(permits) = &self.caller_permits else { return self.clone() };
         let permit = Arc::clone(permits).acquire_owned().await.expect("the semaphore is never closed");
         Self { caller_permits: None, _caller_permit: Some(Arc::new(permit)), ..self.clone() }
     }
 
-    /// Runs `work` with a stored batch, to read it, as [`Self::open`] does. If `work` fails, the error is stored, and
-    /// the next calls with this batch return it without running `work`.
+    /// Runs `work` with a stored batch, to read it, as [`Self::open`] does. If the call fails, its error is stored.
+    /// Later calls with this batch return that error without running `work`, until later errors displace it.
     ///
     /// # Errors
     /// The errors of [`Self::open`], of this call or of an earlier one with the batch.
@@ -148,15 +149,15 @@ impl Decompressor {
         opened.inspect_err(|error| self.undecodable.add(id, batch, error.clone()))
     }
 
-    /// Runs `work` with a batch, while it holds memory for the uncompressed records and the permits. `work` receives a
-    /// maximum uncompressed size in bytes, and returns [`MalformedBatch::Grows`] if the records are larger. `work` then
-    /// runs again with a larger maximum, up to `max_bytes`. The caller accounts for the memory of the result, which
-    /// must not hold the decompressed records. A small batch without compression that is only read needs neither memory
-    /// nor permits.
+    /// Runs `work` with a batch, while this function holds memory for the uncompressed records and the permits. `work`
+    /// receives a maximum uncompressed size in bytes, and returns [`MalformedBatch::Grows`] if the records are larger.
+    /// `work` then runs again with a larger maximum, up to `max_bytes`. The caller accounts for the memory of the
+    /// result, which must not hold the decompressed records. A small batch without compression that is only read needs
+    /// neither memory nor permits.
     ///
     /// # Errors
     /// The error of `work`; [`MalformedBatch::Grows`] if the records exceed `max_bytes`; [`MalformedBatch::NoMemory`]
-    /// if they exceed the whole budget, which is less than `max_bytes` allows.
+    /// if compressed records exceed the memory for large batches, and that memory is the lower limit.
     pub async fn open<T, F>(
         &self,
         batch: &Batch,
@@ -224,8 +225,7 @@ impl Decompressor {
 /// a later batch at the same offset.
 type BatchIdentity = (PartitionId, Offset, u32);
 
-/// Batches that could not be opened, with the error of each, so that no read decompresses them again. A batch is
-/// undecodable if any of its records is.
+/// Batches that could not be opened, with the error of each, so that no read decompresses them again.
 #[derive(Debug, Default)]
 struct UndecodableBatches(Mutex<VecDeque<(BatchIdentity, MalformedBatch)>>);
 

@@ -1,4 +1,4 @@
-//! Memory budgets: permits in bytes, which requests and decompressions hold while they use the memory.
+//! Memory budgets: permits for bytes, which requests and decompressions hold while they use the memory.
 
 use std::{fmt, sync::Arc};
 
@@ -23,7 +23,7 @@ pub struct MemoryBudget {
 }
 
 impl MemoryBudget {
-    /// Creates a budget of `bytes`, rounded up to whole permits.
+    /// Creates a budget of `bytes`, rounded up to whole permits: at least one and at most `MAX_UNITS`.
     pub fn new(bytes: u64) -> Self {
         let units = u32::try_from(bytes.div_ceil(UNIT_BYTES as u64)).unwrap_or(MAX_UNITS).clamp(1, MAX_UNITS);
         Self { semaphore: Arc::new(Semaphore::new(units as usize)), units }
@@ -51,7 +51,7 @@ impl MemoryBudget {
         extension.map(|extension| permit.merge(extension)).is_ok()
     }
 
-    /// Releases the part of a permit above `bytes`.
+    /// Releases the part of a permit above `bytes`. At least one unit remains.
     pub fn shrink(permit: &mut OwnedSemaphorePermit, bytes: usize) {
         let surplus_units = permit.num_permits().saturating_sub(Self::units(bytes));
         drop(permit.split(surplus_units));
@@ -64,7 +64,7 @@ impl MemoryBudget {
         permit.split(units).expect("units is at most the number of permits")
     }
 
-    /// Adds `additional` to a permit of the same budget. If `additional` belongs to another budget, it is released.
+    /// Adds `additional` to `permit` if both belong to the same budget; otherwise releases `additional`.
     pub fn merge(permit: &mut OwnedSemaphorePermit, additional: OwnedSemaphorePermit) {
         if Arc::ptr_eq(permit.semaphore(), additional.semaphore()) {
             permit.merge(additional);

@@ -1,9 +1,10 @@
 //! Reads of a partition: from memory, then disk, then object store, without a difference to the caller.
 //!
 //! A reader sends no request to the partition's task. It reads from the log start to the high watermark that the task
-//! published. The caller may have received a higher high watermark from another replica. So on a follower, and on a
-//! leader whose epoch is not committed, a read above the local high watermark returns nothing yet instead of an error.
-//! A segment may be evicted during a read: the read then tries again, and finds the records in the object store.
+//! published. The caller may have received a higher high watermark from another replica. So only a leader of a
+//! committed epoch returns an error for a read above its high watermark; on any other replica, such a read returns
+//! nothing yet. A segment may be evicted during a read: the read then tries again, because the object store has the
+//! records or they are deleted.
 
 use std::sync::Arc;
 
@@ -50,7 +51,8 @@ pub struct FetchedBatches {
 /// Error of a read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReadError {
-    /// The offset is below `start`, or above `end` on a leader whose epoch is committed.
+    /// The offset is below `start` or above `end`. A [`PartitionReader`] returns this error for an offset above `end`
+    /// only on a leader whose epoch is committed.
     #[error("offset {offset} is out of range: the partition holds {start} to {end}")]
     OutOfRange {
         /// Requested offset.
@@ -72,10 +74,10 @@ pub enum ReadError {
         /// Kind and position of the corruption.
         reason: String,
     },
-    /// The disk could not be read.
+    /// The disk could not be read, or segments were evicted during each of several attempts.
     #[error("reading from this broker's disk failed: {reason}")]
     Disk {
-        /// Error of the operating system.
+        /// Description of the error.
         reason: String,
     },
     /// The first batch of the read exceeds the memory that the caller has for it.
@@ -138,7 +140,7 @@ impl PartitionReader {
     /// Reads committed records from `from` on: at least one batch if there is one, and further batches within the
     /// limits. Batches in memory are shared and take no memory of the caller, so the first one may have any size.
     /// Returns `None` if there is nothing to read yet: `from` is the high watermark, or lies above it on a replica that
-    /// does not lead in a committed epoch.
+    /// does not lead in a committed epoch, or the batch at `from` is in the object store and ends above it.
     ///
     /// # Errors
     /// [`ReadError::OutOfRange`] if `from` is below the log start, or above the high watermark of a leader whose epoch
@@ -177,7 +179,7 @@ impl PartitionReader {
             let Some(watermarks) = self.readable_watermarks(from)? else { return Ok(None) };
             let bound = watermarks.high_watermark;
             if let Some(read) = self.log.read_memory(from, bound, limits.max_bytes) {
-                return Ok(Some(fetched(read, ReadSource::Memory)));
+                return Ok(Some(into_fetched(read, ReadSource::Memory)));
             }
             // The log's own local start may be above the published one: the task publishes it later.
             if from >= watermarks.local_start.max(self.log.local_start()) {
@@ -196,8 +198,8 @@ impl PartitionReader {
     /// watermark.
     ///
     /// # Errors
-    /// [`ReadError::Closed`]; [`ReadError::OutOfRange`] below the log start. A leader of a committed epoch also rejects
-    /// an offset above its high watermark.
+    /// [`ReadError::Closed`] after the partition was closed. [`ReadError::OutOfRange`] below the log start, and above
+    /// the high watermark of a leader whose epoch is committed.
     fn readable_watermarks(&self, from: Offset) -> Result<Option<Watermarks>, ReadError> {
         if self.published.is_closed() {
             return Err(ReadError::Closed);
@@ -236,7 +238,7 @@ impl PartitionReader {
         limits: ReadLimits,
     ) -> Result<Option<FetchedBatches>, ReadError> {
         match self.run_on_disk(move |log| log.read_disk(from, bound, limits)).await {
-            Ok(read) => Ok(Some(fetched(read, ReadSource::Disk))),
+            Ok(read) => Ok(Some(into_fetched(read, ReadSource::Disk))),
             Err(log::LogReadError::OutOfRange { .. }) => Ok(None),
             Err(log::LogReadError::BatchTooLarge { bytes }) => Err(ReadError::BatchTooLarge { bytes }),
             Err(error) => self.fall_back_to_object_store(from, bound, limits, error).await.map(Some),
@@ -272,7 +274,7 @@ impl PartitionReader {
     }
 
     /// Reads batches that end at or below `bound` from the object store. Returns `None` if the first batch ends above
-    /// `bound`. If retention deleted the records during the read, the error is [`ReadError::OutOfRange`].
+    /// `bound`. If retention deleted the records during a failed read, the error is [`ReadError::OutOfRange`].
     async fn read_object_store(
         &self,
         from: Offset,
@@ -288,7 +290,7 @@ impl PartitionReader {
         match tier.read(from, limits).await {
             Ok(read) => {
                 let (chunks, bytes, next) = (read.chunks, read.bytes, read.next);
-                Ok(below(FetchedBatches { chunks, bytes, next, source: ReadSource::ObjectStore }, bound))
+                Ok(batches_below(FetchedBatches { chunks, bytes, next, source: ReadSource::ObjectStore }, bound))
             }
             // The log start may have moved above `from` during the read.
             Err(error) => self.readable_watermarks(from).and(Err(self.object_store_error(from, &error))),
@@ -323,8 +325,8 @@ impl PartitionReader {
     /// none.
     ///
     /// # Errors
-    /// [`ReadError::BatchTooLarge`] if the search has to open a batch above `max_batch_bytes`. The other errors are
-    /// those of reads.
+    /// [`ReadError::BatchTooLarge`] if the search has to open a batch above `max_batch_bytes`. [`ReadError::Disk`] if
+    /// the local copy cannot be read or is corrupt. The other errors are those of reads from the object store.
     pub async fn offset_for_time(
         &self,
         timestamp_ms: i64,
@@ -415,13 +417,13 @@ fn first_record_at(
 }
 
 /// Converts batches that were read from the local log.
-pub(super) fn fetched(read: log::ReadBatches, source: ReadSource) -> FetchedBatches {
+pub(super) fn into_fetched(read: log::ReadBatches, source: ReadSource) -> FetchedBatches {
     FetchedBatches { chunks: read.chunks, bytes: read.bytes, next: read.next, source }
 }
 
 /// Returns the batches that end at or below `bound`; `None` if there are none. A follower may receive the tier state of
 /// records before its leader sends the high watermark above them.
-fn below(fetched: FetchedBatches, bound: Offset) -> Option<FetchedBatches> {
+fn batches_below(fetched: FetchedBatches, bound: Offset) -> Option<FetchedBatches> {
     if fetched.next <= bound {
         return Some(fetched);
     }
@@ -459,14 +461,14 @@ mod tests {
         };
         for split_at in 0..encoded.len() {
             for (bound, batches) in [(9, 3), (6, 3), (5, 2), (4, 2), (3, 1), (2, 1)] {
-                let result = below(fetched(split_at), at(bound)).expect("some batches lie below the bound");
+                let result = batches_below(fetched(split_at), at(bound)).expect("some batches lie below the bound");
                 assert_eq!(
                     (result.next, result.bytes),
                     (at(2 * batches), encoded.len() / 3 * usize::try_from(batches).expect("few"))
                 );
                 assert_eq!(result.chunks.concat(), encoded[..result.bytes]);
             }
-            assert!(below(fetched(split_at), at(1)).is_none());
+            assert!(batches_below(fetched(split_at), at(1)).is_none());
         }
     }
 }

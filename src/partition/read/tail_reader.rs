@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::reader::{FetchedBatches, ReadError, ReadSource, fetched};
+use super::reader::{FetchedBatches, ReadError, ReadSource, into_fetched};
 use crate::{
     log,
     model::{LeaderEpoch, Offset},
@@ -41,9 +41,9 @@ impl TailReader {
     /// `from` is the log end. Reads memory or disk, never the object store.
     ///
     /// # Errors
-    /// [`ReadError::Closed`] if this broker no longer leads in the reader's epoch. [`ReadError::OutOfRange`] if `from`
-    /// is below the local start or above the log end: the follower has to subscribe again. [`ReadError::Corrupt`] or
-    /// [`ReadError::Disk`] if the disk cannot be read.
+    /// [`ReadError::Closed`] if this broker no longer leads in the reader's epoch, or the partition is closed.
+    /// [`ReadError::OutOfRange`] if `from` is below the local start or above the log end: the follower has to subscribe
+    /// again. [`ReadError::Corrupt`] or [`ReadError::Disk`] if the disk cannot be read.
     pub async fn read(&self, from: Offset, max_bytes: usize) -> Result<Option<FetchedBatches>, ReadError> {
         self.check_leading()?;
         let bound = self.published.progress().log_end;
@@ -54,11 +54,11 @@ impl TailReader {
             return Err(ReadError::OutOfRange { offset: from, start: self.log.local_start(), end: bound });
         }
         let batches = match self.log.read_memory(from, bound, max_bytes) {
-            Some(read) => fetched(read, ReadSource::Memory),
+            Some(read) => into_fetched(read, ReadSource::Memory),
             None => {
                 let log = self.log.clone();
                 let read = task::run_blocking(move || log.read_disk(from, bound, max_bytes)).await;
-                fetched(read.map_err(|error| self.read_error(from, error))?, ReadSource::Disk)
+                into_fetched(read.map_err(|error| self.read_error(from, error))?, ReadSource::Disk)
             }
         };
         // This broker publishes the end of its leadership before it truncates the log. So if it still leads, the
@@ -67,7 +67,7 @@ impl TailReader {
         Ok(Some(batches))
     }
 
-    /// Returns [`ReadError::Closed`] if this broker no longer leads in the reader's epoch.
+    /// Returns [`ReadError::Closed`] if this broker no longer leads in the reader's epoch, or the partition is closed.
     pub(in crate::partition) fn check_leading(&self) -> Result<(), ReadError> {
         let status = self.published.status();
         if !self.published.is_closed()

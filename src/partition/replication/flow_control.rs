@@ -4,7 +4,7 @@
 //!   leader: sent ─▶ … link … ─▶ follower's queue ─▶ written ─▶ acknowledged
 //!           ╰──────────────── in flight ─────────────────────────────╯
 //! ```
-//! Bytes are in flight from their read until the follower has acknowledged them as written. The bytes in flight of one
+//! Bytes are in flight from their read until the follower has acknowledged them as written. The reads in flight of one
 //! subscription fit into the queue of the follower's partition. So the follower's broker receives without waiting, and
 //! a slow partition delays no other partition.
 
@@ -111,8 +111,8 @@ impl SendWindow {
 
 /// Token bucket for the bytes that all catching-up replicas together read from a leader's broker.
 ///
-/// The bytes of a read are taken after the read. So one read may overdraw the bucket, and the next read waits until the
-/// bucket is filled again.
+/// The bytes of a read are taken after the read. So a read may overdraw the bucket, and the next read waits until the
+/// bucket has bytes again.
 #[derive(Debug)]
 pub(super) struct RateLimiter {
     bytes_per_second: Option<u64>,

@@ -2,7 +2,7 @@
 //! link's task takes the requests, and exists only while the link is connected.
 //!
 //! A later request of a partition replaces the earlier ones that it makes obsolete, if the link's task has not taken
-//! them. So there is one entry for each partition that follows, however often its requests change.
+//! them. So a partition has at most one entry, however often its requests change.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -112,7 +112,8 @@ impl LinkRequests {
         self.update_entry(partition, |entry, _| entry.pending.resubscribe = entry.follows);
     }
 
-    /// Ends following on this link. After the return, nothing is acknowledged, or delivered to the partition.
+    /// Ends following on this link; ignored if the partition does not follow on it. After the return, nothing of the
+    /// subscription is acknowledged, or delivered to the partition.
     pub fn unsubscribe(&self, partition: PartitionId, known_epoch: LeaderEpoch, stopping: bool) {
         self.update_entry(partition, |entry, _| {
             if entry.follows {

@@ -1,8 +1,8 @@
 //! Messages of a link: checked types, and the conversion from and to the protocol (`proto/strandline/v1/peer.proto`).
 //!
 //! Batches stay in the chunks of memory in which they were read, and go into the message unchanged. Messages are input:
-//! an invalid number is rejected with its name and value. An error in one subscription ends only that subscription; an
-//! error in a message without a subscription ends the link.
+//! an invalid number is rejected with its name and value. An invalid subscription, response or batch ends only its
+//! subscription. An invalid progress message, or a message of an unexpected kind, ends the link.
 
 use bytes::Bytes;
 use prost::Message;
@@ -32,7 +32,7 @@ pub(super) enum InvalidMessage {
     /// An invalid number.
     #[error("{field} is {value}")]
     Number {
-        /// Name of the field.
+        /// Name of the field, or a description of the invalid number.
         field: &'static str,
         /// Value of the field.
         value: i64,
@@ -58,7 +58,7 @@ pub(super) enum InvalidMessage {
         /// Error of the first malformed batch.
         reason: MalformedBatch,
     },
-    /// An offset or an epoch other than the requested one.
+    /// An offset other than the requested one.
     #[error("{field} is {got} instead of {expected}")]
     NotRequested {
         /// Name of the field.
@@ -81,7 +81,7 @@ impl From<InvalidMessage> for ApiError {
     }
 }
 
-/// Message of a follower's broker, about one subscription or many.
+/// Message of a follower's broker.
 #[derive(Debug)]
 pub(super) enum FollowerMessage {
     /// Start of a subscription; an invalid request ends only that subscription.

@@ -20,7 +20,7 @@
 //! Catch-up and tail are one loop. A subscription with new records and space in its window is read towards the log end,
 //! from memory or from the disk. The batches of a read go into the next message. A message is sent when it is full, or
 //! when nothing else can be read at once. Only a high watermark without batches waits for a timer. Whenever the link
-//! can send, the follower's side acknowledges in one message all subscriptions whose progress changed.
+//! can send, the follower's side acknowledges in one message the subscriptions whose progress changed.
 //!
 //! # Invariants
 //!
@@ -34,8 +34,8 @@
 //! - A follower's report of a newer leader epoch has no effect by itself: it causes a read of the metadata store, and
 //!   only the stored epoch ends a leadership.
 //! - Messages are input. An error in one subscription ends that subscription; the follower subscribes again with
-//!   growing pauses. Only these errors end the link: a malformed message that names no subscription, a subscription
-//!   number in use, or the response to a ping that was never sent.
+//!   growing pauses. Only these errors end the link: a message of an unexpected kind, an invalid progress message, a
+//!   subscription number in use, or the response to a ping that was never sent.
 //!
 //! # Disconnect and shutdown
 //!

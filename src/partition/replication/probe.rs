@@ -17,7 +17,8 @@ pub struct LinkProbe {
 pub(super) struct UnsentPing;
 
 impl LinkProbe {
-    /// Waits until the follower has responded to a ping; without end if the follower never responds.
+    /// Requests a ping, unless one is pending, and waits until the follower has responded to it; without end if the
+    /// follower never responds.
     pub async fn ping_and_wait(&self) {
         let mut number = 0;
         self.requested.send_modify(|requested| {

@@ -90,7 +90,7 @@ struct ReceiverSlot {
     end_log: LogThrottle,
 }
 
-/// A subscription that was sent to the leader.
+/// A subscription that was queued for the leader, or sent.
 struct ReceiverSubscription {
     partition: Arc<Partition>,
     /// Number of the subscription on this link.
@@ -183,7 +183,7 @@ impl<'a> ReplicationReceiver<'a> {
                 },
                 // The next pass of the loop takes the requests.
                 () = self.requests.wait_for_request() => {}
-                () = ready.wait_for_index(), if self.messages.is_empty() => self.gather_progress(limits::MAX_PEER_REPLICAS),
+                () = ready.wait_for_mark(), if self.messages.is_empty() => self.gather_progress(limits::MAX_PEER_REPLICAS),
                 message = incoming.next() => match message {
                     Some(Ok(message)) => {
                         if let Err(error) = self.on_message(message) {
@@ -208,7 +208,7 @@ impl<'a> ReplicationReceiver<'a> {
     }
 
     /// Sends the pending messages and unsubscriptions, and waits until the other side has received them and ends the
-    /// stream.
+    /// stream. Drops received messages.
     async fn send_unsubscribes<S>(&mut self, mut incoming: S, outgoing: mpsc::Sender<v1::ReplicateRequest>)
     where
         S: Stream<Item = Result<v1::ReplicateResponse, Status>> + Unpin + Send,
@@ -277,7 +277,7 @@ impl<'a> ReplicationReceiver<'a> {
         self.retry_at.insert(id, retry_at);
     }
 
-    /// Notifies the partitions whose pause is over.
+    /// Notifies the partitions whose pause is over and that still follow on this link.
     fn notify_due(&mut self) {
         let now = clock::monotonic();
         while let Some((retry_at, id)) = self.retry_queue.first().copied()
@@ -291,8 +291,8 @@ impl<'a> ReplicationReceiver<'a> {
         }
     }
 
-    /// Replaces a partition's subscription by a new one, and queues the message. If the partition is not open, it is
-    /// notified again after a pause.
+    /// Replaces a partition's subscription by a new one, and queues the message. If the partition is not open, drops
+    /// the request, and notifies the partition after a pause that the link is connected.
     fn subscribe(&mut self, request: RequestId, params: SubscribeRequest) {
         let id = params.partition;
         self.end_subscription(id);
@@ -425,7 +425,7 @@ impl<'a> ReplicationReceiver<'a> {
     /// Handles a message of the leader's broker. Messages for earlier subscriptions are dropped.
     ///
     /// # Errors
-    /// The message is invalid and names no subscription: the link has to end.
+    /// The message has an unexpected kind: the link has to end.
     fn on_message(&mut self, message: v1::ReplicateResponse) -> Result<(), InvalidMessage> {
         match message.try_into()? {
             LeaderMessage::Response { subscription_id: number, response } => {
@@ -450,8 +450,8 @@ impl<'a> ReplicationReceiver<'a> {
         Ok(())
     }
 
-    /// Delivers the leader's response to the partition, and checks it first. Only an accepted subscription continues.
-    /// An error response after the acceptance means that the leader ended the subscription.
+    /// Checks the leader's response, and delivers it to the partition. Only an accepted subscription continues. An
+    /// error response after the acceptance means that the leader ended the subscription.
     fn on_response(&mut self, index: usize, response: SubscribeResponse) {
         let ReceiverSlot { id, subscription: Some(subscription), .. } = &mut self.slots[index] else { return };
         let id = *id;
@@ -464,7 +464,7 @@ impl<'a> ReplicationReceiver<'a> {
                 return self.fail_subscription(index, &"second response to one subscription");
             }
             SubscribeOutcome::Accepted(at) if *at != subscription.params.position.log_end => {
-                let reason = not_requested("the accepted offset", *at, subscription.params.position.log_end);
+                let reason = not_requested_error("the accepted offset", *at, subscription.params.position.log_end);
                 return self.fail_subscription(index, &reason);
             }
             SubscribeOutcome::Accepted(_) => subscription.accepted_at = Some(clock::monotonic()),
@@ -486,7 +486,8 @@ impl<'a> ReplicationReceiver<'a> {
     /// Checks batches and delivers them to the partition.
     ///
     /// # Errors
-    /// The batches are invalid, or the partition's queue is full: the subscription has to end.
+    /// The batches are malformed, belong to another epoch, or arrived before the response to the subscription, or the
+    /// partition's queue is full: the subscription has to end.
     fn deliver_batches(&mut self, index: usize, message: v1::PartitionBatches) -> Result<(), BatchRejection> {
         let Some(subscription) = &mut self.slots[index].subscription else { return Ok(()) };
         if subscription.accepted_at.is_none() {
@@ -532,7 +533,7 @@ enum BatchRejection {
 }
 
 /// Returns the error of a message that names another offset than the requested one.
-fn not_requested(field: &'static str, got: Offset, expected: Offset) -> InvalidMessage {
+fn not_requested_error(field: &'static str, got: Offset, expected: Offset) -> InvalidMessage {
     InvalidMessage::NotRequested { field, got: got.as_i64(), expected: expected.as_i64() }
 }
 

@@ -57,8 +57,8 @@ pub(super) const MAX_QUEUED_RESPONSES: usize = 1024;
 /// Maximum time that a moved high watermark waits for batches that carry it.
 const WATERMARK_DELAY: Duration = Duration::from_millis(5);
 
-/// Number of queued partition batches above which no high watermark is sent without records. Otherwise a follower that
-/// reads nothing could fill the memory.
+/// Number of queued partition batches from which on no high watermark is sent without records. Otherwise a follower
+/// that reads nothing could fill the memory.
 const MAX_QUEUED_WATERMARKS: usize = 4096;
 
 /// Maximum time at the end of a link to notify its partitions. A partition whose queue stays full is not notified; the
@@ -193,9 +193,9 @@ impl ReplicationSender {
                 Some((index, result)) = self.notifications.next(), if !self.notifications.is_empty() => self.on_notified(index, result),
                 Some(read) = self.reads.next(), if !self.reads.is_empty() => self.on_read(read),
                 // The next pass of the loop starts the reads.
-                () = written.wait_for_index(), if may_read => {}
+                () = written.wait_for_mark(), if may_read => {}
                 () = sleep_until_time(self.throttled_until), if may_read => self.throttled_until = None,
-                () = committed.wait_for_index(), if self.watermarks_due.is_none() && self.batches.len() < MAX_QUEUED_WATERMARKS => {
+                () = committed.wait_for_mark(), if self.watermarks_due.is_none() && self.batches.len() < MAX_QUEUED_WATERMARKS => {
                     self.watermarks_due = Some(clock::monotonic() + WATERMARK_DELAY);
                 }
                 () = sleep_until_time(self.watermarks_due), if self.batches.len() < MAX_QUEUED_WATERMARKS => self.send_watermarks(),
@@ -227,7 +227,8 @@ impl ReplicationSender {
         messages::batches(batches)
     }
 
-    /// Starts reads, and adds those that finish at once to the next message, until the message is full.
+    /// Starts reads, and adds those that finish at once to the next message. Returns when the message is full,
+    /// [`MAX_CONCURRENT_READS`] reads are in progress, or no subscription is due.
     fn start_reads(&mut self) {
         while self.batch_bytes < MESSAGE_BYTES && self.reads.len() < MAX_CONCURRENT_READS {
             let Some(index) = self.next_slot_to_read() else { return };
@@ -304,7 +305,8 @@ impl ReplicationSender {
         }));
     }
 
-    /// Adds the result of a read to the next message. Drops it if the subscription has ended.
+    /// Adds the batches of a read to the next message. A failed read ends the subscription with an error. Drops the
+    /// result if the subscription has ended meanwhile.
     fn on_read(&mut self, read: FinishedRead) {
         let FinishedRead { index, number, result } = read;
         let slot = &mut self.slots[index];
@@ -375,7 +377,8 @@ impl ReplicationSender {
     /// Handles a message of the follower's broker. Messages for earlier subscriptions are dropped.
     ///
     /// # Errors
-    /// The message is invalid and names no subscription: the link has to end.
+    /// The message has an unexpected kind, is an invalid progress message, names a subscription number in use, or
+    /// responds to a ping that was never sent: the link has to end.
     fn on_message(&mut self, message: v1::ReplicateRequest) -> Result<(), ApiError> {
         match message.try_into()? {
             FollowerMessage::Subscribe { subscription_id: number, request: Ok(request) } => {
@@ -501,7 +504,8 @@ impl ReplicationSender {
         }
     }
 
-    /// Ends the subscription of a slot, and sends the error to the follower, which may subscribe again.
+    /// Ends the accepted subscription of a slot, notifies the partition, and sends the error to the follower, which may
+    /// subscribe again.
     fn end_with_error(&mut self, index: usize, error: ApiError) {
         let slot = &mut self.slots[index];
         let (Some(number), Some(subscription)) = (slot.number, &slot.subscription) else { return };
@@ -515,7 +519,8 @@ impl ReplicationSender {
         self.notify_partition(index);
     }
 
-    /// Ends the subscription of a slot, and releases its bytes in flight. Does not notify the partition.
+    /// Ends the requested or accepted subscription of a slot, and releases its bytes in flight. Does not notify the
+    /// partition.
     fn end_subscription(&mut self, index: usize) {
         let slot = &mut self.slots[index];
         slot.notifications.subscribe = None;
@@ -529,7 +534,7 @@ impl ReplicationSender {
 
     /// Starts the next pending notification of a partition, unless one is being delivered. The loop does not wait for
     /// the notification, because the partition's task may be busy. If the partition was closed, ends its subscription,
-    /// and sends the follower of a pending one an error.
+    /// and sends the follower an error for a pending one.
     fn notify_partition(&mut self, index: usize) {
         let slot = &mut self.slots[index];
         if slot.notifying {
@@ -571,7 +576,8 @@ impl ReplicationSender {
         self.notifications.push(notify);
     }
 
-    /// Handles a delivered notification, and starts the next one. If it was a subscription, sends its response.
+    /// Handles a delivered notification, and starts the next one. If the notification was a subscription that is still
+    /// current, sends its response.
     fn on_notified(&mut self, index: usize, result: NotificationResult) {
         let slot = &mut self.slots[index];
         slot.notifying = false;

@@ -14,7 +14,7 @@ use crate::{
     proto::error::{ApiError, ErrorCode},
 };
 
-/// Partition that a follower ever subscribed on this link, with its current subscription.
+/// Partition to which the follower has subscribed on this link, with the current subscription.
 pub(super) struct SenderSlot {
     /// The partition may have been deleted since.
     pub(super) partition: Weak<Partition>,
@@ -54,7 +54,7 @@ pub(super) struct SenderSubscription {
     pub(super) catches_up: bool,
     /// True while a read is in progress.
     pub(super) reading: bool,
-    /// True if the log end moved during the read.
+    /// True if the slot was marked or queued during the read, so that the read must be followed by another.
     pub(super) moved_during_read: bool,
     /// True while the subscription waits in `catch_up_queue`.
     pub(super) queued: bool,

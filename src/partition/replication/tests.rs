@@ -217,7 +217,7 @@ impl ScriptedPeer<v1::ReplicateRequest, v1::ReplicateResponse> {
 }
 
 impl ScriptedPeer<v1::ReplicateResponse, v1::ReplicateRequest> {
-    /// Returns the next subscription of the follower.
+    /// Receives messages up to the next subscription, and returns that.
     async fn next_subscribe(&mut self) -> v1::Subscribe {
         loop {
             if let Some(replicate_request::Message::Subscribe(subscribe)) = self.receive().await.message {
@@ -578,7 +578,7 @@ async fn unexpected_responses_change_nothing() {
     link.respond(subscribe.subscription_id, subscribe_response::Outcome::Error(rejected())).await;
     let next = link.next_subscribe().await;
     assert!(next.subscription_id > subscribe.subscription_id, "a leader may end a subscription that it accepted");
-    // Only a message that names no subscription ends the link.
+    // A message of an unexpected kind ends the link.
     link.send(v1::ReplicateResponse::default()).await;
     assert!(matches!(link.ended.await.unwrap(), LinkEnd::Bad(_)));
     side.tasks.stop().await;

@@ -386,7 +386,7 @@ prop_compose! {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// After a plan was applied, the next plan is empty, and no local segment lies wholly below the log start.
+    /// Without uploads, the plan after an applied plan is empty, and no local segment lies wholly below the log start.
     #[test]
     fn applied_plan_leaves_no_work(state in retention_states()) {
         let mut after = state.clone();

@@ -202,7 +202,7 @@ impl ConnectionLimiter {
     }
 
     /// Logs and returns the error for a call above the limit of open calls, on a connection that already has its share.
-    fn refuse_call(&self, peer: IpAddr) -> RefusedCall {
+    fn call_limit_error(&self, peer: IpAddr) -> RefusedCall {
         let max = self.0.max_calls;
         if let Some(count) = occur(&self.0.throttles.calls) {
             tracing::warn!(
@@ -221,7 +221,7 @@ impl ConnectionLimiter {
     }
 
     /// Returns the error for a call on a connection that serves only probes.
-    fn refusal(&self, bound: SlotLimit) -> RefusedCall {
+    fn slot_limit_error(&self, bound: SlotLimit) -> RefusedCall {
         let LimiterState { kind, capacity, per_address, address_raised_by, .. } = &*self.0;
         RefusedCall(match bound {
             SlotLimit::Connections => format!(
@@ -307,7 +307,7 @@ impl Caller {
         let mut slots = self.limiter.0.slots.lock();
         if !slots.has_capacity_for_call(self.id) {
             drop(slots);
-            return Err(self.limiter.refuse_call(self.peer));
+            return Err(self.limiter.call_limit_error(self.peer));
         }
         let pool = slots.begin_call(self.id);
         let call = OpenCall(self.clone());
@@ -327,7 +327,7 @@ impl Caller {
             }
             Err(bound) => {
                 tracing::debug!(peer = %self.peer, "refused a call: its connection is above the limit");
-                Err(self.limiter.refusal(bound))
+                Err(self.limiter.slot_limit_error(bound))
             }
         }
     }

@@ -83,8 +83,8 @@ impl CountedConnection {
         self.caller.clone()
     }
 
-    /// Updates the flags that permit reads after a write, and wakes a waiting read if the write succeeded. Returns the
-    /// result of the write unchanged.
+    /// Updates the flags that permit reads after a write, and wakes a waiting read if the write did not find the socket
+    /// full. Returns the result of the write unchanged.
     fn on_write(&mut self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         self.is_full = written.is_pending() && self.caller.listener_kind() == ListenerKind::Grpc;
         if written.is_ready() {

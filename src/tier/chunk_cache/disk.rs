@@ -17,7 +17,7 @@ use crate::{
 /// Maximum number of concurrent reads from the folder. A started read continues even if its caller no longer waits.
 const MAX_CONCURRENT_DISK_READS: usize = 32;
 
-/// Maximum number of concurrent writes to the folder. At the limit, a fetched chunk is not written, because no reader
+/// Maximum number of concurrent writes to the folder. At the limit, a fetched chunk is not written, so that no reader
 /// waits for the disk.
 const MAX_CONCURRENT_DISK_WRITES: u32 = 4;
 
@@ -29,7 +29,7 @@ pub(super) struct DiskCache {
     folder: Arc<CacheFolder>,
     /// Permits to write a file.
     write_permits: Arc<Semaphore>,
-    /// Permits to read a file. No budget counts the memory of chunks whose callers no longer wait.
+    /// Permits to read a file. They bound the memory of chunks whose callers no longer wait, which no budget counts.
     read_permits: Arc<Semaphore>,
     /// Chunks that exist as files, with their sizes in bytes.
     files: Moka<ChunkKey, u32>,

@@ -12,7 +12,7 @@
 //!
 //! - All cached objects are immutable and their names unique, so nothing in the cache is ever stale.
 //! - A corrupt chunk is evicted and fetched again.
-//! - The folder contains no chunks after each start. Its files have a checksum, and losing them costs only requests.
+//! - Each start deletes the chunks in the folder. Its files have a checksum, and losing them costs only requests.
 
 mod disk;
 
@@ -191,7 +191,7 @@ impl ChunkCache {
         let load = || async move {
             let _permit = inner.parses.acquire().await.expect("the semaphore is never closed");
             // While this fetch waited for its permit, all callers may have stopped waiting.
-            if inner.parsed_flights.is_abandoned(attempt) {
+            if inner.parsed_flights.remove_if_abandoned(attempt) {
                 return Err(TierStoreError::Stopped.into());
             }
             if let Some(parsed) = inner.parsed.get(&attempt).await {
@@ -294,9 +294,9 @@ impl ChunkCache {
         self.inner.max_request_chunks
     }
 
-    /// Starts to fetch those of the chunks that are not in memory, before a reader needs them. Adjacent ones share one
-    /// request. Returns false, and fetches nothing, if the read-ahead budget is too small for them or if the store is
-    /// stopping.
+    /// Starts to fetch those of the chunks that are not in memory, before a reader needs them. Adjacent chunks that are
+    /// not on disk share one request. Returns true also if all chunks are in memory. Returns false, and fetches
+    /// nothing, if the read-ahead budget has too few free permits or if the store is stopping.
     pub(super) fn read_ahead(&self, store: &TierStore, object: &str, entry: SegmentEntry, indexes: Range<u64>) -> bool {
         let attempt = entry.stamp.attempt;
         let key = move |index| ChunkKey { attempt, index };
@@ -390,7 +390,7 @@ impl ChunkCacheInner {
         if let Some(disk) = self.disk.as_ref().filter(|disk| disk.contains(key)) {
             let permit = disk.read_permit().await;
             // While this fetch waited for its permit, all callers may have stopped waiting.
-            if self.chunk_flights.is_abandoned(key) {
+            if self.chunk_flights.remove_if_abandoned(key) {
                 return Err(TierStoreError::Stopped.into());
             }
             if let Some(chunk) = disk.get(key, permit).await {
@@ -403,7 +403,7 @@ impl ChunkCacheInner {
         let chunk = {
             let _permit = self.fetches.acquire().await.expect("the semaphore is never closed");
             // While this fetch waited for its permit, all callers may have stopped waiting.
-            if self.chunk_flights.is_abandoned(key) {
+            if self.chunk_flights.remove_if_abandoned(key) {
                 return Err(TierStoreError::Stopped.into());
             }
             store.while_available(object, store.get_range(object, start..end)).await?

@@ -19,11 +19,11 @@ use crate::task::{clock, random};
 const PART_BYTES: usize = 5 << 20;
 
 /// Maximum difference between the store's clock and this machine's, in milliseconds. Above it, a store may refuse
-/// requests, and the age of garbage is wrong.
+/// signed requests.
 const MAX_CLOCK_SKEW_MS: i64 = 60_000;
 
 /// Number of concurrent requests in the check of conditional puts.
-const MAX_CONCURRENT_REQUESTS: usize = 8;
+const CONCURRENT_PUTS: usize = 8;
 
 /// Outcome of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -54,7 +54,7 @@ pub struct StoreCheck {
 /// request has the time limit of the options.
 ///
 /// # Errors
-/// The options name no store. A missing capability is not an error but the outcome of a check.
+/// No client can be created from the options. A missing capability is not an error but the outcome of a check.
 pub async fn examine(options: &ObjectStoreOptions) -> Result<Vec<StoreCheck>, ObjectStoreOptionsError> {
     let folder = format!(".strandline-doctor-{}", random::uuid());
     #[cfg(feature = "s3-admin")]
@@ -222,11 +222,11 @@ async fn check_conditional_puts(probe: &impl StoreProbe, folder: &str) -> (Store
     let works = sequential.0 == CheckOutcome::Pass;
     let concurrent = if works {
         let key = format!("{folder}/race");
-        let puts = (0..MAX_CONCURRENT_REQUESTS).map(|_| probe.put_new(&key, pattern(10)));
+        let puts = (0..CONCURRENT_PUTS).map(|_| probe.put_new(&key, pattern(10)));
         let responses = futures::future::join_all(puts).await;
         let created = responses.iter().filter(|response| **response == Ok(ConditionalPutResult::Written)).count();
         let detail =
-            format!("{created} of {MAX_CONCURRENT_REQUESTS} concurrent conditional puts succeeded; exactly one should");
+            format!("{created} of {CONCURRENT_PUTS} concurrent conditional puts succeeded; exactly one should");
         (if created == 1 { CheckOutcome::Pass } else { CheckOutcome::Unsupported }, detail)
     } else {
         (CheckOutcome::Unsupported, "not tried: a single conditional put does not work".to_owned())
@@ -249,7 +249,7 @@ const UPLOADS: (&str, &str) = (
 /// Checks content checksums and the listing of incomplete multipart uploads.
 #[cfg(feature = "s3-admin")]
 async fn s3_checks(s3: &S3Admin, folder: &str) -> [StoreCheck; 2] {
-    let (outcome, detail) = match s3.keeps_checksum(&format!("{folder}/checksum"), pattern(1000)).await {
+    let (outcome, detail) = match s3.probe_checksum(&format!("{folder}/checksum"), pattern(1000)).await {
         Ok(true) => (CheckOutcome::Pass, "the store keeps the CRC-32C of an object".to_owned()),
         Ok(false) => (CheckOutcome::Unsupported, "the store keeps no checksum".to_owned()),
         Err(error) => (CheckOutcome::Unsupported, error),

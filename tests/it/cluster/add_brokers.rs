@@ -101,13 +101,13 @@ fn replicas_move_to_new_broker_and_replace_lost_ones() {
         let durability = format!("durability={durability}");
         let config = ["--config", "min.insync.replicas=2", "--config", &durability];
         cluster.cli().ok(&[&create[..], &config].concat());
-        cluster.in_sync(topic, factor);
+        cluster.wait_until_in_sync(topic, factor);
     }
     let sent = send(&cluster.cli(), 0);
 
     let new = with_short_replacement_delay(cluster.new_instance(4));
     cluster.add(4, new);
-    cluster.ready();
+    cluster.wait_until_ready();
     // Broker 4 is in the rack of broker 1. So in partitions with three replicas, broker 4 takes replicas only from
     // broker 1, until both have almost the same number.
     eventually("replicas move to the new broker", || (replica_count(&holders(&cluster)?, 4) >= 2).then_some(()));

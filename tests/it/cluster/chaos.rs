@@ -13,7 +13,7 @@ use strandline::task::clock;
 use super::{
     failover::create_with,
     machines::{BROKERS, MEMBERS, Machines, broker_ip, broker_name},
-    network::inside,
+    network::run_inside,
 };
 use crate::{
     crash::{PARTITIONS, setting},
@@ -21,7 +21,7 @@ use crate::{
     test_timeout::eventually,
 };
 
-/// Minimum duration of every fault except the kill of a broker. Longer than a lease.
+/// Minimum duration of every fault that does not kill a broker. Longer than a lease.
 const FAULT_DURATION: Duration = Duration::from_secs(9);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -71,9 +71,9 @@ impl fmt::Display for InjectedFault {
     }
 }
 
-/// Starts a fault at a random broker or etcd member, waits until clients are served again while the fault lasts, and
-/// ends the fault. `wait_for_clients` waits until clients are served and returns how long they waited, which is also
-/// the result.
+/// Starts a fault at a random broker or etcd member, or at the object store, waits until clients are served again while
+/// the fault lasts, and ends the fault. `wait_for_clients` waits until clients are served and returns how long they
+/// waited, which is also the result.
 fn inject(
     on: &mut Machines,
     fault: InjectedFault,
@@ -157,7 +157,7 @@ fn wait_during_fault(time: Duration, wait_for_clients: &mut dyn FnMut() -> Durat
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn random_faults_lose_duplicate_or_reorder_no_records() {
     const NAME: &str = "cluster::chaos::random_faults_lose_duplicate_or_reorder_no_records";
-    if !tokio::task::block_in_place(|| inside(NAME)) {
+    if !tokio::task::block_in_place(|| run_inside(NAME)) {
         return;
     }
     let seed = setting("STRANDLINE_SEED", clock::wall_ms().unsigned_abs());
@@ -194,7 +194,7 @@ async fn random_faults_lose_duplicate_or_reorder_no_records() {
         };
         let waited = tokio::task::block_in_place(|| {
             let waited = inject(&mut machines, fault, &mut rng, &mut wait_for_clients);
-            machines.cluster.in_sync(TOPIC, BROKERS as usize);
+            machines.cluster.wait_until_in_sync(TOPIC, BROKERS as usize);
             waited
         });
         println!("chaos: clients waited {waited:?}");

@@ -28,7 +28,7 @@ pub(super) fn create_with(cluster: &Cluster, bytes: u32, ms: u32) {
     let named = ["topic", "create", TOPIC, "--partitions", &partitions, "--replication-factor", "3"];
     let config = ["--config", "min.insync.replicas=2", "--config", &segments[0], "--config", &segments[1]];
     cluster.cli().ok(&[&named[..], &config].concat());
-    cluster.in_sync(TOPIC, 3);
+    cluster.wait_until_in_sync(TOPIC, 3);
 }
 
 /// Starts three brokers with the topic of [`create`], producers and a consumer.
@@ -55,7 +55,7 @@ fn successor_of_killed_leader_serves_all_records() {
     cluster.kill(followed);
     cli.ok_with(&["produce", TOPIC, "--partition", "0"], b"without one of three\n");
     cluster.restart(followed);
-    cluster.in_sync(TOPIC, 3);
+    cluster.wait_until_in_sync(TOPIC, 3);
     // The leader is killed, so that another replica is read.
     let leader = cluster.leader(TOPIC, 0);
     cluster.kill(leader);
@@ -66,13 +66,13 @@ fn successor_of_killed_leader_serves_all_records() {
     assert_eq!(read, format!("{text}without one of three\n"));
 }
 
-/// Maximum time until a killed broker is replaced. Shorter than the remaining lease in [`with_long_leases`], which is
-/// at least two thirds of the lease, 40 s.
+/// Maximum time until a killed broker is replaced. Shorter than the remaining lease in [`start_with_long_leases`],
+/// which is at least two thirds of the lease, 40 s.
 const REPLACEMENT_TIMEOUT: Duration = Duration::from_secs(38);
 
 /// Starts three brokers with a lease (`metadata.session_timeout`) and a maximum follower lag
 /// (`replication.max_lag_time`) of a minute.
-fn with_long_leases() -> Cluster {
+fn start_with_long_leases() -> Cluster {
     let long = "\"60s\"";
     Cluster::with(3, |instance| {
         instance.setting("metadata.session_timeout", long).setting("replication.max_lag_time", long)
@@ -95,7 +95,7 @@ fn wait_until_replaced(cluster: &Cluster, topic: &str, killed: u32) {
 /// Peers detect that the process has exited, also when it was the controller: each of the three brokers is killed once.
 #[test]
 fn killed_broker_is_replaced_before_its_lease_expires() {
-    let mut cluster = with_long_leases();
+    let mut cluster = start_with_long_leases();
     create(&cluster);
     for broker in 1..=3 {
         cluster.kill(broker);
@@ -104,7 +104,7 @@ fn killed_broker_is_replaced_before_its_lease_expires() {
             cluster.cli().ok_with(&["produce", TOPIC, "--partition", &partition.to_string()], b"one\n");
         }
         cluster.restart(broker);
-        cluster.in_sync(TOPIC, 3);
+        cluster.wait_until_in_sync(TOPIC, 3);
     }
 }
 
@@ -114,7 +114,7 @@ fn killed_broker_is_replaced_before_its_lease_expires() {
 /// for two seconds first.
 #[test]
 fn wiped_broker_gets_its_id_before_the_old_lease_expires() {
-    let mut cluster = with_long_leases();
+    let mut cluster = start_with_long_leases();
     create(&cluster);
     for (start, broker) in (0..6).zip((1..=3).cycle()) {
         cluster.kill(broker);
@@ -128,7 +128,7 @@ fn wiped_broker_gets_its_id_before_the_old_lease_expires() {
         let is_ready = || http_get(cluster.instance(broker).http(), "/readyz").is_ok_and(|(code, _)| code == 200);
         let ready = poll(REPLACEMENT_TIMEOUT, || is_ready().then_some(()));
         assert!(ready.is_some(), "not ready within {REPLACEMENT_TIMEOUT:?}\n{}", cluster.logs());
-        cluster.in_sync(TOPIC, 3);
+        cluster.wait_until_in_sync(TOPIC, 3);
     }
 }
 
@@ -136,15 +136,15 @@ fn wiped_broker_gets_its_id_before_the_old_lease_expires() {
 /// by another broker's report.
 #[test]
 fn controller_without_links_gets_a_failure_report() {
-    let mut cluster = with_long_leases();
+    let mut cluster = start_with_long_leases();
     let cli = cluster.cli();
     let controller = || cli.ok(&["cluster", "describe", "--output", "json"]).json()["controller"].as_u64();
     let drained = eventually("a broker is the controller", controller);
     cli.ok(&["broker", "drain", &drained.to_string(), "--wait"]);
     cli.ok(&["topic", "create", "pair", "--replication-factor", "2"]);
-    cluster.in_sync("pair", 2);
+    cluster.wait_until_in_sync("pair", 2);
     let leader = cluster.leader("pair", 0);
-    assert_eq!(controller(), Some(drained), "the replica shares nothing with {leader}");
+    assert_eq!(controller(), Some(drained), "the controller has no replica of broker {leader}'s partitions");
     cluster.kill(leader);
     wait_until_replaced(&cluster, "pair", leader);
     cli.ok_with(&["produce", "pair"], b"one\n");
@@ -173,7 +173,7 @@ async fn broker_kills_lose_or_duplicate_no_records() {
             println!("failover: kill {kill} of {kills}: broker {victim}, clients waited {waited:?}");
             silences.extend(waited);
             cluster.restart(victim);
-            cluster.in_sync(TOPIC, 3);
+            cluster.wait_until_in_sync(TOPIC, 3);
         });
     }
     silences.sort_unstable();

@@ -28,7 +28,7 @@ fn broker_under_disk_pressure_gets_no_new_replicas() {
     let refused = cli.run(&["topic", "create", "t", "--replication-factor", "3"]);
     assert!(refused.stderr.contains("3 are online, of which 1 is under disk pressure"), "{}", refused.stderr);
     cli.ok(&["topic", "create", "t", "--partitions", "4", "--replication-factor", "2"]);
-    cluster.in_sync("t", 2);
+    cluster.wait_until_in_sync("t", 2);
     for partition in cluster.partitions("t") {
         assert!(!partition["replicas"].as_array().expect("replicas").contains(&3.into()), "{partition}");
     }
@@ -54,7 +54,7 @@ fn leader_with_full_disk_transfers_leadership_until_space() {
     cluster.stop(1);
     let Some(small) = Mount::new(cluster.instance(1).data_dir()) else { return };
     cluster.restart(1);
-    cluster.in_sync("t", 3);
+    cluster.wait_until_in_sync("t", 3);
     eventually("broker 1 leads", || (cluster.leader("t", 0) == 1).then_some(()));
     let filler = small.fill_up();
 
@@ -80,7 +80,7 @@ fn leader_with_full_disk_transfers_leadership_until_space() {
     });
 
     fs::remove_file(filler).expect("the file exists");
-    cluster.in_sync("t", 3);
+    cluster.wait_until_in_sync("t", 3);
     eventually("broker 1 leads again", || (cluster.leader("t", 0) == 1).then_some(()));
     let log = cluster.log(1);
     assert!(log.contains("records do not fit on the disk") && log.contains("records fit on the disk again"), "{log}");

@@ -61,7 +61,7 @@ fn unreadable_keys(cluster: &Cluster) -> Vec<String> {
 fn create(cluster: &Cluster, topic: &str, partitions: &str) {
     let create = ["topic", "create", topic, "--partitions", partitions, "--replication-factor", "3"];
     cluster.cli().ok(&[&create[..], &["--config", "min.insync.replicas=2"]].concat());
-    cluster.in_sync(topic, 3);
+    cluster.wait_until_in_sync(topic, 3);
 }
 
 fn read(cluster: &Cluster, topic: &str, partition: &str) -> Option<String> {
@@ -124,7 +124,7 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
     let leader = u32::try_from(named["leader"].as_u64().expect("a broker leads")).expect("the broker id is below 2^32");
     cluster.kill(leader);
     cluster.restart(leader);
-    cluster.in_sync("new", 3);
+    cluster.wait_until_in_sync("new", 3);
     assert_eq!(read(&cluster, "orders", "0").as_deref(), Some("before\nmeanwhile\n"));
 
     // The old value is restored, as docs/operations.md describes. The broker that it names as leader was restarted
@@ -141,7 +141,7 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
     cluster.kill(leader);
     cluster.restart(leader);
     for topic in ["orders", "other"] {
-        cluster.in_sync(topic, 3);
+        cluster.wait_until_in_sync(topic, 3);
     }
     let whole =
         eventually("the records are read again", || read(&cluster, "orders", "1").filter(|text| !text.is_empty()));
@@ -151,7 +151,7 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
     });
     let epoch = |value: &Value| value["leader_epoch"].as_u64().expect("a number");
     let repaired: Value = serde_json::from_slice(&api.get(&invalid_key)).expect("JSON");
-    assert!(epoch(&repaired) > epoch(&named), "the leader started after the epoch: {repaired}");
+    assert!(epoch(&repaired) > epoch(&named), "the leader epoch has grown: {repaired}");
     assert_eq!(read(&cluster, "other", "0").as_deref(), Some("before\n"));
     check_all_running(&mut cluster);
 }
@@ -165,7 +165,7 @@ fn tiered_records_with_invalid_state_are_not_skipped() {
     let eager = ["segment.bytes=65536", "segment.ms=200", "local.retention.bytes=0", "min.insync.replicas=2"];
     let config = eager.map(|one| ["--config", one]).concat();
     cli.ok(&[&["topic", "create", "history", "--replication-factor", "3"], &config[..]].concat());
-    cluster.in_sync("history", 3);
+    cluster.wait_until_in_sync("history", 3);
     let before = lines(20_000);
     cli.ok_with(&["produce", "history"], before.as_bytes());
     let evicted = || cluster.partitions("history")[0]["local_start"] == 20_000;
@@ -180,7 +180,7 @@ fn tiered_records_with_invalid_state_are_not_skipped() {
     for id in 1..=3 {
         cluster.kill(id);
         cluster.restart(id);
-        cluster.in_sync("history", 3);
+        cluster.wait_until_in_sync("history", 3);
     }
     let from_start = ["consume", "history", "--from", "earliest", "--until-end", "--timeout", "5"];
     let refused = cli.run(&from_start);
@@ -208,7 +208,7 @@ fn broker_with_unreadable_directory_key_copies_its_replicas() {
     cluster.stop(2);
     api.invalidate("directories/2", "{}");
     cluster.restart(2);
-    cluster.in_sync("orders", 3);
+    cluster.wait_until_in_sync("orders", 3);
     let log = cluster.log(2);
     assert!(log.contains("the directory record of this broker cannot be read"), "{log}");
     assert!(unreadable_keys(&cluster).is_empty(), "the broker has written its directory record again");

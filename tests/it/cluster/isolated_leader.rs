@@ -6,20 +6,20 @@ use strandline::task::clock;
 
 use super::{
     machines::{BROKERS, Machines},
-    network::inside,
+    network::run_inside,
 };
 use crate::{running::Running, test_timeout::eventually};
 
 #[test]
 fn clients_of_isolated_leader_continue_at_its_successor() {
-    if !inside("cluster::isolated_leader::clients_of_isolated_leader_continue_at_its_successor") {
+    if !run_inside("cluster::isolated_leader::clients_of_isolated_leader_continue_at_its_successor") {
         return;
     }
     let machines = Machines::make();
     let cluster = &machines.cluster;
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t", "--replication-factor", "3", "--config", "min.insync.replicas=2"]);
-    cluster.in_sync("t", 3);
+    cluster.wait_until_in_sync("t", 3);
     let old = cluster.leader("t", 0);
     let reader = Running::start(&cluster.cli_by([old]), &["consume", "t", "--from", "earliest"]);
     cli.ok_with(&["produce", "t"], b"before\n");

@@ -39,7 +39,7 @@ fn member_ip(member: u8) -> Ipv4Addr {
 
 impl Machines {
     /// Starts all machines and waits until they are ready. Requires a process for which
-    /// [`inside`](super::network::inside) returns true.
+    /// [`run_inside`](super::network::run_inside) returns true.
     pub(crate) fn make() -> Self {
         let network = Network::make();
         let s3 = S3::at(Network::HUB);
@@ -55,7 +55,7 @@ impl Machines {
             // The default of this setting instead of the short lease of other tests.
             cluster.add(id, instance.setting("metadata.session_timeout", "\"6s\""));
         }
-        cluster.ready();
+        cluster.wait_until_ready();
         Self { network, s3, cluster }
     }
 

@@ -49,7 +49,7 @@ impl Cluster {
             let instance = cluster.new_instance(id);
             cluster.add(id, settings(instance));
         }
-        cluster.ready();
+        cluster.wait_until_ready();
         cluster
     }
 
@@ -77,7 +77,7 @@ impl Cluster {
     }
 
     /// Waits until every running broker is ready.
-    pub(crate) fn ready(&mut self) {
+    pub(crate) fn wait_until_ready(&mut self) {
         for (id, broker) in &mut self.brokers {
             if let Err(reason) = broker.wait_ready() {
                 panic!("broker {id} did not become ready: {reason}");
@@ -150,7 +150,7 @@ impl Cluster {
     /// Starts a stopped broker with the data on its disk, and waits until it is ready.
     pub(crate) fn restart(&mut self, id: u32) {
         self.begin(id);
-        self.ready();
+        self.wait_until_ready();
     }
 
     /// Starts a stopped broker with changed settings, and waits until it is ready.
@@ -172,7 +172,7 @@ impl Cluster {
     }
 
     /// Waits until each partition of a topic has a leader and this number of replicas in sync.
-    pub(crate) fn in_sync(&self, topic: &str, replicas: usize) {
+    pub(crate) fn wait_until_in_sync(&self, topic: &str, replicas: usize) {
         let mut last = Vec::new();
         let is_in_sync =
             |one: &Value| one["leader"].is_u64() && one["isr"].as_array().is_some_and(|isr| isr.len() == replicas);

@@ -1,4 +1,4 @@
-//! A real etcd that has no space, or is restored from a backup, under real brokers.
+//! A real etcd that has no space, is replaced by an empty one, or is restored from a backup, under real brokers.
 
 use std::fs;
 
@@ -9,13 +9,13 @@ use super::members::{Cluster, wait_for_leader};
 use crate::{etcd::Etcd, test_timeout::eventually};
 
 /// Starts a cluster of this number of brokers with an etcd of one member, which gets these command-line flags.
-fn over_one_member(brokers: u32, flags: &[String]) -> Cluster {
+fn start_with_one_member(brokers: u32, flags: &[String]) -> Cluster {
     let mut cluster = Cluster::with_etcd(Etcd::begin(1, "http", flags));
     for id in 1..=brokers {
         let instance = cluster.new_instance(id).topic_default("segment.ms", 300);
         cluster.add(id, instance);
     }
-    cluster.ready();
+    cluster.wait_until_ready();
     cluster
 }
 
@@ -35,10 +35,10 @@ fn back_up(cluster: &mut Cluster, backup: &str) {
 
 #[test]
 fn restored_etcd_blocks_operations_until_brokers_restart() {
-    let mut cluster = over_one_member(2, &[]);
+    let mut cluster = start_with_one_member(2, &[]);
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t", "--replication-factor", "2"]);
-    cluster.in_sync("t", 2);
+    cluster.wait_until_in_sync("t", 2);
     back_up(&mut cluster, "before");
     // These writes raise the revision far enough that the brokers' own writes after the restore stay below it.
     for number in 0..8 {
@@ -89,7 +89,7 @@ fn restored_etcd_blocks_operations_until_brokers_restart() {
     for id in [1, 2] {
         cluster.begin(id);
     }
-    cluster.ready();
+    cluster.wait_until_ready();
     cli.ok(&["topic", "create", "fresh"]);
     let read = eventually("the acknowledged records are read", || {
         let read = cli.run(&["consume", "t", "--from", "earliest", "--until-end"]);
@@ -101,7 +101,7 @@ fn restored_etcd_blocks_operations_until_brokers_restart() {
 
 #[test]
 fn replaced_etcd_cluster_is_detected_and_data_is_served() {
-    let mut cluster = over_one_member(1, &[]);
+    let mut cluster = start_with_one_member(1, &[]);
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t"]);
     cluster.etcd.kill_all();
@@ -124,7 +124,7 @@ fn generation(path: &std::path::Path) -> Option<u64> {
 
 #[test]
 fn etcd_of_an_older_generation_starts_no_broker() {
-    let mut cluster = over_one_member(1, &[]);
+    let mut cluster = start_with_one_member(1, &[]);
     let (marker, directory) =
         (cluster.bucket().join("cluster.json"), cluster.instance(1).data_dir().join("strandline.json"));
     assert_eq!((generation(&marker), generation(&directory)), (Some(1), Some(1)), "a new cluster has generation 1");
@@ -200,7 +200,7 @@ async fn free_space(client: &mut Client) {
 #[test]
 fn etcd_without_space_is_waited_for_with_few_log_lines() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let mut cluster = over_one_member(1, &["--quota-backend-bytes=8388608".to_owned()]);
+    let mut cluster = start_with_one_member(1, &["--quota-backend-bytes=8388608".to_owned()]);
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t"]);
     let mut client =
@@ -229,7 +229,7 @@ fn etcd_without_space_is_waited_for_with_few_log_lines() {
     });
     assert!(cluster.is_running(2), "the broker continues to wait");
     runtime.block_on(free_space(&mut client));
-    cluster.ready();
+    cluster.wait_until_ready();
     eventually("the delayed uploads are committed", || {
         let state = &cluster.partitions("t")[0];
         (state["tiered_end"] == state["high_watermark"]).then_some(())

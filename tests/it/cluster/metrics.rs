@@ -21,7 +21,7 @@ fn killed_broker_shows_in_metrics_of_peers_until_restart() {
     let mut cluster = Cluster::start(3);
     let create = ["topic", "create", TOPIC, "--partitions", "6", "--replication-factor", "3"];
     cluster.cli().ok(&[&create[..], &["--config", "min.insync.replicas=3"]].concat());
-    cluster.in_sync(TOPIC, 3);
+    cluster.wait_until_in_sync(TOPIC, 3);
     let all = [1, 2, 3];
     wait_for_sum(&cluster, &all, "strandline_partitions_led", |led| led == 6.0);
     wait_for_sum(&cluster, &all, "strandline_controller", |controllers| controllers == 1.0);

@@ -1,28 +1,28 @@
 //! A simulated network: one network namespace per machine, joined by a bridge. Links between machines can be cut in one
 //! direction.
 //!
-//! The network and the test that uses it run in an outer namespace, which ends with its process: [`inside`] runs the
-//! test again there. The network requires root and the programs `ip` and `unshare`. Without them the test is skipped
-//! with a message.
+//! The network and the test that uses it run in an outer namespace, which ends with its process: [`run_inside`]
+//! runs the test again there. The network requires root and the programs `ip` and `unshare`. Without them the test is
+//! skipped with a message.
 
 use std::{net::Ipv4Addr, os::fd::AsFd as _, path::Path, process::Command};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use strandline::task;
 
-use crate::skipped::skipped;
+use crate::skipped::report_skipped;
 
 const INSIDE: &str = "STRANDLINE_TEST_INSIDE";
 
 /// Returns true if this process has a network namespace of its own. Otherwise runs the test with this name in a new
 /// process with such a namespace, panics if that test fails, and returns false. If the machine does not support this,
 /// prints a message and returns false.
-pub(crate) fn inside(test: &str) -> bool {
+pub(crate) fn run_inside(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return true;
     }
-    if let Err(reason) = possible() {
-        skipped(test, &reason);
+    if let Err(reason) = check_support() {
+        report_skipped(test, &reason);
         return false;
     }
     let me = std::env::current_exe().expect("the test program has a path");
@@ -38,7 +38,7 @@ pub(crate) fn inside(test: &str) -> bool {
 }
 
 /// Checks that this machine supports network namespaces; the error is the reason why not.
-fn possible() -> Result<(), String> {
+fn check_support() -> Result<(), String> {
     if !rustix::process::geteuid().is_root() {
         return Err("network namespaces are the superuser's".to_owned());
     }
@@ -58,7 +58,7 @@ impl Network {
     /// Address of the test process, with its clients and the object store.
     pub(crate) const HUB: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 254);
 
-    /// Creates the bridge. Requires a process for which [`inside`] returns true.
+    /// Creates the bridge. Requires a process for which [`run_inside`] returns true.
     pub(crate) fn make() -> Self {
         std::fs::create_dir_all("/run/netns").expect("the folder of namespaces is created");
         run("mount", &["-t", "tmpfs", "tmpfs", "/run/netns"]);

@@ -29,7 +29,7 @@ pub(super) fn cluster_with_topic(settings: &[&str]) -> Cluster {
     let cluster = Cluster::start(3);
     let create = ["topic", "create", TOPIC, "--replication-factor", "3", "--config", "min.insync.replicas=2"];
     cluster.cli().ok(&[&create[..], settings].concat());
-    cluster.in_sync(TOPIC, 3);
+    cluster.wait_until_in_sync(TOPIC, 3);
     cluster
 }
 
@@ -94,7 +94,7 @@ fn records_are_appended_and_read_during_an_etcd_outage() {
     cluster.kill(victim);
     cluster.etcd.run_all();
     eventually("the description is current", || (!is_old()).then_some(()));
-    cluster.in_sync(TOPIC, 2);
+    cluster.wait_until_in_sync(TOPIC, 2);
     send(sent, sent + 10);
     sent += 10;
     check_all_records(sent);
@@ -107,7 +107,7 @@ fn records_are_appended_and_read_during_an_etcd_outage() {
     eventually("a topic can be created", || (cli.run(&create).code == 0).then_some(()));
     cli.ok_with(&["produce", "after"], b"x\n");
     cluster.restart(victim);
-    cluster.in_sync(TOPIC, 3);
+    cluster.wait_until_in_sync(TOPIC, 3);
     let health = eventually("the cluster is healthy", || {
         Some(cli.run(&["cluster", "health"])).filter(|health| health.code == 0)
     });
@@ -163,7 +163,7 @@ fn with_each_member_stopped(stop: impl Fn(&mut Etcd, usize), resume: impl Fn(&mu
         cli.create_when_possible(&format!("without-{member}"));
         resume(&mut cluster.etcd, member);
     }
-    cluster.in_sync(TOPIC, 3);
+    cluster.wait_until_in_sync(TOPIC, 3);
     assert_eq!(cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text(), lines(0, sent));
 }
 
@@ -190,11 +190,11 @@ fn brokers_serve_without_etcd_and_object_store() {
         let instance = BrokerInstance::member(id, &cluster.etcd).object_store(&s3);
         cluster.add(id, instance);
     }
-    cluster.ready();
+    cluster.wait_until_ready();
     let cli = cluster.cli();
     let small = ["--config", "segment.bytes=65536", "--config", "segment.ms=200", "--config", "min.insync.replicas=2"];
     cli.ok(&[&["topic", "create", TOPIC, "--replication-factor", "3"], &small[..]].concat());
-    cluster.in_sync(TOPIC, 3);
+    cluster.wait_until_in_sync(TOPIC, 3);
     let mut sent = 1000;
     cli.ok_with(&["produce", TOPIC], lines(0, sent).as_bytes());
     let tiered = |cluster: &Cluster| cluster.partitions(TOPIC)[0]["tiered_end"].as_u64();
@@ -212,7 +212,7 @@ fn brokers_serve_without_etcd_and_object_store() {
     cluster.etcd.run_all();
     s3.faults().set_down(false);
     eventually("the delayed records are in the object store", || (tiered(&cluster) == Some(sent.into())).then_some(()));
-    cluster.in_sync(TOPIC, 3);
+    cluster.wait_until_in_sync(TOPIC, 3);
     assert_eq!(cli.ok(&["consume", TOPIC, "--from", "earliest", "--until-end"]).text(), lines(0, sent));
 }
 

@@ -123,7 +123,7 @@ fn append_record(cli: &Cli, topic: &str) {
 }
 
 /// A broker that waits for its registration serves only its identity, which shows peers that an earlier process at its
-/// address has exited. It refuses all other requests of peers.
+/// address has exited. The broker refuses all other requests of peers.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unregistered_broker_reports_only_its_identity() {
     let etcd = tokio::task::block_in_place(|| etcd(1));
@@ -173,10 +173,10 @@ async fn batch_corrupted_between_brokers_is_sent_again() {
         cluster.add(id, instance);
     }
     let expected = tokio::task::block_in_place(|| {
-        cluster.ready();
+        cluster.wait_until_ready();
         let create = ["topic", "create", "t", "--replication-factor", "2", "--config", "min.insync.replicas=2"];
         cluster.cli().ok(&create);
-        cluster.in_sync("t", 2);
+        cluster.wait_until_in_sync("t", 2);
         let (leader, follower) = (cluster.leader("t", 0), 3 - cluster.leader("t", 0));
         let filler = String::from_utf8(vec![FILLER; 2000]).expect("text");
         let lines: String = (0..400).map(|line| format!("{line} {filler}\n")).collect();
@@ -188,7 +188,7 @@ async fn batch_corrupted_between_brokers_is_sent_again() {
         links[leader as usize - 1].set_corrupting(false);
         let log = cluster.log(follower);
         assert!(log.contains("rejected a message from the leader") && log.contains("are malformed"), "{log}");
-        cluster.in_sync("t", 2);
+        cluster.wait_until_in_sync("t", 2);
         // The leader is killed, so that the records are read from the follower's log.
         cluster.cli().ok(&["topic", "alter", "t", "--config", "min.insync.replicas=1"]);
         cluster.kill(leader);

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Returns the number of bytes that a broker has sent to consumers, as leader and as follower.
-fn served(cluster: &Cluster, broker: u32) -> [f64; 2] {
+fn served_bytes(cluster: &Cluster, broker: u32) -> [f64; 2] {
     ["leader", "follower"].map(|role| {
         let name = format!("strandline_fetch_role_bytes_total{{role=\"{role}\"}}");
         cluster.instance(broker).metric(&name)
@@ -28,19 +28,22 @@ fn served(cluster: &Cluster, broker: u32) -> [f64; 2] {
 }
 
 /// Returns the number of bytes that a broker has sent to consumers, in both roles.
-fn total(cluster: &Cluster, broker: u32) -> f64 {
-    served(cluster, broker).iter().sum()
+fn total_served_bytes(cluster: &Cluster, broker: u32) -> f64 {
+    served_bytes(cluster, broker).iter().sum()
 }
 
 /// Waits until a broker has sent more than `more` additional bytes to consumers.
 fn wait_until_serving(cluster: &Cluster, broker: u32, more: f64) {
-    let before = total(cluster, broker);
-    eventually("the broker serves the consumer", || (total(cluster, broker) > before + more).then_some(()));
+    let before = total_served_bytes(cluster, broker);
+    eventually("the broker serves the consumer", || {
+        (total_served_bytes(cluster, broker) > before + more).then_some(())
+    });
 }
 
 /// Waits until this broker serves the consumer while the other two of three brokers do not.
 fn wait_until_sole_server(cluster: &Cluster, broker: u32) {
-    let others = || (1..=3).filter(|other| *other != broker).map(|other| total(cluster, other)).sum::<f64>();
+    let others =
+        || (1..=3).filter(|other| *other != broker).map(|other| total_served_bytes(cluster, other)).sum::<f64>();
     eventually("all records are read from this broker", || {
         let before = others();
         wait_until_serving(cluster, broker, 10.0 * MIN_SERVED_BYTES);
@@ -70,25 +73,25 @@ async fn consumer_is_served_in_its_rack_and_loses_no_records() {
         };
         assert!(leads(1) && leads(2), "brokers 1 and 2 lead partitions");
         wait_until_sole_server(&cluster, 3);
-        assert!(served(&cluster, 3)[1] > 0.0, "broker 3 serves as a follower too");
+        assert!(served_bytes(&cluster, 3)[1] > 0.0, "broker 3 serves as a follower too");
 
         cluster.kill(3);
         wait_until_serving(&cluster, 1, MIN_SERVED_BYTES);
         cluster.restart(3);
-        cluster.in_sync(TOPIC, 3);
+        cluster.wait_until_in_sync(TOPIC, 3);
         wait_until_serving(&cluster, 3, MIN_SERVED_BYTES);
 
         // A leader is killed. Broker 3 still serves the consumer, as a follower or as the new leader.
         cluster.kill(1);
         wait_until_serving(&cluster, 3, MIN_SERVED_BYTES);
         cluster.restart(1);
-        cluster.in_sync(TOPIC, 3);
+        cluster.wait_until_in_sync(TOPIC, 3);
 
         // Broker 3 stops in a controlled shutdown and restarts.
         cluster.stop(3);
         wait_until_serving(&cluster, 2, MIN_SERVED_BYTES);
         cluster.restart(3);
-        cluster.in_sync(TOPIC, 3);
+        cluster.wait_until_in_sync(TOPIC, 3);
         wait_until_sole_server(&cluster, 3);
     });
     let total = work.finish(3).await;
@@ -104,7 +107,7 @@ async fn read(cluster: &Cluster, broker: u32, offset: i64, epoch: i32, any: bool
     response.partitions.into_iter().next()
 }
 
-async fn refused(cluster: &Cluster, broker: u32, offset: i64, epoch: i32, any: bool) -> ApiError {
+async fn error_of_read(cluster: &Cluster, broker: u32, offset: i64, epoch: i32, any: bool) -> ApiError {
     read(cluster, broker, offset, epoch, any)
         .await
         .and_then(|response| response.error)
@@ -120,7 +123,7 @@ async fn follower_serves_only_reads_of_any_replica() {
         let history = ["retention.bytes=200000", "segment.bytes=16384", "local.retention.bytes=1"];
         let config: Vec<&str> = history.into_iter().flat_map(|one| ["--config", one]).collect();
         cli.ok(&[&["topic", "create", "t", "--replication-factor", "3"][..], &config].concat());
-        cluster.in_sync("t", 3);
+        cluster.wait_until_in_sync("t", 3);
         let text: String = (0..4000).map(|line| format!("{line:099}\n")).collect();
         cli.ok_with(&["produce", "t"], text.as_bytes());
         let leader = cluster.leader("t", 0);
@@ -139,13 +142,13 @@ async fn follower_serves_only_reads_of_any_replica() {
     let middle = local_start - 1;
     let epoch = i32::try_from(state["leader_epoch"].as_i64().expect("an epoch")).expect("small");
 
-    let failure = refused(&cluster, follower, end, 0, false).await;
+    let failure = error_of_read(&cluster, follower, end, 0, false).await;
     assert_eq!(
         (failure.code, failure.number("leader")),
         (ErrorCode::NotLeader, Some(leader.into())),
         "the read did not allow any replica"
     );
-    // `middle` is below the leader's local start, so only the object store has its record.
+    // `middle` is below the leader's local start, so the leader has its record only in the object store.
     let response = read(&cluster, follower, middle, epoch, true).await.expect("data");
     assert!(response.from_follower && response.leader_epoch == epoch && response.next_offset > middle, "{response:?}");
     let response = read(&cluster, leader, middle, epoch, true).await.expect("data");
@@ -155,26 +158,26 @@ async fn follower_serves_only_reads_of_any_replica() {
     // rejects the same offset. Below the committed log start both reject the offset.
     let response = read(&cluster, follower, end + 5, 0, true).await.expect("the follower responds");
     assert!(response.error.is_none() && response.chunks.is_empty() && response.next_offset == end + 5, "{response:?}");
-    assert_eq!(refused(&cluster, leader, end + 5, 0, true).await.code, ErrorCode::OffsetOutOfRange);
+    assert_eq!(error_of_read(&cluster, leader, end + 5, 0, true).await.code, ErrorCode::OffsetOutOfRange);
     let read_start = || async { read(&cluster, follower, 0, 0, true).await?.error.map(ApiError::from) };
     let failure = eventually_async("the follower has received the log start", read_start).await;
     assert_eq!(failure.code, ErrorCode::OffsetOutOfRange, "{failure:?}");
     assert!(failure.number("start").is_some_and(|start| start > 0), "{failure:?}");
-    assert_eq!(refused(&cluster, leader, 0, 0, true).await.code, ErrorCode::OffsetOutOfRange);
+    assert_eq!(error_of_read(&cluster, leader, 0, 0, true).await.code, ErrorCode::OffsetOutOfRange);
 
     // A read with a newer leader epoch than the broker's is rejected, by the leader and by the follower.
     for broker in [leader, follower] {
-        assert_eq!(refused(&cluster, broker, middle, epoch + 1, true).await.code, ErrorCode::NotLeader);
+        assert_eq!(error_of_read(&cluster, broker, middle, epoch + 1, true).await.code, ErrorCode::NotLeader);
     }
 
     // The command line reads from the follower in its rack. The follower serves all remaining records, also those that
     // only the object store has.
     tokio::task::block_in_place(|| {
         let rack = ["zone-a", "zone-b", "zone-c"][follower as usize - 1];
-        let before = served(&cluster, follower);
+        let before = served_bytes(&cluster, follower);
         let read = cluster.cli().ok(&["consume", "t", "--rack", rack, "--until-end"]).text();
         assert!(read.len() > 16384 && text.ends_with(&read));
-        let after = served(&cluster, follower);
+        let after = served_bytes(&cluster, follower);
         assert!(after[0] == before[0] && after[1] - before[1] >= 16384.0, "{before:?} {after:?}");
         let output = cluster.cli().ok(&["consume", "t", "--rack", "zone-d", "--from", "latest", "--until-end"]);
         assert!(output.stderr.contains("no broker is in rack \"zone-d\""), "{}", output.stderr);

@@ -42,8 +42,8 @@ fn reassignments_are_queued_and_can_be_waited_for() {
     let status = status.as_array().expect("a list");
     let waiting = status.iter().filter(|one| one["queued"] == true).count();
     assert!(status.len() == 3 && waiting >= 2, "one reassignment at a time: {status:?}");
-    let inventory = cli.ok(&["partition", "reassign", "status"]).text();
-    assert!(inventory.contains("queued"), "{inventory}");
+    let listed = cli.ok(&["partition", "reassign", "status"]).text();
+    assert!(listed.contains("queued"), "{listed}");
 
     let again = before[2][0].as_u64().expect("a number") % 3 + 1;
     let order = ["partition", "reassign", "orders/2", "--replicas", &again.to_string(), "--wait"];

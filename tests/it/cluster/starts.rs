@@ -39,16 +39,16 @@ fn broker_without_the_partition_names_its_leader() {
 
 /// Starts a cluster of two brokers with a topic. Returns the cluster, the leader, and the follower, which was killed
 /// and has missed a record. `set` changes the settings of both brokers.
-fn with_a_late_replica(set: impl Fn(BrokerInstance) -> BrokerInstance) -> (Cluster, u32, u32) {
+fn start_with_late_replica(set: impl Fn(BrokerInstance) -> BrokerInstance) -> (Cluster, u32, u32) {
     // The lease is so long that a frozen leader keeps it during this test.
     let mut cluster = Cluster::with(2, |instance| set(instance.setting("metadata.session_timeout", "\"60s\"")));
     let cli = cluster.cli();
     cli.ok(&["topic", "create", "t", "--replication-factor", "2"]);
-    cluster.in_sync("t", 2);
+    cluster.wait_until_in_sync("t", 2);
     let leader = cluster.leader("t", 0);
     let late = 3 - leader;
     cluster.kill(late);
-    cluster.in_sync("t", 1);
+    cluster.wait_until_in_sync("t", 1);
     cli.ok_with(&["produce", "t"], b"what it misses\n");
     (cluster, leader, late)
 }
@@ -57,7 +57,7 @@ fn with_a_late_replica(set: impl Fn(BrokerInstance) -> BrokerInstance) -> (Clust
 /// `/readyz` of the last one reports ready.
 #[test]
 fn broker_is_ready_when_its_replicas_are_in_sync() {
-    let (mut cluster, leader, late) = with_a_late_replica(|instance| instance);
+    let (mut cluster, leader, late) = start_with_late_replica(|instance| instance);
     cluster.broker(leader).freeze(true);
     let lost = |cluster: &Cluster| cluster.instance(late).log().matches("lost the link to the leader's broker").count();
     let before = lost(&cluster);
@@ -69,7 +69,7 @@ fn broker_is_ready_when_its_replicas_are_in_sync() {
     eventually("a subscription has failed", || (lost(&cluster) > before).then_some(()));
     assert_eq!(ready(&cluster).expect("the broker responds").0, 503, "the replica is not in sync");
     cluster.broker(leader).freeze(false);
-    cluster.ready();
+    cluster.wait_until_ready();
     let isr = cluster.partitions("t")[0]["isr"].as_array().map(Vec::len);
     assert_eq!(isr, Some(2), "the replica is in sync when the broker is ready");
 }
@@ -79,7 +79,7 @@ fn broker_is_ready_when_its_replicas_are_in_sync() {
 #[test]
 fn start_ends_after_catch_up_timeout_without_sync() {
     let (mut cluster, leader, late) =
-        with_a_late_replica(|instance| instance.setting("broker.catch_up_timeout", "\"15s\""));
+        start_with_late_replica(|instance| instance.setting("broker.catch_up_timeout", "\"15s\""));
     cluster.broker(leader).freeze(true);
     cluster.begin(late);
     let page = |cluster: &Cluster| http_get(cluster.instance(late).http(), "/readyz").ok();
@@ -232,7 +232,7 @@ fn broker_with_another_object_store_is_refused() {
     assert_eq!(fs::read_dir(elsewhere.path()).expect("a folder").count(), 0, "no file is written");
     let third = third.bucket_of(cluster.bucket());
     cluster.add(3, third);
-    cluster.ready();
+    cluster.wait_until_ready();
 }
 
 #[test]
@@ -255,8 +255,8 @@ fn copied_data_directory_makes_one_process_exit() {
     let second = BrokerInstance::member(1, &etcd).bucket_of(&first.bucket());
     copy(&first.data_dir(), &second.data_dir());
     let mut later = second.spawn();
-    // Usually the first process stays: the second one deletes its registration, and it registers again within
-    // milliseconds, while the second one still runs its startup verification.
+    // Usually the first process stays. The second one deletes the registration of the first one, which registers again
+    // within milliseconds, while the second one still runs its startup verification.
     let log = eventually("one of the processes exits", || match (running.is_running(), later.is_running()) {
         (false, true) => Some(first.log()),
         (true, false) => Some(second.log()),

@@ -19,12 +19,12 @@ pub(super) type Seed = (&'static str, String, Vec<u8>);
 
 pub(super) fn all() -> Vec<Seed> {
     let mut seeds = Vec::new();
-    record(&mut seeds);
-    log(&mut seeds);
-    tier(&mut seeds);
-    json(&mut seeds);
-    config(&mut seeds);
-    produce(&mut seeds);
+    add_record_seeds(&mut seeds);
+    add_log_seeds(&mut seeds);
+    add_tier_seeds(&mut seeds);
+    add_json_seeds(&mut seeds);
+    add_config_seeds(&mut seeds);
+    add_produce_seeds(&mut seeds);
     seeds
 }
 
@@ -49,7 +49,7 @@ fn batch(number: u32, epoch: u32) -> Batch {
     batch
 }
 
-fn record(seeds: &mut Vec<Seed>) {
+fn add_record_seeds(seeds: &mut Vec<Seed>) {
     for folder in ["src/core/record/golden", "src/core/record/golden/kafka"] {
         for (name, batch) in super::files(folder).into_iter().filter(|(name, _)| name.ends_with(".batch")) {
             let name = format!("{}-{name}", if folder.ends_with("kafka") { "kafka" } else { "ours" });
@@ -61,7 +61,8 @@ fn record(seeds: &mut Vec<Seed>) {
     }
 }
 
-/// Returns a directory of three segments with two batches each, in two epochs. The log was closed or killed.
+/// Returns the disk of a log with three segments of two batches each, in two epochs. The log was closed if `close`,
+/// else its process was killed.
 fn directory(close: bool) -> SimDisk {
     let disk = SimDisk::new();
     let options = LogOptions {
@@ -113,7 +114,7 @@ fn packed(disk: &SimDisk, wanted: impl Fn(&str) -> bool) -> Vec<u8> {
         if wanted(&name) {
             let mut content = disk.read(&path).unwrap();
             if name.ends_with(".journal") {
-                content.truncate(rounds(&content).iter().map(Vec::len).sum());
+                content.truncate(frames(&content).iter().map(Vec::len).sum());
             }
             packed.push(kind);
             packed.put_u16(u16::try_from(content.len()).unwrap());
@@ -124,17 +125,17 @@ fn packed(disk: &SimDisk, wanted: impl Fn(&str) -> bool) -> Vec<u8> {
 }
 
 /// Returns the frames at the front of a journal file.
-fn rounds(file: &[u8]) -> Vec<Vec<u8>> {
-    let (mut rounds, mut at) = (Vec::new(), 0);
+fn frames(file: &[u8]) -> Vec<Vec<u8>> {
+    let (mut frames, mut at) = (Vec::new(), 0);
     while file[at..].starts_with(b"STRLJRN1") {
         let length = u32::from_be_bytes(file[at + 40..at + 44].try_into().unwrap()) as usize;
-        rounds.push(file[at..at + length].to_vec());
+        frames.push(file[at..at + length].to_vec());
         at += length;
     }
-    rounds
+    frames
 }
 
-fn log(seeds: &mut Vec<Seed>) {
+fn add_log_seeds(seeds: &mut Vec<Seed>) {
     let (killed, closed) = (directory(false), directory(true));
     seeds.push(("data_directory", "killed".to_owned(), packed(&killed, |_| true)));
     seeds.push((
@@ -152,8 +153,8 @@ fn log(seeds: &mut Vec<Seed>) {
         let (path, _) = closed.files().into_iter().find(|(path, _)| path.to_string_lossy().ends_with(part)).unwrap();
         closed.read(&path).unwrap()
     };
-    for (number, round) in rounds(&read("00000.journal")).into_iter().enumerate() {
-        seeds.push(("journal", format!("round-{number}"), round));
+    for (number, frame) in frames(&read("00000.journal")).into_iter().enumerate() {
+        seeds.push(("journal", format!("round-{number}"), frame));
     }
     seeds.push(("checkpoint", "closed".to_owned(), read("checkpoint")));
     let base = format!("{:020}", 6);
@@ -170,7 +171,7 @@ fn producers() -> Bytes {
     table.to_bytes()
 }
 
-fn line(base: u64, end: u64) -> SegmentEntry {
+fn segment_entry(base: u64, end: u64) -> SegmentEntry {
     let attempt = uuid::Uuid::from_u128(u128::from(base) << 64 | u128::from(end));
     let stamp = ObjectId { base: at(base), end: at(end), epoch: LeaderEpoch(1), attempt };
     SegmentEntry {
@@ -183,7 +184,7 @@ fn line(base: u64, end: u64) -> SegmentEntry {
     }
 }
 
-fn tier(seeds: &mut Vec<Seed>) {
+fn add_tier_seeds(seeds: &mut Vec<Seed>) {
     let epochs = vec![(LeaderEpoch(0), at(0)), (LeaderEpoch(1), at(3))];
     let mut builder = FooterBuilder::new(partition(), at(0), 1000, LeaderEpoch(2), epochs);
     (0..4).for_each(|number| builder.push(&batch(number, 1)));
@@ -192,7 +193,7 @@ fn tier(seeds: &mut Vec<Seed>) {
     let mut root = ManifestRoot::empty(partition(), at(0));
     seeds.push(("manifest", "root-of-nothing".to_owned(), root.encode().to_vec()));
     for base in [0, 10, 20] {
-        root = root.extend(line(base, base + 10), LeaderEpoch(1), uuid::Uuid::nil()).0;
+        root = root.extend(segment_entry(base, base + 10), LeaderEpoch(1), uuid::Uuid::nil()).0;
     }
     let root = root.trim(at(5), None, LeaderEpoch(2)).encode();
     // Pages start at 512 segments. A small page is assembled from entries, whose form is the same in a root and in a
@@ -215,7 +216,7 @@ fn tier(seeds: &mut Vec<Seed>) {
     seeds.push(("manifest", "root".to_owned(), root.to_vec()));
 }
 
-fn json(seeds: &mut Vec<Seed>) {
+fn add_json_seeds(seeds: &mut Vec<Seed>) {
     const ID: &str = "07070707-0707-0707-0707-070707070707";
     let texts = [
         ("owner", r#"{"format":1,"cluster":"test"}"#.to_owned()),
@@ -252,7 +253,7 @@ fn json(seeds: &mut Vec<Seed>) {
     }
 }
 
-fn config(seeds: &mut Vec<Seed>) {
+fn add_config_seeds(seeds: &mut Vec<Seed>) {
     let file = "cluster = \"blue\"\n[broker]\nid = 7\nrack = \"zone-a\"\n[grpc]\nlisten = \"0.0.0.0:1000\"\n\
                 advertise = \"b7.example:1000\"\n[object_store]\nurl = \"s3://bucket/prefix\"\npath_style = true\n\
                 [topic_defaults]\n\"segment.bytes\" = 1048576\nretention.ms = \"-1\"\n[log]\njournal_bytes = \"1GiB\"\n\
@@ -264,7 +265,7 @@ fn config(seeds: &mut Vec<Seed>) {
     seeds.push(("config", "both".to_owned(), format!("{file}\0{environment}").into_bytes()));
 }
 
-fn produce(seeds: &mut Vec<Seed>) {
+fn add_produce_seeds(seeds: &mut Vec<Seed>) {
     let request = v1::ProduceRequest {
         correlation_id: 7,
         append: Some(v1::AppendRequest {

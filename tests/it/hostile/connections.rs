@@ -21,10 +21,10 @@ use strandline::{
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
-use super::{serves, target::PREFACE};
+use super::{check_serves, target::PREFACE};
 use crate::{
     broker::{BrokerInstance, http_get},
-    cluster::network::{Network, inside, within},
+    cluster::network::{Network, run_inside, within},
     test_timeout::{TEST_TIMEOUT, eventually},
     wire,
 };
@@ -96,7 +96,7 @@ impl Drop for Attacker {
 #[test]
 fn open_streams_leave_connections_for_others_and_probes() {
     let test = "hostile::connections::open_streams_leave_connections_for_others_and_probes";
-    if !inside(test) {
+    if !run_inside(test) {
         return;
     }
     let network = Network::make();
@@ -121,7 +121,7 @@ fn open_streams_leave_connections_for_others_and_probes() {
         assert_eq!(refusal.code, ErrorCode::Overloaded);
         assert!(refusal.message.contains("raise limits.connections_per_address"), "{refusal}");
     }
-    runtime.block_on(serves(address, "calm"));
+    runtime.block_on(check_serves(address, "calm"));
 
     // Two addresses get all connections. A new client is now refused with a named error.
     let second = Attacker::begin("a2", address, MAX_GRPC_CONNECTIONS);
@@ -140,7 +140,7 @@ fn open_streams_leave_connections_for_others_and_probes() {
     });
     assert_eq!(healthy, 1);
     assert_eq!(http_get(instance.http(), "/readyz").expect("a probe has a response").0, 200);
-    within("b1", move || self::runtime().block_on(serves(address, "calm")));
+    within("b1", move || self::runtime().block_on(check_serves(address, "calm")));
     let log = instance.log();
     for expected in [
         "raised_by=\"limits.connections_per_address\"",
@@ -189,7 +189,7 @@ async fn longest_idle_connection_is_closed_first() {
         .collect();
     // Every new client is served at the first attempt.
     for _ in 0..4 {
-        serves(instance.grpc(), "calm").await;
+        check_serves(instance.grpc(), "calm").await;
     }
     let waited = tokio::time::timeout(Duration::from_millis(100), responses.message()).await;
     assert!(waited.is_err(), "the stream is still open: {waited:?}");
@@ -222,8 +222,7 @@ async fn open_calls_are_limited_by_memory_and_per_connection() {
     for _ in 0..9 {
         let mut client = connect().await;
         for _ in 0..217 {
-            streams
-                .push(client.fetch(futures::stream::pending::<FetchRequest>()).await.expect("the allocation succeeds"));
+            streams.push(client.fetch(futures::stream::pending::<FetchRequest>()).await.expect("the call is accepted"));
         }
         clients.push(client);
     }

@@ -15,8 +15,8 @@ use tokio::{io::AsyncWriteExt as _, net::TcpSocket, sync::oneshot, task::JoinSet
 use tonic::transport::Channel;
 
 use super::target::{
-    APPEND, FILLED, PREFACE, READ, Scale, Target, call, call_with, complete_body, fetch_partition, framed, open,
-    resident_bytes, unread, withheld,
+    APPEND, FILLED, PREFACE, READ, Scale, Target, call, call_with, call_without_reading, complete_body,
+    fetch_partition, framed, open_body, resident_bytes, withheld_body,
 };
 use crate::{
     broker::BrokerInstance,
@@ -37,14 +37,14 @@ async fn repeat(channel: Channel, path: &'static str, message: Bytes) {
 }
 
 /// Returns a frame of HTTP/2.
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+fn http2_frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).expect("a small frame").to_be_bytes();
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
 /// Calls again and again on a connection of which nothing is read, not even response headers, which have no
 /// flow-control window. Each call requests a topic whose name the error repeats in its header.
-async fn ask_and_read_nothing(address: SocketAddr) {
+async fn call_and_read_nothing(address: SocketAddr) {
     const DATA: u8 = 0;
     const HEADERS: u8 = 1;
     const END_STREAM: u8 = 1;
@@ -66,7 +66,7 @@ async fn ask_and_read_nothing(address: SocketAddr) {
     let mut stream = socket.connect(address).await.expect("the port is open");
     stream.write_all(PREFACE).await.expect("the request is sent");
     for id in (1..10_000).step_by(2) {
-        let call = [frame(HEADERS, END_HEADERS, id, &head), frame(DATA, END_STREAM, id, &request)].concat();
+        let call = [http2_frame(HEADERS, END_HEADERS, id, &head), http2_frame(DATA, END_STREAM, id, &request)].concat();
         if stream.write_all(&call).await.is_err() {
             break;
         }
@@ -93,7 +93,7 @@ async fn memory_is_bounded_under_open_connections_and_calls() {
     target.attack_for_a_while("connections without a call", target.on_connections(3 * connections, 0, attack)).await;
     // Each connection has a window of 1 MiB.
     let windows = |channel: Channel| async move {
-        unread(channel, APPEND, |closed| withheld(60 << 20, 4 << 20, closed)).await;
+        call_without_reading(channel, APPEND, |closed| withheld_body(60 << 20, 4 << 20, closed)).await;
     };
     target.attack_for_a_while("windows of many connections", target.on_connections(connections, 0, windows)).await;
     let all = Bytes::from(GetMetadataRequest { all_topics: true, ..Default::default() }.encode_to_vec());
@@ -105,13 +105,13 @@ async fn memory_is_bounded_under_open_connections_and_calls() {
                 let mut calls = JoinSet::new();
                 for _ in 0..16 {
                     let (channel, all) = (channel.clone(), all.clone());
-                    calls.spawn(async move { unread(channel, METADATA, |_| complete_body(&all)).await });
+                    calls.spawn(async move { call_without_reading(channel, METADATA, |_| complete_body(&all)).await });
                 }
                 for _ in 0..2 {
                     let channel = channel.clone();
-                    calls.spawn(
-                        async move { unread(channel, METADATA, |closed| withheld(4 << 20, 1 << 20, closed)).await },
-                    );
+                    calls.spawn(async move {
+                        call_without_reading(channel, METADATA, |closed| withheld_body(4 << 20, 1 << 20, closed)).await
+                    });
                 }
                 calls.join_all().await;
             }
@@ -119,7 +119,7 @@ async fn memory_is_bounded_under_open_connections_and_calls() {
     };
     target.attack_for_a_while("metadata that no client reads", target.on_connections(connections, 0, attack)).await;
 
-    let attack = (0..connections).map(|_| ask_and_read_nothing(target.address())).collect();
+    let attack = (0..connections).map(|_| call_and_read_nothing(target.address())).collect();
     target.attack_for_a_while("headers of responses that no client reads", attack).await;
 
     // Each stream takes 26 KiB.
@@ -128,20 +128,20 @@ async fn memory_is_bounded_under_open_connections_and_calls() {
         let head = head.clone();
         async move {
             let (_alive, closed) = oneshot::channel();
-            let _answer = call_with(channel, APPEND, &head, withheld(1000, 10, closed)).await;
+            let _answer = call_with(channel, APPEND, &head, withheld_body(1000, 10, closed)).await;
             future::pending().await
         }
     };
     target.attack_for_a_while("streams with large heads", target.on_streams(streams, attack).await).await;
     let attack = |channel: Channel| async move {
         let (_alive, closed) = oneshot::channel();
-        let _answer = call(channel, APPEND, withheld(1000, 10, closed)).await;
+        let _answer = call(channel, APPEND, withheld_body(1000, 10, closed)).await;
         future::pending().await
     };
     target.attack_for_a_while("streams on many connections", target.on_streams(4 * streams, attack).await).await;
     let attack = |channel: Channel| async move {
         let (_alive, closed) = oneshot::channel();
-        let _answer = call(channel, "/grpc.health.v1.Health/Check", open(Vec::new(), closed)).await;
+        let _answer = call(channel, "/grpc.health.v1.Health/Check", open_body(Vec::new(), closed)).await;
         future::pending().await
     };
     target.attack_for_a_while("probes without a request", target.on_streams(4 * streams, attack).await).await;
@@ -149,7 +149,7 @@ async fn memory_is_bounded_under_open_connections_and_calls() {
     // HTTP/2 keeps memory for as many streams as a connection ever had: up to 1.5 MB for each connection.
     let attack = |channel: Channel| async move {
         let (alive, closed): (Vec<_>, Vec<_>) = (0..900).map(|_| oneshot::channel()).unzip();
-        let calls = closed.into_iter().map(|closed| call(channel.clone(), APPEND, withheld(1000, 10, closed)));
+        let calls = closed.into_iter().map(|closed| call(channel.clone(), APPEND, withheld_body(1000, 10, closed)));
         let _open = tokio::time::timeout(Duration::from_secs(1), future::join_all(calls)).await;
         drop(alive);
         future::pending().await
@@ -164,7 +164,10 @@ async fn memory_is_bounded_under_open_connections_and_calls() {
     let fetch = framed(&fetch.encode_to_vec());
     let attack = |channel: Channel| {
         let fetch = fetch.clone();
-        async move { unread(channel, "/strandline.v1.Log/Fetch", |closed| open(vec![fetch.clone()], closed)).await }
+        async move {
+            call_without_reading(channel, "/strandline.v1.Log/Fetch", |closed| open_body(vec![fetch.clone()], closed))
+                .await
+        }
     };
     target.attack_for_a_while("fetches of absent partitions", target.on_streams(streams / 10, attack).await).await;
 
@@ -173,7 +176,12 @@ async fn memory_is_bounded_under_open_connections_and_calls() {
     let produce = framed(&ProduceRequest { append: Some(absent), ..Default::default() }.encode_to_vec());
     let attack = move |channel: Channel| {
         let produce = produce.clone();
-        async move { unread(channel, "/strandline.v1.Log/Produce", |closed| open(vec![produce.clone()], closed)).await }
+        async move {
+            call_without_reading(channel, "/strandline.v1.Log/Produce", |closed| {
+                open_body(vec![produce.clone()], closed)
+            })
+            .await
+        }
     };
     target.attack_for_a_while("producers that were loud once", target.on_connections(60, 65_535, attack)).await;
     let last = FetchPartition { offset: 3, ..fetch_partition(0) };
@@ -182,7 +190,7 @@ async fn memory_is_bounded_under_open_connections_and_calls() {
         let fetch = fetch.clone();
         async move {
             let (_alive, closed) = oneshot::channel();
-            let response = call(channel, "/strandline.v1.Log/Fetch", open(vec![fetch], closed)).await;
+            let response = call(channel, "/strandline.v1.Log/Fetch", open_body(vec![fetch], closed)).await;
             let mut body = response.expect("the read succeeds").into_body();
             while body.frame().await.is_some() {}
         }
@@ -208,8 +216,9 @@ async fn memory_is_bounded_under_open_connections_and_calls() {
 
     let mut attacks =
         target.on_connections(connections / 2, 0, windows).into_iter().map(FutureExt::boxed).collect::<Vec<_>>();
-    let attack =
-        |channel: Channel| async move { unread(channel, APPEND, |closed| withheld(60_000, 59_999, closed)).await };
+    let attack = |channel: Channel| async move {
+        call_without_reading(channel, APPEND, |closed| withheld_body(60_000, 59_999, closed)).await
+    };
     attacks.extend(target.on_streams(streams / 2, attack).await.into_iter().map(FutureExt::boxed));
     let read = ReadRequest {
         partitions: (0..FILLED).map(fetch_partition).collect(),
@@ -219,7 +228,7 @@ async fn memory_is_bounded_under_open_connections_and_calls() {
     let read = Bytes::from(read.encode_to_vec());
     let attack = |channel: Channel| {
         let read = read.clone();
-        async move { unread(channel, READ, |_| complete_body(&read)).await }
+        async move { call_without_reading(channel, READ, |_| complete_body(&read)).await }
     };
     attacks.extend(target.on_streams(100, attack).await.into_iter().map(FutureExt::boxed));
     let append = wire::append_batch("t", 9, wire::batch(&[&vec![7; 4 << 20]]));
@@ -228,7 +237,7 @@ async fn memory_is_bounded_under_open_connections_and_calls() {
     attacks.extend(target.on_connections(8, 65_535, attack).into_iter().map(FutureExt::boxed));
     let attack = |channel: Channel| {
         let all = all.clone();
-        async move { unread(channel, METADATA, |_| complete_body(&all)).await }
+        async move { call_without_reading(channel, METADATA, |_| complete_body(&all)).await }
     };
     attacks.extend(target.on_streams(1000, attack).await.into_iter().map(FutureExt::boxed));
     target.attack_for_a_while("everything at once", attacks).await;
@@ -261,7 +270,10 @@ async fn memory_is_bounded_under_waiting_tiered_appends() {
     let appends: Vec<Bytes> = (0..APPENDS).map(append).collect();
     let attack = |channel: Channel| {
         let appends = appends.clone();
-        async move { unread(channel, "/strandline.v1.Log/Produce", |closed| open(appends.clone(), closed)).await }
+        async move {
+            call_without_reading(channel, "/strandline.v1.Log/Produce", |closed| open_body(appends.clone(), closed))
+                .await
+        }
     };
     target
         .attack_for_a_while("appends that wait for the bucket", target.on_streams(target.scale.streams, attack).await)

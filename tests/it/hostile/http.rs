@@ -92,7 +92,7 @@ fn metrics_before_readiness_have_both_formats() {
     eventually("the port is open", || http_get(instance.http(), "/healthz").ok());
     let (code, page) = http_get(instance.http(), "/readyz").expect("a response");
     assert_eq!((code, page.as_str()), (503, "not ready: starting\n"));
-    both_formats(instance.http());
+    check_both_formats(instance.http());
     assert!(broker.terminate().success());
 }
 
@@ -100,12 +100,12 @@ fn metrics_before_readiness_have_both_formats() {
 fn metrics_of_a_ready_broker_have_both_formats() {
     let mut instance = BrokerInstance::new();
     let _broker: Broker = instance.start();
-    both_formats(instance.http());
+    check_both_formats(instance.http());
     let (_, text) = get(instance.http(), "/metrics", "");
     assert!(text.contains("\nstrandline_partitions 0\n"), "{text}");
 }
 
-fn both_formats(address: SocketAddr) {
+fn check_both_formats(address: SocketAddr) {
     let prometheus = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.2";
     let (head, open) = get(address, "/metrics", prometheus);
     assert!(head.starts_with("http/1.1 200"), "{head}");

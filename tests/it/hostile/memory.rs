@@ -25,8 +25,8 @@ use tokio::{sync::oneshot, task::JoinSet};
 use tonic::transport::Channel;
 
 use super::target::{
-    APPEND, FILLED, READ, Scale, Target, call, complete_body, connect, connect_to, endpoint, fetch_partition, framed,
-    nested, open, refusal, resident_bytes, unread, withheld,
+    APPEND, FILLED, READ, Scale, Target, call, call_without_reading, complete_body, connect, connect_to, endpoint,
+    error_of_call, fetch_partition, framed, nested, open_body, resident_bytes, withheld_body,
 };
 use crate::{broker::BrokerInstance, test_timeout::eventually, wire};
 
@@ -41,16 +41,17 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
 
     // Regression: took 6 GB.
     let attack = |channel: Channel| async move {
-        unread(channel.clone(), APPEND, |closed| withheld(60 << 20, (60 << 20) - 1, closed)).await
+        call_without_reading(channel.clone(), APPEND, |closed| withheld_body(60 << 20, (60 << 20) - 1, closed)).await
     };
     target.attack_for_a_while("60 MiB but for the last byte, 100 streams", target.on_streams(100, attack).await).await;
     // Regression: took 1.8 GB resident and 155 GB of address space.
-    let attack =
-        |channel: Channel| async move { unread(channel.clone(), APPEND, |closed| withheld(65 << 20, 0, closed)).await };
+    let attack = |channel: Channel| async move {
+        call_without_reading(channel.clone(), APPEND, |closed| withheld_body(65 << 20, 0, closed)).await
+    };
     let streams = target.scale.streams;
     target.attack_for_a_while("65 MiB announced", target.on_streams(streams, attack).await).await;
     let attack = |channel: Channel| async move {
-        unread(channel.clone(), APPEND, |closed| withheld(60_000, 59_999, closed)).await
+        call_without_reading(channel.clone(), APPEND, |closed| withheld_body(60_000, 59_999, closed)).await
     };
     target.attack_for_a_while("60 KB but for the last byte", target.on_streams(streams, attack).await).await;
 
@@ -59,7 +60,7 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
     let sent = framed(&append.encode_to_vec());
     let attack = |channel: Channel| {
         let sent = sent.clone();
-        async move { unread(channel, APPEND, |closed| open(vec![sent.clone()], closed)).await }
+        async move { call_without_reading(channel, APPEND, |closed| open_body(vec![sent.clone()], closed)).await }
     };
     target.attack_for_a_while("60 KB without an end", target.on_streams(streams, attack).await).await;
 
@@ -77,7 +78,7 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
     ] {
         let attack = |channel: Channel| {
             let sent = sent.clone();
-            async move { unread(channel, path, |closed| open(vec![sent.clone()], closed)).await }
+            async move { call_without_reading(channel, path, |closed| open_body(vec![sent.clone()], closed)).await }
         };
         target.attack_for_a_while(name, target.on_streams(streams, attack).await).await;
     }
@@ -102,7 +103,10 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
     );
     let attack = |channel: Channel| {
         let fetch = fetch.clone();
-        async move { unread(channel, "/strandline.v1.Log/Fetch", |closed| open(vec![framed(&fetch)], closed)).await }
+        async move {
+            call_without_reading(channel, "/strandline.v1.Log/Fetch", |closed| open_body(vec![framed(&fetch)], closed))
+                .await
+        }
     };
     target.attack_for_a_while("fetches that no client reads, 100 streams", target.on_streams(100, attack).await).await;
     for plain in [false, true] {
@@ -115,7 +119,7 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
         let request = Bytes::from(request.encode_to_vec());
         let attack = |channel: Channel| {
             let request = request.clone();
-            async move { unread(channel, READ, |_| complete_body(&request)).await }
+            async move { call_without_reading(channel, READ, |_| complete_body(&request)).await }
         };
         let name = if plain { "plain reads that no client reads" } else { "reads that no client reads" };
         target.attack_for_a_while(name, target.on_streams(100, attack).await).await;
@@ -136,7 +140,7 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
     let attack = move |channel: Channel| {
         let read = read.clone();
         async move {
-            let calls = (0..900).map(|_| unread(channel.clone(), READ, |_| complete_body(&read)));
+            let calls = (0..900).map(|_| call_without_reading(channel.clone(), READ, |_| complete_body(&read)));
             future::join_all(calls).await;
         }
     };
@@ -146,7 +150,7 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
 
     // Batches of 100 KB whose records have 60 MiB. Regression: readers of an empty topic waited 1.6 s.
     let batch = wire::batch(&vec![&vec![0_u8; 1 << 20][..]; 60]);
-    let bomb = wire::frame(&zstd::bulk::compress(&batch[61..], 1).expect("compression succeeds"), 60, 4);
+    let bomb = wire::raw_batch(&zstd::bulk::compress(&batch[61..], 1).expect("compression succeeds"), 60, 4);
     for _ in 0..4 {
         wire::append(&mut log, wire::append_batch("bombs", 0, bomb.clone()))
             .await
@@ -205,7 +209,7 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
         ("empty partitions", READ, empty_partitions),
         ("empty names", "/strandline.v1.Admin/GetMetadata", empty_names),
     ] {
-        let error = refusal(target.address(), path, &message).await;
+        let error = error_of_call(target.address(), path, &message).await;
         assert_eq!(error.code, ErrorCode::InvalidRequest, "{what}: {error}");
         assert!(error.message.contains(&limits::MAX_REQUEST_PARTS.to_string()), "{what}: {error}");
         let address = target.address();
@@ -214,13 +218,13 @@ async fn memory_is_bounded_under_large_and_unread_messages() {
             let message = message.clone();
             async move {
                 loop {
-                    refusal(address, path, &message).await;
+                    error_of_call(address, path, &message).await;
                 }
             }
         };
         target.attack_for_a_while(what, vec![attack(), attack()]).await;
     }
-    let error = refusal(target.address(), READ, &vec![0; 5 << 20]).await;
+    let error = error_of_call(target.address(), READ, &vec![0; 5 << 20]).await;
     assert_eq!(error.code, ErrorCode::RequestTooLarge, "{error}");
     assert!(error.message.contains(&limits::MAX_REQUEST_BYTES.to_string()), "{error}");
 
@@ -261,7 +265,7 @@ async fn clients_that_read_nothing_yield_to_other_clients() {
                 for (path, pieces) in calls.clone().into_iter().cycle().take(60) {
                     let (sender, closed) = oneshot::channel();
                     alive.push(sender);
-                    let (channel, body) = (channel.clone(), open(pieces.clone(), closed));
+                    let (channel, body) = (channel.clone(), open_body(pieces.clone(), closed));
                     streams.spawn(async move { (call(channel, path, body).await, future::pending::<()>().await) });
                 }
                 // The call fails when the connection was closed. The attacker then connects again.

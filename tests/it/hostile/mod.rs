@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// Checks that the broker serves: appends one record and reads the record.
-async fn serves(address: SocketAddr, topic: &str) {
+async fn check_serves(address: SocketAddr, topic: &str) {
     let mut log = wire::log(address);
     let value = Bytes::from_static(b"still here");
     let appended = wire::append(&mut log, wire::append_plain(topic, 0, vec![value.clone()]))
@@ -44,7 +44,7 @@ async fn serves(address: SocketAddr, topic: &str) {
     assert_eq!(records[0].value, Some(value));
 }
 
-async fn running(topics: &[&str]) -> (BrokerInstance, Broker) {
+async fn start_broker(topics: &[&str]) -> (BrokerInstance, Broker) {
     let mut instance = BrokerInstance::new();
     let broker = tokio::task::block_in_place(|| instance.start());
     for topic in topics {
@@ -54,7 +54,7 @@ async fn running(topics: &[&str]) -> (BrokerInstance, Broker) {
 }
 
 /// Sends bytes, and reads the response until the other side closes the connection or sends nothing more.
-fn throw(address: SocketAddr, bytes: &[u8]) {
+fn send_bytes(address: SocketAddr, bytes: &[u8]) {
     let mut stream = TcpStream::connect(address).expect("the port is open");
     stream.set_read_timeout(Some(Duration::from_millis(200))).expect("a timeout can be set");
     // The broker may close the connection in the middle.
@@ -67,7 +67,7 @@ fn throw(address: SocketAddr, bytes: &[u8]) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn random_bytes_on_every_port_affect_no_client() {
     const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-    let (instance, mut broker) = running(&["calm"]).await;
+    let (instance, mut broker) = start_broker(&["calm"]).await;
     let seed = 0x57a4_d11e;
     let mut rng = StdRng::seed_from_u64(seed);
     for address in [instance.grpc(), instance.http()] {
@@ -83,30 +83,30 @@ async fn random_bytes_on_every_port_affect_no_client() {
                 let start = bytes.len();
                 bytes.resize(start + rng.random_range(0..20_000_usize), 0);
                 rng.fill_bytes(&mut bytes[start..]);
-                tokio::task::block_in_place(|| throw(address, &bytes));
+                tokio::task::block_in_place(|| send_bytes(address, &bytes));
             }
         }
-        serves(instance.grpc(), "calm").await;
+        check_serves(instance.grpc(), "calm").await;
     }
-    // HTTP/2 frames that announce data which never arrives: a settings frame, and headers of 16 MB.
+    // An HTTP/2 settings frame, and a frame that announces headers of 16 MB, which never arrive.
     let promises = [PREFACE, &[0, 0, 0, 4, 0, 0, 0, 0, 0], &[0xff, 0xff, 0xff, 1, 4, 0, 0, 0, 1]].concat();
-    tokio::task::block_in_place(|| throw(instance.grpc(), &promises));
+    tokio::task::block_in_place(|| send_bytes(instance.grpc(), &promises));
     // A hundred connections that send nothing.
     let silent: Vec<TcpStream> = (0..100)
         .map(|n| {
             TcpStream::connect(if n % 2 == 0 { instance.grpc() } else { instance.http() }).expect("the port is open")
         })
         .collect();
-    serves(instance.grpc(), "calm").await;
+    check_serves(instance.grpc(), "calm").await;
     assert_eq!(http_get(instance.http(), "/healthz").expect("a response").0, 200);
     drop(silent);
     assert!(broker.is_running());
 }
 
-/// Each changed batch gets its error. The topic takes the largest batches, so that only the change is wrong.
+/// Each changed batch is refused as malformed, with a reason. The unchanged batch is then accepted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn malformed_batch_is_refused_and_not_stored() {
-    let (instance, mut broker) = running(&["batches"]).await;
+    let (instance, mut broker) = start_broker(&["batches"]).await;
     let mut log = wire::log(instance.grpc());
     let good = wire::batch(&[b"one", b"two"]);
     let changed = |change: &dyn Fn(&mut Vec<u8>)| {
@@ -145,11 +145,11 @@ async fn malformed_batch_is_refused_and_not_stored() {
         ("a negative last delta", changed(&put(23, -2))),
         ("a negative offset", changed(&|bytes| bytes[..8].copy_from_slice(&(-5_i64).to_be_bytes()))),
         ("an offset that overflows", changed(&|bytes| bytes[..8].copy_from_slice(&i64::MAX.to_be_bytes()))),
-        ("an unknown codec", wire::frame(&good[61..], 2, 7)),
-        ("a control batch", wire::frame(&good[61..], 2, 1 << 5)),
-        ("a transaction", wire::frame(&good[61..], 2, 1 << 4)),
-        ("the broker's own timestamp type", wire::frame(&good[61..], 2, 1 << 3)),
-        ("unknown attributes", wire::frame(&good[61..], 2, 1 << 9)),
+        ("an unknown codec", wire::raw_batch(&good[61..], 2, 7)),
+        ("a control batch", wire::raw_batch(&good[61..], 2, 1 << 5)),
+        ("a transaction", wire::raw_batch(&good[61..], 2, 1 << 4)),
+        ("the broker's own timestamp type", wire::raw_batch(&good[61..], 2, 1 << 3)),
+        ("unknown attributes", wire::raw_batch(&good[61..], 2, 1 << 9)),
         ("half a batch", good[..good.len() / 2].to_vec()),
         ("half a header", good[..30].to_vec()),
         ("one byte", vec![0]),
@@ -175,24 +175,24 @@ async fn malformed_batch_is_refused_and_not_stored() {
 /// records, and other topics must not be affected.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn invalid_records_behind_a_valid_header_are_survived() {
-    let (instance, mut broker) = running(&["plain", "calm"]).await;
+    let (instance, mut broker) = start_broker(&["plain", "calm"]).await;
     wire::create_topic(instance.grpc(), "recompressed", 1, &[("compression.type", "gzip")]).await;
     let mut log = wire::log(instance.grpc());
     let hostile_length = |length: i64| {
         let mut records = Vec::new();
         wire::varint(&mut records, length);
         records.extend_from_slice(&[0; 20]);
-        wire::frame(&records, 1, 0)
+        wire::raw_batch(&records, 1, 0)
     };
     let cases = [
         ("a record of 2 GiB", hostile_length(i64::from(i32::MAX))),
         ("a record of a negative length", hostile_length(-1)),
-        ("a length that never ends", wire::frame(&[0xff; 40], 1, 0)),
-        ("a million records in no bytes", wire::frame(&[], 1 << 20, 0)),
-        ("zstd that is none", wire::frame(b"certainly no zstd frame", 1, 4)),
-        ("lz4 that is none", wire::frame(&[0xff; 64], 1, 3)),
-        ("snappy that claims 4 GiB", wire::frame(&[0xff, 0xff, 0xff, 0xff, 0x0f, 0, 0, 0], 1, 2)),
-        ("a zstd bomb", wire::frame(&bomb(), 1, 4)),
+        ("a length that never ends", wire::raw_batch(&[0xff; 40], 1, 0)),
+        ("a million records in no bytes", wire::raw_batch(&[], 1 << 20, 0)),
+        ("zstd that is none", wire::raw_batch(b"certainly no zstd frame", 1, 4)),
+        ("lz4 that is none", wire::raw_batch(&[0xff; 64], 1, 3)),
+        ("snappy that claims 4 GiB", wire::raw_batch(&[0xff, 0xff, 0xff, 0xff, 0x0f, 0, 0, 0], 1, 2)),
+        ("a zstd bomb", wire::raw_batch(&bomb(), 1, 4)),
     ];
     // The memory for decompression depends on the machine.
     let is_named = |error: &ApiError| matches!(error.code, ErrorCode::MalformedBatch | ErrorCode::RecordTooLarge);
@@ -211,7 +211,7 @@ async fn invalid_records_behind_a_valid_header_are_survived() {
                 }
             }
         }
-        serves(instance.grpc(), "calm").await;
+        check_serves(instance.grpc(), "calm").await;
     }
     assert!(broker.is_running());
 }
@@ -228,7 +228,7 @@ fn bomb() -> Vec<u8> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_for_absent_topics_get_named_errors() {
-    let (instance, _broker) = running(&["small"]).await;
+    let (instance, _broker) = start_broker(&["small"]).await;
     let mut log = wire::log(instance.grpc());
     let value = || vec![Bytes::from_static(b"x")];
     for topic in ["nobody", "", "a/b", "..", "\u{1f980}", &"n".repeat(100_000)] {
@@ -268,12 +268,12 @@ async fn requests_for_absent_topics_get_named_errors() {
         let error = ApiError::from(&status);
         assert!(matches!(error.code, ErrorCode::InvalidTopic | ErrorCode::InvalidRequest), "{name:?}: {error:?}");
     }
-    serves(instance.grpc(), "small").await;
+    check_serves(instance.grpc(), "small").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn too_large_request_is_refused_and_the_next_accepted() {
-    let (instance, mut broker) = running(&["calm"]).await;
+    let (instance, mut broker) = start_broker(&["calm"]).await;
     wire::create_topic(instance.grpc(), "narrow", 1, &[("max.message.bytes", "2000")]).await;
     let mut log = wire::log(instance.grpc());
     let large = vec![7_u8; 3000];
@@ -287,12 +287,12 @@ async fn too_large_request_is_refused_and_the_next_accepted() {
     let over = wire::append_batch("calm", 0, vec![0; limits::MAX_MESSAGE_BYTES + 1]);
     let error = wire::append(&mut log, over).await.expect_err("over the message limit");
     assert!(!matches!(error.code, ErrorCode::Internal), "{error:?}");
-    serves(instance.grpc(), "calm").await;
+    check_serves(instance.grpc(), "calm").await;
     assert!(broker.is_running());
 }
 
 /// Checks that a broker does not start: the process exits with code 1 and logs the reason.
-fn refuses(instance: &BrokerInstance, expected: &[&str]) {
+fn check_start_refused(instance: &BrokerInstance, expected: &[&str]) {
     let before = instance.log().len();
     let status = instance.spawn().wait_for_exit();
     let log = instance.log().split_off(before);
@@ -305,14 +305,14 @@ fn refuses(instance: &BrokerInstance, expected: &[&str]) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn data_directory_in_use_is_refused() {
-    let (instance, broker) = running(&["calm"]).await;
+    let (instance, broker) = start_broker(&["calm"]).await;
     let second = BrokerInstance::new();
     let output = start(second.path(), &config(&second, &instance.data_dir(), ""));
     assert_eq!(output.code, 1, "{output:?}");
     let directory = instance.data_dir().display().to_string();
     assert!(output.stderr.contains(&directory) && output.stderr.contains("in use"), "{output:?}");
     assert!(output.stderr.contains(&broker.pid().to_string()), "the error names the broker: {output:?}");
-    serves(instance.grpc(), "calm").await;
+    check_serves(instance.grpc(), "calm").await;
 }
 
 /// Returns a configuration for the ports of an instance, with another data directory, and more lines at its end.
@@ -345,7 +345,7 @@ fn foreign_or_newer_data_directory_is_not_changed() {
     marker["format"] = 99.into();
     let newer = marker.to_string();
     fs::write(&path, &newer).expect("written");
-    refuses(&instance, &[&instance.data_dir().display().to_string(), "99"]);
+    check_start_refused(&instance, &[&instance.data_dir().display().to_string(), "99"]);
     assert_eq!(fs::read_to_string(&path).expect("a cluster marker"), newer, "the state is unchanged");
 }
 
@@ -371,10 +371,10 @@ fn unusable_data_directory_is_named() {
 fn port_in_use_is_named() {
     let instance = BrokerInstance::new();
     let taken = TcpListener::bind(instance.grpc()).expect("free");
-    refuses(&instance, &[&instance.grpc().port().to_string(), "127.0.0.1", "in use"]);
+    check_start_refused(&instance, &[&instance.grpc().port().to_string(), "127.0.0.1", "in use"]);
     drop(taken);
     let _taken = TcpListener::bind(instance.http()).expect("free");
-    refuses(&instance, &[&instance.http().port().to_string(), "127.0.0.1", "in use"]);
+    check_start_refused(&instance, &[&instance.http().port().to_string(), "127.0.0.1", "in use"]);
 }
 
 /// Every mistake is found before data is written, with its file, line and key.

@@ -1,4 +1,4 @@
-//! Attackers between brokers.
+//! Attackers of the ports for clients do not affect replication, and a standalone broker opens no port for brokers.
 
 use std::net::TcpStream;
 
@@ -9,7 +9,7 @@ use crate::{
     broker::BrokerInstance,
     cluster::{
         members::Cluster,
-        network::{Network, inside},
+        network::{Network, run_inside},
     },
     etcd::{Etcd, MemberHost},
     test_timeout::eventually,
@@ -24,7 +24,7 @@ fn standalone_broker_opens_no_peer_port() {
     let mut instance = BrokerInstance::new();
     let broker = instance.start();
     TcpStream::connect(instance.grpc()).expect("the broker serves clients");
-    assert!(TcpStream::connect(instance.peer()).is_err(), "no other uploads exist");
+    assert!(TcpStream::connect(instance.peer()).is_err(), "no port for brokers is open");
     assert!(broker.terminate().success(), "{}", instance.log());
 }
 
@@ -32,7 +32,7 @@ fn standalone_broker_opens_no_peer_port() {
 /// could not connect there.
 #[test]
 fn host_with_all_client_connections_blocks_no_follower() {
-    if !inside("hostile::peers::host_with_all_client_connections_blocks_no_follower") {
+    if !run_inside("hostile::peers::host_with_all_client_connections_blocks_no_follower") {
         return;
     }
     let network = Network::make();
@@ -47,9 +47,9 @@ fn host_with_all_client_connections_blocks_no_follower() {
         let instance = instance.setting("broker.shutdown_timeout", "\"2s\"");
         cluster.add(id, instance.setting("limits.connections_per_address", MAX_GRPC_CONNECTIONS));
     }
-    cluster.ready();
+    cluster.wait_until_ready();
     cluster.cli().ok(&["topic", "create", "t", "--replication-factor", "2"]);
-    cluster.in_sync("t", 2);
+    cluster.wait_until_in_sync("t", 2);
     let leader = cluster.leader("t", 0);
     let (follower, address) = (3 - leader, cluster.instance(leader).grpc());
     cluster.kill(follower);

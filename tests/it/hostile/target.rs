@@ -72,7 +72,7 @@ pub(super) fn endpoint(address: SocketAddr) -> Endpoint {
     Endpoint::from_shared(format!("http://{address}")).expect("an address is a URI")
 }
 
-/// Runtime of the attackers. They share the time of one core.
+/// Runtime of the attackers, which share the time of one core.
 pub(super) static ATTACKERS: LazyLock<Runtime> =
     LazyLock::new(|| Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime"));
 
@@ -86,7 +86,7 @@ pub(super) async fn connect_to(endpoint: Endpoint) -> Channel {
     connected.await.expect("no panic").expect("the port is open")
 }
 
-/// Sends a call with these bytes as its body. Returns the header of the response.
+/// Sends a call with this body. Returns the response once its header has arrived; `None` if the call fails.
 pub(super) async fn call(channel: Channel, path: &str, body: Body) -> Option<http::Response<Body>> {
     call_with(channel, path, "", body).await
 }
@@ -109,7 +109,7 @@ pub(super) async fn call_with(
 }
 
 /// Returns the beginning of a message of `announced` bytes, of which `sent` are sent. The rest is never sent.
-pub(super) fn withheld(announced: usize, sent: usize, closed: oneshot::Receiver<()>) -> Body {
+pub(super) fn withheld_body(announced: usize, sent: usize, closed: oneshot::Receiver<()>) -> Body {
     let prefix = [&[0][..], &u32::try_from(announced).expect("32 bits").to_be_bytes()].concat();
     let chunk = Bytes::from(vec![0; 1 << 18]);
     let mut pieces = vec![Bytes::from(prefix)];
@@ -119,17 +119,17 @@ pub(super) fn withheld(announced: usize, sent: usize, closed: oneshot::Receiver<
         left -= piece.len();
         pieces.push(piece);
     }
-    open(pieces, closed)
+    open_body(pieces, closed)
 }
 
 /// Returns a body of these bytes, which does not end before the attacker drops the sender of `closed`.
-pub(super) fn open(pieces: Vec<Bytes>, closed: oneshot::Receiver<()>) -> Body {
+pub(super) fn open_body(pieces: Vec<Bytes>, closed: oneshot::Receiver<()>) -> Body {
     let end = stream::once(closed).filter_map(|_| future::ready(None));
     let frames = stream::iter(pieces).chain(end).map(|piece| Ok::<_, tonic::Status>(Frame::data(piece)));
     Body::new(StreamBody::new(frames))
 }
 
-/// Returns a message with its prefix.
+/// Returns a gRPC message with its prefix of five bytes.
 pub(super) fn framed(message: &[u8]) -> Bytes {
     let prefix = u32::try_from(message.len()).expect("32 bits").to_be_bytes();
     Bytes::from([&[0][..], &prefix, message].concat())
@@ -140,8 +140,8 @@ pub(super) fn complete_body(message: &[u8]) -> Body {
     Body::new(http_body_util::Full::new(framed(message)))
 }
 
-/// Returns the error of a call with this message.
-pub(super) async fn refusal(address: SocketAddr, path: &str, message: &[u8]) -> ApiError {
+/// Makes a call with this message on a new connection. Returns the error of the call, which must fail.
+pub(super) async fn error_of_call(address: SocketAddr, path: &str, message: &[u8]) -> ApiError {
     let response = call(connect(address).await, path, complete_body(message)).await.expect("a response");
     let mut headers = response.headers().clone();
     if !headers.contains_key("grpc-status") {
@@ -170,6 +170,7 @@ impl Target {
         Self::start_on(BrokerInstance::new(), scale).await
     }
 
+    /// Starts a broker with [`MEMORY`] as its memory limit, and creates the topics of the tests.
     pub(super) async fn start_on(instance: BrokerInstance, scale: Scale) -> Self {
         let mut instance = instance.setting("limits.memory_bytes", MEMORY).topic_default("max.message.bytes", 1 << 26);
         let broker = tokio::task::block_in_place(|| instance.start());
@@ -186,7 +187,8 @@ impl Target {
     }
 
     /// Runs attacks for a while. Resident memory must stay below the limit, and the small appends of an honest client
-    /// must always succeed.
+    /// must always succeed, in the full form also fast. Does nothing if the name does not contain the value of
+    /// `STRANDLINE_HOSTILE_ONLY`.
     pub(super) async fn attack_for_a_while<F: Future<Output = ()> + Send + 'static>(
         &self,
         name: &str,
@@ -301,8 +303,8 @@ impl Target {
     }
 }
 
-/// Calls again and again, and reads no more of a response than its header.
-pub(super) async fn unread(channel: Channel, path: &str, body: impl Fn(oneshot::Receiver<()>) -> Body) {
+/// Calls until a call succeeds. Then keeps that call open, and reads no more of its response than the header.
+pub(super) async fn call_without_reading(channel: Channel, path: &str, body: impl Fn(oneshot::Receiver<()>) -> Body) {
     loop {
         let (alive, closed) = oneshot::channel();
         let response = call(channel.clone(), path, body(closed)).await;
@@ -319,7 +321,7 @@ pub(super) fn fetch_partition(partition: i32) -> FetchPartition {
     FetchPartition { topic: "t".to_owned(), partition, ..Default::default() }
 }
 
-/// Returns a message with `inner` at the end of the messages that these fields nest.
+/// Returns the bytes `before`, and then `inner` nested in messages of these fields, the first field outermost.
 pub(super) fn nested(before: &[u8], fields: &[u32], inner: &[u8]) -> Vec<u8> {
     let mut message = inner.to_vec();
     for field in fields.iter().rev() {

@@ -2,9 +2,12 @@
 
 use super::*;
 
-/// Creates topic `t` with this number of records, which only the object store has. Restarts the broker, so that its
-/// caches are empty.
-fn history(with: impl FnOnce(BrokerInstance) -> BrokerInstance, records: usize) -> (S3, BrokerInstance, Broker) {
+/// Starts an S3 server and a broker, and creates topic `t` with this number of records, which only the object store
+/// has. Then restarts the broker, so that its caches are empty.
+fn start_with_history(
+    with: impl FnOnce(BrokerInstance) -> BrokerInstance,
+    records: usize,
+) -> (S3, BrokerInstance, Broker) {
     let (server, mut instance, broker) = start(with);
     create(&instance.cli(), "t", EAGER);
     instance.cli().ok_with(&["produce", "t"], lines(records).as_bytes());
@@ -33,7 +36,7 @@ async fn short_reads_are_served_by_a_slow_object_store() {
     const RECORDS: i64 = 20_000;
     for cache in ["128MiB", "4MiB"] {
         let (server, instance, _broker) = tokio::task::block_in_place(|| {
-            history(
+            start_with_history(
                 |instance| {
                     instance.setting("cache.memory_bytes", format!("\"{cache}\"")).setting("cache.disk_bytes", "\"0\"")
                 },
@@ -54,8 +57,9 @@ async fn short_reads_are_served_by_a_slow_object_store() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn read_reports_its_timeout_and_keeps_fetched_data() {
-    let (server, instance, _broker) =
-        tokio::task::block_in_place(|| history(|instance| instance.setting("tier.fetch_max_wait", "\"1s\""), 2_000));
+    let (server, instance, _broker) = tokio::task::block_in_place(|| {
+        start_with_history(|instance| instance.setting("tier.fetch_max_wait", "\"1s\""), 2_000)
+    });
     // Three requests in sequence: manifest, footer, chunk.
     server.faults().inject(Op::Get, Fault::Delay(Duration::from_millis(900)), 3);
     let mut log = wire::log(instance.grpc());
@@ -75,10 +79,10 @@ async fn read_reports_its_timeout_and_keeps_fetched_data() {
     assert!(end.error.is_none() && end.next_offset == end.high_watermark, "the end is plausible: {end:?}");
 }
 
-/// Starts outages of the object store until one is detected within `most`, so that other load on this machine does not
-/// count. One read of old records from one of these offsets observes each outage. Each offset is in another object, of
-/// which no earlier read has left data in memory.
-async fn is_known_within(
+/// Starts outages of the object store by `begin` until one is detected within `max`, so that other load on this machine
+/// does not count. Panics if none is. One read of old records from one of these offsets observes each outage. Each
+/// offset is in another object, of which no earlier read has left data in memory.
+async fn check_detected_within(
     max: Duration,
     server: &S3,
     instance: &BrokerInstance,
@@ -109,17 +113,17 @@ async fn is_known_within(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn failing_object_store_is_detected_within_a_second() {
-    let (server, instance, _broker) = tokio::task::block_in_place(|| history(|instance| instance, 100_000));
+    let (server, instance, _broker) = tokio::task::block_in_place(|| start_with_history(|instance| instance, 100_000));
     let second = Duration::from_secs(1);
     let offsets = [0, 10_000, 20_000, 30_000, 40_000];
-    is_known_within(second, &server, &instance, &offsets, |faults| faults.set_down(true)).await;
+    check_detected_within(second, &server, &instance, &offsets, |faults| faults.set_down(true)).await;
     let fails = |faults: &Faults| faults.inject(Op::Get, Fault::Status(500), usize::MAX);
-    is_known_within(second, &server, &instance, &offsets.map(|offset| offset + 50_000), fails).await;
+    check_detected_within(second, &server, &instance, &offsets.map(|offset| offset + 50_000), fails).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tiered_reads_fail_at_once_until_object_store_returns() {
-    let (server, instance, _broker) = tokio::task::block_in_place(|| history(|instance| instance, 2_000));
+    let (server, instance, _broker) = tokio::task::block_in_place(|| start_with_history(|instance| instance, 2_000));
     server.faults().set_down(true);
     let mut log = wire::log(instance.grpc());
     let begin = clock::monotonic();
@@ -155,10 +159,11 @@ async fn tiered_reads_fail_at_once_until_object_store_returns() {
 /// An object store that accepts every request and responds to none.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn silent_object_store_is_detected_before_a_read_times_out() {
-    let (server, instance, _broker) =
-        tokio::task::block_in_place(|| history(|instance| instance.setting("tier.fetch_max_wait", "\"60s\""), 50_000));
+    let (server, instance, _broker) = tokio::task::block_in_place(|| {
+        start_with_history(|instance| instance.setting("tier.fetch_max_wait", "\"60s\""), 50_000)
+    });
     let silent = |faults: &Faults| faults.inject(Op::Get, Fault::Delay(Duration::from_secs(3_600)), usize::MAX);
-    is_known_within(Duration::from_secs(5), &server, &instance, &[0, 10_000, 20_000, 30_000], silent).await;
+    check_detected_within(Duration::from_secs(5), &server, &instance, &[0, 10_000, 20_000, 30_000], silent).await;
     silent(server.faults());
     let mut log = wire::log(instance.grpc());
     let _first = read_once(&mut log, 40_000).await;
@@ -168,7 +173,7 @@ async fn silent_object_store_is_detected_before_a_read_times_out() {
             ApiError::from(read_once(&mut log, 40_000).await.error.expect("the object store does not respond"));
         assert_eq!(refusal.code, ErrorCode::ObjectStoreUnavailable, "{refusal:?}");
     }
-    assert!(begin.elapsed() < Duration::from_secs(20), "all appends concurrently: {:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(20), "the reads fail at once: {:?}", begin.elapsed());
 }
 
 /// Appends with `acks=tiered` in a stream. Returns the stream of responses, and the cause of the wait in the first
@@ -211,7 +216,7 @@ async fn tiered_appends_report_outage_and_later_ones_are_refused() {
         assert!(took.len() < 5, "known after {took:?}, and never within a second");
         server.faults().set_down(false);
         // The append may time out before the upload is retried.
-        if let Err(late) = final_answer(&mut responses, Duration::from_secs(30)).await {
+        if let Err(late) = final_response(&mut responses, Duration::from_secs(30)).await {
             assert_eq!(late.code, ErrorCode::Timeout, "{late:?}");
         }
         eventually_async("uploads succeed again", || {
@@ -224,7 +229,7 @@ async fn tiered_appends_report_outage_and_later_ones_are_refused() {
     assert!(refusal.code == ErrorCode::ObjectStoreUnavailable && refusal.retryable, "{refusal:?}");
     assert_eq!(wire::latest(&mut log, "t", 0).await.expect("a response"), end, "the record was not appended");
 
-    let refusal = final_answer(&mut responses, Duration::from_secs(20)).await.expect_err("the timeout passed");
+    let refusal = final_response(&mut responses, Duration::from_secs(20)).await.expect_err("the timeout passed");
     assert_eq!(refusal.code, ErrorCode::Timeout, "{refusal:?}");
     assert_eq!(
         (refusal.number("base_offset"), refusal.number("end_offset")),
@@ -252,7 +257,7 @@ async fn tiered_append_reports_why_uploads_fail() {
     let (mut responses, reason) = cause_of_the_wait(&mut log, 60_000).await;
     assert!(reason.message.contains("the upload failed"), "{reason:?}");
     server.faults().clear();
-    final_answer(&mut responses, Duration::from_secs(60)).await.expect("the record is in the object store");
+    final_response(&mut responses, Duration::from_secs(60)).await.expect("the record is in the object store");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -269,7 +274,7 @@ async fn appends_that_wait_for_object_store_hold_no_memory() {
         v1::ProduceRequest { correlation_id, append: Some(append) }
     };
     let requests = futures::stream::iter((0..20).map(append)).chain(futures::stream::pending());
-    let _answers = log.produce(requests).await.expect("a stream").into_inner();
+    let _responses = log.produce(requests).await.expect("a stream").into_inner();
     eventually_async("all records are stored, six times the memory limit", || {
         let mut log = log.clone();
         async move { (wire::latest(&mut log, "t", 0).await.ok()? == 20).then_some(()) }

@@ -113,8 +113,8 @@ impl Faults {
         self.inject_at(op, "", 0, fault, count);
     }
 
-    /// Applies a fault to requests of this kind whose path contains `path_part`: `pass` requests succeed, then `count`
-    /// have the fault.
+    /// Applies a fault to requests of this kind whose path contains `path_part`: the first `pass` requests do not have
+    /// the fault, the next `count` have it.
     pub(crate) fn inject_at(&self, op: Op, path_part: &str, pass: usize, fault: Fault, count: usize) {
         let rule = Rule { op, path_part: path_part.to_owned(), fault, pass, left: count };
         self.state.lock().rules.push(rule);
@@ -134,8 +134,8 @@ impl Faults {
         self.state.lock().down = down;
     }
 
-    /// Sets whether the store is unreliable: about every second request fails, is delayed, is executed twice or loses
-    /// its response.
+    /// Sets whether the store is unreliable: seven of eleven requests fail, are delayed, are executed twice, or get no
+    /// complete response.
     pub(crate) fn set_unreliable(&self, unreliable: bool) {
         self.state.lock().unreliable = unreliable.then_some(0);
     }
@@ -149,7 +149,7 @@ impl Faults {
         self.state.lock().ignore_conditions
     }
 
-    /// Returns the number of faults that have occurred.
+    /// Returns the number of faults that have occurred, without the connections that closed while the store was down.
     pub(crate) fn hits(&self) -> usize {
         self.state.lock().hits
     }
@@ -164,7 +164,7 @@ impl Faults {
     }
 
     /// Counts a request. Returns its fault.
-    pub(super) fn take(&self, op: Op, path: &str) -> Option<Fault> {
+    pub(super) fn next_fault(&self, op: Op, path: &str) -> Option<Fault> {
         let mut state = self.state.lock();
         *state.requests.entry(op).or_default() += 1;
         let fault = state.rules.iter_mut().find_map(|rule| {

@@ -59,6 +59,7 @@ impl Uploads {
         self.started.lock().values_mut().for_each(|started| *started -= by);
     }
 
+    /// Returns the requested page: the uploads of the bucket with the prefix, after the markers.
     fn list(&self, request: &ListMultipartUploadsInput) -> ListMultipartUploadsOutput {
         let max = usize::try_from(request.max_uploads.unwrap_or(1000)).unwrap();
         let prefix = request.prefix.clone().unwrap_or_default();
@@ -95,7 +96,7 @@ impl Uploads {
     }
 }
 
-macro_rules! use_next_member {
+macro_rules! implement_s3 {
     ($($method:ident: $input:ty => $output:ty;)*) => {
         #[async_trait::async_trait]
         impl S3 for LongKeys {
@@ -127,7 +128,8 @@ macro_rules! use_next_member {
                 request: S3Request<AbortMultipartUploadInput>,
             ) -> S3Result<S3Response<AbortMultipartUploadOutput>> {
                 let id = request.input.upload_id.clone();
-                // s3s-fs refuses an unknown upload like an upload of another user.
+                // For an unknown upload, s3s-fs returns the error for an upload of another user. S3 returns
+                // NoSuchUpload.
                 if !self.uploads.contains(&id) {
                     return Err(s3_error!(NoSuchUpload));
                 }
@@ -163,7 +165,7 @@ macro_rules! use_next_member {
         }
     };
 }
-use_next_member! {
+implement_s3! {
     create_bucket: CreateBucketInput => CreateBucketOutput;
     head_bucket: HeadBucketInput => HeadBucketOutput;
     list_buckets: ListBucketsInput => ListBucketsOutput;

@@ -83,7 +83,7 @@ async fn read_all(tier: &PartitionTier, end: u64) -> Result<Bytes, TierReadError
 }
 
 /// Uploads the one segment of a partition. Returns the tier state and the content of the segment.
-async fn uploaded(options: &ObjectStoreOptions, count: u64, size: usize) -> (TierState, Bytes) {
+async fn upload_segment(options: &ObjectStoreOptions, count: u64, size: usize) -> (TierState, Bytes) {
     let (source, content) = segment(count, size);
     let writer = tier(options, TierState::default());
     writer.install(stage(&writer, &source, EPOCH).await.unwrap());
@@ -200,7 +200,7 @@ async fn upload_fails_while_the_store_is_down_and_then_succeeds() {
 async fn reads_survive_faults_without_wrong_data() {
     let s3 = S3::start().await;
     let options = s3.options("reads");
-    let (state, content) = uploaded(&options, 80, 100_000).await;
+    let (state, content) = upload_segment(&options, 80, 100_000).await;
     let faults = [
         Fault::Status(503),
         Fault::Refuse,
@@ -234,7 +234,7 @@ async fn reads_survive_faults_without_wrong_data() {
 async fn concurrent_reads_of_one_chunk_make_one_request() {
     let s3 = S3::start().await;
     let options = s3.options("flight");
-    let (state, _) = uploaded(&options, 5, 100_000).await;
+    let (state, _) = upload_segment(&options, 5, 100_000).await;
     let fresh = tier(&options, state.clone());
     let before = s3.faults().requests(Op::Get);
     s3.faults().inject(Op::Get, Fault::Delay(Duration::from_millis(100)), 100);
@@ -247,7 +247,7 @@ async fn concurrent_reads_of_one_chunk_make_one_request() {
 async fn sequential_reads_are_read_ahead_with_few_requests() {
     let s3 = S3::start().await;
     let options = s3.options("ahead");
-    let (state, content) = uploaded(&options, 100, 200_000).await;
+    let (state, content) = upload_segment(&options, 100, 200_000).await;
     let metrics = Metrics::new();
     let fresh = tier_with(&options, state.clone(), &ChunkCacheOptions::default(), &metrics);
     let before = s3.faults().requests(Op::Get);
@@ -278,7 +278,7 @@ async fn sequential_reads_are_read_ahead_with_few_requests() {
 async fn full_cache_keeps_read_ahead_chunks_for_their_reader() {
     let s3 = S3::start().await;
     let options = s3.options("full");
-    let (state, content) = uploaded(&options, 160, 200_000).await;
+    let (state, content) = upload_segment(&options, 160, 200_000).await;
     let metrics = Metrics::new();
     let small = ChunkCacheOptions { memory_bytes: 28 << 20, ..ChunkCacheOptions::default() };
     let fresh = tier_with(&options, state.clone(), &small, &metrics);
@@ -295,7 +295,7 @@ async fn full_cache_keeps_read_ahead_chunks_for_their_reader() {
 async fn tiny_cache_causes_few_duplicate_fetches() {
     let s3 = S3::start().await;
     let options = s3.options("tiny");
-    let (state, content) = uploaded(&options, 160, 200_000).await;
+    let (state, content) = upload_segment(&options, 160, 200_000).await;
     let metrics = Metrics::new();
     let tiny = ChunkCacheOptions { memory_bytes: 8 << 20, ..ChunkCacheOptions::default() };
     let fresh = tier_with(&options, state.clone(), &tiny, &metrics);

@@ -34,25 +34,26 @@ struct SubscribedFollower {
 impl Acks {
     /// Returns the progress of a follower that the leader of this epoch has counted since the follower's last
     /// subscription.
-    pub(super) fn of(&self, epoch: LeaderEpoch, follower: BrokerId) -> Option<Ends> {
+    pub(super) fn progress(&self, epoch: LeaderEpoch, follower: BrokerId) -> Option<Ends> {
         self.0.get(&epoch)?.get(&follower)?.acked
     }
 
     /// Returns the progress of a follower that may have moved the watermarks which the leader of this epoch publishes
     /// now.
-    pub(super) fn recent(&self, epoch: LeaderEpoch, follower: BrokerId) -> Option<Ends> {
+    pub(super) fn recent_progress(&self, epoch: LeaderEpoch, follower: BrokerId) -> Option<Ends> {
         let SubscribedFollower { acked, before, .. } = self.0.get(&epoch)?.get(&follower)?;
         before.map(|before| before.max(acked.unwrap_or_default())).or(*acked)
     }
 
     /// Drops the progress from before the last subscription of each follower. Called when the leader has published its
     /// watermarks.
-    pub(super) fn published(&mut self, epoch: LeaderEpoch) {
+    pub(super) fn drop_earlier_progress(&mut self, epoch: LeaderEpoch) {
         self.0.entry(epoch).or_default().values_mut().for_each(|subscribed| subscribed.before = None);
     }
 
-    /// Records a subscription. Its broker epoch must not be older than that of the follower's previous subscription.
-    pub(super) fn follower_subscribed(
+    /// Records a subscription. Its broker epoch must not be older than that of the follower's previous subscription in
+    /// this leader epoch.
+    pub(super) fn subscribe(
         &mut self,
         epoch: LeaderEpoch,
         follower: BrokerId,
@@ -71,9 +72,9 @@ impl Acks {
     }
 
     /// Checks and records an acknowledgement that the leader of epoch `leads` counts. `ever` is the maximum that the
-    /// follower acknowledged in the epoch of the acknowledgement. An acknowledgement of an older leader epoch or broker
-    /// epoch is always a violation, because its records may have been truncated since.
-    pub(super) fn counted(&mut self, leads: LeaderEpoch, ack: &Ack, ever: Ends) -> Result<(), RuleViolation> {
+    /// follower acknowledged in the epoch of the acknowledgement. An acknowledgement of another leader epoch, or of a
+    /// broker epoch that did not subscribe last, is a violation, because its records may have been truncated since.
+    pub(super) fn count(&mut self, leads: LeaderEpoch, ack: &Ack, ever: Ends) -> Result<(), RuleViolation> {
         let Ack { follower, registered, epoch, ends } = ack;
         if *epoch != leads {
             return Err(format!("counts in epoch {leads} an acknowledgement of broker {follower} from epoch {epoch}"));

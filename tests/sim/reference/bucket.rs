@@ -28,8 +28,8 @@ impl Bucket {
     }
 
     /// Checks a committed tier state: its manifest must be valid, and its readable segments must exist and hold the
-    /// committed batches. Marks these objects as referenced.
-    pub(super) fn committed(
+    /// committed batches. Marks the manifest, its pages and these segments as referenced.
+    pub(super) fn check_tier_commit(
         &mut self,
         id: PartitionId,
         state: &TierState,
@@ -55,7 +55,7 @@ impl Bucket {
     }
 
     /// Removes the references of a deleted partition, whose objects may then be deleted.
-    pub(super) fn deleted(&self, id: PartitionId) {
+    pub(super) fn remove_references(&self, id: PartitionId) {
         self.objects.keep(id, BTreeSet::new());
     }
 }

@@ -44,13 +44,14 @@ struct Producer {
 impl Content {
     /// Returns a producer that has a committed batch below an offset and is not in `known`, and the base offset of its
     /// first committed batch.
-    pub(super) fn unknown(&self, below: Offset, known: &BTreeSet<i64>) -> Option<(i64, Offset)> {
+    pub(super) fn missing_producer(&self, below: Offset, known: &BTreeSet<i64>) -> Option<(i64, Offset)> {
         let wrote = self.producers.iter().map(|(id, producer)| (*id, producer.first));
         wrote.filter(|(_, first)| *first < below).find(|(id, _)| !known.contains(id))
     }
 
-    /// Records an appended batch. It must equal the batch with this epoch and offset that another replica appended.
-    pub(super) fn appended(&mut self, base: Offset, epoch: LeaderEpoch, batch: Entry) -> Result<(), RuleViolation> {
+    /// Records an appended batch. The batch must equal the one with this epoch and offset that another replica
+    /// appended.
+    pub(super) fn record_batch(&mut self, base: Offset, epoch: LeaderEpoch, batch: Entry) -> Result<(), RuleViolation> {
         let known = *self.batches.entry((base, epoch)).or_insert(batch);
         if known == batch {
             return Ok(());
@@ -60,17 +61,17 @@ impl Content {
 
     /// Removes the batches from `end` on, which the only replica of a standalone broker has lost. The replica may
     /// append other batches at these offsets in the same epoch.
-    pub(super) fn lose(&mut self, end: Offset) {
+    pub(super) fn remove_from(&mut self, end: Offset) {
         drop(self.batches.split_off(&(end, LeaderEpoch(0))));
     }
 
-    /// Returns the batch that an epoch wrote at an offset.
+    /// Returns the batch with this base offset that was written in an epoch; `None` if there is none.
     pub(super) fn at(&self, base: Offset, epoch: LeaderEpoch) -> Option<Entry> {
         self.batches.get(&(base, epoch)).copied()
     }
 
-    /// Records a range, written in these epochs, as committed. The range must consist of entire batches, and each batch
-    /// of a producer must have the next sequence of that producer.
+    /// Checks a newly committed range, written in these epochs, and records its producers. The range must consist of
+    /// entire batches, and each batch of a producer must have the next sequence of that producer.
     pub(super) fn commit(&mut self, epochs: &EpochHistory, range: Range<Offset>) -> Result<(), RuleViolation> {
         let mut next = range.start;
         while next < range.end {

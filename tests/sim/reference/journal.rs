@@ -39,8 +39,9 @@ impl Journals {
     }
 
     /// Records that a process writes its journal. A new process may reuse all journal files, because replay has applied
-    /// their entries. So at its first event the segments must durably hold these entries, unless the disk was replaced.
-    pub(super) fn opened(&mut self, who: ProcessId, disk: &Disk<'_>) -> Result<(), RuleViolation> {
+    /// their entries. So at its first journal event the segments must durably hold these entries, unless the disk was
+    /// replaced.
+    pub(super) fn check_new_process(&mut self, who: ProcessId, disk: &Disk<'_>) -> Result<(), RuleViolation> {
         let journal = self.of(who);
         if journal.process == who.process {
             return Ok(());
@@ -53,14 +54,14 @@ impl Journals {
         before.files.values().try_for_each(|held| check_durable(who, held, disk))
     }
 
-    pub(super) fn journaled(&mut self, who: ProcessId, partition: PartitionId, file: u64, end: Offset) {
+    pub(super) fn record_entry(&mut self, who: ProcessId, partition: PartitionId, file: u64, end: Offset) {
         let held = self.of(who).files.entry(file).or_default().entry(partition).or_default();
         *held = end.max(*held);
     }
 
     /// Lowers the ends of a log that is truncated to `to`, or removes them if the log is emptied: the segments need not
     /// hold the removed records.
-    pub(super) fn changing(&mut self, who: ProcessId, partition: PartitionId, to: Offset, emptied: bool) {
+    pub(super) fn lower_ends(&mut self, who: ProcessId, partition: PartitionId, to: Offset, emptied: bool) {
         for file in self.of(who).files.values_mut() {
             if emptied {
                 file.remove(&partition);
@@ -71,7 +72,7 @@ impl Journals {
     }
 
     /// Removes a journal file that is about to be reused, and checks its entries.
-    pub(super) fn freed(&mut self, who: ProcessId, file: u64, disk: &Disk<'_>) -> Result<(), RuleViolation> {
+    pub(super) fn free_file(&mut self, who: ProcessId, file: u64, disk: &Disk<'_>) -> Result<(), RuleViolation> {
         let held = self.of(who).files.remove(&file).unwrap_or_default();
         check_durable(who, &held, disk)
     }

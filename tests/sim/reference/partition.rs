@@ -51,12 +51,12 @@ pub(super) struct Partition {
     reached: BTreeMap<LeaderEpoch, Offset>,
 }
 
-/// Result of an event: true if it moved a log or the committed end, so that the members of ISR and ELR must be checked
-/// again.
+/// Result of an event: true if a member of ISR or ELR may lack committed records after the event, so that the members
+/// must be checked again.
 type Moved = Result<bool, RuleViolation>;
 
 /// Returns the offset below which records need not be on any disk: they are in the object store, or deleted.
-fn free(tier: &TierState) -> Offset {
+fn reclaimable_end(tier: &TierState) -> Offset {
     tier.tiered_end().max(tier.log_start)
 }
 
@@ -70,21 +70,22 @@ impl Partition {
     }
 
     /// Checks that every member of ISR ∪ ELR whose broker runs holds all committed records.
-    pub(super) fn members_hold(&self, machines: &Machines) -> Result<(), RuleViolation> {
+    pub(super) fn check_members(&self, machines: &Machines) -> Result<(), RuleViolation> {
         let Some((value, _)) = self.value() else { return Ok(()) };
         for member in value.isr.iter().chain(&value.elr) {
             let Some(machine) = machines.get(member).filter(|machine| machine.is_running()) else { continue };
             let empty = Replica::default();
             let replica = self.replicas.get(member).filter(|replica| replica.is_on(machine.disk_number()));
             let lacks = |reason| format!("broker {member} may lead but lacks committed records: {reason}");
-            self.holds(replica.unwrap_or(&empty)).map_err(lacks)?;
+            self.check_committed(replica.unwrap_or(&empty)).map_err(lacks)?;
         }
         Ok(())
     }
 
-    fn holds(&self, replica: &Replica) -> Result<(), RuleViolation> {
+    /// Checks that the log of a replica holds all committed records.
+    fn check_committed(&self, replica: &Replica) -> Result<(), RuleViolation> {
         let (epochs, end) = &self.committed;
-        let has = replica.holds(self.durability);
+        let has = replica.held_end(self.durability);
         if has < *end {
             return Err(format!("the log ends at {has} ({:?}), but the committed end is {end}", self.durability));
         }
@@ -94,20 +95,20 @@ impl Partition {
     // Events of the metadata store.
 
     /// Applies the configuration of the topic.
-    pub(super) fn configured(&mut self, config: &TopicConfig) {
+    pub(super) fn on_config_stored(&mut self, config: &TopicConfig) {
         self.durability = config.durability;
         self.minima.insert(config.min_insync_replicas);
     }
 
-    /// Checks a new partition value by the current one, and records it.
-    pub(super) fn stored(
+    /// Checks a new partition value against the current one, and records the new one.
+    pub(super) fn on_value_stored(
         &mut self,
         new: PartitionValue,
         at: Revision,
         brokers: &Brokers,
         machines: &Machines,
     ) -> Result<(), RuleViolation> {
-        let result = self.follows(&new, brokers, machines);
+        let result = self.check_replacement(&new, brokers, machines);
         self.values.insert(at, new);
         while self.values.len() > MAX_REMEMBERED {
             self.values.pop_first();
@@ -115,8 +116,8 @@ impl Partition {
         result
     }
 
-    /// Checks a tier commit by the current tier state, and records it.
-    pub(super) fn tiered(&mut self, new: TierState) -> Result<(), RuleViolation> {
+    /// Checks a tier commit against the current tier state, and records the new state.
+    pub(super) fn on_tier_state_stored(&mut self, new: TierState) -> Result<(), RuleViolation> {
         let (old, committed) = (&self.tier, self.committed.1);
         let leads = self.value().map(|(value, _)| value.leader_epoch);
         let wrong = if leads != Some(new.epoch) {
@@ -125,7 +126,7 @@ impl Partition {
             "the tier state regressed".to_owned()
         } else if new.manifest != old.manifest && new.version() != old.version() + 1 {
             "the manifest is not the next one".to_owned()
-        } else if free(&new) > committed {
+        } else if reclaimable_end(&new) > committed {
             format!(
                 "the object store has uncommitted records, or retention deleted some: the committed end is {committed}"
             )
@@ -148,7 +149,7 @@ impl Partition {
 
     /// Checks the log that a process found when it opened its replica, and records it. `alone` is true for a standalone
     /// broker, whose log may have lost its last batches.
-    pub(super) fn opened(
+    pub(super) fn on_replica_opened(
         &mut self,
         who: ProcessId,
         (epochs, end): (&[(LeaderEpoch, Offset)], Offset),
@@ -156,29 +157,29 @@ impl Partition {
         alone: bool,
     ) -> Moved {
         if alone {
-            self.content.lose(end);
+            self.content.remove_from(end);
         }
         self.metadata_applied.remove(&who.process);
-        self.replica(who.broker).opened(who.process, (epochs, end), disk).map(|()| true)
+        self.replica(who.broker).open(who.process, (epochs, end), disk).map(|()| true)
     }
 
     pub(super) fn has_opened(&self, who: ProcessId) -> bool {
         self.replicas.get(&who.broker).is_some_and(|replica| replica.is_open_in(who.process))
     }
 
-    pub(super) fn change_started(&mut self, broker: BrokerId, to: Offset, emptied: bool) -> bool {
-        self.replica(broker).change_started(to, emptied);
+    pub(super) fn on_log_change_started(&mut self, broker: BrokerId, to: Offset, emptied: bool) -> bool {
+        self.replica(broker).start_change(to, emptied);
         false
     }
 
-    pub(super) fn change_completed(&mut self, broker: BrokerId) -> bool {
-        self.replica(broker).change_completed();
+    pub(super) fn on_log_change_completed(&mut self, broker: BrokerId) -> bool {
+        self.replica(broker).complete_change();
         false
     }
 
-    /// Records that a process applied a partition value. It must not be older than the value that the process applied
-    /// before.
-    pub(super) fn metadata_applied(&mut self, who: ProcessId, revision: Revision) -> Moved {
+    /// Records that a process applied a partition value. The value must not be older than the one that the process
+    /// applied before.
+    pub(super) fn on_metadata_applied(&mut self, who: ProcessId, revision: Revision) -> Moved {
         let known = self.metadata_applied.entry(who.process).or_insert(revision);
         if revision < *known {
             return Err(format!("applied the value of revision {revision} after that of {known}"));
@@ -188,7 +189,7 @@ impl Partition {
     }
 
     /// Checks that a follower applied a message from the leader of the epoch in which it follows.
-    pub(super) fn leader_message_applied(&self, who: ProcessId, epoch: LeaderEpoch) -> Moved {
+    pub(super) fn on_leader_message_applied(&self, who: ProcessId, epoch: LeaderEpoch) -> Moved {
         let known = self.metadata_applied.get(&who.process).and_then(|revision| self.values.get(revision));
         match known {
             Some(value) if value.leader_epoch != epoch => Err(format!(
@@ -200,8 +201,9 @@ impl Partition {
     }
 
     /// Checks that no other process led in this epoch, that the store names this leader, and that its log has all
-    /// committed records. A standalone broker (`alone`) may lead again in its epoch.
-    pub(super) fn leadership_started(
+    /// committed records. A standalone broker (`alone`) may lead again in its epoch. If the store has a newer epoch,
+    /// the log is not checked.
+    pub(super) fn on_leadership_started(
         &mut self,
         who: ProcessId,
         epoch: LeaderEpoch,
@@ -237,7 +239,7 @@ impl Partition {
 
     /// Checks and records an append of one batch. `leads` is the epoch in which the process leads, or `None` for a
     /// follower.
-    pub(super) fn appended(
+    pub(super) fn on_appended(
         &mut self,
         who: ProcessId,
         range: Range<Offset>,
@@ -256,13 +258,13 @@ impl Partition {
         if leads.is_some_and(|leads| leads != epoch || leader != Some(who)) {
             return Err(format!("appended in epoch {epoch}, but leads in epoch {leads:?}"));
         }
-        self.content.appended(range.start, epoch, batch).map(|()| false)
+        self.content.record_batch(range.start, epoch, batch).map(|()| false)
     }
 
     /// Records a truncation, which must not remove committed records. Exception: a replica outside ISR and ELR may
     /// still follow the leader of an older epoch. This leader may lack committed records, and its follower then
     /// truncates them.
-    pub(super) fn truncated(&mut self, broker: BrokerId, epoch: LeaderEpoch, to: Offset) -> Moved {
+    pub(super) fn on_truncated(&mut self, broker: BrokerId, epoch: LeaderEpoch, to: Offset) -> Moved {
         let (epochs, end) = self.committed.clone();
         let is_checked = self.value().is_none_or(|(value, _)| {
             value.leader_epoch <= epoch || value.isr.contains(&broker) || value.elr.contains(&broker)
@@ -278,31 +280,31 @@ impl Partition {
     }
 
     /// Records a reset of a log to start at `at`, and checks that a bootstrap may start there with these producers.
-    pub(super) fn log_reset(
+    pub(super) fn on_log_reset(
         &mut self,
         broker: BrokerId,
         at: Offset,
         epochs: &[(LeaderEpoch, Offset)],
         producers: &BTreeSet<i64>,
     ) -> Moved {
-        self.replica(broker).begin(at, EpochHistory::from_starts(epochs.iter().copied()).unwrap());
-        let free = free(&self.tier);
+        self.replica(broker).reset(at, EpochHistory::from_starts(epochs.iter().copied()).unwrap());
+        let free = reclaimable_end(&self.tier);
         if at > free {
             return Err(format!("bootstrap at {at}, above the tiered end and the log start ({free})"));
         }
-        match self.content.unknown(at, producers) {
+        match self.content.missing_producer(at, producers) {
             Some((id, first)) => Err(format!("bootstrap at {at} without producer {id}, which has a record at {first}")),
             None => Ok(true),
         }
     }
 
-    pub(super) fn log_position_sent(&mut self, broker: BrokerId, epoch: LeaderEpoch, persisted: Offset) -> bool {
-        self.replica(broker).log_position_sent(epoch, persisted);
+    pub(super) fn on_log_position_sent(&mut self, broker: BrokerId, epoch: LeaderEpoch, persisted: Offset) -> bool {
+        self.replica(broker).record_log_position(epoch, persisted);
         false
     }
 
     /// Records and checks the watermarks that a broker publishes. Only a leader may raise the committed end.
-    pub(super) fn watermarks_published(
+    pub(super) fn on_watermarks_published(
         &mut self,
         broker: BrokerId,
         watermarks: Watermarks,
@@ -311,7 +313,7 @@ impl Partition {
     ) -> Moved {
         let result = self.check_watermarks(broker, watermarks, role, brokers);
         if let SimRole::Leading { epoch, .. } = role {
-            self.acks.published(epoch);
+            self.acks.drop_earlier_progress(epoch);
         }
         result
     }
@@ -326,7 +328,7 @@ impl Partition {
         let replica = self.replica(broker);
         replica.ends.persisted = watermarks.persisted_end;
         if let SimRole::Following(epoch) = role {
-            replica.progress_published(epoch);
+            replica.record_published_progress(epoch);
         }
         let before = std::mem::replace(&mut replica.high_watermark, watermarks.high_watermark);
         if let SimRole::Leading { epoch, .. } = role {
@@ -356,14 +358,14 @@ impl Partition {
             ));
         };
         let known = (epoch, Revision(revision), min_insync);
-        let allowed = self.may_commit(broker, known, watermarks.high_watermark, brokers);
+        let allowed = self.check_commit(broker, known, watermarks.high_watermark, brokers);
         let commit_result = self.commit(broker, watermarks.high_watermark);
         allowed.and(commit_result).map(|()| true)
     }
 
     /// Checks that a leader of `epoch` may commit up to `end`. `revision` is that of the partition value that the
     /// leader uses, and `min_insync` its min ISR.
-    fn may_commit(
+    fn check_commit(
         &self,
         leader: BrokerId,
         (epoch, revision, min_insync): (LeaderEpoch, Revision, usize),
@@ -404,7 +406,7 @@ impl Partition {
             let Some(replica) = self.replicas.get(member) else {
                 return wrong(format!("without broker {member}, which has no replica"));
             };
-            let acked = if *member == leader { Some(replica.ends) } else { self.acks.recent(epoch, *member) };
+            let acked = if *member == leader { Some(replica.ends) } else { self.acks.recent_progress(epoch, *member) };
             if acked.is_none_or(|acked| acked.by(durability) < end) {
                 return wrong(format!("although broker {member} acknowledged {acked:?} in this epoch"));
             }
@@ -435,19 +437,19 @@ impl Partition {
         self.content.commit(&self.committed.0, from..end)
     }
 
-    pub(super) fn follower_subscribed(&mut self, epoch: LeaderEpoch, follower: BrokerId, registered: u64) -> Moved {
-        self.acks.follower_subscribed(epoch, follower, registered).map(|()| false)
+    pub(super) fn on_follower_subscribed(&mut self, epoch: LeaderEpoch, follower: BrokerId, registered: u64) -> Moved {
+        self.acks.subscribe(epoch, follower, registered).map(|()| false)
     }
 
-    pub(super) fn ack_counted(&mut self, leads: LeaderEpoch, ack: &Ack) -> Moved {
+    pub(super) fn on_ack_counted(&mut self, leads: LeaderEpoch, ack: &Ack) -> Moved {
         let replica = self.replicas.get(&ack.follower);
         let ever = replica.and_then(|replica| replica.ever_acked(ack.epoch)).unwrap_or_default();
-        self.acks.counted(leads, ack, ever).map(|()| false)
+        self.acks.count(leads, ack, ever).map(|()| false)
     }
 
     /// Records an ISR proposal, and checks that each new member has acknowledged all records up to the epoch start and
     /// the high watermark in this epoch.
-    pub(super) fn isr_proposed(
+    pub(super) fn on_isr_proposed(
         &mut self,
         leader: BrokerId,
         epoch: LeaderEpoch,
@@ -459,7 +461,7 @@ impl Partition {
         let known = self.values.get(&expect).map(|value| value.isr.clone()).unwrap_or_default();
         let added = isr.iter().filter(|id| !known.contains(id));
         let durability = self.durability;
-        let lacking = added.map(|id| (*id, self.acks.of(epoch, *id)));
+        let lacking = added.map(|id| (*id, self.acks.progress(epoch, *id)));
         let lacking = lacking.rev().find(|(_, acked)| acked.is_none_or(|acked| acked.by(durability) < required));
         let incarnation = |id: &BrokerId| (*id, brokers.get(id).copied());
         let isr = isr.iter().map(incarnation).collect();
@@ -490,7 +492,8 @@ impl Partition {
         Ok(false)
     }
 
-    pub(super) fn readable_end_moved(&self, end: Offset) -> Moved {
+    /// Checks that readers cannot read above the committed end.
+    pub(super) fn on_readable_end_moved(&self, end: Offset) -> Moved {
         let committed = self.committed.1;
         if end > committed {
             return Err(format!("readable end {end}, but the committed end is {committed}"));
@@ -499,7 +502,7 @@ impl Partition {
     }
 
     /// Checks that a batch which a reader received is the committed one at `base`.
-    pub(super) fn batch_served(&self, base: Offset, epoch: LeaderEpoch, (end, crc): (Offset, u32)) -> Moved {
+    pub(super) fn on_batch_served(&self, base: Offset, epoch: LeaderEpoch, (end, crc): (Offset, u32)) -> Moved {
         let committed = self.committed_at(base);
         let is = committed.map(|(epoch, batch)| (epoch, batch.end, batch.crc));
         if is == Some((epoch, end, crc)) {
@@ -508,20 +511,20 @@ impl Partition {
         Err(format!("serves {:?} at {base}, but the committed batch is {is:?}", (epoch, end, crc)))
     }
 
-    /// Checks a latest offset that a leader returned: it is committed, and not below a high watermark of this epoch or
-    /// an earlier one.
-    pub(super) fn latest_returned(&self, epoch: LeaderEpoch, offset: Offset) -> Moved {
+    /// Checks a latest offset that a leader returned: it is not above the committed end, and not below a high watermark
+    /// that was published in this epoch or an earlier one.
+    pub(super) fn on_latest_returned(&self, epoch: LeaderEpoch, offset: Offset) -> Moved {
         match self.reached.range(..=epoch).find(|(_, reached)| **reached > offset) {
             Some((before, reached)) => Err(format!(
                 "returned {offset} as the latest offset in epoch {epoch}, after {reached} in epoch {before}"
             )),
-            None => self.readable_end_moved(offset),
+            None => self.on_readable_end_moved(offset),
         }
     }
 
     /// Checks that the log evicted no records that are neither in the object store nor deleted.
-    pub(super) fn evicted(&self, start: Offset) -> Moved {
-        let free = free(&self.tier);
+    pub(super) fn on_evicted(&self, start: Offset) -> Moved {
+        let free = reclaimable_end(&self.tier);
         if start > free {
             return Err(format!("evicted up to {start}, above the tiered end and the log start ({free})"));
         }

@@ -48,8 +48,8 @@ pub(super) struct Replica {
     changing: Option<Box<Change>>,
 }
 
-/// Unfinished truncation or reset of a log. A crash may leave the log as it was before the change, or as it is after
-/// it.
+/// Unfinished truncation, reset or deletion of a log. A crash may leave the log as it was before the change, or as it
+/// is after the change.
 #[derive(Clone, Debug)]
 struct Change {
     before: Replica,
@@ -60,7 +60,7 @@ struct Change {
 impl Replica {
     /// Records that a process opened the replica. On the same disk, the log must hold all records that were durable and
     /// not truncated, and no truncated record.
-    pub(super) fn opened(
+    pub(super) fn open(
         &mut self,
         process: u32,
         (epochs, end): (&[(LeaderEpoch, Offset)], Offset),
@@ -84,7 +84,7 @@ impl Replica {
         recovered
     }
 
-    /// Returns true if the replica was found on this disk of its machine.
+    /// Returns true if the replica was last opened on this disk of its machine.
     pub(super) fn is_on(&self, disk: u32) -> bool {
         self.disk == Some(disk)
     }
@@ -115,7 +115,7 @@ impl Replica {
     }
 
     /// Checks that the found log has the epochs of this one, and ends at or above the durable end and at or below the
-    /// written end.
+    /// written end. If this log has no epochs, the found log must have none either.
     fn check_found(&self, epochs: &EpochHistory, end: Offset) -> Result<(), String> {
         let (durable, written) = (self.durable(), self.ends.written);
         if self.epochs.last().is_none() {
@@ -134,30 +134,30 @@ impl Replica {
         self.difference_from(epochs, end).map_or(Ok(()), |reason| Err(format!("the recovered log differs: {reason}")))
     }
 
-    /// Records that the log is about to be truncated or reset.
-    pub(super) fn change_started(&mut self, to: Offset, emptied: bool) {
-        // After an unfinished earlier change, a crash may still leave the log before that change.
+    /// Records that the log is about to be truncated, reset or deleted.
+    pub(super) fn start_change(&mut self, to: Offset, emptied: bool) {
+        // After an unfinished earlier change, a crash may still leave the log as it was before that change.
         let before = self.changing.take().map_or_else(|| self.clone(), |change| change.before);
         self.changing = Some(Box::new(Change { before, to, emptied }));
     }
 
-    /// Records that the truncation or reset is complete.
-    pub(super) fn change_completed(&mut self) {
+    /// Records that the truncation, reset or deletion is complete. A reset or deletion empties the log.
+    pub(super) fn complete_change(&mut self) {
         if let Some(change) = self.changing.take().filter(|change| change.emptied) {
-            self.begin(change.to, EpochHistory::new());
+            self.reset(change.to, EpochHistory::new());
         }
     }
 
-    /// Records a log position that the follower sent in this epoch to subscribe. It replaces the earlier
+    /// Records a log position that the follower sent in this epoch to subscribe. The position replaces the earlier
     /// acknowledgements in this epoch.
-    pub(super) fn log_position_sent(&mut self, epoch: LeaderEpoch, persisted: Offset) {
+    pub(super) fn record_log_position(&mut self, epoch: LeaderEpoch, persisted: Offset) {
         self.ends.persisted = persisted;
         self.acked.insert(epoch, self.ends);
     }
 
     /// Records that the current progress was published, so that the leader of this epoch may receive it as an
     /// acknowledgement.
-    pub(super) fn progress_published(&mut self, epoch: LeaderEpoch) {
+    pub(super) fn record_published_progress(&mut self, epoch: LeaderEpoch) {
         let acked = self.acked.entry(epoch).or_default();
         *acked = acked.max(self.ends);
     }
@@ -181,14 +181,14 @@ impl Replica {
     }
 
     /// Resets the log to start at `at`, with the epoch history before that offset.
-    pub(super) fn begin(&mut self, at: Offset, epochs: EpochHistory) {
+    pub(super) fn reset(&mut self, at: Offset, epochs: EpochHistory) {
         self.epochs = epochs;
         self.ends = Ends { written: at, persisted: at };
         self.synced_before = Offset::ZERO;
     }
 
     /// Returns the end below which the replica holds all records with this durability.
-    pub(super) fn holds(&self, durability: Durability) -> Offset {
+    pub(super) fn held_end(&self, durability: Durability) -> Offset {
         match durability {
             Durability::Persisted => self.durable(),
             Durability::Replicated => self.ends.written,

@@ -1,4 +1,4 @@
-//! The only mapping from errors of the inner modules to API errors.
+//! The mapping from errors of `cluster`, `partition` and `record` to API errors.
 
 mod operations;
 
@@ -85,7 +85,7 @@ impl From<ReadError> for ApiError {
 }
 
 /// Converts the error of a malformed batch. This is no `From` impl, because both types belong to other packages.
-pub(super) fn malformed_batch(error: MalformedBatch) -> ApiError {
+pub(super) fn malformed_batch_error(error: MalformedBatch) -> ApiError {
     let code = match error {
         MalformedBatch::NoMemory { .. } => ErrorCode::RecordTooLarge,
         _ => ErrorCode::MalformedBatch,
@@ -117,8 +117,8 @@ impl From<CreateError> for ApiError {
             CreateError::Partitions { .. } | CreateError::Replicas { .. } | CreateError::TooManyTopics => {
                 Self::new(ErrorCode::InvalidRequest, message)
             }
-            CreateError::Brokers { requested, counts } => too_few_brokers(message, requested, counts),
-            CreateError::ReplicaLimit(error) => replica_limit_exceeded(message, error),
+            CreateError::Brokers { requested, counts } => too_few_brokers_error(message, requested, counts),
+            CreateError::ReplicaLimit(error) => replica_limit_error(message, error),
             CreateError::Config(_) => Self::new(ErrorCode::InvalidTopic, message),
             CreateError::Conflict { .. } => Self::new(ErrorCode::Conflict, message),
             CreateError::Store(error) => error.into(),
@@ -133,8 +133,8 @@ impl From<AlterError> for ApiError {
             AlterError::Unknown(unknown) => unknown.into(),
             AlterError::Config(_) | AlterError::SetAndUnset { .. } => Self::new(ErrorCode::InvalidTopic, message),
             AlterError::Replicas { .. } => Self::new(ErrorCode::InvalidRequest, message),
-            AlterError::Brokers { requested, counts } => too_few_brokers(message, requested, counts),
-            AlterError::ReplicaLimit(error) => replica_limit_exceeded(message, error),
+            AlterError::Brokers { requested, counts } => too_few_brokers_error(message, requested, counts),
+            AlterError::ReplicaLimit(error) => replica_limit_error(message, error),
             AlterError::Conflict { .. } => Self::new(ErrorCode::Conflict, message),
             AlterError::Store(error) => error.into(),
         }
@@ -149,8 +149,8 @@ impl From<AddPartitionsError> for ApiError {
             AddPartitionsError::NotAnIncrease { .. } | AddPartitionsError::TooMany { .. } => {
                 Self::new(ErrorCode::InvalidRequest, message)
             }
-            AddPartitionsError::Brokers { requested, counts } => too_few_brokers(message, requested, counts),
-            AddPartitionsError::ReplicaLimit(error) => replica_limit_exceeded(message, error),
+            AddPartitionsError::Brokers { requested, counts } => too_few_brokers_error(message, requested, counts),
+            AddPartitionsError::ReplicaLimit(error) => replica_limit_error(message, error),
             AddPartitionsError::Conflict { .. } => Self::new(ErrorCode::Conflict, message),
             AddPartitionsError::Store(error) => error.into(),
         }
@@ -169,14 +169,14 @@ impl From<DeleteError> for ApiError {
 }
 
 /// Returns the error for a topic with more replicas than eligible brokers.
-fn too_few_brokers(message: String, requested: u32, counts: BrokerCounts) -> ApiError {
+fn too_few_brokers_error(message: String, requested: u32, counts: BrokerCounts) -> ApiError {
     ApiError::new(ErrorCode::InvalidRequest, message)
         .with("replication_factor", requested)
         .with("brokers", counts.eligible_brokers())
 }
 
 /// Returns the API error for a broker that would exceed its replica limit.
-fn replica_limit_exceeded(message: String, error: ReplicaLimitExceeded) -> ApiError {
+fn replica_limit_error(message: String, error: ReplicaLimitExceeded) -> ApiError {
     ApiError::new(ErrorCode::FailedPrecondition, message)
         .with("broker", error.broker)
         .with("replicas", error.replicas)
@@ -191,7 +191,7 @@ pub(super) fn request_stream_error(status: Status) -> Status {
 }
 
 /// Returns an `INVALID_REQUEST` error.
-pub(super) fn invalid(message: impl Into<String>) -> ApiError {
+pub(super) fn invalid_request(message: impl Into<String>) -> ApiError {
     ApiError::new(ErrorCode::InvalidRequest, message)
 }
 
@@ -202,11 +202,11 @@ pub(super) fn parse_topic_id(text: &str) -> Result<Option<TopicId>, ApiError> {
     }
     text.parse().map(Some).map_err(|_| {
         let shown: String = text.chars().take(100).collect();
-        invalid(format!("topic_id {shown:?} is not a topic id: use the id in the metadata"))
+        invalid_request(format!("topic_id {shown:?} is not a topic id: use the id in the metadata"))
     })
 }
 
 /// Parses an offset of a request, which must not be negative.
 pub(super) fn parse_offset(value: i64) -> Result<Offset, ApiError> {
-    Offset::from_i64(value).ok_or_else(|| invalid(format!("offset {value} is negative: use 0 or more")))
+    Offset::from_i64(value).ok_or_else(|| invalid_request(format!("offset {value} is negative: use 0 or more")))
 }

@@ -76,7 +76,7 @@ impl From<ReassignError> for ApiError {
             | ReassignError::Unreachable { ids, .. } => {
                 Self::new(ErrorCode::FailedPrecondition, message).with("brokers", join_ids(&ids))
             }
-            ReassignError::ReplicaLimit(error) => super::replica_limit_exceeded(message, error),
+            ReassignError::ReplicaLimit(error) => super::replica_limit_error(message, error),
             ReassignError::Write(error) => error.into(),
         }
     }

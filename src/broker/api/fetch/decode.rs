@@ -32,14 +32,14 @@ pub(super) struct RecordTooLarge {
 
 impl FetchSession {
     /// Replaces the batches of a response by their records, and returns the bytes of the records. A partition whose
-    /// records cannot be decoded or do not fit gets an error in its entry.
+    /// first returned record cannot be decoded or does not fit gets an error in its entry.
     ///
     /// # Errors
     /// `RecordTooLarge`: the response must be read again with more memory.
     pub(super) async fn decode(&mut self, builder: &mut FetchResponseBuilder) -> Result<usize, RecordTooLarge> {
         self.try_reclaim();
-        // The decompressor holds a part of the charge. So a batch that is still being decompressed when its call ends
-        // stays charged.
+        // The decompressor shares the charge. So a batch that is still being decompressed when its call ends stays
+        // charged.
         let charge = Arc::new(self.response_memory.as_mut().map(ResponseMemory::split));
         let mut decoder = Decoder {
             decompressor: self
@@ -92,7 +92,7 @@ impl<E: Into<ApiError>> From<E> for Undecoded {
 struct Decoder<'a> {
     decompressor: Decompressor,
     memory: &'a CallMemory,
-    /// Bytes of records in the response after which it takes no more records.
+    /// Bytes of records in the response after which the response takes no more records.
     max_bytes: usize,
     /// Bytes of the session's reservation for one record that exceeds the space of the response; 0 without one.
     record_bytes: usize,
@@ -117,13 +117,13 @@ impl Decoder<'_> {
     ) -> Result<(), Undecoded> {
         let mut bytes = Bytes::from(std::mem::take(&mut fetched.chunks).concat());
         while !bytes.is_empty() {
-            let batch = Batch::split_from(&mut bytes).map_err(errors::malformed_batch)?;
+            let batch = Batch::split_from(&mut bytes).map_err(errors::malformed_batch_error)?;
             let is_first = fetched.records.is_empty();
             if *used_bytes >= self.max_bytes && !(is_first && batch.compression() == Compression::None) {
                 // The space is used up, so the remaining batches are not decompressed. An uncompressed first batch is
                 // opened, because its first record may still be returned.
                 fetched.next_offset = from.max(batch.base_offset()).as_i64();
-                return if is_first { Err(self.response_full(fetched)) } else { Ok(()) };
+                return if is_first { Err(self.response_full_error(fetched)) } else { Ok(()) };
             }
             let mut decoded = self.open((id, &batch), from, self.max_bytes.saturating_sub(*used_bytes)).await;
             if let Ok(DecodedRecords { records, omitted: Some((_, size)), .. }) = &decoded
@@ -149,16 +149,16 @@ impl Decoder<'_> {
                     let Some((offset, size)) = decoded.omitted else { continue };
                     fetched.next_offset = offset.as_i64();
                     return match fetched.records.is_empty() {
-                        true if size > MAX_DECODED_BYTES => Err(record_too_large(fetched, size).into()),
+                        true if size > MAX_DECODED_BYTES => Err(record_too_large_error(fetched, size).into()),
                         // This record does not fit into one message together with the records of other partitions.
-                        true => Err(self.response_full(fetched)),
+                        true => Err(self.response_full_error(fetched)),
                         false => Ok(()),
                     };
                 }
                 Err(error) => {
                     fetched.next_offset = from.max(batch.base_offset()).as_i64();
                     return if fetched.records.is_empty() {
-                        Err(undecodable(fetched, &batch, &error).into())
+                        Err(undecodable_error(fetched, &batch, &error).into())
                     } else {
                         Ok(())
                     };
@@ -169,12 +169,13 @@ impl Decoder<'_> {
     }
 
     /// Returns the error for a partition of which no record fits into the response.
-    fn response_full(&self, fetched: &v1::FetchedPartition) -> Undecoded {
-        response_full(fetched, self.max_bytes < DECODED_BYTES).into()
+    fn response_full_error(&self, fetched: &v1::FetchedPartition) -> Undecoded {
+        response_full_error(fetched, self.max_bytes < DECODED_BYTES).into()
     }
 
-    /// Reserves memory for the first returned record of a partition, if that record exceeds the remaining space of the
-    /// response. Once per response, a record of at most `record_bytes` uses the session's reservation instead.
+    /// Reserves memory for a record of `bytes`. The caller has found that this record is the first returned one of its
+    /// partition and exceeds the remaining space of the response. The first such record of a response that has at most
+    /// `record_bytes` uses the session's reservation instead.
     fn reserve_record(&mut self, bytes: usize) -> Result<(), Undecoded> {
         if bytes <= self.record_bytes && !std::mem::replace(&mut self.has_used_reservation, true) {
             return Ok(());
@@ -255,7 +256,7 @@ fn record_bytes(record: &Record) -> usize {
 
 /// Returns the error for a partition whose records do not fit, because the records of other partitions fill the
 /// response. `is_small` is true for a response with little memory: only then may a retry of the same request succeed.
-fn response_full(fetched: &v1::FetchedPartition, is_small: bool) -> ApiError {
+fn response_full_error(fetched: &v1::FetchedPartition, is_small: bool) -> ApiError {
     let message = format!(
         "the response is full before the records of topic {}, partition {}: read this partition again, alone or first",
         fetched.topic, fetched.partition
@@ -264,7 +265,7 @@ fn response_full(fetched: &v1::FetchedPartition, is_small: bool) -> ApiError {
 }
 
 /// Returns the error for a record that fits into no decoded response, so that the client must read its batch.
-fn record_too_large(fetched: &v1::FetchedPartition, size: usize) -> ApiError {
+fn record_too_large_error(fetched: &v1::FetchedPartition, size: usize) -> ApiError {
     let message = format!(
         "the record at offset {} has {size} bytes, more than a decoded response holds: read its batch without decode",
         fetched.next_offset
@@ -272,9 +273,9 @@ fn record_too_large(fetched: &v1::FetchedPartition, size: usize) -> ApiError {
     ApiError::new(ErrorCode::RecordTooLarge, message).with("offset", fetched.next_offset)
 }
 
-/// Returns the error for a batch whose records cannot be decoded. The broker stores batches without decoding all of
-/// their records, so a reader may be the first to find such records.
-fn undecodable(fetched: &v1::FetchedPartition, batch: &Batch, error: &MalformedBatch) -> ApiError {
+/// Returns the error for a batch whose records cannot be decoded, or have more bytes than may be decompressed. The
+/// broker stores batches without decoding all of their records, so a reader may be the first to find such records.
+fn undecodable_error(fetched: &v1::FetchedPartition, batch: &Batch, error: &MalformedBatch) -> ApiError {
     let (base, end) = (batch.base_offset(), batch.end_offset());
     if let MalformedBatch::NoMemory { max, setting, .. } = error {
         let message = format!(

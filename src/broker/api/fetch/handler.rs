@@ -40,7 +40,7 @@ impl Fetch {
     }
 
     /// Returns the response entry of a partition that this broker rejects, with `error` and, if a local replica is
-    /// open, with its watermarks.
+    /// open, with the log start and high watermark of that replica.
     pub(super) fn refused_partition(&self, requested: v1::FetchPartition, error: ApiError) -> v1::FetchedPartition {
         let id = errors::parse_topic_id(&requested.topic_id).ok();
         let replica = id.and_then(|id| self.lookup.open_replica(&requested.topic, id, requested.partition));
@@ -57,7 +57,7 @@ impl Fetch {
 
     /// Converts the error of a read. If the local replica was closed and another broker leads the partition, the error
     /// names that leader.
-    pub(super) fn read_refused(&self, id: PartitionId, error: ReadError) -> ApiError {
+    pub(super) fn convert_read_error(&self, id: PartitionId, error: ReadError) -> ApiError {
         let is_led_elsewhere = matches!(error, ReadError::Closed);
         let error = ApiError::from(error);
         if is_led_elsewhere { self.lookup.with_leader_hint(id, error) } else { error }

@@ -1,5 +1,5 @@
-//! Memory of a reader's responses. It is taken before anything is read for a response, and freed when the response has
-//! been sent.
+//! Memory of a reader's responses. The memory of a response is taken before anything is read for the response, and
+//! freed when the response has been sent.
 
 use futures::stream::FuturesUnordered;
 
@@ -10,7 +10,7 @@ use crate::{
     partition::{FetchedBatches, ReadError},
 };
 
-/// Bytes that each of several reads for one response may return at least, if the response has space for that many.
+/// Minimum limit of each concurrent read for a response, in bytes, if the response has space for that many.
 pub(super) const MIN_READ_BYTES: usize = 1 << 20;
 
 /// Maximum bytes of batches in a small response. A response is small if there is not enough memory for a full one.
@@ -68,16 +68,16 @@ impl ResponseMemory {
 }
 
 impl FetchSession {
-    /// Returns true if the next response must reserve memory: it has none, and there is a deferred outcome, a read in
-    /// progress or a ready partition.
+    /// Returns true if memory must be reserved for the next response: the response has none, and there is a deferred
+    /// outcome, a read in progress or a ready partition.
     pub(super) fn needs_memory(&self) -> bool {
         self.response_memory.is_none() && (self.deferred.is_some() || !self.reads.is_empty() || self.ready.is_marked())
     }
 
     /// Takes memory for a response, and waits for it. Called before any read for the response. The memory is for the
     /// batches and for the message that is built from them. With `decode`, more memory is taken for the records. If
-    /// other responses hold too much memory, the response is small. Batches above the expected size get memory only
-    /// after a read has failed because of their size.
+    /// other responses hold too much memory, the response is small. Before a wait, the reads in progress are dropped.
+    /// Batches above the expected size get memory only after a read has failed because of their size.
     pub(super) async fn reserve(&mut self, decode: bool) {
         let max_bytes = self.limits.max_bytes;
         let reads = self.partitions.len().clamp(1, MAX_CONCURRENT_READS);
@@ -127,7 +127,7 @@ impl FetchSession {
 
     /// Returns true if a partition that becomes ready must end a wait, because its read could start beside the reads in
     /// progress.
-    pub(super) fn awaits_marks(&self) -> bool {
+    pub(super) fn awaits_ready_partitions(&self) -> bool {
         match self.response_memory {
             Some(ResponseMemory { is_used_up: true, .. }) => false,
             Some(ResponseMemory { is_small: true, .. }) => self.reads.is_empty(),
@@ -188,9 +188,9 @@ impl FetchSession {
         }
     }
 
-    /// Returns the bytes of the batches of a read, if there is no memory for them: of batches that it returned, or of a
-    /// batch above its limit. Returns `None` if there is memory for them, or if the read found nothing or failed
-    /// otherwise. May reserve more memory.
+    /// Returns the bytes of batches for which there is no memory: of the batches that a read returned, or of a batch
+    /// above the limit of the read. Returns `None` if there is memory for the returned batches, or if the read found
+    /// nothing or failed otherwise. May reserve more memory.
     pub(super) fn bytes_without_memory(
         &self,
         outcome: &Result<Option<FetchedBatches>, ReadError>,

@@ -3,13 +3,15 @@
 //! # Overview
 //!
 //! A [`FetchSession`] contains the partitions of one reader and its position in each. A [`WakeSet`] collects the
-//! partitions with new records, so idle partitions cost no work. Reads of several partitions run concurrently: a read
-//! from the object store does not delay partitions whose records are in memory.
+//! partitions with new records, so idle partitions cost no work. Unless other responses hold too much memory, reads of
+//! several partitions run concurrently: a read from the object store does not delay partitions whose records are in
+//! memory.
 //!
 //! A reader that accepts any replica is also served by an in-sync follower, up to the high watermark that the follower
-//! has received. The role of the local replica is checked after each read. If it is a follower that was removed from
-//! the ISR, the reader gets an error with the leader. Only a leader rejects an offset above the log end. An offset
-//! below the committed log start is out of range on every replica.
+//! has received. The role of the local replica is checked after each read. If the replica no longer serves the reader,
+//! for example as a follower that was removed from the ISR, the reader gets an error with the leader. Only a leader
+//! whose epoch is committed rejects an offset above the high watermark. An offset below the committed log start is out
+//! of range on every replica.
 //!
 //! `max_wait_ms` bounds the wait for records that do not exist yet. A unary read waits for existing records, on disk or
 //! in the object store, at most `tier.fetch_max_wait`.
@@ -85,7 +87,8 @@ struct FetchPartitionState {
     /// Reader of the local replica; `None` after an error was returned for the partition. The session then skips the
     /// partition.
     reader: Option<PartitionReader>,
-    /// Offset that the client requested.
+    /// Offset of the first read since the last assignment: the requested offset, or the position at which a partition
+    /// of the session continues.
     from: Offset,
     /// Offset of the next read.
     position: Offset,
@@ -136,8 +139,8 @@ struct FetchSession {
     ready: Arc<WakeSet>,
     /// Reads in progress.
     reads: FuturesUnordered<Pin<Box<dyn Future<Output = EndedRead> + Send>>>,
-    /// Read outcome that did not fit into the last response. The next response starts with this outcome, so small
-    /// batches cannot delay a large batch for ever.
+    /// Read outcome that did not fit into the last response, or an error of a partition with records in that response.
+    /// The next response starts with this outcome, so small batches cannot delay a large batch for ever.
     deferred: Option<ReadOutcome>,
     limits: FetchLimits,
     memory: CallMemory,
@@ -148,8 +151,8 @@ struct FetchSession {
     /// Largest `max.message.bytes` of the partitions, but at most [`MIN_READ_BYTES`]: the size for which each read gets
     /// memory at first.
     expected_batch_bytes: usize,
-    /// Size of the largest batch for which a read had not enough memory, in bytes, rounded up to a power of two; 0 if
-    /// none.
+    /// Bytes of the largest batch, or of the batches of one read, for which there was not enough memory, rounded up to
+    /// a power of two; 0 if none.
     max_batch_bytes: usize,
     /// Size of the session's reservation for one decoded record that exceeds the space of a response, in bytes; 0
     /// without one. See [`decode::RecordTooLarge`].
@@ -181,14 +184,14 @@ impl FetchSession {
         }
     }
 
-    /// Replaces the partitions of the session. Unless `restart` is set, a partition that was already in the session
-    /// continues at its position, not at the requested offset. A partition that this broker does not serve is not an
-    /// error: the next response reports it. Fails on too many or duplicate partitions, on an invalid offset, or without
-    /// memory for their state.
+    /// Replaces the partitions of the session, and drops its reads and its deferred outcome. Unless `restart` is set, a
+    /// partition that was already in the session, without an error, continues at its position, not at the requested
+    /// offset. A partition that this broker does not serve is not an error: the next response reports it. Fails on too
+    /// many or duplicate partitions, on a negative offset, or without memory for the state of the partitions.
     fn assign(&mut self, requests: Vec<v1::FetchPartition>, restart: bool, any_replica: bool) -> Result<(), ApiError> {
         self.any_replica = any_replica;
         if requests.len() > limits::MAX_FETCH_PARTITIONS {
-            return Err(errors::invalid(format!(
+            return Err(errors::invalid_request(format!(
                 "{} partitions in one fetch, at most {} are allowed: send several requests",
                 requests.len(),
                 limits::MAX_FETCH_PARTITIONS
@@ -199,7 +202,7 @@ impl FetchSession {
             requests.iter().find(|requested| !seen.insert((requested.topic.as_str(), requested.partition)))
         {
             let shown: String = duplicate.topic.chars().take(100).collect();
-            return Err(errors::invalid(format!(
+            return Err(errors::invalid_request(format!(
                 "topic {shown:?}, partition {} is named twice in one fetch: name each partition once",
                 duplicate.partition
             )));
@@ -322,7 +325,7 @@ impl FetchSession {
         if is_not_served {
             state.reader = None;
             builder.failed = true;
-            let error = self.fetch.lookup.not_leader(&state.topic, state.partition, state.replica.id());
+            let error = self.fetch.lookup.not_leader_error(&state.topic, state.partition, state.replica.id());
             self.fetch.ctx.metrics.fetch_errors.count(error.code.as_str());
             return builder.entry(index, state).error = Some(error.into());
         }
@@ -342,15 +345,16 @@ impl FetchSession {
             Err(error) => {
                 state.reader = None;
                 builder.failed = true;
-                let error = self.fetch.read_refused(state.replica.id(), error);
+                let error = self.fetch.convert_read_error(state.replica.id(), error);
                 self.fetch.ctx.metrics.fetch_errors.count(error.code.as_str());
                 builder.entry(index, state).error = Some(error.into());
             }
         }
     }
 
-    /// Adds to the response everything that is available without waiting: rejected partitions, the deferred outcome,
-    /// and the outcomes of reads that complete at once.
+    /// Adds to the response everything that is available without waiting: rejected partitions and the deferred outcome.
+    /// Then starts reads, and adds the outcomes of reads that complete at once. If the response has no batches and no
+    /// read is in progress, frees its memory.
     fn gather_now(&mut self, builder: &mut FetchResponseBuilder) {
         builder.failed |= !self.refused.is_empty();
         self.refused.drain(..).for_each(|refused| builder.add_refused(refused));
@@ -376,7 +380,7 @@ impl FetchSession {
 
     /// Adds an error to the response for each partition with a read in progress, because `tier.fetch_max_wait` has
     /// passed.
-    fn time_out_reads(&self, builder: &mut FetchResponseBuilder) {
+    fn add_timeout_errors(&self, builder: &mut FetchResponseBuilder) {
         let states = self.partitions.iter().enumerate();
         for (index, state) in states.filter(|(_, state)| state.is_reading && state.reader.is_some()) {
             let (offset, bound) = (state.position, self.fetch.ctx.config.tier.fetch_max_wait);
@@ -413,9 +417,9 @@ impl FetchSession {
         }
     }
 
-    /// Gathers the response of a unary read: until it has `min_bytes` or an error, or until the deadline. While the
-    /// response is empty and reads are in progress, it waits for them up to `tier.fetch_max_wait` instead of the
-    /// deadline.
+    /// Gathers the response of a unary read: until the response has `min_bytes` or an error, or is full, or until the
+    /// deadline. While the response is empty and reads are in progress, waits for the reads up to
+    /// `tier.fetch_max_wait` instead of the deadline. Fails if no memory becomes free within `tier.fetch_max_wait`.
     async fn gather(&mut self, decode: bool, deadline: Instant) -> Result<FetchResponseBuilder, ApiError> {
         let max_wait = self.fetch.ctx.config.tier.fetch_max_wait;
         let mut builder = FetchResponseBuilder::default();
@@ -423,7 +427,7 @@ impl FetchSession {
         loop {
             if self.needs_memory() {
                 let reserved = tokio::time::timeout(max_wait, self.reserve(decode)).await;
-                reserved.map_err(|_| self.memory.no_response_memory())?;
+                reserved.map_err(|_| self.memory.no_response_memory_error())?;
                 // The time until now was spent on waiting for memory, so the bound on reads starts again.
                 reading_since = None;
             }
@@ -431,7 +435,7 @@ impl FetchSession {
             if builder.is_enough(self.min_bytes()) {
                 let until = *enough_since.get_or_insert_with(clock::monotonic) + OTHER_READS_DELAY;
                 let takes_more = !builder.failed && !builder.full && builder.bytes < self.limits.max_bytes;
-                if !takes_more || tokio::time::timeout_at(until, self.next_read(&mut builder)).await != Ok(true) {
+                if !takes_more || tokio::time::timeout_at(until, self.add_next_read(&mut builder)).await != Ok(true) {
                     break;
                 }
                 continue;
@@ -449,7 +453,7 @@ impl FetchSession {
                 continue;
             }
             if awaits_records {
-                self.time_out_reads(&mut builder);
+                self.add_timeout_errors(&mut builder);
             }
             // At the deadline, an empty response is checked once more: records that arrived since the last check still
             // go into it.
@@ -462,7 +466,7 @@ impl FetchSession {
     }
 
     /// Waits for one more read outcome and adds it to the response. Returns false if no read is in progress.
-    async fn next_read(&mut self, builder: &mut FetchResponseBuilder) -> bool {
+    async fn add_next_read(&mut self, builder: &mut FetchResponseBuilder) -> bool {
         let ended = self.reads.next().await;
         ended.map(|ended| self.add_ended_read(ended, builder)).is_some()
     }
@@ -471,11 +475,11 @@ impl FetchSession {
     /// unused memory of the response first.
     async fn wait_for_data(&mut self, builder: &mut FetchResponseBuilder) {
         self.release_unused(builder);
-        let (ready, awaits_marks) = (Arc::clone(&self.ready), self.awaits_marks());
+        let (ready, awaits_ready_partitions) = (Arc::clone(&self.ready), self.awaits_ready_partitions());
         let ended = tokio::select! {
             biased;
             Some(ended) = self.reads.next(), if !self.reads.is_empty() => Some(ended),
-            () = ready.wait_for_index(), if awaits_marks => None,
+            () = ready.wait_for_mark(), if awaits_ready_partitions => None,
         };
         if let Some(ended) = ended {
             self.add_ended_read(ended, builder);

@@ -50,9 +50,9 @@ impl FetchStreamState {
         Self { session, requests, lease_expiry, has_assignment: false, requests_ended: false }
     }
 
-    /// Returns the next response: once it has `min_bytes` or an error, `max_wait_ms` after its first records, or when
-    /// the lease expires or is renewed. `None` ends the stream: the broker stops, or the client ended its requests
-    /// without naming partitions.
+    /// Returns the next response: once the response has `min_bytes` or an error or is full, `max_wait_ms` after its
+    /// first records, or when the lease expires or is renewed. A response with records is also returned when the client
+    /// replaces the partitions. `None` ends the stream: the broker stops, or the client sent no request.
     pub(super) async fn next(&mut self) -> Option<Result<v1::FetchResponse, Status>> {
         let mut builder = FetchResponseBuilder::default();
         let mut deadline: Option<Instant> = None;

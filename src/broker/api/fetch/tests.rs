@@ -371,8 +371,8 @@ fn dropped_reads_stay_charged_until_they_end() {
     });
 }
 
-/// A stream takes no read outcomes while it waits for memory. Without dropping its own reads, it would wait for memory
-/// that they hold.
+/// A stream takes no read outcomes while it waits for memory. If the stream did not drop its own reads, it would wait
+/// for memory that these reads hold.
 #[test]
 fn stream_waiting_for_memory_drops_its_reads() {
     with_one_blocking_thread(async {

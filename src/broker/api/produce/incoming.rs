@@ -49,7 +49,7 @@ impl Produce {
     ) -> Result<IncomingBatch, ApiError> {
         let (batch, fingerprint, timestamps) = match payload {
             Some(Payload::Batch(bytes)) => {
-                let (mut batch, timestamps) = parse_batch(bytes).map_err(errors::malformed_batch)?;
+                let (mut batch, timestamps) = parse_batch(bytes).map_err(errors::malformed_batch_error)?;
                 if message_bytes > batch.encoded_len() + MAX_SURPLUS_BYTES {
                     // Without the copy, the batch would keep its entire message in memory.
                     batch.detach();
@@ -67,14 +67,17 @@ impl Produce {
                 let (batch, timestamps) = build_batch(&records, codec.unwrap_or_default())?;
                 (batch, None, timestamps)
             }
-            None => return Err(errors::invalid("the request has neither a batch nor records: set one of them")),
+            None => {
+                return Err(errors::invalid_request("the request has neither a batch nor records: set one of them"));
+            }
         };
         let bytes = batch.encoded_len();
         // A batch that the client sent is checked at the size that it was sent with. A batch of records that
         // `recompress` will compress may still become small enough.
         let is_final_size =
             fingerprint.is_some() || config.compression.is_none_or(|codec| codec == batch.compression());
-        let refusal = (is_final_size && bytes > config.max_message_bytes).then(|| too_large(partition, config, bytes));
+        let refusal =
+            (is_final_size && bytes > config.max_message_bytes).then(|| too_large_error(partition, config, bytes));
         Ok(IncomingBatch { batch, fingerprint, timestamps, refusal, permit: None })
     }
 
@@ -96,7 +99,7 @@ impl Produce {
         // which other connections need.
         let permitted =
             tokio::time::timeout_at(deadline, memory.rewriter(&self.decompressor).with_caller_permit()).await;
-        let decompressor = permitted.map_err(|_| deadline_passed())?;
+        let decompressor = permitted.map_err(|_| deadline_error())?;
         // The size of the result is not known before the recompression, so memory for the largest allowed batch is
         // taken.
         let max_bytes = config.max_message_bytes;
@@ -108,7 +111,7 @@ impl Produce {
                     incoming.timestamps = timestamps;
                 }
             }
-            Ok((batch, _)) => incoming.refusal = Some(too_large(partition, config, batch.encoded_len())),
+            Ok((batch, _)) => incoming.refusal = Some(too_large_error(partition, config, batch.encoded_len())),
             Err(refusal) => incoming.refusal = Some(refusal),
         }
         MemoryBudget::shrink(&mut permit, incoming.batch.encoded_len());
@@ -136,7 +139,7 @@ impl Produce {
         let memory = self.memory.of(bytes);
         memory.try_take(bytes).ok_or_else(|| match &incoming.refusal {
             Some(refused @ AdmitError::StoreUnavailable { .. }) => AppendError::Refused(refused.clone()).into(),
-            _ => no_produce_memory(bytes, memory),
+            _ => no_produce_memory_error(bytes, memory),
         })
     }
 
@@ -154,31 +157,31 @@ impl Produce {
             () = self.stop.cancelled() => return Err(self.lookup.broker_stopping_error(partition)),
             permit = memory.take(bytes) => permit,
             () = tokio::time::sleep_until(deadline) => {
-                return Err(no_produce_memory(bytes, memory));
+                return Err(no_produce_memory_error(bytes, memory));
             }
         };
         // After the deadline no client waits for the response. The client may send the batch again, and if this one
         // were appended too, its records would be stored twice.
         if clock::monotonic() >= deadline {
-            return Err(deadline_passed());
+            return Err(deadline_error());
         }
         Ok(permit)
     }
 }
 
-fn too_large(partition: &Partition, config: &TopicConfig, bytes: usize) -> AdmitError {
+fn too_large_error(partition: &Partition, config: &TopicConfig, bytes: usize) -> AdmitError {
     AdmitError::TooLarge { topic: partition.topic().clone(), bytes, max_bytes: config.max_message_bytes }
 }
 
 /// Returns the error for a batch that was not queued before the timeout of its request. The batch was not written.
-fn deadline_passed() -> ApiError {
+fn deadline_error() -> ApiError {
     let message =
         "the timeout of the request passed before its batch could be appended: the batch was not written; retry";
     ApiError::new(ErrorCode::Overloaded, message)
 }
 
 /// Returns the error for a batch of up to `bytes` for which `memory` had not enough within the timeout.
-fn no_produce_memory(bytes: usize, memory: &MemoryBudget) -> ApiError {
+fn no_produce_memory_error(bytes: usize, memory: &MemoryBudget) -> ApiError {
     let max = memory.bytes();
     let message = format!(
         "no memory for a batch of up to {bytes} bytes became free within the timeout of the request: batches of its \
@@ -188,9 +191,9 @@ fn no_produce_memory(bytes: usize, memory: &MemoryBudget) -> ApiError {
     ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", max)
 }
 
-/// Parses and checks a batch that a client built. Uncompressed records are checked too: invalid framing would break
-/// consumers of other clients, and wrong timestamps in the header would break retention and search by time. Of
-/// compressed records, only the first ones are decoded; readers decode the rest.
+/// Parses and checks a batch that a client built. Uncompressed records are checked too: records with an invalid
+/// structure would break consumers of other clients, and wrong timestamps in the header would break retention and
+/// search by time. Of compressed records, only the first ones are decoded; readers decode the rest.
 fn parse_batch(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), MalformedBatch> {
     let mut batch = Batch::parse(bytes)?;
     batch.check_client()?;
@@ -203,7 +206,7 @@ fn parse_batch(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), Malformed
 ///
 /// # Errors
 /// The inner error is a refusal: the codec of the topic is `none`, and the batch decompresses to more than `max_bytes`.
-/// The outer error means that the batch cannot be decompressed.
+/// The outer error means that the batch cannot be decompressed, or has too many bytes of records.
 async fn recompress_batch(
     decompressor: &Decompressor,
     batch: &Batch,
@@ -220,7 +223,7 @@ async fn recompress_batch(
         Err(MalformedBatch::Grows { .. }) if bound == uncompressed => {
             Ok(Err(AdmitError::Grows { topic: partition.topic().clone(), max_bytes }))
         }
-        outcome => Ok(Ok(outcome.map_err(errors::malformed_batch)?)),
+        outcome => Ok(Ok(outcome.map_err(errors::malformed_batch_error)?)),
     }
 }
 
@@ -228,7 +231,7 @@ async fn recompress_batch(
 /// and the range of the timestamps that the client set.
 fn build_batch(records: &v1::RecordList, codec: Compression) -> Result<(Batch, TimestampRange), ApiError> {
     if records.records.is_empty() {
-        return Err(errors::invalid("the request has no records: send at least one"));
+        return Err(errors::invalid_request("the request has no records: send at least one"));
     }
     let now_ms = clock::wall_ms();
     let (mut builder, mut timestamps) = (BatchBuilder::new(codec), TimestampRange::EMPTY);
@@ -243,11 +246,11 @@ fn build_batch(records: &v1::RecordList, codec: Compression) -> Result<(Batch, T
         let timestamp_ms = record.timestamp_ms.unwrap_or(now_ms);
         builder
             .push(timestamp_ms, record.key.as_deref(), record.value.as_deref(), &headers)
-            .map_err(records_not_encodable)?;
+            .map_err(convert_build_error)?;
     }
-    Ok((builder.finish(None).map_err(records_not_encodable)?, timestamps))
+    Ok((builder.finish(None).map_err(convert_build_error)?, timestamps))
 }
 
-fn records_not_encodable(error: BuildError) -> ApiError {
-    errors::invalid(format!("the records cannot be encoded as a batch: {error}"))
+fn convert_build_error(error: BuildError) -> ApiError {
+    errors::invalid_request(format!("the records cannot be encoded as a batch: {error}"))
 }

@@ -59,7 +59,7 @@ struct QueuedAppend {
     ack: Option<PendingAck>,
     /// Maximum time from `began` to the acknowledgement.
     timeout: Duration,
-    /// Time at which the request arrived.
+    /// Time at which the handler received the request.
     began: Instant,
     bytes: u64,
     records: u64,
@@ -69,7 +69,7 @@ struct QueuedAppend {
 
 /// State of an append with `acks=tiered`, which waits for the object store.
 struct TieredAck {
-    /// Offsets of the append, once the append is stored on this broker.
+    /// Offsets of the append, once the append has the topic's durability on this broker.
     stored: Stored,
     /// Permits for appends with `acks=tiered`: one of the connection, and one of the broker.
     _permits: [OwnedSemaphorePermit; 2],
@@ -176,8 +176,8 @@ impl Produce {
         })
     }
 
-    /// Checks a write and queues it at its partition. Waits for a topic that this broker does not host yet, for a
-    /// permit to recompress the batch, and for memory.
+    /// Checks a write and queues it at its partition. Waits for a topic that this broker does not host yet, for the
+    /// cluster's producer id key, for a permit to recompress the batch, and for memory.
     async fn queue(
         &self,
         request: v1::AppendRequest,
@@ -195,7 +195,7 @@ impl Produce {
         let partition = self.lookup.partition_of(&request.topic, id, request.partition)?;
         let config = partition.config();
         if acks == Acks::Tiered && !(config.tiered && self.ctx.tier.is_some()) {
-            return Err(errors::invalid(format!(
+            return Err(errors::invalid_request(format!(
                 "acks=tiered needs the object store, and topic {} does not use one: set remote.storage.enable=true on \
                  the topic and an object store on the broker",
                 partition.topic()
@@ -255,7 +255,7 @@ impl Produce {
 
     /// Converts the error of a write. If another broker leads the partition instead of this one, the error names that
     /// leader.
-    fn append_refused(&self, id: PartitionId, error: AppendError) -> ApiError {
+    fn convert_append_error(&self, id: PartitionId, error: AppendError) -> ApiError {
         let is_led_elsewhere =
             matches!(error, AppendError::NotLeader { .. } | AppendError::Deposed | AppendError::Closing);
         let error = ApiError::from(error);
@@ -267,8 +267,8 @@ impl Produce {
         self.ctx.tier.as_ref()?.store.confirmed_outage()
     }
 
-    /// Waits until the object store is unavailable, and returns the outage. Never returns on a broker without an object
-    /// store.
+    /// Waits until an outage of the object store is confirmed, and returns the outage. Never returns on a broker
+    /// without an object store.
     async fn until_store_outage(&self) -> Outage {
         match &self.ctx.tier {
             Some(tier) => tier.store.wait_until_unavailable().await,
@@ -279,14 +279,14 @@ impl Produce {
     /// Waits for the acknowledgement of a queued append, for the rest of its timeout. Counts the outcome in the
     /// metrics. An append with `acks=none` returns at once and is not counted.
     async fn await_outcome(&self, queued: QueuedAppend) -> Result<v1::AppendResponse, ApiError> {
-        let Some(ack) = queued.ack else { return Ok(unacknowledged()) };
+        let Some(ack) = queued.ack else { return Ok(unacknowledged_response()) };
         // The append may have waited for memory before, within the same timeout.
         let remaining = queued.timeout.saturating_sub(queued.began.elapsed());
         let outcome = match tokio::time::timeout(remaining, ack.await_result()).await {
             Ok(Ok(Ok(acked))) => Ok(response(&acked)),
-            Ok(Ok(Err(error))) => Err(self.append_refused(queued.partition, error)),
-            Ok(Err(_dropped)) => Err(self.append_refused(queued.partition, AppendError::Closing)),
-            Err(_elapsed) => Err(self.timed_out(queued.partition, queued.timeout, queued.tiered.as_ref())),
+            Ok(Ok(Err(error))) => Err(self.convert_append_error(queued.partition, error)),
+            Ok(Err(_dropped)) => Err(self.convert_append_error(queued.partition, AppendError::Closing)),
+            Err(_elapsed) => Err(self.timeout_error(queued.partition, queued.timeout, queued.tiered.as_ref())),
         };
         match &outcome {
             Ok(_) => {
@@ -302,7 +302,7 @@ impl Produce {
     /// Returns the error for an acknowledgement that did not arrive in time. For an append with `acks=tiered` that is
     /// stored on this broker, the error contains the offsets and why the records are not in the object store, so that
     /// the client does not write the records twice.
-    fn timed_out(&self, id: PartitionId, timeout: Duration, tiered: Option<&TieredAck>) -> ApiError {
+    fn timeout_error(&self, id: PartitionId, timeout: Duration, tiered: Option<&TieredAck>) -> ApiError {
         let ms = timeout.as_millis();
         let Some(stored) = tiered.and_then(|tiered| tiered.stored.get()) else {
             return ApiError::new(
@@ -331,8 +331,8 @@ impl Produce {
             .with("end_offset", end)
     }
 
-    /// Waits for the outcome of a queued append of a stream. An append that is stored and waits only for the object
-    /// store first returns a notice, once the store is unavailable or uploads of the partition fail.
+    /// Waits for the outcome of a queued append of a stream. An append that is stored on this broker and waits for the
+    /// object store first returns a notice, once the store is unavailable or uploads of the partition fail.
     async fn next_step(self: Arc<Self>, correlation_id: u64, queued: QueuedAppend) -> Step {
         let (stored, partition) = (queued.tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored)), queued.partition);
         let produce = Arc::clone(&self);
@@ -410,7 +410,7 @@ impl ProducePipeline {
                 },
                 // The stream is idle, so every received write has its response, and the stream can end.
                 () = self.produce.stop.cancelled(), if is_idle => return None,
-                queued = until_queued(&mut self.queueing), if self.queueing.is_some() => self.await_ack(queued),
+                queued = until_queued(&mut self.queueing), if self.queueing.is_some() => self.add_pending(queued),
                 request = self.requests.try_next(), if self.may_read_request() => {
                     match request {
                         Ok(Some(request)) => self.begin_queueing(request),
@@ -437,13 +437,13 @@ impl ProducePipeline {
                 Some(append) => produce.queue(append, &quota, &memory).await,
                 None => {
                     produce.ctx.metrics.produce_requests.inc();
-                    Err(errors::invalid("the request has no append: set it"))
+                    Err(errors::invalid_request("the request has no append: set it"))
                 }
             };
             (request.correlation_id, queued)
         });
         match (&mut queueing).now_or_never() {
-            Some(queued) => self.await_ack(queued),
+            Some(queued) => self.add_pending(queued),
             // Queueing continues in a task of its own, because the stream is not polled while its client reads no
             // responses.
             None => self.queueing = Some(AbortOnDropHandle::new(self.produce.ctx.tasks.spawn("append", queueing))),
@@ -452,7 +452,7 @@ impl ProducePipeline {
 
     /// Adds a queued or rejected request to `pending`. A rejected request is counted and gets its error as the
     /// response.
-    fn await_ack(&mut self, (correlation_id, queued): QueueResult) {
+    fn add_pending(&mut self, (correlation_id, queued): QueueResult) {
         let produce = Arc::clone(&self.produce);
         self.pending.push(Box::pin(async move {
             match queued {
@@ -486,7 +486,9 @@ async fn until_queued(queueing: &mut Option<AbortOnDropHandle<QueueResult>>) -> 
 fn parse_timeout(ms: u32) -> Result<Duration, ApiError> {
     if ms > limits::MAX_APPEND_TIMEOUT_MS {
         let max = limits::MAX_APPEND_TIMEOUT_MS;
-        return Err(errors::invalid(format!("timeout_ms {ms} is above the maximum of {max}: use a lower value")));
+        return Err(errors::invalid_request(format!(
+            "timeout_ms {ms} is above the maximum of {max}: use a lower value"
+        )));
     }
     Ok(if ms == 0 { DEFAULT_TIMEOUT } else { Duration::from_millis(ms.into()) })
 }
@@ -498,12 +500,12 @@ fn parse_acks(value: i32) -> Result<Acks, ApiError> {
         Ok(v1::Acks::None) => Ok(Acks::None),
         Ok(v1::Acks::Leader) => Ok(Acks::Leader),
         Ok(v1::Acks::Tiered) => Ok(Acks::Tiered),
-        Err(_) => Err(errors::invalid(format!("acks {value} is unknown: use a value of the Acks enum"))),
+        Err(_) => Err(errors::invalid_request(format!("acks {value} is unknown: use a value of the Acks enum"))),
     }
 }
 
 /// Returns the response to an append with `acks=none`, whose offsets are unknown when the response is sent.
-fn unacknowledged() -> v1::AppendResponse {
+fn unacknowledged_response() -> v1::AppendResponse {
     v1::AppendResponse {
         base_offset: -1,
         end_offset: -1,

@@ -1,4 +1,4 @@
-//! The partitions that this broker hosts, found by topic name without a lock.
+//! The partitions that this broker hosts, found by topic name or id without a lock.
 //!
 //! Each partition has its own cell, so opening or closing a partition copies no other entry. The table does not contain
 //! roles: each open partition publishes its own.
@@ -27,7 +27,7 @@ const MAX_CONCURRENT_STOPS: usize = 64;
 pub(in crate::broker) enum HostedPartition {
     /// A replica that leads, follows or is idle.
     Online(Arc<Partition>),
-    /// No replica is open: there is none, or it is being opened.
+    /// No replica is open: none is assigned, its partition value is missing or unreadable, or it is not opened yet.
     None,
     /// The local replica cannot be used, for this reason.
     Offline(OfflineReplica),
@@ -37,7 +37,7 @@ pub(in crate::broker) enum HostedPartition {
 #[derive(Clone)]
 pub(in crate::broker) enum OfflineReplica {
     /// The partition value was unreadable at the startup verification. The current value is readable, and has this
-    /// broker in the ISR or ELR.
+    /// broker as the leader or in the ISR or ELR.
     Unverified,
     /// The last attempt to open the replica failed.
     OpenFailed {
@@ -162,7 +162,7 @@ impl PartitionTable {
         self.topics.of(name).get(name).cloned()
     }
 
-    /// Returns the names of all topics.
+    /// Returns the names of all hosted topics.
     pub(in crate::broker) fn names(&self) -> Vec<TopicName> {
         self.topics.all().flat_map(|part| part.keys().cloned().collect::<Vec<_>>()).collect()
     }
@@ -262,7 +262,8 @@ impl PartitionTable {
     }
 
     /// Stores the applied revisions of these topics and wakes the tasks that wait for a change. The reconciler calls
-    /// this function last, so a visible revision means that all changes of that revision are visible.
+    /// this function after its other changes of the table, so a visible revision means that all changes of that
+    /// revision are visible.
     pub(in crate::broker) fn set_revisions(&self, revisions: BTreeMap<TopicName, Revision>) {
         let applied = revisions.into_iter().filter_map(|(name, revision)| {
             let topic = HostedTopic { revision, ..self.topic(&name)? };

@@ -11,9 +11,9 @@
 //!
 //! - Leaders on this broker remove the peer from the ISR at once (`DisconnectCause::ProcessGone`), so that `acks=all`
 //!   does not wait for the lease.
-//! - The controller receives a failure report. For any reporter, the controller probes the peer itself. If the process
-//!   is gone, the controller deletes the registration with a compare on the broker epoch, and then elects other
-//!   leaders. If there is no controller, or the controller is the suspect, the other brokers try to delete the
+//! - The controller receives a failure report, and probes the peer itself. If the process is gone, the controller
+//!   deletes the registration with a compare on the broker epoch, and then elects other leaders. If there is no
+//!   controller, or the controller is the suspect or is not registered, the other brokers try to delete the
 //!   registration, in the order of their ids with growing delays.
 //!
 //! A link that was lost by a timeout is not followed by probes: a host that disappeared or is unreachable keeps its
@@ -60,8 +60,8 @@ use crate::{
     telemetry::LogThrottle,
 };
 
-/// First pause before inconclusive probes are repeated, because the successor of an exited process may not respond yet.
-/// The pause doubles each time.
+/// First pause before inconclusive probes are repeated: the successor of an exited process may not respond yet. The
+/// pause doubles each time, up to [`MAX_CHECK_DELAY`].
 const MIN_CHECK_DELAY: Duration = Duration::from_millis(500);
 
 /// Longest pause before inconclusive probes are repeated.
@@ -71,7 +71,8 @@ const MAX_CHECK_DELAY: Duration = Duration::from_secs(2);
 /// processes the deletion of the registration later instead.
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Timeout of a report. The controller responds after it has probed the peer and deleted its registration.
+/// Timeout of a report. The controller responds after its probes of the peer and, if the process is gone, the deletion
+/// of the registration.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Maximum number of attempts to report one failed process.
@@ -235,9 +236,9 @@ impl FailureDetector {
         }
     }
 
-    /// Reports a failed process until its registration is deleted, until the process responds to a probe, or for
-    /// [`MAX_REPORT_ATTEMPTS`]. Attempts are repeated because a controller that failed at the same time is replaced
-    /// soon.
+    /// Reports a failed process until its registration is deleted or the process responds to a probe, at most
+    /// [`MAX_REPORT_ATTEMPTS`] times. Attempts are repeated because a controller that failed at the same time is
+    /// replaced soon.
     async fn report(&self, broker: BrokerId, epoch: Revision, result: ProbeResult) {
         for _ in 0..MAX_REPORT_ATTEMPTS {
             if registered(&self.metadata.state(), broker, epoch).is_none()
@@ -257,8 +258,9 @@ impl FailureDetector {
         );
     }
 
-    /// Makes one attempt to have the registration of a failed process deleted: by the controller or, without a live
-    /// controller, by this broker. Returns true if that deleted the registration.
+    /// Makes one attempt to have the registration of a failed process deleted: by the controller or, without a
+    /// registered controller besides the suspect, by this broker after a delay. Returns true if the controller or this
+    /// broker has deleted the registration.
     async fn report_once(&self, broker: BrokerId, epoch: Revision, result: ProbeResult) -> bool {
         let me = self.id;
         let state = self.metadata.state();
@@ -274,8 +276,8 @@ impl FailureDetector {
             (Some(controller), _) if controller == me => {
                 self.delete_registration(report).await.is_ok_and(|revoked| revoked)
             }
-            // Only the controller may delete the registration, and the controller is registered without a peer address.
-            // The lease will expire.
+            // There is a registered controller, so only the controller may delete the registration. The report cannot
+            // be sent, because the controller has no peer address, so the lease will expire.
             (Some(_), Some(None)) => false,
             (Some(_), Some(Some(address))) => {
                 let request = v1::ReportFailureRequest {
@@ -289,7 +291,8 @@ impl FailureDetector {
                 if let Err(error) = &response {
                     tracing::debug!(%broker, %error, "the controller did not accept the report");
                 }
-                // Not revoked: the controller's probe was inconclusive, or another broker is the controller by now.
+                // `revoked` is false if the controller did not find the process gone, ignored the report in a cooldown,
+                // or is no longer the controller.
                 response.is_ok_and(|response| response.revoked)
             }
             // The controller is the suspect, is not registered, or does not exist: each remaining broker tries to
@@ -309,7 +312,8 @@ impl FailureDetector {
 
     /// Handles a report from another broker. If this broker is the controller, it probes the suspect itself, and
     /// deletes the registration if the process is gone. Waiting reports about one registration share one probe. Reports
-    /// about one broker therefore do not delay reports about other brokers. Returns true if the registration was deleted.
+    /// about one broker therefore do not delay reports about other brokers. Returns true if the registration was
+    /// deleted.
     ///
     /// # Errors
     /// The metadata store did not apply the deletion, or its response is unknown: the reporter must report again.
@@ -446,7 +450,7 @@ mod tests {
         assert_eq!(logged, [Some(1), None, Some(1)], "each broker has its own log throttle");
     }
 
-    /// A deletion that the metadata store rejects is retried. Regression: a process exited while etcd had no leader.
+    /// A deletion that fails is retried. Regression: a process exited while etcd had no leader.
     /// Its partitions had no leader until the lease of the process expired, although all peers had detected the exit.
     #[tokio::test]
     async fn failed_deletion_of_registration_is_retried() {

@@ -22,7 +22,7 @@ pub(super) const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) const METADATA_RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
 impl ProducerDriver {
-    /// Delays the sends of a queue by the next backoff pause.
+    /// Delays the sends of a queue by the next backoff pause, and reports the error.
     pub(super) fn pause(&mut self, index: usize, error: &ApiError) {
         // An out-of-order sequence is the effect of an earlier batch's failure. If the problem of that batch is
         // reported, it stays.
@@ -71,7 +71,7 @@ impl ProducerDriver {
         notice.unwrap_or_else(|| format!("{} has not responded within the delivery timeout", leader()))
     }
 
-    /// Clears a queue's problem, also in the retry status.
+    /// Removes a queue's problem from the retry status, and clears the leader's notice and the topic id mismatch.
     pub(super) fn clear_problem(&mut self, index: usize) {
         let state = &mut self.queues[index];
         (state.notice, state.mismatched) = (None, false);
@@ -80,9 +80,10 @@ impl ProducerDriver {
         }
     }
 
-    /// Refreshes the metadata at intervals while the leader of a queue does not respond, to its batches or on the
-    /// stream in which it waits for capacity. Moves the queue to a new leader. A host that disappears sends no error,
-    /// so only the lack of responses shows it.
+    /// Handles a leader that does not respond: to the in-flight batches of the queue, or on the stream in which the
+    /// queue waits for capacity. While that lasts, refreshes the metadata every `METADATA_RETRY_INTERVAL`. A queue with
+    /// in-flight batches moves to another leader at once if the cached metadata names one. A host that disappears sends
+    /// no error, so only the lack of responses shows it.
     pub(super) fn check_leader_timeout(&mut self, index: usize, now: Instant) {
         let state = &self.queues[index];
         let is_unresponsive = state.is_unresponsive(now)
@@ -95,8 +96,8 @@ impl ProducerDriver {
         self.refresh_metadata();
     }
 
-    /// Returns the leaders that do not respond. A metadata refresh calls them last: in a network partition a client may
-    /// reach brokers on both sides, and only one side has current metadata.
+    /// Returns the leaders that do not respond to in-flight batches. A metadata refresh calls them last: in a network
+    /// partition a client may reach brokers on both sides, and only one side has current metadata.
     pub(super) fn unresponsive_leaders(&self, now: Instant) -> BTreeSet<BrokerAddress> {
         let unresponsive = self.queues.iter().filter(|state| state.is_unresponsive(now));
         unresponsive.filter_map(|state| Some(self.streams.get(&state.stream?)?.address.clone())).collect()
@@ -134,9 +135,9 @@ impl ProducerDriver {
         Some(self.streams.get(&state.waiting?)?.last_response)
     }
 
-    /// Empties the waiting list of each stream in which a queue waits whose leader is now another broker, and sends
-    /// what may be sent. Otherwise such a queue could wait for ever, because a broker that does not respond frees no
-    /// capacity.
+    /// Finds the streams in which a queue waits although another broker now leads its partition. Empties the waiting
+    /// list of each such stream, and sends what the queues of the list may send. Otherwise the queue could wait for
+    /// ever, because a broker that does not respond frees no capacity.
     pub(super) fn requeue_moved(&mut self) {
         let routing = self.inner.client.routing();
         let has_other_leader = |index: &usize, address: &BrokerAddress| {

@@ -35,8 +35,9 @@ impl ProducerDriver {
         });
     }
 
-    /// Handles the end of a metadata refresh: moves queues to new leaders, and sends the batches of queues that waited
-    /// for a leader. Refreshes again while a queue has no leader.
+    /// Handles the end of a metadata refresh: moves queues away from leaders that do not respond, and sends the batches
+    /// of queues that waited for a leader. Fails the batches of a waiting queue if the metadata has an error for its
+    /// topic. Refreshes again while a queue has no leader.
     pub(super) fn on_metadata(&mut self, result: Result<(), CallError>) {
         self.refreshing = false;
         if let Err(error) = &result {
@@ -93,7 +94,8 @@ impl ProducerDriver {
         });
     }
 
-    /// Continues a queue under its new producer id; after an error, pauses before the next request.
+    /// Continues a queue under its new producer id, and fails the batches that may have been appended under the old id.
+    /// After an error, pauses before the next request.
     pub(super) fn on_producer_id(&mut self, index: usize, result: Result<ProducerIdAndEpoch, CallError>) {
         let state = &mut self.queues[index];
         state.requesting_id = false;

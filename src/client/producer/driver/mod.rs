@@ -39,8 +39,8 @@ use crate::{
 /// records are added to the open batch.
 const STREAM_WINDOW: usize = 256;
 
-/// Maximum time, in milliseconds, that one attempt asks the broker to wait for the acknowledgement. A batch whose attempt
-/// ends with `TIMEOUT` is sent again until its delivery timeout.
+/// Maximum time, in milliseconds, that one attempt asks the broker to wait for the acknowledgement. A batch whose
+/// attempt ends with `TIMEOUT` is sent again until its delivery timeout.
 const MAX_ATTEMPT_TIMEOUT_MS: u32 = 30_000;
 
 /// Command of a handle to the task.
@@ -174,7 +174,7 @@ impl ProducerDriver {
         }
     }
 
-    /// Sends the batches of all queues that senders marked as dirty.
+    /// Adds the queues that senders created, and sends the batches of all queues that senders marked as dirty.
     fn process_dirty_queues(&mut self) {
         self.add_new_queues();
         let dirty = std::mem::take(&mut *self.inner.dirty.lock());
@@ -404,8 +404,9 @@ impl ProducerDriver {
         }
     }
 
-    /// Handles the end of a stream. Batches in flight on it are sent again after a pause; `delivered` is true if the
-    /// broker may have received them.
+    /// Handles the end of a stream, and refreshes the metadata. `delivered` is true if the broker may have received the
+    /// batches in flight on the stream. These batches are sent again after a pause, or, with `acks=0` and `delivered`,
+    /// fail.
     fn on_stream_ended(&mut self, number: u64, delivered: bool, error: &ApiError) {
         let Some(stream) = self.streams.remove(&number) else { return };
         tracing::debug!(address = stream.address.as_str(), %error, "produce stream ended");
@@ -558,7 +559,8 @@ impl ProducerDriver {
     }
 }
 
-/// Returns true if another broker may lead the partition after this error, so that the metadata must be refreshed.
+/// Returns true if this error may mean that the cached leader or topic id is outdated, so that the metadata must be
+/// refreshed.
 fn may_have_moved(code: ErrorCode) -> bool {
     matches!(code, ErrorCode::NotLeader | ErrorCode::NotReady | ErrorCode::StorageFailed | ErrorCode::TopicIdMismatch)
 }

@@ -22,7 +22,8 @@ pub(super) const LEADER_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) struct QueueState {
     pub(super) queue: Arc<PartitionQueue>,
     pub(super) in_flight: InFlightBatches,
-    /// Stream of the in-flight batches.
+    /// Stream of the in-flight batches, or of the last send; `None` before the first send, and after the stream ended
+    /// or the queue left its leader.
     pub(super) stream: Option<u64>,
     /// Stream in which the queue waits for capacity; `None` if it does not wait.
     pub(super) waiting: Option<u64>,
@@ -36,7 +37,7 @@ pub(super) struct QueueState {
     pub(super) requesting_id: bool,
     /// Time of the leader's last response or notice for this queue, or of the first send after nothing was in flight.
     pub(super) last_response: Instant,
-    /// Time of the last metadata refresh because the leader did not respond.
+    /// Time of the last metadata refresh because the leader did not respond; the creation if there was none.
     pub(super) last_leader_check: Instant,
     /// Last problem, for the error of an expired record.
     pub(super) last_problem: String,

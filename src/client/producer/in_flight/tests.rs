@@ -102,7 +102,7 @@ impl ProducerModel {
 
     /// Performs the task's next action. Returns false if the task waits for a response or, without `takes_new`, would
     /// take a new batch.
-    fn advance(&mut self, takes_new: bool) -> bool {
+    fn perform_next(&mut self, takes_new: bool) -> bool {
         match self.in_flight.next() {
             NextAction::Wait => return false,
             NextAction::Take if !takes_new => return false,
@@ -179,7 +179,7 @@ impl ProducerModel {
     fn step(&mut self, step: u8) {
         match step % 16 {
             0..=5 => {
-                self.advance(true);
+                self.perform_next(true);
             }
             6..=8 => self.handle(9),
             9 => self.handle(step / 16 % 3),
@@ -204,7 +204,7 @@ impl ProducerModel {
     /// Runs without faults until no batch remains.
     fn run_to_completion(&mut self) {
         for _ in 0..1000 {
-            while self.advance(false) {}
+            while self.perform_next(false) {}
             self.handle(9);
             self.respond();
             if self.in_flight.is_empty() {
@@ -254,12 +254,12 @@ fn late_attempt_under_old_sequence_is_not_duplicated() {
     let mut model = ProducerModel::new();
     model.next_record = 1;
     for _ in 0..4 {
-        model.advance(true);
+        model.perform_next(true);
     }
     assert_eq!(model.requests.len(), 2, "two batches of one record are in flight");
     model.break_stream();
     while model.requests.is_empty() {
-        model.advance(false);
+        model.perform_next(false);
     }
     model.handle(2);
     model.respond();
@@ -277,13 +277,13 @@ fn late_attempt_under_old_sequence_is_not_duplicated() {
 #[test]
 fn ack_behind_unacknowledged_batch_frees_no_capacity() {
     let mut model = ProducerModel::new();
-    while model.advance(true) {}
+    while model.perform_next(true) {}
     assert_eq!(model.requests.len(), 5);
     for outcome in [1, 1, 1, 3, 3] {
         model.handle(outcome);
         model.respond();
     }
-    while model.advance(true) {}
+    while model.perform_next(true) {}
     assert_eq!(model.requests.len(), 3, "the three batches again, and no later batch");
     while !model.requests.is_empty() {
         model.handle(3);
@@ -292,7 +292,7 @@ fn ack_behind_unacknowledged_batch_frees_no_capacity() {
     model.run_to_completion();
     assert_eq!(model.failed, BTreeSet::new(), "the broker detected each repetition");
     assert_eq!(model.acknowledged.len(), model.broker.log.len());
-    while model.advance(true) {}
+    while model.perform_next(true) {}
     assert_eq!(model.requests.len(), 5, "the window has capacity again");
 }
 

@@ -12,7 +12,7 @@ use crate::cluster::{
 
 const SECRET: &str = "correct horse";
 
-/// A certificate authority with the certificates that it signs, as PEM.
+/// A certificate authority. It returns certificates and keys as PEM.
 struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {

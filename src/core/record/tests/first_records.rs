@@ -3,7 +3,7 @@
 
 use super::*;
 
-/// Returns the framed records of these values, without compression.
+/// Returns the encoded records of these values, without compression.
 fn framed(values: &[Vec<u8>]) -> Bytes {
     let records: Vec<_> =
         values.iter().map(|value| Record { value: Some(value.clone().into()), ..Record::default() }).collect();

@@ -1,5 +1,5 @@
 //! Order of the effects of a turn. A recorder replaces the links and the ISR updater, and is called at each submission
-//! to the journal. At each of these effects the recorder stores the state that was published before.
+//! to the journal. At each of these calls the recorder stores the state that was published before.
 
 use std::sync::OnceLock;
 
@@ -27,7 +27,7 @@ struct Effect {
 /// Stores the effects of an actor in their order.
 struct Recorder {
     published: Arc<PublishedState>,
-    /// Receiver of the watched write: each effect stores whether it has its result.
+    /// Receiver of the watched write: each effect stores whether this write has its result.
     watched: Mutex<Option<Receiver<AppendResult>>>,
     effects: Mutex<Vec<Effect>>,
 }
@@ -51,7 +51,7 @@ impl Recorder {
         self.effects.lock().clear();
     }
 
-    /// Returns the effects and the result of the watched write.
+    /// Removes and returns the stored effects, and the result of the watched write; `None` if it has none yet.
     fn take(&self) -> (Vec<Effect>, Option<AppendResult>) {
         let result = self.watched.lock().as_mut().and_then(|written| written.try_recv().ok());
         (std::mem::take(&mut self.effects.lock()), result)
@@ -82,7 +82,8 @@ impl IsrUpdater for Recorder {
     fn resign(&self, _: PartitionId, _: LeaderEpoch) {}
 }
 
-/// Returns an actor that leads in epoch 4, with the ISR 1 and 2 among the replicas 1 to 3, and its recorder.
+/// Returns an actor that leads in epoch 4, with the ISR 1 and 2 among the replicas 1 to 3, with its data directory and
+/// recorder.
 fn open_recorded(start: Offset) -> (DataDir, Actor, Arc<Recorder>) {
     // The hook is an option of the log, so it exists before the actor, and the recorder needs the actor's published
     // state. So the hook gets the recorder later.

@@ -1,4 +1,4 @@
-//! The task of one partition, driven by the test. Its links and ISR updates are replaced by a list of its requests.
+//! The task of one partition, driven by the test. A list of its requests replaces its links and its ISR updater.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ use crate::{
     },
 };
 
-/// Request of a partition's task to its links or to the ISR updates.
+/// Request of a partition's task to its links or to its ISR updater.
 #[derive(Clone, Debug, PartialEq)]
 enum TaskRequest {
     Follow(BrokerId),
@@ -159,11 +159,11 @@ async fn deliver(partition: &Partition, events: impl IntoIterator<Item = LinkEve
     }
     // The task handles these messages after the events, because they are in the same queue.
     partition.on_broker_status(broker(9), BrokerStatus::Unregistered).await;
-    assign_again(partition).await;
+    assign_stale(partition).await;
 }
 
 /// Sends stale metadata, and returns when the task has handled all earlier messages.
-async fn assign_again(partition: &Partition) {
+async fn assign_stale(partition: &Partition) {
     assign(partition, value(None, 0), 0).await;
 }
 
@@ -347,31 +347,31 @@ async fn late_outcome_does_not_count_for_another_proposal() {
     let (partition, requests, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
     partition.on_follower_disconnected(peer(2), DisconnectCause::ProcessGone).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     let [TaskRequest::Propose(first)] = &requests.take()[..] else { panic!("one proposal") };
     assert_eq!((first.expect, &first.value.isr), (Revision(10), &vec![broker(1), broker(3)]));
     partition.on_follower_disconnected(peer(3), DisconnectCause::ProcessGone).await;
     assign(&partition, value(None, 5), 20).await;
     assign(&partition, value(Some(1), 6), 21).await;
     partition.on_follower_disconnected(peer(3), DisconnectCause::ProcessGone).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     assert_eq!(requests.take(), [], "the first proposal has no outcome yet");
 
     partition.on_isr_outcome(ProposalOutcome::Committed(Revision(11))).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     let [TaskRequest::Propose(second)] = &requests.take()[..] else { panic!("one proposal") };
     assert_eq!((second.expect, &second.value.isr), (Revision(21), &vec![broker(1), broker(2)]));
 
     // The outcome is unknown: the key is read back, and nothing is proposed before.
     partition.on_isr_outcome(ProposalOutcome::Unknown).await;
     partition.on_follower_disconnected(peer(2), DisconnectCause::ProcessGone).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     assert_eq!(requests.take(), [TaskRequest::ReadBack]);
     // The metadata arrives before the value that is read back. The leader still waits for that value.
     assign(&partition, second.value.clone(), 22).await;
     assert_eq!(requests.take(), []);
     partition.on_isr_outcome(ProposalOutcome::CurrentValue(second.value.clone(), Revision(22))).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     let [TaskRequest::Propose(third)] = &requests.take()[..] else { panic!("one proposal") };
     assert_eq!((third.expect, &third.value.isr), (Revision(22), &vec![broker(1)]));
 }
@@ -385,7 +385,7 @@ async fn broker_leads_at_most_once_in_an_epoch() {
     wait_until("the batch is written", || partition.progress().log_end == at(1)).await;
     partition.on_isr_outcome(ProposalOutcome::Deleted).await;
     partition.on_follower_disconnected(peer(2), DisconnectCause::ProcessGone).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     let [TaskRequest::Propose(_)] = &requests.take()[..] else { panic!("one proposal") };
     partition.on_isr_outcome(ProposalOutcome::Deleted).await;
     assert_eq!(waiting.await.unwrap(), Err(AppendError::Deposed));
@@ -411,7 +411,7 @@ async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     let (partition, requests, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
     partition.report_newer_epoch(LeaderEpoch(1_000_000)).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     assert_eq!((partition.status().role, partition.wants_ticks()), (ReplicaRole::Idle, true));
     let ticks = async |from_ms: u64| {
         for ms in [0, 250, 750] {
@@ -424,14 +424,14 @@ async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     };
     ticks(5000).await;
     partition.on_isr_outcome(ProposalOutcome::CurrentValue(value(Some(1), 4), Revision(10))).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     let [TaskRequest::Propose(first)] = &requests.take()[..] else { panic!("one proposal") };
     assert_eq!((first.expect, &first.value), (Revision(10), &value(None, 5)));
     // The outcome of the proposal is unknown.
     partition.on_isr_outcome(ProposalOutcome::Unknown).await;
     ticks(9000).await;
     partition.on_isr_outcome(ProposalOutcome::CurrentValue(value(None, 5), Revision(11))).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     assert_eq!((requests.take(), partition.wants_ticks()), (vec![], false));
     assign(&partition, value(Some(1), 6), 12).await;
     assert!(partition.status().role.leads(), "the follower's report no longer counts");
@@ -441,7 +441,7 @@ async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     assert_eq!((partition.status().role, requests.take()), (ReplicaRole::Idle, vec![]));
     ticks(15_000).await;
     partition.on_isr_outcome(ProposalOutcome::CurrentValue(value(Some(3), 7), Revision(13))).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     assert_eq!(requests.take(), [TaskRequest::Follow(broker(3))]);
     assign(&partition, value(Some(1), 8), 14).await;
     assert_eq!(requests.take(), [TaskRequest::Unsubscribe(LeaderEpoch(8), false)]);
@@ -449,7 +449,7 @@ async fn wrong_report_of_newer_epoch_costs_only_an_epoch() {
     partition.report_newer_epoch(LeaderEpoch(9)).await;
     ticks(20_000).await;
     partition.on_isr_outcome(ProposalOutcome::CurrentValue(value(Some(2), 9), Revision(15))).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     assert_eq!(requests.take(), [TaskRequest::Follow(broker(2))]);
 }
 
@@ -548,7 +548,7 @@ async fn broker_does_not_lead_in_an_epoch_before_its_log() {
     }
     assert_eq!(requests.take(), [TaskRequest::ReadBack]);
     partition.on_isr_outcome(ProposalOutcome::CurrentValue(older.clone(), Revision(11))).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     let [TaskRequest::Propose(ended)] = &requests.take()[..] else { panic!("one proposal") };
     assert_eq!(ended.value, older.leaderless());
 }
@@ -570,24 +570,24 @@ async fn failed_leader_resigns_when_a_successor_enters_isr() {
 }
 
 /// The outcome of a proposal, or a read of the store, names this broker id as the leader of a newer epoch. The id may
-/// then belong to another process, on a copy of the data directory. So this must not start a leadership.
+/// then belong to another process, on a copy of the data directory. So such a value must not start a leadership.
 #[tokio::test]
 async fn only_the_metadata_cache_starts_a_leader() {
     let (partition, requests, _log) = open();
     assign(&partition, value(Some(1), 4), 10).await;
     partition.on_follower_disconnected(peer(2), DisconnectCause::ProcessGone).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     assert!(matches!(&requests.take()[..], [TaskRequest::Propose(_)]));
     let newer = value(Some(1), 6);
     partition.on_isr_outcome(ProposalOutcome::CurrentValue(newer.clone(), Revision(12))).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     assert_eq!(partition.status().role, ReplicaRole::Idle);
     for ms in [0, 1000] {
         tick(&partition, ms).await;
     }
     assert_eq!(requests.take(), [TaskRequest::ReadBack]);
     partition.on_isr_outcome(ProposalOutcome::CurrentValue(newer.clone(), Revision(12))).await;
-    assign_again(&partition).await;
+    assign_stale(&partition).await;
     assert_eq!((partition.status().role, requests.take()), (ReplicaRole::Idle, vec![]));
     assign(&partition, newer, 12).await;
     assert!(matches!(partition.status().role, ReplicaRole::Leader { .. }));

@@ -1,5 +1,5 @@
-//! Brokers of one partition in one process. Each broker has its own disk, the metadata store is a real one, and tests
-//! can disconnect brokers from each other and from the metadata. Links only carry messages, and ISR updates are
+//! Brokers of one partition in one process. Each broker has its own disk, the metadata store is the embedded one, and
+//! tests can disconnect brokers from each other and from the metadata. Links only carry messages, and ISR updates are
 //! compare-and-sets.
 
 use std::{
@@ -134,7 +134,7 @@ impl Net {
         access(self.state.lock().nodes.get_mut(&BrokerId(of)).unwrap())
     }
 
-    /// Opens the replica of a broker, and assigns the stored value.
+    /// Opens the replica of a broker, and assigns the stored value to all brokers that receive metadata.
     pub(super) async fn start(
         self: &Arc<Self>,
         of: u32,
@@ -264,7 +264,7 @@ impl Net {
         }
     }
 
-    /// Delivers no metadata to this broker from now on.
+    /// Delivers no metadata to this broker from now on. Assigns the stored value to the others.
     pub(super) async fn pause_metadata(&self, of: u32) {
         self.state.lock().without_metadata.insert(BrokerId(of));
         self.deliver_metadata().await;
@@ -276,7 +276,7 @@ impl Net {
         self.deliver_metadata().await;
     }
 
-    /// Ends the connection between two brokers. Both processes stay alive.
+    /// Ends the connection between two brokers. Both brokers keep running.
     pub(super) fn disconnect(&self, first: u32, second: u32) {
         let mut state = self.state.lock();
         state.disconnected.insert(pair(BrokerId(first), BrokerId(second)));
@@ -371,7 +371,7 @@ impl Net {
         leading.add_listener(&wake_set, LEADER_MOVED, WatermarkKind::HighWatermark);
         follower.add_listener(&wake_set, FOLLOWER_MOVED, WatermarkKind::AnyEnd);
         while is_current() && tail.epoch() == response.epoch {
-            wake_set.wait_for_index().await;
+            wake_set.wait_for_mark().await;
             let index = wake_set.take();
             if !is_current() {
                 break;

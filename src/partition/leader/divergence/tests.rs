@@ -21,8 +21,8 @@ fn history(log: &[u32]) -> EpochHistory {
     history
 }
 
-/// Returns the leader's outcome for a follower whose log ends at `end` with a batch of epoch `last`; `None` if its log
-/// has no batch.
+/// Returns the leader's outcome for a follower whose log ends at `end` with a batch of epoch `last`. `last` is `None`
+/// for a log without a batch.
 fn resolve(leader: &[u32], local: LocalLogBounds, last: Option<u32>, end: usize) -> SubscribeOutcome {
     resolve_divergence(
         LogPosition { last_epoch: last.map(LeaderEpoch), log_end: at(end), removal_count: None },

@@ -132,7 +132,7 @@ fn readded_replica_is_admitted_by_new_acknowledgements() {
         for (value, revision) in &values {
             assert_eq!(leader.on_value(value, *revision), ValueUpdate::Adopted);
         }
-        assert_eq!(proposed_isr_elr(leader.proposal()), None, "the removed replica has no records");
+        assert_eq!(proposed_isr_elr(leader.start_proposal()), None, "the removed replica has no records");
         assert!(
             leader.on_acknowledged(peer(2), EPOCH, synced_to(5)).is_err(),
             "the acknowledgement is of the earlier addition"
@@ -145,9 +145,9 @@ fn readded_replica_is_admitted_by_new_acknowledgements() {
         );
         assert_eq!(subscribe_added(&mut leader, 2, 0, Some(1)), SubscribeOutcome::Accepted(at(0)));
         leader.on_acknowledged(peer(2), EPOCH, synced_to(4)).unwrap();
-        assert_eq!(proposed_isr_elr(leader.proposal()), None, "the replica lacks committed records");
+        assert_eq!(proposed_isr_elr(leader.start_proposal()), None, "the replica lacks committed records");
         leader.on_acknowledged(peer(2), EPOCH, synced_to(5)).unwrap();
-        assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
+        assert_eq!(proposed_isr_elr(leader.start_proposal()), Some((vec![1, 3, 2], vec![])));
     }
 }
 
@@ -175,17 +175,17 @@ fn repeated_addition_resets_acknowledgements() {
         leader.on_acknowledged(peer(2), EPOCH, synced_to(5)).is_err(),
         "the acknowledgement is of the earlier subscription"
     );
-    assert_eq!(proposed_isr_elr(leader.proposal()), None);
+    assert_eq!(proposed_isr_elr(leader.start_proposal()), None);
     let refused = SubscribeError::OtherAddition { reported: Some(0), known: Some(1) };
     assert_eq!(
         subscribe_added(&mut leader, 2, 5, Some(0)),
         SubscribeOutcome::Rejected(refused),
         "the request was sent before the removal"
     );
-    assert_eq!(proposed_isr_elr(leader.proposal()), None);
+    assert_eq!(proposed_isr_elr(leader.start_proposal()), None);
     assert_eq!(subscribe_added(&mut leader, 2, 0, Some(1)), SubscribeOutcome::Accepted(at(0)));
     leader.on_acknowledged(peer(2), EPOCH, synced_to(5)).unwrap();
-    assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
+    assert_eq!(proposed_isr_elr(leader.start_proposal()), Some((vec![1, 3, 2], vec![])));
 }
 
 /// The end of a reassignment blocks no ISR member: the member may receive it before its leader, or after.
@@ -236,15 +236,15 @@ fn acknowledgement_counts_for_its_epoch_and_link_only() {
 fn proposed_member_holds_the_high_watermark_back() {
     let mut leader = leader(&[1], &[], 1);
     start_following(&mut leader, 2, 5);
-    let proposal = leader.proposal().unwrap();
+    let proposal = leader.start_proposal().unwrap();
     assert_eq!((proposal.expect, &proposal.added), (Revision(20), &vec![peer(2)]));
     leader.update_local(synced_to(9));
     assert_eq!(leader.high_watermark(), at(5), "the proposed member may be in the ISR already");
-    assert_eq!(leader.proposal(), None, "one proposal is pending at a time");
+    assert_eq!(leader.start_proposal(), None, "one proposal is pending at a time");
 
     // The outcome is unknown, and the old value is still stored: the proposal may be committed.
     assert_eq!(leader.on_outcome(ProposalOutcome::Unknown), ValueUpdate::Unchanged);
-    assert!(leader.needs_read_back() && leader.proposal().is_none());
+    assert!(leader.needs_read_back() && leader.start_proposal().is_none());
     assert_eq!(
         leader.on_outcome(ProposalOutcome::CurrentValue(value(&[1], &[]), Revision(20))),
         ValueUpdate::Unchanged
@@ -258,20 +258,20 @@ fn proposed_member_holds_the_high_watermark_back() {
     assert_eq!(leader.high_watermark(), at(11));
 }
 
-/// The store refused the proposal and returned the value that the leader already has, of revision 20. The leader proposes
-/// again after the next tick.
+/// The store refused the proposal and returned the value that the leader already has, of revision 20. The leader
+/// proposes again after the next tick.
 #[test]
 fn refused_proposal_is_repeated_after_a_tick() {
     let mut leader = leader(&[1], &[], 1);
     start_following(&mut leader, 2, 5);
-    assert!(leader.proposal().is_some());
+    assert!(leader.start_proposal().is_some());
     leader.on_outcome(ProposalOutcome::CurrentValue(value(&[1], &[]), Revision(20)));
-    assert!(leader.proposal().is_none() && leader.wants_ticks());
+    assert!(leader.start_proposal().is_none() && leader.wants_ticks());
     leader.update_local(synced_to(6));
     assert_eq!(leader.high_watermark(), at(6), "the refused proposal can no longer be committed");
     leader.on_acknowledged(peer(2), EPOCH, synced_to(6)).unwrap();
     leader.tick(0);
-    assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1, 2], vec![])));
+    assert_eq!(proposed_isr_elr(leader.start_proposal()), Some((vec![1, 2], vec![])));
     assert_eq!(leader.on_outcome(ProposalOutcome::Committed(Revision(21))), ValueUpdate::Adopted);
     assert_eq!((leader.revision(), leader.value().isr.len()), (Revision(21), 2));
 }
@@ -280,17 +280,17 @@ fn refused_proposal_is_repeated_after_a_tick() {
 fn metadata_may_arrive_before_the_outcome() {
     let mut leader = leader(&[1], &[], 1);
     start_following(&mut leader, 2, 5);
-    let proposal = leader.proposal().unwrap();
+    let proposal = leader.start_proposal().unwrap();
     assert_eq!(leader.on_value(&proposal.value, Revision(21)), ValueUpdate::Adopted);
     assert_eq!(
         leader.on_value(&value(&[1], &[]), Revision(20)),
         ValueUpdate::Unchanged,
         "the value is older than the known value"
     );
-    assert_eq!(leader.proposal(), None, "the outcome is still pending");
+    assert_eq!(leader.start_proposal(), None, "the outcome is still pending");
     assert_eq!(leader.on_outcome(ProposalOutcome::Committed(Revision(21))), ValueUpdate::Unchanged);
     leader.on_disconnected(peer(2), DisconnectCause::ProcessGone);
-    assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1], vec![])));
+    assert_eq!(proposed_isr_elr(leader.start_proposal()), Some((vec![1], vec![])));
 }
 
 #[test]
@@ -298,13 +298,13 @@ fn commits_need_the_committed_isr_and_an_empty_elr() {
     let mut short = leader(&[1], &[2], 2);
     assert_eq!(short.check_min_isr(), Err(1));
     start_following(&mut short, 3, 4);
-    assert_eq!(proposed_isr_elr(short.proposal()), None, "broker 3 lacks records that may be committed");
+    assert_eq!(proposed_isr_elr(short.start_proposal()), None, "broker 3 lacks records that may be committed");
     assert_eq!(short.high_watermark(), at(3));
 
     // The min ISR was lowered: the ELR must be emptied before anything is committed without its members.
     short.configure(rules_with(1));
     assert_eq!(short.high_watermark(), at(3));
-    assert_eq!(proposed_isr_elr(short.proposal()), Some((vec![1], vec![])));
+    assert_eq!(proposed_isr_elr(short.start_proposal()), Some((vec![1], vec![])));
     short.on_outcome(ProposalOutcome::Committed(Revision(21)));
     assert_eq!(short.high_watermark(), at(5));
 }
@@ -316,9 +316,9 @@ fn leader_below_min_isr_admits_a_complete_replica() {
     let mut short = leader(&[1], &[], 2);
     assert!(!short.is_epoch_committed());
     start_following(&mut short, 2, 4);
-    assert_eq!(proposed_isr_elr(short.proposal()), None, "the replica lacks records that may be committed");
+    assert_eq!(proposed_isr_elr(short.start_proposal()), None, "the replica lacks records that may be committed");
     short.on_acknowledged(peer(2), EPOCH, synced_to(5)).unwrap();
-    assert_eq!(proposed_isr_elr(short.proposal()), Some((vec![1, 2], vec![])));
+    assert_eq!(proposed_isr_elr(short.start_proposal()), Some((vec![1, 2], vec![])));
     short.on_outcome(ProposalOutcome::Committed(Revision(21)));
     assert_eq!(short.latest(), Some(at(5)));
 }
@@ -337,7 +337,7 @@ fn admission_needs_epoch_start_and_registration() {
         leader.on_value(&PartitionValue { removing, ..value(&[1], &[]) }, Revision(21));
         start_following(&mut leader, 2, end);
         leader.on_broker_status(BrokerId(2), status);
-        assert_eq!(leader.proposal().is_some(), admitted, "{end} {status:?}");
+        assert_eq!(leader.start_proposal().is_some(), admitted, "{end} {status:?}");
     }
 }
 
@@ -352,18 +352,18 @@ fn exited_member_is_removed_and_lost_link_is_not() {
         start_following(&mut leader, 2, 5);
         start_following(&mut leader, 3, 5);
         leader.on_disconnected(peer(2), cause);
-        assert_eq!(leader.proposal().is_some(), dropped, "{cause:?}");
+        assert_eq!(leader.start_proposal().is_some(), dropped, "{cause:?}");
     }
     // A late report about an earlier incarnation is ignored.
     let mut back = leader(&[1, 2], &[], 1);
     start_following(&mut back, 2, 5);
     back.on_disconnected(PeerId { epoch: Revision(9), ..peer(2) }, DisconnectCause::ProcessGone);
-    assert_eq!((back.proposal(), back.follows(BrokerId(2))), (None, Some(Revision(10))));
+    assert_eq!((back.start_proposal(), back.follows(BrokerId(2))), (None, Some(Revision(10))));
     let mut leader = leader(&[1, 2, 3], &[], 2);
     leader.on_broker_status(BrokerId(2), BrokerStatus::Unregistered);
     leader.on_broker_status(BrokerId(3), BrokerStatus::ShuttingDown);
     assert_eq!(
-        proposed_isr_elr(leader.proposal()),
+        proposed_isr_elr(leader.start_proposal()),
         Some((vec![1], vec![2, 3])),
         "one proposal removes several members, which stay eligible below the min ISR"
     );
@@ -380,7 +380,7 @@ fn member_may_be_behind_by_a_constant_distance() {
         leader.update_local(synced_to(5 + round));
         leader.tick(round * 90);
         leader.on_acknowledged(peer(2), EPOCH, synced_to(4 + round)).unwrap();
-        assert_eq!(leader.proposal(), None, "round {round}");
+        assert_eq!(leader.start_proposal(), None, "round {round}");
     }
     // The member stops; a broken link and a new subscription give it no more time.
     leader.update_local(synced_to(20));
@@ -388,9 +388,9 @@ fn member_may_be_behind_by_a_constant_distance() {
     leader.on_disconnected(peer(2), DisconnectCause::LinkLost);
     assert_eq!(subscribe(&mut leader, peer(2), 8), SubscribeOutcome::Accepted(at(8)));
     leader.tick(1099);
-    assert_eq!(leader.proposal(), None);
+    assert_eq!(leader.start_proposal(), None);
     leader.tick(1100);
-    assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1], vec![])));
+    assert_eq!(proposed_isr_elr(leader.start_proposal()), Some((vec![1], vec![])));
 }
 
 #[test]
@@ -406,11 +406,11 @@ fn member_that_lost_records_is_removed_and_not_eligible() {
         SubscribeOutcome::Accepted(at(4)),
         "the replica may copy the lost records"
     );
-    assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1, 3], vec![])));
+    assert_eq!(proposed_isr_elr(leader.start_proposal()), Some((vec![1, 3], vec![])));
     assert_eq!(leader.on_outcome(ProposalOutcome::Committed(Revision(21))), ValueUpdate::Adopted);
-    assert_eq!(leader.proposal(), None, "the replica lacks committed records");
+    assert_eq!(leader.start_proposal(), None, "the replica lacks committed records");
     leader.on_acknowledged(peer(2), EPOCH, synced_to(5)).unwrap();
-    assert_eq!(proposed_isr_elr(leader.proposal()), Some((vec![1, 3, 2], vec![])));
+    assert_eq!(proposed_isr_elr(leader.start_proposal()), Some((vec![1, 3, 2], vec![])));
 }
 
 #[test]
@@ -420,17 +420,17 @@ fn another_epoch_or_a_deleted_key_ends_the_leader() {
     for (value, epoch) in [(newer, LeaderEpoch(5)), (other, LeaderEpoch(6))] {
         let mut leader = leader(&[1, 2], &[], 1);
         leader.on_disconnected(peer(2), DisconnectCause::ProcessGone);
-        assert!(leader.proposal().is_some());
+        assert!(leader.start_proposal().is_some());
         assert_eq!(
             leader.on_outcome(ProposalOutcome::CurrentValue(value, Revision(30))),
             ValueUpdate::Deposed { epoch }
         );
-        assert_eq!(leader.proposal(), None);
+        assert_eq!(leader.start_proposal(), None);
     }
     let mut leader = leader(&[1, 2], &[], 1);
     leader.on_disconnected(peer(2), DisconnectCause::ProcessGone);
-    leader.proposal();
-    assert_eq!((leader.on_outcome(ProposalOutcome::Deleted), leader.proposal()), (ValueUpdate::Deleted, None));
+    leader.start_proposal();
+    assert_eq!((leader.on_outcome(ProposalOutcome::Deleted), leader.start_proposal()), (ValueUpdate::Deleted, None));
 }
 
 #[test]
@@ -509,7 +509,7 @@ fn apply(leader: &mut IsrTracker, event: Event) {
             leader.on_broker_status(BrokerId(id), BrokerStatus::Registered(Revision(epoch)))
         }
         Event::Tick(now_ms) => leader.tick(now_ms),
-        Event::Propose => drop(leader.proposal()),
+        Event::Propose => drop(leader.start_proposal()),
         Event::Outcome(outcome) => {
             let next = leader.revision().next();
             let same = (leader.value().clone(), leader.revision());

@@ -49,7 +49,7 @@ impl FollowerStream {
     }
 
     /// Waits for `Welcome`, which must be the first response.
-    async fn welcomed(&mut self) {
+    async fn wait_for_welcome(&mut self) {
         let first = self.next().await.expect("the request succeeds");
         assert!(matches!(first.message, Some(replicate_response::Message::Welcome(_))), "{first:?}");
     }
@@ -66,7 +66,7 @@ impl FollowerStream {
     }
 
     /// Waits until the stream ends with an error, and returns its message.
-    async fn refused(&mut self) -> String {
+    async fn wait_for_error(&mut self) -> String {
         loop {
             if let Err(status) = self.next().await {
                 return status.message().to_owned();
@@ -102,12 +102,12 @@ impl IdleCluster {
             let cluster = Cluster::with(2, settings);
             let create = ["topic", "create", "calm", "--replication-factor", "2", "--config", "min.insync.replicas=2"];
             cluster.cli().ok(&create);
-            cluster.in_sync("calm", 2);
+            cluster.wait_until_in_sync("calm", 2);
             let (old, new) = (cluster.leader("calm", 0), 3 - cluster.leader("calm", 0));
             cluster.cli().ok(&["partition", "reassign", "calm/0", "--replicas", &format!("{new},{old}")]);
             cluster.cli().ok(&["partition", "elect", "calm/0"]);
             eventually("the other broker leads", || (cluster.leader("calm", 0) == new).then_some(()));
-            cluster.in_sync("calm", 2);
+            cluster.wait_until_in_sync("calm", 2);
             (cluster, new)
         });
         let meta = Meta::of(&cluster.etcd).await;
@@ -149,7 +149,7 @@ impl IdleCluster {
 
     /// Checks that the leader refuses an invalid `Hello`, a `Hello` with an unregistered broker or broker epoch, and
     /// another first message.
-    async fn refuses_hellos(&self) {
+    async fn check_hellos_refused(&self) {
         let (leader, follower) = (self.leader, self.follower);
         let epoch = broker_epoch(self.cluster.instance(follower).peer()).await;
         let valid = self.hello(follower, epoch);
@@ -166,13 +166,13 @@ impl IdleCluster {
             (Some(replicate_request::Message::Unsubscribe(unsubscribe)), "is not Hello"),
             (None, "is not Hello"),
         ] {
-            let output = FollowerStream::begin(self.address(), first).await.refused().await;
+            let output = FollowerStream::begin(self.address(), first).await.wait_for_error().await;
             assert!(output.contains(text), "{text}: {output}");
         }
     }
 
     /// Checks that the port for clients refuses the peer protocol, and the port for peers refuses requests of clients.
-    async fn refuses_wrong_port(&self) {
+    async fn check_wrong_port_refused(&self) {
         let instance = self.cluster.instance(self.leader);
         let identity =
             peer(instance.grpc()).await.get_identity(v1::GetIdentityRequest {}).await.expect_err("a port of clients");
@@ -190,7 +190,7 @@ impl IdleCluster {
 
     /// Checks that the log and `cluster describe` report a broker that registered without an address for peers, as
     /// another version may do.
-    async fn reports_unreachable_broker(&self) {
+    async fn check_unreachable_broker_reported(&self) {
         self.meta.register_at(Endpoints::new("127.0.0.1:9".to_owned())).await;
         let cli = self.cluster.cli();
         let lines = || {
@@ -212,7 +212,7 @@ impl IdleCluster {
     }
 
     /// Checks that invalid subscriptions of a registered broker are refused.
-    async fn refuses_subscriptions(&self, link: &mut FollowerStream) {
+    async fn check_subscriptions_refused(&self, link: &mut FollowerStream) {
         let epoch = self.epoch;
         for (subscription_id, (subscription, text)) in (0..).zip([
             (v1::Subscribe { topic_id: "nonsense".to_owned(), ..self.subscription(0, epoch, 0) }, "is no UUID"),
@@ -233,7 +233,7 @@ impl IdleCluster {
 
     /// Checks that the leader refuses a progress above its log end, reports divergence to a subscription above its log
     /// end, and ends the link at a progress whose lists differ in length.
-    async fn refuses_false_progress(&self, link: &mut FollowerStream) {
+    async fn check_false_progress_refused(&self, link: &mut FollowerStream) {
         let removal_count = Some(self.meta.value(self.id).await.removal_count);
         let subscription = |subscription_id, end| v1::Subscribe {
             removal_count,
@@ -265,7 +265,7 @@ impl IdleCluster {
         assert!(matches!(&response.outcome, Some(subscribe_response::Outcome::Diverged(_))), "{response:?}");
         let lists = v1::Progress { log_end: vec![], ..progress(0) };
         link.send(Some(replicate_request::Message::Progress(lists))).await;
-        let output = link.refused().await;
+        let output = link.wait_for_error().await;
         assert!(output.contains("lists of a progress"), "{output}");
     }
 }
@@ -273,9 +273,9 @@ impl IdleCluster {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fake_follower_is_refused_and_real_follower_continues() {
     let idle = IdleCluster::begin().await;
-    idle.refuses_wrong_port().await;
-    idle.refuses_hellos().await;
-    idle.reports_unreachable_broker().await;
+    idle.check_wrong_port_refused().await;
+    idle.check_hellos_refused().await;
+    idle.check_unreachable_broker_reported().await;
     idle.append();
 
     // From here on the fake broker is registered.
@@ -293,17 +293,17 @@ async fn fake_follower_is_refused_and_real_follower_continues() {
     let log = idle.cluster.log(idle.leader);
     let is_logged = log.lines().any(|line| line.contains("broker=9") && line.contains("seconds_ahead=-60"));
     assert!(is_logged, "a clock difference of ten minutes is logged: {log}");
-    idle.refuses_subscriptions(&mut link).await;
+    idle.check_subscriptions_refused(&mut link).await;
 
     // An operator adds the fake broker as a replica.
     let (cli, before) = (idle.cluster.cli(), idle.meta.value(idle.id).await);
     let target = format!("{},{FAKE_BROKER}", idle.leader);
     block_in_place(|| cli.ok(&["partition", "reassign", "calm/0", "--replicas", &target]));
-    idle.refuses_false_progress(&mut link).await;
+    idle.check_false_progress_refused(&mut link).await;
     let mut link = FollowerStream::begin(idle.address(), hello).await;
-    link.welcomed().await;
+    link.wait_for_welcome().await;
     link.send(None).await;
-    let output = link.refused().await;
+    let output = link.wait_for_error().await;
     assert!(output.contains("message of an unexpected kind"), "{output}");
 
     idle.append();
@@ -315,10 +315,10 @@ async fn fake_follower_is_refused_and_real_follower_continues() {
     assert_eq!(read.text(), "still here\n".repeat(2));
 }
 
-/// A second link in a follower's name is refused while the follower's own link responds. It replaces a link that does
-/// not respond. Regression: two fake brokers in the names of followers made a leader acknowledge records that only they
-/// had, or replaced the followers' links and acknowledged nothing. A broker epoch of 2^63 counted as the newest, and
-/// the last caller as the real follower.
+/// A second link in a follower's name is refused while the follower's own link responds. A second link replaces a link
+/// that does not respond. Regression: two fake brokers in the names of followers made a leader acknowledge records that
+/// only they had, or replaced the followers' links and acknowledged nothing. A broker epoch of 2^63 counted as the
+/// newest, and the last caller as the real follower.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fake_follower_takes_over_no_responsive_link() {
     let idle = IdleCluster::begin().await;
@@ -343,7 +343,7 @@ async fn fake_follower_takes_over_no_responsive_link() {
             );
         };
         assert!(output.contains("already has a link to this broker, and that link responds"), "{round}: {output}");
-        let output = FollowerStream::begin(idle.address(), hello(1 << 63)).await.refused().await;
+        let output = FollowerStream::begin(idle.address(), hello(1 << 63)).await.wait_for_error().await;
         assert!(output.contains("is not registered with broker epoch"), "{round}: {output}");
     }
     let value = idle.meta.value(idle.id).await;
@@ -359,7 +359,7 @@ async fn fake_follower_takes_over_no_responsive_link() {
     })
     .await;
     idle.cluster.broker(idle.follower).freeze(false);
-    let output = silent.refused().await;
+    let output = silent.wait_for_error().await;
     assert!(output.contains("another link of the same broker replaced it"), "{output}");
     idle.append();
     let now = idle.meta.value(idle.id).await;

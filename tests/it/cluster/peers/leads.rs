@@ -202,7 +202,7 @@ impl Follower {
 
     /// Checks that the broker refuses a first message that is no `Welcome`, and a `Welcome` of another broker or broker
     /// epoch than the registered one.
-    async fn refuses_welcomes(&self, streams: &mut mpsc::Receiver<LeaderStream>, registered: u64) {
+    async fn check_welcomes_refused(&self, streams: &mut mpsc::Receiver<LeaderStream>, registered: u64) {
         let nothing = replicate_response::Message::Batches(v1::Batches::default());
         for (first, text) in [
             (nothing, "the first message of the peer is not Welcome"),
@@ -222,7 +222,7 @@ impl Follower {
 
     /// Checks that the broker refuses a batch that is corrupt, leaves a gap, overlaps its log, or is of another epoch.
     /// Then checks that it refuses an accepted offset that differs from its log end.
-    async fn refuses_batches(&self, stream: &mut LeaderStream) {
+    async fn check_batches_refused(&self, stream: &mut LeaderStream) {
         let epoch = self.epoch;
         let mut flipped = batch_at(5, epoch);
         *flipped.last_mut().expect("bytes") ^= 1;
@@ -254,7 +254,7 @@ impl Follower {
 
     /// Sends a valid batch, which is appended. Then sends a batch of an older epoch and a truncation of committed
     /// records, which are refused.
-    async fn accepts_valid_batch(&self, stream: &mut LeaderStream) {
+    async fn check_valid_batch_accepted(&self, stream: &mut LeaderStream) {
         let epoch = self.epoch;
         let subscription = stream.subscription().await;
         stream.respond(&subscription, subscribe_response::Outcome::AcceptedAt(5)).await;
@@ -302,15 +302,15 @@ async fn follower_copies_only_valid_batches_of_fake_leader() {
     let registered = meta.register(address).await;
     let epoch = meta.take_leadership("t").await.as_i32();
     let follower = Follower { instance, epoch };
-    follower.refuses_welcomes(&mut streams, registered).await;
+    follower.check_welcomes_refused(&mut streams, registered).await;
     let mut stream = next_stream(&mut streams).await;
     stream.send(welcome(FAKE_BROKER, registered)).await;
     follower.wait_for_log("seconds_ahead=60").await;
 
-    follower.refuses_batches(&mut stream).await;
+    follower.check_batches_refused(&mut stream).await;
     assert_eq!(log_end(follower.instance.peer(), id).await, 5, "no invalid batch was appended");
     block_in_place(|| append_record(&cli, "calm"));
-    follower.accepts_valid_batch(&mut stream).await;
+    follower.check_valid_batch_accepted(&mut stream).await;
     assert_eq!(log_end(follower.instance.peer(), id).await, 6);
     block_in_place(|| append_record(&cli, "calm"));
     drop(stream);

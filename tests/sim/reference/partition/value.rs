@@ -14,7 +14,7 @@ pub(super) struct Proposal {
 
 impl Proposal {
     /// Returns true if the added brokers are still registered with the broker epochs of the proposal. Otherwise the
-    /// store does not apply it.
+    /// store does not apply the proposal.
     pub(super) fn may_be_applied(&self, brokers: &Brokers) -> bool {
         self.added.iter().all(|(broker, registered)| brokers.get(broker) == Some(registered))
     }
@@ -28,24 +28,25 @@ struct Change<'a> {
 }
 
 impl Change<'_> {
-    fn wrong<T>(&self, reason: impl std::fmt::Display) -> Result<T, RuleViolation> {
+    /// Returns an error with the reason and both values.
+    fn violation<T>(&self, reason: impl std::fmt::Display) -> Result<T, RuleViolation> {
         Err(format!("{reason}: {:?} became {:?}", self.old, self.new))
     }
 
     /// Returns the brokers that entered the ISR.
-    fn entered(&self) -> impl Iterator<Item = BrokerId> {
+    fn entered_isr(&self) -> impl Iterator<Item = BrokerId> {
         self.new.isr.iter().copied().filter(|id| !self.old.isr.contains(id))
     }
 
     /// Returns the brokers that left the ISR and are still replicas of the partition.
-    fn remaining(&self) -> impl Iterator<Item = BrokerId> {
+    fn left_isr(&self) -> impl Iterator<Item = BrokerId> {
         let left = self.old.isr.iter().copied().filter(|id| !self.new.isr.contains(id));
         left.filter(|id| self.new.replicas.contains(id))
     }
 
     /// Returns the brokers that left ISR ∪ ELR and are still replicas of the partition.
-    fn dropped(&self) -> impl Iterator<Item = BrokerId> {
-        let left = self.remaining().chain(self.old.elr.iter().copied().filter(|id| !self.new.isr.contains(id)));
+    fn left_isr_and_elr(&self) -> impl Iterator<Item = BrokerId> {
+        let left = self.left_isr().chain(self.old.elr.iter().copied().filter(|id| !self.new.isr.contains(id)));
         left.filter(|id| self.new.replicas.contains(id) && !self.new.elr.contains(id))
     }
 
@@ -56,7 +57,7 @@ impl Change<'_> {
 
 impl Partition {
     /// Checks that the new value may replace the current one. The first value is not checked.
-    pub(super) fn follows(
+    pub(super) fn check_replacement(
         &self,
         new: &PartitionValue,
         brokers: &Brokers,
@@ -66,17 +67,17 @@ impl Partition {
         let change = Change { old, new, replaced };
         let (was, is) = (old.leader_epoch, new.leader_epoch);
         if new.leader.is_some_and(|leader| !new.isr.contains(&leader)) {
-            return change.wrong("the leader is not in sync");
+            return change.violation("the leader is not in sync");
         }
         if is == was {
             if new.leader != old.leader {
-                return change.wrong(format_args!("epoch {is} has another leader"));
+                return change.violation(format_args!("epoch {is} has another leader"));
             }
-            change.entered().try_for_each(|broker| self.check_admitted(broker, &change, brokers))?;
+            change.entered_isr().try_for_each(|broker| self.check_admitted(broker, &change, brokers))?;
             self.check_proposed(&change, machines)?;
         } else {
             if is.0 != was.0 + 1 {
-                return change.wrong(format_args!("the epoch changed from {was} to {is}"));
+                return change.violation(format_args!("the epoch changed from {was} to {is}"));
             }
             if let Some(leader) = new.leader.filter(|_| !change.is_unclean()) {
                 check_elected(leader, &change)?;
@@ -85,11 +86,11 @@ impl Partition {
         self.check_elr(&change, machines)
     }
 
-    /// Checks that the leader proposed the new ISR, with this broker, for the replaced value, and that the broker has
-    /// not registered again since the proposal.
+    /// Checks that the leader proposed the new ISR, with this broker, for the replaced value, and that the broker is
+    /// still registered with the broker epoch that it had at the proposal.
     fn check_admitted(&self, broker: BrokerId, change: &Change<'_>, brokers: &Brokers) -> Result<(), RuleViolation> {
         let Some(proposal) = self.proposed_as(change) else {
-            return change.wrong(format_args!(
+            return change.violation(format_args!(
                 "broker {broker} was admitted without a proposal for the value of revision {}",
                 change.replaced
             ));
@@ -97,7 +98,7 @@ impl Partition {
         let (proposed_epoch, registered_epoch) = (proposal.isr[&broker], brokers.get(&broker).copied());
         if proposed_epoch.is_none() || proposed_epoch != registered_epoch {
             return change
-                .wrong(format_args!("broker {broker} was admitted with broker epoch {proposed_epoch:?}, but {registered_epoch:?} is registered"));
+                .violation(format_args!("broker {broker} was admitted with broker epoch {proposed_epoch:?}, but {registered_epoch:?} is registered"));
         }
         Ok(())
     }
@@ -115,28 +116,29 @@ impl Partition {
     /// Checks that within an epoch only the leader removes a replica whose broker runs from the ISR. A broker that
     /// starts may remove itself.
     fn check_proposed(&self, change: &Change<'_>, machines: &Machines) -> Result<(), RuleViolation> {
-        match change.remaining().find(|broker| !is_inactive(*broker, machines)) {
-            Some(broker) if self.proposed_as(change).is_none() => {
-                change.wrong(format_args!("the running broker {broker} left the ISR without a proposal of the leader"))
-            }
+        match change.left_isr().find(|broker| !is_inactive(*broker, machines)) {
+            Some(broker) if self.proposed_as(change).is_none() => change
+                .violation(format_args!("the running broker {broker} left the ISR without a proposal of the leader")),
             _ => Ok(()),
         }
     }
 
     /// Checks the ELR. A replica that leaves the ISR below the min ISR stays eligible until the min ISR is met again. A
-    /// broker that is down or starts, or that lacks committed records, need not stay eligible. Only a member of ISR or
-    /// ELR enters the new ELR.
+    /// broker that does not run, or whose replica lacks committed records, need not stay eligible. Only a member of ISR
+    /// or ELR enters the new ELR.
     fn check_elr(&self, change: &Change<'_>, machines: &Machines) -> Result<(), RuleViolation> {
         let (old, new) = (change.old, change.new);
         if let Some(broker) = new.elr.iter().find(|id| !old.elr.contains(id) && !old.isr.contains(id)) {
-            return change.wrong(format_args!("broker {broker} entered the ELR but was no member of ISR or ELR"));
+            return change.violation(format_args!("broker {broker} entered the ELR but was no member of ISR or ELR"));
         }
         if change.is_unclean() || self.minima.first().is_none_or(|min| new.isr.len() >= *min) {
             return Ok(());
         }
-        let lacks = |id: &BrokerId| self.replicas.get(id).is_none_or(|replica| self.holds(replica).is_err());
-        match change.dropped().find(|id| !is_inactive(*id, machines) && !lacks(id)) {
-            Some(broker) => change.wrong(format_args!("broker {broker} has all committed records but left the ELR")),
+        let lacks = |id: &BrokerId| self.replicas.get(id).is_none_or(|replica| self.check_committed(replica).is_err());
+        match change.left_isr_and_elr().find(|id| !is_inactive(*id, machines) && !lacks(id)) {
+            Some(broker) => {
+                change.violation(format_args!("broker {broker} has all committed records but left the ELR"))
+            }
             None => Ok(()),
         }
     }
@@ -147,13 +149,13 @@ impl Partition {
 fn check_elected(leader: BrokerId, change: &Change<'_>) -> Result<(), RuleViolation> {
     let old = change.old;
     if !old.isr.contains(&leader) && !old.elr.contains(&leader) {
-        return change.wrong(format_args!("broker {leader} was elected but is no member of ISR or ELR"));
+        return change.violation(format_args!("broker {leader} was elected but is no member of ISR or ELR"));
     }
-    if change.entered().any(|broker| broker != leader) {
-        return change.wrong("an election added members");
+    if change.entered_isr().any(|broker| broker != leader) {
+        return change.violation("an election added members");
     }
     if !old.isr.contains(&leader) && change.new.isr != [leader] {
-        return change.wrong(format_args!("broker {leader} was elected from the ELR beside members of the ISR"));
+        return change.violation(format_args!("broker {leader} was elected from the ELR beside members of the ISR"));
     }
     Ok(())
 }
