@@ -176,9 +176,9 @@ impl Operations {
     /// Runs an unclean election of a partition that has no live leader.
     ///
     /// A request with a leader and a revision, both from an earlier response to `validate_only`, elects this leader if
-    /// the partition still has that revision; `validate_only` has no effect on such a request. For a request without a
-    /// leader and a revision, this broker collects the reports of the replicas and elects the replica that loses the
-    /// fewest records. With `validate_only`, the response only names that replica.
+    /// the partition still has that revision. For a request without a leader and a revision, this broker collects the
+    /// reports of the replicas and elects the replica that loses the fewest records. With `validate_only`, the response
+    /// only names that replica.
     async fn elect_unclean(
         &self,
         topic: &TopicName,
@@ -186,6 +186,11 @@ impl Operations {
         request: &v1::ElectLeaderRequest,
     ) -> Result<v1::ElectLeaderResponse, ApiError> {
         let expected_revision = request.revision.map(Revision);
+        if request.validate_only && (request.leader.is_some() || expected_revision.is_some()) {
+            return Err(invalid_request(
+                "leader and revision elect, and validate_only changes nothing: leave out the one or the other",
+            ));
+        }
         if let (Some(leader), Some(_)) = (request.leader.map(BrokerId), expected_revision) {
             let discard = request.discard_local;
             self.check_still_usable(topic, partition, leader, discard).await?;

@@ -181,6 +181,12 @@ fn continue_at_tiered_end(durability: &str) {
         revision: Some(elected.revision),
         ..Default::default()
     };
+    // Regression: a request with a leader, a revision and `validate_only` ran the election.
+    let validated = ElectLeaderRequest { validate_only: true, discard_local: true, ..without_consent.clone() };
+    let refused = runtime
+        .block_on(async { wire::admin(address).elect_leader(validated).await })
+        .expect_err("the request contradicts itself");
+    assert!(refused.message().contains("validate_only changes nothing"), "{refused:?}");
     let refused = runtime
         .block_on(async { wire::admin(address).elect_leader(without_consent).await })
         .expect_err("the replica is unusable");
