@@ -85,12 +85,12 @@ async fn new_generation(common: &CommonArgs, command: &NewGenerationArgs) -> any
         OutputFormat::Json => output::json(&json!({
             "generation": raised.generation,
             "before": raised.before,
-            "bucket_before": raised.bucket,
-            "bucket_behind": raised.bucket_behind,
+            "object_store_before": raised.object_store_before,
+            "object_store_error": raised.object_store_error,
         }))?,
         OutputFormat::Text => {
             output::line(&format!("the cluster generation is {}: start the brokers", raised.generation))?;
-            if let Some(reason) = &raised.bucket_behind {
+            if let Some(reason) = &raised.object_store_error {
                 eprintln!("cluster.json was not updated ({reason}): the first broker that starts updates the file");
             }
         }

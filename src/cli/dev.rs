@@ -276,7 +276,7 @@ fn welcome(ready: &[ServingAddresses], program: &str) -> String {
     let describe = if others.is_empty() { String::new() } else { format!("  {program} cluster describe\n") };
     let _infallible = write!(
         text,
-        "  bucket    {}\n\n\
+        "  objects   {}\n\n\
          In another terminal:\n\n{export}  \
          {program} topic create events\n  \
          echo 'hello' | {program} produce events\n  \

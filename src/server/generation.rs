@@ -29,21 +29,21 @@ pub struct Raised {
     /// Previous generation in the metadata store; `None` if no cluster has used the store.
     pub before: Option<u64>,
     /// Previous generation in the object store; `None` without an object store, or if no cluster has used it.
-    pub bucket: Option<u64>,
+    pub object_store_before: Option<u64>,
     /// New generation.
     pub generation: u64,
-    /// Error of raising the generation of the object store; `None` on success, and if `bucket` is `None`. Brokers raise
-    /// this generation when they start.
-    pub bucket_behind: Option<String>,
+    /// Error of raising the generation of the object store; `None` on success, and if `object_store_before` is `None`.
+    /// Brokers raise this generation when they start.
+    pub object_store_error: Option<String>,
 }
 
-/// Raises the generation above those of the metadata store and of the object store, and above `above`. Waits until no
-/// broker is registered, for at most `metadata.session_timeout` and 5 s.
+/// Raises the generation above those of the metadata store and of the object store, and above `min`. With etcd, waits
+/// until no broker is registered, for at most `metadata.session_timeout` and 5 s.
 ///
 /// # Errors
 /// A store does not respond or cannot be opened, such as the metadata store of a running standalone broker. The object
 /// store belongs to another cluster, or brokers are registered.
-pub async fn raise_generation(config: &Config, above: u64) -> anyhow::Result<Raised> {
+pub async fn raise_generation(config: &Config, min: u64) -> anyhow::Result<Raised> {
     let keys = Keys::new(&config.cluster)?;
     let meta = open_metadata(config).await?;
     // A running standalone broker keeps the file of its store locked, so the store could not have been opened here.
@@ -51,23 +51,23 @@ pub async fn raise_generation(config: &Config, above: u64) -> anyhow::Result<Rai
         wait_for_no_brokers(&*meta, &keys, config.metadata.session_timeout + MAX_LEASE_EXPIRY_DELAY).await?;
     }
     let objects = config.object_store.url.as_deref().map(|url| open_objects(config, url)).transpose()?;
-    let bucket = match &objects {
+    let object_store_before = match &objects {
         Some(objects) => objects.generation().await.context("cannot read the generation of the object store")?,
         None => None,
     };
     let generations = Generations::new(meta, keys);
     let before = generations.current().await?;
-    let generation = generations.raise(bucket.unwrap_or_default().max(above)).await?;
-    let bucket_behind = match &objects {
-        Some(objects) if bucket.is_some() => raise_bucket(objects, generation).await.err(),
+    let generation = generations.raise(object_store_before.unwrap_or_default().max(min)).await?;
+    let object_store_error = match &objects {
+        Some(objects) if object_store_before.is_some() => raise_in_object_store(objects, generation).await.err(),
         _ => None,
     };
-    Ok(Raised { before, bucket, generation, bucket_behind })
+    Ok(Raised { before, object_store_before, generation, object_store_error })
 }
 
 /// Raises the generation in the object store. The owner has no storage of bindings, so `bind` changes only the cluster
 /// marker.
-async fn raise_bucket(objects: &TierStore, generation: u64) -> Result<(), String> {
+async fn raise_in_object_store(objects: &TierStore, generation: u64) -> Result<(), String> {
     let owner = StoreOwner { generation, ..StoreOwner::default() };
     objects.clone().owned_by(owner).bind().await.map_err(|error| error.to_string())
 }

@@ -160,16 +160,16 @@ pub struct SourceCounters {
     /// Bytes read from segments on local disk.
     pub disk: Counter,
     /// Bytes read from the object store or its chunk cache.
-    pub bucket: Counter,
+    pub object_store: Counter,
 }
 
 impl Default for SourceCounters {
     fn default() -> Self {
         let family = Family::<SourceLabel, Counter>::default();
         // All three counters are created here, so that they are exposed from the start and counting needs no lookup.
-        let [memory, disk, bucket] =
-            ["memory", "disk", "bucket"].map(|source| family.get_or_create(&SourceLabel { source }).clone());
-        Self { family, memory, disk, bucket }
+        let [memory, disk, object_store] =
+            ["memory", "disk", "object_store"].map(|source| family.get_or_create(&SourceLabel { source }).clone());
+        Self { family, memory, disk, object_store }
     }
 }
 

@@ -55,7 +55,7 @@ metrics! {
     request_memory_bytes: GaugeU64 = "strandline_request_memory_bytes", "Bytes of requests that are being read or wait for produce memory.";
     response_memory_bytes: GaugeU64 = "strandline_response_memory_bytes", "Bytes of responses that are being built or sent, and of the state that fetches keep for each requested partition.";
     fetch_requests: Counter = "strandline_fetch_requests", "Responses of fetch streams; responses to Read calls do not count.";
-    fetch_bytes: SourceCounters = "strandline_fetch_bytes", "Bytes of batches sent to consumers, by source: memory, disk, or bucket for the object store and its chunk cache.";
+    fetch_bytes: SourceCounters = "strandline_fetch_bytes", "Bytes of batches sent to consumers, by source: memory, disk, or object_store, which includes the chunk cache.";
     fetch_role_bytes: RoleCounters = "strandline_fetch_role_bytes", "Bytes of batches sent to consumers, by the role of this broker in the partition; followers serve consumers that name a rack.";
     fetch_errors: ErrorCounters = "strandline_fetch_errors", "Fetches of a partition that were rejected or failed, by error code.";
     journal_writes: Counter = "strandline_journal_writes", "Writes to the journal, each with one sync.";
@@ -178,7 +178,7 @@ mod tests {
             "strandline_produce_bytes_total 7",
             "strandline_produce_errors_total{reason=\"DISK_FULL\"} 1",
             "strandline_fetch_bytes_total{source=\"disk\"} 9",
-            "strandline_fetch_bytes_total{source=\"bucket\"} 0",
+            "strandline_fetch_bytes_total{source=\"object_store\"} 0",
             "strandline_fetch_role_bytes_total{role=\"follower\"} 9",
             "strandline_fetch_role_bytes_total{role=\"leader\"} 0",
             "strandline_produce_ack_seconds_count 1",

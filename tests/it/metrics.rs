@@ -44,7 +44,7 @@ fn metrics_change_with_appends_uploads_and_reads() {
     read();
     let misses = instance.metric("strandline_cache_misses_total");
     assert!(misses > 5.0, "a chunk of each segment was fetched: {misses}");
-    assert!(instance.metric("strandline_fetch_bytes_total{source=\"bucket\"}") > 0.0);
+    assert!(instance.metric("strandline_fetch_bytes_total{source=\"object_store\"}") > 0.0);
     let hits = instance.metric("strandline_cache_hits_total");
     read();
     assert_eq!(instance.metric("strandline_cache_misses_total"), misses, "no chunk is fetched twice");

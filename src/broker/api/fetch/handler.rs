@@ -69,7 +69,7 @@ impl Fetch {
         let counter = match source {
             ReadSource::Memory => &by_source.memory,
             ReadSource::Disk => &by_source.disk,
-            ReadSource::ObjectStore => &by_source.bucket,
+            ReadSource::ObjectStore => &by_source.object_store,
         };
         counter.inc_by(bytes as u64);
         let counter = if is_leader { &by_role.leader } else { &by_role.follower };
