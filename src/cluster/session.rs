@@ -13,11 +13,13 @@
 //!
 //! # Invariants
 //!
-//! - An epoch is published only after the store holds its registration. An epoch only detects failure and fences
-//!   nothing by itself: a writer that depends on an epoch compares it in its transaction.
+//! - An epoch is published only after the store holds its registration. The end of a registration shows only that the
+//!   broker may have failed, and fences nothing by itself: a writer that depends on an epoch compares it in its
+//!   transaction.
 //! - Only a process with the same data directory replaces a registration. The directory's lock proves that the earlier
-//!   process has exited, unless the directory was copied. Then the later process wins, and the earlier one is
-//!   superseded and exits.
+//!   process has exited, unless the directory was copied. Then two processes run, and the one that registers first
+//!   after the deletion in step 1 keeps the broker id: in most cases the earlier process, which registers again at
+//!   once. The other one is superseded and exits.
 //!
 //! # Shutdown
 //!

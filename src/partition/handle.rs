@@ -1,7 +1,7 @@
-//! The handle of one replica: the interface of a partition for the broker, its links and the metadata.
+//! The handle of one replica: the broker and its replication links use a partition through it.
 //!
-//! Reads of state use what the partition's task published, or what the handle itself received. All other requests reach
-//! the task by its queues and signals.
+//! The handle reads state without the task: what the task published, the log, the tier, and the tier state that the
+//! handle received. Writes, metadata, messages of links and commands go to the task, by its queues and signals.
 
 use std::{sync::Arc, time::Duration};
 

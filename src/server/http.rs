@@ -51,7 +51,7 @@ impl HttpState {
         Self { broker: OnceLock::new(), metrics, rendering: Arc::new(Semaphore::new(1)) }
     }
 
-    /// Sets the broker that the handlers report on.
+    /// Sets the broker that the handlers report on. Only the first call has an effect.
     pub(super) fn set_broker(&self, broker: &Arc<Broker>) {
         self.broker.get_or_init(|| Arc::clone(broker));
     }

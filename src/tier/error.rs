@@ -26,7 +26,10 @@ pub enum TierStoreError {
         reason: String,
     },
     /// The store does not support the operation, or the client rejects its path or configuration.
-    #[error("the object store does not support the operation on {object}: {reason}")]
+    #[error(
+        "the object store or its client refused a request for {object}: {reason}; check the settings object_store.* \
+         with `strandline doctor`"
+    )]
     Unsupported {
         /// Name of the object, below the prefix.
         object: String,

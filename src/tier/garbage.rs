@@ -181,8 +181,9 @@ impl GarbageCollector<'_> {
         Ok(())
     }
 
-    /// Returns the file names of a state's manifest and of the pages and segments that it references. Leaves out a
-    /// page's segment if the segment ends at or below the log start. Fails if the manifest or a page cannot be read.
+    /// Returns the file names of the current manifest, of its pages and of their segments; nothing without a manifest.
+    /// Leaves out a page's segment if the segment ends at or below the log start. Fails if the manifest or a page
+    /// cannot be read or is invalid, or if the manifest does not agree with `state`.
     async fn list_referenced(&self, partition: PartitionId, state: &TierState) -> Result<BTreeSet<String>, String> {
         let mut referenced = BTreeSet::new();
         let Some(manifest) = state.manifest else { return Ok(referenced) };

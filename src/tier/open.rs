@@ -33,7 +33,7 @@ pub struct ObjectStoreOptions {
     pub url: String,
     /// For `s3`: URL of a service other than AWS. `http://` is allowed.
     pub endpoint: Option<String>,
-    /// For `s3`: the region.
+    /// For `s3`: the region. `None` means that of `AWS_REGION`, else of `AWS_DEFAULT_REGION`, else `us-east-1`.
     pub region: Option<String>,
     /// For `s3`: true if requests name the bucket in the path instead of the host name. `None` means true if an
     /// endpoint is set by the options, by `AWS_ENDPOINT_URL_S3` or by `AWS_ENDPOINT_URL`. Requests to an IP address

@@ -119,7 +119,8 @@ impl History {
 }
 
 /// Returns the records of the log by offset, as the first reader of each offset received them. Adds a violation at each
-/// point where the offsets of a reader are not consecutive, and for each record that differs from an earlier reader's.
+/// point where the offsets of a reader are not consecutive, for each record that differs from an earlier reader's, and
+/// for a reader that starts after its `from` or ends before its `to`.
 fn merge_passes(log: Log, passes: &[&ReadPass], found: &mut Vec<Violation>) -> BTreeMap<i64, u64> {
     let mut content: BTreeMap<i64, u64> = BTreeMap::new();
     for pass in passes {

@@ -193,7 +193,7 @@ impl Sources {
     }
 }
 
-/// Returns the path of the module in this file: `log::disk` for `log/disk/mod.rs`.
+/// Returns the path of the module in the file `name`: `log::disk` for `log/disk/mod.rs`.
 fn module_of(name: &str) -> String {
     let path = name.trim_end_matches(".rs");
     if path == "lib" || path == "mod" {

@@ -3,7 +3,7 @@
 //! # Overview
 //!
 //! 1. `/readyz` reports that the broker is not ready; requests are served as before.
-//! 2. The registration shows that this broker stops. From then on it wins no election, leaders remove it from their
+//! 2. The registration shows that this broker stops. From then on elections choose it last, leaders remove it from their
 //!    ISR, and the controller transfers its leaderships.
 //! 3. The broker waits until the controller has transferred each leadership for which another running ISR member
 //!    exists, and until leaders have removed the broker from each ISR that is above the min ISR.

@@ -82,9 +82,9 @@ impl StrayCleaner {
     }
 
     /// Checks the removed topics, and at most [`MAX_CHECKED_PER_BATCH`] waiting replicas. Deletes the replicas of
-    /// topics with a tombstone, and the replicas that the metadata store assigns to other brokers only. A waiting
-    /// replica with a missing or unreadable key keeps its files and is not checked again. Failed reads are retried
-    /// after a pause.
+    /// topics with a tombstone, and the replicas that the metadata store assigns to other brokers only. A replica that
+    /// is open stays. A waiting replica with a missing or unreadable key keeps its files and is not checked again.
+    /// Failed reads are retried after a pause.
     pub(super) async fn check_and_delete(&mut self) {
         self.not_before = None;
         for topic in std::mem::take(&mut self.topics) {

@@ -132,7 +132,7 @@ pub(super) fn format_consequences(topic: &str, number: u32, dry_run: &ElectionRe
         vec![format!("no replica can lead {topic}/{number} without loss"), String::new(), table, String::new()];
     for replica in &dry_run.replicas {
         if let Err(error) = &replica.positions {
-            lines.push(error.to_string());
+            lines.push(format!("{error}; if broker {} can return with its data, start it instead", replica.broker));
         }
     }
     let lost = &dry_run.lost;
@@ -154,7 +154,7 @@ pub(super) fn format_consequences(topic: &str, number: u32, dry_run: &ElectionRe
         ));
     } else {
         lines.push(format!(
-            "broker {} has the newest log: the highest last epoch, and with that epoch the highest log end",
+            "broker {} would be elected: it has the newest log (highest last epoch, then highest log end)",
             dry_run.leader
         ));
     }

@@ -435,8 +435,9 @@ impl Consumer {
         let _ = self.commands.try_send(ConsumerCommand::Unassign { topic: topic.clone(), partition });
     }
 
-    /// Returns the next record of the current batch. Returns `None` without a current batch, and after the last record,
-    /// which ends the current batch. A record that cannot be decoded also ends the batch, with an error.
+    /// Returns the next record of the current batch from the position on. Returns `None` without a current batch, and
+    /// after the last record: the batch has then ended. A record that cannot be decoded also ends the batch, with an
+    /// error.
     fn next_in_batch(&mut self) -> Result<Option<ConsumedRecord>, ConsumeError> {
         let Some(current) = &mut self.current else { return Ok(None) };
         for record in current.records.by_ref() {

@@ -328,8 +328,8 @@ impl Producer {
     /// Sends all open batches and waits for the results of all records sent before.
     ///
     /// # Errors
-    /// The first error among the records that had no result at the call. Records that had already failed are not
-    /// included.
+    /// An error of a record that had no result at the call, or [`SendError::Closed`] if the producer's task has ended.
+    /// Records that had already failed are not included.
     pub async fn flush(&self) -> Result<(), SendError> {
         let (reply, outstanding) = oneshot::channel();
         self.commands.send(ProducerCommand::Flush(reply)).await.map_err(|_| SendError::Closed)?;

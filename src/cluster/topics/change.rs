@@ -45,7 +45,7 @@ pub enum AlterError {
     #[error(transparent)]
     ReplicaLimit(#[from] ReplicaLimitExceeded),
     /// Other writers changed the topic in each of `MAX_ATTEMPTS` attempts.
-    #[error("other writers keep changing topic {:?}: try again", name.as_str())]
+    #[error("other requests changed topic {:?} during each attempt of this one: try again", name.as_str())]
     Conflict { name: TopicName },
     #[error(transparent)]
     Store(#[from] MetaStoreError),
@@ -86,7 +86,7 @@ pub enum AddPartitionsError {
     #[error(transparent)]
     ReplicaLimit(#[from] ReplicaLimitExceeded),
     /// In each of `MAX_ATTEMPTS` attempts, another writer changed the topic, or a sweep deleted some of the new keys.
-    #[error("other writers keep changing topic {:?}: try again", name.as_str())]
+    #[error("other requests changed topic {:?} during each attempt of this one: try again", name.as_str())]
     Conflict { name: TopicName },
     #[error(transparent)]
     Store(#[from] MetaStoreError),
@@ -98,7 +98,7 @@ pub enum DeleteError {
     #[error(transparent)]
     Unknown(#[from] UnknownTopic),
     /// Other writers changed the topic in each of `MAX_ATTEMPTS` attempts.
-    #[error("other writers keep changing topic {:?}: try again", name.as_str())]
+    #[error("other requests changed topic {:?} during each attempt of this one: try again", name.as_str())]
     Conflict { name: TopicName },
     #[error(transparent)]
     Store(#[from] MetaStoreError),

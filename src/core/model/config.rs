@@ -354,7 +354,8 @@ impl ConfigLayers<'_> {
         Ok(if is_above_whole { whole } else { limit })
     }
 
-    /// Returns the error for the effective value of a key, of which it repeats at most 100 characters.
+    /// Returns the error for a key whose effective value is not allowed. The error repeats at most 100 characters of
+    /// the value.
     fn invalid_value(&self, name: &str) -> InvalidConfig {
         InvalidConfig::Value {
             key: name.to_owned(),

@@ -15,7 +15,7 @@ pub fn wall_ms() -> i64 {
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// Returns the monotonic clock, which tests can pause. Use this clock for timeouts and measurements.
+/// Returns the time of the monotonic clock, which tests can pause. Use this clock for timeouts and measurements.
 pub fn monotonic() -> tokio::time::Instant {
     #[expect(clippy::disallowed_methods, reason = "the one place that reads the monotonic clock")]
     tokio::time::Instant::now()

@@ -263,7 +263,7 @@ mod tests {
         );
     }
 
-    /// Regression, found by an attack with small batches: a partition that had many cached batches kept their deque
+    /// Regression: a partition that had many cached batches kept their deque
     /// entries after the eviction, outside of the budget.
     #[test]
     fn queue_entries_are_counted_and_freed() {

@@ -121,7 +121,10 @@ pub enum AdmitError {
         base: Offset,
     },
     /// A newer epoch of the same producer has written.
-    #[error("epoch {epoch} of producer {producer} is fenced, because epoch {current} has written: stop this producer")]
+    #[error(
+        "epoch {epoch} of producer {producer} is fenced, because a newer instance of the producer (epoch {current}) has \
+         written: stop this producer"
+    )]
     Fenced {
         /// Producer id.
         producer: i64,

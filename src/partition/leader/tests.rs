@@ -131,7 +131,7 @@ fn dropped_writer_is_released_once_its_write_is_durable() {
     assert_eq!(log.due(), [(2, AckDurability::Tiered(1))]);
 }
 
-/// Regression, found by an attack: each partition kept the memory of the longest writer queue that it ever had.
+/// Regression: each partition kept the memory of the longest writer queue that it ever had.
 #[test]
 fn writer_queues_release_memory() {
     let mut log = Log::new(Durability::Persisted);

@@ -1,5 +1,6 @@
-//! Possible next events of a state, and their effects. The decisions are those of the broker's structs; this file has
-//! only the part of the actor, and the faults.
+//! The events that can happen next in a state, and their effects. The broker's own code decides (`IsrTracker`,
+//! `Follower`, `AppliedMetadata`). This file replaces only the partition's task, which calls that code, and adds the
+//! faults.
 
 use super::{
     rules::{RuleViolation, apply_value},

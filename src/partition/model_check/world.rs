@@ -18,7 +18,7 @@ use crate::{
 /// Number of brokers, each with a replica of the one partition.
 pub(super) const BROKERS: usize = 3;
 
-/// Maximum number of each event on the path from the first state to a state: the bounds of the search.
+/// Number of times that each event may still happen. At the first state: the bounds of the search.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Budget {
     /// Batches that leaders append.

@@ -358,8 +358,8 @@ impl PartitionReader {
         Ok(Some((from, -1, epoch)))
     }
 
-    /// Returns the first committed batch that ends above `from` and whose header has a maximum timestamp of at least
-    /// `timestamp_ms`. Returns `None` if there is no such batch.
+    /// Returns the first committed batch that ends above `from` and above the log start, and whose header has a maximum
+    /// timestamp of at least `timestamp_ms`. Returns `None` if there is no such batch.
     async fn batch_for_time(
         &self,
         timestamp_ms: i64,

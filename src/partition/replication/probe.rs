@@ -31,7 +31,7 @@ impl LinkProbe {
         responded.wait_for(|responded| *responded >= number).await.expect("this probe owns the sender");
     }
 
-    /// Returns a channel that changes when a ping is to be sent, to the number of that ping.
+    /// Returns a channel with the number of the newest requested ping. It changes whenever a ping has to be sent.
     pub(super) fn pings(&self) -> watch::Receiver<u64> {
         let mut pings = self.requested.subscribe();
         // A caller may have requested a ping before the link's task started.

@@ -86,7 +86,7 @@ impl Network {
         ip(&format!("-n {from} route replace blackhole {to}/32"));
     }
 
-    /// Restores the packets that [`Self::cut`] drops.
+    /// Ends a [`Self::cut`]: packets from the machine `from` to `to` arrive again.
     pub(crate) fn mend(&self, from: &str, to: Ipv4Addr) {
         ip(&format!("-n {from} route del blackhole {to}/32"));
     }

@@ -370,7 +370,7 @@ async fn doctor_passes_a_good_store_and_finds_faults() {
     s3.faults().set_ignore_conditions(true);
     let check = outcome(&options, "conditional put").await;
     assert_eq!(check.outcome, doctor::CheckOutcome::Unsupported);
-    assert!(check.detail.contains("silently ignored") && check.meaning.contains("safe without them"), "{check:?}");
+    assert!(check.detail.contains("silently ignored") && check.meaning.contains("safe without it"), "{check:?}");
     s3.faults().clear();
     s3.faults().inject(Op::Get, Fault::CorruptResponse, usize::MAX);
     assert_eq!(outcome(&options, "ranged get").await.outcome, doctor::CheckOutcome::Fail);

@@ -12,7 +12,8 @@ use crate::{
 };
 
 impl ProducerDriver {
-    /// Starts a metadata refresh unless one is running.
+    /// Starts a metadata refresh unless one is running: after the backoff's pause, it requests the topics of the queues
+    /// without a leader. The task receives the result as `DriverEvent::MetadataRefreshed`.
     pub(super) fn refresh_metadata(&mut self) {
         if self.refreshing {
             return;
