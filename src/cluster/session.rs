@@ -190,22 +190,23 @@ impl RegistrationRequest {
             registration_failures: LogThrottle::default(),
         };
         session_tasks.spawn("broker session", keeper.run(metadata.watch(), session_tasks.clone()));
-        session_tasks.spawn("store probe", Arc::clone(&registration).probe_revisions(session_tasks.clone()));
+        session_tasks.spawn_until_cancelled("store probe", Arc::clone(&registration).probe_revisions());
         Ok(Session { registration, state, flags, last_renewal, tasks: session_tasks })
     }
 
-    /// Reads the key of the registration at the interval of the renewals, until a regression is found or `stop` is
-    /// cancelled. `MonotonicStore` compares the revision of each response. It does not compare responses to keepalives,
-    /// so a broker without other requests would not detect a restored store. The key is below the cluster's prefix, to
-    /// which the permission of an etcd user may be limited.
+    /// Reads the key of the registration at the interval of the renewals, until a regression is found. `MonotonicStore`
+    /// compares the revision of each response. It does not compare responses to keepalives, so a broker without other
+    /// requests would not detect a restored store. The key is below the cluster's prefix, to which the permission of an
+    /// etcd user may be limited.
     ///
     /// The reads have a task of their own, because a read can take longer than the pause between two renewals. If each
     /// read were cancelled before its request timeout, a connection whose reads receive no response would never be
     /// replaced.
-    async fn probe_revisions(self: Arc<Self>, stop: Tasks) {
+    async fn probe_revisions(self: Arc<Self>) {
         let key = self.keys.broker(self.id);
-        while self.store.regression().is_none() && stop.sleep_until_cancelled(self.renew_interval()).await.is_some() {
-            let _probe = stop.run_until_cancelled(self.store.get(&key)).await;
+        while self.store.regression().is_none() {
+            tokio::time::sleep(self.renew_interval()).await;
+            let _probe = self.store.get(&key).await;
         }
     }
 
