@@ -42,10 +42,11 @@ class Peak:
 
 class Phases:
     """One run over all phases. Each of `brokers` has `pid`, `http`, `directory`, `stop`, `kill` and `start`. `cli` runs a command, and
-    `produce` runs the benchmark."""
+    `produce` runs the benchmark. `watch` is the time in seconds between phases, and of the idle phase."""
 
-    def __init__(self, lab, count, factor, brokers, cli, produce):
+    def __init__(self, lab, count, factor, brokers, cli, produce, watch):
         self.lab, self.count, self.factor, self.brokers, self.cli, self.produce = lab, count, factor, brokers, cli, produce
+        self.watch = watch
         self.cells, self.figures = {}, {}
 
     def run(self):
@@ -59,22 +60,21 @@ class Phases:
             if self.factor > 1:
                 self.wait_until(self.is_in_sync)
                 done("in sync")
-        watch = 10 if self.lab.o.short else 30
-        time.sleep(watch)  # new files are synced in the background
+        time.sleep(self.watch)  # new files are synced in the background
         with self.phase() as done:
             before = sum(cpu_of(broker.pid) for broker in self.brokers)
-            time.sleep(watch)
-            done("idle", (sum(cpu_of(broker.pid) for broker in self.brokers) - before) / watch / len(self.brokers) * 100, "%")
+            time.sleep(self.watch)
+            done("idle", (sum(cpu_of(broker.pid) for broker in self.brokers) - before) / self.watch / len(self.brokers) * 100, "%")
         with self.phase() as done:
             self.produce("--topic", TOPIC, "--records", self.count, "--record-size", 1024, "--batch-size", 1024, "--linger-ms", 0)
             done("written")
-        time.sleep(watch)
+        time.sleep(self.watch)
         victim = self.brokers[0]
         began = time.monotonic()
         victim.stop()
         self.figure("stopped", time.monotonic() - began, "s")
         self.restart(victim, "restarted")
-        time.sleep(watch)
+        time.sleep(self.watch)
         victim.kill()
         self.restart(victim, "killed")
         with self.phase() as done:
@@ -161,6 +161,11 @@ class StandaloneBroker:
 def replica_limit():
     """Returns the environment variable that raises broker.max_replicas above the largest count, whatever the machine's memory."""
     return dict(STRANDLINE_BROKER_MAX_REPLICAS=str(2 * max(COUNTS)))
+
+
+def watch(lab):
+    """Returns the time in seconds between two phases."""
+    return 10 if lab.o.short else 30
 
 
 def counts(lab):
