@@ -142,7 +142,12 @@ impl FetchStates {
     }
 
     pub(super) fn remove(&mut self, topic: &str, partition: u32) -> Option<PartitionFetchState> {
-        self.0.get_mut(topic)?.remove(&partition)
+        let states = self.0.get_mut(topic)?;
+        let removed = states.remove(&partition);
+        if states.is_empty() {
+            self.0.remove(topic);
+        }
+        removed
     }
 
     pub(super) fn get(&self, topic: &str, partition: u32) -> Option<&PartitionFetchState> {
@@ -208,7 +213,7 @@ pub(super) fn accept_batches(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{model::Compression, record::BatchBuilder};
+    use crate::{model::Compression, record::BatchBuilder, task::clock};
 
     fn batch(base: u64, count: u64) -> Batch {
         let mut builder = BatchBuilder::new(Compression::None);
@@ -222,6 +227,19 @@ mod tests {
 
     fn at(offset: u64) -> Offset {
         Offset::new(offset).expect("small")
+    }
+
+    #[test]
+    fn topic_is_forgotten_with_its_last_partition() {
+        let (mut states, now) = (FetchStates::default(), clock::monotonic());
+        for partition in 0..2 {
+            let state = PartitionFetchState::new(0, TopicId::from_bytes([1; 16]), Offset::ZERO, now, None);
+            states.insert("t".into(), partition, state);
+        }
+        assert!(states.remove("t", 0).is_some());
+        assert_eq!(states.topics().count(), 1);
+        assert!(states.remove("t", 1).is_some() && states.remove("t", 1).is_none());
+        assert_eq!(states.topics().count(), 0, "its metadata is not requested any more");
     }
 
     #[test]
