@@ -179,7 +179,8 @@ impl PartCounter {
         None
     }
 
-    /// Returns a field of the message at the current position; `None` for a field that is not counted.
+    /// Returns the field with this number of the message at the current position; `None` for an unknown field, and for a
+    /// field that is neither repeated nor a message.
     fn field(&self, number: u32) -> Option<Field> {
         let message = self.levels.last().map_or(self.root, |(message, _)| *message);
         self.messages[message].get(&number).copied()

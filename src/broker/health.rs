@@ -142,7 +142,11 @@ impl Health {
         }
         match self.count_catching_up() {
             0 => Readiness::Ready(self.impairments()),
-            pending => not_ready(format!("starting: local replicas that have not been in sync yet: {pending}")),
+            pending => not_ready(format!(
+                "starting: local replicas that have not been in sync yet: {pending}; ready in {} s at the latest \
+                 (broker.catch_up_timeout)",
+                self.remaining_start_time().as_millis().div_ceil(1000)
+            )),
         }
     }
 
@@ -160,8 +164,8 @@ impl Health {
             }),
             (unverified > 0).then(|| {
                 format!(
-                    "replicas offline, because their partition values were unreadable at the start: {unverified}; \
-                     restart this broker"
+                    "replicas offline, because the metadata of their partitions was unreadable at the start: \
+                     {unverified}; it is readable now: restart this broker"
                 )
             }),
             self.full.lock().map(|at| {
@@ -171,16 +175,24 @@ impl Health {
                 )
             }),
             self.ctx.tier.as_ref().and_then(|tier| tier.store.outage()).map(|outage| {
-                format!("object store unavailable {}: {}", format_since(outage.lasted), one_line(&outage.reason))
+                format!(
+                    "object store unavailable {}: {}; until a retry succeeds, segments stay on disk, and reads from \
+                     the object store fail",
+                    format_since(outage.lasted),
+                    one_line(&outage.reason)
+                )
             }),
             self.unregistered.lock().map(|at| {
                 let reason = registration_loss_reason(self.ctx.metadata.unresponsive_for());
-                format!("registration lost {}: {reason}", format_since(at.elapsed()))
+                format!(
+                    "registration lost {}: {reason}; other brokers may lead this broker's partitions, and this broker \
+                     registers again by itself",
+                    format_since(at.elapsed())
+                )
             }),
-            self.ctx.store.regression().map(|reason| {
-                format!("the metadata store returned to an older state: {}", one_line(&reason.to_string()))
-            }),
-            (!maintenance.is_empty()).then(|| format!("maintenance fails: {}", one_line(&maintenance))),
+            self.ctx.store.regression().map(|reason| one_line(&reason.to_string())),
+            (!maintenance.is_empty())
+                .then(|| format!("uploads or retention fail, and are retried: {}", one_line(&maintenance))),
         ];
         lines.into_iter().flatten().collect()
     }
@@ -227,6 +239,16 @@ impl Health {
         pending.iter_mut().map(is_catching_up).filter(|catching_up| *catching_up).count()
     }
 
+    /// Returns the maximum time until the start is over; zero unless replicas are catching up.
+    fn remaining_start_time(&self) -> Duration {
+        match &*self.start.lock() {
+            StartState::CatchingUp { since, .. } => {
+                self.ctx.config.broker.catch_up_timeout.saturating_sub(since.elapsed())
+            }
+            StartState::Opening | StartState::Over => Duration::ZERO,
+        }
+    }
+
     /// Returns the stats of this broker, for descriptions of the cluster and for peers.
     pub(super) fn stats(&self) -> v1::GetBrokerStatsResponse {
         let (open, log) = (self.partitions.open(), self.ctx.log.status());
@@ -266,7 +288,7 @@ fn update_since(since: &Mutex<Option<Instant>>, holds: bool) {
 
 /// Returns the reason for a lost registration. `unresponsive_for` is the time for which the metadata store has not
 /// responded; zero if it responds.
-fn registration_loss_reason(unresponsive_for: Duration) -> String {
+pub(super) fn registration_loss_reason(unresponsive_for: Duration) -> String {
     match unresponsive_for {
         Duration::ZERO => "the registration was deleted from the metadata store".to_owned(),
         time => format!("the metadata store has not responded for {} s", time.as_secs()),

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::{
     CommonArgs,
-    cluster::first_invalid_placement_key,
+    cluster::{BLOCKED_REASSIGNMENT, DRAIN_REMEDY, first_invalid_placement_key},
     connect::{connect, explain_call},
     output::{self, OutputFormat, format_ids},
     retry_output::RetryMonitor,
@@ -63,9 +63,10 @@ enum BrokerCommand {
     /// Move all leaderships and replicas off a broker, and assign it no new ones
     ///
     /// Returns when the drain is stored or, with --wait, when the broker is empty. `strandline cluster describe` shows
-    /// the progress. The exit code is 1 if no replica can move, because too few other brokers are eligible or a broker
-    /// that the moves need is offline. With --wait, this failure follows only after no replica has been able to move
-    /// for a minute; the cause can then also be partitions without a leader. The drain stays in effect either way.
+    /// the progress. The exit code is 1 if no replica can move, because too few other brokers can take replicas or running
+    /// reassignments wait for an offline broker. With --wait, this failure follows only after no replica has been able
+    /// to move for a minute; the cause can then also be partitions without a leader. The drain stays in effect either
+    /// way.
     ///
     /// A broker that is permanently lost can be drained too: its replicas are then replaced at once. Replicas of
     /// partitions without a leader are not replaced, because there is no leader to copy from;
@@ -76,7 +77,7 @@ enum BrokerCommand {
         id: u32,
         #[command(flatten)]
         wait: WaitArgs,
-        /// With --wait: keep waiting while no replica can move, until other brokers are eligible
+        /// With --wait: keep waiting while no replica can move, until other brokers can take replicas
         #[arg(long, requires = "wait")]
         wait_for_brokers: bool,
     },
@@ -187,16 +188,15 @@ fn print(value: &Value, lines: &str, output: OutputFormat) -> anyhow::Result<()>
 /// replicas are blocked and why.
 fn blocked_drain_error(id: u32, causes: &str) -> String {
     format!(
-        "no replica on broker {id} can move: {causes}: start an offline broker or add a broker, or lower the topics' \
-         replication factor; for partitions without a leader, `strandline topic describe NAME` shows how they get one; \
-         the drain stays in effect until `strandline broker undrain {id}`"
+        "no replica on broker {id} can move: {causes}: {DRAIN_REMEDY}; for partitions without a leader, `strandline \
+         topic describe NAME` shows how they get one; the drain stays in effect until `strandline broker undrain {id}`"
     )
 }
 
 /// Returns as text how many replicas cannot move, for each cause that a drain response distinguishes.
 fn unmovable_replicas(drain: &DrainStatus) -> String {
     let blocked = output::count(u64::try_from(drain.blocked.len()).unwrap_or(u64::MAX), "replica");
-    let mut causes = format!("{blocked}: {}, or a needed broker is offline", eligible_brokers(drain));
+    let mut causes = format!("{blocked}: {}, or {BLOCKED_REASSIGNMENT}", eligible_brokers(drain));
     if drain.leaderless > 0 {
         causes += &format!("; {}: the partition has no leader", output::count(drain.leaderless.into(), "replica"));
     }
@@ -340,7 +340,7 @@ fn format_drain(id: u32, drain: &DrainStatus) -> String {
     let mut lines = match (drain.replica_count, drain.leader_count) {
         (0, _) => format!("broker {id} {state}: no replicas to move"),
         (replicas, leaders) => format!(
-            "broker {id} {state}: {} to move (leaders: {leaders})\n`strandline cluster describe` shows the progress",
+            "broker {id} {state}: {} to move (leaders: {leaders})\n`strandline cluster describe` shows the progress and each broker's state",
             output::count(replicas.into(), "replica"),
         ),
     };
@@ -351,8 +351,8 @@ fn format_drain(id: u32, drain: &DrainStatus) -> String {
             names.push("…".to_owned());
         }
         lines += &format!(
-            "\nwarning: {} cannot move: {}, or a needed broker is offline:\n  {}\nstart or undrain brokers, \
-             or lower the topics' replication factor; the drain then continues",
+            "\nwarning: {} cannot move: {},\n  or {BLOCKED_REASSIGNMENT}:\n  {}\n{DRAIN_REMEDY}\nthe drain then \
+             continues",
             output::count(u64::try_from(drain.blocked.len()).unwrap_or(u64::MAX), "replica"),
             eligible_brokers(drain),
             names.join(" "),
@@ -370,8 +370,8 @@ fn format_drain(id: u32, drain: &DrainStatus) -> String {
 /// Returns the cause of a blocked drain as text: the number of other brokers that are eligible for its replicas.
 fn eligible_brokers(drain: &DrainStatus) -> String {
     match drain.eligible_brokers {
-        0 => "no other broker is eligible".to_owned(),
-        number => format!("too few eligible brokers ({number})"),
+        0 => "no other broker can take replicas".to_owned(),
+        number => format!("only {} can take replicas", output::count(number.into(), "other broker")),
     }
 }
 
@@ -430,8 +430,8 @@ mod tests {
         let causes = unmovable_replicas(&DrainStatus { leaderless: 1, ..drain(11) });
         assert_eq!(
             causes,
-            "11 replicas: too few eligible brokers (2), or a needed broker is offline; 1 replica: the partition has no \
-             leader"
+            "11 replicas: only 2 other brokers can take replicas, or a running reassignment waits for an offline broker; \
+             1 replica: the partition has no leader"
         );
         let error = blocked_drain_error(3, &causes);
         assert!(error.contains("no replica on broker 3 can move: 11 replicas"), "{error}");
@@ -462,7 +462,7 @@ mod tests {
             "{}",
             format_drain(2, &repeated)
         );
-        assert!(format_drain(2, &repeated).contains("1 replica cannot move: no other broker is eligible"));
+        assert!(format_drain(2, &repeated).contains("1 replica cannot move: no other broker can take replicas"));
         let leaderless = format_drain(2, &DrainStatus { leaderless: 2, ..drain(0) });
         assert!(leaderless.contains("warning: 2 replicas cannot move without a leader to copy from"), "{leaderless}");
         assert_eq!(

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::{
     CommonArgs,
     connect::{connect, explain_call},
-    health::{ClusterHealth, state, unreadable},
+    health::{ClusterHealth, INVALID_VALUE_REMEDY, state, unavailable, unreadable},
     output::{self, OutputFormat},
     retry_output::RetryMonitor,
     serve::environment,
@@ -21,8 +21,12 @@ use crate::{
     server::raise_generation,
 };
 
-/// Maximum number of unavailable partitions that a line lists.
-const MAX_NAMED: usize = 8;
+/// Cause of a blocked drain: a reassignment that has to end before the replica can move.
+pub(super) const BLOCKED_REASSIGNMENT: &str = "a running reassignment waits for an offline broker";
+
+/// Remedy for a blocked drain.
+pub(super) const DRAIN_REMEDY: &str =
+    "start, add or undrain brokers, free disks, raise broker.max_replicas, or lower replication factors";
 
 #[derive(Clone, Debug, Subcommand)]
 pub(super) enum ClusterCommand {
@@ -112,7 +116,7 @@ fn lines(cluster: &ClusterDescription) -> String {
         String::new(),
     ];
     let header =
-        ["BROKER", "ADDRESS", "RACK", "STATE", "EPOCH", "LEADERS", "REPLICAS", "ON DISK", "FREE", "UPLOAD LAG"];
+        ["BROKER", "ADDRESS", "RACK", "STATE", "EPOCH", "LEADS", "REPLICAS", "ON DISK", "FREE", "NOT UPLOADED"];
     lines.push(output::tabled(&header, &[0, 4, 5, 6, 7, 8, 9], cluster.brokers.iter().map(row).collect()));
     let notes: Vec<String> = staleness(cluster)
         .into_iter()
@@ -123,7 +127,7 @@ fn lines(cluster: &ClusterDescription) -> String {
                 .iter()
                 .flat_map(|broker| notes(broker, first_invalid_placement_key(cluster), cluster.brokers.len() == 1)),
         )
-        .chain(unreadable(cluster).map(|line| line + "\n  restore its last valid value in the metadata store"))
+        .chain(unreadable(cluster).map(|line| format!("{line}\n  {INVALID_VALUE_REMEDY}")))
         .collect();
     if !notes.is_empty() {
         lines.push(String::new());
@@ -141,19 +145,6 @@ fn staleness(cluster: &ClusterDescription) -> Option<String> {
             "the metadata store has not responded to broker {broker} for {seconds} s: this description is that old\n\
              broker {broker} changes no metadata until the metadata store responds; produce and fetch continue"
         )
-    })
-}
-
-/// Returns a line with the first `MAX_NAMED` partitions that accept no writes with `acks=all`; `None` if there are
-/// none.
-fn unavailable(cluster: &ClusterDescription) -> Option<String> {
-    let mut names: Vec<String> =
-        cluster.unavailable.iter().take(MAX_NAMED).map(|(topic, number)| format!("{topic}/{number}")).collect();
-    if cluster.unavailable.len() > MAX_NAMED {
-        names.push("…".to_owned());
-    }
-    (!names.is_empty()).then(|| {
-        format!("writes with acks=all are refused: {} (see `strandline topic describe NAME`)", names.join(" "))
     })
 }
 
@@ -175,9 +166,11 @@ fn problems(cluster: &ClusterDescription) -> String {
 fn row(broker: &BrokerDescription) -> Vec<String> {
     let unknown = || if broker.alive { "?" } else { "-" }.to_owned();
     let (on_disk, free, lag) = match &broker.stats {
-        Some(Ok(stats)) => {
-            (output::bytes(stats.segment_bytes), output::bytes(stats.free_bytes), stats.tier_lag_records.to_string())
-        }
+        Some(Ok(stats)) => (
+            output::bytes(stats.segment_bytes),
+            output::bytes(stats.free_bytes),
+            output::count(stats.tier_lag_records, "record"),
+        ),
         _ => (unknown(), unknown(), unknown()),
     };
     let or_dash = |text: &String| if text.is_empty() { "-".to_owned() } else { text.clone() };
@@ -217,8 +210,8 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
             0 => format!("broker {id} is drained: it can be stopped for good"),
             _ if broker.blocked > 0 => format!(
                 "broker {id} is draining: {remaining} to move (blocked: {}):\n  \
-                 too few eligible brokers, a needed broker is offline, or no leader: \
-                 start or add brokers",
+                 too few brokers can take replicas, {BLOCKED_REASSIGNMENT},\n  or there is no leader:\n  \
+                 {DRAIN_REMEDY}",
                 broker.blocked
             ),
             _ => format!("broker {id} is draining: {remaining} to move"),
@@ -229,7 +222,10 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
             if standalone { "appends are refused" } else { "leadership moves to other brokers where possible" };
         notes.push(format!("the disk of broker {id} is full: {effect}; add disk space"));
     } else if broker.alive && broker.disk_pressure && !standalone {
-        notes.push(format!("broker {id} has disk pressure (broker.disk_pressure_percent): it gets no new replicas"));
+        notes.push(format!(
+            "broker {id} has disk pressure (broker.disk_pressure_percent): it gets no new replicas\n  \
+             add disk space, or lower local.retention.* or retention.*"
+        ));
     }
     if broker.alive && broker.max_replicas.is_some_and(|max| broker.replica_count >= max) {
         notes.push(format!(
@@ -239,7 +235,7 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
     }
     if broker.alive && broker.in_sync_count < broker.replica_count {
         notes.push(format!(
-            "broker {id} has {} out of sync",
+            "broker {id} has {} out of sync: replicas catch up by themselves while they have a leader",
             output::count((broker.replica_count - broker.in_sync_count).into(), "replica")
         ));
     }
@@ -266,7 +262,8 @@ fn stats_notes(id: BrokerId, stats: &BrokerStats) -> impl Iterator<Item = String
     let store = stats.object_store.as_ref();
     let store = store.map(|reason| format!("no object store request of broker {id} has succeeded {reason}"));
     let maintenance = stats.maintenance.as_ref();
-    let maintenance = maintenance.map(|reason| format!("maintenance fails on broker {id}:\n  {reason}"));
+    let maintenance =
+        maintenance.map(|reason| format!("uploads or retention fail on broker {id}, and are retried:\n  {reason}"));
     let future = stats.future_timestamps.as_ref();
     let future = future.map(|segments| {
         format!("broker {id} has records with future timestamps: {segments}\n  check the clocks of their producers")
@@ -354,7 +351,7 @@ pub(super) mod tests {
         let stats = BrokerStats {
             segment_bytes: 3 << 30,
             free_bytes: 120 << 30,
-            tier_lag_records: 123_456,
+            tier_lag_records: 3_456,
             ..BrokerStats::default()
         };
         BrokerDescription {
@@ -412,7 +409,8 @@ pub(super) mod tests {
         let regression = Regression::Revision { newest: Revision(9), returned: Revision(6) }.to_string();
         let failure = "cannot write the journal: Input/output error (os error 5)";
         let outage = "http://minio:9000: connection refused";
-        let maintenance = "2 partitions, longest orders/3 for 90 s: cannot upload the segment at 0: connection refused";
+        let maintenance =
+            "2 partitions (longest: orders/3, for 90 s): cannot upload the segment at 0: connection refused";
         let failed = BrokerStats {
             failed: Some(failure.to_owned()),
             object_store: Some(format!("for 75 s: {outage}")),
@@ -423,9 +421,12 @@ pub(super) mod tests {
                 "disk full since 2026-11-25T14:00:00Z (75 s), appends are refused: add space, or lower \
                  local.retention.* or retention.*"
                     .to_owned(),
-                format!("object store unavailable since 2026-11-25T14:00:00Z (75 s): {outage}"),
-                format!("the metadata store returned to an older state: {regression}"),
-                format!("maintenance fails: {maintenance}"),
+                format!(
+                    "object store unavailable since 2026-11-25T14:00:00Z (75 s): {outage}; until a retry succeeds, \
+                     segments stay on disk, and reads from the object store fail"
+                ),
+                regression.clone(),
+                format!("uploads or retention fail, and are retried: {maintenance}"),
             ],
             not_ready: None,
             future_timestamps: Some("3 segments of 2 partitions, most in orders/3".to_owned()),
@@ -473,7 +474,9 @@ pub(super) mod tests {
     /// Returns the texts in a description that brokers sent.
     pub(in crate::cli) fn broker_texts(cluster: &ClusterDescription) -> Vec<String> {
         let stats = cluster.brokers.iter().filter_map(|broker| broker.stats.as_ref()?.as_ref().ok());
-        stats.flat_map(|stats| stats.impaired.iter().chain(&stats.metadata_regressed).cloned()).collect()
+        let problems = stats.flat_map(|stats| stats.impaired.iter().chain(&stats.metadata_regressed));
+        let invalid = cluster.unreadable.iter().flat_map(|unreadable| [&unreadable.key, &unreadable.error]);
+        problems.chain(invalid).cloned().collect()
     }
 
     /// The replica count excludes partitions whose values are unreadable. So a permanent stop of a drained broker with

@@ -56,10 +56,12 @@ pub(super) async fn explain(admin: &Admin, topic: &str, error: CallError) -> any
     anyhow!("{}", unknown_topic_message(topic, &names))
 }
 
-/// Returns the error message for a failed send. The error of a topic lookup is explained by [`explain`].
+/// Returns the error message for a failed send of `produce`, with the option that sets its time limit. The error of a
+/// topic lookup is explained by [`explain`].
 pub(super) async fn explain_send(admin: &Admin, topic: &str, error: SendError) -> anyhow::Error {
     match error {
         SendError::Lookup(error) => explain(admin, topic, error).await,
+        error @ SendError::Expired { .. } => anyhow!("{error}; raise the limit with --timeout"),
         error => anyhow!("{error}"),
     }
 }
@@ -74,8 +76,11 @@ pub(super) async fn explain_read(admin: &Admin, topic: &str, error: ConsumeError
              including, {end}; start with --from earliest or --from latest, or select partitions that have offset \
              {offset} with --partition"
         ),
-        error @ ConsumeError::Undecodable { .. } => {
-            anyhow!("{error}; start there with --from, or skip such batches with --skip-corrupt")
+        error @ ConsumeError::Undecodable { partition, next, .. } => anyhow!(
+            "{error}; start there with --partition {partition} --from {next}, or skip such batches with --skip-corrupt"
+        ),
+        error @ ConsumeError::Gap { partition, found, .. } => {
+            anyhow!("{error} with --partition {partition} --from {found}")
         }
         error => anyhow!("{error}"),
     }

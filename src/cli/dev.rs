@@ -155,7 +155,7 @@ fn reject_fixed_ports(settings: &LoadedConfig) -> anyhow::Result<()> {
         if let Some(address) = address.filter(|address| !address.ends_with(":0")) {
             bail!(
                 "{}: {key} {address} has a fixed port, which several brokers cannot share: leave the setting out, or \
-                 end it with :0 for a port of each broker",
+                 end it with :0, so that each broker gets a free port",
                 settings.source(key)
             );
         }

@@ -8,6 +8,12 @@ use serde_json::{Value, json};
 use super::output;
 use crate::client::{BrokerDescription, ClusterDescription};
 
+/// Maximum number of unavailable partitions that a line lists.
+const MAX_NAMED: usize = 8;
+
+/// Remedy for an invalid value in the metadata store.
+pub(super) const INVALID_VALUE_REMEDY: &str = "restore its last valid value in the metadata store";
+
 /// Impairments of a cluster.
 pub(super) struct ClusterHealth {
     /// Impairments that belong to no single broker.
@@ -73,9 +79,27 @@ fn of_cluster(cluster: &ClusterDescription) -> Vec<String> {
         stale,
         partitions(cluster.leaderless, "without a leader"),
         partitions(cluster.under_min_isr, "below min.insync.replicas"),
-        partitions(cluster.under_replicated, "under-replicated"),
+        unavailable(cluster),
+        partitions(
+            cluster.under_replicated,
+            "under-replicated: replicas are offline, have failed, or still copy records",
+        ),
     ];
-    counted.into_iter().flatten().chain(unreadable(cluster)).collect()
+    let invalid = unreadable(cluster).map(|line| format!("{line}; {INVALID_VALUE_REMEDY}"));
+    counted.into_iter().flatten().chain(invalid).collect()
+}
+
+/// Returns a line with the first `MAX_NAMED` partitions that accept no writes with `acks=all`; `None` if there are
+/// none.
+pub(super) fn unavailable(cluster: &ClusterDescription) -> Option<String> {
+    let mut names: Vec<String> =
+        cluster.unavailable.iter().take(MAX_NAMED).map(|(topic, number)| format!("{topic}/{number}")).collect();
+    if cluster.unavailable.len() > MAX_NAMED {
+        names.push("…".to_owned());
+    }
+    (!names.is_empty()).then(|| {
+        format!("writes with acks=all are refused: {} (see `strandline topic describe NAME`)", names.join(" "))
+    })
 }
 
 /// Returns a line for each invalid value in the metadata store.
@@ -102,7 +126,8 @@ fn of_broker(broker: &BrokerDescription) -> BrokerHealth {
     if !broker.alive {
         ready = Some(false);
         if broker.replica_count > 0 {
-            impaired.push(format!("offline with {}", output::count(broker.replica_count.into(), "replica")));
+            let replicas = output::count(broker.replica_count.into(), "replica");
+            impaired.push(format!("offline with {replicas}: start it, or run `strandline broker drain {}`", broker.id));
         }
     }
     match &broker.stats {

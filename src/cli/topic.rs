@@ -17,6 +17,7 @@ use crate::{
     client::{Admin, ConfigSource, NewTopic, PartitionDescription, TopicAlteration, TopicDescription, TopicSummary},
     limits,
     model::{ConfigMap, Offset},
+    proto::error::ErrorCode,
 };
 
 #[derive(Debug, Subcommand)]
@@ -232,7 +233,8 @@ fn lines(topic: &TopicDescription) -> String {
         String::new(),
         output::tabled(&watermarks, &[0, 1, 2, 3, 4, 5, 6], rows(watermark_row)),
     ];
-    let notes: Vec<String> = topic.partitions.iter().flat_map(notes).collect();
+    let notes: Vec<String> =
+        missing_reports(topic).into_iter().chain(topic.partitions.iter().flat_map(notes)).collect();
     if !notes.is_empty() {
         lines.push(String::new());
         lines.extend(notes);
@@ -277,16 +279,35 @@ fn watermark_row(partition: &PartitionDescription) -> Vec<String> {
     ]
 }
 
+/// Returns the reason for each partition without a report of its leader, below a line that explains `?` in the tables.
+/// Returns no lines if every leader has reported.
+fn missing_reports(topic: &TopicDescription) -> Vec<String> {
+    let mut lines = Vec::new();
+    let mut has_leader = false;
+    for partition in &topic.partitions {
+        let Some(error) = &partition.leader_error else { continue };
+        if error.code == ErrorCode::NoLeader {
+            // The message names the partition and the remedy.
+            lines.push(format!("  {error}"));
+        } else {
+            has_leader = true;
+            lines.push(format!("  partition {}: {error}", partition.partition));
+        }
+    }
+    if !lines.is_empty() {
+        lines.insert(0, "`?` stands for a missing value that only the partition's leader reports:".to_owned());
+    }
+    if has_leader {
+        lines.push("  see `strandline cluster health`".to_owned());
+    }
+    lines
+}
+
 /// Returns notes about a partition that the tables do not contain.
 fn notes(partition: &PartitionDescription) -> Vec<String> {
     let (number, mut notes) = (partition.partition, Vec::new());
-    if let Some(error) = &partition.leader_error {
-        notes.push(format!("the watermarks of partition {number} are unavailable: {error}"));
-    }
     if let Some(error) = &partition.error {
-        notes.push(format!(
-            "a replica of partition {number} accepts no writes: {error}\n  see `strandline cluster health`"
-        ));
+        notes.push(format!("partition {number}:\n  {error}\n  see `strandline cluster health`"));
     }
     if !(partition.adding.is_empty() && partition.removing.is_empty()) {
         let changes: Vec<String> = [("adding", &partition.adding), ("removing", &partition.removing)]
@@ -297,7 +318,10 @@ fn notes(partition: &PartitionDescription) -> Vec<String> {
         notes.push(format!("partition {number} is being reassigned: {}", changes.join(", ")));
     }
     if let Some(epoch) = partition.unclean_epoch {
-        notes.push(format!("partition {number} may have lost committed records of epochs before {epoch}"));
+        notes.push(format!(
+            "partition {number}: records committed before leader epoch {epoch} may be lost, because of an unclean \
+             election\n  or an unclean shutdown of the only eligible replica"
+        ));
     }
     notes
 }
@@ -361,7 +385,7 @@ mod tests {
     use super::*;
     use crate::{
         model::{BrokerId, LeaderEpoch, TopicId, Watermarks},
-        proto::error::{ApiError, ErrorCode},
+        proto::error::ApiError,
     };
 
     fn topic() -> TopicDescription {
@@ -404,7 +428,8 @@ mod tests {
             watermarks: Watermarks { tiered_end: offset(5), ..Watermarks::default() },
             ..led.clone()
         };
-        let reason = "cannot sync a segment: Input/output error (os error 5)";
+        let reason =
+            "the replica on broker 1 accepts no writes: cannot sync a segment: Input/output error (os error 5)";
         let failed = ApiError::new(ErrorCode::StorageFailed, reason);
         let broken = PartitionDescription { partition: 2, adding: vec![], error: Some(failed), ..led.clone() };
         let config = ConfigMap::from([("retention.ms".to_owned(), "86400000".to_owned())]);

@@ -1,10 +1,14 @@
 //! One unary call to one broker: its timeout, and the classification of its failure.
 
-use std::{future::Future, time::Duration};
+use std::{error::Error as _, future::Future, time::Duration};
 
 use tonic::Status;
 
-use super::{address::BrokerAddress, error::ConnectError, transport};
+use super::{
+    address::BrokerAddress,
+    error::{ConnectError, root_cause},
+    transport,
+};
 use crate::proto::error::{ApiError, ErrorCode, is_broker_status};
 
 /// A call to one broker that failed.
@@ -74,10 +78,43 @@ fn classify_status(status: &Status) -> NoResponse {
     if let Some(problem) = transport::unsent(status) {
         return NoResponse::NotSent(problem);
     }
-    let error = ApiError::from(status);
+    let error = convert_status(status);
     match (is_broker_status(status), status.code()) {
         (true, _) => NoResponse::Refused(error),
         (false, tonic::Code::Unimplemented) => NoResponse::NoBroker(error),
         (false, _) => NoResponse::Broken(error),
+    }
+}
+
+/// Converts the status that ended a call or a stream, as [`ApiError::from`] does. If the connection failed, the message
+/// is the cause of that instead of the description of the gRPC code.
+pub(super) fn convert_status(status: &Status) -> ApiError {
+    let error = ApiError::from(status);
+    if is_broker_status(status) {
+        return error;
+    }
+    // A status that the gRPC library created for a failed connection has the cause as its source.
+    let failed = || status.source().map(|source| format!("the connection failed: {}", root_cause(source)));
+    match transport::unsent(status).or_else(failed) {
+        Some(message) => ApiError { message, ..error },
+        None => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io, sync::Arc};
+
+    use super::*;
+
+    #[test]
+    fn only_failed_connection_is_described_by_its_cause() {
+        let mut broken = Status::unknown("h2 protocol error: http2 error");
+        broken.set_source(Arc::new(io::Error::from_raw_os_error(104)));
+        assert_eq!(convert_status(&broken).message, "the connection failed: connection reset by peer");
+        let refused = Status::from(ApiError::new(ErrorCode::DiskFull, "the disk is full"));
+        assert_eq!(convert_status(&refused).message, "the disk is full");
+        let proxy = Status::unavailable("bad gateway");
+        assert_eq!(convert_status(&proxy), ApiError::from(&proxy));
     }
 }

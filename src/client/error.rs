@@ -1,7 +1,7 @@
 //! Errors of a client: of connections, calls, sends and reads. The errors of calls, sends and reads state whether a
 //! repetition may succeed later.
 
-use std::{error::Error, fmt};
+use std::{error::Error, fmt, time::Duration};
 
 use crate::{
     model::Offset,
@@ -153,14 +153,21 @@ pub enum SendError {
     },
     /// The record was not acknowledged within the delivery timeout.
     #[error(
-        "{topic}/{partition}: not acknowledged within the delivery timeout, and {}; last status: {status}",
-        if *.maybe_appended { "the record may have been appended" } else { "the record was not appended" }
+        "{topic}/{partition}: not acknowledged within {timeout:?} (the delivery timeout), and {}; last problem: \
+         {status}",
+        if *.maybe_appended {
+            "the record may have been appended: sending it again may duplicate it"
+        } else {
+            "the record was not appended"
+        }
     )]
     Expired {
         /// Topic name.
         topic: String,
         /// Partition number.
         partition: u32,
+        /// Delivery timeout of the producer.
+        timeout: Duration,
         /// True if an earlier attempt may have been appended although its response was lost.
         maybe_appended: bool,
         /// Last problem before the timeout.
@@ -233,7 +240,10 @@ pub enum ConsumeError {
         end: Offset,
     },
     /// The leader repeatedly sent bytes that are no valid batch.
-    #[error("{topic}/{partition}: the broker sent a corrupt batch at offset {offset}: {source}")]
+    #[error(
+        "{topic}/{partition}: the leader repeatedly sent a corrupt batch at offset {offset}: {source}; check the \
+         network and the leader's log"
+    )]
     Corrupt {
         /// Topic name.
         topic: String,
@@ -247,7 +257,7 @@ pub enum ConsumeError {
     /// A stored batch cannot be decoded, because its producer wrote invalid records.
     #[error(
         "{topic}/{partition}: the batch at offset {batch} cannot be decoded from offset {offset} on: {source}; {}",
-        NextBatch { skipped: *.skipped, next: *.next }
+        NextBatch { skipped: *.skipped, offset: *.offset, next: *.next }
     )]
     Undecodable {
         /// Topic name.
@@ -266,7 +276,10 @@ pub enum ConsumeError {
         source: MalformedBatch,
     },
     /// The leader repeatedly sent a response that skips records.
-    #[error("{topic}/{partition}: the broker sent offset {found} instead of {expected}")]
+    #[error(
+        "{topic}/{partition}: the leader repeatedly left out offsets {expected} up to, but not including, {found}: \
+         check the leader's log, or continue at offset {found}"
+    )]
     Gap {
         /// Topic name.
         topic: String,
@@ -303,17 +316,18 @@ impl ConsumeError {
     }
 }
 
-/// Message part that names the offset after a batch that cannot be decoded.
+/// Message part that names the skipped offsets, or the offset after a batch that cannot be decoded.
 struct NextBatch {
     skipped: bool,
+    offset: Offset,
     next: Offset,
 }
 
 impl fmt::Display for NextBatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { skipped, next } = self;
+        let Self { skipped, offset, next } = self;
         if *skipped {
-            write!(f, "skipped up to offset {next}")
+            write!(f, "skipped offsets {offset} up to, but not including, {next}")
         } else {
             write!(f, "the next batch is at offset {next}")
         }

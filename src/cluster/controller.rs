@@ -125,7 +125,7 @@ impl Controller {
             TxnOutcome::CompareFailed { mut found, revision: at } => {
                 let Some(entry) = found.pop().flatten() else { return Ok(CampaignResult::Lost { at }) };
                 if let Err(error) = ControllerValue::decode(&entry.key, &entry.value) {
-                    self.delete_invalid_key(&entry, &error.to_string()).await?;
+                    self.delete_invalid_key(&entry, &error.reason).await?;
                 } else if entry.lease.is_none() {
                     self.delete_invalid_key(&entry, "the key has no lease").await?;
                 } else if entry.lease == Some(lease) {
@@ -251,8 +251,9 @@ impl Controller {
                         tracing::warn!(
                             topic = %topic_name(&metadata, id), partition = %id,
                             adding = %format_ids(&value.adding), removing = %format_ids(&value.removing),
-                            "a broker of the reassignment is offline permanently: the reassignment was retargeted or \
-                             reverted; request it again if another broker was to lead"
+                            "a target broker of the reassignment was offline for controller.replace_after, or is \
+                             offline and drained, so the controller changed or reverted the reassignment to \
+                             \"adding\" and \"removing\": to choose other brokers, reassign the partition again"
                         );
                     }
                 }
@@ -326,17 +327,24 @@ fn topic_name(metadata: &MetadataSnapshot, id: PartitionId) -> &str {
 fn log_blocked(plan: &ClusterPlan, metadata: &MetadataSnapshot, blocked: &mut BTreeSet<PartitionId>) {
     let now_blocked: BTreeSet<PartitionId> = plan.blocked.iter().map(|(id, _)| *id).collect();
     for (id, reason) in plan.blocked.iter().filter(|(id, _)| !blocked.contains(id)) {
+        let value = metadata.partition(*id).and_then(|entry| entry.partition.as_ref()).map(|stored| &stored.value);
         match reason {
-            planner::BlockedReason::NoLeader => tracing::warn!(
-                topic = %topic_name(metadata, *id), partition = %id,
-                "no online broker holds all committed records, so none can lead: start one that does, or elect another \
-                 with `strandline partition elect --unclean`"
-            ),
+            planner::BlockedReason::NoLeader => {
+                let candidates = value.into_iter().flat_map(|value| value.isr.iter().chain(&value.elr));
+                let waits_for: Vec<BrokerId> = candidates.copied().collect();
+                tracing::warn!(
+                    topic = %topic_name(metadata, *id), partition = %id, waits_for = %format_ids(&waits_for),
+                    "the partition has no leader: start one of the brokers in \"waits_for\" with its data; if none is \
+                     named, or all are lost for good, `strandline partition elect TOPIC/N --unclean` elects a replica \
+                     that may lack committed records"
+                );
+            }
             planner::BlockedReason::QueuedTarget => tracing::warn!(
                 topic = %topic_name(metadata, *id), partition = %id,
-                "the queued reassignment waits for a broker that is offline, is registered without an address for \
-                 other brokers, or is at its replica limit (broker.max_replicas): start the broker or raise the \
-                 setting, or cancel the reassignment with `strandline partition reassign cancel`"
+                to = %value.map(|value| format_ids(&value.queued_replicas)).unwrap_or_default(),
+                "the queued reassignment waits for a broker in \"to\" that is offline, runs another version, or is at \
+                 its replica limit (broker.max_replicas): start the broker, run the same version everywhere, or raise \
+                 the setting; to cancel the reassignment, run `strandline partition reassign cancel TOPIC/N`"
             ),
             planner::BlockedReason::NoBrokers => tracing::warn!(
                 topic = %topic_name(metadata, *id), partition = %id,

@@ -322,7 +322,7 @@ pub struct ProducerIdsValue {
 
 /// Error for a value that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the value of {key} cannot be used: {reason}")]
+#[error("the value of {key} is invalid ({reason}): restore its last valid value in the metadata store")]
 pub struct InvalidValue {
     /// Path of the value.
     pub key: String,

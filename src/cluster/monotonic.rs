@@ -109,9 +109,9 @@ impl MonotonicInner {
                 if is_new {
                     tracing::error!(
                         %regression,
-                        "the metadata store returned to an older state: until a restart, this broker refuses admin \
-                         operations, elections, ISR changes and tier commits; requests that need no metadata are \
-                         served"
+                        "the metadata store is in an older state than before, or is another store: until a restart, \
+                         this broker refuses admin operations, elections, ISR changes and tier commits; requests that \
+                         need no metadata are served"
                     );
                     *stored = Some(regression.clone());
                 }
@@ -363,7 +363,8 @@ mod tests {
         tasks.stop().await;
     }
 
-    /// A store whose reads wait for a permit before they return, so that later responses overtake them.
+    /// A store whose `get` reads at once and then waits for a permit before it returns, so that later responses
+    /// overtake its response.
     #[derive(Debug)]
     struct Late(EmbeddedStore, tokio::sync::Semaphore);
 

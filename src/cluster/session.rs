@@ -489,7 +489,13 @@ impl LeaseKeeper {
             Err(MetaStoreError::LeaseGone { .. }) => self.reregister().await,
             Err(error) => {
                 if self.renewal_failures.occur(clock::monotonic()).is_some() {
-                    tracing::warn!(%error, "the broker's lease could not be renewed: retrying");
+                    let elapsed = self.last_renewal.lock().elapsed();
+                    let remaining = self.registration.session_timeout.saturating_sub(elapsed);
+                    tracing::warn!(
+                        %error, remaining_ms = u64::try_from(remaining.as_millis()).unwrap_or(u64::MAX),
+                        "could not renew this broker's lease in the metadata store, retrying: without a renewal in \
+                         the remaining time, other brokers take over its leaderships"
+                    );
                 }
                 false
             }
@@ -517,7 +523,11 @@ impl LeaseKeeper {
             }
             Err(error) => {
                 if self.registration_failures.occur(clock::monotonic()).is_some() {
-                    tracing::error!(%error, "the broker's registration was lost and cannot be created again: retrying");
+                    tracing::error!(
+                        %error,
+                        "this broker is no longer registered in the cluster and could not register again, retrying: \
+                         meanwhile other brokers may lead its partitions"
+                    );
                 }
                 false
             }

@@ -210,13 +210,14 @@ fn is_last_registered(record: &KeyValue, inventory: &LocalInventory) -> bool {
 /// cannot be read.
 fn log_unverified_directory(id: BrokerId, record: &KeyValue, inventory: &LocalInventory) {
     match DirectoryValue::decode(&record.key, &record.value) {
-        Ok(_) => tracing::warn!(
-            broker = %id, directory = inventory.directory_id,
-            "this data directory is not the last registered one, or is an older copy of it: its replicas are copied \
-             again"
+        Ok(registered) => tracing::warn!(
+            broker = %id, directory = inventory.directory_id, registered_directory = registered.directory_id,
+            "this broker last ran with another data directory, or with a newer copy of this one, so its replicas are \
+             copied again where other brokers hold them: if that is a mistake, stop the broker and correct \
+             broker.data_dir"
         ),
         Err(error) => tracing::warn!(
-            broker = %id, %error,
+            broker = %id, reason = error.reason,
             "the directory record of this broker cannot be read: its replicas count as unverified, and are copied \
              again where other brokers hold them"
         ),

@@ -338,7 +338,10 @@ impl fmt::Debug for Watch {
 pub enum MetaStoreError {
     /// No usable result: for example, the store did not respond in time, the response was invalid, the embedded store
     /// cannot write its file, or a stored value that the caller needs cannot be read.
-    #[error("the metadata store does not respond: {reason}")]
+    #[error(
+        "a request to the metadata store failed: {reason}{}",
+        if *outcome_unknown { "; the change that it requested may have been made" } else { "" }
+    )]
     Unavailable {
         /// Cause.
         reason: String,
@@ -400,8 +403,8 @@ pub enum MetaStoreError {
 pub enum Regression {
     /// The revision fell, or did not rise with a write.
     #[error(
-        "the metadata store returned revision {returned} after revision {newest}: if etcd was restored from a backup, \
-         follow \"Restoring etcd\" in docs/operations.md, and restart this broker"
+        "the metadata store returned to an older state (revision {returned} after revision {newest}): if etcd was \
+         restored from a backup, follow \"Restoring etcd\" in docs/operations.md, and restart this broker"
     )]
     Revision {
         /// Newest revision in any response or watch event before the call started.

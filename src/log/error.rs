@@ -129,14 +129,16 @@ pub enum ReplicaError {
     },
     /// Acknowledged data is missing, or may be missing because the persisted end is unknown. The segments stay
     /// unchanged.
-    #[error("partition {id} has lost data below its persisted end {persisted} ({reason}), and its files in {} are kept \
-        but not served: a broker of a cluster copies the partition again once another broker leads it; otherwise \
-        restore the files", dir.display())]
+    #[error("partition {id} {} ({reason}), and its files in {} are kept but not served: a broker of a cluster copies \
+        the partition again once another broker leads it; otherwise restore the files",
+        lost_data(*unverified, *persisted), dir.display())]
     Lost {
         /// Partition of the replica.
         id: PartitionId,
-        /// Persisted end of the replica.
+        /// Persisted end of the replica; meaningless if `unverified` is set.
         persisted: Offset,
+        /// True if the persisted end is unknown, so that the data may be an incomplete write instead of a loss.
+        unverified: bool,
         /// Description of the missing data.
         reason: String,
         /// Directory of the replica's files.
@@ -158,6 +160,16 @@ pub enum ReplicaError {
         /// Error of the file system.
         source: io::Error,
     },
+}
+
+/// Message part that names the data of a lost replica. `persisted` is its persisted end, which is unknown if
+/// `unverified` is set.
+fn lost_data(unverified: bool, persisted: Offset) -> String {
+    if unverified {
+        "may have lost persisted data".to_owned()
+    } else {
+        format!("has lost persisted data below offset {persisted}")
+    }
 }
 
 /// Error of an append call. None of the batches of the call is in the log.

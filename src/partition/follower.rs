@@ -16,9 +16,10 @@
 //!
 //! - The follower truncates only where the leader's epoch history and its own diverge. No high watermark selects that
 //!   offset.
-//! - The follower truncates below its high watermark only after an unclean election in an epoch above the last epoch of
-//!   the log. A cleanly elected leader has all records below that high watermark, so a response that requires a lower
-//!   truncation is wrong. The replica then keeps its log and reports the error.
+//! - The follower truncates below its high watermark only if committed records may have been lost in an epoch above the
+//!   last epoch of the log: by an unclean election, or by an unclean shutdown of the only eligible replica. Otherwise
+//!   the leader has all records below that high watermark, so a response that requires a lower truncation is wrong. The
+//!   replica then keeps its log and reports the error.
 //! - The follower appends only batches that the leader sent in the followed epoch, and that continue the log without
 //!   gap, overlap or decreasing batch epoch.
 //! - The follower raises its high watermark to the minimum of the leader's high watermark and its own log end, and only
@@ -69,7 +70,7 @@ pub enum FollowerAction {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum ProtocolViolation {
     /// The message is of an older epoch than the followed one.
-    #[error("late message of epoch {got}: this replica follows in epoch {follows}")]
+    #[error("late message of leader epoch {got}: this replica follows in leader epoch {follows}")]
     OldEpoch {
         /// Epoch of the message.
         got: LeaderEpoch,
@@ -77,7 +78,10 @@ pub enum ProtocolViolation {
         follows: LeaderEpoch,
     },
     /// The message is of a newer epoch than the followed one: this broker has not received that metadata yet.
-    #[error("message of epoch {got}, newer than the followed epoch {follows}: the metadata has not arrived yet")]
+    #[error(
+        "message of leader epoch {got}, newer than the followed leader epoch {follows}: the metadata has not arrived \
+         yet"
+    )]
     NewEpoch {
         /// Epoch of the message.
         got: LeaderEpoch,
@@ -88,7 +92,7 @@ pub enum ProtocolViolation {
     #[error("the leader sent an unrequested message")]
     Unexpected,
     /// Offsets are missing before a batch.
-    #[error("offsets are missing: {expected} is next, the leader sent {got}")]
+    #[error("offsets are missing: offset {expected} is next, and the leader sent offset {got}")]
     Gap {
         /// Next expected offset.
         expected: Offset,
@@ -96,7 +100,7 @@ pub enum ProtocolViolation {
         got: Offset,
     },
     /// A batch repeats offsets, or is empty.
-    #[error("offsets overlap: {expected} is next, the leader sent {got}")]
+    #[error("offsets overlap, or a batch is empty: offset {expected} is next, and the leader sent offset {got}")]
     Overlap {
         /// Next expected offset.
         expected: Offset,
@@ -104,7 +108,7 @@ pub enum ProtocolViolation {
         got: Offset,
     },
     /// The epoch of a batch is below that of the batch before it.
-    #[error("the epoch decreases from {last} to {got} in the batch at {at}")]
+    #[error("the batch at offset {at} has leader epoch {got}, older than leader epoch {last} of the batch before it")]
     EpochDecreased {
         /// First offset of the batch.
         at: Offset,
@@ -114,7 +118,7 @@ pub enum ProtocolViolation {
         got: LeaderEpoch,
     },
     /// The epoch of a batch is above that of the leader that sent it.
-    #[error("the batch at {at} has epoch {got}, above its leader's epoch {follows}")]
+    #[error("the batch at offset {at} has leader epoch {got}, newer than epoch {follows} of the leader that sent it")]
     EpochAboveLeader {
         /// First offset of the batch.
         at: Offset,
@@ -124,7 +128,7 @@ pub enum ProtocolViolation {
         follows: LeaderEpoch,
     },
     /// The response requires a truncation that removes nothing, or accepts another log end than the reported one.
-    #[error("the leader's response names offset {got}, and the log of this replica ends at {log_end}")]
+    #[error("the leader's response names offset {got}, and the log of this replica ends at offset {log_end}")]
     InvalidResponse {
         /// Offset in the response.
         got: Offset,
@@ -133,7 +137,7 @@ pub enum ProtocolViolation {
     },
     /// Committed records would be truncated, and no unclean election explains the loss.
     #[error(
-        "the log diverges from the leader's at {to}, below the high watermark {high_watermark}, and no unclean \
+        "the log diverges from the leader's at offset {to}, below the high watermark {high_watermark}, and no unclean \
          election is recorded: the replica is not truncated"
     )]
     TruncateBelowCommitted {
@@ -146,8 +150,8 @@ pub enum ProtocolViolation {
     /// that while its disk still holds segments below its log start. After their removal it responds to the next
     /// subscription with a later offset.
     #[error(
-        "the leader requests a bootstrap at {at}, below the high watermark {high_watermark}: the subscription is \
-         retried"
+        "the leader asks this replica to restart its log at offset {at}, below the high watermark {high_watermark} of \
+         this replica"
     )]
     BootstrapBelowCommitted {
         /// Offset of the reset.
@@ -175,7 +179,8 @@ enum FollowerStage {
 pub struct Follower {
     leader: BrokerId,
     epoch: LeaderEpoch,
-    /// Newest epoch whose election may have lost committed records, by the partition's value; `None` if there is none.
+    /// Newest epoch before which committed records may have been lost, by the partition's value; `None` if there is
+    /// none.
     unclean: Option<LeaderEpoch>,
     /// True if committed records may be truncated: at the first subscription in this epoch, the log was empty or its
     /// last epoch was older than `unclean`. `None` before the first subscription.

@@ -492,8 +492,10 @@ fn open_replica(log: &DataDir, spec: &ReplicaSpec, committed: Offset) -> Result<
     // The disk was lost, or restored from a copy. The log restarts after the tiered and the deleted records, so that no
     // offset is assigned twice.
     tracing::warn!(
-        partition = %spec.id, %log_end, %committed,
-        "the local log ends below the committed end: resetting the log to the committed end"
+        topic = %spec.topic, partition = %spec.id, %log_end, %committed,
+        "the log on this disk ends before \"committed\", the end of the object store or the log start, as after a \
+         restore of the disk from an older copy: the log is emptied and continues at \"committed\"; records from there \
+         on that only the earlier disk held are lost"
     );
     replica.reset(committed)?;
     Ok(replica)

@@ -11,9 +11,9 @@
 //!    replica is not verified. It registers the broker, and then writes to the data directory that the store contains
 //!    this incarnation.
 //!
-//! The start waits while the store does not respond. The reason of a failed request is logged at once, when it changes,
-//! and every 30 s. An error that no retry corrects ends the start. Examples are a rejected login, a broker id that
-//! another broker has, and a store that never contained this directory.
+//! The start waits while the store does not respond, or while a value that the start needs is invalid. The reason of a
+//! failed request is logged at once, when it changes, and every 30 s. An error that no retry corrects ends the start.
+//! Examples are a rejected login, a broker id that another broker has, and a store that never contained this directory.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -169,7 +169,8 @@ impl ClusterAdmission<'_> {
             log.record_incarnation(incarnation, false)?;
             log.incarnations()
         });
-        let incarnations = incarnations.await.context("cannot record this incarnation in the data directory")?;
+        let incarnations =
+            incarnations.await.context("cannot record this start of the broker in the data directory")?;
         Ok(PendingStart { incarnation, incarnations: incarnations.iter().map(Uuid::to_string).collect() })
     }
 
@@ -209,7 +210,7 @@ impl ClusterAdmission<'_> {
             .await?;
         let (log, incarnation) = (self.log.clone(), pending_start.incarnation);
         let recorded = task::run_blocking(move || log.record_incarnation(incarnation, true)).await;
-        recorded.context("cannot record this incarnation in the data directory")?;
+        recorded.context("cannot record this start of the broker in the data directory")?;
         Ok(admitted)
     }
 
@@ -224,7 +225,7 @@ impl ClusterAdmission<'_> {
             let error = match result {
                 Ok(value) => {
                     if logged_at.is_some() {
-                        tracing::info!("the metadata store responds: the start continues");
+                        tracing::info!("the metadata store can be used: the start continues");
                     }
                     return Ok(value);
                 }
@@ -234,7 +235,10 @@ impl ClusterAdmission<'_> {
                 Err(error) => error.to_string(),
             };
             if error != last_error || logged_at.is_none_or(|at| at.elapsed() >= REMIND_INTERVAL) {
-                tracing::warn!(error, "waiting for the metadata store: the start continues when the store responds");
+                tracing::warn!(
+                    error,
+                    "waiting for the metadata store: the start continues when the cause in \"error\" is over"
+                );
                 (last_error, logged_at) = (error, Some(clock::monotonic()));
             }
             if self.stop.sleep_until_cancelled(RETRY_INTERVAL).await.is_none() {

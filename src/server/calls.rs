@@ -151,7 +151,7 @@ mod tests {
     #[tokio::test]
     async fn response_is_charged_until_last_piece_is_sent() {
         let budgets = Budgets::new(8 << 20, 8 << 20);
-        let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
+        let memory = CallMemory::new(budgets.clone(), budgets.open_connection(|| {}));
         let frames = [3 * PIECE_BYTES - 1, 10].map(|bytes| Ok::<_, axum::Error>(Bytes::from(vec![7; bytes])));
         let body = Body::from_stream(futures::stream::iter(frames));
         memory.reserve_more(100_000).expect("the memory is available");
@@ -182,7 +182,7 @@ mod tests {
     #[tokio::test]
     async fn response_without_records_is_charged_or_rejected() {
         let budgets = Budgets::new(1 << 20, 1 << 20);
-        let connection = budgets.connection(|| {});
+        let connection = budgets.open_connection(|| {});
         let mut bodies = Vec::new();
         let refused = loop {
             let memory = CallMemory::new(budgets.clone(), connection.clone());

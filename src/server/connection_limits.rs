@@ -13,13 +13,13 @@ use crate::{
 /// the object store.
 const MIN_OTHER_FILES: u64 = 64;
 
-/// Number of slots of each listener in addition to its common pool.
+/// Number of slots of each listener that are not in its common pool: those of loopback and of probes.
 const RESERVED_CONNECTIONS: u64 = (LOOPBACK_SLOTS + PROBE_SLOTS) as u64;
 
-/// Maximum number of slots of the HTTP listener.
+/// Maximum number of slots in the common pool of the HTTP listener.
 const MAX_HTTP: usize = 256;
 
-/// Maximum number of slots of the peer listener, unless [`MIN_PEER_PER_BROKER`] requires more.
+/// Maximum number of slots in the common pool of the peer listener, unless [`MIN_PEER_PER_BROKER`] requires more.
 const MAX_PEER: usize = 1024;
 
 /// Minimum number of slots of each listener.

@@ -347,7 +347,8 @@ async fn handle(State(request_memory): State<Option<RequestMemory>>, mut request
         request.extensions_mut().insert(caller.producer_ids());
     }
     let call_memory = request_memory.as_ref().map(|RequestMemory { budgets, .. }| {
-        let connection = caller.as_ref().map_or_else(|| budgets.connection(|| {}), |caller| caller.memory(budgets));
+        let connection =
+            caller.as_ref().map_or_else(|| budgets.open_connection(|| {}), |caller| caller.memory(budgets));
         CallMemory::new(budgets.clone(), connection)
     });
     let listener = caller.as_ref().map(Caller::listener_kind);

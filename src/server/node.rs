@@ -430,7 +430,7 @@ async fn register_standalone(
 /// fails only if that attempt finds a fatal error. Otherwise the attempts continue in the background until one succeeds
 /// or finds a fatal error. A fatal error found later stops the broker ([`Node::must_stop`]).
 async fn bind_store(store: &TierStore, tasks: &Tasks) -> Result<(), BindingError> {
-    let store = store.clone();
+    let (store, url) = (store.clone(), store.url());
     let (first_sender, first_result) = oneshot::channel();
     let attempts = async move {
         let mut first_sender = Some(first_sender);
@@ -448,16 +448,17 @@ async fn bind_store(store: &TierStore, tasks: &Tasks) -> Result<(), BindingError
         }
     };
     tasks.spawn_until_cancelled("store-binding", attempts);
-    match tokio::time::timeout(BINDING_TIMEOUT, first_result).await {
-        Ok(Ok(Err(error))) if error.is_fatal_at_start() => Err(error),
-        Ok(Ok(Ok(()))) => Ok(()),
-        Ok(Ok(Err(error))) => {
-            tracing::warn!(%error, "the object store cannot be used yet: segments stay on disk until then");
-            Ok(())
-        }
-        _ => {
-            tracing::warn!("the object store does not respond yet: segments stay on disk until then");
-            Ok(())
-        }
-    }
+    let error = match tokio::time::timeout(BINDING_TIMEOUT, first_result).await {
+        Ok(Ok(Err(error))) if error.is_fatal_at_start() => return Err(error),
+        Ok(Ok(Ok(()))) => return Ok(()),
+        Ok(Ok(Err(error))) => error.to_string(),
+        _ => format!("no response in {BINDING_TIMEOUT:?}"),
+    };
+    tracing::warn!(
+        url,
+        error,
+        "the object store cannot be used yet, retrying: until then, segments stay on disk, and reads of records that \
+         only the object store has may fail"
+    );
+    Ok(())
 }

@@ -1,5 +1,6 @@
 //! The body of a request on its way to the codec. Memory is taken for each message before the message is read. The size
-//! and the number of parts of a message are limited, and its bytes are passed on unchanged.
+//! of a message and the number of its parts (elements of repeated fields) are limited. Its bytes are passed on
+//! unchanged.
 //!
 //! ```text
 //! HTTP/2 ─► length ─► too large? ─► take memory ─► frames as they arrive, parts counted ─► take memory for parts ─► last frame ─► codec
@@ -263,8 +264,9 @@ impl RequestBody {
         self.memory.try_waiting(self.rest.len()).map(Some).inspect_err(|_| self.rest = Bytes::new())
     }
 
-    /// Processes the received bytes of the message, as far as there is memory for them: counts their parts, takes
-    /// memory, and puts them into `out`. Pending while the message waits for memory. Fails if the message is rejected.
+    /// Processes the received bytes of the message, as far as there is memory for them: counts the elements of repeated
+    /// fields that start in these bytes, takes memory, and moves the bytes to `out`, or to the message's buffer while
+    /// it must not be passed on yet. Pending while the message waits for memory. Fails if the message is rejected.
     fn process_message(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ApiError>> {
         let Some(message) = &mut self.message else { return Poll::Ready(Ok(())) };
         if let State::WaitingForParts(waiting) = &mut message.state {

@@ -147,7 +147,7 @@ impl RequestHistograms {
 /// Label for the source of bytes that were read.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct SourceLabel {
-    /// `memory`, `disk` or `bucket`
+    /// `memory`, `disk` or `object_store`
     pub source: &'static str,
 }
 

@@ -138,7 +138,7 @@ pub enum TierReadError {
     #[error("offset {offset} is not in the object store, which holds {start}..{end}")]
     OutOfRange { offset: Offset, start: Offset, end: Offset },
     /// An object that the manifest references, or the manifest itself, does not exist.
-    #[error("object {object} is missing from the object store, although the manifest references it")]
+    #[error("object {object} is missing from the object store: restore it")]
     Missing {
         /// Name of the object, below the prefix.
         object: String,

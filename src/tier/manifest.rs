@@ -328,7 +328,8 @@ impl ManifestRoot {
     }
 
     /// Returns the next version, which starts at `log_start` and lists nothing that lies completely below it. `page` is
-    /// the result of [`ManifestRoot::page_to_trim`]: its segments below the log start no longer count.
+    /// the content of the page that [`ManifestRoot::page_to_trim`] returns, if any: its segments below the log start no
+    /// longer count in the bytes of the manifest.
     ///
     /// # Panics
     /// If the log start or the epoch would decrease, or `page` is another page.

@@ -146,10 +146,10 @@ impl PartitionTier {
                         let object = self.object(&entry.stamp.segment());
                         if let Some(count) = self.count_corruption() {
                             tracing::error!(
-                                object,
-                                reason = corruption.reason,
-                                count,
-                                "an object in the object store is corrupt"
+                                object, base = %entry.stamp.base, end = %entry.stamp.end,
+                                reason = corruption.reason, count,
+                                "an object in the object store is corrupt, so reads of some of its records fail: \
+                                 restore it, for example from an older version in the bucket"
                             );
                         }
                         return Err(TierReadError::Corrupt { object, reason: corruption.reason });

@@ -81,7 +81,11 @@ pub enum SegmentSourceError {
         error: io::Error,
     },
     /// The content of the file is corrupt. The segment is not uploaded.
-    #[error("segment {} is corrupt at byte {position} and is not uploaded: {reason}", path.display())]
+    #[error(
+        "segment {} is corrupt at byte {position}, so it and later segments are not uploaded: {reason}; check the \
+         disk, and see \"A broker's disk fails\" in docs/operations.md",
+        path.display()
+    )]
     Corrupt {
         path: PathBuf,
         /// Position of the corrupt batch in the file.
@@ -90,10 +94,14 @@ pub enum SegmentSourceError {
         reason: String,
     },
     /// The segment does not continue the history in the object store.
-    #[error("segment {base}..{end} does not continue the history in the object store, which ends at {expected}")]
+    #[error(
+        "records {base} up to, but not including, {end} do not continue this partition's records in the object store, \
+         which end before offset {expected}: they stay on this disk; if etcd was restored from a backup, see \
+         \"Restoring etcd\" in docs/operations.md, otherwise report this as a bug, with the broker's log"
+    )]
     NotContiguous {
         expected: Offset,
-        /// Base offset of the segment.
+        /// Base offset of the segment, or of the first batch to upload.
         base: Offset,
         /// End offset of the segment.
         end: Offset,

@@ -175,7 +175,8 @@ fn check_restricted_imports(file: &SourceFile, found: &mut Vec<String>) {
     }
 }
 
-/// A file and the files whose items it names: for each the line and the path.
+/// For each file of [`Sources`]: the files whose items it names, by index, each with the line and the Rust path of the
+/// first use.
 type Graph = Vec<BTreeMap<usize, (usize, String)>>;
 
 fn import_graph(sources: &Sources) -> Graph {

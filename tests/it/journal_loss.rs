@@ -104,7 +104,7 @@ fn records_before_a_corrupt_batch_are_consumed() {
     assert_eq!(read.code, 1, "{}", read.stderr);
     let printed = read.stdout.len();
     assert!(read.stdout == served.as_bytes(), "{printed} of {} bytes: {}", served.len(), read.stderr);
-    assert!(read.stderr.contains(&format!("the data at offset {base} is corrupt")), "{}", read.stderr);
+    assert!(read.stderr.contains(&format!("the data at offset {base} cannot be served")), "{}", read.stderr);
 }
 
 #[test]

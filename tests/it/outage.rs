@@ -436,7 +436,7 @@ async fn empty_object_store_at_a_restart_is_not_claimed() {
     assert!(files(&instance.bucket(), "").is_empty(), "no file is written");
     let output = instance.log();
     assert!(output.contains("has no cluster.json"), "the log contains the reason: {output}");
-    let blocked = "maintenance fails on broker 1:\n  1 partition, t/0 for ";
+    let blocked = "uploads or retention fail on broker 1, and are retried:\n  1 partition, t/0 for ";
     tokio::task::block_in_place(|| {
         eventually("the description contains the partition", || {
             cli.ok(&["cluster", "describe"]).text().contains(blocked).then_some(())

@@ -36,7 +36,7 @@ fn python() -> Result<PathBuf, String> {
     Ok(python)
 }
 
-/// Generates Python code from the .proto files into the new folder `into`.
+/// Generates Python code from the .proto files of the client interface into the new folder `into`.
 fn generate(python: &Path, into: &Path) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     fs::create_dir_all(into).expect("a folder");

@@ -51,11 +51,11 @@ const MUTANTS: &[(Mutation, Topology, u64)] = &[
 /// Mutations that few seeds detect, with the number of seeds to search. The model check (`partition/model_check`)
 /// detects the mutations of `partition/leader` in every test run.
 ///
-/// | mutation | why it is rare |
+/// | mutation | why few seeds detect it, where the reason is known |
 /// | --- | --- |
-/// | `AcceptOlder…EpochAck` | A subscription ends with its leader epoch, a link with its broker epoch: no older acknowledgement arrives |
+/// | `AcceptOlder…EpochAck` | A new leader epoch ends the subscription, a new broker epoch the link: an older acknowledgement rarely arrives |
 /// | `IgnoreElr` | Few runs lower `min.insync.replicas` |
-/// | `AdmitAfterEpochCommitted` | The next election releases a partition whose epoch is not committed |
+/// | `AdmitAfterEpochCommitted` | The partition cannot commit until the next election, which often follows soon |
 const RARE: &[(Mutation, Topology, u64)] = &[
     (Mutation::TruncateUnjournaled, Topology::THREE, 2000),
     (Mutation::AdoptNewerTieredEnd, Topology::THREE, 2000),

@@ -63,7 +63,7 @@ impl Describe {
                 }
             }
             if let Some(reason) = self.partitions.offline_reason(id) {
-                description.error = Some(ApiError::new(ErrorCode::StorageFailed, reason).into());
+                description.error = Some(replica_offline_error(self.ctx.id, &reason).into());
             }
             description
         });
@@ -89,8 +89,10 @@ impl Describe {
     ) -> Result<ReplicaReport, ApiError> {
         let leader = entry.partition.as_ref().and_then(|stored| stored.value.leader);
         let Some(leader) = leader else {
-            let stored = entry.partition.as_ref();
-            let advice = stored.map_or_else(String::new, |stored| election_advice(topic, id.number, &stored.value));
+            let advice = match &entry.partition {
+                Some(stored) => election_advice(topic, id.number, &stored.value),
+                None => ": its metadata is missing or invalid: see `strandline cluster health`".to_owned(),
+            };
             return Err(ApiError::new(ErrorCode::NoLeader, format!("partition {} has no leader{advice}", id.number)));
         };
         match reports.get(&leader) {
@@ -251,7 +253,10 @@ fn add_report(state: &mut v1::PartitionDescription, report: &ReplicaReport) {
     state.log_end = log_end.as_i64();
     state.local_bytes = report.local_bytes;
     state.tiered_bytes = report.tiered_bytes;
-    state.error = report.failed.as_ref().map(|reason| ApiError::new(ErrorCode::StorageFailed, reason.as_str()).into());
+    state.error = state.leader.zip(report.failed.as_ref()).map(|(leader, reason)| {
+        let message = format!("the replica on broker {leader} accepts no writes: {reason}");
+        ApiError::new(ErrorCode::StorageFailed, message).into()
+    });
 }
 
 /// Converts broker ids to their protocol form.

@@ -105,7 +105,7 @@ impl Api {
 
     /// Returns the memory of a call without a connection of its own, with new shares that no other call uses.
     pub(super) fn call_memory(&self) -> CallMemory {
-        CallMemory::new(self.budgets.clone(), self.budgets.connection(|| {}))
+        CallMemory::new(self.budgets.clone(), self.budgets.open_connection(|| {}))
     }
 
     /// Signals all streams of clients to end. A produce stream ends after it has returned the responses to all received

@@ -98,7 +98,11 @@ impl OffsetFinder {
         let partition = self.lookup.partition(&query.topic, query.partition)?;
         let needs_committed_epoch = !matches!(query.at, Some(At::Earliest(_)) | None);
         if needs_committed_epoch && !wait_for_committed_epoch(&partition, waits.epoch_deadline).await {
-            let message = "the leader epoch of the partition is not committed yet: retry";
+            let message = format!(
+                "partition {} of topic {:?} has a new leader that has not determined the last committed offset yet: \
+                 retry",
+                query.partition, query.topic
+            );
             return Err(ApiError::new(ErrorCode::NotReady, message));
         }
         let watermarks = partition.watermarks();

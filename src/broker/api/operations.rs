@@ -188,7 +188,8 @@ impl Operations {
         let expected_revision = request.revision.map(Revision);
         if request.validate_only && (request.leader.is_some() || expected_revision.is_some()) {
             return Err(invalid_request(
-                "leader and revision elect, and validate_only changes nothing: leave out the one or the other",
+                "leader and revision run the election, and validate_only changes nothing: set either validate_only, \
+                 or leader and revision",
             ));
         }
         if let (Some(leader), Some(_)) = (request.leader.map(BrokerId), expected_revision) {
@@ -300,12 +301,13 @@ impl Operations {
                     replica.error = Some(not_open_error(*broker).into());
                     reports.is_incomplete = true;
                 }
-                // The broker is registered and did not respond.
+                // The broker is registered, and did not respond or returned an error.
                 Some(Err(error)) => {
-                    replica.error = Some(error.into());
+                    let message = format!("{error}; check broker {broker} first");
+                    replica.error = Some(ApiError { message, ..error }.into());
                     reports.is_incomplete = true;
                 }
-                None => replica.error = Some(not_registered_error(*broker).into()),
+                None => replica.error = Some(broker_offline_error(*broker).into()),
             }
             reports.replicas.push(replica);
         }
@@ -399,12 +401,14 @@ struct ReplicaReports {
     is_incomplete: bool,
 }
 
-fn not_registered_error(broker: BrokerId) -> ApiError {
-    ApiError::new(ErrorCode::NotReady, format!("broker {broker} is not registered"))
+fn broker_offline_error(broker: BrokerId) -> ApiError {
+    let message = format!("broker {broker} is offline: if it can return with its data, start it first");
+    ApiError::new(ErrorCode::NotReady, message)
 }
 
 fn not_open_error(broker: BrokerId) -> ApiError {
-    let message = format!("broker {broker} has not opened its replica yet");
+    let message =
+        format!("broker {broker} is running and has not opened its replica yet: wait, and repeat the command");
     ApiError::new(ErrorCode::NotReady, message)
 }
 

@@ -135,9 +135,16 @@ fn partition_being_deleted_error() -> ApiError {
 fn commit_error(error: TierCommitError) -> ApiError {
     match error {
         TierCommitError::Store(error) => error.into(),
-        error @ (TierCommitError::Deposed { .. } | TierCommitError::Changed { .. } | TierCommitError::Invalid(_)) => {
-            ApiError::new(ErrorCode::Conflict, error.to_string())
-        }
+        TierCommitError::Deposed { .. } => ApiError::new(
+            ErrorCode::Conflict,
+            "the partition got another leader during the rebuild: run `strandline partition rebuild-manifest` again",
+        ),
+        TierCommitError::Changed { .. } => ApiError::new(
+            ErrorCode::Conflict,
+            "the metadata of the partition changed during the rebuild, or its topic was deleted: run `strandline \
+             partition rebuild-manifest` again",
+        ),
+        TierCommitError::Invalid(error) => ApiError::new(ErrorCode::Conflict, error.to_string()),
     }
 }
 

@@ -44,7 +44,10 @@ impl ControlledShutdown {
             let remaining = self.count_transferable(&state);
             tracing::warn!(
                 partitions = remaining,
-                "the shutdown timeout passed before all led partitions and ISR memberships were transferred"
+                ?timeout,
+                "the leadership or ISR membership of some partitions was not transferred in half of \
+                 broker.shutdown_timeout: the stop continues, and their clients may wait until the other brokers \
+                 detect it"
             );
         }
     }

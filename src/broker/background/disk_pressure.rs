@@ -11,7 +11,7 @@
 //! when a state changes. Each state ends at a lower disk usage than it begins, so that a disk at the threshold does not
 //! cause a write at each check.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use crate::{
     broker::{health::Health, node_context::NodeContext},
@@ -89,13 +89,13 @@ impl DiskPressure {
                 let now = is_under_pressure(under_pressure, space, percent);
                 if std::mem::replace(&mut under_pressure, now) != now && !self.ctx.standalone {
                     published = false;
-                    log_disk_pressure(now, percent);
+                    log_disk_pressure(now, space, percent, &self.ctx.config.broker.data_dir);
                 }
                 self.health.set_full(is_too_full(has_refused, space));
                 let now = is_disk_full(full && !self.ctx.standalone, has_refused, space, percent);
                 if std::mem::replace(&mut full, now) != now && !self.ctx.standalone {
                     published = false;
-                    log_disk_full(now);
+                    log_disk_full(now, space, &self.ctx.config.broker.data_dir);
                 }
             }
             if !published && !self.ctx.standalone {
@@ -117,21 +117,35 @@ impl DiskPressure {
     }
 }
 
-fn log_disk_pressure(under_pressure: bool, percent: u64) {
+/// Returns the disk usage in percent, rounded up; 0 for a disk of unknown size.
+fn used_percent(space: DiskSpace) -> u64 {
+    let used = u128::from(space.total_bytes.saturating_sub(space.free_bytes)) * 100;
+    u64::try_from(used.div_ceil(u128::from(space.total_bytes.max(1)))).unwrap_or(100)
+}
+
+fn log_disk_pressure(under_pressure: bool, space: DiskSpace, threshold_percent: u64, path: &Path) {
     match under_pressure {
         true => tracing::warn!(
-            percent,
-            "disk usage is above broker.disk_pressure_percent: this broker gets no new replicas until there is space"
+            path = %path.display(),
+            used_percent = used_percent(space),
+            threshold_percent,
+            free_bytes = space.free_bytes,
+            total_bytes = space.total_bytes,
+            "disk usage is above broker.disk_pressure_percent, so this broker gets no new replicas until usage is five \
+             percentage points below that setting: add space, or lower local.retention.* or retention.*"
         ),
         false => tracing::info!("the disk has space again: this broker may get new replicas"),
     }
 }
 
-fn log_disk_full(full: bool) {
+fn log_disk_full(full: bool, space: DiskSpace, path: &Path) {
     match full {
         true => tracing::error!(
-            "records do not fit on the disk: other brokers lead this broker's partitions until there is space; add \
-             space, or lower local.retention.* or retention.*"
+            path = %path.display(),
+            free_bytes = space.free_bytes,
+            total_bytes = space.total_bytes,
+            "records do not fit on the disk, so in-sync replicas on other brokers lead this broker's partitions until \
+             there is space: add space, or lower local.retention.* or retention.*"
         ),
         false => tracing::info!("records fit on the disk again: this broker may lead"),
     }

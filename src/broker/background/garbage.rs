@@ -84,12 +84,14 @@ impl GarbageRun {
                 self.delete_orphans(&tier, now_ms).await;
                 self.abort_uploads(&tier, now_ms).await;
             }
-            Err(error) => {
-                self.log_failure(&error, "could not read the clock of the object store: no object counts as old")
-            }
+            Err(error) => self.log_failure(
+                &error,
+                "could not read the time of the object store, so this run deletes no orphan objects and no abandoned \
+                 uploads",
+            ),
         }
         if let Err(error) = self.expire_tombstones(&tier).await {
-            self.log_failure(&error, "could not process the tombstones of deleted topics");
+            self.log_failure(&error, "could not check whether data of deleted topics remains: tombstones are kept");
         }
     }
 
@@ -120,7 +122,8 @@ impl GarbageRun {
     /// Counts and logs the failure of one kind of collection.
     fn log_failure(&self, error: &dyn std::fmt::Display, action: &str) {
         self.ctx.metrics.garbage_collection_failures.inc();
-        tracing::warn!(%error, "{action}; retrying in the next run");
+        let next_run = interval(self.ctx.config.tier.garbage_grace);
+        tracing::warn!(%error, next_run_s = next_run.as_secs(), "{action}; retrying in the next run");
     }
 
     /// Deletes orphan objects older than the grace period.

@@ -8,7 +8,10 @@ use std::{sync::Arc, time::Duration};
 use tokio::sync::watch;
 
 use crate::{
-    broker::{health::Health, node_context::NodeContext},
+    broker::{
+        health::{Health, registration_loss_reason},
+        node_context::NodeContext,
+    },
     cluster::Session,
     proto::error::{ApiError, ErrorCode},
 };
@@ -40,10 +43,11 @@ impl LeaseMonitor {
             let changed = self.expired.send_if_modified(|before| std::mem::replace(before, expired) != expired);
             match (changed, expired) {
                 (true, true) => tracing::warn!(
-                    "the registration of this broker was deleted or its lease expired: other brokers may lead its \
-                     partitions, and its readers are notified"
+                    reason = %registration_loss_reason(self.ctx.metadata.unresponsive_for()),
+                    "this broker is not registered in the cluster any longer, so other brokers may lead its \
+                     partitions: it continues to serve requests, and registers again by itself"
                 ),
-                (true, false) => tracing::info!("this broker is registered again: its readers are notified"),
+                (true, false) => tracing::info!("this broker is registered in the cluster again"),
                 (false, _) => {}
             }
             let pause = if expired { CHECK_INTERVAL } else { remaining };

@@ -59,8 +59,8 @@ impl Maintenance {
         Self { ctx, partitions, failures, lease, runner, queue, upload_queue: MaintenanceQueue::default() }
     }
 
-    /// Starts `tier.upload_concurrency` workers of each kind, but at least one, the scheduler and, with an object
-    /// store, the task that resumes after outages.
+    /// Starts the scheduler and, for each kind of work, `tier.upload_concurrency` workers (at least one). With an
+    /// object store, also starts the task that resumes the work after an outage of the store.
     pub(super) fn spawn(self: &Arc<Self>) {
         let tasks = &self.ctx.tasks;
         for _ in 0..self.ctx.config.tier.upload_concurrency.max(1) {

@@ -188,9 +188,10 @@ impl Budgets {
         }))
     }
 
-    /// Creates the shares of a new connection in all pools that have shares. `close` is called to close the connection
-    /// if its client does not read.
-    pub fn connection(&self, close: impl Fn() + Send + Sync + 'static) -> ConnectionMemory {
+    /// Registers a new connection, and returns its shares: a part of each pool, except of the pool for the bytes of
+    /// waiting requests. `close` is called to close the connection if its client does not read while other calls wait
+    /// for memory.
+    pub fn open_connection(&self, close: impl Fn() + Send + Sync + 'static) -> ConnectionMemory {
         let Inner { request_bytes, response_bytes, .. } = *self.0;
         let sessions_bytes = response_bytes / SESSION_SHARE;
         let shares = [message_bytes(request_bytes), request_bytes / PARTS_SHARE, response_bytes - sessions_bytes];

@@ -10,7 +10,7 @@ use crate::{
 const MIB: usize = 1 << 20;
 
 fn call(budgets: &Budgets) -> CallMemory {
-    CallMemory::new(budgets.clone(), budgets.connection(|| {}))
+    CallMemory::new(budgets.clone(), budgets.open_connection(|| {}))
 }
 
 #[tokio::test(start_paused = true)]
@@ -130,7 +130,7 @@ async fn unread_connections_are_closed_when_others_wait() {
     let closed = Arc::new(Mutex::new(Vec::new()));
     let connection = |number: usize| {
         let closed = Arc::clone(&closed);
-        budgets.connection(move || closed.lock().push(number))
+        budgets.open_connection(move || closed.lock().push(number))
     };
     let mut calls = Vec::new();
     for (number, bytes) in [12 * MIB, 11 * MIB, 10 * MIB, 12 * MIB].into_iter().enumerate() {
@@ -165,12 +165,12 @@ async fn unread_connections_are_closed_when_others_wait() {
 #[tokio::test(start_paused = true)]
 async fn reading_client_is_not_closed() {
     let budgets = Budgets::new(64 * MIB as u64, 4 * MIB as u64);
-    let reading = CallMemory::new(budgets.clone(), budgets.connection(|| panic!("the client reads")));
+    let reading = CallMemory::new(budgets.clone(), budgets.open_connection(|| panic!("the client reads")));
     let (grant, _) = reading.response(SMALL_BYTES, SMALL_BYTES).await;
     reading.complete_response(grant, SMALL_BYTES);
     let _held = reading.begin_sending(SMALL_BYTES).unwrap();
     let all: Vec<_> = std::iter::from_fn(|| {
-        let connection = budgets.connection(|| {});
+        let connection = budgets.open_connection(|| {});
         let taken = Pools::try_take(&connection.0.responses, &budgets.0.responses, SMALL_BYTES + 1)?;
         Some((connection, taken))
     })

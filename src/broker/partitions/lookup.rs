@@ -22,6 +22,8 @@ const TOPIC_TIMEOUT: Duration = Duration::from_millis(300);
 pub(in crate::broker) struct LeaderHint {
     pub(in crate::broker) broker: BrokerId,
     pub(in crate::broker) epoch: LeaderEpoch,
+    /// True if the leader is this broker.
+    is_this_broker: bool,
     /// Address for clients; `None` while the leader is not registered.
     pub(in crate::broker) address: Option<String>,
 }
@@ -40,11 +42,16 @@ impl LeaderHint {
 /// Describes what a client does after a `NOT_LEADER` error.
 fn describe_retry(leader: Option<&LeaderHint>) -> String {
     match leader {
+        // The replica on this broker does not lead yet, or no longer.
+        Some(LeaderHint { is_this_broker: true, .. }) => "its leadership is starting or ending; retry".to_owned(),
         Some(LeaderHint { broker, address: Some(address), .. }) => {
             format!("send the request to broker {broker} at {address}")
         }
         Some(LeaderHint { broker, address: None, .. }) => {
-            format!("its leader, broker {broker}, is not registered; retry after the next election")
+            format!(
+                "its leader, broker {broker}, is offline; another in-sync replica, if there is one, is elected \
+                 automatically: retry"
+            )
         }
         None => "the partition has no leader; refresh the metadata and retry".to_owned(),
     }
@@ -245,7 +252,7 @@ impl ReplicaLookup {
         let value = &state.partition(id)?.partition.as_ref()?.value;
         let broker = value.leader?;
         let address = state.brokers().get(&broker).map(|entry| entry.value.listeners.client().to_owned());
-        Some(LeaderHint { broker, epoch: value.leader_epoch, address })
+        Some(LeaderHint { broker, epoch: value.leader_epoch, is_this_broker: broker == self.id, address })
     }
 
     /// Returns the error for a write while this broker stops: `NOT_LEADER` with the new leader if another broker leads,

@@ -155,17 +155,20 @@ impl MaintenanceFailures {
             if let Some(failures) = self.commits.lock().occur(clock::monotonic()) {
                 tracing::warn!(
                     %error, failures,
-                    "the metadata store rejects the tier commits of all partitions: segments stay on disk, and \
-                     maintenance is retried"
+                    "the metadata store refuses the results of uploads: segments of all partitions stay on disk, and \
+                     the broker retries"
                 );
             }
         } else if let Some(failures) = failures {
             tracing::warn!(
                 partition = %id, %topic, %error, failures,
-                "maintenance of the partition failed: segments stay on disk, and maintenance is retried"
+                "uploads or retention of the partition failed: its segments stay on disk, and the broker retries"
             );
         } else {
-            tracing::debug!(partition = %id, %topic, %error, tries = steps, "maintenance of the partition failed again");
+            tracing::debug!(
+                partition = %id, %topic, %error, tries = steps,
+                "uploads or retention of the partition failed again"
+            );
         }
     }
 
@@ -178,7 +181,7 @@ impl MaintenanceFailures {
         if let Some(failures) = failing.log.recover() {
             tracing::info!(
                 partition = %partition.id(), topic = %partition.topic(), failures,
-                "maintenance succeeds again"
+                "uploads and retention of the partition succeed again"
             );
         }
         if failing.log.is_quiet(clock::monotonic()) {
@@ -203,9 +206,11 @@ impl fmt::Display for MaintenanceFailures {
                 _ => Ok(()),
             };
         };
-        let count = reported().count();
-        let counted = if count == 1 { "1 partition," } else { &format!("{count} partitions, longest") };
-        write!(f, "{counted} {}/{number} for {} s: {reason}", longest.topic, longest.since.elapsed().as_secs())
+        let (topic, seconds) = (&longest.topic, longest.since.elapsed().as_secs());
+        match reported().count() {
+            1 => write!(f, "1 partition, {topic}/{number} for {seconds} s: {reason}"),
+            count => write!(f, "{count} partitions (longest: {topic}/{number}, for {seconds} s): {reason}"),
+        }
     }
 }
 

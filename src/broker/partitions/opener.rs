@@ -128,7 +128,11 @@ impl PartitionOpener {
                 partition = %id, %topic, %error,
                 "the replica lacks committed records and is offline: it is copied again once another replica leads"
             ),
-            _ => tracing::error!(partition = %id, %topic, %error, "could not open the partition on this broker"),
+            _ => tracing::error!(
+                partition = %id, %topic, %error,
+                "could not open the partition on this broker, which does not serve it: remove the cause in \"error\", \
+                 then restart the broker"
+            ),
         }
         HostedPartition::Offline(OfflineReplica::OpenFailed { reason, since })
     }

@@ -279,7 +279,7 @@ impl Reconciler {
             match stored {
                 Some(stored) if stored.value.replicas.contains(&self.ctx.id) => {
                     if self.must_hold_back(id, &stored.value) {
-                        self.hold_back(id, &replica).await;
+                        self.hold_back(id, &replica, state).await;
                     } else if !matches!(&*replica, HostedPartition::Online(_)) {
                         to_open.extend(self.opener.spec(
                             id,
@@ -335,15 +335,15 @@ impl Reconciler {
 
     /// Closes an unverified replica and sets its entry to offline. The replica may be open if its value was readable
     /// before the verification.
-    async fn hold_back(&self, id: PartitionId, replica: &HostedPartition) {
+    async fn hold_back(&self, id: PartitionId, replica: &HostedPartition, state: &MetadataSnapshot) {
         if matches!(replica, HostedPartition::Offline(OfflineReplica::Unverified)) {
             return;
         }
         self.close(id, replica).await;
         tracing::error!(
-            partition = %id,
-            "the partition value was unreadable when this broker started: the replica stays offline until this broker \
-             is restarted, or is in neither ISR nor ELR"
+            partition = %id, topic = state.name(id.topic).map(TopicName::as_str),
+            "the partition's metadata was unreadable when this broker started and is readable now, but the replica \
+             stays offline until this broker is restarted, or is in neither ISR nor ELR"
         );
         self.partitions.set(id, HostedPartition::Offline(OfflineReplica::Unverified));
     }

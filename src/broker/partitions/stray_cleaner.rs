@@ -3,7 +3,7 @@
 //! of the partition or the tombstone of the topic is read. Only a readable partition key with other replicas, or the
 //! tombstone, permits the deletion. If the store does not respond, the files stay, and the read is retried.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream};
 use tokio::time::Instant;
@@ -36,6 +36,8 @@ const MAX_CONCURRENT_DELETIONS: usize = 16;
 /// Checks and deletes stray replicas.
 pub(in crate::broker) struct StrayCleaner {
     id: BrokerId,
+    /// Path of the data directory, for log lines.
+    data_dir: PathBuf,
     log: DataDir,
     metadata: MetadataCache,
     updater: PartitionUpdater,
@@ -54,6 +56,7 @@ impl StrayCleaner {
     pub(in crate::broker) fn new(ctx: &NodeContext, topics: Topics, partitions: Arc<PartitionTable>) -> Self {
         Self {
             id: ctx.id,
+            data_dir: ctx.config.broker.data_dir.clone(),
             log: ctx.log.clone(),
             metadata: ctx.metadata.clone(),
             updater: PartitionUpdater::new(Arc::clone(&ctx.store), ctx.keys.clone()),
@@ -146,7 +149,7 @@ impl StrayCleaner {
     pub(super) async fn on_tombstones_changed(&mut self, topics: Vec<TopicId>) {
         for topic in topics {
             let ids = self.partitions_on_disk(topic);
-            if !ids.is_empty() && self.delete_with_tombstone(topic, ids).await {
+            if !ids.is_empty() && self.delete_if_tombstoned(topic, ids).await {
                 tracing::info!(%topic, "deleted the files of a deleted topic that this broker did not serve");
             }
         }
@@ -157,11 +160,13 @@ impl StrayCleaner {
     /// and the topic is checked again later.
     pub(super) async fn delete_removed_topic(&mut self, topic: TopicId) -> bool {
         let ids = self.partitions_on_disk(topic);
-        self.delete_with_tombstone(topic, ids).await
+        self.delete_if_tombstoned(topic, ids).await
     }
 
-    /// Does the work of [`Self::delete_removed_topic`]. `ids` are the replicas of the topic with files on disk.
-    async fn delete_with_tombstone(&mut self, topic: TopicId, ids: Vec<PartitionId>) -> bool {
+    /// Deletes the files of the replicas `ids`, all of one removed topic, if the store has the tombstone of this topic.
+    /// Returns true if it has; failed deletions are logged. Without a tombstone, logs a warning if `ids` is not empty.
+    /// If the store does not respond, the topic is checked again later.
+    async fn delete_if_tombstoned(&mut self, topic: TopicId, ids: Vec<PartitionId>) -> bool {
         match tokio::time::timeout(REQUEST_TIMEOUT, self.tombstones.was_deleted(topic)).await {
             Ok(Ok(true)) => {
                 let batches = stream::iter(ids.chunks(MAX_DELETED_PER_BATCH));
@@ -172,8 +177,9 @@ impl StrayCleaner {
             Ok(Ok(false)) if ids.is_empty() => {}
             Ok(Ok(false)) => tracing::warn!(
                 %topic,
+                dir = %self.data_dir.join(topic.to_string()).display(),
                 "the data directory contains partitions of a topic that is not in the metadata; they are kept and not \
-                 served: if the topic was deleted, remove its folder while the broker is stopped"
+                 served: if the topic was deleted, remove the folder in \"dir\" while the broker is stopped"
             ),
             Ok(Err(_)) | Err(_) => {
                 self.topics.insert(topic);

@@ -234,9 +234,12 @@ impl IsrUpdateManager {
         let update = PartitionUpdate { id, expected_revision: revision, value, guards: Vec::new() };
         match self.updater.apply(vec![update], &[]).await.pop() {
             Some((_, UpdateOutcome::Done(_))) => {
+                let topic = self.partitions.name(id.topic).map_or_else(|| "?".to_owned(), |name| name.to_string());
                 tracing::error!(
-                    partition = %id,
-                    "resigned as leader because the partition cannot be written on this broker: another replica leads"
+                    %topic, partition = %id,
+                    "this broker resigned as the leader of the partition, which it cannot write, and another in-sync \
+                     replica takes over: an earlier line about the partition has the cause; remove it, then restart \
+                     the broker"
                 );
                 true
             }

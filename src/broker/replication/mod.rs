@@ -109,16 +109,17 @@ impl ReplicationManager {
             .filter_map(|(id, entry)| Some((*id, (entry.value.listeners.peer()?.to_owned(), entry.create_revision))));
         self.peer_table.update_peers(peers.collect());
         let unreachable = state.brokers().iter().filter(|(_, entry)| entry.value.listeners.peer().is_none());
-        let unreachable: BTreeMap<_, _> = unreachable.map(|(id, entry)| (*id, entry.create_revision)).collect();
         let mut logged = self.unreachable.lock();
-        for (broker, _) in unreachable.iter().filter(|(id, epoch)| logged.get(id) != Some(*epoch)) {
-            tracing::warn!(
-                %broker,
-                "a broker is registered without a peer address that this version supports: its replicas cannot be in \
-                 sync"
-            );
+        for (broker, entry) in unreachable.clone() {
+            if logged.get(broker) != Some(&entry.create_revision) {
+                tracing::warn!(
+                    %broker, version = entry.value.version,
+                    "a broker is registered without a peer address that this version supports, so its replicas cannot \
+                     be in sync: run the same version on all brokers"
+                );
+            }
         }
-        *logged = unreachable;
+        *logged = unreachable.map(|(id, entry)| (*id, entry.create_revision)).collect();
     }
 
     /// Starts two activities as tasks of `tasks`: tracking this broker's own broker epoch, and sending ISR updates.

@@ -93,7 +93,7 @@ impl PeerStatus {
                 .map(|id| v1::TopicIdPartition { topic_id: id.topic.to_string(), partition: id.number.cast_signed() });
             let request = v1::DescribeReplicasRequest { replicas: names.collect() };
             let response = peers.describe_replicas(&address, request, REQUEST_TIMEOUT).await;
-            let response = response.map_err(|error| unresponsive_error(broker, error))?;
+            let response = response.map_err(|error| request_error(broker, &error))?;
             let parsed =
                 ids.iter().zip(response.replicas).filter_map(|(id, report)| Some((*id, parse_report(report)?)));
             reports.extend(parsed);
@@ -116,7 +116,7 @@ impl PeerStatus {
             (self.stats)()
         } else {
             let (peers, address) = self.route_to(broker)?;
-            peers.broker_stats(&address, REQUEST_TIMEOUT).await.map_err(|error| unresponsive_error(broker, error))?
+            peers.broker_stats(&address, REQUEST_TIMEOUT).await.map_err(|error| request_error(broker, &error))?
         };
         Ok(v1::BrokerStats {
             segment_bytes: stats.segment_bytes,
@@ -140,7 +140,7 @@ impl PeerStatus {
         let address = entry.and_then(|entry| entry.value.listeners.peer().map(str::to_owned));
         let route = self.peers.as_ref().zip(address);
         route.ok_or_else(|| {
-            let reason = if entry.is_some() { "registered without a peer address" } else { "not registered" };
+            let reason = if entry.is_some() { "registered without a peer address" } else { "offline" };
             ApiError::new(ErrorCode::NotReady, format!("broker {broker} is {reason}"))
         })
     }
@@ -186,6 +186,12 @@ pub(in crate::broker) fn replica_offline_error(broker: BrokerId, reason: &str) -
     ApiError::new(ErrorCode::StorageFailed, format!("the replica on broker {broker} is offline: {reason}"))
 }
 
-fn unresponsive_error(broker: BrokerId, error: PeerError) -> ApiError {
-    ApiError::new(ErrorCode::NotReady, format!("broker {broker} does not respond: {error}"))
+/// Returns the error for a failed request to a peer.
+fn request_error(broker: BrokerId, error: &PeerError) -> ApiError {
+    let outcome = match error {
+        PeerError::Address(_) => "cannot be reached",
+        PeerError::Lost { .. } => "does not respond",
+        PeerError::Refused(_) => "returned an error",
+    };
+    ApiError::new(ErrorCode::NotReady, format!("broker {broker} {outcome}: {error}"))
 }

@@ -23,9 +23,9 @@ const MEASURE_TIME: Duration = Duration::from_secs(3);
 /// Alignment in bytes that direct I/O needs for memory and sizes.
 const ALIGNMENT: usize = 4096;
 
-/// Measures writes of `write_bytes` bytes, rounded up to `ALIGNMENT`, to a file in `folder` for `MEASURE_TIME`, with a
-/// sync after each. The measured writes overwrite blocks that exist. Blocks the thread, and removes the file at the
-/// end.
+/// Measures writes of `write_bytes` bytes, rounded up to `ALIGNMENT` and at most `FILE_BYTES`, to a file in `folder`
+/// for `MEASURE_TIME`, with a sync after each. Returns the figures as the JSON that the command prints. The measured
+/// writes overwrite blocks that exist. Blocks the thread, and removes the file at the end.
 pub(super) fn measure(folder: &Path, write_bytes: usize) -> io::Result<Value> {
     let write_bytes = write_bytes.max(1).next_multiple_of(ALIGNMENT).min(FILE_BYTES);
     let path = folder.join(format!(".strandline-bench-{}", std::process::id()));

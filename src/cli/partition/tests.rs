@@ -40,8 +40,10 @@ fn reassignment_output_matches_golden_files() {
     let value = Value::Array(moves()[3..].iter().map(reassignment_json).collect());
     output::golden::json("partition-reassign.json", &value);
     assert_eq!(format_status(&[]), "no partition is being reassigned");
-    let leaderless = Reassignment { leader: None, queued: true, ..moving() };
-    assert!(format_status(&[leaderless]).ends_with("no leader"), "a partition without a leader cannot copy");
+    let leaderless = |partition| Reassignment { partition, leader: None, queued: true, ..moving() };
+    let text = format_status(&[leaderless(0), leaderless(1)]);
+    assert_eq!(text.matches("  no leader\n").count(), 2, "a partition without a leader cannot copy: {text}");
+    assert!(text.contains("orders/0 orders/1 have no leader to copy from: see `strandline topic describe orders`"));
     assert!(format_status(&[moving()]).ends_with("copying"));
     let cancelled = Reassignment { replicas: brokers(&[4, 2, 1]), adding: vec![], removing: vec![], ..moving() };
     let ended = Reassignment { partition: 1, changed: false, ..cancelled.clone() };
@@ -63,14 +65,15 @@ fn wait_counts_only_requested_reassignments() {
 
 fn replica(broker: u32, in_sync: bool, ends: Option<(u64, u64)>) -> ReplicaDescription {
     let offset = |value| Offset::new(value).expect("small");
-    let not_registered = || ApiError::new(ErrorCode::NotReady, format!("broker {broker} is not registered"));
+    let message = format!("broker {broker} is offline: if it can return with its data, start it first");
+    let offline = || ApiError::new(ErrorCode::NotReady, message);
     let ends = ends.map(|(committed, end)| (offset(committed), offset(end), Some(LeaderEpoch(6))));
     ReplicaDescription {
         broker: BrokerId(broker),
         in_sync,
         eligible: false,
         empty: false,
-        positions: ends.ok_or_else(not_registered),
+        positions: ends.ok_or_else(offline),
     }
 }
 

@@ -1,5 +1,7 @@
 //! Output of reassignments and elections: lines and tables for people, JSON for programs.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
 
 use crate::{
@@ -8,10 +10,13 @@ use crate::{
     model::BrokerId,
 };
 
+/// Maximum number of partitions that a line lists.
+const MAX_NAMED: usize = 8;
+
 /// Returns the result of a request for reassignments, one line per partition.
 pub(super) fn format_requested(reassignments: &[Reassignment]) -> String {
     let mut lines: Vec<String> = reassignments.iter().map(format_requested_partition).collect();
-    if reassignments.iter().any(moves_data) {
+    if reassignments.iter().any(changes_brokers) {
         lines.push("`strandline partition reassign status` shows active and queued reassignments".to_owned());
     }
     lines.join("\n")
@@ -19,7 +24,7 @@ pub(super) fn format_requested(reassignments: &[Reassignment]) -> String {
 
 /// Returns true if replicas are added or removed. Otherwise the partition is already on the requested brokers, and at
 /// most the order of its replicas changes.
-fn moves_data(reassignment: &Reassignment) -> bool {
+fn changes_brokers(reassignment: &Reassignment) -> bool {
     !reassignment.adding.is_empty() || !reassignment.removing.is_empty()
 }
 
@@ -27,7 +32,7 @@ fn moves_data(reassignment: &Reassignment) -> bool {
 fn format_requested_partition(reassignment: &Reassignment) -> String {
     let name = format!("{}/{}", reassignment.topic, reassignment.partition);
     let replicas = format_ids(&reassignment.replicas);
-    match (moves_data(reassignment), reassignment.changed) {
+    match (changes_brokers(reassignment), reassignment.changed) {
         (true, true) => {
             let changes = [("adding", &reassignment.adding), ("removing", &reassignment.removing)];
             let changes = changes
@@ -43,7 +48,7 @@ fn format_requested_partition(reassignment: &Reassignment) -> String {
     }
 }
 
-/// Returns the reassignments that are not completed as a table.
+/// Returns the reassignments that are not completed as a table, and the remedy for partitions without a leader.
 pub(super) fn format_status(reassignments: &[Reassignment]) -> String {
     if reassignments.is_empty() {
         return "no partition is being reassigned".to_owned();
@@ -61,7 +66,31 @@ pub(super) fn format_status(reassignments: &[Reassignment]) -> String {
         ]
     };
     let header = ["TOPIC", "PARTITION", "LEADER", "TO", "ADDING", "REMOVING", "IN SYNC", "STATE"];
-    output::tabled(&header, &[1, 2], reassignments.iter().map(row).collect())
+    let mut lines = vec![output::tabled(&header, &[1, 2], reassignments.iter().map(row).collect())];
+    let notes = leaderless_partitions(reassignments);
+    if !notes.is_empty() {
+        lines.push(String::new());
+        lines.extend(notes);
+    }
+    lines.join("\n")
+}
+
+/// Returns a line for each topic that has partitions without a leader. The line lists the first [`MAX_NAMED`] of them.
+fn leaderless_partitions(reassignments: &[Reassignment]) -> Vec<String> {
+    let mut topics: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for reassignment in reassignments.iter().filter(|reassignment| reassignment.leader.is_none()) {
+        let name = format!("{}/{}", reassignment.topic, reassignment.partition);
+        topics.entry(&reassignment.topic).or_default().push(name);
+    }
+    let line = |(topic, mut names): (&str, Vec<String>)| {
+        let verb = if names.len() == 1 { "has" } else { "have" };
+        if names.len() > MAX_NAMED {
+            names.truncate(MAX_NAMED);
+            names.push("…".to_owned());
+        }
+        format!("{} {verb} no leader to copy from: see `strandline topic describe {topic}`", names.join(" "))
+    };
+    topics.into_iter().map(line).collect()
 }
 
 /// Returns the state of a reassignment. Without a leader no replica can copy, even if the reassignment has started.
@@ -132,7 +161,7 @@ pub(super) fn format_consequences(topic: &str, number: u32, dry_run: &ElectionRe
         vec![format!("no replica can lead {topic}/{number} without loss"), String::new(), table, String::new()];
     for replica in &dry_run.replicas {
         if let Err(error) = &replica.positions {
-            lines.push(format!("{error}; if broker {} can return with its data, start it instead", replica.broker));
+            lines.push(error.to_string());
         }
     }
     let lost = &dry_run.lost;

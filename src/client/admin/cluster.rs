@@ -207,7 +207,8 @@ pub struct ReplicaDescription {
     pub eligible: bool,
     /// True if the broker reported a log without batches. Segments in the object store do not count.
     pub empty: bool,
-    /// High watermark, log end, and epoch of the last batch if there is one; or the error of the request to the broker.
+    /// High watermark, log end, and epoch of the last batch if there is one. Or the reason why they are unknown: the
+    /// broker is not registered, the request to it failed, or its replica is offline or not open.
     pub positions: Result<(Offset, Offset, Option<LeaderEpoch>), ApiError>,
 }
 

@@ -407,7 +407,9 @@ impl Admin {
             return Err(ApiError::new(ErrorCode::UnknownPartition, message).into());
         }
         let Some(ReadTarget { address, epoch, .. }) = self.client.routing().read_target(topic, partition, None) else {
-            let message = format!("partition {topic}/{partition} has no leader");
+            let message = format!(
+                "partition {topic}/{partition} has no leader: `strandline topic describe {topic}` shows how it gets one"
+            );
             return Err(ApiError::new(ErrorCode::NotLeader, message).into());
         };
         let unreachable = |problem: String| {

@@ -11,7 +11,7 @@ use std::{
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use tokio::sync::mpsc;
 
-use super::super::{Client, address::BrokerAddress, connection::log_client};
+use super::super::{Client, address::BrokerAddress, call::convert_status, connection::log_client};
 use crate::proto::{
     error::{ApiError, ErrorCode},
     v1,
@@ -111,8 +111,8 @@ fn responses(client: Client, address: BrokerAddress, requests: mpsc::Receiver<v1
         let channel =
             client.channel(&address).await.map_err(|error| ApiError::new(ErrorCode::NotReady, error.problem()))?;
         let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
-        let response = log_client(channel).fetch(requests).await.map_err(|status| ApiError::from(&status))?;
-        let responses = response.into_inner().map_ok(StreamEvent::Response).map_err(|status| ApiError::from(&status));
+        let response = log_client(channel).fetch(requests).await.map_err(|status| convert_status(&status))?;
+        let responses = response.into_inner().map_ok(StreamEvent::Response).map_err(|status| convert_status(&status));
         Ok::<_, ApiError>(futures::stream::once(async { Ok(StreamEvent::Opened) }).chain(responses))
     };
     let ended = futures::stream::once(async { Err(ApiError::new(ErrorCode::NotReady, "the broker ended the stream")) });

@@ -252,8 +252,8 @@ impl InFlightBatches {
         Ok(batch.clone())
     }
 
-    /// Processes a response: the batch is acknowledged, will be sent again after a drain, or fails. If the producer is
-    /// fenced, all batches fail.
+    /// Processes a response: the batch is acknowledged, fails, or is sent again once no batch is in flight (rule 2). If
+    /// the producer is fenced, all batches fail. A response to an attempt that is no longer in flight changes nothing.
     pub(super) fn on_response(
         &mut self,
         stream: u64,

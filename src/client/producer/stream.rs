@@ -5,7 +5,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{IntoStreamingRequest as _, Status, client::Grpc, codegen::http::uri::PathAndQuery};
 
 use super::{
-    super::{Client, address::BrokerAddress, error::ConnectError, transport::BrokerChannel},
+    super::{Client, address::BrokerAddress, call::convert_status, error::ConnectError, transport::BrokerChannel},
     driver_event::DriverEvent,
     produce_request::ProduceRequestParts,
 };
@@ -41,7 +41,7 @@ pub(super) async fn run(
     };
     let error = match open(channel, requests).await {
         Ok(responses) => forward(responses.into_inner(), number, &events).await,
-        Err(status) => ApiError::from(&status),
+        Err(status) => convert_status(&status),
     };
     let error = ApiError { message: format!("{}: {}", address.as_str(), error.message), ..error };
     let _ = events.send(DriverEvent::StreamEnded { stream: number, delivered: true, error }).await;
@@ -75,7 +75,7 @@ async fn forward(
                 }
             }
             Ok(None) => return ApiError::new(ErrorCode::NotReady, "the broker ended the stream"),
-            Err(status) => return ApiError::from(&status),
+            Err(status) => return convert_status(&status),
         }
     }
 }

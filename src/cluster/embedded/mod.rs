@@ -414,7 +414,12 @@ impl EmbeddedInner {
             Err(error) => {
                 let reason =
                     format!("a write to {FILE_NAME} failed ({error}): repair the disk, then restart the broker");
-                tracing::error!(%error, "the metadata store accepts no more requests until it is opened again");
+                let path = self.folder.as_ref().map(|folder| folder.join(FILE_NAME).display().to_string());
+                tracing::error!(
+                    path, %error,
+                    "a write to the file of the metadata store failed: until a restart, topics cannot be changed and \
+                     uploaded segments stay on disk; repair the disk, then restart the broker"
+                );
                 Err(MetaStoreError::unknown(self.failed.get_or_init(|| reason)))
             }
         }

@@ -164,7 +164,7 @@ impl MetadataSnapshot {
         entries.any(|entry| entry.tier.as_ref().is_some_and(|versioned| versioned.value.manifest.is_some()))
     }
 
-    /// Returns the keys with unusable values, and the errors.
+    /// Returns the keys whose values cannot be read, and the errors.
     pub const fn unreadable(&self) -> &BTreeMap<Key, String> {
         &self.unreadable
     }

@@ -122,8 +122,8 @@ pub(super) fn declared_len(codec: Compression, stored: &[u8]) -> Option<usize> {
     }
 }
 
-/// Returns the sum of the uncompressed lengths that the blocks declare; `None` if a block is truncated or declares no
-/// valid length.
+/// Returns the uncompressed length that raw snappy bytes declare, or the sum of the lengths that the blocks of a
+/// snappy-java stream declare. Returns `None` if a header or a block is truncated, or if a length is invalid.
 fn snappy_declared_len(stored: &[u8]) -> Option<usize> {
     if !stored.starts_with(XERIAL_MAGIC) {
         return snap::raw::decompress_len(stored).ok();
@@ -135,7 +135,7 @@ fn snappy_declared_len(stored: &[u8]) -> Option<usize> {
         total = total.saturating_add(snap::raw::decompress_len(block).ok()?);
         rest = following;
     }
-    Some(total)
+    rest.is_empty().then_some(total)
 }
 
 /// Decompresses `stored`, the records of one batch, to at most `max` bytes.

@@ -1,6 +1,6 @@
 //! The errors of a batch that fails a check, and of its decompression.
 
-use crate::model::Compression;
+use crate::{limits, model::Compression};
 
 /// Error of a batch that fails a check.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -44,7 +44,11 @@ pub enum MalformedBatch {
         actual: u32,
     },
     /// Record count and last offset delta do not match, or they are outside the possible range.
-    #[error("batch counts do not match: recordsCount {count}, lastOffsetDelta {last_offset_delta}")]
+    #[error(
+        "batch has recordsCount {count} and lastOffsetDelta {last_offset_delta}: recordsCount must be 1 to {}, and \
+         lastOffsetDelta one less than recordsCount",
+        limits::MAX_BATCH_RECORDS
+    )]
     Counts {
         /// `recordsCount`
         count: i32,
@@ -60,7 +64,10 @@ pub enum MalformedBatch {
         reason: &'static str,
     },
     /// The base offset is negative, the end offset overflows, or the leader epoch is below -1.
-    #[error("batch has base offset {base_offset} and leader epoch {leader_epoch}: these values are not possible")]
+    #[error(
+        "batch has baseOffset {base_offset} and partitionLeaderEpoch {leader_epoch}: its offsets must be 0 to 2^63-2, \
+         and its leader epoch -1 or more; a producer sends baseOffset 0 and partitionLeaderEpoch -1"
+    )]
     OffsetOrEpoch {
         /// `baseOffset`
         base_offset: i64,
@@ -100,8 +107,8 @@ pub enum MalformedBatch {
     },
     /// The decompressed records exceed the maximum that a memory setting of the broker implies.
     #[error(
-        "batch cannot be decompressed ({codec}): its records have more than {max} bytes, the maximum for {setting}: raise {setting}, or \
-         send fewer records in a batch"
+        "batch cannot be decompressed ({codec}): its records have more than {max} bytes, the maximum that the \
+         broker's setting {setting} allows for one batch: raise the setting, or send fewer records in a batch"
     )]
     NoMemory {
         /// The codec.

@@ -186,8 +186,9 @@ impl Lz4Frame {
         Ok(bytes)
     }
 
-    /// Decodes the block with the length field `length` at the start of `input`, and appends the bytes to
-    /// `uncompressed`. Fails if `uncompressed` would exceed `max` bytes.
+    /// Decodes the block at the start of `input` and appends the bytes to `uncompressed`. `length` is the length field
+    /// of the block, which the caller has already read. Removes the block and its checksum from `input`. Fails if
+    /// `uncompressed` would exceed `max` bytes.
     fn decompress_block(
         &self,
         length: u32,

@@ -50,7 +50,8 @@ pub(super) fn read(disk: &dyn Disk, dir: &Path) -> Result<Vec<Uuid>, DataDirErro
     let ignore_corrupt = |reason: String| {
         tracing::warn!(
             path = %path.display(), reason,
-            "the incarnations file is corrupt and is ignored: this data directory counts as a new one"
+            "this file, which lists the starts of the broker, is corrupt and is ignored: in a cluster, this broker \
+             counts as one that lost its disk, see \"A broker's disk fails\" in docs/operations.md"
         );
         Ok(Vec::new())
     };

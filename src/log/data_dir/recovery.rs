@@ -15,7 +15,7 @@ use crate::{
             segment::{self, base_of, name, quarantined_name},
             snapshot::{self, record_batch},
         },
-        replica::segment_files::{remove_caches_above, remove_segment},
+        replica::segment_files::{remove_indexes_and_snapshots_above, remove_segment},
     },
     model::Offset,
     task::clock,
@@ -31,7 +31,7 @@ pub(super) fn recover(
 ) -> Result<ReplicaCheckpoint, ReplicaError> {
     let unverified = record.needs_full_scan();
     let id = record.id;
-    let lost = |persisted, reason| ReplicaError::Lost { id, persisted, reason, dir: dir.to_owned() };
+    let lost = |persisted, reason| ReplicaError::Lost { id, persisted, unverified, reason, dir: dir.to_owned() };
     if let Some(reason) = record.refusal.clone() {
         return Err(lost(record.persisted, reason));
     }
@@ -94,7 +94,7 @@ pub(super) fn quarantine_segments(disk: &dyn Disk, dir: &Path) -> io::Result<()>
              served: inspect them with `strandline segment dump`, and delete them if they are not needed"
         );
     }
-    remove_caches_above(disk, dir, Offset::ZERO)?;
+    remove_indexes_and_snapshots_above(disk, dir, Offset::ZERO)?;
     // A power failure must not restore the old files under the names of new ones. The sync is needed even if nothing
     // was renamed here, because an earlier attempt may have renamed the files.
     disk.sync_dir(dir)
@@ -190,7 +190,8 @@ impl ReplicaRecovery<'_> {
         if surplus_bytes > 0 {
             tracing::warn!(
                 partition = %self.record.id, bytes = surplus_bytes, end = %last.end,
-                "truncated a torn tail"
+                "removed incomplete writes at the end of the log, as after a crash: none of them was acknowledged as \
+                 persisted, and no action is needed"
             );
         }
         for base in self.files.range(last.base..).map(|(base, _)| *base).filter(|base| *base > last.base) {
@@ -202,8 +203,9 @@ impl ReplicaRecovery<'_> {
             // Later appends may become durable before this segment is synced again.
             file.sync()?;
         }
-        let removed_caches = !self.files.is_empty() && remove_caches_above(self.disk, self.dir, last.end)?;
-        if surplus_bytes > 0 || removed_caches {
+        let removed_files =
+            !self.files.is_empty() && remove_indexes_and_snapshots_above(self.disk, self.dir, last.end)?;
+        if surplus_bytes > 0 || removed_files {
             self.disk.sync_dir(self.dir)?;
         }
         Ok(())

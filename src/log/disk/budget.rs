@@ -94,8 +94,9 @@ impl DiskBudget {
         if self.kept_bytes > 0 && self.release_reserve() {
             tracing::warn!(
                 dir = %self.dir.display(),
-                "the disk is full, its reserve was released for this start: add space, or lower local.retention.* or \
-                 retention.*"
+                free_bytes = self.disk.free_bytes(&self.dir).ok(),
+                "the disk is almost full, so the broker freed its reserved space for this start: add space, or lower \
+                 local.retention.* or retention.*"
             );
         }
     }
@@ -186,19 +187,20 @@ impl DiskBudget {
         self.is_full.load(Ordering::Relaxed)
     }
 
-    /// Called when an append, truncation or reset found the disk full. Logs the error if no earlier call has done so
-    /// since the last successful append.
+    /// Marks the disk as full: an append, truncation or reset has found no space. Logs the error if the disk was not
+    /// yet marked.
     pub(in crate::log) fn on_full(&self) {
         if !self.is_full.swap(true, Ordering::Relaxed) {
             tracing::error!(
                 path = %self.dir.display(),
+                free_bytes = self.disk.free_bytes(&self.dir).ok(),
                 "the disk is full, appends are refused until it has space: add space, or lower local.retention.* or \
                  retention.*"
             );
         }
     }
 
-    /// Called after a successful append. Logs that the disk has space again, if it was full.
+    /// Removes the mark after a successful append, and logs then that the disk has space again.
     pub(in crate::log) fn on_append(&self) {
         if self.is_full() && self.is_full.swap(false, Ordering::Relaxed) {
             tracing::info!(path = %self.dir.display(), "the disk has space for appends again");

@@ -239,7 +239,8 @@ impl SimDisk {
 }
 
 impl SimFileContent {
-    /// Saves the durable bytes of a range that is about to change, for a crash. Counts a change of existing bytes.
+    /// Saves the current bytes of a range that is about to change, as far as it lies below the durable length. The first
+    /// saved bytes of a position are its durable ones. Counts a change of existing bytes.
     fn save_undo(&mut self, range: Range<usize>) {
         if range.start < self.bytes.len() {
             self.rewrites += 1;
@@ -256,8 +257,9 @@ impl SimFileContent {
         self.undo.clear();
     }
 
-    /// Simulates a failed sync. Each page that is not durable becomes durable, or reads as the previous durable
-    /// content, at random. The length stays, because the file system tracks it.
+    /// Simulates a failed sync. Each page that is not durable stays, or reads as its previous durable content
+    /// (zeros above the durable length), at random. The result counts as durable. The length stays, because the file
+    /// system tracks it.
     fn lose_pages(&mut self, rng: &mut SimRng) {
         let len = self.bytes.len();
         let mut durable = self.durable();

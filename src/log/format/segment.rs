@@ -163,7 +163,7 @@ pub(in crate::log) fn is_quarantined(name: &str) -> bool {
 }
 
 /// Returns the base offset in the name of an index or a snapshot; `None` for other names.
-pub(in crate::log) fn cache_base_of(name: &str) -> Option<Offset> {
+pub(in crate::log) fn index_or_snapshot_base(name: &str) -> Option<Offset> {
     let (digits, extension) = name.split_once('.')?;
     if matches!(extension, "index" | "timeindex" | "snapshot") { parse_base(digits) } else { None }
 }

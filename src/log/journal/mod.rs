@@ -408,7 +408,12 @@ impl Journal {
     pub(super) fn fail(&self, error: &io::Error) {
         let reason = format!("cannot write the journal: {error}");
         if self.failed.set(reason).is_ok() {
-            tracing::error!(%error, "cannot write the journal: this data directory accepts no more writes");
+            let journal_dir = self.ring.lock().dir().to_owned();
+            tracing::error!(
+                journal_dir = %journal_dir.display(), %error,
+                "cannot write the journal: this data directory accepts no more writes until a restart; remove the \
+                 cause in \"error\", such as a failed disk, then restart the broker"
+            );
         }
         let entries = std::mem::take(&mut self.queue.lock().entries);
         for entry in entries {

@@ -161,7 +161,11 @@ pub(in crate::log) fn read(disk: &dyn Disk, dir: &Path, directory: Uuid, first_f
     let is_torn = |last: &u64| corrupt_frames.contains(last) || mutant!(DropLastFrame);
     if let Some(last) = last.filter(|last| is_torn(last) && *last > first_frame) {
         // The write of this frame did not complete, so no caller received a result for its entries.
-        tracing::warn!(frame = last, "the journal's last frame is torn and is dropped");
+        tracing::warn!(
+            frame = last,
+            "dropped the last write to the journal, which is incomplete, as after a crash: none of it was acknowledged \
+             as persisted, and no action is needed"
+        );
         journaled.frames.remove(&last);
     }
     journaled.apply_all(&corrupt_frames);
@@ -185,7 +189,11 @@ impl ReplayResult {
                 let state = self.replicas.entry(header.id).or_default();
                 state.apply(header, *sequence);
                 if let (Some(path), EntryKind::Append) = (&corrupt_path, header.kind) {
-                    tracing::warn!(%path, frame = sequence, "a frame of the journal is corrupt");
+                    tracing::warn!(
+                        %path, frame = sequence,
+                        "a write in the journal is corrupt: check the disk; a replica that needs this write does not \
+                         open, and logs its own error"
+                    );
                 }
             }
         }

@@ -103,6 +103,11 @@ impl Ring {
         self.disk.clone()
     }
 
+    /// Returns the folder of the files.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     fn path(&self, slot: usize) -> PathBuf {
         self.dir.join(format!("{slot:05}.journal"))
     }

@@ -8,7 +8,7 @@ use crate::{
         disk::{Disk, OpenMode},
         format::{
             SegmentInfo, Snapshot,
-            segment::{self, cache_base_of, name},
+            segment::{self, index_or_snapshot_base, name},
             snapshot::record_batch,
         },
     },
@@ -17,21 +17,25 @@ use crate::{
 
 /// Removes the indexes and snapshots of a replica above `end`, and returns true if there were any. These files describe
 /// a log that was truncated since. If the log grew to the same offset again, it would use their epochs and producers.
-pub(in crate::log) fn remove_caches_above(disk: &dyn Disk, dir: &Path, end: Offset) -> io::Result<bool> {
-    remove_caches(disk, dir, |base| base > end)
+pub(in crate::log) fn remove_indexes_and_snapshots_above(disk: &dyn Disk, dir: &Path, end: Offset) -> io::Result<bool> {
+    remove_indexes_and_snapshots(disk, dir, |base| base > end)
 }
 
 /// Removes the indexes and snapshots below `start`, and returns true if there were any. They belong to removed
 /// segments, or to the log ends of earlier shutdowns.
-pub(in crate::log) fn remove_caches_below(disk: &dyn Disk, dir: &Path, start: Offset) -> io::Result<bool> {
-    remove_caches(disk, dir, |base| base < start)
+pub(in crate::log) fn remove_indexes_and_snapshots_below(
+    disk: &dyn Disk,
+    dir: &Path,
+    start: Offset,
+) -> io::Result<bool> {
+    remove_indexes_and_snapshots(disk, dir, |base| base < start)
 }
 
 /// Removes the indexes and snapshots whose base offset `is_obsolete` selects, and returns true if there were any.
-fn remove_caches(disk: &dyn Disk, dir: &Path, is_obsolete: impl Fn(Offset) -> bool) -> io::Result<bool> {
+fn remove_indexes_and_snapshots(disk: &dyn Disk, dir: &Path, is_obsolete: impl Fn(Offset) -> bool) -> io::Result<bool> {
     let mut has_removed = false;
     for entry in disk.list(dir)? {
-        if cache_base_of(&entry.name).is_some_and(&is_obsolete) {
+        if index_or_snapshot_base(&entry.name).is_some_and(&is_obsolete) {
             disk.remove(&dir.join(&entry.name))?;
             has_removed = true;
         }

@@ -18,7 +18,9 @@ use std::{
 };
 
 use super::{
-    segment_files::{remove_caches_above, remove_caches_below, remove_segment, snapshot_at},
+    segment_files::{
+        remove_indexes_and_snapshots_above, remove_indexes_and_snapshots_below, remove_segment, snapshot_at,
+    },
     writer::ReplicaLog,
 };
 use crate::{
@@ -103,7 +105,7 @@ impl ReplicaLog {
         for segment in removed.iter().rev() {
             self.remove(segment)?;
         }
-        remove_caches_above(&*ctx.disk, &self.inner.dir, last.end)?;
+        remove_indexes_and_snapshots_above(&*ctx.disk, &self.inner.dir, last.end)?;
         let file = self.inner.state().active_segment().file.clone();
         let open = ctx.files.get(file.serial, &file.path, OpenMode::Write)?;
         // The cached index describes the longer file.
@@ -162,7 +164,7 @@ impl ReplicaLog {
             for segment in removed.iter().rev() {
                 self.remove(segment)?;
             }
-            remove_caches_above(&*inner.ctx.disk, &inner.dir, Offset::ZERO)?;
+            remove_indexes_and_snapshots_above(&*inner.ctx.disk, &inner.dir, Offset::ZERO)?;
             inner.ctx.disk.open(&inner.path(at, "log"), OpenMode::Write)?.sync()?;
             inner.ctx.disk.rename(&inner.path(at, snapshot::RESET_EXTENSION), &inner.path(at, "snapshot"))?;
             inner.sync_names()
@@ -260,7 +262,7 @@ impl ReplicaLog {
                 tracing::warn!(partition = %inner.id, base = %segment.info.base, %error, "cannot remove a segment");
             }
         }
-        if let Err(error) = remove_caches_below(&*inner.ctx.disk, &inner.dir, start) {
+        if let Err(error) = remove_indexes_and_snapshots_below(&*inner.ctx.disk, &inner.dir, start) {
             tracing::debug!(partition = %inner.id, %error, "cannot remove indexes and snapshots below the log");
         }
         {

@@ -305,7 +305,7 @@ impl Actor {
                 if let Some(count) = self.warnings.occur(Condition::CannotBootstrap) {
                     tracing::warn!(
                         topic = %self.topic, partition = %self.id, %error, count,
-                        "cannot bootstrap the replica; retrying"
+                        "this replica cannot start to copy from its leader, and stays out of sync; retrying"
                     );
                 }
                 self.resubscribe_later();

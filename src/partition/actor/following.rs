@@ -124,7 +124,11 @@ impl Actor {
         let Some(headers) = headers else {
             if let Some(count) = self.warnings.occur(Condition::BadBatches) {
                 let leader = follower.leader();
-                tracing::warn!(topic = %self.topic, partition = %self.id, %leader, count, "the leader sent a batch without an epoch");
+                tracing::warn!(
+                    topic = %self.topic, partition = %self.id, %leader, count,
+                    "the leader sent a batch without a leader epoch, which was dropped, and this replica subscribes \
+                     again: if this continues for minutes, report it as a bug, with the logs of both brokers"
+                );
             }
             return self.resubscribe_later();
         };
@@ -197,13 +201,21 @@ impl Actor {
                  dump); if the leader is right, remove this replica and add it again (strandline partition reassign)"
             ),
             _ => {
+                let consequence = match violation {
+                    ProtocolViolation::BootstrapBelowCommitted { .. } => {
+                        "this replica keeps its log, stays out of sync and subscribes again, until the leader has \
+                         removed the segments below its log start"
+                    }
+                    _ => "the leader's message is invalid and was dropped, and this replica subscribes again",
+                };
                 if let Some(count) = self.warnings.occur(Condition::BadBatches) {
                     tracing::warn!(
                         topic = %self.topic, partition = %self.id, %leader, %epoch, error = %violation, count,
-                        "invalid message from the leader"
+                        "{consequence}: if this continues for minutes, report it as a bug, with the logs of both \
+                         brokers"
                     );
                 } else {
-                    tracing::debug!(partition = %self.id, error = %violation, "invalid message from the leader again");
+                    tracing::debug!(partition = %self.id, error = %violation, "again: {consequence}");
                 }
                 self.resubscribe_later();
             }

@@ -106,10 +106,12 @@ impl Actor {
                 self.published.acknowledged(peer.broker, progress.log_end);
                 tracing::debug!(partition = %self.id, broker = %peer.broker, %epoch, %at, "follower subscribed");
             }
-            SubscribeOutcome::Bootstrap(tables) if !tables.from_object_store => match self.tables_at_start().await {
-                Ok(at_start) => **tables = at_start,
-                Err(reason) => outcome = SubscribeOutcome::Rejected(SubscribeError::Unavailable { reason }),
-            },
+            SubscribeOutcome::Bootstrap(tables) if !tables.from_object_store => {
+                match self.tables_at_start(peer.broker).await {
+                    Ok(at_start) => **tables = at_start,
+                    Err(reason) => outcome = SubscribeOutcome::Rejected(SubscribeError::Unavailable { reason }),
+                }
+            }
             SubscribeOutcome::Diverged { .. } | SubscribeOutcome::Bootstrap(_) => {}
             SubscribeOutcome::Rejected(reason) => {
                 tracing::debug!(partition = %self.id, broker = %peer.broker, %reason, "rejected a subscription");
@@ -118,9 +120,9 @@ impl Actor {
         SubscribeResponse { epoch, high_watermark, outcome, in_sync }
     }
 
-    /// Reads the epoch history and the producer state of the log before its start on this disk, for a replica that
-    /// bootstraps there. The error is the reason that the follower receives.
-    async fn tables_at_start(&mut self) -> Result<BootstrapTables, String> {
+    /// Reads the epoch history and the producer state of the log before its start on this disk, for the replica on
+    /// `follower`, which bootstraps there. The error is the reason that the follower receives.
+    async fn tables_at_start(&mut self, follower: BrokerId) -> Result<BootstrapTables, String> {
         // The read may take long. Earlier ISR changes and results of writes must not wait for the read.
         self.finish_turn();
         match self.log.run_blocking(|replica| replica.tables_at_start()).await {
@@ -133,11 +135,12 @@ impl Actor {
             Err(error) => {
                 if let Some(count) = self.published.count_follower_read_error() {
                     tracing::warn!(
-                        topic = %self.topic, partition = %self.id, %error, count,
-                        "cannot read the tables for the bootstrap of a replica"
+                        topic = %self.topic, partition = %self.id, %follower, %error, count,
+                        "cannot read the start of this broker's log, so the follower cannot start to copy it, and \
+                         retries: check the disk"
                     );
                 }
-                Err(format!("the leader cannot read the tables at the start of its log: {error}"))
+                Err(format!("the leader cannot read the start of its log: {error}"))
             }
         }
     }

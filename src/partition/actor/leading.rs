@@ -50,11 +50,15 @@ pub enum AppendError {
     /// The leadership ended before the acks rule of the write held. The records were appended, and the outcome is
     /// unknown.
     #[error(
-        "another leader was elected before the write was committed, so its outcome is unknown: send the write again"
+        "another leader was elected before the write was committed, so it may or may not be stored: retry with an \
+         idempotent producer, else the retry may duplicate it"
     )]
     Deposed,
     /// The partition is being closed. The outcome is unknown.
-    #[error("the partition is closing on this broker, so the outcome of the write is unknown")]
+    #[error(
+        "this broker stopped serving the partition before the write was committed, so it may or may not be stored: \
+         retry with an idempotent producer, else the retry may duplicate it"
+    )]
     Closing,
 }
 

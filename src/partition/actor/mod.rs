@@ -150,7 +150,10 @@ pub(super) struct ActorConfig {
     pub(super) ctx: PartitionContext,
     pub(super) maintenance: MaintenanceQueue,
     pub(super) tier: Option<PartitionTier>,
+    /// Log start of the committed tier state. The local log may start above it: the records between them are then in
+    /// the object store only.
     pub(super) log_start: Offset,
+    /// Tiered end of the committed tier state.
     pub(super) tiered_end: Offset,
     /// High watermark at the start: all records of this log below it are committed.
     pub(super) committed_end: Offset,

@@ -333,8 +333,8 @@ async fn upload_segments(
     Ok((upload_batch.finish().await?, uploaded))
 }
 
-/// Returns the segments on this broker's disk, and the state of the task that maintenance needs. Fails if the
-/// partition's task has ended.
+/// Returns the segments on this broker's disk, and what maintenance needs of the state of the partition's task. Fails
+/// if this task has ended.
 async fn describe_segments(partition: &Partition) -> Result<LocalSegments, MaintenanceError> {
     partition.describe_segments().await.ok_or(MaintenanceError::Closed)
 }

@@ -129,8 +129,8 @@ fn explore(setup: Setup, max_states: usize) -> CheckResult {
     CheckResult { states: reached.len(), complete: true, ..result }
 }
 
-/// Returns the steps from the first state to the state with this index, and then `last`. `reached` has the state before
-/// each state, with the step from there.
+/// Returns the steps from the first state to the state at `index`, followed by `last`. For each state, `reached`
+/// contains the index of the previous state and the step from there; `None` for the first state.
 fn path_to(reached: &[Option<(usize, Step)>], mut index: usize, last: Step) -> Vec<Step> {
     let mut steps = vec![last];
     while let Some((previous, step)) = reached[index] {

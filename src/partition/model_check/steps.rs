@@ -506,13 +506,14 @@ impl ModelState {
         }
     }
 
-    /// Proposes the leader's next ISR change to the store, with this outcome.
-    fn propose(&mut self, me: usize, outcome: StoreReply) {
+    /// Sends the leader's next ISR proposal to the store, if one is due. `reply` states when the store applies it, and
+    /// whether the leader learns the outcome.
+    fn propose(&mut self, me: usize, reply: StoreReply) {
         let Role::Leading(leader) = &mut self.brokers[me].role else { return };
         let Some(proposal) = leader.start_proposal() else { return };
         let awaited = Some(leader.epoch());
         let call = StoreCall { proposal, owner: id(me), awaited };
-        match outcome {
+        match reply {
             StoreReply::Delivered => self.apply_transaction(call),
             StoreReply::DeliveredLater => {
                 self.budget.late -= 1;
@@ -521,7 +522,7 @@ impl ModelState {
             StoreReply::OutcomeLost | StoreReply::TimedOut => {
                 self.budget.unknowns -= 1;
                 let call = StoreCall { awaited: None, ..call };
-                match outcome {
+                match reply {
                     StoreReply::OutcomeLost => self.apply_transaction(call),
                     _ => self.calls.push(call),
                 }

@@ -68,7 +68,10 @@ pub enum ReadError {
     Closed,
     /// The bytes at this offset, on the disk or in the object store, are not those that were written, or their object
     /// is missing.
-    #[error("the data at offset {offset} is corrupt and not served: {reason}")]
+    #[error(
+        "the data at offset {offset} cannot be served: {reason}; until the data is restored, a consumer can only \
+         continue at a later offset"
+    )]
     Corrupt {
         offset: Offset,
         /// Kind and position of the corruption.
@@ -257,7 +260,8 @@ impl PartitionReader {
         if let Some(count) = self.published.count_client_read_error() {
             tracing::error!(
                 partition = %self.id, offset = %from, %error, count,
-                "cannot read the local copy: reading from the object store where it has the records"
+                "cannot read records from this broker's disk: clients receive those that are also in the object store, \
+                 and an error for all others; check the disk, and see \"A broker's disk fails\" in docs/operations.md"
             );
         }
         if from < self.published.watermarks().tiered_end {
@@ -385,7 +389,8 @@ impl PartitionReader {
                     if let Some(count) = self.published.count_client_read_error() {
                         tracing::error!(
                             partition = %self.id, %error, count,
-                            "cannot search the local copy for a timestamp"
+                            "cannot read this broker's disk in a search for a timestamp, so the search fails: check \
+                             the disk, and see \"A broker's disk fails\" in docs/operations.md"
                         );
                     }
                     return Err(ReadError::Disk { reason: error.to_string() });

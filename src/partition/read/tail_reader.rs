@@ -88,7 +88,8 @@ impl TailReader {
                 if let Some(count) = self.published.count_follower_read_error() {
                     tracing::error!(
                         partition = %self.log.id(), %offset, %error, count,
-                        "cannot read the local copy for a follower"
+                        "cannot read records from this broker's disk for a follower, which retries and cannot be in \
+                         sync without them: check the disk, and see \"A broker's disk fails\" in docs/operations.md"
                     );
                 }
                 ReadError::Corrupt { offset, reason: error.to_string() }

@@ -646,8 +646,9 @@ impl ReplicationSender {
             stream::iter(notifications).for_each_concurrent(MAX_CONCURRENT_DISCONNECTS, |notification| notification);
         if tokio::time::timeout(DISCONNECT_TIMEOUT, notified).await.is_err() {
             tracing::warn!(
-                follower = %peer.broker,
-                "timed out notifying partitions of a lost link: their tasks are busy"
+                follower = %peer.broker, timeout = ?DISCONNECT_TIMEOUT,
+                "the connection of a follower was lost, and some partitions were too busy to be notified in time: no \
+                 action is needed, because the follower's next connection replaces this one"
             );
         }
     }

@@ -111,6 +111,8 @@ pub(super) fn read_failure(error: &ReadError) -> ApiError {
     };
     let message = match error {
         ReadError::Closed => "this broker no longer leads in that epoch".to_owned(),
+        // The full text advises consumers.
+        ReadError::Corrupt { reason, .. } => reason.clone(),
         other => other.to_string(),
     };
     ApiError::new(code, message)

@@ -211,7 +211,8 @@ impl ConnectionLimiter {
                 raised_by = "limits.memory_bytes",
                 refused = count,
                 %peer,
-                "limit of open calls and streams reached: connections with several calls start no more"
+                "limit of open calls and streams reached: new calls on connections with several open calls are \
+                 refused (OVERLOADED); check the clients, or raise the limit"
             );
         }
         RefusedCall(format!(
@@ -284,7 +285,7 @@ impl Caller {
     pub(super) fn memory(&self, budgets: &Budgets) -> ConnectionMemory {
         let create = || {
             let (signal, limiter) = (Arc::clone(&self.signal), self.limiter.clone());
-            budgets.connection(move || limiter.close_unread(&signal))
+            budgets.open_connection(move || limiter.close_unread(&signal))
         };
         self.memory.get_or_init(create).clone()
     }

@@ -33,7 +33,7 @@ async fn frame(body: &mut RequestBody) -> Option<Result<Bytes, ApiError>> {
 }
 
 fn memory(budgets: &Budgets) -> CallMemory {
-    CallMemory::new(budgets.clone(), budgets.connection(|| {}))
+    CallMemory::new(budgets.clone(), budgets.open_connection(|| {}))
 }
 
 #[tokio::test(start_paused = true)]
@@ -165,7 +165,7 @@ async fn requests_with_many_parts_are_accepted() {
     let large = [(APPEND, pieces(&append(30 << 10, 1 << 10))), (APPEND, pieces(&append(100_000, 3)))];
     for bytes in REQUEST_BYTES {
         let budgets = Budgets::new(bytes, 1 << 20);
-        let connection = budgets.connection(|| {});
+        let connection = budgets.open_connection(|| {});
         let mut reads = tokio::task::JoinSet::new();
         for (path, sent) in large.iter().cloned().chain([(FETCH, pieces(&fetch(10_000)))]) {
             for _ in 0..3 {
@@ -189,7 +189,7 @@ async fn requests_with_many_parts_are_accepted() {
 async fn small_requests_pass_while_large_ones_wait() {
     for bytes in REQUEST_BYTES {
         let budgets = Budgets::new(bytes, 1 << 20);
-        let connection = budgets.connection(|| {});
+        let connection = budgets.open_connection(|| {});
         let call = || CallMemory::new(budgets.clone(), connection.clone());
         let held = (call().try_request(65 << 20), call().try_parts(limits::MAX_REQUEST_PARTS));
         assert!(held.0.is_some() && held.1.is_some());

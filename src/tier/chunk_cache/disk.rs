@@ -1,5 +1,5 @@
-//! Chunks in a folder on disk. A chunk is written when it is fetched for the second time, and the least recently used
-//! chunks are deleted.
+//! Chunks in a folder on disk. A chunk is written when it is fetched from the object store again, and the least
+//! recently used chunks are deleted.
 
 use std::{io, path::Path, sync::Arc};
 

@@ -161,7 +161,11 @@ async fn clock_skew(probe: &impl StoreProbe, folder: &str) -> Result<String, Str
     }
     let skew_ms = if modified_ms < before { before - modified_ms } else { (modified_ms - after).max(0) };
     if skew_ms > MAX_CLOCK_SKEW_MS {
-        return Err(format!("the clocks of the store and of this machine differ by {} s", skew_ms / 1000));
+        let (skew_s, max_s) = (skew_ms / 1000, MAX_CLOCK_SKEW_MS / 1000);
+        return Err(format!(
+            "the clocks of the store and of this machine differ by {skew_s} s, more than {max_s} s: synchronize \
+             the wrong one with NTP"
+        ));
     }
     Ok("the length is correct, and the clocks differ by at most a minute".to_owned())
 }

@@ -50,7 +50,7 @@ fn restored_etcd_blocks_operations_until_brokers_restart() {
             (cluster.instance(id).metric("strandline_metadata_regressed") > 0.0).then_some(())
         });
         assert_eq!(
-            cluster.log(id).matches("the metadata store returned to an older state").count(),
+            cluster.log(id).matches("this broker refuses admin operations, elections").count(),
             1,
             "{}",
             cluster.log(id)
@@ -213,9 +213,10 @@ fn etcd_without_space_is_waited_for_with_few_log_lines() {
         (failures(&cluster) >= 5.0).then_some(())
     });
     let log = cluster.log(1);
-    assert_eq!(log.matches("the metadata store rejects the tier commits of all partitions").count(), 1, "{log}");
+    assert_eq!(log.matches("the metadata store refuses the results of uploads").count(), 1, "{log}");
     assert_eq!(
-        log.matches("maintenance succeeds again").count() + log.matches("maintenance of the partition failed").count(),
+        log.matches("uploads and retention of the partition succeed again").count()
+            + log.matches("uploads or retention of the partition failed").count(),
         0,
         "{log}"
     );

@@ -26,8 +26,8 @@ struct SubscribedFollower {
     registered: u64,
     /// Progress that the leader has counted since that subscription.
     acked: Option<Ends>,
-    /// Progress that the leader counted before that subscription. The leader may publish the watermarks that this
-    /// progress moved after the subscription.
+    /// Progress that the leader counted before that subscription. After the subscription, the leader may still
+    /// publish watermarks that this progress moved.
     before: Option<Ends>,
 }
 

@@ -38,14 +38,14 @@ impl FetchSession {
     /// `RecordTooLarge`: the response must be read again with more memory.
     pub(super) async fn decode(&mut self, builder: &mut FetchResponseBuilder) -> Result<usize, RecordTooLarge> {
         self.try_reclaim();
-        // The decompressor shares the charge. So a batch that is still being decompressed when its call ends stays
-        // charged.
-        let charge = Arc::new(self.response_memory.as_mut().map(ResponseMemory::split));
+        // The decompressor shares the memory. If the fetch call ends while a batch is being decompressed, the memory
+        // stays taken until the decompression ends.
+        let grant = Arc::new(self.response_memory.as_mut().map(ResponseMemory::split));
         let mut decoder = Decoder {
             decompressor: self
                 .memory
                 .decompressor(&self.fetch.decompressor)
-                .charged(Arc::<Option<Grant>>::clone(&charge)),
+                .charged(Arc::<Option<Grant>>::clone(&grant)),
             memory: &self.memory,
             max_bytes: self
                 .response_memory
@@ -68,8 +68,8 @@ impl FetchSession {
             }
         }
         drop(decoder);
-        if let (Some(memory), Some(charge)) = (&mut self.response_memory, Arc::into_inner(charge).flatten()) {
-            memory.end_read(charge);
+        if let (Some(memory), Some(grant)) = (&mut self.response_memory, Arc::into_inner(grant).flatten()) {
+            memory.end_read(grant);
         }
         Ok(used_bytes)
     }
@@ -279,8 +279,9 @@ fn undecodable_error(fetched: &v1::FetchedPartition, batch: &Batch, error: &Malf
     let (base, end) = (batch.base_offset(), batch.end_offset());
     if let MalformedBatch::NoMemory { max, setting, .. } = error {
         let message = format!(
-            "topic {}, partition {}: the batch at offset {base} has more than {max} bytes of records: read the batch \
-             without decode, or raise {setting}",
+            "topic {}, partition {}: the batch at offset {base} has more than {max} bytes of records, the maximum \
+             that the broker's setting {setting} allows for one batch: read the batch without decode, or raise the \
+             setting",
             fetched.topic, fetched.partition
         );
         return ApiError::new(ErrorCode::RecordTooLarge, message).with("offset", base);

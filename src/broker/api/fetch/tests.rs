@@ -90,7 +90,7 @@ async fn named_partitions_are_charged_while_named() {
     let dir = tempfile::tempdir().unwrap();
     let bench = TestBroker::start(dir.path(), true).await;
     let budgets = Budgets::new(1 << 20, 64 << 20);
-    let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
+    let memory = CallMemory::new(budgets.clone(), budgets.open_connection(|| {}));
     let wanted = |count| {
         (0..count)
             .map(|partition| v1::FetchPartition { topic: "absent".to_owned(), partition, ..Default::default() })
@@ -262,7 +262,7 @@ async fn decoded_record_above_connection_share_is_read() {
     bench.append(0, BYTES, 0).await.unwrap();
     for response_bytes in [16 << 20, 128 << 20] {
         let budgets = Budgets::new(1 << 20, response_bytes);
-        let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
+        let memory = CallMemory::new(budgets.clone(), budgets.open_connection(|| {}));
         let response = bench.broker.api.fetch.read(decoded_read(), memory).await.unwrap();
         let fetched = &response.partitions[0];
         assert_eq!(fetched.error, None);
@@ -316,7 +316,7 @@ fn reset_call_is_charged_until_blocking_work_ends() {
             ..Default::default()
         };
         let budgets = [0, 1, 2].map(|_| Budgets::new(1 << 20, 128 << 20));
-        let memory = budgets.each_ref().map(|budgets| CallMemory::new(budgets.clone(), budgets.connection(|| {})));
+        let memory = budgets.each_ref().map(|budgets| CallMemory::new(budgets.clone(), budgets.open_connection(|| {})));
         for (decode, partition) in [(false, 0), (true, 1)] {
             let request = v1::ReadRequest { partitions: vec![want(partition)], decode, ..Default::default() };
             let memory = memory[usize::from(decode)].clone();
@@ -342,7 +342,7 @@ fn dropped_reads_stay_charged_until_they_end() {
         let bench = with_records_on_disk(dir.path()).await;
         let free = occupy_thread();
         let budgets = Budgets::new(1 << 20, 128 << 20);
-        let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
+        let memory = CallMemory::new(budgets.clone(), budgets.open_connection(|| {}));
         let mut session = FetchSession::new(Arc::clone(&bench.broker.api.fetch), FetchLimits::new(1, 0, 0), memory);
         let want = v1::FetchPartition { topic: "t".to_owned(), ..Default::default() };
         let mut builder = FetchResponseBuilder::default();
@@ -380,7 +380,7 @@ fn stream_waiting_for_memory_drops_its_reads() {
         let bench = with_records_on_disk(dir.path()).await;
         let free = occupy_thread();
         let budgets = Budgets::new(1 << 20, 8 << 20);
-        let connection = budgets.connection(|| {});
+        let connection = budgets.open_connection(|| {});
         let memory = CallMemory::new(budgets.clone(), connection.clone());
         let mut session =
             FetchSession::new(Arc::clone(&bench.broker.api.fetch), FetchLimits::new(1, 256 << 10, 0), memory.clone());
@@ -450,7 +450,7 @@ async fn decoded_response_is_charged_its_size() {
     bench.create(&TopicName::new("t").unwrap(), 1).await;
     bench.append(0, 100, 0).await.unwrap();
     let budgets = Budgets::new(1 << 20, 128 << 20);
-    let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
+    let memory = CallMemory::new(budgets.clone(), budgets.open_connection(|| {}));
     bench.broker.api.fetch.read(decoded_read(), memory.clone()).await.unwrap();
     let taken = budgets.taken().1;
     assert!((1..=16 << 10).contains(&taken), "{taken}");
@@ -468,7 +468,7 @@ async fn delayed_response_frees_unused_memory() {
     bench.create(&TopicName::new("t").unwrap(), 8).await;
     bench.append(0, 100, 0).await.unwrap();
     let budgets = Budgets::new(1 << 20, 128 << 20);
-    let connection = budgets.connection(|| {});
+    let connection = budgets.open_connection(|| {});
     let memory = CallMemory::new(budgets.clone(), connection.clone());
     let mut session = FetchSession::new(Arc::clone(&bench.broker.api.fetch), FetchLimits::new(1 << 20, 0, 0), memory);
     let want = |partition| v1::FetchPartition { topic: "t".to_owned(), partition, ..Default::default() };
@@ -514,7 +514,7 @@ async fn small_response_grows_for_larger_batch() {
     bench.create(&TopicName::new("t").unwrap(), 1).await;
     bench.append(0, 200 << 10, 0).await.unwrap();
     let budgets = Budgets::new(1 << 20, 128 << 20);
-    let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
+    let memory = CallMemory::new(budgets.clone(), budgets.open_connection(|| {}));
     let _others = memory.response(24 << 20, 0).await;
     let before = budgets.taken().1;
     let mut session = FetchSession::new(Arc::clone(&bench.broker.api.fetch), FetchLimits::new(1, 0, 0), memory);
@@ -546,7 +546,7 @@ async fn large_batch_on_disk_waits_for_memory() {
         bench.append(1, BYTES, 0).await.unwrap();
     }
     let budgets = Budgets::new(1 << 20, 128 << 20);
-    let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
+    let memory = CallMemory::new(budgets.clone(), budgets.open_connection(|| {}));
     let mut session = FetchSession::new(Arc::clone(&bench.broker.api.fetch), FetchLimits::new(1, 0, 0), memory);
     session.assign(decoded_read().partitions, true, false).unwrap();
     session.reserve(false).await;
@@ -575,7 +575,7 @@ async fn decoded_response_ends_before_record_that_does_not_fit() {
     let read = async |partitions| {
         let request = v1::ReadRequest { partitions, decode: true, max_bytes: 16 << 20, ..Default::default() };
         let budgets = Budgets::new(1 << 20, 2 << 30);
-        let memory = CallMemory::new(budgets.clone(), budgets.connection(|| {}));
+        let memory = CallMemory::new(budgets.clone(), budgets.open_connection(|| {}));
         bench.broker.api.fetch.read(request, memory).await.unwrap().partitions
     };
     let both = read(vec![want(0), want(1)]).await;

@@ -52,7 +52,9 @@ pub(in crate::broker) enum OfflineReplica {
 impl fmt::Display for OfflineReplica {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Unverified => "its partition value was unreadable when this broker started: restart the broker",
+            Self::Unverified => {
+                "its metadata was unreadable when this broker started and is readable now: restart the broker"
+            }
             Self::OpenFailed { reason, .. } => reason,
         })
     }
@@ -71,8 +73,9 @@ pub(in crate::broker) struct HostedTopic {
 }
 
 impl HostedTopic {
-    /// Creates the entry of a topic with this number of partitions. Copies the partition states and the applied
-    /// revision from `before`, the previous entry of the same topic, if there is one.
+    /// Creates the entry of a topic with this number of partitions. It takes the applied revision and the partition
+    /// states from `before`, the previous entry of the same topic, if there is one. If both have the same number of
+    /// partitions, they share the states, and a later change shows in both; else the states are copied.
     pub(in crate::broker) fn new(
         id: TopicId,
         config: Arc<TopicConfig>,
@@ -160,6 +163,11 @@ impl PartitionTable {
     /// Returns the entry of a topic.
     pub(in crate::broker) fn topic(&self, name: &TopicName) -> Option<HostedTopic> {
         self.topics.of(name).get(name).cloned()
+    }
+
+    /// Returns the name of the topic with this id; `None` if the topic is not hosted.
+    pub(in crate::broker) fn name(&self, id: TopicId) -> Option<TopicName> {
+        self.ids.of(&id).get(&id).cloned()
     }
 
     /// Returns the names of all hosted topics.

@@ -230,8 +230,9 @@ impl FailureDetector {
         });
         if tokio::time::timeout(DISCONNECT_TIMEOUT, notified).await.is_err() {
             tracing::warn!(
-                broker = %peer.broker,
-                "some partitions did not process the end of a broker's process in time: their tasks are busy"
+                broker = %peer.broker, timeout = ?DISCONNECT_TIMEOUT,
+                "the process of a broker ended, and some partitions were too busy to remove its replicas from their \
+                 ISR in time: they do so when its registration is deleted, and acks=all waits until then"
             );
         }
     }
@@ -384,7 +385,8 @@ impl FailureDetector {
     }
 
     /// Deletes a registration if it still has this broker epoch, with at most [`MAX_REVOKE_ATTEMPTS`]. Returns true if
-    /// this call deleted the registration.
+    /// the last attempt deleted it. False does not prove that the registration exists: an earlier attempt with an unknown
+    /// outcome may have deleted it.
     async fn revoke(&self, broker: BrokerId, epoch: Revision) -> Result<bool, MetaStoreError> {
         let mut attempts = 1;
         loop {

@@ -68,7 +68,8 @@ impl ProducerDriver {
     pub(super) fn no_response_reason(&self, index: usize, stream: u64) -> String {
         let leader = || self.streams.get(&stream).map_or("the leader", |stream| stream.address.as_str());
         let notice = self.queues[index].notice.clone();
-        notice.unwrap_or_else(|| format!("{} has not responded within the delivery timeout", leader()))
+        let timeout = self.inner.options.delivery_timeout;
+        notice.unwrap_or_else(|| format!("{} has not responded within {timeout:?}", leader()))
     }
 
     /// Removes a queue's problem from the retry status, and clears the leader's notice and the topic id mismatch.

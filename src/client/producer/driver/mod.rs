@@ -497,7 +497,8 @@ impl ProducerDriver {
             let error = match reason {
                 FailureReason::Refused(error) => SendError::Refused { topic, partition, error },
                 FailureReason::Expired { maybe_appended } => {
-                    SendError::Expired { topic, partition, maybe_appended, status: state.last_problem.clone() }
+                    let (timeout, status) = (self.inner.options.delivery_timeout, state.last_problem.clone());
+                    SendError::Expired { topic, partition, timeout, maybe_appended, status }
                 }
                 FailureReason::Unknown => SendError::Unknown { topic, partition },
                 FailureReason::Build(error) => SendError::Build(error),

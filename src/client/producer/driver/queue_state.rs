@@ -72,7 +72,7 @@ impl QueueState {
             requesting_id: false,
             last_response: clock::monotonic(),
             last_leader_check: clock::monotonic(),
-            last_problem: "none".to_owned(),
+            last_problem: "none was reported".to_owned(),
             has_problem: false,
             notice: None,
             topic_id: None,

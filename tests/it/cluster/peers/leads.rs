@@ -230,9 +230,13 @@ impl Follower {
         for (bytes, batch_epoch, text) in [
             (flipped, epoch, "are malformed"),
             (half, epoch, "are malformed"),
-            (batch_at(7, epoch), epoch, "offsets are missing: 5 is next, the leader sent 7"),
-            (batch_at(3, epoch), epoch, "offsets overlap: 5 is next, the leader sent 3"),
-            (batch_at(5, epoch + 1), epoch, "above its leader's"),
+            (batch_at(7, epoch), epoch, "offsets are missing: offset 5 is next, and the leader sent offset 7"),
+            (
+                batch_at(3, epoch),
+                epoch,
+                "offsets overlap, or a batch is empty: offset 5 is next, and the leader sent offset 3",
+            ),
+            (batch_at(5, epoch + 1), epoch, "of the leader that sent it"),
             (batch_at(5, epoch), epoch - 1, "and the subscription has epoch"),
             (batch_at(5, epoch), epoch + 1, "and the subscription has epoch"),
         ] {
@@ -267,7 +271,7 @@ impl Follower {
             }
         }
         stream.send_batch(&subscription, epoch, batch_at(6, epoch - 1)).await;
-        self.wait_for_log("decreases from").await;
+        self.wait_for_log("older than leader epoch").await;
         let subscription = stream.subscription().await;
         assert_eq!((subscription.log_end, subscription.last_epoch), (6, Some(epoch)));
         // The truncation would remove committed records. The replica keeps them and follows no leader until the next
