@@ -220,7 +220,9 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
     if broker.alive && broker.disk_full {
         let effect =
             if standalone { "appends are refused" } else { "leadership moves to other brokers where possible" };
-        notes.push(format!("the disk of broker {id} is full: {effect}; add disk space"));
+        notes.push(format!(
+            "the disk of broker {id} is full: {effect}\n  add disk space, or lower local.retention.* or retention.*"
+        ));
     } else if broker.alive && broker.disk_pressure && !standalone {
         notes.push(format!(
             "broker {id} has disk pressure (broker.disk_pressure_percent): it gets no new replicas\n  \
@@ -235,7 +237,8 @@ fn notes(broker: &BrokerDescription, unreadable_key: Option<&str>, standalone: b
     }
     if broker.alive && broker.in_sync_count < broker.replica_count {
         notes.push(format!(
-            "broker {id} has {} out of sync: replicas catch up by themselves while they have a leader",
+            "broker {id} has {} out of sync: they catch up by themselves while they have a leader,\n  \
+             but failed ones and those of a stopping broker only after the broker's next start",
             output::count((broker.replica_count - broker.in_sync_count).into(), "replica")
         ));
     }

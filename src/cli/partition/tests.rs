@@ -29,7 +29,8 @@ fn moves() -> Vec<Reassignment> {
     let reordered = Reassignment { partition: 1, adding: vec![], removing: vec![], ..moving() };
     let same = Reassignment { partition: 2, changed: false, ..reordered.clone() };
     let known = Reassignment { partition: 3, changed: false, leader: None, ..moving() };
-    let more = Reassignment { partition: 4, removing: vec![], queued: true, ..moving() };
+    let (isr, leader) = (brokers(&[2, 1]), Some(BrokerId(2)));
+    let more = Reassignment { partition: 4, removing: vec![], isr, leader, queued: true, ..moving() };
     vec![moving(), reordered, same, known, more]
 }
 

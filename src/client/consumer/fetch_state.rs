@@ -239,7 +239,7 @@ mod tests {
         assert!(states.remove("t", 0).is_some());
         assert_eq!(states.topics().count(), 1);
         assert!(states.remove("t", 1).is_some() && states.remove("t", 1).is_none());
-        assert_eq!(states.topics().count(), 0, "its metadata is not requested any more");
+        assert_eq!(states.topics().count(), 0, "its metadata is no longer requested");
     }
 
     #[test]

@@ -33,7 +33,8 @@ pub(super) fn read(disk: &dyn Disk, dir: &Path) -> io::Result<i64> {
         Ok(_) | Err(_) => {
             tracing::warn!(
                 path = %path.display(),
-                "the producer id file is corrupt and is ignored: the metadata store's counter is used unverified"
+                "the producer id file is corrupt, and the next block of producer ids replaces it: if the metadata store \
+                 was restored from a backup, ids may be assigned twice"
             );
             Ok(0)
         }

@@ -50,7 +50,7 @@ pub enum AppendError {
     /// The leadership ended before the acks rule of the write held. The records were appended, and the outcome is
     /// unknown.
     #[error(
-        "another leader was elected before the write was committed, so it may or may not be stored: retry with an \
+        "this broker's leadership ended before the write was committed, so it may or may not be stored: retry with an \
          idempotent producer, else the retry may duplicate it"
     )]
     Deposed,

@@ -74,8 +74,8 @@ pub enum AdmitError {
     },
     /// The append would wait for the object store, which is unavailable.
     #[error(
-        "the object store has been unavailable {outage}, so appends with acks=tiered are refused: use another acks, or \
-         try again later"
+        "appends with acks=tiered are refused, because the object store has been unavailable {outage}; use acks=all, or \
+         retry later"
     )]
     StoreUnavailable {
         /// Duration and reason of the outage.
