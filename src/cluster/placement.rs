@@ -8,8 +8,9 @@
 //! partitions of one preferred leader spread over all other brokers.
 //!
 //! Topic creation places new partitions with [`Placement::place`]. The controller replaces and adds replicas with
-//! [`Placement::choose_up_to`], which takes the replicas that stay. Both functions skip a broker at its replica limit
-//! (`broker.max_replicas`).
+//! [`Placement::replace`], and the status of a drain uses the same function. Replacements for offline new replicas of a
+//! reassignment come from [`Placement::choose_up_to`], which takes the replicas that stay. All three functions skip a
+//! broker at its replica limit (`broker.max_replicas`).
 
 use std::collections::BTreeMap;
 
@@ -17,6 +18,7 @@ use crate::{
     cluster::{
         keys::{BrokerState, BrokerValue},
         metadata::MetadataSnapshot,
+        partition_value::PartitionValue,
     },
     model::{BrokerId, PartitionId},
 };
@@ -226,6 +228,46 @@ impl Placement {
             racks.extend(candidate.rack.as_deref());
         }
         chosen
+    }
+
+    /// Returns the replicas of a partition after a reassignment that replaces those in `leaving`, given in the order of
+    /// the replica list, by as many new ones as brokers permit, up to `factor` replicas in total. A reassignment in
+    /// progress counts as completed. Without a new replica, none is removed. Does not change the load.
+    ///
+    /// Removed are offline replicas first, and among those of equal state members of the ISR or ELR last. At most as
+    /// many are removed as added, plus as many as the partition has above the factor, unless too few replicas would
+    /// then be in sync. A new replica takes the position of a removed one, so the preferred leader changes only if its
+    /// own replica is removed.
+    pub fn replace(
+        &self,
+        partition: PartitionId,
+        value: &PartitionValue,
+        leaving: &[BrokerId],
+        factor: usize,
+        min_insync: usize,
+    ) -> Vec<BrokerId> {
+        let mut replicas = value.replicas.clone();
+        replicas.retain(|id| !value.removing.contains(id));
+        let staying: Vec<BrokerId> = replicas.iter().copied().filter(|id| !leaving.contains(id)).collect();
+        let staying_count = staying.len();
+        let chosen = self.choose_up_to(partition, staying, factor);
+        let new = &chosen[staying_count..];
+        if new.is_empty() {
+            return replicas;
+        }
+        let is_in_sync = |id: &BrokerId| value.isr.contains(id) || value.adding.contains(id);
+        let mut removed = leaving.to_vec();
+        removed.sort_by_key(|id| (self.brokers.contains_key(id), is_in_sync(id) || value.elr.contains(id)));
+        let max_removed = new.len() + replicas.len().saturating_sub(factor);
+        let stays = |id: &BrokerId| !removed.iter().take(max_removed).any(|removed| removed == id);
+        let staying_in_sync = replicas.iter().filter(|id| is_in_sync(id) && stays(id)).count();
+        let is_enough = staying_in_sync + new.len() >= min_insync.min(factor);
+        removed.truncate(if is_enough { max_removed } else { new.len() });
+        let mut new = new.iter().copied();
+        let mut target: Vec<BrokerId> =
+            replicas.into_iter().filter_map(|id| if removed.contains(&id) { new.next() } else { Some(id) }).collect();
+        target.extend(new);
+        target
     }
 
     /// Adds one replica to the load of each of these brokers, without a preferred leader. Offline brokers are ignored.

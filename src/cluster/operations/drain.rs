@@ -100,8 +100,10 @@ impl ClusterOperations {
         Err(UnknownBrokers { ids: vec![broker], known: known.into_iter().collect() })
     }
 
-    /// Counts the replicas that remain on a drained broker. To find replicas that cannot move, this function chooses a
-    /// new broker for each replica as the controller's plan does. The caller sets `changed` and `since_ms`.
+    /// Counts the replicas that remain on a drained broker. To find replicas that cannot move, this function replaces
+    /// the replicas of each partition as the controller's plan does. Only the controller measures for how long a broker
+    /// is offline, so a replica on an offline broker that is not drained counts as staying. The caller sets `changed`
+    /// and `since_ms`.
     fn count_remaining(&self, broker: BrokerId) -> BrokerDrain {
         let state = self.metadata.state();
         let mut placement = Placement::of(&state);
@@ -117,7 +119,9 @@ impl ClusterOperations {
             eligible_brokers,
         };
         for id in state.partitions_on(broker) {
-            let Some(partition) = state.partition(id).and_then(|entry| entry.partition.as_ref()) else { continue };
+            let topic = state.name(id.topic).and_then(|name| state.topic(name));
+            let partition = state.partition(id).and_then(|entry| entry.partition.as_ref());
+            let (Some(topic), Some(partition)) = (topic, partition) else { continue };
             let value = &partition.value;
             drained.replicas += 1;
             drained.leaders += usize::from(value.leader == Some(broker));
@@ -131,7 +135,8 @@ impl ClusterOperations {
             // reassignment, but an offline drained broker does not: the controller replaces it at once.
             let counts_as_live =
                 |id| state.brokers().contains_key(&id) || id == broker || state.drains().contains_key(&id);
-            if value.is_reassignment_blocked(self.min_insync(id.topic), counts_as_live) {
+            let min_insync = self.min_insync(id.topic);
+            if value.is_reassignment_blocked(min_insync, counts_as_live) {
                 drained.blocked.push(id);
                 continue;
             }
@@ -139,14 +144,21 @@ impl ClusterOperations {
             if value.removing.contains(&broker) {
                 continue;
             }
-            let stays =
-                |id: &BrokerId| *id != broker && !state.drains().contains_key(id) && !value.removing.contains(id);
-            let staying: Vec<BrokerId> = value.replicas.iter().copied().filter(stays).collect();
-            let staying_count = staying.len();
-            match placement.choose(id, staying, value.replicas.len() - value.removing.len()) {
-                // Counts the new replicas: a broker may have capacity for one more replica, but not for all.
-                Some(chosen) => placement.add_replica_to_each(&chosen[staying_count..]),
-                None => drained.blocked.push(id),
+            let is_leaving = |id: &BrokerId| *id == broker || state.drains().contains_key(id);
+            let (leaving, staying): (Vec<BrokerId>, Vec<BrokerId>) =
+                value.replicas.iter().copied().filter(|id| !value.removing.contains(id)).partition(is_leaving);
+            let factor = usize::try_from(topic.value.replication_factor).unwrap_or(usize::MAX);
+            // The factor was lowered, so a replica leaves without a new one.
+            if staying.len() >= factor {
+                continue;
+            }
+            let target = placement.replace(id, value, &leaving, factor, min_insync);
+            // Counts the new replicas, also if they replace only those on other drained brokers: a broker may have
+            // capacity for one more replica, but not for all.
+            let new: Vec<BrokerId> = target.iter().copied().filter(|id| !value.replicas.contains(id)).collect();
+            placement.add_replica_to_each(&new);
+            if target.contains(&broker) {
+                drained.blocked.push(id);
             }
         }
         drained

@@ -10,6 +10,7 @@ use crate::{
         faulty::{Fault, FaultyStore},
         keys::{BrokerState, BrokerValue, DrainValue, Key, Value},
         placement::ReplicaLimitExceeded,
+        planner::{PlannerInput, PlannerLimits, plan},
         stats::{LeaderStats, ReplicaCounts},
         store::{Transaction, TxnOutcome},
     },
@@ -93,6 +94,24 @@ impl TestCluster {
 
     async fn unregister(&self, broker: u32) {
         self.write(Transaction::new().delete(self.keys.broker(BrokerId(broker)))).await;
+    }
+
+    /// Returns the partitions whose replica on a broker the controller's next plan removes, without its limits.
+    fn planned_removals(&self, broker: u32) -> Vec<PartitionId> {
+        let (metadata, no_times) = (self.operations.metadata.state(), BTreeMap::new());
+        let plan = plan(&PlannerInput {
+            metadata: &metadata,
+            defaults: &self.operations.defaults,
+            offline_ms: &no_times,
+            online_ms: &no_times,
+            limits: PlannerLimits {
+                max_reassignments: usize::MAX,
+                max_new_replicas_per_broker: usize::MAX,
+                ..PlannerLimits::default()
+            },
+        });
+        let updates = plan.changes.into_iter().map(|change| change.update);
+        updates.filter(|update| update.value.removing.contains(&BrokerId(broker))).map(|update| update.id).collect()
     }
 
     async fn stored_value(&self, number: u32) -> PartitionValue {
@@ -309,8 +328,8 @@ async fn drain_reports_movable_and_blocked_replicas() {
     assert_eq!(again, BrokerDrain { changed: false, ..wanted }, "the start time stays");
 
     let second = cluster.operations.drain(BrokerId(2), 100).await.expect("accepted");
-    assert_eq!(second.blocked, [id(0), id(1), id(2)], "two replicas need two brokers, and one is available");
-    assert_eq!(cluster.operations.count_blocked(BrokerId(2)), 3, "the count is available later");
+    assert_eq!(second.blocked, [id(0), id(2)], "broker 3 can take one replica of partitions 0 and 1, and none of 2");
+    assert_eq!(cluster.operations.count_blocked(BrokerId(2)), 2, "the count is available later");
     assert_eq!((second.eligible_brokers, second.replicas), (1, 3));
 
     assert_eq!(cluster.operations.undrain(BrokerId(2)).await, Ok(true));
@@ -321,6 +340,40 @@ async fn drain_reports_movable_and_blocked_replicas() {
     cluster.unregister(3).await;
     let offline = cluster.operations.drain(BrokerId(3), 1).await.expect("an offline broker may be drained");
     assert_eq!((offline.leaders, offline.blocked), (1, vec![id(2)]));
+}
+
+/// Regression: with several drained brokers and too few others, a drain counted replicas as blocked that the controller
+/// moved. `broker drain` of the lost broker then failed, because no replica seemed to move.
+#[tokio::test]
+async fn drains_of_several_brokers_count_only_replicas_that_stay() {
+    let cluster = TestCluster::of(4, 3, vec![value(&[1, 2, 3], Some(1), &[1, 2]); 2]).await;
+    cluster.unregister(3).await;
+    let live = cluster.operations.drain(BrokerId(2), 0).await.expect("accepted");
+    assert_eq!((live.blocked, cluster.planned_removals(2)), (vec![], vec![id(0), id(1)]), "broker 3 may return");
+    let lost = cluster.operations.drain(BrokerId(3), 0).await.expect("accepted");
+    assert_eq!((lost.replicas, lost.blocked), (2, vec![]), "replicas on offline brokers are replaced first");
+    assert_eq!(cluster.planned_removals(3), [id(0), id(1)]);
+    assert_eq!((cluster.operations.count_blocked(BrokerId(2)), cluster.planned_removals(2)), (2, vec![]));
+
+    // Both brokers are live. In each partition, the first of their replicas moves to broker 3.
+    let values = vec![value(&[1, 2], Some(1), &[1, 2]), value(&[2, 1], Some(2), &[1, 2])];
+    let cluster = TestCluster::of(3, 2, values).await;
+    for (broker, stays) in [(1, vec![]), (2, vec![id(0)])] {
+        let drained = cluster.operations.drain(BrokerId(broker), 0).await.expect("accepted");
+        assert_eq!(drained.blocked, stays, "broker {broker}");
+    }
+    assert_eq!((cluster.planned_removals(1), cluster.planned_removals(2)), (vec![id(0)], vec![id(1)]));
+    assert_eq!(cluster.operations.count_blocked(BrokerId(1)), 1, "partition 1");
+}
+
+/// Regression: until the controller had applied a lowered replication factor, a drain needed a new broker for a replica
+/// that only had to be removed.
+#[tokio::test]
+async fn drain_after_lowered_factor_needs_no_new_broker() {
+    let cluster = TestCluster::of(3, 2, vec![value(&[1, 2, 3], Some(2), &[1, 2, 3])]).await;
+    let drained = cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
+    assert_eq!((drained.replicas, drained.blocked), (1, vec![]));
+    assert_eq!(cluster.planned_removals(1), [id(0)]);
 }
 
 /// Regression: `broker drain --wait` waited forever for a partition whose only replica was lost with its broker.
@@ -381,7 +434,7 @@ async fn drain_is_not_blocked_by_dispensable_offline_replica() {
 #[tokio::test]
 async fn drain_is_blocked_by_earlier_blocked_reassignment() {
     let reassigning = PartitionValue { adding: ids(&[3]), removing: ids(&[2]), ..value(&[1, 3, 2], Some(1), &[1, 2]) };
-    let cluster = TestCluster::of(4, 1, vec![reassigning]).await;
+    let cluster = TestCluster::of(4, 2, vec![reassigning]).await;
     cluster.operations.drain(BrokerId(1), 0).await.expect("accepted");
     assert_eq!(cluster.operations.count_blocked(BrokerId(1)), 0, "broker 1 moves its replica to broker 4 afterwards");
     cluster.unregister(3).await;

@@ -221,26 +221,19 @@ fn choose_target(
         return Some((target, ChangeReason::ReplicationFactor));
     }
     let is_leaving = |id: &BrokerId| input.is_draining(*id) || input.is_lost(*id, plan);
-    let (leaving, staying): (Vec<BrokerId>, Vec<BrokerId>) = replicas.iter().copied().partition(is_leaving);
+    let leaving: Vec<BrokerId> = replicas.iter().copied().filter(is_leaving).collect();
     if leaving.is_empty() && replicas.len() == factor {
         return None;
     }
-    let chosen = placement.choose_up_to(id, staying.clone(), factor);
-    let new = &chosen[staying.len()..];
-    if new.is_empty() {
+    let target = placement.replace(id, case.value, &leaving, factor, case.min_insync);
+    if target == *replicas {
         // If enough replicas stay, the partition is not blocked: it only waits until they are in sync.
-        if staying.len() < factor {
+        if replicas.len() - leaving.len() < factor {
             plan.blocked.push((id, BlockedReason::NoBrokers));
         }
         return None;
     }
-    let removed = replicas_to_remove(input, case, leaving, new.len(), factor);
-    // A new replica takes the position of a removed one, so the preferred leader changes only if its own replica is
-    // removed.
-    let mut new = new.iter().copied();
-    let mut target: Vec<BrokerId> =
-        replicas.iter().filter_map(|id| if removed.contains(id) { new.next() } else { Some(*id) }).collect();
-    target.extend(new);
+    let removed: Vec<BrokerId> = leaving.into_iter().filter(|id| !target.contains(id)).collect();
     let reason = if removed.is_empty() {
         ChangeReason::ReplicationFactor
     } else if removed.iter().any(|id| input.is_draining(*id)) {
@@ -249,26 +242,6 @@ fn choose_target(
         ChangeReason::BrokerReplaced
     };
     Some((target, reason))
-}
-
-/// Selects the replicas to remove from `leaving` when `new_count` replicas are added: offline ones first, and among
-/// those of equal state members of the ISR or ELR last. At most `new_count` are removed, plus as many as the partition
-/// has above the factor, unless too few replicas would then be in sync.
-fn replicas_to_remove(
-    input: &PlannerInput<'_>,
-    case: &PartitionCase<'_>,
-    mut leaving: Vec<BrokerId>,
-    new_count: usize,
-    factor: usize,
-) -> Vec<BrokerId> {
-    let value = case.value;
-    leaving.sort_by_key(|id| (input.is_live(*id), value.isr.contains(id) || value.elr.contains(id)));
-    let max_removed = new_count + value.replicas.len().saturating_sub(factor);
-    let staying_in_sync =
-        value.isr.iter().filter(|id| !leaving.iter().take(max_removed).any(|removed| removed == *id)).count();
-    let is_enough = staying_in_sync + new_count >= case.min_insync.min(factor);
-    leaving.truncate(if is_enough { max_removed } else { new_count });
-    leaving
 }
 
 /// Returns the replicas that stay after the factor was lowered, in their order; `None` while fewer of them are in sync
