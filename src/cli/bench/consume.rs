@@ -120,7 +120,7 @@ async fn shares(common: &CommonArgs, command: &BenchConsumeArgs) -> anyhow::Resu
     };
     if command.consumers > partitions {
         bail!(
-            "topic {:?} has {}, too few for {} consumers; use at most {partitions}",
+            "topic {:?} has {}, too few for {} consumers: use --consumers {partitions} or fewer",
             command.topic,
             output::count(partitions.into(), "partition"),
             command.consumers

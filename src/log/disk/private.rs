@@ -130,8 +130,8 @@ impl PrivateDir {
         if let Some((owner, mode)) = self.uncorrected {
             tracing::warn!(
                 dir = %self.path.display(), owner, mode = %format_args!("{mode:04o}"),
-                "this directory keeps its mode, because it belongs to another user or is a system directory; only this \
-                 process's user can access the files that this process creates in it"
+                "this directory keeps its mode, because it belongs to root or other programs use it; only this process's \
+                 user can read the files that this process creates in it"
             );
         }
     }

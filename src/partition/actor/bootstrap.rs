@@ -68,7 +68,7 @@ pub(in crate::partition) struct ParsedTables {
 #[derive(Debug, thiserror::Error)]
 pub(in crate::partition) enum BootstrapError {
     /// The object store did not respond, or its content is corrupt.
-    #[error("cannot read the footer of the last segment in the object store: {0}")]
+    #[error("cannot read the manifest or the footer of the last segment in the object store: {0}")]
     ObjectStore(#[from] tier::TierReadError),
     /// By this broker's metadata, the object store ends before the start.
     #[error(
