@@ -18,7 +18,7 @@ pub enum ConnectError {
     /// The text is no valid address.
     #[error("broker address {address:?} is invalid ({problem}): write host:port, such as 127.0.0.1:9460")]
     Address {
-        /// The text.
+        /// The rejected text.
         address: String,
         /// Problem of the text.
         problem: &'static str,

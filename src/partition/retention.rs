@@ -92,7 +92,7 @@ pub struct RetentionPlan {
     pub evict_below: Option<Offset>,
 }
 
-/// Returns the plan for an input. A follower's plan never moves the log start.
+/// Plans a step of maintenance: roll, log start, upload and eviction. A follower's plan never moves the log start.
 pub fn plan(input: &RetentionInput<'_>) -> RetentionPlan {
     let log_start = if input.leads { log_start(input) } else { None };
     let new_log_start = log_start.unwrap_or(input.log_start);

@@ -132,7 +132,7 @@ pub enum LinkEvent {
 #[error("the partition's control queue is full of messages from its leader")]
 pub struct QueueFull;
 
-/// Movement of a watermark that wakes a listener.
+/// Kind of event that wakes a listener of watermarks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WatermarkKind {
     /// The high watermark moved.

@@ -1,4 +1,4 @@
-//! Checks at the start that an advertised host name resolves on this machine.
+//! Checks at the start of a broker that an advertised host name resolves on this machine, and logs a warning if not.
 
 use std::time::Duration;
 

@@ -305,7 +305,7 @@ pub(super) fn health()
     health_reporter()
 }
 
-/// Sets the health status of every service.
+/// Sets the health status of the whole server and of every service.
 pub(super) async fn set_health_status(reporter: &HealthReporter, status: ServingStatus) {
     for name in HEALTH_NAMES {
         reporter.set_service_status(name, status).await;

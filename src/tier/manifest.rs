@@ -194,7 +194,7 @@ impl ManifestPage {
 }
 
 impl ManifestRoot {
-    /// Returns the manifest before the first version, which is never written: it lists no segment, and covers
+    /// Returns the manifest that precedes the first version. It is never written, lists no segment and covers
     /// `log_start..log_start`.
     pub fn empty(partition: PartitionId, log_start: Offset) -> Self {
         Self {

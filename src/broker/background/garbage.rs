@@ -119,11 +119,11 @@ impl GarbageRun {
         }
     }
 
-    /// Counts and logs the failure of one kind of collection.
-    fn log_failure(&self, error: &dyn std::fmt::Display, action: &str) {
+    /// Counts and logs a failure in a run. `problem` states what the run could not do.
+    fn log_failure(&self, error: &dyn std::fmt::Display, problem: &str) {
         self.ctx.metrics.garbage_collection_failures.inc();
         let next_run = interval(self.ctx.config.tier.garbage_grace);
-        tracing::warn!(%error, next_run_s = next_run.as_secs(), "{action}; retrying in the next run");
+        tracing::warn!(%error, next_run_s = next_run.as_secs(), "{problem}; retrying in the next run");
     }
 
     /// Deletes orphan objects older than the grace period.

@@ -78,7 +78,8 @@ impl Maintenance {
     }
 
     /// Runs the steps of queued partitions, one after the other, and reports the results to `failures`. Never returns.
-    /// A step that is cancelled leaves at most an orphan object.
+    /// A step that is cancelled leaves at most orphan objects and an unfinished multipart upload. Garbage collection
+    /// deletes both.
     async fn work(&self, kind: WorkerKind) {
         let failures = &self.failures;
         let queue = match kind {

@@ -26,9 +26,9 @@ pub struct ClusterDescription {
     pub topics: u32,
     /// Number of partitions.
     pub partitions: u32,
-    /// Number of partitions without a leader.
+    /// Number of partitions without a live leader or without a readable value.
     pub leaderless: u32,
-    /// Number of partitions whose ISR is smaller than their replica list.
+    /// Number of partitions whose ISR lacks a replica that is not being removed.
     pub under_replicated: u32,
     /// Number of partitions whose ISR is smaller than `min.insync.replicas`: `acks=all` fails there.
     pub under_min_isr: u32,

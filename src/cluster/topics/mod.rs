@@ -5,8 +5,9 @@
 //!
 //! A topic is created in this order: first the partition keys 1, 2, … in transactions of at most 100. Then one
 //! transaction, which compares the name's absence, writes the topic's key with that of partition 0. So a topic exists
-//! completely or not at all. A deletion runs in reverse: the topic's key with partition 0's, then the other keys. An
-//! addition of partitions writes their keys first, and then the topic's new count.
+//! completely or not at all. A deletion runs in reverse: the topic's key with partition 0's, then the other keys. It
+//! also writes a [`Tombstone`], which is deleted long after the last data of the topic, and never without an object
+//! store. An addition of partitions writes their keys first, and then the topic's new count.
 //!
 //! # Invariants
 //!
@@ -19,8 +20,7 @@
 //! # Crash
 //!
 //! A crash leaves partition keys that no topic counts. [`StaleKeySweeper`] deletes them. If the sweeper deletes keys of
-//! a creation in progress, the creation's last transaction fails with a retryable error. A deleted topic leaves a
-//! [`Tombstone`], until long after its last data is deleted.
+//! a creation in progress, the creation's last transaction fails with a retryable error.
 
 use std::{ops::Range, sync::Arc};
 

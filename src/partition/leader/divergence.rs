@@ -53,7 +53,7 @@ impl LocalLogBounds {
     }
 }
 
-/// Outcome of a subscription, as the leader decides it and as its response carries it.
+/// Outcome of a subscription: the decision of the leader, and the content of its response.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum SubscribeOutcome {
     /// The follower's log is a prefix of the leader's: continue at its end.

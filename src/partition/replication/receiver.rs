@@ -277,7 +277,7 @@ impl<'a> ReplicationReceiver<'a> {
         self.retry_at.insert(id, retry_at);
     }
 
-    /// Notifies the partitions whose pause is over and that still follow on this link.
+    /// Notifies the partitions whose pause is over, and that still follow on this link, that the link is connected.
     fn notify_due(&mut self) {
         let now = clock::monotonic();
         while let Some((retry_at, id)) = self.retry_queue.first().copied()

@@ -58,9 +58,9 @@ impl Fetch {
     /// Converts the error of a read. If the local replica was closed and another broker leads the partition, the error
     /// names that leader.
     pub(super) fn convert_read_error(&self, id: PartitionId, error: ReadError) -> ApiError {
-        let is_led_elsewhere = matches!(error, ReadError::Closed);
+        let is_closed = matches!(error, ReadError::Closed);
         let error = ApiError::from(error);
-        if is_led_elsewhere { self.lookup.with_leader_hint(id, error) } else { error }
+        if is_closed { self.lookup.with_leader_hint(id, error) } else { error }
     }
 
     /// Counts the bytes of a read in two metrics: by their source, and by the role of the local replica.

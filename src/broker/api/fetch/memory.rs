@@ -161,8 +161,9 @@ impl FetchSession {
         }
     }
 
-    /// Takes freed memory back, without waiting. Returns true if the response has all of its memory, or no memory was
-    /// reserved.
+    /// Takes memory again that this response freed or left to dropped reads, without waiting. Returns true if the
+    /// response has all of its memory, or no memory was reserved. After a failure, nothing more is read for this
+    /// response.
     pub(super) fn try_reclaim(&mut self) -> bool {
         let Some(memory) = &mut self.response_memory else { return true };
         let Some((bytes, records)) = memory.released else { return true };
