@@ -26,7 +26,7 @@ pub(super) const BLOCKED_REASSIGNMENT: &str = "a running reassignment waits for 
 
 /// Remedy for a blocked drain.
 pub(super) const DRAIN_REMEDY: &str =
-    "start, add or undrain brokers, free disks, raise broker.max_replicas, or lower replication factors";
+    "start, add or undrain brokers, free space, raise broker.max_replicas, or lower replication factors";
 
 #[derive(Clone, Debug, Subcommand)]
 pub(super) enum ClusterCommand {
