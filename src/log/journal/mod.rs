@@ -30,7 +30,7 @@ use std::{
     io,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -126,13 +126,8 @@ pub(super) struct Journal {
     budget: Arc<DiskBudget>,
     /// Signalled when a ring file is released or created, and at a close.
     released: Condvar,
-    /// Signalled when a ring file becomes active, when the writer starts or stops waiting for a new file, and when the
-    /// journal is closed or fails.
+    /// Signalled when a ring file becomes active, and when the journal is closed or fails.
     entered: Condvar,
-    /// Number of bytes written to the active file.
-    position: AtomicU64,
-    /// True if the writer waits for a file that is being created.
-    writer_waiting: AtomicBool,
     /// Time at which a close was announced. From then on, waits for space are bounded.
     closing: OnceLock<Instant>,
     /// Sequence of the next frame.
@@ -178,8 +173,6 @@ impl Journal {
             budget,
             released: Condvar::new(),
             entered: Condvar::new(),
-            position: AtomicU64::new(0),
-            writer_waiting: AtomicBool::new(false),
             closing: OnceLock::new(),
             next_frame: AtomicU64::new(next_frame),
             failed: OnceLock::new(),
@@ -350,7 +343,6 @@ impl Journal {
         entry::encode(frame, self.directory, sequence, std::iter::empty());
         current.file.write_durable(frame, current.position)?;
         current.position += frame.len() as u64;
-        self.position.store(current.position, Ordering::Relaxed);
         self.next_frame.store(sequence + 1, Ordering::Release);
         Ok(())
     }
@@ -380,7 +372,6 @@ impl Journal {
         match written {
             Ok(()) => {
                 current.position += frame.len() as u64;
-                self.position.store(current.position, Ordering::Relaxed);
                 self.metrics.journal_writes.inc();
                 self.metrics.journal_bytes.inc_by(frame.len() as u64);
                 self.metrics.journal_sync_seconds.observe(began.elapsed().as_secs_f64());

@@ -1,7 +1,7 @@
 //! The journal's writer: makes space for each frame and writes the frame. It runs as a thread, or in steps that a
 //! caller drives.
 
-use std::{io, sync::atomic::Ordering, time::Duration};
+use std::{io, time::Duration};
 
 use super::{Journal, JournalHost, ring::Ring};
 use crate::{
@@ -121,7 +121,6 @@ impl Journal {
         }
         if let Some(next) = self.ring.lock().advance(self.next_frame())? {
             (writer.current, writer.no_space_since) = (Some(next), None);
-            self.position.store(0, Ordering::Relaxed);
             self.entered.notify_all();
             return Ok(FrameSpace::NewFile);
         }
