@@ -9,10 +9,11 @@
 use std::future::Future;
 
 use futures::FutureExt as _;
-use tokio_util::{future::FutureExt as _, sync::CancellationToken, task::TaskTracker};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, Span};
 
 mod backoff;
+mod cancellation;
 pub mod clock;
 pub mod lock;
 #[cfg(any(test, feature = "test-util"))]
@@ -26,6 +27,7 @@ pub mod sim_event;
 pub mod test_timeout;
 
 pub use backoff::Backoff;
+use cancellation::UntilCancelled;
 
 /// A set of tasks with one cancellation token. Clones share the set.
 #[derive(Clone, Debug, Default)]
@@ -100,19 +102,20 @@ impl Tasks {
         self.token.cancelled().await;
     }
 
-    /// Spawns a future as a task of this set that ends when the set is cancelled: then the future is dropped.
+    /// Spawns a future as a task of this set that ends when the set is cancelled: then the future is dropped, even if it
+    /// could complete as well.
     pub fn spawn_until_cancelled<F>(&self, name: &'static str, future: F)
     where
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        self.spawn(name, future.with_cancellation_token_owned(self.token.clone()));
+        self.spawn(name, UntilCancelled::new(self.token.clone().cancelled_owned(), future));
     }
 
-    /// Runs a future until it completes or the set is cancelled. Returns `None` if the set is cancelled first: then the
-    /// future is dropped.
+    /// Runs a future until it completes or the set is cancelled. Returns `None` if the set is cancelled: then the future
+    /// is dropped, even if it could complete as well.
     pub fn run_until_cancelled<F: Future>(&self, future: F) -> impl Future<Output = Option<F::Output>> {
-        future.with_cancellation_token(&self.token)
+        UntilCancelled::new(self.token.cancelled(), future)
     }
 
     /// Sleeps. Returns `None` if the set is cancelled before the end.
