@@ -1,5 +1,5 @@
-//! The free space of a data directory's disk. Only this file grants or refuses disk space. The pace at which removed
-//! files are freed is decided in `writeback`.
+//! The free space of a data directory's disk. Only this file grants or refuses disk space to the files of the log. The
+//! pace at which removed files are freed is decided in `writeback`.
 //!
 //! # Overview
 //!
