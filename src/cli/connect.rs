@@ -12,14 +12,14 @@ use crate::{
 };
 
 /// Maximum age of the routing metadata, and thus the time until a command uses new partitions.
-pub(super) const MAX_METADATA_AGE: Duration = Duration::from_secs(5);
+pub(super) const METADATA_REFRESH_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Maximum number of topic names that a message lists.
 const MAX_NAMES: usize = 5;
 
 /// Connects to the cluster at the bootstrap addresses of the command line or the environment.
 pub(super) async fn connect(common: &CommonArgs) -> anyhow::Result<Client> {
-    let options = ClientOptions { metadata_age: MAX_METADATA_AGE, ..ClientOptions::default() };
+    let options = ClientOptions { metadata_age: METADATA_REFRESH_INTERVAL, ..ClientOptions::default() };
     match Client::connect(&common.bootstrap(), options).await {
         Ok(client) => Ok(client),
         Err(error) => Err(explain_call(&error)),

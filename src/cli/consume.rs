@@ -14,7 +14,7 @@ use clap::Args;
 
 use super::{
     CommonArgs,
-    connect::{MAX_METADATA_AGE, connect, explain, explain_read},
+    connect::{METADATA_REFRESH_INTERVAL, connect, explain, explain_read},
     format::{Printer, RecordFormat},
     output::{self, OutputFormat},
     rack::RackArgs,
@@ -190,7 +190,7 @@ async fn offset(admin: &Admin, topic: &str, partition: u32, at: OffsetSpec) -> a
 /// partitions after one whose offset lookup fails are returned by a later call.
 async fn wait_for_partitions(client: &Client, topic: &str, known: u32) -> Vec<(u32, Offset)> {
     loop {
-        tokio::time::sleep(MAX_METADATA_AGE).await;
+        tokio::time::sleep(METADATA_REFRESH_INTERVAL).await;
         // The next iteration repeats a failed request. The consumer reports the problem.
         let Ok(route) = client.topic_now(topic).await else { continue };
         let mut new_partitions = Vec::new();

@@ -283,7 +283,7 @@ mod tests {
 
     #[test]
     fn long_help_describes_command_behaviour() {
-        let seconds = format!("within {} seconds", connect::MAX_METADATA_AGE.as_secs());
+        let seconds = format!("within {} seconds", connect::METADATA_REFRESH_INTERVAL.as_secs());
         for (name, expected) in [
             ("produce", "only if every record was acknowledged"),
             ("produce", seconds.as_str()),

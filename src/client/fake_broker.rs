@@ -129,7 +129,7 @@ impl FakeBroker {
             .add_service(admin_server::AdminServer::new(fake.clone()))
             .serve_with_incoming(TcpListenerStream::new(listener));
         let tasks = fake.tasks.clone();
-        fake.tasks.spawn("fake broker", async move {
+        fake.tasks.spawn("fake-broker", async move {
             if let Some(result) = tasks.run_until_cancelled(server).await {
                 result.expect("served");
             }
@@ -399,7 +399,7 @@ impl log_server::Log for FakeBroker {
         request: Request<Streaming<v1::ProduceRequest>>,
     ) -> Result<Response<Self::ProduceStream>, Status> {
         let (responses, stream) = mpsc::channel(100);
-        self.tasks.spawn("fake produce", self.clone().serve_produce(request.into_inner(), responses));
+        self.tasks.spawn("fake-produce", self.clone().serve_produce(request.into_inner(), responses));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
@@ -417,7 +417,7 @@ impl log_server::Log for FakeBroker {
             return Err(ApiError::new(ErrorCode::InvalidRequest, "too many partitions").into());
         }
         let (responses, stream) = mpsc::channel(1);
-        self.tasks.spawn("fake fetch", self.clone().serve_fetch(first.partitions, first.any_replica, responses));
+        self.tasks.spawn("fake-fetch", self.clone().serve_fetch(first.partitions, first.any_replica, responses));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 

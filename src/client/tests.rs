@@ -466,7 +466,7 @@ async fn every_bootstrap_address_is_tried_and_named() {
     let server = tonic::transport::Server::builder()
         .add_service(crate::proto::v1::log_server::LogServer::new(fake.clone()))
         .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(other));
-    tasks.spawn("another server", server);
+    tasks.spawn("another-server", server);
     let options = || ClientOptions { request_timeout: Duration::from_millis(500), ..ClientOptions::default() };
     let without_broker = format!("{other_address},{unresponsive_address}");
     let with_broker = format!("{without_broker},{}", fake.address);

@@ -189,8 +189,8 @@ impl RegistrationRequest {
             renewal_failures: LogThrottle::default(),
             registration_failures: LogThrottle::default(),
         };
-        session_tasks.spawn("broker session", keeper.run(metadata.watch(), session_tasks.clone()));
-        session_tasks.spawn_until_cancelled("store probe", Arc::clone(&registration).probe_revisions());
+        session_tasks.spawn("broker-session", keeper.run(metadata.watch(), session_tasks.clone()));
+        session_tasks.spawn_until_cancelled("store-probe", Arc::clone(&registration).probe_revisions());
         Ok(Session { registration, state, flags, last_renewal, tasks: session_tasks })
     }
 

@@ -235,7 +235,7 @@ impl WatermarkListeners {
             waiting.iter().for_each(|listener| listener.mark());
             return;
         }
-        tasks.spawn("wake readers", async move {
+        tasks.spawn("wake-readers", async move {
             for chunk in waiting.chunks(WAKES_PER_YIELD) {
                 chunk.iter().for_each(|listener| listener.mark());
                 tokio::task::yield_now().await;

@@ -39,7 +39,7 @@ use crate::{
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Time after which the wait for the first response of the metadata store is logged.
-const REPORT_AFTER: Duration = Duration::from_secs(1);
+const REPORT_DELAY: Duration = Duration::from_secs(1);
 
 /// Interval at which the reason for a wait is logged again.
 const REMIND_INTERVAL: Duration = Duration::from_secs(30);
@@ -248,10 +248,10 @@ impl ClusterAdmission<'_> {
     }
 }
 
-/// Waits for a response and returns it. Logs the wait once if it exceeds [`REPORT_AFTER`].
+/// Waits for a response and returns it. Logs the wait once if it exceeds [`REPORT_DELAY`].
 async fn report_long_wait<T>(response: impl Future<Output = T>) -> T {
     let mut response = std::pin::pin!(response);
-    match tokio::time::timeout(REPORT_AFTER, &mut response).await {
+    match tokio::time::timeout(REPORT_DELAY, &mut response).await {
         Ok(response) => response,
         Err(_) => {
             tracing::info!("the metadata store has not responded yet: the start waits for its response");

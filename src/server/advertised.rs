@@ -11,7 +11,7 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 /// or peers connect to that address.
 pub(super) fn check(address: &str, remedy: &'static str, tasks: &Tasks) {
     let (address, stop) = (address.to_owned(), tasks.clone());
-    tasks.spawn("advertised address", async move {
+    tasks.spawn("advertised-address", async move {
         let Some(resolved) = stop.run_until_cancelled(resolve(&address)).await else {
             return;
         };

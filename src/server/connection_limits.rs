@@ -17,10 +17,11 @@ const MIN_OTHER_FILES: u64 = 64;
 const RESERVED_CONNECTIONS: u64 = (LOOPBACK_SLOTS + PROBE_SLOTS) as u64;
 
 /// Maximum number of slots in the common pool of the HTTP listener.
-const MAX_HTTP: usize = 256;
+const MAX_HTTP_CONNECTIONS: usize = 256;
 
-/// Maximum number of slots in the common pool of the peer listener, unless [`MIN_PEER_PER_BROKER`] requires more.
-const MAX_PEER: usize = 1024;
+/// Maximum number of slots in the common pool of the peer listener, unless [`MIN_PEER_CONNECTIONS_PER_BROKER`] requires
+/// more.
+const MAX_PEER_CONNECTIONS: usize = 1024;
 
 /// Minimum number of slots of each listener.
 #[derive(Clone, Copy, Debug)]
@@ -41,7 +42,7 @@ const SMALL_FILE_LIMIT: u64 = 512;
 
 /// Minimum number of slots of the peer listener per broker of this process. Another broker uses two connections, and
 /// one more for each probe.
-const MIN_PEER_PER_BROKER: usize = 4;
+const MIN_PEER_CONNECTIONS_PER_BROKER: usize = 4;
 
 /// Maximum number of slots of a listener. No system has that many file descriptors.
 const MAX_SLOTS: u64 = 1 << 30;
@@ -109,9 +110,9 @@ impl ConnectionLimits {
         let per_broker = (files.saturating_sub(reserved) / brokers).min(MAX_SLOTS);
         let per_broker = usize::try_from(per_broker).unwrap_or(usize::MAX);
         let min = Minimum::of(files, standalone);
-        let http = (per_broker / 8).clamp(min.http, MAX_HTTP);
-        let min_peer = min_peer(min, usize::try_from(brokers).unwrap_or(MAX_PEER));
-        let peer = (!standalone).then(|| (per_broker / 8).min(MAX_PEER).max(min_peer));
+        let http = (per_broker / 8).clamp(min.http, MAX_HTTP_CONNECTIONS);
+        let min_peer = min_peer(min, usize::try_from(brokers).unwrap_or(MAX_PEER_CONNECTIONS));
+        let peer = (!standalone).then(|| (per_broker / 8).min(MAX_PEER_CONNECTIONS).max(min_peer));
         let grpc = per_broker.saturating_sub(http + peer.unwrap_or(0)).max(min.grpc);
         let by_files = |slots| Capacity { slots, raised_by: "the limit of open files (ulimit -n, LimitNOFILE)" };
         Self { grpc: by_files(grpc), http: by_files(http), peer: peer.map(by_files) }
@@ -120,7 +121,7 @@ impl ConnectionLimits {
 
 /// Returns the minimum number of slots for other brokers, with `brokers` brokers in this process.
 fn min_peer(min: Minimum, brokers: usize) -> usize {
-    min.peer.max(MIN_PEER_PER_BROKER * brokers)
+    min.peer.max(MIN_PEER_CONNECTIONS_PER_BROKER * brokers)
 }
 
 impl Minimum {

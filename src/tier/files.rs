@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// Pause after each piece, in which the device serves appends.
-const PIECE_PAUSE: Duration = Duration::from_millis(1);
+const PIECE_DELAY: Duration = Duration::from_millis(1);
 
 /// Ending of the file name of a chunk in the cache folder.
 pub(super) const CHUNK: &str = ".chunk";
@@ -71,7 +71,7 @@ impl PieceWriter {
                 return Ok(());
             }
             write_out(file, start..at, PIECE_BYTES)?;
-            std::thread::sleep(PIECE_PAUSE);
+            std::thread::sleep(PIECE_DELAY);
         }
     }
 }

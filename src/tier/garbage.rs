@@ -64,7 +64,7 @@ pub struct GarbageReport {
 
 /// Result of one run of [`abort_abandoned_uploads`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct UploadsReport {
+pub struct MultipartAbortReport {
     pub aborted: u64,
     /// Number of segment uploads that are younger than the grace period, or whose start time the store does not return.
     pub young: u64,
@@ -76,7 +76,7 @@ pub struct UploadsReport {
 
 /// Error of a run of [`abort_abandoned_uploads`] that aborted nothing.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum UploadsError {
+pub enum MultipartAbortError {
     /// The prefix does not belong to this cluster, or its owner is not known yet.
     #[error(transparent)]
     Binding(#[from] BindingError),
@@ -253,9 +253,9 @@ pub async fn abort_abandoned_uploads(
     store: &TierStore,
     grace: Duration,
     now_ms: i64,
-) -> Result<UploadsReport, UploadsError> {
+) -> Result<MultipartAbortReport, MultipartAbortError> {
     if !store.options().is_s3() {
-        return Ok(UploadsReport::default());
+        return Ok(MultipartAbortReport::default());
     }
     store.bind().await?;
     let grace_ms = i64::try_from(grace.as_millis()).unwrap_or(i64::MAX);
@@ -264,10 +264,10 @@ pub async fn abort_abandoned_uploads(
 
 /// Aborts all segment uploads that were started before `oldest_young_ms`.
 #[cfg(feature = "s3-admin")]
-async fn abort_uploads(store: &TierStore, oldest_young_ms: i64) -> Result<UploadsReport, UploadsError> {
-    let refuse = |reason: String| UploadsError::List { url: store.url().to_owned(), reason };
+async fn abort_uploads(store: &TierStore, oldest_young_ms: i64) -> Result<MultipartAbortReport, MultipartAbortError> {
+    let refuse = |reason: String| MultipartAbortError::List { url: store.url().to_owned(), reason };
     let s3 = super::s3_admin::S3Admin::connect(store.options()).await.map_err(|error| refuse(error.to_string()))?;
-    let mut report = UploadsReport::default();
+    let mut report = MultipartAbortReport::default();
     for upload in s3.uploads().await.map_err(refuse)? {
         match classify_upload(&upload.object, upload.started_ms, oldest_young_ms) {
             UploadVerdict::Foreign => report.foreign += 1,
@@ -287,8 +287,8 @@ async fn abort_uploads(store: &TierStore, oldest_young_ms: i64) -> Result<Upload
 /// Does nothing. Without the vendor's client uploads cannot be listed, so a life-cycle rule of the bucket must abort
 /// them.
 #[cfg(not(feature = "s3-admin"))]
-async fn abort_uploads(_: &TierStore, _: i64) -> Result<UploadsReport, UploadsError> {
-    Ok(UploadsReport::default())
+async fn abort_uploads(_: &TierStore, _: i64) -> Result<MultipartAbortReport, MultipartAbortError> {
+    Ok(MultipartAbortReport::default())
 }
 
 /// Class of an incomplete multipart upload.
@@ -334,7 +334,7 @@ mod tests {
     async fn store_other_than_s3_is_skipped() {
         let store = TierStore::open(&crate::tier::ObjectStoreOptions::new("memory://"), "c").unwrap();
         let report = abort_abandoned_uploads(&store, Duration::ZERO, i64::MAX).await.unwrap();
-        assert_eq!(report, UploadsReport::default());
+        assert_eq!(report, MultipartAbortReport::default());
         assert!(store.list("").await.unwrap().is_empty(), "no request was sent");
     }
 }

@@ -79,7 +79,8 @@ pub use codec::InvalidObject;
 pub use error::{BindingError, TierReadError, TierStoreError};
 pub use footer::Footer;
 pub use garbage::{
-    GarbageReport, PartitionLiveness, UploadsError, UploadsReport, abort_abandoned_uploads, collect_garbage,
+    GarbageReport, MultipartAbortError, MultipartAbortReport, PartitionLiveness, abort_abandoned_uploads,
+    collect_garbage,
 };
 pub use manifest::SegmentEntry;
 pub use name::ManifestName;

@@ -3,7 +3,7 @@
 //! a time.
 //!
 //! After one failed or unanswered request, an outage is only *suspected*: the store may refuse one object, or one kind
-//! of request, for other reasons. A failed probe at least [`CONFIRM_AFTER`] after the first failure *confirms* the
+//! of request, for other reasons. A failed probe at least [`CONFIRM_DELAY`] after the first failure *confirms* the
 //! outage: the store is unavailable until the next success. During a confirmed outage, reads fail at once. Uploads end,
 //! and start again after the outage. An outage is logged once, for all affected partitions together.
 
@@ -15,20 +15,20 @@ use crate::task::{clock, lock::Mutex};
 
 /// Time of failures without a success, after which a failed probe confirms the outage. Occasional failures are retried
 /// without a log line.
-const CONFIRM_AFTER: Duration = Duration::from_millis(300);
+const CONFIRM_DELAY: Duration = Duration::from_millis(300);
 
 /// Time of failures without a success, after which the outage is logged.
-const LOG_AFTER: Duration = Duration::from_secs(5);
+const LOG_DELAY: Duration = Duration::from_secs(5);
 
 /// Time without a response to a request after which an outage is suspected.
-pub(super) const SUSPECT_AFTER: Duration = Duration::from_secs(2);
+pub(super) const SUSPECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Time limit of a probe. With [`SUSPECT_AFTER`], the outage of a store that never responds is confirmed within 5 s.
+/// Time limit of a probe. With [`SUSPECT_TIMEOUT`], the outage of a store that never responds is confirmed within 5 s.
 pub(super) const PROBE_TIMEOUT: Duration = Duration::from_millis(2500);
 
-/// Pauses before the first probes. The third probe is sent after [`CONFIRM_AFTER`], so the outage of a store that
+/// Pauses before the first probes. The third probe is sent after [`CONFIRM_DELAY`], so the outage of a store that
 /// refuses requests is confirmed within a second.
-const FIRST_PAUSES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(250)];
+const FIRST_PROBE_DELAYS: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(250)];
 
 /// Pause before each later probe. The next probe after the end of an outage detects this end, and operations that wait
 /// for the store continue.
@@ -88,7 +88,7 @@ impl Default for OutageTracker {
 
 impl OutageTracker {
     /// Handles a request that was sent at `sent` and failed for a reason other than its content, or has had no response
-    /// for [`SUSPECT_AFTER`]. From then on, an outage is suspected; the first failure after [`LOG_AFTER`] logs it.
+    /// for [`SUSPECT_TIMEOUT`]. From then on, an outage is suspected; the first failure after [`LOG_DELAY`] logs it.
     /// Returns true for the first failure: the caller then starts the probes.
     #[must_use]
     pub(super) fn on_failure(&self, url: &str, sent: Instant, reason: &str) -> bool {
@@ -101,7 +101,7 @@ impl OutageTracker {
             probes: 0,
         });
         reason.clone_into(&mut suspected.reason);
-        if !suspected.logged && suspected.since.elapsed() >= LOG_AFTER {
+        if !suspected.logged && suspected.since.elapsed() >= LOG_DELAY {
             suspected.logged = true;
             tracing::warn!(
                 url,
@@ -113,12 +113,12 @@ impl OutageTracker {
         is_first
     }
 
-    /// Handles a failed probe. Confirms the outage if the first failed request was sent at least [`CONFIRM_AFTER`] ago.
+    /// Handles a failed probe. Confirms the outage if the first failed request was sent at least [`CONFIRM_DELAY`] ago.
     pub(super) fn on_probe_failure(&self, url: &str, sent: Instant, reason: &str) {
         // The task that sent this probe sends the next one, so the returned value is not needed.
         let _is_first = self.on_failure(url, sent, reason);
         let guard = self.suspected.lock();
-        let is_lasting = |suspected: &&SuspectedOutage| suspected.since.elapsed() >= CONFIRM_AFTER;
+        let is_lasting = |suspected: &&SuspectedOutage| suspected.since.elapsed() >= CONFIRM_DELAY;
         let Some(suspected) = guard.as_ref().filter(is_lasting) else { return };
         // The lock is held, so that a success in the meantime cannot be overwritten.
         self.confirmed.send_if_modified(|confirmed| {
@@ -148,7 +148,7 @@ impl OutageTracker {
         let mut guard = self.suspected.lock();
         let suspected = guard.as_mut()?;
         suspected.probes += 1;
-        Some(FIRST_PAUSES.get(suspected.probes - 1).copied().unwrap_or(PROBE_INTERVAL))
+        Some(FIRST_PROBE_DELAYS.get(suspected.probes - 1).copied().unwrap_or(PROBE_INTERVAL))
     }
 
     /// Returns the outage, if it was logged and has not ended.
@@ -236,7 +236,7 @@ mod tests {
         assert_eq!(tracker.next_probe(), None, "no outage is suspected");
 
         assert!(tracker.on_failure(URL, clock::monotonic(), "refused"));
-        tokio::time::advance(CONFIRM_AFTER * 3).await;
+        tokio::time::advance(CONFIRM_DELAY * 3).await;
         assert!(!tracker.on_failure(URL, clock::monotonic(), "refused"));
         assert_eq!(tracker.confirmed(), None, "requests of one kind may fail while probes succeed");
         tracker.on_reply(URL);
@@ -254,7 +254,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn outage_of_unresponsive_store_is_confirmed_in_5_s() {
         let (tracker, sent) = (OutageTracker::default(), clock::monotonic());
-        tokio::time::advance(SUSPECT_AFTER).await;
+        tokio::time::advance(SUSPECT_TIMEOUT).await;
         assert!(tracker.on_failure(URL, sent, "no response for 2 s"));
         let pause = tracker.next_probe().expect("an outage is suspected");
         tokio::time::advance(pause + PROBE_TIMEOUT).await;
@@ -266,20 +266,20 @@ mod tests {
     async fn long_outage_is_logged() {
         let tracker = OutageTracker::default();
         let _first = tracker.on_failure(URL, clock::monotonic(), "first");
-        tokio::time::advance(LOG_AFTER / 2).await;
+        tokio::time::advance(LOG_DELAY / 2).await;
         tracker.on_reply(URL);
-        tokio::time::advance(LOG_AFTER).await;
+        tokio::time::advance(LOG_DELAY).await;
         let _first = tracker.on_failure(URL, clock::monotonic(), "second");
         assert_eq!(tracker.outage(), None, "the store responded in between");
-        tokio::time::advance(LOG_AFTER).await;
+        tokio::time::advance(LOG_DELAY).await;
         tracker.on_probe_failure(URL, clock::monotonic(), "refused");
         let outage = tracker.outage().expect("every request failed for that time");
-        assert_eq!(outage, Outage { lasted: LOG_AFTER, reason: "refused".to_owned() });
-        tokio::time::advance(LOG_AFTER).await;
+        assert_eq!(outage, Outage { lasted: LOG_DELAY, reason: "refused".to_owned() });
+        tokio::time::advance(LOG_DELAY).await;
         assert_eq!(tracker.outage().expect("the outage continues").to_string(), "for 10 s: refused");
         tracker.on_reply(URL);
         assert_eq!(tracker.outage(), None);
-        let _first = tracker.on_failure(URL, clock::monotonic() - LOG_AFTER, "no response within 5 s");
+        let _first = tracker.on_failure(URL, clock::monotonic() - LOG_DELAY, "no response within 5 s");
         assert!(tracker.outage().is_some(), "one request without response is sufficient");
     }
 }

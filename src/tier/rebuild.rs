@@ -90,7 +90,7 @@ pub struct Survey {
     pub unusable: Vec<(String, String)>,
     /// Number of objects with a readable footer outside the chain: orphan objects, duplicates and objects of other
     /// records.
-    pub left_over: usize,
+    pub unused: usize,
 }
 
 impl Survey {
@@ -238,8 +238,8 @@ fn choose(state: TierState, candidates: Vec<SegmentCandidate>, unusable: Vec<(St
     };
     let chain: Vec<SegmentEntry> = chain.map(|chain| chain.entries(&chains, &candidates)).unwrap_or_default();
     let log_start = chain.first().map_or(end, |entry| entry.stamp.base).max(start);
-    let left_over = count - chain.len();
-    Survey { state, verdict, chain, log_start, missing, unusable, left_over }
+    let unused = count - chain.len();
+    Survey { state, verdict, chain, log_start, missing, unusable, unused }
 }
 
 /// A chain of segments up to the tiered end. `first` is the index of its first candidate. `next` is the index of the
@@ -433,7 +433,7 @@ mod tests {
         retried.entry.stamp.epoch = LeaderEpoch(3);
         let chain = [object(0, 100, 4, 1), again];
         let survey = choose(state(0, 200, 2000), [&chain[..], &[retried]].concat(), Vec::new());
-        assert_eq!((survey.verdict, survey.left_over), (SurveyVerdict::Committed, 1));
+        assert_eq!((survey.verdict, survey.unused), (SurveyVerdict::Committed, 1));
         let survey = choose(state(0, 200, 2000), [&chain[..], &[other]].concat(), Vec::new());
         assert_eq!(survey.verdict, SurveyVerdict::Ambiguous);
         assert_eq!(survey.chain[1].stamp.epoch, LeaderEpoch(4), "the newest epoch is proposed");
@@ -455,7 +455,7 @@ mod tests {
     #[test]
     fn object_above_committed_epoch_is_left_out() {
         let survey = choose(state(0, 100, 1000), vec![object(0, 100, 6, 1)], Vec::new());
-        assert_eq!((survey.verdict, survey.left_over), (SurveyVerdict::Incomplete, 1));
+        assert_eq!((survey.verdict, survey.unused), (SurveyVerdict::Incomplete, 1));
     }
 
     #[test]

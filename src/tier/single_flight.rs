@@ -74,7 +74,7 @@ where
         let (flights, stop) = (Arc::clone(self), tasks.clone());
         // The task would hold the future, which is large, three times.
         let load = Box::pin(load);
-        tasks.spawn("tier fetch", async move {
+        tasks.spawn("tier-fetch", async move {
             let outcome = stop.run_until_cancelled(load).await.unwrap_or_else(|| Err(TierStoreError::Stopped.into()));
             flights.remove(key, &sender);
             sender.send_replace(Some(outcome));

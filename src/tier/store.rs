@@ -17,7 +17,7 @@ use super::{
     error::{BindingError, TierStoreError},
     folder, name,
     open::{self, ObjectStoreOptions, ObjectStoreOptionsError},
-    outage::{Outage, OutageTracker, PROBE_TIMEOUT, SUSPECT_AFTER},
+    outage::{Outage, OutageTracker, PROBE_TIMEOUT, SUSPECT_TIMEOUT},
     store_binding::PrefixOwner,
 };
 use crate::{
@@ -366,8 +366,8 @@ impl TierStore {
                 let response = tokio::select! {
                     biased;
                     response = &mut response => response,
-                    () = tokio::time::sleep(SUSPECT_AFTER) => {
-                        self.suspect(sent, &format!("no response for {SUSPECT_AFTER:?}"));
+                    () = tokio::time::sleep(SUSPECT_TIMEOUT) => {
+                        self.suspect(sent, &format!("no response for {SUSPECT_TIMEOUT:?}"));
                         response.await
                     }
                 };
@@ -402,12 +402,12 @@ impl TierStore {
         }
     }
 
-    /// Reports a request that failed, or has had no response for [`SUSPECT_AFTER`], to the outage tracker. Starts the
+    /// Reports a request that failed, or has had no response for [`SUSPECT_TIMEOUT`], to the outage tracker. Starts the
     /// probes, unless they are running.
     fn suspect(&self, sent: Instant, reason: &str) {
         if self.inner.outages.on_failure(&self.inner.url, sent, reason) && !self.inner.tasks.is_cancelled() {
             let store = self.clone();
-            self.inner.tasks.spawn_until_cancelled("object store probe", async move { store.probe().await });
+            self.inner.tasks.spawn_until_cancelled("object-store-probe", async move { store.probe().await });
         }
     }
 

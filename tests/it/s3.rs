@@ -178,7 +178,7 @@ async fn serve(listener: std::net::TcpListener, shared: Arc<Shared>, tasks: Task
             continue;
         }
         let shared = Arc::clone(&shared);
-        tasks.spawn("s3 connection", async move {
+        tasks.spawn("s3-connection", async move {
             let service = service_fn(|request| respond(Arc::clone(&shared), request));
             // An error only means that a fault or the client broke the connection.
             let _broken = http1::Builder::new().serve_connection(TokioIo::new(socket), service).await;

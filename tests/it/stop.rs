@@ -44,7 +44,7 @@ async fn broker_that_cannot_write_its_checkpoint_stops() {
     fs::create_dir(&blocker).expect("a folder");
     let log = wire::log(instance.grpc());
     let tasks = Tasks::new();
-    let one_after_the_other = tasks.spawn("one after the other", {
+    let one_after_the_other = tasks.spawn("one-after-the-other", {
         let mut log = log.clone();
         async move {
             for taken in 0_u64.. {

@@ -18,7 +18,7 @@ use crate::{
     disks,
     machine::{Machine, Shared},
     meta::SimMeta,
-    net::{Net, SILENCE},
+    net::{KEEPALIVE_TIMEOUT, Net},
     run::Topology,
 };
 
@@ -248,19 +248,19 @@ pub(crate) async fn inject_on_network(shared: &Shared, names: &[String], plan: &
     }
 }
 
-/// Blocks these directions between machines for a random time. After [`SILENCE`], the connections between the two
-/// machines of each direction time out.
+/// Blocks these directions between machines for a random time. After [`KEEPALIVE_TIMEOUT`], the connections between the
+/// two machines of each direction time out.
 async fn cut_for_a_while(net: &Net, ways: &[(&String, &String)]) {
     for (from, to) in ways {
         net.cut(from, to, true);
     }
     let lasts = Duration::from_millis(random::in_range(10..8000));
-    tokio::time::sleep(lasts.min(SILENCE)).await;
-    if lasts > SILENCE {
+    tokio::time::sleep(lasts.min(KEEPALIVE_TIMEOUT)).await;
+    if lasts > KEEPALIVE_TIMEOUT {
         for (from, to) in ways {
             net.time_out_connections(from, to);
         }
-        tokio::time::sleep(lasts - SILENCE).await;
+        tokio::time::sleep(lasts - KEEPALIVE_TIMEOUT).await;
     }
     for (from, to) in ways {
         net.cut(from, to, false);

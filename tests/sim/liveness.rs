@@ -14,7 +14,7 @@ use strandline::{
 
 use crate::{
     checker::StateChecker,
-    machine::{GRACE, Machine},
+    machine::{GRACE_INTERVAL, Machine},
     manifest,
     objects::Objects,
     panics,
@@ -42,7 +42,7 @@ pub(crate) async fn wait_for_caches_and_uploads(world: &Simulation, checker: &St
 /// after the last fault, because the first may find an object too young. Panics after that time, or if a referenced
 /// object is missing.
 pub(crate) async fn wait_for_garbage_collection(world: &Simulation, checker: &StateChecker) {
-    until(3 * GRACE + COMPLETION_TIMEOUT, async || find_orphans(&world.shared.objects, checker).await).await;
+    until(3 * GRACE_INTERVAL + COMPLETION_TIMEOUT, async || find_orphans(&world.shared.objects, checker).await).await;
 }
 
 /// Waits until `wrong`, which describes an unmet condition, returns `None`. Panics with the description after `within`,

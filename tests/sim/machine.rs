@@ -29,10 +29,10 @@ use crate::{
 };
 
 /// Time since the last sync of the segments after which the next sync is due. A sync may also be made earlier.
-const SYNC_EVERY: Duration = Duration::from_millis(50);
+const SYNC_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Grace period of orphan objects. In a simulation, an upload and its commit must take less time.
-pub(crate) const GRACE: Duration = Duration::from_secs(30);
+pub(crate) const GRACE_INTERVAL: Duration = Duration::from_secs(30);
 
 /// State shared by the machines of a simulation.
 #[derive(Clone)]
@@ -79,7 +79,7 @@ impl Machine {
             .flag("cache.disk_bytes", "0")
             .flag("limits.memory_bytes", "2GiB")
             .flag("tier.check_interval", "1s")
-            .flag("tier.garbage_grace", format!("{}s", GRACE.as_secs()))
+            .flag("tier.garbage_grace", format!("{}s", GRACE_INTERVAL.as_secs()))
             .flag("metadata.session_timeout", "2s")
             .flag("replication.max_lag_time", "2s")
             .load();
@@ -152,7 +152,7 @@ impl Machine {
         let endpoints = Endpoints::new(self.address.clone()).with_peer(net::peer_address(&self.address));
         let step = |log: &DataDir| {
             let steps = steps(log.clone(), woken, Arc::clone(&self.slow_us));
-            process.enter(|| Tasks::new().spawn("log steps", steps));
+            process.enter(|| Tasks::new().spawn("log-steps", steps));
         };
         let serve_peers = |routes| self.shared.net.listen_for_peers(&self.address, routes);
         let node = Node::open(&self.config, outside, endpoints, step, serve_peers).await?;
@@ -265,7 +265,7 @@ async fn steps(log: DataDir, wake: Arc<Notify>, slow_us: Arc<AtomicU64>) {
     };
     let mut synced = clock::monotonic();
     loop {
-        let _either = tokio::time::timeout(SYNC_EVERY, wake.notified()).await;
+        let _either = tokio::time::timeout(SYNC_INTERVAL, wake.notified()).await;
         pause(800).await;
         while log.journal_step() {
             // One in twenty journal writes is slow.
@@ -273,7 +273,7 @@ async fn steps(log: DataDir, wake: Arc<Notify>, slow_us: Arc<AtomicU64>) {
             pause(most).await;
         }
         // Synced at random times too, because appends that are too large for the journal wait for this sync.
-        if random::in_range(0..4) == 0 || clock::monotonic() - synced > SYNC_EVERY {
+        if random::in_range(0..4) == 0 || clock::monotonic() - synced > SYNC_INTERVAL {
             log.sync_step();
             synced = clock::monotonic();
         }

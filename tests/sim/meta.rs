@@ -130,7 +130,7 @@ impl MetaStore for SimMeta {
                 0 => return Err(MetaStoreError::unknown("the request was lost")),
                 1 => {
                     let (store, late) = (self.store.clone(), Duration::from_micros(random::in_range(0..MAX_LATE_US)));
-                    self.late.spawn("late transaction", async move {
+                    self.late.spawn("late-transaction", async move {
                         tokio::time::sleep(late).await;
                         drop(store.transact(transaction).await);
                     });

@@ -34,7 +34,7 @@ const MAX_RESUME_DELAY_US: u64 = 5000;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Time without a frame after which a peer closes the connection: the keep-alive interval plus the keep-alive timeout.
-pub(crate) const SILENCE: Duration = Duration::from_secs(4);
+pub(crate) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// All links and listeners. Clones share them.
 #[derive(Clone, Default)]

@@ -137,7 +137,7 @@ async fn run_cluster(world: &mut Simulation, shape: Topology) {
     let clients = [
         tasks.spawn("producer", load.clone().produce(0)),
         tasks.spawn("producer", load.clone().produce(1)),
-        tasks.spawn("plain producer", load.clone().produce_without_idempotence(2)),
+        tasks.spawn("plain-producer", load.clone().produce_without_idempotence(2)),
         tasks.spawn("reader", load.clone().read(alone)),
     ];
     let operator = operated.then(|| tasks.spawn("operator", operator.run()));

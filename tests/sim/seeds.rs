@@ -28,7 +28,7 @@ use crate::{
 const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Maximum real time of a run, which normally takes a fraction of a second. A longer run counts as endless.
-const ENDLESS: Duration = Duration::from_secs(600);
+const RUN_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Number of seeds if `STRANDLINE_SEEDS` and `STRANDLINE_SIM_SECONDS` are not set.
 const SEEDS: u64 = 20;
@@ -139,7 +139,7 @@ fn run_one(shape: Topology, seed: u64) -> bool {
 }
 
 /// Prints progress and slow seeds at intervals, while `is_running` holds. Exits the process if a run takes longer than
-/// [`ENDLESS`], because its thread cannot be ended.
+/// [`RUN_TIMEOUT`], because its thread cannot be ended.
 fn report_progress(
     shape: Topology,
     progress: &Mutex<SeedProgress>,
@@ -155,7 +155,7 @@ fn report_progress(
         println!("{}", now.summary(shape, began));
         for (seed, since) in now.running.iter().filter(|(_, since)| since.elapsed() >= REPORT_INTERVAL) {
             println!("sim: seed {seed} of {shape} is still running after {}", Time(since.elapsed()));
-            if since.elapsed() >= ENDLESS {
+            if since.elapsed() >= RUN_TIMEOUT {
                 println!(
                     "     this is a failure: make sim SEED={seed} SEEDS=1 ONLY={} TRACE=live shows the events",
                     shape.test()

@@ -120,7 +120,7 @@ fn response(survey: Survey, lost: String, plan: String, committed: bool) -> v1::
         bytes: survey.bytes(),
         obstacle: survey.obstacle().unwrap_or_default(),
         missing: survey.missing.iter().map(range).collect(),
-        unused: u32::try_from(survey.left_over).unwrap_or(u32::MAX),
+        unused: u32::try_from(survey.unused).unwrap_or(u32::MAX),
         unusable: survey.unusable.into_iter().map(|(_, reason)| reason).collect(),
         plan,
         committed,

@@ -21,10 +21,10 @@ const COLLECTION_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// Time for which a tombstone is kept after the last data of its topic was found to be deleted. A broker that was
 /// offline for longer finds no tombstone, and keeps its files of the topic.
-const TOMBSTONE_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
+const TOMBSTONE_EXPIRY_DELAY: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Age at which an unfinished multipart upload counts as abandoned. It exceeds the duration of any segment upload.
-const ABANDONED_UPLOAD_AGE: Duration = Duration::from_secs(24 * 3600);
+const ABANDONED_UPLOAD_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
 /// Returns the interval between two runs, which depends on the grace period of orphan objects.
 fn interval(grace: Duration) -> Duration {
@@ -95,10 +95,10 @@ impl GarbageRun {
         }
     }
 
-    /// Aborts multipart uploads older than [`ABANDONED_UPLOAD_AGE`], which a killed broker did not complete.
+    /// Aborts multipart uploads older than [`ABANDONED_UPLOAD_TIMEOUT`], which a killed broker did not complete.
     async fn abort_uploads(&mut self, tier: &TierHandle, now_ms: i64) {
         // The future is boxed, because the futures of the S3 library are large.
-        let aborted = Box::pin(abort_abandoned_uploads(&tier.store, ABANDONED_UPLOAD_AGE, now_ms)).await;
+        let aborted = Box::pin(abort_abandoned_uploads(&tier.store, ABANDONED_UPLOAD_TIMEOUT, now_ms)).await;
         match aborted {
             Ok(report) => {
                 self.failed_listings.recover();
@@ -149,7 +149,7 @@ impl GarbageRun {
         }
     }
 
-    /// Deletes the tombstones of topics of which no data has remained for [`TOMBSTONE_RETENTION`]: no objects, no
+    /// Deletes the tombstones of topics of which no data has remained for [`TOMBSTONE_EXPIRY_DELAY`]: no objects, no
     /// metadata keys, and no partitions on this broker. Stores in each other tombstone the time since which no data
     /// remains, or clears that time. Without an object store this function is not called, because a store that contains
     /// data may be configured again.
@@ -163,7 +163,7 @@ impl GarbageRun {
         with_data.extend(self.ctx.log.partitions().iter().map(|id| id.topic));
         for tombstone in tombstones {
             let has_data = with_data.contains(&tombstone.id);
-            if self.topics.expire(&tombstone, has_data, clock::wall_ms(), TOMBSTONE_RETENTION).await? {
+            if self.topics.expire(&tombstone, has_data, clock::wall_ms(), TOMBSTONE_EXPIRY_DELAY).await? {
                 tracing::info!(topic = %tombstone.id, "deleted the tombstone of a topic without remaining data");
             }
         }

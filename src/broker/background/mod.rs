@@ -77,7 +77,7 @@ impl Background {
             tasks.spawn_until_cancelled("lease-monitor", async move { lease.run().await });
         }
         let producer_ids = Arc::clone(&self.producer_ids);
-        tasks.spawn_until_cancelled("producer ids", async move { producer_ids.keep_filled().await });
+        tasks.spawn_until_cancelled("producer-ids", async move { producer_ids.keep_filled().await });
     }
 
     /// Starts the tasks that may run only after the roles are assigned: maintenance, garbage collection, the check

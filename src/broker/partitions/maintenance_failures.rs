@@ -24,11 +24,11 @@ const FAILURES_BEFORE_REPORT: u32 = 3;
 
 /// Time without a successful upload of any partition after which the status reports the failing uploads, even if no
 /// partition has failed [`FAILURES_BEFORE_REPORT`] times.
-const UPLOADS_IMPAIRED_AFTER: Duration = Duration::from_secs(30);
+const UPLOAD_REPORT_DELAY: Duration = Duration::from_secs(30);
 
 /// Partitions whose last maintenance steps failed. `Display` writes the status: the number of reported partitions, and
 /// the one that has failed for longest with its error. If no partition is reported, `Display` writes the error of the
-/// uploads once they have failed for [`UPLOADS_IMPAIRED_AFTER`], or nothing.
+/// uploads once they have failed for [`UPLOAD_REPORT_DELAY`], or nothing.
 #[derive(Default)]
 pub(in crate::broker) struct MaintenanceFailures {
     partitions: Mutex<BTreeMap<PartitionId, FailingPartition>>,
@@ -200,7 +200,7 @@ impl fmt::Display for MaintenanceFailures {
         let Some((number, longest, reason)) = reported().min_by_key(|(_, failing, _)| failing.since) else {
             // With many partitions, it takes long until the first of them has failed `FAILURES_BEFORE_REPORT` times.
             return match self.failing_uploads(&failing) {
-                Some((since, reason)) if since.elapsed() >= UPLOADS_IMPAIRED_AFTER => {
+                Some((since, reason)) if since.elapsed() >= UPLOAD_REPORT_DELAY => {
                     write!(f, "no upload has succeeded for {} s: {reason}", since.elapsed().as_secs())
                 }
                 _ => Ok(()),
@@ -249,7 +249,7 @@ mod tests {
         failures.on_upload(Err(&error));
         assert!(failures.why_not_uploaded(other).expect("the partition waits for the failing one").contains("quota"));
         assert_eq!(failures.to_string(), "", "a short failure is not shown");
-        tokio::time::advance(UPLOADS_IMPAIRED_AFTER).await;
+        tokio::time::advance(UPLOAD_REPORT_DELAY).await;
         failures.on_upload(Err(&error));
         assert!(failures.to_string().starts_with("no upload has succeeded for 30 s: "), "{failures}");
         // The topic was deleted.

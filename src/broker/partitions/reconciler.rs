@@ -467,7 +467,7 @@ impl Reconciler {
                 );
             }
         };
-        self.ctx.tasks.spawn_until_cancelled("topic record", write);
+        self.ctx.tasks.spawn_until_cancelled("topic-record", write);
     }
 
     /// Removes a topic that the metadata no longer contains from the table, and closes its partitions. Deletes their

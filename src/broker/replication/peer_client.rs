@@ -250,31 +250,31 @@ mod tests {
     use super::*;
     use crate::{client::TcpConnector, proto::error::ErrorCode};
 
-    const WAIT: Duration = Duration::from_secs(5);
+    const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 
     #[tokio::test]
     async fn refused_port_differs_from_unresponsive_port() {
-        let peers = PeerClient::new(Arc::new(TcpConnector::new(WAIT)), WAIT);
+        let peers = PeerClient::new(Arc::new(TcpConnector::new(RESPONSE_TIMEOUT)), RESPONSE_TIMEOUT);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let short = Duration::from_millis(50);
         let timed_out = peers.get_identity(&address, short).await.unwrap_err();
         assert!(matches!(&timed_out, PeerError::Lost { reason: DisconnectReason::TimedOut, .. }), "{timed_out:?}");
         drop(listener);
-        let refused = peers.get_identity(&address, WAIT).await.unwrap_err();
+        let refused = peers.get_identity(&address, RESPONSE_TIMEOUT).await.unwrap_err();
         assert!(matches!(&refused, PeerError::Lost { reason: DisconnectReason::Refused, .. }), "{refused:?}");
         assert_eq!(refused.to_string(), format!("{address}: connection refused"));
         let refused = peers.replicate(&address, v1::Hello::default()).await.unwrap_err();
         assert!(matches!(&refused, PeerError::Lost { reason: DisconnectReason::Refused, .. }), "{refused:?}");
-        assert!(matches!(peers.broker_stats("no port:x", WAIT).await, Err(PeerError::Address(_))));
+        assert!(matches!(peers.broker_stats("no port:x", RESPONSE_TIMEOUT).await, Err(PeerError::Address(_))));
     }
 
     #[tokio::test]
     async fn process_exit_during_call_is_no_timeout() {
-        let peers = PeerClient::new(Arc::new(TcpConnector::new(WAIT)), WAIT);
+        let peers = PeerClient::new(Arc::new(TcpConnector::new(RESPONSE_TIMEOUT)), RESPONSE_TIMEOUT);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let (result, ()) = tokio::join!(peers.get_identity(&address, WAIT), async {
+        let (result, ()) = tokio::join!(peers.get_identity(&address, RESPONSE_TIMEOUT), async {
             let (stream, _) = listener.accept().await.unwrap();
             stream.readable().await.unwrap();
             drop((listener, stream));

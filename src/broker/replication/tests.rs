@@ -34,7 +34,7 @@ use crate::{
     telemetry::PeerCounters,
 };
 
-const WAIT: Duration = Duration::from_secs(20);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// One of the two brokers: the parts that replication needs.
 struct Node {
@@ -89,7 +89,7 @@ impl Node {
         let verifier = Arc::new(ClaimVerifier::new(Arc::new(store.clone()), keys.clone()));
         let lost_links = Arc::new(LinkLossRecorder(recorder));
         let peer_table = PeerTable::new(id, "test".to_owned(), Arc::clone(&partitions), lost_links, verifier);
-        let peers = PeerClient::new(Arc::new(TcpConnector::between_brokers(WAIT)), links::CONNECT_TIMEOUT);
+        let peers = PeerClient::new(Arc::new(TcpConnector::between_brokers(RESPONSE_TIMEOUT)), links::CONNECT_TIMEOUT);
         let received = PeerCounters::default();
         let links = LinkManager::new(Arc::clone(&peer_table), peers.clone(), received, tasks.clone());
         peer_table.set_own_epoch(Some(epoch_of(id)));
@@ -182,7 +182,8 @@ async fn append(partition: &Partition, value: &[u8]) -> tokio::sync::oneshot::Re
 }
 
 async fn acked(response: tokio::sync::oneshot::Receiver<AppendResult>) {
-    tokio::time::timeout(WAIT, response).await.expect("in time").expect("a response").expect("an acknowledgement");
+    let response = tokio::time::timeout(RESPONSE_TIMEOUT, response).await.expect("in time");
+    response.expect("a response").expect("an acknowledgement");
 }
 
 /// Starts two brokers, each with the other in its peer table and with replicas of this number of partitions. The first
@@ -272,7 +273,7 @@ async fn invalid_hello_is_rejected_with_reason() {
         (v1::Hello { target_broker: 5, ..good.clone() }, "this is broker 1, not broker 5"),
         (v1::Hello { version: 2, ..good.clone() }, "version 2"),
     ];
-    let peers = PeerClient::new(Arc::new(TcpConnector::between_brokers(WAIT)), WAIT);
+    let peers = PeerClient::new(Arc::new(TcpConnector::between_brokers(RESPONSE_TIMEOUT)), RESPONSE_TIMEOUT);
     for (hello, expected) in hellos {
         let mut stream = peers.replicate(&one.address, hello).await.unwrap();
         let status = stream.receiver.message().await.expect_err(expected);
@@ -336,12 +337,12 @@ async fn broken_link_is_reported_and_reopened() {
     // A broker whose lease is lost reports no broker epoch, but its link continues.
     two.peer_table.set_own_epoch(None);
     acked(append(&one.partition(0), b"third").await).await;
-    let identity = one.peers.get_identity(&two.address, WAIT).await.unwrap();
+    let identity = one.peers.get_identity(&two.address, RESPONSE_TIMEOUT).await.unwrap();
     assert_eq!(identity.broker_epoch, None);
     // The stop of broker 2 closes its connections, as an exit of its process does.
     two.stop().await;
     drop(two);
-    let lost = tokio::time::timeout(WAIT, async {
+    let lost = tokio::time::timeout(RESPONSE_TIMEOUT, async {
         loop {
             let (broker, epoch, reason) = one.lost.recv().await.unwrap();
             if epoch == Revision(21) {
@@ -364,7 +365,7 @@ async fn exited_leader_process_is_reported_at_once() {
     let (one, mut two) = pair(1).await;
     acked(append(&one.partition(0), b"first").await).await;
     one.stop().await;
-    let lost = tokio::time::timeout(WAIT, async {
+    let lost = tokio::time::timeout(RESPONSE_TIMEOUT, async {
         let mut seen = Vec::new();
         while !seen.contains(&DisconnectReason::Refused) {
             let (broker, epoch, reason) = two.lost.recv().await.unwrap();
@@ -399,13 +400,13 @@ async fn peer_requests_are_served() {
     let offline = OfflineReplica::OpenFailed { reason: "the log is corrupt".into(), since: LeaderEpoch(1) };
     two.partitions.set(id_of(1), HostedPartition::Offline(offline));
     let peers = one.peers.clone();
-    let identity = peers.get_identity(&two.address, WAIT).await.unwrap();
+    let identity = peers.get_identity(&two.address, RESPONSE_TIMEOUT).await.unwrap();
     assert_eq!((identity.cluster.as_str(), identity.broker_id, identity.broker_epoch), ("test", 2, Some(20)));
     assert_eq!(identity.incarnation, "process 2");
     let name = |partition| v1::TopicIdPartition { topic_id: id_of(0).topic.to_string(), partition };
     let nonsense = v1::TopicIdPartition { topic_id: "nonsense".to_owned(), partition: 0 };
     let request = v1::DescribeReplicasRequest { replicas: vec![name(0), name(1), name(-1), nonsense] };
-    let watermarks = peers.describe_replicas(&two.address, request, WAIT).await.unwrap().replicas;
+    let watermarks = peers.describe_replicas(&two.address, request, RESPONSE_TIMEOUT).await.unwrap().replicas;
     assert_eq!(watermarks.iter().map(|replica| replica.exists).collect::<Vec<_>>(), [true, false, false, false]);
     assert_eq!(
         watermarks.iter().map(|replica| &*replica.failed).collect::<Vec<_>>(),
@@ -413,7 +414,7 @@ async fn peer_requests_are_served() {
     );
     let here = &watermarks[0];
     assert_eq!((here.is_leader, here.leader_epoch, here.log_end, here.last_epoch), (false, 1, 1, Some(1)));
-    assert_eq!(peers.broker_stats(&two.address, WAIT).await.unwrap().leader_count, 5);
+    assert_eq!(peers.broker_stats(&two.address, RESPONSE_TIMEOUT).await.unwrap().leader_count, 5);
     let report = |cluster: &str, broker| v1::ReportFailureRequest {
         cluster: cluster.to_owned(),
         reporter: 1,
@@ -421,9 +422,9 @@ async fn peer_requests_are_served() {
         broker_epoch: 3,
         observation: "refused".to_owned(),
     };
-    assert!(peers.report_failure(&two.address, report("test", 9), WAIT).await.unwrap().revoked);
-    assert!(!peers.report_failure(&two.address, report("test", 8), WAIT).await.unwrap().revoked);
-    let refused = peers.report_failure(&two.address, report("other", 9), WAIT).await;
+    assert!(peers.report_failure(&two.address, report("test", 9), RESPONSE_TIMEOUT).await.unwrap().revoked);
+    assert!(!peers.report_failure(&two.address, report("test", 8), RESPONSE_TIMEOUT).await.unwrap().revoked);
+    let refused = peers.report_failure(&two.address, report("other", 9), RESPONSE_TIMEOUT).await;
     assert!(matches!(refused, Err(PeerError::Refused(_))), "{refused:?}");
     one.stop().await;
     two.stop().await;

@@ -83,7 +83,7 @@ pub(super) async fn run(common: &CommonArgs, command: BenchConsumeArgs) -> anyho
             consumer.assign_at(&command.topic, *partition, *from).await?;
         }
         let bounded = command.records.is_none();
-        handles.push(tasks.spawn("bench reader", read(consumer, share, bounded, remaining.clone())));
+        handles.push(tasks.spawn("bench-reader", read(consumer, share, bounded, remaining.clone())));
     }
     let mut stats = BenchStats::default();
     let mut last_read = start;

@@ -18,14 +18,14 @@ use crate::task::{clock, random};
 const FILE_BYTES: usize = 256 << 20;
 
 /// Duration of the timed writes.
-const MEASURE_TIME: Duration = Duration::from_secs(3);
+const MEASUREMENT_INTERVAL: Duration = Duration::from_secs(3);
 
 /// Alignment in bytes that direct I/O needs for memory and sizes.
 const ALIGNMENT: usize = 4096;
 
 /// Measures writes of `write_bytes` bytes, rounded up to `ALIGNMENT` and at most `FILE_BYTES`, to a file in `folder`
-/// for `MEASURE_TIME`, with a sync after each. Returns the figures as the JSON that the command prints. The measured
-/// writes overwrite blocks that exist. Blocks the thread, and removes the file at the end.
+/// for `MEASUREMENT_INTERVAL`, with a sync after each. Returns the figures as the JSON that the command prints. The
+/// measured writes overwrite blocks that exist. Blocks the thread, and removes the file at the end.
 pub(super) fn measure(folder: &Path, write_bytes: usize) -> io::Result<Value> {
     let write_bytes = write_bytes.max(1).next_multiple_of(ALIGNMENT).min(FILE_BYTES);
     let path = folder.join(format!(".strandline-bench-{}", std::process::id()));
@@ -55,8 +55,8 @@ fn create_file(path: &Path) -> io::Result<()> {
     file.sync_all()
 }
 
-/// Writes and syncs random bytes for `MEASURE_TIME`. Returns whether the writes used direct I/O, their latencies, and
-/// the elapsed time.
+/// Writes and syncs random bytes for `MEASUREMENT_INTERVAL`. Returns whether the writes used direct I/O, their
+/// latencies, and the elapsed time.
 fn write_synced(path: &Path, write_bytes: usize) -> io::Result<(bool, BenchStats, Duration)> {
     let (file, direct) = open(path)?;
     let mut memory = vec![0; write_bytes + ALIGNMENT];
@@ -66,7 +66,7 @@ fn write_synced(path: &Path, write_bytes: usize) -> io::Result<(bool, BenchStats
     let mut stats = BenchStats::default();
     let start = clock::monotonic();
     let mut position = 0;
-    while start.elapsed() < MEASURE_TIME {
+    while start.elapsed() < MEASUREMENT_INTERVAL {
         let before = clock::monotonic();
         file.write_all_at(bytes, to_u64(position))?;
         file.sync_data()?;

@@ -76,7 +76,7 @@ pub(super) async fn run(common: &CommonArgs, command: BenchLatencyArgs) -> anyho
     let bar = output::progress(None, "{spinner} {elapsed} sending and reading");
     bar.enable_steady_tick(Duration::from_millis(200));
     let (total_sender, total) = watch::channel(None);
-    let reader = tasks.spawn("bench reader", read(consumer, run_id, start, total));
+    let reader = tasks.spawn("bench-reader", read(consumer, run_id, start, total));
     let pace = OpenLoop::new(
         start,
         Some(command.rate * 1e6),

@@ -124,13 +124,13 @@ pub(super) async fn run(common: &CommonArgs, command: BenchProduceArgs) -> anyho
     for (number, producer, payloads) in producers {
         let (out, deliveries) = mpsc::channel(1024);
         let sender = BenchSender::new(&command, number, used, start, (producer, payloads), out);
-        handles.push(tasks.spawn("bench acks", collect(deliveries, u64::from(command.record_size))));
+        handles.push(tasks.spawn("bench-acks", collect(deliveries, u64::from(command.record_size))));
         let runtime = tokio::runtime::Handle::current();
         // Records with fixed due times need a thread that sleeps precisely. Other senders run on the runtime.
         if command.rate.is_some() {
             tasks.spawn_blocking(move || runtime.block_on(Box::pin(sender.run())));
         } else {
-            tasks.spawn("bench sender", sender.run());
+            tasks.spawn("bench-sender", sender.run());
         }
     }
     let mut stats = BenchStats::default();

@@ -71,8 +71,8 @@ fn format_consequences(topic: &str, number: u32, survey: &ManifestRebuild) -> St
     let missing = survey.missing.iter().map(|range| format!("no object covers {}..{}", range.start, range.end));
     lines.extend(missing);
     lines.extend(survey.unusable.iter().cloned());
-    if survey.left_over > 0 {
-        lines.push(format!("{} not used", output::count(survey.left_over.into(), "other object")));
+    if survey.unused > 0 {
+        lines.push(format!("{} not used", output::count(survey.unused.into(), "other object")));
     }
     match &survey.obstacle {
         None => lines.push("the remaining segments are the committed ones".to_owned()),
@@ -103,6 +103,6 @@ fn survey_json(topic: &str, number: u32, survey: &ManifestRebuild) -> Value {
         "obstacle": survey.obstacle,
         "missing": missing.collect::<Vec<_>>(),
         "unusable": survey.unusable,
-        "unused": survey.left_over,
+        "unused": survey.unused,
     })
 }

@@ -27,7 +27,7 @@ pub struct ManifestRebuild {
     /// Errors of the objects that cannot be used. Each text names its object.
     pub unusable: Vec<String>,
     /// Number of usable segment objects that the rebuild leaves out.
-    pub left_over: u32,
+    pub unused: u32,
     /// Identifier of this survey's result, which [`Admin::rebuild_manifest`] repeats.
     pub plan: String,
     /// True if the manifest was rebuilt.
@@ -78,7 +78,7 @@ impl Admin {
             obstacle: Some(response.obstacle).filter(|obstacle| !obstacle.is_empty()),
             missing: response.missing.into_iter().map(range).collect::<Result<_, _>>()?,
             unusable: response.unusable,
-            left_over: response.unused,
+            unused: response.unused,
             plan: response.plan,
             committed: response.committed,
         })

@@ -19,7 +19,7 @@ use super::{
         retry_status::RetryReporter,
     },
     ConsumerEvent, ConsumerOptions, OffsetResetPolicy, QueuedEvent,
-    fetch_state::{self, FetchProblem, FetchStates, InvalidResponse, PartitionFetchState, STREAM_STABLE_AFTER},
+    fetch_state::{self, FetchProblem, FetchStates, InvalidResponse, PartitionFetchState, STREAM_STABLE_DELAY},
     streams::{FetchStreams, StreamEvent},
 };
 use crate::{
@@ -269,7 +269,7 @@ impl ConsumerDriver {
     }
 
     /// Handles the broker's acceptance of a stream. If a partition of the stream has a problem, schedules the check
-    /// after `STREAM_STABLE_AFTER`, which clears problems with the leader if the stream is then still open.
+    /// after `STREAM_STABLE_DELAY`, which clears problems with the leader if the stream is then still open.
     fn on_opened(&mut self, number: u64) {
         let now = clock::monotonic();
         let mut has_problem = false;
@@ -278,7 +278,7 @@ impl ConsumerDriver {
             has_problem |= state.problem.is_some();
         }
         if has_problem {
-            self.schedule_assignment(now + STREAM_STABLE_AFTER);
+            self.schedule_assignment(now + STREAM_STABLE_DELAY);
         }
     }
 
@@ -473,7 +473,7 @@ impl ConsumerDriver {
         let pause = self.metadata_backoff.as_mut().map_or(Duration::ZERO, Backoff::next_pause);
         let topics: Vec<Arc<str>> = self.partitions.topics().cloned().collect();
         let expired = self.streams.expired_brokers();
-        self.tasks.spawn("consumer metadata", async move {
+        self.tasks.spawn("consumer-metadata", async move {
             let names: Vec<&str> = topics.iter().map(|name| &**name).collect();
             let refresh = async {
                 tokio::time::sleep(pause).await;
@@ -584,7 +584,7 @@ impl ConsumerDriver {
         outdated.into_iter().for_each(|stream| self.drop_stream(stream));
     }
 
-    /// Clears problems with leaders whose streams have been open for `STREAM_STABLE_AFTER`. Returns the time at which
+    /// Clears problems with leaders whose streams have been open for `STREAM_STABLE_DELAY`. Returns the time at which
     /// the next problem can be cleared.
     fn clear_stable_problems(&mut self, now: Instant) -> Option<Instant> {
         let mut next_check = None;

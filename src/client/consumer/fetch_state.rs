@@ -15,12 +15,12 @@ use crate::{
 
 /// Time for which a stream must be open before a problem with the leader is cleared. At the end of a log no record
 /// arrives that would clear the problem earlier.
-pub(super) const STREAM_STABLE_AFTER: Duration = Duration::from_secs(2);
+pub(super) const STREAM_STABLE_DELAY: Duration = Duration::from_secs(2);
 
 /// Problem that blocks a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FetchProblem {
-    /// No leader of the partition is known or can be reached. Cleared when a stream was open for `STREAM_STABLE_AFTER`,
+    /// No leader of the partition is known or can be reached. Cleared when a stream was open for `STREAM_STABLE_DELAY`,
     /// or when records arrive.
     Leader,
     /// The records cannot be read. Cleared when records arrive.
@@ -128,7 +128,7 @@ impl PartitionFetchState {
     /// problem or without an open stream.
     pub(super) fn stable_at(&self) -> Option<Instant> {
         let open_since = self.open_since.filter(|_| self.problem == Some(FetchProblem::Leader))?;
-        Some(open_since + STREAM_STABLE_AFTER)
+        Some(open_since + STREAM_STABLE_DELAY)
     }
 }
 

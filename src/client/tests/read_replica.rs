@@ -64,7 +64,7 @@ async fn follower_error_moves_the_read_to_the_leader() {
 /// reports an expired lease, so the consumer requests metadata from the leader, which has removed the follower from the
 /// ISR, and continues at the leader.
 #[tokio::test]
-async fn follower_with_expired_lease_is_left_when_it_is_out_of_the_isr() {
+async fn follower_with_expired_lease_is_left_after_isr_removal() {
     let (leader, follower, client) = pair(10, 5).await;
     let out_of_isr = async {
         wait_until("the consumer has read all records of the follower", || follower.state().fetches == 5).await;

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Session timeout of the brokers, and unit of the waits in the tests.
-const TIME: Duration = Duration::from_secs(9);
+const SESSION_TIMEOUT: Duration = Duration::from_secs(9);
 
 struct World {
     store: EmbeddedStore,
@@ -62,7 +62,7 @@ impl World {
             keys,
             id,
             value: value(number),
-            session_timeout: TIME,
+            session_timeout: SESSION_TIMEOUT,
         };
         let tasks = self.tasks.child();
         let session = registration.register(None, &self.metadata, &tasks).await.unwrap();
@@ -95,8 +95,8 @@ impl World {
     async fn wait_until(&self, holds: impl Fn(&MetadataSnapshot) -> bool) -> Duration {
         let started = clock::monotonic();
         let mut states = self.metadata.watch();
-        let satisfied = tokio::time::timeout(TIME * 4, states.wait_for(|state| holds(state))).await;
-        assert!(satisfied.is_ok(), "not satisfied after {:?}: {:?}", TIME * 4, self.metadata.state());
+        let satisfied = tokio::time::timeout(SESSION_TIMEOUT * 4, states.wait_for(|state| holds(state))).await;
+        assert!(satisfied.is_ok(), "not satisfied after {:?}: {:?}", SESSION_TIMEOUT * 4, self.metadata.state());
         started.elapsed()
     }
 }
@@ -125,7 +125,7 @@ async fn first_broker_is_controller_until_it_stops() {
     world.wait_until(|state| state.controller() == Some(BrokerId(1)) && leader(state) == Some(BrokerId(1))).await;
     let second = world.start_broker(2).await;
     let third = world.start_broker(3).await;
-    tokio::time::sleep(TIME).await;
+    tokio::time::sleep(SESSION_TIMEOUT).await;
     assert_eq!(world.metadata.state().controller(), Some(BrokerId(1)), "the key stays with its holder");
     first.leave().await;
     let elapsed = world
@@ -148,9 +148,10 @@ async fn lost_campaign_waits_for_the_metadata_cache() {
     let stale = MetadataCache::start(Arc::new(EmbeddedStore::in_memory()), world.keys.clone(), &tasks);
     let before = world.link.transaction_count();
     let second = world.start_broker_with(2, stale).await;
-    tokio::time::sleep(TIME).await;
+    tokio::time::sleep(SESSION_TIMEOUT).await;
     let transactions = u64::try_from(world.link.transaction_count() - before).unwrap();
-    assert!((1..=TIME.as_secs() + 2).contains(&transactions), "{transactions} transactions in {TIME:?}");
+    let expected = 1..=SESSION_TIMEOUT.as_secs() + 2;
+    assert!(expected.contains(&transactions), "{transactions} transactions in {SESSION_TIMEOUT:?}");
     first.leave().await;
     second.leave().await;
     tasks.stop().await;
@@ -178,7 +179,7 @@ async fn deposed_controller_changes_nothing() {
     let node = world.start_broker(1).await;
     world.wait_until(|state| leader(state) == Some(BrokerId(1))).await;
     let other_controller = ControllerValue { broker: BrokerId(9) };
-    let lease = world.store.grant(10 * TIME).await.unwrap();
+    let lease = world.store.grant(10 * SESSION_TIMEOUT).await.unwrap();
     let takeover = Transaction::new().put_leased(world.keys.controller(), other_controller.encode(), lease);
     world.delete(world.keys.controller()).await;
     world.store.transact(takeover).await.unwrap();
@@ -186,7 +187,7 @@ async fn deposed_controller_changes_nothing() {
     let entry = world.store.get(&key).await.unwrap().entry.unwrap();
     let leaderless = PartitionValue::decode(&key, &entry.value).unwrap().leaderless();
     world.store.transact(Transaction::new().put(key.as_str(), leaderless.encode())).await.unwrap();
-    tokio::time::sleep(TIME).await;
+    tokio::time::sleep(SESSION_TIMEOUT).await;
     assert_eq!(leader(&world.metadata.state()), None, "only the new controller may elect");
     world.delete(world.keys.controller()).await;
     world.wait_until(|state| leader(state) == Some(BrokerId(1))).await;
@@ -245,8 +246,8 @@ async fn presence_is_counted_per_incarnation_from_first_sight() {
     // Broker 1 is online in even steps, and offline in odd ones.
     let observe_step = async |presence: &mut BrokerPresence, step: u32| {
         world.wait_until(|state| state.brokers().contains_key(&broker) == step.is_multiple_of(2)).await;
-        presence.observe(&world.metadata.state(), now + TIME * step);
-        presence.durations_ms(now + TIME * (step + 1))
+        presence.observe(&world.metadata.state(), now + SESSION_TIMEOUT * step);
+        presence.durations_ms(now + SESSION_TIMEOUT * (step + 1))
     };
     let time_ms = 9_000;
     for step in [0, 2] {

@@ -215,7 +215,7 @@ impl EmbeddedStore {
     /// lease expires.
     pub fn spawn_lease_expiry(&self, tasks: &Tasks) {
         let (store, stop) = (self.clone(), tasks.clone());
-        tasks.spawn("metadata leases", async move {
+        tasks.spawn("metadata-leases", async move {
             while stop.sleep_until_cancelled(LEASE_CHECK_INTERVAL).await.is_some() {
                 if let Err(error) = store.expire_leases(clock::monotonic()).await {
                     tracing::error!(%error, "expired leases could not be ended");

@@ -6,7 +6,7 @@ use crate::cluster::{
     faulty::{Fault, FaultyStore},
 };
 
-const TIME: Duration = Duration::from_secs(9);
+const SESSION_TIMEOUT: Duration = Duration::from_secs(9);
 const KEY: &str = "/strandline/test/brokers/1";
 
 /// An in-memory store with a metadata cache of the cluster `test`.
@@ -30,7 +30,13 @@ impl TestCluster {
             ..BrokerValue::running_at(format!("{process}:1"))
         };
         let keys = Keys::new("test").expect("valid");
-        RegistrationRequest { store: Arc::new(self.store.clone()), keys, id: BrokerId(1), value, session_timeout: TIME }
+        RegistrationRequest {
+            store: Arc::new(self.store.clone()),
+            keys,
+            id: BrokerId(1),
+            value,
+            session_timeout: SESSION_TIMEOUT,
+        }
     }
 
     async fn register(&self, directory: &str, process: &str) -> Result<Session, RegisterError> {
@@ -50,7 +56,7 @@ impl TestCluster {
     }
 
     async fn expire_lease(&self) {
-        self.store.expire_leases(clock::monotonic() + TIME * 2).await.expect("the store responds");
+        self.store.expire_leases(clock::monotonic() + SESSION_TIMEOUT * 2).await.expect("the store responds");
         assert_eq!(self.registered_revision().await, None);
     }
 }
@@ -69,8 +75,8 @@ async fn broker_stays_registered_until_session_ends() {
     let cluster = TestCluster::new();
     let session = cluster.register("d", "p").await.expect("registered");
     for _ in 0..20 {
-        tokio::time::sleep(TIME / 2).await;
-        assert!(session.lease_remaining() > TIME / 3, "{:?}", session.lease_remaining());
+        tokio::time::sleep(SESSION_TIMEOUT / 2).await;
+        assert!(session.lease_remaining() > SESSION_TIMEOUT / 3, "{:?}", session.lease_remaining());
         cluster.store.expire_leases(clock::monotonic()).await.expect("the store responds");
     }
     assert_eq!(cluster.registered_revision().await, session.epoch());
@@ -133,10 +139,10 @@ async fn id_of_other_directory_is_awaited_for_lease_duration() {
     let started = clock::monotonic();
     let error = cluster.register("another", "q").await.expect_err("the first broker renews its lease");
     assert_eq!(error, RegisterError::Taken { id: BrokerId(1), address: "p:1".to_owned() });
-    assert!(started.elapsed() > TIME);
+    assert!(started.elapsed() > SESSION_TIMEOUT);
     let waiting = cluster.register("another", "q");
     let (second, ()) = tokio::join!(waiting, async {
-        tokio::time::sleep(TIME / 2).await;
+        tokio::time::sleep(SESSION_TIMEOUT / 2).await;
         first.leave().await;
     });
     assert_eq!(cluster.registered_revision().await, second.expect("the other process has exited").epoch());
@@ -148,15 +154,15 @@ async fn id_of_other_directory_is_awaited_for_lease_duration() {
 #[tokio::test(start_paused = true)]
 async fn registration_of_unknown_format_is_awaited_and_kept() {
     let cluster = TestCluster::new();
-    let lease = cluster.store.grant(TIME * 9).await.expect("the store responds");
+    let lease = cluster.store.grant(SESSION_TIMEOUT * 9).await.expect("the store responds");
     let other = Transaction::new().put_leased(KEY, &br#"{"client_address":"a:1","directory_id":"d"}"#[..], lease);
     cluster.store.transact(other).await.expect("the store responds");
     let (before, started) = (cluster.registered_revision().await, clock::monotonic());
     let error = cluster.register("d", "q").await.expect_err("its process may be running");
     assert_eq!(error, RegisterError::Taken { id: BrokerId(1), address: "an unknown address".to_owned() });
-    assert!(started.elapsed() > TIME && cluster.registered_revision().await == before);
+    assert!(started.elapsed() > SESSION_TIMEOUT && cluster.registered_revision().await == before);
     let (session, revoked) = tokio::join!(cluster.register("d", "q"), async {
-        tokio::time::sleep(TIME / 2).await;
+        tokio::time::sleep(SESSION_TIMEOUT / 2).await;
         cluster.store.revoke(lease).await
     });
     revoked.expect("the store responds");

@@ -498,7 +498,7 @@ async fn producer_id_key_is_created_once() {
 
 #[tokio::test]
 async fn tombstone_is_deleted_only_long_after_last_remains() {
-    const RETENTION: Duration = Duration::from_millis(1000);
+    const EXPIRY_DELAY: Duration = Duration::from_millis(1000);
     let cluster = TestCluster::of(1).await;
     let id = cluster.create("gone", 3, 1).await.expect("created").value.id;
     assert_eq!(cluster.topics.tombstones().await, Ok(vec![]));
@@ -509,7 +509,7 @@ async fn tombstone_is_deleted_only_long_after_last_remains() {
         let tombstones = cluster.topics.tombstones().await.expect("the store responds");
         let [tombstone] = tombstones.as_slice() else { panic!("one tombstone: {tombstones:?}") };
         assert_eq!(tombstone.id, id);
-        cluster.topics.expire(tombstone, data_remains, now_ms, RETENTION).await.expect("the store responds")
+        cluster.topics.expire(tombstone, data_remains, now_ms, EXPIRY_DELAY).await.expect("the store responds")
     };
     for (data_remains, now_ms) in
         [(true, 0), (true, 5000), (false, 6000), (false, 6999), (true, 7001), (false, 7002), (false, 8001)]
@@ -528,8 +528,8 @@ async fn tombstone_is_deleted_only_long_after_last_remains() {
 
     // Two brokers expire the same tombstone: the first deletes it, and the second has a failed compare.
     let tombstones = cluster.topics.tombstones().await.expect("the store responds");
-    assert_eq!(cluster.topics.expire(&tombstones[0], false, 11_000, RETENTION).await, Ok(true));
-    assert_eq!(cluster.topics.expire(&tombstones[0], false, 11_000, RETENTION).await, Ok(false));
+    assert_eq!(cluster.topics.expire(&tombstones[0], false, 11_000, EXPIRY_DELAY).await, Ok(true));
+    assert_eq!(cluster.topics.expire(&tombstones[0], false, 11_000, EXPIRY_DELAY).await, Ok(false));
     assert_eq!(cluster.topics.was_deleted(id).await, Ok(false));
     assert_eq!(cluster.paths("deleted/").await, Vec::<String>::new());
 }

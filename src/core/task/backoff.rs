@@ -51,21 +51,21 @@ impl Backoff {
 mod tests {
     use super::*;
 
-    const MIN: Duration = Duration::from_millis(100);
-    const MAX: Duration = Duration::from_secs(1);
+    const MIN_DELAY: Duration = Duration::from_millis(100);
+    const MAX_DELAY: Duration = Duration::from_secs(1);
 
     #[test]
     fn pauses_double_up_to_maximum_and_start_again_after_reset() {
-        let mut backoff = Backoff::new(MIN, MAX);
+        let mut backoff = Backoff::new(MIN_DELAY, MAX_DELAY);
         let millis: Vec<_> = (0..6).map(|_| backoff.next_pause().as_millis()).collect();
         assert_eq!(millis, [100, 200, 400, 800, 1000, 1000]);
         backoff.reset();
-        assert_eq!(backoff.next_pause(), MIN);
+        assert_eq!(backoff.next_pause(), MIN_DELAY);
     }
 
     #[test]
     fn jitter_lengthens_each_pause_by_less_than_the_pause() {
-        let mut backoff = Backoff::with_jitter(MIN, MAX);
+        let mut backoff = Backoff::with_jitter(MIN_DELAY, MAX_DELAY);
         for plain in [100, 200, 400, 800, 1000].map(Duration::from_millis) {
             let pause = backoff.next_pause();
             assert!((plain..plain * 2).contains(&pause), "{plain:?}: {pause:?}");

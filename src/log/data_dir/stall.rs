@@ -6,10 +6,10 @@ use super::DataDirInner;
 use crate::{log::error::is_full, model::Offset};
 
 /// Maximum time that a closing log waits for space in its journal.
-const STOP_WAIT: Duration = Duration::from_secs(5);
+const CLOSE_STALL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Maximum time that writers wait for space in the journal while checkpoints fail.
-const CHECKPOINT_WAIT: Duration = Duration::from_secs(10);
+const CHECKPOINT_STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Maximum time that writers wait while sync passes release no file. A longer wait, during at least
 /// [`STALL_SYNC_PASSES`] passes, indicates an error in this code.
@@ -24,22 +24,23 @@ impl DataDirInner {
     ///
     /// | stall | limit |
     /// | --- | --- |
-    /// | a close waits for a free file | `STOP_WAIT` |
-    /// | checkpoints fail for another reason than a full disk, which may get space again | `CHECKPOINT_WAIT` |
+    /// | a close waits for a free file | `CLOSE_STALL_TIMEOUT` |
+    /// | checkpoints fail for another reason than a full disk, which may get space again | `CHECKPOINT_STALL_TIMEOUT` |
     /// | the oldest file holds acknowledged data that a replica cannot sync | none |
     /// | the oldest file holds data that no sync pass releases | `STALL_TIMEOUT` and `STALL_SYNC_PASSES` |
     pub(super) fn stall_reason(&self) -> Option<String> {
         let oldest = self.ctx.journal.oldest_file()?;
         let journal = &self.ctx.journal;
-        if journal.closing_wait() >= STOP_WAIT {
-            return Some(format!("the log is closing, and no journal file was released for {} s", STOP_WAIT.as_secs()));
+        if journal.closing_wait() >= CLOSE_STALL_TIMEOUT {
+            let seconds = CLOSE_STALL_TIMEOUT.as_secs();
+            return Some(format!("the log is closing, and no journal file was released for {seconds} s"));
         }
         let waited = journal.space_wait();
-        if waited >= CHECKPOINT_WAIT
-            && let Some(error) = self.checkpoint_failures.lock().lasting(CHECKPOINT_WAIT)
+        if waited >= CHECKPOINT_STALL_TIMEOUT
+            && let Some(error) = self.checkpoint_failures.lock().lasting(CHECKPOINT_STALL_TIMEOUT)
             && !is_full(error)
         {
-            let seconds = CHECKPOINT_WAIT.as_secs();
+            let seconds = CHECKPOINT_STALL_TIMEOUT.as_secs();
             return Some(format!("no journal space for {seconds} s because the checkpoint cannot be written: {error}"));
         }
         let replicas = self.registry.lock().open_replicas();

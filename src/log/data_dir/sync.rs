@@ -112,7 +112,7 @@ impl DataDirInner {
     }
 
     /// Writes appended data from the page cache to the device, without a sync. Selects each replica that has appended
-    /// at least one piece since its last write-out (`PIECE_BYTES`, or `LARGE_PIECE_BYTES` while the journal is quiet).
+    /// at least one piece since its last write-out (`PIECE_BYTES`, or `LARGE_PIECE_BYTES` while the journal is idle).
     pub(super) fn write_out_pieces(&self) {
         let pieces = self.ctx.sync_queue.take_pieces(self.ctx.journal.next_frame());
         pieces.iter().for_each(|replica| replica.write_out());

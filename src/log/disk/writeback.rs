@@ -45,16 +45,16 @@ pub const STEP_BYTES: u64 = 1 << 20;
 const URGENT_STEP_BYTES: u64 = 4 << 20;
 
 /// Pause after a step, as a multiple of the duration of the step: other I/O has two thirds of the device's time.
-const PAUSE_FACTOR: u32 = 2;
+const STEP_DELAY_FACTOR: u32 = 2;
 
 /// Minimum pause after a step: at most 800 MiB per second are freed.
-const MIN_PAUSE: Duration = Duration::from_micros(1250);
+const MIN_STEP_DELAY: Duration = Duration::from_micros(1250);
 
 /// Maximum pause after a step, because a stop of the log waits for a pause that has begun.
-const MAX_PAUSE: Duration = Duration::from_millis(100);
+const MAX_STEP_DELAY: Duration = Duration::from_millis(100);
 
 /// Pause after a step when space is needed soon.
-const URGENT_PAUSE: Duration = Duration::from_millis(5);
+const URGENT_STEP_DELAY: Duration = Duration::from_millis(5);
 
 /// Divisor of a file system's size: space is needed soon if less than a fifth of the file system is free.
 const FREE_SHARE: u64 = 5;
@@ -91,7 +91,7 @@ fn len_after_step(len: u64, urgent: bool) -> u64 {
 
 /// Returns the pause after a step that lasted `took`.
 fn pause_after_step(took: Duration, urgent: bool) -> Duration {
-    if urgent { URGENT_PAUSE } else { (took * PAUSE_FACTOR).clamp(MIN_PAUSE, MAX_PAUSE) }
+    if urgent { URGENT_STEP_DELAY } else { (took * STEP_DELAY_FACTOR).clamp(MIN_STEP_DELAY, MAX_STEP_DELAY) }
 }
 
 /// Returns true if the file's file system has little free space; false if it does not report its space.
@@ -167,9 +167,12 @@ mod tests {
             assert_eq!(len_after_step(len, urgent), after, "{len} {urgent}");
         }
         let ms = Duration::from_millis;
-        for (took, urgent, pause) in
-            [(ms(0), false, MIN_PAUSE), (ms(4), false, ms(8)), (ms(4), true, ms(5)), (ms(9_000), false, MAX_PAUSE)]
-        {
+        for (took, urgent, pause) in [
+            (ms(0), false, MIN_STEP_DELAY),
+            (ms(4), false, ms(8)),
+            (ms(4), true, ms(5)),
+            (ms(9_000), false, MAX_STEP_DELAY),
+        ] {
             assert_eq!(pause_after_step(took, urgent), pause, "{took:?} {urgent}");
         }
     }

@@ -348,13 +348,19 @@ impl LogReader {
             // The buffer ends inside a batch, or before the batch of `from`. The next buffer starts at the first
             // incomplete batch. It has space for that batch if the batch's header is in this buffer.
             position += (data.len() - rest.len()) as u64;
-            let bytes = if rest.len() >= HEADER_BYTES { Batch::framed_len(&rest).unwrap_or(0) } else { 0 };
-            if bytes > max_batch_bytes {
-                return Err(LogReadError::BatchTooLarge { bytes });
-            }
-            read_bytes = read_bytes.max(bytes);
+            read_bytes = read_bytes.max(incomplete_batch_bytes(&rest, max_batch_bytes)?);
         }
     }
+}
+
+/// Returns the bytes of the incomplete batch of which `rest` is the beginning, or 0 if the header in `rest` is
+/// incomplete or invalid. Fails with `BatchTooLarge` if the batch is larger than `max_batch_bytes`.
+fn incomplete_batch_bytes(rest: &Bytes, max_batch_bytes: usize) -> Result<usize, LogReadError> {
+    let bytes = if rest.len() >= HEADER_BYTES { Batch::framed_len(rest).unwrap_or(0) } else { 0 };
+    if bytes > max_batch_bytes {
+        return Err(LogReadError::BatchTooLarge { bytes });
+    }
+    Ok(bytes)
 }
 
 /// Returns the bytes of the batch at the front of `rest`, or those of a header if `rest` has no complete header.

@@ -43,7 +43,7 @@ const MAX_RING_SHARE: u64 = 4;
 const MIN_PASS_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Time without a write to the journal after which pieces become large: no acknowledgement waits for the device then.
-const JOURNAL_QUIET: Duration = Duration::from_secs(5);
+const JOURNAL_IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Time until a failed checkpoint is retried.
 const CHECKPOINT_RETRY_INTERVAL: Duration = Duration::from_millis(200);
@@ -225,8 +225,8 @@ impl SyncQueue {
             _ => now,
         };
         state.journal_use = Some((next_frame, since));
-        let is_quiet = now.saturating_duration_since(since) >= JOURNAL_QUIET;
-        self.piece_bytes.store(if is_quiet { LARGE_PIECE_BYTES } else { PIECE_BYTES }, Ordering::Relaxed);
+        let is_idle = now.saturating_duration_since(since) >= JOURNAL_IDLE_TIMEOUT;
+        self.piece_bytes.store(if is_idle { LARGE_PIECE_BYTES } else { PIECE_BYTES }, Ordering::Relaxed);
         std::mem::take(&mut state.pieces)
     }
 

@@ -9,7 +9,7 @@ use super::*;
 use crate::{log::disk::SimRng, record::ProducerSequence};
 
 /// `producer.id.expiration.ms` of every replica in these tests.
-const EXPIRATION: Duration = Duration::from_millis(40);
+const EXPIRATION_TIMEOUT: Duration = Duration::from_millis(40);
 
 /// Expected content of one replica.
 #[derive(Default)]
@@ -110,7 +110,7 @@ impl Model {
 /// Adds a batch as an append does: the expiration applies after each batch.
 fn record_batch(producers: &mut ProducerTable, batch: &Batch) {
     producers.record_batch(batch);
-    producers.remove_expired(i64::try_from(EXPIRATION.as_millis()).ok());
+    producers.remove_expired(i64::try_from(EXPIRATION_TIMEOUT.as_millis()).ok());
 }
 
 /// A disk, the random operations on it, and the expected content of its replicas.
@@ -190,7 +190,7 @@ impl RandomHistory {
                 Err(error) => panic!("seed {}: {error}", self.seed),
             };
             model.maybe_deleted = false;
-            replica.set_producer_expiration(Some(EXPIRATION));
+            replica.set_producer_expiration(Some(EXPIRATION_TIMEOUT));
             model.check(&replica, self.lossless, self.seed);
             // In some incarnations the replica runs without the expiration. Then it keeps expired producers, and a
             // later incarnation removes them.
@@ -219,7 +219,7 @@ impl RandomHistory {
             let start = self.rng.roll(3) * 100;
             if let Ok(mut replica) = log.open_replica(partition(number), at(start)) {
                 replica.set_journaled(number % 3 != 2);
-                replica.set_producer_expiration(Some(EXPIRATION));
+                replica.set_producer_expiration(Some(EXPIRATION_TIMEOUT));
                 replicas.insert(number, replica);
                 let model = Model { start, acked: start, local_start: start, log_start: start, ..Model::default() };
                 self.models.insert(number, model);

@@ -256,7 +256,7 @@ impl MaintenanceRunner {
         tracing::warn!(
             partition = %partition.id(), topic = %partition.topic(), segments = survey.chain.len(),
             bytes = survey.bytes(),
-            left_over = survey.left_over,
+            unused = survey.unused,
             "rebuilt the lost manifest from the segment footers: its segments are the committed ones"
         );
         Ok(None)

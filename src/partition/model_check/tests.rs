@@ -109,7 +109,7 @@ fn bounds_of_each_mutation_are_sound_without_it() {
 /// their name.
 #[test]
 #[ignore = "takes minutes in an optimised build: make model"]
-fn a_large_search_finds_nothing() {
+fn many_faults_in_any_order_violate_no_rule() {
     let max_states = std::env::var("STRANDLINE_MODEL_STATES")
         .map_or(2_000_000, |text| text.parse().expect("STRANDLINE_MODEL_STATES is a number"));
     let only = std::env::var("STRANDLINE_MODEL_ONLY").unwrap_or_default();

@@ -121,7 +121,7 @@ impl DiskCache {
         if tasks.is_cancelled() {
             return;
         }
-        tasks.spawn("tier cache write", async move {
+        tasks.spawn("tier-cache-write", async move {
             self.put(key, chunk).await;
             drop(permit);
         });

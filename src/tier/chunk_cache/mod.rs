@@ -320,7 +320,7 @@ impl ChunkCache {
                 // chunk again.
                 let fetched = self.fetch_once_from(store, object, entry, index, flight);
                 let object = object.to_owned();
-                tasks.spawn("tier read-ahead", async move {
+                tasks.spawn("tier-read-ahead", async move {
                     // A reader that needs the chunk repeats the fetch and receives the error.
                     if let (Err(error), _) = fetched.await {
                         tracing::debug!(object, index, %error, "read-ahead failed");

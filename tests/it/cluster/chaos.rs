@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Minimum duration of every fault that does not kill a broker. Longer than a lease.
-const FAULT_DURATION: Duration = Duration::from_secs(9);
+const FAULT_INTERVAL: Duration = Duration::from_secs(9);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum InjectedFault {
@@ -96,14 +96,14 @@ fn inject(
         }
         InjectedFault::Freeze => {
             on.cluster.broker(broker).freeze(true);
-            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_INTERVAL, wait_for_clients);
             on.cluster.broker(broker).freeze(false);
             waited
         }
         InjectedFault::Isolated => {
             on.part_from_brokers(broker, true);
             on.part_from_etcd(broker, true);
-            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_INTERVAL, wait_for_clients);
             on.part_from_brokers(broker, false);
             on.part_from_etcd(broker, false);
             waited
@@ -111,37 +111,37 @@ fn inject(
         InjectedFault::ReceiveCut | InjectedFault::SendCut => {
             let (from, to) = if fault == InjectedFault::ReceiveCut { (other, broker) } else { (broker, other) };
             on.network.cut(&broker_name(from), broker_ip(to));
-            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_INTERVAL, wait_for_clients);
             on.network.mend(&broker_name(from), broker_ip(to));
             waited
         }
         InjectedFault::IsolatedFromEtcd => {
             on.part_from_etcd(broker, true);
-            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_INTERVAL, wait_for_clients);
             on.part_from_etcd(broker, false);
             waited
         }
         InjectedFault::EtcdKilled => {
             on.cluster.etcd.kill(usize::from(member));
-            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_INTERVAL, wait_for_clients);
             on.cluster.etcd.run(usize::from(member));
             waited
         }
         InjectedFault::EtcdIsolated => {
             on.part_member(member, true);
-            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_INTERVAL, wait_for_clients);
             on.part_member(member, false);
             waited
         }
         InjectedFault::ObjectStoreDown => {
             on.s3.faults().set_down(true);
-            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_INTERVAL, wait_for_clients);
             on.s3.faults().set_down(false);
             waited
         }
         InjectedFault::ObjectStoreUnreliable => {
             on.s3.faults().set_unreliable(true);
-            let waited = wait_during_fault(FAULT_DURATION, wait_for_clients);
+            let waited = wait_during_fault(FAULT_INTERVAL, wait_for_clients);
             on.s3.faults().set_unreliable(false);
             waited
         }

@@ -39,7 +39,7 @@ pub(super) fn lines(from: u32, to: u32) -> String {
 }
 
 /// The outage is longer than a lease, so the leases of all brokers expire. The brokers continue to serve.
-/// `STRANDLINE_ETCD_GONE_SECONDS=600` extends the outage to ten minutes, as `make outage` does.
+/// `STRANDLINE_ETCD_OUTAGE_SECONDS=600` extends the outage to ten minutes, as `make outage` does.
 #[test]
 fn records_are_appended_and_read_during_an_etcd_outage() {
     let mut cluster = cluster_with_topic(&["--partitions", "6"]);
@@ -66,7 +66,7 @@ fn records_are_appended_and_read_during_an_etcd_outage() {
     let victim = cluster.leader(TOPIC, 0);
     send(0, 100);
     cluster.etcd.kill_all();
-    let outage = Duration::from_secs(setting("STRANDLINE_ETCD_GONE_SECONDS", 6));
+    let outage = Duration::from_secs(setting("STRANDLINE_ETCD_OUTAGE_SECONDS", 6));
     let since = clock::monotonic();
     let mut sent = 100;
     while since.elapsed() < outage {

@@ -7,7 +7,8 @@ use strandline::{
     model::{LeaderEpoch, Offset, PartitionId, TopicId},
     task::clock,
     tier::{
-        BindingError, ObjectStoreOptions, TierStore, UploadsError, UploadsReport, abort_abandoned_uploads, doctor, name,
+        BindingError, MultipartAbortError, MultipartAbortReport, ObjectStoreOptions, TierStore,
+        abort_abandoned_uploads, doctor, name,
     },
 };
 
@@ -42,7 +43,7 @@ async fn begin_with(client: AmazonS3Builder, key: &str) -> Box<dyn MultipartUplo
     upload
 }
 
-async fn sweep(store: &TierStore, grace: Duration) -> UploadsReport {
+async fn sweep(store: &TierStore, grace: Duration) -> MultipartAbortReport {
     abort_abandoned_uploads(store, grace, clock::wall_ms()).await.unwrap()
 }
 
@@ -50,7 +51,7 @@ async fn sweep(store: &TierStore, grace: Duration) -> UploadsReport {
 async fn old_uploads_of_our_segments_are_aborted_and_no_others() {
     let s3 = S3::start().await;
     let store = TierStore::open(&s3.options("ours"), "test").unwrap();
-    assert_eq!(sweep(&store, HOUR).await, UploadsReport::default());
+    assert_eq!(sweep(&store, HOUR).await, MultipartAbortReport::default());
     let foreign = ["ours/topics/backup.tar".to_owned(), format!("ours/deeper/{}", segment(1))];
     let elsewhere = [format!("theirs/{}", segment(2)), format!("ours-too/{}", segment(3)), segment(4)];
     let mut others = Vec::new();
@@ -64,11 +65,11 @@ async fn old_uploads_of_our_segments_are_aborted_and_no_others() {
     let mut young = begin(&s3, &format!("ours/{}", segment(20))).await;
     assert_eq!(s3.open_uploads().len(), 11);
 
-    let patient = UploadsReport { young: 6, foreign: 2, ..UploadsReport::default() };
+    let patient = MultipartAbortReport { young: 6, foreign: 2, ..MultipartAbortReport::default() };
     assert_eq!(sweep(&store, DAY).await, patient, "all objects are younger than the grace period");
-    let aborted = UploadsReport { aborted: 5, young: 1, foreign: 2, ..UploadsReport::default() };
+    let aborted = MultipartAbortReport { aborted: 5, young: 1, foreign: 2, ..MultipartAbortReport::default() };
     assert_eq!(sweep(&store, HOUR).await, aborted);
-    assert_eq!(sweep(&store, HOUR).await, UploadsReport { aborted: 0, ..aborted });
+    assert_eq!(sweep(&store, HOUR).await, MultipartAbortReport { aborted: 0, ..aborted });
     young.complete().await.unwrap();
     for mut upload in others {
         upload.complete().await.unwrap();
@@ -99,12 +100,12 @@ async fn failed_abort_is_reported_and_retried_the_next_time() {
 
     s3.faults().inject(Op::ListUploads, Fault::Status(501), usize::MAX);
     let error = abort_abandoned_uploads(&store, HOUR, clock::wall_ms()).await.unwrap_err();
-    assert!(matches!(error, UploadsError::List { .. }) && error.to_string().contains("501"), "{error}");
+    assert!(matches!(error, MultipartAbortError::List { .. }) && error.to_string().contains("501"), "{error}");
     assert!(error.to_string().contains("life-cycle"), "{error}");
     s3.faults().clear();
     let foreign = TierStore::open(&s3.options("ours"), "foreign").unwrap();
     let error = abort_abandoned_uploads(&foreign, HOUR, clock::wall_ms()).await.unwrap_err();
-    assert!(matches!(error, UploadsError::Binding(BindingError::Foreign { .. })), "{error}");
+    assert!(matches!(error, MultipartAbortError::Binding(BindingError::Foreign { .. })), "{error}");
 }
 
 #[test]
@@ -155,12 +156,12 @@ async fn real_store_aborts_abandoned_uploads() {
         drop(begin_with(client(), &format!("{prefix}/{}", segment(base))).await);
     }
     let mut foreign = begin_with(client(), &format!("{prefix}/topics/backup.tar")).await;
-    let young = UploadsReport { young: 3, foreign: 1, ..UploadsReport::default() };
+    let young = MultipartAbortReport { young: 3, foreign: 1, ..MultipartAbortReport::default() };
     assert_eq!(sweep(&store, DAY).await, young);
     let later = clock::wall_ms() + 2 * i64::try_from(DAY.as_millis()).unwrap();
-    let aborted = UploadsReport { aborted: 3, foreign: 1, ..UploadsReport::default() };
+    let aborted = MultipartAbortReport { aborted: 3, foreign: 1, ..MultipartAbortReport::default() };
     assert_eq!(abort_abandoned_uploads(&store, DAY, later).await.unwrap(), aborted);
-    assert_eq!(sweep(&store, DAY).await, UploadsReport { foreign: 1, ..UploadsReport::default() });
+    assert_eq!(sweep(&store, DAY).await, MultipartAbortReport { foreign: 1, ..MultipartAbortReport::default() });
     foreign.abort().await.unwrap();
     store.delete(name::CLUSTER).await.unwrap();
 }

@@ -24,8 +24,8 @@
 //! - A false report costs time, never correctness: the broker registers again under a new broker epoch, and every
 //!   partition update is a compare-and-set.
 //! - If an incarnation registers again after its registration was deleted, it was running, and something between the
-//!   brokers refuses connections. So the controller ignores reports about that incarnation for [`REVOKE_COOLDOWN`]
-//!   after the deletion.
+//!   brokers refuses connections. So the controller ignores reports about that incarnation for
+//!   [`REVOKE_COOLDOWN_INTERVAL`] after the deletion.
 
 mod probe;
 mod shared_checks;
@@ -92,7 +92,7 @@ const MAX_REVOKE_ATTEMPTS: u32 = 3;
 const FALLBACK_DELAY: Duration = Duration::from_millis(30);
 
 /// Time for which reports about an incarnation are ignored after its registration was deleted.
-const REVOKE_COOLDOWN: Duration = Duration::from_secs(60);
+const REVOKE_COOLDOWN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Registrations that this broker deleted as the controller, the last one of each broker id.
 #[derive(Default)]
@@ -119,7 +119,7 @@ impl RevokeCooldown {
     /// progress.
     fn allows(&self, broker: BrokerId, incarnation: &str, now: Instant) -> bool {
         self.0.get(&broker).is_none_or(|revoked| {
-            revoked.incarnation != incarnation || now.duration_since(revoked.at) >= REVOKE_COOLDOWN
+            revoked.incarnation != incarnation || now.duration_since(revoked.at) >= REVOKE_COOLDOWN_INTERVAL
         })
     }
 
@@ -445,8 +445,8 @@ mod tests {
         cooldown.0.insert(BrokerId(3), revoked());
         assert!(cooldown.is_revoked(broker, Revision(7)), "a second report about the same registration");
         assert!(!cooldown.is_revoked(broker, Revision(9)), "the process has registered again");
-        assert!(!cooldown.allows(broker, "a", now + REVOKE_COOLDOWN - Duration::from_secs(1)));
-        assert!(cooldown.allows(broker, "a", now + REVOKE_COOLDOWN));
+        assert!(!cooldown.allows(broker, "a", now + REVOKE_COOLDOWN_INTERVAL - Duration::from_secs(1)));
+        assert!(cooldown.allows(broker, "a", now + REVOKE_COOLDOWN_INTERVAL));
         assert!(cooldown.allows(broker, "b", now), "another process starts without a cooldown");
         let logged = [broker, broker, BrokerId(3)].map(|broker| cooldown.count_ignored(broker, now));
         assert_eq!(logged, [Some(1), None, Some(1)], "each broker has its own log throttle");

@@ -46,8 +46,8 @@ impl ProbeResult {
         }
     }
 
-    /// Returns true if the process is gone.
-    fn is_gone(self) -> bool {
+    /// Returns true if the registered process has exited.
+    fn has_exited(self) -> bool {
         matches!(self, Self::Refused | Self::Replaced)
     }
 }
@@ -61,21 +61,21 @@ pub(super) struct SuspectedPeer<'a> {
 }
 
 /// Probes a process repeatedly and returns the last result. The last probe is one that reaches the process, the second
-/// in a row that finds it gone, or an inconclusive one after [`INCONCLUSIVE_TIMEOUT`].
+/// in a row that finds no such process, or an inconclusive one after [`INCONCLUSIVE_TIMEOUT`].
 pub(super) async fn probe(peers: &PeerClient, suspect: SuspectedPeer<'_>) -> ProbeResult {
     let deadline = clock::monotonic() + INCONCLUSIVE_TIMEOUT;
-    let mut was_gone = false;
+    let mut had_exited = false;
     loop {
         let result = probe_once(peers, suspect).await;
         let is_last = match result {
             ProbeResult::Alive => true,
-            ProbeResult::Refused | ProbeResult::Replaced => was_gone,
+            ProbeResult::Refused | ProbeResult::Replaced => had_exited,
             ProbeResult::Inconclusive => clock::monotonic() >= deadline,
         };
         if is_last {
             return result;
         }
-        was_gone = result.is_gone();
+        had_exited = result.has_exited();
         tokio::time::sleep(PROBE_INTERVAL).await;
     }
 }

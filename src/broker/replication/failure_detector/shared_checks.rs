@@ -81,7 +81,7 @@ mod tests {
     use crate::task::clock;
 
     /// Duration of one check.
-    const CHECK: Duration = Duration::from_secs(1);
+    const CHECK_DELAY: Duration = Duration::from_secs(1);
 
     /// Regression: each report about a live broker was probed on its own, so a flood of such reports delayed a true
     /// report about another broker.
@@ -92,21 +92,21 @@ mod tests {
             let runs = &runs;
             checks.run(key, async move || {
                 runs.fetch_add(1, Ordering::Relaxed);
-                tokio::time::sleep(CHECK).await;
+                tokio::time::sleep(CHECK_DELAY).await;
                 key
             })
         };
         let began = clock::monotonic();
         let flood: FuturesUnordered<_> = (0..1000).map(|_| check(1)).collect();
         let (outcomes, late) = tokio::join!(flood.collect::<Vec<_>>(), async {
-            tokio::time::sleep(CHECK / 2).await;
+            tokio::time::sleep(CHECK_DELAY / 2).await;
             let outcome = check(2).await;
             (outcome, began.elapsed())
         });
         assert_eq!(outcomes, [1; 1000]);
         // Key 1 has two checks: one for its first caller, and one for the callers that arrived during that check. Key 2
         // has one check, which waits for the first check of key 1 only.
-        assert_eq!((late, runs.into_inner()), ((2, 2 * CHECK), 3));
+        assert_eq!((late, runs.into_inner()), ((2, 2 * CHECK_DELAY), 3));
         assert_eq!(checks.checks.lock().values().filter(|check| check.strong_count() > 0).count(), 0);
     }
 
@@ -119,12 +119,13 @@ mod tests {
             checks
                 .run((), async || {
                     let number = runs.fetch_add(1, Ordering::Relaxed);
-                    tokio::time::sleep(CHECK).await;
+                    tokio::time::sleep(CHECK_DELAY).await;
                     number
                 })
                 .await
         };
-        let (first, second, third) = tokio::join!(check(Duration::ZERO), check(CHECK / 2), check(CHECK / 3));
+        let (first, second, third) =
+            tokio::join!(check(Duration::ZERO), check(CHECK_DELAY / 2), check(CHECK_DELAY / 3));
         assert_eq!((first, second, third), (0, 1, 1));
     }
 
@@ -134,11 +135,11 @@ mod tests {
         let checks = SharedChecks::new(1);
         let check = |number: u32| {
             checks.run((), async move || {
-                tokio::time::sleep(CHECK).await;
+                tokio::time::sleep(CHECK_DELAY).await;
                 number
             })
         };
-        let (dropped, outcome) = tokio::join!(tokio::time::timeout(CHECK / 2, check(1)), check(2));
+        let (dropped, outcome) = tokio::join!(tokio::time::timeout(CHECK_DELAY / 2, check(1)), check(2));
         assert!(dropped.is_err());
         assert_eq!(outcome, 2);
     }

@@ -28,7 +28,7 @@ impl ProducerDriver {
         let wanted: BTreeSet<Arc<str>> =
             self.without_leader.iter().map(|index| self.queues[*index].queue.topic.clone()).collect();
         let unresponsive = self.unresponsive_leaders(clock::monotonic());
-        self.tasks.spawn("producer metadata", async move {
+        self.tasks.spawn("producer-metadata", async move {
             let refresh = inner.refresh_metadata(used_generation, &wanted, &unresponsive, pause);
             if let Some(result) = tasks.run_until_cancelled(refresh).await {
                 let _ = events.send(DriverEvent::MetadataRefreshed(result)).await;
@@ -88,7 +88,7 @@ impl ProducerDriver {
         let client = self.inner.client.clone();
         let events = self.events.clone();
         let tasks = self.tasks.clone();
-        self.tasks.spawn("producer id", async move {
+        self.tasks.spawn("producer-id", async move {
             if let Some(result) = tasks.run_until_cancelled(request_producer_id(&client)).await {
                 let _ = events.send(DriverEvent::ProducerIdReceived { queue: index, result }).await;
             }

@@ -328,7 +328,7 @@ impl ProducerDriver {
         let stream_call = stream::run(self.inner.client.clone(), address.clone(), number, queue, self.events.clone());
         let call = self.tasks.child();
         let call_tasks = call.clone();
-        self.tasks.spawn("producer stream", async move { call_tasks.run_until_cancelled(stream_call).await });
+        self.tasks.spawn("producer-stream", async move { call_tasks.run_until_cancelled(stream_call).await });
         let stream = ProduceStream {
             address: address.clone(),
             requests,

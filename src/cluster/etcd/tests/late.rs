@@ -35,7 +35,7 @@ impl Relay {
             loop {
                 let (client, _) = listener.accept().await.expect("listening");
                 let member = TcpStream::connect(&member).await.expect("the member listens");
-                connections.spawn("relay connection", relay_connection(client, member, Arc::clone(&delay)));
+                connections.spawn("relay-connection", relay_connection(client, member, Arc::clone(&delay)));
             }
         });
         Self { endpoint, delay_ms }

@@ -158,7 +158,7 @@ impl ScriptedMember {
         let endpoint = format!("http://{}", listener.local_addr().expect("bound"));
         let (requests, tasks, script) = (Arc::new(AtomicU32::new(0)), Tasks::new(), Arc::new(script));
         let (counted, group) = (requests.clone(), tasks.clone());
-        tasks.spawn("scripted member", async move {
+        tasks.spawn("scripted-member", async move {
             loop {
                 let (socket, _) = tokio::select! {
                     biased;
@@ -166,7 +166,7 @@ impl ScriptedMember {
                     accepted = listener.accept() => accepted.expect("listening"),
                 };
                 let (counted, script, stop) = (counted.clone(), script.clone(), group.clone());
-                group.spawn("scripted connection", async move {
+                group.spawn("scripted-connection", async move {
                     let service = service_fn(move |request: Request<Incoming>| {
                         let reply = script(request.uri().path(), counted.fetch_add(1, SeqCst));
                         let response = Response::builder().header("content-type", "application/grpc");

@@ -501,7 +501,7 @@ impl IsrUpdater for BrokerContext {
 
     fn read_back(&self, _: PartitionId) {
         let (me, net) = (self.me, Arc::clone(&self.net));
-        self.net.tasks.spawn("read back", async move {
+        self.net.tasks.spawn("read-back", async move {
             let (value, revision) = net.value().await;
             if let Some(partition) = net.partition(me) {
                 partition.on_isr_outcome(ProposalOutcome::CurrentValue(value, revision)).await;

@@ -158,7 +158,7 @@ async fn serve_scripted_leader(tasks: &Tasks) -> (SocketAddr, mpsc::Receiver<Lea
     let server = tonic::transport::Server::builder()
         .add_service(peer_server::PeerServer::new(ScriptedLeader(streams, tasks.clone())));
     let stop = tasks.clone();
-    tasks.spawn("scripted leader", async move {
+    tasks.spawn("scripted-leader", async move {
         tokio::select! {
             () = stop.cancelled() => {}
             served = server.serve_with_incoming(TcpListenerStream::new(listener)) => served.expect("the server runs"),
