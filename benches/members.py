@@ -47,7 +47,7 @@ class Member:
         # The program may be of an earlier commit, which has no setting for a peer listener.
         has_peer = "[peer]" in run([cluster.lab.bin, "config", "print"], 10, environment())
         peer = ["[peer]", f'listen = "127.0.0.1:{free_port()}"'] if has_peer else []
-        store = [f'url = "file://{cluster.bucket}"'] if cluster.bucket else []
+        store = [f'url = "file://{cluster.object_store}"'] if cluster.object_store else []
         lines = ['cluster = "bench"', "[broker]", f"id = {number}", f'rack = "zone-{number}"', f'data_dir = "{self.directory}/data"', "[grpc]",
                  f'listen = "127.0.0.1:{self.grpc}"', "[http]", f'listen = "127.0.0.1:{self.http}"', *peer, "[metadata]",
                  f"etcd = {json.dumps(cluster.etcd.endpoints)}", "[object_store]" if store else "", *store, *cluster.settings]
@@ -79,14 +79,14 @@ class Member:
 
 
 class Cluster:
-    """Brokers with three etcd members. With `bucket` a folder is their object store."""
+    """Brokers with three etcd members. With `object_store` a folder is their object store."""
 
-    def __init__(self, lab, name, brokers=3, bucket=False, settings=(), env=None):
+    def __init__(self, lab, name, brokers=3, object_store=False, settings=(), env=None):
         self.lab, self.directory, self.settings, self.env = lab, lab.root / name, list(settings), env or {}
         self.directory.mkdir(parents=True)
-        self.bucket = self.directory / "bucket" if bucket else None
-        if bucket:
-            self.bucket.mkdir()
+        self.object_store = self.directory / "object-store" if object_store else None
+        if object_store:
+            self.object_store.mkdir()
         self.members = []
         self.etcd = Etcd(self.directory / "etcd")
         try:

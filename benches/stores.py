@@ -7,7 +7,7 @@ class Directory:
     """Directory as object store. Its reference is a read of the objects as files."""
 
     def __init__(self, lab):
-        self.path = lab.root / "bucket"
+        self.path = lab.root / "object-store"
         self.path.mkdir()
         self.config, self.env, self.reference = f'url = "file://{self.path}"', {}, "reading the objects"
 

@@ -329,8 +329,8 @@ fn drain_json(id: u32, drain: &DrainStatus) -> Value {
         "leader_count": drain.leader_count,
         "replica_count": drain.replica_count,
         "eligible_brokers": drain.eligible_brokers,
-        "leaderless_replicas": drain.leaderless,
-        "blocked_replicas": blocked.collect::<Vec<_>>(),
+        "leaderless": drain.leaderless,
+        "blocked": blocked.collect::<Vec<_>>(),
     })
 }
 
@@ -454,7 +454,8 @@ mod tests {
     #[test]
     fn drain_output_lists_moving_and_blocked_replicas() {
         output::golden::lines("broker-drain.txt", &format_drain(2, &drain(0)));
-        output::golden::json("broker-drain.json", &drain_json(2, &drain(2)));
+        let messages = ["DrainBrokerRequest", "DrainBrokerResponse", "TopicPartition"];
+        output::golden::json("broker-drain.json", &drain_json(2, &drain(2)), &messages, &["draining"]);
         output::golden::lines("broker-drain-stuck.txt", &format_drain(2, &drain(12)));
         let repeated = DrainStatus { eligible_brokers: 0, replica_count: 1, changed: false, ..drain(1) };
         assert!(

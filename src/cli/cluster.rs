@@ -285,7 +285,7 @@ pub(super) fn first_invalid_placement_key(cluster: &ClusterDescription) -> Optio
 fn description(cluster: &ClusterDescription) -> Value {
     let unreadable = cluster.unreadable.iter().map(|value| json!({ "key": value.key, "error": value.error }));
     json!({
-        "name": cluster.name,
+        "cluster": cluster.name,
         "controller": cluster.controller,
         "topics": cluster.topics,
         "partitions": cluster.partitions,
@@ -500,6 +500,8 @@ pub(super) mod tests {
         output::golden::lines("cluster-describe.txt", &lines(&calm()));
         let troubled = troubled();
         output::golden::lines_with_texts("cluster-describe-troubled.txt", &lines(&troubled), &broker_texts(&troubled));
-        output::golden::json("cluster-describe.json", &description(&troubled));
+        let messages =
+            ["DescribeClusterResponse", "BrokerDescription", "BrokerStats", "TopicPartition", "UnreadableKey"];
+        output::golden::json("cluster-describe.json", &description(&troubled), &messages, &["state"]);
     }
 }

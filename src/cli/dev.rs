@@ -3,7 +3,7 @@
 //! ```text
 //! {data-dir}/strandline.json …   one broker          {data-dir}/1/ 2/ 3/     the brokers of a cluster
 //! {data-dir}/metadata.redb                           {data-dir}/metadata.redb   their metadata store, unless --etcd
-//! {data-dir}/bucket/                                 {data-dir}/bucket/
+//! {data-dir}/object-store/                           {data-dir}/object-store/
 //! ```
 
 use std::{
@@ -140,7 +140,7 @@ impl DevArgs {
 
 /// Returns the defaults that one broker and several brokers share.
 fn shared_defaults(data_dir: &Path) -> ConfigSources {
-    ConfigSources::new().with_default("object_store.url", format!("file://{}", data_dir.join("bucket").display()))
+    ConfigSources::new().with_default("object_store.url", format!("file://{}", data_dir.join("object-store").display()))
 }
 
 /// Rejects an address setting with a fixed port, because every broker of the cluster would listen on that port or

@@ -109,7 +109,7 @@ fn record_json(consumed: &ConsumedRecord) -> Value {
         "topic": &*consumed.topic,
         "partition": consumed.partition,
         "offset": consumed.offset,
-        "timestamp": record.timestamp_ms,
+        "timestamp_ms": record.timestamp_ms,
         "key": bytes_as_json(record.key.as_deref()),
         "value": bytes_as_json(record.value.as_deref()),
         "headers": headers.collect::<Vec<_>>(),
@@ -191,7 +191,8 @@ mod tests {
         assert_eq!(
             value,
             json!({
-                "topic": "t", "partition": 2, "offset": 7, "timestamp": 5, "key": null, "value": {"base64": "//4="},
+                "topic": "t", "partition": 2, "offset": 7, "timestamp_ms": 5, "key": null,
+                "value": {"base64": "//4="},
                 "headers": [{"key": "a", "value": null}, {"key": "a", "value": "1"}],
             })
         );

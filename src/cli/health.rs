@@ -61,7 +61,7 @@ impl ClusterHealth {
         });
         json!({
             "healthy": self.is_healthy(),
-            "cluster": self.cluster,
+            "impaired": self.cluster,
             "brokers": brokers.collect::<Vec<_>>(),
         })
     }
@@ -156,7 +156,8 @@ mod tests {
         let health = ClusterHealth::of(&cluster);
         assert!(!health.is_healthy());
         output::golden::lines_with_texts("cluster-health-troubled.txt", &health.lines(), &broker_texts(&cluster));
-        output::golden::json("cluster-health.json", &health.json());
+        let messages = ["DescribeClusterResponse", "BrokerDescription", "BrokerStats"];
+        output::golden::json("cluster-health.json", &health.json(), &messages, &["healthy", "ready", "state"]);
     }
 
     /// A drained broker that was stopped permanently is no impairment.

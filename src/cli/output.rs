@@ -76,6 +76,7 @@ pub(super) fn bytes(bytes: u64) -> String {
 #[cfg(test)]
 pub(super) mod golden {
     use std::{
+        collections::BTreeSet,
         fs,
         path::{Path, PathBuf},
     };
@@ -98,10 +99,51 @@ pub(super) mod golden {
         fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     }
 
-    /// Asserts that JSON output equals its golden file. Programs rely on its fields.
-    pub(in crate::cli) fn json(name: &str, value: &Value) {
+    /// Asserts that JSON output equals its golden file, because programs rely on its fields. Each field must be a field
+    /// of one of these messages of `admin.proto`, or be one of `computed`, whose values the command line determines.
+    pub(in crate::cli) fn json(name: &str, value: &Value, messages: &[&str], computed: &[&str]) {
         let shown = serde_json::to_string_pretty(value).expect("JSON") + "\n";
         assert_eq!(text(name, &shown), shown, "{name}");
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("proto/strandline/v1/admin.proto");
+        let proto = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let known = message_fields(&proto, messages);
+        let mut unknown = BTreeSet::new();
+        add_fields(value, &mut unknown);
+        unknown.retain(|field| !known.contains(field) && !computed.contains(field));
+        assert!(unknown.is_empty(), "{name}: no field of {messages:?} has the name {unknown:?}");
+    }
+
+    /// Returns the names of the fields of these messages.
+    fn message_fields<'a>(proto: &'a str, messages: &[&str]) -> BTreeSet<&'a str> {
+        let (mut fields, mut is_inside) = (BTreeSet::new(), false);
+        for line in proto.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            match words[..] {
+                ["message", name, ..] => is_inside = messages.contains(&name),
+                ["//", ..] => {}
+                [_, .., name, "=", _] if is_inside => {
+                    fields.insert(name);
+                }
+                _ => {}
+            }
+        }
+        fields
+    }
+
+    /// Adds the names of all fields of a JSON value, except the keys of a topic's configuration.
+    fn add_fields<'a>(value: &'a Value, names: &mut BTreeSet<&'a str>) {
+        match value {
+            Value::Object(fields) => {
+                for (name, value) in fields {
+                    names.insert(name);
+                    if !["config", "effective_config", "config_source"].contains(&name.as_str()) {
+                        add_fields(value, names);
+                    }
+                }
+            }
+            Value::Array(items) => items.iter().for_each(|item| add_fields(item, names)),
+            _ => {}
+        }
     }
 
     /// Asserts that text output equals its golden file and is at most `WIDTH` wide.

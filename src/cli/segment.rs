@@ -144,7 +144,7 @@ fn print_record(offset: Offset, record: &Record, output: OutputFormat, out: &mut
     let (key, value) = (format::bytes_as_json(record.key.as_deref()), format::bytes_as_json(record.value.as_deref()));
     if output == OutputFormat::Json {
         let value = json!({
-            "offset": offset, "timestamp": record.timestamp_ms, "key": key, "value": value, "headers": headers,
+            "offset": offset, "timestamp_ms": record.timestamp_ms, "key": key, "value": value, "headers": headers,
         });
         return writeln!(out, "{}", format::json_for_terminal(&value));
     }

@@ -330,7 +330,7 @@ fn notes(partition: &PartitionDescription) -> Vec<String> {
 fn summary(topic: &TopicSummary) -> Value {
     json!({
         "name": topic.name,
-        "id": topic.id,
+        "topic_id": topic.id,
         "partitions": topic.partitions,
         "replication_factor": topic.replication_factor,
         "config": topic.config,
@@ -365,12 +365,13 @@ fn description(topic: &TopicDescription) -> Value {
             "leader_error": partition.leader_error.as_ref().map(ToString::to_string),
         })
     };
+    let sources = topic.effective_config.keys().map(|key| (key.clone(), set_by(topic, key)));
     json!({
         "name": topic.summary.name,
-        "id": topic.summary.id,
+        "topic_id": topic.summary.id,
         "replication_factor": topic.summary.replication_factor,
-        "config": topic.effective_config,
-        "config_set_by": topic.effective_config.keys().map(|key| (key.clone(), set_by(topic, key))).collect::<BTreeMap<_, _>>(),
+        "effective_config": topic.effective_config,
+        "config_source": sources.collect::<BTreeMap<_, _>>(),
         "partitions": topic.partitions.iter().map(partition).collect::<Vec<_>>(),
     })
 }
@@ -453,9 +454,12 @@ mod tests {
     }
 
     #[test]
-    fn topic_description_matches_golden_files() {
+    fn topic_output_matches_golden_files() {
         output::golden::lines("topic-describe.txt", &lines(&topic()));
-        output::golden::json("topic-describe.json", &description(&topic()));
+        let messages = ["DescribeTopicResponse", "TopicSummary", "PartitionDescription"];
+        output::golden::json("topic-describe.json", &description(&topic()), &messages, &[]);
+        let list = Value::Array(vec![summary(&topic().summary)]);
+        output::golden::json("topic-list.json", &list, &["TopicSummary"], &[]);
     }
 
     #[test]

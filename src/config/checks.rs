@@ -81,7 +81,10 @@ impl ResolvedValues {
             let rest = &url[scheme.len()..];
             match *scheme {
                 "file://" if rest.len() < 2 || !rest.starts_with('/') || rest.split('/').any(|part| part == "..") => {
-                    self.reject_value(key, "file:// and an absolute path, like file:///var/lib/strandline/bucket");
+                    self.reject_value(
+                        key,
+                        "file:// and an absolute path, like file:///var/lib/strandline/object-store",
+                    );
                 }
                 "memory://" | "file://" => {}
                 scheme if rest.is_empty() || rest.starts_with('/') => {

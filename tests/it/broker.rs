@@ -57,8 +57,8 @@ impl BrokerInstance {
     /// Creates an instance of a standalone broker with id 1, whose object store is a folder beside the data directory.
     pub(crate) fn new() -> Self {
         let folder = tempfile::Builder::new().prefix("strandline-it-").tempdir().expect("a folder for the test");
-        let object_store = Some(format!("file://{}", folder.path().join("bucket").display()));
-        fs::create_dir_all(folder.path().join("bucket")).expect("a folder for the object store");
+        let object_store = Some(format!("file://{}", folder.path().join("object-store").display()));
+        fs::create_dir_all(folder.path().join("object-store")).expect("a folder for the object store");
         Self {
             folder,
             id: 1,
@@ -126,7 +126,7 @@ impl BrokerInstance {
     }
 
     /// Sets a folder as the object store.
-    pub(crate) fn bucket_of(mut self, folder: &Path) -> Self {
+    pub(crate) fn object_store_in(mut self, folder: &Path) -> Self {
         self.object_store = Some(format!("file://{}", folder.display()));
         self
     }
@@ -185,8 +185,8 @@ impl BrokerInstance {
     }
 
     /// Returns the folder that is the object store of an instance from [`BrokerInstance::new`].
-    pub(crate) fn bucket(&self) -> PathBuf {
-        self.folder.path().join("bucket")
+    pub(crate) fn object_store_dir(&self) -> PathBuf {
+        self.folder.path().join("object-store")
     }
 
     /// Returns the value of one metric on the `/metrics` page. `name` includes the labels.

@@ -100,7 +100,7 @@ fn flipped_bit_in_object_makes_only_that_object_unreadable() {
     let text = lines(20_000);
     let (mut instance, broker) = start_with_records(true, &text);
     assert!(broker.terminate().success(), "{}", instance.log());
-    let objects = files(&instance.bucket(), ".segment");
+    let objects = files(&instance.object_store_dir(), ".segment");
     assert!(objects.len() > 3, "segment objects exist: {objects:?}");
     // The offset is relative to the size, because the size varies: timing decides how records form batches.
     let bytes = fs::metadata(&objects[1]).expect("an object").len();
@@ -121,7 +121,7 @@ fn missing_object_is_reported_and_served_when_restored() {
     let text = lines(20_000);
     let (mut instance, broker) = start_with_records(true, &text);
     assert!(broker.terminate().success(), "{}", instance.log());
-    let object = files(&instance.bucket(), ".segment").remove(1);
+    let object = files(&instance.object_store_dir(), ".segment").remove(1);
     let away = instance.path().join("away");
     fs::rename(&object, &away).expect("the file is moved");
     let _broker = instance.start();
@@ -141,10 +141,10 @@ fn missing_object_store_loses_no_records() {
     let text = lines(20_000);
     let (instance, mut broker) = start_with_records(true, &text);
     let cli = instance.cli();
-    let away = instance.path().join("bucket-away");
-    fs::rename(instance.bucket(), &away).expect("the file is moved");
+    let away = instance.path().join("object-store-away");
+    fs::rename(instance.object_store_dir(), &away).expect("the file is moved");
     // A file at the path of the folder prevents the broker from creating the folder again.
-    fs::write(instance.bucket(), "no bucket").expect("written");
+    fs::write(instance.object_store_dir(), "no folder").expect("written");
     cli.ok_with(&["produce", "victim"], text.as_bytes());
     let state = partition(&cli, "victim");
     let (tiered, end) =
@@ -153,8 +153,8 @@ fn missing_object_store_loses_no_records() {
     let tail = cli.ok(&["consume", "victim", "--from", "20000", "--until-end"]);
     assert!(tail.stdout == text.as_bytes(), "only committed records are evicted");
     assert!(broker.is_running());
-    fs::remove_file(instance.bucket()).expect("removed");
-    fs::rename(&away, instance.bucket()).expect("the file is moved back");
+    fs::remove_file(instance.object_store_dir()).expect("removed");
+    fs::rename(&away, instance.object_store_dir()).expect("the file is moved back");
     eventually("the rest is uploaded", || (partition(&cli, "victim")["tiered_end"] == 40_000).then_some(()));
     let whole = cli.ok(&["consume", "victim", "--from", "earliest", "--until-end"]);
     assert!(whole.stdout == [text.as_bytes(), text.as_bytes()].concat());
@@ -166,7 +166,8 @@ fn object_store_of_another_cluster_is_refused() {
     let other = BrokerInstance::new();
     let text = fs::read_to_string(other.write_config()).expect("a configuration");
     let text = text.replace("cluster = \"it\"", "cluster = \"someone-else\"");
-    let text = text.replace(&other.bucket().display().to_string(), &instance.bucket().display().to_string());
+    let [own, foreign] = [&other, &instance].map(|instance| instance.object_store_dir().display().to_string());
+    let text = text.replace(&own, &foreign);
     let file = other.path().join("foreign.toml");
     fs::write(&file, text).expect("written");
     let output =

@@ -432,7 +432,7 @@ async fn sigkill_loses_no_acknowledged_records() {
     let (acknowledged, passes) = (load.acknowledged(), readers.passes.len());
     println!("crash: {kills} kills, {acknowledged} records acknowledged, {passes} reads, no record lost");
     assert!(acknowledged > 100, "records were acknowledged: {acknowledged}");
-    let uploaded = std::fs::read_dir(instance.bucket()).expect("the object store").count();
+    let uploaded = std::fs::read_dir(instance.object_store_dir()).expect("the object store").count();
     assert!(uploaded > 0, "the kills need uploads to hit");
     assert!(broker.terminate().success(), "{}", instance.log());
 }

@@ -78,7 +78,7 @@ fn topic_deletion_needs_consent_and_names_remaining_objects() {
     assert_eq!(cli.ok(&["consume", "gone", "--from", "earliest", "--until-end"]).text(), "a record\n");
     let deleted = cli.ok(&["topic", "delete", "gone", "--yes"]).text();
     assert!(deleted.contains("are deleted within 2h (tier.garbage_grace, and"), "{deleted}");
-    assert!(!files(&instance.bucket(), ".segment").is_empty(), "the objects still exist");
+    assert!(!files(&instance.object_store_dir(), ".segment").is_empty(), "the objects still exist");
     assert_eq!(cli.run(&["topic", "describe", "gone"]).code, 1);
 }
 
@@ -90,8 +90,8 @@ fn tombstone_is_deleted_last_and_data_without_one_stays() {
     cli.ok(&["topic", "create", "gone", "--config", "segment.ms=100"]);
     cli.ok_with(&["produce", "gone", "--acks", "tiered"], b"a record\n");
     let described = cli.ok(&["topic", "describe", "gone", "--output", "json"]).json();
-    let id: TopicId = described["id"].as_str().and_then(|id| id.parse().ok()).expect("an id");
-    let folder = |id: TopicId| instance.bucket().join("topics").join(id.to_string());
+    let id: TopicId = described["topic_id"].as_str().and_then(|id| id.parse().ok()).expect("an id");
+    let folder = |id: TopicId| instance.object_store_dir().join("topics").join(id.to_string());
     assert!(!files(&folder(id), "").is_empty());
     // `unknown` is a topic without metadata and tombstone: its metadata may have been lost. `held` is a deleted topic
     // whose folder contains a foreign object.
@@ -125,7 +125,7 @@ fn tombstone_is_deleted_last_and_data_without_one_stays() {
 /// Returns the folder of a topic in the data directory.
 fn local_folder(instance: &BrokerInstance, topic: &str) -> PathBuf {
     let described = instance.cli().ok(&["topic", "describe", topic, "--output", "json"]).json();
-    instance.data_dir().join(described["id"].as_str().expect("an id"))
+    instance.data_dir().join(described["topic_id"].as_str().expect("an id"))
 }
 
 #[test]

@@ -165,10 +165,10 @@ fn consume_prints_json_with_exactly_the_documented_fields() {
     for (offset, record) in records.iter().enumerate() {
         let mut names: Vec<&String> = record.as_object().expect("an object").keys().collect();
         names.sort();
-        assert_eq!(names, ["headers", "key", "offset", "partition", "timestamp", "topic", "value"], "{record}");
+        assert_eq!(names, ["headers", "key", "offset", "partition", "timestamp_ms", "topic", "value"], "{record}");
         assert_eq!((&record["topic"], &record["partition"]), (&text("shapes"), &Value::from(0)));
         assert_eq!(record["offset"], Value::from(offset));
-        assert!(record["timestamp"].as_i64().is_some_and(|ms| ms > 1_600_000_000_000), "{record}");
+        assert!(record["timestamp_ms"].as_i64().is_some_and(|ms| ms > 1_600_000_000_000), "{record}");
     }
 }
 
@@ -183,7 +183,7 @@ fn consume_starts_and_ends_at_the_given_offsets() {
     let read = |more: &[&str]| -> String { cli.ok(&[&["consume", "ten", "--until-end"], more].concat()).text() };
     let middle = cli.ok(&["consume", "ten", "--from", "earliest", "--until-end", "--format", "json"]).json_lines();
     // The second five records must have later timestamps than the first five.
-    let last_ms = middle.iter().filter_map(|record| record["timestamp"].as_i64()).max().expect("records");
+    let last_ms = middle.iter().filter_map(|record| record["timestamp_ms"].as_i64()).max().expect("records");
     eventually("the clock advances", || (strandline::task::clock::wall_ms() > last_ms + 5).then_some(()));
     let later: String = (5..10).map(|n| format!("{n}\n")).collect();
     cli.ok_with(&["produce", "ten", "--partition", "1"], later.as_bytes());
@@ -220,11 +220,11 @@ fn topics_are_created_described_altered_grown_and_deleted() {
 
     let described = cli.ok(&["topic", "describe", "orders", "--output", "json"]).json();
     let mut keys: Vec<&String> = described.as_object().expect("an object").keys().collect();
-    keys.retain(|key| ["name", "id", "config", "partitions"].contains(&key.as_str()));
+    keys.retain(|key| ["name", "topic_id", "effective_config", "partitions"].contains(&key.as_str()));
     assert_eq!(keys.len(), 4, "{described}");
     assert_eq!(described["name"], "orders");
-    assert_eq!(described["config"]["retention.ms"], "86400000");
-    assert_eq!(described["id"].as_str().map(str::len), Some(36), "{described}");
+    assert_eq!(described["effective_config"]["retention.ms"], "86400000");
+    assert_eq!(described["topic_id"].as_str().map(str::len), Some(36), "{described}");
     let partitions = described["partitions"].as_array().expect("a list");
     assert_eq!(partitions.len(), 2);
     for (n, partition) in partitions.iter().enumerate() {
@@ -244,7 +244,7 @@ fn topics_are_created_described_altered_grown_and_deleted() {
     let _broker = instance.start();
     let cli = instance.cli();
     let described = cli.ok(&["topic", "describe", "orders", "--output", "json"]).json();
-    assert_eq!(described["config"]["retention.ms"], "3600000", "an alteration survives a restart");
+    assert_eq!(described["effective_config"]["retention.ms"], "3600000", "an alteration survives a restart");
     assert_eq!(described["partitions"].as_array().map(Vec::len), Some(4));
 
     cli.ok_with(&["produce", "orders", "--partition", "3"], b"old\n");
@@ -462,8 +462,8 @@ fn every_codec_can_be_read_back_and_dumped() {
         wanted += &input;
     }
     assert_eq!(cli.ok(&["consume", "codecs", "--from", "earliest", "--until-end"]).text(), wanted);
-    let id =
-        cli.ok(&["topic", "describe", "codecs", "--output", "json"]).json()["id"].as_str().expect("an id").to_owned();
+    let described = cli.ok(&["topic", "describe", "codecs", "--output", "json"]).json();
+    let id = described["topic_id"].as_str().expect("an id");
     assert!(broker.terminate().success(), "{}", instance.log());
     let segment = instance.data_dir().join(id).join("0").join(format!("{:020}.log", 0));
     assert!(segment.exists(), "segments are at the documented path: {}", segment.display());
@@ -548,7 +548,7 @@ fn topic_describe_shows_the_source_of_each_value() {
     cli.ok(&["topic", "create", "t", "--config", "retention.ms=86400000"]);
     let described = cli.ok(&["topic", "describe", "t", "--output", "json"]).json();
     for (key, source) in [("segment.ms", "broker"), ("retention.ms", "topic"), ("segment.bytes", "default")] {
-        assert_eq!(described["config_set_by"][key], source, "{key}");
+        assert_eq!(described["config_source"][key], source, "{key}");
     }
     let text = cli.ok(&["topic", "describe", "t"]).text();
     let line = text.lines().find(|line| line.starts_with("segment.ms")).expect("a line");

@@ -124,7 +124,7 @@ fn data_directory_is_checked_before_object_store_and_journal() {
     };
     let error = run(&other, &instance.data_dir(), &[]);
     assert!(error.contains("in use by another process"), "{error}");
-    assert!(files(&other.bucket(), "").is_empty(), "the object store is not bound");
+    assert!(files(&other.object_store_dir(), "").is_empty(), "the object store is not bound");
     let file = other.path().join("file");
     fs::write(&file, "").expect("written");
     let error = run(&other, &file, &[]);

@@ -46,7 +46,7 @@ fn standalone_broker_runs_and_validates_operations() {
     output_of(&cli, "topic create orders --partitions 2");
     let cluster = json_of(&cli, "cluster describe");
     assert_eq!(
-        (&cluster["name"], &cluster["partitions"], &cluster["leaderless"]),
+        (&cluster["cluster"], &cluster["partitions"], &cluster["leaderless"]),
         (&json!("it"), &json!(2), &json!(0))
     );
     let broker_entry = &cluster["brokers"][0];
@@ -104,7 +104,7 @@ fn standalone_broker_runs_and_validates_operations() {
         (&drained["changed"], &drained["eligible_brokers"], &drained["replica_count"]),
         (&json!(true), &json!(0), &json!(2))
     );
-    assert_eq!(drained["blocked_replicas"].as_array().map(Vec::len), Some(2), "{drained}");
+    assert_eq!(drained["blocked"].as_array().map(Vec::len), Some(2), "{drained}");
     let again = run(&cli, "broker drain 1").text();
     assert!(
         again.contains("already")
@@ -229,7 +229,7 @@ fn dev_cluster_replicates_reassigns_and_drains() {
 
     let drained = json_of(&cli, &format!("broker drain {to}"));
     let blocked = json!([{ "topic": "orders", "partition": 0 }]);
-    assert_eq!(drained["blocked_replicas"], blocked, "three replicas require three brokers");
+    assert_eq!(drained["blocked"], blocked, "three replicas require three brokers");
     eventually("all possible reassignments have completed", || {
         (numbers(&partition(&cli, "single")["replicas"]) != [to]).then_some(())
     });
@@ -259,8 +259,8 @@ fn dev_cluster_replicates_reassigns_and_drains() {
 fn unclean_election_needs_consent_and_names_its_loss() {
     let etcd = etcd(1);
     let mut instances: Vec<BrokerInstance> = (1..=2).map(|id| BrokerInstance::member(id, &etcd)).collect();
-    let bucket = instances[0].bucket();
-    instances = instances.into_iter().map(|instance| instance.bucket_of(&bucket)).collect();
+    let object_store = instances[0].object_store_dir();
+    instances = instances.into_iter().map(|instance| instance.object_store_in(&object_store)).collect();
     let first = instances[0].start();
     let second = instances[1].start();
     let cli = instances[0].cli();

@@ -307,7 +307,7 @@ fn objects_of_a_deleted_topic_are_deleted_after_grace() {
         cli.ok_with(&["produce", topic], text.as_bytes());
         wait_until_tiered(&cli, topic, 5_000);
         let described = cli.ok(&["topic", "describe", topic, "--output", "json"]).json();
-        let id = described["topic_id"].as_str().or(described["id"].as_str()).expect("an id").to_owned();
+        let id = described["topic_id"].as_str().expect("an id").to_owned();
         folders.push(server.bucket().join("it/topics").join(id));
     }
     let stay = segments(&folders[1]);
@@ -386,9 +386,9 @@ fn tiered(timeout_ms: u32) -> v1::AppendRequest {
     v1::AppendRequest { acks: Acks::Tiered.into(), timeout_ms, ..append }
 }
 
-/// An object store whose folder has disappeared accepts no records. Regression: after `mv bucket away`, or when its
-/// disk was unmounted, the broker created the folder again, without its cluster marker, and acknowledged records with
-/// `acks=tiered`.
+/// An object store whose folder has disappeared accepts no records. Regression: after `mv object-store away`, or when
+/// its disk was unmounted, the broker created the folder again, without its cluster marker, and acknowledged records
+/// with `acks=tiered`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn missing_folder_accepts_no_tiered_record() {
     let mut instance = BrokerInstance::new();
@@ -398,16 +398,16 @@ async fn missing_folder_accepts_no_tiered_record() {
     let mut log = wire::log(instance.grpc());
     wire::append(&mut log, tiered(30_000)).await.expect("the object store exists");
     let moved = instance.path().join("away");
-    std::fs::rename(instance.bucket(), &moved).expect("moved");
+    std::fs::rename(instance.object_store_dir(), &moved).expect("moved");
     let error = wire::append(&mut log, tiered(3_000)).await.expect_err("the object store is missing");
     assert_eq!(error.code, ErrorCode::Timeout, "{error}");
-    assert!(!instance.bucket().exists(), "no new folder is created");
+    assert!(!instance.object_store_dir().exists(), "no new folder is created");
     wire::append(&mut log, wire::append_plain("t", 0, vec![Bytes::from_static(b"y")]))
         .await
         .expect("the append needs no object store");
     let output = instance.log();
     assert!(output.contains("has no cluster.json"), "the log contains the reason: {output}");
-    std::fs::rename(&moved, instance.bucket()).expect("the file is moved back");
+    std::fs::rename(&moved, instance.object_store_dir()).expect("the file is moved back");
     let appended = wire::append(&mut log, tiered(30_000)).await.expect("the object store is available again");
     assert_eq!((appended.base_offset, appended.durability()), (3, strandline::proto::v1::AckDurability::Tiered));
 }
@@ -427,13 +427,13 @@ async fn empty_object_store_at_a_restart_is_not_claimed() {
         assert!(broker.terminate().success(), "{}", instance.log());
     });
     let moved = instance.path().join("away");
-    std::fs::rename(instance.bucket(), &moved).expect("moved");
-    std::fs::create_dir(instance.bucket()).expect("the folder is created");
+    std::fs::rename(instance.object_store_dir(), &moved).expect("moved");
+    std::fs::create_dir(instance.object_store_dir()).expect("the folder is created");
     let _broker = tokio::task::block_in_place(|| instance.start());
     let mut log = wire::log(instance.grpc());
     let error = wire::append(&mut log, tiered(2_000)).await.expect_err("the object store is missing");
     assert_eq!(error.code, ErrorCode::Timeout, "{error}");
-    assert!(files(&instance.bucket(), "").is_empty(), "no file is written");
+    assert!(files(&instance.object_store_dir(), "").is_empty(), "no file is written");
     let output = instance.log();
     assert!(output.contains("has no cluster.json"), "the log contains the reason: {output}");
     let blocked = "uploads or retention fail on broker 1, and are retried:\n  1 partition, t/0 for ";
@@ -446,8 +446,8 @@ async fn empty_object_store_at_a_restart_is_not_claimed() {
         cli.run(&["consume", "t", "--from", "earliest", "--until-end", "--timeout", "2"])
     });
     assert!(read.code == 1 && read.stdout.is_empty() && read.stderr.contains("cluster.json"), "{read:?}");
-    std::fs::remove_dir(instance.bucket()).expect("empty");
-    std::fs::rename(&moved, instance.bucket()).expect("the mount succeeds");
+    std::fs::remove_dir(instance.object_store_dir()).expect("empty");
+    std::fs::rename(&moved, instance.object_store_dir()).expect("the mount succeeds");
     wire::append(&mut log, tiered(30_000)).await.expect("the object store is available again");
     tokio::task::block_in_place(|| {
         check_read(&cli, "t", "earliest", &format!("{text}x\nx\n"));

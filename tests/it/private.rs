@@ -59,8 +59,8 @@ fn files_are_private_and_wider_modes_are_corrected() {
     let broker = instance.start();
     write_records(&instance);
     check_modes_are_private(&instance.data_dir());
-    check_modes_are_private(&instance.bucket());
-    assert!(modes(&instance.bucket()).len() > 3, "a segment and its manifest exist");
+    check_modes_are_private(&instance.object_store_dir());
+    assert!(modes(&instance.object_store_dir()).len() > 3, "a segment and its manifest exist");
     assert!(broker.terminate().success(), "{}", instance.log());
     for (path, is_folder, _) in modes(&instance.data_dir()) {
         set_mode(&path, if is_folder { 0o755 } else { 0o644 });
@@ -121,7 +121,7 @@ fn unprivileged_broker_uses_root_volume_not_foreign_files() {
     chown(&volume, None, Some(NOBODY)).expect("the test runs as root");
     set_mode(&volume, 0o2775);
     symlink(&volume, instance.data_dir()).expect("the file is created");
-    chown(instance.bucket(), Some(NOBODY), Some(NOBODY)).expect("the test runs as root");
+    chown(instance.object_store_dir(), Some(NOBODY), Some(NOBODY)).expect("the test runs as root");
     let broker: Broker = instance.start();
     write_records(&instance);
     let metadata = fs::metadata(&volume).expect("the entry exists");

@@ -303,7 +303,7 @@ async fn future_timestamp_does_not_stop_retention() {
 async fn future_record_expires_by_creation_time_of_its_object() {
     check_future_records_expire(|instance, broker| {
         assert!(broker.take().expect("the process is running").terminate().success());
-        let manifests = files(&instance.bucket(), "")
+        let manifests = files(&instance.object_store_dir(), "")
             .into_iter()
             .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("manifest-")));
         let forgotten: usize = manifests.map(|manifest| forget_creation(&manifest, &[FUTURE, i64::MAX])).sum();

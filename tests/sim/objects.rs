@@ -162,10 +162,10 @@ impl ObjectStore for Objects {
     }
 
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        let bucket = self.clone();
+        let objects = self.clone();
         let result = locations.inspect(move |location| {
             if let Ok(location) = location {
-                bucket.check_delete(location);
+                objects.check_delete(location);
             }
         });
         self.kept.delete_stream(result.boxed())
@@ -175,8 +175,8 @@ impl ObjectStore for Objects {
         if random::in_range(0..100) < self.failing.load(Ordering::Relaxed) {
             return stream::once(async { Err(request_error("refused")) }).boxed();
         }
-        let bucket = self.clone();
-        self.kept.list(prefix).map(move |object| object.map(|object| bucket.dated(object))).boxed()
+        let objects = self.clone();
+        self.kept.list(prefix).map(move |object| object.map(|object| objects.dated(object))).boxed()
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {

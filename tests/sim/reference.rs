@@ -35,11 +35,11 @@
 //! | a read, a latest offset | Only committed batches are returned; a newer leader returns no older end |
 
 mod acks;
-mod bucket;
 mod content;
 mod journal;
 mod partition;
 mod replica;
+mod stored_objects;
 
 use std::{
     cell::RefCell,
@@ -61,11 +61,11 @@ use strandline::{
 
 use self::{
     acks::Ack,
-    bucket::Bucket,
     content::Entry,
     journal::{Disk, Journals},
     partition::Partition,
     replica::Ends,
+    stored_objects::StoredObjects,
 };
 use crate::{panics, trace::Trace, world::Simulation};
 
@@ -89,7 +89,7 @@ struct ReferenceState {
     standalone: bool,
     machines: Machines,
     journals: Journals,
-    bucket: Bucket,
+    stored_objects: StoredObjects,
     /// Broker epochs of the registered brokers.
     brokers: Brokers,
     /// Configuration of each topic.
@@ -142,7 +142,7 @@ impl ReferenceModel {
             standalone: machines.len() == 1,
             machines,
             journals: Journals::default(),
-            bucket: Bucket::new(world.shared.objects.clone()),
+            stored_objects: StoredObjects::new(world.shared.objects.clone()),
             brokers: BTreeMap::new(),
             topics: BTreeMap::new(),
             partitions: BTreeMap::new(),
@@ -211,7 +211,7 @@ impl ReferenceState {
             }
             (Some(Key::Partition(id)), None) => {
                 self.partitions.remove(&id);
-                self.bucket.remove_references(id);
+                self.stored_objects.remove_references(id);
                 Ok(())
             }
             (Some(Key::Topic(_)), Some((value, _))) => {
@@ -226,10 +226,10 @@ impl ReferenceState {
                 let Ok(state) = TierState::decode(key, value) else { return Ok(()) };
                 let partition = self.partitions.entry(id).or_default();
                 let result = partition.on_tier_state_stored(state.clone());
-                result.and_then(|()| self.bucket.check_tier_commit(id, &state, partition)).map_err(at(id))
+                result.and_then(|()| self.stored_objects.check_tier_commit(id, &state, partition)).map_err(at(id))
             }
             (Some(Key::Tier(id)), None) => {
-                self.bucket.remove_references(id);
+                self.stored_objects.remove_references(id);
                 Ok(())
             }
             (Some(Key::Broker(id)), Some((_, created))) => {

@@ -89,15 +89,15 @@ fn format_consequences(topic: &str, number: u32, survey: &ManifestRebuild) -> St
 
 /// Returns the result of the survey as JSON.
 fn survey_json(topic: &str, number: u32, survey: &ManifestRebuild) -> Value {
-    let missing = survey.missing.iter().map(|range| json!({ "from": range.start, "to": range.end }));
+    let missing = survey.missing.iter().map(|range| json!({ "start": range.start, "end": range.end }));
     json!({
         "topic": topic,
         "partition": number,
         "lost": survey.lost,
-        "committed_log_start": survey.range.start,
+        "log_start": survey.range.start,
         "tiered_end": survey.range.end,
         "committed_bytes": survey.committed_bytes,
-        "log_start": survey.log_start,
+        "new_log_start": survey.log_start,
         "segments": survey.segments,
         "bytes": survey.bytes,
         "obstacle": survey.obstacle,
@@ -105,4 +105,32 @@ fn survey_json(topic: &str, number: u32, survey: &ManifestRebuild) -> Value {
         "unusable": survey.unusable,
         "unused": survey.unused,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Offset;
+
+    #[test]
+    fn survey_json_matches_golden_file() {
+        let offset = |value| Offset::new(value).expect("small");
+        let survey = ManifestRebuild {
+            lost: "manifest-00000007".to_owned(),
+            range: offset(100)..offset(900),
+            committed_bytes: 80_000,
+            log_start: offset(500),
+            segments: 4,
+            bytes: 40_000,
+            obstacle: Some("a segment is missing".to_owned()),
+            missing: vec![offset(200)..offset(300), offset(400)..offset(500)],
+            unusable: vec!["segment 400 has no footer".to_owned()],
+            unused: 3,
+            plan: "plan".to_owned(),
+            committed: false,
+        };
+        let messages = ["RebuildManifestRequest", "RebuildManifestResponse", "OffsetRange"];
+        let value = survey_json("orders", 0, &survey);
+        output::golden::json("partition-rebuild-manifest.json", &value, &messages, &[]);
+    }
 }

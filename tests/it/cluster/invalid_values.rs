@@ -88,7 +88,7 @@ fn invalid_values_in_etcd_are_reported_and_skipped() {
     }
     cli.ok_with(&["produce", "other"], b"before\n");
     let topic = cli.ok(&["topic", "describe", "orders", "--output", "json"]).json();
-    let id = topic["id"].as_str().expect("an id").to_owned();
+    let id = topic["topic_id"].as_str().expect("an id").to_owned();
     let invalid_key = format!("partitions/{id}/1");
 
     let mut api = Api::of(&cluster);
@@ -171,7 +171,7 @@ fn tiered_records_with_invalid_state_are_not_skipped() {
     let evicted = || cluster.partitions("history")[0]["local_start"] == 20_000;
     eventually("all records are only in the object store", || evicted().then_some(()));
     let topic = cli.ok(&["topic", "describe", "history", "--output", "json"]).json();
-    let key = format!("tier/{}/0", topic["id"].as_str().expect("an id"));
+    let key = format!("tier/{}/0", topic["topic_id"].as_str().expect("an id"));
 
     let mut api = Api::of(&cluster);
     let value = api.invalidate(&key, "{\"manifest\":7}");

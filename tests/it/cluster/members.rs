@@ -61,13 +61,13 @@ impl Cluster {
     }
 
     /// Returns the folder that is the object store of all brokers.
-    pub(crate) fn bucket(&self) -> &Path {
+    pub(crate) fn object_store_dir(&self) -> &Path {
         self.folder.path()
     }
 
     /// Returns an instance for a broker with this id and the object store of the cluster. Does not start the broker.
     pub(crate) fn new_instance(&self, id: u32) -> BrokerInstance {
-        BrokerInstance::member(id, &self.etcd).bucket_of(self.folder.path())
+        BrokerInstance::member(id, &self.etcd).object_store_in(self.folder.path())
     }
 
     /// Adds a broker and starts it. Does not wait until it is ready.

@@ -126,7 +126,7 @@ fn generation(path: &std::path::Path) -> Option<u64> {
 fn etcd_of_an_older_generation_starts_no_broker() {
     let mut cluster = start_with_one_member(1, &[]);
     let (marker, directory) =
-        (cluster.bucket().join("cluster.json"), cluster.instance(1).data_dir().join("strandline.json"));
+        (cluster.object_store_dir().join("cluster.json"), cluster.instance(1).data_dir().join("strandline.json"));
     assert_eq!((generation(&marker), generation(&directory)), (Some(1), Some(1)), "a new cluster has generation 1");
     let config = cluster.instance(1).write_config().display().to_string();
     let cli = cluster.cli();

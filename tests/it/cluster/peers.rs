@@ -164,11 +164,12 @@ async fn unregistered_broker_reports_only_its_identity() {
 async fn batch_corrupted_between_brokers_is_sent_again() {
     let (mut cluster, mut links) =
         (tokio::task::block_in_place(|| Cluster::with_etcd(Etcd::begin(3, "http", &[]))), vec![]);
-    let bucket = tempfile::tempdir().expect("a folder");
+    let object_store = tempfile::tempdir().expect("a folder");
     for id in 1..=2 {
         let proxy = Proxy::bind().await;
-        let instance =
-            BrokerInstance::member(id, &cluster.etcd).bucket_of(bucket.path()).peer_advertise(proxy.address());
+        let instance = BrokerInstance::member(id, &cluster.etcd)
+            .object_store_in(object_store.path())
+            .peer_advertise(proxy.address());
         links.push(proxy.forward_to(instance.peer()));
         cluster.add(id, instance);
     }

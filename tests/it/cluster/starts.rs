@@ -223,16 +223,16 @@ async fn broker_connects_to_etcd_with_certificate_and_password() {
 fn broker_with_another_object_store_is_refused() {
     let mut cluster = Cluster::start(2);
     let elsewhere = tempfile::tempdir().expect("a folder");
-    let third = cluster.new_instance(3).bucket_of(elsewhere.path());
+    let third = cluster.new_instance(3).object_store_in(elsewhere.path());
     assert!(!third.spawn().wait_for_exit().success());
     let log = third.log();
-    let urls = [cluster.bucket(), elsewhere.path()].map(|folder| format!("file://{}", folder.display()));
+    let urls = [cluster.object_store_dir(), elsewhere.path()].map(|folder| format!("file://{}", folder.display()));
     assert!(
         log.contains(&format!("{} is not the object store of this cluster, which is {}", urls[1], urls[0])),
         "{log}"
     );
     assert_eq!(fs::read_dir(elsewhere.path()).expect("a folder").count(), 0, "no file is written");
-    let third = third.bucket_of(cluster.bucket());
+    let third = third.object_store_in(cluster.object_store_dir());
     cluster.add(3, third);
     cluster.wait_until_ready();
 }
@@ -242,7 +242,7 @@ fn broker_id_in_use_is_refused_with_its_address() {
     let etcd = etcd(1);
     let mut first = BrokerInstance::member(1, &etcd);
     let mut running = first.start();
-    let second = BrokerInstance::member(1, &etcd).bucket_of(&first.bucket());
+    let second = BrokerInstance::member(1, &etcd).object_store_in(&first.object_store_dir());
     assert!(!second.spawn().wait_for_exit().success());
     let expected = format!("broker id 1 is taken by a broker at {}", first.grpc());
     assert!(second.log().contains(&expected), "{}", second.log());
@@ -254,7 +254,7 @@ fn copied_data_directory_makes_one_process_exit() {
     let etcd = etcd(1);
     let mut first = BrokerInstance::member(1, &etcd);
     let mut running = first.start();
-    let second = BrokerInstance::member(1, &etcd).bucket_of(&first.bucket());
+    let second = BrokerInstance::member(1, &etcd).object_store_in(&first.object_store_dir());
     copy(&first.data_dir(), &second.data_dir());
     let mut later = second.spawn();
     // Usually the first process stays. The second one deletes the registration of the first one, which registers again

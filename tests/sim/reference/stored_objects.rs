@@ -15,14 +15,14 @@ use crate::{
     objects::Objects,
 };
 
-pub(super) struct Bucket {
+pub(super) struct StoredObjects {
     objects: Objects,
     /// Names of the segment objects that were checked. A name is never used for another object, so each is checked
     /// once.
     read: BTreeSet<String>,
 }
 
-impl Bucket {
+impl StoredObjects {
     pub(super) fn new(objects: Objects) -> Self {
         Self { objects, read: BTreeSet::new() }
     }
