@@ -378,7 +378,7 @@ fn eligible_brokers(drain: &DrainStatus) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::cluster::tests::troubled;
+    use crate::cli::cluster::tests::unhealthy;
 
     fn drain(blocked: u32) -> DrainStatus {
         DrainStatus {
@@ -440,7 +440,7 @@ mod tests {
 
     #[test]
     fn blocked_replicas_name_the_states_of_other_brokers() {
-        let cluster = troubled();
+        let cluster = unhealthy();
         let drained = BrokerDescription { blocked: 20, ..cluster.brokers[2].clone() };
         assert_eq!(
             blocked_replicas(&cluster, &drained),
@@ -456,7 +456,7 @@ mod tests {
         output::golden::lines("broker-drain.txt", &format_drain(2, &drain(0)));
         let messages = ["DrainBrokerRequest", "DrainBrokerResponse", "TopicPartition"];
         output::golden::json("broker-drain.json", &drain_json(2, &drain(2)), &messages, &["draining"]);
-        output::golden::lines("broker-drain-stuck.txt", &format_drain(2, &drain(12)));
+        output::golden::lines("broker-drain-blocked.txt", &format_drain(2, &drain(12)));
         let repeated = DrainStatus { eligible_brokers: 0, replica_count: 1, changed: false, ..drain(1) };
         assert!(
             format_drain(2, &repeated).contains("was draining already: 1 replica"),

@@ -380,7 +380,7 @@ pub(super) mod tests {
     }
 
     /// Returns a cluster of two brokers without any problem.
-    pub(in crate::cli) fn calm() -> ClusterDescription {
+    pub(in crate::cli) fn healthy() -> ClusterDescription {
         ClusterDescription {
             name: "prod".to_owned(),
             controller: Some(BrokerId(1)),
@@ -401,7 +401,7 @@ pub(super) mod tests {
     /// Returns a cluster of five brokers: broker 1 runs, 2 stops and does not report stats, 3 drains, 4 reports
     /// failures and a full disk, 5 is offline. The cluster has every other problem that a description can show. The
     /// texts are those that brokers send.
-    pub(in crate::cli) fn troubled() -> ClusterDescription {
+    pub(in crate::cli) fn unhealthy() -> ClusterDescription {
         let reason = "broker 2 does not respond: 127.0.0.1:9471: no response in 1s";
         let silent = ApiError::new(ErrorCode::NotReady, reason);
         let two = BrokerDescription { stopping: true, stats: Some(Err(silent)), in_sync_count: 18, ..running(2, "") };
@@ -470,7 +470,7 @@ pub(super) mod tests {
             unavailable: vec![("orders".to_owned(), 3), ("audit".to_owned(), 0)],
             unreadable: vec![broken],
             metadata_staleness: Duration::from_millis(63_400),
-            ..calm()
+            ..healthy()
         }
     }
 
@@ -488,20 +488,20 @@ pub(super) mod tests {
     fn broker_is_not_drained_while_values_are_unreadable() {
         let empty = BrokerDescription { draining_since_ms: Some(1), replica_count: 0, ..running(1, "") };
         assert_eq!(
-            notes(&empty, first_invalid_placement_key(&calm()), false),
+            notes(&empty, first_invalid_placement_key(&healthy()), false),
             ["broker 1 is drained: it can be stopped for good"]
         );
-        let note = notes(&empty, first_invalid_placement_key(&troubled()), false).remove(0);
+        let note = notes(&empty, first_invalid_placement_key(&unhealthy()), false).remove(0);
         assert!(note.ends_with("do not stop it for good"), "{note}");
     }
 
     #[test]
     fn cluster_description_matches_golden_files() {
-        output::golden::lines("cluster-describe.txt", &lines(&calm()));
-        let troubled = troubled();
-        output::golden::lines_with_texts("cluster-describe-troubled.txt", &lines(&troubled), &broker_texts(&troubled));
+        output::golden::lines("cluster-describe.txt", &lines(&healthy()));
+        let cluster = unhealthy();
+        output::golden::lines_with_texts("cluster-describe-unhealthy.txt", &lines(&cluster), &broker_texts(&cluster));
         let messages =
             ["DescribeClusterResponse", "BrokerDescription", "BrokerStats", "TopicPartition", "UnreadableKey"];
-        output::golden::json("cluster-describe.json", &description(&troubled), &messages, &["state"]);
+        output::golden::json("cluster-describe.json", &description(&cluster), &messages, &["state"]);
     }
 }

@@ -145,17 +145,17 @@ fn of_broker(broker: &BrokerDescription) -> BrokerHealth {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::cluster::tests::{broker_texts, calm, troubled};
+    use crate::cli::cluster::tests::{broker_texts, healthy, unhealthy};
 
     #[test]
     fn health_prints_one_line_per_impairment() {
-        let healthy = ClusterHealth::of(&calm());
+        let healthy = ClusterHealth::of(&healthy());
         assert!(healthy.is_healthy());
         output::golden::lines("cluster-health.txt", &healthy.lines());
-        let cluster = troubled();
+        let cluster = unhealthy();
         let health = ClusterHealth::of(&cluster);
         assert!(!health.is_healthy());
-        output::golden::lines_with_texts("cluster-health-troubled.txt", &health.lines(), &broker_texts(&cluster));
+        output::golden::lines_with_texts("cluster-health-unhealthy.txt", &health.lines(), &broker_texts(&cluster));
         let messages = ["DescribeClusterResponse", "BrokerDescription", "BrokerStats"];
         output::golden::json("cluster-health.json", &health.json(), &messages, &["healthy", "ready", "state"]);
     }
@@ -163,7 +163,7 @@ mod tests {
     /// A drained broker that was stopped permanently is no impairment.
     #[test]
     fn offline_broker_without_replicas_is_no_impairment() {
-        let mut cluster = calm();
+        let mut cluster = healthy();
         let stopped = &mut cluster.brokers[1];
         (stopped.alive, stopped.replica_count, stopped.stats) = (false, 0, None);
         assert!(ClusterHealth::of(&cluster).is_healthy());

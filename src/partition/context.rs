@@ -57,7 +57,7 @@ pub struct PartitionCounters {
     /// Members that entered the ISR of partitions that this broker leads.
     pub isr_expands: Counter,
     /// Leader epochs in which this broker started to lead.
-    pub leader_epochs: Counter,
+    pub leader_elections_won: Counter,
 }
 
 impl PartitionCounters {
@@ -66,7 +66,7 @@ impl PartitionCounters {
         Self {
             isr_shrinks: metrics.isr_shrinks.clone(),
             isr_expands: metrics.isr_expands.clone(),
-            leader_epochs: metrics.leader_epochs.clone(),
+            leader_elections_won: metrics.leader_elections_won.clone(),
         }
     }
 

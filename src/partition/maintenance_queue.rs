@@ -53,7 +53,7 @@ enum TakeResult {
     /// No partition is due. The first retry is due at this time.
     RetryAt(Instant),
     /// No partition is due or waits for a retry.
-    Nothing,
+    Empty,
 }
 
 impl MaintenanceQueue {
@@ -85,7 +85,7 @@ impl MaintenanceQueue {
                 TakeResult::RetryAt(time) => {
                     let _notified_or_due = tokio::time::timeout_at(time, notified).await;
                 }
-                TakeResult::Nothing => notified.await,
+                TakeResult::Empty => notified.await,
             }
         }
     }
@@ -99,7 +99,7 @@ impl MaintenanceQueue {
             state.due.push_back(id);
         }
         let Some(id) = state.due.pop_front() else {
-            return state.retries.first().map_or(TakeResult::Nothing, |(time, _)| TakeResult::RetryAt(*time));
+            return state.retries.first().map_or(TakeResult::Empty, |(time, _)| TakeResult::RetryAt(*time));
         };
         state.entries.insert(id, QueueEntryState::Working);
         if !state.due.is_empty() {
@@ -157,11 +157,11 @@ mod tests {
         queue.push(id(1));
         assert_eq!(queue.next().await, id(1));
         queue.push(id(1));
-        assert_eq!(queue.take(clock::monotonic()), TakeResult::Nothing, "a partition never has two workers");
+        assert_eq!(queue.take(clock::monotonic()), TakeResult::Empty, "a partition never has two workers");
         queue.done(id(1), false);
         assert_eq!(queue.next().await, id(1));
         queue.done(id(1), false);
-        assert_eq!(queue.take(clock::monotonic()), TakeResult::Nothing);
+        assert_eq!(queue.take(clock::monotonic()), TakeResult::Empty);
     }
 
     #[tokio::test(start_paused = true)]

@@ -22,7 +22,7 @@ pub enum Transition {
     /// The value is older than the applied one: nothing changed.
     Stale,
     /// The value was applied already, and the role stays. The statuses of brokers may be new.
-    Same,
+    Unchanged,
     /// The value is new; the role and the leader epoch stay. The replicas, ISR or ELR may have changed.
     SetsChanged,
     /// This broker leads in the value's epoch. That epoch is newer than the last one in which it led or refused to
@@ -155,7 +155,7 @@ impl AppliedMetadata {
         let is_same_revision = self.value.is_some() && revision == self.revision;
         (self.value, self.revision, self.role) = (Some(value), revision, role);
         match (role, leader) {
-            _ if is_same_role && is_same_revision => Transition::Same,
+            _ if is_same_role && is_same_revision => Transition::Unchanged,
             _ if is_same_role => Transition::SetsChanged,
             (AssignedRole::Leader, _) if self.last_led_epoch.is_some_and(|led| led >= epoch) => {
                 self.role = AssignedRole::Idle;

@@ -92,7 +92,7 @@ metrics! {
     partitions_reassigning: GaugeU64 = "strandline_partitions_reassigning", "Partitions of the cluster that are being reassigned. In a cluster only the controller reports them; all other brokers report 0.";
     isr_shrinks: Counter = "strandline_isr_shrinks", "Replicas that left the ISR of led partitions; those that an election removed do not count.";
     isr_expands: Counter = "strandline_isr_expands", "Replicas that entered the ISR of led partitions.";
-    leader_epochs: Counter = "strandline_leader_elections_won", "Leader epochs in which this process started to lead. A standalone broker counts each partition at its start.";
+    leader_elections_won: Counter = "strandline_leader_elections_won", "Leader epochs in which this process started to lead. A standalone broker counts each partition at its start.";
     elections: ElectionCounters = "strandline_elections", "Elections that this broker ran, as the controller or for an admin operation, by cause. Causes: failed (the partition had no live leader), preferred, unclean, and controlled_shutdown (the leader is stopping, is drained or has a full disk, or its replica is being removed).";
     follower_lag_records: PeerGauges = "strandline_follower_lag_records", "Records of led partitions that a follower's broker has not acknowledged. Before its first acknowledgement to this leader, all records count that are not in the object store.";
     follower_lag_seconds: PeerGaugesF64 = "strandline_follower_lag_seconds", "Age in seconds of the oldest record of led partitions that a follower's broker has not acknowledged, counted at most from the start of this broker's leadership.";

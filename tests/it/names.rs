@@ -2,7 +2,7 @@
 //!
 //! `names.txt` lists given-up names of types, functions, fields, constants, enum variants and files, and texts such as
 //! metric names, settings and flags. `words.txt` lists phrases and coined words that have no ordinary use in this
-//! project.
+//! project, also not in the names of files.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -68,12 +68,26 @@ fn given_up(list: &str) -> Vec<GivenUp<'_>> {
         .collect()
 }
 
-/// Returns each use of a given-up name in these files, as text.
-fn names_used(list: &[GivenUp], sources: &Sources, texts: &[(String, String)]) -> Vec<String> {
+/// Returns true if the text contains this name as a whole. The prefix `strandline_` of a metric and the suffix `_total`
+/// of a counter do not count.
+fn has_name(text: &str, name: &str) -> bool {
+    let is_part = |c: char| c.is_alphanumeric() || "_-".contains(c);
+    text.match_indices(name).any(|(at, _)| {
+        let (before, after) = (&text[..at], &text[at + name.len()..]);
+        let before = before.strip_suffix("strandline_").unwrap_or(before);
+        let after = after.strip_prefix("_total").unwrap_or(after);
+        !before.ends_with(is_part) && !after.starts_with(is_part)
+    })
+}
+
+/// Returns each use of a given-up name in the names of these files, in these sources and in these texts, as text.
+fn names_used(list: &[GivenUp], files: &[String], sources: &Sources, texts: &[(String, String)]) -> Vec<String> {
     let mut used = Vec::new();
+    for file in files {
+        let entries = list.iter().filter(|entry| entry.kind == "file" && is_below(file, entry.name));
+        used.extend(entries.map(|entry| ("file", entry.name, file, 1)));
+    }
     for file in &sources.files {
-        let files = list.iter().filter(|entry| entry.kind == "file" && is_below(&file.name, entry.name));
-        used.extend(files.map(|entry| ("file", entry.name, &file.name, 1)));
         for definition in &file.definitions {
             let kinds: &[&str] = match definition.kind {
                 Kind::Type => &["type"],
@@ -88,15 +102,8 @@ fn names_used(list: &[GivenUp], sources: &Sources, texts: &[(String, String)]) -
             if file.ends_with(".proto") {
                 used.extend(proto_definition(content).map(|(kind, name)| (kind, name, file, line)));
             }
-            let is_part = |c: char| c.is_alphanumeric() || "_-".contains(c);
-            for entry in list.iter().filter(|entry| entry.kind == "text") {
-                let is_whole = |(at, _): (usize, &str)| {
-                    !content[..at].ends_with(is_part) && !content[at + entry.name.len()..].starts_with(is_part)
-                };
-                used.extend(
-                    content.match_indices(entry.name).any(is_whole).then_some(("text", entry.name, file, line)),
-                );
-            }
+            let entries = list.iter().filter(|entry| entry.kind == "text" && has_name(content, entry.name));
+            used.extend(entries.map(|entry| ("text", entry.name, file, line)));
         }
     }
     let is_given_up = |(kind, name, file, _): &(&str, &str, &String, usize)| {
@@ -177,20 +184,42 @@ fn texts() -> Vec<(String, String)> {
     code().into_iter().chain(files(TEXTS)).chain(PAGES.iter().map(page)).collect()
 }
 
+/// Returns the names of all files, without those that `.gitignore` names by their path.
+fn file_names() -> Vec<String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let ignored = fs::read_to_string(root.join(".gitignore")).expect("the file exists");
+    let (mut folders, mut names) = (vec![root.to_owned()], Vec::new());
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).expect("the folder can be listed") {
+            let path = entry.expect("the folder can be listed").path();
+            let name = path.strip_prefix(root).expect("below the folder").to_string_lossy().into_owned();
+            if name == ".git" || ignored.lines().any(|line| line.strip_prefix('/') == Some(name.as_str())) {
+                continue;
+            }
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                names.push(name);
+            }
+        }
+    }
+    names
+}
+
 #[test]
 fn given_up_names_are_not_used() {
     // The changelog and the decision records name the past.
     let mut texts = texts();
     texts.retain(|(name, _)| name != "CHANGELOG.md" && !name.starts_with("docs/adr/"));
-    let found = names_used(&given_up(include_str!("names.txt")), &Sources::parse(code()), &texts);
+    let found = names_used(&given_up(include_str!("names.txt")), &file_names(), &Sources::parse(code()), &texts);
     assert!(found.is_empty(), "{} names:\n{}\n", found.len(), found.join("\n"));
 }
 
 /// If a file moves, the places of the list that name this file must change too.
 #[test]
 fn places_of_given_up_names_exist() {
-    let texts = texts();
-    let files: Vec<&str> = texts.iter().map(|(name, _)| name.as_str()).collect();
+    let files = file_names();
+    let files: Vec<&str> = files.iter().map(String::as_str).collect();
     let missing = missing_places(&given_up(include_str!("names.txt")), &files);
     assert!(missing.is_empty(), "{} places:\n{}\n", missing.len(), missing.join("\n"));
 }
@@ -202,18 +231,20 @@ fn given_up_words_are_not_used() {
         let used = words_used(&phrases, text).into_iter();
         used.map(|(line, phrase)| format!("{name}:{line}: `{phrase}`")).collect::<Vec<_>>()
     };
-    let found: Vec<String> = texts().iter().flat_map(report).collect();
+    let names = file_names().into_iter().map(|name| (name.clone(), name.replace('-', " ")));
+    let found: Vec<String> = texts().into_iter().chain(names).flat_map(|text| report(&text)).collect();
     assert!(found.is_empty(), "{} uses:\n{}\n", found.len(), found.join("\n"));
 }
 
 #[test]
 fn given_up_name_is_found_by_kind_and_place() {
     let list = given_up(
-        "type Told\nfn hear\nvalue doubt src/log\nvalue Doubted\nfile src/log/tail\ntext old_total\n# type Kept\n",
+        "type Told\nfn hear\nvalue doubt src/log\nvalue Doubted\nfile src/log/tail\ntext old_rows\n# type Kept\n",
     );
     let used = |file: &str, code: &str| {
         let files = vec![(file.to_owned(), code.to_owned())];
-        names_used(&list, &Sources::parse(if file.ends_with(".rs") { files.clone() } else { Vec::new() }), &files)
+        let sources = Sources::parse(if file.ends_with(".rs") { files.clone() } else { Vec::new() });
+        names_used(&list, &[file.to_owned()], &sources, &files)
     };
     for (file, code) in [
         ("src/a.rs", "enum Told {}"),
@@ -223,7 +254,12 @@ fn given_up_name_is_found_by_kind_and_place() {
         ("src/a.rs", "enum A { #[default] Doubted(u8), B }"),
         ("src/a.rs", "fn f() { enum A { B, Doubted = 2 } }"),
         ("src/log/tail.rs", ""),
-        ("docs/metrics.md", "`strandline old_total`"),
+        ("src/log/tail", ""),
+        // A counter in the code, and the same counter in a page and in a test.
+        ("src/a.rs", "const A: &str = \"strandline_old_rows\";"),
+        ("docs/metrics.md", "| `strandline_old_rows_total` | counter |"),
+        ("tests/it/a.rs", "fn f() { metric(\"strandline_old_rows_total{a=\\\"b\\\"}\"); }"),
+        ("docs/configuration.md", "| `old_rows` | `1` |"),
         ("proto/log.proto", "message Told {"),
         ("proto/log.proto", "  rpc hear(HearRequest) returns (stream HearResponse);"),
     ] {
@@ -232,7 +268,7 @@ fn given_up_name_is_found_by_kind_and_place() {
     for (file, code) in [
         ("src/a.rs", "enum Kept { Told }\nstruct A { hear: u8, doubt: u8 }\nstruct Doubted;\n// Told"),
         ("src/log/tail_cache.rs", ""),
-        ("docs/metrics.md", "`very_old_total`"),
+        ("docs/metrics.md", "`strandline_very_old_rows_total` `strandline_old_rows_seconds` `old_rows_totals`"),
     ] {
         assert_eq!(used(file, code), Vec::<String>::new(), "{file}: {code}");
     }

@@ -11,7 +11,7 @@ fn brokers(numbers: &[u32]) -> Vec<BrokerId> {
     numbers.iter().copied().map(BrokerId).collect()
 }
 
-fn moving() -> Reassignment {
+fn reassignment() -> Reassignment {
     Reassignment {
         topic: "orders".to_owned(),
         partition: 0,
@@ -26,12 +26,12 @@ fn moving() -> Reassignment {
 }
 
 fn moves() -> Vec<Reassignment> {
-    let reordered = Reassignment { partition: 1, adding: vec![], removing: vec![], ..moving() };
+    let reordered = Reassignment { partition: 1, adding: vec![], removing: vec![], ..reassignment() };
     let same = Reassignment { partition: 2, changed: false, ..reordered.clone() };
-    let known = Reassignment { partition: 3, changed: false, leader: None, ..moving() };
+    let known = Reassignment { partition: 3, changed: false, leader: None, ..reassignment() };
     let (isr, leader) = (brokers(&[2, 1]), Some(BrokerId(2)));
-    let more = Reassignment { partition: 4, removing: vec![], isr, leader, queued: true, ..moving() };
-    vec![moving(), reordered, same, known, more]
+    let more = Reassignment { partition: 4, removing: vec![], isr, leader, queued: true, ..reassignment() };
+    vec![reassignment(), reordered, same, known, more]
 }
 
 #[test]
@@ -41,12 +41,12 @@ fn reassignment_output_matches_golden_files() {
     let value = Value::Array(moves()[3..].iter().map(reassignment_json).collect());
     output::golden::json("partition-reassign.json", &value, &["Reassignment", "TopicPartition"], &[]);
     assert_eq!(format_status(&[]), "no partition is being reassigned");
-    let leaderless = |partition| Reassignment { partition, leader: None, queued: true, ..moving() };
+    let leaderless = |partition| Reassignment { partition, leader: None, queued: true, ..reassignment() };
     let text = format_status(&[leaderless(0), leaderless(1)]);
     assert_eq!(text.matches("  no leader\n").count(), 2, "a partition without a leader cannot copy: {text}");
     assert!(text.contains("orders/0 orders/1 have no leader to copy from: see `strandline topic describe orders`"));
-    assert!(format_status(&[moving()]).ends_with("copying"));
-    let cancelled = Reassignment { replicas: brokers(&[4, 2, 1]), adding: vec![], removing: vec![], ..moving() };
+    assert!(format_status(&[reassignment()]).ends_with("copying"));
+    let cancelled = Reassignment { replicas: brokers(&[4, 2, 1]), adding: vec![], removing: vec![], ..reassignment() };
     let ended = Reassignment { partition: 1, changed: false, ..cancelled.clone() };
     assert_eq!(
         format_cancelled(&[cancelled, ended]),
@@ -56,12 +56,12 @@ fn reassignment_output_matches_golden_files() {
 
 #[test]
 fn wait_counts_only_requested_reassignments() {
-    let (requested, other) = (moves(), Reassignment { partition: 9, ..moving() });
+    let (requested, other) = (moves(), Reassignment { partition: 9, ..reassignment() });
     let work = |active: &[Reassignment]| remaining(&requested, active);
     assert_eq!(work(std::slice::from_ref(&other)).count, 0);
-    let two = work(&[moving(), other, Reassignment { queued: true, partition: 4, ..moving() }]);
+    let two = work(&[reassignment(), other, Reassignment { queued: true, partition: 4, ..reassignment() }]);
     assert_eq!((two.count, &*two.text), (2, "2 partitions to move (queued: 1)"));
-    assert_eq!(work(&[moving()]).text, "1 partition to move");
+    assert_eq!(work(&[reassignment()]).text, "1 partition to move");
 }
 
 fn replica(broker: u32, in_sync: bool, ends: Option<(u64, u64)>) -> ReplicaDescription {

@@ -230,7 +230,7 @@ impl PartitionQueue {
         let mut intake = self.intake.lock();
         if intake.sealed.is_empty() {
             match &intake.open {
-                None => return DequeueResult::Nothing,
+                None => return DequeueResult::Empty,
                 Some(open) if open.since + self.limits.linger > now => {
                     return DequeueResult::Later(open.since + self.limits.linger);
                 }
@@ -239,7 +239,7 @@ impl PartitionQueue {
                 }
             }
         }
-        intake.sealed.pop_front().map_or(DequeueResult::Nothing, DequeueResult::Batch)
+        intake.sealed.pop_front().map_or(DequeueResult::Empty, DequeueResult::Batch)
     }
 
     /// Removes and returns the sealed batches whose delivery timeout has passed.
@@ -281,5 +281,5 @@ pub(super) enum DequeueResult {
     /// The open batch lingers until this time.
     Later(Instant),
     /// No batch is ready and none is open.
-    Nothing,
+    Empty,
 }

@@ -16,9 +16,9 @@
 //!   producers that wrote first, so the time of their application does not matter. A table that was restored without
 //!   the expiration, and receives it later, equals a table that had it from the start.
 //! - While the tables of all replicas exceed [`ProducerMemory`], a table with [`CROWDED_PRODUCERS`] producers accepts
-//!   no new one ([`SequenceCheck::Full`], which only leaders check). After each batch that the table then records, at
-//!   most that many of its producers keep more than [`SHORT_WINDOW_BATCHES`] batches. The set of known producers never
-//!   depends on this limit.
+//!   no new one ([`SequenceCheck::TooManyProducers`], which only leaders check). After each batch that the table then
+//!   records, at most that many of its producers keep more than [`SHORT_WINDOW_BATCHES`] batches. The set of known
+//!   producers never depends on this limit.
 
 use std::collections::BTreeMap;
 
@@ -109,7 +109,7 @@ pub enum SequenceCheck {
     Unknown,
     /// The producer would be a new one. The producer state of all replicas exceeds its limit, and this table has many
     /// producers.
-    Full {
+    TooManyProducers {
         /// Limit of the producer state, in bytes.
         max_bytes: usize,
     },
@@ -170,7 +170,9 @@ impl ProducerTable {
                 return SequenceCheck::Unknown;
             }
             return match self.memory.exceeded_limit() {
-                Some(max_bytes) if self.producers.len() >= CROWDED_PRODUCERS => SequenceCheck::Full { max_bytes },
+                Some(max_bytes) if self.producers.len() >= CROWDED_PRODUCERS => {
+                    SequenceCheck::TooManyProducers { max_bytes }
+                }
                 _ => SequenceCheck::New,
             };
         };

@@ -160,7 +160,7 @@ fn producers_of_all_partitions_are_bounded_together() {
         (id, base) = (id + 1, base + 1);
         assert!(id < 1000, "no limit was reached");
     };
-    assert_eq!(refused, SequenceCheck::Full { max_bytes: 20_000 });
+    assert_eq!(refused, SequenceCheck::TooManyProducers { max_bytes: 20_000 });
     assert!(log.status().producer_bytes > 20_000 && id > 50, "{id} producers");
     // Producers in the table may continue to write, and a partition with few producers accepts new ones.
     assert_eq!(busy.producers().check(stamp(id - 1, 1), 1, None), SequenceCheck::New);

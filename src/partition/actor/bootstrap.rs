@@ -75,7 +75,7 @@ pub(in crate::partition) enum BootstrapError {
         "the object store ends at {tiered_end} by this broker's metadata, below the start {start} of the replica: newer \
          metadata has not arrived yet"
     )]
-    Behind {
+    StaleMetadata {
         /// End of the object store.
         tiered_end: Offset,
         /// Start of the replica.
@@ -129,8 +129,8 @@ impl ParsedTables {
     }
 }
 
-/// Reads the tables at the end of the object store. Fails with [`BootstrapError::Behind`] if the object store ends
-/// below `start`, or has no segment.
+/// Reads the tables at the end of the object store. Fails with [`BootstrapError::StaleMetadata`] if the object store
+/// ends below `start`, or has no segment.
 async fn read_from_object_store(tier: Option<&PartitionTier>, start: Offset) -> Result<ParsedTables, BootstrapError> {
     let tier = tier.ok_or(BootstrapError::NoObjectStore)?;
     let tiered_end = tier.state().tiered_end();
@@ -139,8 +139,8 @@ async fn read_from_object_store(tier: Option<&PartitionTier>, start: Offset) -> 
             let producers: &[u8] = if mutant!(BootstrapWithoutProducers) { &[] } else { &footer.producers };
             ParsedTables::parse(footer.end, &footer.epochs, producers)
         }
-        Some(footer) => Err(BootstrapError::Behind { tiered_end: footer.end, start }),
-        None => Err(BootstrapError::Behind { tiered_end, start }),
+        Some(footer) => Err(BootstrapError::StaleMetadata { tiered_end: footer.end, start }),
+        None => Err(BootstrapError::StaleMetadata { tiered_end, start }),
     }
 }
 

@@ -124,7 +124,7 @@ impl Actor {
         sim_event!(MetadataApplied { partition: self.id, revision: self.metadata.revision().0 });
         match transition {
             Transition::Stale => {}
-            Transition::Same => self.apply_broker_statuses(),
+            Transition::Unchanged => self.apply_broker_statuses(),
             Transition::SetsChanged => self.adopt_sets(&value, revision),
             Transition::Lead => self.become_leader(&value),
             Transition::Follow(leader) => self.become_follower(leader, epoch, unclean_epoch),
@@ -222,7 +222,7 @@ impl Actor {
         sim_event!(LeadershipStarted { partition: self.id, epoch, start: progress.log_end });
         self.role = RoleState::Leading(LeaderRole::new(Leader::new(start, self.tiered_end)));
         self.published.set_leading(true);
-        self.ctx.counters.leader_epochs.inc();
+        self.ctx.counters.leader_elections_won.inc();
         tracing::debug!(
             partition = %self.id, %epoch, log_end = %progress.log_end, %committed_end, in_sync,
             "became the leader"

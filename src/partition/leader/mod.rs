@@ -333,7 +333,7 @@ impl<W> Leader<W> {
             SequenceCheck::Conflict { base } => Err(AdmitError::SequenceConflict { producer, sent, base }),
             SequenceCheck::Fenced { current } => Err(AdmitError::Fenced { producer, epoch: sequence.epoch, current }),
             SequenceCheck::Unknown => Err(AdmitError::UnknownProducer { producer, sent }),
-            SequenceCheck::Full { max_bytes } => {
+            SequenceCheck::TooManyProducers { max_bytes } => {
                 Err(AdmitError::TooManyProducers { known: producers.len(), max_bytes })
             }
         }

@@ -43,7 +43,7 @@ pub enum MaintenanceError {
     Closed,
     /// The segment could not be read for its upload.
     #[error("cannot upload the segment at {base}: {source}")]
-    Export {
+    SegmentRead {
         /// First offset of the segment.
         base: Offset,
         source: std::io::Error,

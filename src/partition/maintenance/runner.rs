@@ -357,6 +357,6 @@ async fn open_source(partition: &Partition, info: &SegmentInfo) -> Result<Segmen
     let (responder, export) = oneshot::channel();
     partition.command(ActorCommand::ExportSegment(info.base, responder)).await;
     let export = export.await.map_err(|_| MaintenanceError::Closed)?;
-    let export = export.map_err(|source| MaintenanceError::Export { base: info.base, source })?;
+    let export = export.map_err(|source| MaintenanceError::SegmentRead { base: info.base, source })?;
     Ok(SegmentSource::new(export))
 }

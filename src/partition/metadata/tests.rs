@@ -37,7 +37,7 @@ fn value_of_older_revision_changes_nothing() {
 #[test]
 fn leader_keeps_its_role_while_its_epoch_lasts() {
     let mut metadata = leading();
-    assert_eq!(apply(&mut metadata, 10, value(4, Some(ME))), Transition::Same);
+    assert_eq!(apply(&mut metadata, 10, value(4, Some(ME))), Transition::Unchanged);
     let shrunk = PartitionValue { isr: vec![ME], ..value(4, Some(ME)) };
     assert_eq!(apply(&mut metadata, 11, shrunk), Transition::SetsChanged);
     assert!(metadata.isr_contains(ME) && !metadata.isr_contains(OTHER) && !metadata.is_late(ME));
@@ -50,7 +50,7 @@ fn leader_keeps_its_role_while_its_epoch_lasts() {
 fn leadership_that_has_not_begun_is_decided_once() {
     let mut metadata = AppliedMetadata::default();
     assert_eq!(apply(&mut metadata, 10, value(4, Some(ME))), Transition::Lead);
-    assert_eq!(apply(&mut metadata, 10, value(4, Some(ME))), Transition::Same);
+    assert_eq!(apply(&mut metadata, 10, value(4, Some(ME))), Transition::Unchanged);
     assert_eq!(apply(&mut metadata, 11, value(4, Some(ME))), Transition::SetsChanged);
     assert!(!metadata.is_late(ME));
 }
@@ -135,7 +135,7 @@ enum Input {
         epochs_later: u32,
         leader: Option<u32>,
         is_replica: bool,
-        removals: u64,
+        removal_count: u64,
     },
     /// The last value is delivered again.
     Repeat,
@@ -150,12 +150,12 @@ enum Input {
 fn inputs() -> impl Strategy<Value = Vec<Input>> {
     let leader = prop_oneof![Just(None), (1u32..4).prop_map(Some)];
     let some_value = (0u64..40, 0u32..3, leader, prop::bool::weighted(0.9), 0u64..3).prop_map(
-        |(revision, epochs_later, leader, is_replica, removals)| Input::Value {
+        |(revision, epochs_later, leader, is_replica, removal_count)| Input::Value {
             revision,
             epochs_later,
             leader,
             is_replica,
-            removals,
+            removal_count,
         },
     );
     let input = prop_oneof![
@@ -224,13 +224,13 @@ proptest! {
                 }
                 (Input::Repeat, None) => continue,
                 (Input::Repeat, Some(last)) => last.clone(),
-                (Input::Value { revision, epochs_later, leader, is_replica, removals }, _) => {
+                (Input::Value { revision, epochs_later, leader, is_replica, removal_count }, _) => {
                     let epoch = newest + epochs_later;
                     let replicas = if is_replica { vec![ME, OTHER, BrokerId(3)] } else { vec![OTHER, BrokerId(3)] };
-                    let adding = if removals > 0 && is_replica { vec![ME] } else { Vec::new() };
+                    let adding = if removal_count > 0 && is_replica { vec![ME] } else { Vec::new() };
                     let leader = leader.map(BrokerId);
                     let value = PartitionValue {
-                        leader, adding, removal_count: removals, ..PartitionValue::new(replicas, LeaderEpoch(epoch))
+                        leader, adding, removal_count, ..PartitionValue::new(replicas, LeaderEpoch(epoch))
                     };
                     (value, Revision(revision))
                 }
@@ -247,7 +247,7 @@ proptest! {
             let is_current = value.replicas.contains(&ME) && value.leader_epoch >= reported;
             match transition {
                 Transition::Stale => prop_assert!(false, "the value is not older"),
-                Transition::Same => {
+                Transition::Unchanged => {
                     prop_assert_eq!((before.revision(), before.role), (revision, metadata.role));
                 }
                 Transition::SetsChanged => {
@@ -272,7 +272,7 @@ proptest! {
             if transition == Transition::EndedEpoch {
                 prop_assert_eq!(again, transition);
             } else {
-                prop_assert_eq!(again, Transition::Same);
+                prop_assert_eq!(again, Transition::Unchanged);
             }
             last = Some((value, revision));
         }

@@ -560,7 +560,7 @@ impl ModelState {
             ValueUpdate::Deposed { .. } => self.apply_metadata(me),
             ValueUpdate::Adopted => {
                 let transition = broker.metadata.apply(leader.value().clone().into(), leader.revision(), id(me));
-                let keeps_role = matches!(transition, Transition::SetsChanged | Transition::Same);
+                let keeps_role = matches!(transition, Transition::SetsChanged | Transition::Unchanged);
                 assert!(keeps_role, "a value of the leader's epoch keeps the role");
             }
             ValueUpdate::Unchanged | ValueUpdate::Deleted => {}

@@ -283,7 +283,7 @@ impl ModelState {
     pub(super) fn role_after(&self, me: usize, transition: Transition) -> Option<Role> {
         let broker = &self.brokers[me];
         match transition {
-            Transition::Stale | Transition::Same | Transition::SetsChanged => None,
+            Transition::Stale | Transition::Unchanged | Transition::SetsChanged => None,
             Transition::Lead => {
                 let start = LeaderStart {
                     me: id(me),

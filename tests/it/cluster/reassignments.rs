@@ -78,11 +78,11 @@ fn reassignments_are_queued_and_can_be_waited_for() {
     let some = cli.run(&["broker", "drain", "2", "--wait", "--timeout", "1"]);
     assert!(some.code == 1 && some.text().contains("cannot move"), "{some:?}");
     assert!(some.stderr.contains("timed out after 1 s") && some.stderr.contains("still on broker 2"), "{some:?}");
-    let only_stuck = || {
+    let only_blocked = || {
         let state = cli.ok(&["cluster", "describe", "--output", "json"]).json()["brokers"][1].clone();
         (state["replica_count"] == 2 && state["blocked"] == 2).then_some(())
     };
-    eventually("all possible reassignments have completed", only_stuck);
+    eventually("all possible reassignments have completed", only_blocked);
     // Without `--wait` the command fails at once; with `--wait` after a minute in which no replica could move.
     for order in [&["broker", "drain", "2"][..], &["broker", "drain", "2", "--wait"]] {
         let blocked = cli.run(order);

@@ -154,7 +154,7 @@ fn add_log_seeds(seeds: &mut Vec<Seed>) {
         closed.read(&path).unwrap()
     };
     for (number, frame) in frames(&read("00000.journal")).into_iter().enumerate() {
-        seeds.push(("journal", format!("round-{number}"), frame));
+        seeds.push(("journal", format!("frame-{number}"), frame));
     }
     seeds.push(("checkpoint", "closed".to_owned(), read("checkpoint")));
     let base = format!("{:020}", 6);
@@ -230,7 +230,7 @@ fn add_json_seeds(seeds: &mut Vec<Seed>) {
         ("topic", format!(r#"{{"id":"{ID}","partitions":3,"replication_factor":1,"config":{{}}}}"#)),
         (
             "partition",
-            r#"{"replicas":[1,2],"leader":1,"leader_epoch":4,"isr":[1],"elr":[2],"adding":[2],"removing":[1],"removals":2}"#
+            r#"{"replicas":[1,2],"leader":1,"leader_epoch":4,"isr":[1],"elr":[2],"adding":[2],"removing":[1],"removal_count":2}"#
                 .to_owned(),
         ),
         (
@@ -242,7 +242,7 @@ fn add_json_seeds(seeds: &mut Vec<Seed>) {
             .to_owned(),
         ),
         ("controller", r#"{"broker":1}"#.to_owned()),
-        ("deleted", r#"{"name":"t"}"#.to_owned()),
+        ("tombstone", r#"{"name":"t"}"#.to_owned()),
         ("producer-ids", r#"{"next":1000}"#.to_owned()),
         ("path", format!("partitions/{ID}/7")),
         ("segment-name", format!("00000000000000000000-00000000000000000010-0000000001-{ID}.segment")),

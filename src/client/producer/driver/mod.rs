@@ -253,7 +253,7 @@ impl ProducerDriver {
                         self.set_timer(index, at);
                         return;
                     }
-                    DequeueResult::Nothing => break,
+                    DequeueResult::Empty => break,
                 },
             }
         }

@@ -458,7 +458,8 @@ fn subscription_is_rejected_with_the_reason() {
 }
 
 /// Input of a tracker. The fields have this order: broker, its broker epoch, leader epoch, log end, persisted end. A
-/// last `u8` selects the disconnect cause or the outcome. `Configure` has `persisted` and the min ISR, `Tick` the time.
+/// last `u8` selects the disconnect cause or the outcome. `UpdateConfig` has `persisted` and the min ISR, `Tick` the
+/// time.
 #[derive(Clone, Debug)]
 enum Event {
     Local(u64, u64),
@@ -469,7 +470,7 @@ enum Event {
     Tick(u64),
     Propose,
     Outcome(u8),
-    Configure(bool, usize),
+    UpdateConfig(bool, usize),
 }
 
 fn event() -> impl Strategy<Value = Event> {
@@ -484,7 +485,7 @@ fn event() -> impl Strategy<Value = Event> {
         (0u64..500).prop_map(Event::Tick),
         Just(Event::Propose),
         (0u8..4).prop_map(Event::Outcome),
-        (any::<bool>(), 1usize..4).prop_map(|(persisted, min)| Event::Configure(persisted, min)),
+        (any::<bool>(), 1usize..4).prop_map(|(persisted, min)| Event::UpdateConfig(persisted, min)),
     ]
 }
 
@@ -521,7 +522,7 @@ fn apply(leader: &mut IsrTracker, event: Event) {
             };
             leader.on_outcome(outcome);
         }
-        Event::Configure(persisted, min_insync) => {
+        Event::UpdateConfig(persisted, min_insync) => {
             let durability = if persisted { Durability::Persisted } else { Durability::Replicated };
             leader.configure(IsrRules { durability, min_insync, lag_ms: 100 });
         }
