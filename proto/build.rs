@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     describe_etcd()
 }
 
-/// Writes the descriptor set of the .proto files below `STRANDLINE_ETCD_PROTOS` to `STRANDLINE_ETCD_SET`; both paths
+/// Writes the descriptor set of the .proto files below `STRANDLINE_ETCD_PROTOS` to `STRANDLINE_ETCD_SET`. Both paths
 /// are absolute, because a build script runs in the folder of its package.
 fn describe_etcd() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-env-changed=STRANDLINE_ETCD_PROTOS");

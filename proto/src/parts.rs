@@ -1,4 +1,4 @@
-//! Counts the repeated elements of a request in its encoded bytes, before the request is decoded: a record of two
+//! Counts the repeated elements of a request in its encoded bytes, before the request is decoded. A record of two
 //! encoded bytes becomes a struct of a hundred bytes.
 //!
 //! The counter uses the descriptors of the messages and reads only keys and lengths. At bytes that are not a message
@@ -179,8 +179,8 @@ impl PartCounter {
         None
     }
 
-    /// Returns the field with this number of the message at the current position; `None` for an unknown field, and for a
-    /// field that is neither repeated nor a message.
+    /// Returns the field with this number of the message at the current position. Returns `None` for an unknown field,
+    /// and for a field that is neither repeated nor a message.
     fn field(&self, number: u32) -> Option<Field> {
         let message = self.levels.last().map_or(self.root, |(message, _)| *message);
         self.messages[message].get(&number).copied()

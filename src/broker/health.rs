@@ -1,6 +1,6 @@
 //! Health of this broker, for probes and `cluster health`. A broker that serves requests is ready even if it is
-//! impaired: an outage of a store affects all brokers, and must not take all of them out of service. A started broker
-//! is not ready until every local replica has been in sync once, or `broker.catch_up_timeout` has passed, so a rolling
+//! impaired. An outage of a store affects all brokers, and must not take all of them out of service. A started broker
+//! is not ready until every local replica has been in sync once, or `broker.catch_up_timeout` has passed. So a rolling
 //! restart waits for that. Replicas of partitions without a leader are exempt after [`ELECTION_TIMEOUT`].
 
 use std::{

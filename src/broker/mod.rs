@@ -152,8 +152,8 @@ impl OpenedBroker {
     }
 
     /// Returns the local replicas that are intact. A hosted replica is intact if it is open. A replica whose topic is
-    /// not hosted, for example because the topic value is unreadable, is opened only for this check: it is intact if
-    /// its log reaches the committed log start and tiered end.
+    /// not hosted, for example because the topic value is unreadable, is opened only for this check. Such a replica is
+    /// intact if its log reaches the committed log start and tiered end.
     pub async fn intact_replicas(&self) -> BTreeSet<PartitionId> {
         let mut intact: BTreeSet<PartitionId> =
             self.shared.partitions.open().iter().map(|partition| partition.id()).collect();
@@ -264,8 +264,8 @@ impl Broker {
         self.health.readiness()
     }
 
-    /// Updates this broker's gauges; called before each rendering of the metrics page. Only one call may run at a time:
-    /// each call removes the lag gauges of all followers' brokers and sets them again, so a second call could remove
+    /// Updates this broker's gauges; called before each rendering of the metrics page. Only one call may run at a time.
+    /// Each call removes the lag gauges of all followers' brokers and sets them again. So a second call could remove
     /// gauges that the first one has just set.
     pub fn observe(&self) {
         self.background.observe();

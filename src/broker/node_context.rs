@@ -51,8 +51,8 @@ impl NodeContext {
         self.standalone || self.metadata.state().controller() == Some(self.id)
     }
 
-    /// Returns the number of records of a partition that are not in the object store yet; 0 if the topic or the broker
-    /// uses no object store.
+    /// Returns the number of records of a partition that are not in the object store yet. Returns 0 if the topic or the
+    /// broker uses no object store.
     pub(super) fn tier_lag(&self, partition: &Partition) -> u64 {
         if !partition.config().tiered || self.tier.is_none() {
             return 0;

@@ -360,9 +360,9 @@ async fn watermarks_of_unresponsive_leader_are_unknown() {
     bench.stop().await;
 }
 
-/// While a broker's process is suspended, another process is started on a copy of its data directory, registers with
-/// the same id, and leads in a newer epoch. The resumed process must not lead, although the metadata names its id as
-/// the leader.
+/// While a broker's process is suspended, another process is started on a copy of its data directory. This process
+/// registers with the same id, and leads in a newer epoch. The resumed process must not lead, although the metadata
+/// names its id as the leader.
 #[tokio::test]
 async fn superseded_broker_leads_no_partition() {
     let dir = tempfile::tempdir().unwrap();

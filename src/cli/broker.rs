@@ -63,10 +63,10 @@ enum BrokerCommand {
     /// Move all leaderships and replicas off a broker, and assign it no new ones
     ///
     /// Returns when the drain is stored or, with --wait, when the broker is empty. `strandline cluster describe` shows
-    /// the progress. The exit code is 1 if no replica can move, because too few other brokers can take replicas or running
-    /// reassignments wait for an offline broker. With --wait, this failure follows only after no replica has been able
-    /// to move for a minute; the cause can then also be partitions without a leader. The drain stays in effect either
-    /// way.
+    /// the progress. The exit code is 1 if no replica can move. Either too few other brokers can take replicas, or
+    /// running reassignments wait for an offline broker. With --wait, this failure follows only after no replica has
+    /// been able to move for a minute. The cause can then also be partitions without a leader. The drain stays in
+    /// effect either way.
     ///
     /// A broker that is permanently lost can be drained too: its replicas are then replaced at once. Replicas of
     /// partitions without a leader are not replaced, because there is no leader to copy from;
@@ -203,8 +203,8 @@ fn unmovable_replicas(drain: &DrainStatus) -> String {
     causes
 }
 
-/// Returns the number of blocked replicas of a drained broker as text, with possible causes: the placement state of
-/// every other broker, and the number of partitions without a leader in the cluster.
+/// Returns the number of blocked replicas of a drained broker as text, with possible causes. These are the placement
+/// state of every other broker, and the number of partitions without a leader in the cluster.
 fn blocked_replicas(cluster: &ClusterDescription, drained: &BrokerDescription) -> String {
     let mut others: BTreeMap<&str, Vec<BrokerId>> = BTreeMap::new();
     for other in cluster.brokers.iter().filter(|other| other.id != drained.id) {
@@ -400,7 +400,7 @@ mod tests {
         }
     }
 
-    /// A standstill ends the wait only after a minute: the restart of another broker is shorter, while a cluster that
+    /// A standstill ends the wait only after a minute. The restart of another broker is shorter, while a cluster that
     /// is too small blocks for good.
     #[test]
     fn wait_ends_when_no_replica_can_move_for_a_minute() {

@@ -398,7 +398,7 @@ pub(super) mod tests {
         }
     }
 
-    /// Returns a cluster of five brokers: broker 1 runs, 2 stops and does not report stats, 3 drains, 4 reports
+    /// Returns a cluster of five brokers. Broker 1 runs, 2 stops and does not report stats, 3 drains, 4 reports
     /// failures and a full disk, 5 is offline. The cluster has every other problem that a description can show. The
     /// texts are those that brokers send.
     pub(in crate::cli) fn unhealthy() -> ClusterDescription {

@@ -35,8 +35,8 @@ const BUFFER_BYTES: usize = 64 << 10;
 /// Waits for new records; --until-end and --max-records end the command, and so do Ctrl-C and SIGTERM, with exit code
 /// 0. Without --partition and --until-end, partitions that are added to the topic are read from their start, within 5
 /// seconds. A problem that delays reading is printed on standard error while the command retries. On a terminal,
-/// control characters of records, except tab and line end, and characters that change the direction of text are printed
-/// as escapes such as \x1b.
+/// control characters of records, except tab and line end, are printed as escapes such as \x1b. So are characters that
+/// change the direction of text.
 #[derive(Debug, Args)]
 pub(super) struct ConsumeArgs {
     /// The topic

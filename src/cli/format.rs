@@ -88,8 +88,8 @@ fn escape<W: Write>(text: &str, out: &mut W, write_escape: impl Fn(char, &mut W)
     out.write_all(rest.as_bytes())
 }
 
-/// Returns true for a character that a terminal executes instead of showing: a control character, or a character that
-/// changes the direction of text (Unicode's `Bidi_Control`).
+/// Returns true for a character that a terminal executes instead of showing. This is a control character, or a
+/// character that changes the direction of text (Unicode's `Bidi_Control`).
 fn is_control(character: char) -> bool {
     let changes_direction = matches!(
         character,

@@ -205,8 +205,11 @@ pub(super) async fn run(common: &CommonArgs, command: ProduceArgs) -> anyhow::Re
 /// Sends all lines and waits for the results, which `outstanding` then holds. Records without a result count as failed.
 ///
 /// # Errors
-/// An input cannot be read, no broker responds, the topic or partition does not exist, a record failed (the first one
-/// is named), or a stop signal arrived.
+/// - An input cannot be read.
+/// - No broker responds.
+/// - The topic or partition does not exist.
+/// - A record failed (the first one is named).
+/// - A stop signal arrived.
 async fn produce(common: &CommonArgs, command: &ProduceArgs, outstanding: &mut Outstanding) -> anyhow::Result<()> {
     // An unreadable file is reported before any record is sent.
     for file in command.files.iter().filter(|file| !is_stdin(file)) {

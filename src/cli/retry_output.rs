@@ -1,5 +1,5 @@
-//! Retry output of a waiting command on standard error: a line when a problem has lasted a second, when its cause
-//! changes, every 30 seconds, and at its end. Also ends a wait without progress after a timeout.
+//! Retry output of a waiting command on standard error. The output has a line when a problem has lasted a second, when
+//! its cause changes, every 30 seconds, and at its end. Also ends a wait without progress after a timeout.
 
 use std::{cell::Cell, time::Duration};
 

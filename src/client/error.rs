@@ -77,8 +77,8 @@ pub enum CallError {
     /// No broker could be reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// A broker returned an error or an invalid response, the response to a call that a broker may have received did
-    /// not arrive, or the metadata names no broker for the call.
+    /// A broker returned an error or an invalid response, or the metadata names no broker for the call. Or the response
+    /// to a call that a broker may have received did not arrive.
     #[error("{0}")]
     Api(ApiError),
 }

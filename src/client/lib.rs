@@ -252,7 +252,7 @@ impl Client {
         self.refresh_deferring(&BTreeSet::new(), used_generation, topics).await
     }
 
-    /// Refreshes as [`Client::refresh`] does, but calls the brokers in `deferred` after all other brokers: a broker
+    /// Refreshes as [`Client::refresh`] does, but calls the brokers in `deferred` after all other brokers. A broker
     /// that is partitioned from the cluster still responds to its clients, with old metadata. If `deferred` is not
     /// empty, the hedge delay is `HEDGE_DELAY_LEASE_EXPIRED`.
     async fn refresh_deferring(
@@ -300,8 +300,8 @@ impl Client {
 
     /// Calls brokers in this order. Returns the first response, or the first error that a broker itself returned, other
     /// than `METADATA_UNAVAILABLE`. The next broker is called when all calls so far have failed in transport or with
-    /// `METADATA_UNAVAILABLE`, or as well when no call completes within `hedge`. If all brokers fail, returns
-    /// `METADATA_UNAVAILABLE` if a broker returned it, else the errors of all addresses.
+    /// `METADATA_UNAVAILABLE`. The next broker is also called when no call completes within `hedge`. If all brokers
+    /// fail, returns `METADATA_UNAVAILABLE` if a broker returned it, else the errors of all addresses.
     async fn call_in_order<F, R, T>(&self, order: Vec<BrokerAddress>, hedge: Duration, call: F) -> Result<T, CallError>
     where
         F: Fn(BrokerChannel) -> R,
@@ -369,9 +369,12 @@ impl Client {
         with_timeout(timeout, call(channel)).await.map_err(AttemptError::CallFailed)
     }
 
-    /// Calls brokers one after another for a change. The next address is called only if the previous one did not
-    /// receive the call, is not a broker that implements the call, or reports that the metadata store does not respond
-    /// and the change was not started. A change that a broker may have started is not repeated at another broker.
+    /// Calls brokers one after another for a change. The next address is called only in these cases:
+    /// - The previous address did not receive the call.
+    /// - It is not a broker that implements the call.
+    /// - It reports that the metadata store does not respond and the change was not started.
+    ///
+    /// A change that a broker may have started is not repeated at another broker.
     async fn change_any<F, R, T>(&self, call: F) -> Result<T, CallError>
     where
         F: Fn(BrokerChannel) -> R,

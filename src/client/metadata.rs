@@ -2,7 +2,7 @@
 //!
 //! Callers read the cache without waiting. A caller that finds the cache outdated names the generation that it used and
 //! requests a newer one. Concurrent requests share one call to a broker. A cached leader is never replaced by one of a
-//! lower leader epoch of the same topic, so old metadata does not lead a client back to an old leader.
+//! lower leader epoch of the same topic. So old metadata does not lead a client back to an old leader.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -65,8 +65,8 @@ impl RoutingTable {
         self.snapshot.lock().topics.get(name).cloned()
     }
 
-    /// Returns the address of a partition's leader; `None` if the metadata has no such partition, no leader of the
-    /// partition, or no address of that leader.
+    /// Returns the address of a partition's leader. Returns `None` if the metadata has no such partition, no leader of
+    /// the partition, or no address of that leader.
     pub(super) fn leader(&self, topic: &str, partition: u32) -> Option<BrokerAddress> {
         let snapshot = self.snapshot.lock();
         let route = snapshot.topics.get(topic)?.as_ref().ok()?;

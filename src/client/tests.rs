@@ -44,8 +44,8 @@ fn numbers(range: std::ops::Range<u32>) -> Vec<String> {
     range.map(|number| number.to_string()).collect()
 }
 
-/// Checks that twenty records, sent while the fake broker fails by `actions`, are each in the log once, in order, and
-/// at the offset of their acknowledgement.
+/// Sends twenty records while the fake broker fails by `actions`. Checks that each is in the log once, in order, and at
+/// the offset of its acknowledgement.
 async fn check_records_appended_once(actions: &[FakeResponse]) {
     let fake = FakeBroker::start(1).await;
     let producer = client(&fake).await.producer(one_by_one()).await.expect("an id");
@@ -539,7 +539,7 @@ async fn waiting_queues_leave_an_unresponsive_leader() {
     assert!((0..40).all(|partition| new.batches(partition) == 16));
 }
 
-/// Regression: no metadata was requested for queues that wait for capacity in the stream of an unresponsive leader,
+/// Regression: queues waited for capacity in the stream of an unresponsive leader. No metadata was requested for them,
 /// once the queues with batches in flight had moved to a new leader.
 #[tokio::test]
 async fn queues_that_only_wait_refresh_metadata() {

@@ -1,7 +1,7 @@
 //! Contract of every [`MetaStore`]: one suite, run on the embedded store and on etcd.
 //!
-//! The suite may run on a store with earlier content: its keys have a prefix of their own, and it compares revisions
-//! only with each other.
+//! The suite may run on a store with earlier content. The keys of the suite have a prefix of their own, and the suite
+//! compares revisions only with each other.
 
 use std::{sync::Arc, time::Duration};
 

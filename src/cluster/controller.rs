@@ -46,8 +46,8 @@ use crate::{
 /// Time to wait after a metadata change before the next plan, because one failure changes many keys.
 const COALESCE_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Maximum time to wait until the metadata cache has a revision: after a lost campaign, at the start of a term, and
-/// after the changes of a plan.
+/// Maximum time to wait until the metadata cache has a revision. The wait occurs after a lost campaign, at the start of
+/// a term, and after the changes of a plan.
 const CACHE_WAIT: Duration = Duration::from_secs(1);
 
 /// Pause after a failed store request.

@@ -1,7 +1,7 @@
 //! The key space: the paths and their values, stored as JSON that an operator can read.
 //!
 //! Decoding is lenient: unknown fields are ignored, and optional fields have defaults. A value that does not parse or
-//! that contradicts itself is an error with its key; the metadata cache logs the key and continues without the value.
+//! that contradicts itself is an error with its key. The metadata cache logs the key and continues without the value.
 
 use std::{collections::BTreeSet, fmt, str::FromStr, sync::Arc};
 
@@ -307,7 +307,7 @@ pub struct TopicValue {
 pub struct TombstoneValue {
     /// Former name of the topic.
     pub name: TopicName,
-    /// Wall-clock time, in milliseconds, since which checks have found no data of the topic; `None` if the last check
+    /// Wall-clock time, in milliseconds, since which checks have found no data of the topic. `None` if the last check
     /// found data, or before the first check. The tombstone is deleted after a retention period from this time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub purged_since_ms: Option<i64>,

@@ -2,13 +2,13 @@
 //!
 //! # Overview
 //!
-//! An etcd that was restored from a backup or replaced by another one responds normally, but its history differs from
+//! An etcd that was restored from a backup or replaced by another one responds normally. But its history differs from
 //! the one that this broker acted on. [`MonotonicStore`] compares the revision of every linearizable response with the
 //! newest revision that any response or event had contained *before the call started*. The first older response is a
 //! regression, and so is a response of another etcd cluster. From then on every call except `keep_alive` and `revoke`
 //! fails with [`MetaStoreError::Regressed`] until the process restarts, and open watches end with this error.
 //!
-//! Reordered responses are no regression: each response is compared with the newest revision at the start of its call,
+//! Reordered responses are no regression. Each response is compared with the newest revision at the start of its call,
 //! so a newer response that arrives earlier does not matter. Responses of watches, keepalives and status requests are
 //! never compared, because a lagging member may send them. Results of grants and revocations contain no revision. The
 //! response to a committed transaction with a put must have a newer revision, not an equal one. `session` reads a key

@@ -1,6 +1,6 @@
 //! Compare-and-set of partition values, for leaders, the controller, starting brokers and operators.
 //!
-//! Changes of one call of [`PartitionUpdater::apply`] share transactions. A conflict does not block other changes: a
+//! Changes of one call of [`PartitionUpdater::apply`] share transactions. A conflict does not block other changes. A
 //! transaction in which the compare of a change failed is repeated in halves, down to a single change, whose outcome
 //! contains the stored value. A transaction with an unknown outcome is not repeated: the caller reads the value back,
 //! and treats both outcomes as possible until then.
@@ -28,7 +28,7 @@ pub struct PartitionUpdate {
     pub expected_revision: Revision,
     /// New value.
     pub value: PartitionValue,
-    /// Further compares that must hold: an ISR expansion requires the registrations of the added brokers, and an
+    /// Further compares that must hold. An ISR expansion requires the registrations of the added brokers, and an
     /// unclean election the absence of those of ISR and ELR members.
     pub guards: Vec<Compare>,
 }
@@ -127,7 +127,7 @@ impl PartitionUpdater {
     }
 
     /// Returns the transaction of a group. If a compare fails, the store returns the entries of the keys of the shared
-    /// compares, and for a single change also that of the partition.
+    /// compares. For a single change, it also returns that of the partition.
     fn transaction(&self, group: &[PartitionUpdate], shared_compares: &[Compare]) -> Transaction {
         let mut transaction = Transaction { compares: shared_compares.to_vec(), ..Transaction::new() };
         transaction.else_get = shared_compares.iter().map(|compare| compare.key().to_owned()).collect();

@@ -3,7 +3,7 @@
 //! # Overview
 //!
 //! Only the functions of this module compute an ISR or an ELR. Leaders, the controller, starting brokers and operators
-//! all compute their new values here and write them by compare-and-set, so every order of these writes is correct.
+//! all compute their new values here and write them by compare-and-set. So every order of these writes is correct.
 //!
 //! | function | caller | leader | ISR | ELR |
 //! | --- | --- | --- | --- | --- |
@@ -136,9 +136,9 @@ impl PartitionValue {
     /// Removes the members `removed` from the ISR, except the leader; called by the leader for members that lag or are
     /// not live.
     ///
-    /// If at least `min_insync` members remain, every commit so far and later includes the remaining members, so the
+    /// If at least `min_insync` members remain, every commit so far and later includes the remaining members. So the
     /// removed members are not needed, and the ELR is emptied. With fewer, the removed members hold every committed
-    /// record and will keep doing so, because the leader commits nothing below the min ISR: they enter the ELR.
+    /// record and will keep doing so, because the leader commits nothing below the min ISR. So they enter the ELR.
     /// Replicas outside the ISR are ignored.
     #[must_use]
     pub fn shrink(&self, removed: &BTreeSet<BrokerId>, min_insync: usize) -> Self {
@@ -169,7 +169,7 @@ impl PartitionValue {
 
     /// Elects `to` cleanly; returns `None` if `to` may not lead ([`Self::may_elect`]) or leads already.
     ///
-    /// If `to` is in the ISR, the live ISR members stay. If `to` is in the ELR, it becomes the only ISR member: the
+    /// If `to` is in the ISR, the live ISR members stay. If `to` is in the ELR, it becomes the only ISR member. The
     /// earlier ISR members are offline and may have records that this leader lacks. Below the min ISR, the ISR
     /// members that are not live enter the ELR. Every commit waited for them, and the new leader commits nothing until
     /// it has the min ISR and the ELR is empty.
@@ -319,8 +319,9 @@ impl PartitionValue {
     }
 
     /// Returns true if a reassignment is in progress and cannot complete while only the brokers are live for which
-    /// `is_live` returns true. Either a new replica cannot enter the ISR, or a removed replica is in the ISR and too
-    /// few of the staying replicas are in the ISR or can enter it to satisfy the min ISR.
+    /// `is_live` returns true. Either a new replica cannot enter the ISR, or a removed replica in the ISR is still
+    /// needed. A removed replica is needed if too few of the staying replicas are in the ISR or can enter it to satisfy
+    /// the min ISR.
     pub fn is_reassignment_blocked(&self, min_insync: usize, is_live: impl Fn(BrokerId) -> bool) -> bool {
         let can_be_in_sync = |id: &BrokerId| self.isr.contains(id) || is_live(*id);
         let can_copy = self.adding.iter().all(can_be_in_sync);
@@ -342,8 +343,8 @@ impl PartitionValue {
     }
 
     /// Completes the reassignment and drops the removed replicas, also from the ELR, because their data is about to be
-    /// deleted. Returns `None` if no reassignment is in progress, a new replica is not in sync yet, a removed replica
-    /// still leads, or no in-sync replica would remain.
+    /// deleted. Returns `None` if no reassignment is in progress or a new replica is not in sync yet. Returns `None`
+    /// also if a removed replica still leads, or no in-sync replica would remain.
     #[must_use]
     pub fn complete_reassignment(&self) -> Option<Self> {
         let are_new_in_sync = self.adding.iter().all(|id| self.isr.contains(id));
@@ -351,8 +352,8 @@ impl PartitionValue {
     }
 
     /// Returns the value with the replicas from before the reassignment in progress. Returns `None` if none is in
-    /// progress, no earlier replica is in the ISR, or a new replica leads: the caller must then elect another leader
-    /// first.
+    /// progress, no earlier replica is in the ISR, or a new replica leads. In the last case the caller must elect
+    /// another leader first.
     #[must_use]
     pub fn cancel_reassignment(&self) -> Option<Self> {
         self.end_reassignment_without(&self.adding)

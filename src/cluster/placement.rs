@@ -231,13 +231,13 @@ impl Placement {
     }
 
     /// Returns the replicas of a partition after a reassignment that replaces those in `leaving`, given in the order of
-    /// the replica list, by as many new ones as brokers permit, up to `factor` replicas in total. A reassignment in
-    /// progress counts as completed. Without a new replica, none is removed. Does not change the load.
+    /// the replica list. As many new ones replace them as brokers permit, up to `factor` replicas in total. A
+    /// reassignment in progress counts as completed. Without a new replica, none is removed. Does not change the load.
     ///
     /// Removed are offline replicas first, and among those of equal state members of the ISR or ELR last. At most as
-    /// many are removed as added, plus as many as the partition has above the factor, unless too few replicas would
-    /// then be in sync. A new replica takes the position of a removed one, so the preferred leader changes only if its
-    /// own replica is removed.
+    /// many are removed as added, plus as many as the partition has above the factor. The latter stay if too few
+    /// replicas would then be in sync. A new replica takes the position of a removed one, so the preferred leader
+    /// changes only if its own replica is removed.
     pub fn replace(
         &self,
         partition: PartitionId,

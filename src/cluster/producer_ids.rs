@@ -8,7 +8,7 @@
 //!
 //! The counter comes from the metadata store and makes an id unique. The check value is the first 25 bits of
 //! HMAC-SHA256 of counter and principal under a key of the cluster. The key is created once, stored in the metadata
-//! store, and cached by every broker. A client without an issued id can only guess: one guess in 2^25 is right, and
+//! store, and cached by every broker. A client without an issued id can only guess. One guess in 2^25 is right, and
 //! each wrong guess counts towards a limit of its connection.
 
 use std::fmt;

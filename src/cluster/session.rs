@@ -14,12 +14,12 @@
 //! # Invariants
 //!
 //! - An epoch is published only after the store holds its registration. The end of a registration shows only that the
-//!   broker may have failed, and fences nothing by itself: a writer that depends on an epoch compares it in its
+//!   broker may have failed, and fences nothing by itself. A writer that depends on an epoch compares it in its
 //!   transaction.
 //! - Only a process with the same data directory replaces a registration. The directory's lock proves that the earlier
 //!   process has exited, unless the directory was copied. Then two processes run, and the one that registers first
-//!   after the deletion in step 1 keeps the broker id: in most cases the earlier process, which registers again at
-//!   once. The other one is superseded and exits.
+//!   after the deletion in step 1 keeps the broker id. In most cases this is the earlier process, which registers again
+//!   at once. The other one is superseded and exits.
 //!
 //! # Shutdown
 //!
@@ -122,10 +122,10 @@ pub struct RegistrationRequest {
 }
 
 impl RegistrationRequest {
-    /// Deletes an earlier registration of the same data directory. A registration of another directory, or in a format
-    /// that this version does not read, may belong to a running broker, or to an exited process whose disk was
-    /// replaced. This function waits up to the duration of a lease and one second for the expiry of such a
-    /// registration.
+    /// Deletes an earlier registration of the same data directory. The registration may also be of another directory,
+    /// or in a format that this version does not read. Such a registration may belong to a running broker, or to an
+    /// exited process whose disk was replaced. This function waits up to the duration of a lease and one second for the
+    /// expiry of such a registration.
     ///
     /// # Errors
     /// `Taken`: such a registration did not expire, so a running broker probably renews it. `Store`: a request failed.
@@ -154,7 +154,7 @@ impl RegistrationRequest {
         Ok(())
     }
 
-    /// Registers the broker, and starts two tasks that run until the session is stopped: one keeps the broker
+    /// Registers the broker, and starts two tasks that run until the session is stopped. One keeps the broker
     /// registered, the other reads its key to detect a restored store. `directory_revision` is the revision of this
     /// broker's directory record at its startup verification; `None` if there was no record.
     ///
@@ -224,7 +224,7 @@ impl RegistrationRequest {
     /// Writes the registration, under `lease`, and the directory record in one transaction. The transaction requires
     /// that no registration exists and that the directory record has the revision `directory_revision` (`None`: that
     /// there is no record). If a registration exists and no other process has changed the record, deletes that
-    /// registration and repeats; a registration under `lease` counts as written by an earlier attempt. Ends when the
+    /// registration and repeats. A registration under `lease` counts as written by an earlier attempt. Ends when the
     /// transaction is applied, when another process has changed the record, or with an error.
     async fn write_registration(
         &self,

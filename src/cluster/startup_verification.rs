@@ -1,5 +1,5 @@
-//! Startup verification: a broker compares its local inventory with the metadata before it becomes active, and removes
-//! each unverified replica from the ISR and the ELR of its partition.
+//! Startup verification: a broker compares its local inventory with the metadata before it becomes active. The broker
+//! removes each unverified replica from the ISR and the ELR of its partition.
 //!
 //! # Overview
 //!
@@ -26,7 +26,7 @@
 //!   unverified replicas removed; the next start removes the rest.
 //! - A partition value that cannot be read is not changed. An operator may restore an old value, with this broker in
 //!   the ISR or ELR, or as leader in an epoch before this process. So the broker is not active in such a partition
-//!   until its next start, or until a readable value has this broker in neither ISR nor ELR.
+//!   until its next start. The broker becomes active earlier if a readable value has it in neither ISR nor ELR.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -178,7 +178,7 @@ impl InventoryVerifier<'_> {
         durability: Option<Durability>,
     ) -> ReplicaIntegrity {
         // If the value never changed and the replica is not on disk, the broker has not opened the replica since the
-        // partition was created, so the replica held no records. A corrupt replica is on disk, so it is never new, even
+        // partition was created. So the replica held no records. A corrupt replica is on disk, so it is never new, even
         // if the value stays unchanged for years.
         let is_new = entry.create_revision == entry.mod_revision && !self.inventory.on_disk.contains(&id);
         if mutant!(SkipStartupVerification) {

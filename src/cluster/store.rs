@@ -336,8 +336,8 @@ impl fmt::Debug for Watch {
 /// Error of a store request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MetaStoreError {
-    /// No usable result: for example, the store did not respond in time, the response was invalid, the embedded store
-    /// cannot write its file, or a stored value that the caller needs cannot be read.
+    /// No usable result. For example, the store did not respond in time, the response was invalid, or the embedded
+    /// store cannot write its file. Or a stored value that the caller needs cannot be read.
     #[error(
         "a request to the metadata store failed: {reason}{}",
         if *outcome_unknown { "; the change that it requested may have been made" } else { "" }

@@ -52,10 +52,10 @@ impl MetaBindingStore {
             };
             let binding = match (stored, id) {
                 // Another store, or the bound store at its URL. Of a complete binding, the remaining case is the bound
-                // id at another URL: the store was moved, and its binding gets the new URL below.
+                // id at another URL. The store was moved, and its binding gets the new URL below.
                 (Some(bound), Some(id)) if !bound.pending && (bound.id != id || bound.url == url) => return Ok(bound),
-                // A pending binding is returned only for its own URL, so that two brokers with different URLs do not
-                // write the same id into two stores.
+                // A pending binding is returned only for its own URL. So two brokers with different URLs do not write
+                // the same id into two stores.
                 (Some(bound), None) if !bound.pending || bound.url == url => return Ok(bound),
                 (_, Some(id)) => StoreBinding { id, url: url.to_owned(), pending: false },
                 (_, None) => StoreBinding { id: random::uuid(), url: url.to_owned(), pending: true },

@@ -11,8 +11,8 @@ use super::{
 };
 
 impl GrpcConfig {
-    /// Returns the address at which clients connect, for a listener that is bound to `bound`: `advertise`, with the
-    /// port of `bound` in place of port 0, or `bound` if `advertise` is unset.
+    /// Returns the address at which clients connect, for a listener that is bound to `bound`. This is `advertise`, with
+    /// the port of `bound` in place of port 0, or `bound` if `advertise` is unset.
     pub fn advertised(&self, bound: SocketAddr) -> String {
         self.advertise.as_ref().map_or_else(|| bound.to_string(), |advertise| with_port_of(advertise, bound))
     }
@@ -54,8 +54,10 @@ impl ResolvedValues {
         }
     }
 
-    /// Adds an error for two listeners on one port, for an advertised address that stands for all addresses of a
-    /// machine, and for a derived peer address that the peer listener does not accept.
+    /// Adds an error in these cases:
+    /// - two listeners on one port
+    /// - an advertised address that stands for all addresses of a machine
+    /// - a derived peer address that the peer listener does not accept
     pub(super) fn check_addresses(&mut self, config: &Config) {
         self.check_ports(config);
         if let Some(advertise) = config.peer.advertise.as_ref().filter(|advertise| is_unspecified_host(advertise)) {

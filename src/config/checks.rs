@@ -24,8 +24,9 @@ const ETCD_SETTINGS: [&str; 5] = [
 ];
 
 impl ResolvedValues {
-    /// Checks everything that cannot be checked for each value by its kind alone: conflicts between settings, the URLs
-    /// of the stores, the topic defaults and the log level. Adds an error for each violation that is found.
+    /// Checks everything that cannot be checked for each value by its kind alone. This covers conflicts between
+    /// settings, the URLs of the stores, the topic defaults and the log level. Adds an error for each violation that is
+    /// found.
     pub(super) fn check(&mut self, config: &Config) {
         self.check_addresses(config);
         self.check_metadata(&config.metadata);

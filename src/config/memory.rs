@@ -97,8 +97,8 @@ fn default_replicas(total: u64) -> u64 {
     (total / REPLICA_BYTES).min(10_000_000)
 }
 
-/// Returns the default of `limits.memory_bytes` for each of `brokers` brokers on this machine: an equal part of a
-/// quarter of the memory, but at least `MIN_MEMORY_BYTES`.
+/// Returns the default of `limits.memory_bytes` for each of `brokers` brokers on this machine. This is an equal part of
+/// a quarter of the memory, but at least `MIN_MEMORY_BYTES`.
 pub fn default_memory_bytes(brokers: u64) -> u64 {
     let quarter = memory_bytes(Path::new("/")).unwrap_or_default() / 4 / brokers.max(1);
     (quarter >> 20 << 20).max(MIN_MEMORY_BYTES)

@@ -89,8 +89,8 @@ pub const MAX_FETCH_WAIT_MS: u32 = 60_000;
 /// stores five, which limits a partition with synced writes to five batches per round trip.
 pub const MAX_BATCHES_PER_PRODUCER: usize = 64;
 
-/// Maximum length of each list of a transaction of the metadata store: its compares, its operations, and the reads for
-/// a failed compare (etcd's default `max-txn-ops`).
+/// Maximum length of each list of a transaction of the metadata store (etcd's default `max-txn-ops`). The lists are its
+/// compares, its operations, and the reads for a failed compare.
 pub const MAX_TRANSACTION_OPS: usize = 128;
 
 /// Maximum number of partitions that a transaction changes. Each partition needs one compare for its value and one for
@@ -101,7 +101,7 @@ pub const MAX_PARTITIONS_PER_TXN: usize = 40;
 pub const MAX_TRANSACTION_BYTES: usize = 1 << 20;
 
 /// Maximum size of a journal whose space is not checked at a start: the journal grows as far as the disk allows. A
-/// larger journal was configured on purpose, so the broker does not start if no journal file exists and the disk has
+/// larger journal was configured on purpose. So the broker does not start if no journal file exists and the disk has
 /// less free space than the journal's size.
 pub const JOURNAL_SPACE_CHECK_BYTES: u64 = 256 << 20;
 

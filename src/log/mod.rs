@@ -52,13 +52,13 @@
 //! recycling, preallocating ▸ registry ▸ writer ▸ ring ▸ queue ▸ syncing ▸ state ▸ files
 //! ```
 //!
-//! `recycling` and `registry` belong to the data directory, `preallocating`, `writer`, `ring` and `queue` to the
-//! journal, `syncing` and `state` to a replica, and `files` is the cache of open files.
+//! `recycling` and `registry` belong to the data directory, and `preallocating`, `writer`, `ring` and `queue` to the
+//! journal. `syncing` and `state` belong to a replica, and `files` is the cache of open files.
 //!
-//! The locks of the sync queue, of checkpoint failures, of stray and removed files, of the index of an open file, and
-//! of the tail cache (`EvictionQueue` ▸ `ReplicaTail`) come last: a thread that holds one of them takes no other lock
-//! of this section. No file is accessed under `state`. [`SimHook`] may be called with locks held, so it only wakes the
-//! driver of the steps.
+//! The locks of the sync queue, of checkpoint failures, of stray and removed files, and of the index of an open file
+//! come last. So do those of the tail cache (`EvictionQueue` ▸ `ReplicaTail`). A thread that holds one of these locks
+//! takes no other lock of this section. No file is accessed under `state`. [`SimHook`] may be called with locks held,
+//! so it only wakes the driver of the steps.
 //!
 //! # Invariants
 //!

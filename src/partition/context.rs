@@ -20,12 +20,12 @@ pub trait ReplicationLinks: Send + Sync + 'static {
     fn subscribe(&self, partition: PartitionId, epoch: LeaderEpoch, position: LogPosition, progress: ReplicaProgress);
 
     /// Sends [`LinkEvent::Connected`](super::LinkEvent::Connected) again after a pause. The pause doubles with each
-    /// call, up to a limit. It is the shortest again on a new link, after an unsubscription, and after a subscription
-    /// that the leader accepted and that lasted for the longest pause.
+    /// call, up to a limit. The pause is the shortest again on a new link, and after an unsubscription. The pause is
+    /// also the shortest after a subscription that the leader accepted and that lasted for the longest pause.
     fn retry_later(&self, partition: PartitionId);
 
     /// Stops following, and ends the subscription. If there was one, the leader receives `newest_epoch`, the epoch of
-    /// the value that this replica applied; that epoch may be newer than the leader's own. `stopping` is true if this
+    /// the value that this replica applied. That epoch may be newer than the leader's own. `stopping` is true if this
     /// replica will not return soon. After this call returns, nothing is acknowledged for the ended subscription.
     fn unsubscribe(&self, partition: PartitionId, newest_epoch: LeaderEpoch, stopping: bool);
 }
@@ -44,7 +44,7 @@ pub trait IsrUpdater: Send + Sync + 'static {
 
     /// Resigns from the leadership of this epoch, because this broker can no longer write. The broker also leaves the
     /// ISR. Nothing changes if the ISR has no other member. This request has no outcome. The task calls this at most
-    /// once for each revision of the value, so the updater must retry until the store has applied the change or the
+    /// once for each revision of the value. So the updater must retry until the store has applied the change or the
     /// change has no effect.
     fn resign(&self, partition: PartitionId, epoch: LeaderEpoch);
 }

@@ -17,14 +17,14 @@
 //! - The follower truncates only where the leader's epoch history and its own diverge. No high watermark selects that
 //!   offset.
 //! - The follower truncates below its high watermark only if committed records may have been lost in an epoch above the
-//!   last epoch of the log: by an unclean election, or by an unclean shutdown of the only eligible replica. Otherwise
-//!   the leader has all records below that high watermark, so a response that requires a lower truncation is wrong. The
-//!   replica then keeps its log and reports the error.
+//!   last epoch of the log. The cause is an unclean election, or an unclean shutdown of the only eligible replica.
+//!   Otherwise the leader has all records below that high watermark, so a response that requires a lower truncation is
+//!   wrong. The replica then keeps its log and reports the error.
 //! - The follower appends only batches that the leader sent in the followed epoch, and that continue the log without
 //!   gap, overlap or decreasing batch epoch.
-//! - The follower raises its high watermark to the minimum of the leader's high watermark and its own log end, and only
-//!   after the leader has accepted the subscription: this log is then a prefix of the leader's. A bootstrap also raises
-//!   the high watermark, to the new start of the log.
+//! - The follower raises its high watermark to the minimum of the leader's high watermark and its own log end. The
+//!   follower does so only after the leader has accepted the subscription, because this log is then a prefix of the
+//!   leader's. A bootstrap also raises the high watermark, to the new start of the log.
 //!
 //! Messages of a leader are input. A message that cannot be applied is a [`ProtocolViolation`]: log and high watermark
 //! stay unchanged, and the follower may have to subscribe again.
@@ -182,8 +182,8 @@ pub struct Follower {
     /// Newest epoch before which committed records may have been lost, by the partition's value; `None` if there is
     /// none.
     unclean: Option<LeaderEpoch>,
-    /// True if committed records may be truncated: at the first subscription in this epoch, the log was empty or its
-    /// last epoch was older than `unclean`. `None` before the first subscription.
+    /// True if committed records may be truncated. This is so if, at the first subscription in this epoch, the log was
+    /// empty or its last epoch was older than `unclean`. `None` before the first subscription.
     may_lose_committed: Option<bool>,
     stage: FollowerStage,
     /// Newest high watermark that the leader sent.
@@ -250,8 +250,12 @@ impl Follower {
     /// Processes the leader's response to the subscription, with the leader's epoch and high watermark.
     ///
     /// # Errors
-    /// The response is of another epoch, no subscription is pending, the outcome is invalid for this log, or the
-    /// outcome would remove committed records without an unclean election. The log must stay as it is.
+    /// - The response is of another epoch.
+    /// - No subscription is pending.
+    /// - The outcome is invalid for this log.
+    /// - The outcome would remove committed records without an unclean election.
+    ///
+    /// The log must stay as it is.
     pub fn on_response(
         &mut self,
         epoch: LeaderEpoch,

@@ -313,8 +313,8 @@ impl Partition {
         self.send_control(ControlMessage::BrokerStatusChanged(broker, status)).await;
     }
 
-    /// Returns true if the task needs ticks ([`Self::tick`]) at intervals. It leads, and an ISR member is behind or the
-    /// next ISR proposal waits for metadata or a tick; or it is idle because its metadata is late.
+    /// Returns true if the task needs ticks ([`Self::tick`]) at intervals. Either it leads, and an ISR member is behind
+    /// or the next ISR proposal waits for metadata or a tick. Or it is idle because its metadata is late.
     pub fn wants_ticks(&self) -> bool {
         self.published.wants_ticks()
     }
@@ -375,8 +375,8 @@ impl Partition {
     }
 
     /// Reports a leader epoch that a follower sent and that the caller has found in the metadata store. A leader of an
-    /// older epoch becomes idle, until it receives metadata with the reported epoch, or until a read of the store shows
-    /// that the store does not have that epoch.
+    /// older epoch becomes idle. The leader stays idle until it receives metadata with the reported epoch. A read of
+    /// the store that shows that the store does not have that epoch also ends the idle state.
     pub async fn report_newer_epoch(&self, reported: LeaderEpoch) {
         self.send_control(ControlMessage::NewerEpoch(reported)).await;
     }

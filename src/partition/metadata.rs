@@ -43,8 +43,8 @@ pub enum Transition {
 /// late.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadBack {
-    /// The value must not be applied: it is older than the applied one, or it starts a leadership, which only a value
-    /// from the metadata cache may do.
+    /// The value must not be applied. Either it is older than the applied one, or it starts a leadership, which only a
+    /// value from the metadata cache may do.
     Ignored,
     /// The value is to be applied.
     Confirmed,
@@ -72,9 +72,9 @@ pub struct AppliedMetadata {
     broker_status: BTreeMap<BrokerId, BrokerStatus>,
     /// Role by the last applied value, or idle after [`Self::end_role`].
     role: AssignedRole,
-    /// Newest epoch that a follower reported, in which a tier state was committed, or in which the outcome of a
-    /// proposal names this broker as leader. A value of an older epoch gives no role. This epoch falls only if a read
-    /// of the store shows that the store does not have it.
+    /// Newest epoch that a follower reported, or in which a tier state was committed. An epoch in which the outcome of
+    /// a proposal names this broker as leader counts too. A value of an older epoch gives no role. This epoch falls
+    /// only if a read of the store shows that the store does not have it.
     newest_seen_epoch: LeaderEpoch,
     /// Newest epoch in which this task led or refused to lead. The task never leads twice in one epoch, because it has
     /// no state of its earlier proposals.
@@ -194,8 +194,8 @@ impl AppliedMetadata {
         self.newest_seen_epoch = self.newest_seen_epoch.max(epoch);
     }
 
-    /// Returns true if the metadata is late: the applied value is older than a reported epoch, or names broker `me` as
-    /// leader of an epoch in which its leadership ended or was refused.
+    /// Returns true if the metadata is late. The applied value is then older than a reported epoch. Or it names broker
+    /// `me` as leader of an epoch in which its leadership ended or was refused.
     pub fn is_late(&self, me: BrokerId) -> bool {
         let epoch = self.epoch();
         let is_ended = self.role == AssignedRole::Idle
@@ -221,8 +221,8 @@ impl AppliedMetadata {
     }
 
     /// Decides whether a value is applied that was read from the store because the metadata is late. If such a value
-    /// has an older epoch than the newest seen one, the store does not have the latter: the newest seen epoch falls to
-    /// the value's.
+    /// has an older epoch than the newest seen one, the store does not have the latter. The newest seen epoch then
+    /// falls to the value's.
     pub fn check_read_back(&mut self, value: &PartitionValue, revision: Revision, me: BrokerId) -> ReadBack {
         // Only a value from the metadata cache starts a leadership: the cache shows whether this broker id still
         // belongs to this process.

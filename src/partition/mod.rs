@@ -39,10 +39,10 @@
 //!   metadata store commits a new log start before retention deletes any record.
 //! - A task appends writes only while it leads, and leads at most once in an epoch. It never applies the metadata
 //!   store's response to a request of one epoch as the response to a request of another epoch.
-//! - A follower raises its high watermark only by that of a leader that accepted the follower's log as a prefix of its
-//!   own, or by a bootstrap. A leader raises its high watermark by its own commits, or by the tier state of its own
-//!   epoch or an older one. A commit of other replicas is not enough: this log may hold different records below that
-//!   offset.
+//! - A follower raises its high watermark only by a bootstrap, or by the high watermark of a leader. This leader must
+//!   have accepted the follower's log as a prefix of its own. A leader raises its high watermark by its own commits, or
+//!   by the tier state of its own epoch or an older one. A commit of other replicas is not enough: this log may hold
+//!   different records below that offset.
 //! - Before the log is truncated, the task has published its role, and has no accepted subscription. So tail reads of
 //!   an earlier leadership fail, and the replica acknowledges nothing while it removes records.
 //!
@@ -57,9 +57,9 @@
 //! A crash of the process loses no record that is in the log. A crash of the machine loses only unsynced records, which
 //! no `persisted` topic has acknowledged. In the object store, both crashes leave at most orphan objects. After a crash
 //! between a truncation and the next subscription, the replica subscribes at the new end of its log. On a stop the task
-//! rejects queued writes, unsubscribes from its leader, waits for the journal, and acknowledges the writes whose acks
-//! rule holds by then. After a disk failure a follower stops copying, and a leader resigns if the ISR has another
-//! member; reads continue.
+//! rejects queued writes, unsubscribes from its leader, and waits for the journal. The task then acknowledges the
+//! writes whose acks rule holds by then. After a disk failure a follower stops copying, and a leader resigns if the ISR
+//! has another member; reads continue.
 
 pub mod follower;
 pub mod leader;

@@ -43,8 +43,8 @@ pub(super) struct PublishedState {
     /// that time.
     future_segments: AtomicU64,
     closed: AtomicBool,
-    /// True if the task needs ticks. It leads, and an ISR member is behind or the next ISR proposal waits for metadata
-    /// or a tick; or it is idle because its metadata is late.
+    /// True if the task needs ticks. Either it leads, and an ISR member is behind or the next ISR proposal waits for
+    /// metadata or a tick. Or it is idle because its metadata is late.
     wants_ticks: AtomicBool,
     status: ArcSwap<ReplicaStatus>,
     /// Notified when the status changed or the partition was closed.
@@ -258,8 +258,8 @@ impl PublishedState {
         }
     }
 
-    /// Returns true if the task needs ticks at intervals: to check for lagging ISR members, to propose an ISR change
-    /// again, or to read the store because its metadata is late.
+    /// Returns true if the task needs ticks at intervals. The ticks serve to check for lagging ISR members, to propose
+    /// an ISR change again, or to read the store because its metadata is late.
     pub(super) fn wants_ticks(&self) -> bool {
         self.wants_ticks.load(Ordering::Relaxed)
     }

@@ -32,8 +32,8 @@ pub struct RetentionSegment {
 }
 
 impl RetentionSegment {
-    /// Returns the time from which `retention.ms` counts: the maximum record timestamp, or the time of the last append
-    /// if that timestamp is missing or in the future.
+    /// Returns the time from which `retention.ms` counts. This is the maximum record timestamp, or the time of the last
+    /// append if that timestamp is missing or in the future.
     fn counts_from(&self, now_ms: i64) -> i64 {
         if (0..=now_ms).contains(&self.max_timestamp_ms) { self.max_timestamp_ms } else { self.written_ms }
     }
@@ -104,8 +104,8 @@ pub fn plan(input: &RetentionInput<'_>) -> RetentionPlan {
     }
 }
 
-/// Returns true if the active segment holds records and is to be sealed: its first batch is at least `segment.ms` old,
-/// its records have expired, or a write waits for its upload.
+/// Returns true if the active segment holds records and is to be sealed. Either its first batch is at least
+/// `segment.ms` old, its records have expired, or a write waits for its upload.
 fn is_roll_due(input: &RetentionInput<'_>) -> bool {
     let Some(age) = input.active_age else { return false };
     let is_old = age >= input.config.segment_age;
@@ -115,8 +115,8 @@ fn is_roll_due(input: &RetentionInput<'_>) -> bool {
 }
 
 /// Returns the sealed segments with records at or above the log start that only the disk has. A segment across the
-/// tiered end gets 0 bytes: its first part is included in the bytes of the object store, and the size of the rest is
-/// unknown.
+/// tiered end gets 0 bytes. The first part of the segment is included in the bytes of the object store, and the size of
+/// the rest is unknown.
 fn local_only_segments<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = RetentionSegment> + use<'a> {
     let tiered_end = input.tiered_end;
     let first_local_only = tiered_end.max(input.log_start);
@@ -138,8 +138,8 @@ pub fn count_future_segments(input: &RetentionInput<'_>) -> u64 {
 }
 
 /// Returns the oldest segments of the log without a gap: those in the object store, then the segments that only the
-/// disk has. The segments of the disk are left out if the input lists only the first segments of the object store,
-/// because there would be a gap before them. An object store that was not read gives one segment.
+/// disk has. The segments of the disk are left out if the input lists only the first segments of the object store.
+/// Otherwise there would be a gap before them. An object store that was not read gives one segment.
 fn oldest_segments<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = RetentionSegment> + use<'a> {
     let log_start = input.log_start;
     let unread = unread_tiered_segments(input);
@@ -149,8 +149,8 @@ fn oldest_segments<'a>(input: &RetentionInput<'a>) -> impl Iterator<Item = Reten
 }
 
 /// Returns all segments in the object store as one segment, if the input lists none of them because the object store
-/// was not read; otherwise `None`. The segment gets the latest time that its records can have. The records are older
-/// than the last append to the first segment that only the disk has, and the topic limits how far a timestamp may be
+/// was not read. Otherwise returns `None`. The segment gets the latest time that its records can have. The records are
+/// older than the last append to the first segment that only the disk has. The topic limits how far a timestamp may be
 /// ahead of the clock. Without such a segment or such a limit, the segment never expires by time.
 fn unread_tiered_segments(input: &RetentionInput<'_>) -> Option<RetentionSegment> {
     if !input.tiered.is_empty() || input.tiered_end <= input.log_start {

@@ -41,9 +41,13 @@ pub struct PartitionAssignment {
 /// Role of this broker in a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplicaRole {
-    /// Neither leads nor follows. Either no value was applied yet, the value has no leader, this broker is no replica,
-    /// this broker's disk failed while it did not lead, the task waits for newer metadata, or the task reads the object
-    /// store before it leads.
+    /// Neither leads nor follows. The reason is one of these:
+    /// - No value was applied yet.
+    /// - The value has no leader.
+    /// - This broker is no replica.
+    /// - This broker's disk failed while it did not lead.
+    /// - The task waits for newer metadata.
+    /// - The task reads the object store before it leads.
     Idle,
     /// Orders the writes.
     Leader {

@@ -7,9 +7,9 @@
 //! 2. [`ClusterAdmission::record_start`] creates an incarnation and writes it to the data directory, before the store
 //!    receives it.
 //! 3. [`ClusterAdmission::admit`] runs once the replicas are open. It deletes an earlier registration of this broker,
-//!    releases the leaderships of the last incarnation, and removes the broker from each ISR and ELR whose local
-//!    replica is not verified. It registers the broker, and then writes to the data directory that the store contains
-//!    this incarnation.
+//!    and releases the leaderships of the last incarnation. [`ClusterAdmission::admit`] removes the broker from each
+//!    ISR and ELR whose local replica is not verified. It registers the broker, and then writes to the data directory
+//!    that the store contains this incarnation.
 //!
 //! The start waits while the store does not respond, or while a value that the start needs is invalid. The reason of a
 //! failed request is logged at once, when it changes, and every 30 s. An error that no retry corrects ends the start.

@@ -100,10 +100,13 @@ impl ConnectionLimits {
         }
     }
 
-    /// Returns the slots for which a limit of `files` open files leaves descriptors, beside the `segments` open
-    /// segments of each broker, the reserves of its listeners, and an eighth of `files` for all other uses, at least
-    /// [`MIN_OTHER_FILES`]. An eighth of the slots is for the HTTP listener and an eighth for peers, within the bounds
-    /// of these listeners. Each listener has at least its minimum, even if the descriptors do not suffice.
+    /// Returns the slots for which a limit of `files` open files leaves descriptors. The other descriptors are for:
+    /// - the `segments` open segments of each broker
+    /// - the reserves of its listeners
+    /// - all other uses, which get an eighth of `files`, at least [`MIN_OTHER_FILES`]
+    ///
+    /// An eighth of the slots is for the HTTP listener and an eighth for peers, within the bounds of these listeners.
+    /// Each listener has at least its minimum, even if the descriptors do not suffice.
     fn for_files(files: u64, segments: u64, brokers: usize, standalone: bool) -> Self {
         let (brokers, listeners) = (brokers.max(1) as u64, if standalone { 2 } else { 3 });
         let reserved = (segments + listeners * RESERVED_CONNECTIONS) * brokers + MIN_OTHER_FILES.max(files / 8);

@@ -119,7 +119,7 @@ struct Occupant<T> {
     origin: Origin,
     pool: Pool,
     calls: usize,
-    /// Key of the connection in the list of the idle connections of its pool, while it is idle; in the probe pool, its
+    /// Key of the connection in the list of the idle connections of its pool, while it is idle. In the probe pool, its
     /// key in the list of all connections.
     order: u64,
 }
@@ -173,8 +173,8 @@ impl<T> ConnectionSlots<T> {
         Admitted { id, bound, pool, evicted }
     }
 
-    /// Returns true if this connection may begin one more call: fewer than `max_calls` are open, or the connection has
-    /// fewer than its equal share of `max_calls` or than [`MIN_CALLS`].
+    /// Returns true if this connection may begin one more call. Either fewer than `max_calls` are open, or the
+    /// connection has fewer than its equal share of `max_calls` or than [`MIN_CALLS`].
     pub(super) fn has_capacity_for_call(&self, id: u64) -> bool {
         let calls = self.connections.get(&id).map_or(0, |occupant| occupant.calls);
         self.calls < self.max_calls

@@ -135,8 +135,8 @@ impl Windows {
     pub(super) fn of_clients(memory_bytes: u64) -> Self {
         Self {
             streams: limits::MAX_STREAMS_PER_CONNECTION,
-            // A small maximum bounds what an incomplete request can hold: a partial frame, and a head. h2 buffers a
-            // head of up to five frames (HEADERS and CONTINUATION) before it checks the head's size.
+            // A small maximum bounds what an incomplete request can hold, which is a partial frame and a head. h2
+            // buffers a head of up to five frames (HEADERS and CONTINUATION) before it checks the head's size.
             frame_bytes: 32 << 10,
             send_buffer_bytes: 16 << 10,
             connection_bytes: connection_window(memory_bytes),
@@ -320,8 +320,7 @@ const HEADERS: [HeaderName; 4] =
 const MAX_HEADER_BYTES: usize = 256;
 
 /// Replaces the head of a request by copies of the parts that this server reads: the path and [`HEADERS`]. A call keeps
-/// the head of its request while it is open, and each original value is a slice that would keep its whole frame in
-/// memory.
+/// the head of its request while it is open. Each original value is a slice that would keep its whole frame in memory.
 fn trim_head<B>(request: &mut hyper::Request<B>) {
     let mut headers = HeaderMap::with_capacity(HEADERS.len());
     for name in HEADERS {
@@ -386,8 +385,8 @@ async fn handle(State(request_memory): State<Option<RequestMemory>>, mut request
     calls::hold_until_sent(response, call, call_memory, metadata_permit)
 }
 
-/// Returns the message for a call of an unknown method at `path`, if its service is on another listener; `None` if the
-/// listener serves such paths.
+/// Returns the message for a call of an unknown method at `path`, if its service is on another listener. Returns `None`
+/// if the listener serves such paths.
 fn wrong_listener_message(listener: ListenerKind, path: &str) -> Option<&'static str> {
     let is_peer = path.split('/').nth(1) == Some(peer_server::SERVICE_NAME);
     match listener {

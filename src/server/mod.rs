@@ -315,9 +315,9 @@ impl Listeners {
     }
 }
 
-/// Returns the dependencies of a broker: the disk of this machine, the configured object store, and the metadata store
-/// in the data directory or in etcd. A task of `background` expires the leases of a metadata store in the data
-/// directory.
+/// Returns the dependencies of a broker. These are the disk of this machine, the configured object store, and the
+/// metadata store in the data directory or in etcd. A task of `background` expires the leases of a metadata store in
+/// the data directory.
 fn broker_deps(config: &Config, background: &Tasks) -> NodeDeps {
     let (config, background) = (config.clone(), background.clone());
     let standalone = config.metadata.etcd.is_empty();

@@ -54,7 +54,7 @@ pub struct NodeDeps {
     /// Connector to other brokers.
     pub connect: Arc<dyn Connector>,
     /// True for a standalone broker. Its metadata store is in its data directory, so both are lost or restored
-    /// together: there are no other brokers, and there is nothing to verify.
+    /// together. There are no other brokers, and there is nothing to verify.
     pub standalone: bool,
     /// Callback to the driver of the log's steps ([`DataDir::journal_step`], [`DataDir::sync_step`]); `None` if threads
     /// run the steps.
@@ -197,8 +197,8 @@ impl Node {
         }
     }
 
-    /// Runs the second half of a stop, after [`Node::begin_stop`], once no call is open: stops the tasks of the object
-    /// store, closes the log, ends the registration of a standalone broker and stops the tasks of the node.
+    /// Runs the second half of a stop, after [`Node::begin_stop`], once no call is open. Stops the tasks of the object
+    /// store, and closes the log. Ends the registration of a standalone broker and stops the tasks of the node.
     ///
     /// # Errors
     /// The log cannot be closed cleanly.

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! The codec allocates space for a message when it reads the length. The length of a large message is passed on after
-//! more than [`SMALL_BYTES`] of the message have arrived, so a length without its bytes allocates nothing. The codec
+//! more than [`SMALL_BYTES`] of the message have arrived. So a length without its bytes allocates nothing. The codec
 //! builds structs of the parts after the last byte, so their memory is taken before that byte is passed on. Messages
 //! are passed on one at a time, so that each memory grant belongs to the message that the handler has.
 
@@ -253,8 +253,8 @@ impl RequestBody {
         Ok(())
     }
 
-    /// Keeps the received bytes of a message that must wait for memory, and returns the memory of these bytes; `None`
-    /// for few bytes, which are not charged. Drops the bytes and fails if other waiting requests hold too much.
+    /// Keeps the received bytes of a message that must wait for memory, and returns the memory of these bytes. Returns
+    /// `None` for few bytes, which are not charged. Drops the bytes and fails if other waiting requests hold too much.
     fn hold_rest(&mut self) -> Result<Option<Grant>, ApiError> {
         if self.rest.len() <= WAITING_BYTES {
             // The bytes may be a slice, which would keep a larger buffer in memory.
@@ -264,9 +264,10 @@ impl RequestBody {
         self.memory.try_waiting(self.rest.len()).map(Some).inspect_err(|_| self.rest = Bytes::new())
     }
 
-    /// Processes the received bytes of the message, as far as there is memory for them: counts the elements of repeated
-    /// fields that start in these bytes, takes memory, and moves the bytes to `out`, or to the message's buffer while
-    /// it must not be passed on yet. Pending while the message waits for memory. Fails if the message is rejected.
+    /// Processes the received bytes of the message, as far as there is memory for them. Counts the elements of repeated
+    /// fields that start in these bytes, and takes memory. Moves the bytes to `out`, or to the message's buffer while
+    /// the message must not be passed on yet. Pending while the message waits for memory. Fails if the message is
+    /// rejected.
     fn process_message(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ApiError>> {
         let Some(message) = &mut self.message else { return Poll::Ready(Ok(())) };
         if let State::WaitingForParts(waiting) = &mut message.state {
@@ -413,7 +414,7 @@ impl RequestBody {
 }
 
 /// Checks a message that has memory and is not complete. Fails if other requests wait for this memory and the message
-/// has had it for too long; otherwise the task is woken when that becomes true.
+/// has had it for too long. Otherwise the task is woken when that becomes true.
 fn check_incomplete(memory: &CallMemory, message: &mut Message, cx: &Context<'_>) -> Result<(), ApiError> {
     let (charged, since) = (message.charged(), message.since);
     message.incomplete.get_or_insert_with(|| memory.register_incomplete(charged, since)).check(cx.waker())

@@ -13,7 +13,7 @@ pub enum MetricsFormat {
 
 impl MetricsFormat {
     /// Returns OpenMetrics if the values of the `Accept` header rate it above 0 and at least as high as the Prometheus
-    /// text format, else the Prometheus text format.
+    /// text format. Otherwise returns the Prometheus text format.
     pub fn accepted<'a>(values: impl IntoIterator<Item = &'a str>) -> Self {
         // Highest quality that the header gives each format; 0 if the header excludes or does not name the format.
         let (mut open_metrics, mut prometheus) = (0.0, 0.0);
@@ -39,7 +39,7 @@ impl MetricsFormat {
 }
 
 /// Converts OpenMetrics to the Prometheus text format. In the Prometheus format, the HELP and TYPE lines of a counter
-/// name it with the suffix `_total` of its samples, and there is no `# EOF` line.
+/// name it with the suffix `_total` of its samples. There is no `# EOF` line.
 pub(super) fn to_prometheus(open_metrics: &str) -> String {
     let mut out = String::with_capacity(open_metrics.len());
     // Name and text of the last HELP line. The next line contains the type, which determines the name in the output.

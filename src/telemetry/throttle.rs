@@ -43,7 +43,7 @@ impl LogThrottle {
     }
 
     /// Returns true if an occurrence at `now` would be logged. After the end of the condition, such a throttle can be
-    /// replaced by a new one: at most the count of occurrences that were not logged is lost.
+    /// replaced by a new one. At most the count of occurrences that were not logged is lost.
     pub fn is_quiet(&self, now: Instant) -> bool {
         self.logged.is_none_or(|logged| now.saturating_duration_since(logged) >= REMINDER_INTERVAL)
     }

@@ -200,8 +200,8 @@ pub(super) struct CacheFolder {
 }
 
 impl CacheFolder {
-    /// Creates the folder if it does not exist, and deletes the files in it whose names end like a chunk's or like an
-    /// unfinished file's; other files are kept. If the folder lies in `data_dir`, the data directory, the folder must
+    /// Creates the folder if it does not exist. Deletes the files in it whose names end like a chunk's or like an
+    /// unfinished file's. Other files are kept. If the folder lies in `data_dir`, the data directory, the folder must
     /// not be a symbolic link.
     pub(super) fn open(path: &Path, data_dir: Option<&Path>) -> io::Result<Self> {
         let below = data_dir.and_then(|data_dir| Some((data_dir, path.strip_prefix(data_dir).ok()?)));

@@ -15,7 +15,7 @@
 //! ```
 //!
 //! Big-endian; every CRC is CRC-32C. Each index entry serves two indexes. The offset index finds the interval that
-//! contains an offset; the time index finds the first interval with a timestamp at or after a given one. Every interval
+//! contains an offset. The time index finds the first interval with a timestamp at or after a given one. Every interval
 //! but the last has at least 4 KiB. Intervals are larger if a segment would otherwise have more than [`MAX_ENTRIES`] of
 //! them, so that the index stays below 400 KiB.
 //!

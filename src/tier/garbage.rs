@@ -10,15 +10,15 @@
 //!    object, the `topic.json` of a deleted topic is deleted, after all objects of the topic.
 //! 2. The object is older than the grace period, by the store's clock, so that no object of an upload in progress is
 //!    deleted.
-//! 3. The partition's current manifest, read *after* the listing, does not reference the object, or references it only
-//!    through a page, as a segment below the log start. A deleted topic has no manifest.
+//! 3. The partition's current manifest, read *after* the listing, does not reference the object. Or it references the
+//!    object only through a page, as a segment below the log start. A deleted topic has no manifest.
 //!
 //! A manifest gains only objects that were new when it was staged. So an object that the current manifest does not
 //! reference, and that is older than any upload in progress, is never referenced again. The exception is a manifest
 //! that replaces a lost one and lists old objects. But if a manifest cannot be read, nothing of its partition is
 //! deleted.
 //!
-//! Only S3 lists incomplete uploads (`s3_admin`), so other stores are skipped: Azure and Google delete them by
+//! Only S3 lists incomplete uploads (`s3_admin`), so other stores are skipped. Azure and Google delete them by
 //! themselves, and those of a folder are local files. An upload is aborted only if it is of a segment in a partition's
 //! folder and older than the grace period, by the store's clock. If an upload in progress is aborted nevertheless, its
 //! attempt fails and a new upload follows: nothing is referenced before its object is verified.
@@ -93,8 +93,12 @@ pub enum MultipartAbortError {
 /// is the time of the store's clock ([`TierStore::clock_ms`]).
 ///
 /// # Errors
-/// The prefix is not known to belong to this cluster, a folder of topics or partitions cannot be listed, a deleted
-/// topic's record cannot be deleted, or the store is stopping. The error of one partition is in the report.
+/// - The prefix is not known to belong to this cluster.
+/// - A folder of topics or partitions cannot be listed.
+/// - A deleted topic's record cannot be deleted.
+/// - The store is stopping.
+///
+/// The error of one partition is in the report.
 pub async fn collect_garbage<F, Fut>(
     store: &TierStore,
     live: F,

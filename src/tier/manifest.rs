@@ -286,8 +286,8 @@ impl ManifestRoot {
     /// any; `page_attempt` is the attempt in that page's name.
     ///
     /// # Panics
-    /// If the segment does not start at the end, if it has a newer epoch than the new version, or if `epoch` is older
-    /// than the manifest's. An empty manifest also accepts a segment that contains its log start.
+    /// If the segment does not start at the end, or if it has a newer epoch than the new version. Also if `epoch` is
+    /// older than the manifest's. An empty manifest also accepts a segment that contains its log start.
     pub fn extend(
         &self,
         segment: SegmentEntry,
@@ -316,8 +316,8 @@ impl ManifestRoot {
         page
     }
 
-    /// Returns the same version of an empty manifest, with its log start and end raised to `base` if they are lower:
-    /// offsets below `base` are never uploaded.
+    /// Returns the same version of an empty manifest, with its log start and end raised to `base` if they are lower.
+    /// Offsets below `base` are never uploaded.
     ///
     /// # Panics
     /// If the manifest lists a segment.
@@ -328,7 +328,7 @@ impl ManifestRoot {
     }
 
     /// Returns the next version, which starts at `log_start` and lists nothing that lies completely below it. `page` is
-    /// the content of the page that [`ManifestRoot::page_to_trim`] returns, if any: its segments below the log start no
+    /// the content of the page that [`ManifestRoot::page_to_trim`] returns, if any. Its segments below the log start no
     /// longer count in the bytes of the manifest.
     ///
     /// # Panics

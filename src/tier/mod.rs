@@ -23,8 +23,9 @@
 //! - Nothing is served unchecked: a flipped bit is detected or harmless.
 //! - At most eight parts of multipart uploads, of 8 MiB each, are in flight over all partitions. In addition, each
 //!   upload buffers at most 16 MiB and one read from its file. A read holds at most the chunks of one response.
-//! - Garbage is an object that is older than the grace period, and that the current manifest does not reference, or
-//!   references only through a page as a segment below the log start.
+//! - Garbage is an object that is older than the grace period, and that the current manifest does not reference. An
+//!   object that the manifest references only through a page, as a segment below the log start, counts as not
+//!   referenced.
 //! - None of these invariants needs conditional requests, which some stores silently ignore.
 //!
 //! # Lost manifest

@@ -88,7 +88,7 @@ pub struct UploadBatch<'a> {
 impl UploadBatch<'_> {
     /// Uploads the part of a sealed segment that is not in the object store yet, verifies it, and adds it to the
     /// manifest. Writes a page object if a page is full. The segment may begin below the tiered end if one of its
-    /// batches starts at the tiered end, because another leader rolled its segments at other offsets.
+    /// batches starts at the tiered end. The reason is that another leader rolled its segments at other offsets.
     ///
     /// After an error, [`UploadBatch::finish`] still writes a manifest of the segments that were added before.
     pub async fn add(&mut self, source: &SegmentSource) -> Result<(), UploadError> {
@@ -253,7 +253,7 @@ impl PartitionTier {
     async fn write(&self, replaces: TierState, next: ManifestRoot) -> Result<StagedManifest, UploadError> {
         let name = ManifestName::draw(next.version(), next.epoch());
         upload::put_and_verify(&self.inner.store, &self.object(&name.to_string()), next.encode()).await?;
-        // Last check before the commit: all objects must have been written to the cluster's store, and not to a folder
+        // Last check before the commit. All objects must have been written to the cluster's store, and not to a folder
         // that was created in its place.
         self.inner.store.bind().await?;
         let state = TierState::of(&next, name);

@@ -30,8 +30,8 @@ pub(super) struct SequentialReader {
 }
 
 impl SequentialReader {
-    /// Quarters the window. Called if a prefetched chunk was missing when its reader needed it: the memory of the cache
-    /// is too small for all readers, or the store fails. The chunks from `position` on are requested again.
+    /// Quarters the window. Called if a prefetched chunk was missing when its reader needed it. Either the memory of
+    /// the cache is too small for all readers, or the store fails. The chunks from `position` on are requested again.
     pub(super) fn shrink_window(&mut self, position: ReadPosition) {
         self.window /= 4;
         self.requested = position;
@@ -45,8 +45,8 @@ pub(super) struct ReadAheadTracker {
 }
 
 impl ReadAheadTracker {
-    /// Returns the reader that now reads at `from`, and removes it until [`ReadAheadTracker::leave`]: the one whose
-    /// last read ended at `from`, with a wider window, or a new one with an empty window.
+    /// Returns the reader that now reads at `from`, and removes it until [`ReadAheadTracker::leave`]. This is the one
+    /// whose last read ended at `from`, with a wider window, or a new one with an empty window.
     pub(super) fn arrive(&mut self, from: Offset) -> SequentialReader {
         let index = self.recent.iter().position(|reader| reader.next == from);
         match index.and_then(|index| self.recent.remove(index)) {

@@ -440,7 +440,7 @@ mod tests {
     }
 
     /// The committed object is lost. A deposed leader's object with the same range and number of bytes has other
-    /// records, and is rejected because its leader epochs differ from those in the next object's footer.
+    /// records. The object is rejected because its leader epochs differ from those in the next object's footer.
     #[test]
     fn deposed_leaders_object_is_rejected_despite_equal_range() {
         let lost = with_epochs(object(100, 200, 3, 99), &[(0, 0), (3, 150)]);

@@ -49,8 +49,9 @@ impl TierState {
         }
     }
 
-    /// Returns true if `root` has the version, epoch and end of the manifest that this state names, and a consistent
-    /// log start and number of bytes. The log start of the state may have been raised since `root` was written.
+    /// Returns true if `root` has the version, epoch and end of the manifest that this state names. The log start and
+    /// number of bytes of `root` must also be consistent. The log start of the state may have been raised since `root`
+    /// was written.
     pub(super) fn agrees(&self, root: &ManifestRoot) -> bool {
         self.manifest.is_some_and(|name| {
             let identity = (root.version(), root.epoch(), root.end());

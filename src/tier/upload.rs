@@ -401,8 +401,8 @@ impl MultipartUpload<'_> {
 }
 
 /// Converts the error of a completion to `Unavailable`, which is retried. If a completion succeeds and its response is
-/// lost, the store refuses the repeated request, with an error that depends on the store (not found, not allowed,
-/// internal). The next attempt verifies the object first.
+/// lost, the store refuses the repeated request. The error depends on the store (not found, not allowed, internal). The
+/// next attempt verifies the object first.
 fn as_unavailable(error: TierStoreError) -> TierStoreError {
     match error {
         TierStoreError::NotFound { object } => {

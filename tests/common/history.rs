@@ -1,4 +1,4 @@
-//! Checks the results that clients received from real processes (`tests/it`) and from simulated ones (`tests/sim`): no
+//! Checks the results that clients received from real processes (`tests/it`) and from simulated ones (`tests/sim`). No
 //! acknowledged record may be lost, and no other record may be read.
 //!
 //! A [`History`] holds the sent records with their outcomes, and the records that readers received. Each payload is
@@ -118,9 +118,11 @@ impl History {
     }
 }
 
-/// Returns the records of the log by offset, as the first reader of each offset received them. Adds a violation at each
-/// point where the offsets of a reader are not consecutive, for each record that differs from an earlier reader's, and
-/// for a reader that starts after its `from` or ends before its `to`.
+/// Returns the records of the log by offset, as the first reader of each offset received them. Adds a violation in
+/// these cases:
+/// - at each point where the offsets of a reader are not consecutive
+/// - for each record that differs from an earlier reader's
+/// - for a reader that starts after its `from` or ends before its `to`
 fn merge_passes(log: Log, passes: &[&ReadPass], found: &mut Vec<Violation>) -> BTreeMap<i64, u64> {
     let mut content: BTreeMap<i64, u64> = BTreeMap::new();
     for pass in passes {
@@ -153,9 +155,9 @@ fn check_ends(log: Log, passes: &[&ReadPass], found: &mut Vec<Violation>) {
     }
 }
 
-/// Checks that each received record was sent to this log and not refused, is at its acknowledged offset, and is in the
-/// log once if required. If the log may contain a record twice, only its acknowledged offset must not hold another
-/// record.
+/// Checks that each received record was sent to this log and not refused, and is at its acknowledged offset. If
+/// required, each record is in the log once. If the log may contain a record twice, only its acknowledged offset must
+/// not hold another record.
 fn check_identities(log: Log, attempts: &[&Attempt], content: &BTreeMap<i64, u64>, found: &mut Vec<Violation>) {
     let sent: HashMap<u64, &Attempt> = attempts.iter().map(|attempt| (attempt.payload, *attempt)).collect();
     let mut seen: HashMap<u64, i64> = HashMap::new();
@@ -211,8 +213,8 @@ impl<'a> Acknowledged<'a> {
     fn check_losses(&self, pass: &ReadPass, found: &mut Vec<Violation>) {
         let seen: HashSet<u64> = pass.records.iter().map(|&(_, payload)| payload).collect();
         let first = self.attempts.partition_point(|&(offset, _)| offset < pass.from);
-        // If `earliest` of a record is not before the start of the pass, the reader had to receive neither this record
-        // nor any record above it.
+        // The `earliest` of a record may be at or after the start of the pass. The reader then had to receive neither
+        // this record nor any record above it.
         let required = self.attempts[first..].iter().zip(&self.earliest[first..]);
         for (&(offset, attempt), _) in required.take_while(|&(_, &earliest)| earliest < pass.began) {
             let covered = offset < pass.to || pass.current && offset >= pass.end;

@@ -69,8 +69,8 @@ fn start_with_records(tiered: bool, text: &str) -> (BrokerInstance, Broker) {
     (instance, broker)
 }
 
-/// Checks that a read of the topic `victim` fails, that its output before the failure is the beginning of `text`, and
-/// that the topic `calm` accepts records.
+/// Checks that a read of the topic `victim` fails, and that its output before the failure is the beginning of `text`.
+/// Checks also that the topic `calm` accepts records.
 fn check_read_fails_after_correct_prefix(cli: &Cli, text: &str) {
     let read = cli.run(&["consume", "victim", "--from", "earliest", "--until-end"]);
     assert_eq!(read.code, 1, "a corrupt object is an error: {}", read.stderr);

@@ -1,8 +1,8 @@
 //! The Rust client, while its broker is killed again and again: the client delivers everything, once and in order.
 //!
-//! `crash` checks that the broker loses no acknowledged record. These tests check the client: retries of an idempotent
-//! producer across kills neither lose nor duplicate records, and a following consumer reads every record once, without
-//! an error. `STRANDLINE_KILLS` is divided by four for these tests.
+//! `crash` checks that the broker loses no acknowledged record. These tests check the client. Retries of an idempotent
+//! producer across kills neither lose nor duplicate records. A following consumer reads every record once, without an
+//! error. `STRANDLINE_KILLS` is divided by four for these tests.
 
 use std::{
     collections::{HashMap, VecDeque},

@@ -270,8 +270,8 @@ async fn disk_without_one_free_byte_needs_no_restart() {
     let (count, error) = append_until_full(&mut log, "t", 15).await;
     assert_eq!(error.code, ErrorCode::DiskFull, "{error:?}");
     let another = |n| CreateTopicRequest { name: format!("another{n}"), partitions: 1, ..Default::default() };
-    // The test also takes the space that the log frees: its reserve, once, and up to four segments that are uploaded
-    // and evicted during the loop.
+    // The test also takes the space that the log frees. The log frees its reserve, once, and up to four segments that
+    // are uploaded and evicted during the loop.
     let mut attempt = 0;
     let refused = loop {
         match wire::admin(address).create_topic(another(attempt)).await {

@@ -1,4 +1,4 @@
-//! Runs the entries of the fuzzers with a stable compiler: on the inputs of known regressions, on seeds, and on a
+//! Runs the entries of the fuzzers with a stable compiler. The inputs are those of known regressions, seeds, and a
 //! bounded number of mutated seeds.
 //!
 //! `FUZZ_ITERATIONS` is the number of mutated inputs of each entry, which is divided by the weight of the entry.

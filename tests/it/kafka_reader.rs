@@ -30,7 +30,7 @@ const TOPICS: [(&str, &[(&str, &str)]); 3] = [
     ("squeezed", &[("compression.type", "gzip")]),
 ];
 const PARTITIONS: u32 = 2;
-/// Value of `segment.bytes`: above the size of most batches and below the size of the large ones, so some segments have
+/// Value of `segment.bytes`, above the size of most batches and below the size of the large ones. So some segments have
 /// many batches and some have one.
 const SEGMENT_BYTES: &str = "100000";
 const BIG_BYTES: u64 = 300_000;
@@ -39,8 +39,8 @@ const CODECS: [Compression; 5] =
 /// Number of records of each codec in each topic.
 const RECORDS: u64 = 300;
 
-/// Queues a record whose shape depends on its number: null keys and values, duplicate headers, text, random bytes, and
-/// one large record for each codec in each topic.
+/// Queues a record whose shape depends on its number. Shapes are null keys and values, duplicate headers, text, random
+/// bytes, and one large record for each codec in each topic.
 async fn send(producer: &Producer, topic: &str, number: u64, big: &[u8]) -> Delivery {
     let header =
         |value: Option<&'static [u8]>| Header { key: "trace".to_owned(), value: value.map(Bytes::from_static) };

@@ -1,7 +1,7 @@
 //! The only integration test binary: real processes, real files, real HTTP.
 //!
 //! There is only one binary because linking takes most of the build time. Most modules test one subject. The others
-//! serve the tests, for example: `broker` starts and kills processes, `test_timeout` waits for conditions, `wire` sends
+//! serve the tests. For example, `broker` starts and kills processes, `test_timeout` waits for conditions, `wire` sends
 //! raw gRPC, and `history` checks what clients observed.
 
 mod architecture;

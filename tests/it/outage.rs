@@ -387,8 +387,8 @@ fn tiered(timeout_ms: u32) -> v1::AppendRequest {
 }
 
 /// An object store whose folder has disappeared accepts no records. Regression: after `mv object-store away`, or when
-/// its disk was unmounted, the broker created the folder again, without its cluster marker, and acknowledged records
-/// with `acks=tiered`.
+/// its disk was unmounted, the broker created the folder again. This folder had no cluster marker, and the broker
+/// acknowledged records with `acks=tiered`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn missing_folder_accepts_no_tiered_record() {
     let mut instance = BrokerInstance::new();

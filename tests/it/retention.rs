@@ -46,8 +46,8 @@ fn wait_until_freed(instance: &BrokerInstance) {
     });
 }
 
-/// Checks that the readable records are the last lines of `text`, that at least [`LIMIT`] bytes are on disk, and that
-/// all readable records are on disk. Returns the log start.
+/// Checks that the readable records are the last lines of `text`, and that all of them are on disk. At least [`LIMIT`]
+/// bytes must be on disk. Returns the log start.
 fn check_newest_records(instance: &BrokerInstance, text: &str) -> u64 {
     let cli = instance.cli();
     let (state, read) = eventually("the log start and the end no longer move", || {
@@ -218,7 +218,7 @@ async fn timestamps_beyond_topic_limits_are_refused() {
     append_at(&mut log, &[FUTURE], None).await.expect("the broker sets the timestamp");
 }
 
-/// If a compressed batch is stored unchanged, only its header and first record are checked, so a wrong timestamp of
+/// If a compressed batch is stored unchanged, only its header and first record are checked. So a wrong timestamp of
 /// another record is stored but does not count. If the broker recompresses the batch, all of its timestamps are
 /// checked.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -247,8 +247,8 @@ fn retention_continues_during_an_object_store_outage() {
     check_retention_without_object_store(false);
 }
 
-/// Regression: after a start during an outage, the broker could not read which segments the object store has, and
-/// deleted nothing until the store was available again.
+/// Regression: after a start during an outage, the broker could not read which segments the object store has. The
+/// broker deleted nothing until the store was available again.
 #[test]
 fn retention_continues_after_a_start_during_an_outage() {
     check_retention_without_object_store(true);
@@ -291,8 +291,8 @@ fn check_retention_without_object_store(after_a_start: bool) {
     drop(broker);
 }
 
-/// Regression: one record with a timestamp in the far future prevented the deletion of its segment and of all later
-/// segments, on disk and in the object store.
+/// Regression: one record had a timestamp in the far future. This record prevented the deletion of its segment and of
+/// all later segments, on disk and in the object store.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn future_timestamp_does_not_stop_retention() {
     check_future_records_expire(|_, _| {}).await;

@@ -1,5 +1,5 @@
-//! Raw gRPC calls to a broker, and batches that are encoded by hand: valid and invalid requests as a client in any
-//! language may send them.
+//! Raw gRPC calls to a broker, and batches that are encoded by hand. The calls are valid and invalid requests as a
+//! client in any language may send them.
 //!
 //! These functions do not use the library's client or batch builder. A mistake that the broker and the library share
 //! would otherwise stay hidden.
@@ -47,9 +47,8 @@ pub(crate) async fn create_topic(address: SocketAddr, name: &str, partitions: u3
     admin(address).create_topic(request).await.expect("the topic is created");
 }
 
-/// Returns the address of a partition's leader, from the metadata of the broker that reports the newest leader epoch,
-/// because a broker that was isolated may report an older leader. Returns `None` if there is no leader or no broker
-/// responds.
+/// Returns the address of a partition's leader, from the metadata of the broker that reports the newest leader epoch. A
+/// broker that was isolated may report an older leader. Returns `None` if there is no leader or no broker responds.
 pub(crate) async fn leader(brokers: &[SocketAddr], topic: &str, partition: i32) -> Option<SocketAddr> {
     let mut newest = None;
     for address in brokers {

@@ -119,8 +119,8 @@ impl StateChecker {
         }
     }
 
-    /// Checks each pair of logs: from the offset at which both begin, up to the last batch with the same offset and
-    /// epoch in both, the logs must be the same.
+    /// Checks each pair of logs from the offset at which both begin, up to the last batch with the same offset and
+    /// epoch in both. In this range the logs must be the same.
     fn check_agreement(&self, log: Log, replicas: &[(BrokerId, DiskReplica)]) {
         for (at, (one, mine)) in replicas.iter().enumerate() {
             for (other, theirs) in &replicas[at + 1..] {
@@ -130,8 +130,8 @@ impl StateChecker {
         }
     }
 
-    /// Checks that no record was acknowledged at or above the log end of a member of ISR or ELR, and that its log holds
-    /// the acknowledged records of its range at their offsets. Records below the local start are not checked.
+    /// Checks that no record was acknowledged at or above the log end of a member of ISR or ELR. The log of the member
+    /// must hold the acknowledged records of its range at their offsets. Records below the local start are not checked.
     fn check_member(&self, log: Log, member: BrokerId, replica: &DiskReplica, value: &PartitionValue) {
         self.client_history.with_acked(log, |acked| {
             if let Some((offset, sent)) = acked.range(replica.end.as_i64()..).next() {

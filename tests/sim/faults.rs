@@ -50,8 +50,8 @@ pub(crate) struct FaultPlan {
     /// True if acknowledged records survive a power loss on any machine at any time.
     power: bool,
     /// Lock of [`FaultProfile::OneDown`], held for a machine that is down or may lose its lease until every replica is
-    /// in sync again. While the lock is held, that machine may lose power, because no other machine has a fault by
-    /// which its replicas fail their startup verification or leave the ISR.
+    /// in sync again. While the lock is held, that machine may lose power. No other machine then has a fault by which
+    /// its replicas fail their startup verification or leave the ISR.
     down: Option<Arc<Mutex<()>>>,
     /// Held from the check that a disk is not needed until its broker has started without the data. Otherwise two disks
     /// could be replaced at a time, each because the other one holds the records.
@@ -143,7 +143,7 @@ async fn inject_all_on_machine(machine: &mut Machine, plan: &FaultPlan) {
                 // completed.
                 pause(4000, 5000).await;
                 // A disk is replaced only in runs with `power`. In other runs, a kill alone makes the startup
-                // verification of a `replicated` replica fail, so the additional loss of a disk could lose committed
+                // verification of a `replicated` replica fail. So the additional loss of a disk could lose committed
                 // records.
                 let only = plan.replacing.lock().await;
                 if plan.power && is_spare(machine).await {

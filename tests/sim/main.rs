@@ -50,9 +50,9 @@ use strandline::task::run_scoped;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// No record acknowledged with `acks=all` or `acks=tiered` is lost, the records of an idempotent producer are stored
-/// once and in order, and repeated reads return the same records. Faults: power loss, kill, stop, broken and stalled
-/// links, a full, slow or failing disk, clock jumps, and an object store that fails or loses responses.
+/// No record acknowledged with `acks=all` or `acks=tiered` is lost. The records of an idempotent producer are stored
+/// once and in order. Repeated reads return the same records. Faults: power loss, kill, stop, broken and stalled links,
+/// a full, slow or failing disk, and clock jumps. The object store also fails or loses responses.
 #[test]
 fn one_broker_keeps_acknowledged_records() {
     run_all(Topology::ONE);

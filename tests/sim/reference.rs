@@ -244,8 +244,9 @@ impl ReferenceState {
         }
     }
 
-    /// Applies an event to the model of the journals. Fails if a journal file is freed, or a new process may reuse the
-    /// files of the previous one, while the segments do not durably hold their entries.
+    /// Applies an event to the model of the journals. Fails if the segments do not durably hold the entries of a
+    /// journal file at one of two events. Either the file is freed, or a new process may reuse the files of the
+    /// previous one.
     fn check_journals(&mut self, who: ProcessId, event: &SimEvent<'_>) -> Result<(), RuleViolation> {
         let Some(host) = self.machines.get(&who.broker) else { return Ok(()) };
         let disk = Disk { number: host.disk_number(), content: &host.disk };

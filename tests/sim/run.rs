@@ -103,8 +103,8 @@ pub(crate) fn simulate(shape: Topology, seed: u64, body: impl AsyncFnOnce(&mut S
     trace::last()
 }
 
-/// Starts the brokers, runs the load with faults, and then checks that all replicas recover, once after the faults and
-/// once after a power loss or stop of all machines.
+/// Starts the brokers, runs the load with faults, and then checks that all replicas recover. The check follows once
+/// after the faults and once after a power loss or stop of all machines.
 async fn run_cluster(world: &mut Simulation, shape: Topology) {
     let model = ReferenceModel::watch(world);
     join_all(world.machines.iter_mut().map(|machine| Box::pin(machine.start()))).await;
@@ -153,8 +153,8 @@ async fn run_cluster(world: &mut Simulation, shape: Topology) {
     assert!(clients_result.is_ok(), "every send has a response after the faults");
     check(&load, &mut checker).await;
     liveness::wait_for_caches_and_uploads(world, &checker).await;
-    // The same conditions must hold after a power loss of all machines, or after a clean stop in runs in which a power
-    // loss may lose records.
+    // The same conditions must hold after a power loss of all machines. In runs in which a power loss may lose records,
+    // they must hold after a clean stop.
     for machine in &mut world.machines {
         if power { machine.kill(Some(random::bits())) } else { machine.stop().await }
     }
@@ -248,8 +248,8 @@ async fn wait_until_in_sync(checker: &StateChecker, shape: Topology) {
     }
 }
 
-/// Returns an error with the reason unless the partition has a leader and no ELR, no reassignment is in progress, and
-/// all its replicas are in sync with the same log end.
+/// Returns an error with the reason unless the partition has a leader and no ELR, and no reassignment is in progress.
+/// All its replicas must also be in sync with the same log end.
 fn check_in_sync(checker: &StateChecker, id: PartitionId, value: &PartitionValue) -> Result<(), String> {
     let moving = value.adding.len() + value.removing.len() + value.elr.len();
     if value.leader.is_none() || value.isr.len() < value.replicas.len() || moving > 0 {

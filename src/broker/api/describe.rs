@@ -198,8 +198,8 @@ fn config_sources(defaults: &ConfigMap, topic_config: &ConfigMap) -> HashMap<Str
     TOPIC_CONFIG_KEYS.iter().map(|key| (key.name.to_owned(), source(key.name).into())).collect()
 }
 
-/// Returns the end of the error message about a leaderless partition: the brokers of the ISR and ELR, one of which must
-/// start, or, if there are none, the election that an operator can run.
+/// Returns the end of the error message about a leaderless partition. The text names the brokers of the ISR and ELR,
+/// one of which must start. If there are none, the text names the election that an operator can run.
 fn election_advice(topic: &TopicName, number: u32, value: &PartitionValue) -> String {
     let candidates: Vec<String> = value.isr.iter().chain(&value.elr).map(ToString::to_string).collect();
     if !candidates.is_empty() {

@@ -1,5 +1,5 @@
-//! The requests of clients and operators: one module for each family of requests, and `errors` with the mapping from
-//! errors of the inner modules to API errors.
+//! The requests of clients and operators, with one module for each family of requests. The module `errors` has the
+//! mapping from errors of the inner modules to API errors.
 //!
 //! The handler of a request for a partition looks up the local replica. If this broker does not serve the
 //! partition, the error names the leader, if there is one.

@@ -1,7 +1,7 @@
 //! Cluster description and admin operations: converts requests to calls of `cluster::ClusterOperations`.
 //!
-//! The response to an operation is sent after the operation was committed and this broker's metadata cache contains it,
-//! so that the next request to this broker observes the operation. The wait for the cache has a timeout.
+//! The response to an operation is sent after the operation was committed and this broker's metadata cache contains it.
+//! So the next request to this broker observes the operation. The wait for the cache has a timeout.
 
 use std::sync::Arc;
 
@@ -177,8 +177,8 @@ impl Operations {
     ///
     /// A request with a leader and a revision, both from an earlier response to `validate_only`, elects this leader if
     /// the partition still has that revision. For a request without a leader and a revision, this broker collects the
-    /// reports of the replicas and elects the replica that loses the fewest records. With `validate_only`, the response
-    /// only names that replica.
+    /// reports of the replicas. The broker elects the replica that loses the fewest records. With `validate_only`, the
+    /// response only names that replica.
     async fn elect_unclean(
         &self,
         topic: &TopicName,

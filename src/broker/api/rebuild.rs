@@ -105,8 +105,8 @@ fn plan_id(survey: &Survey) -> String {
     format!("{}-{}-{:08x}", survey.state.version(), survey.log_start, crc32c::crc32c(&attempts))
 }
 
-/// Returns the response with the result of a survey. `lost` is the name of the lost manifest object or page, `plan` the
-/// identifier of this result, and `committed` is true if the manifest was rebuilt. Each entry of `unusable` is an error
+/// Returns the response with the result of a survey. `lost` is the name of the lost manifest object or page, and `plan`
+/// the identifier of this result. `committed` is true if the manifest was rebuilt. Each entry of `unusable` is an error
 /// text that names its object.
 fn response(survey: Survey, lost: String, plan: String, committed: bool) -> v1::RebuildManifestResponse {
     let range = |(from, to): &(Offset, Offset)| v1::OffsetRange { start: from.as_i64(), end: to.as_i64() };

@@ -6,7 +6,7 @@
 //! 2. The registration shows that this broker stops. From then on elections choose it last, leaders remove it from their
 //!    ISR, and the controller transfers its leaderships.
 //! 3. The broker waits until the controller has transferred each leadership for which another running ISR member
-//!    exists, and until leaders have removed the broker from each ISR that is above the min ISR.
+//!    exists. The broker also waits until leaders have removed the broker from each ISR that is above the min ISR.
 //!
 //! After a timeout, the shutdown continues without the remaining transfers. Peers then detect the end of the process as
 //! they detect a failed broker, and no data is lost. A partition whose only in-sync replica is on this broker cannot be

@@ -8,7 +8,7 @@
 //! partitions cannot be written.
 //!
 //! Both states are in the registration, which placement and elections read anyway. The registration is written only
-//! when a state changes. Each state ends at a lower disk usage than it begins, so that a disk at the threshold does not
+//! when a state changes. Each state ends at a lower disk usage than it begins. So a disk at the threshold does not
 //! cause a write at each check.
 
 use std::{path::Path, sync::Arc, time::Duration};

@@ -31,8 +31,8 @@ fn interval(grace: Duration) -> Duration {
     COLLECTION_INTERVAL.min(grace.max(Duration::from_secs(1)))
 }
 
-/// Returns the maximum time that an orphan object stays in the object store if no run fails: the grace period, and one
-/// interval until the next run.
+/// Returns the maximum time that an orphan object stays in the object store if no run fails. This is the grace period,
+/// and one interval until the next run.
 pub(in crate::broker) fn max_retention(grace: Duration) -> Duration {
     grace.saturating_add(interval(grace))
 }

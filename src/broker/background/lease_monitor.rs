@@ -75,8 +75,8 @@ impl LeaseMonitor {
         if self.session.lease_remaining().is_zero() { self.ctx.metadata.unresponsive_for() } else { Duration::ZERO }
     }
 
-    /// Fails if an operation that needs the metadata store must not start: with `METADATA_REGRESSED` if the store has
-    /// returned to an older state, with `METADATA_UNAVAILABLE` if the lease has expired.
+    /// Fails if an operation that needs the metadata store must not start. The error is `METADATA_REGRESSED` if the
+    /// store has returned to an older state, and `METADATA_UNAVAILABLE` if the lease has expired.
     pub(in crate::broker) fn check_metadata_available(&self) -> Result<(), ApiError> {
         if let Some(regression) = self.ctx.store.regression() {
             let error = ApiError::new(ErrorCode::MetadataRegressed, regression.to_string());

@@ -2,7 +2,7 @@
 //!
 //! Retention must continue while the object store accepts nothing. So the workers of the first queue write nothing to
 //! the object store. They put a partition with a due upload, or with other work that they leave out, into a second
-//! queue, whose workers may wait for the object store.
+//! queue. The workers of the second queue may wait for the object store.
 
 use std::{sync::Arc, time::Duration};
 

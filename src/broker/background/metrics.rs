@@ -83,8 +83,8 @@ impl BrokerGauges {
         metrics.partitions_reassigning.set(stats.reassigning);
     }
 
-    /// Updates the lag of each follower's broker: the sum of the lags in records, and the longest lag in time, over the
-    /// partitions that this broker leads.
+    /// Updates the lag of each follower's broker over the partitions that this broker leads. The values are the sum of
+    /// the lags in records, and the longest lag in time.
     fn observe_followers(&self, state: &MetadataSnapshot, open: &[Arc<Partition>]) {
         let now = clock::monotonic();
         let mut lags: BTreeMap<BrokerId, (u64, Duration)> = BTreeMap::new();

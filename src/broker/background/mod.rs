@@ -80,8 +80,8 @@ impl Background {
         tasks.spawn_until_cancelled("producer-ids", async move { producer_ids.keep_filled().await });
     }
 
-    /// Starts the tasks that may run only after the roles are assigned: maintenance, garbage collection, the check
-    /// whether the start is over, disk pressure and, in a cluster, the controller.
+    /// Starts the tasks that may run only after the roles are assigned. These are maintenance, garbage collection, the
+    /// check whether the start is over, disk pressure and, in a cluster, the controller.
     pub(super) fn spawn_workers(&self) {
         let (ctx, tasks) = (&self.ctx, &self.ctx.tasks);
         self.maintenance.spawn();

@@ -2,8 +2,8 @@
 //!
 //! A broker reserves blocks in advance, so that a new producer also gets an id while the metadata store is unavailable.
 //! The end of each block is written to the data directory before an id of the block is assigned. A reservation raises
-//! the counter in the store to the written end if the counter is below it, because the store may have been restored
-//! from an older state.
+//! the counter in the store to the written end if the counter is below it. The store may have been restored from an
+//! older state.
 
 use std::{
     collections::VecDeque,
@@ -178,16 +178,19 @@ impl ProducerIds {
         Ok(())
     }
 
-    /// Assigns a producer id for a request. Fails if the connection has used up its quota, if this broker has not read
-    /// the cluster's key and cannot read it now, or if no id is reserved and no block can be reserved now.
+    /// Assigns a producer id for a request. Fails in these cases:
+    /// - The connection has used up its quota.
+    /// - This broker has not read the cluster's key and cannot read it now.
+    /// - No id is reserved and no block can be reserved now.
     pub(in crate::broker) async fn assign(&self, quota: &ProducerIdQuota) -> Result<i64, ApiError> {
         quota.take(self.per_minute)?;
         Ok(self.next().await?)
     }
 
-    /// Fails if this cluster never assigned the producer id of a batch, and counts the batch against the quota then:
-    /// with `UNKNOWN_PRODUCER`, or with `OVERLOADED` if the quota is used up. The check needs only the cluster's key.
-    /// If this broker does not have the key yet, the check waits at most [`STORE_TIMEOUT`] for the key and then fails.
+    /// Fails if this cluster never assigned the producer id of a batch, and counts the batch against the quota then.
+    /// The error is `UNKNOWN_PRODUCER`, or `OVERLOADED` if the quota is used up. The check needs only the cluster's
+    /// key. If this broker does not have the key yet, the check waits at most [`STORE_TIMEOUT`] for the key and then
+    /// fails.
     pub(in crate::broker) async fn check(&self, id: i64, quota: &ProducerIdQuota) -> Result<(), ApiError> {
         let key = match self.key.get() {
             Some(key) => key,

@@ -51,8 +51,8 @@ use crate::{
     proto::error::{ApiError, ErrorCode},
 };
 
-/// Maximum size of a message that uses a small pool, in bytes: a batch of 64 KiB, the most common size, and the rest of
-/// its message.
+/// Maximum size of a message that uses a small pool, in bytes. This size allows a batch of 64 KiB, the most common
+/// size, and the rest of its message.
 pub const SMALL_BYTES: usize = 65 << 10;
 
 /// Maximum memory of one repeated part of a decoded request, in bytes: its struct, and the spare capacity of the list

@@ -80,8 +80,8 @@ pub(in crate::broker) enum LookupError {
         /// Number of partitions of the topic.
         count: usize,
     },
-    /// This broker does not serve the request: another broker leads, there is no leader, or the local replica is not
-    /// open, does not lead yet, or is in an older leader epoch than the reader.
+    /// This broker does not serve the request. Either another broker leads, or there is no leader. Or the local replica
+    /// is not open, does not lead yet, or is in an older leader epoch than the reader.
     #[error("this broker does not lead partition {partition} of topic {topic:?}: {}", describe_retry(leader.as_ref()))]
     NotLeader {
         topic: String,

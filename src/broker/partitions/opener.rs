@@ -32,9 +32,9 @@ pub(super) struct PartitionOpener {
 }
 
 impl PartitionOpener {
-    /// Returns the parameters for opening a replica. Returns `None` if its topic is not in `state` or not hosted, or if
-    /// the replica has no files and the broker of a cluster is not activated yet. `replica` is its entry in the
-    /// partition table, and `value` the partition value in `state`.
+    /// Returns the parameters for opening a replica. Returns `None` if its topic is not in `state` or not hosted.
+    /// Returns `None` also if the replica has no files and the broker of a cluster is not activated yet. `replica` is
+    /// its entry in the partition table, and `value` the partition value in `state`.
     ///
     /// A broker of a cluster sets `ReplicaSpec::discard_local` in these cases, and a standalone broker never:
     ///

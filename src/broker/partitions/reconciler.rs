@@ -1,5 +1,5 @@
-//! Applies the cluster's metadata to the partitions of this broker: opens assigned replicas, assigns their roles,
-//! passes on changed configurations, and closes and deletes removed partitions.
+//! Applies the cluster's metadata to the partitions of this broker. The reconciler opens assigned replicas, assigns
+//! their roles, passes on changed configurations, and closes and deletes removed partitions.
 //!
 //! # Overview
 //!
@@ -28,8 +28,8 @@
 //!   an older value, which names this broker as the leader of an epoch from before this process. So the replica is held
 //!   back: it stays offline until the next start, or until the broker is in neither ISR nor ELR.
 //! - A replica that is held back may be the only intact one. A resignation would remove its broker from the ISR. So the
-//!   broker resigns only if another ISR member can lead: a running broker that registered before the unreadable value
-//!   was written, and whose startup verification therefore read a valid value.
+//!   broker resigns only if another ISR member can lead. This member is a running broker that registered before the
+//!   unreadable value was written. The startup verification of this member therefore read a valid value.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -222,8 +222,8 @@ impl Reconciler {
     /// Applies one topic value: drops a topic that was removed or replaced, and passes a changed configuration to the
     /// open partitions. For a topic that is new on this broker, starts the write of its topic record. Returns the new
     /// entry of the topic, which the caller puts into the table, and the revision of the value. Returns `None` if the
-    /// topic was removed, or if its value or configuration is unreadable or invalid; the previous entry of the same
-    /// topic stays then.
+    /// topic was removed, or if its value or configuration is unreadable or invalid. In the latter case the previous
+    /// entry of the same topic stays.
     async fn apply_topic(&mut self, name: &TopicName, state: &MetadataSnapshot) -> Option<(HostedTopic, Revision)> {
         let hosted = self.partitions.topic(name);
         let stored = state.topic(name);
@@ -375,8 +375,9 @@ impl Reconciler {
 
     /// Returns true if this broker may resign the leadership of a partition whose local replica is offline. A
     /// resignation also removes this broker from the ISR. An unverified replica stays offline and may be the only
-    /// intact one. So the broker resigns only if another running ISR member is certain to be verified: its broker epoch
-    /// is below the revision of the unreadable value, so its startup verification read an earlier, valid value.
+    /// intact one. So the broker resigns only if another running ISR member is certain to be verified. The broker epoch
+    /// of this member is below the revision of the unreadable value. So its startup verification read an earlier, valid
+    /// value.
     fn may_resign(&self, id: PartitionId, value: &PartitionValue, state: &MetadataSnapshot) -> bool {
         let Some(unreadable) = self.unverified.get(&id) else { return true };
         value.isr.iter().filter(|member| **member != self.ctx.id).any(|member| match broker_status(state, *member) {

@@ -5,7 +5,7 @@
 //!
 //! A leader does not wait for the outcome of its proposal, and has at most one open proposal. The queue is therefore
 //! bounded by the number of partitions. Proposals that are queued during a transaction are sent together afterwards, in
-//! as few transactions as possible: a failed follower is in the ISR of hundreds of partitions at once. No other
+//! as few transactions as possible. A failed follower is in the ISR of hundreds of partitions at once. No other
 //! component batches the proposals.
 //!
 //! # Invariants
@@ -149,7 +149,7 @@ impl IsrUpdateManager {
     }
 
     /// Returns the update for a proposal. The update is applied only if the stored value still has the expected
-    /// revision and each added member is still registered with the broker epoch in the proposal.
+    /// revision. In addition, each added member must still be registered with the broker epoch in the proposal.
     fn build_update(&self, id: PartitionId, proposal: IsrProposal) -> PartitionUpdate {
         let IsrProposal { expect, value, added } = proposal;
         let registered = |peer: PeerId| Compare::CreateRevision(self.keys.broker(peer.broker), peer.epoch);
@@ -212,8 +212,10 @@ impl IsrUpdateManager {
     }
 
     /// Resigns from the leadership of this epoch, given the stored value and its revision. Returns false if the
-    /// resignation must be retried. Returns true without a resignation if this broker does not lead in the epoch, if no
-    /// other replica is in sync, or if the topic is not hosted.
+    /// resignation must be retried. Returns true without a resignation in three cases:
+    /// - This broker does not lead in the epoch.
+    /// - No other replica is in sync.
+    /// - The topic is not hosted.
     async fn resign_from(
         &self,
         id: PartitionId,

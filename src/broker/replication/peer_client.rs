@@ -85,8 +85,10 @@ impl PeerClient {
     /// response to `hello`.
     ///
     /// # Errors
-    /// The address is invalid, the connection cannot be made or breaks, the broker rejects the call, or its response
-    /// does not start within the connect timeout.
+    /// - The address is invalid.
+    /// - The connection cannot be made or breaks.
+    /// - The broker rejects the call.
+    /// - The response does not start within the connect timeout.
     pub(super) async fn replicate(&self, address: &str, hello: v1::Hello) -> Result<ReplicationStream, PeerError> {
         let address = BrokerAddress::parse(address).map_err(PeerError::Address)?;
         let channel =
@@ -104,8 +106,12 @@ impl PeerClient {
     /// Requests the identity of the broker at an address, on a separate connection: a probe.
     ///
     /// # Errors
-    /// The address is invalid, the connection cannot be made or breaks, no response arrives in time, or the process at
-    /// the address responds with an error. `timeout` limits the connection attempt and the call separately.
+    /// - The address is invalid.
+    /// - The connection cannot be made or breaks.
+    /// - No response arrives in time.
+    /// - The process at the address responds with an error.
+    ///
+    /// `timeout` limits the connection attempt and the call separately.
     pub(super) async fn get_identity(
         &self,
         address: &str,

@@ -2,8 +2,8 @@
 //! peers are requested from them.
 //!
 //! All peers are queried concurrently. A peer that does not respond delays the result by at most two
-//! [`REQUEST_TIMEOUT`]s, for any number of partitions: one for the connection, and one for the first request without a
-//! response.
+//! [`REQUEST_TIMEOUT`]s, for any number of partitions. One is for the connection, and one for the first request without
+//! a response.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 

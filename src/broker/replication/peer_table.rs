@@ -132,7 +132,7 @@ impl PeerTable {
     }
 
     /// Updates this broker's own broker epoch; `None` if this broker is not registered. Without a registration, links
-    /// continue, and new links use the last broker epoch: a lost lease does not affect the content of a log, and the
+    /// continue, and new links use the last broker epoch. A lost lease does not affect the content of a log, and the
     /// metadata store may be unavailable. A broker epoch ends when the next one begins.
     pub(super) fn set_own_epoch(&self, epoch: Option<Revision>) {
         self.state.send_if_modified(|state| {

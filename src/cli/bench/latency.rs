@@ -24,8 +24,8 @@ use crate::{
     task::{Tasks, clock, random},
 };
 
-/// Size in bytes of the stamp that starts a payload: an id of the run (8 bytes), and the nanoseconds from the run's
-/// start to the record's due time.
+/// Size in bytes of the stamp that starts a payload. The stamp is an id of the run (8 bytes), and the nanoseconds from
+/// the run's start to the record's due time.
 const STAMP_BYTES: usize = 16;
 
 /// Maximum time until the sent records are read, after the last one was sent.

@@ -1,7 +1,7 @@
 //! `strandline bench`: measures a cluster from the client's side.
 //!
 //! Payloads are incompressible slices of one random pool. With a rate, records are due at fixed times, and latency
-//! counts from a record's due time: a stall is charged to every record that it delayed (open loop). Without a rate,
+//! counts from a record's due time. So a stall is charged to every record that it delayed (open loop). Without a rate,
 //! records are sent as fast as the cluster accepts them, and latency counts from the send.
 
 mod consume;

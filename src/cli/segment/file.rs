@@ -1,8 +1,8 @@
 //! Segment files of a data directory and segment objects: detects the kind of a file, and reads and checks its batches.
 //!
 //! No checksum covers a batch's offset and leader epoch. An offset is compared with the file's name and the previous
-//! batch. Leader epochs never decrease, so the epoch of a batch is compared with those of the batches around it, and in
-//! a segment object with the footer's list.
+//! batch. Leader epochs never decrease, so the epoch of a batch is compared with those of the batches around it. In a
+//! segment object, it is also compared with the footer's list.
 
 use std::{
     fs::File,

@@ -110,7 +110,7 @@ pub struct BrokerStats {
     /// Duration and cause of an outage of the object store; `None` while the object store responds.
     pub object_store: Option<String>,
     /// Number of partitions whose maintenance (rolling, uploading or trimming segments) fails repeatedly, and the error
-    /// of the longest failure; or the error of the uploads, if none has succeeded for 30 seconds. `None` otherwise, and
+    /// of the longest failure. Or the error of the uploads, if none has succeeded for 30 seconds. `None` otherwise, and
     /// for failures because the object store or the metadata store does not respond.
     pub maintenance: Option<String>,
     /// Impairments of a broker that serves requests, one line each.
@@ -191,8 +191,8 @@ pub struct ElectionResult {
     /// Offsets that are known to be committed and that the elected leader does not have; only in the dry run of an
     /// unclean election. Empty with `discard_local`, because the lost offsets are then unknown.
     pub lost: Range<Offset>,
-    /// True if the leader's log is unusable and would be deleted, so that the partition continues at the tiered end;
-    /// only in the dry run of an unclean election.
+    /// True if the leader's log is unusable and would be deleted, so that the partition continues at the tiered end.
+    /// Set only in the dry run of an unclean election.
     pub discard_local: bool,
 }
 
@@ -239,7 +239,7 @@ impl Admin {
         })
     }
 
-    /// Starts a drain, or returns the progress of a running one: the broker's leaderships and replicas move to other
+    /// Starts a drain, or returns the progress of a running one. The broker's leaderships and replicas move to other
     /// brokers, and it gets no new replicas.
     ///
     /// # Errors
@@ -273,8 +273,11 @@ impl Admin {
     /// partitions of the topic move; partition N gets the list rotated by N.
     ///
     /// # Errors
-    /// The topic, the partition or a broker is unknown, a broker is named twice, the number of brokers is not the
-    /// replication factor, a broker cannot receive the replica, or no broker responds.
+    /// - The topic, the partition or a broker is unknown.
+    /// - A broker is named twice.
+    /// - The number of brokers is not the replication factor.
+    /// - A broker cannot receive the replica.
+    /// - No broker responds.
     pub async fn reassign(
         &self,
         topic: &str,
@@ -313,8 +316,11 @@ impl Admin {
     /// replicas from before each reassignment.
     ///
     /// # Errors
-    /// The topic or partition is unknown, a partition is given without its topic, no reassignment is in progress or
-    /// queued, only added replicas are in sync, or no broker responds.
+    /// - The topic or partition is unknown.
+    /// - A partition is given without its topic.
+    /// - No reassignment is in progress or queued.
+    /// - Only added replicas are in sync.
+    /// - No broker responds.
     pub async fn cancel_reassignment(
         &self,
         topic: Option<&str>,
@@ -346,8 +352,10 @@ impl Admin {
     /// Returns the leader that an unclean election would elect, and the offsets that it would lose. Changes nothing.
     ///
     /// # Errors
-    /// The topic or partition is unknown, the partition has a leader or a replica that can lead without loss, no
-    /// replica can be elected, or no broker responds.
+    /// - The topic or partition is unknown.
+    /// - The partition has a leader or a replica that can lead without loss.
+    /// - No replica can be elected.
+    /// - No broker responds.
     pub async fn unclean_election(&self, topic: &str, partition: u32) -> Result<ElectionResult, CallError> {
         self.elect(v1::ElectLeaderRequest {
             topic: topic.to_owned(),

@@ -38,8 +38,11 @@ impl Admin {
     /// Determines what remains of a partition whose manifest is lost. Changes nothing.
     ///
     /// # Errors
-    /// The manifest exists, the topic or partition is unknown, the broker has no object store, no broker responds, or
-    /// the object store or the metadata store does not respond.
+    /// - The manifest exists.
+    /// - The topic or partition is unknown.
+    /// - The broker has no object store.
+    /// - No broker responds.
+    /// - The object store or the metadata store does not respond.
     pub async fn survey_manifest(&self, topic: &str, partition: u32) -> Result<ManifestRebuild, CallError> {
         self.rebuild(topic, partition, None).await
     }

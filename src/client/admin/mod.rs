@@ -375,8 +375,8 @@ impl Admin {
             .await
     }
 
-    /// Refreshes the metadata if the leader that returned `queried` reports an expired lease, and returns true if the
-    /// new metadata names another leader in a newer epoch. The refresh calls the old leader after all other brokers.
+    /// Refreshes the metadata if the leader that returned `queried` reports an expired lease. Returns true if the new
+    /// metadata names another leader in a newer epoch. The refresh calls the old leader after all other brokers.
     /// Returns false without a refresh if no expired lease is reported, and also if the refresh fails.
     async fn has_newer_leader(
         &self,

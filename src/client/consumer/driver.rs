@@ -1,6 +1,6 @@
 //! The consumer's task. The task owns all fetch positions and all streams. Its loop waits for a command, the end of a
-//! metadata refresh, a timer, capacity in the consumer's queue or an event of a stream, and calls one method for each.
-//! The task decodes no records.
+//! metadata refresh, a timer, capacity in the consumer's queue or an event of a stream. The loop calls one method for
+//! each. The task decodes no records.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -269,7 +269,7 @@ impl ConsumerDriver {
     }
 
     /// Handles the broker's acceptance of a stream. If a partition of the stream has a problem, schedules the check
-    /// after `STREAM_STABLE_DELAY`, which clears problems with the leader if the stream is then still open.
+    /// after `STREAM_STABLE_DELAY`. This check clears problems with the leader if the stream is then still open.
     fn on_opened(&mut self, number: u64) {
         let now = clock::monotonic();
         let mut has_problem = false;
@@ -485,7 +485,7 @@ impl ConsumerDriver {
         });
     }
 
-    /// Handles the end of a metadata refresh: leaves leaders with an expired lease that have a successor, and fails
+    /// Handles the end of a metadata refresh. Leaves leaders with an expired lease that have a successor. Fails
     /// partitions without a stream if the metadata has an error for their topic. Refreshes again if the refresh failed,
     /// or if the metadata names no broker for a partition without a stream.
     fn on_metadata(&mut self, result: Result<(), CallError>) {
@@ -554,9 +554,9 @@ impl ConsumerDriver {
         });
     }
 
-    /// For a consumer with a rack: refreshes metadata that is older than `metadata_age` or precedes the end of a
-    /// partition's stay at its leader, and moves partitions to the replicas that should serve them. Returns the time of
-    /// the next check; `None` without a rack.
+    /// Has an effect only for a consumer with a rack. Refreshes metadata that is older than `metadata_age` or precedes
+    /// the end of a partition's stay at its leader. Moves partitions to the replicas that should serve them. Returns
+    /// the time of the next check; `None` without a rack.
     fn check_read_replicas(&mut self, now: Instant) -> Option<Instant> {
         self.options.rack.as_ref()?;
         let stay_ends = self.partitions.iter().filter(|(.., state)| !state.failed);
@@ -570,8 +570,9 @@ impl ConsumerDriver {
         later.into_iter().min()
     }
 
-    /// Ends each stream with a partition whose read target is another broker, if `is_outdated` returns true for the
-    /// stream, state and read target of that partition. The caller schedules the assignment of new streams.
+    /// Ends each stream with a partition whose read target is another broker. The condition is that `is_outdated`
+    /// returns true for the stream, state and read target of that partition. The caller schedules the assignment of new
+    /// streams.
     fn move_partitions(&mut self, is_outdated: impl Fn(&Self, u64, &PartitionFetchState, &ReadTarget) -> bool) {
         let mut outdated = BTreeSet::new();
         for (topic, partition, state) in self.partitions.iter().filter(|(.., state)| !state.failed) {

@@ -60,8 +60,9 @@ pub(super) struct PartitionFetchState {
 }
 
 impl PartitionFetchState {
-    /// Creates the state of a partition that is read from `position` on. The backoff from followers and, for the same
-    /// topic id, the leader epoch are taken from an earlier assignment of the partition, if there is one.
+    /// Creates the state of a partition that is read from `position` on. The backoff from followers is taken from an
+    /// earlier assignment of the partition, if there is one. For the same topic id, the leader epoch is taken from it
+    /// too.
     pub(super) fn new(generation: u64, topic: TopicId, position: Offset, now: Instant, earlier: Option<Self>) -> Self {
         let leader_epoch =
             earlier.as_ref().filter(|earlier| earlier.topic == topic).map(|earlier| earlier.leader_epoch);
@@ -124,8 +125,8 @@ impl PartitionFetchState {
         self.leader_epoch
     }
 
-    /// Returns the time at which a problem with the leader is cleared if the stream stays open; `None` without such a
-    /// problem or without an open stream.
+    /// Returns the time at which a problem with the leader is cleared if the stream stays open. Returns `None` without
+    /// such a problem or without an open stream.
     pub(super) fn stable_at(&self) -> Option<Instant> {
         let open_since = self.open_since.filter(|_| self.problem == Some(FetchProblem::Leader))?;
         Some(open_since + STREAM_STABLE_DELAY)

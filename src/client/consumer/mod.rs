@@ -10,7 +10,7 @@
 //! # Racks
 //!
 //! A partition is read at its leader. If the consumer names its [rack](ConsumerOptions::rack), the partition is read at
-//! an in-sync replica in that rack if there is one (`replica_selector`). The leader has the newest state, so an error,
+//! an in-sync replica in that rack if there is one (`replica_selector`). The leader has the newest state. So an error,
 //! an invalid response or a broken stream of a follower moves the partition to its leader (`read_replica`). The first
 //! such stay at the leader lasts five seconds. After a stay, and every
 //! [`metadata_age`](super::ClientOptions::metadata_age), new metadata decides where the partition is read.
@@ -24,13 +24,16 @@
 //!
 //! # Invariants
 //!
-//! - A partition's records are returned in offset order, without duplicates and without gaps: a broken stream is
+//! - A partition's records are returned in offset order, without duplicates and without gaps. A broken stream is
 //!   reopened at the position after the last batch that the task accepted. The exceptions are a position that is reset
 //!   ([`OffsetResetPolicy`]), and a batch that is skipped ([`OnUndecodable::Skip`]).
 //! - A batch that was fetched before a seek is never returned after it: batches carry the generation of their
 //!   assignment.
-//! - The consumer holds at most one response of about `max_bytes`, `queue` further batches, the batch whose records it
-//!   returns, and the unread bytes of one stream window per stream.
+//! - The consumer holds at most:
+//!   - one response of about `max_bytes`
+//!   - `queue` further batches
+//!   - the batch whose records it returns
+//!   - the unread bytes of one stream window per stream
 //!
 //! # Shutdown
 //!

@@ -46,9 +46,9 @@ impl FollowerBackoff {
         self.leader_until
     }
 
-    /// Returns the broker at which the partition is read: during a stay the leader, otherwise an in-sync replica in
-    /// `rack`, or the leader if the rack has none. Returns `None` if the metadata has no such broker, or no address of
-    /// that broker.
+    /// Returns the broker at which the partition is read. During a stay this is the leader, otherwise an in-sync
+    /// replica in `rack`, or the leader if the rack has none. Returns `None` if the metadata has no such broker, or no
+    /// address of that broker.
     pub(super) fn read_target(
         &self,
         routing: &RoutingTable,

@@ -6,17 +6,17 @@
 //!
 //! 1. At most `window` batches are taken, counted from the oldest batch without a final result. Acknowledged batches
 //!    behind it count as well. The broker detects a repetition of a batch only among the last
-//!    `limits::MAX_BATCHES_PER_PRODUCER` that it appended (16 if its memory for producers is used up), so `window` must
+//!    `limits::MAX_BATCHES_PER_PRODUCER` that it appended (16 if its memory for producers is used up). So `window` must
 //!    not be larger.
 //! 2. If a batch fails and may be repeated, nothing more is sent until each sent batch has a response or has lost its
 //!    stream (*draining*). Then all unacknowledged batches are sent again, in their first order and with their first
 //!    sequences. Meanwhile the broker refuses batches behind a failed batch as out of order, or with the error of the
 //!    failed batch. These errors are expected.
-//! 3. A batch that fails leaves a gap in the sequence. If neither this batch nor a later one has had an attempt with an
-//!    unknown outcome, the sequences of the later batches are reduced by the gap. The broker refuses later batches in
-//!    flight as out of order, and they are sent again under their new sequences. Otherwise the later batches continue
-//!    under a new producer id. Of these, the batches that may have been appended, or may still be, fail as well,
-//!    because no broker could detect their repetition under the new id.
+//! 3. A batch that fails leaves a gap in the sequence. The sequences of the later batches are reduced by the gap on one
+//!    condition. Neither this batch nor a later one has had an attempt with an unknown outcome. The broker refuses
+//!    later batches in flight as out of order, and they are sent again under their new sequences. Otherwise the later
+//!    batches continue under a new producer id. Of these, the batches that may have been appended, or may still be,
+//!    fail as well. No broker could detect their repetition under the new id.
 //! 4. A broker that has no state of the producer, or lacks a batch before the first in-flight batch, has lost state.
 //!    The batches then continue under a new producer id, as in rule 3.
 //! 5. Without idempotence, but with acknowledgements, one batch is in flight at a time, which preserves the order.
@@ -163,7 +163,7 @@ pub(super) struct InFlightBatches {
 }
 
 impl InFlightBatches {
-    /// Creates the state without batches. `window` is the maximum number of batches in flight; without idempotence and
+    /// Creates the state without batches. `window` is the maximum number of batches in flight. Without idempotence and
     /// with acknowledgements it is always 1, because rule 5 requires this for the order. `identity` is `None` without
     /// idempotence.
     pub(super) fn new(guarantee: DeliveryGuarantee, window: usize, identity: Option<ProducerIdAndEpoch>) -> Self {
@@ -321,7 +321,7 @@ impl InFlightBatches {
         failed
     }
 
-    /// Fails the oldest batches whose delivery timeout has passed, up to the first batch that is sent: that batch must
+    /// Fails the oldest batches whose delivery timeout has passed, up to the first batch that is sent. That batch must
     /// get a response or lose its stream first.
     pub(super) fn expire(&mut self, now: Instant) -> Vec<FailedBatch> {
         let mut failed = Vec::new();
@@ -387,7 +387,7 @@ impl InFlightBatches {
         }
         let may_arrive = self.entries.iter().skip(index).any(|entry| entry.maybe_appended);
         if removed.maybe_appended || may_arrive {
-            // A new id is needed even without a later batch: the next batch must not use the sequence of a batch that
+            // A new id is needed even without a later batch. The next batch must not use the sequence of a batch that
             // may be in the log.
             self.draining = true;
             self.needs_new_id = true;
@@ -412,7 +412,7 @@ impl InFlightBatches {
 impl InFlightBatch {
     /// Ends the attempt in flight without an acknowledgement. `maybe_appended` is true if the batch may have been
     /// appended, or may still be. Returns true if the batch may have been appended under a sequence that now belongs to
-    /// another batch: only a new producer id separates the two batches.
+    /// another batch. Only a new producer id separates the two batches.
     fn end_attempt(&mut self, maybe_appended: bool) -> bool {
         let sent = self.sent.take();
         self.maybe_appended |= maybe_appended;

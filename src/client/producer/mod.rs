@@ -141,8 +141,8 @@ impl ProducerOptions {
         self.in_flight.clamp(1, max)
     }
 
-    /// Returns the memory bound as semaphore permits, one per byte: `memory_bytes`, but at least `batch_bytes`, so that
-    /// one batch fits, and between 1 KiB and 2 GiB.
+    /// Returns the memory bound as semaphore permits, one per byte. The bound is `memory_bytes`, but at least
+    /// `batch_bytes`, so that one batch fits, and between 1 KiB and 2 GiB.
     fn memory_permits(&self) -> u32 {
         u32::try_from(self.memory_bytes.max(self.batch_bytes).clamp(1 << 10, 1 << 31)).expect("below 2^32")
     }
@@ -273,12 +273,17 @@ impl Producer {
     }
 
     /// Queues a record and returns the future of its acknowledgement. Waits only while the producer's memory is full,
-    /// or for a lookup of the topic if the producer has no metadata of the topic or the partition. Records that one
-    /// caller sends to one partition keep their order.
+    /// or for a lookup of the topic. The lookup is needed if the producer has no metadata of the topic or the
+    /// partition. Records that one caller sends to one partition keep their order.
     ///
     /// # Errors
-    /// The topic cannot be looked up, the partition does not exist, the record exceeds the topic's maximum size, a
-    /// batch cannot be built, or the producer is closed. The [`Delivery`] returns later errors.
+    /// - The topic cannot be looked up.
+    /// - The partition does not exist.
+    /// - The record exceeds the topic's maximum size.
+    /// - A batch cannot be built.
+    /// - The producer is closed.
+    ///
+    /// The [`Delivery`] returns later errors.
     pub async fn send(&self, topic: &str, record: NewRecord<'_>) -> Result<Delivery, SendError> {
         let queues = self.inner.queues_of(topic, record.partition).await?;
         let bytes = BatchBuilder::record_len(record.key, record.value, record.headers);
@@ -437,9 +442,9 @@ impl ProducerInner {
         queues
     }
 
-    /// Waits for `pause`, refreshes the metadata if its generation is not above `used_generation` or a `wanted` topic
-    /// is missing, and creates queues for new partitions of all topics that have queues. The brokers in `deferred` are
-    /// called after all other brokers.
+    /// Waits for `pause`, and refreshes the metadata if its generation is not above `used_generation` or a `wanted`
+    /// topic is missing. Creates queues for new partitions of all topics that have queues. The brokers in `deferred`
+    /// are called after all other brokers.
     async fn refresh_metadata(
         &self,
         used_generation: u64,

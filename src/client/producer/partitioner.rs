@@ -6,7 +6,7 @@ pub enum PartitionChoice {
     /// This partition, modulo the number of partitions.
     Partition(u32),
     /// The partition whose batch the producer is filling. The producer stays with one partition until a batch or
-    /// `batch_bytes` of records are full, and then selects another one, so that few records still make large batches.
+    /// `batch_bytes` of records are full, and then selects another one. So few records still make large batches.
     Sticky,
 }
 

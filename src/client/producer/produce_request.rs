@@ -2,7 +2,7 @@
 //!
 //! The generated [`v1::ProduceRequest`](crate::proto::v1::ProduceRequest) has the batch in one buffer. Joining header
 //! and records in that buffer would copy each payload once more. Without this copy, the CPU time of a producer per
-//! record is 0.92 of that with the copy for batches of 1 MB, and 0.97 for batches of 64 KiB (medians of 15 pairs). A
+//! record is 0.92 of that with the copy for batches of 1 MB. For batches of 64 KiB it is 0.97 (medians of 15 pairs). A
 //! test checks that the encoding of this type decodes to the same generated message.
 
 use std::sync::Arc;

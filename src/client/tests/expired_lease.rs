@@ -1,5 +1,5 @@
-//! Tests of brokers that report an expired lease: metadata of other brokers is preferred, and the metadata of a broker
-//! with an expired lease is used only if there is no other.
+//! Tests of brokers that report an expired lease. Metadata of other brokers is preferred. The metadata of a broker with
+//! an expired lease is used only if there is no other.
 
 use super::*;
 
@@ -42,8 +42,8 @@ async fn consumer_leaves_a_leader_with_an_expired_lease() {
     );
 }
 
-/// A lookup of the latest offset at a leader with an expired lease is repeated at a leader of a newer epoch, if there
-/// is one: the old log end lacks records that the new leader has acknowledged.
+/// A lookup of the latest offset is sent to a leader with an expired lease. The lookup is repeated at a leader of a
+/// newer epoch, if there is one. The old log end lacks records that the new leader has acknowledged.
 #[tokio::test]
 async fn latest_offset_comes_from_successor_of_expired_leader() {
     for (epoch, ends) in [(0, 3), (1, 5)] {
@@ -65,7 +65,7 @@ async fn latest_offset_comes_from_successor_of_expired_leader() {
 }
 
 /// Metadata of a broker with an expired lease is used only if every other broker fails or reports an expired lease as
-/// well, as if all were partitioned from the metadata store together.
+/// well. The brokers then look as if all were partitioned from the metadata store together.
 #[tokio::test]
 async fn expired_metadata_is_used_if_no_broker_has_better() {
     let (old, new, client) = two_replicas(0, 0).await;

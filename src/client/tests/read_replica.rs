@@ -61,8 +61,8 @@ async fn follower_error_moves_the_read_to_the_leader() {
 }
 
 /// The follower is partitioned from its leader and from the metadata store: it cannot detect that the log grows. It
-/// reports an expired lease, so the consumer requests metadata from the leader, which has removed the follower from the
-/// ISR, and continues at the leader.
+/// reports an expired lease, so the consumer requests metadata from the leader. The leader has removed the follower
+/// from the ISR, and the consumer continues at the leader.
 #[tokio::test]
 async fn follower_with_expired_lease_is_left_after_isr_removal() {
     let (leader, follower, client) = pair(10, 5).await;

@@ -1,8 +1,8 @@
 //! Conversion between the store's types and etcd's.
 //!
-//! No response causes a panic here. Two methods of `etcd_client` could panic and are not used: `Event::event_type` for
-//! an unknown kind (a deletion is recognised by the key's version), and `TxnResponse::op_responses` for an operation
-//! without a response.
+//! No response causes a panic here. Two methods of `etcd_client` could panic and are not used:
+//! - `Event::event_type` for an unknown kind (a deletion is recognised by the key's version)
+//! - `TxnResponse::op_responses` for an operation without a response
 
 use bytes::Bytes;
 use etcd_client::{

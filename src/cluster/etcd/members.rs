@@ -166,8 +166,8 @@ impl Member {
 
     /// Sends a request once, on the current connection. Returns that connection with an error, so that the caller can
     /// replace it. If the request times out, the connection is replaced here in two cases: no other call on it ended
-    /// meanwhile, or it has a token. etcd may delay requests with a token without end, while it responds to keepalives:
-    /// it waits until it has applied the login that issued the token, which a restored etcd never does.
+    /// meanwhile, or it has a token. etcd may delay requests with a token without end, while it responds to keepalives.
+    /// Such a delay lasts until etcd has applied the login that issued the token, which a restored etcd never does.
     async fn attempt<T, F>(&self, request: &impl Fn(MemberChannel) -> F) -> Result<T, (EtcdAttemptError, MemberChannel)>
     where
         F: Future<Output = Result<T, Error>>,

@@ -3,8 +3,8 @@
 //! # Overview
 //!
 //! [`EtcdStore`] sends each request to one member, through one client per member that connects on first use. The
-//! balancer of `etcd_client` is not used: it chooses members by itself, fails at once while one member is down, and
-//! hides whether a request left this process. The modules:
+//! balancer of `etcd_client` is not used. The balancer chooses members by itself, fails at once while one member is
+//! down, and hides whether a request left this process. The modules:
 //!
 //! | module | content |
 //! | --- | --- |
@@ -16,19 +16,19 @@
 //! # Retries
 //!
 //! An attempt waits at most `request_timeout` for its response. The pure function `error::classify` decides the class
-//! of a failed request, mainly *not done* (no connection, no leader), *refused* (every member would reject it), or
-//! *unknown*. After *not done* or *unknown*, reads, starts of watches, keepalives, revocations and grants continue at
-//! the next member, until `call::CALL_DEADLINE` has passed. If the response to a grant is lost, its lease expires
-//! unused. Transactions continue only after *not done*. After *unknown*, the caller reads back, since the retry of an
-//! applied transaction would fail its compares.
+//! of a failed request. The main classes are *not done* (no connection, no leader), *refused* (every member would
+//! reject it), and *unknown*. After *not done* or *unknown*, reads, starts of watches, keepalives, revocations and
+//! grants continue at the next member, until `call::CALL_DEADLINE` has passed. If the response to a grant is lost, its
+//! lease expires unused. Transactions continue only after *not done*. After *unknown*, the caller reads back, since the
+//! retry of an applied transaction would fail its compares.
 //!
 //! # Unresponsive members
 //!
 //! A member whose host disappears does not close its connections. If a call times out and its connection received no
 //! response meanwhile, the connection is replaced. A connection with a login is replaced after every call that times
-//! out, because a restored etcd can delay all requests with its token (see `Member::attempt`). A watch requests
-//! progress after two seconds without a message, and moves to another member after two more. After three streams in a
-//! row without a response, the watch ends with an error, and the metadata cache relists.
+//! out. A restored etcd can delay all requests with its token (see `Member::attempt`). A watch requests progress after
+//! two seconds without a message, and moves to another member after two more. After three streams in a row without a
+//! response, the watch ends with an error, and the metadata cache relists.
 //!
 //! HTTP/2 pings are not used. etcd permits one ping per five seconds, and none without active streams, and closes the
 //! connections of clients that send more. With one ping every two seconds, etcd closed each connection after eight

@@ -162,9 +162,12 @@ impl ResumableWatch {
     /// Opens the next stream after `end`, at another member unless only the start revision was compacted.
     ///
     /// # Errors
-    /// The watch ends if too many streams timed out in a row, if no member opened a stream within [`WATCH_TIMEOUT`], if
-    /// the start revision is compacted, if the members reject the watch, or if a member of another etcd cluster
-    /// responded.
+    /// The watch ends in these cases:
+    /// - Too many streams timed out in a row.
+    /// - No member opened a stream within [`WATCH_TIMEOUT`].
+    /// - The start revision is compacted.
+    /// - The members reject the watch.
+    /// - A member of another etcd cluster responded.
     async fn resume(&mut self, end: StreamEnd) -> Result<(), MetaStoreError> {
         let member = self.members.member_of(&self.stream.channel);
         let mut start_at = one_before(self.next);
@@ -204,8 +207,8 @@ impl ResumableWatch {
     }
 }
 
-/// Returns the start revision of a stream whose first new change has the revision `next`: one revision earlier, and at
-/// least 1, because 0 means from now on in etcd.
+/// Returns the start revision of a stream whose first new change has the revision `next`. This is one revision earlier,
+/// and at least 1, because 0 means from now on in etcd.
 fn one_before(next: Revision) -> Revision {
     Revision(next.0.saturating_sub(1).max(1))
 }

@@ -182,8 +182,8 @@ impl MetadataSnapshot {
         (cached != stored).then(|| format!("the cache at {revision} is {cached}, the list at {listed} is {stored}"))
     }
 
-    /// Returns the partition keys and tier keys without an existing partition, by topic and partition number: the topic
-    /// does not exist, or the number is not below its partition count.
+    /// Returns the partition keys and tier keys without an existing partition, by topic and partition number. Either
+    /// the topic does not exist, or the number is not below its partition count.
     pub(crate) fn stale_partitions(&self) -> BTreeMap<TopicId, Vec<(u32, PartitionEntry)>> {
         let mut stale_by_topic = BTreeMap::new();
         for (id, entries) in &self.partitions {

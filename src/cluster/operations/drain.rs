@@ -84,8 +84,8 @@ impl ClusterOperations {
         }
     }
 
-    /// Returns the number of replicas of a drained broker that cannot move now, according to the metadata cache: too
-    /// few brokers can take them, their reassignment waits for an offline broker, or their partition has no leader.
+    /// Returns the number of replicas of a drained broker that cannot move now, according to the metadata cache. Either
+    /// too few brokers can take them, their reassignment waits for an offline broker, or their partition has no leader.
     pub fn count_blocked(&self, broker: BrokerId) -> usize {
         let remaining = self.count_remaining(broker);
         remaining.blocked.len() + remaining.leaderless
@@ -153,7 +153,7 @@ impl ClusterOperations {
                 continue;
             }
             let target = placement.replace(id, value, &leaving, factor, min_insync);
-            // Counts the new replicas, also if they replace only those on other drained brokers: a broker may have
+            // Counts the new replicas, also if they replace only those on other drained brokers. A broker may have
             // capacity for one more replica, but not for all.
             let new: Vec<BrokerId> = target.iter().copied().filter(|id| !value.replicas.contains(id)).collect();
             placement.add_replica_to_each(&new);

@@ -74,7 +74,7 @@ pub enum ElectError {
         live: Vec<BrokerId>,
     },
     /// An unclean election was requested, and no live replica reported a usable log. A replica with an unusable log may
-    /// be elected instead, but only if the object store has records of the partition and the brokers of all live
+    /// be elected instead. This requires that the object store has records of the partition and the brokers of all live
     /// replicas respond.
     #[error("no replica of {partition} reports a usable log, so none can lead: start {}", any_of(replicas))]
     NoResponse {
@@ -188,10 +188,10 @@ pub struct LostOffsets {
     pub to: Offset,
 }
 
-/// Returns the best candidate of an unclean election: the replica whose last batch has the newest epoch, then the one
-/// with the longest log, then the first in `replicas`. The loss is the range from the log end of the candidate, or from
-/// `tiered_end` if that is higher, to the highest high watermark of all positions: records below `tiered_end` are in
-/// the object store. Returns `None` if no position is that of a replica in `replicas`.
+/// Returns the best candidate of an unclean election. This is the replica whose last batch has the newest epoch, then
+/// the one with the longest log, then the first in `replicas`. The loss starts at the log end of the candidate, or at
+/// `tiered_end` if that is higher. The loss ends at the highest high watermark of all positions. Records below
+/// `tiered_end` are in the object store. Returns `None` if no position is that of a replica in `replicas`.
 pub fn best_unclean_candidate(
     replicas: &[BrokerId],
     positions: &[ReplicaPosition],
@@ -306,9 +306,9 @@ enum ElectionRefusal {
     NoCandidate,
 }
 
-/// Returns the broker that a clean election on request elects: the preferred leader if the partition has a live leader,
-/// and otherwise the first replica that may lead. The returned broker may lead already. Fails if no broker satisfies
-/// this, or if the preferred leader cannot replace the live leader.
+/// Returns the broker that a clean election on request elects. This is the preferred leader if the partition has a live
+/// leader, and otherwise the first replica that may lead. The returned broker may lead already. Fails if no broker
+/// satisfies this, or if the preferred leader cannot replace the live leader.
 fn choose_clean_leader(state: &MetadataSnapshot, value: &PartitionValue) -> Result<BrokerId, ElectionRefusal> {
     let is_live = |id: BrokerId| state.brokers().contains_key(&id);
     let preferred = value.replicas[0];

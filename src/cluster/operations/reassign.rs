@@ -151,7 +151,7 @@ impl ClusterOperations {
     }
 
     /// Returns the partitions with a reassignment in progress or queued, whether an operator or the controller started
-    /// it: of one partition, of a topic, or of the cluster if `topic` is `None`.
+    /// it. The partitions are those of one partition, of a topic, or of the cluster if `topic` is `None`.
     pub fn list_reassignments(
         &self,
         topic: Option<&TopicName>,
@@ -209,8 +209,8 @@ fn check_brokers(state: &MetadataSnapshot, topic: &TargetTopic, replicas: &[Brok
 }
 
 /// Checks that no requested broker would exceed its replica limit. A broker's count contains each partition that has a
-/// replica there, also one that is being removed, or would get one: by the request for a partition in `ids`, by the
-/// queued reassignment for any other partition. A broker that gains no replica by the request is not checked.
+/// replica there, also one that is being removed, or would get one. A partition in `ids` would get one by the request,
+/// any other partition by its queued reassignment. A broker that gains no replica by the request is not checked.
 fn check_replica_limits(
     state: &MetadataSnapshot,
     ids: &[PartitionId],

@@ -98,9 +98,9 @@ impl ReassignmentBudget {
     }
 }
 
-/// Plans reassignments within the limits: retargets blocked ones, starts queued ones, starts those that a changed
-/// factor or a drained or lost broker requires, and balances if no other reassignment starts or makes progress. Returns
-/// the partitions that the plan changes.
+/// Plans reassignments within the limits. Retargets blocked ones, starts queued ones, and starts those that a changed
+/// factor or a drained or lost broker requires. Balances if no other reassignment starts or makes progress. Returns the
+/// partitions that the plan changes.
 pub(super) fn plan_all(
     input: &PlannerInput<'_>,
     cases: &[PartitionCase<'_>],
@@ -190,9 +190,12 @@ fn start_queued(
     changed
 }
 
-/// Returns the value with the queued reassignment started. Returns `None` if none is queued, another one is in
-/// progress, there is no leader to copy from, or a new broker is offline, unreachable or at its replica limit. Does not
-/// check the budget.
+/// Returns the value with the queued reassignment started. Returns `None` in these cases:
+/// - No reassignment is queued, or another one is in progress.
+/// - There is no leader to copy from.
+/// - A new broker is offline, unreachable or at its replica limit.
+///
+/// Does not check the budget.
 fn try_start_queued(
     input: &PlannerInput<'_>,
     case: &PartitionCase<'_>,
@@ -244,9 +247,9 @@ fn choose_target(
     Some((target, reason))
 }
 
-/// Returns the replicas that stay after the factor was lowered, in their order; `None` while fewer of them are in sync
-/// than the min ISR or, if that is lower, the factor. Preferred are: the leader, in-sync replicas, live ones, those not
-/// drained, those in a rack of no chosen replica, and the first in the list.
+/// Returns the replicas that stay after the factor was lowered, in their order. Returns `None` while fewer of them are
+/// in sync than the min ISR or, if that is lower, the factor. Preferred are: the leader, in-sync replicas, live ones,
+/// those not drained, those in a rack of no chosen replica, and the first in the list.
 fn choose_remaining(input: &PlannerInput<'_>, case: &PartitionCase<'_>, factor: usize) -> Option<Vec<BrokerId>> {
     let value = case.value;
     let mut staying: Vec<BrokerId> = Vec::new();
@@ -285,8 +288,10 @@ fn balance(input: &PlannerInput<'_>, cases: &[PartitionCase<'_>], placement: &Pl
 }
 
 /// Returns the change that moves a replica of this partition from one broker to another, in the same position. Returns
-/// `None` if the partition has no leader, has a queued reassignment, has no replica on `from` or one on `to`, or would
-/// use fewer racks.
+/// `None` in these cases:
+/// - The partition has no leader, or has a queued reassignment.
+/// - It has no replica on `from` or one on `to`.
+/// - It would use fewer racks.
 fn move_replica(
     input: &PlannerInput<'_>,
     case: &PartitionCase<'_>,

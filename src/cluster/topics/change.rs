@@ -171,8 +171,9 @@ impl Topics {
         Err(AlterError::Conflict { name: name.clone() })
     }
 
-    /// Checks that a topic may get a replication factor: the factor is within the limits, and if it grows, as many
-    /// brokers accept replicas, and the added replicas exceed no broker's replica limit.
+    /// Checks that a topic may get a replication factor:
+    /// - The factor is within the limits.
+    /// - If it grows, as many brokers accept replicas, and the added replicas exceed no broker's replica limit.
     async fn check_replication_factor(&self, requested: u32, topic: &TopicValue) -> Result<(), AlterError> {
         if requested == 0 || requested > limits::MAX_REPLICAS {
             return Err(AlterError::Replicas { requested });

@@ -219,8 +219,8 @@ impl Topics {
         Ok(first_key)
     }
 
-    /// Checks that the numbers and the configuration are valid, that enough brokers accept replicas, and that the
-    /// metadata cache contains neither a topic with this name nor the maximum number of topics.
+    /// Checks that the numbers and the configuration are valid, and that enough brokers accept replicas. Checks also
+    /// that the metadata cache contains neither a topic with this name nor the maximum number of topics.
     fn check_spec(&self, new: &TopicSpec) -> Result<(), CreateError> {
         let state = self.metadata.state();
         if new.partitions == 0 || new.partitions > limits::MAX_PARTITIONS {

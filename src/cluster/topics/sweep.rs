@@ -13,8 +13,7 @@ use crate::{
 };
 
 /// A periodic sweep, with minutes between runs. Deletes the stale keys of a topic only if two consecutive runs found
-/// the same ones, so that a run rarely deletes the keys of a creation in progress. Such a creation fails without data
-/// loss.
+/// the same ones. So a run rarely deletes the keys of a creation in progress. Such a creation fails without data loss.
 #[derive(Debug, Default)]
 pub struct StaleKeySweeper {
     /// Stale keys that the last run found, by topic and partition number.
@@ -40,7 +39,7 @@ impl StaleKeySweeper {
 
 impl Topics {
     /// Deletes the stale keys `stale` of a topic, the lowest partition number first. Returns false, with possibly some
-    /// keys deleted, if the topic or one of these keys was created or changed meanwhile: some of these partitions may
+    /// keys deleted, if the topic or one of these keys was created or changed meanwhile. Some of these partitions may
     /// belong to the topic now.
     pub(super) async fn sweep_topic(
         &self,

@@ -10,8 +10,8 @@
 //! # Invariants
 //!
 //! - The deletion of a tombstone deletes no data. A wrong clock only makes this deletion late or early.
-//! - A late deletion costs only a key. After an early deletion, data that appears later (an object of a stalled broker,
-//!   the disk of an absent broker) is kept forever and not served.
+//! - A late deletion costs only a key. After an early deletion, data that appears later is kept forever and not served.
+//!   Examples are an object of a stalled broker and the disk of an absent broker.
 
 use std::time::Duration;
 
@@ -71,7 +71,7 @@ impl Topics {
         Ok(tombstones.collect())
     }
 
-    /// Checks one tombstone: stores or clears the time since which no data of its topic remains, or deletes the
+    /// Checks one tombstone. Stores or clears the time since which no data of its topic remains, or deletes the
     /// tombstone once `retention` has passed since that time. Returns true if this call deleted the tombstone.
     ///
     /// | argument | meaning |

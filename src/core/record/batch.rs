@@ -217,8 +217,8 @@ impl Batch {
         Ok(())
     }
 
-    /// Rejects well-formed batches that a client must not send: those with the attributes control, transaction or
-    /// `LogAppendTime`, with unknown attribute bits, or with incomplete producer fields.
+    /// Rejects well-formed batches that a client must not send. These have the attributes control, transaction or
+    /// `LogAppendTime`, unknown attribute bits, or incomplete producer fields.
     pub fn check_client(&self) -> Result<(), MalformedBatch> {
         let attributes = self.attributes();
         let reject = |reason| Err(MalformedBatch::Attributes { attributes, reason });
@@ -238,7 +238,7 @@ impl Batch {
     }
 
     /// Rejects producer fields that are neither complete nor absent. A batch with incomplete fields would count as a
-    /// batch without a producer, or it would start a producer with a sequence that the next batch does not continue.
+    /// batch without a producer. Or it would start a producer with a sequence that the next batch does not continue.
     /// Clients without idempotence write these values as epoch and sequence: Java and C (-1, -1), Sarama (-1, 0),
     /// KafkaJS (0, 0).
     fn check_producer(&self) -> Result<(), MalformedBatch> {

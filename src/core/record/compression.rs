@@ -99,9 +99,9 @@ fn compress_snappy(uncompressed: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Returns an uncompressed length that `stored` declares, if it declares one: of the last member for gzip (modulo
-/// 2^32), of the first frame for lz4 and zstd, of all blocks for snappy. Correct bytes decompress to this length or
-/// more, so bytes that declare more than the maximum are rejected without decompression.
+/// Returns an uncompressed length that `stored` declares, if it declares one. The length is that of the last member for
+/// gzip (modulo 2^32), of the first frame for lz4 and zstd, of all blocks for snappy. Correct bytes decompress to this
+/// length or more, so bytes that declare more than the maximum are rejected without decompression.
 pub(super) fn declared_len(codec: Compression, stored: &[u8]) -> Option<usize> {
     match codec {
         Compression::None => Some(stored.len()),
@@ -171,7 +171,7 @@ pub(super) struct Prefix {
 }
 
 /// Returns at most the first `max` decompressed bytes of `stored`. The cost of decompression depends on `max` and not
-/// on the length of `stored`. Zstd decodes only complete blocks, so of zstd bytes that may decompress to more than
+/// on the length of `stored`. Zstd decodes only complete blocks. So of zstd bytes that may decompress to more than
 /// `max` only the block headers are checked, and the result is empty.
 ///
 /// # Errors

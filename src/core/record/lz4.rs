@@ -7,8 +7,9 @@
 //! ```
 //! A field in brackets exists only if its bit in the flags is set.
 //!
-//! The frame decoder of `lz4_flex` accepts a frame that is truncated between two blocks, ends at an empty block without
-//! an error, and copies all bytes twice. This decoder rejects incomplete frames and decodes in place.
+//! The frame decoder of `lz4_flex` accepts a frame that is truncated between two blocks. The frame decoder also ends at
+//! an empty block without an error, and copies all bytes twice. This decoder rejects incomplete frames and decodes in
+//! place.
 
 use lz4_flex::block::{DecompressError as BlockError, decompress_into, decompress_into_with_dict};
 use twox_hash::XxHash32;

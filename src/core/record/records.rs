@@ -107,9 +107,9 @@ impl Batch {
     }
 
     /// Rejects compressed batches whose beginning no consumer can decode. Checks the records in the first 4 KiB of
-    /// decompressed bytes, the framing of the codec up to there, and that all bytes can contain the number of records.
-    /// Of larger zstd frames it checks framing and number only, because zstd decodes complete blocks of up to 128 KiB.
-    /// Accepts every uncompressed batch: [`Batch::correct_max_timestamp`] checks it.
+    /// decompressed bytes, and the framing of the codec up to there. Checks also that all bytes can contain the number
+    /// of records. Of larger zstd frames it checks framing and number only, because zstd decodes complete blocks of up
+    /// to 128 KiB. Accepts every uncompressed batch: [`Batch::correct_max_timestamp`] checks it.
     ///
     /// # Errors
     /// [`MalformedBatch::Compression`] or [`MalformedBatch::Record`].
@@ -153,8 +153,8 @@ impl Batch {
         Ok((records.bytes.clone(), records.timestamp_range()?))
     }
 
-    /// Estimates the length of the records after decompression: the length that the compressed bytes declare, which can
-    /// be wrong, or else the length by a typical ratio.
+    /// Estimates the length of the records after decompression. This is the length that the compressed bytes declare,
+    /// which can be wrong, or else the length by a typical ratio.
     pub fn estimated_len(&self) -> usize {
         let stored = self.records_bytes();
         match self.compression() {

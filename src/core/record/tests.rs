@@ -477,8 +477,8 @@ fn batch_with_a_bomb_is_rejected() {
     assert!(matches!(batch.recompress(Compression::None).unwrap_err(), MalformedBatch::Grows { .. }));
 }
 
-/// A snappy block and two zstd frames of a few bytes that declare a large content or window are rejected, and no such
-/// buffer is allocated.
+/// A snappy block and two zstd frames of a few bytes declare a large content or window. These bytes are rejected, and
+/// no such buffer is allocated.
 #[test]
 fn declared_length_is_not_allocated() {
     let snappy = [0xff, 0xff, 0xff, 0xff, 0x0f, 0x00, b'a'];

@@ -1,8 +1,8 @@
 //! Locks without poisoning, over those of the standard library.
 //!
 //! Release builds abort on panic, so only a test can take a lock whose owner panicked. The lock is then taken as if
-//! there had been no panic. A waiting thread sleeps in the kernel after a short spin and never calls `sched_yield`:
-//! beside other busy threads, that call costs a time slice of some milliseconds
+//! there had been no panic. A waiting thread sleeps in the kernel after a short spin and never calls `sched_yield`.
+//! Beside other busy threads, that call costs a time slice of some milliseconds
 //! (docs/adr/0021-locks-that-do-not-yield.md).
 
 #![expect(clippy::disallowed_types, reason = "the one place that wraps them")]

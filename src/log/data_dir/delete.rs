@@ -3,9 +3,9 @@
 //!
 //! # Crash
 //!
-//! The journal holds an entry for the deletion of a replica before its first file is removed, and a completion entry
-//! when the removal of its directory is durable. After a crash between the two entries, the next start continues the
-//! deletion.
+//! The journal holds an entry for the deletion of a replica before its first file is removed. When the removal of its
+//! directory is durable, the journal holds a completion entry. After a crash between the two entries, the next start
+//! continues the deletion.
 
 use std::sync::Arc;
 

@@ -76,9 +76,11 @@ pub(super) fn lock(disk: &dyn Disk, dir: &Path) -> Result<Box<dyn Send + Sync>, 
 }
 
 /// Compares the identity file of a directory with `identity`, and returns the id of the directory. A new directory gets
-/// an identity file with a random id. Fails with `Unidentified` for a directory that holds data and no identity file,
-/// with `Corrupt` if the file does not parse, with `Newer` for a newer format, and with `Foreign` for another cluster
-/// or broker.
+/// an identity file with a random id. Fails with one of these errors:
+/// - `Unidentified` for a directory that holds data and no identity file
+/// - `Corrupt` if the file does not parse
+/// - `Newer` for a newer format
+/// - `Foreign` for another cluster or broker
 pub(super) fn check_or_create(disk: &dyn Disk, dir: &Path, identity: &DataDirIdentity) -> Result<Uuid, DataDirError> {
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         // The name of a new directory must be durable. A process that may not read the parent did not create the

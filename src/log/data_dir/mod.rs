@@ -180,9 +180,9 @@ impl DataDir {
         identity::record_generation(&*self.inner.ctx.disk, &self.inner.ctx.dir, generation)
     }
 
-    /// Returns the partitions of the stray replicas, in order: the disk has segments of the replica, and the registry
-    /// of this data directory does not contain it. Its deletion failed or was interrupted, or its creation never became
-    /// durable.
+    /// Returns the partitions of the stray replicas, in order. The disk has segments of such a replica, and the
+    /// registry of this data directory does not contain it. Its deletion failed or was interrupted, or its creation
+    /// never became durable.
     pub fn stray_partitions(&self) -> Vec<PartitionId> {
         self.inner.strays.ids()
     }

@@ -95,9 +95,11 @@ impl DataDir {
     }
 
     /// Opens a replica. A replica that does not exist is created, empty, at `start`. Blocks. The first opening after a
-    /// crash scans the unsynced part of the segments. Fails with `Open` if the replica has a writer, with `Lost` if
-    /// acknowledged data is missing, with `Failed` if the directory accepts no writes, and with `Io` for an error of
-    /// the disk.
+    /// crash scans the unsynced part of the segments. Fails with one of these errors:
+    /// - `Open` if the replica has a writer
+    /// - `Lost` if acknowledged data is missing
+    /// - `Failed` if the directory accepts no writes
+    /// - `Io` for an error of the disk
     pub fn open_replica(&self, id: PartitionId, start: Offset) -> Result<ReplicaLog, ReplicaError> {
         let inner = &self.inner;
         if let Some(reason) = inner.ctx.refusal() {

@@ -245,9 +245,9 @@ fn apply(disk: &dyn Disk, dir: &Path, record: &mut ReplicaCheckpoint, state: &Re
     Ok(())
 }
 
-/// Moves the recovery point, back or forward, to the start of the segment at `base`, with the epoch history and
-/// producer state of the snapshot there. If that snapshot is not intact, an earlier segment with an intact one is used.
-/// If the snapshot at the first segment is corrupt, sets the refusal of the record.
+/// Moves the recovery point, back or forward, to the start of the segment at `base`. The epoch history and producer
+/// state become those of the snapshot there. If that snapshot is not intact, an earlier segment with an intact one is
+/// used. If the snapshot at the first segment is corrupt, sets the refusal of the record.
 fn rebase(disk: &dyn Disk, dir: &Path, record: &mut ReplicaCheckpoint, base: Offset) {
     record.segments.retain(|info| info.base < base && info.end <= base);
     let bases: Vec<Offset> = record.segments.iter().map(|info| info.base).chain([base]).collect();

@@ -1,6 +1,6 @@
 //! Sync passes over all replicas, checkpoints, and the release of journal files. The sync thread runs the passes; a
-//! closing directory runs its own. A pass is due after a number of bytes, after a time, when a persist call needs a
-//! sync, and when the journal's ring has few free files.
+//! closing directory runs its own. A pass is due after a number of bytes, and after a time. A pass is also due when a
+//! persist call needs a sync, and when the journal's ring has few free files.
 //!
 //! # Invariants
 //!
@@ -137,7 +137,7 @@ impl DataDirInner {
         Ok(())
     }
 
-    /// Replaces the checkpoint. On a full disk the checkpoint uses the space of the reserve: an eviction that would
+    /// Replaces the checkpoint. On a full disk the checkpoint uses the space of the reserve. An eviction that would
     /// make space waits for the journal, and the journal waits for this checkpoint.
     pub(super) fn write_checkpoint(&self, checkpoint: &Checkpoint) -> io::Result<()> {
         let ctx = &self.ctx;

@@ -69,9 +69,9 @@ impl DiskBudget {
         }
     }
 
-    /// Checks at a start that the disk has space for a new journal of `bytes`, so that a lack of space does not first
-    /// appear under load. A journal of at most `limits::JOURNAL_SPACE_CHECK_BYTES` is not checked, and neither is one
-    /// that has a file: an existing ring works with fewer files.
+    /// Checks at a start that the disk has space for a new journal of `bytes`. So a lack of space does not first appear
+    /// under load. A journal of at most `limits::JOURNAL_SPACE_CHECK_BYTES` is not checked, and neither is one that has
+    /// a file: an existing ring works with fewer files.
     ///
     /// # Errors
     /// `JournalTooLarge`: the free space of the disk is less than `bytes`.
@@ -176,8 +176,8 @@ impl DiskBudget {
     }
 
     /// Returns true if `dir`, which may be on another device, has space for `bytes` of a new journal file beyond the
-    /// kept bytes, or if the file system does not report its free space. A journal file that filled the disk would make
-    /// the writes of all programs fail, also those of this broker.
+    /// kept bytes. Returns true also if the file system does not report its free space. A journal file that filled the
+    /// disk would make the writes of all programs fail, also those of this broker.
     pub(in crate::log) fn has_journal_space(&self, dir: &Path, bytes: u64) -> bool {
         self.disk.free_bytes(dir).map_or(true, |free| free >= bytes + self.kept_bytes)
     }

@@ -169,7 +169,7 @@ pub trait File: Send + Sync {
     fn truncate(&self, len: u64) -> io::Result<()>;
 
     /// Frees part of the disk space of a removed file without readers, and pauses briefly. `urgent` frees a larger
-    /// part, because space is needed soon. Returns false if no step is needed: the file still has a name, or its
+    /// part, because space is needed soon. Returns false if no step is needed. The file then still has a name, or its
     /// remaining space may be freed at once by closing the file. Blocks.
     fn free_step(&self, urgent: bool) -> io::Result<bool>;
 

@@ -8,8 +8,8 @@
 //!   handle of the previous one. So no process can exchange a component between its check and its use.
 //! - A file or directory below it that belongs to another user is refused before a byte is read, written or truncated.
 //! - Created entries are for this user alone: directories 0700, files 0600, regardless of the umask. Other modes of
-//!   this user's entries are corrected: for a configured directory when it is opened, for its direct entries by
-//!   [`PrivateDir::correct_entries`], and for all entries further below when they are opened.
+//!   this user's entries are corrected. This happens for a configured directory when it is opened, and for its direct
+//!   entries by [`PrivateDir::correct_entries`]. All entries further below are corrected when they are opened.
 //!
 //! A removal and a rename check the directory only: they act on the name, never on the target of a link. A hard link
 //! equals any other file and is not refused.
@@ -65,7 +65,8 @@ const SYSTEM_DIRS: &[&str] = &[
 const DIR_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 /// An open directory: a configured one, or one below it. A method with a name below the directory also fails if the
-/// name is absolute or contains `..`, or if a directory on its path is a link or belongs to another user.
+/// name is absolute or contains `..`. The method fails too if a directory on its path is a link or belongs to another
+/// user.
 #[derive(Debug)]
 pub struct PrivateDir {
     path: PathBuf,

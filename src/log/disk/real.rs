@@ -24,8 +24,8 @@ use crate::task::lock::RwLock;
 /// The file system of the machine.
 ///
 /// Files are opened only below a configured directory ([`PrivateDir`]). [`Disk::register_root`] registers one.
-/// For a path outside of all configured directories, the created or listed directory becomes one, and so does the
-/// parent directory of a file that is accessed.
+/// For a path outside of all configured directories, the created or listed directory becomes a configured one. So does
+/// the parent directory of a file that is accessed.
 #[derive(Debug, Default)]
 pub struct RealDisk {
     roots: RwLock<Vec<Arc<PrivateDir>>>,

@@ -163,8 +163,9 @@ pub(in crate::log) fn owner(bytes: &[u8]) -> Option<Uuid> {
     (crc32c::crc32c(bytes.get(CRC_FROM..end)?) == crc).then_some(id)
 }
 
-/// Decodes the frame at the start of `bytes`. Returns `None` if the frame is longer than `bytes`, or if its headers are
-/// not intact, name another data directory, or contain a value that is never written. The payloads are not read.
+/// Decodes the frame at the start of `bytes`. Returns `None` if the frame is longer than `bytes`. Returns `None` also
+/// if its headers are not intact, name another data directory, or contain a value that is never written. The payloads
+/// are not read.
 pub(in crate::log) fn decode(bytes: &[u8], directory: Uuid) -> Option<DecodedFrame> {
     let mut frame_header = bytes.get(..FRAME_HEADER_BYTES)?;
     if &frame_header[..8] != MAGIC || &frame_header[CRC_FROM..CRC_FROM + 16] != directory.as_bytes() {

@@ -47,8 +47,8 @@ impl EpochHistory {
     }
 
     /// Adds the epoch of a batch at `start`, unless it is the last epoch already. A new epoch that starts where the
-    /// last one starts replaces the last one. Returns false, without a change, if the epoch is lower than the last one,
-    /// or if a new epoch starts below the start of the last one.
+    /// last one starts replaces the last one. Returns false, without a change, if the epoch is lower than the last one.
+    /// Returns false also if a new epoch starts below the start of the last one.
     #[must_use]
     pub fn record(&mut self, epoch: LeaderEpoch, start: Offset) -> bool {
         match self.starts.last() {

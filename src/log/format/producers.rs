@@ -34,7 +34,7 @@ use crate::{
 /// Bytes of a producer besides its batches: its entries in two trees, and the overhead of the allocator.
 const PRODUCER_BYTES: usize = 140;
 
-/// Limit while all tables together exceed their memory: a table with this number of producers refuses new ones, and at
+/// Limit while all tables together exceed their memory. A table with this number of producers refuses new ones, and at
 /// most this number of producers keep long windows.
 const CROWDED_PRODUCERS: usize = 16;
 
@@ -201,7 +201,7 @@ impl ProducerTable {
     }
 
     /// Adds an appended batch. A batch of another producer epoch, or with another sequence than the next one, restarts
-    /// the state of its producer: the leader has accepted the batch. Also removes the oldest producer above
+    /// the state of its producer. The leader has accepted the batch. Also removes the oldest producer above
     /// `limits::MAX_PRODUCERS`, and shortens windows while all tables exceed their memory.
     pub fn record_batch(&mut self, batch: &Batch) {
         self.time_ms = self.time_ms.max(batch.max_timestamp());
@@ -353,9 +353,11 @@ impl BatchMetadata {
         out.put_u8(self.fingerprint.compression as u8 | time);
     }
 
-    /// Decodes the output of [`Self::encode`]. Returns `None` if bytes are missing, if the codec is unknown, if no
-    /// batch can have the number of records, or if the end exceeds the maximum offset: the response to a retry contains
-    /// the end.
+    /// Decodes the output of [`Self::encode`]. Returns `None` in these cases:
+    /// - Bytes are missing.
+    /// - The codec is unknown.
+    /// - No batch can have the number of records.
+    /// - The end exceeds the maximum offset: the response to a retry contains the end.
     fn decode(from: &mut impl Buf) -> Option<Self> {
         let (sequence, count) = (from.try_get_i32().ok()?, from.try_get_u32().ok()?);
         let base = Offset::new(from.try_get_u64().ok()?)?;

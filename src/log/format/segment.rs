@@ -246,7 +246,7 @@ pub(in crate::log) fn scan(
 }
 
 /// Splits the next batch off `window`. The batch must be intact and start at the offset `expected`, with an epoch not
-/// below `epoch`; otherwise the result is a description of the error.
+/// below `epoch`. Otherwise the result is a description of the error.
 pub(in crate::log) fn next(window: &mut Bytes, expected: Offset, epoch: Option<LeaderEpoch>) -> Result<Batch, String> {
     let batch = Batch::split_from(window).map_err(|error| error.to_string())?;
     if batch.base_offset() != expected {

@@ -35,8 +35,8 @@ impl Snapshot {
     }
 
     /// Returns the last intact snapshot at one of `bases`, and the index of its base. The caller must read the segments
-    /// from that base on. If no later snapshot is intact and the first base has none, nothing precedes the log: the
-    /// result is an empty snapshot at the first base. If no later snapshot is intact and that at the first base is
+    /// from that base on. If no later snapshot is intact and the first base has none, nothing precedes the log. The
+    /// result is then an empty snapshot at the first base. If no later snapshot is intact and that at the first base is
     /// corrupt, fails with `InvalidData`, because nothing replaces it.
     pub(in crate::log) fn read_last(disk: &dyn Disk, dir: &Path, bases: &[Offset]) -> io::Result<(usize, Self)> {
         for (index, base) in bases.iter().enumerate().rev() {

@@ -252,8 +252,8 @@ impl Journal {
         self.writer.lock().no_space_since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
-    /// Returns the time for which a close has waited for a free journal file; zero if no close has begun or the next
-    /// frame has space.
+    /// Returns the time for which a close has waited for a free journal file. Returns zero if no close has begun or the
+    /// next frame has space.
     pub(super) fn closing_wait(&self) -> Duration {
         self.closing.get().map_or(Duration::ZERO, Instant::elapsed).min(self.space_wait())
     }

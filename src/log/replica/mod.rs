@@ -302,8 +302,8 @@ impl ReplicaInner {
         self.failed.get().is_none() && state.recovery.segment.end == state.log_end()
     }
 
-    /// Returns the oldest journal file that this replica needs, and the offset up to which a sync releases the file;
-    /// `None` if the replica needs no journal file.
+    /// Returns the oldest journal file that this replica needs, and the offset up to which a sync releases the file.
+    /// Returns `None` if the replica needs no journal file.
     pub(super) fn oldest_pin(&self) -> Option<(u64, Offset)> {
         self.state().journal_pins.front().copied()
     }

@@ -104,7 +104,7 @@ impl LogReader {
 
     /// Returns the batches of `from..bound` in the segment of `from`: as many as the limits allow, and at least one.
     /// The result is empty if the range is empty or the first batch ends above `bound`. Blocks. A batch with a wrong
-    /// checksum, offset or epoch is never returned. Fails with `OutOfRange` if no segment contains `from`, and with
+    /// checksum, offset or epoch is never returned. Fails with `OutOfRange` if no segment contains `from`. Fails with
     /// `BatchTooLarge` if the first batch is larger than `max_batch_bytes` and than one read of about `max_bytes`.
     pub fn read_disk(
         &self,
@@ -372,8 +372,9 @@ fn needed_at(rest: &Bytes) -> Result<usize, String> {
     }
 }
 
-/// Splits the batch of `needed` bytes off `rest` after verifying it: it must start at the offset `expected`, with an
-/// epoch not below `epoch` and equal to that of the epoch history. Otherwise the result is a description of the error.
+/// Splits the batch of `needed` bytes off `rest` after verifying it. The batch must start at the offset `expected`,
+/// with an epoch not below `epoch` and equal to that of the epoch history. Otherwise the result is a description of the
+/// error.
 fn split_checked(
     view: &SegmentView,
     rest: &mut Bytes,

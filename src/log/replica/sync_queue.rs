@@ -89,8 +89,8 @@ struct SyncQueueState {
     is_stopped: bool,
 }
 
-/// A persist call that is served by a sync of the segments, for one of two reasons: its batches were not kept for the
-/// journal or exceed a frame, or an earlier persist call of the replica is in the same queue.
+/// A persist call that is served by a sync of the segments. Its batches were not kept for the journal or exceed a
+/// frame, or an earlier persist call of the replica is in the same queue.
 pub(in crate::log) struct SyncJob {
     pub(super) replica: Arc<ReplicaInner>,
     pub(super) header: EntryHeader,
@@ -139,7 +139,7 @@ impl SyncQueue {
         }
     }
 
-    /// Called after an append of `bytes`, or with 0 after another change: adds the replica to the queue unless it is
+    /// Called after an append of `bytes`, or with 0 after another change. Adds the replica to the queue unless it is
     /// queued, and requests a write-out if the replica has a full piece. Wakes the sync thread for the first change,
     /// when a pass becomes due, and, except in step mode, for a full piece.
     pub(super) fn push_dirty(&self, replica: &Arc<ReplicaInner>, bytes: u64) {
@@ -215,8 +215,9 @@ impl SyncQueue {
         self.state.lock().passes_without_progress
     }
 
-    /// Takes the replicas with a full piece out of the queue. Also sets the size of later pieces: large if the
-    /// journal's next frame has been `next_frame` for some time, so that no acknowledgement waits for the device.
+    /// Takes the replicas with a full piece out of the queue. Also sets the size of later pieces. The pieces are large
+    /// if the journal's next frame has been `next_frame` for some time, so that no acknowledgement waits for the
+    /// device.
     pub(in crate::log) fn take_pieces(&self, next_frame: u64) -> Vec<Arc<ReplicaInner>> {
         let now = clock::monotonic();
         let mut state = self.state.lock();

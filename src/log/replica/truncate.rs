@@ -33,8 +33,8 @@ use crate::{
     task::clock,
 };
 
-/// Disk space that a reset may need in addition to the content of the snapshot: one block for the new names, and one
-/// for the unused end of the file's last block.
+/// Disk space that a reset may need in addition to the content of the snapshot. The space is one block for the new
+/// names, and one for the unused end of the file's last block.
 const NAMES_BYTES: u64 = 8192;
 
 impl ReplicaLog {

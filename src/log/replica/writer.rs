@@ -261,8 +261,9 @@ impl ReplicaLog {
         LogAppendError::DiskFull
     }
 
-    /// Opens the file of the active segment for an append. On the first use, and after a failed write, a truncation or
-    /// a reset, it also truncates surplus bytes, fails if bytes are missing, and loads a missing index.
+    /// Opens the file of the active segment for an append. This function does more on the first use, and after a failed
+    /// write, a truncation or a reset. The function then also truncates surplus bytes, fails if bytes are missing, and
+    /// loads a missing index.
     fn open_for_append(&mut self, info: &SegmentInfo, file: &SegmentFile) -> io::Result<Arc<OpenFile>> {
         if info.bytes == 0 && self.verified_file != Some(file.serial) {
             // The open below may create the file.
@@ -360,7 +361,7 @@ impl ReplicaLog {
     }
 
     /// Returns true if `next_bytes` more would extend the active segment beyond `segment_bytes` or the maximum size of
-    /// a segment, so that the segment should be sealed first. An empty segment is never full.
+    /// a segment. The segment should then be sealed first. An empty segment is never full.
     pub fn is_full(&self, segment_bytes: u64, next_bytes: usize) -> bool {
         let bytes = self.active_segment().bytes;
         bytes > 0 && bytes + next_bytes as u64 > segment_bytes.min(MAX_SEGMENT_BYTES)

@@ -31,8 +31,8 @@ struct Model {
     maybe_deleted: bool,
     /// Offset of a reset that started and did not complete; `None` if there is none.
     reset_target: Option<u64>,
-    /// True if the existence of the replica was acknowledged: some of its data was persisted, a reset was completed, or
-    /// the replica existed after a restart.
+    /// True if the existence of the replica was acknowledged. Either some of its data was persisted, a reset was
+    /// completed, or the replica existed after a restart.
     acknowledged: bool,
 }
 

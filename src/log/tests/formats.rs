@@ -75,9 +75,9 @@ fn producers_with_impossible_batches_are_refused() {
     assert_eq!(producers(&[(1, 1, 5), (2, 1, 5)]), None, "two batches at one offset");
 }
 
-/// A table is refused if a producer's time is above the partition time, if times decrease as offsets grow, or if a
-/// batch has unknown attributes. The times determine which producer a table removes next: with wrong times, replicas
-/// would remove different producers, and would respond differently to the same retry.
+/// A table is refused if a producer's time is above the partition time, or if times decrease as offsets grow. A table
+/// is also refused if a batch has unknown attributes. The times determine which producer a table removes next: with
+/// wrong times, replicas would remove different producers, and would respond differently to the same retry.
 #[test]
 fn producers_with_bad_times_or_attributes_are_refused() {
     assert!(timed_producers(9, &[(1, 9, 1, 7, 0b1100), (2, 5, 1, 3, 0b0000)]).is_some());

@@ -2,8 +2,8 @@
 //! replica gets a new start offset, and the *tables* of its leader's log before that start: the epoch history and the
 //! producer state.
 //!
-//! If the object store holds the records before the start, the footer of its last segment has the tables, and the
-//! replica copies only the tail. Otherwise those records were deleted, and the leader sends its own tables. Without the
+//! If the object store holds the records before the start, the footer of its last segment has the tables. The replica
+//! then copies only the tail. Otherwise those records were deleted, and the leader sends its own tables. Without the
 //! epochs, the log could not be compared with another leader's. Without the producers, a retry would be appended twice.
 //!
 //! After an election that may have lost records, the new leader may reset its own log with tables of the object store.
@@ -145,9 +145,9 @@ async fn read_from_object_store(tier: Option<&PartitionTier>, start: Offset) -> 
 }
 
 impl Actor {
-    /// Returns true if the tables in the object store must be read before this broker can lead: its log ends below the
-    /// tiered end or the log start, or the election of this epoch was unclean and the object store has tables. Both
-    /// happen only after an election that may have lost records.
+    /// Returns true if the tables in the object store must be read before this broker can lead. Either its log ends
+    /// below the tiered end or the log start. Or the election of this epoch was unclean and the object store has
+    /// tables. Both happen only after an election that may have lost records.
     pub(super) fn needs_object_store(&self, value: &PartitionValue) -> bool {
         let committed_end = self.tiered_end.max(self.log_start);
         let lacks_committed = self.log.log_end() < committed_end;
@@ -206,15 +206,15 @@ impl Actor {
         }
     }
 
-    /// Starts to lead after an election that may have lost records. If the log ends below the committed end (the later
-    /// of tiered end and log start), or differs from the object store, the log is reset first. If the tables cannot be
-    /// read or the disk is full, the task requests the tables again after a pause. If the disk fails, this broker
-    /// resigns.
+    /// Starts to lead after an election that may have lost records. The log is reset first if it differs from the
+    /// object store, or if it ends below the committed end. The committed end is the later of tiered end and log start.
+    /// If the tables cannot be read or the disk is full, the task requests the tables again after a pause. If the disk
+    /// fails, this broker resigns.
     async fn start_leading_with_tables(&mut self, tables: Result<ParsedTables, BootstrapError>) {
         let committed_end = self.tiered_end.max(self.log_start);
         let tables = match tables {
-            // No footer holds tables for the committed end: this broker has no object store, or the records at the end
-            // of the object store were deleted.
+            // No footer holds tables for the committed end. Either this broker has no object store, or the records at
+            // the end of the object store were deleted.
             Err(BootstrapError::NoObjectStore) => ParsedTables::empty(committed_end),
             Err(_) if !self.has_tiered_tables() => ParsedTables::empty(committed_end),
             Ok(tables) if tables.start < committed_end => ParsedTables::empty(committed_end),
@@ -276,8 +276,8 @@ impl Actor {
     }
 
     /// Bootstraps a follower: resets its log to the start of these tables, and subscribes there. The follower
-    /// subscribes after a pause instead if the tables could not be read, if the disk is full, or if the log was already
-    /// empty at that start. If the disk fails, the role ends. Does nothing in another role.
+    /// subscribes after a pause instead if the tables could not be read or the disk is full. The follower does so too
+    /// if the log was already empty at that start. If the disk fails, the role ends. Does nothing in another role.
     pub(super) async fn bootstrap_with(&mut self, tables: Result<ParsedTables, BootstrapError>) {
         if !matches!(self.role, RoleState::Following(_)) {
             return;

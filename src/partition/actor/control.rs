@@ -242,10 +242,10 @@ impl Actor {
         }
     }
 
-    /// Handles a report of a leader epoch. If the reported epoch is newer than the applied value's, a leading task
-    /// becomes idle, and a task that waits for tables to lead does not start to lead. The task stays idle until it
-    /// receives metadata with the reported epoch, or until a read of the metadata store shows that the store does not
-    /// have that epoch.
+    /// Handles a report of a leader epoch. The reported epoch may be newer than the applied value's. A leading task
+    /// then becomes idle, and a task that waits for tables to lead does not start to lead. The task stays idle until it
+    /// receives metadata with the reported epoch. A read of the metadata store that shows that the store does not have
+    /// that epoch also ends the idle state.
     pub(super) fn on_reported_epoch(&mut self, reported: LeaderEpoch) {
         self.metadata.on_reported_epoch(reported);
         let epoch = self.metadata.epoch();

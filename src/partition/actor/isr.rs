@@ -190,8 +190,8 @@ impl Actor {
         }
     }
 
-    /// Returns true if this replica is idle and its metadata is late: a newer epoch was reported, or the leadership
-    /// ended here although the value still names this broker.
+    /// Returns true if this replica is idle and its metadata is late. Either a newer epoch was reported, or the
+    /// leadership ended here although the value still names this broker.
     pub(super) fn awaits_metadata(&self) -> bool {
         matches!(self.role, RoleState::Idle) && self.metadata.is_late(self.broker)
     }
@@ -234,8 +234,8 @@ impl Actor {
     }
 
     /// Handles the outcome of the pending request. An idle replica applies only a value that it read because its
-    /// metadata was late. A leader applies the outcome of its own request. If the request is of an earlier epoch or of
-    /// another kind than the leader waits for, the leader applies only the value in the outcome.
+    /// metadata was late. A leader applies the outcome of its own request. The request may be of an earlier epoch or of
+    /// another kind than the leader waits for. The leader then applies only the value in the outcome.
     pub(super) fn on_isr_outcome(&mut self, outcome: ProposalOutcome) {
         let request = self.pending_request.take();
         let current = match &outcome {

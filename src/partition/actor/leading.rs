@@ -82,7 +82,8 @@ pub(in crate::partition) struct Append {
     pub(in crate::partition) origin: BatchOrigin,
     pub(in crate::partition) acks: Acks,
     /// Permit for the memory of the batch, released with the result. It is released earlier if the write has
-    /// `acks=tiered` or its receiver was dropped: then as soon as the write has the topic's durability on this broker.
+    /// `acks=tiered` or its receiver was dropped. The release then follows as soon as the write has the topic's
+    /// durability on this broker.
     pub(in crate::partition) permit: OwnedSemaphorePermit,
     pub(in crate::partition) responder: oneshot::Sender<AppendResult>,
     /// With `acks=tiered`: set when the write has the topic's durability on this broker and waits for the object store.
@@ -101,8 +102,8 @@ pub(super) struct PendingWriter {
 }
 
 impl PendingWriter {
-    /// Releases the memory of a write that has the topic's durability on this broker and waits for the object store,
-    /// and signals that to the caller.
+    /// Releases the memory of a write that has the topic's durability on this broker and waits for the object store.
+    /// Signals that to the caller.
     fn on_stored(&mut self, acked: &WriteAck) {
         self.permit = None;
         if let Some(stored) = &self.stored {
@@ -348,8 +349,9 @@ impl Actor {
         }
     }
 
-    /// Sends results to the writers whose acks rule holds now. Of the writes with the topic's durability on this
-    /// broker, releases the memory of those that wait only for the object store or whose receivers were dropped.
+    /// Sends results to the writers whose acks rule holds now. Also releases memory of writes with the topic's
+    /// durability on this broker. These are the writes that wait only for the object store or whose receivers were
+    /// dropped.
     pub(super) fn respond_due(&mut self) {
         if let RoleState::Leading(LeaderRole { leader, has_dropped_waiters, .. }) = &mut self.role {
             let respond = |writer: PendingWriter, acked: WriteAck| {

@@ -131,15 +131,15 @@ impl Actor {
         }
     }
 
-    /// Moves the start of the replica to the log start, but not above the high watermark: records above the high
+    /// Moves the start of the replica to the log start, but not above the high watermark. Records above the high
     /// watermark may still have to be truncated, so they are not deleted as old ones.
     pub(super) fn advance_log_start(&mut self) {
         let start = self.log_start.min(self.high_watermark());
         self.log.advance_log_start(start);
     }
 
-    /// Moves the start of the replica, and evicts the segments below this offset, which must not be above the later of
-    /// tiered end and log start. An error is only logged: maintenance requests the eviction again.
+    /// Moves the start of the replica, and evicts the segments below this offset. The offset must not be above the
+    /// later of tiered end and log start. An error is only logged: maintenance requests the eviction again.
     pub(super) async fn evict(&mut self, below: Offset) {
         let evictable_end = self.tiered_end.max(self.log_start);
         let is_allowed = below <= evictable_end || mutant!(EvictBeforeCommit);

@@ -24,8 +24,8 @@
 //! The task takes one [`Input`] after the other (`inbox`); handling one is a turn. A handler changes the state of the
 //! task, and may send requests to links and to the metadata store. Then [`Actor::finish_turn`] makes the changes
 //! visible: it submits records to the journal, publishes, proposes an ISR change, and sends due results. Some handlers
-//! finish the turn earlier: when a group is full, after an assignment, before a command other than an append, and
-//! before a read of the tables for a bootstrapping follower. Some events publish earlier:
+//! finish the turn earlier: when a group is full, after an assignment, and before a command other than an append. A
+//! handler also does so before a read of the tables for a bootstrapping follower. Some events publish earlier:
 //!
 //! | event | reason |
 //! | --- | --- |
@@ -284,7 +284,7 @@ impl Actor {
         self.finish_turn();
     }
 
-    /// Ends a turn: submits appended records to the journal, publishes the state, sends the request to the metadata
+    /// Ends a turn. Submits appended records to the journal, and publishes the state. Sends the request to the metadata
     /// store that is due, and responds to the writers whose result is due.
     fn finish_turn(&mut self) {
         self.submit_to_journal();

@@ -18,7 +18,7 @@ pub(in crate::partition) struct ActorSignals {
     notify: Notify,
 }
 
-/// Signals that the task has not taken. The journal's result has no offset: the task reads the persisted end from the
+/// Signals that the task has not taken. The journal's result has no offset. The task reads the persisted end from the
 /// replica, because an end from before a truncation would count removed records.
 #[derive(Default)]
 pub(super) struct PendingSignals {

@@ -66,9 +66,9 @@ pub enum SubscribeOutcome {
         /// First offset after the records of that epoch.
         end: Offset,
     },
-    /// The follower's log is empty, or no truncation makes it a prefix of the leader's local log: reset it to the start
-    /// of these tables, and subscribe again. [`resolve_divergence`] sets the start only; the actor adds the tables that
-    /// are not in the object store.
+    /// The follower's log is empty, or no truncation makes it a prefix of the leader's local log. The follower resets
+    /// the log to the start of these tables, and subscribes again. [`resolve_divergence`] sets the start only; the
+    /// actor adds the tables that are not in the object store.
     Bootstrap(Box<BootstrapTables>),
     /// The follower may not subscribe now. It subscribes again after a pause.
     Rejected(SubscribeError),

@@ -2,10 +2,10 @@
 //!
 //! # Overview
 //!
-//! One [`IsrTracker`] is one leader in one epoch. The actor reports the progress of its own log, subscriptions,
-//! acknowledgements and disconnects of followers, statuses of brokers in the metadata cache, ticks, and outcomes of
-//! proposals. [`IsrTracker`] computes the high watermark, accepts or rejects subscriptions, and returns the ISR change
-//! to propose.
+//! One [`IsrTracker`] is one leader in one epoch. The actor reports the progress of its own log, and subscriptions,
+//! acknowledgements and disconnects of followers. The actor also reports statuses of brokers in the metadata cache,
+//! ticks, and outcomes of proposals. [`IsrTracker`] computes the high watermark, accepts or rejects subscriptions, and
+//! returns the ISR change to propose.
 //!
 //! ```text
 //!   own log, acknowledgements ──▶ minimum end over the maximal ISR ──▶ high watermark
@@ -28,7 +28,7 @@
 //!   another revision.
 //! - A replica is admitted when it has acknowledged, in this epoch, all committed records and all records below the
 //!   epoch start. Until the high watermark reaches the epoch start, records between the two may be committed. The
-//!   admission does not wait for the high watermark to reach the epoch start: below the min ISR, the high watermark
+//!   admission does not wait for the high watermark to reach the epoch start. Below the min ISR, the high watermark
 //!   moves only after an admission.
 //! - A replica that is being added reports the `PartitionValue::removal_count` that its broker applied. Outside the
 //!   ISR, it may subscribe only with the count of this leader's value, and its acknowledgements count only while that
@@ -72,8 +72,8 @@ pub struct LeaderStart {
     pub revision: Revision,
     /// Progress of this broker's log.
     pub progress: ReplicaProgress,
-    /// High watermark at the start: the high watermark of this broker's last role, or an offset below which all records
-    /// are in the object store or deleted.
+    /// High watermark at the start. This is the high watermark of this broker's last role, or an offset below which all
+    /// records are in the object store or deleted.
     pub committed_end: Offset,
     pub rules: IsrRules,
 }
@@ -157,9 +157,9 @@ pub struct IsrTracker {
     maybe_committed: BTreeSet<BrokerId>,
     /// True if the outcome of the last proposal is unknown: the leader reads the key before the next proposal.
     needs_read_back: bool,
-    /// True if the last outcome was a current value that is not newer than `value`: the store refused the proposal
-    /// because of a registration, or a read returned the old value. The next proposal waits for a newer value, a broker
-    /// status or a tick.
+    /// True if the last outcome was a current value that is not newer than `value`. Either the store refused the
+    /// proposal because of a registration, or a read returned the old value. The next proposal waits for a newer value,
+    /// a broker status or a tick.
     awaits_metadata: bool,
     /// True if another epoch has begun, or the partition is deleted: the leader proposes nothing.
     epoch_ended: bool,
@@ -172,8 +172,9 @@ pub struct IsrTracker {
 }
 
 impl IsrTracker {
-    /// Creates the leader of the value's epoch; its followers have not subscribed yet. If the ISR is this broker alone,
-    /// the min ISR is 1 and the ELR is empty, all records that this broker acknowledges are committed at once.
+    /// Creates the leader of the value's epoch; its followers have not subscribed yet. All records that this broker
+    /// acknowledges are committed at once if the ISR is this broker alone. This also requires a min ISR of 1 and an
+    /// empty ELR.
     pub fn new(start: LeaderStart) -> Self {
         let LeaderStart { me, value, revision, progress, committed_end, rules } = start;
         assert_eq!(value.leader, Some(me), "the value names this broker as leader");
@@ -288,7 +289,8 @@ impl IsrTracker {
 
     /// Processes a subscription: compares the follower's log with the leader's. After `SubscribeOutcome::Accepted`,
     /// acknowledgements on this link count. Any outcome but `Rejected` ends the follower's earlier subscription and
-    /// drops its acknowledgements, and marks an ISR member whose log ends below the high watermark as incomplete.
+    /// drops its acknowledgements. Such an outcome also marks an ISR member whose log ends below the high watermark as
+    /// incomplete.
     pub fn on_subscribe(
         &mut self,
         peer: PeerId,
@@ -318,8 +320,8 @@ impl IsrTracker {
         outcome
     }
 
-    /// Checks that the follower may subscribe now: in this epoch, as a replica by the same addition, in its newest
-    /// broker epoch, and without batches of a newer leader epoch.
+    /// Checks that the follower may subscribe now. The follower must subscribe in this epoch, as a replica by the same
+    /// addition, and in its newest broker epoch. The follower must have no batches of a newer leader epoch.
     fn check_subscription(
         &self,
         peer: PeerId,
@@ -334,7 +336,7 @@ impl IsrTracker {
             return Err(SubscribeError::NoReplica);
         }
         let (reported, known) = (position.removal_count, self.value.added_after(peer.broker));
-        // An ISR member is not rejected for an older count or none: the member has subscribed since it was added, and
+        // An ISR member is not rejected for an older count or none. The member has subscribed since it was added, and
         // may receive the end of the reassignment before its leader does.
         let follower_is_late = known.is_some() && reported != known && !self.value.isr.contains(&peer.broker);
         let leader_is_late = reported.is_some_and(|removals| removals > self.value.removal_count);
@@ -403,7 +405,7 @@ impl IsrTracker {
     }
 
     /// Applies a broker's status in the metadata cache. The broker's acknowledgements stay valid while it is in the
-    /// ISR: a broker that restarts without those records removes itself from the ISR before it registers. A
+    /// ISR. A broker that restarts without those records removes itself from the ISR before it registers. A
     /// registration with a newer broker epoch ends a subscription on an older link. The next proposal no longer waits
     /// for metadata.
     pub fn on_broker_status(&mut self, broker: BrokerId, status: BrokerStatus) {
@@ -445,9 +447,9 @@ impl IsrTracker {
     }
 
     /// Returns the next ISR change to propose, and marks it as pending. The proposal is pending until
-    /// [`Self::on_outcome`]. Returns `None` if no change is due, a proposal is pending, the key has to be read back,
-    /// the next proposal waits for metadata, or the epoch has ended. The actor calls this in every turn, so nothing is
-    /// allocated while no replica's membership changes.
+    /// [`Self::on_outcome`]. Returns `None` if no change is due, a proposal is pending, or the key has to be read back.
+    /// Returns `None` also if the next proposal waits for metadata, or the epoch has ended. The actor calls this in
+    /// every turn, so nothing is allocated while no replica's membership changes.
     pub fn start_proposal(&mut self) -> Option<IsrProposal> {
         if self.in_flight.is_some() || self.needs_read_back || self.awaits_metadata || self.epoch_ended {
             return None;

@@ -65,8 +65,8 @@ pub enum AckError {
         /// Leader epoch of this leader.
         leader_epoch: LeaderEpoch,
     },
-    /// The replica has no accepted subscription on that link in this epoch: the subscription has ended, the link has
-    /// another broker epoch, or the broker is no replica.
+    /// The replica has no accepted subscription on that link in this epoch. Either the subscription has ended, the link
+    /// has another broker epoch, or the broker is no replica.
     #[error("broker {broker} has no subscription on a link with broker epoch {epoch}")]
     NotSubscribed {
         /// Sender of the acknowledgement.
@@ -122,8 +122,8 @@ impl MemberState {
         }
     }
 
-    /// Returns true if the replica must leave the ISR with the next proposal: its process has exited or shuts down, or
-    /// its broker is not registered.
+    /// Returns true if the replica must leave the ISR with the next proposal. The process of the replica has then
+    /// exited or shuts down, or its broker is not registered.
     pub(super) fn is_leaving(&self) -> bool {
         self.departed || matches!(self.registration, Some(BrokerStatus::ShuttingDown | BrokerStatus::Unregistered))
     }

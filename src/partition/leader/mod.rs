@@ -207,8 +207,8 @@ pub struct Leader<W> {
     for_leader: VecDeque<WaitingWriter<W>>,
     /// Writers with `acks=all`, which wait for the commit.
     for_all: VecDeque<WaitingWriter<W>>,
-    /// Writers with `acks=tiered`, in two queues: the first until the write has the topic's durability on this broker,
-    /// the second until the write is in the object store.
+    /// Writers with `acks=tiered`, in two queues. The first holds a writer until the write has the topic's durability
+    /// on this broker. The second holds it until the write is in the object store.
     for_tier_here: VecDeque<WaitingWriter<W>>,
     for_tier: VecDeque<WaitingWriter<W>>,
     /// Expected producer epoch and sequence, by producer id, of the producers with batches in the group that is being
@@ -271,9 +271,13 @@ impl<W> Leader<W> {
     /// the log is a duplicate in spite of `refusal`.
     ///
     /// # Errors
-    /// The first of these that applies: the acks need the min ISR, and the ISR is below it; the producer is fenced, or
-    /// its sequence belongs to another batch; `refusal`; any other error of the producer's sequence, or too many
-    /// producers. So `refusal` replaces the error of a gap, because an earlier refusal most likely caused the gap.
+    /// The first of these that applies:
+    /// 1. The acks need the min ISR, and the ISR is below it.
+    /// 2. The producer is fenced, or its sequence belongs to another batch.
+    /// 3. `refusal`.
+    /// 4. Another error of the producer's sequence, or too many producers.
+    ///
+    /// So `refusal` replaces the error of a gap, because an earlier refusal most likely caused the gap.
     pub fn admit(
         &mut self,
         batch: &Batch,
@@ -304,8 +308,8 @@ impl<W> Leader<W> {
         Ok(Admission::Append(base))
     }
 
-    /// Returns true if `batch` can be checked only after the pending group is in the log: its producer has batches in
-    /// the group, and `batch` does not continue their sequence. The producer table lacks the group.
+    /// Returns true if `batch` can be checked only after the pending group is in the log. The producer of `batch` then
+    /// has batches in the group, and `batch` does not continue their sequence. The producer table lacks the group.
     pub fn must_flush_before(&self, batch: &Batch) -> bool {
         let Some(sequence) = batch.producer() else { return false };
         self.in_group.get(&sequence.id).is_some_and(|next| *next != (sequence.epoch, sequence.base_sequence))
@@ -385,9 +389,9 @@ impl<W> Leader<W> {
         self.tiered_end = self.tiered_end.max(end);
     }
 
-    /// Moves each writer with `acks=tiered` whose write has the topic's durability on this broker to the queue for the
-    /// object store, and calls `on_stored` with it. The write then waits for the object store only, so the caller can
-    /// release its memory.
+    /// Moves writers with `acks=tiered` to the queue for the object store, and calls `on_stored` with each. These are
+    /// the writers whose write has the topic's durability on this broker. The write then waits for the object store
+    /// only, so the caller can release its memory.
     pub fn take_stored(&mut self, mut on_stored: impl FnMut(&mut W, &WriteAck)) {
         let local_acked = self.in_sync.local_acked();
         while let Some(mut waiting) = self.for_tier_here.pop_front_if(|waiting| waiting.acked.end <= local_acked) {

@@ -249,8 +249,8 @@ fn sequence_wraps_to_zero() {
 }
 
 proptest! {
-    /// For any order of events: each writer gets one result at most, none before its rule holds, and all in the end;
-    /// the high watermark never falls.
+    /// For any order of events, each writer gets one result at most, none before its rule holds, and all in the end.
+    /// The high watermark never falls.
     #[test]
     fn acknowledgements_follow_their_rules(
         durable in any::<bool>(),

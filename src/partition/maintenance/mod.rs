@@ -48,9 +48,11 @@ pub enum MaintenanceError {
         base: Offset,
         source: std::io::Error,
     },
-    /// A change in the object store failed or was not started: the store is unavailable or did not accept an object,
-    /// the prefix does not belong to this cluster, the segment file or the current manifest cannot be read, or a newer
-    /// leader has committed.
+    /// A change in the object store failed or was not started, for one of these reasons:
+    /// - The store is unavailable or did not accept an object.
+    /// - The prefix does not belong to this cluster.
+    /// - The segment file or the current manifest cannot be read.
+    /// - A newer leader has committed.
     #[error("the upload failed: {0}")]
     Upload(#[from] UploadError),
     /// The manifest, or the modification time of a segment object, could not be read.
@@ -110,8 +112,8 @@ pub struct MaintenanceResult {
     /// True if the step may have left out actions. The caller must not count such a step as a success: an action that
     /// failed in an earlier step may not have run again.
     pub is_partial: bool,
-    /// True if a step with uploads must follow. This step was not allowed to upload or to rebuild a lost manifest, or
-    /// did not run because another step of the partition was in progress.
+    /// True if a step with uploads must follow. This step was not allowed to upload or to rebuild a lost manifest. Or
+    /// it did not run because another step of the partition was in progress.
     pub is_upload_due: bool,
     /// Segments that were uploaded and committed.
     pub uploaded: UploadStats,

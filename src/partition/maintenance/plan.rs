@@ -22,7 +22,7 @@ pub(super) struct MaintenancePlan {
     /// Bytes of the object store's segments that lie wholly below the planned log start; 0 if the log start stays.
     pub(super) removed_bytes: u64,
     /// True if the manifest still lists or counts segments below the log start. False also if the plan did not need the
-    /// manifest. An error if the manifest, or the modification time of an object, could not be read: the plan was then
+    /// manifest. An error if the manifest, or the modification time of an object, could not be read. The plan was then
     /// made without the object store's segments.
     pub(super) manifest_lags: Result<bool, MaintenanceError>,
 }
@@ -37,7 +37,7 @@ pub(super) async fn plan_step(partition: &Partition, local: &LocalSegments, scop
         Some(tier) if local.leads.is_some() && needs_tiered_segments(&config) => {
             read_manifest(tier, watermarks.log_start, now_ms).await
         }
-        // There is no object store, or its segments are not needed: a follower does not move the log start, and neither
+        // There is no object store, or its segments are not needed. A follower does not move the log start, and neither
         // does a leader without limits on the whole log.
         _ => Ok((Vec::new(), false)),
     };

@@ -30,7 +30,7 @@ struct Failure {
 
 impl FailedRebuilds {
     /// Returns the reason of the last failed attempt for this version of the manifest, if the attempt was made less
-    /// than [`RETRY_INTERVAL`] ago: the caller must not try again yet.
+    /// than [`RETRY_INTERVAL`] ago. The caller must then not try again yet.
     pub(super) fn recent_failure(&self, id: PartitionId, version: u64, now: Instant) -> Option<String> {
         let failed = self.failed.lock();
         let failure = failed.get(&id)?;

@@ -263,8 +263,8 @@ impl MaintenanceRunner {
     }
 
     /// Replaces the tier state `before` with `after` in the metadata store, and applies the new state to the partition.
-    /// If the commit fails because the stored state or the partition was changed, applies the stored state instead, if
-    /// that can be read, and returns the error.
+    /// The commit may fail because the stored state or the partition was changed. The function then applies the stored
+    /// state instead, if that can be read, and returns the error.
     async fn replace_state(
         &self,
         partition: &Partition,

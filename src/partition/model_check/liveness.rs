@@ -41,8 +41,9 @@ fn next_state(state: &ModelState) -> Result<Option<ModelState>, RuleViolation> {
 }
 
 /// Ends the subscription of each follower whose link was lost, so that the follower subscribes again. The model does
-/// not store whether a link is up. A link counts as lost if no message is in flight on it, and the leader either has
-/// not responded to the subscription or does not have it for this broker epoch.
+/// not store whether a link is up. A link counts as lost if no message is in flight on it, and the leader has not
+/// responded to the subscription. Without a message in flight, it also counts as lost if the leader does not have the
+/// subscription for this broker epoch.
 fn reconnect(state: &mut ModelState) {
     for me in 0..BROKERS {
         let Role::Following(follower) = &state.brokers[me].role else { continue };

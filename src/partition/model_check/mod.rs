@@ -2,14 +2,15 @@
 //!
 //! # Overview
 //!
-//! A state (`world`) is three brokers with their logs, their [`AppliedMetadata`] and their [`IsrTracker`] or
-//! [`Follower`], the partition's value in the metadata store, and the messages between them. `steps` lists the possible
-//! next events: appends, syncs, late and reordered messages, broken links, process exits with or without loss, expired
-//! leases, elections, transactions with a lost outcome. `rules` checks the state after each step. [`explore`] visits
-//! every state that can be reached, in the order of its distance, so that a counterexample is a shortest one.
+//! A state (`world`) is three brokers, the partition's value in the metadata store, and the messages between the
+//! brokers. Each broker has its log, its [`AppliedMetadata`] and its [`IsrTracker`] or [`Follower`]. `steps` lists the
+//! possible next events: appends, syncs, late and reordered messages, and broken links. Further events are process
+//! exits with or without loss, expired leases, elections, and transactions with a lost outcome. `rules` checks the
+//! state after each step. [`explore`] visits every state that can be reached, in the order of its distance, so that a
+//! counterexample is a shortest one.
 //!
-//! The check has no description of the protocol of its own: it runs the structs of the broker, and makes the values in
-//! the store by the broker's functions.
+//! The check has no description of the protocol of its own. The check runs the structs of the broker, and makes the
+//! values in the store by the broker's functions.
 //!
 //! From one state in [`LIVENESS_SAMPLING`] the model also continues without further faults (`liveness`). A leader must
 //! then commit its epoch, every replica must be in sync again, and all records must be committed.
@@ -56,7 +57,7 @@ struct CheckResult {
     /// True if every state within the bounds was visited.
     complete: bool,
     /// Shortest sequence of steps to a state that violates a rule, or from which the partition does not recover, and
-    /// the violation; `None` if there is no such state.
+    /// the violation. `None` if there is no such state.
     error: Option<(Vec<Step>, RuleViolation)>,
 }
 

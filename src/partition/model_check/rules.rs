@@ -136,8 +136,8 @@ impl ModelState {
         Ok(())
     }
 
-    /// Checks that members of ISR and ELR hold all committed records, that high watermarks cover only these and never
-    /// fall, and that the newest leader serves all of them.
+    /// Checks that members of ISR and ELR hold all committed records, and that high watermarks cover only these and
+    /// never fall. Checks also that the newest leader serves all of them.
     fn check_committed(&self, before: &Self) -> Result<(), RuleViolation> {
         let committed = self.committed.len();
         for member in self.value.isr.iter().chain(&self.value.elr) {

@@ -335,8 +335,8 @@ impl ModelState {
 
     /// Handles an append to a leader's or a follower's log.
     fn on_log_grown(&mut self, me: usize) {
-        // In a `replicated` topic, or if no power loss may follow, an append counts as synced at once: the search needs
-        // no step for the sync.
+        // In a `replicated` topic, or if no power loss may follow, an append counts as synced at once. The search then
+        // needs no step for the sync.
         if self.durability == Durability::Replicated || self.budget.losses == 0 {
             self.brokers[me].persisted = self.brokers[me].log.len();
         }
@@ -612,8 +612,8 @@ impl ModelState {
         }
     }
 
-    /// Starts a process. The broker ends its older registration, resigns its leadership, leaves ISR and ELR unless its
-    /// log is intact or it is the last holder, and registers.
+    /// Starts a process. The broker ends its older registration, resigns its leadership, and registers. Before the
+    /// registration, it leaves ISR and ELR unless its log is intact or it is the last holder.
     fn restart(&mut self, me: usize) {
         let Role::Exited(integrity) = self.brokers[me].role else { return };
         self.registered[me] = None;

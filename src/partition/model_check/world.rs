@@ -157,8 +157,8 @@ pub(super) struct LinkQueue {
     pub(super) replicate_response: Vec<ToFollower>,
 }
 
-/// One state of the model: the partition's value in the metadata store, the registrations, the brokers, the messages
-/// and transactions in flight, and the remaining event budget.
+/// One state of the model. The state has the partition's value in the metadata store, the registrations, the brokers,
+/// the messages and transactions in flight, and the remaining event budget.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct ModelState {
     pub(super) budget: Budget,

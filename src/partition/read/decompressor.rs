@@ -156,8 +156,10 @@ impl Decompressor {
     /// neither memory nor permits.
     ///
     /// # Errors
-    /// The error of `work`; [`MalformedBatch::Grows`] if the records exceed `max_bytes`; [`MalformedBatch::NoMemory`]
-    /// if compressed records exceed the memory for large batches, and that memory is the lower limit.
+    /// - The error of `work`.
+    /// - [`MalformedBatch::Grows`] if the records exceed `max_bytes`.
+    /// - [`MalformedBatch::NoMemory`] if compressed records exceed the memory for large batches, and that memory is the
+    ///   lower limit.
     pub async fn open<T, F>(
         &self,
         batch: &Batch,

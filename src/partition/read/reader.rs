@@ -2,7 +2,7 @@
 //!
 //! A reader sends no request to the partition's task. It reads from the log start to the high watermark that the task
 //! published. The caller may have received a higher high watermark from another replica. So only a leader of a
-//! committed epoch returns an error for a read above its high watermark; on any other replica, such a read returns
+//! committed epoch returns an error for a read above its high watermark. On any other replica, such a read returns
 //! nothing yet. A segment may be evicted during a read: the read then tries again, because the object store has the
 //! records or they are deleted.
 
@@ -134,16 +134,18 @@ impl PartitionReader {
         self.published.watermarks()
     }
 
-    /// Marks `index` in `wake_set` now, and whenever the next read may have another result: the high watermark moved,
-    /// the replica status changed, or the partition was closed.
+    /// Marks `index` in `wake_set` now, and whenever the next read may have another result. The cause is that the high
+    /// watermark moved, the replica status changed, or the partition was closed.
     pub fn add_listener(&self, wake_set: &Arc<WakeSet>, index: usize) {
         self.published.add_listener(wake_set, index, WatermarkKind::HighWatermark);
     }
 
     /// Reads committed records from `from` on: at least one batch if there is one, and further batches within the
     /// limits. Batches in memory are shared and take no memory of the caller, so the first one may have any size.
-    /// Returns `None` if there is nothing to read yet: `from` is the high watermark, or lies above it on a replica that
-    /// does not lead in a committed epoch, or the batch at `from` is in the object store and ends above it.
+    /// Returns `None` if there is nothing to read yet, in these cases:
+    /// - `from` is the high watermark.
+    /// - `from` lies above the high watermark on a replica that does not lead in a committed epoch.
+    /// - The batch at `from` is in the object store and ends above the high watermark.
     ///
     /// # Errors
     /// [`ReadError::OutOfRange`] if `from` is below the log start, or above the high watermark of a leader whose epoch
@@ -322,11 +324,10 @@ impl PartitionReader {
     /// Returns the offset, timestamp and epoch of the first committed record whose timestamp is at least
     /// `timestamp_ms`; `None` if there is no such record.
     ///
-    /// The search selects batches by their headers and then compares the records in them, because a producer may set
-    /// any time in the header of a compressed batch. After 64 batches without a matching record, the search ends and
-    /// returns its current offset with the timestamp -1. It ends in the same way at a batch for which this broker has
-    /// no memory. No earlier record that can be read has such a timestamp, so a read from the returned offset misses
-    /// none.
+    /// The search selects batches by their headers and then compares the records in them. A producer may set any time
+    /// in the header of a compressed batch. After 64 batches without a matching record, the search ends and returns its
+    /// current offset with the timestamp -1. It ends in the same way at a batch for which this broker has no memory. No
+    /// earlier record that can be read has such a timestamp, so a read from the returned offset misses none.
     ///
     /// # Errors
     /// [`ReadError::BatchTooLarge`] if the search has to open a batch above `max_batch_bytes`. [`ReadError::Disk`] if
@@ -405,7 +406,8 @@ impl PartitionReader {
 }
 
 /// Returns offset and timestamp of the first record of a batch, from `from` on, whose timestamp is at least
-/// `timestamp_ms`; `None` if there is no such record. Fails if the records exceed `max_bytes` or cannot be decoded.
+/// `timestamp_ms`. Returns `None` if there is no such record. Fails if the records exceed `max_bytes` or cannot be
+/// decoded.
 fn first_record_at(
     batch: &Batch,
     max_bytes: usize,

@@ -106,8 +106,8 @@ impl LinkRequests {
         });
     }
 
-    /// Requests, after a pause, another event that the link is connected, so that the partition subscribes again;
-    /// ignored if the partition does not follow on this link.
+    /// Requests, after a pause, another event that the link is connected, so that the partition subscribes again. The
+    /// request is ignored if the partition does not follow on this link.
     pub fn retry_later(&self, partition: PartitionId) {
         self.update_entry(partition, |entry, _| entry.pending.resubscribe = entry.follows);
     }

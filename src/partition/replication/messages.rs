@@ -432,8 +432,8 @@ mod tests {
         )
     }
 
-    /// Regression: a follower of 3,000 partitions sent as many subscriptions at once, each of 90 bytes, and the
-    /// leader's transport ended the connection, again and again.
+    /// Regression: a follower of 3,000 partitions sent as many subscriptions at once, each of 90 bytes. The leader's
+    /// transport ended the connection, again and again.
     #[test]
     fn messages_have_the_minimum_size_of_the_transport() {
         let subscribe = v1::Subscribe {

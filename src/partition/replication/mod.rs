@@ -31,11 +31,14 @@
 //!   before and after each read.
 //! - No subscription blocks another. The window of each limits its bytes in flight to what the follower's partition can
 //!   queue. Subscribing and unsubscribing wait for a partition's task outside the loop. Disk reads run in parallel.
-//! - A follower's report of a newer leader epoch has no effect by itself: it causes a read of the metadata store, and
-//!   only the stored epoch ends a leadership.
+//! - A follower's report of a newer leader epoch has no effect by itself. The report causes a read of the metadata
+//!   store, and only the stored epoch ends a leadership.
 //! - Messages are input. An error in one subscription ends that subscription; the follower subscribes again with
-//!   growing pauses. Only these errors end the link: a message of an unexpected kind, an invalid progress message, a
-//!   subscription number in use, or the response to a ping that was never sent.
+//!   growing pauses. Only these errors end the link:
+//!   - a message of an unexpected kind
+//!   - an invalid progress message
+//!   - a subscription number in use
+//!   - the response to a ping that was never sent
 //!
 //! # Disconnect and shutdown
 //!

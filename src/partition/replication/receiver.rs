@@ -486,8 +486,9 @@ impl<'a> ReplicationReceiver<'a> {
     /// Checks batches and delivers them to the partition.
     ///
     /// # Errors
-    /// The batches are malformed, belong to another epoch, or arrived before the response to the subscription, or the
-    /// partition's queue is full: the subscription has to end.
+    /// The subscription has to end in these cases:
+    /// - The batches are malformed, belong to another epoch, or arrived before the response to the subscription.
+    /// - The partition's queue is full.
     fn deliver_batches(&mut self, index: usize, message: v1::PartitionBatches) -> Result<(), BatchRejection> {
         let Some(subscription) = &mut self.slots[index].subscription else { return Ok(()) };
         if subscription.accepted_at.is_none() {

@@ -377,8 +377,11 @@ impl ReplicationSender {
     /// Handles a message of the follower's broker. Messages for earlier subscriptions are dropped.
     ///
     /// # Errors
-    /// The message has an unexpected kind, is an invalid progress message, names a subscription number in use, or
-    /// responds to a ping that was never sent: the link has to end.
+    /// The link has to end in these cases:
+    /// - The message has an unexpected kind.
+    /// - It is an invalid progress message.
+    /// - It names a subscription number in use.
+    /// - It responds to a ping that was never sent.
     fn on_message(&mut self, message: v1::ReplicateRequest) -> Result<(), ApiError> {
         match message.try_into()? {
             FollowerMessage::Subscribe { subscription_id: number, request: Ok(request) } => {

@@ -301,9 +301,9 @@ impl Caller {
     }
 
     /// Counts a call as open until the returned value is dropped. If the connection serves only probes and the call is
-    /// no probe, the connection moves to the common pool, for which an idle connection may be evicted. The call is
-    /// rejected if the common pool has no slot, or if the limit of open calls is reached and the connection has its
-    /// share.
+    /// no probe, the connection moves to the common pool. An idle connection may be evicted for that. The call is
+    /// rejected if the common pool has no slot. The call is also rejected if the limit of open calls is reached and the
+    /// connection has its share.
     pub(super) fn begin_call(&self, is_probe: bool) -> Result<OpenCall, RefusedCall> {
         let mut slots = self.limiter.0.slots.lock();
         if !slots.has_capacity_for_call(self.id) {

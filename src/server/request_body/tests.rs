@@ -74,7 +74,7 @@ fn prost_len(bytes: usize) -> Vec<u8> {
     len
 }
 
-/// The bytes that a length announces are charged when they arrive, and a request whose bytes do not arrive fails if
+/// The bytes that a length announces are charged when they arrive. A request whose bytes do not arrive fails if
 /// complete requests need its memory. Regression: lengths of 60 MiB on many streams took 6 GB, and lengths of 65 MiB on
 /// 10,000 streams took 1.8 GB.
 #[tokio::test(start_paused = true)]

@@ -6,7 +6,7 @@
 //! Chunks are cached in memory, and repeatedly fetched ones also in a folder (`disk`). All readers that wait for a
 //! chunk share one fetch. A fetch that has begun continues even if all readers stop waiting. A chunk is written to the
 //! folder when it is fetched from the object store for the second time. So a reader that reads history once does not
-//! write all of it to the disk that appends wait for, and evicts no chunks from the folder.
+//! write all of it to the disk that appends wait for. The reader also evicts no chunks from the folder.
 //!
 //! # Invariants
 //!
@@ -144,7 +144,7 @@ impl ChunkCache {
         // Without memory a prefetched chunk would be evicted before its reader needs it, and be fetched twice.
         let read_ahead_chunks = if options.memory_bytes == 0 { 0 } else { options.read_ahead_bytes / CHUNK_BYTES };
         let inner = ChunkCacheInner {
-            // Evicts the least recently used chunk, not the least frequently used one: a prefetched chunk was not used
+            // Evicts the least recently used chunk, not the least frequently used one. A prefetched chunk was not used
             // yet, and must remain until its reader needs it.
             chunks: Moka::builder()
                 .eviction_policy(EvictionPolicy::lru())

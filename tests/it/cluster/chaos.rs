@@ -71,7 +71,7 @@ impl fmt::Display for InjectedFault {
     }
 }
 
-/// Starts a fault at a random broker or etcd member, or at the object store, waits until clients are served again while
+/// Starts a fault at a random broker or etcd member, or at the object store. Waits until clients are served again while
 /// the fault lasts, and ends the fault. `wait_for_clients` waits until clients are served and returns how long they
 /// waited, which is also the result.
 fn inject(

@@ -83,8 +83,8 @@ fn new_replica_copies_no_tiered_records_from_peers() {
     assert!(tail * 20.0 < before, "{tail} bytes of {before} came from peers, but all were in the object store");
 }
 
-/// Uploads, the bootstrap of a new replica and reads of old records succeed although most requests to the object store
-/// fail, are delayed, are executed twice, or get no complete response.
+/// Uploads, the bootstrap of a new replica and reads of old records succeed although the object store is unreliable.
+/// Most requests to the store fail, are delayed, are executed twice, or get no complete response.
 #[test]
 fn unreliable_object_store_loses_no_records() {
     let s3 = S3::begin();

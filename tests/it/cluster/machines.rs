@@ -1,5 +1,5 @@
-//! Three brokers and three etcd members, each on a simulated machine of its own ([`network`](super::network)), with
-//! links that can be cut, and an object store on the test's machine.
+//! Three brokers and three etcd members, each on a simulated machine of its own ([`network`](super::network)). Their
+//! links can be cut. The object store is on the test's machine.
 
 use std::net::Ipv4Addr;
 

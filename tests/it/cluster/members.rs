@@ -28,7 +28,7 @@ pub(crate) fn wait_for_leader(etcd: &Etcd) {
 
 /// A cluster of broker processes and its etcd. Broker ids start at 1. Dropping the value ends all processes.
 pub(crate) struct Cluster {
-    /// First field, so that it is dropped first: when a test fails, each dropped broker prints the end of its log,
+    /// First field, so that it is dropped first. When a test fails, each dropped broker prints the end of its log,
     /// which is in the folder of its [`BrokerInstance`].
     brokers: BTreeMap<u32, Broker>,
     pub(crate) etcd: Etcd,

@@ -113,7 +113,7 @@ impl Faults {
         self.inject_at(op, "", 0, fault, count);
     }
 
-    /// Applies a fault to requests of this kind whose path contains `path_part`: the first `pass` requests do not have
+    /// Applies a fault to requests of this kind whose path contains `path_part`. The first `pass` requests do not have
     /// the fault, the next `count` have it.
     pub(crate) fn inject_at(&self, op: Op, path_part: &str, pass: usize, fault: Fault, count: usize) {
         let rule = Rule { op, path_part: path_part.to_owned(), fault, pass, left: count };

@@ -73,7 +73,8 @@ impl Acks {
 
     /// Checks and records an acknowledgement that the leader of epoch `leads` counts. `ever` is the maximum that the
     /// follower acknowledged in the epoch of the acknowledgement. An acknowledgement of another leader epoch, or of a
-    /// broker epoch that did not subscribe last, is a violation, because its records may have been truncated since.
+    /// broker epoch that did not subscribe last, is a violation. The acknowledged records may have been truncated
+    /// since.
     pub(super) fn count(&mut self, leads: LeaderEpoch, ack: &Ack, ever: Ends) -> Result<(), RuleViolation> {
         let Ack { follower, registered, epoch, ends } = ack;
         if *epoch != leads {

@@ -59,7 +59,7 @@ impl Journals {
         *held = end.max(*held);
     }
 
-    /// Lowers the ends of a log that is truncated to `to`, or removes them if the log is emptied: the segments need not
+    /// Lowers the ends of a log that is truncated to `to`, or removes them if the log is emptied. The segments need not
     /// hold the removed records.
     pub(super) fn lower_ends(&mut self, who: ProcessId, partition: PartitionId, to: Offset, emptied: bool) {
         for file in self.of(who).files.values_mut() {

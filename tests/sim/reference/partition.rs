@@ -51,8 +51,8 @@ pub(super) struct Partition {
     reached: BTreeMap<LeaderEpoch, Offset>,
 }
 
-/// Result of an event: true if a member of ISR or ELR may lack committed records after the event, so that the members
-/// must be checked again.
+/// Result of an event: true if a member of ISR or ELR may lack committed records after the event. The members must then
+/// be checked again.
 type Moved = Result<bool, RuleViolation>;
 
 /// Returns the offset below which records need not be on any disk: they are in the object store, or deleted.
@@ -447,8 +447,8 @@ impl Partition {
         self.acks.count(leads, ack, ever).map(|()| false)
     }
 
-    /// Records an ISR proposal, and checks that each new member has acknowledged all records up to the epoch start and
-    /// the high watermark in this epoch.
+    /// Records an ISR proposal. Checks that each new member has acknowledged all records up to the epoch start and the
+    /// high watermark in this epoch.
     pub(super) fn on_isr_proposed(
         &mut self,
         leader: BrokerId,
@@ -511,8 +511,8 @@ impl Partition {
         Err(format!("serves {:?} at {base}, but the committed batch is {is:?}", (epoch, end, crc)))
     }
 
-    /// Checks a latest offset that a leader returned: it is not above the committed end, and not below a high watermark
-    /// that was published in this epoch or an earlier one.
+    /// Checks a latest offset that a leader returned. The offset is not above the committed end, and not below a high
+    /// watermark that was published in this epoch or an earlier one.
     pub(super) fn on_latest_returned(&self, epoch: LeaderEpoch, offset: Offset) -> Moved {
         match self.reached.range(..=epoch).find(|(_, reached)| **reached > offset) {
             Some((before, reached)) => Err(format!(

@@ -114,8 +114,8 @@ impl Replica {
         if *emptied { found } else { truncated.check_found(epochs, end) }
     }
 
-    /// Checks that the found log has the epochs of this one, and ends at or above the durable end and at or below the
-    /// written end. If this log has no epochs, the found log must have none either.
+    /// Checks that the found log has the epochs of this one. The found log ends at or above the durable end and at or
+    /// below the written end. If this log has no epochs, the found log must have none either.
     fn check_found(&self, epochs: &EpochHistory, end: Offset) -> Result<(), String> {
         let (durable, written) = (self.durable(), self.ends.written);
         if self.epochs.last().is_none() {

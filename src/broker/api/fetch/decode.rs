@@ -75,8 +75,8 @@ impl FetchSession {
     }
 }
 
-/// Reason why a response has no records of a partition: an error for the client, or a record for which the response
-/// must be read again.
+/// Reason why a response has no records of a partition. The reason is an error for the client, or a record for which
+/// the response must be read again.
 enum Undecoded {
     Refused(ApiError),
     TooLarge(RecordTooLarge),

@@ -39,8 +39,8 @@ impl Fetch {
         self.lookup.readable(requested, errors::parse_topic_id(&requested.topic_id)?, any_replica)
     }
 
-    /// Returns the response entry of a partition that this broker rejects, with `error` and, if a local replica is
-    /// open, with the log start and high watermark of that replica.
+    /// Returns the response entry of a partition that this broker rejects, with `error`. If a local replica is open,
+    /// the entry contains the log start and high watermark of that replica.
     pub(super) fn refused_partition(&self, requested: v1::FetchPartition, error: ApiError) -> v1::FetchedPartition {
         let id = errors::parse_topic_id(&requested.topic_id).ok();
         let replica = id.and_then(|id| self.lookup.open_replica(&requested.topic, id, requested.partition));

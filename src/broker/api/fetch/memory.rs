@@ -68,8 +68,8 @@ impl ResponseMemory {
 }
 
 impl FetchSession {
-    /// Returns true if memory must be reserved for the next response: the response has none, and there is a deferred
-    /// outcome, a read in progress or a ready partition.
+    /// Returns true if memory must be reserved for the next response. The response then has none, and there is a
+    /// deferred outcome, a read in progress or a ready partition.
     pub(super) fn needs_memory(&self) -> bool {
         self.response_memory.is_none() && (self.deferred.is_some() || !self.reads.is_empty() || self.ready.is_marked())
     }
@@ -189,9 +189,9 @@ impl FetchSession {
         }
     }
 
-    /// Returns the bytes of batches for which there is no memory: of the batches that a read returned, or of a batch
-    /// above the limit of the read. Returns `None` if there is memory for the returned batches, or if the read found
-    /// nothing or failed otherwise. May reserve more memory.
+    /// Returns the bytes of batches for which there is no memory. These are the batches that a read returned, or a
+    /// batch above the limit of the read. Returns `None` if there is memory for the returned batches, or if the read
+    /// found nothing or failed otherwise. May reserve more memory.
     pub(super) fn bytes_without_memory(
         &self,
         outcome: &Result<Option<FetchedBatches>, ReadError>,
@@ -249,8 +249,8 @@ impl FetchSession {
         needed <= bytes || self.memory.reserve_more((needed - bytes).min(2 * batch_bytes)).is_ok()
     }
 
-    /// Returns the maximum bytes of one read, if the response has space for `remaining_bytes`: an equal part for each
-    /// concurrent read, but at least [`MIN_READ_BYTES`] if there is space for that many.
+    /// Returns the maximum bytes of one read, if the response has space for `remaining_bytes`. Each concurrent read
+    /// gets an equal part, but at least [`MIN_READ_BYTES`] if there is space for that many.
     pub(super) fn read_bytes(&self, remaining_bytes: usize) -> usize {
         let reads = self.partitions.len().clamp(1, MAX_CONCURRENT_READS);
         (remaining_bytes / reads).max(remaining_bytes.min(MIN_READ_BYTES))

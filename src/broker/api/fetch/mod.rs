@@ -4,14 +4,14 @@
 //!
 //! A [`FetchSession`] contains the partitions of one reader and its position in each. A [`WakeSet`] collects the
 //! partitions with new records, so idle partitions cost no work. Unless other responses hold too much memory, reads of
-//! several partitions run concurrently: a read from the object store does not delay partitions whose records are in
+//! several partitions run concurrently. So a read from the object store does not delay partitions whose records are in
 //! memory.
 //!
 //! A reader that accepts any replica is also served by an in-sync follower, up to the high watermark that the follower
-//! has received. The role of the local replica is checked after each read. If the replica no longer serves the reader,
-//! for example as a follower that was removed from the ISR, the reader gets an error with the leader. Only a leader
-//! whose epoch is committed rejects an offset above the high watermark. An offset below the committed log start is out
-//! of range on every replica.
+//! has received. The role of the local replica is checked after each read. The replica may no longer serve the reader,
+//! for example as a follower that was removed from the ISR. The reader then gets an error with the leader. Only a
+//! leader whose epoch is committed rejects an offset above the high watermark. An offset below the committed log start
+//! is out of range on every replica.
 //!
 //! `max_wait_ms` bounds the wait for records that do not exist yet. A unary read waits for existing records, on disk or
 //! in the object store, at most `tier.fetch_max_wait`.
@@ -151,8 +151,8 @@ struct FetchSession {
     /// Largest `max.message.bytes` of the partitions, but at most [`MIN_READ_BYTES`]: the size for which each read gets
     /// memory at first.
     expected_batch_bytes: usize,
-    /// Bytes of the largest batch, or of the batches of one read, for which there was not enough memory, rounded up to
-    /// a power of two; 0 if none.
+    /// Bytes for which there was not enough memory, rounded up to a power of two, or 0 if none. The bytes are those of
+    /// the largest batch, or of the batches of one read.
     max_batch_bytes: usize,
     /// Size of the session's reservation for one decoded record that exceeds the space of a response, in bytes; 0
     /// without one. See [`decode::RecordTooLarge`].

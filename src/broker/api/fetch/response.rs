@@ -17,8 +17,8 @@ pub(super) struct FetchResponseBuilder {
     pub(super) bytes: usize,
     /// True if an entry contains the error of a rejected partition or of a failed read.
     pub(super) failed: bool,
-    /// True if the response takes no more records: the next read outcome does not fit or is an error for the next
-    /// response, or there is no memory for more.
+    /// True if the response takes no more records. Either the next read outcome does not fit or is an error for the
+    /// next response, or there is no memory for more.
     pub(super) full: bool,
 }
 

@@ -50,9 +50,13 @@ impl FetchStreamState {
         Self { session, requests, lease_expiry, has_assignment: false, requests_ended: false }
     }
 
-    /// Returns the next response: once the response has `min_bytes` or an error or is full, `max_wait_ms` after its
-    /// first records, or when the lease expires or is renewed. A response with records is also returned when the client
-    /// replaces the partitions. `None` ends the stream: the broker stops, or the client sent no request.
+    /// Returns the next response in these cases:
+    /// - The response has `min_bytes` or an error, or is full.
+    /// - `max_wait_ms` have passed since its first records.
+    /// - The lease expires or is renewed.
+    ///
+    /// A response with records is also returned when the client replaces the partitions. `None` ends the stream: the
+    /// broker stops, or the client sent no request.
     pub(super) async fn next(&mut self) -> Option<Result<v1::FetchResponse, Status>> {
         let mut builder = FetchResponseBuilder::default();
         let mut deadline: Option<Instant> = None;

@@ -131,8 +131,8 @@ async fn duplicate_partition_in_fetch_is_rejected() {
     bench.stop().await;
 }
 
-/// Regression: each response contained only the partition in memory, which was ready first, and the read of the
-/// partition on disk was dropped at the end of each call.
+/// Regression: each response contained only the partition in memory, which was ready first. The read of the partition
+/// on disk was dropped at the end of each call.
 #[tokio::test]
 async fn read_of_memory_and_disk_returns_both_partitions() {
     let dir = tempfile::tempdir().unwrap();
@@ -248,7 +248,7 @@ fn decoded_read() -> v1::ReadRequest {
     v1::ReadRequest { partitions: vec![want], decode: true, ..Default::default() }
 }
 
-/// Regression: the memory for a record above 16 MiB exceeded the rest of the connection's share beside the response, so
+/// Regression: the memory for a record above 16 MiB exceeded the rest of the connection's share beside the response. So
 /// the record was rejected on every retry.
 #[tokio::test]
 async fn decoded_record_above_connection_share_is_read() {

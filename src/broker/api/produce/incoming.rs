@@ -191,7 +191,7 @@ fn no_produce_memory_error(bytes: usize, memory: &MemoryBudget) -> ApiError {
     ApiError::new(ErrorCode::Overloaded, message).with("bytes", bytes).with("max", max)
 }
 
-/// Parses and checks a batch that a client built. Uncompressed records are checked too: records with an invalid
+/// Parses and checks a batch that a client built. Uncompressed records are checked too. Records with an invalid
 /// structure would break consumers of other clients, and wrong timestamps in the header would break retention and
 /// search by time. Of compressed records, only the first ones are decoded; readers decode the rest.
 fn parse_batch(bytes: bytes::Bytes) -> Result<(Batch, TimestampRange), MalformedBatch> {

@@ -75,8 +75,8 @@ struct TieredAck {
     _permits: [OwnedSemaphorePermit; 2],
 }
 
-/// Pending acknowledgement of a write. If this value is dropped before the result, because of a timeout or because the
-/// client is gone, the partition is notified, so that it can free the memory of the write.
+/// Pending acknowledgement of a write. This value may be dropped before the result, because of a timeout or because the
+/// client is gone. The partition is then notified, so that it can free the memory of the write.
 struct PendingAck {
     /// Channel for the result; `None` once the result was received.
     result: Option<oneshot::Receiver<AppendResult>>,
@@ -176,8 +176,8 @@ impl Produce {
         })
     }
 
-    /// Checks a write and queues it at its partition. Waits for a topic that this broker does not host yet, for the
-    /// cluster's producer id key, for a permit to recompress the batch, and for memory.
+    /// Checks a write and queues it at its partition. Waits for a topic that this broker does not host yet, and for the
+    /// cluster's producer id key. Waits also for a permit to recompress the batch, and for memory.
     async fn queue(
         &self,
         request: v1::AppendRequest,
@@ -300,8 +300,8 @@ impl Produce {
     }
 
     /// Returns the error for an acknowledgement that did not arrive in time. For an append with `acks=tiered` that is
-    /// stored on this broker, the error contains the offsets and why the records are not in the object store, so that
-    /// the client does not write the records twice.
+    /// stored on this broker, the error contains the offsets. The error also contains why the records are not in the
+    /// object store, so that the client does not write them twice.
     fn timeout_error(&self, id: PartitionId, timeout: Duration, tiered: Option<&TieredAck>) -> ApiError {
         let ms = timeout.as_millis();
         let Some(stored) = tiered.and_then(|tiered| tiered.stored.get()) else {
@@ -332,7 +332,8 @@ impl Produce {
     }
 
     /// Waits for the outcome of a queued append of a stream. An append that is stored on this broker and waits for the
-    /// object store first returns a notice, once the store is unavailable or uploads of the partition fail.
+    /// object store first returns a notice. This notice follows once the store is unavailable or uploads of the
+    /// partition fail.
     async fn next_step(self: Arc<Self>, correlation_id: u64, queued: QueuedAppend) -> Step {
         let (stored, partition) = (queued.tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored)), queued.partition);
         let produce = Arc::clone(&self);

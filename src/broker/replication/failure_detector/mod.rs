@@ -3,7 +3,7 @@
 //! # Overview
 //!
 //! A lost link alone proves little, so it is followed by probes. A refused connection proves that no process listens at
-//! the address: the host responded, and the process is gone. An inconclusive probe is repeated: an exiting process
+//! the address: the host responded, and the process is gone. An inconclusive probe is repeated. An exiting process
 //! accepts connections until its last moment, its successor accepts them before it responds, and a busy host responds
 //! late.
 //!
@@ -12,11 +12,11 @@
 //! - Leaders on this broker remove the peer from the ISR at once (`DisconnectCause::ProcessGone`), so that `acks=all`
 //!   does not wait for the lease.
 //! - The controller receives a failure report, and probes the peer itself. If the process is gone, the controller
-//!   deletes the registration with a compare on the broker epoch, and then elects other leaders. If there is no
-//!   controller, or the controller is the suspect or is not registered, the other brokers try to delete the
+//!   deletes the registration with a compare on the broker epoch, and then elects other leaders. There may be no
+//!   controller, or the controller may be the suspect or not be registered. The other brokers then try to delete the
 //!   registration, in the order of their ids with growing delays.
 //!
-//! A link that was lost by a timeout is not followed by probes: a host that disappeared or is unreachable keeps its
+//! A link that was lost by a timeout is not followed by probes. A host that disappeared or is unreachable keeps its
 //! registration until its lease expires.
 //!
 //! # Invariants
@@ -259,8 +259,8 @@ impl FailureDetector {
         );
     }
 
-    /// Makes one attempt to have the registration of a failed process deleted: by the controller or, without a
-    /// registered controller besides the suspect, by this broker after a delay. Returns true if the controller or this
+    /// Makes one attempt to have the registration of a failed process deleted. The controller deletes it or, without a
+    /// registered controller besides the suspect, this broker after a delay. Returns true if the controller or this
     /// broker has deleted the registration.
     async fn report_once(&self, broker: BrokerId, epoch: Revision, result: ProbeResult) -> bool {
         let me = self.id;
@@ -296,7 +296,7 @@ impl FailureDetector {
                 // or is no longer the controller.
                 response.is_ok_and(|response| response.revoked)
             }
-            // The controller is the suspect, is not registered, or does not exist: each remaining broker tries to
+            // The controller is the suspect, is not registered, or does not exist. Each remaining broker tries to
             // delete the registration itself, after a delay that grows with its rank.
             (None, _) | (Some(_), None) => {
                 tokio::time::sleep(FALLBACK_DELAY * u32::try_from(rank).unwrap_or(u32::MAX)).await;
@@ -347,8 +347,8 @@ impl FailureDetector {
         self.reports.run((broker, epoch), check).await
     }
 
-    /// Deletes the registration of a process that this broker found gone, if this broker is the controller and no
-    /// cooldown of the incarnation is in progress. A deletion starts a cooldown. Returns true if this call or an
+    /// Deletes the registration of a process that this broker found gone. This broker must be the controller, and no
+    /// cooldown of the incarnation may be in progress. A deletion starts a cooldown. Returns true if this call or an
     /// earlier one deleted the registration.
     async fn delete_registration(&self, report: FailureReport) -> Result<bool, MetaStoreError> {
         let FailureReport { reporter, broker, epoch, observation } = report;

@@ -63,8 +63,8 @@ impl ProducerDriver {
         self.set_next_timer(index);
     }
 
-    /// Returns the reason for which a queue got no response on this stream within the delivery timeout: that of the
-    /// leader's last notice, if there is one.
+    /// Returns the reason for which a queue got no response on this stream within the delivery timeout. This is the
+    /// reason of the leader's last notice, if there is one.
     pub(super) fn no_response_reason(&self, index: usize, stream: u64) -> String {
         let leader = || self.streams.get(&stream).map_or("the leader", |stream| stream.address.as_str());
         let notice = self.queues[index].notice.clone();
@@ -189,8 +189,8 @@ mod tests {
     use super::{super::super::super::HEDGE_DELAY_LEASE_EXPIRED, *};
 
     /// Checks the client's part of the sum in docs/replication.md, "Failover time of an unresponsive host": the time
-    /// from the end of the leader's lease on. The sum assumes that etcd checks for expired leases twice a second, that
-    /// an election takes 50 ms, and that the first broker that is called does not respond.
+    /// from the end of the leader's lease on. The sum assumes that etcd checks for expired leases twice a second, and
+    /// that an election takes 50 ms. The sum also assumes that the first broker that is called does not respond.
     #[test]
     fn new_leader_is_found_within_a_second_of_lease_end() {
         let elected = Duration::from_millis(500 + 50);

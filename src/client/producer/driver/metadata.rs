@@ -36,7 +36,7 @@ impl ProducerDriver {
         });
     }
 
-    /// Handles the end of a metadata refresh: moves queues away from leaders that do not respond, and sends the batches
+    /// Handles the end of a metadata refresh. Moves queues away from leaders that do not respond, and sends the batches
     /// of queues that waited for a leader. Fails the batches of a waiting queue if the metadata has an error for its
     /// topic. Refreshes again while a queue has no leader.
     pub(super) fn on_metadata(&mut self, result: Result<(), CallError>) {

@@ -512,8 +512,8 @@ impl ProducerDriver {
         }
     }
 
-    /// Sets the timer of a queue to the next time at which it may need work: the end of a pause, the delivery timeout,
-    /// a report, or a check of the leader.
+    /// Sets the timer of a queue to the next time at which it may need work. This is the end of a pause, the delivery
+    /// timeout, a report, or a check of the leader.
     fn set_next_timer(&mut self, index: usize) {
         let state = &self.queues[index];
         let deadline = state.in_flight.deadline().map(|(at, _)| at).or_else(|| state.queue.deadline());

@@ -22,7 +22,7 @@ pub(super) const LEADER_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) struct QueueState {
     pub(super) queue: Arc<PartitionQueue>,
     pub(super) in_flight: InFlightBatches,
-    /// Stream of the in-flight batches, or of the last send; `None` before the first send, and after the stream ended
+    /// Stream of the in-flight batches, or of the last send. `None` before the first send, and after the stream ended
     /// or the queue left its leader.
     pub(super) stream: Option<u64>,
     /// Stream in which the queue waits for capacity; `None` if it does not wait.
@@ -81,8 +81,8 @@ impl QueueState {
         }
     }
 
-    /// Returns the topic id for the batches of this queue: that of the name at the first batch, or at the first batch
-    /// after a mismatch cleared the id. Empty if the topic is unknown.
+    /// Returns the topic id for the batches of this queue. This is the id of the name at the first batch, or at the
+    /// first batch after a mismatch cleared the id. Empty if the topic is unknown.
     pub(super) fn topic_id(&mut self, client: &Client) -> Arc<str> {
         if self.topic_id.is_none()
             && let Some(Ok(route)) = client.routing().topic(&self.queue.topic)

@@ -138,7 +138,7 @@ impl ProducerModel {
         self.in_flight.take(SealedBatch { body: BatchBody::Built(builder), count, completion, permits: 0, deadline });
     }
 
-    /// Makes the broker handle the next request. `outcome` selects its result: 0 rejects it with a retryable error, 1
+    /// Makes the broker handle the next request. `outcome` selects its result. 0 rejects it with a retryable error, 1
     /// appends it and responds with a timeout, 2 rejects it with a final error. Other values append it and respond with
     /// the outcome.
     fn handle(&mut self, outcome: u8) {
@@ -248,7 +248,7 @@ proptest! {
 }
 
 /// Regression: a batch was refused, and the batch behind it moved up to its sequence. A late attempt of the second
-/// batch then arrived under its old sequence, which was the next one for the broker, and the batch was appended twice.
+/// batch then arrived under its old sequence, which was the next one for the broker. The batch was appended twice.
 #[test]
 fn late_attempt_under_old_sequence_is_not_duplicated() {
     let mut model = ProducerModel::new();

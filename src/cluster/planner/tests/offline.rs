@@ -153,7 +153,7 @@ fn lost_replicas_are_replaced_before_drained_ones() {
     assert_eq!(world.plan().blocked, [(id(0), BlockedReason::NoBrokers)]);
 }
 
-/// Regression: lowering the factor had no effect while too few replicas were in sync: a partition with more replicas
+/// Regression: lowering the factor had no effect while too few replicas were in sync. A partition with more replicas
 /// than the factor got no replacement for lost ones, and none was removed.
 #[test]
 fn lowered_factor_is_applied_with_too_few_in_sync_replicas() {

@@ -1,5 +1,5 @@
-//! Tests of the check of compressed records at an append: it accepts all correct batches, rejects faulty ones, and the
-//! decoded prefix is the beginning of the uncompressed bytes.
+//! Tests of the check of compressed records at an append. The check accepts all correct batches and rejects faulty
+//! ones. The decoded prefix is the beginning of the uncompressed bytes.
 
 use super::*;
 

@@ -82,8 +82,8 @@ impl IsrUpdater for Recorder {
     fn resign(&self, _: PartitionId, _: LeaderEpoch) {}
 }
 
-/// Returns an actor that leads in epoch 4, with the ISR 1 and 2 among the replicas 1 to 3, with its data directory and
-/// recorder.
+/// Returns an actor with its data directory and recorder. The actor leads in epoch 4, with the ISR 1 and 2 among the
+/// replicas 1 to 3.
 fn open_recorded(start: Offset) -> (DataDir, Actor, Arc<Recorder>) {
     // The hook is an option of the log, so it exists before the actor, and the recorder needs the actor's published
     // state. So the hook gets the recorder later.

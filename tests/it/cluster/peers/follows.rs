@@ -231,8 +231,10 @@ impl IdleCluster {
         }
     }
 
-    /// Checks that the leader refuses a progress above its log end, reports divergence to a subscription above its log
-    /// end, and ends the link at a progress whose lists differ in length.
+    /// Checks three responses of the leader:
+    /// - It refuses a progress above its log end.
+    /// - It reports divergence to a subscription above its log end.
+    /// - It ends the link at a progress whose lists differ in length.
     async fn check_false_progress_refused(&self, link: &mut FollowerStream) {
         let removal_count = Some(self.meta.value(self.id).await.removal_count);
         let subscription = |subscription_id, end| v1::Subscribe {
@@ -316,9 +318,9 @@ async fn fake_follower_is_refused_and_real_follower_continues() {
 }
 
 /// A second link in a follower's name is refused while the follower's own link responds. A second link replaces a link
-/// that does not respond. Regression: two fake brokers in the names of followers made a leader acknowledge records that
-/// only they had, or replaced the followers' links and acknowledged nothing. A broker epoch of 2^63 counted as the
-/// newest, and the last caller as the real follower.
+/// that does not respond. Regression: two fake brokers used the names of followers. Either a leader acknowledged
+/// records that only the fake brokers had, or the fake brokers replaced the followers' links and acknowledged nothing.
+/// A broker epoch of 2^63 counted as the newest, and the last caller as the real follower.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fake_follower_takes_over_no_responsive_link() {
     let idle = IdleCluster::begin().await;

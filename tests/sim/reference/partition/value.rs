@@ -86,8 +86,8 @@ impl Partition {
         self.check_elr(&change, machines)
     }
 
-    /// Checks that the leader proposed the new ISR, with this broker, for the replaced value, and that the broker is
-    /// still registered with the broker epoch that it had at the proposal.
+    /// Checks that the leader proposed the new ISR, with this broker, for the replaced value. The broker must still be
+    /// registered with the broker epoch that it had at the proposal.
     fn check_admitted(&self, broker: BrokerId, change: &Change<'_>, brokers: &Brokers) -> Result<(), RuleViolation> {
         let Some(proposal) = self.proposed_as(change) else {
             return change.violation(format_args!(
