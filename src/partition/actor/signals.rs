@@ -75,6 +75,12 @@ impl ActorSignals {
         self.notify.notify_one();
     }
 
+    /// Returns true if the task has not taken the time of the last tick.
+    #[cfg(test)]
+    pub(in crate::partition) fn has_tick(&self) -> bool {
+        self.pending.lock().now_ms.is_some()
+    }
+
     /// Signals that a writer dropped its receiver before the result.
     pub(in crate::partition) fn on_waiter_dropped(&self) {
         self.pending.lock().has_dropped_waiters = true;

@@ -560,6 +560,8 @@ pub(super) async fn tick(partition: &Partition, now_ms: u64) {
     };
     partition.assign(stale_assignment()).await;
     partition.tick(now_ms);
+    // The task may handle later assignments before the time, and a later time would replace it.
+    wait_until("the task takes the time", || !partition.signals.has_tick()).await;
     partition.assign(stale_assignment()).await;
 }
 
