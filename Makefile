@@ -123,7 +123,7 @@ sim-fixed: ## Simulates the first 40 seeds of each, some twice, and planted defe
 sim-new: ## Simulates new seeds for SIM_SECONDS (180) and prints them.
 	STRANDLINE_SIM_SECONDS=$(SIM_SECONDS) $(SIM) brokers_keep broker_keeps
 
-mutants: ## Plants each rare defect and simulates seeds until one finds it; takes an hour. MUTANT=name selects one.
+mutants: ## Plants each rare defect and simulates seeds until one finds it; takes minutes. MUTANT=name selects one.
 	STRANDLINE_MUTANT=$(MUTANT) $(SIM) --ignored every_rare_broken_rule_is_found
 
 model: ## Checks replication in every order of events, up to STATES (2000000) states for each search; ONLY=text selects searches by name.

@@ -46,26 +46,24 @@ const MUTANTS: &[(Mutation, Topology, u64)] = &[
     (Mutation::LatestBeforeEpochCommitted, Topology::THREE, 80),
     (Mutation::FollowerServesUncommitted, Topology::THREE, 10),
     (Mutation::CountOlderEpochAcks, Topology::THREE.with_profile(FaultProfile::Leases), 40),
+    (Mutation::TruncateUnjournaled, Topology::THREE, 90),
+    (Mutation::TreatUncleanAsClean, Topology::THREE.with_profile(FaultProfile::OneDown), 110),
+    (Mutation::AdmitStaleBrokerEpoch, Topology::THREE.with_profile(FaultProfile::Admissions), 30),
+    (Mutation::AdmitAfterEpochCommitted, Topology::THREE, 10),
 ];
 
-/// Mutations that few seeds detect, with the number of seeds to search. The model check (`partition/model_check`)
-/// detects the mutations of `partition/leader` in every test run.
-///
-/// | mutation | why few seeds detect it, where the reason is known |
-/// | --- | --- |
-/// | `AcceptOlder…EpochAck` | A new leader epoch ends the subscription, a new broker epoch the link: an older acknowledgement rarely arrives |
-/// | `IgnoreElr` | Few runs lower `min.insync.replicas` |
-/// | `AdmitAfterEpochCommitted` | The partition cannot commit until the next election, which often follows soon |
-const RARE: &[(Mutation, Topology, u64)] = &[
-    (Mutation::TruncateUnjournaled, Topology::THREE, 2000),
-    (Mutation::AdoptNewerTieredEnd, Topology::THREE, 2000),
-    (Mutation::TreatUncleanAsClean, Topology::THREE.with_profile(FaultProfile::OneDown), 2000),
-    (Mutation::AdmitStaleBrokerEpoch, Topology::THREE.with_profile(FaultProfile::Admissions), 2000),
+/// Mutations that few seeds detect. A third of the seeds was enough here too, but their runs take minutes.
+const RARE: &[(Mutation, Topology, u64)] =
+    &[(Mutation::AdoptNewerTieredEnd, Topology::THREE, 740), (Mutation::IgnoreElr, Topology::THREE, 1260)];
+
+/// Mutations that none of the seeds 1 to 2,000 detects. A new leader epoch ends the subscription, and a new broker
+/// epoch the link, so a message of an older epoch rarely arrives. Other tests detect them in every run: the model check
+/// (`partition/model_check`) the first two, and `message_of_another_epoch_changes_nothing` in `partition/follower` the
+/// last one. These mutations are simulated only if `STRANDLINE_MUTANT` selects them.
+const UNDETECTED: &[(Mutation, Topology, u64)] = &[
     (Mutation::AcceptOlderLeaderEpochAck, Topology::THREE, 2000),
-    (Mutation::ObeyOlderLeaderEpoch, Topology::THREE.with_profile(FaultProfile::Leases), 2000),
     (Mutation::AcceptOlderBrokerEpochAck, Topology::THREE, 2000),
-    (Mutation::IgnoreElr, Topology::THREE, 2000),
-    (Mutation::AdmitAfterEpochCommitted, Topology::THREE, 2000),
+    (Mutation::ObeyOlderLeaderEpoch, Topology::THREE.with_profile(FaultProfile::Leases), 2000),
 ];
 
 #[test]
@@ -74,9 +72,10 @@ fn every_broken_rule_is_found() {
 }
 
 #[test]
-#[ignore = "takes an hour: make mutants MUTANT=name"]
+#[ignore = "takes minutes: make mutants MUTANT=name"]
 fn every_rare_broken_rule_is_found() {
-    search(RARE);
+    let is_one_selected = std::env::var_os("STRANDLINE_MUTANT").is_some_and(|name| !name.is_empty());
+    if is_one_selected { search(&[RARE, UNDETECTED].concat()) } else { search(RARE) }
 }
 
 /// Runs seeds for each mutation until one detects it, and panics if none does. `STRANDLINE_MUTANT` selects the
