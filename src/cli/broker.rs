@@ -66,7 +66,7 @@ enum BrokerCommand {
     /// the progress. The exit code is 1 if no replica can move. Either too few other brokers can take replicas, or
     /// running reassignments wait for an offline broker. With --wait, this failure follows only after no replica has
     /// been able to move for a minute. The cause can then also be partitions without a leader. The drain stays in
-    /// effect either way.
+    /// effect in all of these cases.
     ///
     /// A broker that is permanently lost can be drained too: its replicas are then replaced at once. Replicas of
     /// partitions without a leader are not replaced, because there is no leader to copy from;

@@ -122,7 +122,7 @@ pub struct RegistrationRequest {
 }
 
 impl RegistrationRequest {
-    /// Deletes an earlier registration of the same data directory. The registration may also be of another directory,
+    /// Deletes an earlier registration of the same data directory. Does not delete a registration of another directory,
     /// or in a format that this version does not read. Such a registration may belong to a running broker, or to an
     /// exited process whose disk was replaced. This function waits up to the duration of a lease and one second for the
     /// expiry of such a registration.

@@ -2,8 +2,8 @@
 //! with the message.
 //!
 //! tonic keeps a buffer per direction for as long as a call is open, as large as the largest message of the call. With
-//! those buffers, an idle consumer would hold its last response, and an idle producer its largest request. The budgets
-//! count their memory as free nevertheless.
+//! those buffers, an idle consumer would hold its last response, and an idle producer its largest request. But the
+//! budgets count that memory as free.
 
 use std::{
     convert::Infallible,

@@ -39,7 +39,7 @@ impl MetricsFormat {
 }
 
 /// Converts OpenMetrics to the Prometheus text format. In the Prometheus format, the HELP and TYPE lines of a counter
-/// name it with the suffix `_total` of its samples. There is no `# EOF` line.
+/// name it with the suffix `_total` of its samples. That format has no `# EOF` line.
 pub(super) fn to_prometheus(open_metrics: &str) -> String {
     let mut out = String::with_capacity(open_metrics.len());
     // Name and text of the last HELP line. The next line contains the type, which determines the name in the output.

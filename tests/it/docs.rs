@@ -108,8 +108,8 @@ fn every_decision_is_listed() {
     }
 }
 
-/// Returns the items that a page names as `` `module/file::function` `` or `` `module/file::Type::member` ``. An item is
-/// the file below a source folder, the type, and the function, method or field.
+/// Returns the items that a page names as `` `module/file::function` `` or `` `module/file::Type::member` ``. An item
+/// is the file below a source folder, the type, and the function, method or field.
 fn named_items(page: &str) -> Vec<(&str, Option<&str>, &str)> {
     let is_lowercase = |text: &str| text.chars().all(|c| c.is_ascii_lowercase() || "_/".contains(c));
     let quoted = page.split('`').skip(1).step_by(2);

@@ -154,7 +154,7 @@ async fn run_cluster(world: &mut Simulation, shape: Topology) {
     check(&load, &mut checker).await;
     liveness::wait_for_caches_and_uploads(world, &checker).await;
     // The same conditions must hold after a power loss of all machines. In runs in which a power loss may lose records,
-    // they must hold after a clean stop.
+    // a clean stop replaces it.
     for machine in &mut world.machines {
         if power { machine.kill(Some(random::bits())) } else { machine.stop().await }
     }

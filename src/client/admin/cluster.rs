@@ -110,8 +110,8 @@ pub struct BrokerStats {
     /// Duration and cause of an outage of the object store; `None` while the object store responds.
     pub object_store: Option<String>,
     /// Number of partitions whose maintenance (rolling, uploading or trimming segments) fails repeatedly, and the error
-    /// of the longest failure. Or the error of the uploads, if none has succeeded for 30 seconds. `None` otherwise, and
-    /// for failures because the object store or the metadata store does not respond.
+    /// of the longest failure. Without such a partition, the error of the uploads if none has succeeded for 30 seconds.
+    /// `None` otherwise, and for failures because the object store or the metadata store does not respond.
     pub maintenance: Option<String>,
     /// Impairments of a broker that serves requests, one line each.
     pub impaired: Vec<String>,

@@ -554,9 +554,9 @@ impl ConsumerDriver {
         });
     }
 
-    /// Has an effect only for a consumer with a rack. Refreshes metadata that is older than `metadata_age` or precedes
-    /// the end of a partition's stay at its leader. Moves partitions to the replicas that should serve them. Returns
-    /// the time of the next check; `None` without a rack.
+    /// Moves the partitions of a consumer with a rack to the replicas that should serve them. Also refreshes metadata
+    /// that is older than `metadata_age` or precedes the end of a partition's stay at its leader. Returns the time of
+    /// the next check. Does nothing and returns `None` without a rack.
     fn check_read_replicas(&mut self, now: Instant) -> Option<Instant> {
         self.options.rack.as_ref()?;
         let stay_ends = self.partitions.iter().filter(|(.., state)| !state.failed);
@@ -570,8 +570,8 @@ impl ConsumerDriver {
         later.into_iter().min()
     }
 
-    /// Ends each stream with a partition whose read target is another broker. The condition is that `is_outdated`
-    /// returns true for the stream, state and read target of that partition. The caller schedules the assignment of new
+    /// Ends each stream that has an outdated partition. The read target of such a partition is another broker, and
+    /// `is_outdated` returns true for its stream, state and read target. The caller schedules the assignment of new
     /// streams.
     fn move_partitions(&mut self, is_outdated: impl Fn(&Self, u64, &PartitionFetchState, &ReadTarget) -> bool) {
         let mut outdated = BTreeSet::new();

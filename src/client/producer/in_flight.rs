@@ -12,11 +12,11 @@
 //!    stream (*draining*). Then all unacknowledged batches are sent again, in their first order and with their first
 //!    sequences. Meanwhile the broker refuses batches behind a failed batch as out of order, or with the error of the
 //!    failed batch. These errors are expected.
-//! 3. A batch that fails leaves a gap in the sequence. The sequences of the later batches are reduced by the gap on one
-//!    condition. Neither this batch nor a later one has had an attempt with an unknown outcome. The broker refuses
-//!    later batches in flight as out of order, and they are sent again under their new sequences. Otherwise the later
-//!    batches continue under a new producer id. Of these, the batches that may have been appended, or may still be,
-//!    fail as well. No broker could detect their repetition under the new id.
+//! 3. A batch that fails leaves a gap in the sequence. If no attempt of this or a later batch had an unknown outcome,
+//!    the sequences of the later batches are reduced by the gap. The broker refuses later batches in flight as out of
+//!    order, and they are sent again under their new sequences. If an attempt had an unknown outcome, the later batches
+//!    continue under a new producer id. Of these, the batches that may have been appended, or may still be, fail as
+//!    well, because no broker could detect their repetition under the new id.
 //! 4. A broker that has no state of the producer, or lacks a batch before the first in-flight batch, has lost state.
 //!    The batches then continue under a new producer id, as in rule 3.
 //! 5. Without idempotence, but with acknowledgements, one batch is in flight at a time, which preserves the order.

@@ -26,9 +26,9 @@
 //!
 //! A member whose host disappears does not close its connections. If a call times out and its connection received no
 //! response meanwhile, the connection is replaced. A connection with a login is replaced after every call that times
-//! out. A restored etcd can delay all requests with its token (see `Member::attempt`). A watch requests progress after
-//! two seconds without a message, and moves to another member after two more. After three streams in a row without a
-//! response, the watch ends with an error, and the metadata cache relists.
+//! out, because a restored etcd can delay all requests with the token of the login (see `Member::attempt`). A watch
+//! requests progress after two seconds without a message, and moves to another member after two more. After three
+//! streams in a row without a response, the watch ends with an error, and the metadata cache relists.
 //!
 //! HTTP/2 pings are not used. etcd permits one ping per five seconds, and none without active streams, and closes the
 //! connections of clients that send more. With one ping every two seconds, etcd closed each connection after eight

@@ -151,7 +151,7 @@ impl ClusterOperations {
     }
 
     /// Returns the partitions with a reassignment in progress or queued, whether an operator or the controller started
-    /// it. The partitions are those of one partition, of a topic, or of the cluster if `topic` is `None`.
+    /// it. The result covers one partition, one topic, or the cluster if `topic` is `None`.
     pub fn list_reassignments(
         &self,
         topic: Option<&TopicName>,

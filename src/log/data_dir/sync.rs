@@ -1,6 +1,6 @@
 //! Sync passes over all replicas, checkpoints, and the release of journal files. The sync thread runs the passes; a
-//! closing directory runs its own. A pass is due after a number of bytes, and after a time. A pass is also due when a
-//! persist call needs a sync, and when the journal's ring has few free files.
+//! closing directory runs its own. A pass is due after a number of bytes, or after a time. A pass is also due when a
+//! persist call needs a sync, or when the journal's ring has few free files.
 //!
 //! # Invariants
 //!

@@ -200,8 +200,8 @@ impl ProducerTable {
         batch.producer().is_some() || batch.max_timestamp() > self.time_ms
     }
 
-    /// Adds an appended batch. A batch of another producer epoch, or with another sequence than the next one, restarts
-    /// the state of its producer. The leader has accepted the batch. Also removes the oldest producer above
+    /// Adds an appended batch, which the leader has accepted. So a batch of another producer epoch, or with another
+    /// sequence than the next one, restarts the state of its producer. Also removes the oldest producer above
     /// `limits::MAX_PRODUCERS`, and shortens windows while all tables exceed their memory.
     pub fn record_batch(&mut self, batch: &Batch) {
         self.time_ms = self.time_ms.max(batch.max_timestamp());

@@ -89,8 +89,8 @@ struct SyncQueueState {
     is_stopped: bool,
 }
 
-/// A persist call that is served by a sync of the segments. Its batches were not kept for the journal or exceed a
-/// frame, or an earlier persist call of the replica is in the same queue.
+/// A persist call that is served by a sync of the segments, for one of two reasons. Either its batches were not kept
+/// for the journal or exceed a frame, or an earlier persist call of the replica is in the same queue.
 pub(in crate::log) struct SyncJob {
     pub(super) replica: Arc<ReplicaInner>,
     pub(super) header: EntryHeader,

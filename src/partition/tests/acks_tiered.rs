@@ -12,8 +12,8 @@ async fn tiered_write_does_not_wait_for_a_full_segment() {
     assert_eq!(acked.unwrap().durability, AckDurability::Tiered(1));
 }
 
-/// A step without uploads must not roll the active segment for a write with `acks=tiered`. Each such write would get a
-/// segment of its own. The step reports that an upload is due.
+/// A step without uploads must not roll the active segment for a write with `acks=tiered`. Otherwise each such write
+/// would get a segment of its own. The step reports that an upload is due.
 #[tokio::test(flavor = "multi_thread")]
 async fn step_without_uploads_leaves_tiered_writes_to_another() {
     let dir = tempfile::tempdir().unwrap();

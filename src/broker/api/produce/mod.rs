@@ -299,9 +299,9 @@ impl Produce {
         outcome
     }
 
-    /// Returns the error for an acknowledgement that did not arrive in time. For an append with `acks=tiered` that is
-    /// stored on this broker, the error contains the offsets. The error also contains why the records are not in the
-    /// object store, so that the client does not write them twice.
+    /// Returns the error for an acknowledgement that did not arrive in time. An append with `acks=tiered` may be stored
+    /// on this broker. The error then contains the offsets, so that the client does not write the records twice, and
+    /// the reason why the records are not in the object store.
     fn timeout_error(&self, id: PartitionId, timeout: Duration, tiered: Option<&TieredAck>) -> ApiError {
         let ms = timeout.as_millis();
         let Some(stored) = tiered.and_then(|tiered| tiered.stored.get()) else {
@@ -331,9 +331,9 @@ impl Produce {
             .with("end_offset", end)
     }
 
-    /// Waits for the outcome of a queued append of a stream. An append that is stored on this broker and waits for the
-    /// object store first returns a notice. This notice follows once the store is unavailable or uploads of the
-    /// partition fail.
+    /// Waits for the outcome of a queued append of a stream. An append that is stored on this broker may wait for the
+    /// object store. If the store is unavailable or uploads of the partition fail, such an append first returns a
+    /// notice.
     async fn next_step(self: Arc<Self>, correlation_id: u64, queued: QueuedAppend) -> Step {
         let (stored, partition) = (queued.tiered.as_ref().map(|tiered| Arc::clone(&tiered.stored)), queued.partition);
         let produce = Arc::clone(&self);

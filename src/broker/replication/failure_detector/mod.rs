@@ -347,9 +347,9 @@ impl FailureDetector {
         self.reports.run((broker, epoch), check).await
     }
 
-    /// Deletes the registration of a process that this broker found gone. This broker must be the controller, and no
-    /// cooldown of the incarnation may be in progress. A deletion starts a cooldown. Returns true if this call or an
-    /// earlier one deleted the registration.
+    /// Deletes the registration of a process that this broker found gone. Does nothing unless this broker is the
+    /// controller and no cooldown of the incarnation is in progress. A deletion starts a cooldown. Returns true if this
+    /// call or an earlier one deleted the registration.
     async fn delete_registration(&self, report: FailureReport) -> Result<bool, MetaStoreError> {
         let FailureReport { reporter, broker, epoch, observation } = report;
         if self.metadata.state().controller() != Some(self.id) {
