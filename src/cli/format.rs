@@ -21,8 +21,8 @@ pub(super) enum RecordFormat {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Printer {
     pub(super) format: RecordFormat,
-    /// True if control characters, and bytes that are not UTF-8, are printed as escapes. A record must not move the user's cursor, make the terminal
-    /// type text, or show its text in another order.
+    /// True if control characters, and bytes that are not UTF-8, are printed as escapes. A record must not move the
+    /// user's cursor, make the terminal type text, or show its text in another order.
     pub(super) escapes: bool,
 }
 

@@ -40,7 +40,8 @@ impl ResolvedValues {
     }
 
     /// Checks that the client certificate and the login for etcd have both of their settings or neither. Without
-    /// `metadata.etcd`, no other etcd setting may be set; with it, the URLs must be valid and contain no user or password.
+    /// `metadata.etcd`, no other etcd setting may be set; with it, the URLs must be valid and contain no user or
+    /// password.
     fn check_metadata(&mut self, metadata: &MetadataConfig) {
         for (first, second) in
             [("metadata.etcd_cert", "metadata.etcd_key"), ("metadata.etcd_user", "metadata.etcd_password_file")]

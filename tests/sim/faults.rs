@@ -50,8 +50,8 @@ pub(crate) struct FaultPlan {
     /// True if acknowledged records survive a power loss on any machine at any time.
     power: bool,
     /// Lock of [`FaultProfile::OneDown`], held for a machine that is down or may lose its lease until every replica is
-    /// in sync again. While the lock is held, that machine may lose power, because no other machine has a fault by which
-    /// its replicas fail their startup verification or leave the ISR.
+    /// in sync again. While the lock is held, that machine may lose power, because no other machine has a fault by
+    /// which its replicas fail their startup verification or leave the ISR.
     down: Option<Arc<Mutex<()>>>,
     /// Held from the check that a disk is not needed until its broker has started without the data. Otherwise two disks
     /// could be replaced at a time, each because the other one holds the records.

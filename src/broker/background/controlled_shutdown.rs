@@ -3,8 +3,8 @@
 //! # Overview
 //!
 //! 1. `/readyz` reports that the broker is not ready; requests are served as before.
-//! 2. The registration shows that this broker stops. From then on elections choose it last, leaders remove it from their
-//!    ISR, and the controller transfers its leaderships.
+//! 2. The registration shows that this broker stops. From then on elections choose it last, leaders remove it from
+//!    their ISR, and the controller transfers its leaderships.
 //! 3. The broker waits until the controller has transferred each leadership for which another running ISR member
 //!    exists. The broker also waits until leaders have removed the broker from each ISR that is above the min ISR.
 //!

@@ -247,8 +247,8 @@ impl ClusterOperations {
 
     /// Elects `to`, a live replica that may lack committed records. Succeeds without a write if this election is
     /// applied already. Otherwise requires that only an unclean election can give the partition a leader, and that the
-    /// value has `expected_revision`, if that is given. With `discard`, the broker `to` deletes its log of the partition
-    /// if the log is unusable.
+    /// value has `expected_revision`, if that is given. With `discard`, the broker `to` deletes its log of the
+    /// partition if the log is unusable.
     pub async fn elect_unclean(
         &self,
         topic: &TopicName,

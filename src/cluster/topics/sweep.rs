@@ -62,8 +62,9 @@ impl Topics {
     }
 
     /// Deletes the keys of `stale`, each only at the revision that `stale` contains: a repeated addition of partitions
-    /// may have written a key again. Returns false, with some keys deleted, if a key or `condition` has changed. A later
-    /// sweep deletes the remaining keys. After an unknown outcome, an applied first attempt counts as a change too.
+    /// may have written a key again. Returns false, with some keys deleted, if a key or `condition` has changed. A
+    /// later sweep deletes the remaining keys. After an unknown outcome, an applied first attempt counts as a change
+    /// too.
     pub(super) async fn delete_stale_keys(
         &self,
         id: TopicId,

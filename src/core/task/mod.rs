@@ -102,8 +102,8 @@ impl Tasks {
         self.token.cancelled().await;
     }
 
-    /// Spawns a future as a task of this set that ends when the set is cancelled: then the future is dropped, even if it
-    /// could complete as well.
+    /// Spawns a future as a task of this set that ends when the set is cancelled: then the future is dropped, even if
+    /// it could complete as well.
     pub fn spawn_until_cancelled<F>(&self, name: &'static str, future: F)
     where
         F: Future + Send + 'static,
@@ -112,8 +112,8 @@ impl Tasks {
         self.spawn(name, UntilCancelled::new(self.token.clone().cancelled_owned(), future));
     }
 
-    /// Runs a future until it completes or the set is cancelled. Returns `None` if the set is cancelled: then the future
-    /// is dropped, even if it could complete as well.
+    /// Runs a future until it completes or the set is cancelled. Returns `None` if the set is cancelled: then the
+    /// future is dropped, even if it could complete as well.
     pub fn run_until_cancelled<F: Future>(&self, future: F) -> impl Future<Output = Option<F::Output>> {
         UntilCancelled::new(self.token.cancelled(), future)
     }

@@ -77,8 +77,8 @@ pub trait Disk: Send + Sync + 'static {
     fn total_bytes(&self, dir: &Path) -> io::Result<u64>;
 
     /// Writes out a range of a file in pieces, so that a later sync has less to write. Nothing is durable before that
-    /// sync. After a write error, as after a failed sync, data may be lost: no retry helps. If the file cannot be opened, nothing is written out, and the sync
-    /// does all the work: this is no error.
+    /// sync. After a write error, as after a failed sync, data may be lost: no retry helps. If the file cannot be
+    /// opened, nothing is written out, and the sync does all the work: this is no error.
     fn write_out(&self, path: &Path, range: Range<u64>, piece_bytes: usize) -> io::Result<()>;
 
     /// Returns the maximum number of files that the log may hold open.

@@ -239,8 +239,8 @@ impl SimDisk {
 }
 
 impl SimFileContent {
-    /// Saves the current bytes of a range that is about to change, as far as it lies below the durable length. The first
-    /// saved bytes of a position are its durable ones. Counts a change of existing bytes.
+    /// Saves the current bytes of a range that is about to change, as far as it lies below the durable length. The
+    /// first saved bytes of a position are its durable ones. Counts a change of existing bytes.
     fn save_undo(&mut self, range: Range<usize>) {
         if range.start < self.bytes.len() {
             self.rewrites += 1;

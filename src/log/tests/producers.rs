@@ -131,8 +131,8 @@ fn oldest_producer_is_removed_above_the_limit() {
     assert!(is_known(&table, 0) && !is_known(&table, 1) && is_known(&table, 2) && is_known(&table, bound));
 }
 
-/// Opens a data directory. Once the producer state of all its replicas exceeds `producer_bytes`, large tables refuse new
-/// producers.
+/// Opens a data directory. Once the producer state of all its replicas exceeds `producer_bytes`, large tables refuse
+/// new producers.
 fn bounded(producer_bytes: usize) -> DataDir {
     let options = LogOptions { producer_bytes, ..small() };
     DataDir::open(Arc::new(SimDisk::new()), Path::new("/data"), &identity(), options).unwrap()

@@ -1,9 +1,9 @@
-//! A network of machines on one host: one network namespace per machine, joined by a bridge. Links between machines can be cut in one
-//! direction.
+//! A network of machines on one host: one network namespace per machine, joined by a bridge. Links between machines can
+//! be cut in one direction.
 //!
-//! The network and the test that uses it run in an outer namespace, which ends with its process: [`run_inside`]
-//! runs the test again there. The network requires root and the programs `ip`, `mount` and `unshare`. Without them the test is
-//! skipped with a message.
+//! The network and the test that uses it run in an outer namespace, which ends with its process: [`run_inside`] runs
+//! the test again there. The network requires root and the programs `ip`, `mount` and `unshare`. Without them the test
+//! is skipped with a message.
 
 use std::{net::Ipv4Addr, os::fd::AsFd as _, path::Path, process::Command};
 

@@ -24,7 +24,8 @@ pub(super) struct Entry {
     pub(super) producer: Option<Stamp>,
 }
 
-/// Batches by base offset and epoch, and the producers of the committed ones. Only the leader of an epoch creates batches in it, so this key identifies a batch.
+/// Batches by base offset and epoch, and the producers of the committed ones. Only the leader of an epoch creates
+/// batches in it, so this key identifies a batch.
 #[derive(Default)]
 pub(super) struct Content {
     batches: BTreeMap<(Offset, LeaderEpoch), Entry>,

@@ -225,8 +225,8 @@ impl Produce {
         Ok(QueuedAppend { partition: id, ack, timeout, began, bytes, records, tiered })
     }
 
-    /// Returns the refusal of an append with `acks=tiered` during an outage of the object store. Returns `None` if there
-    /// is no outage, or if the append has other `acks`.
+    /// Returns the refusal of an append with `acks=tiered` during an outage of the object store. Returns `None` if
+    /// there is no outage, or if the append has other `acks`.
     fn refuse_without_store(&self, tiered: Option<&TieredAck>) -> Option<AdmitError> {
         tiered
             .and_then(|_| self.store_outage())

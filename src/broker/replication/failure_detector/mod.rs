@@ -385,8 +385,8 @@ impl FailureDetector {
     }
 
     /// Deletes a registration if it still has this broker epoch, with at most [`MAX_REVOKE_ATTEMPTS`]. Returns true if
-    /// the last attempt deleted it. False does not prove that the registration exists: an earlier attempt with an unknown
-    /// outcome may have deleted it.
+    /// the last attempt deleted it. False does not prove that the registration exists: an earlier attempt with an
+    /// unknown outcome may have deleted it.
     async fn revoke(&self, broker: BrokerId, epoch: Revision) -> Result<bool, MetaStoreError> {
         let mut attempts = 1;
         loop {
